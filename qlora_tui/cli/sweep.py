@@ -1,4 +1,4 @@
-"""``sweep``: start and show sweeps, pause, resume and stop one, give it time, adopt its winner."""
+"""``sweep``: start, list and show sweeps; pause, resume, stop or extend one; adopt its winner."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ _SETTINGS = ("name", "method", "trials", "rounds", "seeds", "seed")
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Start a sweep, or do something with one."""
+    """Run the action of ``sweep``; without one, list the sweeps. Raises UserError."""
     match args.action:
         case "start":
             return _start(args)
         case "show":
             return _show(find_sweep(args.sweep))
         case "pause":
-            return _changed(find_sweep(args.sweep), actions.pause, "will pause once its run has saved")
+            return _changed(find_sweep(args.sweep), actions.pause, "pauses once its run has saved")
         case "resume":
-            return _changed(find_sweep(args.sweep), actions.resume, "goes on")
+            return _changed(find_sweep(args.sweep), actions.resume, "continues")
         case "stop":
             return _changed(find_sweep(args.sweep), actions.stop, "is stopped")
         case "add-time":
             sweep = find_sweep(args.sweep)
             deadline = actions.add_time(sweep, actions.parse_duration(args.time))
-            text = f"{sweep.id} goes on until {time_words(deadline)}."
+            text = f"{sweep.id} continues until {time_words(deadline)}."
             return CommandResult({"sweep": sweep.id, "deadline": deadline}, text)
         case "adopt":
             sweep = find_sweep(args.sweep)
@@ -93,7 +93,10 @@ def _start(args: argparse.Namespace) -> CommandResult:
         deadline = time.time() + actions.parse_duration(args.lasts)
     actions.check(sheet, has_time=deadline is not None)
     if sheet.sweep.method == "tpe" and 0 < sheet.number_of_trials() <= FEWEST_RESULTS:
-        print(f"note: tpe draws the first {FEWEST_RESULTS} trials at random: here, all.", file=sys.stderr)
+        print(
+            f"note: all trials will be random, because tpe uses results only after {FEWEST_RESULTS} trials.",
+            file=sys.stderr,
+        )
     for source in every_source(sheet.recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
     if args.dry_run:
@@ -108,12 +111,12 @@ def _start(args: argparse.Namespace) -> CommandResult:
     end = "" if deadline is None else f", and ends at {time_words(deadline)}"
     return CommandResult(
         data={"sweep": sweep.id, "path": str(sweep.path), "deadline": deadline},
-        text=f"{sweep.id} is started{end}. See how it is: `qlora-tui sweep show {sweep.id}`.",
+        text=f"Started {sweep.id}{end}. `qlora-tui sweep show {sweep.id}` shows its trials and verdict.",
     )
 
 
 def _memory_note(sheet: Sheet, machine: Machine) -> str:
-    """Say that the trial that takes the most memory may not fit; empty if it does."""
+    """Return a warning if the trial that takes the most memory may not fit; empty if it fits."""
     point = actions.heaviest_point(sheet)
     checks = preflight(apply_point(sheet.recipe, point), machine)
     memory = next((check for check in checks if check.kind is CheckKind.MEMORY), None)
@@ -121,13 +124,13 @@ def _memory_note(sheet: Sheet, machine: Machine) -> str:
         return ""
     values = ", ".join(f"{path} = {value_text(value)}" for path, value in point.items())
     return (
-        f"{memory.outcome}: the trial that takes the most memory ({values}): {memory.text} "
-        "A trial that runs out of memory is retried with less, and is a failed result if that does not help."
+        f"{memory.outcome}: in the trial that takes the most memory ({values}): {memory.text} "
+        "A trial that runs out of memory is retried with settings that need less, and fails if none fits."
     )
 
 
 def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
-    """Check a sweep, and say how many trials and rounds it has and how long they take; nothing is created."""
+    """Check a sweep, and report its trials, its rounds and the time they take; nothing is created."""
     with ProgressLine() as line:
         count_data(sheet.recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
     machine = read_machine()
@@ -136,7 +139,7 @@ def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
     trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
     lines = []
     if deadline is not None:
-        lines = ["How many trials fit is unknown until a run has been trained here."]
+        lines = ["The number of trials that fit is unknown until a run has been trained on this machine."]
         left = deadline - time.time()
         if costs is not None:
             plan = plan_group(
@@ -154,7 +157,7 @@ def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
         lines.append(note)
     if trials:
         lines.append(plan_sentence(sheet, trials, rounds, costs))
-    lines.append("Loading and evaluations are not in this time. Nothing was started.")
+    lines.append("This time does not include loading and evaluations. Nothing was started.")
     failed = bool(errors(checks))
     return CommandResult(
         data={
@@ -184,7 +187,7 @@ def _list() -> CommandResult:
     _care_for(views)
     return CommandResult(
         {"sweeps": [_summary(view) for view in views]},
-        text or "No sweeps yet. `qlora-tui sweep start --help` says how to start one.",
+        text or "No sweeps yet. `qlora-tui sweep start --help` shows how to start one.",
     )
 
 
@@ -198,7 +201,9 @@ def _show(sweep: SweepDir) -> CommandResult:
     lines.append(verdict_sentence(view))
     if unequal := view.unequal_tokens():
         names = ", ".join(str(trial.number) for trial in unequal)
-        lines.append(f"Trials {names} were compared after clearly more or fewer tokens than the others.")
+        lines.append(
+            f"Unequal training: trials {names} were compared after more or fewer tokens than others."
+        )
     bought = what_settings_bought(view)
     shares, note = _importances(view)
     if bought:
@@ -209,7 +214,7 @@ def _show(sweep: SweepDir) -> CommandResult:
         lines += ["", format_table(table, ["setting", "value", "trials", "best", "mean"])]
     if shares:
         words = ", ".join(f"{path} {share:.0%}" for path, share in shares.items())
-        lines += ["", f"Share of the differences that a setting explains: {words}."]
+        lines += ["", f"Share of the differences in loss that each setting explains: {words}."]
     elif note and bought:
         lines += ["", note]
     return CommandResult(
@@ -222,11 +227,11 @@ def _importances(view: SweepView) -> tuple[dict[str, float], str]:
     try:
         return importances(view), ""
     except UserError as problem:
-        return {}, f"How much each setting mattered: {problem.fix}"
+        return {}, f"To see the importance of each setting, install Optuna. {problem.fix}"
 
 
 def _care_for(views: list[SweepView]) -> None:
-    """Start a runner for sweeps whose runner was killed, or stopped with the machine."""
+    """Start a runner if a sweep needs one, in case the last runner was killed or ended with the machine."""
     if any(view.state in ("running", "waiting") for view in views):
         ensure_runner()
 
@@ -296,7 +301,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUES",
-        help="vary a setting: a range (1e-5..1e-3, 1e-5..1e-3:log), values (8,16,32) or TOML; repeatable",
+        help="setting to vary: a range (1e-5..1e-3, 1e-5..1e-3:log), values (8,16,32) or TOML; repeatable",
     )
     start.add_argument(
         "--method",
@@ -308,41 +313,45 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=positive_int,
         metavar="N",
-        help="rounds of successive halving, after each of which the better half goes on (default: 1)",
+        help="rounds of successive halving: after each round, only the better half continues (default: 1)",
     )
     start.add_argument(
         "--seeds",
         type=positive_int,
         metavar="N",
-        help="seeds with which recipe and winner are trained to measure the noise (default: 3)",
+        help="seeds with which the recipe and the winner are trained, to measure the noise (default: 3)",
     )
-    start.add_argument("--seed", type=whole_number, metavar="N", help="seed of what is drawn at random")
-    start.add_argument("--name", help="name of the sweep, and the start of its id")
+    start.add_argument("--seed", type=whole_number, metavar="N", help="seed of the random values")
+    start.add_argument("--name", help="name of the sweep, with which its id begins")
     end = start.add_mutually_exclusive_group()
-    end.add_argument("--until", metavar="HH:MM", help="end at this time; it decides trials and rounds")
+    end.add_argument(
+        "--until", metavar="HH:MM", help="end at this time, which determines the trials and rounds"
+    )
     end.add_argument("--for", dest="lasts", metavar="TIME", help="end after this time, such as 3h or 90m")
     start.add_argument(
         "--dry-run",
         action="store_true",
-        help="only check, and say how many trials there would be and what they take",
+        help="only check, and print the number of trials and the time that they take",
     )
     parsers = [start, commands.add_parser("list", help="list all sweeps")]
     for name, help_ in (
         ("show", "show trials, verdict and what each setting bought"),
         ("pause", "pause a sweep: its run saves and frees the GPU"),
         ("resume", "continue a paused sweep"),
-        ("stop", "end a sweep; its results stay"),
-        ("add-time", "give a sweep more time; one that is over goes on with further trials"),
+        ("stop", "stop a sweep; its results are kept"),
+        ("add-time", "extend a sweep; one that has ended continues with further trials"),
         ("adopt", "save the winner's recipe as a preset"),
     ):
         one = commands.add_parser(name, help=help_)
-        one.add_argument("sweep", metavar="SWEEP", help="a sweep's id, the beginning of one, or `last`")
+        one.add_argument("sweep", metavar="SWEEP", help="a sweep's id, the beginning of an id, or `last`")
         parsers.append(one)
         if name == "add-time":
             one.add_argument("time", metavar="TIME", help="such as 2h, 90m or 1h30m")
         elif name == "adopt":
             one.add_argument("name", metavar="NAME", help="name of the preset")
-            one.add_argument("--trial", type=whole_number, metavar="N", help="another trial than the winner")
+            one.add_argument(
+                "--trial", type=whole_number, metavar="N", help="adopt this trial instead of the winner"
+            )
     for one in parsers:
         add_json_argument(one)
 

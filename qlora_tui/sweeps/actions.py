@@ -31,7 +31,7 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of ``3h``, ``90m``, ``1h30m`` or ``45s``. Raises UserError, exit code 2."""
+    """Parse ``3h``, ``90m``, ``1h30m`` or ``45s`` to seconds. Raises UserError, exit code 2."""
     match = _DURATION.fullmatch(text.replace(" ", "").lower())
     seconds = (
         sum(float(part) * unit for part, unit in zip(match.groups(), _UNITS_S.values(), strict=True) if part)
@@ -39,12 +39,12 @@ def parse_duration(text: str) -> float:
         else 0.0
     )
     if seconds <= 0:
-        raise UsageError("Invalid time", what=f"{text!r} is not a time.", fix="Write 3h, 90m or 1h30m.")
+        raise UsageError("Invalid time", what=f"{text!r} is not a duration.", fix="Write 3h, 90m or 1h30m.")
     return seconds
 
 
 def parse_until(text: str, now: float | None = None) -> float:
-    """Return the Unix time at which the clock next shows ``07:00``. Raises UserError, exit code 2."""
+    """Return the next Unix time with this local time of day, ``07:00``. Raises UserError, exit code 2."""
     match = re.fullmatch(r"(\d{1,2}):(\d\d)", text.strip())
     if not match or int(match[1]) > 23 or int(match[2]) > 59:
         raise UsageError("Invalid time", what=f"{text!r} is not a time of day.", fix="Write 07:00 or 23:30.")
@@ -60,11 +60,11 @@ def start(sheet: Sheet, deadline: float | None = None) -> SweepDir:
     """Check a sweep, create it and queue its first runs.
 
     Args:
-        sheet: The recipe, and what is varied.
-        deadline: Unix time at which it is to be over; it then decides the number of trials.
+        sheet: The recipe and the varied settings.
+        deadline: Unix time at which the sweep must end, which then determines the number of trials.
 
     Raises:
-        UserError: The sweep cannot be run as it is, or the disk is full.
+        UserError: The sweep is invalid, or the disk is full.
     """
     check(sheet, has_time=deadline is not None)
     refuse_other_machines()
@@ -82,7 +82,7 @@ def start(sheet: Sheet, deadline: float | None = None) -> SweepDir:
 
 
 def check(sheet: Sheet, *, has_time: bool) -> None:
-    """Raise UserError if a sweep cannot be run as it is."""
+    """Raise UserError if a sweep is invalid. ``has_time``: whether it has a deadline."""
     sheet.check(has_time=has_time)
     if sheet.sweep.method == "tpe":
         require_optuna()
@@ -114,22 +114,21 @@ def pause(sweep: SweepDir) -> None:
 
 @disk_problems()
 def resume(sweep: SweepDir) -> None:
-    """Continue a paused sweep, or one that waits for a run that the user paused. Raises UserError."""
+    """Continue a sweep that is paused, or waits for a run that the user paused. Raises UserError."""
     if time_left(_require(sweep, "paused", "waiting")) <= 0:
         raise UsageError(
-            "Its time is over",
-            what=f"{sweep.id} was to end at its time, which has passed.",
-            fix=f"Give it more: `qlora-tui sweep add-time {sweep.id} 2h`.",
+            "The deadline has passed",
+            what=f"The deadline of {sweep.id} has passed, so nothing more would be trained.",
+            fix=f"Extend the sweep: `qlora-tui sweep add-time {sweep.id} 2h`.",
         )
     _go_on(sweep, None)
 
 
 @disk_problems()
 def add_time(sweep: SweepDir, seconds: float) -> float:
-    """Give a sweep more time, from its deadline or from now; return the deadline, Unix time.
+    """Extend a sweep by ``seconds``, from its deadline or from now; return the new deadline, Unix time.
 
-    A sweep that is over goes on: with the trials that its time ended, then with further ones.
-
+    A sweep that has ended continues: first with the trials that its deadline interrupted, then with new ones.
     Raises UserError.
     """
     view = _require(sweep, "running", "waiting", "paused", "finished", "stopped")
@@ -142,9 +141,9 @@ def add_time(sweep: SweepDir, seconds: float) -> float:
 
 @disk_problems()
 def stop(sweep: SweepDir) -> None:
-    """End a sweep: the runs in training save and stop, the others are removed from the queue.
+    """Stop a sweep: the runs in training save and stop, the others are removed from the queue.
 
-    Raises UserError if it is over.
+    Raises UserError if the sweep has ended.
     """
     with locked(sweep.lock_path, patience_s=LOCK_S):
         view = _require(sweep, "running", "waiting", "pausing", "paused")
@@ -162,11 +161,11 @@ def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> tuple[int, Pa
     view = read_sweep(sweep)
     chosen = view.winner if trial is None else next((t for t in view.trials if t.number == trial), None)
     if chosen is None:
-        what = "no trial has been trained to its end" if trial is None else f"it has no trial {trial}"
+        what = "no trial has completed all of its steps" if trial is None else f"there is no trial {trial}"
         raise UsageError(
             "Nothing to adopt",
             what=f"{sweep.id}: {what}.",
-            fix=f"`qlora-tui sweep show {sweep.id}` lists its trials.",
+            fix=f"`qlora-tui sweep show {sweep.id}` lists the trials.",
         )
     note = f"Trial {chosen.number} of the sweep {sweep.id}."
     return chosen.number, presets.save(name, view.recipe_of(chosen), note=note)
@@ -187,7 +186,7 @@ def _require(sweep: SweepDir, *states: str) -> SweepView:
         fix = f"`qlora-tui sweep show {sweep.id}` shows it."
         if view.state == "pausing":
             fix = "Wait until its run has saved."
-        raise UsageError("Not possible now", what=f"{sweep.id} is {view.state}.", fix=fix)
+        raise UsageError("Not possible in this state", what=f"{sweep.id} is {view.state}.", fix=fix)
     return view
 
 
@@ -195,7 +194,7 @@ def _pause_runs(view: SweepView) -> None:
     for trial in view.trials:
         if trial.run is None or trial.is_settled:
             continue
-        # One that ends at this moment needs no pause.
+        # A run that ends at this moment needs no pause.
         with suppress(UserError):
             if not run_queue.pause(trial.run) and read_status(trial.run).state in ACTIVE:
                 actions.pause(trial.run)

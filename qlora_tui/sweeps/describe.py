@@ -1,4 +1,4 @@
-"""A sweep in words and tables, for screens and commands: verdict, trials, what each setting bought."""
+"""Sentences and tables about a sweep, for screens and commands: verdict, trials, what each setting bought."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ _OUTCOMES: dict[Outcome, str] = {
 
 
 def verdict_sentence(view: SweepView) -> str:
-    """Say whether the best trial is better than the recipe as it was, and by which comparison."""
+    """Say in a sentence whether the best trial is better than the unchanged recipe, and why."""
     verdict = view.verdict
     name = f"trial {verdict.winner}"
     if verdict.basis == "no_result":
         if view.ended is None:
             return "No result yet."
         if verdict.winner is not None:
-            return f"Unknown: {name} has the lowest loss, and the runs of the recipe as it is were deleted."
-        return "No trial was trained to its end: there is no winner."
+            return f"Unknown: {name} has the lowest loss, and the runs of the unchanged recipe were deleted."
+        return "No winner: no trial has completed all of its steps."
     losses = f"{format_loss(verdict.found)} and {format_loss(verdict.base)}"
     if verdict.basis == "not_lower":
         if view.ended is None:
-            return f"Not better so far: the losses of {name} and of the recipe as it is are {losses}."
+            return f"Not better so far: the losses of {name} and of the unchanged recipe are {losses}."
         return (
-            f"Not better: the lowest loss of a trial ({name}) and that of the recipe as it is are {losses}."
+            f"Not better: the lowest loss of a trial ({name}) and the loss of the unchanged recipe are "
+            f"{losses}."
         )
     difference = (verdict.base or 0.0) - (verdict.found or 0.0)
     compared = (
-        f"the mean losses of {name} ({pluralize(verdict.found_runs, 'run')}) and of the recipe as it is "
+        f"the mean losses of {name} ({pluralize(verdict.found_runs, 'run')}) and of the unchanged recipe "
         f"({pluralize(verdict.base_runs, 'run')}) are {losses}, a difference of {format_float(difference)}"
     )
     if view.ended is None:
@@ -52,24 +53,24 @@ def verdict_sentence(view: SweepView) -> str:
     if verdict.basis == "noise_unknown":
         return f"Unknown: {compared}, and the noise between seeds was not measured (sweep.seeds)."
     noise = (
-        f"the standard deviation between seeds is {format_float(verdict.noise)}, so chance alone "
-        f"exceeds {format_float(verdict.margin)} in one of twenty sweeps"
+        f"the standard deviation between seeds is {format_float(verdict.noise)}, so a difference above "
+        f"{format_float(verdict.margin)} arises by chance in one of twenty sweeps"
     )
     if verdict.basis == "one_run":
-        selected = "It was selected for that loss and has no run with another seed"
+        selected = "This trial was selected for its loss and has no run with another seed"
         return f"Not confirmed: {compared}. {selected}; {noise}."
     return f"{'Better' if verdict.is_better else 'Not better'}: {compared}; {noise}."
 
 
 def state_sentence(view: SweepView) -> str:
-    """Say what the sweep does: ``Running: round 2 of 3, 3 of 4 trials have reached its end.``"""
+    """Say in a sentence what the sweep does: ``Running: round 2 of 3, 3 of 4 trials at its end.``"""
     match view.state:
         case "waiting":
             held = next(t for t in view.trials if t.outcome == "paused")
             name = held.run.name if held.run else held.number
             return f"Waiting for {name}, which you paused: resume the sweep."
         case "pausing":
-            return "Pausing: a run still saves."
+            return "Pausing: a run is saving its checkpoint."
         case "paused":
             return "Paused."
         case "running":
@@ -77,24 +78,26 @@ def state_sentence(view: SweepView) -> str:
         case _:
             return {
                 "done": "Finished.",
-                "time": "Finished: its time is over.",
+                "time": "Finished: the deadline has passed.",
                 "stopped": "Stopped.",
-                "base_failed": f"Failed: the recipe as it is could not be trained{_base_failure(view)}.",
-                "all_failed": "Failed: no trial was trained to its end.",
+                "base_failed": f"Failed: the unchanged recipe could not be trained{_base_failure(view)}.",
+                "all_failed": "Failed: no trial has completed all of its steps.",
             }[view.ended.why if view.ended else "done"]
 
 
 def _progress(view: SweepView) -> str:
     if not view.groups:
-        return "the recipe as it is, for speed and noise"
+        return "training the unchanged recipe, to measure speed and noise"
     group = view.groups[-1]
     trials = view.of_group(group.number)
     in_round = [t for t in trials if t.outcome not in ("dropped",)]
     done = sum(trial.is_settled for trial in in_round)
     if any(trial.role == "confirmation" for trial in view.trials):
-        return f"the winner, trial {view.verdict.winner}, with other seeds"
+        return f"training the winner, trial {view.verdict.winner}, with other seeds"
     total = group.planned.trials if group.round == 1 else len(in_round)
-    return f"round {group.round} of {group.planned.rounds}, {done} of {pluralize(total, 'trial')} at its end"
+    return (
+        f"round {group.round} of {group.planned.rounds}, completed by {done} of {pluralize(total, 'trial')}"
+    )
 
 
 def _until(view: SweepView) -> str:
@@ -110,13 +113,13 @@ def _base_failure(view: SweepView) -> str:
 
 
 def outcome_words(trial: Trial) -> str:
-    """``in training``, ``not kept``, ``failed: Out of memory``."""
+    """Return the outcome of a trial in words: ``in training``, ``not kept``, ``failed: Out of memory``."""
     words = _OUTCOMES[trial.outcome]
     return f"{words}: {trial.failure}" if trial.failure else words
 
 
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of all runs, the best trial first within a role."""
+    """Return the header, and a row for each run in the order of :func:`ranked`."""
     rounds = max((group.planned.rounds for group in view.groups), default=1)
     paths = list(view.sheet.sweep.vary)
     names = [path.rpartition(".")[2] for path in paths]
@@ -131,21 +134,19 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
             losses = [*[""] * (rounds - 1), format_loss(trial.final.loss)]
         words = outcome_words(trial)
         if trial.role == "confirmation":
-            words = f"{words}, winner with seed {trial.seed}"
+            words = f"{words}, the winner with seed {trial.seed}"
         elif trial.role == "base":
             words = f"{words}, seed {trial.seed}"
         elif trial.number == view.verdict.winner:
             words = f"{words}, winner"
-        name = "base" if trial.role == "base" else str(trial.number)
+        name = "unchanged" if trial.role == "base" else str(trial.number)
         steps = f"{trial.step}/{trial.total_steps}" if trial.total_steps else ""
         rows.append([name, *values, *losses, steps, words])
     return header, rows
 
 
 def ranked(view: SweepView) -> list[Trial]:
-    """Return all runs: the winner's, those of the base, then the trials that went furthest with the lowest
-    loss first.
-    """
+    """Return the winner's runs, those of the unchanged recipe, and the other trials by round and loss."""
     winner = view.winner
 
     def rank(trial: Trial) -> tuple[int, int, float]:
@@ -162,7 +163,7 @@ def ranked(view: SweepView) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Bought:
-    """The trials that have one value of a setting, or a part of its range."""
+    """Losses of the trials that have one value of a setting, or a value in one part of its range."""
 
     path: str
     value: str
@@ -173,7 +174,7 @@ class Bought:
 
 
 def what_settings_bought(view: SweepView) -> list[Bought]:
-    """Return, for each setting and value, the losses at the end of the first round: after as many tokens."""
+    """Return the losses at the end of the first round, after equally many tokens, by setting and value."""
     bought = []
     trials = [trial for trial in view.trials if trial.role == "trial" and 1 in trial.results]
     for path, values in view.sheet.sweep.vary.items():
@@ -200,15 +201,15 @@ def _part(values: Range, value: float) -> str:
 
 
 def plan_sentence(sheet: Sheet, trials: int, rounds: int, costs: Costs | None) -> str:
-    """Say what a sweep would train, and how long that takes if it is known."""
+    """Say in sentences what a sweep would train, and how long that takes; ``costs`` is None if unknown."""
     seeds = sheet.sweep.seeds
     parts = [
         f"{pluralize(trials, 'trial')} in {pluralize(rounds, 'round')}",
-        "the recipe as it is once",
+        "the unchanged recipe once",
         *([f"then up to {2 * (seeds - 1)} whole runs to confirm the winner"] if seeds > 1 else []),
     ]
     text = "; ".join(parts)
     if costs is None:
-        return f"{text}. Their time is unknown until a run has been trained here."
+        return f"{text}. How long they take is unknown until a run has been trained on this machine."
     seconds = costs.of_rounds(trials, rounds) + costs.of_whole_runs(1 + 2 * (seeds - 1))
     return f"{text}: about {format_duration(seconds)} at most."

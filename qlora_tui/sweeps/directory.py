@@ -1,14 +1,14 @@
-"""A sweep's folder, and the record of what was decided.
+"""A sweep's folder, and the record of its decisions.
 
 sweeps/<id>/
-  sweep.toml     the recipe, and what is varied: frozen when the sweep was started
-  trials.jsonl   what was decided, one record per line; only appended to
-  active         present while the sweep has something to do
-  lock           locked by the process that decides what is next
+  sweep.toml     the recipe and the varied settings, frozen when the sweep was started
+  trials.jsonl   the decisions, one record per line; append-only
+  active         present while the sweep has work to do
+  lock           locked by the process that decides the next step
   optuna.journal the trials as an Optuna study, if the extra is installed and method is tpe
 
-The trials are ordinary runs; their results are read from their own folders. Records say only what cannot be
-read there: which values were chosen, what was kept, and what the user asked for.
+The trials are ordinary runs; their results are read from the run folders. Records contain only what the run
+folders lack: the chosen values, the trials that were kept, and the user's requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qlora_tui.runs.event_log import JsonLinesTail, append_line
 from qlora_tui.sweeps.sheet import Sheet
 
 Role: TypeAlias = Literal["base", "trial", "confirmation"]
-"""``base``: the recipe as it is. ``confirmation``: the winner with another seed."""
+"""``base``: the unchanged recipe. ``confirmation``: the winner's settings with another seed."""
 
 
 EndReason: TypeAlias = Literal["done", "time", "stopped", "base_failed", "all_failed"]
@@ -49,28 +49,30 @@ class Began(Record, tag="began", frozen=True, kw_only=True):
     """The sweep was started."""
 
     deadline: float | None = None
-    """Unix time at which it is to be over; None without one."""
+    """Unix time at which the sweep must end; None if it has no deadline."""
     gpu: str = ""
-    """The GPUs that the user chose for it; empty if none."""
+    """The GPUs that the user chose for the sweep; empty if none."""
 
 
 class TrialChosen(Record, tag="trial", frozen=True, kw_only=True):
-    """A trial and its values; its run is made next."""
+    """A trial and its values were chosen; its run is created next."""
 
     number: int
     """From 0."""
     role: Role
     group: int = 0
-    """Trials that are halved together; 0 for base and confirmations."""
+    """Number of the group of trials that are halved together; 0 for base and confirmations."""
     values: dict[str, Any] = {}
     seed: int
 
 
 class RunMade(Record, tag="run", frozen=True, kw_only=True):
-    """The run of a trial."""
+    """The run of a trial was created."""
 
     number: int
+    """Number of the trial."""
     run: str
+    """Id of the run."""
 
 
 class RunRefused(Record, tag="refused", frozen=True, kw_only=True):
@@ -81,7 +83,7 @@ class RunRefused(Record, tag="refused", frozen=True, kw_only=True):
 
 
 class GroupPlanned(Record, tag="planned", frozen=True, kw_only=True):
-    """A group of trials, and in how many rounds it is halved."""
+    """A group of trials was planned: their number, and the rounds in which they are halved."""
 
     group: int
     trials: int
@@ -93,7 +95,7 @@ class GroupPlanned(Record, tag="planned", frozen=True, kw_only=True):
 
 
 class RoundEnded(Record, tag="round", frozen=True, kw_only=True):
-    """Which trials of a group go on."""
+    """A round of a group ended: the trials that continue, and those that do not."""
 
     group: int
     round: int
@@ -116,10 +118,11 @@ class SweepResumed(Record, tag="resumed", frozen=True, kw_only=True):
     """The user resumed the sweep, or gave it a new deadline."""
 
     deadline: float | None = None
+    """The new deadline, Unix time; None if it is unchanged."""
 
 
 class SweepEnded(Record, tag="ended", frozen=True, kw_only=True):
-    """The sweep is over."""
+    """The sweep ended."""
 
     why: EndReason
 
@@ -172,7 +175,7 @@ class SweepDir:
         return self.path / "optuna.journal"
 
     def sheet(self) -> Sheet:
-        """Read what the sweep was started with. Raises UserError."""
+        """Read the recipe and the settings that the sweep was started with. Raises UserError."""
         return Sheet.load(self.sheet_path)
 
     def records(self) -> list[AnyRecord]:
@@ -183,12 +186,12 @@ class SweepDir:
         return list(tail.drain())
 
     def append(self, record: AnyRecord) -> None:
-        """Append a record, on disk on return. Raises OSError."""
+        """Append a record and sync it to disk. Raises OSError."""
         append_line(self.records_path, _encoder.encode(record) + b"\n")
 
 
 def create_sweep(sheet: Sheet, deadline: float | None, gpu: str = "") -> SweepDir:
-    """Create the folder of a sweep; it appears once it is complete and on disk. Raises UserError."""
+    """Create the folder of a sweep, which appears only once it is complete and on disk. Raises UserError."""
     parent = paths.sweeps_dir()
     fix = "Free some space, or point XDG_STATE_HOME at another disk."
     with disk_problems("The sweep could not be created", fix=fix), new_draft(parent) as draft:
@@ -228,7 +231,7 @@ def all_sweeps() -> list[SweepDir]:
 
 
 def find_sweep(name: str) -> SweepDir:
-    """Find the sweep with that id, or the only one that starts so; ``last`` is the newest.
+    """Return the sweep with this id, or the only one whose id starts with ``name``; ``last`` is the newest.
 
     Raises UserError.
     """
@@ -244,11 +247,11 @@ def find_sweep(name: str) -> SweepDir:
         names = ", ".join(each.id for each in matches[:5])
         raise UsageError(
             "Which sweep?",
-            what=f"{len(matches)} sweeps begin with '{name}': {names}.",
-            fix="Type more of the name.",
+            what=f"The ids of {len(matches)} sweeps begin with '{name}': {names}.",
+            fix="Type more of the id.",
         )
     raise UsageError(
         "No such sweep",
-        what=f"There is no sweep named '{name}' in {paths.sweeps_dir()}.",
+        what=f"There is no sweep '{name}' in {paths.sweeps_dir()}.",
         fix="`qlora-tui sweep list` lists them; `qlora-tui sweep start` starts one.",
     )

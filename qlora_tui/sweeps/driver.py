@@ -1,9 +1,9 @@
-"""Decides what is next in a sweep, and does it: makes and queues runs, ends rounds, ends the sweep.
+"""Decides and takes the next steps of a sweep: creates and queues runs, ends rounds, ends the sweep.
 
-``python -m qlora_tui.sweeps.driver ID`` is called by the runner after each run of a sweep, and before it
-exits. There is no process that lives as long as a sweep: what is next follows from the folders alone, each
-decision is recorded before it is acted on, and acting twice changes nothing. So a kill at any moment costs
-nothing.
+The runner calls ``python -m qlora_tui.sweeps.driver ID`` after each run of a sweep, and before the runner
+exits. No process runs for the whole sweep: the next step follows from the folders alone, each decision is
+recorded before it is carried out, and carrying it out twice changes nothing. A kill at any moment therefore
+loses nothing.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from qlora_tui.sweeps.view import Group, SweepView, Trial, read_sweep, time_left
 from qlora_tui.worker import start_detached
 
 _DRAWS = 1000
-"""Points drawn at random for one that no trial has; after as many, all are taken to have been tried."""
+"""Random points that are drawn to find an untried one; after that, all points count as tried."""
 LOCK_S = 120.0
-"""Seconds to wait for another process that decides; it takes less than one."""
+"""Seconds to wait for the lock of another driver, which takes less than one second."""
 
 
 def advance(sweep: SweepDir) -> None:
-    """Do whatever is next, until the sweep waits for its runs, which a runner has to train.
+    """Take the next steps until the sweep waits for runs, which a runner has to train.
 
     Raises UserError, OSError.
     """
@@ -67,7 +67,7 @@ def advance(sweep: SweepDir) -> None:
 
 
 class _Step:
-    """One decision, from the sweep as it is."""
+    """One decision, derived from the current state of the sweep."""
 
     def __init__(self, view: SweepView) -> None:
         self._view = view
@@ -75,7 +75,7 @@ class _Step:
         self._settings = view.sheet.sweep
 
     def take(self) -> bool:
-        """Decide and act; return whether there may be more to do now."""
+        """Decide and act; return whether another step may follow immediately."""
         view = self._view
         if view.state not in ("running", "waiting"):
             self._sweep.active_path.unlink(missing_ok=True)
@@ -108,20 +108,20 @@ class _Step:
 
     @property
     def _is_sequential(self) -> bool:
-        """Whether the values of a trial follow from the results of others."""
+        """Whether the values of a trial depend on the results of others."""
         return self._settings.method == "tpe"
 
     def _seed(self, number: int) -> int:
         return (self._view.sheet.recipe.training.seed + number) % 2**32
 
     def _choose(self, role: Role, *points: Point, seed: int, group: int = 0) -> bool:
-        """Record trials with these values; return whether there are any."""
+        """Record a trial for each of these points; return whether there were any."""
         for number, values in enumerate(points, start=len(self._view.trials)):
             self._sweep.append(TrialChosen(number=number, role=role, group=group, values=values, seed=seed))
         return bool(points)
 
     def _make_or_continue(self, trial: Trial) -> bool:
-        """Make the run of a trial, or queue it to go on; return whether anything was done."""
+        """Create the run of a trial, or queue it to continue; return whether anything was done."""
         run = trial.run
         if run is None:
             if trial.outcome != "waiting":
@@ -200,7 +200,7 @@ class _Step:
         return None if costs is None else Costs(costs.full_s, costs.extra_s, _parallel_runs(self._view))
 
     def _fill(self, group: Group) -> bool:
-        """Choose the trials of a group that are missing; return whether one was chosen."""
+        """Choose the missing trials of a group; return whether one was chosen."""
         trials = self._view.of_group(group.number)
         missing = group.planned.trials - len(trials)
         if group.ended or missing <= 0:
@@ -217,7 +217,7 @@ class _Step:
         return sum(trial.role == "trial" for trial in self._view.trials)
 
     def _points(self) -> Iterator[Point]:
-        """Yield the points of a grid or at random that no trial has, always in the same order."""
+        """Yield the untried points of the grid, or untried random points, always in the same order."""
         settings = self._settings
         if settings.method == "grid":
             yield from islice(grid_points(settings.vary), self._number_of_trials(), None)
@@ -248,7 +248,7 @@ class _Step:
         return True
 
     def _end_by_time(self) -> bool:
-        """Start nothing more; end once nothing trains."""
+        """Take waiting runs out of the queue; end the sweep once no run is in training."""
         queued = [trial for trial in self._view.trials if trial.outcome == "waiting" and trial.run]
         for trial in queued:
             assert trial.run is not None
@@ -258,7 +258,7 @@ class _Step:
         return self._end("time")
 
     def _conclude(self) -> bool:
-        """Confirm the winner with other seeds, if it can be better than the base; then end."""
+        """Confirm a winner that has a lower loss than the base with other seeds; then end the sweep."""
         view, winner = self._view, self._view.winner
         base = view.base_trials[0].final
         if winner is None or winner.final is None or base is None:
@@ -292,16 +292,16 @@ class _Step:
 
 
 def stop_runs(view: SweepView) -> None:
-    """Stop the runs that train, after saving, and remove the others from the queue."""
+    """Have the runs in training save and stop, and remove the others from the queue."""
     for trial in view.trials:
         if trial.run is not None and read_status(trial.run).state in ("queued", *ACTIVE):
-            # One that ends at this moment needs no request.
+            # A run that ends at this moment needs no request.
             with suppress(UserError):
                 actions.stop(trial.run)
 
 
 def notify_end(folder: Path) -> None:
-    """Notify the user that the sweep in a folder is over. Raises UserError."""
+    """Notify the user that the sweep in a folder has ended. Raises UserError."""
     view = read_sweep(SweepDir(folder))
     winner = view.winner
     notify.send(
@@ -309,7 +309,7 @@ def notify_end(folder: Path) -> None:
             event="failed" if view.state == "failed" else "finished",
             run=view.sweep.id,
             name=view.sheet.name,
-            text=f"The sweep {view.sweep.id} is over. {verdict_sentence(view)}",
+            text=f"The sweep {view.sweep.id} has ended. {verdict_sentence(view)}",
             step=sum(trial.is_settled for trial in view.trials),
             total_steps=len(view.trials),
             best_loss=winner.final.loss if winner and winner.final else None,
@@ -318,9 +318,9 @@ def notify_end(folder: Path) -> None:
 
 
 def _recipe_of(view: SweepView, trial: Trial) -> Recipe:
-    """Return the recipe that a trial trains: without what costs time and changes nothing that is learned.
+    """Return the recipe of a trial's run, without reports that cost time and do not affect the weights.
 
-    Raises UsageError if it cannot be trained.
+    Raises UsageError if the recipe cannot be trained.
     """
     replace = msgspec.structs.replace
     recipe = view.recipe_of(trial)
@@ -341,7 +341,7 @@ def _recipe_of(view: SweepView, trial: Trial) -> Recipe:
 
 
 def _parallel_runs(view: SweepView) -> int:
-    """Return how many runs can train at the same time; 1 without a GPU, and if that is unknown."""
+    """Return how many runs can train at the same time; 1 without a GPU, or if the number is unknown."""
     with suppress(UserError):
         wanted = wanted_devices(view.sheet.recipe, with_choice(view.gpu))
         return max(1, len(wanted.devices) // wanted.count)
@@ -349,12 +349,12 @@ def _parallel_runs(view: SweepView) -> int:
 
 
 def active_sweeps() -> Iterator[SweepDir]:
-    """Yield the sweeps that have something to do."""
+    """Yield the sweeps that have work to do."""
     return (sweep for sweep in all_sweeps() if sweep.active_path.exists())
 
 
 def main(arguments: list[str]) -> int:
-    """Advance the sweeps named, or without a name all that are active; return the exit code."""
+    """Advance the named sweeps, or all active ones if none is named; return the exit code."""
     code = 0
     for sweep in [find_sweep(name) for name in arguments] or list(active_sweeps()):
         try:

@@ -1,6 +1,6 @@
-"""How much of a sweep fits in a time, which trials a round keeps, and whether a winner is better than noise.
+"""How many trials fit in a time, which trials a round keeps, and whether a winner is better than noise.
 
-Everything here is computed from numbers; nothing is read.
+Computes with numbers only, and reads no files.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ _T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 _CAUTION = 1.1
 """Factor on predicted times: trials with more parameters are slower than the base."""
 _MOST_TRIALS = 64
-"""Most trials of one group if the time would allow more: later groups know the results of earlier ones."""
+"""Most trials of one group, even if more would fit: later groups can use the results of earlier ones."""
 
 
 def share_of(round_: int, rounds: int) -> float:
-    """Return the share of a run's steps that is done at the end of a round, from 1."""
+    """Return the share of a run's steps, 0 to 1, that is completed at the end of round ``round_``, from 1."""
     return float(HALVING ** (round_ - rounds))
 
 
 def kept_of(trials: int) -> int:
-    """Return how many of a round's trials go on."""
+    """Return how many of a round's trials continue: the better half, at least 1."""
     return max(1, trials // HALVING)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What runs of a sweep take."""
+    """The time that runs of a sweep take."""
 
     full_s: float
     """Seconds that a whole run trains."""
     extra_s: float
-    """Seconds that a run takes to start, and to evaluate, each time that it starts."""
+    """Seconds that a run takes to load and to evaluate, for each start."""
     devices: int = 1
     """Number of runs that train at the same time."""
 
     def of_rounds(self, trials: int, rounds: int, first: int = 1) -> float:
-        """Return the seconds of rounds ``first`` to the last, of which the first has so many trials."""
+        """Return the seconds of rounds ``first`` to ``rounds``, with ``trials`` trials in round ``first``."""
         seconds = 0.0
         for number in range(first, rounds + 1):
             seconds += self.of_round(trials, number, rounds)
@@ -51,12 +51,12 @@ class Costs:
         return seconds
 
     def of_round(self, trials: int, round_: int, rounds: int) -> float:
-        """Return the seconds in which so many trials train one round."""
+        """Return the seconds in which ``trials`` trials train round ``round_``."""
         trained = share_of(round_, rounds) - (share_of(round_ - 1, rounds) if round_ > 1 else 0.0)
         return _CAUTION * math.ceil(trials / self.devices) * (trained * self.full_s + self.extra_s)
 
     def of_whole_runs(self, runs: int) -> float:
-        """Return the seconds of so many runs from their first step to the last."""
+        """Return the seconds in which ``runs`` runs train from their first step to their last."""
         return self.of_rounds(runs, 1)
 
 
@@ -71,13 +71,13 @@ class Plan:
 def plan_group(
     costs: Costs, seconds: float, *, trials: int, rounds: int, can_halve: bool, confirmations: int
 ) -> Plan | None:
-    """Return the most trials that fit in a time, with the whole runs that confirm the winner.
+    """Return the largest number of trials that fit in a time, including the runs that confirm the winner.
 
     Args:
-        costs: What runs take.
-        seconds: The time.
+        costs: The time that runs take.
+        seconds: The available time.
         trials: Most trials; 0: no limit.
-        rounds: Rounds; 0: three if the schedule allows, for which three trials are needed, else one.
+        rounds: Rounds; 0: three if the schedule allows and enough trials fit, else one.
         can_halve: Whether the schedule allows more than one round.
         confirmations: Whole runs after the last round.
 
@@ -104,13 +104,13 @@ def keep_best(
     round_: int,
     rounds: int,
 ) -> tuple[int, ...]:
-    """Return the trials that go on to the next round: the best half, or fewer if the time is short.
+    """Return the trials that continue to the next round: the best half, or fewer if the time is short.
 
     Args:
-        losses: Validation loss of each trial at the end of the round; None for one that failed.
+        losses: Validation loss of each trial at the end of the round; None if the trial failed.
         of_round: Number of trials that began the round.
-        costs: What runs take; None without a time.
-        seconds: The time that is left for the remaining rounds.
+        costs: The time that runs take; None if the sweep has no deadline.
+        seconds: The time left for the remaining rounds.
         round_: The round that ended, from 1.
         rounds: Number of rounds.
     """
@@ -122,26 +122,26 @@ def keep_best(
 
 
 Basis: TypeAlias = Literal["confirmed", "one_run", "not_lower", "noise_unknown", "no_result"]
-"""What a verdict follows from: ``confirmed``: fresh runs of winner and base. ``one_run``: the winner's only
-run, which was selected for its loss. ``not_lower``: the lowest loss is the base's own."""
+"""The basis of a verdict. ``confirmed``: runs of winner and base with other seeds. ``one_run``: the winner's
+only run, which was selected for its loss. ``not_lower``: no trial has a lower loss than the base."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the best trial is better than the recipe as it was."""
+    """Whether the best trial is better than the unchanged recipe."""
 
     basis: Basis
     winner: int | None = None
-    """Number of the trial with the lowest loss; None if no trial was trained to its end."""
+    """Number of the trial with the lowest loss; None if no trial completed all of its steps."""
     is_better: bool = False
     base: float | None = None
     """Mean validation loss of the runs of the base."""
     found: float | None = None
-    """Mean validation loss of the winner's runs that count."""
+    """Mean validation loss of the winner's compared runs."""
     noise: float | None = None
     """Standard deviation between seeds, pooled; None if it is unknown."""
     margin: float | None = None
-    """Difference that chance alone exceeds in one of twenty sweeps."""
+    """Difference that is exceeded by chance in one of twenty sweeps."""
     base_runs: int = 0
     found_runs: int = 0
 
@@ -151,9 +151,9 @@ def judge(winner: int, selected: float, fresh: Sequence[float], base: Sequence[f
 
     Args:
         winner: Number of the winning trial.
-        selected: The loss for which it won.
-        fresh: Losses of its runs with other seeds, which played no part in the selection.
-        base: Losses of the base's runs, each with another seed. The first has the seed of the trials.
+        selected: The winner's loss in the run for which it was selected.
+        fresh: Losses of the winner's runs with other seeds, which played no part in the selection.
+        base: Losses of the base's runs, each with a different seed. The first has the seed of the trials.
     """
     found = fresh or [selected]
     result = {

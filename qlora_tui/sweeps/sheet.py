@@ -1,4 +1,4 @@
-"""A sweep as its user writes it: a recipe with a table ``[sweep]``.
+"""A sweep's definition in TOML: a recipe with a table ``[sweep]``.
 
     [sweep]
     method = "random"
@@ -31,9 +31,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.sweeps.space import Space, check_space, grid_points, grid_size
 
 HALVING = 2
-"""Share of a round's trials that do not go on: one of so many is kept."""
+"""Factor by which each round reduces the number of trials: one of ``HALVING`` trials is kept."""
 AUTO_ROUNDS = 3
-"""Rounds that a sweep with a time has if its schedule allows."""
+"""Default rounds of a sweep that has a deadline, if its learning-rate schedule allows them."""
 _SAFE = ("wsd", "constant")
 
 
@@ -44,13 +44,13 @@ class Sweep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     method: Literal["random", "grid", "tpe"] = "random"
     """``grid``: every combination. ``tpe``: chosen by Optuna from the results so far."""
     trials: Annotated[int, Meta(ge=0, le=1000)] = 0
-    """0: the whole grid, or as many as the time allows."""
+    """Number of trials; 0: the whole grid, or as many as fit before the deadline."""
     rounds: Annotated[int, Meta(ge=0, le=8)] = 0
-    """Rounds of successive halving; 1: every trial trains to its end. 0: 1, or with a time what it allows."""
+    """Rounds of successive halving; 1: every trial completes its steps. 0: 1, or planned for the deadline."""
     seeds: Annotated[int, Meta(ge=1, le=16)] = 3
-    """Seeds with which the recipe as it is and the winner are trained; 1: the noise is not measured."""
+    """Seeds with which the unchanged recipe and the winner are trained; 1: the noise is not measured."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    """Seed of what is drawn at random."""
+    """Seed of the random points."""
     vary: Space = {}
     """Values or a range of each varied field."""
 
@@ -63,28 +63,28 @@ class Sheet(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The sweep's name, else the recipe's, else that of its model."""
+        """The sweep's name, or else the recipe's, or else its model's."""
         return self.sweep.name or self.recipe.name or short_model_name(self.recipe.model.id)
 
     @classmethod
     def load(cls, path: Path) -> Sheet:
-        """Read a sheet that has a whole recipe. Raises UserError."""
+        """Read a sheet with a complete recipe. Raises UserError."""
         sweep, layer = read_sheet(path)
         return cls(recipe=toml.to_recipe(layer, str(path)), sweep=sweep)
 
     def dump(self) -> str:
-        """Write it as TOML, with every setting of the recipe."""
+        """Return the sheet as TOML, with every setting of the recipe."""
         return tomli_w.dumps({"sweep": msgspec.to_builtins(self.sweep), **toml.to_layer(self.recipe)})
 
     @property
     def is_safe_to_halve(self) -> bool:
-        """Whether the learning rate before the last round does not depend on the length of a run."""
+        """Whether the learning rate before the last round is independent of the length of a run."""
         return not self._unsafe_schedule(AUTO_ROUNDS)
 
     def check(self, *, has_time: bool) -> None:
-        """Raise UserError, exit code 2, if the sweep cannot be run as it is.
+        """Raise UserError, exit code 2, if the sweep is invalid.
 
-        ``has_time``: whether it ends at a time, which then decides how many trials there are.
+        ``has_time``: whether the sweep has a deadline, which then determines the number of trials.
         """
         sweep, training = self.sweep, self.recipe.training
         require_runnable(self.recipe)
@@ -101,28 +101,27 @@ class Sheet(Struct, frozen=True, kw_only=True):
             raise UsageError(
                 "Early stopping in a sweep",
                 what=f"training.early_stopping is {training.early_stopping}.",
-                why="It ends some trials after fewer tokens than others.",
-                fix="Set training.early_stopping = 0: halving (--rounds) ends trials that are behind.",
+                why="Early stopping would end some trials after fewer tokens than others.",
+                fix="Set training.early_stopping = 0: halving (--rounds) ends the worse trials.",
             )
         if sweep.method != "grid" and not (sweep.trials or has_time):
             raise UsageError(
                 "How many trials?",
-                what="The sweep has neither a number of trials nor a time.",
+                what="The sweep has neither a number of trials nor a deadline.",
                 fix="Give one of them: --trials 8, --for 3h or --until 07:00.",
             )
         if sweep.rounds > 1 and (why := self._unsafe_schedule(sweep.rounds)):
             raise UsageError(
                 "This schedule cannot be halved",
                 what=why,
-                why="Trials are compared in the middle of their runs, and what is kept goes on from there. A "
-                "rate that decays toward a fixed end favors trials with a low rate until then, and it ties "
-                "every step to the length of the run.",
+                why="Trials are compared in the middle of their runs, before such a schedule has lowered the "
+                "learning rate: the comparison would favor trials with a low rate.",
                 fix="Set training.lr_scheduler to wsd or constant (--set training.lr_scheduler=wsd), or "
-                "train every trial to its end (--rounds 1).",
+                "train all steps of every trial (--rounds 1).",
             )
 
     def _unsafe_schedule(self, rounds: int) -> str:
-        """Return why a schedule is not safe for halving, in a sentence; empty if every one is."""
+        """Return why a schedule is not safe for halving, in a sentence; empty if all schedules are."""
         schedules = self.sweep.vary.get("training.lr_scheduler")
         names: Sequence[str] = (
             schedules if isinstance(schedules, list) else [self.recipe.training.lr_scheduler]
@@ -145,7 +144,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
         return float(max(values) if isinstance(values, list) else values.high)
 
     def number_of_trials(self) -> int:
-        """Return the number of trials asked for; 0 if the time decides."""
+        """Return the requested number of trials; 0 if the deadline determines the number."""
         if self.sweep.method == "grid":
             size = grid_size(self.sweep.vary)
             return min(size, self.sweep.trials or size)
@@ -153,7 +152,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
 
 
 def read_sheet(path: Path) -> tuple[Sweep, dict[str, Any]]:
-    """Read the table ``[sweep]`` of a file, empty without one, and the recipe's layer. Raises UserError."""
+    """Read the table ``[sweep]`` of a file, defaults if it has none, and its recipe. Raises UserError."""
     text = toml.read_text(path)
     layer = toml.parse(text, str(path))
     table = layer.pop("sweep", {})
@@ -164,7 +163,7 @@ def read_sheet(path: Path) -> tuple[Sweep, dict[str, Any]]:
         raise UsageError(
             "Invalid sweep",
             what=f"{path}, [sweep]: {error}.",
-            fix="docs/sweeps.md lists what the table [sweep] holds.",
+            fix="docs/sweeps.md describes the table [sweep].",
         ) from None
 
 
@@ -178,9 +177,9 @@ def build_sheet(
     settings: Mapping[str, Any],
     vary: Space,
 ) -> Sheet:
-    """Build a sweep from a file, if any, and a command line, which overrides it. Raises UserError.
+    """Build a sweep from a file, if any, and the options of a command, which override the file.
 
-    ``settings``: fields of :class:`Sweep` that the command line sets.
+    ``settings``: fields of :class:`Sweep` that the command sets. Raises UserError.
     """
     sweep, layer = read_sheet(file) if file is not None else (Sweep(), {})
     recipe = build_recipe(preset=preset, layer=layer, sets=sets, model=model, data=data)

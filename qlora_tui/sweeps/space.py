@@ -1,8 +1,7 @@
-"""Which settings a sweep varies: values or ranges of recipe fields, and the points of a grid or at random.
+"""The varied settings of a sweep: values or ranges of recipe fields, and the points of a grid or at random.
 
-A value is a field's TOML value. Which fields can be varied follows from what they change: a sweep compares
-validation losses, so whatever changes the validation rows, their tokens or how the loss is computed is
-refused.
+A value is a field's TOML value. A sweep compares validation losses, so fields that change the validation
+rows, their tokens or the computation of the loss are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from qlora_tui.recipe.validation import InvalidRecipeError, find_issues
 Point: TypeAlias = dict[str, Any]
 """The value of each varied field, by its path, as in TOML."""
 _MOST_POINTS = 4096
-_LENGTH = "it changes how long a run trains, and trials are compared after the same number of tokens"
+_LENGTH = "it changes the length of a run, and trials are compared after the same number of tokens"
 _MEASURE = "it changes what the validation loss measures, so the losses of trials could not be compared"
 _REASONS: dict[str, str] = {
     "training.epochs": _LENGTH,
@@ -38,24 +37,24 @@ _REASONS: dict[str, str] = {
     "training.forgetting_weight": _MEASURE,
     "training.preference_beta": _MEASURE,
     "training.simpo_gamma": _MEASURE,
-    "training.seed": "seeds are for measuring the noise: set sweep.seeds",
-    "training.report_to": "it changes nothing that is learned",
+    "training.seed": "a sweep uses seeds to measure the noise; sweep.seeds sets their number",
+    "training.report_to": "it does not affect the trained weights",
     "training.lr_scheduler": "",
     "data.packing": "",
 }
-"""Why a field is not varied; an empty reason allows a field of a section that is otherwise refused."""
+"""Why a field is refused; an empty reason allows a field of a section that is otherwise refused."""
 _SECTIONS = {"data": _MEASURE, "model": _MEASURE}
 
 
 class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Numbers from ``low`` to ``high``, both included; whole numbers for a field of whole numbers."""
+    """Numbers from ``low`` to ``high``, both included; whole numbers if the field takes whole numbers."""
 
     low: float
     high: float
     log: bool = False
-    """Whether ratios rather than differences are equally likely: for learning rates."""
+    """Whether the range is logarithmic, as is usual for learning rates."""
     points: Annotated[int, Meta(ge=2, le=1000)] = 5
-    """Values that a grid takes from it, evenly spaced."""
+    """Number of evenly spaced values in a grid."""
 
     def at(self, share: float, *, whole: bool) -> float | int:
         """Return the number at a share of the range, 0 to 1."""
@@ -64,7 +63,7 @@ class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         else:
             value = self.low + share * (self.high - self.low)
         value = min(max(value, self.low), self.high)
-        # Four digits are enough for a setting, and can be read.
+        # Four significant digits are enough for a setting, and legible.
         return round(value) if whole else float(f"{value:.4g}")
 
     def __str__(self) -> str:
@@ -74,7 +73,7 @@ class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 Values: TypeAlias = Range | list[Any]
 """A range, or a list of values."""
 Space: TypeAlias = dict[str, Values]
-"""What each field is varied over, by its path."""
+"""The values or range of each varied field, by the field's path."""
 
 
 def parse_vary(argument: str) -> tuple[str, Values]:
@@ -174,7 +173,7 @@ def _check_variable(field: Field, recipe: Recipe) -> None:
     if reason is None:
         reason = _SECTIONS.get(field.path.partition(".")[0], "")
         if field.path in WITHOUT_EFFECT_ON_WEIGHTS:
-            reason = "it changes nothing that is learned"
+            reason = "it does not affect the trained weights"
     if field.path == "data.packing" and recipe.training.max_steps:
         reason = f"with training.max_steps, {_LENGTH}"
     if reason:
@@ -182,21 +181,22 @@ def _check_variable(field: Field, recipe: Recipe) -> None:
             "A setting that a sweep cannot vary",
             what=f"{field.path} cannot be varied.",
             why=f"Reason: {reason}.",
+            fix="Vary another setting; docs/sweeps.md says which can be varied.",
         )
 
 
 def _check_range(field: Field, values: Range) -> None:
     if field.kind not in ("int", "float"):
-        raise _invalid(field.path, f"it has no range: it is {field.expected}")
+        raise _invalid(field.path, f"a range is not possible, because the value is {field.expected}")
     if not (math.isfinite(values.low) and math.isfinite(values.high) and values.low < values.high):
-        raise _invalid(field.path, "low must be below high")
+        raise _invalid(field.path, "the low end of the range must be below its high end")
     if values.log and values.low <= 0:
-        raise _invalid(field.path, "a logarithmic range begins above 0")
+        raise _invalid(field.path, "a logarithmic range must begin above 0")
 
 
 def _invalid(path: str, what: str) -> UsageError:
     return UsageError(
-        "Invalid values to vary", what=f"{path}: {what}.", fix="Change it in [sweep.vary] or --vary."
+        "Invalid values to vary", what=f"{path}: {what}.", fix="Correct [sweep.vary] or --vary."
     )
 
 
@@ -208,10 +208,10 @@ def extremes(path: str, values: Values) -> list[Any]:
 
 
 def apply_point(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with these values, trained on as many rows as without them.
+    """Return the recipe with these values.
 
-    With ``training.max_steps``, a trial of another batch size takes as many more or fewer steps. Raises
-    UserError.
+    With ``training.max_steps``, the steps are adjusted to the batch size, so that the number of trained rows
+    stays the same. Raises UserError.
     """
     layer: Mapping[str, Any] = to_layer(recipe)
     for path, value in point.items():
@@ -235,8 +235,8 @@ def grid_points(space: Space) -> Iterator[Point]:
     if grid_size(space) > _MOST_POINTS:
         raise UsageError(
             "The grid is too large",
-            what=f"It has {grid_size(space):,} points, more than {_MOST_POINTS:,}.",
-            fix='Vary fewer values, or draw some of them: method = "random".',
+            what=f"The grid has {grid_size(space):,} points, more than {_MOST_POINTS:,}.",
+            fix='Vary fewer values, or draw random points: method = "random".',
         )
     columns = [_grid_values(path, values) for path, values in space.items()]
     for combination in product(*columns):
@@ -252,7 +252,7 @@ def _grid_values(path: str, values: Values) -> Sequence[Any]:
 
 
 def random_point(space: Space, seed: int, number: int) -> Point:
-    """Draw one point; the same for the same seed and number."""
+    """Return a random point, which depends only on ``seed`` and ``number``."""
     draw = random.Random(f"{seed}/{number}")
     return {
         path: values.at(draw.random(), whole=_field(path).kind == "int")
@@ -263,7 +263,7 @@ def random_point(space: Space, seed: int, number: int) -> Point:
 
 
 def is_whole(path: str) -> bool:
-    """Return whether a field has whole numbers."""
+    """Return whether a field takes whole numbers."""
     return _field(path).kind == "int"
 
 

@@ -1,8 +1,8 @@
-"""The trials of a sweep as an Optuna study: what TPE proposes next, and how much each setting mattered.
+"""The trials of a sweep as an Optuna study: the next point by TPE, and the importance of each setting.
 
-Optuna is optional: ``qlora-tui[sweep]``. The study is rebuilt from the sweep's own records each time, so a
-kill leaves nothing half told; ``optuna.journal`` is a copy for other tools, such as optuna-dashboard. Optuna
-itself neither halves by resuming nor starts runs here.
+Optuna is optional: ``qlora-tui[sweep]``. The study is rebuilt from the sweep's records each time, so a kill
+cannot leave it incomplete; ``optuna.journal`` is a copy for other tools, such as optuna-dashboard. Optuna
+neither starts the runs nor halves them.
 """
 
 from __future__ import annotations
@@ -20,29 +20,30 @@ if TYPE_CHECKING:
     import optuna
 
 FEWEST_RESULTS = 10
-"""Results below which TPE proposes at random, as Optuna does."""
+"""Number of results below which TPE proposes random points; the default of Optuna's ``TPESampler``."""
 _FEWEST_EXPLAINED = 4
 
 
 def require_optuna() -> None:
-    """Raise UserError, with the command that installs it, if Optuna is not installed."""
+    """Raise UserError, with the command that installs Optuna, if Optuna is not installed."""
     try:
         import optuna
     except ImportError as error:
         raise UserError(
             "Optuna is not installed",
             what='The method "tpe" and the importances of settings need Optuna.',
-            fix=f"Install it: `{install_command('qlora-tui[sweep]')}`. Random and grid do without.",
+            fix=f"Install it: `{install_command('qlora-tui[sweep]')}`. The methods random and grid work "
+            "without it.",
             code="optuna-missing",
         ) from error
-    # It reports each study that is made, also on stderr of a command.
+    # By default, Optuna reports each new study on stderr.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def propose(view: SweepView, number: int) -> Point:
     """Return the values of the next trial, by TPE from the results so far (arXiv 2304.11127).
 
-    The same for the same results, seed and number. Raises UserError if Optuna is not installed.
+    The values depend only on results, seed and ``number``. Raises UserError if Optuna is not installed.
     """
     require_optuna()
     import optuna
@@ -58,7 +59,7 @@ def propose(view: SweepView, number: int) -> Point:
 
 
 def write_journal(view: SweepView) -> None:
-    """Write the trials as an Optuna journal, replacing the last one. Without Optuna nothing is written."""
+    """Write the trials as an Optuna journal, replacing the last one; do nothing without Optuna."""
     with suppress(UserError):
         require_optuna()
         import optuna
@@ -78,10 +79,11 @@ def _remove(file: Path) -> None:
 
 
 def importances(view: SweepView) -> dict[str, float]:
-    """Return how much each setting explains of the differences in loss, 0 to 1, the most important first.
+    """Return the share of the differences in loss that each setting explains, 0 to 1, in descending order.
 
-    By PED-ANOVA (arXiv 2304.10255) over the losses at the end of the first round, which all trials have.
-    Empty for too few results, and for a single setting. Raises UserError if Optuna is not installed.
+    Computed by PED-ANOVA (arXiv 2304.10255) from the losses at the end of the first round, which all trials
+    reach. Empty if there are too few results, or only one setting. Raises UserError if Optuna is not
+    installed.
     """
     require_optuna()
     import optuna
@@ -109,7 +111,7 @@ def _frozen_trials(view: SweepView) -> list[optuna.trial.FrozenTrial]:
 
 
 def _frozen(space: Space, trial: Trial, loss: float | None) -> optuna.trial.FrozenTrial:
-    """Return a trial with its results; one that was not trained to its end counts as pruned."""
+    """Return a trial with its results; a trial that did not complete its steps counts as pruned."""
     from optuna.trial import TrialState, create_trial
 
     state = (
@@ -143,7 +145,7 @@ def _distributions(space: Space) -> dict[str, Any]:
 
 
 def _label(values: Any, value: Any) -> Any:
-    """Return a value as Optuna can hold it: lists and tables become text."""
+    """Return a value in a type that Optuna supports: lists and tables become text."""
     return (
         value
         if isinstance(values, Range) or isinstance(value, bool | int | float | str)

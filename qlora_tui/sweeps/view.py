@@ -1,4 +1,4 @@
-"""A sweep as its folder and its runs say: the one reader behind screen, command line and what is done next.
+"""The state of a sweep, read from its folder and its runs: for the screen, the command line and the driver.
 
 Reads files only, in milliseconds for tens of trials; needs neither torch nor the optional Optuna.
 """
@@ -39,30 +39,30 @@ from qlora_tui.sweeps.space import apply_point
 _STEPS = 200
 """Steps sampled from a run: a curve on a screen has fewer cells."""
 MOST_AGAIN = 3
-"""How often a trial whose process was killed continues from its checkpoint."""
+"""Most times that a trial whose process was killed continues from its checkpoint."""
 SweepState: TypeAlias = Literal["running", "waiting", "pausing", "paused", "finished", "stopped", "failed"]
-"""``waiting``: for a run that the user paused. ``pausing``: a run still saves."""
+"""``waiting``: for a run that the user paused. ``pausing``: a run is saving its checkpoint."""
 Outcome: TypeAlias = Literal[
     "waiting", "training", "paused", "reached", "dropped", "finished", "failed", "stopped"
 ]
-"""``reached``: the end of its round, with a result. ``dropped``: not kept for the next round."""
+"""``reached``: the trial completed its round, with a result. ``dropped``: not kept for the next round."""
 _KILLED = ("killed", "lost")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial reached at the end of a round."""
+    """The result of a trial at the end of a round."""
 
     step: int
     tokens: int
-    """Real tokens that it was trained on so far; 0 if its steps do not say."""
+    """Real tokens that the trial was trained on so far; 0 if unknown."""
     loss: float
-    """Validation loss, with weighted forgetting if the recipe asks for that: the lowest is best."""
+    """Validation loss, plus weighted forgetting if the recipe sets its weight: lower is better."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, and what it is for."""
+    """One run of a sweep, with its role."""
 
     number: int
     role: Role
@@ -71,16 +71,16 @@ class Trial:
     """The varied settings; empty for the base."""
     seed: int
     run: RunDir | None
-    """None until it is made, and after it was deleted."""
+    """None until the run is created, and after it was deleted."""
     state: State
-    """State of the run; ``gone`` without one."""
+    """State of the run; ``gone`` if there is none."""
     outcome: Outcome
     target: float
     """Share of its steps at which its current round ends."""
     rounds: int = 1
-    """Rounds of its group; 1 for a run that is not halved."""
+    """Number of rounds of its group; 1 for a run that is not halved."""
     results: dict[int, Result] = field(default_factory=dict)
-    """By round, from 1. Whole runs have one, of round 1."""
+    """Results by round, from 1. A run that is not halved has one, of round 1."""
     total_steps: int = 0
     step: int = 0
     steps: tuple[int, ...] = ()
@@ -91,21 +91,21 @@ class Trial:
     """(step, validation loss)."""
     tokens_per_s: float | None = None
     failure: str = ""
-    """What a failure is called; empty otherwise."""
+    """Title of the error of a failed run; empty otherwise."""
     is_interrupted: bool = False
-    """Whether it is to go on: it paused, was stopped with the sweep, or was killed, before the user last
-    started the sweep."""
+    """Whether the run must continue: it paused, was stopped with the sweep, or was killed, before the user
+    last started the sweep."""
     seconds: tuple[float, float] | None = None
-    """Seconds that a finished run trained, and that it took besides."""
+    """Seconds that a finished run trained, and its other seconds (loading, evaluations); None otherwise."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing more comes of it in this round."""
+        """Whether the trial's part in this round is over."""
         return self.outcome not in ("waiting", "training", "paused")
 
     @property
     def final(self) -> Result | None:
-        """Its result after all of its steps; None before, and if its loss is not a number."""
+        """Result after all steps; None before, or if the loss is not a number."""
         return self.results.get(self.rounds) if self.outcome == "finished" else None
 
 
@@ -120,12 +120,12 @@ class Group:
 
     @property
     def round(self) -> int:
-        """The round that is trained, from 1."""
+        """The current round, from 1."""
         return len(self.ended) + 1
 
     @property
     def target(self) -> float:
-        """Share of the steps at which this round ends."""
+        """Share of the steps, 0 to 1, at which this round ends."""
         return share_of(min(self.round, self.planned.rounds), self.planned.rounds)
 
 
@@ -139,9 +139,9 @@ class SweepView:
     began_at: float
     """Unix time."""
     deadline: float | None
-    """Unix time; None without one."""
+    """Unix time; None if there is no deadline."""
     gpu: str
-    """The GPUs that the user chose for it; empty if none."""
+    """The GPUs that the user chose for the sweep; empty if none."""
     ended: SweepEnded | None
     trials: tuple[Trial, ...]
     """Every run: the base, the trials, the confirmations, in the order in which they were chosen."""
@@ -149,7 +149,7 @@ class SweepView:
 
     @property
     def base_trials(self) -> list[Trial]:
-        """Runs of the recipe as it is; the first has the seed of the trials."""
+        """Runs of the unchanged recipe; the first has the seed of the trials."""
         return [trial for trial in self.trials if trial.role == "base"]
 
     def of_group(self, number: int) -> list[Trial]:
@@ -158,17 +158,17 @@ class SweepView:
 
     @property
     def winner(self) -> Trial | None:
-        """The trial with the lowest loss among those trained to their end."""
+        """The trial with the lowest loss among those that completed all of their steps; None if none has."""
         finished = [trial for trial in self.trials if trial.role == "trial" and trial.final is not None]
         return min(finished, key=lambda trial: trial.final.loss if trial.final else math.inf, default=None)
 
     def confirmations_of(self, trial: Trial) -> list[Trial]:
-        """Return the runs that train a trial's values with other seeds."""
+        """Return the runs with a trial's values and other seeds."""
         return [one for one in self.trials if one.role == "confirmation" and one.values == trial.values]
 
     @property
     def costs(self) -> Costs | None:
-        """What a run of this sweep takes, as the first run of the base measured it; None before its end."""
+        """Time that a run of this sweep takes, from the first run of the base; None before its end."""
         seconds = self.base_trials[0].seconds if self.base_trials else None
         return None if seconds is None else Costs(*seconds)
 
@@ -184,9 +184,9 @@ class SweepView:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that the rest takes, as the first run of the base measured it; None while that is unknown.
+        """Seconds that the remaining runs take, from the costs; None while unknown.
 
-        With a deadline there may be further groups of trials after it.
+        Groups of trials that may follow until the deadline are not included.
         """
         costs = self.costs
         if costs is None or not self.groups or self.state not in ("running", "waiting"):
@@ -207,11 +207,11 @@ class SweepView:
         )
 
     def recipe_of(self, trial: Trial) -> Recipe:
-        """Return the recipe with a trial's values, to adopt or compare: with the base's own reports."""
+        """Return the recipe with a trial's values, to adopt or compare; its reports are the recipe's."""
         return apply_point(self.sheet.recipe, trial.values)
 
     def unequal_tokens(self, tolerance: float = 0.05) -> list[Trial]:
-        """Return trials whose last result is after clearly more or fewer tokens than that of others then."""
+        """Return trials whose tokens differ from the median of their round by more than ``tolerance``."""
         unequal = []
         for group in self.groups:
             for number in range(1, group.planned.rounds + 1):
@@ -261,7 +261,7 @@ def _groups(records: list[AnyRecord]) -> tuple[Group, ...]:
 
 
 def _runs_of(sweep: SweepDir, records: list[AnyRecord]) -> dict[int, RunDir]:
-    """Return the run of each trial; a run that was made before a crash is known by its mark."""
+    """Return the run of each trial; a run created just before a crash is found by the mark in its folder."""
     runs = {one.number: RunDir(paths.runs_dir() / one.run) for one in _of(records, RunMade)}
     missing = {one.number for one in _of(records, TrialChosen)} - runs.keys()
     if missing:
@@ -315,7 +315,7 @@ def _trial(
         return Trial(**facts, run=None, state="gone", outcome=outcome, failure=failure)
     view, _ = RunView.from_sample(run, _STEPS)
     results = dict(_results(view, rounds))
-    # Also with a validation loss that is not a number.
+    # True even if the validation loss is not a number.
     is_reached = any(event.step >= _last_step(view, target) for event in view.evaluations if event.step)
     ending = view.ending
     goes_from = max(_go_times(number, records), default=0.0)
@@ -362,7 +362,7 @@ def _outcome(state: State, is_reached: bool, is_dropped: bool, is_interrupted: b
 
 
 def _go_times(number: int, records: list[AnyRecord]) -> Iterator[float]:
-    """Yield when a trial was told to train: what paused it later was its user."""
+    """Yield the Unix times at which a trial was told to train: a later pause was requested by the user."""
     for record in records:
         match record:
             case TrialChosen() | RunAgain() if record.number == number:
@@ -382,7 +382,7 @@ def _was_stopped(at: float, records: list[AnyRecord]) -> bool:
 
 
 def _last_step(view: RunView, share: float) -> int:
-    """Return the step after which a run pauses that trains a share of its steps; at least 1."""
+    """Return the step at which a share of the run's steps is completed; at least 1."""
     return max(1, math.ceil(share * view.total_steps))
 
 
@@ -411,7 +411,7 @@ def _seconds(view: RunView) -> tuple[float, float] | None:
     ending = view.ending
     if not isinstance(ending, events.Finished) or view.started_at is None:
         return None
-    # The event has the time of its last attempt.
+    # The event has only the time of the last attempt.
     return max(ending.seconds, view.series.seconds()), max(0.0, ending.at - view.started_at - ending.seconds)
 
 

@@ -167,7 +167,7 @@ def test_pause_stop_and_what_the_user_pauses(recipe: Recipe) -> None:
     assert run_queue.waiting() == [by_user.id]
     actions.stop(sweep)
     assert read_sweep(sweep).state == "stopped" and run_queue.waiting() == []
-    with pytest.raises(UserError, match="Not possible now"):
+    with pytest.raises(UserError, match="Not possible in this state"):
         actions.pause(sweep)
 
 

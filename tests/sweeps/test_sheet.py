@@ -57,11 +57,11 @@ def test_a_sheet_is_a_recipe_with_a_table(tmp_path: Path, recipe: Recipe) -> Non
         ({"lora.rank": {"low": 1, "high": 5000}}, {}, "from 1 to 1,024"),
         ({"data.max_length": [512]}, {}, "what the validation loss measures"),
         ({"training.epochs": [1.0]}, {}, "the same number of tokens"),
-        ({"training.log_every": [1]}, {}, "changes nothing that is learned"),
+        ({"training.log_every": [1]}, {}, "does not affect the trained weights"),
         ({"training.lr_scheduler": ["wsd", "cosine"]}, {"rounds": 2}, "cosine"),
         ({"training.warmup_ratio": [0.3]}, {"rounds": 3}, "longer than the first of 3 rounds"),
         ({"training.lr_decay_share": [0.6]}, {"rounds": 2}, "before the last round"),
-        (RATES, {"method": "random"}, "neither a number of trials nor a time"),
+        (RATES, {"method": "random"}, "neither a number of trials nor a deadline"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

@@ -93,7 +93,7 @@ async def test_a_running_sweep_is_paused_resumed_given_time_and_stopped(recipe: 
         await pilot.press("z")
         await wait_for_text(pilot, "Running: ")
         await pilot.press("a", *"tomorrow", "enter")
-        await wait_for_text(pilot, "'tomorrow' is not a time")
+        await wait_for_text(pilot, "'tomorrow' is not a duration")
         await pilot.press("ctrl+u", *"2h", "enter")
         await wait_until(pilot, lambda: read_sweep(sweep).deadline is not None)
         await pilot.press("x", "y")
@@ -117,7 +117,7 @@ async def test_a_sweep_is_started_from_the_recipe_on_screen(tmp_path: Path) -> N
         assert all_sweeps() == []
         vary.value = "lora.rank=8,16"
         app.screen.query_one("#sweep-end", Input).value = "3h"
-        await wait_for_text(pilot, "How many trials fit is unknown")
+        await wait_for_text(pilot, "number of trials that fit is unknown")
         await pilot.press("enter")
         await wait_until(pilot, lambda: isinstance(app.screen, SweepScreen))
         assert read_sweep(all_sweeps()[0]).deadline is not None

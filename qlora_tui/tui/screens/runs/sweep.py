@@ -60,12 +60,12 @@ _STYLES: dict[Outcome, str] = {
 
 @dataclass(frozen=True)
 class _Shown:
-    """A sweep as it was read."""
+    """A sweep and the figures that the window shows."""
 
     view: SweepView
     bought: tuple[Bought, ...]
     shares: dict[str, float]
-    """Share of the differences that each setting explains; empty without Optuna or results."""
+    """Share, 0 to 1, of the differences in loss that each setting explains; empty without Optuna."""
 
 
 def _read(sweep: SweepDir) -> _Shown:
@@ -118,7 +118,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     ]
 
     def __init__(self, sweeps: Sequence[SweepDir], number: int = 0) -> None:
-        """Create the window for one of the sweeps, of which there is at least one."""
+        """Create the window for ``sweeps[number]``; there must be at least one sweep."""
         super().__init__()
         self._sweeps, self._number = sweeps, number
         self._shown: _Shown | None = None
@@ -181,7 +181,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         trials = self._shown.view.trials if self._shown is not None else ()
         trial = next((trial for trial in trials if str(trial.number) == event.option_id), None)
         if trial is None or trial.run is None:
-            self.notify("This trial has no run yet.")
+            self.notify("This trial has no run: it was not queued yet, or its run was deleted.")
             return
         app = self.app
         self.dismiss()
@@ -206,8 +206,8 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             self._change(actions.resume, "The sweep continues.")
 
     def action_add_time(self) -> None:
-        """Ask for a time, by which the sweep goes on."""
-        text = "How much longer, such as 2h or 90m. A sweep that is over continues with further trials."
+        """Ask for a duration, and extend the sweep by it."""
+        text = "Time to add, such as 2h or 90m. A sweep that has ended continues with further trials."
         prompt = TextPromptScreen("Add time", text, validate=partial(_wrong, actions.parse_duration))
         self.ask(prompt, self._add_time)
 
@@ -221,7 +221,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         view = self._shown.view if self._shown is not None else None
         winner = view.winner if view is not None else None
         if view is None or winner is None:
-            self.notify("No trial has been trained to its end yet.")
+            self.notify("There is no winner yet: no trial has completed all of its steps.")
             return
         recipe, note = view.recipe_of(winner), f"Trial {winner.number} of the sweep {self.sweep.id}."
         text = f"Name of the preset with the settings of trial {winner.number}. Model and data are left out."
@@ -236,13 +236,13 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
     def action_stop(self) -> None:
-        """End the sweep, if the user confirms it."""
-        text = "The run in training saves and stops, the others leave the queue. Results stay."
-        question = ConfirmScreen("Stop the sweep?", text, "Stop", "Go on")
+        """Stop the sweep if the user confirms."""
+        text = "The run in training saves and stops, and the others leave the queue. Results are kept."
+        question = ConfirmScreen("Stop the sweep?", text, "Stop", "Continue")
         self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))
 
     def action_next(self) -> None:
-        """Show the next older sweep, after the oldest the newest."""
+        """Show the next older sweep, or after the oldest one the newest."""
         self._number = (self._number + 1) % len(self._sweeps)
         self._shown = None
         self._refresh()
@@ -253,7 +253,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def verdict_lines(view: SweepView) -> list[Content]:
-    """Return the verdict with the winner and both losses, then what the sweep does and how it was judged."""
+    """Return the verdict with the winner and both losses, then the sweep's state and the comparison."""
     verdict, winner = view.verdict, view.winner
     word, colon, why = verdict_sentence(view).partition(": ")
     if winner is None or verdict.found is None:
@@ -270,7 +270,7 @@ def verdict_lines(view: SweepView) -> list[Content]:
         ]
     if unequal := view.unequal_tokens():
         names = ", ".join(str(trial.number) for trial in unequal)
-        text = f"Trials {names} were compared after clearly more or fewer tokens than the others."
+        text = f"Unequal training: trials {names} were compared after more or fewer tokens than others."
         lines.append(Content.styled(text, "$warning"))
     return lines
 
@@ -289,7 +289,7 @@ def sweep_plot(view: SweepView) -> Plot:
             continue
         name, style, mark = "other trials", "$text-muted", "·"
         if trial.role == "base":
-            name, style, mark = "the recipe as it is", "$text", "○"
+            name, style, mark = "unchanged recipe", "$text", "○"
         elif trial.number == winner:
             name, style, mark = f"trial {winner}", "$validation", "★"
         legend[mark] = (f"{mark} {name}", style)
@@ -341,7 +341,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
 
 
 def _trial_name(trial: Trial) -> str:
-    return "as it is" if trial.role == "base" else str(trial.number)
+    return "unchanged" if trial.role == "base" else str(trial.number)
 
 
 def _value(path: str, trial: Trial) -> str:
@@ -368,7 +368,7 @@ def _words(view: SweepView, trial: Trial) -> Content:
 
 
 def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
-    """Return what each value of each setting reached at the end of the first round."""
+    """Return a table of the losses that each value of each setting reached at the end of the first round."""
     first = {one.path: one for one in reversed(bought)}
 
     def once(text: Callable[[str], str], one: Bought) -> str:
@@ -392,7 +392,7 @@ def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int)
 
 
 def _wrong(parse: Callable[[str], object], text: str) -> str:
-    """Return what is wrong with a typed text, in a sentence; empty if nothing is."""
+    """Return the error in a typed text, in sentences; empty if there is none."""
     try:
         parse(text)
     except UserError as problem:

@@ -1,4 +1,4 @@
-"""The dialog that starts a sweep: which settings to vary, and for how long."""
+"""The dialog that starts a sweep: the settings to vary, and the number of trials or the deadline."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from qlora_tui.tui.screens.runs.sweep import SweepScreen
 from qlora_tui.tui.widgets.controls import TextField
 
 _RATES = (1 / 4, 4.0)
-"""Range of learning rates that is proposed, relative to the recipe's."""
+"""Ends of the proposed range of learning rates, relative to the recipe's."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sweep as it was typed."""
+    """The sweep that the user typed."""
 
     sheet: Sheet
     deadline: float | None
-    """Unix time; None if the number of trials decides."""
+    """Unix time; None if a number of trials was given."""
 
 
 def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
-    """Parse what was typed. Raises UserError.
+    """Parse and check the fields of the dialog. Raises UserError.
 
     Args:
         recipe: The recipe that the trials start from.
@@ -65,10 +65,12 @@ def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
     space = dict(parse_vary(part) for part in vary.split(";") if part.strip())
     if not space:
         raise UsageError(
-            "Nothing to vary", what="No setting is named.", fix="Write lora.rank=8,16,32, for example."
+            "Nothing to vary", what="No setting is named.", fix="Write, for example, lora.rank=8,16,32."
         )
     if not 0 <= trials <= 1000:
-        raise UsageError("Too many trials", what=f"{trials} trials are too many.", fix="Write at most 1,000.")
+        raise UsageError(
+            "Too many trials", what=f"{trials:,} trials are too many.", fix="Write at most 1,000."
+        )
     sheet = Sheet(recipe=recipe, sweep=Sweep(vary=space, trials=trials))
     if trials and sheet.is_safe_to_halve:
         sheet = Sheet(recipe=recipe, sweep=Sweep(vary=space, trials=trials, rounds=_rounds(trials)))
@@ -77,19 +79,19 @@ def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
 
 
 def _rounds(trials: int) -> int:
-    """Return how many rounds of halving this many trials are good for."""
+    """Return the rounds of halving for a number of trials, at most :data:`AUTO_ROUNDS`."""
     return max(1, min(AUTO_ROUNDS, math.ceil(math.log2(trials)) if trials > 1 else 1))
 
 
 def draft_sentence(draft: Draft, costs: Costs | None) -> str:
-    """Say what the sweep would train, and how long that takes."""
+    """Say in sentences what the sweep would train, and how long that takes."""
     sheet, deadline = draft.sheet, draft.deadline
     trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
-    why = "" if sheet.is_safe_to_halve else " Halving needs training.lr_scheduler wsd or constant."
+    why = "" if sheet.is_safe_to_halve else " Several rounds need training.lr_scheduler wsd or constant."
     if deadline is None:
         return f"{plan_sentence(sheet, trials, rounds, costs)}{why}"
     if costs is None:
-        return f"How many trials fit is unknown until a run has been trained here.{why}"
+        return f"The number of trials that fit is unknown until a run has been trained on this machine.{why}"
     confirmations = 2 * (sheet.sweep.seeds - 1)
     plan = plan_group(
         costs,
@@ -128,12 +130,12 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
             dialog.border_title = "Find better settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next field", "Enter start")
             yield Static(
-                "Trains this recipe with other settings, and says whether the best is better than chance.\n\n"
+                "Trains variations of this recipe, and tests whether the best is better than chance.\n\n"
                 "Vary: settings with a range or values, separated by semicolons",
                 markup=False,
             )
             yield TextField(vary, id="sweep-vary", compact=True)
-            yield Static("\nHow long: 8 trials, 3h, or until 07:00", markup=False)
+            yield Static("\nLength: 8 trials, 3h, or until 07:00", markup=False)
             yield TextField("8 trials", id="sweep-end", compact=True)
             yield Static("", id="sweep-plan", markup=False)
 
@@ -149,7 +151,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
             self._show_plan()
 
     def on_input_changed(self) -> None:
-        """Say what would be trained, or what is wrong with it."""
+        """Show what would be trained, or the error in a field."""
         self._show_plan()
 
     def _show_plan(self) -> None:
@@ -164,7 +166,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
         return parse_draft(self._recipe, vary, end)
 
     def on_input_submitted(self) -> None:
-        """Start what was typed, unless something is wrong with it."""
+        """Return the sweep, unless a field has an error."""
         try:
             self.dismiss(self._draft())
         except UserError:
@@ -172,7 +174,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
 
 
 def start_sweep(screen: OnQloraApp) -> None:
-    """Ask what to vary, start the sweep, and show it. Raises UserError."""
+    """Open the dialog, start the sweep, and show it. Raises UserError."""
     refuse_on_box("Sweeps are started on the box", "sweep start RECIPE --vary …")
     app, machine = screen.app, screen.app.system_status.machine
     recipe = with_absolute_paths(app.workbench.recipe)
