@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of a tokenizer and its chat template; a model has some of them."""
+UNUSABLE_TOKENIZER = "unusable-tokenizer"
+"""Code of the error for a model folder without a tokenizer that can be loaded."""
 _TEMPLATES = "additional_chat_templates"
 """Folder of the templates other than the default one, such as ``tool_use.jinja``."""
 TOOL_TEMPLATE = f"{_TEMPLATES}/tool_use.jinja"

@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Struct
 from tokenizers import Encoding, Tokenizer
 
+from qlora_tui.catalog.model_validation import UNUSABLE_TOKENIZER
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError, stock_template
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.template_capabilities import OPENED, THOUGHT_TAGS, TemplateCapabilities, probe_template
@@ -106,6 +107,7 @@ class ChatTokenizer:
                 fix="Load it with transformers' AutoTokenizer and save_pretrained it to the folder."
                 if has_old
                 else "Download the model again, with its tokenizer files.",
+                code=UNUSABLE_TOKENIZER,
             )
         config = read_json_object(folder / "tokenizer_config.json")
         special = special_tokens_by_name(config, read_json_object(folder / "special_tokens_map.json"))
@@ -113,13 +115,15 @@ class ChatTokenizer:
         try:
             content = with_declared_tokens(read_bounded(path, MAX_BYTES).decode(), config)
             tokenizer = cls(content, special, own, template, with_tools)
-        except UserError:
+        except UserError as problem:
+            problem.code = problem.code or UNUSABLE_TOKENIZER
             raise
         except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
             raise UserError(
                 "Broken tokenizer",
                 what=f"{path} cannot be read: {error}.",
                 fix="Download the model's tokenizer files again.",
+                code=UNUSABLE_TOKENIZER,
             ) from error
         tokenizer.folder = folder
         return tokenizer

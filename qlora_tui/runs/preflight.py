@@ -18,6 +18,7 @@ from qlora_tui import paths
 from qlora_tui.catalog.adapters import require_fit, trained_on
 from qlora_tui.catalog.architecture_types import context_length_warning
 from qlora_tui.catalog.local_models import ModelFiles, load_model_config, resolve_model
+from qlora_tui.catalog.model_validation import UNUSABLE_TOKENIZER
 from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
 from qlora_tui.data.trainable_tokens import check_tokens
 from qlora_tui.errors import UsageError, UserError
@@ -132,10 +133,18 @@ def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
 
 
 def with_count(checks: tuple[Check, ...], problem: UserError | None) -> tuple[Check, ...]:
-    """Return the checks with the error for which the samples could not be counted, unless they have one."""
+    """Return the checks with the error for which the samples could not be counted, unless they have one.
+
+    It replaces the passed check of its kind.
+    """
     if problem is None or errors(checks):
         return checks
-    return (Check.blocked(CheckKind.DATA, problem), *checks)
+    # Without a tokenizer no sample can be counted, whatever the data.
+    kind = CheckKind.MODEL if problem.code == UNUSABLE_TOKENIZER else CheckKind.DATA
+    return (
+        Check.blocked(kind, problem),
+        *(check for check in checks if (check.kind, check.outcome) != (kind, "ok")),
+    )
 
 
 def missing_tracker(report_to: str) -> UserError | None:

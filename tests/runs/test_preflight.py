@@ -13,6 +13,8 @@ from msgspec import structs
 from qlora_tui import paths
 from qlora_tui.data.inspection import inspect
 from qlora_tui.data.quick_check import QuickCheckResult
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.errors import UserError
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
@@ -21,7 +23,8 @@ from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization
 from qlora_tui.runs import data_checks
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.doctor import Check, CheckKind, Machine
-from qlora_tui.runs.preflight import preflight
+from qlora_tui.runs.preflight import preflight, with_count
+from qlora_tui.tui.screens.train.launch_pane import verdict_lines
 from tests.catalog.configs import CONFIGS
 from tests.catalog.models import make_adapter_files
 from tests.tui.sample_data import readable_model
@@ -44,6 +47,21 @@ def test_preflight_names_what_is_missing_and_the_fix(tmp_path: Path) -> None:
     assert gpu.outcome == "warning" and "No NVIDIA driver found." in gpu.text
     assert checks[CheckKind.DISK].outcome == "ok"
     assert "starts at once" in checks[CheckKind.QUEUE].text
+
+
+def test_a_missing_tokenizer_is_an_error_of_the_model_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        ChatTokenizer.from_folder(tmp_path)
+    passed = tuple(Check(kind, "ok", "") for kind in (CheckKind.MODEL, CheckKind.DATA))
+    checks = with_count(passed, caught.value)
+    assert [(check.kind, check.outcome) for check in checks] == [
+        (CheckKind.MODEL, "error"),
+        (CheckKind.DATA, "ok"),
+    ]
+    conclusion = verdict_lines(checks, Recipe(), None, "", 120, 6)[-2].plain
+    assert conclusion == "✗ Not ready: model.   ▸ [1] choose or download the model"
+    (data, _) = with_count(passed[1:] + passed[:1], UserError("Not UTF-8", what="a"))
+    assert (data.kind, data.outcome) == (CheckKind.DATA, "error")
 
 
 @pytest.mark.slow

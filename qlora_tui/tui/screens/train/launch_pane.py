@@ -117,7 +117,7 @@ QUESTIONS: dict[CheckKind, str] = {
 }
 """The question that each check answers."""
 _PLACES: dict[CheckKind, tuple[str, str]] = {
-    CheckKind.MODEL: ("go.models", "choose a model"),
+    CheckKind.MODEL: ("go.models", "choose or download the model"),
     CheckKind.DATA: ("go.data", "choose or correct the data"),
     CheckKind.LORA: ("go.lora", "choose other targets"),
     CheckKind.LENGTH: ("go.memory", "choose a shorter length"),
@@ -212,7 +212,9 @@ class LaunchPane(Vertical):
         ``probing``: how far the measurement of steps is; empty while there is none.
         """
         self._checks = checks
-        self.query_one("#verdict", Drawing).show(partial(verdict_lines, checks, recipe, expected, probing))
+        verdict = self.query_one("#verdict", Drawing)
+        verdict.set_class(bool(errors(checks)), "-blocked")
+        verdict.show(partial(verdict_lines, checks, recipe, expected, probing))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -271,7 +273,8 @@ def verdict_lines(
 ) -> list[Content]:
     """Return time, steps and memory of the run, whether it can start, what to do now, and what it does.
 
-    With five lines the three figures are large. ``probing``: how far the measurement of steps is.
+    With five lines the three figures of a run that can start are large. ``probing``: how far the measurement
+    of steps is.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -280,7 +283,7 @@ def verdict_lines(
         parts.pop()
     verdict = next((check.verdict for check in checks if check.verdict is not None), None)
     plan = Content.styled(_SEPARATOR.join(parts), "dim")
-    if height < _LARGE_HEIGHT:
+    if height < _LARGE_HEIGHT or errors(checks):
         return [*_headline(expected, verdict, probing, width), conclusion(checks), plan][:height]
     unknown = "Time unknown: " if expected is not None and expected.time is None and not probing else ""
     source = Content.assemble(unknown, *_source(expected, probing)) if expected or probing else Content("")
