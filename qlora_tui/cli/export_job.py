@@ -12,7 +12,7 @@ from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Write the folder, and say how to start the job."""
+    """Write the job's folder; return the command that starts the job. Raises UserError."""
     out: Path = args.out.expanduser().absolute()
     refuse_existing(out)
     recipe = recipe_or_run(args.recipe)
@@ -23,11 +23,11 @@ def run(args: argparse.Namespace) -> CommandResult:
         publish_new(folder, out)
     file, command = FILES[args.scheduler]
     data = {"path": str(out), "file": str(out / file), "command": command}
-    return CommandResult(data, f"Wrote {out}. Read {file}, then there: {command}")
+    return CommandResult(data, f"Wrote {out}. Read {file}, then run in this folder: {command}")
 
 
 def add_arguments(form: argparse.ArgumentParser) -> None:
-    """Add what `export job` takes."""
+    """Add the arguments of `export job`."""
     form.add_argument("recipe", metavar="RECIPE", help="a recipe.toml, or a run")
     form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
     form.add_argument(
@@ -35,7 +35,7 @@ def add_arguments(form: argparse.ArgumentParser) -> None:
         dest="scheduler",
         choices=tuple(FILES),
         required=True,
-        help="whose job it is; `train --on` submits to Slurm itself",
+        help="the scheduler of the job; for Slurm, `train --on` submits a job directly",
     )
     form.add_argument(
         "--accelerator",

@@ -187,8 +187,8 @@ def _run(argv: list[str]) -> int:
         if args.verb is None and args.host is not None and args.gpu:
             raise UserError(
                 "The GPU is chosen on the box",
-                what="--gpu is about a command; an app on another box uses what that box has configured.",
-                fix="Set gpu in its config.toml, or use `qlora-tui --host BOX --gpu GPU train …`.",
+                what="--gpu applies to a command; an app that works on a box uses the box's configuration.",
+                fix="Set gpu in the box's config.toml, or use `qlora-tui --host BOX --gpu GPU train …`.",
                 exit_code=EXIT_USAGE,
             )
         if args.verb is None:

@@ -1,7 +1,7 @@
-"""A command on another box: ``qlora-tui --host BOX COMMAND …``.
+"""Runs a command on another box: ``qlora-tui --host BOX COMMAND …``.
 
-The command is run there by ssh, with its arguments, its input and output, and its exit code. Files that it
-reads are sent first and named by their hash; files that it writes are written there.
+ssh runs the command there, with its arguments, input, output and exit code. Files that the command reads are
+sent first and named by their hash; files that it writes are written on the box.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlora_tui.remote import uploads
 from qlora_tui.remote.ssh import Box
 
 _HERE = ("import", "completion", "store")
-"""Commands that concern this machine, or that a box runs by itself."""
+"""Commands that concern this machine, or that only the app starts on a box."""
 _PIECE_BYTES = 1 << 16
 
 
@@ -36,17 +36,17 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
 
     Args:
         argv: The command, without ``--host``.
-        args: Its arguments as they were parsed here.
+        args: The parsed arguments of the command.
         parser: The parser of all commands.
 
     Raises:
-        UserError: The box cannot be reached, a file cannot be sent, or the command is not one for a box.
+        UserError: The box cannot be reached, a file cannot be sent, or the command cannot run on a box.
     """
     if args.verb in _HERE:
         raise UsageError(
             "Not a command for another box",
-            what=f"`{args.verb}` works on this machine.",
-            fix="Call it without --host.",
+            what=f"`{args.verb}` works only on this machine.",
+            fix="Run it without --host.",
         )
     if args.verb == "train":
         argv = _with_recipe(box, argv, args)
@@ -69,7 +69,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
 
 
 def _in_terminal(box: Box, argv: list[str]) -> int:
-    """Run a command with this terminal as its own."""
+    """Run a command on the box in this terminal; return its exit code."""
     import subprocess
 
     channel = box.open_program("--version")
@@ -90,7 +90,7 @@ def _inputs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterat
 
 
 def _with_recipe(box: Box, argv: list[str], args: argparse.Namespace) -> list[str]:
-    """Return the command with one recipe that is on the box in place of what it is built from here."""
+    """Send the recipe and its data; return the command with the sent recipe in place of its options."""
     recipe = recipe_from_args(args)
     local = with_absolute_paths(recipe).data
     sources = tuple(msgspec.structs.replace(source, path=_sent(box, source.path)) for source in local.sources)

@@ -35,7 +35,7 @@ _LOG_INTERVAL_S = 10.0
 """Seconds between lines of progress in a file or a pipe, where each is a separate line."""
 GPU_HELP = "GPU to use: number, UUID or part of its name (nvidia-smi -L), auto, or cpu; several with commas"
 """Help of ``--gpu``."""
-HOST_HELP = "work on this machine through ssh: what `ssh` takes, such as user@box"
+HOST_HELP = "work on another machine through ssh: a name that `ssh` accepts, such as user@box"
 """Help of ``--host``."""
 
 
@@ -117,7 +117,7 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def input_path(text: str) -> str:
-    """Return the path of a file or folder that a command reads, which ``--host`` sends; others stay."""
+    """Return ``text``; marks an argument as the path of a file to read, which ``--host`` sends to the box."""
     return text
 
 

@@ -29,7 +29,7 @@ _WIDTH = 100
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Print a suggestion for each setting; write the recipe with them only if a file is named."""
+    """Print a suggestion for each setting; write the suggested recipe only with ``-o``. Raises UserError."""
     recipe = recipe_from_args(args)
     machine = read_machine(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     with ProgressLine() as line:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _with_reasons(recipe: Recipe, suggestions: tuple[Suggestion, ...]) -> str:
-    """Return the recipe as TOML, with what was changed and why in comments at its top."""
+    """Return the recipe as TOML, with the changes and their reasons in comments at the top."""
     changed = (f"# {one.label} {one.change}: {one.sourced_reason}\n" for one in suggestions if one.changes)
     return f"{''.join(changed)}{dump_overrides(recipe, Recipe())}"
 

@@ -92,12 +92,13 @@ def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int
         if is_given:
             raise UsageError(
                 f"{option} is not possible on a cluster",
-                what=f"The run goes to {args.on}, where Slurm decides when it trains, and on which GPU.",
+                what=f"{option} and --on exclude each other.",
+                why="On a cluster, Slurm decides when a run trains and on which GPU.",
                 fix=f"Leave out {option} or --on.",
             )
     _count(recipe)
     plan = plan_job(recipe, args.on)
-    # No device of this machine matters to it.
+    # The job does not use the devices of this machine.
     checks = tuple(
         check
         for check in preflight(recipe, read_machine(), exact_within_s=0.0)
@@ -105,7 +106,7 @@ def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int
     )
     if args.dry_run:
         failed = bool(errors(checks))
-        outcome = "It would not start: fix the errors above." if failed else "Nothing was submitted."
+        outcome = "The run would not start: fix the errors above." if failed else "Nothing was submitted."
         return CommandResult(
             data={"ok": not failed, "limit_s": plan.limit_s, "checks": checks_as_data(checks)},
             text="\n".join([*format_checks(checks), "", f"{plan.words} {outcome}"]),
@@ -118,7 +119,7 @@ def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int
 
 
 def _count(recipe: Recipe) -> UserError | None:
-    """Count the samples of a recipe, for its steps; return the error for which that was impossible."""
+    """Count the samples of a recipe, to know its steps; return the error if counting failed, else None."""
     with ProgressLine() as line:
         try:
             count_data(recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
@@ -240,7 +241,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on",
         metavar="TARGET",
-        help="train on a Slurm cluster, as targets/TARGET.toml in the config folder asks for",
+        help="train on a Slurm cluster, with the job options in targets/TARGET.toml of the config folder",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(

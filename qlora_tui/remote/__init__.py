@@ -1,4 +1,4 @@
-"""Another box: the app and the commands here, the runs there, over the user's own ssh.
+"""Another box: the app and the commands here, the runs on another machine, over the user's own ssh.
 
 ssh       finds ssh and the program on the box, opens channels through one connection, sends files
 messages  the lines that app and box exchange, and how values of this program become JSON
@@ -7,6 +7,6 @@ calls     marks the functions that are called on the box
 link      the connection of an app: keeps the mirror current, and calls functions there
 uploads   sends data files, by their hash
 
-The box's side is the command ``store`` (:mod:`qlora_tui.cli.store`). It needs no port and no daemon: it is
-started by ssh, and ends with the connection. Runs do not depend on it.
+The box's side is the command ``store`` (:mod:`qlora_tui.cli.store`), which needs no port and no daemon: ssh
+starts it, and it ends with the connection. Runs do not depend on it.
 """

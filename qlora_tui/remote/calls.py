@@ -1,7 +1,7 @@
-"""Functions that are called on the box, if there is one: those that belong to the machine that trains.
+"""Marks functions that concern the machine that trains: with a box, they are called there.
 
-Without a box they are what they are. With one they are called there by their import path, with arguments and
-result as JSON. Loads nothing of ssh: every reader of runs imports this.
+Without a box, a marked function runs here. With a box, it is called there by its import path, with arguments
+and result as JSON. Does not import the ssh modules, because every reader of runs imports this one.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def current() -> Link | None:
 
 
 def use(link: Link | None) -> None:
-    """Work on a box from now on: readers of runs read its copy, and marked functions are called there."""
+    """Work on a box from now on: marked functions are called there. None: work on this machine again."""
     _links[:] = [] if link is None else [link]
 
 
 def refuse_on_box(title: str, command: str) -> None:
-    """Raise UserError in an app that works on a box, for what only a command does there.
+    """Raise UserError in an app that works on a box, for an action that only a command can do there.
 
     Args:
         title: What is refused, in a few words.
@@ -49,14 +49,14 @@ def refuse_on_box(title: str, command: str) -> None:
 
 
 def at_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one: it reads what belongs to the machine that trains."""
+    """Call the function on the box, if there is one: it reads the state of the machine that trains."""
     return _marked(function, changes=False)
 
 
 def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one, once for each arguments: they describe what stays there.
+    """Call the function on the box, if there is one, and cache the result by arguments: it never changes.
 
-    As long as it does not answer, this machine stands in for it.
+    While the box does not answer, the function runs on this machine, and this result is not cached.
     """
 
     @wraps(function)
@@ -77,9 +77,9 @@ def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def changes_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one, and once: it changes something there, or is much work.
+    """Call the function on the box, if there is one, exactly once: it changes something, or is expensive.
 
-    Asked again after the line dropped, the box waits for the first call and gives its result.
+    If the request is repeated after the connection dropped, the box returns the result of the first call.
     """
     return _marked(function, changes=True)
 

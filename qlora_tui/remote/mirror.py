@@ -1,8 +1,8 @@
-"""A copy of a box's runs on this machine: what every reader of runs reads in an app that works on a box.
+"""A copy of a box's runs on this machine, which all readers of runs use in an app that works on a box.
 
-Only the box writes runs; the copy follows. Small files are whole, files that grow are appended to, and files
-of weights have their size but no content, and take no room. A run appears once all of it is there. The
-status of a run is the one that the box found, since only the box can look for its processes.
+Only the box writes runs; the copy follows. Small files are replaced as a whole, growing files are appended
+to, and files of weights are sparse: they have the right size but no content. A run appears once its copy is
+complete. The status of a run is determined by the box, because only the box can look for its processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_tui.recipe.toml import parse
 from qlora_tui.remote.messages import Gone, KnownFile, Piece, Queue, Whole
 
 _COMING = ".coming-"
-"""Begins the name of a run that is not complete yet."""
+"""Prefix of the folder of a run whose copy is incomplete."""
 _RECIPE = "recipe.toml"
 _END_BYTES = 4096
 _GROWING = (".jsonl", ".log")
@@ -34,7 +34,7 @@ def grows(path: str) -> bool:
 
 
 def end_crc(file: Path, size: int) -> int:
-    """Return the CRC of the last bytes before ``size``. Raises OSError."""
+    """Return the CRC-32 of the last 4,096 bytes before ``size``, in bytes. Raises OSError."""
     with file.open("rb") as opened:
         opened.seek(max(0, size - _END_BYTES))
         return zlib.crc32(opened.read(min(size, _END_BYTES)))
@@ -55,7 +55,7 @@ class Mirror:
                 self.texts_there.update(_texts_of(read_regular(recipe, _CARRIED_BYTES)))
 
     def known(self) -> tuple[KnownFile, ...]:
-        """Return what is here already."""
+        """Return the files that the copy already has."""
         return tuple(self._known())
 
     def _known(self) -> Iterator[KnownFile]:
@@ -70,7 +70,7 @@ class Mirror:
                 yield KnownFile(path, status.st_size, status.st_mtime_ns, crc)
 
     def apply(self, message: Piece | Gone | Whole | Queue) -> None:
-        """Make one change. Raises OSError, and UserError for a name that leads out of the copy."""
+        """Apply one change. Raises OSError, and UserError if a path leads out of the copy."""
         match message:
             case Piece():
                 self._write(message)
@@ -146,7 +146,7 @@ def _inside(path: str) -> PurePosixPath:
 
 
 def carried(path: str, size: int) -> bool:
-    """Return whether a file's content is sent: not that of weights and of states to resume from."""
+    """Return whether a file's content is sent; weights and states to resume from are not."""
     if grows(path):
         return True
     return size <= (_SMALL_BYTES if "/checkpoints/" in path else _CARRIED_BYTES) and not path.endswith(

@@ -1,8 +1,8 @@
-"""Runs on a cluster: submitting, cancelling and watching their jobs.
+"""Runs on a cluster: submits, cancels and watches their jobs.
 
-Such a run is in no queue of this machine: Slurm starts its job, which owns it from then on. Its state is in
-the files of the run, as for any other; Slurm knows besides why a job waits, and that one has ended without a
-word.
+A run on a cluster is in no queue of this machine: Slurm starts its job, which then owns the run. As for any
+run, its state is in its files. Slurm additionally reports why a job waits, and whether a job ended without
+recording the end of its run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from qlora_tui.runs.slurm import SeenJob, Submission, Target
 from qlora_tui.runs.status import ACTIVE, ended_status, read_status, recorded_status, write_status
 
 ASK_S = 15.0
-"""Seconds between two questions to Slurm, from all processes of this state folder together."""
+"""Least seconds between two calls of ``squeue``, by all processes that share the state folder."""
 
 
 def is_on_cluster(run: RunDir) -> bool:
-    """Whether a job of a cluster trains this run, or trained it last."""
+    """Return whether a job of a cluster trains this run, or trained it last."""
     return run.slurm_path.exists()
 
 
@@ -44,7 +44,7 @@ def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
         limit_s: time limit if the target has none; None for the cluster's default.
 
     Raises:
-        UserError: Slurm refused it; the state of the run is what it was.
+        UserError: Slurm refused the job; the state of the run is unchanged.
         OSError: a file could not be written.
     """
     before, is_again = recorded_status(run), run.status_path.exists()
@@ -84,31 +84,31 @@ def _record(run: RunDir, submission: Submission) -> None:
 
 
 def resubmit(run: RunDir) -> None:
-    """Submit an ended run again, to the target that it had. Raises UserError, OSError."""
+    """Submit a new job for a run that has ended, to the same target. Raises UserError, OSError."""
     submission = slurm.submission_of(run)
     if submission is None:
         raise UserError(
             "The run's cluster is not known",
             what=f"{run.slurm_path} cannot be read.",
-            fix="Delete that file; then resume the run on this machine.",
+            fix="Delete this file, then resume the run: it trains on this machine.",
         )
     refresh([run], is_due=True)
     seen = slurm.seen_job(run)
-    # One that only ends its processes is waited for by the next job.
+    # The next job waits for a job that is only ending its processes.
     is_in_use = seen is not None and (seen.waits or (seen.runs and recorded_status(run).state in ACTIVE))
     if seen is not None and is_in_use:
         raise UsageError(
             "The job has not ended",
             what=seen.words(submission.job),
-            fix=f"Wait until it has, or cancel it: `scancel {submission.job}`.",
+            fix=f"Wait until the job has ended, or cancel it: `scancel {submission.job}`.",
         )
     submit(run, submission.target, slurm.load_target(submission.target), submission.limit_s)
 
 
 def cancel(run: RunDir, *, pauses: bool) -> bool:
-    """Take back a job that has not started; False if it has. Raises UserError, OSError.
+    """Cancel a job that has not started; return False if it has. Raises UserError, OSError.
 
-    ``pauses``: the run reads as paused afterwards, and else as stopped.
+    ``pauses``: whether the run is then paused, instead of stopped.
     """
     submission, status = slurm.submission_of(run), read_status(run)
     if submission is None or status.state != "queued":
@@ -130,10 +130,9 @@ def cancel(run: RunDir, *, pauses: bool) -> bool:
 
 
 def refresh(runs: Iterable[RunDir], *, is_due: bool = False) -> None:
-    """Ask Slurm for the jobs of runs that have not ended, and write down what changed.
+    """Ask Slurm for the jobs of these runs, and record changes in their ``squeue.json``.
 
-    It is asked at most every :data:`ASK_S`, unless ``is_due``. If it cannot be asked, the files of the runs
-    are what is known.
+    Do nothing within :data:`ASK_S` seconds of the last call, unless ``is_due``, or if Slurm does not answer.
     """
     asked = slurm.asked_path()
     with suppress(OSError, UserError), locked(asked) as lock:
@@ -165,14 +164,14 @@ def unsettled(runs: Iterable[RunDir]) -> list[RunDir]:
 
 
 class Watch:
-    """Asks Slurm in a thread of its own, for a process that must not wait for it."""
+    """Asks Slurm in a separate thread, for a process that must not wait for the answer."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._asked_at = -ASK_S
 
     def poll(self, runs: Iterable[RunDir]) -> None:
-        """Ask for the jobs of these runs, unless that was done lately or goes on."""
+        """Ask for the jobs of these runs, unless Slurm was asked recently or a call is in progress."""
         now = time.monotonic()
         if now - self._asked_at < ASK_S or (self._thread is not None and self._thread.is_alive()):
             return

@@ -1,4 +1,4 @@
-"""The time limit of a job: proposed from measured speed, and refused if a job would get nowhere in it."""
+"""The time limit of a job: proposed from measured speed, and refused if too short for two checkpoints."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from qlora_tui.runs.expected_time import ExpectedTime, time_on
 from qlora_tui.runs.slurm import SIGNAL_S, JobPlan, Target
 
 _START_S = 180.0
-"""Seconds from the start of a job to its first step, until one was measured."""
+"""Seconds from the start of a job to its first step, if none was measured."""
 _MARGIN = 1.5
-"""Factor of the measured training time: evaluations, checkpoints, and a node that is slower."""
+"""Factor on the measured training time, for evaluations, checkpoints and slower nodes."""
 _ROUND_S = 300
 _HEAD_BYTES = 1 << 18
-"""The events before the first step, with room to spare."""
+"""Bytes at the beginning of the events that surely contain the first step."""
 
 
 def plan_job(recipe: Recipe, name: str) -> JobPlan:
-    """Return what a job for this recipe asks for.
+    """Return the plan of a job for this recipe.
+
+    Args:
+        recipe: the recipe.
+        name: name of the target.
 
     Raises:
-        UserError: the target cannot be used, it has too few GPUs, or its time limit is too short.
+        UserError: the target cannot be used, has too few GPUs, or its time limit is too short.
     """
     slurm.require_installed()
     target = slurm.load_target(name)
@@ -48,7 +52,7 @@ def plan_job(recipe: Recipe, name: str) -> JobPlan:
     if wanted_s is not None:
         words = f"Its jobs take at most {format_duration(wanted_s)} (time in {name}.toml)."
     elif time is None:
-        words = "Its time limit is the cluster's, since nothing was measured on this target yet."
+        words = "Its time limit is the cluster's default, because no run has been measured on this target."
     else:
         needed_s = start_s + _MARGIN * time.seconds + SIGNAL_S
         limit_s = -(-round(needed_s) // _ROUND_S) * _ROUND_S
@@ -68,7 +72,7 @@ def _check_gpus(recipe: Recipe, name: str, target: Target) -> None:
     if gpus == 0 and not target.gres:
         raise UsageError(
             "How many GPUs?",
-            what="The recipe asks for all GPUs (training.gpus), and a job gets as many as it asks for.",
+            what="The recipe asks for all GPUs (training.gpus = 0), but a job needs a number.",
             fix=f"Set training.gpus to a number, or gres in {name}.toml.",
         )
     if target.gres and gpus > given:
@@ -82,7 +86,7 @@ def _check_gpus(recipe: Recipe, name: str, target: Target) -> None:
 def _check_limit(
     recipe: Recipe, limit_s: int | None, start_s: float, length: RunLength | None, time: ExpectedTime | None
 ) -> None:
-    """Raise UsageError if a job would end before its second checkpoint, or before it has begun."""
+    """Raise UsageError if a job would end before its second checkpoint, or before its first step."""
     if limit_s is None:
         return
     least_s, why = start_s + SIGNAL_S, f"Starting takes about {format_duration(start_s)}"
@@ -115,7 +119,7 @@ def _time(recipe: Recipe, environment: Environment, length: RunLength) -> Expect
 
 
 def _measured_on(name: str) -> tuple[Environment | None, float]:
-    """Return where the last run on a target trained, and its seconds from start to first step."""
+    """Return the environment of the last run on a target, and its seconds from start to first step."""
     for run in all_runs():
         submission = slurm.submission_of(run)
         if submission is None or submission.target != name:

@@ -92,6 +92,6 @@ def test_a_sweep_survives_kills_of_runner_trainers_and_its_own_process(
     assert not view.unequal_tokens()
     wait_for(news.exists)
     # Of the sweep, and of none of its runs.
-    wait_for(lambda: news.read_text().startswith(f"The sweep {sweep.id} is over. "))
+    wait_for(lambda: news.read_text().startswith(f"The sweep {sweep.id} has ended. "))
     assert len(news.read_text().splitlines()) == 1
     assert len({trial.evaluations[0] for trial in view.trials}) == 1, "the same rows for every seed"

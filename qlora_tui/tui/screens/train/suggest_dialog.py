@@ -1,4 +1,4 @@
-"""The dialog with suggested settings: a line for each, its reason below, and which of them to apply."""
+"""The dialog with suggested settings, each with its reason, of which the user ticks those to apply."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         self._suggestions: tuple[Suggestion, ...] = ()
         self._under_cursor: str | None = None
         self._kept: frozenset[Topic] = frozenset()
-        """Topics that the user unticked: the others are derived for what the recipe has."""
+        """Topics that the user unticked: the others are derived for the recipe's values of them."""
         self._derived_for: frozenset[Topic] = self._kept
-        """The topics that were kept in ``_suggestions``."""
+        """The unticked topics for which ``_suggestions`` were derived."""
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide") as dialog:
@@ -89,7 +89,7 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         self.query_one("#suggest-progress").display = False
         self.query_one(ViList).display = True
         self.query_one(ViList).focus()
-        # Its width is known once it is laid out.
+        # The width of the list is known only after its layout.
         self.call_after_refresh(self._show)
 
     def _show(self) -> None:
@@ -112,13 +112,13 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         ]
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        """Show the reason of the setting under the cursor, where not all of them have room."""
+        """Show the reason of the setting under the cursor, in a window that is too short for all reasons."""
         if event.option_id != self._under_cursor:
             self._under_cursor = event.option_id
             self._show()
 
     def action_tick(self) -> None:
-        """Tick or untick the suggestion under the cursor, and derive the others for that."""
+        """Tick or untick the suggestion under the cursor, and derive the others again."""
         topic = cast("Topic | None", self.query_one(ViList).current)
         if any(suggestion.topic == topic and suggestion.changes for suggestion in self._suggestions):
             self._kept ^= {cast("Topic", topic)}
@@ -126,7 +126,7 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
             self._derive()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Apply the ticked suggestions, once they are derived for what is ticked."""
+        """Apply the ticked suggestions, after they have been derived for the current ticks."""
         event.stop()
         if self._derived_for == self._kept:
             self._answer()
