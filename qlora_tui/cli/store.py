@@ -251,23 +251,22 @@ class _RunFiles:
         ):
             return
         status = read_status(run)
-        there = set()
-        for path, file in _files_of(run):
-            there.add(path)
+        files, path = dict(_files_of(run)), f"{run.id}/status.json"
+        # First: a folder may have taken the name of a file.
+        for gone in [each for each in self._sent if each.startswith(f"{run.id}/") and each not in files]:
+            if gone != path:
+                del self._sent[gone]
+                yield Gone(gone)
+        for name, file in files.items():
             with suppress(OSError):
-                yield from self._changes_of_file(path, file)
+                yield from self._changes_of_file(name, file)
         # Last: what it says has happened is there by then.
-        path = f"{run.id}/status.json"
-        there.add(path)
         data = msgspec.json.encode(status)
         crc = zlib.crc32(data)
         known = self._sent.get(path)
         if known is None or (known.size, known.mtime_ns) != (len(data), crc):
             self._sent[path] = KnownFile(path, len(data), crc, 0)
             yield Piece(path, 0, data, crc, len(data))
-        for gone in [path for path in self._sent if path.startswith(f"{run.id}/") and path not in there]:
-            del self._sent[gone]
-            yield Gone(gone)
         if before is None:
             yield Whole(run.id)
         self._statuses[run.id], self._changed_at[run.id] = status, changed_at

@@ -106,8 +106,12 @@ class Mirror:
         place = self._place(path)
         if place.is_dir():
             discard(place)
-        else:
-            place.unlink(missing_ok=True)
+            return
+        place.unlink(missing_ok=True)
+        # Only files are sent: a folder without one is gone, but for that of the run.
+        with suppress(OSError):
+            for folder in place.relative_to(self._runs).parents[:-2]:
+                (self._runs / folder).rmdir()
 
     def _place(self, path: str) -> Path:
         inside = _inside(path)

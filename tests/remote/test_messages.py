@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,16 +144,35 @@ def test_a_request_is_not_done_twice_though_its_outcome_could_not_be_kept(
     assert calls == ["a1"]
 
 
-def test_what_a_box_sends_of_a_log_is_what_it_has(private_home: Path) -> None:
+def test_the_copy_of_a_run_follows_what_is_there(private_home: Path) -> None:
     run = create_run(Recipe())
-    files, mirror = store._RunFiles(()), Mirror(run.path.parent.parent / "copy")
-    for content in (b"one", b"one two", b"", b"x", b"xy"):
-        run.log_path.write_bytes(content)
+    copy = RunDir(run.path.parent.parent / "copy/runs" / run.id)
+    files, mirror = store._RunFiles(()), Mirror(copy.path.parent.parent)
+
+    def follow() -> None:
         files._changed_at.clear()
         for change in files.changes():
             mirror.apply(change)  # type: ignore[arg-type]
-        copy = RunDir(run.path.parent.parent / "copy/runs" / run.id)
+
+    for content in (b"one", b"one two", b"", b"x", b"xy"):
+        run.log_path.write_bytes(content)
+        follow()
         assert copy.log_path.read_bytes() == content
+    # A file, then a folder of its name, then a file again.
+    place, inside = run.path / "place", "a b'\"\n\x1b[31m/c"
+    place.write_text("file")
+    follow()
+    place.unlink()
+    (place / inside).parent.mkdir(parents=True)
+    (place / inside).write_text("inside")
+    follow()
+    assert (copy.path / "place" / inside).read_text() == "inside"
+    shutil.rmtree(place)
+    follow()
+    assert not (copy.path / "place").exists() and copy.path.is_dir()
+    place.write_text("file")
+    follow()
+    assert (copy.path / "place").read_text() == "file"
 
 
 def test_paths_are_those_of_the_other_side() -> None:
