@@ -176,17 +176,19 @@ def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
 
 
 def _list() -> CommandResult:
-    views, unreadable = [], []
+    views, broken = [], []
     for sweep in all_sweeps():
         try:
             views.append(read_sweep(sweep))
         except UserError as problem:
-            unreadable.append([sweep.id, "unreadable", "", problem.what])
-    rows = [[v.sweep.id, v.state, str(len(v.trials)), verdict_sentence(v)] for v in views] + unreadable
+            facts = {"sweep": sweep.id, "path": str(sweep.path), "state": "unreadable"}
+            broken.append({**facts, "problem": problem.what})
+    rows = [[v.sweep.id, v.state, str(len(v.trials)), verdict_sentence(v)] for v in views]
+    rows += [[one["sweep"], one["state"], "", one["problem"]] for one in broken]
     text = format_table(rows, ["sweep", "state", "runs", ""]) if rows else ""
     _care_for(views)
     return CommandResult(
-        {"sweeps": [_summary(view) for view in views]},
+        {"sweeps": [*(_summary(view) for view in views), *broken]},
         text or "No sweeps yet. `qlora-tui sweep start --help` shows how to start one.",
     )
 

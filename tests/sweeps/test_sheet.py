@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from qlora_tui.cli import main
 from qlora_tui.errors import UserError
+from qlora_tui.paths import sweeps_dir
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.sweeps import actions
@@ -124,6 +126,13 @@ def test_the_commands_show_and_adopt(recipe: Recipe, capsys: pytest.CaptureFixtu
     best = {one.value: one.best for one in what_settings_bought(view)}
     assert min(best, key=lambda value: best[value]) == "0.0008"
     assert main(["sweep", "adopt", "last", "rates-8"]) == 0
+    assert "Trial 4 is saved" in capsys.readouterr().out
+    (broken := sweeps_dir() / "broken").mkdir()
+    (broken / "sweep.toml").write_text("x = [")
+    assert main(["sweep", "list", "--json"]) == 0
+    states = [each["state"] for each in json.loads(capsys.readouterr().out)["sweeps"]]
+    assert sorted(states) == ["finished", "unreadable"]
+    shutil.rmtree(broken)
     assert main(["sweep", "pause", "last"]) == 2 and "is finished" in capsys.readouterr().err
 
 
