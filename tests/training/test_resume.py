@@ -110,34 +110,46 @@ def test_a_run_pauses_after_a_share_of_its_steps_with_a_validation(
     assert losses(run) == pytest.approx(losses(whole), abs=EXACT)
 
 
-def test_a_step_given_up_is_repeated_exactly(
+def test_a_step_and_an_evaluation_given_up_are_repeated_exactly(
     recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
         "lora.dropout": 0.1,
         "training.gradient_accumulation": 4,
         "training.log_every": 2,
+        "training.eval_every": 2,
         "training.max_steps": 6,
     }
     whole = create_run(recipe(settings))
     assert trainers.run(whole) == 0
     run = create_run(recipe(settings))
-    with monkeypatch.context() as within:
-        request = f"request_within_step({str(run.path)!r}, 4, 'stop_now')"
-        within.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
-        assert trainers.run(run) == 0
-    ending = events(run)[-1]
+
+    def asked(within: str, number: int, kind: str) -> Stopped | Paused:
+        """Train until a request arrives in the middle of a step or an evaluation; return how that ended."""
+        with monkeypatch.context() as attempt:
+            request = f"request_within_{within}({str(run.path)!r}, {number}, {kind!r})"
+            attempt.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
+            assert trainers.run(run) == 0
+        ending = events(run)[-1]
+        assert isinstance(ending, Stopped | Paused)
+        return ending
+
+    assert isinstance(asked("evaluation", 2, "stop_now"), Stopped)
+    assert [event.step for event in events_of(run, Evaluated)] == [0]
+    ending = asked("step", 4, "stop_now")
     assert isinstance(ending, Stopped) and ending.step == 3
-    assert run.checkpoints()[0][0] == 3 and (run.adapter_dir / "adapter_model.safetensors").exists()
-    with monkeypatch.context() as within:
-        request = f"request_within_step({str(run.path)!r}, 5, 'pause_now')"
-        within.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
-        assert trainers.run(run) == 0
-    assert events(run)[-1] == Paused(at=events(run)[-1].at, step=4)
+    assert (
+        max(step for step, _ in run.checkpoints()) == 3
+        and (run.adapter_dir / "adapter_model.safetensors").exists()
+    )
+    ending = asked("step", 5, "pause_now")
+    assert ending == Paused(at=ending.at, step=4)
     assert trainers.run(run) == 0
     assert losses(run).pop(3)  # the last step is reported, although it was not due
     expected = losses(whole)
     assert {n: loss for n, loss in losses(run).items() if n in expected} == pytest.approx(expected, abs=EXACT)
+    evaluated, again = ({e.step: e.loss for e in events_of(each, Evaluated)} for each in (whole, run))
+    assert again == pytest.approx(evaluated, abs=EXACT)
 
 
 def test_a_pause_keeps_the_request_to_finish_after_the_epoch(
@@ -164,24 +176,6 @@ def test_a_pause_keeps_the_request_to_finish_after_the_epoch(
         ending = events(ended)[-1]
         assert isinstance(ending, Finished) and "as requested" in ending.reason
         assert ending.step == per_epoch < events_of(run, DataReady)[0].total_steps
-
-
-def test_an_evaluation_that_a_stop_ended_is_repeated(
-    recipe: MakeRecipe, trainers: Trainers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = create_run(recipe({"training.eval_every": 2, "training.max_steps": 4}))
-    assert trainers.run(whole) == 0
-    run = create_run(recipe({"training.eval_every": 2, "training.max_steps": 4}))
-    with monkeypatch.context() as within:
-        request = f"request_within_evaluation({str(run.path)!r}, 2, 'stop_now')"
-        within.setenv("BEFORE_TRAINER", f"from tests.training.fault_injection import *; {request}")
-        assert trainers.run(run) == 0
-    assert isinstance(events(run)[-1], Stopped)
-    assert [event.step for event in events_of(run, Evaluated)] == [0]
-    assert trainers.run(run) == 0
-    expected = {event.step: event.loss for event in events_of(whole, Evaluated)}
-    again = {event.step: event.loss for event in events_of(run, Evaluated)}
-    assert again == pytest.approx(expected, abs=EXACT)
 
 
 def test_a_resumed_run_keeps_its_padded_rows(
