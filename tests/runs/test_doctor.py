@@ -138,13 +138,12 @@ def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.Monke
     unlike, sums = check_exchange()
     assert unlike.outcome == "note" and "at the pace of the slowest" in unlike.text
     assert sums.outcome == "ok" and "2 GPUs sum gradients at" in sums.text
-    works = doctor._exchange
     monkeypatch.setattr(doctor, "_EXCHANGE_S", 0.01)
     hangs = check_exchange()[1]
     assert hangs.outcome == "warning" and "no answer within" in hangs.text
 
     def by_host(processes: int, environ: dict[str, str] | None = None) -> tuple[float | None, str]:
-        return (1e9, "") if environ else works(processes)
+        return (1e9, "") if environ else (None, "no answer")
 
     monkeypatch.setattr(doctor, "_exchange", by_host)
     assert "NCCL_P2P_DISABLE=1" in check_exchange()[1].fix
