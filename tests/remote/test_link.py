@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import os
 import random
@@ -196,6 +197,21 @@ def test_a_killed_store_is_started_again(link: Link, run_there: RunDir, box: Fak
     wait_for(lambda: link.is_connected, seconds=20)
     actions.rename(run, "later")
     assert run_there.name == "later"
+
+
+def test_a_full_disk_here_is_not_said_to_be_a_silent_box(
+    link: Link, run_there: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(mirror: Mirror, message: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(paths.state_dir()))
+
+    monkeypatch.setattr(links, "_LONGEST_WAIT_S", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "apply", full)
+        EventWriter(run_there.events_path).append(a_step(1))
+        wait_for(lambda: link.problem and "No space" in link.problem.title, seconds=30)
+    (run,) = all_runs()
+    wait_for(lambda: run.events_path.read_bytes() == run_there.events_path.read_bytes(), seconds=30)
 
 
 def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
