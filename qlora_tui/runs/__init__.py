@@ -16,6 +16,7 @@ exact_memory    the exact form of the memory estimate, traced by a child and kep
 expected_time   how long a run will be: its steps, and their time by the speed of earlier runs
 step_probe      what three steps of a recipe take, trained in a child and discarded
 suggestions     settings with reasons, derived from facts that suggestion_facts gathers
+evidence        publications and earlier runs that suggestions rest on
 doctor          checks GPU, memory, disks, queue and libraries
 suggested_fix   a fix for a warning that one key applies
 run_queue       the waiting runs

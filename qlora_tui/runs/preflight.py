@@ -211,20 +211,29 @@ def _reference_point(recipe: Recipe) -> list[Check]:
 
 
 def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Machine]:
-    """Check the GPUs of a run where there are several; return recipe and machine for the other checks.
-
-    Those are made for the GPU that it gets, of several the one with the least memory: each holds the whole
-    model and the same micro-batch.
-    """
-    if recipe.training.gpus == 1 and not machine.gpu_choice:
-        return [], recipe, machine
+    """Check the GPUs of a run where there are several; return recipe and machine for the other checks."""
     try:
-        wanted = wanted_devices(recipe, os.environ)
+        gpus, recipe, machine = gpus_of_run(recipe, machine)
     except UserError as problem:
         return [Check.blocked(CheckKind.GPU, problem)], recipe, machine
+    return (_checks_of_gpus(recipe, gpus) if len(gpus) > 1 else []), recipe, machine
+
+
+def gpus_of_run(recipe: Recipe, machine: Machine) -> tuple[Sequence[GpuDevice], Recipe, Machine]:
+    """Return the GPUs that a run gets where there are several, and recipe and machine for what is planned.
+
+    ``training.gpus`` of the recipe is their number. The machine has the GPU that the run gets, of several
+    the one with the least memory: each holds the whole model and the same micro-batch.
+
+    Raises:
+        UserError: fewer GPUs are there than the recipe asks for.
+    """
+    if recipe.training.gpus == 1 and not machine.gpu_choice:
+        return (), recipe, machine
+    wanted = wanted_devices(recipe, os.environ)
     recipe = replace_setting(recipe, "training.gpus", wanted.processes)
     if not wanted.gpus:
-        return [], recipe, machine
+        return (), recipe, machine
     free = [gpu for gpu in wanted.gpus if is_free(RunDevice.of_gpu(gpu).key)]
     count, waits = wanted.count, len(free) < wanted.count
     gpus = (wanted.gpus if waits else free)[:count]
@@ -239,7 +248,7 @@ def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Mac
         machine = replace(machine, gpu=smallest, budget=budget, used_bytes=used, gpu_choice=choice)
     keys = (RunDevice.of_gpu(gpu).key for gpu in gpus)
     machine = replace(machine, active=next(filter(None, map(run_on, keys)), "") if waits else "")
-    return (_checks_of_gpus(recipe, gpus) if count > 1 else []), recipe, machine
+    return gpus, recipe, machine
 
 
 def _checks_of_gpus(recipe: Recipe, gpus: Sequence[GpuDevice]) -> list[Check]:

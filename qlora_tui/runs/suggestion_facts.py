@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import cast
@@ -14,13 +13,15 @@ from qlora_tui.errors import UsageError, UserError
 from qlora_tui.recipe.fields import fields, replace_setting
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.remote.calls import at_box
 from qlora_tui.runs.data_checks import data_error, known_lengths
-from qlora_tui.runs.devices import wanted_devices
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.events import Finished, Stopped
+from qlora_tui.runs.evidence import PastRun
 from qlora_tui.runs.expected_time import count_data
-from qlora_tui.runs.suggestions import PastRun, SuggestionFacts
+from qlora_tui.runs.preflight import gpus_of_run
+from qlora_tui.runs.suggestions import SuggestionFacts
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.worker import Progress
 
@@ -30,6 +31,7 @@ _STEPS = 2
 """Steps that are read of each: their evaluations count."""
 
 
+@at_box
 def read_facts(
     recipe: Recipe,
     machine: Machine,
@@ -50,6 +52,7 @@ def read_facts(
             what="Suggestions follow from a model and data, and the recipe has not both.",
             fix="Choose them on Model and Data, or pass --model and --data.",
         )
+    _, recipe, machine = gpus_of_run(recipe, machine)
     architecture = load_architecture(recipe.model.id)
     if architecture.is_outline:
         architecture = describe_model(recipe.model.id)
@@ -78,7 +81,6 @@ def read_facts(
         known=known,
         past=past,
         outdated=outdated,
-        processes=wanted_devices(recipe, os.environ).processes if recipe.training.gpus != 1 else 1,
     )
 
 

@@ -36,55 +36,65 @@ from qlora_tui.memory.step_choice import CPU_SHARE
 from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import KnownLengths, is_padding_free
+from qlora_tui.runs.evidence import (
+    CAPACITY,
+    LIMA,
+    LION,
+    QLORA,
+    TRL,
+    UNSLOTH,
+    WITHOUT_REGRET,
+    PastRun,
+    Reference,
+)
 
 Topic: TypeAlias = Literal["length", "rank", "epochs", "batch", "rate"]
 """What one suggestion is about."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A publication that a figure comes from."""
-
-    name: str
-    url: str
-
-
-QLORA = Reference("QLoRA paper", "https://arxiv.org/abs/2305.14314")
-WITHOUT_REGRET = Reference("LoRA Without Regret", "https://thinkingmachines.ai/blog/lora/")
-TRL = Reference("TRL's guide", "https://huggingface.co/docs/trl/lora_without_regret")
-CAPACITY = Reference("Physics of Language Models 3.3", "https://arxiv.org/abs/2404.05405")
-LIMA = Reference("LIMA paper", "https://arxiv.org/abs/2305.11206")
-UNSLOTH = Reference(
-    "Unsloth's guide",
-    "https://unsloth.ai/docs/get-started/fine-tuning-llms-guide/lora-hyperparameters-guide",
-)
-LION = Reference("Lion paper", "https://arxiv.org/abs/2302.06675")
-REFERENCES = (QLORA, WITHOUT_REGRET, TRL, CAPACITY, LIMA, UNSLOTH, LION)
-
 _SAMPLES_PER_STEP = 16
-"""Batch size of the QLoRA paper's instruction tuning, for every model size (appendix B, table 9)."""
+"""Batch size of every 7B and 13B run of the QLoRA paper, and of its OASST1 runs at every size (table 9);
+its other 33B and 65B runs have 16 to 64.
+"""
 _TOO_MANY_PER_STEP = 32
 """Batch size from which LoRA does worse (LoRA Without Regret; the number is from TRL's guide to it)."""
 _SHORT_RUN_STEPS = 100
-"""Steps of a short run, for which another learning rate was the best (LoRA Without Regret)."""
+"""Steps of a short run, for which a learning rate of about 15 instead of 10 times that of full fine-tuning
+was the best (LoRA Without Regret).
+"""
 _BITS_PER_PARAMETER = 2
 """What a trained parameter can store (Physics of Language Models 3.3, which LoRA Without Regret uses)."""
 _BITS_PER_TOKEN = 1
 """Usual loss of a language model per token, and so the most that there is to store of it (ibid.)."""
 _COMPARED_RANKS = (8, 256)
-"""Lowest and highest rank that the QLoRA paper compared, without a difference (appendix B)."""
+"""Lowest and highest rank of the QLoRA paper's search, without a difference on all layers (figure 4)."""
+_HIGHEST_RANK = 512
+"""Highest rank that LoRA Without Regret compared."""
 _EPOCHS = (1.0, 3.0)
-"""Epochs that Unsloth's guide recommends; the QLoRA paper's OASST1 runs have 3."""
+"""Epochs that Unsloth's guide recommends. The QLoRA paper's OASST1 runs have 3: 1,875 steps of 16 samples,
+of 9,209.
+"""
 _EPOCHS_OF_FEW = (3.0, 15.0)
-"""The same for few samples: LIMA trained 15 epochs on 1,000."""
+"""The same for few samples: LIMA trained 15 epochs on 1,000, and kept a checkpoint of the 5th to 10th."""
 _FEW_SAMPLES = 1000
+"""Samples of LIMA."""
 _RATES = ((13.5e9, 2e-4), (math.inf, 1e-4))
-"""(parameters up to which, learning rate): the QLoRA paper has 2e-4 for 7B and 13B, 1e-4 for 33B and 65B."""
+"""(parameters up to which, learning rate): the QLoRA paper has 2e-4 for 7B and 13B, 1e-4 for 33B and 65B
+(table 9).
+"""
 _SMALLEST_MEASURED = 6.5e9
 _NO_OTHER_RATE = 0.05
 """Relative difference up to which two rates are one: no source distinguishes them."""
 _LION_SHARE = 1 / 3
-"""Lion's rate as a share of AdamW's; its paper says a third to a tenth."""
+"""Lion's rate as a share of AdamW's; its paper says a third to a tenth (section 5)."""
+_LEAST_RATED = 8
+"""Rated answers of a step with which the check before a launch is content: a rule of this program."""
+_PACKED = 1.05
+"""Samples of a sequence from which on the sequences are called packed."""
+_MOST_ROUNDS = 4
+"""A lower rank or a smaller batch may leave memory for a longer sequence, so all are derived until none
+changes.
+"""
 _ALPHAS = (16.0, 32.0)
 """The alphas of the QLoRA paper and of LoRA Without Regret; both scale by alpha / rank."""
 _DECIDES_RATE = (
@@ -95,26 +105,11 @@ _DECIDES_RATE = (
 
 
 @dataclass(frozen=True)
-class PastRun:
-    """The result of an earlier run on the same data files with the same model."""
-
-    name: str
-    recipe: Recipe
-    data_hash: str
-    """Equal only for the same tokens, masks and split: losses of other data are not comparable."""
-    best_loss: float
-    """Lowest validation loss after training began."""
-    best_epoch: float
-    """Epochs trained when it was measured."""
-    last_epoch: float
-    """Epochs trained when the loss was last measured."""
-
-
-@dataclass(frozen=True)
 class SuggestionFacts:
     """What suggestions are derived from."""
 
     recipe: Recipe
+    """``training.gpus`` is the number of GPUs that share a step."""
     architecture: Architecture
     device: Device
     device_name: str
@@ -126,8 +121,6 @@ class SuggestionFacts:
     past: tuple[PastRun, ...] = ()
     outdated: int = 0
     """Earlier runs that are left out, because the data files were changed since."""
-    processes: int = 1
-    """GPUs that share a step."""
 
     @cached_property
     def lengths(self) -> array[int]:
@@ -201,13 +194,18 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
     Raises:
         UserError: the memory of this model, or its target modules, cannot be estimated.
     """
-    recipe = facts.recipe if "batch" in kept else _with_batch(facts.recipe, 1, facts.recipe.effective_batch)
-    suggestions = []
-    for topic, derive in _RULES.items():
-        suggestion = derive(facts, recipe)
-        if topic not in kept:
-            recipe = suggestion.apply_to(recipe)
-        suggestions.append(suggestion)
+    recipe = facts.recipe
+    for _ in range(_MOST_ROUNDS):
+        before, suggestions = recipe, []
+        if "batch" not in kept:
+            recipe = _with_batch(recipe, 1, recipe.effective_batch)
+        for topic, derive in _RULES.items():
+            suggestion = derive(facts, recipe)
+            if topic not in kept:
+                recipe = suggestion.apply_to(recipe)
+            suggestions.append(suggestion)
+        if recipe == before:
+            break
     return tuple(suggestions)
 
 
@@ -242,9 +240,9 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     if context := facts.architecture.max_positions:
         limits[_multiple(context, math.floor)] = (f"the model was trained for {context:,} tokens", ())
     if recipe.data.packing and is_padding_free(recipe, facts.architecture):
-        most = _multiple(_TOO_MANY_PER_STEP * sum(lengths) / count, math.floor)
+        most = _multiple(_TOO_MANY_PER_STEP * sum(lengths) / count, lambda steps: math.ceil(steps) - 1)
         too_many = (
-            f"a longer packed sequence holds more than {_TOO_MANY_PER_STEP} samples, too many for a step"
+            f"a longer packed sequence holds {_TOO_MANY_PER_STEP} samples and more, too many for a step"
         )
         limits[most] = (too_many, (WITHOUT_REGRET, TRL))
     suggested = min(limits)
@@ -255,7 +253,10 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     if not suggested:
         return _left(facts, "length", path, f"no length fits in {facts.memory_words}. See Memory.")
     below = lengths[math.ceil(0.95 * count) - 1]
-    seen = f"{pluralize(count, 'sample')} of at most {longest:,} tokens (95% up to {below:,}), "
+    what = (
+        f"{pluralize(count // 2, 'pair')} with sides" if recipe.trains_pairs else pluralize(count, "sample")
+    )
+    seen = f"{what} of at most {pluralize(longest, 'token')} (95% up to {below:,}), "
     seen += "counted" if facts.known.is_exact else "estimated from the text"
     if not facts.known.is_complete:
         seen += " of the part that was read"
@@ -263,7 +264,7 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         whole = "it whole" if count == 1 else "every one whole"
         return _suggested(facts, "length", path, suggested, f"{seen}: {suggested:,} keeps {whole}.")
     longer = sum(length > suggested for length in lengths)
-    fate = {"drop": "dropped", "split": "split"}.get(recipe.data.overflow, "cut")
+    fate = "dropped" if recipe.data.overflow == "drop" else "split" if _splits(recipe) else "cut"
     verb = "is" if longer == 1 else "are"
     reason = f"{seen}: {longer:,} {verb} longer than {suggested:,} and {verb} {fate} (Overflow): {why}."
     return _suggested(facts, "length", path, suggested, reason, *references)
@@ -281,15 +282,17 @@ def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         execution = trainer_execution(ranked, facts.device, facts.architecture)
         return build_layout(ranked, facts.architecture, execution).adapter_parameters
 
-    roomy = (rank for rank in RANKS if _BITS_PER_PARAMETER * parameters(rank) >= bits)
+    ranks = [rank for rank in RANKS if rank <= min(_HIGHEST_RANK, facts.architecture.hidden_size)]
+    roomy = (rank for rank in ranks if _BITS_PER_PARAMETER * parameters(rank) >= bits)
     lowest, highest = _COMPARED_RANKS
-    needed = next(roomy, RANKS[-1])
+    needed = next(roomy, max(ranks, default=now))
     suggested = min(max(now, needed, lowest), max(needed, highest))
     limit = ""
-    if suggested > now and not facts.fits(replace_setting(recipe, path, suggested)):
-        fitting = (r for r in RANKS if now < r < suggested and facts.fits(replace_setting(recipe, path, r)))
-        suggested = max(fitting, default=now)
-        limit = f" No higher rank fits in {facts.memory_words}."
+    if not facts.fits(replace_setting(recipe, path, suggested)):
+        lower = [rank for rank in sorted({*ranks, now}) if rank < suggested]
+        fitting = [rank for rank in lower if facts.fits(replace_setting(recipe, path, rank))]
+        suggested = max(fitting, default=min(now, suggested))
+        limit = f" No higher rank fits in {facts.memory_words}." if fitting else ""
     trained = parameters(suggested)
     room = _BITS_PER_PARAMETER * trained
     holds = (
@@ -298,7 +301,7 @@ def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     )
     if room < bits:
         return _suggested(facts, "rank", path, suggested, f"{holds}{limit}", WITHOUT_REGRET, CAPACITY)
-    alike = f"With room to spare, ranks {lowest} to {highest} did equally well."
+    alike = f"With room to spare, ranks {lowest} to {highest} on all linear layers did equally well."
     reason = f"{holds} {alike}{limit}"
     return _suggested(facts, "rank", path, suggested, reason, WITHOUT_REGRET, CAPACITY, QLORA)
 
@@ -329,7 +332,13 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         # So that even one sample per step makes no short run.
         lowest = min(highest, max(lowest, float(math.ceil(_SHORT_RUN_STEPS / samples))))
     then = min(max(now, lowest), highest)
-    usual = f"{pluralize(samples, 'sample')}: {lowest:g} to {highest:g} epochs are usual for as many"
+    usual = f"{pluralize(samples, 'sample')}: "
+    if few:
+        usual += "between the QLoRA paper's 3 epochs on 9,209 samples and LIMA's 15 on 1,000"
+    else:
+        usual += f"{lowest:g} to {highest:g} epochs are usual"
+    if few and lowest > _EPOCHS_OF_FEW[0]:
+        usual += f"; fewer than {lowest:g} make a short run even with 1 sample per step"
     kept = (
         "the best checkpoint of them is kept"
         if recipe.data.validation_path or recipe.data.validation_fraction
@@ -348,9 +357,13 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     samples, sequences = _units(facts, recipe), _sequences(facts, recipe)
     per_sequence = samples / sequences
     seen = samples * recipe.training.epochs
-    wanted = min(_SAMPLES_PER_STEP, max(1, seen / _SHORT_RUN_STEPS))
+    least_steps = min(_SHORT_RUN_STEPS, recipe.training.max_steps or _SHORT_RUN_STEPS)
+    traits = recipe.preference_traits
+    least = _LEAST_RATED if traits is not None and traits.rates_answers else 1
+    wanted = min(_SAMPLES_PER_STEP, max(least, seen / least_steps))
     rows = 2 ** max(0, round(math.log2(wanted / per_sequence)))
-    rows = -(-rows // facts.processes) * facts.processes
+    gpus = max(1, recipe.training.gpus)
+    rows = -(-rows // gpus) * gpus
     open_ = _with_batch(recipe, 1, rows, auto=True)
     choice = choose_step(open_, facts.architecture, facts.free_bytes, device=facts.device)
     micro = choice.recipe.training.micro_batch_size
@@ -361,12 +374,22 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     per_step = rows * per_sequence
     unit = "pair" if recipe.trains_pairs else "sample"
     step = f"{_about(per_step)} {unit}s per step" if round(per_step) != 1 else f"1 {unit} per step"
-    if per_sequence > 1.05:
+    if per_sequence > _PACKED:
         step += f" ({pluralize(rows, 'sequence')} of {per_sequence:.1f})"
     steps = max(1, round(seen / per_step))
-    if wanted < _SAMPLES_PER_STEP:
+    if rows == gpus and per_step > 1.5 * wanted:
+        of_each = "a step has one sequence" if gpus == 1 else f"each of {gpus} GPUs computes a sequence"
+        why = f"{step} are the fewest, as {of_each}"
+        if per_sequence > _PACKED:
+            why += ", packed (data.packing)"
+        if per_step >= _TOO_MANY_PER_STEP:
+            why += f"; {_TOO_MANY_PER_STEP} and more are worse"
+    elif traits is not None and wanted == least > 1:
+        why = f"{step}: {traits.label} estimates its reference point from the other answers of a step"
+    elif wanted < _SAMPLES_PER_STEP:
         why = (
-            f"{step} give {steps:,} steps; with the usual {_SAMPLES_PER_STEP} it would be a short run of "
+            f"{step} {'gives' if round(per_step) == 1 else 'give'} {pluralize(steps, 'step')}; "
+            f"with the usual {_SAMPLES_PER_STEP} it would be a short run of "
             f"{max(1, round(seen / _SAMPLES_PER_STEP)):,}"
         )
     else:
@@ -417,8 +440,8 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     (_, of_13b), (_, of_33b) = _RATES
     text = (
         f"The model has {format_count(size)} parameters. The QLoRA paper trains 7B and 13B with "
-        f"{format_rate(of_13b)}, 33B and 65B with {format_rate(of_33b)}: about ten times the rate of full "
-        "fine-tuning, whatever the rank."
+        f"{format_rate(of_13b)}, 33B and 65B with {format_rate(of_33b)}. LoRA's best rate "
+        "is about ten times that of full fine-tuning, whatever the rank."
     )
     if size < _SMALLEST_MEASURED:
         text += " It has no smaller ones, which may take more."
@@ -495,19 +518,25 @@ def _about(number: float) -> str:
 
 def _fitted(facts: SuggestionFacts, recipe: Recipe) -> SampleLengths:
     """Return the samples as they are trained at the recipe's length: cut, dropped or split."""
-    limit, overflow = recipe.data.max_length, recipe.data.overflow
-    lengths, sources = array("I"), array("H")
-    whole = zip(array("I", facts.known.lengths), array("H", facts.known.sources), strict=True)
-    for length, source in whole:
-        if overflow == "split" and not recipe.trains_pairs:
-            parts = [min(limit, length - start) for start in range(0, length, limit)]
-        elif overflow == "drop" and length > limit and not recipe.trains_pairs:
-            parts = []
+    limit, lengths, sources = recipe.data.max_length, array("I"), array("H")
+    whole, of_each = array("I", facts.known.lengths), array("H", facts.known.sources)
+    together = 2 if recipe.trains_pairs else 1
+    for first in range(0, len(whole), together):
+        row = whole[first : first + together]
+        if recipe.data.overflow == "drop" and max(row) > limit:
+            continue
+        if _splits(recipe):
+            parts = [min(limit, length - start) for length in row for start in range(0, length, limit)]
         else:
-            parts = [min(limit, length)]
+            parts = [min(limit, length) for length in row]
         lengths.extend(parts)
-        sources.extend([source] * len(parts))
+        sources.extend([of_each[first]] * len(parts))
     return SampleLengths(lengths, sources, recipe.data)
+
+
+def _splits(recipe: Recipe) -> bool:
+    """Return whether samples that are too long are split; of answers that are compared or rated, none is."""
+    return recipe.data.overflow == "split" and recipe.preference_method is None
 
 
 def _units(facts: SuggestionFacts, recipe: Recipe) -> int:

@@ -22,8 +22,10 @@ def test_suggestions_are_for_the_gpu_and_are_written_only_to_a_new_file(
     recipe = tmp_path / "recipe.toml"
     rows = tickets(tmp_path / "tickets.jsonl", 80)
     words = ["suggest", "--gpu", "1", "--model", readable_model(tmp_path), "--data", str(rows)]
+    both = call(words[0], *words[3:], "--set", "training.gpus=2", "--json").json
     found = call(*words, "--json").json
     assert found["samples_are_counted"] and 8 << 30 < found["free_bytes"] < 13 << 30
+    assert both["free_bytes"] < 13 << 30, "each GPU holds the model: the smaller one decides"
     length, *others = found["suggestions"]
     assert length["changes"]["data.max_length"] == found["changes"]["data.max_length"] == 512
     assert all(one["reason"] and (one["sources"] or not one["known"]) for one in others)

@@ -21,13 +21,15 @@ from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.remote.messages import from_json, result_type, to_json
 from qlora_tui.runs.data_checks import KnownLengths
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Finished
+from qlora_tui.runs.evidence import PastRun
 from qlora_tui.runs.suggestion_facts import read_facts
-from qlora_tui.runs.suggestions import PastRun, Suggestion, SuggestionFacts, Topic, suggest
+from qlora_tui.runs.suggestions import Suggestion, SuggestionFacts, Topic, suggest
 from tests.support.step_events import a_data_set
 from tests.tui.sample_data import readable_model, write_rows
 from tests.tui.workstation import config_of
@@ -80,6 +82,8 @@ def applied(known: SuggestionFacts) -> Recipe:
     return recipe
 
 
+INT8 = {"quantization.method": "int8", "training.micro_batch_size": 4}
+
 MACHINES: dict[str, Callable[[], SuggestionFacts]] = {
     "12 GiB": lambda: facts(TICKETS),
     "12 GiB, few samples": lambda: facts(FEW),
@@ -87,7 +91,10 @@ MACHINES: dict[str, Callable[[], SuggestionFacts]] = {
     "12 GiB, many samples, not packed": lambda: facts(MANY, settings={"data.packing": False}),
     "12 GiB, pairs": lambda: facts(TICKETS, settings={"data.preferences": "dpo"}),
     "a CPU": lambda: facts(FEW, TINY, gib=None),
-    "three GPUs": lambda: facts(TICKETS, settings={"training.gpus": 3}, processes=3),
+    "12 GiB, ratings": lambda: facts(FEW, settings={"data.preferences": "kto", "data.packing": False}),
+    "12 GiB, int8, one long sample": lambda: facts([200_000], settings=INT8),
+    "12 GiB, a high rank": lambda: facts(LONG, settings={"lora.rank": 512}),
+    "three GPUs": lambda: facts(TICKETS, settings={"training.gpus": 3}),
 }
 
 
@@ -102,7 +109,7 @@ def test_what_is_suggested_fits_is_stable_and_has_its_reason(machine: str) -> No
         one.reason.endswith(".") and (one.references or "counted" in one.reason or not one.is_known)
         for one in suggest(known)
     )
-    assert recipe.training.gradient_accumulation * recipe.training.micro_batch_size % known.processes == 0
+    assert recipe.training.gradient_accumulation % max(1, recipe.training.gpus) == 0
 
 
 def test_the_length_keeps_every_sample_whole_as_far_as_memory_context_and_batch_allow() -> None:
@@ -143,6 +150,40 @@ def test_a_step_has_the_published_samples_and_fewer_where_the_run_would_be_short
     on_cpu = applied(facts(TICKETS, TINY, gib=None))
     assert on_cpu.training.micro_batch_size == 1
     assert applied(facts(TICKETS, gib=24)).training.micro_batch_size > 1
+
+
+def test_what_is_said_of_a_step_holds_for_short_packed_samples_several_gpus_and_max_steps() -> None:
+    def batch(lengths: Sequence[int], **settings: Any) -> Suggestion:
+        return by_topic(facts(lengths, gib=24, settings=settings))["batch"]
+
+    # 32 samples of 20 tokens are 640, and the shortest sequence has 128 tokens.
+    assert by_topic(facts([20] * 3000, gib=24))["length"].then == "128"
+    assert by_topic(facts([20, 1024] * 1500, gib=24))["length"].then == "1,024"
+    tiny = batch([1] * 2000).reason
+    assert "125 samples per step" in tiny and "are the fewest" in tiny and "near" not in tiny
+    many = batch([1000] * 3000, **{"training.gpus": 64}).reason
+    assert "64 samples per step are the fewest, as each of 64 GPUs computes a sequence; 32 and more" in many
+    assert "16 samples per step" in batch([1000] * 1500, **{"training.max_steps": 50}).reason.lower()
+    rated = batch(FEW, **{"data.preferences": "kto", "data.packing": False})
+    assert rated.changes == {"training.micro_batch_size": 8, "training.gradient_accumulation": 1}
+    assert "reference point" in rated.reason
+
+
+def test_pairs_are_counted_as_they_are_trained() -> None:
+    sides = [100, 1000] * 600 + [9000, 90] * 40
+
+    def said(overflow: str) -> dict[Topic, Suggestion]:
+        settings = {"data.preferences": "dpo", "data.overflow": overflow, "training.max_steps": 0}
+        return by_topic(facts(sides, TINY, gib=80, settings=settings, past=()))
+
+    assert "640 pairs with sides of at most 9,000 tokens" in said("drop")["length"].reason
+    assert "40 are longer than 8,192 and are dropped" in said("drop")["length"].reason
+    assert "are cut" in said("split")["length"].reason
+
+
+def test_few_samples_are_not_said_to_have_usual_epochs() -> None:
+    one = by_topic(facts([300]))["epochs"]
+    assert one.then == "15" and "usual" not in one.reason and "fewer than 15 make a short run" in one.reason
 
 
 def test_a_setting_that_is_kept_changes_what_depends_on_it() -> None:
@@ -249,3 +290,5 @@ def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(
     changed = read_facts(recipe, Machine(budget_for(None)))
     assert not changed.past and changed.outdated == 4
     assert "4 earlier runs left out" in by_topic(changed)["rate"].reason
+    there = from_json(to_json(known), result_type(read_facts))
+    assert suggest(there) == suggest(known), "on another machine they are read there"
