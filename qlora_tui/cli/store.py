@@ -1,8 +1,8 @@
 """``store``: the box's side of ``qlora-tui --host``, started there by ssh.
 
-It sends what changes in the runs of this machine, and carries out what the app asks for, over stdin and
-stdout. It ends with the connection; a request in progress is finished first, and its outcome kept, so that
-the same request is not carried out twice.
+Sends the changes in the runs of this machine, and carries out the requests of the app, over stdin and stdout.
+Ends with the connection, after requests in progress are completed and their outcomes recorded, so that no
+request is carried out twice.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from qlora_tui.worker import DETACHED, PROGRAM, module_argv, subprocess_env
 _TICK_S = 1.0
 _POLL_S = 0.1
 _SWEEP_S = 10.0
-"""Seconds between two looks into the folders of runs that have ended."""
+"""Seconds between two scans of the folders of runs that have ended."""
 _APP_GONE_S = 60.0
-"""Seconds without a word from the app after which this side ends."""
+"""Seconds without a message from the app after which this process ends."""
 _KEPT_S = 7 * 24 * 3600.0
 """Seconds for which the outcome of a request is kept."""
 _PIECE_BYTES = 1 << 20
 _UNSENT = ("heartbeat.json", "status.json")
-"""The status that is sent is the one found here, with the heartbeat in it."""
+"""Files that are replaced by the status determined here, which includes the heartbeat."""
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Stream the runs, receive data, or become an engine."""
+    """Stream the runs, receive data, or execute an engine or a job; return the exit code."""
     if args.action == "receive":
         return receive_from_stdin()
     if args.action in ("engine", "job"):
@@ -76,7 +76,7 @@ class _Stream:
 
     def __init__(self) -> None:
         self._output = os.fdopen(os.dup(1), "wb")
-        # What libraries print must not come between the lines.
+        # Output of libraries must not get between the messages.
         os.dup2(2, 1)
         self._lock = threading.Lock()
         self._heard_at = time.monotonic()
@@ -103,7 +103,7 @@ class _Stream:
             self._ended.wait(_TICK_S)
             if time.monotonic() - self._heard_at > _APP_GONE_S:
                 break
-        # What was asked for is finished, and its outcome kept.
+        # Requests in progress are completed, and their outcomes recorded.
         self._calls.shutdown(wait=True)
         return 0
 
@@ -151,17 +151,17 @@ def _reply(call: Call) -> Reply:
 
 
 class _Record(Struct, frozen=True):
-    """What is kept of a request."""
+    """The record of a request."""
 
     reply: Reply | None
-    """None while it is carried out."""
+    """The outcome; None while the request is carried out."""
 
 
 _RECORDS = msgspec.json.Decoder(_Record)
 
 
 def _once(call: Call, app_gone: threading.Event) -> Reply:
-    """Carry a request out, unless that was done before; return the outcome. Raises OSError and ValueError."""
+    """Carry out a request unless that was done before; return the outcome. Raises OSError and ValueError."""
     if not call.id.isalnum():
         raise ValueError(call.id)
     handle = os.open(_requests_dir() / f"{call.id}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -170,7 +170,7 @@ def _once(call: Call, app_gone: threading.Event) -> Reply:
             with suppress(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            # Another process, of a connection that dropped, is at it. Waiting ends with the app that asked.
+            # The process of a dropped connection carries out the request. Wait as long as the app is there.
             if app_gone.wait(_POLL_S):
                 raise InterruptedError(call.id)
         if record := file.read():
@@ -180,7 +180,7 @@ def _once(call: Call, app_gone: threading.Event) -> Reply:
             return Reply(call.id, error=messages.to_json(_interrupted(call)))
         _write_record(handle, _Record(None))
         reply = _reply(call)
-        # On a full disk the record stays that of a request whose outcome is not known.
+        # On a full disk, the record remains that of a request with an unknown outcome.
         with suppress(OSError):
             _write_record(handle, _Record(reply))
     return reply
@@ -196,8 +196,8 @@ def _interrupted(call: Call) -> UserError:
     return UserError(
         "The request may have been carried out",
         what=f"{call.function.rpartition(':')[2]} was interrupted on {os.uname().nodename}.",
-        why="The process that carried it out was killed.",
-        fix="Look at the list of runs before you ask again.",
+        why="The process that carried out the request was killed.",
+        fix="Check the list of runs before you try again.",
     )
 
 
@@ -213,7 +213,7 @@ def _forget_old_requests() -> None:
 
 
 class _RunFiles:
-    """What the app has of the runs here, and what it lacks."""
+    """The state of the app's copy of the runs, and the changes that it lacks."""
 
     def __init__(self, known: tuple[KnownFile, ...]) -> None:
         self._sent = {file.path: file for file in known}
@@ -223,7 +223,7 @@ class _RunFiles:
         self._swept_at = -_SWEEP_S
 
     def changes(self) -> Iterator[FromBox]:
-        """Yield what the app lacks now."""
+        """Yield the changes that the app lacks."""
         is_sweep = time.monotonic() - self._swept_at >= _SWEEP_S
         if is_sweep:
             self._swept_at = time.monotonic()
@@ -311,11 +311,11 @@ def _files_of(run: RunDir) -> Iterator[tuple[str, Path]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the app asks for."""
+    """Add the arguments of `store`."""
     parser.add_argument(
         "action",
         choices=("stream", "receive", "engine", "job"),
-        help="send what changes in the runs; take data files; run an engine, or a job of the app",
+        help="send changes of the runs, receive data files, or run an engine or a job of the app",
     )
     parser.add_argument("job", nargs="?", metavar="JOB", help="the job's function")
 

@@ -1,7 +1,7 @@
 """The connection of an app to its box: keeps the mirror current, and calls functions on the box.
 
-When the line drops the link connects again by itself, and asks again for what was not answered: the box
-carries out each request once.
+When the connection drops, the link reconnects by itself and repeats the requests that were not answered; the
+box carries out each request once.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
 """Name, size and time of each file."""
 _PING_S = 2.0
 _SILENT_S = 20.0
-"""Seconds without a word from the box after which the connection is given up."""
+"""Seconds without a message from the box after which the connection is closed."""
 _UNCONFIRMED_S = 5.0
-"""Seconds that a caller waits for a box that fell silent after the request was sent; a key waits with it."""
+"""Seconds that a caller waits for a box that fell silent after the request; the user's key waits as long."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 15.0
 """Most seconds between two attempts to connect."""
 _POLL_S = 0.2
 LATE_S = 4.0
-"""Seconds of silence after which the box counts as not answering: it says something every second."""
+"""Seconds of silence after which the box counts as not answering; it sends a message every second."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class _Request:
     answered: threading.Event = field(default_factory=threading.Event)
     reply: Reply | None = None
     is_given_up: bool = False
-    """Whether its caller no longer waits."""
+    """Whether the caller no longer waits."""
 
 
 class Link:
@@ -67,9 +67,9 @@ class Link:
         self.problem: UserError | None = None
         """Why the box cannot be reached; None while it is connected."""
         self.late_replies: deque[str] = deque()
-        """What became of requests whose caller no longer waits, in sentences."""
+        """Outcomes of requests whose caller no longer waits, in sentences."""
         self.sending = ""
-        """Which data are sent, and how far; empty if none are."""
+        """The progress of the data being sent, in a sentence; empty if none are."""
         self.kept: dict[object, Any] = {}
         """Results of functions that :func:`qlora_tui.remote.calls.at_box_once` marks."""
         self._state_dir = state_dir
@@ -80,7 +80,7 @@ class Link:
         self._channel: Channel | None = None
         self._requests: dict[str, _Request] = {}
         self._sent: dict[str, tuple[Stamp, str]] = {}
-        """Data that were sent, as they were then, and their path on the box, by the path here."""
+        """Data that were sent: their stamp at that time and their path on the box, by their path here."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._first_pass = threading.Event()
@@ -88,7 +88,7 @@ class Link:
     def open(self, wait_s: float = 10.0) -> None:
         """Connect, with prompts of ssh at the terminal, and wait for the list of runs. Raises UserError."""
         channel = self.box.open_program("store", "stream")
-        # From now on somebody else has the terminal.
+        # From now on the app uses the terminal.
         self.box = replace(self.box, asks=False)
         threading.Thread(target=self._run, args=(channel,), daemon=True, name="link").start()
         threading.Thread(target=self._watch, daemon=True, name="link watch").start()
@@ -104,13 +104,13 @@ class Link:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the box was heard last; 0 if it answers."""
+        """Seconds since the last message of the box; 0 if the box answers."""
         silent = time.monotonic() - self._heard_at
         return silent if silent > LATE_S or not self.is_connected else 0.0
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a channel to the box, as far as is known."""
+        """Whether the channel to the box is open, as far as is known."""
         return self._channel is not None
 
     def machine_states(self) -> Iterator[msgspec.Raw]:
@@ -123,13 +123,13 @@ class Link:
     ) -> T:
         """Call a function of this program on the box, for :func:`qlora_tui.remote.calls.at_box`.
 
-        Raises what is raised there, and UserError: the box does not answer.
+        Raises the exceptions of the function, and UserError if the box does not answer.
         """
         if not self.is_connected:
             raise self.unreachable()
         given = messages.arguments_of(function, args, kwargs)
         should_stop: Callable[[], bool] = given.get("should_stop", lambda: False)
-        # Nothing reports how far it is from there.
+        # The box reports no progress.
         given = {name: value for name, value in given.items() if not callable(value)}
         self.send_data(given)
         call = Call(
@@ -176,8 +176,8 @@ class Link:
                 break
             raise self.unreachable().replace(
                 title=f"{self.box.name} has not confirmed the request",
-                why="It was sent, and the connection dropped before the answer.",
-                fix="It is asked again once the box answers, and carried out once. You will see the outcome.",
+                why="The request was sent, and the connection dropped before the answer.",
+                fix="Wait: the app repeats the request once the box answers, and then shows the outcome.",
             )
         self._requests.pop(call.id, None)
         assert request.reply is not None
@@ -189,13 +189,13 @@ class Link:
         return UserError(
             f"{self.box.name} does not answer",
             what=what,
-            why="Runs on it go on.",
-            fix="Try again once it answers: the app connects by itself.",
+            why="Runs on the box continue.",
+            fix="Try again once the box answers: the app reconnects by itself.",
             code=calls.UNREACHABLE,
         )
 
     def there(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
-        """Return JSON with paths of this machine as those on the box: of runs, and of data that were sent."""
+        """Return JSON with this machine's paths of runs and sent data replaced by those on the box."""
         if self._hello is None:
             return msgspec.Raw(encoded)
         pairs = {str(self._state_dir): self._hello.state_dir}
@@ -203,14 +203,14 @@ class Link:
         return _with_paths(encoded, pairs)
 
     def here(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
-        """Return JSON with paths on the box as those on this machine."""
+        """Return JSON with the box's paths of runs and sent data replaced by those on this machine."""
         if self._hello is None:
             return msgspec.Raw(encoded)
         pairs = {place: local for local, (_, place) in list(self._sent.items())}
         return _with_paths(encoded, pairs | {self._hello.state_dir: str(self._state_dir)})
 
     def send_data(self, value: object) -> None:
-        """Send the data files that sources in ``value`` name, if they are here. Raises UserError."""
+        """Send the data files of this machine that sources in ``value`` name. Raises UserError."""
         for path in dict.fromkeys(_data_paths(value)):
             local = Path(path).expanduser()
             if "/" not in path or not local.exists() or local.is_relative_to(self._state_dir / "runs"):
@@ -228,14 +228,14 @@ class Link:
                 self.sending = ""
 
     def _check_same(self, path: str, local: Path) -> None:
-        """Raise UserError if data that a run on the box names are others here: the box chooses no files."""
+        """Raise UserError if a path from a run on the box leads to other data here, which are never sent."""
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
             raise UserError(
                 "These data are not the run's",
-                what=f"A run on {self.box.name} names {path}. Here that path leads to other data.",
-                why="A file is not sent to a box only because a run there names it.",
-                fix="To send it, name it by another path: that of a copy, or of a link to it.",
+                what=f"A run on {self.box.name} names {path}, which has other content on this machine.",
+                why="A box must not choose which files are sent to it.",
+                fix="To send this file, name it by another path, such as that of a copy or of a link to it.",
             )
 
     def _progress_of(self, local: Path) -> Callable[[int, int], None]:
@@ -246,7 +246,7 @@ class Link:
         return show
 
     def start_job(self, job: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """Start a job on the box that outlives the connection, with its messages on ``stdout``.
+        """Start a job on the box that outlives the connection; its messages arrive on ``stdout``.
 
         Raises UserError.
         """
@@ -269,7 +269,7 @@ class Link:
         return self.box.program_argv("store", "engine")
 
     def _run(self, channel: Channel) -> None:
-        """Follow the box until the app ends, and connect again whenever the line drops."""
+        """Follow the box until the app ends, and reconnect whenever the connection drops."""
         pause_s = _FIRST_WAIT_S
         while not self._closed.is_set():
             began = time.monotonic()
@@ -301,7 +301,7 @@ class Link:
                     self.problem = error
 
     def _follow(self, channel: Channel) -> None:
-        """Apply what the box sends until the connection ends. Raises OSError and MsgspecError."""
+        """Apply the messages of the box until the connection ends. Raises OSError and MsgspecError."""
         self._heard_at = time.monotonic()
         channel.write(messages.line(Known(self._mirror.known())))
         while line := channel.output.readline(messages.LONGEST_LINE_BYTES):
@@ -339,20 +339,20 @@ class Link:
             self.late_replies.append(done)
 
     def _watch(self) -> None:
-        """Say now and then that this side is there, and give up a connection without a word."""
+        """Send pings every two seconds, and close a connection that is silent for too long."""
         while not self._closed.wait(_PING_S):
             self._write(messages.line(Ping()))
             channel = self._channel
             if channel is not None and time.monotonic() - self._heard_at > _SILENT_S:
                 channel.process.kill()
-                # Other channels hang as well.
+                # The other channels of this connection hang too.
                 with suppress(Exception):
                     self.box.hang_up()
 
     def _write(self, line: bytes) -> None:
         with self._lock:
             if self._channel is not None:
-                # A connection that has ended is noticed where it is read.
+                # The reading thread notices a connection that has ended.
                 with suppress(OSError, ValueError):
                     self._channel.write(line)
 
@@ -366,7 +366,7 @@ def _not_understood(box: str, why: str) -> UserError:
 
 
 def mirror_home(box: str) -> Path:
-    """Return the folder that stands for XDG_STATE_HOME in an app that works on a box."""
+    """Return the folder that replaces XDG_STATE_HOME in an app that works on a box."""
     safe = "".join(each if each.isalnum() or each in "@.-_" else "_" for each in box).lstrip(".")
     return paths.state_dir() / "boxes" / (safe or "_")
 
@@ -387,7 +387,7 @@ def _is_taken(home: Path) -> bool:
 def work_on(box: Box) -> Link:
     """Connect to a box, and make this process work on it. Raises UserError."""
     homes = (mirror_home(box.name + (f"-{number}" if number > 1 else "")) for number in count(1))
-    # A second app has a copy of its own.
+    # A second app on the same box gets a separate copy.
     home = next(home for home in homes if _is_taken(private_dir(home)))
     os.environ["XDG_STATE_HOME"] = str(home)
     link = Link(box, paths.state_dir())
@@ -397,7 +397,7 @@ def work_on(box: Box) -> Link:
 
 
 def _stamp(path: Path) -> Stamp:
-    """Return what tells whether a file, or a file of a folder, has changed. Raises UserError."""
+    """Return names, sizes and times of a file or a folder's files, to notice changes. Raises UserError."""
     with disk_problems("The data could not be read", path, "Check the path and your permission."):
         files = uploads.files_of(path)
         statuses = [(str(file), file.stat()) for file in files]
@@ -425,7 +425,7 @@ def _data_paths(value: object) -> Iterator[str]:
 
 
 def _with_paths(encoded: bytes | msgspec.Raw, pairs: Mapping[str, str]) -> msgspec.Raw:
-    """Return JSON with the beginning of each path replaced, longer beginnings before shorter ones."""
+    """Return JSON with the prefix of each path replaced, matching longer prefixes first."""
     longest = sorted(pairs.items(), key=lambda pair: -len(pair[0]))
 
     def replaced(value: Any) -> Any:

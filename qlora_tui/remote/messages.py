@@ -1,8 +1,8 @@
-"""The lines between an app and its box, one JSON object each, and how values become JSON.
+"""The messages between an app and its box, one JSON object per line, and the conversion of values to JSON.
 
-The app begins with :class:`Known`. The box answers with :class:`Hello`, then sends what it has that the app
-lacks, and from then on what changes. A :class:`Call` has an id: a box carries out a call that changes
-something once, however often it is sent.
+The app begins with :class:`Known`. The box answers with :class:`Hello`, then sends the files that the app
+lacks, and from then on the changes. A :class:`Call` has an id: a box carries out a call that changes
+something once, even if the app sends it again.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from qlora_tui.errors import UserError
 LONGEST_LINE_BYTES = 64 << 20
 _PACKAGE = "qlora_tui."
 READ_THERE = "read_there"
-"""Method of a class whose values describe the machine: the box reads its own instead of being sent one."""
+"""Name of the method by which the box creates an argument that describes the machine, which is not sent."""
 
 
 class KnownFile(Struct, frozen=True, array_like=True):
-    """A file of a run that the app has a copy of."""
+    """A file of a run of which the app has a copy."""
 
     path: str
     """Relative to the folder of the runs."""
     size: int
     mtime_ns: int
-    """When it was last changed, on the box."""
+    """When the file was last changed on the box, in nanoseconds of Unix time."""
     end_crc: int
-    """CRC of its last bytes: whether what follows continues it."""
+    """CRC-32 of the file's last bytes, which tells whether it can be continued."""
 
 
 class Known(Struct, frozen=True, tag="known"):
-    """What the app has: the first line to the box."""
+    """The files that the app has: its first message to the box."""
 
     files: tuple[KnownFile, ...]
 
@@ -50,38 +50,38 @@ class Call(Struct, frozen=True, tag="call"):
     function: str
     """``qlora_tui.runs.actions:stop``."""
     arguments: msgspec.Raw
-    """Values by the names of parameters."""
+    """Values as JSON, by the names of parameters."""
     changes: bool
-    """Whether it changes something, and must not be carried out twice."""
+    """Whether the function changes something, so that it must not be called twice."""
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """The app is there: without one for a while, the box ends its side."""
+    """A sign that the app is alive: without one for a minute, the box closes the connection."""
 
 
 ToBox: TypeAlias = Known | Call | Ping
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The box is there: its first line."""
+    """The box's first message."""
 
     state_dir: str
-    """Its state folder."""
+    """The path of the box's state folder."""
 
 
 class Piece(Struct, frozen=True, tag="piece"):
-    """Bytes of a file: those of a file that grows, or a whole one."""
+    """Bytes of a file: some of a file that grows, or all of another file."""
 
     path: str
     offset: int
     data: bytes
     mtime_ns: int
     size: int
-    """Size of the file with these bytes; larger for a file whose content stays on the box."""
+    """Bytes of the file including these; larger than the data if the content stays on the box."""
 
 
 class Gone(Struct, frozen=True, tag="gone"):
-    """A file or a folder that is not there any more, relative to the folder of the runs."""
+    """A file or folder that was deleted, relative to the folder of the runs."""
 
     path: str
 
@@ -105,7 +105,7 @@ class Machine(Struct, frozen=True, tag="machine"):
 
 
 class Reply(Struct, frozen=True, tag="reply"):
-    """What the function of a call returned or raised."""
+    """The value that a called function returned, or the error that it raised."""
 
     id: str
     value: msgspec.Raw = msgspec.Raw(b"null")
@@ -113,7 +113,7 @@ class Reply(Struct, frozen=True, tag="reply"):
 
     @property
     def failed(self) -> bool:
-        """Whether it raised."""
+        """Whether the function raised an error."""
         return bytes(self.error) != b"null"
 
 
@@ -143,7 +143,7 @@ def from_builtins(value: object, kind: Any) -> Any:
 
 
 def arguments_of(function: Callable[..., object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the arguments of a call by the names of its parameters, but those that a box finds itself."""
+    """Return the arguments of a call by parameter name, without those that the box creates itself."""
     given = inspect.signature(function).bind(*args, **kwargs).arguments
     return {name: value for name, value in given.items() if not hasattr(value, READ_THERE)}
 
@@ -154,7 +154,7 @@ def result_type(function: Callable[..., object]) -> Any:
 
 
 def call_function(name: str, encoded: msgspec.Raw) -> msgspec.Raw:
-    """Call a function of this program by its import path. Raises what it raises, and UserError."""
+    """Call a function of this program by its import path. Raises its exceptions, and UserError."""
     module, _, attribute = name.partition(":")
     if not module.startswith(_PACKAGE):
         raise ValueError(name)
@@ -175,7 +175,7 @@ def _encode(value: Any) -> object:
         return None
     if isinstance(value, UserError):
         kind = type(value)
-        # A class that says how it is made again keeps what it adds; of others a plain error is left.
+        # Errors with their own __reduce__ are rebuilt as their class; others become a plain UserError.
         own = kind.__reduce__ is not UserError.__reduce__
         made_of: Any = value.__reduce__()[1] if own else ()
         is_plain = vars(value).keys() <= value.fields().keys()
@@ -199,9 +199,9 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _error(record: Any) -> UserError:
-    """Return an error as its class, if this process knows that; nothing is imported for a name from there.
+    """Rebuild an error in its class if this process has imported it; no module is imported for the box.
 
-    Raises msgspec.ValidationError for what is no error of this program.
+    Raises msgspec.ValidationError if the record is not an error of this program.
     """
     known: dict[str, Any] = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in _errors(UserError)}
     try:

@@ -1,7 +1,7 @@
-"""The user's own ssh: the program on the box is found, versions are compared, channels opened, files sent.
+"""The user's own ssh: finds the program on the box, compares versions, and opens channels.
 
-Everything that ``ssh BOX`` needs (names, keys, agent, jump hosts, prompts) is ssh's own business. All
-channels share one connection (``ControlMaster``), so that only the first one may ask for a password.
+ssh itself handles names, keys, agent, jump hosts and prompts. All channels share one connection
+(``ControlMaster``), so that only the first one may ask for a password.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.remote.calls import UNREACHABLE
 
 _MARK = "@qlora-tui-here"
-"""Begins the line before which everything is the box's own text: profiles may print."""
+"""Prefix of the line after which the program's output begins: shell profiles may print before it."""
 _SSH_FAILED = 255
 """Exit code of ssh itself."""
 _KEEP_S = 600
@@ -36,18 +36,18 @@ _LONGEST_TEXT_BYTES = 1 << 16
 _END_S = 20.0
 """Seconds in which a program that has no more input ends, with what it says of its end."""
 _LONGEST_SOCKET = 60
-"""Most characters of the folder of sockets: a name of 58 follows, and a socket's path has at most 108."""
+"""Most characters of the folder of sockets: ssh adds a name of 58, and a socket's path has at most 108."""
 _SCRIPT = (
     "for c in qlora-tui ~/.local/bin/qlora-tui ~/bin/qlora-tui; do"
     ' p=$(command -v "$c") && break; done;'
-    # The last line: what a profile prints comes first.
+    # Only the last line: a profile may print before it.
     ' [ -n "$p" ] || p=$("${SHELL:-sh}" -lc "command -v qlora-tui" 2>/dev/null </dev/null | tail -n 1);'
     ' [ -x "$p" ] || { echo; echo "@mark"; exit 127; };'
     ' v=$("$p" --version </dev/null);'
     ' echo; echo "@mark $v $p"; [ "$v" = "$0" ] || exit 127; exec "$p" "$@"'
 ).replace("@mark", _MARK)
-"""Finds the program where a shell without a login finds it, where uv and pipx put it, or with the PATH of a
-login; says its version and path, and becomes it if the version is ``$0``."""
+"""Shell script that finds the program in the PATH, where uv and pipx install it, or in the PATH of a login
+shell; prints its version and path, and executes it if the version is ``$0``."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Box:
     """A machine that ssh reaches."""
 
     name: str
-    """What ssh is given: ``user@box``, or a name in the user's configuration."""
+    """The argument of ssh: ``user@box``, or a name in the user's configuration."""
     asks: bool = True
     """Whether ssh may ask for passwords and host keys at the terminal."""
     _program: list[str] = field(default_factory=list, compare=False)
@@ -78,15 +78,15 @@ class Box:
         if path is None:
             raise UserError(
                 "ssh is not installed",
-                what="Another box is reached by the program `ssh`, which is not on this machine.",
+                what="The program `ssh`, which connects to another box, was not found on this machine.",
                 fix="Install it: `sudo apt install openssh-client` (Debian, Ubuntu), or "
                 "`sudo dnf install openssh-clients` (Fedora).",
             )
         return path
 
     def argv(self, command: Sequence[str], *, terminal: bool = False) -> list[str]:
-        """Return the command that runs a command on the box, by way of a shell that may be any."""
-        # ssh joins its arguments and gives them to the login shell: one quoted word for each.
+        """Return the ssh command that runs a command on the box, quoted for its login shell."""
+        # ssh joins its arguments with spaces and passes them to the login shell, so each is quoted.
         return [
             *(self.ssh, "-t" if terminal else "-T", *_options()),
             *(() if self.asks else ("-o", "BatchMode=yes")),
@@ -98,9 +98,9 @@ class Box:
         return self.argv([self._program[0], *arguments], terminal=terminal)
 
     def open_program(self, *arguments: str, stdin: int | None = subprocess.PIPE) -> Channel:
-        """Start this program on the box and return it once it runs, with what profiles print read.
+        """Start this program on the box; return its channel once the program runs.
 
-        Raises UserError: the box cannot be reached, or has no program, or another version.
+        Raises UserError if the box cannot be reached, or lacks the program or its version.
         """
         argv = self.argv(["sh", "-c", _SCRIPT, f"qlora-tui {__version__}", *arguments])
         process = subprocess.Popen(
@@ -115,7 +115,7 @@ class Box:
         return channel
 
     def hang_up(self) -> None:
-        """End the shared connection, which may be one that the network has dropped."""
+        """Close the shared connection, even if the network has dropped it."""
         subprocess.run(
             [self.ssh, *_options(), "-O", "exit", "--", self.name],
             stdin=subprocess.DEVNULL,
@@ -151,7 +151,7 @@ class Channel:
         raise self.lost_error()
 
     def lost_error(self) -> UserError:
-        """End the channel and return why it is of no use, in the words of ssh or of the program."""
+        """Close the channel; return the error with which it ended, with the message of ssh or the program."""
         if self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.close()
@@ -164,23 +164,23 @@ class Channel:
         if self._is_started and 0 <= code < _SSH_FAILED:
             return UserError(
                 f"qlora-tui has ended on {self._box.name}",
-                what=" ".join(said) or f"Its exit code is {code}.",
-                fix="Solve that there, and try again.",
+                what=" ".join(said) or f"The program ended with exit code {code}.",
+                fix="Correct the problem on the box, and try again.",
             )
         return UserError(
             f"{self._box.name} cannot be reached",
             what=" ".join(said) or f"ssh ended with exit code {code}.",
-            fix=f"Try `ssh {shlex.quote(self._box.name)}`: when that works, this does.",
+            fix=f"Try `ssh {shlex.quote(self._box.name)}`; once it works, run this command again.",
             code=UNREACHABLE,
         )
 
     def ended_because(self) -> UserError:
-        """End the channel and return why it ended by itself, as far as ssh has said so."""
+        """Close the channel and return the error with which it ended, with the message of ssh."""
         self.process.kill()
         return self.lost_error()
 
     def exit_code(self) -> int:
-        """Wait for the program to end and return its exit code. Raises UserError if the line dropped."""
+        """Wait for the program to end; return its exit code. Raises UserError if the connection dropped."""
         code = self.process.wait()
         self._reader.join(1.0)
         if code == _SSH_FAILED:
@@ -194,7 +194,7 @@ class Channel:
         self.process.stdin.flush()
 
     def close(self) -> None:
-        """End the channel here; what runs there sees the end of its input."""
+        """Close the channel; the program on the box sees the end of its input."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -222,13 +222,13 @@ def _no_program(box: str, words: list[str]) -> UserError:
     if len(words) < 4:
         return UserError(
             f"qlora-tui is not installed on {box}",
-            what=f"{box} answers, but has no command qlora-tui in its PATH or in ~/.local/bin.",
+            what=f"{box} answers, but there is no command qlora-tui in its PATH or in ~/.local/bin.",
             fix=fix,
         )
     return UserError(
         f"{box} has another version",
-        what=f"{words[3]} is version {words[2]}, and this is {__version__}.",
-        why="Both sides read the same files, so they have to be the same version.",
+        what=f"{words[3]} on the box is version {words[2]}, and this machine has {__version__}.",
+        why="Both sides read the same files, so they must have the same version.",
         fix=fix,
     )
 
@@ -248,7 +248,7 @@ def _options() -> list[str]:
 
 
 def sockets_dir() -> Path:
-    """Return the folder of the sockets of shared connections: the user's own, with a short path."""
+    """Return the private folder of connection sockets, with a short path. Raises UserError."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     folder = Path(runtime, "qlora-tui") if 0 < len(runtime) < _LONGEST_SOCKET - 10 else None
     if folder is None or not folder.parent.is_dir():
@@ -259,8 +259,8 @@ def sockets_dir() -> Path:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise UserError(
-            "No folder for the connection",
-            what=f"{folder} belongs to somebody else, or others may write to it.",
+            "No safe folder for the connection",
+            what=f"{folder} belongs to another user, or other users have access to it.",
             fix=f"Delete it, or `chmod 700 {folder}`.",
         )
     return folder

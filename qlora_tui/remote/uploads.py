@@ -1,8 +1,8 @@
-"""Data files that a run on a box needs: sent once, named by their hash, and continued after a cut.
+"""Sends the data files that a run on a box needs: once, named by their hash, and resumed after a disconnect.
 
-The box keeps them in ``uploads/<hash>/<name>`` of its state folder. A folder is sent file by file under a
-hash of its list. What arrives is compared with its hash before it gets its name. The program itself receives
-them, over the same ssh: neither rsync nor sftp has to be there, which some rented boxes lack.
+The box keeps them in ``uploads/<hash>/<name>`` of its state folder. A folder is sent file by file under the
+hash of its list of files. A received file is compared with its hash before it gets its name. The program on
+the box receives the files over ssh, so neither rsync nor sftp is needed, which some rented boxes lack.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ _LONGEST_ANSWER_BYTES = 1 << 16
 
 
 class Offer(Struct, frozen=True):
-    """A file that could be sent: a line on the stdin of the box."""
+    """A file that the app can send: a line on the stdin of the box."""
 
     folder: str
     """Hash of the file, or of the list of files of its folder."""
     name: str
-    """Its name, or that of its folder and its path in there."""
+    """The file's name, or its path from the name of the sent folder on."""
     size: int
     sha256: str
 
 
 class Wanted(Struct, frozen=True):
-    """The answer: from where on it is wanted, then whether it arrived whole."""
+    """The box's answer to an offer, and again after the transfer."""
 
     path: str
-    """Where it is on the box."""
+    """Path of the file on the box."""
     offset: Annotated[int, Meta(ge=0)]
-    """Bytes that are there already."""
+    """Bytes that the box already has."""
     is_whole: bool = False
-    """Whether nothing more is wanted."""
+    """Whether the box has the whole file, with the right hash."""
 
 
 _OFFERS = msgspec.json.Decoder(Offer)
@@ -62,10 +62,10 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
     """Send a file or a folder of files to the box, unless it is there; return its path there.
 
     Args:
-        on_progress: called with the bytes that are there and their number.
+        on_progress: called with the bytes that the box has and the bytes in all.
 
     Raises:
-        UserError: it cannot be read, changed meanwhile, or the box cannot be reached.
+        UserError: a file cannot be read or changed meanwhile, or the box cannot be reached.
     """
     # The name of "." is that of its folder.
     path = path.resolve() if path.name in ("", "..") else path
@@ -104,8 +104,8 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
 def _changed(file: Path) -> UserError:
     return UserError(
         "The data changed while they were sent",
-        what=f"{file} is not what it was when it was read first.",
-        fix="Try again once nothing writes to it.",
+        what=f"{file} changed between the first reading and the transfer.",
+        fix="Try again when no program writes to this file.",
     )
 
 
@@ -145,10 +145,10 @@ def files_of(path: Path) -> list[Path]:
             raise UserError(
                 "The data cannot be sent",
                 what=f"{str(file)!r} is not a file." if is_utf8 else f"{str(file)!r} is not UTF-8.",
-                why="Data are read more than once, so that a pipe or a link to nothing will not do."
+                why="Data are read more than once, which a pipe or a broken link does not allow."
                 if is_utf8
-                else "Its name is sent as text.",
-                fix="Save its content to a file, or delete it." if is_utf8 else "Rename it.",
+                else "Names of files are sent as UTF-8.",
+                fix="Save the content to a file, or delete the link." if is_utf8 else "Rename the file.",
             )
     return files
 
@@ -160,7 +160,7 @@ def file_hash(path: Path) -> str:
 
 
 def receive(source: IO[bytes], answers: IO[bytes]) -> None:
-    """Take files from a sender until it has no more: the box's side."""
+    """Receive files until the sender has no more: the box's side of :func:`send`."""
     for header in iter(source.readline, b""):
         offer = _OFFERS.decode(header)
         file = _place(offer)
@@ -170,7 +170,7 @@ def receive(source: IO[bytes], answers: IO[bytes]) -> None:
             continue
         private_dir(file.parent)
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as opened:
-            # Never all of it: its end says whether it arrived whole.
+            # Request at least the last byte: only a complete transfer is compared with its hash.
             offset = max(0, min(opened.seek(0, os.SEEK_END), offer.size - 1))
             opened.truncate(offset)
             opened.seek(offset)
@@ -209,6 +209,6 @@ def _answer(answers: IO[bytes], wanted: Wanted) -> None:
 
 
 def receive_from_stdin() -> int:
-    """Take files from the app at the other end of stdin and stdout; return the exit code."""
+    """Receive files from the app over stdin and stdout; return the exit code."""
     receive(sys.stdin.buffer, sys.stdout.buffer)
     return 0

@@ -1,4 +1,4 @@
-"""Gathers what :mod:`.suggestions` are derived from: sample lengths, free memory, results of earlier runs."""
+"""Gathers the facts for :mod:`.suggestions`: sample lengths, free memory, results of earlier runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.worker import Progress
 
 _RUNS = 100
-"""Earlier runs that are looked at, the newest first."""
+"""Most earlier runs that are read, the newest first."""
 _STEPS = 2
-"""Steps that are read of each: their evaluations count."""
+"""Steps that are sampled from each run, of which only the evaluations are used."""
 
 
 @at_box
@@ -38,9 +38,9 @@ def read_facts(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SuggestionFacts:
-    """Count the samples as they are before they are cut, and read the earlier runs on this data.
+    """Count the tokens of the uncut samples, and read the results of earlier runs on the same data.
 
-    Without a tokenizer, and for too much data to count, the lengths are estimated.
+    Lengths are estimated if there is no tokenizer, or too much data to count.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
@@ -49,8 +49,8 @@ def read_facts(
     if not recipe.has_model_and_data:
         raise UsageError(
             "Nothing to suggest",
-            what="Suggestions follow from a model and data, and the recipe has not both.",
-            fix="Choose them on Model and Data, or pass --model and --data.",
+            what="Suggestions need a model and data, and the recipe lacks one of them.",
+            fix="Select them on Model and Data, or pass --model and --data.",
         )
     _, recipe, machine = gpus_of_run(recipe, machine)
     architecture = load_architecture(recipe.model.id)
@@ -67,8 +67,8 @@ def read_facts(
     if known is None or not known.lengths:
         raise data_error(recipe, model) or UserError(
             "No samples",
-            what="The data gives no sample to train on.",
-            fix="See why on the Data screen, or with `qlora-tui data inspect`.",
+            what="The data has no sample to train on.",
+            fix="The Data screen, or `qlora-tui data inspect`, shows the reason.",
         )
     # As runs have it.
     past, outdated = _past_runs(with_absolute_paths(recipe))
@@ -85,14 +85,14 @@ def read_facts(
 
 
 def _free_bytes(machine: Machine) -> int:
-    """Return the memory that nothing else uses; what an active run holds will be free again."""
+    """Return the free memory in bytes; all of it if a run is active, whose memory will be free again."""
     if machine.active or machine.budget.is_assumed or machine.free_bytes is None:
         return machine.budget.bytes
     return machine.free_bytes
 
 
 def _past_runs(recipe: Recipe) -> tuple[tuple[PastRun, ...], int]:
-    """Return the results of runs with this model on these files, and how many are older than the files."""
+    """Return the results of runs with this model on these files, and the number of outdated runs."""
     sources = list(every_source(recipe.data))
     stamps = [stamp for source in sources for stamp in source_stamps(source)]
     changed_at = max((modified_ns / 1e9 for _, modified_ns, _ in stamps), default=0.0)
@@ -108,7 +108,7 @@ def _past_runs(recipe: Recipe) -> tuple[tuple[PastRun, ...], int]:
             past.append(result)
         else:
             outdated += 1
-    # Of the data as the newest run has seen it.
+    # Only runs with the same prepared data as the newest one.
     return tuple(one for one in past if one.data_hash == past[0].data_hash), outdated
 
 

@@ -1,8 +1,8 @@
-"""Suggested values of the settings that matter most, each with its reason and where its figures come from.
+"""Suggested values of the most important settings, each with its reason and the sources of its figures.
 
 :func:`suggest` derives them from facts alone: the lengths of the samples, the model's architecture, the free
-memory, and the results of earlier runs (:mod:`.suggestion_facts` gathers them). A setting on which no source
-and no run says anything is left as it is, and the reason says so.
+memory, and the results of earlier runs (:mod:`.suggestion_facts` gathers them). A setting for which neither a
+source nor a run has a value is left as it is, with a reason that says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from qlora_tui.runs.evidence import (
 )
 
 Topic: TypeAlias = Literal["length", "rank", "epochs", "batch", "rate"]
-"""What one suggestion is about."""
+"""The subject of a suggestion: one setting, or two for the batch."""
 
 
 _SAMPLES_PER_STEP = 16
@@ -84,7 +84,7 @@ _RATES = ((13.5e9, 2e-4), (math.inf, 1e-4))
 """
 _SMALLEST_MEASURED = 6.5e9
 _NO_OTHER_RATE = 0.05
-"""Relative difference up to which two rates are one: no source distinguishes them."""
+"""Relative difference up to which two rates count as equal: no source distinguishes them."""
 _LION_SHARE = 1 / 3
 """Lion's rate as a share of AdamW's; its paper says a third to a tenth (section 5)."""
 _LEAST_RATED = 8
@@ -101,26 +101,26 @@ _DECIDES_RATE = (
     *("lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
     *("lora.init_from", "lora.train_embeddings", "training.lora_plus_ratio", "data.preferences"),
 )
-"""Settings with another value of which another learning rate is the best."""
+"""Settings that change which learning rate is best."""
 
 
 @dataclass(frozen=True)
 class SuggestionFacts:
-    """What suggestions are derived from."""
+    """The facts from which suggestions are derived."""
 
     recipe: Recipe
     """``training.gpus`` is the number of GPUs that share a step."""
     architecture: Architecture
     device: Device
     device_name: str
-    """Name for sentences: ``RTX 3060``, ``this machine's memory``."""
+    """Name of the device in a sentence: ``RTX 3060``, ``this machine's memory``."""
     free_bytes: int
     """Memory of the device that nothing else uses."""
     known: KnownLengths
     """Lengths of the training samples, not cut. At least one."""
     past: tuple[PastRun, ...] = ()
     outdated: int = 0
-    """Earlier runs that are left out, because the data files were changed since."""
+    """Number of earlier runs that are left out, because the data files have changed since."""
 
     @cached_property
     def lengths(self) -> array[int]:
@@ -129,12 +129,12 @@ class SuggestionFacts:
 
     @property
     def available_bytes(self) -> int:
-        """Memory that a run may take."""
+        """Memory in bytes that a run may use."""
         return int(self.free_bytes * CPU_SHARE) if self.device.kind == "cpu" else self.free_bytes
 
     @property
     def memory_words(self) -> str:
-        """``10.9 GiB free of RTX 3060``."""
+        """Return the available memory in words: ``10.9 GiB free``."""
         gib = f"{format_gib(self.available_bytes)} GiB"
         return f"{gib}, half of {self.device_name}" if self.device.kind == "cpu" else f"{gib} free"
 
@@ -149,24 +149,24 @@ class SuggestionFacts:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One suggestion: what to change, or why nothing is changed."""
+    """One suggestion: the changes, or the reason why nothing is changed."""
 
     topic: Topic
     label: str
     now: str
     then: str
-    """The suggested value, as people read it; ``now`` if nothing is to change."""
+    """The suggested value as text; ``now`` if nothing changes."""
     reason: str
-    """Sentences with the figures that decide."""
+    """The reason in sentences, with the decisive figures."""
     references: tuple[Reference, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """New values of settings, by path; empty if the recipe has them already, or nothing is known."""
+    """New values of settings, by path; empty if the recipe already has them, or no value is known."""
     is_known: bool = True
-    """Whether there is a value to suggest; otherwise the reason says why it is left as it is."""
+    """Whether a value is known; otherwise the reason says why the setting is left as it is."""
 
     @property
     def change(self) -> str:
-        """``1,024 → 640``, ``16, as it is`` if that is right, or ``16, left`` if nothing is known."""
+        """The change as text: ``1,024 → 640``, or ``16, as it is``, or ``16, left`` if no value is known."""
         if self.changes:
             return f"{self.now} → {self.then}"
         return f"{self.now}, {'as it is' if self.is_known else 'left'}"
@@ -212,7 +212,7 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
 def _suggested(
     facts: SuggestionFacts, topic: Topic, path: str, value: Any, reason: str, *references: Reference
 ) -> Suggestion:
-    """Suggest a value of one setting; the recipe may have it already."""
+    """Return a suggestion of ``value`` for one setting, without changes if the recipe already has it."""
     now, label = get_setting(facts.recipe, path), fields()[path].label
     show = format_rate if topic == "rate" else format_number
     changes = {} if now == value else {path: value}
@@ -220,7 +220,7 @@ def _suggested(
 
 
 def _left(facts: SuggestionFacts, topic: Topic, path: str, why: str) -> Suggestion:
-    """Leave one setting as it is."""
+    """Return a suggestion that leaves one setting as it is, with the reason ``why``."""
     return replace(
         _suggested(facts, topic, path, get_setting(facts.recipe, path), f"Left as it is: {why}"),
         is_known=False,
@@ -271,7 +271,7 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest a rank with room for what the data can teach."""
+    """Suggest a rank whose parameters can store the information in the data."""
     path, now = "lora.rank", recipe.lora.rank
     if recipe.lora.init_from:
         return _left(facts, "rank", path, "the run continues an adapter, whose rank it has to have.")
@@ -307,7 +307,7 @@ def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the epochs after which earlier runs were best, or those that are published for as much data."""
+    """Suggest the epochs after which earlier runs were best, or those published for similar data."""
     path, now = "training.epochs", recipe.training.epochs
     if limit := recipe.training.max_steps:
         return _left(facts, "epochs", path, f"Max steps ends the run after {limit:,} steps.")
