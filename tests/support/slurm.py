@@ -85,20 +85,20 @@ class Cluster:
 
     def start(self) -> None:
         """Start the controller and the node, and wait until jobs can start."""
-        subprocess.run([self._folder / "bin" / "slurmctld", "-f", self._config], check=True, timeout=20)
+        subprocess.run([self._folder / "bin" / "slurmctld", "-f", self._config], check=True, timeout=60)
         self.start_node()
-        wait_for(lambda: "idle" in self.call("sinfo", "--noheader", "--format=%T"), seconds=30)
+        wait_for(lambda: "idle" in self.call("sinfo", "--noheader", "--format=%T"), seconds=120)
 
     def start_node(self) -> None:
         """Start slurmd."""
         programs = self._folder / "bin"
         subprocess.run(
-            [programs / "slurmd", "-f", self._config, "-d", programs / "slurmstepd"], check=True, timeout=20
+            [programs / "slurmd", "-f", self._config, "-d", programs / "slurmstepd"], check=True, timeout=60
         )
 
     def call(self, *command: str) -> str:
         """Run a command of Slurm; what it prints."""
-        return subprocess.run(command, check=True, timeout=20, text=True, stdout=subprocess.PIPE).stdout
+        return subprocess.run(command, check=True, timeout=60, text=True, stdout=subprocess.PIPE).stdout
 
     def states(self, job: str) -> list[str]:
         """State and flags of a job."""
@@ -188,5 +188,5 @@ def _unpacked(folder: Path) -> Path:
         kept = packages
     root = folder / "root"
     for package in kept.glob("*.deb"):
-        subprocess.run(["dpkg", "-x", package, root], check=True, timeout=20)
+        subprocess.run(["dpkg", "-x", package, root], check=True, timeout=60)
     return root

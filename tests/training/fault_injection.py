@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def inject_oom_in_process(rank: str, fits: dict[int, float]) -> None:
     """:func:`inject_oom` in one of several processes."""
     if os.environ.get("RANK") == rank:
         inject_oom(fits)
+
+
+def keep_pace(micro_batch_s: float) -> None:
+    """Let no micro-batch take less, so that a run does not end before a test can act."""
+    hook = Loop._after_micro_batch
+
+    def after_micro_batch(self: Loop, done: int, total: int) -> None:
+        time.sleep(micro_batch_s)
+        hook(self, done, total)
+
+    Loop._after_micro_batch = after_micro_batch  # type: ignore[method-assign]
 
 
 def request_within_step(folder: str, step: int, kind: Kind) -> None:

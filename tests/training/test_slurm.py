@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qlora_tui.runs.events import CheckpointSaved, Paused, Queued, Started
 from qlora_tui.runs.run_queue import waiting
 from qlora_tui.runs.slurm_runs import refresh
 from qlora_tui.runs.status import ACTIVE, read_status
-from tests.support.polling import wait_for
+from tests.support.polling import wait_for as wait_seconds_for
 from tests.support.quick_starts import TRAINING_MODULES
 from tests.support.slurm import Cluster, cluster
 from tests.support.trainer_processes import Trainers
@@ -29,13 +30,15 @@ from tests.training.event_helpers import events, events_of, last_step, losses
 __all__ = ["cluster"]
 pytestmark = pytest.mark.slow
 
-# A step of half a second, so that a signal comes within one.
+wait_for = partial(wait_seconds_for, seconds=180.0)
+# Steps of a quarter of a second at least, so that a signal comes within one.
+PACE = "from tests.training.fault_injection import keep_pace; keep_pace(0.03)"
 SETTINGS: dict[str, Any] = {
     "lora.dropout": 0.1,
     "data.max_length": 32,
-    "training.gradient_accumulation": 32,
+    "training.gradient_accumulation": 8,
     "training.epochs": 200.0,
-    "training.max_steps": 10,
+    "training.max_steps": 24,
     "training.checkpoint_every": 100,
 }
 
@@ -77,11 +80,13 @@ def test_a_run_whose_job_is_taken_away_goes_on_exactly(
     recipe: MakeRecipe,
     trainers: Trainers,
     quick_trainers: None,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     whole = create_run(recipe(SETTINGS))
     assert trainers.run(whole) == 0
+    monkeypatch.setenv("BEFORE_TRAINER", PACE)
     file = tmp_path / "recipe.toml"
     file.write_text(dump(recipe(SETTINGS)))
     write_target('partition = "gpu"\ngres = "gpu:2"\ntime = "10"\nextra = ["--mem=500"]\n')
@@ -139,7 +144,7 @@ def test_a_job_that_does_not_start_again_leaves_its_run_paused_or_lost(
     wait_for(lambda: read_status(run).state in ACTIVE)
     # The last two minutes of one minute have begun, which Slurm notices within half a minute.
     cluster.call("scontrol", "update", f"JobId={job_of(run)}", "TimeLimit=1")
-    wait_for(lambda: pauses(run) and is_(run, "queued"), seconds=120, saying="the time limit")
+    wait_for(lambda: pauses(run) and is_(run, "queued"), saying="the time limit")
     assert [paused.hold.cause for paused in pauses(run) if paused.hold] == ["limit"]
     assert main(["pause", run.id]) == 0 and is_(run, "paused")
     # Its processes still end when it is cancelled, and Slurm was to start it again.
