@@ -1,6 +1,6 @@
-"""A recipe as a job for a scheduler that this program does not speak to: a folder with all that it needs.
+"""Exports a recipe as a job for another scheduler: a folder with the recipe, its data and a job file.
 
-What the file says is in ``job_files/``: install, fetch the model, train, keep the run.
+The templates of job files are in ``job_files/``: install, download the model, train, keep the run.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class _Template(Template):
 
 
 def write_job(recipe: Recipe, scheduler: Scheduler, gpu: str, folder: Path) -> None:
-    """Write recipe, data and the scheduler's file into an empty folder.
+    """Write the recipe, its data and the scheduler's job file into an empty folder.
 
     Args:
         recipe: what the job trains.
-        scheduler: whose file it is.
+        scheduler: the scheduler of the job file.
         gpu: kind of GPU to rent: ``L4``; Slurm takes any.
         folder: where to write.
 
     Raises:
-        UsageError: the recipe needs what is on this machine only.
+        UsageError: the recipe needs files that are only on this machine.
         OSError: data cannot be read, or the folder not written.
     """
     if scheduler != "slurm":  # whose nodes share the files of the login node
@@ -57,8 +57,8 @@ def write_job(recipe: Recipe, scheduler: Scheduler, gpu: str, folder: Path) -> N
     if not _GPU.fullmatch(gpu):
         raise UsageError(
             "Not a kind of GPU",
-            what=f"{gpu!r} is no name such as L4 or H100.",
-            fix="Name one that is rented.",
+            what=f"{gpu!r} is not a name such as L4 or H100.",
+            fix="Name a GPU that the scheduler offers.",
         )
     copied = _with_copied_data(with_absolute_paths(recipe), folder)
     (folder / "recipe.toml").write_text(dump(copied), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Slurm: what jobs ask for, their scripts, and the commands of a cluster.
+"""Slurm: targets with the options of jobs, the scripts of jobs, and the commands of a cluster.
 
-A target, ``targets/NAME.toml`` in the config folder, says what the jobs of a cluster ask for; recipes do not,
+A target, ``targets/NAME.toml`` in the config folder, has the options of a cluster's jobs; recipes have none,
 so that they train anywhere. A run on a cluster has ``slurm.json`` (its job), ``job.sh`` (what was submitted),
 ``slurm.log`` (what the job printed) and ``squeue.json`` (what Slurm last said of the job) in its folder.
 :mod:`qlora_tui.runs.slurm_runs` submits and watches such runs; :mod:`qlora_tui.runs.slurm_job` is what a job
@@ -77,7 +77,7 @@ the controller of the cluster keeps the environment of a job in a file."""
 
 
 class Target(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the jobs of a cluster ask for, each as sbatch takes it."""
+    """Options of the jobs on a cluster, each in the form that sbatch accepts."""
 
     partition: str = ""
     """Empty: the cluster's default."""
@@ -91,15 +91,15 @@ class Target(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class JobPlan(Struct, frozen=True):
-    """What a job will ask for, and how its time limit came about."""
+    """The options of a job, and the source of its time limit."""
 
     name: str
     """Name of the target."""
     target: Target
     limit_s: int | None
-    """The proposed limit; None if the target or the cluster says."""
+    """The proposed limit in seconds; None if the target or the cluster sets it."""
     words: str
-    """The limit, in a sentence."""
+    """The limit and its source, in a sentence."""
 
 
 class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,11 +110,11 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     job: str = ""
     """Slurm's number; empty while it is being submitted."""
     limit_s: int | None = None
-    """Time limit that was proposed for it; None if the target or the cluster says."""
+    """Time limit that was proposed for the job; None if the target or the cluster set it."""
 
 
 class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The content of ``squeue.json``: a job as Slurm said, when that last changed."""
+    """The content of ``squeue.json``: the state of a job in Slurm when it last changed."""
 
     at: UnixTime
     states: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def waits(self) -> bool:
-        """Whether the job is to start, for the first time or again."""
+        """Whether the job waits to start, for the first time or again."""
         return "PENDING" in self.states
 
     @property
@@ -141,7 +141,7 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not (self.waits or self.runs)
 
     def words(self, job: str) -> str:
-        """Say what Slurm says of the job with this number, in a sentence."""
+        """Describe the state of the job with this number, in a sentence."""
         if self.waits:
             # What matters first: lists cut it.
             start = f" from about {time_words(self.starts_at)}," if self.starts_at else ""
@@ -163,7 +163,7 @@ def submission_of(run: RunDir) -> Submission | None:
 
 
 def seen_job(run: RunDir) -> SeenJob | None:
-    """Return what Slurm last said of the job of a run; None before it was asked."""
+    """Return the last known state of a run's job; None before Slurm was asked."""
     return read_json(run.squeue_path, _SEEN)
 
 
@@ -227,7 +227,7 @@ def _problem_of(target: Target) -> str:
 
 
 def parse_limit(text: str) -> int | None:
-    """Return the seconds of a time limit as sbatch takes it; None if it is none."""
+    """Parse a time limit in the form that sbatch accepts to seconds; None if it is invalid."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -241,7 +241,7 @@ def parse_limit(text: str) -> int | None:
 
 
 def format_limit(seconds: int) -> str:
-    """Return a time limit as sbatch takes it: ``1-02:30:00``."""
+    """Return a time limit in the form that sbatch accepts: ``1-02:30:00``."""
     days, rest = divmod(seconds, 86400)
     clock = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
     return f"{days}-{clock}" if days else clock
@@ -296,7 +296,7 @@ def submit(script: Path) -> str:
         raise UserError(
             "The job's number is not known",
             what=f"sbatch printed {printed.strip()!r}, and no number.",
-            fix="`squeue --me` shows whether there is a job.",
+            fix="Run `squeue --me` to see whether the job was submitted; if not, try again.",
         )
     return match[1]
 
@@ -431,5 +431,5 @@ def _call(command: str, *arguments: str) -> str:
 
 
 def _last_lines(lines: Iterable[str]) -> str:
-    """Return what a command of Slurm said, in one line."""
+    """Return the last three lines that a command printed, in one line."""
     return " / ".join(visible(line.strip()) for line in list(lines)[-3:] if line.strip())
