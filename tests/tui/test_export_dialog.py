@@ -9,7 +9,7 @@ import pytest
 from textual.pilot import Pilot
 
 from qlora_tui.catalog.local_models import resolve_model
-from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.memory.budget import budget_for
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
@@ -99,8 +99,9 @@ def test_every_choice_has_a_size_and_the_disk_its_room(
     monkeypatch: pytest.MonkeyPatch, private_home: Path
 ) -> None:
     architecture = resolve_model(str(config_folder(private_home, "Qwen__Qwen2.5-7B"))).architecture
-    budget = MemoryBudget("cuda", 24 << 30, "the GPU")
-    choices = {each.id: each for each in export_dialog.export_choices(architecture, budget, 155 << 20)}
+    choices = {
+        each.id: each for each in export_dialog.export_choices(architecture, budget_for(None), 155 << 20)
+    }
     sizes = {id_: choice.size for id_, choice in choices.items()}
     assert sizes == {
         "gguf": "~7.5 GiB",
