@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import result_label
-from qlora_tui.tui.render.loss import summary_plot
+from qlora_tui.tui.render.loss import summary_lines, summary_plot
 from qlora_tui.tui.render.plot import downsample
 from qlora_tui.tui.screens import answer_measuring
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
@@ -183,6 +184,18 @@ def test_a_run_that_saved_nothing_offers_no_export() -> None:
     assert summary_plot(summary).empty == "The run ended before its first step."
     queued = replace(summary, status=structs.replace(summary.status, state="queued"))
     assert summary_plot(queued).empty == "No steps yet."
+
+
+@pytest.mark.parametrize("height", [2, 6, 7])
+def test_a_chart_that_would_be_flat_is_a_sparkline_with_the_change(height: int) -> None:
+    summary = summarize(write_fake_run(FakeRun(state="finished", steps=300, total=300)))
+    head, *rows = (line.plain for line in summary_lines(summary, 76, height))
+    assert len(rows) == height - 1
+    if height == 7:
+        assert head.lstrip().startswith("loss  ━ smoothed")
+    else:
+        assert re.match(r"validation loss 2\.710 → 1\.\d{3} ★ at \d+   ━ smoothed 1\.\d{3}$", head)
+        assert rows[0][0] == "█" and rows[0][-1] in " ▁" and len(rows[-1]) == 76
 
 
 def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from textual.content import Content
+
 from qlora_tui.formatting import format_loss
 from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
@@ -18,9 +20,12 @@ from qlora_tui.tui.render.plot import (
     Curve,
     Mark,
     Plot,
+    blocks,
+    downsample,
     loss_axis,
     no_plot,
     overall,
+    plot,
     so_far,
     ticks,
 )
@@ -34,6 +39,8 @@ _MEAN_WEIGHT = 0.1
 """Weight of the newest step in the running mean."""
 
 
+_LEAST_CHART = 7
+"""Lines from which a run's loss is a chart: five rows, legend and scale."""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
@@ -135,6 +142,37 @@ def summary_plot(summary: RunSummary | None) -> Plot:
             best=None if summary.best is None else (summary.best[1], summary.best[0]),
             loss_to_beat=summary.loss_to_beat,
         )
+    )
+
+
+def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
+    """Return ``height`` lines with a run's loss: its chart, or a sparkline where a chart would be flat."""
+    what = summary_plot(summary)
+    if what.is_empty or summary is None or height >= _LEAST_CHART:
+        return plot(what, width, height)
+    means = mean_losses(summary)
+    columns = downsample(means, width)
+    finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    rows = blocks(columns, low, high, max(1, height - 1))
+    return [_change(summary, means), *(Content.styled(row, TRAINING_STYLE) for row in rows)][:height]
+
+
+def _change(summary: RunSummary, means: Sequence[float]) -> Content:
+    """Return ``validation loss 5.006 → 2.781 ★ at 60``; the training loss where none was measured."""
+    if summary.best is None or not summary.evaluations:
+        change = f"{format_loss(means[0])} → {format_loss(means[-1])}"
+        return Content.assemble(("smoothed loss ", "dim"), (change, f"{TRAINING_STYLE} bold"))
+    best, step = summary.best
+    first, style = (
+        summary.evaluations[0],
+        "$warning" if summary.loss_to_beat is not None else VALIDATION_STYLE,
+    )
+    change = f"{format_loss(first[1])} → " if first[0] != step else ""
+    change += f"{format_loss(best)} {BEST} at {step:,}"
+    smoothed = f"   ━ smoothed {format_loss(means[-1])}"
+    return Content.assemble(
+        ("validation loss ", "dim"), (change, f"{style} bold"), (smoothed, TRAINING_STYLE)
     )
 
 

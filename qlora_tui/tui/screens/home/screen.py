@@ -106,7 +106,7 @@ class HomeScreen(WorkScreen):
             }
             #run-graph {
                 margin-top: 0;
-                min-height: 5;
+                min-height: 3;
             }
             #recent-panel {
                 max-height: 4;
@@ -383,8 +383,7 @@ class HomeScreen(WorkScreen):
 
     def _show_run(self, facts: HomeFacts) -> None:
         """Show the parts of the current and earlier runs that are not plain text."""
-        from qlora_tui.tui.render.loss import summary_plot
-        from qlora_tui.tui.render.plot import plot
+        from qlora_tui.tui.render.loss import summary_lines
         from qlora_tui.tui.screens.home.panel_lines import recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
@@ -399,7 +398,7 @@ class HomeScreen(WorkScreen):
         panel.show_keys(() if is_new else keys)
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
-        graph.show(partial(plot, summary_plot(facts.last)))
+        graph.show(partial(summary_lines, facts.last))
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
         layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
         has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact

@@ -29,8 +29,7 @@ from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.render.loss import summary_plot
-from qlora_tui.tui.render.plot import plot
+from qlora_tui.tui.render.loss import summary_lines
 from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
@@ -311,7 +310,7 @@ class RunsScreen(EvaluationActions):
             detail = ending(summary, beside_verdict=True)
         self._show("run-detail", detail)
         self.query_one("#run-detail").display = any(detail) or is_short
-        self.query_one("#run-graph", Drawing).show(partial(plot, summary_plot(summary)))
+        self.query_one("#run-graph", Drawing).show(partial(summary_lines, summary))
         if is_short:
             return
         width = max(20, self.query_one("#run-result").content_size.width)
