@@ -129,7 +129,7 @@ def test_a_box_chooses_no_files_of_this_machine(
     secret.write_text("private, changed")
     with monkeypatch.context() as patch:
         patch.setattr(link, "call", lambda *_, **__: uploads.data_hash(str(rows)))
-        with pytest.raises(UserError, match="other data"):
+        with pytest.raises(UserError, match="other content"):
             link.send_data(taken)
     assert not list(box.state_home.rglob("id_ed25519"))
     link.send_data(Source(path=str(rows)))
