@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_tui.locks import locked
 from tests.support.polling import wait_for
 
 _PACKAGES = [
@@ -41,6 +42,7 @@ _PACKAGES = [
 _DAEMONS = ("slurmctld", "slurmd", "slurmstepd")
 _SOCKETS = (Path("/run/slurm"), Path("/run/slurmctld"))
 """Folders of the daemons' sockets, by which commands find the key: one cluster on a machine at a time."""
+_LOCK = Path("/run/qlora-tui-test-slurm.lock")
 _PORTS = range(17_800, 17_900, 2)
 _CONFIG = """
 ClusterName=test
@@ -136,8 +138,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster; the test is skipped where there cannot be one."""
     if os.getuid() or not (shutil.which("dpkg") and shutil.which("apt-get")):
         pytest.skip("needs root on Debian, for slurmd")
-    if any(map(_is_served, _SOCKETS)):
-        pytest.skip("another Slurm runs on this machine")
+    with locked(_LOCK) as lock:
+        # Tests that run at the same time would take the sockets from each other between look and start.
+        if lock is None or any(map(_is_served, _SOCKETS)):
+            pytest.skip("another Slurm runs on this machine")
+        yield from _started(tmp_path_factory)
+
+
+def _started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     root = _unpacked(folder)
     libraries = root / "usr" / "lib" / f"{platform.machine()}-linux-gnu"
