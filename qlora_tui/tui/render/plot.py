@@ -23,7 +23,10 @@ _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
 """How much longer an axis may be to have more than two labels."""
+_NONE_BELOW = 1.3
+"""How much longer an axis may be to have a label below its lowest value."""
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
+_REACHES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 _FAR = 1e30
 _EPSILON = 1e-12
 """Limit on the size and resolution of an axis, so that its arithmetic stays finite."""
@@ -106,16 +109,18 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "") -> Axis:
-    """Return an axis from 0 to the next round number of steps (1, 2, 5, 10…), but not beyond the end of the
-    run.
+    """Return an axis from 0 to the end of the run once half of it is done. Before, it ends at the next of
+    1, 1.5, 2, 3, 4, 5, 6, 8 × 10ⁿ steps.
 
     A new run shows its first steps wide, and the axis changes only about a dozen times over the whole run.
     """
     reach = 10.0
-    while reach < done:
-        power = 10 ** math.floor(math.log10(reach) + 1e-9)
-        reach = next(power * r for r in (*_ROUND, 10.0) if power * r > reach * 1.001)
-    return Axis(0.0, min(reach, total) if total >= max(done, 1) else max(reach, 1.0), unit)
+    if done > reach:
+        power = 10 ** math.floor(math.log10(done) + 1e-9)
+        reach = next(power * r for r in _REACHES if power * r >= done * (1 - 1e-9))
+    if total >= max(done, 1):
+        reach = total if done >= total / 2 else min(reach, total)
+    return Axis(0.0, max(reach, 1.0), unit)
 
 
 def tick_step(low: float, high: float, max_parts: int) -> float:
@@ -409,12 +414,13 @@ def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
         step = _clean(size * 10.0**power)
         for between in range(_LEAST_BETWEEN, rows):
             row = step / between
-            low = math.floor(y.low / row + 1e-9) * row
-            high = low + (rows - 1) * row
-            count = _count(low, high, step)
-            if high >= y.high - step * 1e-9 and 2 <= count <= _GRID_PARTS + 1:
-                length = (high - low) * (_FEW_LABELS if count == 2 else 1)
-                best = min(best, (length, replace(y, low=low, high=high), step), key=itemgetter(0))
+            for grain, cost in ((step, 1.0), (row, _NONE_BELOW)):
+                low = math.floor(y.low / grain + 1e-9) * grain
+                high = low + (rows - 1) * row
+                count = _count(low, high, step)
+                if high >= y.high - step * 1e-9 and 2 <= count <= _GRID_PARTS + 1:
+                    length = (high - low) * cost * (_FEW_LABELS if count == 2 else 1)
+                    best = min(best, (length, replace(y, low=low, high=high), step), key=itemgetter(0))
     _, y, step = best
     if not step:
         return y, ticks(y, max(1, rows - 1))[: max(1, rows)]
@@ -448,14 +454,19 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             column = column // DOTS_WIDE * DOTS_WIDE + DOTS_WIDE // 2
         if broken:
             broken_columns.add(column // DOTS_WIDE)
-        if low > high or (curve.look == "points" and (low > y.high or high < y.low)):
+        if low > high:
             before = None
+            continue
+        if curve.look == "points":
+            # Only the ends: all values between them, cut at the edge, would be a pattern of dots.
+            ends = (value for value in (low, high) if y.low <= value <= y.high)
+            dots.update((column, dots_high - 1 - y.place(value, dots_high)) for value in ends)
             continue
         top, bottom = dots_high - 1 - y.place(high, dots_high), dots_high - 1 - y.place(low, dots_high)
         if is_joined:
             top, bottom = (row // DOTS_HIGH * DOTS_HIGH + DOTS_HIGH // 2 for row in (top, bottom))
         dots.update((column, row) for row in range(top, bottom + 1))
-        if before is not None and not broken and curve.look != "points":
+        if before is not None and not broken:
             dots.update(_between(before, (column, top, bottom)))
         before = None if broken else (column, top, bottom)
     canvas.settle(dots, ink, curve.style)
