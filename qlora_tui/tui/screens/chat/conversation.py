@@ -147,6 +147,12 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.choice_counts: dict[ChoiceKind, int] = {}
         """Judgments of answers of this model, by kind."""
 
+    class Resized(message.Message):
+        """The conversation was laid out with another size."""
+
+    def on_resize(self) -> None:
+        self.post_message(self.Resized())
+
     def on_mount(self) -> None:
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 

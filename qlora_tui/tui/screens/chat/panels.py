@@ -251,10 +251,13 @@ def conversation_line(saved: SavedConversation, now: float, width: int) -> Conte
     return Content.assemble((f"{age:<{_AGE}}  ", "dim"), shown, (number, "dim"))
 
 
-def prompt_title(text: str, tokens: int | None) -> Content:
-    """Return ``Message · 12 tokens``, counted by the tokenizer, or estimated if no model is loaded."""
+def prompt_title(text: str, tokens: int | None, *, has_suggestions: bool) -> Content:
+    """Return ``Message · 12 tokens``, counted by the tokenizer, or estimated if no model is loaded.
+
+    With suggestions above an empty field, the title names them.
+    """
     if not text:
-        return Content("Message")
+        return Content("Suggested messages" if has_suggestions else "Message")
     estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
     number = f"about {pluralize(estimate, 'token')}" if tokens is None else pluralize(tokens, "token")
     return Content.assemble("Message", (f" · {number}", "not bold $text-muted"))

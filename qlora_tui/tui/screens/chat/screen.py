@@ -52,6 +52,7 @@ from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
 from qlora_tui.tui.screens.chat.start import (
     ChatStart,
     Starters,
+    offered_prompts,
     read_start,
     recorded_lines,
     recorded_title,
@@ -74,6 +75,8 @@ _SIDE_CELLS = 120
 
 Next to two it needs a very wide window.
 """
+_HIGH_CELLS = 50
+"""Height of a window, in cells, from which more prompts to begin with are offered."""
 _HINTS = (HINT, UNFOCUSED_HINT)
 _COUNT_AFTER_S = 0.3
 """Seconds without a key press before the tokens of a prompt are counted."""
@@ -343,7 +346,8 @@ class ChatScreen(WorkScreen):
             self._show_prompt_length(tokens)
 
     def _show_prompt_length(self, tokens: int | None) -> None:
-        title = prompt_title(self.query_one(PromptBox).text, tokens)
+        text, has_suggestions = self.query_one(PromptBox).text, self.query_one(Starters).display
+        title = prompt_title(text, tokens, has_suggestions=has_suggestions)
         self.query_one("#prompt-panel", Panel).show_title(title)
 
     async def action_stop(self) -> None:
@@ -504,6 +508,25 @@ class ChatScreen(WorkScreen):
         """Show the adapter's effect, or the progress of measuring it."""
         self.show_effect(event.effect)
 
+    def on_chat_turn_resized(self) -> None:
+        self._fit_panel()
+
+    def on_conversation_resized(self) -> None:
+        self._fit_panel()
+
+    def _fit_panel(self) -> None:
+        """Make the panel as high as its conversation, so that the prompt field is directly below the last
+        answer until the window is full.
+        """
+        chat, panel = self.conversation, self.query_one("#chat-panel")
+        if not chat.turns or not chat.display:
+            panel.styles.max_height = None
+            return
+        ends = (turn.virtual_region.bottom + turn.styles.margin.bottom for turn in chat.turns if turn.display)
+        content = max(ends, default=1)
+        others = (each.outer_size.height for each in panel.children if each.display and each is not chat)
+        panel.styles.max_height = content + panel.gutter.height + sum(others)
+
     def _show_all(self) -> None:
         self.show_header()
         self.show_effect(self._effect)
@@ -539,7 +562,7 @@ class ChatScreen(WorkScreen):
         self.set_class(has_source and is_start, "-start")
         self.query_one("#chat-start").display = starters.display = has_source and is_start
         if chat.source is not None:
-            starters.offer(self._start.prompts)
+            starters.offer(offered_prompts(self._start, is_high=self.size.height >= _HIGH_CELLS))
             lines = start_lines(
                 self._start,
                 chat.source.recipe,
@@ -548,6 +571,8 @@ class ChatScreen(WorkScreen):
                 is_writing=isinstance(self.focused, PromptBox),
             )
             self.query_one("#chat-start", Lines).show(lines)
+        if not self.query_one(PromptBox).text:
+            self._show_prompt_length(None)
         self.query_one("#recorded-panel").display = is_start and bool(self._start.recorded)
         self.query_one("#recorded-panel", Panel).show_title(recorded_title(self._start))
         self.query_one("#recorded", Drawing).show(partial(recorded_lines, self._start))
@@ -580,6 +605,7 @@ class ChatScreen(WorkScreen):
         if has_side:
             self.query_one(ChatSide).show(chat, self._start, path)
         self._focus_starters()
+        self.call_after_refresh(self._fit_panel)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
@@ -30,15 +31,19 @@ from qlora_tui.tui.widgets.controls import ViList
 
 _ASK = "▸ Enter asks the question under the cursor, {chat.write} writes your own."
 _WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions."
-_MAX_OF_KIND, _MAX_PROMPTS = 2, 5
-"""Prompts of a kind, and in all, that are offered before the first message."""
+_MAX_OF_KIND = 5
+"""Maximum number of prompts of a kind that are read."""
+_FEW, _MANY = (2, 5), (5, 10)
+"""Prompts of a kind, and in all, that are offered in a low and in a high window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts that few data sets are about, to see whether the adapter changes other answers too."""
 _FIRST_ROWS = 2000
 """Rows at the beginning of a file, in which a validation question is looked for without waiting."""
-_MAX_RECORDED = 4
-_LEAST_ROWS, _MOST_ROWS = 3, 8
-"""Minimum and maximum number of lines of a recorded answer."""
+_MAX_RECORDED = 12
+_LEAST_ROWS = 3
+"""Minimum number of lines of a recorded answer that is cut."""
+_ENOUGH_WHOLE = 2
+"""Number of whole recorded answers from which none is cut to show more of them."""
 _COLUMN_GAP, _INDENT = 3, 2
 _LABEL = 10
 
@@ -77,13 +82,11 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
         kinds.setdefault(prompt, "sample prompt")
     if not questions and (prompt := first_prompt(recipe.data)):
         kinds.setdefault(prompt, "from the data")
-    offered = list(kinds.items())[: _MAX_PROMPTS - 1]
-    offered += [(prompt, "unrelated") for prompt in _UNRELATED][: _MAX_PROMPTS - len(offered)]
     columns, recorded = ("base", "adapter"), questions
     if not recorded:
         recorded, columns = _before_and_after(samples)
     return ChatStart(
-        prompts=tuple(offered),
+        prompts=tuple(kinds.items()),
         recorded=tuple(recorded[:_MAX_RECORDED]),
         columns=columns,
         load_s=load_s,
@@ -154,6 +157,16 @@ class Starters(ViList):
         return self._prompts[int(option.id or 0)][0]
 
 
+def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str], ...]:
+    """Return the (prompt, kind) pairs to begin with, unrelated ones last; more of them in a high window."""
+    of_kind, of_all = _MANY if is_high else _FEW
+    offered: list[tuple[str, str]] = []
+    for prompt, kind in start.prompts:
+        if sum(kind == other for _, other in offered) < of_kind and len(offered) < of_all - 1:
+            offered.append((prompt, kind))
+    return (*offered, *[(prompt, "unrelated") for prompt in _UNRELATED][: of_all - len(offered)])
+
+
 def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
     """Return a line for each (prompt, kind), with the kind at the right."""
     lines = []
@@ -194,29 +207,43 @@ def recorded_title(start: ChatStart) -> Content:
 
 def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
     """Return each prompt, with the answers before and after training in two columns."""
-    cells = max(1, (width - _COLUMN_GAP) // 2)
+    whole: list[Content] = []
+    for number, each in enumerate(start.recorded):
+        lines = _answer_lines(each, start.columns, width, None)
+        if len(whole) + len(lines) > height:
+            if number >= _ENOUGH_WHOLE:
+                return whole
+            break
+        whole += lines
+    else:
+        return whole
     count = max(1, min(len(start.recorded), height // (_LEAST_ROWS + 1)))
-    rows = min(_MOST_ROWS, max(_LEAST_ROWS, height // count - 1))
-    lines: list[Content] = []
-    for each in start.recorded[:count]:
-        lines.append(
-            Content.styled(f"▸ {' '.join(each.prompt.split())}", "bold").truncate(width, ellipsis=True)
-        )
-        columns = [
-            _column(each.before, start.columns[0], cells, rows, "$text-muted"),
-            _column(each.after, start.columns[1], cells, rows, ""),
-        ]
-        for number in range(max(map(len, columns))):
-            left, right = (column[number] if number < len(column) else Content("") for column in columns)
-            lines.append(left.pad_right(cells + _COLUMN_GAP - left.cell_length) + right)
-    return lines[:height]
+    rows = max(_LEAST_ROWS, height // count - 1)
+    return [
+        line for each in start.recorded[:count] for line in _answer_lines(each, start.columns, width, rows)
+    ][:height]
 
 
-def _column(answer: str, name: str, cells: int, rows: int, style: str) -> list[Content]:
-    """Return an answer after the name of who gave it, in at most this many lines."""
+def _answer_lines(
+    answers: RecordedAnswers, names: tuple[str, str], width: int, rows: int | None
+) -> list[Content]:
+    """Return a prompt, and its two answers side by side in at most this many lines, or whole."""
+    cells = max(1, (width - _COLUMN_GAP) // 2)
+    lines = [Content.styled(f"▸ {' '.join(answers.prompt.split())}", "bold").truncate(width, ellipsis=True)]
+    columns = (
+        _column(answers.before, names[0], cells, rows, "$text-muted"),
+        _column(answers.after, names[1], cells, rows, ""),
+    )
+    for left, right in zip_longest(*columns, fillvalue=Content("")):
+        lines.append(left.pad_right(cells + _COLUMN_GAP - left.cell_length) + right)
+    return lines
+
+
+def _column(answer: str, name: str, cells: int, rows: int | None, style: str) -> list[Content]:
+    """Return an answer after the name of who gave it, in at most this many lines, or whole."""
     head = Content.styled(f"{name}: ", "dim")
     wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)
-    if len(wrapped) > rows:
+    if rows is not None and len(wrapped) > rows:
         wrapped = [*wrapped[: rows - 1], wrapped[rows - 1].truncate(cells - _INDENT - 1) + "…"]
     return [Content(" " * _INDENT) + line for line in wrapped]
 
