@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: real-clients check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases real-sweep bench-deps lock clean
+.PHONY: real-clients real-cluster check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases real-sweep bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -32,6 +32,7 @@ help:
 	@echo "make real-bases   compare two real GGUF files, as bases and after training, with llama.cpp (fetches 0.3 GB)"
 	@echo "make real-sweep   a sweep of the learning rate on the demo's model, with its verdict"
 	@echo "make real-clients serve the demo's run to litellm and lm-evaluation-harness (fetches 0.2 GB)"
+	@echo "make real-cluster train jobs on a Slurm cluster of one node, killed and requeued (root; fetches 5 MB of packages)"
 	@echo "make lock         update the locked dependencies, with the hash of each file"
 	@echo "make bench-deps   what only the benchmarks need, in an environment of its own"
 
@@ -105,6 +106,18 @@ CLIENTS := litellm==1.110.2 lm_eval[api]==0.4.13 transformers<5.25
 real-clients: demo .clients-venv/.installed
 	$(BIN)/python -m bench.real_clients --clients .clients-venv/bin/python
 
+# Debian's packages, unpacked in a folder and not installed.
+SLURM := slurmctld slurmd slurm-client slurm-wlm-basic-plugins libmunge2 libjwt2 libb64-0d libjson-c5 liblua5.1-0 \
+	libhwloc15 libnuma1 libreadline8t64 libyaml-0-2 libdbus-1-3 liblz4-1 libpam0g
+
+.slurm:
+	mkdir $@.part
+	cd $@.part && apt-get download -q $(SLURM)
+	mv $@.part $@
+
+real-cluster: $(INSTALLED) .slurm
+	SLURM_PACKAGES=$(CURDIR)/.slurm $(BIN)/pytest -q tests/training/test_slurm.py tests/export/test_jobs.py
+
 bench-deps:
 	$(PYTHON) -m venv .bench-venv
 	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
@@ -117,4 +130,4 @@ lock:
 		$(addprefix --no-emit-package ,$(NOT_LOCKED)) --output-file $(LOCK)
 
 clean:
-	rm -rf $(VENV) .triton .bench-venv .lock-venv .clients-venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .triton .slurm .bench-venv .lock-venv .clients-venv .mypy_cache .ruff_cache .pytest_cache build dist
