@@ -309,7 +309,10 @@ def cancel(job: str) -> None:
     deadline = time.monotonic() + _CANCEL_S
     while True:
         _call("scancel", job)
-        seen = list_jobs().get(job)
+        try:
+            seen = list_jobs().get(job)
+        except UserError:
+            return  # Slurm accepted it, and does not say more.
         if seen is None or not seen.waits:
             return
         if time.monotonic() > deadline:
