@@ -132,6 +132,7 @@ _OWN_FORMATS = {
     "tui/setting_stepper.py": "rounds a number that is not shown",
     "runs/metrics_table.py": "a CSV file for programs",
     "runs/suggested_fix.py": "rounds a setting that is not shown",
+    "runs/suggestions.py": "rounds a learning rate",
 }
 """Modules that format a float themselves, and why."""
 

@@ -336,9 +336,9 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     if few:
         usual += "between the QLoRA paper's 3 epochs on 9,209 samples and LIMA's 15 on 1,000"
     else:
-        usual += f"{lowest:g} to {highest:g} epochs are usual"
+        usual += f"{format_number(lowest)} to {format_number(highest)} epochs are usual"
     if few and lowest > _EPOCHS_OF_FEW[0]:
-        usual += f"; fewer than {lowest:g} make a short run even with 1 sample per step"
+        usual += f"; fewer than {format_number(lowest)} make a short run even with 1 sample per step"
     kept = (
         "the best checkpoint of them is kept"
         if recipe.data.validation_path or recipe.data.validation_fraction
@@ -375,7 +375,7 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     unit = "pair" if recipe.trains_pairs else "sample"
     step = f"{_about(per_step)} {unit}s per step" if round(per_step) != 1 else f"1 {unit} per step"
     if per_sequence > _PACKED:
-        step += f" ({pluralize(rows, 'sequence')} of {per_sequence:.1f})"
+        step += f" ({pluralize(rows, 'sequence')} of {format_number(round(per_sequence, 1))})"
     steps = max(1, round(seen / per_step))
     if rows == gpus and per_step > 1.5 * wanted:
         of_each = "a step has one sequence" if gpus == 1 else f"each of {gpus} GPUs computes a sequence"

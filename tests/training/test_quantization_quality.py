@@ -86,7 +86,7 @@ def test_it_equals_the_comparison_of_whole_models(model_type: str, tmp_path: Pat
     folder = saved(build(model_type), tmp_path)
     quality = measured(folder)
     expected = at_once(folder)
-    assert expected > 0 and quality.all_layers.divergence == pytest.approx(expected, rel=1e-3)
+    assert expected > 0 and quality.all_layers.divergence == pytest.approx(expected, rel=3e-3)
     assert quality.tokens == sum(len(row.places) for row in quantization_quality._rows(samples()))
 
 

@@ -18,7 +18,7 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_loss, format_progress
+from qlora_tui.formatting import format_loss, format_percent, format_progress
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.holds import time_words
@@ -381,7 +381,7 @@ def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int)
         Column[Bought](text=lambda one: format_loss(one.best), title="lowest loss", right=True),
         Column[Bought](text=lambda one: format_loss(one.mean), title="mean", right=True),
         Column[Bought](
-            text=partial(once, lambda path: f"{shares[path]:.0%}" if path in shares else ""),
+            text=partial(once, lambda path: format_percent(shares[path]) if path in shares else ""),
             title="of the differences",
             right=True,
             dropped=1,

@@ -17,6 +17,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from qlora_tui.errors import UsageError, UserError
+from qlora_tui.formatting import format_rate
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
@@ -123,7 +124,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
             {max(1, self._recipe.lora.rank // 2), self._recipe.lora.rank, self._recipe.lora.rank * 2}
         )
         vary = (
-            f"training.learning_rate={rate * _RATES[0]:.2g}..{rate * _RATES[1]:.2g}:log; "
+            f"training.learning_rate={format_rate(rate * _RATES[0])}..{format_rate(rate * _RATES[1])}:log; "
             f"lora.rank={','.join(map(str, ranks))}"
         )
         with VerticalScroll(classes="dialog wide", can_focus=False) as dialog:
