@@ -28,7 +28,6 @@ from qlora_tui.runs.events import Paused, Queued
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.notify import notify
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.slurm import SeenJob
 from qlora_tui.runs.slurm_runs import record_job
 from qlora_tui.runs.status import (
@@ -79,22 +78,10 @@ class _Job(Supervisor):
         """Return the exit code of the trainer, from srun's."""
         return _BY_SIGNAL - exit_code if exit_code > _BY_SIGNAL else exit_code
 
-    def record_and_plan_retry(
-        self,
-        run: RunDir,
-        devices: Devices,
-        exit_code: int | None,
-        events_from: int | None = None,
-        log_from: int | None = None,
-        *,
-        host_out_of_memory: bool = False,
-    ) -> RetryPlan | None:
-        """Record how an attempt ended: Slurm's signal pauses a run before its trainer listens, too."""
+    def trainer_ended(self, run: RunDir, exit_code: int) -> None:
+        """Record that Slurm's signal paused the run, also before its trainer listened."""
         if exit_code == -signal.SIGTERM:
             append_event(run.events_path, Paused(step=recorded_status(run).step, hold=Hold(cause="limit")))
-        return super().record_and_plan_retry(
-            run, devices, exit_code, events_from, log_from, host_out_of_memory=host_out_of_memory
-        )
 
     def requeue(self, run: RunDir) -> None:
         """Have Slurm start the job again, or leave the run paused if it was cancelled or Slurm refuses."""

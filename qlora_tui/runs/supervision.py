@@ -82,6 +82,7 @@ class Supervisor:
                 kills_before = host_oom_kills()
                 events_from, log_from = run.events_path.stat().st_size, log_size(run)
                 exit_code = self._train(run, plan, devices, handles)
+                self.trainer_ended(run, exit_code)
                 plan = self.record_and_plan_retry(
                     run,
                     devices,
@@ -90,6 +91,9 @@ class Supervisor:
                     log_from,
                     host_out_of_memory=host_oom_kills() > kills_before,
                 )
+
+    def trainer_ended(self, run: RunDir, exit_code: int) -> None:
+        """Record what an exit code means here, before the outcome is decided; nothing by default."""
 
     def record_and_plan_retry(
         self,
