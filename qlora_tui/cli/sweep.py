@@ -33,6 +33,7 @@ from qlora_tui.runs.process import ensure_runner
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
     outcome_words,
+    plan_ahead,
     plan_sentence,
     state_sentence,
     trial_table,
@@ -40,7 +41,7 @@ from qlora_tui.sweeps.describe import (
     what_settings_bought,
 )
 from qlora_tui.sweeps.directory import SweepDir, all_sweeps, find_sweep
-from qlora_tui.sweeps.plan import Costs, plan_group
+from qlora_tui.sweeps.plan import Costs, Plan
 from qlora_tui.sweeps.sheet import Sheet, build_sheet
 from qlora_tui.sweeps.space import apply_point, parse_vary, value_text
 from qlora_tui.sweeps.study import FEWEST_RESULTS, importances
@@ -136,22 +137,14 @@ def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
     machine = read_machine()
     expected = forecast(sheet.recipe, machine)
     costs = Costs(expected.time.seconds, 0.0) if expected and expected.time else None
-    trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
-    lines = []
-    if deadline is not None:
-        lines = ["The number of trials that fit is unknown until a run has been trained on this machine."]
-        left = deadline - time.time()
-        if costs is not None:
-            plan = plan_group(
-                costs,
-                left - costs.of_whole_runs(1),
-                trials=trials,
-                rounds=sheet.sweep.rounds,
-                can_halve=sheet.is_safe_to_halve,
-                confirmations=2 * (sheet.sweep.seeds - 1),
-            )
-            trials, rounds = (plan.trials, plan.rounds) if plan else (0, 0)
-            lines = [] if plan else ["The time is too short for a trial and its confirmation."]
+    plan = plan_ahead(sheet, deadline, costs)
+    lines = [plan] if isinstance(plan, str) else []
+    if isinstance(plan, Plan):
+        trials, rounds = plan.trials, plan.rounds
+    elif costs is None:
+        trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
+    else:
+        trials, rounds = 0, 0
     checks = preflight(sheet.recipe, machine, expected=expected)
     if note := _memory_note(sheet, machine):
         lines.append(note)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from statistics import mean
 
 from qlora_tui.formatting import format_duration, format_float, format_loss, pluralize
 from qlora_tui.runs.holds import time_words
-from qlora_tui.sweeps.plan import Costs
+from qlora_tui.sweeps.plan import Costs, Plan, plan_group
 from qlora_tui.sweeps.sheet import Sheet
 from qlora_tui.sweeps.space import Range, value_text
 from qlora_tui.sweeps.view import Outcome, SweepView, Trial
@@ -120,18 +121,14 @@ def outcome_words(trial: Trial) -> str:
 
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
     """Return the header, and a row for each run in the order of :func:`ranked`."""
-    rounds = max((group.planned.rounds for group in view.groups), default=1)
+    rounds = view.rounds
     paths = list(view.sheet.sweep.vary)
     names = [path.rpartition(".")[2] for path in paths]
     header = ["trial", *names, *(f"loss {number}" for number in range(1, rounds + 1)), "steps", ""]
     rows = []
     for trial in ranked(view):
         values = [value_text(trial.values[path]) if path in trial.values else "-" for path in paths]
-        losses = [
-            format_loss(trial.results[n].loss) if n in trial.results else "" for n in range(1, rounds + 1)
-        ]
-        if trial.role != "trial" and trial.final is not None:
-            losses = [*[""] * (rounds - 1), format_loss(trial.final.loss)]
+        losses = [round_loss(view, number, trial) for number in range(1, rounds + 1)]
         words = outcome_words(trial)
         if trial.role == "confirmation":
             words = f"{words}, the winner with seed {trial.seed}"
@@ -143,6 +140,16 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
         steps = f"{trial.step}/{trial.total_steps}" if trial.total_steps else ""
         rows.append([name, *values, *losses, steps, words])
     return header, rows
+
+
+def round_loss(view: SweepView, number: int, trial: Trial) -> str:
+    """Return the validation loss at the end of a round, from 1; empty if there is none.
+
+    A run that is not a trial has one after its last step, which counts for the last round.
+    """
+    if trial.role != "trial":
+        return format_loss(trial.final.loss) if number == view.rounds and trial.final is not None else ""
+    return format_loss(trial.results[number].loss) if number in trial.results else ""
 
 
 def ranked(view: SweepView) -> list[Trial]:
@@ -198,6 +205,30 @@ def _part(values: Range, value: float) -> str:
     ends = [float(values.at(number / _BINS, whole=False)) for number in range(_BINS + 1)]
     index = max(0, min(_BINS - 1, sum(value >= end for end in ends) - 1))
     return f"{ends[index]:.2g} to {ends[index + 1]:.2g}"
+
+
+def plan_ahead(sheet: Sheet, deadline: float | None, costs: Costs | None) -> Plan | str:
+    """Return the trials and rounds that a sweep would have, or why they are not known.
+
+    Args:
+        sheet: The sweep.
+        deadline: Unix time at which it is to be over; None if the number of trials is given.
+        costs: How long runs take; None if unknown.
+    """
+    trials, rounds, seeds = sheet.number_of_trials(), sheet.sweep.rounds, sheet.sweep.seeds
+    if deadline is None:
+        return Plan(trials, rounds or 1)
+    if costs is None:
+        return "The number of trials that fit is unknown until a run has been trained on this machine."
+    plan = plan_group(
+        costs,
+        deadline - time.time() - costs.of_whole_runs(1),
+        trials=trials,
+        rounds=rounds,
+        can_halve=sheet.is_safe_to_halve,
+        confirmations=2 * (seeds - 1),
+    )
+    return plan or "The time is too short for a trial and its confirmation."
 
 
 def plan_sentence(sheet: Sheet, trials: int, rounds: int, costs: Costs | None) -> str:

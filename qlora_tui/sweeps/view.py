@@ -152,6 +152,11 @@ class SweepView:
         """Runs of the unchanged recipe; the first has the seed of the trials."""
         return [trial for trial in self.trials if trial.role == "base"]
 
+    @property
+    def rounds(self) -> int:
+        """The largest number of rounds of a group, at least 1."""
+        return max((group.planned.rounds for group in self.groups), default=1)
+
     def of_group(self, number: int) -> list[Trial]:
         """Return the trials of a group."""
         return [trial for trial in self.trials if trial.role == "trial" and trial.group == number]

@@ -17,7 +17,7 @@ from qlora_tui.paths import sweeps_dir
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.sweeps import actions
-from qlora_tui.sweeps.describe import verdict_sentence, what_settings_bought
+from qlora_tui.sweeps.describe import plan_ahead, verdict_sentence, what_settings_bought
 from qlora_tui.sweeps.plan import Costs, Plan, judge, plan_group
 from qlora_tui.sweeps.sheet import build_sheet
 from qlora_tui.sweeps.space import Range, apply_point, grid_points, parse_vary, random_point
@@ -134,6 +134,16 @@ def test_the_commands_show_and_adopt(recipe: Recipe, capsys: pytest.CaptureFixtu
     assert sorted(states) == ["finished", "unreadable"]
     shutil.rmtree(broken)
     assert main(["sweep", "pause", "last"]) == 2 and "is finished" in capsys.readouterr().err
+
+
+def test_what_a_sweep_would_have_is_known_before_it_starts(recipe: Recipe) -> None:
+    whole, until = sheet(recipe, rounds=2), time.time() + 10_000
+    assert plan_ahead(whole, None, None) == Plan(4, 2)
+    assert "unknown" in str(plan_ahead(whole, until, None))
+    # The unchanged recipe, and the four runs that confirm the winner, take 5 x 1,100 s of the 10,000.
+    assert plan_ahead(whole, until, Costs(1000.0, 0.0)) == Plan(4, 2)
+    assert plan_ahead(whole, until, Costs(1500.0, 0.0)) == Plan(1, 2)
+    assert "too short" in str(plan_ahead(whole, time.time() + 60, Costs(1000.0, 0.0)))
 
 
 def test_times() -> None:

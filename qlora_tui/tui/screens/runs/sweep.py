@@ -27,6 +27,7 @@ from qlora_tui.sweeps.describe import (
     Bought,
     outcome_words,
     ranked,
+    round_loss,
     state_sentence,
     verdict_sentence,
     what_settings_bought,
@@ -68,9 +69,11 @@ class _Shown:
     """Share, 0 to 1, of the differences in loss that each setting explains; empty without Optuna."""
 
 
-def _read(sweep: SweepDir) -> _Shown:
-    """Read a sweep. Called in a thread. Raises UserError."""
+def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
+    """Read a sweep; return ``before`` if nothing is new. Called in a thread. Raises UserError."""
     view = read_sweep(sweep)
+    if before is not None and before.view == view:
+        return before
     try:
         shares = importances(view)
     except UserError:  # Optuna is not installed
@@ -154,7 +157,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         while self._is_due:
             self._is_due, sweep = False, self.sweep
             try:
-                shown = await asyncio.to_thread(_read, sweep)
+                shown = await asyncio.to_thread(_read, sweep, self._shown)
             except UserError as problem:
                 self.dismiss()
                 self.app.show_error(problem)
@@ -310,7 +313,7 @@ def sweep_plot(view: SweepView) -> Plot:
 
 def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
     """Return a heading, and a line for each run: its values, losses by round, steps and outcome."""
-    rounds = max((group.planned.rounds for group in view.groups), default=1)
+    rounds = view.rounds
     columns = [
         Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
         Column[Trial](text=_trial_name, title="trial", gap=1),
@@ -320,7 +323,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         ),
         *(
             Column[Trial](
-                text=partial(_loss, number, rounds),
+                text=partial(round_loss, view, number),
                 title=f"loss {number}" if rounds > 1 else "loss",
                 right=True,
                 dropped=0 if number == rounds else 1 + number,
@@ -346,12 +349,6 @@ def _trial_name(trial: Trial) -> str:
 
 def _value(path: str, trial: Trial) -> str:
     return value_text(trial.values[path]) if path in trial.values else "–"
-
-
-def _loss(number: int, rounds: int, trial: Trial) -> str:
-    if trial.role != "trial":
-        return format_loss(trial.final.loss) if number == rounds and trial.final is not None else ""
-    return format_loss(trial.results[number].loss) if number in trial.results else ""
 
 
 def _steps(trial: Trial) -> str:

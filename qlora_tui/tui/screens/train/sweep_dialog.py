@@ -25,9 +25,9 @@ from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.expected_time import forecast
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.sweeps import actions
-from qlora_tui.sweeps.describe import plan_sentence
+from qlora_tui.sweeps.describe import plan_ahead, plan_sentence
 from qlora_tui.sweeps.directory import SweepDir, all_sweeps
-from qlora_tui.sweeps.plan import Costs, plan_group
+from qlora_tui.sweeps.plan import Costs
 from qlora_tui.sweeps.sheet import AUTO_ROUNDS, Sheet, Sweep
 from qlora_tui.sweeps.space import parse_vary
 from qlora_tui.tui.key_names import dialog_keys
@@ -86,24 +86,11 @@ def _rounds(trials: int) -> int:
 
 def draft_sentence(draft: Draft, costs: Costs | None) -> str:
     """Say in sentences what the sweep would train, and how long that takes."""
-    sheet, deadline = draft.sheet, draft.deadline
-    trials, rounds = sheet.number_of_trials(), sheet.sweep.rounds or 1
+    sheet = draft.sheet
     why = "" if sheet.is_safe_to_halve else " Several rounds need training.lr_scheduler wsd or constant."
-    if deadline is None:
-        return f"{plan_sentence(sheet, trials, rounds, costs)}{why}"
-    if costs is None:
-        return f"The number of trials that fit is unknown until a run has been trained on this machine.{why}"
-    confirmations = 2 * (sheet.sweep.seeds - 1)
-    plan = plan_group(
-        costs,
-        deadline - time.time() - costs.of_whole_runs(1),
-        trials=0,
-        rounds=0,
-        can_halve=sheet.is_safe_to_halve,
-        confirmations=confirmations,
-    )
-    if plan is None:
-        return "The time is too short for a trial and its confirmation."
+    plan = plan_ahead(sheet, draft.deadline, costs)
+    if isinstance(plan, str):
+        return plan if costs is not None else f"{plan}{why}"
     return f"{plan_sentence(sheet, plan.trials, plan.rounds, costs)}{why}"
 
 
