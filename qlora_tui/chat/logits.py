@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_tui.chat.adapters import LoraForward, TokenRowsForward, WholeModuleForward
-from qlora_tui.chat.cpu import SingleTokenForward
+from qlora_tui.chat.cpu import DirectForward
 from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_noise
 from qlora_tui.training.fused.patching import PatchedForwards
 
@@ -160,6 +160,6 @@ def _replaced(model: nn.Module) -> dict[nn.Module, Any]:
         for module in model.modules()
         if isinstance(
             forward := vars(module).get("forward"),
-            LoraForward | TokenRowsForward | WholeModuleForward | SingleTokenForward,
+            LoraForward | TokenRowsForward | WholeModuleForward | DirectForward,
         )
     }

@@ -390,14 +390,15 @@ def test_a_wrong_layout_is_not_used(
     assert torch.equal(layer(x), expected)
 
 
+@pytest.mark.parametrize("wrong_rows", [1, 3])
 def test_a_kernel_called_wrongly_is_not_called_directly(
-    four_bit_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    four_bit_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, wrong_rows: int
 ) -> None:
     direct = cpu._direct_kernel
 
     def wrong(layer: Any) -> Callable[[Tensor], Tensor] | None:
         product = direct(layer)
-        return product and (lambda x: product(x) * 1.01)
+        return product and (lambda x: product(x) * (1.01 if len(x) == wrong_rows else 1.0))
 
     monkeypatch.setattr(cpu, "_direct_kernel", wrong)
     layer = four_bit_layer()
