@@ -42,22 +42,24 @@ from qlora_tui.training.fused.patching import temporary_forwards
 
 _MANY_TOKENS = 64
 _ONE_THREAD_TERMS = 1 << 20
-"""Multiplications below which other threads wake up later than one has finished (0.1 ms where they sleep)."""
+"""Multiplications below which one thread is faster than several, because a sleeping thread takes 0.1 ms to
+wake up."""
 _FP32 = 64 * torch.finfo(torch.float32).eps
-"""Relative error of an update allowed for fp32 products."""
+"""Largest relative error of an update that is attributed to fp32 arithmetic."""
 _ROUNDINGS = 1.0
-"""Rounding steps by which a layer's output may differ from peft's in float64."""
+"""Number of rounding steps by which a layer's output may differ from the output that peft computes in
+float64."""
 
 
 class ActiveAdapter:
-    """Name of the active adapter, shared by all layers, so that switching is free."""
+    """Name of the active adapter. All layers share this object, so switching costs nothing."""
 
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
 
 
 class LoraForward:
-    """Replacement of the ``forward`` of one peft layer. Inference only: it adds in place."""
+    """Replacement of the ``forward`` of one peft layer. For inference only, because it adds in place."""
 
     def __init__(self, base: nn.Module, active: ActiveAdapter) -> None:
         self._base = base
@@ -73,14 +75,15 @@ class LoraForward:
         self._factors[adapter_name] = (down, up)
 
     def forget(self, adapter_name: str) -> None:
-        """Free the factors of an adapter, if it has any here."""
+        """Free the factors of an adapter, if this layer has any."""
         self._factors.pop(adapter_name, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward_with(self._active.adapter_name, x)
 
     def forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Compute the layer's output with ``adapter_name``, or the base's without such an adapter."""
+        """Compute the layer's output with ``adapter_name``; without such an adapter, return the output of
+        the base."""
         output: Tensor = self._base(x)
         factors = self._factors.get(adapter_name)
         if factors is not None:
@@ -99,7 +102,10 @@ class LoraForward:
 
 @contextmanager
 def _few_threads(x: Tensor, terms: int) -> Iterator[None]:
-    """Compute a small product of several rows on one thread. A single row has no threads to wait for."""
+    """Compute on one thread inside the block, if the product is small and has several rows.
+
+    A product with a single row does not use several threads in the first place.
+    """
     threads = torch.get_num_threads() if x.device.type == "cpu" and terms <= _ONE_THREAD_TERMS else 1
     if threads == 1 or x.numel() == x.shape[-1]:
         yield
@@ -112,7 +118,7 @@ def _few_threads(x: Tensor, terms: int) -> Iterator[None]:
 
 
 def _is_quick(x: Tensor) -> bool:
-    """Return whether products in the dtype of x are as fast as in fp32."""
+    """Return whether products in the dtype of ``x`` are as fast as products in fp32."""
     return x.device.type != "cpu" or (x.dtype == torch.bfloat16 and this_processor().native_bfloat16)
 
 
@@ -129,7 +135,7 @@ class TokenRowsForward:
         self._rows[adapter_name] = rows_of(wrapper, adapter_name)
 
     def forget(self, adapter_name: str) -> None:
-        """Free the rows of an adapter, if it has any here."""
+        """Free the token rows of an adapter, if this module has any."""
         self._rows.pop(adapter_name, None)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class TokenRowsForward:
 
 
 class WholeModuleForward:
-    """Replacement of the ``forward`` of peft's module around one that adapters train in whole."""
+    """Replacement of the ``forward`` of peft's wrapper around a module that adapters train in full."""
 
     def __init__(self, wrapper: Any, active: ActiveAdapter) -> None:
         self._base = wrapper.original_module
@@ -152,7 +158,7 @@ class WholeModuleForward:
 
 
 def fuse_whole_modules(model: nn.Module, active: ActiveAdapter) -> None:
-    """Make modules that adapters train in whole follow ``active``, not peft's own active adapter."""
+    """Make modules that adapters train in full follow ``active`` instead of peft's own active adapter."""
     from peft.utils.other import ModulesToSaveWrapper
 
     for wrapper in model.modules():
@@ -161,7 +167,7 @@ def fuse_whole_modules(model: nn.Module, active: ActiveAdapter) -> None:
 
 
 def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> None:
-    """Make embedding and head use the token rows of ``adapter_name``, if any."""
+    """Make the embedding and the head use the token rows of ``adapter_name``, if it has any."""
     for wrapper in row_wrappers(model):
         forward = vars(wrapper).get("forward")
         if forward is None:
@@ -172,14 +178,18 @@ def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) 
 
 
 def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
-    """Return where peft finds the rows of an adapter; nowhere without any, which peft does not expect."""
+    """Return the names under which peft finds the token rows of an adapter.
+
+    Empty for an adapter without token rows, for which peft's own method fails.
+    """
     if adapter_name not in wrapper.token_adapter.trainable_tokens_delta:
         return {}
     return type(wrapper).adapter_state_dict_load_map(wrapper, adapter_name)  # type: ignore[no-any-return]  # peft's
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
-    """Add ``adapter_name`` to ``model`` with fused forwards; False if it is not plain LoRA."""
+    """Add ``adapter_name`` to ``model`` with fused forwards; return False if the adapter is not plain
+    LoRA."""
     layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
     if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
@@ -198,8 +208,9 @@ def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> 
 def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
     """Return whether ``forward`` adds the same update as peft's own forward, element by element.
 
-    The base is replaced by fixed values. peft computes in float64, so the difference is the rounding of
-    ``forward``: of its result and, with 16-bit factors, of the update's terms.
+    The base is replaced by fixed values. The reference is peft's forward in float64, so the allowed
+    difference is the rounding of ``forward``: the rounding of its result and, with 16-bit factors, of the
+    terms of the update.
     """
     down, up = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
     x, output = _example_tokens(down, up)
@@ -229,7 +240,8 @@ def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
 
 
 def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inputs (64, inputs) with massive channels, and base outputs (64, outputs), half of them 0."""
+    """Return inputs (64, inputs) with massive channels, and base outputs (64, outputs), half of which are
+    0."""
     generator = torch.Generator().manual_seed(0)
     x, output = (torch.randn(_MANY_TOKENS, n, generator=generator) for n in (down.shape[1], up.shape[0]))
     x[:, :: max(x.shape[1] // 3, 1)] *= 100
@@ -247,7 +259,7 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     # Imported here because peft takes seconds to load and a base alone does not need it.
     from peft.tuners.lora import LoraLayer
 
-    # The experts' wrappers have other forwards (training/experts/lora.py).
+    # Wrappers of experts have other forwards (training/experts/lora.py).
     return (
         module
         for module in model.modules()
@@ -260,7 +272,7 @@ def _has(layer: Any, adapter_name: str) -> bool:
 
 
 def _is_plain(layer: Any, adapter_name: str) -> bool:
-    """Return whether the update is scale · B·A·x, unlike DoRA's and an embedding's."""
+    """Return whether the update is scale · B·A·x, which is not true of DoRA and of embeddings."""
     return (
         adapter_name in layer.lora_A
         and type(layer.lora_A[adapter_name]) is nn.Linear
@@ -271,7 +283,7 @@ def _is_plain(layer: Any, adapter_name: str) -> bool:
 
 
 _PEFT_RANK = 8
-"""Rank if the config names none."""
+"""Rank that applies if the config names none."""
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -315,11 +327,11 @@ class AdapterSet:
 
     @property
     def no_longer_offered(self) -> set[str]:
-        """Loaded adapters that cannot be asked for any more."""
+        """Loaded adapters that requests can no longer name."""
         return self._loaded - self.folders.keys()
 
     def unload(self, adapter_name: str) -> None:
-        """Free the memory of a loaded adapter; another one was loaded after it."""
+        """Free the memory of a loaded adapter, after another adapter was loaded."""
         self._peft_model.delete_adapter(adapter_name)
         for module in self._model.modules():
             if isinstance(forward := vars(module).get("forward"), LoraForward | TokenRowsForward):
@@ -327,7 +339,8 @@ class AdapterSet:
         self._loaded.remove(adapter_name)
 
     def _expert_adapter(self, wrapper: Any) -> str | None:
-        """Return the adapter of a layer's experts; None for the base's experts."""
+        """Return the name of the adapter that a layer's experts compute with; None if they compute the
+        base alone."""
         if self._fused and not self._through_peft:
             return None if self._active.adapter_name == BASE else self._active.adapter_name
         return active_in_peft(wrapper)
@@ -343,7 +356,7 @@ class AdapterSet:
 
     @contextmanager
     def through_peft(self, adapter_name: str) -> Iterator[None]:
-        """Let peft compute ``adapter_name`` while the layers use its code; restore the state afterwards."""
+        """Let peft compute ``adapter_name`` inside the block, and restore the fused forwards afterwards."""
         if self._peft_model is None:
             yield
             return
@@ -385,7 +398,7 @@ class AdapterSet:
             )
         check_unchanged(folder)
         _check_fits(folder, self._model)
-        # In the model's compute dtype: conversions would cost time at every token.
+        # Load in the model's compute dtype: conversions would cost time at every token.
         options = {"adapter_name": adapter_name, "is_trainable": False, "autocast_adapter_dtype": False}
         try:
             with (
@@ -401,7 +414,7 @@ class AdapterSet:
                     self._peft_model.base_model.set_adapter(adapter_name, inference_mode=True)
         except UserError:
             raise
-        except Exception as error:  # peft and torch raise anything for files that do not belong together
+        except Exception as error:  # peft and torch raise any exception for files that do not belong together
             raise _unfit(folder, first_line(error)) from error
         self._model.eval()
         for name, parameter in self._model.named_parameters():
@@ -410,7 +423,8 @@ class AdapterSet:
 
 
 def uses_dora(folder: str) -> bool:
-    """Return whether the adapter computes with the base weights, which must then keep their usual layout."""
+    """Return whether the adapter is DoRA, which computes with the base weights and needs them in their
+    usual layout."""
     try:
         return bool(load_adapter_config(Path(folder)).get("use_dora"))
     except UserError:
@@ -435,7 +449,10 @@ def _check(folder: Path) -> None:
 
 
 def _check_fits(folder: Path, model: Any) -> None:
-    """Compare shapes before any change: an adapter that fails halfway would stay in the model."""
+    """Compare the shapes of an adapter with the model, before anything is changed.
+
+    Without this comparison, an adapter that fails halfway through loading would stay in the model.
+    """
     from peft.utils.other import get_pattern_key
     from safetensors import SafetensorError, safe_open
 
@@ -463,7 +480,7 @@ def _check_fits(folder: Path, model: Any) -> None:
             name, side = WHOLE.sub(r"\1", key), "whole"
         else:
             continue
-        # What adapters loaded earlier train of it wraps it.
+        # Modules that earlier adapters train are wrapped already.
         wrapped = (
             modules.get(f"{name}.{inner}") for inner in ("token_adapter.base_layer", "original_module")
         )
@@ -487,7 +504,10 @@ def _check_fits(folder: Path, model: Any) -> None:
 def _check_fits_experts(
     folder: Path, modules: dict[str, Any], parameter: str, part: tuple[str, int], shape: tuple[int, ...]
 ) -> None:
-    """Compare the shape of stacked factors, of side A or B and of a rank, with the experts of the model."""
+    """Compare the shape of an adapter's stacked factors with the experts of the model.
+
+    ``part`` names the side, A or B, and the rank.
+    """
     path, _, projection_name = parameter.rpartition(".")
     module = modules.get(path)
     experts = module.get_base_layer() if module is not None and hasattr(module, "get_base_layer") else module

@@ -53,31 +53,35 @@ _STACKABLE = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-"""Layers that hold nothing but keys and values, whose tokens are the second last dimension, and states of
-constant size."""
+"""Layers that hold only keys and values, with tokens as the second last dimension, and states of constant
+size."""
 _ROWS_WORTH_LAUNCHING = 4
-"""Fewest rows of a pass on a GPU, if the step of one row can be recorded and that of several is not: fewer
-take turns with recorded steps. A recorded step takes a fraction of the time of a launched one."""
+"""Fewest rows of a common pass on a GPU, if a step of one row can be recorded but a step of several cannot.
+
+Fewer rows take turns with recorded steps, because a recorded step takes a fraction of the time of a launched
+one.
+"""
 _SMALLEST_CHECKED = 12
-"""Fewest tokens of the text on which passes of several rows are compared."""
+"""Fewest tokens of a text that is used to compare passes of several rows with passes of one row."""
 _CHECKED_STEPS = 3
-"""Decoding steps of each row of that comparison."""
+"""Decoding steps of each row in that comparison."""
 _MOST_KEPT = 8
 """Most ended conversations whose keys and values are kept."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a cache, from one of its tokens on."""
+    """A selection of rows of a cache, starting at one of its tokens."""
 
     layers: Sequence[Any]
     rows: Sequence[int]
     start: int = 0
-    """Tokens that are left out at the beginning: padding."""
+    """Number of tokens to leave out at the beginning, which are padding."""
 
 
 def stack(parts: Sequence[Rows], size: BufferSize) -> list[Any]:
-    """Return the layers of one cache with the rows of all parts, which end at the same place."""
+    """Return the layers of one cache with the rows of all parts, aligned so that all rows end at the same
+    place."""
     return [
         _stack_layers([(part.layers[index], part.rows, part.start) for part in parts], size)
         for index in range(len(parts[0].layers))
@@ -117,14 +121,15 @@ def _stack_layers(parts: Sequence[tuple[Any, Sequence[int], int]], size: BufferS
 
 
 def _columns(layer: Any, start: int) -> int:
-    """Return how many tokens a layer holds without its first ``start``."""
+    """Return the number of tokens that a layer holds, not counting its first ``start`` tokens."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         return min(layer.cumulative_length - start, layer.sliding_window - 1)
     return int(layer.keys.shape[-2]) - start
 
 
 def _right_aligned(tensors: Sequence[Tensor], tokens: int) -> Tensor:
-    """Return (rows, heads, tokens, width), in which all rows end with the longest; zero elsewhere."""
+    """Return one tensor (rows, heads, tokens, width) with all rows aligned at their ends, and zeros before
+    the shorter rows."""
     _, heads, _, width = tensors[0].shape
     longest = max(tensor.shape[-2] for tensor in tensors)
     result = tensors[0].new_zeros((sum(map(len, tensors)), heads, max(tokens, longest), width))
@@ -136,7 +141,7 @@ def _right_aligned(tensors: Sequence[Tensor], tokens: int) -> Tensor:
 
 
 class Row:
-    """A completion among those of its adapter."""
+    """A completion that is computed together with the other completions of its adapter."""
 
     def __init__(self, batch: Batch, prefix_cache: PrefixCache) -> None:
         self._batch = batch
@@ -182,11 +187,11 @@ class Row:
         return logits
 
     def join(self) -> None:
-        """Let the row be computed with others from now on: its prompt is processed."""
+        """Mark the prompt as processed: from now on the row can be computed together with others."""
         self._batch.rows.append(self)
 
     def leave(self) -> None:
-        """End the row, and keep its keys and values for a prompt that begins with the same tokens."""
+        """End the row, and keep its keys and values for a later prompt that begins with the same tokens."""
         self._batch.remove(self)
 
 
@@ -195,12 +200,12 @@ def _tokens(row: Row) -> int:
 
 
 def _padding(rows: Sequence[Row]) -> int:
-    """Return how many places of the buffers of rows, sorted by length, are padding."""
+    """Return the number of places in the common buffers that are padding, given rows sorted by length."""
     return sum(_tokens(rows[-1]) - _tokens(row) for row in rows)
 
 
 class Batch:
-    """The completions of one adapter."""
+    """The completions of one adapter that are in progress."""
 
     def __init__(self, batches: Batches, adapter_name: str, *, is_trial: bool = False) -> None:
         self._batches = batches
@@ -223,12 +228,12 @@ class Batch:
 
     @property
     def fewest_rows(self) -> int:
-        """Return with how many rows a common pass is faster than one for each."""
+        """Return the number of rows from which a common pass is faster than separate passes."""
         steps = self.session.steps
         return _ROWS_WORTH_LAUNCHING if steps is not None and steps.in_use else 2
 
     def remove(self, row: Row) -> None:
-        """Remove a row, whether it has joined or not."""
+        """Remove a row, whether it has joined the common pass or not."""
         if row in self.rows:
             self.rows.remove(row)
         row.pending = row.logits = None
@@ -240,7 +245,7 @@ class Batch:
                 self._arrange([])
 
     def step(self) -> None:
-        """Process the pending tokens of the rows that can be computed in one pass."""
+        """Process the pending tokens of all rows that can be computed in one pass."""
         due = [row for row in self.rows if row.pending is not None]
         wanted: list[Row] = []
         if len(due) >= self.fewest_rows and not self._batches.why_not:
@@ -258,7 +263,7 @@ class Batch:
     def _compatible(self, due: list[Row]) -> list[Row]:
         """Return the rows that go into one pass, sorted by length.
 
-        To read the padding must not take longer than to read the weights again.
+        Rows are left out if reading the padding would take longer than reading the weights again.
         """
         if set(due) == set(self.together):
             return due
@@ -279,7 +284,7 @@ class Batch:
         return rows
 
     def _arrange(self, wanted: list[Row]) -> None:
-        """Let the rows of the common cache be ``wanted``."""
+        """Rearrange the common cache, so that its rows are exactly ``wanted``."""
         former, cache, length = self.together, self._cache, self._length
         places = {row: place for place, row in enumerate(former)}
         staying = [row for row in former if row in wanted]
@@ -317,14 +322,16 @@ class Batch:
 
     @contextmanager
     def _broken_up_on_failure(self, wanted: list[Row]) -> Iterator[None]:
-        """Let each row be computed alone if a pass fails, or the arrangement of the rows before it.
+        """Separate the rows if a pass, or the rearrangement before it, fails inside the block.
 
-        Some layers have processed tokens then, or some rows have left their caches: all are read again.
+        After a failure, some layers have processed tokens and others have not, or some rows have left their
+        caches. Therefore all rows are processed again, each by itself.
         """
         involved = [*self.together, *(row for row in wanted if row not in self.together)]
         try:
             yield
-        except Exception as error:  # models raise anything; alone, a request raises what is its own fault
+        # models raise any exception; computed alone, each request raises only its own error
+        except Exception as error:
             if self._is_trial:
                 raise
             if is_out_of_memory(error):
@@ -345,7 +352,7 @@ def _with_layers(cache: Any, layers: list[Any]) -> Any:
 
 
 class Batches:
-    """The completions of a session, by adapter."""
+    """The completions of a session, grouped by adapter."""
 
     def __init__(self, session: ChatSession) -> None:
         self.session = session
@@ -360,7 +367,10 @@ class Batches:
         """Prompt tokens that were processed since the last token of any answer."""
 
     def row(self, adapter_name: str, prompt: Sequence[int], *, anew: bool = False) -> tuple[Row, int]:
-        """Return a row for ``prompt``, and how many of its tokens are processed; with ``anew`` none."""
+        """Return a row for ``prompt``, and the number of its tokens that are processed already.
+
+        With ``anew``, no earlier conversation is reused and the number is 0.
+        """
         batch = self._batches.setdefault(adapter_name, Batch(self, adapter_name))
         batch.open_rows += 1
         kept = None if anew else self._best(adapter_name, prompt)
@@ -370,7 +380,8 @@ class Batches:
         return Row(batch, kept), kept.reuse(prompt)
 
     def may_read(self, tokens: int) -> bool:
-        """Return whether a prompt may process so many tokens before the next token of the answers."""
+        """Return whether a prompt may process so many tokens before the answers in progress get their next
+        token."""
         is_generating = any(batch.rows for batch in self._batches.values())
         if is_generating and self.tokens_read and self.tokens_read + tokens > PREFILL_CHUNK_TOKENS:
             return False
@@ -378,7 +389,8 @@ class Batches:
         return True
 
     def _best(self, adapter_name: str, prompt: Sequence[int]) -> PrefixCache | None:
-        """Return the kept conversation that ``prompt`` continues; None if most of each would be lost."""
+        """Return the kept conversation with the longest common prefix; None if more than half of it would
+        be lost."""
         known = [
             (reusable_prefix(cache.token_ids, prompt), number)
             for number, (name, cache) in enumerate(self._kept)
@@ -390,7 +402,7 @@ class Batches:
         return self._kept[number][1]
 
     def keep(self, adapter_name: str, prefix_cache: PrefixCache) -> None:
-        """Keep the keys and values of an ended conversation while there is room."""
+        """Keep the keys and values of an ended conversation, and drop the oldest ones if memory is short."""
         if not prefix_cache.token_ids or not self.session.keeps_keys:
             return
         self._kept.append((adapter_name, prefix_cache))
@@ -399,7 +411,8 @@ class Batches:
             del self._kept[0]
 
     def forget(self, adapter_name: str) -> bool:
-        """Free what is kept of an adapter; return False if it still answers."""
+        """Free the kept conversations of an adapter; return False if the adapter has an answer in
+        progress."""
         if (batch := self._batches.get(adapter_name)) is not None and batch.open_rows:
             return False
         self._batches.pop(adapter_name, None)
@@ -407,21 +420,21 @@ class Batches:
         return True
 
     def release_kept(self) -> None:
-        """Free the memory of ended conversations."""
+        """Free the memory of all ended conversations."""
         self._kept.clear()
 
     def turn_off(self, why_not: str) -> None:
-        """Let requests take turns from now on."""
+        """Make requests take turns from now on."""
         self.why_not = f"Requests to this model take turns: {why_not.rstrip('.')}."
 
     def take_note(self) -> str:
-        """Return, once, why requests take turns; else an empty text."""
+        """Return why requests take turns, the first time that this is known; otherwise an empty text."""
         note = "" if self._is_noted else self.why_not
         self._is_noted = bool(self.why_not)
         return note
 
     def allows(self, adapter_name: str, token_ids: Sequence[int]) -> bool:
-        """Return whether rows may be computed together, after a comparison on the end of a text."""
+        """Return whether rows may be computed together. The first call compares them on the end of a text."""
         if self.why_not or self._agreed:
             return not self.why_not
         comparison = self.session.checked.get(adapter_name)
@@ -436,14 +449,15 @@ class Batches:
         else:
             text = list(token_ids[-TOKENS:])
             try:
-                # In a window that is longer than the rows there is padding, in a shorter one there is none.
+                # A window that is longer than the rows involves padding, a shorter one does not: compare
+                # both.
                 worst = self._difference(adapter_name, text)
                 if any(
                     getattr(layer, "is_sliding", False) for layer in self.session.new_cache().cache.layers
                 ):
                     with self.session.short_windows():
                         worst = max(worst, self._difference(adapter_name, text))
-            except Exception as error:  # models raise anything
+            except Exception as error:  # models raise any exception
                 self.turn_off(f"several rows cannot be computed together: {first_line(error)}")
                 return False
             self._agreed = LogitsComparison(worst, comparison.noise).agrees
@@ -455,7 +469,7 @@ class Batches:
         return self._agreed
 
     def _difference(self, adapter_name: str, token_ids: list[int]) -> float:
-        """Return by how much the logits of any row of a batch differ from those of the row alone.
+        """Return the largest difference between the logits of a row within a batch and of the same row alone.
 
         Three texts of different lengths and ends join one after another and leave in the same order.
         """

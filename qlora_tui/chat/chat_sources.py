@@ -23,7 +23,8 @@ _CONFIG = "adapter_config.json"
 
 
 def run_source(run: RunDir) -> ChatSource:
-    """Return the chat source of a run: its final adapter, if any, and every checkpoint, newest first."""
+    """Return the chat source of a run: its final adapter, if there is one, and every checkpoint, newest
+    first."""
     adapters = {}
     if (run.adapter_dir / _CONFIG).is_file():
         adapters[ADAPTER] = str(run.adapter_dir)
@@ -35,7 +36,7 @@ def run_source(run: RunDir) -> ChatSource:
 
 
 def _gguf_files(run: RunDir) -> dict[str, str]:
-    """Return the run's exported GGUF files that are still there, the newest of each type."""
+    """Return the run's exported GGUF files that still exist, the newest of each type."""
     return {
         f"{export.name}.gguf": export.status.paths[0]
         for export in reversed(read_exports(run))
@@ -44,7 +45,7 @@ def _gguf_files(run: RunDir) -> dict[str, str]:
 
 
 def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
-    """Return the chat source of an adapter's folder, with its recipe, or on ``model`` if it has none.
+    """Return the chat source of an adapter's folder: with its own recipe, or with ``model`` as the base.
 
     Raises UserError if the folder cannot be used.
     """
@@ -75,12 +76,12 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
 
 
 def _trained_thinking(run: RunDir) -> Thinking:
-    """Return the thinking setting that a run's first event on its data records."""
+    """Return the thinking setting of a run's training, read from the event that describes its data."""
     with suppress(OSError):
         for event in EventTail(run.events_path).drain():
             if isinstance(event, DataReady):
                 return event.thinking
-    # A run without that event has not read its data.
+    # A run without this event has not read its data.
     return "auto"
 
 
@@ -90,7 +91,10 @@ def checkpoint_name(step: int) -> str:
 
 
 def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
-    """Return the selected adapter: by default the final one, else the newest checkpoint. Raises UserError."""
+    """Return the name of the selected adapter: by default the final one, otherwise the newest checkpoint.
+
+    Raises UserError if there is no such adapter.
+    """
     if base:
         return BASE
     if checkpoint is not None:
@@ -123,10 +127,10 @@ _ONE_CONVERSATION = {
 
 
 def chat_bytes(recipe: Recipe, device: Device) -> int | None:
-    """Return the memory of a chat with the model of ``recipe``, at the upper end; None if it is unknown.
+    """Return the bytes that a chat with the model of ``recipe`` needs, as an upper bound; None if unknown.
 
-    One training step on one conversation takes more than answering it: besides the model and the keys and
-    values of each layer, it needs gradients and optimizer states.
+    The bound is the memory of one training step on one conversation. This is more than an answer needs: in
+    addition to the model and the keys and values of each layer, a step holds gradients and optimizer states.
     """
     for path, value in _ONE_CONVERSATION.items():
         recipe = replace_setting(recipe, path, value)
@@ -134,7 +138,7 @@ def chat_bytes(recipe: Recipe, device: Device) -> int | None:
 
 
 def run_bytes(recipe: Recipe, device: Device) -> int | None:
-    """Return the memory of a run of ``recipe``, at the upper end; None if it is unknown."""
+    """Return the bytes that a run of ``recipe`` needs, as an upper bound; None if unknown."""
     # Imported here: most callers only list sources.
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import estimate

@@ -15,14 +15,14 @@ from qlora_tui.recipe.schema import Recipe, Thinking
 BASE = "base"
 """Adapter name of the model without an adapter."""
 ADAPTER = "adapter"
-"""Adapter name of a run's final adapter. A checkpoint's is ``step-120``."""
+"""Adapter name of a run's final adapter. Checkpoints are named ``step-120``."""
 
 FinishReason: TypeAlias = Literal["turn end", "most tokens", "context full", "stopped"]
 """Why an answer ended: end of turn, ``max_new_tokens``, the model's context length, or a stop request."""
 
 
 class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Sampling settings. The defaults suit a calm conversation."""
+    """Sampling settings. The defaults suit a conversation."""
 
     temperature: Annotated[float, Meta(ge=0, le=5)] = 0.7
     """Sampling temperature; 0 always selects the most likely token."""
@@ -31,14 +31,15 @@ class Sampling(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     top_k: Annotated[int, Meta(ge=0)] = 50
     """Number of most likely tokens to sample from (top-k); 0 includes all."""
     repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
-    """Penalty; above 1, tokens already in the conversation become less likely (arXiv:1909.05858, 4.1)."""
+    """Repetition penalty; above 1, tokens already in the conversation become less likely
+    (arXiv:1909.05858, 4.1)."""
     max_new_tokens: Annotated[int, Meta(ge=1)] = 512
     seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
     """Random seed; the same seed and conversation give the same answer on one machine. None is random."""
 
 
 GREEDY = Sampling(temperature=0.0)
-"""Always the most likely token, for comparisons."""
+"""Settings that always select the most likely token, for comparisons."""
 
 
 class ThinkingSupport(Struct, frozen=True, kw_only=True):
@@ -50,11 +51,12 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
     variable: str = ""
     """Name of the template variable: ``enable_thinking``."""
     off: str = ""
-    """Lowest level of an effort: ``low``."""
+    """Name of the lowest level of effort, such as ``low``."""
     default: Literal["on", "off"] = "off"
 
     def effect_of(self, thinking: Thinking) -> str:
-        """Return the setting's effect with this template, if it differs from its name; else empty."""
+        """Return the effect of a thinking setting with this template, if it is not what its name says;
+        otherwise an empty text."""
         if thinking == "auto" or self.kind == "switch":
             return ""
         if self.kind == "none":
@@ -76,7 +78,7 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     """The answer, without thoughts."""
     prompt_tokens: int
     reused_tokens: int
-    """Prompt tokens reused from the turn before, at no cost."""
+    """Prompt tokens that were processed for the previous turn and are reused."""
     new_tokens: int
     first_token_s: float
     """Seconds from the question to the first token."""
@@ -91,13 +93,14 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     warning: str = ""
     """Warning if the chat's logits differed from those of transformers and peft; empty otherwise."""
     note: str = ""
-    """Why answers of this session are generated without a CUDA graph, in the first result that knows."""
+    """Why answers of this session are generated without a CUDA graph; only in the first result after this
+    is known."""
     thought_ended: bool = True
-    """False if the model was still thinking when it stopped."""
+    """Whether the thought was complete when the answer stopped."""
 
 
 class OptionProbability(Struct, frozen=True):
-    """An option, and how probable it is."""
+    """One option with its probability."""
 
     option: str
     probability: float
@@ -107,29 +110,29 @@ class Decided(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A decision between options."""
 
     options: tuple[OptionProbability, ...]
-    """All of them, the most probable first."""
+    """All options, the most probable first."""
     fields: dict[str, tuple[OptionProbability, ...]] = {}
-    """Where the options are objects: the values of each field, the most probable first."""
+    """Values of each field, the most probable first; only for options that are objects."""
     is_calibrated: bool = False
-    """Whether the probabilities were fitted to validation rows."""
+    """Whether the probabilities were calibrated on validation rows."""
 
     @property
     def best(self) -> OptionProbability:
-        """Return the option that is decided for."""
+        """Return the most probable option."""
         return self.options[0]
 
 
 class AnswerComparison(Struct, frozen=True, kw_only=True):
-    """Answers of base and adapter to the same question."""
+    """Answers of the base and of the adapter to the same question."""
 
     prompt: str
     turn: int
-    """1 for the first question of a conversation; later ones are asked after the earlier answers."""
+    """Position of the question in its conversation, from 1."""
     base: str | None
-    """None if the base was not asked."""
+    """Answer of the base; None if the base was not asked."""
     adapter: str
     adapter_ended: bool
-    """Whether the adapter's answer ended its turn, rather than at the token limit."""
+    """Whether the adapter ended its turn, instead of reaching the token limit."""
 
 
 class ChatSource(Struct, frozen=True, kw_only=True):
@@ -137,11 +140,11 @@ class ChatSource(Struct, frozen=True, kw_only=True):
 
     recipe: Recipe
     adapters: dict[str, str] = {}
-    """Folder of each adapter by name; an adapter is loaded on first use."""
+    """Folder of each adapter, by name. An adapter is loaded on first use."""
     gguf_files: dict[str, str] = {}
-    """Exported GGUF files by name (``Q8_0.gguf``), which llama.cpp computes."""
+    """Exported GGUF files by name, such as ``Q8_0.gguf``. llama.cpp runs these."""
     thinking: Thinking = "auto"
-    """Thinking setting of the training."""
+    """Thinking setting that was used in training."""
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
@@ -150,12 +153,12 @@ class ChatSource(Struct, frozen=True, kw_only=True):
 
     @property
     def answer_names(self) -> tuple[str, ...]:
-        """Return the name of everything that can answer: base, adapters and GGUF files."""
+        """Return the names of everything that can answer: base, adapters and GGUF files."""
         return (*self.adapter_names, *self.gguf_files)
 
 
 _NEGLIGIBLE = 0.01
-"""Share of changed choices below which an adapter has practically no effect."""
+"""Share of changed choices below which an adapter is reported to have practically no effect."""
 _NAMED = 3
 """Number of tokens named in the sentence."""
 
@@ -169,33 +172,33 @@ class LayerChange(Struct, frozen=True, kw_only=True):
 
 
 class Effect(Struct, frozen=True, kw_only=True):
-    """Comparison of base and adapter on the same held-out conversations."""
+    """Comparison of the base and an adapter on the same held-out conversations."""
 
     adapter_name: str
     samples: int
     tokens: int
-    """Next-token choices compared: those in the loss."""
+    """Number of next-token choices compared, all of which count in the loss."""
     mean_kl: float
     """KL(adapter ‖ base) of the next-token distributions, in nats, mean over the choices."""
     changed_choices: float
     """Share of the choices at which the most likely token differs."""
     base_loss: float
     adapter_loss: float
-    """Mean cross-entropy of the held-out answers, in nats per token."""
+    """Mean cross-entropy of the held-out answers with the adapter, in nats per token."""
     turns: int
     """Number of turn ends among the choices; 0 if the template has none."""
     turns_ended: int
-    """Number of these that the adapter predicts."""
+    """Number of these turn ends that the adapter predicts."""
     turns_ended_by_base: int
     warning: str = ""
-    """Warning if these figures use logits that differ from those of transformers and peft."""
+    """Warning if the logits behind these figures differ from the logits of transformers and peft."""
     token_rows: tuple[str, ...] = ()
-    """Tokens with their own trained rows of embedding and head."""
+    """Tokens whose rows in the embedding and head were trained."""
     layers: tuple[LayerChange, ...]
 
     @property
     def sentence(self) -> str:
-        """Return the verdict in one sentence, for readers who skip the figures."""
+        """Return a one-sentence summary for readers who skip the figures."""
         where = f"{self.samples} held-out conversation{'s' if self.samples != 1 else ''}"
         much = format_percent(self.changed_choices)
         verb = "changes"

@@ -1,7 +1,7 @@
-"""One completion for a program, token by token: its text, its ends, its log probabilities.
+"""One completion for a program, token by token: its text, stop texts and log probabilities.
 
-The tokens are selected and decoded as those of the chat (:mod:`qlora_tui.chat.generation`); a completion
-yields to others after each of them.
+Tokens are selected and decoded as in the chat (:mod:`qlora_tui.chat.generation`). After each token, a
+completion lets the others continue.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
 
 _SCORED_TOKENS = 128
-"""Prompt tokens of one pass if each is scored: all their logits are in memory, in float32 a second time."""
+"""Prompt tokens of one pass if each prompt token is scored, which needs all their logits in memory, plus a
+copy in float32."""
 
 
 def completion_prompt(session: ChatSession, completion: Completion) -> list[int]:
-    """Return the token ids that are to be completed. Raises UserError."""
+    """Return the token ids of the prompt to complete. Raises UserError."""
     if completion.messages:
         return session.prompt(
             completion.messages, completion.thinking, completion.tools, completion.template_variables
@@ -69,12 +70,12 @@ def completion_prompt(session: ChatSession, completion: Completion) -> list[int]
 
 
 def completion_constraint(session: ChatSession, completion: Completion) -> Constraint | None:
-    """Return what restricts an answer; None where nothing does. Raises UserError."""
+    """Return the constraint of an answer; None if there is none. Raises UserError."""
     schemas, names, schema = argument_schemas(completion.tools), completion.must_call, completion.schema
     if names:
         schema = None
     elif schema is not None:
-        # A call may be made instead.
+        # Besides a value that satisfies the schema, the answer may be a call.
         names = tuple(schemas)
     else:
         return None
@@ -95,15 +96,16 @@ def completion_constraint(session: ChatSession, completion: Completion) -> Const
 def score_tokens(
     tokenizer: ChatTokenizer, logits: Tensor, token_ids: Sequence[int], start: int, alternatives: int
 ) -> list[TokenScore]:
-    """Return the scores of the tokens from ``start`` on, which logits (tokens, vocabulary) predicted.
+    """Return the scores of the tokens from ``start`` on.
 
-    ``token_ids`` may hold more tokens, before and after them.
+    ``logits`` (tokens, vocabulary) are the ones that predict these tokens. ``token_ids`` may hold more tokens
+    before and after them.
     """
     logprobs = logits.float().log_softmax(-1)
     scored = token_ids[start : start + len(logprobs)]
     own = logprobs.gather(-1, torch.tensor(scored, device=logprobs.device)[:, None])[:, 0]
     best = logprobs.topk(alternatives, dim=-1)
-    # Each read waits for a GPU: one for all tokens.
+    # Each read waits for the GPU, so all tokens are read at once.
     rows = zip(scored, own.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     scores = []
     for place, (token_id, logprob, likely_ids, likely_logprobs) in enumerate(rows, start):
@@ -121,7 +123,7 @@ def _text_after(tokenizer: ChatTokenizer, before: Sequence[int], token_id: int) 
 
 
 class StopTexts:
-    """Cuts a text, fed in pieces, before the first of some texts."""
+    """Cuts a text, which arrives in pieces, before the first stop text in it."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -130,7 +132,7 @@ class StopTexts:
         self.matched = ""
 
     def feed(self, text: str) -> str:
-        """Return the text that certainly comes before any stop text."""
+        """Add a piece of text, and return the text that certainly precedes any stop text."""
         if self.matched:
             return ""
         self.pending += text
@@ -143,22 +145,22 @@ class StopTexts:
         return ready
 
     def rest(self) -> str:
-        """Return what is still held back at the end of the text."""
+        """Return the text that is still held back when no more follows."""
         return "" if self.matched else self.pending
 
 
 @dataclass
 class _PendingScore:
-    """A score whose token is not yet in a part."""
+    """A score of a token that is not yet part of any yielded piece."""
 
     score: TokenScore
     begin: int
     end: int
-    """Characters of the text before the token and with it."""
+    """Number of characters of the text up to and including the token."""
 
 
 class CompletionText:
-    """The text of a completion, cut into parts, with thoughts separated and stop texts found."""
+    """The text of a completion, cut into parts, with thoughts separated and stop texts recognized."""
 
     def __init__(
         self,
@@ -178,7 +180,7 @@ class CompletionText:
 
     @property
     def is_outside(self) -> bool:
-        """Return whether the text so far ends in a thought, or in the beginning of one of its marks."""
+        """Return whether the text so far ends inside a thought, or in an incomplete thought mark."""
         return self._splitter.in_thought or self._splitter.pending_length > 0
 
     @property
@@ -189,7 +191,7 @@ class CompletionText:
     def add(
         self, token_id: int, score: TokenScore | None = None, *, ends: bool = False
     ) -> list[CompletionPart]:
-        """Return the parts that a token completes; with ``ends`` it has no text."""
+        """Add a token, and return the parts that it completes. With ``ends``, the token has no text."""
         text = "" if ends else self._detokenizer.add(token_id)
         begin = self._characters
         self._characters += len(text)
@@ -200,7 +202,8 @@ class CompletionText:
         return parts
 
     def rest(self, *, is_cut: bool = False) -> list[CompletionPart]:
-        """Return the parts that are still held back at the end, which may have cut a call."""
+        """Return the parts that are still held back at the end. With ``is_cut``, the last call may be
+        incomplete."""
         text = "" if self.stop_text else self._detokenizer.rest()
         self._characters += len(text)
         parts = self._parts([*self._splitter.feed(text), *self._splitter.rest()])
@@ -235,7 +238,7 @@ class CompletionText:
         return text if self._calls is None else self._calls.feed(text)
 
     def _with_scores(self, part: CompletionPart, until: int) -> CompletionPart:
-        """Return the part with the scores of the tokens that end before the character ``until``."""
+        """Return the part with the scores of all tokens that end before the character ``until``."""
         tokens = []
         while self._scores and self._scores[0].end <= until:
             tokens.append(self._scores.popleft().score)
@@ -243,7 +246,7 @@ class CompletionText:
 
 
 class CompletionStream:
-    """A completion while it is computed: iterate over :meth:`run`."""
+    """A completion in progress: iterate over :meth:`run`."""
 
     def __init__(
         self,
@@ -262,7 +265,7 @@ class CompletionStream:
         self._stop = stop
 
     def run(self) -> Generator[CompletionPart | None, None, CompletionResult]:
-        """Yield the parts, and None after each step that completes none; return the result."""
+        """Yield the parts, or None after a step that completes no part; return the result."""
         row, reused = self._session.batches.row(
             self._completion.adapter_name, self._prompt, anew=self._scores_prompt
         )
@@ -291,7 +294,7 @@ class CompletionStream:
         while logits is not None and len(answer) < limit:
             is_constrained = constraint is not None and constraint.applies(is_outside=text.is_outside)
             token = sampler.next(constraint.mask(logits) if constraint and is_constrained else logits)
-            # Before the token is fed: a recorded step overwrites the logits.
+            # Score the token before it is fed, because a recorded step overwrites the logits.
             score = self._score(logits, answer, token)
             token_id = row.feed(token) if len(answer) + 1 < limit else int(token)
             if not answer:
@@ -343,9 +346,9 @@ class CompletionStream:
         return min(self._completion.sampling.max_new_tokens, self._session.context_length - len(self._prompt))
 
     def _read_prompt(self, row: Row, reused: int) -> Generator[CompletionPart | None, None, Tensor | None]:
-        """Process the prompt after its first ``reused`` tokens, and yield its echo.
+        """Process the prompt after its first ``reused`` tokens, and yield it if it is to be echoed.
 
-        Returns the logits (1, vocabulary) after it; None after a stop request.
+        Returns the logits (1, vocabulary) after the prompt; None after a stop request.
         """
         completion, session, prompt = self._completion, self._session, self._prompt
         if completion.echo:
@@ -379,7 +382,7 @@ class CompletionStream:
         return logits
 
     def _score(self, logits: Tensor, answer: list[int], token: Tensor) -> TokenScore | None:
-        """Return the score of a token (1, 1) after ``answer``, if it is asked for."""
+        """Return the score of a token (1, 1) that follows ``answer``; None if scores were not requested."""
         if self._completion.logprobs is None:
             return None
         ids = [*self._prompt[-4:], *answer[-4:], int(token)]

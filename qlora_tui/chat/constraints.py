@@ -1,7 +1,8 @@
-"""Answers that satisfy a JSON schema or call a function: tokens that would break it are not selected.
+"""Answers that satisfy a JSON schema or call a function: tokens that would violate the constraint are not
+selected.
 
-llguidance reads a grammar and the tokenizer, and says which tokens may come next. A thought before the answer
-is free, and so are the marks around it. Calls are written as the chat template writes them
+llguidance reads a grammar and the tokenizer, and determines which tokens may come next. A thought before the
+answer is not constrained, nor are its marks. Calls are written as the chat template writes them
 (:mod:`qlora_tui.data.tool_calls`), in llguidance's variant of Lark (docs/syntax.md of its repository).
 """
 
@@ -26,12 +27,13 @@ _BLANK = r"/[ \n]{0,2}/"
 
 
 class Grammars:
-    """Makes constraints for the answers of models with one tokenizer."""
+    """Creates constraints for the answers of models that share a tokenizer."""
 
     def __init__(self, tokenizer: ChatTokenizer, vocabulary: int, end_ids: Collection[int]) -> None:
-        """``vocabulary``: number of logits, which may be more than the tokenizer has tokens.
+        """Prepare the tokenizer for llguidance.
 
-        Raises UserError if llguidance is not installed.
+        ``vocabulary`` is the number of logits, which may exceed the number of tokens in the tokenizer. Raises
+        UserError if llguidance is not installed.
         """
         try:
             self._library: Any = import_module("llguidance")
@@ -43,7 +45,7 @@ class Grammars:
             ) from error
         added = tokenizer.backend.get_added_tokens_decoder()
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
-        # The text of the tokenizer is compiled once, which takes a second.
+        # Compiling the tokenizer takes a second, so it is done once.
         self._tokenizer = self._library.LLTokenizer(
             tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=sorted(end_ids)
         )
@@ -54,7 +56,8 @@ class Grammars:
         calls: Calls | None = None,
         mark_ids: Collection[int] = (),
     ) -> Constraint:
-        """Return what keeps one answer within ``schema``, or to ``calls``; given both, to one of them.
+        """Return a constraint that allows one answer: a value of ``schema``, one of ``calls``, or either if
+        both are given.
 
         Args:
             schema: JSON schema.
@@ -62,7 +65,7 @@ class Grammars:
             mark_ids: Tokens that mark thoughts and may precede the answer.
 
         Raises:
-            UserError: the schema is wrong, or uses what the library does not know.
+            UserError: The schema is invalid, or uses a keyword that llguidance does not support.
         """
         rules = _Rules(self._special)
         wanted = [] if schema is None else [rules.json(schema)]
@@ -78,39 +81,39 @@ class Grammars:
 
 
 class Calls(NamedTuple):
-    """Functions that may be called, and how."""
+    """Functions that may be called."""
 
     shape: CallShape
     functions: Mapping[str, Mapping[str, Any]]
-    """JSON schema of the arguments by name."""
+    """JSON schema of the arguments, by function name."""
     single: bool = False
-    """Whether exactly one call is made."""
+    """Whether exactly one call is allowed."""
 
 
 class _Rules:
-    """Rules of a grammar as they are added; each method returns what refers to them."""
+    """Builds the rules of a grammar. Each method returns an expression that refers to what it added."""
 
     def __init__(self, special: Mapping[str, int]) -> None:
-        """``special``: ids of tokens that stand for themselves, not for their text."""
+        """Start an empty grammar. ``special`` has the ids of special tokens, by their text."""
         self._special = special
         self._rules: list[str] = []
 
     def grammar(self, start: str) -> str:
-        """Return the whole grammar."""
+        """Return the complete grammar, beginning with the expression ``start``."""
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules])
 
     def rule(self, body: str, options: str = "") -> str:
-        """Add a rule."""
+        """Add a rule, and return its name."""
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}{options}: {body}")
         return name
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """Add JSON that satisfies a schema."""
+        """Add a rule for JSON that satisfies a schema, and return its name."""
         return self.rule(f"%json {json.dumps({**schema, **_OPTIONS})}")
 
     def text(self, text: str) -> str:
-        """Return a text that is written as it is, special tokens in it as such."""
+        """Return an expression for a literal text, in which special tokens are written as tokens."""
         places = [(place, word) for word in self._special if (place := text.find(word)) >= 0]
         if not places:
             return json.dumps(text, ensure_ascii=False) if text else ""
@@ -119,7 +122,8 @@ class _Rules:
         return f"{before} <[{self._special[word]}]> {after}"
 
     def calls(self, calls: Calls) -> str:
-        """Add one call or, unless it is single, several."""
+        """Add rules for one call or, unless ``calls`` is single, for several; return the name of the last
+        rule."""
         shape = calls.shape
         arguments = {
             name: self.json(_closed(schema))
@@ -136,12 +140,13 @@ class _Rules:
         return self.rule(f"{one_of(shape.first)} {further} {self.text(shape.last)}")
 
     def fields(self, schema: Mapping[str, Any], fields: Fields, root: Mapping[str, Any]) -> str:
-        """Add arguments, or an object in them, in the order of its properties."""
+        """Add rules for arguments, or for an object among them, in the order of the schema's properties."""
         properties, required = dict(schema.get("properties") or {}), schema.get("required") or ()
         if fields.is_sorted:
             properties = dict(sorted(properties.items()))
         separator = self.text(fields.separator)
-        # From the last on: what follows where something precedes, and where nothing does.
+        # Build from the last property on; for each, one rule after another property, and one for the
+        # beginning.
         later = first = self.rule('""')
         for key, value in reversed(properties.items()):
             before = self.text(f"{fields.before_key}{key}{fields.after_key}")
@@ -154,7 +159,8 @@ class _Rules:
         return self.rule(f"{self.text(fields.begin)} {first} {self.text(fields.end)}")
 
     def value(self, schema: Any, fields: Fields, root: Mapping[str, Any]) -> str:
-        """Add a value of a field, with what ends it. Raises UserError for a schema that is not supported."""
+        """Add rules for a field's value and the text that ends it. Raises UserError for an unsupported
+        schema."""
         schema = schema if isinstance(schema, dict) else {}
         if choices := schema.get("anyOf") or schema.get("oneOf"):
             return self.rule(" | ".join(self.value(each, fields, root) for each in choices))
@@ -180,7 +186,7 @@ class _Rules:
                 yield rf"{quote} /([^{fields.quote}\\\n]|\\[{fields.quote}\\n])*/ {quote}"
             case "string":
                 closing = f"{quote} {end}".strip()
-                # A special token is in no text; another end is the first one.
+                # A special token occurs in no text; any other end is the first occurrence of its text.
                 is_special = closing.startswith("<[")
                 yield f"{quote} {self.rule(f'/(?s:.*)/ {closing}', '' if is_special else '[lazy]')}"
             case "boolean":
@@ -190,7 +196,7 @@ class _Rules:
             case "integer" | "number":
                 yield f"{self.json(_only(schema, kind))} {end}"
             case "array" | "object" if not fields.quote:
-                # Next to fields that are texts these are JSON.
+                # Where other fields are plain text, these are JSON.
                 yield f"{self.json({**_only(schema, kind), **_definitions(root)})} {end}"
             case "array":
                 yield f'"[" {self._list(self.value(schema.get("items"), fields, root), fields)} "]"'
@@ -205,7 +211,7 @@ class _Rules:
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of arguments; those that it does not name are allowed only if it says so."""
+    """Return the schema of arguments, which allows additional properties only if it says so or names none."""
     return {"additionalProperties": "properties" not in schema, **schema}
 
 
@@ -214,7 +220,7 @@ def _constants(schema: Mapping[str, Any]) -> list[Any]:
 
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
-    """Return the types of a schema that names none: those of its constants, or all that are no container."""
+    """Return the types of a schema without ``type``: the types of its constants, or all scalar types."""
     kinds = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
     constants = [kinds[type(each)] for each in _constants(schema) if type(each) in kinds]
     return list(dict.fromkeys(constants or ([] if "$ref" in schema else kinds.values())))
@@ -229,7 +235,7 @@ def _definitions(root: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Constraint:
-    """The tokens that one answer may have next."""
+    """The tokens that may come next in one answer."""
 
     def __init__(self, matcher: Any, mark_ids: Collection[int]) -> None:
         self._matcher = matcher
@@ -237,7 +243,7 @@ class Constraint:
         self._has_begun = False
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Return logits (1, vocabulary) without those of tokens that may not come next."""
+        """Return logits (1, vocabulary) with minus infinity for each token that may not come next."""
         bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         allowed = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).flatten().bool()
         allowed = allowed[: logits.shape[-1]]
@@ -246,19 +252,20 @@ class Constraint:
         return logits.float().masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def add(self, token_id: int) -> None:
-        """Note the token that was selected."""
+        """Advance the constraint by the token that was selected."""
         if not self._has_begun and token_id in self._marks:
             return
         self._has_begun = True
         self._matcher.consume_token(token_id)
 
     def applies(self, *, is_outside: bool) -> bool:
-        """Return whether the next token is part of the answer; ``is_outside``: of a thought or a mark."""
+        """Return whether the next token is constrained. ``is_outside``: the text is inside a thought or a
+        mark."""
         return self._has_begun or not is_outside
 
     @property
     def is_satisfied(self) -> bool:
-        """Return whether the value is complete, and nothing may follow. Raises UserError."""
+        """Return whether the value is complete and nothing may follow it. Raises UserError."""
         if self._matcher.is_error():
             raise _unusable(_error_of(self._matcher))
         return bool(self._matcher.is_stopped())

@@ -1,15 +1,16 @@
-"""Faster answers on a CPU: attention of one new token, and 4-bit weights.
+"""Faster answers on a CPU: attention of one new token, and products with 4-bit weights.
 
-torch's attention computes one head at a time, each as a product with a single row, and reads shared keys once
-for each of them. With the query heads of one key head as rows of one product it is four to thirteen times as
-fast, with the same results.
+torch's attention computes one head at a time, each as a product with a single row, and reads keys that heads
+share once for each of them. With the query heads of one key head as rows of one product, attention is 4 to 13
+times as fast, with the same results.
 
-With AVX512-BF16, 4-bit weights are in bitsandbytes' own layout. It inspects its layer at every call, in
-Python and through torch's dispatcher: 25 to 40 µs, where the kernel itself takes 3 to 60 for one to eight
-tokens of a small model. Here products go directly to the kernel; bitsandbytes still changes the layout.
+On a CPU with AVX512-BF16, bitsandbytes has its own layout of 4-bit weights. Each of its calls inspects the
+layer, in Python and through torch's dispatcher: 25 to 40 µs, while the kernel itself takes 3 to 60 µs for one
+to eight tokens of a small model. Here products call the kernel directly; bitsandbytes still converts the
+layout.
 
-A CPU without AVX512-BF16 has no 4-bit product: bitsandbytes dequantizes each layer's weights at every token.
-Doing it once gives the same numbers in half the time, for eight times the memory in fp32.
+Without AVX512-BF16 there is no 4-bit product: bitsandbytes dequantizes each layer's weights at every token.
+Dequantizing once gives the same numbers in half the time, for eight times the memory in fp32.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from qlora_tui.training.checks.rounding import bitwise_equal, example_rows, with
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
 _verified: dict[tuple[object, ...], bool] = {}
-"""Whether grouped heads give the same results, by shapes, dtype and settings; tested at the first call."""
+"""Whether grouped heads give the same results, by shapes, dtype and settings; tested on the first call."""
 
 
 @contextmanager
 def grouped_heads() -> Iterator[None]:
-    """Attend with grouped heads inside the block, in models that use SDPA.
+    """Compute attention with grouped heads inside the block, in models that use SDPA.
 
-    The implementation keeps the name of SDPA: a model may decide by it which keys its mask hides.
+    The implementation keeps the name of SDPA, because some models decide by this name which keys their mask
+    hides.
     """
     AttentionInterface.register("sdpa", attend)
     try:
@@ -58,7 +60,8 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention: (batch, heads, tokens, width) to (batch, tokens, heads, width)."""
+    """Compute attention from query (batch, heads, tokens, width); return (batch, tokens, heads, width) and
+    None."""
     settings = {name: value for name, value in kwargs.items() if value is not None}
 
     def by_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def attend(
 
     _, heads, tokens, width = query.shape
     shared = key.shape[1]
-    # What a mask of the padding hides is the same for all heads.
+    # A mask that only hides padding is the same for all heads.
     masks_heads = attention_mask is not None and (
         attention_mask.dtype != torch.bool or attention_mask.shape[1:3] != (1, 1)
     )
@@ -85,7 +88,7 @@ def attend(
 def _in_groups(
     scaling: float | None, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """Attend with the query heads of a key head as rows; returns (batch, 1, heads, width)."""
+    """Compute attention with the query heads of each key head as rows; return (batch, 1, heads, width)."""
     batch, heads, _, width = query.shape
     rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)
     output = functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
@@ -93,13 +96,14 @@ def _in_groups(
 
 
 _SUPPORTED = re.compile(r"0\.(49|50)\.")
-"""Versions of bitsandbytes with a matching kernel signature; with others the layer's own forward runs."""
+"""Versions of bitsandbytes whose kernel has the expected signature. With others, the layer's own forward
+runs."""
 _CHUNK_ROWS = 1024
-"""Rows of a weight that are in fp32 at a time."""
+"""Number of rows of a weight that are converted to fp32 at a time."""
 _ROUNDINGS = 4.0
-"""Rounding steps by which a product may differ from the exact one."""
+"""Number of rounding steps by which a product may differ from the exact result."""
 _ROWS = 32
-"""Outputs that the layout groups together."""
+"""Number of outputs that the layout stores as a group."""
 
 
 def use_cpu_layout(model: nn.Module) -> None:
@@ -123,7 +127,8 @@ def use_cpu_layout(model: nn.Module) -> None:
         if not verified[case]:
             continue
         layer.support_avx512bf16_for_cpu = True
-        # The layout changes with the first product: do it now, so that the first question does not wait.
+        # The layout is converted at the first product. Convert it now, so that the first question does not
+        # wait.
         layer(torch.zeros(1, layer.in_features, dtype=layer.compute_dtype))
         layer._save_to_state_dict = _save_nothing
         product = _direct_kernel(layer) if is_supported else None
@@ -137,7 +142,8 @@ def use_cpu_layout(model: nn.Module) -> None:
 
 
 def _has_the_shape(layer: Any) -> bool:
-    """Return whether the layout supports the layer's shape; bitsandbytes checks it only while converting."""
+    """Return whether the layout supports the layer's shape, which bitsandbytes checks only during
+    conversion."""
     outputs, inputs, blocksize = layer.out_features, layer.in_features, layer.weight.quant_state.blocksize
     return not (outputs % _ROWS or inputs % blocksize)
 
@@ -146,8 +152,9 @@ def _has_the_shape(layer: Any) -> bool:
 def layout_agrees(layer: Any) -> bool:
     """Return whether the layout gives the products of the stored weights, tested on a copy of the layer.
 
-    The rounding of a product is bounded by the root of its squared terms and of its squared block sums, whose
-    scales are rounded too. Each output must be within that, so neither a wrong row nor a wrong block passes.
+    The allowed rounding error of a product is the root of its squared terms, plus the root of its squared
+    block sums, because block scales are rounded too. Each output must be within this bound, so neither a
+    wrong row nor a wrong block passes.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -165,7 +172,7 @@ def layout_agrees(layer: Any) -> bool:
         scale.append(x.float().square() @ weight.float().square().t() + blocks.square().sum(-1))
     exact = torch.cat(expected, dim=1) + bias
     size = (torch.cat(scale, dim=1) + bias.square()).sqrt()
-    # One token and several use different kernels.
+    # One token and several tokens use different kernels.
     return all(
         within_rounding(copied(x[:count]), exact[:count], size[:count], _ROUNDINGS) for count in (1, len(x))
     )
@@ -177,8 +184,11 @@ def _example_tokens(layer: Any) -> Tensor:
 
 
 def _save_nothing(*args: Any, **kwargs: Any) -> None:
-    """Save nothing of a layer. bitsandbytes would convert its weights back for saving, permanently, and round
-    their scales a second time; peft requests them when it loads an adapter, and does not need them."""
+    """Save nothing of a layer when its state is requested.
+
+    To save a layer, bitsandbytes would convert its weights back permanently and round their scales a second
+    time. peft requests the state when it loads an adapter, but does not need it.
+    """
 
 
 class DirectForward:
@@ -196,7 +206,8 @@ class DirectForward:
 
 
 def _direct_kernel(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from inputs (…, inputs) to outputs (…, outputs); None for another layout."""
+    """Return a function that maps inputs (…, inputs) to outputs (…, outputs); None if the layer has
+    another layout."""
     from bitsandbytes.cextension import lib
 
     weight, state, bias = layer.weight.data, layer.weight.quant_state, layer.bias
@@ -222,7 +233,8 @@ _SHARE_OF_FREE_MEMORY = 0.25
 
 
 def dequantize_on_cpu(model: Any, device: ComputeDevice) -> bool:
-    """Dequantize the 4-bit weights if this CPU has no fast product and enough memory; return whether done."""
+    """Dequantize the 4-bit weights if this CPU has no fast 4-bit product, and enough memory. Return
+    whether this was done."""
     if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False
     # Imported here: it takes a second to load.

@@ -1,4 +1,4 @@
-"""Decisions of a loaded model: how probable each option is as the answer to a conversation."""
+"""Decisions of a loaded model: the probability of each option as the answer to a conversation."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from qlora_tui.training.option_scores import Choice
 
 
 def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
-    """Return what an adapter decides; None if that is unknown.
+    """Return what an adapter decides between; None if that is unknown.
 
-    A checkpoint has the options of its run's final adapter, the base those of all its adapters if they have
-    the same. Only probabilities of the adapter that was measured are calibrated.
+    A checkpoint has the options of its run's final adapter. The base has the options of its adapters, if all
+    of them agree. Probabilities are calibrated only for the adapter that was measured.
     """
     folder = source.adapters.get(adapter_name, "")
     if folder and (own := read_decider(Path(folder))) is not None:
@@ -38,7 +38,7 @@ def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
 def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Message]) -> Decided:
     """Return the decision of an adapter on one conversation.
 
-    Raises UserError if it decides nothing, the adapter cannot be loaded, or the template rejects the
+    Raises UserError if the adapter has no options, cannot be loaded, or the template rejects the
     conversation.
     """
     decider = decider_of(session.source, adapter_name)
@@ -64,15 +64,16 @@ def decide(
     conversations: Sequence[Conversation],
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Decided | UserError]:
-    """Return the decision on each conversation, or why there is none: the chat template rejects it, or it is
-    longer than the model reads.
+    """Return the decision on each conversation, or the error that prevents it.
+
+    A conversation has no decision if the chat template rejects it, or if it exceeds the model's context.
 
     Args:
-        session: with the model.
-        decider: of the adapter.
-        adapter_name: who decides.
-        conversations: each ends before the answer.
-        progress: called with the number of conversations done.
+        session: The loaded model.
+        decider: The options and calibration of the adapter.
+        adapter_name: The adapter that decides.
+        conversations: Each ends before the answer.
+        progress: Called with the number of conversations done.
 
     Raises:
         UserError: The adapter cannot be loaded, or the memory is full.
@@ -94,7 +95,7 @@ def _choice(session: ChatSession, decider: Decider, conversation: Conversation) 
     text = "\n".join(message.content for message in conversation.messages)
     try:
         if len(text) > session.context_length:
-            # All of a text that is far too long takes long to tokenize.
+            # Tokenizing all of a text that is far too long would take long.
             session.tokenize(text, session.tokenizer.encode)
         prompt = answer_prompt(whole, session.tokenizer, RenderOptions(thinking=decider.thinking))
         if prompt is None:
@@ -112,7 +113,8 @@ def _choice(session: ChatSession, decider: Decider, conversation: Conversation) 
 
 
 def decided(decider: Decider, probabilities: Sequence[float]) -> Decided:
-    """Return a decision with its probabilities, for an object those of each field too."""
+    """Return the decision that follows from the options' probabilities. For objects, it includes those of
+    each field."""
     decision = decider.decision
     fields = {
         field: _ranked(

@@ -45,12 +45,12 @@ from qlora_tui.formatting import format_bytes
 from qlora_tui.training.length_scaled_rope import frequency_switch
 
 STRIDE_TOKENS = 256
-"""Tokens by which buffers grow ahead of need."""
+"""Number of tokens by which buffers grow in advance."""
 _SMALLEST_BUCKET_TOKENS = 1024
 _ALIGNED_TOKENS = 64
-"""Multiple to which a GPU's buffers are rounded, so that kernels can read masks without copying them."""
+"""Multiple to which a GPU's buffers are rounded up, so that kernels can read masks without copying them."""
 MAX_SHARE_OF_FREE_MEMORY = 0.5
-"""Share of the free memory that larger buffers may take: prefill and other programs need some too."""
+"""Share of the free memory that growing buffers may take: prefill and other programs need some too."""
 
 FreeBytesFn = Callable[[], int]
 
@@ -63,10 +63,11 @@ class BufferSize:
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' caches are not all typed
-    """Keys and values of one layer: views into buffers that grow ahead of need.
+    """Keys and values of one layer, as views into buffers that grow in advance.
 
-    ``keys`` and ``values``: (1, heads, tokens, width), as in :class:`DynamicLayer`. With a sliding ``window``
-    the tokens before it are kept too, so that the layer can be truncated; the model's mask hides them.
+    ``keys`` and ``values`` have the shape (1, heads, tokens, width), as in :class:`DynamicLayer`. With a
+    sliding ``window``, the tokens before it are kept too, so that the layer can be truncated; the model's
+    mask hides them.
     """
 
     def __init__(self, size: BufferSize, window: int | None = None) -> None:
@@ -104,27 +105,27 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         return self.keys, self.values
 
     def set_length(self, tokens: int) -> None:
-        """Let the first ``tokens`` of the buffers be the content."""
+        """Set the content to the first ``tokens`` of the buffers."""
         if self.buffers is not None:
             self.keys, self.values = (buffer[:, :, :tokens] for buffer in self.buffers)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the keys that :meth:`update` will return."""
+        """Return the length and offset of the keys that :meth:`update` will return."""
         if self.position is not None and self.buffers is not None:
             return self.buffers[0].shape[-2], 0
         return super().get_mask_sizes(query_length)
 
     def get_seq_length(self) -> Any:
-        """Return the tokens so far: a number, or a tensor inside :func:`fixed_shapes`."""
+        """Return the number of tokens so far, which is a tensor inside :func:`fixed_shapes`."""
         return super().get_seq_length() if self.position is None else self.position[0]
 
 
 @contextmanager
 def fixed_shapes(layers: Sequence[GrowingLayer], position: Tensor) -> Iterator[None]:
-    """Write one token at ``position`` (1,) of the buffers, and return whole buffers, inside the block."""
+    """Make layers write one token at ``position`` (1,) and return their whole buffers, inside the block."""
     for layer in layers:
         layer.position = position
-        # transformers then makes a mask even for one token, and without looking at the position.
+        # transformers then creates a mask even for one token, without reading the position.
         layer.is_compileable = True
     try:
         yield
@@ -135,22 +136,24 @@ def fixed_shapes(layers: Sequence[GrowingLayer], position: Tensor) -> Iterator[N
 
 
 def reusable_prefix(processed: Sequence[int], prompt: Sequence[int]) -> int:
-    """Return how many first tokens ``processed`` and ``prompt`` share, without the prompt's last.
+    """Return the number of leading tokens that ``processed`` and ``prompt`` share, excluding the prompt's
+    last token.
 
-    After ``1 2 3``, the prompt ``1 2 3`` reuses two tokens.
+    If ``1 2 3`` was processed, the prompt ``1 2 3`` reuses two tokens.
     """
     pairs = zip(processed, prompt[:-1], strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class PrefixCache:
-    """Token ids that one adapter has processed, with their cache.
+    """Token ids that one adapter has processed, with their keys and values.
 
     Args:
-        config: of the model.
-        free_bytes: free memory of a GPU. With it the buffers double, so that a step is seldom recorded again,
-            and layers with a sliding window keep all tokens, as long as memory allows.
-        max_tokens: context length of the model.
+        config: Config of the model.
+        free_bytes: Function that returns the free memory of a GPU. If given, buffers double, so that steps
+            are seldom recorded again, and layers with a sliding window keep all tokens as long as memory
+            allows.
+        max_tokens: Context length of the model.
     """
 
     def __init__(self, config: Any, free_bytes: FreeBytesFn | None = None, max_tokens: int = 1 << 30) -> None:
@@ -161,7 +164,7 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Clear ids and cache."""
+        """Remove all token ids, keys and values."""
         self._size = BufferSize()
         self.cache = _new_cache(self._config, self._size, keep_windows=self._free_bytes is not None)
         self.token_ids: list[int] = []
@@ -171,7 +174,7 @@ class PrefixCache:
         """Whether decoding steps have added tokens since the layers' lengths were set."""
 
     def release(self) -> Any:
-        """Return the cache with the keys and values, and keep only the token ids; see :meth:`restore`."""
+        """Hand over the cache with the keys and values, and keep only the token ids; see :meth:`restore`."""
         if self._has_steps:
             self._set_lengths()
         cache, token_ids = self.cache, self.token_ids
@@ -180,12 +183,13 @@ class PrefixCache:
         return cache
 
     def restore(self, cache: Any, size: BufferSize) -> None:
-        """Use a cache, whose buffers have ``size``, that holds the keys and values of the token ids."""
+        """Take back a cache that holds the keys and values of the token ids, in buffers of ``size``."""
         self.cache, self._size, self.step = cache, size, None
 
     @property
     def depends_on_length(self) -> bool:
-        """Return whether the keys of a text depend on its length: those of another do not go with it."""
+        """Return whether keys depend on the length of the text, so that keys of two texts cannot be
+        combined."""
         return self._switch is not None
 
     @property
@@ -195,7 +199,7 @@ class PrefixCache:
 
     @property
     def growing_layers(self) -> list[GrowingLayer] | None:
-        """Return the layers, if all of them are growing buffers; else None."""
+        """Return the layers if all of them are growing buffers; otherwise None."""
         layers = self.cache.layers
         return layers if all(isinstance(layer, GrowingLayer) for layer in layers) else None
 
@@ -227,19 +231,21 @@ class PrefixCache:
             self._cut_windows()
 
     def outdated_by(self, new_tokens: int) -> bool:
-        """Return whether the cached keys have the frequencies of a shorter text than with ``new_tokens``."""
+        """Return whether the cached keys have the rotary frequencies of a shorter text than with
+        ``new_tokens`` added."""
         count = len(self.token_ids)
         return self._switch is not None and 0 < count <= self._switch < count + new_tokens
 
     def add_step(self, token_id: int) -> None:
-        """Note a token that a decoding step has added to the buffers."""
+        """Record a token that a decoding step has added to the buffers."""
         self.token_ids.append(token_id)
         self._has_steps = True
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Truncate the cache to the common prefix with ``prompt``; return its length in tokens.
+        """Truncate the cache to the common prefix with ``prompt``, and return its length in tokens.
 
-        The last token is always processed again, because its logits give the first token of the answer.
+        The last token of the prompt is always processed again, because its logits predict the first token of
+        the answer.
         """
         if self._switch is not None and len(prompt) <= self._switch < len(self.token_ids):
             self.clear()
@@ -260,7 +266,7 @@ class PrefixCache:
         self._has_steps = False
 
     def _cut_windows(self) -> None:
-        """Drop what lies before the sliding windows, as transformers does."""
+        """Drop the tokens before the sliding windows, as transformers does."""
         layers = self.cache.layers
         for index, layer in enumerate(layers):
             if not isinstance(layer, GrowingLayer) or layer.window is None:
@@ -271,7 +277,7 @@ class PrefixCache:
 
 
 def bytes_per_token(cache: Any) -> int:
-    """Return the bytes of keys and values of a token of one row; 0 before the first token."""
+    """Return the bytes of keys and values per token of one row; 0 before the first token."""
     return sum(
         buffer[0].nbytes // buffer.shape[-2]
         for layer in cache.layers
@@ -295,7 +301,8 @@ def _new_cache(config: Any, size: BufferSize, *, keep_windows: bool) -> Any:
 
 
 def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
-    """Return a buffer for ``tokens``, zero if nothing is filled: masked values must be finite."""
+    """Return a buffer for ``tokens`` with a copy of the content, and zeros elsewhere, since masked values
+    must be finite."""
     batch, heads, _, width = sample.shape
     buffer = torch.zeros((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
     if filled is not None:
@@ -304,24 +311,27 @@ def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
 
 
 _STEPS_BEFORE_RECORDING = 8
-"""Steps that are computed before one is recorded, which takes as long as several of them, and then compared
-with the recorded one: with a single one, a position that never moves would pass."""
+"""Number of steps that are computed before one is recorded.
+
+Recording takes as long as several steps. The recorded step is compared with these: with a single one, a
+position that never advances would pass.
+"""
 _WARM_UPS = 2
-"""Steps before the recorded one, in which libraries choose kernels and allocate workspaces."""
+"""Steps that run before recording, in which libraries choose kernels and allocate workspaces."""
 _MIN_FREE_BYTES = 512 * 2**20
-"""Free memory that recording needs: a graph has its own memory for intermediate results."""
+"""Free memory that recording requires: a graph has its own memory for intermediate results."""
 
 Function = Callable[[], None]
-"""Computes from fixed tensors to fixed tensors."""
+"""A function that reads and writes fixed tensors."""
 Record = Callable[[Function], Function]
-"""Records what a function computes; returns what repeats it."""
+"""Records what a function computes, and returns a function that repeats it."""
 Forward = Callable[[Tensor, Tensor, Any], Tensor]
-"""Logits (1, vocabulary) from token (1, 1), position (1, 1) and transformers' cache."""
+"""Computes logits (1, vocabulary) from a token (1, 1), its position (1, 1) and transformers' cache."""
 
 
 @dataclass(frozen=True)
 class _ComputedStep:
-    """A step that was computed."""
+    """Input and result of a step that was computed without a recording."""
 
     token: Tensor
     position: int
@@ -330,18 +340,18 @@ class _ComputedStep:
 
 @dataclass
 class _Tensors:
-    """What a step reads and writes, in place."""
+    """Tensors that a step reads and writes in place."""
 
     token: Tensor
-    """(1, 1)."""
+    """Token id, of shape (1, 1)."""
     position: Tensor
-    """(1,)."""
+    """Position of the token, of shape (1,)."""
     logits: Tensor | None = None
-    """(1, vocabulary), from the first step on."""
+    """Logits of shape (1, vocabulary), set by the first step."""
 
 
 class DecodeStep:
-    """The step of one token, on the buffers of one cache."""
+    """The decoding step of one token, on the buffers of one cache."""
 
     def __init__(
         self, layers: list[GrowingLayer], cache: Any, forward: Forward, device: torch.device
@@ -364,7 +374,7 @@ class DecodeStep:
     def run(self, token: Tensor, position: int) -> Tensor:
         """Process ``token`` (1, 1) at ``position``; return the logits (1, vocabulary) after it.
 
-        The next call overwrites them.
+        The next call overwrites these logits.
         """
         logits = self._run(token, position)
         if not self.is_recorded:
@@ -373,19 +383,19 @@ class DecodeStep:
 
     @property
     def is_due(self) -> bool:
-        """Return whether it is time to record the step."""
+        """Return whether enough steps were computed to record one."""
         return len(self._steps) == _STEPS_BEFORE_RECORDING
 
     def record(self, record: Record, noise: float) -> str:
-        """Record the step, and use that if it gives the logits of the steps before it.
+        """Record the step, and use the recording if it reproduces the logits of the earlier steps.
 
         Args:
-            record: records a function.
-            noise: difference that rounding makes to logits, as in :class:`LogitsComparison`.
+            record: Records a function.
+            noise: Difference of logits that rounding explains, as in :class:`LogitsComparison`.
 
         Returns:
-            Why it is not recorded; empty if it is. Whatever ``record`` raises is such a reason. What a wrong
-            record has written to the cache stays there.
+            Why the step is not recorded; empty if it is. An exception of ``record`` is such a reason. What a
+            wrong recording has written to the cache stays there.
         """
         compute, reason = self._compute, ""
         try:
@@ -394,11 +404,13 @@ class DecodeStep:
                 LogitsComparison.of(self._run(step.token, step.position), step.logits).difference
                 for step in self._steps
             )
-            # The same kernels as before: less may differ than between two implementations.
+            # The kernels are the same as before, so the tolerance is smaller than between two
+            # implementations.
             if not worst <= noise:
                 reason = f"its logits differed by {worst:.2g} of their standard deviation"
         except Exception as error:
-            # Drivers, kernels and models raise anything, and the step can be computed without a record.
+            # Drivers, kernels and models raise any exception, and the step can still be computed without a
+            # recording.
             reason = first_line(error).rstrip(".")
         if reason:
             self._compute = compute
@@ -416,7 +428,7 @@ class DecodeStep:
 
 
 class DecodeSteps:
-    """The decoding steps of a session, as far as they are possible and right."""
+    """The decoding steps of a session, for the adapters and caches that allow them."""
 
     def __init__(
         self,
@@ -437,13 +449,13 @@ class DecodeSteps:
         """Caches that have, or had, a step."""
 
     def forget(self) -> None:
-        """Drop all steps: weights that recorded ones use have moved."""
+        """Drop all steps, because weights that recorded steps use have moved."""
         for prefix_cache in self._with_steps:
             prefix_cache.step = None
         self._with_steps.clear()
 
     def turn_off(self, why_not: str) -> None:
-        """Compute no more steps in fixed shapes."""
+        """Stop computing steps in fixed shapes."""
         self.in_use = False
         self.why_not = why_not
 
@@ -466,9 +478,11 @@ class DecodeSteps:
         return prefix_cache.step
 
     def record_if_due(self, step: DecodeStep, comparison: LogitsComparison | None) -> bool:
-        """Record a step after its first tokens; return False if that failed, now and in this session.
+        """Record a step after its first tokens. If this fails, return False and never record again in this
+        session.
 
-        ``comparison``: of the adapter's logits with those of transformers, which knows the noise of rounding.
+        ``comparison`` compares the adapter's logits with the logits of transformers, and provides the
+        rounding noise.
         """
         if self.why_not or comparison is None or not step.is_due:
             return True
@@ -481,7 +495,7 @@ class DecodeSteps:
 
 
 class TokenReader:
-    """Reads a token from a GPU, which computes the next step meanwhile."""
+    """Copies a token id from the GPU while the GPU computes the next step."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -489,7 +503,7 @@ class TokenReader:
         self._arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]  # torch's own
 
     def start(self, token: Tensor) -> None:
-        """Begin to read ``token`` (1, 1)."""
+        """Begin to copy ``token`` (1, 1)."""
         self._token.copy_(token, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
@@ -502,7 +516,7 @@ class TokenReader:
 
 
 def record_cuda_graph(function: Function) -> Function:
-    """Record ``function`` as a CUDA graph; return what replays it."""
+    """Record ``function`` as a CUDA graph, and return a function that replays it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -511,7 +525,7 @@ def record_cuda_graph(function: Function) -> Function:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     collects = gc.isenabled()
-    # A tensor of another stream that is freed meanwhile would end the recording.
+    # A tensor of another stream that is freed during recording would end the recording.
     gc.disable()
     try:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):

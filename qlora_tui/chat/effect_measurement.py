@@ -1,4 +1,4 @@
-"""Measurement of an adapter's effect: base and adapter score the run's validation conversations."""
+"""Measurement of an adapter's effect: base and adapter score the validation conversations of the run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MAX_SAMPLES = 24
 _MAX_TOKENS = 1024
-"""Most tokens of one conversation; longer ones add no information."""
+"""Most tokens used of one conversation; the rest of a longer one adds no information."""
 _ROWS_AT_ONCE = 64
-"""Vocabulary-wide rows compared at a time."""
+"""Number of vocabulary-wide rows compared at a time."""
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -39,8 +39,8 @@ def measure_effect(
 ) -> Effect:
     """Compare ``adapter_name`` with the base on the validation split of the run's data.
 
-    ``stop`` ends the comparison with the conversations so far. Raises UserError if there is nothing to
-    compare.
+    Setting ``stop`` ends the comparison early, with the conversations done so far. Raises UserError if there
+    is nothing to compare.
     """
     if adapter_name == BASE:
         raise UserError(
@@ -134,7 +134,7 @@ class _EffectSums:
 
 
 def session_data(session: ChatSession) -> PreparedDataset:
-    """Return the data of the session's recipe. Raises UserError if they cannot be read."""
+    """Return the prepared data of the session's recipe. Raises UserError if the data cannot be read."""
     recipe = session.source.recipe
     return prepare_dataset(
         recipe, ChatTokenizer.from_folder(model_folder(recipe), recipe.model.chat_template)
@@ -142,7 +142,8 @@ def session_data(session: ChatSession) -> PreparedDataset:
 
 
 def validation_samples(data: PreparedDataset) -> Samples:
-    """Return the validation samples, of pairs the chosen side. Raises UserError if there are none."""
+    """Return the validation samples; for preference pairs, the chosen side. Raises UserError if there are
+    none."""
     samples = data.validation.of_side(GOOD)
     if not len(samples):
         raise UserError(
@@ -155,7 +156,8 @@ def validation_samples(data: PreparedDataset) -> Samples:
 
 
 def _layer_changes(updates: Mapping[Path, PlacedDeltas]) -> tuple[LayerChange, ...]:
-    """Compare with the 16-bit base weights on disk, one weight in memory at a time."""
+    """Return the change of each layer relative to the 16-bit base weights on disk, one weight in memory at
+    a time."""
     squares: dict[int, tuple[float, float]] = {}
     for file, placed in updates.items():
         with safe_open(file, framework="pt") as content:

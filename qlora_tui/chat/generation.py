@@ -1,6 +1,6 @@
 """Generates one answer, token by token: :meth:`AnswerStream._tokens` is the decoding loop.
 
-Tokens are selected from the model's logits, and decoded to text without incomplete characters.
+Tokens are selected from the model's logits and decoded to text that never ends within a character.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter
 
 _SMALLEST_DIVISOR = 1e-5
-"""Smallest temperature and penalty by which logits are divided: by smaller ones float32 overflows."""
+"""Smallest temperature and penalty by which logits are divided. Division by smaller ones overflows
+float32."""
 
 
 class TokenSampler:
@@ -53,7 +54,7 @@ class TokenSampler:
             self._generator.manual_seed(sampling.seed)
 
     def next(self, logits: Tensor) -> Tensor:
-        """Return the next token (1, 1) from its logits (1, vocabulary)."""
+        """Select and return the next token (1, 1) from logits (1, vocabulary)."""
         warped = self._warp(self._ids, logits.float())
         if self._generator is None:
             token: Tensor = warped.argmax(-1, keepdim=True)
@@ -65,32 +66,33 @@ class TokenSampler:
 
 
 _BROKEN = "\ufffd"
-"""Character that a decoder writes for bytes that are not a complete character (yet)."""
+"""Character that a decoder writes for bytes that are not (yet) a complete character."""
 _LONGEST_CHARACTER = 4
-"""Most bytes of a UTF-8 character, so most tokens until a character is complete."""
+"""Most bytes of a UTF-8 character, and therefore most tokens before a character is complete."""
 
 
 class IncrementalDetokenizer:
-    """Decodes ids one at a time; the returned texts, joined, are the full text."""
+    """Decodes token ids one at a time. The returned texts, joined, are the full text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """``decode`` returns the text of ids without special tokens."""
+        """Start an empty text. ``decode`` returns the text of token ids, without special tokens."""
         self._decode = decode
         self._ids: list[int] = []
-        # The previous piece is decoded again before the next: many decoders treat the beginning
-        # of a text differently.
+        # The previous piece is decoded again with the next one, because many decoders treat the beginning of
+        # a text differently.
         self._context = 0
         self._given = 0
 
     def add(self, token_id: int) -> str:
-        """Return the text completed by this id; often a word, empty within a character."""
+        """Add a token id, and return the text that it completes: often a word, and empty within a
+        character."""
         self._ids.append(token_id)
         piece = self._pending_text()
         unfinished = piece.endswith(_BROKEN) and len(self._ids) - self._given < _LONGEST_CHARACTER
         return "" if unfinished else self._give(piece)
 
     def rest(self) -> str:
-        """Return the text still held back after the last id."""
+        """Return the text that is held back after the last id."""
         return self._give(self._pending_text())
 
     def _pending_text(self) -> str:
@@ -104,14 +106,15 @@ class IncrementalDetokenizer:
 
 
 PREFILL_CHUNK_TOKENS = 512
-"""Prompt tokens in one forward pass: a stop request is noticed between two."""
+"""Prompt tokens processed in one forward pass. A stop request takes effect between two passes."""
 
 
 class Prefix(Protocol):
-    """Tokens that a model has processed already."""
+    """Tokens that a model has already processed."""
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the common prefix with ``prompt``, without its last token; return its length in tokens."""
+        """Keep the common prefix with ``prompt``, excluding its last token, and return its length in
+        tokens."""
 
 
 Prefix_contra = TypeVar("Prefix_contra", bound=Prefix, contravariant=True)
@@ -119,7 +122,7 @@ AnyPrefix = TypeVar("AnyPrefix", bound=Prefix)
 
 
 class DecoderModel(Protocol[Prefix_contra]):
-    """Methods of the session that an answer needs."""
+    """Methods of the session that generating an answer uses."""
 
     device: torch.device
     context_length: int
@@ -136,17 +139,18 @@ class DecoderModel(Protocol[Prefix_contra]):
     def next_logits_ahead(
         self, adapter_name: str, token: Tensor, prefix_cache: Prefix_contra
     ) -> tuple[int, Tensor] | None:
-        """Return the id of ``token`` (1, 1) and the logits after it from a CUDA graph; None without one."""
+        """Return the id of ``token`` (1, 1) and the logits after it, computed by a CUDA graph; None if
+        there is no graph."""
 
     def take_note(self) -> str:
-        """Return a note on how answers are generated, once; else an empty text."""
+        """Return a note on how answers are generated, once; otherwise an empty text."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the ids without special tokens."""
 
 
 class AnswerStream(Generic[AnyPrefix]):
-    """An answer while it is generated. Iterate once over its chunks, then read ``outcome``."""
+    """An answer in progress. Iterate once over its chunks, then read ``outcome``."""
 
     def __init__(
         self,
@@ -169,7 +173,7 @@ class AnswerStream(Generic[AnyPrefix]):
         self.outcome: GenerationResult | None = None
 
     def stop(self) -> None:
-        """Stop the answer before its next token. Callable from any thread."""
+        """Stop the answer before its next token. May be called from any thread."""
         self._stop.set()
 
     def __iter__(self) -> Iterator[TextChunk]:
@@ -216,7 +220,7 @@ class AnswerStream(Generic[AnyPrefix]):
         return min(self._sampling.max_new_tokens, self._model.context_length - len(self._prompt))
 
     def _tokens(self, reused: int) -> Iterator[int]:
-        """Yield the answer's ids, up to the maximum or until stopped."""
+        """Yield the answer's token ids, up to the maximum or until stopped."""
         sampler = TokenSampler(self._sampling, self._prompt, self._model.device)
         logits = self._forward(self._prompt[reused:])
         for further in reversed(range(self._max_new_tokens)):
@@ -227,7 +231,7 @@ class AnswerStream(Generic[AnyPrefix]):
             if further:
                 ahead = self._model.next_logits_ahead(self._adapter_name, token, self._prefix_cache)
             if ahead is not None:
-                # At the end of a turn this step was not needed.
+                # This step was unnecessary if the token ends the turn.
                 token_id, logits = ahead
                 self._recorded_tokens += 1
                 yield token_id
@@ -239,7 +243,7 @@ class AnswerStream(Generic[AnyPrefix]):
                 logits = self._forward([token_id]) if further else None
 
     def _forward(self, token_ids: list[int]) -> Tensor | None:
-        """Run ``token_ids`` through the model in chunks.
+        """Process ``token_ids`` in chunks.
 
         Returns the logits (1, vocabulary) after the last one; None after a stop request.
         """
@@ -267,7 +271,8 @@ class _AnswerParts:
         """Time of the first token."""
 
     def add_text(self, text: str, *, is_last: bool = False) -> Iterator[TextChunk]:
-        """Yield the chunks that one more token completes; with ``is_last``, all the rest."""
+        """Add the text of one token, and yield the chunks that it completes; with ``is_last``, also all
+        text held back."""
         was_in_thought = self._splitter.in_thought
         pieces = self._splitter.feed(text) + (self._splitter.rest() if is_last else [])
         if was_in_thought:

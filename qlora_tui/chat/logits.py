@@ -1,12 +1,12 @@
-"""The layer that computes logits, and the comparison of a chat's first logits with the libraries'.
+"""The layer that computes logits, and the comparison of a chat's first logits with those of the libraries.
 
-An input of the layer has as many numbers as the model is wide, hundredths of the logits, so that those of
-thousands of positions can be computed when they are needed.
+An input of this layer has as many numbers as the model is wide, about a hundredth of the size of the logits.
+Inputs of thousands of positions can therefore be stored, and their logits computed when needed.
 
 The chat reads a prompt into its own cache, adds adapters, groups heads and calls 4-bit kernels directly. The
-check runs the end of a real prompt through both that code and the library's own. The logits of the next token
-must agree as closely as the library agrees with itself when each module's output is perturbed by the rounding
-error of the dtype (see :mod:`qlora_tui.training.checks.step_comparison`).
+check runs the end of a real prompt through both this code and the libraries' own. The logits of the next
+token must agree as closely as the library agrees with itself when each module's output is perturbed by the
+rounding error of the dtype (see :mod:`qlora_tui.training.checks.step_comparison`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_noise
 from qlora_tui.training.fused.patching import PatchedForwards
 
 _BLOCK = 256
-"""Rows of the matrix that are computed at once."""
+"""Number of rows of the matrix that are computed at once."""
 
 
 class ModelHead:
-    """The layer that computes logits, and what the model does with them."""
+    """The layer that computes logits, and the scale and cap that the model applies to its output."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -72,10 +72,10 @@ class ModelHead:
 
     @torch.inference_mode()
     def matrix(self, like: Tensor) -> Iterator[Tensor]:
-        """Yield the layer's matrix, adapter included, in blocks of rows (rows, vocabulary).
+        """Yield the layer's matrix (width, vocabulary), including the adapter, in blocks of rows.
 
-        Inputs (positions, width) times the matrix (width, vocabulary) are the logits before scale and cap.
-        ``like`` has the dtype and device of the inputs.
+        Inputs (positions, width) times this matrix are the logits before scale and cap. ``like`` has the
+        dtype and device of the inputs.
         """
         identity = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
         for start in range(0, len(identity), _BLOCK):
@@ -88,7 +88,8 @@ class ModelHead:
 
 
 TOKENS = 16
-"""Tokens of the prompt's end: a forward pass over these costs little more than one token of the answer."""
+"""Number of tokens at the prompt's end that are compared. Processing these costs little more than one
+token of the answer."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class LogitsComparison:
     difference: float
     """Root mean square difference over the vocabulary, relative to the logits' standard deviation."""
     noise: float
-    """Difference that rounding makes to the library's logits, in the same unit."""
+    """Difference that rounding alone makes to the library's logits, in the same unit."""
 
     @classmethod
     def of(cls, logits: Tensor, expected: Tensor, noise: float = 0.0) -> LogitsComparison:
@@ -109,7 +110,7 @@ class LogitsComparison:
 
     @property
     def agrees(self) -> bool:
-        """Return whether rounding accounts for the difference. False if a score is not finite."""
+        """Return whether rounding explains the difference. False if a logit is not finite."""
         return self.difference <= NOISE_FACTOR * self.noise
 
 
@@ -119,8 +120,10 @@ def compare_logits(
     """Compare two implementations of the same logits (rows, vocabulary).
 
     Args:
-        model: computes ``library`` with transformers and peft alone while that is called.
-        dtype: compute dtype of the model.
+        model: The model, which runs transformers and peft alone during ``library``.
+        dtype: Compute dtype of the model.
+        ours: Returns the logits of this chat.
+        library: Returns the logits of transformers and peft.
     """
     expected = library()
     comparison = LogitsComparison.of(ours(), expected)
@@ -135,7 +138,7 @@ def compare_logits(
 
 @contextmanager
 def library_code(model: nn.Module) -> Iterator[None]:
-    """Let the model compute with transformers and peft alone inside the block."""
+    """Make the model compute with transformers and peft alone inside the block."""
     replaced = _replaced(model)
     experts = PatchedForwards(model, "experts")
     try:
@@ -148,7 +151,7 @@ def library_code(model: nn.Module) -> Iterator[None]:
 
 
 def use_library_code(model: nn.Module) -> None:
-    """Let the model compute with transformers and peft alone from now on."""
+    """Make the model compute with transformers and peft alone from now on."""
     for module in _replaced(model):
         vars(module).pop("forward")
     PatchedForwards(model, "experts").use_reference()

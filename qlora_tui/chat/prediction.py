@@ -40,45 +40,46 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 64
 _SNIFFED_ROWS = 20
 PREFIX = "predicted_"
-"""Begins the names of the columns that are added: label, probability, abstain, probabilities, problem."""
+"""Prefix of the names of the added columns: label, probability, abstain, probabilities, problem."""
 
 
 class Prediction(Struct, frozen=True, kw_only=True):
-    """What to decide, and where to write it."""
+    """A request to decide every row of a file."""
 
     run: str
     """Folder of the run."""
     file: str
     out: str
     columns: dict[str, str] = {}
-    """Columns of parts, if the file names them otherwise than the training data."""
+    """Column of each part of a row, if the file names it differently from the training data."""
     threshold: float | None = None
-    """Probability below which a row is left to a person; None: each is decided."""
+    """Probability below which a row is left to a person. None: every row is decided."""
     probabilities: bool = False
     """Whether to write the probability of every option."""
     replaces: bool = False
-    """Whether the output, and what an unfinished prediction of something else left, may be replaced."""
+    """Whether to replace the output, and the rest of an unfinished prediction with other settings, if they
+    exist."""
 
 
 class Predicted(Struct, frozen=True, kw_only=True):
-    """What was written."""
+    """Result of a prediction."""
 
     out: str
     rows: int
     decided: int
     abstained: int
-    """Rows left to a person, because no option reaches the threshold."""
+    """Rows that are left to a person, because no option reaches the threshold."""
     undecided: int
-    """Rows that could not be read, or are longer than the model reads."""
+    """Rows that could not be read, or that exceed the model's context."""
     resumed: int
-    """Rows that an earlier call had decided."""
+    """Rows that were decided by an earlier call."""
 
 
 class _Header(Struct, frozen=True):
     """First line of the hidden file."""
 
     fingerprint: str
-    """Fingerprint of what its decisions belong to."""
+    """Hash of the model, settings and file that the decisions belong to."""
 
 
 class _Line(Struct, frozen=True, omit_defaults=True):
@@ -95,10 +96,9 @@ _LINES = msgspec.json.Decoder(_Line)
 
 
 def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
-    """Return what decides, and how rows are read, before a model is loaded.
+    """Return what the run decides and how rows are read, before a model is loaded.
 
-    Raises UserError if the run decides nothing, the file lacks a column, or the output must not be
-    written.
+    Raises UserError if the run decides nothing, the file lacks a column, or the output must not be written.
     """
     run, file, out = RunDir(Path(request.run)), Path(request.file), Path(request.out)
     decider = read_decider(run.adapter_dir)
@@ -204,9 +204,9 @@ def _fingerprint(request: Prediction, decider: Decider) -> str:
 
 
 def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
-    """Cut what is torn off the log, and return the number of rows in it.
+    """Remove an incomplete last line from the log, and return the number of decided rows in it.
 
-    Raises UserError for decisions on something else, unless they may be replaced.
+    Raises UserError if its decisions belong to another request, unless they may be replaced.
     """
     with log.open("rb+") as file:
         first = file.readline()
@@ -235,9 +235,9 @@ def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
 def _decide_rest(
     request: Prediction, decider: Decider, layout: RowFormat, log: Path, done: int, report: Report
 ) -> None:
-    """Append the decision on each row after the first ``done`` ones."""
+    """Append the decision on each row after the first ``done`` rows."""
     file = Path(request.file)
-    # Reading takes little time next to deciding, and a damaged file is noticed before the model is loaded.
+    # Reading takes little time compared with deciding, and detects a damaged file before the model is loaded.
     total = sum(1 for _ in rows(file))
     rest = islice(rows(file), done, None)
     session: ChatSession | None = None
@@ -309,7 +309,7 @@ def _abstains(line: _Line, threshold: float | None) -> bool:
 
 
 def _with_decisions(request: Prediction, log: Path) -> Iterator[dict[str, Any]]:
-    """Yield every row of the file with the columns of its decision."""
+    """Yield every row of the file with its decision in additional columns."""
     for row, line in zip(rows(Path(request.file)), _logged(log), strict=True):
         added: dict[str, Any] = {"label": line.label, "probability": line.probability}
         if request.threshold is not None:

@@ -1,6 +1,6 @@
-"""Chat on the command line: one answer, a conversation, or base and adapter compared.
+"""Chat on the command line: one answer, a conversation, or a comparison of base and adapter.
 
-Torch is loaded with the first answer, in this process.
+torch is loaded for the first answer, in this process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def generate_once(
 ) -> Iterator[TextChunk]:
     """Yield one answer in chunks, including thoughts; notes go to stderr. Raises UserError.
 
-    ``thinking`` is on, off, or ``auto``, which follows the training.
+    ``thinking`` is on, off or ``auto``, which uses the setting of the training.
     """
     source = run_source(run)
     adapter_name = choose_adapter(source, base=base, checkpoint=checkpoint)
@@ -67,8 +67,8 @@ def compare_answers(
 ) -> list[AnswerComparison]:
     """Ask base and adapter the questions of each conversation in turn, each after its own earlier answers.
 
-    Answers are the most likely tokens. The same turn of all conversations is answered at once: on a CPU a
-    token for each of 15 conversations takes little longer than one.
+    Answers consist of the most likely tokens. The same turn of all conversations is computed at once: on a
+    CPU, a token for each of 15 conversations takes little longer than a token for one.
 
     Args:
         source: What to load; base and adapter share one copy of the base.
@@ -76,7 +76,7 @@ def compare_answers(
         max_new_tokens: Most tokens of an answer.
         base_answers: Number of conversations, from the first, that the base is asked; None for all.
         adapter_name: The adapter to ask; by default the final one.
-        on_status: Called with what is being done.
+        on_status: Called with a description of the current activity.
 
     Raises:
         UserError: The model cannot be loaded, or an answer fails.
@@ -88,7 +88,7 @@ def compare_answers(
     done = 0
 
     def ask_all(name: str, asked: Sequence[Sequence[str]]) -> list[list[tuple[str, bool]]]:
-        """Return the texts of the answers by conversation, and whether each ended its turn."""
+        """Return the answers by conversation, each with whether it ended its turn."""
         nonlocal done
         answers: list[list[tuple[str, bool]]] = [[] for _ in asked]
         histories: list[list[Message]] = [[] for _ in asked]
@@ -139,7 +139,7 @@ def run_repl(
     messages: list[Message] = []
     while True:
         try:
-            # The line editing library writes the prompt past sys.stdout.
+            # The line editing library does not write the prompt to sys.stdout.
             line = ask_user(f"{visible(adapter_name)}> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
@@ -177,13 +177,13 @@ def _load(source: ChatSource, on_status: Callable[[str], None]) -> ChatSession:
 
 
 def _note_effect(session: ChatSession, thinking: Thinking) -> None:
-    """Print a note if the setting has no effect, or another one, with this model."""
+    """Print a note if the thinking setting has no effect, or a different effect, with this model."""
     if words := session.thinking.effect_of(thinking):
         _note(words)
 
 
 def _with_notes(reply: AnswerStream[PrefixCache]) -> Iterator[TextChunk]:
-    """Yield the chunks of a reply; notes on thinking and its duration go to stderr."""
+    """Yield the chunks of a reply, and print notes on thinking and its duration to stderr."""
     began, thought = 0.0, None
     for chunk in reply:
         if chunk.thought and thought is None:
@@ -214,7 +214,7 @@ def _turn(
     sampling: Sampling | None,
     thinking: Thinking,
 ) -> list[Message]:
-    """Print the answer while it is generated; return the conversation with it."""
+    """Print the answer while it is generated; return the conversation with the answer added."""
     answer = thought = ""
     try:
         reply = session.ask(messages, adapter_name=adapter_name, sampling=sampling, thinking=thinking)

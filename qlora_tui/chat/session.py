@@ -62,11 +62,11 @@ from qlora_tui.training.option_scores import Choice, OptionScorer, Scores
 from qlora_tui.training.streaming.placement import place_streamed
 
 _TRIED_CHARACTERS = 16
-"""Characters for each token of the context after which a longer prompt is tokenized to see if it can fit."""
+"""Characters per token of the context beyond which a prompt is too long without being tokenized in full."""
 
 
 class ChatSession:
-    """A loaded model with its adapters. Not thread-safe, except for a reply's ``stop``."""
+    """A loaded model with its adapters. Not thread-safe, except for the ``stop`` event of an answer."""
 
     def __init__(
         self, source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: ComputeDevice
@@ -114,15 +114,15 @@ class ChatSession:
         self.batches = Batches(self)
         self._check = SessionCheck(self, model)
         self._grammars: Grammars | None = None
-        # The name changes within transformers 5.
+        # The name of the argument changes within transformers 5.
         self._cache_argument = "cache" if "cache" in takes else "past_key_values"
         self._takes_positions = "position_ids" in takes
 
     def offer(self, adapters: Mapping[str, str]) -> None:
-        """Replace the list of adapters, each with its folder; others leave when the next is loaded."""
+        """Replace the available adapters (name to folder). Others are freed when the next one is loaded."""
         self.source = replace(self.source, adapters=dict(adapters))
         self._adapters.folders = adapters
-        # The deletion of a run asks first while its adapter can be loaded here.
+        # Whoever deletes a run is warned while its adapter can be loaded here.
         runs = {run.path for path in adapters.values() if (run := run_of(Path(path))) is not None}
         for folder in runs - self._held:
             if (handle := hold_folder(folder)) is not None:
@@ -131,7 +131,7 @@ class ChatSession:
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """Return the available names: ``base``, ``adapter``, ``step-120``."""
+        """Return the available names, such as ``base``, ``adapter`` and ``step-120``."""
         return self.source.adapter_names
 
     @property
@@ -154,7 +154,7 @@ class ChatSession:
         return PREFILL_CHUNK_TOKENS if self.reads_in_parts else self.context_length
 
     def take_note(self) -> str:
-        """Return, once, why answers are generated without a CUDA graph on a GPU; else an empty text."""
+        """Return why answers on a GPU are generated without a CUDA graph, once; otherwise an empty text."""
         if self.steps is None or self._is_noted or not self.steps.why_not:
             return ""
         self._is_noted = True
@@ -174,13 +174,13 @@ class ChatSession:
         stop: Event | None = None,
         thinking: Thinking = "auto",
     ) -> AnswerStream[PrefixCache]:
-        """Start the answer to a conversation that ends with the user's turn; ``stop`` ends it.
+        """Start the answer to a conversation that ends with the user's turn; ``stop`` ends the answer.
 
-        ``thinking`` is on, off, or ``auto``, which follows the source. Earlier answers are passed with their
-        reasoning, of which the chat template keeps the same part as in training.
+        ``thinking`` is on, off or ``auto``, which uses the setting of the source. Earlier answers are passed
+        with their reasoning, of which the chat template keeps the same part as in training.
 
-        Raises UserError if the adapter cannot be loaded, the chat template rejects the conversation, or it
-        is longer than the model's context. Only the latest answer of each adapter may be in progress.
+        Raises UserError if the adapter cannot be loaded, the chat template rejects the conversation, or the
+        conversation exceeds the model's context. Only the latest answer of each adapter may be in progress.
         """
         prompt = self.prompt(messages, thinking)
         self.ensure_loaded(adapter_name)
@@ -194,14 +194,14 @@ class ChatSession:
         )
 
     def splitter(self, prompt: list[int]) -> ThoughtSplitter:
-        """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
+        """Return a splitter of thoughts and answer. ``prompt`` may already have opened a thought."""
         return self._decoder.splitter(prompt)
 
     def complete(self, completion: Completion, stop: Event) -> CompletionStream:
-        """Start a completion, which ``stop`` ends. Any number may be in progress.
+        """Start a completion. Setting ``stop`` ends it. Any number of completions may be in progress.
 
-        Raises UserError if the adapter cannot be loaded, the prompt is refused, empty or too long, the
-        schema cannot be used, or a call must be made whose form is not known.
+        Raises UserError if the adapter cannot be loaded, the prompt is rejected, empty or too long, the
+        schema cannot be used, or a call is required but the template's call format is unknown.
         """
         prompt = completion_prompt(self, completion)
         constraint = completion_constraint(self, completion)
@@ -212,27 +212,27 @@ class ChatSession:
 
     @cached_property
     def call_format(self) -> CallFormat | None:
-        """Return how the chat template writes calls; None if that is not known."""
+        """Return how the chat template writes calls; None if unknown."""
         return call_format(self.tokenizer)
 
     def constraint(self, schema: dict[str, Any] | None, calls: Calls | None, thinks: bool) -> Constraint:
-        """Return what keeps an answer, which ``thinks`` before it, to a schema or calls. Raises UserError."""
+        """Return a constraint of an answer; with ``thinks``, a thought may precede it. Raises UserError."""
         self._grammars = self._grammars or Grammars(self.tokenizer, self.vocabulary, self.end_ids)
         return self._grammars.constraint(schema, calls, self._decoder.mark_tokens if thinks else ())
 
     def decoder_of(self, calls: CallFormat) -> AnswerDecoder:
-        """Return what decodes answers with calls, whose marks may be special tokens."""
+        """Return a decoder for answers with calls, which keeps special tokens that mark calls."""
         return self._decoder.keeping(calls.literals)
 
     def check_length(self, tokens: int) -> None:
-        """Raise UserError if a prompt and the first token of its answer are more than the context."""
+        """Raise UserError if a prompt plus the first token of its answer exceeds the context."""
         if tokens > self.context_length:
             raise self._too_long(f"{tokens - 1:,}")
 
     def tokenize(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Tokenize a prompt; of one that is far longer than the context only the beginning.
+        """Tokenize a prompt. Raises UserError if it is too long.
 
-        Raises UserError for such a one.
+        If a prompt is far longer than the context, only its beginning is tokenized to reject it.
         """
         most = 2 * self.context_length
         size = _TRIED_CHARACTERS * self.context_length
@@ -251,9 +251,9 @@ class ChatSession:
         )
 
     def ensure_loaded(self, adapter_name: str) -> None:
-        """Load ``adapter_name`` unless it is loaded, and free those that nobody can ask for any more.
+        """Load ``adapter_name`` unless it is loaded, and free adapters that are no longer available.
 
-        Raises UserError.
+        Raises UserError if the adapter cannot be loaded.
         """
         if not self._adapters.ensure_loaded(adapter_name):
             return
@@ -263,7 +263,7 @@ class ChatSession:
                 self._caches.pop(name, None)
                 self.checked.pop(name, None)
         if self.steps is not None:
-            # A graph uses addresses of weights, which loading may move.
+            # A CUDA graph uses addresses of weights, which loading may move.
             self.steps.forget()
 
     def new_cache(self) -> PrefixCache:
@@ -272,11 +272,11 @@ class ChatSession:
         return PrefixCache(self._model.config, free_bytes, self.context_length)
 
     def check(self, adapter_name: str, prompt: list[int]) -> None:
-        """Compare the logits of a loaded adapter with the library's, once; see :class:`SessionCheck`."""
+        """Compare the logits of a loaded adapter with the libraries', once; see :class:`SessionCheck`."""
         self._check.run(adapter_name, prompt)
 
     def forget_conversations(self) -> None:
-        """Drop the keys and values of the chat's conversations, which are read again."""
+        """Drop the keys and values of all conversations, which are then processed again."""
         self._caches.clear()
 
     def use_library_code(self) -> None:
@@ -288,7 +288,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def library_logits(self, adapter_name: str, token_ids: list[int]) -> Tensor:
-        """Return the logits (2, vocabulary) after the last two of ``token_ids``, without this chat's code."""
+        """Return transformers' and peft's own logits (2, vocabulary) after the last two of ``token_ids``."""
         with library_code(self._model), self._adapters.through_peft(adapter_name):
             output = self._model(input_ids=torch.tensor([token_ids], device=self.device), use_cache=False)
         return output.logits[0, -2:]  # type: ignore[no-any-return]  # transformers' outputs are untyped
@@ -300,7 +300,7 @@ class ChatSession:
         tools: Sequence[dict[str, Any]] = (),
         template_variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the conversation's token ids, up to where the answer begins. Raises UserError."""
+        """Return the token ids of a conversation up to where the answer begins. Raises UserError."""
         wanted = self.source.thinking if thinking == "auto" else thinking
         try:
             text = prompt_text(messages, self.tokenizer, tools, wanted, template_variables)
@@ -319,9 +319,9 @@ class ChatSession:
     def next_logits(
         self, adapter_name: str, token_ids: list[int], prefix_cache: PrefixCache, *, every: bool = False
     ) -> Tensor:
-        """Return the logits (1, vocabulary) after ``token_ids``, which are added to the cache.
+        """Add ``token_ids`` to the cache, and return the logits (1, vocabulary) after the last of them.
 
-        With ``every`` the logits (tokens, vocabulary) after each of them.
+        With ``every``, return the logits (tokens, vocabulary) after each of them.
         """
         wanted = len(token_ids) if every else 1
         apart = len(token_ids) > 1 and not self.reads_in_parts
@@ -342,7 +342,7 @@ class ChatSession:
         prefix_cache.reserve(len(token_ids))
         last: int | Tensor = 1
         if wanted > 1 or (len(token_ids) > 1 and self.device.type == "cpu" and not self._shares_keys):
-            # By index: a slice of several is laid out so that a CPU copies the whole head.
+            # An index, because the layout of a slice of several rows makes a CPU copy the whole head.
             last = torch.arange(len(token_ids) - wanted, len(token_ids), device=self.device)
         try:
             output = self._compute(
@@ -362,11 +362,14 @@ class ChatSession:
     def batch_logits(
         self, adapter_name: str, token_ids: list[int], lengths: list[int], longest: int, cache: Any
     ) -> Tensor:
-        """Return the logits (rows, vocabulary) after one more token of each row, which is added to the cache.
+        """Process one more token of each row, add it to the cache, and return the logits (rows, vocabulary).
 
         Args:
-            lengths: tokens of each row so far, which end at the same place of the cache.
-            longest: places of the cache so far; those before a shorter row are padding.
+            adapter_name: The adapter to compute with.
+            token_ids: The new token of each row.
+            lengths: Tokens of each row so far. All rows end at the same place of the cache.
+            longest: Places of the cache so far. Places before a shorter row are padding.
+            cache: The common cache of the rows.
         """
         self._adapters.activate(adapter_name)
         positions = torch.tensor(lengths, device=self.device)[:, None]
@@ -384,11 +387,11 @@ class ChatSession:
         return output.logits[:, -1]  # type: ignore[no-any-return]  # transformers' outputs are untyped
 
     def short_windows(self) -> AbstractContextManager[None]:
-        """Cut every sliding window of the model down to a few tokens inside the block."""
+        """Shorten every sliding window of the model to a few tokens inside the block."""
         return short_windows(self._model)
 
     def free_bytes(self) -> int:
-        """Return the free memory of the device."""
+        """Return the free memory of the device, in bytes."""
         return free_host_bytes() if self.device.type == "cpu" else free_gpu_bytes(self.device)
 
     def _compute(self, **arguments: Any) -> Any:
@@ -405,8 +408,8 @@ class ChatSession:
     ) -> tuple[int, Tensor] | None:
         """Start the recorded step of ``token`` (1, 1), and read the token while the GPU computes.
 
-        Returns its id and the logits (1, vocabulary) after it, which the next call overwrites; None if no
-        step is recorded, and nothing was processed.
+        Returns the token's id and the logits (1, vocabulary) after it, which the next call overwrites.
+        Returns None if no step is recorded; then nothing was processed.
         """
         if prefix_cache.outdated_by(1):
             return None
@@ -426,7 +429,7 @@ class ChatSession:
         return token_id, logits
 
     def _read_again(self, adapter_name: str, prefix_cache: PrefixCache) -> None:
-        """Process the cache's tokens again."""
+        """Process the cache's tokens again, after a step that failed."""
         token_ids = prefix_cache.token_ids
         prefix_cache.clear()
         for start in range(0, len(token_ids), self.prefill_tokens):
@@ -436,18 +439,18 @@ class ChatSession:
         return self.steps.step(adapter_name, prefix_cache) if self.steps is not None else None
 
     def _run(self, step: DecodeStep, token: Tensor, prefix_cache: PrefixCache) -> Tensor | None:
-        """Run a step; None, and no more steps, if it fails."""
+        """Run a step. If it fails, return None and compute no more steps."""
         try:
             return step.run(token, len(prefix_cache.token_ids))
         except Exception as error:
-            # Models raise anything. Where the GPU is at fault, the usual way raises it again.
+            # Models raise any exception. If the GPU is at fault, the usual code raises the exception again.
             assert self.steps is not None
             prefix_cache.step = None
             self.steps.turn_off(f"The model cannot decode in fixed shapes: {first_line(error).rstrip('.')}.")
             return None
 
     def _step_forward(self, adapter_name: str) -> Forward:
-        """Return the function that a step of ``adapter_name`` computes."""
+        """Return the function that a decoding step of ``adapter_name`` runs."""
 
         def forward(token: Tensor, position_ids: Tensor, cache: Any) -> Tensor:
             self._adapters.activate(adapter_name)
@@ -465,7 +468,7 @@ class ChatSession:
 
     @torch.inference_mode()
     def logits_at(self, adapter_name: str, token_ids: list[int], positions: list[int]) -> Tensor:
-        """Return the logits (positions, vocabulary) of the token after each position, without a cache."""
+        """Return the logits (positions, vocabulary) after each position, computed without a cache."""
         self._adapters.activate(adapter_name)
         output = self._compute(
             input_ids=torch.tensor([token_ids], device=self.device),
@@ -477,7 +480,7 @@ class ChatSession:
     def greedy_batch(
         self, adapter_name: str, prompts: Sequence[Sequence[int]], max_new_tokens: int
     ) -> list[tuple[int, ...]]:
-        """Return the greedy answers to prompts, computed together, as token ids with the turn end of each.
+        """Return the greedy answers to prompts, computed together, as token ids including the turn end.
 
         Raises UserError if the memory is full.
         """
@@ -494,7 +497,7 @@ class ChatSession:
         """Return the log probabilities of the options of each choice, in order.
 
         ``progress`` is called with the number of choices done. Raises UserError if the adapter cannot be
-        loaded, and where the memory is full.
+        loaded or the memory is full.
         """
         self.ensure_loaded(adapter_name)
         self._adapters.activate(adapter_name)
@@ -506,7 +509,7 @@ class ChatSession:
     ) -> list[tuple[str, bool]]:
         """Return the greedy answer to each conversation, without thoughts, and whether it ended its turn.
 
-        Raises UserError as :meth:`ask` does, and where the memory is full.
+        Raises UserError for the same reasons as :meth:`ask`, and if the memory is full.
         """
         prompts = [self.prompt(messages) for messages in conversations]
         self.ensure_loaded(adapter_name)
@@ -518,15 +521,16 @@ class ChatSession:
         ]
 
     def activate(self, adapter_name: str) -> None:
-        """Let ``head`` compute with an adapter that is loaded, or with the base alone."""
+        """Make ``head`` compute with a loaded adapter, or with the base alone."""
         self._adapters.activate(adapter_name)
 
     def head_inputs(
         self, adapter_name: str, token_ids: list[int], positions: list[int]
     ) -> tuple[Tensor, Tensor]:
-        """Return the output layer's inputs (positions, width), and the logits (vocabulary,) of the first.
+        """Return the output layer's inputs (positions, width), and the logits (vocabulary,) of the first
+        position.
 
-        ``head.logits`` computes the logits of the others, while the adapter is active.
+        ``head.logits`` computes the logits of the other positions while the adapter is active.
         """
         self._adapters.activate(adapter_name)
         return self.head.inputs_of(
@@ -539,7 +543,7 @@ class ChatSession:
 
     @torch.no_grad()
     def change_base(self, change: Callable[[str, Tensor], Tensor]) -> None:
-        """Replace each base weight by ``change(name, weight)``, named as in the model's files."""
+        """Replace each base weight by ``change(name, weight)``. Names are the names in the model's files."""
         for name, parameter in self._model.named_parameters():
             is_trained = "lora_" in name or ".modules_to_save." in name
             if not is_trained and parameter.is_floating_point():
@@ -548,28 +552,28 @@ class ChatSession:
                 parameter.copy_(change(stored, parameter.data))
 
     def count_tokens(self, text: str) -> int:
-        """Return the number of tokens of a text by itself."""
+        """Return the number of tokens of a text on its own."""
         with panics_as_errors():
             return len(self.tokenizer.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the ids, without special tokens except those that mark a thought."""
+        """Return the text of token ids, without special tokens except thought marks."""
         return self._decoder.decode(token_ids)
 
 
 def load_session(
     source: ChatSource, on_status: StatusFn = lambda words: None, *, streams: bool = False
 ) -> ChatSession:
-    """Load the base model of ``source``; its adapters are loaded on first use.
+    """Load the base model of ``source``. Its adapters are loaded on first use.
 
-    With ``streams`` the layers that the recipe streams stay in host memory, from where each is copied for
-    every token. What reads the weights themselves needs a session without.
+    With ``streams``, the layers that the recipe streams stay in host memory and are copied to the GPU for
+    every token. Such a session cannot be used by code that reads the weights.
 
     Raises UserError if the model cannot be loaded.
     """
     recipe = source.recipe
     folder = model_folder(recipe, on_status)
-    # Of a path, the name: paths of converted models are long.
+    # For a path, only its last part: paths of converted models are long.
     is_path = Path(recipe.model.id).is_absolute()
     words = f"Loading {short_model_name(recipe.model.id) if is_path else recipe.model.id}"
     on_status(words)
@@ -619,7 +623,8 @@ def reported_memory(device: ComputeDevice) -> Iterator[None]:
 
 
 def chat_tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
-    """Load the tokenizer saved with an adapter, whose template was used in training; else the model's own."""
+    """Load the tokenizer that is saved with an adapter, including its training template; otherwise the
+    model's own."""
     for adapter in map(Path, source.adapters.values()):
         if (adapter / "tokenizer.json").is_file():
             return ChatTokenizer.from_folder(adapter)

@@ -1,8 +1,9 @@
-"""Compares a session's logits with the libraries', and turns off what makes them differ.
+"""Compares a session's logits with the libraries' logits, and turns off features that make them differ.
 
 A session reads a prompt in parts, keeps keys and values, decodes in fixed shapes on a GPU, and has its own
-code for adapters and attention. Not every model allows all of it: the first prompt of each adapter shows what
-(:mod:`qlora_tui.chat.logits` compares), and the session goes on without.
+code for adapters and attention. Not every model supports all of this. On the first prompt of each adapter,
+:mod:`qlora_tui.chat.logits` compares the logits, and the session turns off features that the model does not
+support.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class SessionCheck:
-    """Compares the logits of each adapter once."""
+    """Compares the logits of each adapter with the libraries' logits, once per adapter."""
 
     def __init__(self, session: ChatSession, model: Any) -> None:
         self._session = session
@@ -31,12 +32,12 @@ class SessionCheck:
         """Adapters whose logits could not be compared."""
 
     def run(self, adapter_name: str, prompt: list[int]) -> None:
-        """Compare the logits of a loaded adapter with the library's, unless that is done.
+        """Compare the logits of a loaded adapter with the libraries' logits, unless this was done before.
 
-        The end of the prompt is read in two passes, as a conversation of two turns is, with sliding windows
-        that are shorter than it. If the logits differ, the session reads prompts in one pass, or uses
-        transformers and peft alone from then on, and its ``warning`` says so. If they cannot be compared,
-        ``warning`` says why, and nothing else changes.
+        The end of the prompt is read in two passes, like a conversation of two turns, with sliding windows
+        shorter than the prompt. If the logits differ, the session from then on reads prompts in one pass, or
+        uses transformers and peft alone, and its ``warning`` says so. If they cannot be compared, ``warning``
+        says why, and nothing else changes.
         """
         session = self._session
         ids = prompt[-TOKENS:]
@@ -64,7 +65,7 @@ class SessionCheck:
         except Exception as error:
             if self._agrees_without_cache(adapter_name, compare):
                 return
-            # An answer without a check is better than none.
+            # An answer without this check is better than no answer.
             self._not_checkable.add(adapter_name)
             lines = str(error).strip().splitlines() or [""]
             session.warning = (
@@ -100,7 +101,7 @@ class SessionCheck:
         """Return the session's logits (2, vocabulary) after the last two of ``ids``."""
         session = self._session
         prefix_cache = session.new_cache()
-        # With two positions, one that never moves shows.
+        # Two positions are compared, so that a position that never advances is detected.
         read = len(ids) - min(2, len(ids) - 1)
         ends = [read, *range(read + 1, len(ids) + 1)]
         if session.reads_in_parts and read > 1:
@@ -113,9 +114,9 @@ class SessionCheck:
         )
 
     def _agrees_without_cache(self, adapter_name: str, compare: Callable[[], LogitsComparison]) -> bool:
-        """Stop keeping keys and values, if the logits then are the library's, and say so.
+        """Stop keeping keys and values, and say so, if the logits then equal the libraries' logits.
 
-        Some classes have a cache of their own, or none, or count positions in one of its layers.
+        Some model classes have their own cache or none, or count positions in one of its layers.
         """
         session = self._session
         if session.steps is not None:
@@ -134,13 +135,13 @@ class SessionCheck:
         adapter_name: str,
         compare: Callable[[], LogitsComparison],
     ) -> bool:
-        """Turn a setting off if the logits then are the library's; return whether they are."""
+        """Turn a setting off if the logits then equal the libraries' logits; return whether they do."""
         session = self._session
         setattr(session, setting, False)
         session.forget_conversations()
         try:
             comparison = compare()
-        except Exception:  # whatever a model raises
+        except Exception:  # models raise any exception
             comparison = None
         if comparison is None or not comparison.agrees:
             setattr(session, setting, True)

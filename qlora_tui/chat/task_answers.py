@@ -1,13 +1,13 @@
 """The job in which base and adapter answer the validation prompts of a run.
 
-It loads the run's base with its final adapter, measures the loss of each reference with both, lets both
-answer greedily in batches, and writes the file of :mod:`qlora_tui.runs.task_metrics.task_evaluation`, which
-starts it.
+The job loads the run's base with its final adapter, measures the loss of each reference answer with both,
+lets both answer greedily in batches, and writes the file of
+:mod:`qlora_tui.runs.task_metrics.task_evaluation`, the module that starts this job.
 
-Answers are stored as they come. A file of answers belongs to one base, adapter and number of tokens, or set
-of options; its lines hold the hash of a prompt, and the token ids of its answer or the scores of the options.
-An interrupted evaluation continues with what is there, and runs on the same base and data share the base's
-answers.
+Answers are stored as soon as they are complete. A file of answers belongs to one base, one adapter, and one
+token limit or set of options. Each of its lines holds the hash of a prompt, and the token ids of its answer
+or the scores of the options. An interrupted evaluation continues from these files, and runs on the same base
+and data share the base's answers.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 16
 _BATCH_TOKENS = 8192
-"""Most tokens of a batch, prompts and answers together."""
+"""Most tokens of a batch, including prompts and answers."""
 _MAX_BYTES = 1 << 28
 
 T = TypeVar("T", int, float)
-"""What is stored for an answer: its token ids, or scores of options."""
+"""Item type of a stored answer: its token ids, or the scores of the options."""
 
 AnswerBatch = Callable[[list[tuple[int, ...]]], Sequence[tuple[T, ...]]]
-"""Answers prompts of token ids."""
+"""A function that answers prompts of token ids."""
 
 
 class _Line(Struct, Generic[T], frozen=True):
@@ -65,7 +65,7 @@ class _Line(Struct, Generic[T], frozen=True):
 
 
 class AnswerStore(Generic[T]):
-    """Answers in a file, by prompt."""
+    """Stored answers in a file, by prompt."""
 
     def __init__(self, path: Path, kind: type[T]) -> None:
         self._path = path
@@ -76,17 +76,17 @@ class AnswerStore(Generic[T]):
         except OSError:
             content = b""
         for line in content.splitlines():
-            # The last line of a process that was killed is torn.
+            # The last line of a process that was killed may be incomplete.
             if (stored := try_json(line, lines)) is not None:
                 self._answers[stored.prompt] = stored.answer
         self._is_torn = bool(content) and not content.endswith(b"\n")
 
     def get(self, prompt: Sequence[int]) -> tuple[T, ...] | None:
-        """Return the answer to a prompt; None if there is none."""
+        """Return the answer to a prompt; None if it is not stored."""
         return self._answers.get(_hash(prompt))
 
     def add(self, prompts: Sequence[Sequence[int]], answers: Sequence[tuple[T, ...]]) -> None:
-        """Store answers. Raises OSError."""
+        """Store answers, one for each prompt. Raises OSError."""
         lines = [_Line(_hash(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
         with open_append(self._path) as file:
             content = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
@@ -102,14 +102,14 @@ def answer_all(
     answer: AnswerBatch[T],
     progress: Callable[[int], None],
 ) -> list[tuple[T, ...]]:
-    """Return the answers to all prompts, in order; only those that are not stored are computed.
+    """Return the answers to all prompts, in order. Only answers that are not stored are computed.
 
     Args:
-        prompts: token ids.
-        stored: holds earlier answers, and takes the others.
-        max_new_tokens: most tokens of an answer, or of all options.
-        answer: answers one batch.
-        progress: called with the number of answers there are.
+        prompts: Token ids of each prompt.
+        stored: Holds earlier answers, and receives the computed ones.
+        max_new_tokens: Most tokens of an answer, or of all options.
+        answer: Answers one batch.
+        progress: Called with the number of answers that exist so far.
     """
     missing = sorted({prompt for prompt in prompts if stored.get(prompt) is None}, key=len)
     done = len(prompts) - len(missing)
@@ -123,7 +123,8 @@ def answer_all(
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts of about one length together, the longest first: what does not fit fails at once."""
+    """Yield batches of prompts with similar lengths, longest first, so that a lack of memory shows at
+    once."""
     batch: list[tuple[int, ...]] = []
     for prompt in reversed(prompts):
         longest = len(batch[0]) if batch else len(prompt)
@@ -142,19 +143,19 @@ def _hash(prompt: Sequence[int]) -> str:
 
 
 _FORMAT = 2
-"""Bump when the same model and prompt may be answered otherwise."""
+"""Increase this number when the same model and prompt may give a different answer."""
 _HEAD_ROWS = 256
-"""Vocabulary-wide rows computed at a time."""
+"""Number of vocabulary-wide rows computed at a time."""
 
 
 def evaluate(folder: Path, most_prompts: int | None, report: Report) -> None:
     """Let base and adapter answer up to ``most_prompts`` validation prompts, and write the result.
 
-    None: as many as usual.
+    With None, the usual number of prompts is used.
 
     Raises:
-        UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
-        OSError: the result cannot be written.
+        UserError: The run has no adapter, no validation data or no prompts, is in use, or cannot be read.
+        OSError: The result cannot be written.
     """
     with measuring(folder) as run:
         answer_prompts(run, most_prompts, report)
@@ -163,7 +164,7 @@ def evaluate(folder: Path, most_prompts: int | None, report: Report) -> None:
 def answer_prompts(
     run: RunDir, most_prompts: int | None, report: Report = lambda done, total, text="": None
 ) -> None:
-    """Do the job of :func:`evaluate` in this process, on a run that nothing else changes."""
+    """Do the work of :func:`evaluate` in this process, on a run that no other process changes."""
     with faster_imports():
         from qlora_tui.chat.chat_sources import run_source
         from qlora_tui.chat.chat_types import ADAPTER
@@ -285,17 +286,17 @@ def _by_both(
     answer: Callable[[str, list[tuple[int, ...]]], Sequence[tuple[T, ...]]],
     report: Report,
 ) -> list[list[tuple[T, ...]]]:
-    """Return the answers of base and adapter to prompts, in order, with what is stored of earlier tries.
+    """Return the answers of base and adapter to prompts, in order, using answers stored by earlier attempts.
 
     Args:
-        session: with the model.
-        run: whose adapter it is.
-        prompts: token ids.
-        state: what else the answers depend on.
-        kind: of an answer's items.
-        most_tokens: of an answer, or of all options.
-        answer: answers a batch with the base or the adapter, by its name.
-        report: called with the number of answers.
+        session: The loaded model.
+        run: The run that trained the adapter.
+        prompts: Token ids of each prompt.
+        state: Everything else that the answers depend on.
+        kind: Type of an answer's items.
+        most_tokens: Most tokens of an answer, or of all options.
+        answer: Answers a batch with the base or the adapter, given its name.
+        report: Called with the number of answers done.
     """
     from qlora_tui.chat.chat_types import ADAPTER, BASE
 
@@ -316,7 +317,8 @@ def _report_done(report: Report, before: int, total: int, done: int) -> None:
 
 
 def _answers_path(session: ChatSession, adapter: str, more: dict[str, Any]) -> Path:
-    """Return the file of answers of this base and adapter; ``adapter`` is its hash, empty for the base."""
+    """Return the file of answers of this base and adapter. ``adapter`` is the adapter's hash; empty for
+    the base."""
     from qlora_tui import paths
     from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.files import private_dir
