@@ -93,9 +93,6 @@ def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, di
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as ends:
         children = {way: ends.enter_context(subprocess.Popen([*command, way], **pipes)) for way in WAYS}
-        # Without its input a child ends.
-        for child in children.values():
-            ends.callback(child.stdin.close)
         return _in_turns(children, tokens, rounds)
 
 

@@ -82,8 +82,6 @@ def main() -> int:
         ways: dict[str, Callable[[], Speed]] = {}
         for name, way in (("plain generate", "plain"), ("the chat's session", "ours")):
             child = ends.enter_context(subprocess.Popen([*command, "--way", way], **pipes))
-            # Without its input a child ends.
-            ends.callback(child.stdin.close)
             ways[name] = partial(_by_child, child, args.tokens)
         ways["the Chat screen"] = ends.enter_context(ChatScreen(run, args.tokens)).ask
         url, pid = ends.enter_context(served(run.id))

@@ -145,7 +145,8 @@ def triton_kernels(context: CheckContext) -> Outcome:
     torch = _torch_on_gpu(context)
     from qlora_tui.training.fused.kernel_choice import find_kernels, refusal_of_kernels, verify_kernels
 
-    device, words, figures = torch.device("cuda", torch.cuda.current_device()), [], {}
+    device, words = torch.device("cuda", torch.cuda.current_device()), []
+    figures: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16):
         verify_kernels(device, dtype)
         refusal = refusal_of_kernels(device, dtype)

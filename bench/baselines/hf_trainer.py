@@ -57,7 +57,8 @@ def train_counted(trainer: Trainer, job: TrainingJob) -> None:
     start_counting()
     trainer.train()
     tell_peak()
-    trainer.model.save_pretrained(job.out)
+    model: Any = trainer.model
+    model.save_pretrained(job.out)
 
 
 def samples(job: TrainingJob, tokenizer: Any) -> list[dict[str, list[int]]]:
@@ -75,7 +76,7 @@ def load_quantized(job: TrainingJob) -> Any:
         job.model,
         dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-        quantization_config=BitsAndBytesConfig(
+        quantization_config=BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=job.method,
             bnb_4bit_use_double_quant=True,

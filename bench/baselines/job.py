@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,10 @@ class TrainingJob:
     out: str
     """Folder for the adapter."""
     dtype: str
-    """Of the computation: ``float32`` or ``bfloat16``."""
+    """Dtype of the computation: ``float32`` or ``bfloat16``."""
     validation: str = ""
     """JSONL like ``rows``, for validation; empty for none."""
-    method: str = "nf4"
-    """``nf4``, ``fp4`` or ``none``."""
+    method: Literal["nf4", "fp4", "none"] = "nf4"
     double: bool = True
     """Double quantization."""
     samples_per_step: int = 4
@@ -36,8 +35,7 @@ class TrainingJob:
     alpha: int = 32
     dropout: float = 0.0
     learning_rate: float = 2e-4
-    lr_scheduler: str = "constant"
-    """``constant`` or ``cosine``."""
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
     warmup_ratio: float = 0.0
     """Fraction of the steps in which the learning rate rises."""
     max_steps: int = 0
@@ -46,8 +44,8 @@ class TrainingJob:
     """File that :mod:`.batches` wrote: the rows as token ids and labels, step by step; empty where each way
     renders them by itself."""
     checkpointing: bool = False
-    preferences: str = ""
-    """``orpo`` or ``dpo`` where ``rows`` holds ``prompt``, ``chosen`` and ``rejected``."""
+    preferences: Literal["", "orpo", "dpo"] = ""
+    """The method where ``rows`` holds ``prompt``, ``chosen`` and ``rejected``."""
     seed: int = 1
 
     def write(self, path: Path) -> Path:

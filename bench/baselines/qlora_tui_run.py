@@ -6,6 +6,9 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Literal
+
+import msgspec
 
 from bench.baselines.job import TrainingJob, read_job, tell
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
@@ -47,7 +50,11 @@ def recipe(job: TrainingJob) -> Recipe:
     """The same job in this program's words: packed sequences, one a step."""
     return Recipe(
         model=Model(id=job.model),
-        quantization=Quantization(method=job.method, double_quantization=job.double, compute_dtype=job.dtype),
+        quantization=Quantization(
+            method=job.method,
+            double_quantization=job.double,
+            compute_dtype=msgspec.convert(job.dtype, Literal["bfloat16", "float32"]),
+        ),
         lora=Lora(rank=job.rank, alpha=job.alpha, dropout=job.dropout),
         data=Data(
             sources=(Source(path=job.rows),),

@@ -47,7 +47,7 @@ def adapted(job: TrainingJob) -> Any:
         job.model,
         dtype=dtype,
         device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-        quantization_config=BitsAndBytesConfig(
+        quantization_config=BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type=job.method,
             bnb_4bit_use_double_quant=job.double,

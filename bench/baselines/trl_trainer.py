@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,13 @@ def main() -> None:
     """Train once over the rows."""
     job = read_job()
     set_seed(job.seed)
-    if job.preferences == "orpo":
-        from trl.experimental.orpo import ORPOConfig as Config
-        from trl.experimental.orpo import ORPOTrainer as AnyTrainer
-    elif job.preferences:
-        from trl import DPOConfig as Config
-        from trl import DPOTrainer as AnyTrainer
-    else:
-        from trl import SFTConfig as Config
-        from trl import SFTTrainer as AnyTrainer
+    method = job.preferences or "sft"
+    module: Any = importlib.import_module("trl.experimental.orpo" if method == "orpo" else "trl")
+    config, any_trainer = (getattr(module, method.upper() + kind) for kind in ("Config", "Trainer"))
     rows, settings = (pairs(job), {"beta": 0.1}) if job.preferences else (samples(job), {"packing": True})
-    trainer = AnyTrainer(
+    trainer = any_trainer(
         model=load_quantized(job),
-        args=Config(
+        args=config(
             output_dir=f"{job.out}-trainer",
             max_length=job.row_tokens,
             per_device_train_batch_size=job.samples_per_step if job.preferences else 1,
