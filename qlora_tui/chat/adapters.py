@@ -293,12 +293,12 @@ class AdapterSet:
     def __init__(self, model: Any, folders: Mapping[str, str]) -> None:
         self._model = model
         self.folders = folders
-        """Folder of each adapter that can be asked for."""
+        """Folder of each available adapter, by name."""
         self._peft_model: Any = None
         self._loaded: set[str] = set()
         self._active = ActiveAdapter(BASE)
         self._fused = True
-        """Whether every loaded adapter is plain LoRA, so that none needs peft's own forward."""
+        """Whether every loaded adapter is plain LoRA, so that peft's own forward is not needed."""
         self._through_peft = False
 
     def ensure_loaded(self, adapter_name: str) -> bool:

@@ -146,15 +146,15 @@ class Row:
     def __init__(self, batch: Batch, prefix_cache: PrefixCache) -> None:
         self._batch = batch
         self.prefix_cache = prefix_cache
-        """Its processed tokens, and their keys and values unless the batch has them."""
+        """Processed tokens of the row, and their keys and values unless these are in the common cache."""
         self.pending: int | None = None
-        """A token that was fed and is not processed."""
+        """Token that was fed and is not processed yet."""
         self.logits: Tensor | None = None
         """Logits (1, vocabulary) after the token that was fed last."""
         self.lost: list[int] = []
-        """Processed tokens whose keys and values were lost in a pass that failed."""
+        """Processed tokens whose keys and values were lost in a failed pass."""
         self.most_rows = 1
-        """Most rows that were computed in one pass with this one, itself included."""
+        """Largest number of rows that were computed in one pass with this one, including itself."""
 
     def feed(self, token: Tensor) -> int:
         """Add the next token (1, 1), and return its id."""
@@ -212,19 +212,20 @@ class Batch:
         self.session = batches.session
         self.adapter_name = adapter_name
         self._is_trial = is_trial
-        """Whether this is the comparison that decides whether there are others."""
+        """Whether this batch is the comparison that decides if rows may be computed together."""
         self.rows: list[Row] = []
-        """Those whose prompts are processed."""
+        """Rows whose prompts are processed."""
         self.open_rows = 0
-        """All that have not ended."""
+        """Number of rows that have not ended."""
         self.together: list[Row] = []
-        """Those whose keys and values are in the common cache, in its order; some may have ended."""
+        """Rows whose keys and values are in the common cache, in the order of the cache. Some may have
+        ended."""
         self._cache: Any = None
         self._length = 0
-        """Tokens in the common cache, padding included."""
+        """Number of places in the common cache, including padding."""
         self._size = BufferSize()
         self._most_rows = 1 << 30
-        """Rows that fit into the memory."""
+        """Number of rows that fit into the memory."""
 
     @property
     def fewest_rows(self) -> int:
@@ -358,13 +359,13 @@ class Batches:
         self.session = session
         self._batches: dict[str, Batch] = {}
         self._kept: list[tuple[str, PrefixCache]] = []
-        """Keys and values of ended conversations by adapter, the latest last."""
+        """Keys and values of ended conversations with their adapter's name, the latest last."""
         self._agreed = False
         self.why_not = ""
         """Why requests take turns; empty while they are computed together."""
         self._is_noted = False
         self.tokens_read = 0
-        """Prompt tokens that were processed since the last token of any answer."""
+        """Prompt tokens that were processed since any answer received its last token."""
 
     def row(self, adapter_name: str, prompt: Sequence[int], *, anew: bool = False) -> tuple[Row, int]:
         """Return a row for ``prompt``, and the number of its tokens that are processed already.

@@ -128,7 +128,8 @@ class StopTexts:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self.pending = ""
-        """The end of the text so far, which may begin a stop text; from one on, if there was one."""
+        """End of the text so far, which may begin a stop text. After a match, the text from the stop text
+        on."""
         self.matched = ""
 
     def feed(self, text: str) -> str:
@@ -174,7 +175,7 @@ class CompletionText:
         self._stops = StopTexts(stops)
         self._calls = calls
         self._characters = 0
-        """Characters decoded so far, with what is held back and what marks a thought."""
+        """Number of characters decoded so far, including text held back and thought marks."""
         self._scores: deque[_PendingScore] = deque()
         self.thought_tokens = 0
 

@@ -77,7 +77,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         self.is_sliding = window is not None
         self.buffers: tuple[Tensor, Tensor] | None = None
         self.position: Tensor | None = None
-        """Where a step of fixed shape writes its token: (1,). None outside :func:`fixed_shapes`."""
+        """Position (1,) at which a step of fixed shape writes its token; None outside
+        :func:`fixed_shapes`."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -169,7 +170,7 @@ class PrefixCache:
         self.cache = _new_cache(self._config, self._size, keep_windows=self._free_bytes is not None)
         self.token_ids: list[int] = []
         self.step: DecodeStep | None = None
-        """Decoding step on the present buffers."""
+        """Decoding step on the current buffers."""
         self._has_steps = False
         """Whether decoding steps have added tokens since the layers' lengths were set."""
 
@@ -442,11 +443,11 @@ class DecodeSteps:
         self._record = record
         self.free_bytes = free_bytes
         self.in_use = True
-        """Whether steps are computed in fixed shapes."""
+        """Whether decoding steps in fixed shapes are used."""
         self.why_not = ""
-        """Why steps are not recorded, as a sentence; empty while they are."""
+        """Why steps are not recorded, in a sentence; empty while they are recorded."""
         self._with_steps: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
-        """Caches that have, or had, a step."""
+        """Caches that have or had a step."""
 
     def forget(self) -> None:
         """Drop all steps, because weights that recorded steps use have moved."""

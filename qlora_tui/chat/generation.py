@@ -34,7 +34,7 @@ class TokenSampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int], device: torch.device) -> None:
         self._warp: Any = LogitsProcessorList()
         self._ids: Tensor | None = None
-        """Tokens so far (1, tokens), if a setting depends on them."""
+        """Tokens so far (1, tokens), if a sampling setting depends on them."""
         self._generator: torch.Generator | None = None
         if sampling.repetition_penalty != 1.0:
             penalty = max(sampling.repetition_penalty, _SMALLEST_DIVISOR)

@@ -39,9 +39,9 @@ class ModelHead:
             or getattr(config, "lm_head_multiplier", None)
             or 1 / (getattr(config, "logits_scaling", None) or 1)
         )
-        """Factor of the logits."""
+        """Factor by which the model multiplies the logits."""
         self.softcap = float(getattr(config, "final_logit_softcapping", None) or 0)
-        """Bound c of logits c·tanh(x/c); 0 for none."""
+        """Bound c if the model limits logits to c·tanh(x/c); 0 if it does not."""
 
     @torch.inference_mode()
     def inputs_of(self, compute: Callable[[], Any]) -> tuple[Tensor, Tensor]:

@@ -78,13 +78,13 @@ class ChatSession:
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", 1 << 30))
         self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
-        """Whether layers share keys; such a model computes only the last token in those layers if
-        ``logits_to_keep`` is an integer."""
+        """Whether layers share keys. With an integer ``logits_to_keep``, such layers compute only the last
+        token."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._decoder = AnswerDecoder(tokenizer)
         self._model = model
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
-        """Number of tokens that the model knows."""
+        """Number of rows of the embedding."""
         self._adapters = AdapterSet(model, source.adapters)
         self._held: set[Path] = set()
         self.offer(source.adapters)
@@ -100,16 +100,19 @@ class ChatSession:
         self._is_noted = False
         self._reader = TokenReader(self.device)
         self.checked: dict[str, LogitsComparison] = {}
-        """Comparison with the library's logits by adapter name, after its first answer."""
+        """Comparison with the libraries' logits, by adapter name, after the adapter's first answer."""
         self.keeps_keys = True
-        """Whether keys and values are kept from one token to the next."""
+        """Whether keys and values are kept between tokens."""
         self.reads_in_parts = True
-        """Whether a text may be read in several passes. Some recurrent layers begin again in each pass of
-        several tokens, and some caches treat the tokens of the first pass as the prompt."""
+        """Whether a text may be processed in several passes.
+
+        Some recurrent layers start from an empty state in each pass of several tokens, and some caches treat
+        the tokens of the first pass as the prompt.
+        """
         self.warning = ""
-        """Warning on how this session computes; empty if there is none."""
+        """Warning about how this session computes; empty if there is none."""
         self._groups_heads = device.kind == "cpu"
-        """Whether attention of one token computes the query heads of a key head together."""
+        """Whether attention of one token computes the query heads of each key head together."""
         takes = signature(model.forward).parameters
         self.batches = Batches(self)
         self._check = SessionCheck(self, model)

@@ -1,8 +1,8 @@
 """Actions on runs, shared by the command line and the app's keys: from submitting to deleting.
 
-A deleted run is in the trash, ``runs/.deleted/<run id>``, for a week: inside the runs folder, so that
-deleting is a rename on the same disk. The file ``deleted`` in the run's folder has the time; without it a
-folder is not ours to delete.
+A deleted run stays in the trash, ``runs/.deleted/<run id>``, for a week. The trash is inside the runs folder,
+so that deleting is a rename on the same disk. The file ``deleted`` in the run's folder has the time of
+deletion. A folder without this file was not put there by this program and is never deleted.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ _CHECK_PERMISSION = "Check that you have write permission there."
 @changes_box
 @disk_problems()
 def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
-    """Queue a new run and make sure a runner is active. The recipe should be ready to run.
+    """Queue a new run and make sure that a runner is active. The recipe should be ready to run.
 
-    ``now``: it trains next, whatever the hours, and next to other programs.
+    With ``now``, the run trains next, even outside the hours and while other programs use the GPU.
     """
     refuse_other_machines()
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
@@ -64,7 +64,7 @@ def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
 
 @disk_problems()
 def submit_job(recipe: Recipe, plan: JobPlan) -> RunDir:
-    """Create a run and submit the job that trains it. Raises UserError; there is no run then."""
+    """Create a run and submit the job that trains it. If this raises UserError, no run was created."""
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)))
     try:
         slurm_runs.submit(run, plan.name, plan.target, plan.limit_s)
@@ -76,7 +76,7 @@ def submit_job(recipe: Recipe, plan: JobPlan) -> RunDir:
 
 @disk_problems()
 def prepare(recipe: Recipe) -> RunDir:
-    """Create a run without queueing it, for trainers that the user starts."""
+    """Create a run without queueing it, for a trainer that the user starts."""
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
     run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
     return run
@@ -101,14 +101,14 @@ def resume(run: RunDir) -> None:
         atomic_write(run.gpu_path, f"{gpu}\n", durable=True)
     has_reached = status.step >= (run.pause_at or 1) * (status.total_steps or math.inf)
     if has_reached or not _is_compared(run):
-        # Who resumes it wants it trained further than its sweep did.
+        # A user who resumes a trial wants it to train beyond the step at which its sweep paused it.
         run.set_pause_at(None)
     run_queue.requeue(run)
     ensure_runner()
 
 
 def _is_compared(run: RunDir) -> bool:
-    """Whether the run is a trial of a sweep that is not over."""
+    """Whether the run is a trial of a sweep that has not ended."""
     return bool(run.sweep) and (paths.sweeps_dir() / run.sweep / "active").exists()
 
 
@@ -129,11 +129,11 @@ def initial_adapter(init_from: str) -> Path:
     """Return the absolute folder of the adapter that ``lora.init_from`` names.
 
     Args:
-        init_from: a folder with an adapter, a run's folder, or a run by id or name.
+        init_from: A folder with an adapter, a run's folder, or the id or name of a run.
 
     Raises:
-        UserError: there is no such adapter, the run has not saved one yet, or what the adapter computes is
-            not known, because its recipe has other settings under ``[lora]`` than this version.
+        UserError: There is no such adapter, the run has not saved one yet, or the adapter's recipe has
+            settings under ``[lora]`` that this version does not know.
     """
     folder = _folder_of(init_from)
     recipe_of_adapter(folder)
@@ -158,10 +158,7 @@ def _folder_of(init_from: str) -> Path:
 
 
 def with_initial_adapter(recipe: Recipe) -> Recipe:
-    """Return the recipe with the adapter's folder in place of a run's name.
-
-    Raises UserError.
-    """
+    """Return the recipe with the adapter's folder in place of a run's name. Raises UserError."""
     if not recipe.lora.init_from:
         return recipe
     folder = initial_adapter(recipe.lora.init_from)
@@ -170,7 +167,7 @@ def with_initial_adapter(recipe: Recipe) -> Recipe:
 
 
 def recipe_of_adapter(folder: Path) -> Recipe | None:
-    """Return the recipe that trained the adapter or checkpoint in ``folder``; None if it is not known.
+    """Return the recipe that trained the adapter or checkpoint in ``folder``; None if it is unknown.
 
     Raises InvalidRecipeError if its settings under ``[lora]`` cannot be read.
     """
@@ -203,9 +200,9 @@ def _missing(init_from: str, what: str) -> UserError:
 @changes_box
 @disk_problems()
 def stop(run: RunDir, *, now: bool = False) -> None:
-    """End a run: remove it from the queue, or have its trainer save a checkpoint and the adapter and exit.
+    """Stop a run: remove it from the queue, or make its trainer save a checkpoint and the adapter and exit.
 
-    With ``now`` it does not wait for the end of the step or evaluation in progress, which is given up.
+    With ``now``, the step or evaluation in progress is abandoned instead of completed.
     """
     is_taken_back = slurm_runs.cancel(run, pauses=False) if is_on_cluster(run) else run_queue.cancel(run)
     if not is_taken_back:
@@ -215,9 +212,9 @@ def stop(run: RunDir, *, now: bool = False) -> None:
 @changes_box
 @disk_problems()
 def pause(run: RunDir) -> None:
-    """Have the trainer save a checkpoint and free the GPU; ``resume`` continues the run.
+    """Make the trainer save a checkpoint and free the GPU; ``resume`` continues the run.
 
-    A run that is held has done so already: it then waits for ``resume`` instead.
+    A run that is on hold has already done this. It then no longer continues by itself.
     """
     if is_on_cluster(run):
         is_taken_back = slurm_runs.cancel(run, pauses=True)
@@ -230,7 +227,7 @@ def pause(run: RunDir) -> None:
 @changes_box
 @disk_problems()
 def train_now(run: RunDir) -> None:
-    """Train a run next, whatever the hours, and next to other programs, until it ends.
+    """Train a run next and until its end, even outside the hours and while other programs use the GPU.
 
     Raises UserError for a run that cannot be resumed.
     """
@@ -254,7 +251,7 @@ def train_now(run: RunDir) -> None:
 @changes_box
 @disk_problems()
 def rename(run: RunDir, name: str) -> None:
-    """Rename a run; its id stays. Raises UserError if the name is invalid or taken by another run."""
+    """Rename a run; its id stays. Raises UserError if the name is invalid or belongs to another run."""
     wrong = validate_name(name) or _taken(run, name.strip())
     if wrong:
         raise UsageError("Invalid run name", what=wrong, fix="Use one short line.")
@@ -262,7 +259,7 @@ def rename(run: RunDir, name: str) -> None:
 
 
 def validate_name(name: str) -> str:
-    """Describe what is wrong with a run name, in a sentence; empty if it is valid."""
+    """Return what is wrong with a run name, in a sentence; empty if the name is valid."""
     if not name.strip() or not name.strip().isprintable():
         return "A name is one non-empty line."
     if name.strip() == LAST:
@@ -279,7 +276,10 @@ def _taken(run: RunDir, name: str) -> str:
 
 @at_box
 def check_deletable(run: RunDir) -> None:
-    """Raise UserError if the run is queued, in training, or being measured, or is a link to one elsewhere."""
+    """Raise UserError if the run must not be deleted.
+
+    This is the case while it is queued, trains or is measured, and if its folder is a link to another folder.
+    """
     if run.path.is_symlink():
         target = run.path.resolve()
         raise UsageError(
@@ -305,7 +305,7 @@ def check_deletable(run: RunDir) -> None:
 
 @at_box
 def uses_of(run: RunDir) -> list[str]:
-    """Return what uses an ended run, in clauses: who deletes it should say so first."""
+    """Return what uses an ended run, as clauses to show before it is deleted."""
     uses = [
         f"{other.name}, which is queued, starts from its adapter"
         for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())
@@ -324,7 +324,7 @@ def _starts_from(other: RunDir, run: RunDir) -> bool:
     try:
         init_from = other.recipe().lora.init_from
     except (OSError, UserError):
-        # A recipe that cannot be read starts no training.
+        # A recipe that cannot be read cannot start a training.
         return False
     return bool(init_from) and Path(init_from).resolve().is_relative_to(run.path.resolve())
 
@@ -332,9 +332,10 @@ def _starts_from(other: RunDir, run: RunDir) -> bool:
 @changes_box
 @disk_problems()
 def delete(run: RunDir) -> None:
-    """Delete a run and everything it produced, permanently. Raises UserError until it has ended.
+    """Delete an ended run and everything it produced, permanently. Raises UserError if it has not ended.
 
-    It leaves the runs folder in one step: if killed midway, the rest is deleted by the next sweep.
+    The run leaves the runs folder in one step. After a kill during deletion, the next sweep of leftovers
+    deletes the rest.
     """
     check_deletable(run)
     discard(run.path)
@@ -345,18 +346,18 @@ class TrashedRun:
     """A deleted run that can be restored."""
 
     run: RunDir
-    """Its folder in the trash."""
+    """The run, with its folder in the trash."""
     deleted_at: float
-    """Unix time."""
+    """Unix time of the deletion."""
 
     @property
     def age_s(self) -> float:
-        """Seconds since its deletion; 0 if the clock was set back."""
+        """Seconds since the deletion; 0 if the clock was set back."""
         return max(0.0, time.time() - self.deleted_at)
 
     @property
     def size_bytes(self) -> int:
-        """Room that it takes; a file that cannot be looked at counts nothing."""
+        """Disk space of the run in bytes. Files that cannot be read count as 0."""
         size = 0
         for folder, _, names in os.walk(self.run.path):
             for name in names:
@@ -367,7 +368,7 @@ class TrashedRun:
 
 @changes_box
 def move_to_trash(run: RunDir) -> None:
-    """Move a run to the trash; raises UserError until it has ended, or on a disk error."""
+    """Move an ended run to the trash. Raises UserError if it has not ended, or on a disk error."""
     check_deletable(run)
     trashed = private_dir(_home()) / run.id
     with disk_problems("The run was not deleted", run.path, _CHECK_PERMISSION):
@@ -384,7 +385,7 @@ def move_to_trash(run: RunDir) -> None:
 
 @at_box
 def trashed_runs() -> list[TrashedRun]:
-    """Return every run that can be restored, the one deleted last first."""
+    """Return every run that can be restored, the most recently deleted first."""
     return sorted(
         (TrashedRun(RunDir(path), _deleted_at(path)) for path in list_folder(_home()) if _is_run(path)),
         key=lambda each: each.deleted_at,
@@ -393,13 +394,13 @@ def trashed_runs() -> list[TrashedRun]:
 
 
 def trash_bytes() -> int:
-    """Return the room that all runs in the trash take."""
+    """Return the disk space of all runs in the trash, in bytes."""
     return sum(trashed.size_bytes for trashed in trashed_runs())
 
 
 @changes_box
 def restore_run(run_id: str) -> RunDir:
-    """Move a run out of the trash, by its id, its name or the beginning of either. Raises UserError."""
+    """Move a run out of the trash, given its id, its name or the beginning of either. Raises UserError."""
     trashed = _find(run_id)
     run = RunDir(paths.runs_dir() / trashed.id)
     if os.path.lexists(run.path):
@@ -407,7 +408,7 @@ def restore_run(run_id: str) -> RunDir:
     with disk_problems("The run was not restored", run.path, _CHECK_PERMISSION):
         trashed.path.rename(run.path)
         sync(run.path.parent)
-    # It counts only in the trash.
+    # The file has a meaning only in the trash.
     with suppress(OSError):
         (run.path / _TIME).unlink(missing_ok=True)
     return run
@@ -415,9 +416,9 @@ def restore_run(run_id: str) -> RunDir:
 
 @changes_box
 def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
-    """Delete runs in the trash for good; return those deleted.
+    """Delete runs in the trash permanently, and return them.
 
-    A run that cannot be deleted stays in the trash, and so does one without the time of its deletion.
+    Runs that cannot be deleted stay in the trash, as do runs without a recorded time of deletion.
     """
     deleted = []
     for trashed in trashed_runs():

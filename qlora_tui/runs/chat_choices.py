@@ -34,35 +34,36 @@ from qlora_tui.recipe.schema import Recipe, Source
 
 ChoiceKind: TypeAlias = Literal["pairs", "edits"]
 ENOUGH = 20
-"""Rows from which the app offers a run on them."""
+"""Number of rows from which the app offers to train on them."""
 _MAX_BYTES = 1 << 28
 _PAIR_LEARNING_RATE = 1e-4
-"""Most for a run on pairs: a higher one soon makes both answers unlikely."""
+"""Highest learning rate for a run on pairs. A higher rate soon makes both answers unlikely."""
 _PAIR_EPOCHS = 3.0
-"""With a step for each packed row, 25 pairs are 27 steps; at 16 pairs a step they would be five."""
+"""Epochs of a run on pairs. With one packed row per step, 25 pairs give 27 steps; with 16 pairs per step,
+five."""
 
 
 class Provenance(Struct, frozen=True, kw_only=True):
-    """Where a row is from."""
+    """Origin of a row."""
 
     id: str
     """Id that all judgments of one turn of a conversation share."""
     at: float
-    """Unix time."""
+    """Unix time of the judgment."""
     base: str
-    """The base model, as in the recipe."""
+    """The base model, as named in the recipe."""
     run: str
     """Id of the run whose adapter answered; empty for a base alone."""
     answers: dict[str, str]
-    """Who gave which answer: ``chosen`` and ``rejected``, or ``edited``, to the name of an adapter."""
+    """Adapter name of each answer, by its role: ``chosen`` and ``rejected``, or ``edited``."""
     sampling: dict[str, Any]
     """Decoding settings of the answers."""
     original: str = ""
-    """The answer before it was edited."""
+    """The answer before the user edited it."""
 
 
 def choices_path(base: str, kind: ChoiceKind) -> Path:
-    """Return the file of a base model's rows, whether or not it exists: by its Hub id, or its folder."""
+    """Return the file of a base model's rows, named after its Hub id or folder. It may not exist yet."""
     name = str(Path(base).resolve()) if Path(base).is_absolute() else base.rstrip("/")
     identity = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
     return paths.state_dir() / "choices" / f"{_name(base)}-{identity}.{kind}.jsonl"
@@ -75,16 +76,16 @@ def _name(base: str) -> str:
 def add_choice(
     kind: ChoiceKind, prompt: Sequence[Message], answers: dict[str, str], provenance: Provenance
 ) -> int:
-    """Record a judgment of answers to a prompt; returns the number of rows of this kind and base.
+    """Record a judgment of answers to a prompt, and return the number of rows of this kind and base.
 
     Args:
-        kind: which file it goes to.
-        prompt: the turns before the answer.
-        answers: ``chosen`` and ``rejected`` of a pair; of an edit, the ``completion``.
-        provenance: where they are from.
+        kind: Determines the file.
+        prompt: The turns before the answer.
+        answers: ``chosen`` and ``rejected`` for a pair; ``completion`` for an edit.
+        provenance: Origin of the answers.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     row: dict[str, Any] = {"prompt": _turns(prompt)}
     row |= {part: _turns([Message("assistant", answer)]) for part, answer in answers.items()}
@@ -93,7 +94,7 @@ def add_choice(
 
 
 def count_choices(base: str, kind: ChoiceKind) -> int:
-    """Return the number of rows of a base model; 0 if the file cannot be read."""
+    """Return the number of rows of this kind for a base model; 0 if the file cannot be read."""
     try:
         return len(_lines(choices_path(base, kind)))
     except OSError:
@@ -101,20 +102,20 @@ def count_choices(base: str, kind: ChoiceKind) -> int:
 
 
 def recipe_on_choices(recipe: Recipe, kind: ChoiceKind, run_id: str) -> Recipe:
-    """Return the recipe of a run that trains an adapter further with the user's choices as its only data.
+    """Return the recipe of a run that trains an adapter further, with only the user's choices as data.
 
     Args:
-        recipe: of the run that was talked to.
-        kind: pairs are trained with DPO, edits as they are.
-        run_id: its id; empty to start with a new adapter.
+        recipe: Recipe of the run that the user chatted with.
+        kind: Pairs are trained with DPO, edits with the usual loss.
+        run_id: Id of that run; empty to start with a new adapter.
     """
     path = choices_path(recipe.model.id, kind)
-    # The run that was talked to may have learned from preferences, which edits are not.
+    # The earlier run may have trained on preferences, but edits are no preferences.
     data = replace(recipe.data, sources=(Source(path=str(path)),), validation_path="", preferences="refuse")
     training = replace(recipe.training, max_steps=0)
     lora = replace(recipe.lora, init_from=run_id)
     if kind == "pairs":
-        # Settings that conflict with a preference method, or suit few rows badly.
+        # Replace settings that conflict with a preference method or do not suit few rows.
         data = replace(data, preferences="dpo", train_on="assistant", overflow="cut-right")
         training = replace(
             training,
@@ -138,13 +139,13 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """Raises OSError."""
+    """Return the lines of a file. Raises OSError."""
     return [line for line in read_regular(path, _MAX_BYTES).splitlines() if line.strip()]
 
 
 @disk_problems()
 def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
-    """Append a row, in place of an earlier one of the same turn; returns the number of rows."""
+    """Append a row, or replace the earlier row of the same turn; return the number of rows."""
     path = choices_path(base, kind)
     private_dir(path.parent)
     with locked(path.with_suffix(".lock"), patience_s=10 * PATIENCE_S) as lock:
@@ -169,7 +170,7 @@ def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
 
 
 def _provenance(line: bytes) -> dict[str, Any]:
-    """Where a row is from; empty for a row that something else wrote."""
+    """Return the provenance of a row; empty for a row that another program wrote."""
     try:
         provenance = msgspec.json.decode(line)["provenance"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):

@@ -1,7 +1,8 @@
-"""Checks that every run is intact, and repairs: ``qlora-tui runs check [--repair]``.
+"""Checks that every run is intact, and repairs damage: ``qlora-tui runs check [--repair]``.
 
-Runs in training are skipped. A repair deletes nothing but what killed processes left half written: damaged
-files are moved aside, under a name that says so. A replacement is on disk before it takes the file's place.
+Runs in training are skipped. A repair deletes only what killed processes left incomplete. Damaged files are
+moved aside and get a name that says so. A replacement is on disk before it takes the place of the original
+file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from qlora_tui.runs.outcomes import determine_outcome, record_outcome
 from qlora_tui.runs.status import ACTIVE, State, is_stranded, read_status, status_problem, write_status
 
 _DAMAGED = "damaged-"
-"""Name prefix of what is moved aside."""
+"""Name prefix of files and folders that were moved aside."""
 Fingerprint: TypeAlias = tuple[tuple[str, int, int, int], ...]
 
 
@@ -41,18 +42,18 @@ class Defect:
     """One defect of a run or of the shared files."""
 
     what: str
-    """A clause: ``adapter: adapter_model.safetensors is missing``."""
+    """What is wrong, in a clause: ``adapter: adapter_model.safetensors is missing``."""
     remedy: str
-    """A clause: what the user can do, or what the repair does."""
+    """What the user can do or what the repair does, in a clause."""
     repair: Callable[[], object] | None = field(default=None, compare=False)
     """Performs the repair. Raises OSError or UserError."""
     done: str = field(default="", compare=False)
-    """What the repair did, in a clause; empty if it returns that itself."""
+    """What the repair did, in a clause; empty if ``repair`` returns this text."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Result of checking one run, or the files that all runs share."""
+    """Result of checking one run, or the files that runs share."""
 
     name: str
     state: State | None
@@ -114,7 +115,7 @@ def _recipe(run: RunDir) -> Iterator[Defect]:
 
 
 def _copies_of_recipe(run: RunDir) -> Iterator[tuple[str, Path]]:
-    """Yield each readable copy of the recipe and the file it is in; the adapter's first."""
+    """Yield each readable copy of the recipe with its file, starting with the adapter's copy."""
     checkpoints = [folder / "state.json" for _, folder in reversed(run.checkpoints())]
     for file in (run.adapter_dir / "recipe.toml", *checkpoints):
         try:
@@ -152,7 +153,7 @@ def _events(run: RunDir) -> Iterator[Defect]:
 
 
 def _write_whole_events(run: RunDir, origin: Path, keep: Path | None = None) -> None:
-    """Write the events of a file without its damaged lines; the present one gets the name ``keep``."""
+    """Write the events of ``origin`` without damaged lines; the current event file is renamed to ``keep``."""
     content = b"".join(line for line, _ in events_and_damage(origin))
     atomic_write(run.events_path, content, durable=True, keep=keep)
 
@@ -189,7 +190,7 @@ def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
 
 
 def reopen(run: RunDir, damage: str) -> str:
-    """Turn a finished run into a failed one, so that it can be resumed."""
+    """Turn a finished run into a failed run, so that it can be resumed; return a description."""
     if run.adapter_dir.exists():
         move_aside(run.adapter_dir)
     resume = f"`qlora-tui resume {run.id}`"
@@ -219,7 +220,7 @@ def _status(run: RunDir) -> Iterator[Defect]:
 
 
 def restore_status(run: RunDir) -> str:
-    """Write the status from the run's events."""
+    """Write the status that follows from the run's events."""
     status = read_status(run)
     if status.state == "lost":
         record_outcome(run, determine_outcome(run, None))
@@ -252,7 +253,7 @@ def check_queue() -> CheckResult:
 
 
 def check_leftovers() -> CheckResult:
-    """List what killed processes left half written."""
+    """Return what killed processes left incomplete, as a check result."""
     defects = [
         Defect(what, "a repair deletes it", partial(leftovers.delete, path), "deleted")
         for path in leftovers.leftovers()
@@ -264,10 +265,10 @@ def check_leftovers() -> CheckResult:
 def apply_repairs(
     checked: CheckResult, check_again: Callable[[], CheckResult]
 ) -> tuple[CheckResult, list[str]]:
-    """Repair what can be repaired; return a second check's result and what was done, in clauses.
+    """Repair what can be repaired; return the result of a second check, and what was done, in clauses.
 
-    A run is held in the meantime, so that no trainer starts on it, and skipped if it has changed since the
-    check. A repair that fails says why, and leaves its defect to the second check.
+    During the repair the run is held, so that no trainer starts on it. A run that has changed since the first
+    check is skipped. If a repair fails, its clause says why, and the second check reports the defect again.
     """
     repairs = [defect for defect in checked.defects if defect.repair is not None]
     if not repairs:
@@ -282,7 +283,10 @@ def apply_repairs(
 
 @contextmanager
 def _held(checked: CheckResult) -> Iterator[str]:
-    """Keep trainers and queue away from a run; yields why it cannot be repaired now, or an empty string."""
+    """Keep trainers and the queue away from a run inside the block.
+
+    Yields why the run cannot be repaired now; empty if it can.
+    """
     run = checked.run
     if run is None:
         yield ""
@@ -300,7 +304,7 @@ def _held(checked: CheckResult) -> Iterator[str]:
 
 
 def fingerprint(run: RunDir) -> Fingerprint:
-    """Name, inode, size and time of the run's files and checkpoints. It changes with every repair."""
+    """Return name, inode, size and time of the run's files and checkpoints, which every repair changes."""
     files: list[tuple[str, int, int, int]] = []
     for folder in (run.path, run.checkpoints_dir):
         with suppress(OSError), os.scandir(folder) as listed:
@@ -328,7 +332,7 @@ def _reason(error: OSError | UserError) -> str:
 
 
 def last_aside(path: Path) -> Path | None:
-    """Path to which a file or folder was last moved aside; None if it never was."""
+    """Return the path to which a file or folder was last moved aside; None if it never was."""
     asides = (path.with_name(name) for name in _names_aside(path))
     return max(takewhile(Path.exists, asides), key=lambda aside: aside.stat().st_ctime_ns, default=None)
 
@@ -342,7 +346,7 @@ def move_aside(path: Path) -> Path:
 
 
 def _place_aside(path: Path) -> Path:
-    """First free name for ``path`` in its folder."""
+    """Return the first unused name for moving ``path`` aside within its folder."""
     return next(aside for name in _names_aside(path) if not (aside := path.with_name(name)).exists())
 
 

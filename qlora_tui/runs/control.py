@@ -1,6 +1,7 @@
 """Requests to a running trainer: one file in ``control/`` per request.
 
-A request appears complete, by rename; the trainer deletes the file when it takes the request.
+A request file is complete when it appears, because it is renamed into place. The trainer deletes the file
+when it accepts the request.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Kind: TypeAlias = Literal[
 
 
 ENDINGS: tuple[Kind, ...] = ("stop", "stop_now", "pause", "pause_now", "finish_epoch")
-"""Requests that end the run. Those with ``now`` do not wait for the end of the step in progress."""
+"""Requests that end the run. Those with ``_now`` do not wait for the end of the step in progress."""
 
 
 class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -47,9 +48,9 @@ class ControlRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     kind: Kind
     value: float | None = None
-    """The new learning rate, for ``set_learning_rate``."""
+    """The requested learning rate, for ``set_learning_rate``."""
     hold: Hold | None = None
-    """Why the runner asks for a pause; None if the user does."""
+    """Reason for a pause that the runner requests; None if the user requests the pause."""
 
 
 _DECODER = msgspec.json.Decoder(ControlRequest)
@@ -76,17 +77,18 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None, *, hold: H
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
     content = msgspec.json.encode(ControlRequest(kind=kind, value=value, hold=hold))
     try:
-        # Without its parents: a run that was deleted meanwhile is not made again.
+        # Do not create parent folders, so that a run that was just deleted does not reappear.
         run.control_dir.mkdir(mode=0o700, exist_ok=True)
         atomic_write(run.control_dir / name, content)
     except OSError:
-        # A stop needs no file: SIGTERM means the same. A run that is starting names its runner instead.
+        # A stop needs no file, because SIGTERM means the same. In a starting run, the status names the runner
+        # instead.
         if kind not in ("stop", "stop_now") or status.state != "running" or not terminate(status.process):
             raise
 
 
 def terminate(process: ProcessIdentity | None) -> bool:
-    """Send SIGTERM to exactly this process; False if it cannot be reached from here."""
+    """Send SIGTERM to exactly this process; return False if it cannot be reached from here."""
     if process is None:
         return False
     with process.opened() as handle, suppress(OSError):
@@ -97,17 +99,17 @@ def terminate(process: ProcessIdentity | None) -> bool:
 
 
 def pending_ending(run: RunDir) -> Kind | None:
-    """Return the last request to end the run that the trainer has not taken yet."""
+    """Return the last request to end the run that the trainer has not accepted yet."""
     names = sorted(path.stem for path in list_folder(run.control_dir) if path.suffix == ".json")
     kinds = [name.rpartition("-")[2] for name in names]
     return next((kind for name in reversed(kinds) for kind in ENDINGS if kind == name), None)
 
 
 def take_requests(run: RunDir) -> list[ControlRequest]:
-    """Return every waiting request, oldest first, and delete it.
+    """Return all waiting requests, oldest first, and delete their files.
 
-    Any other entry in the folder neither fails nor blocks: it is deleted if possible. A request that cannot
-    be deleted is skipped, since it would otherwise be taken again at every step.
+    Other entries in the folder cause no failure and are deleted if possible. A request that cannot be deleted
+    is skipped, because it would otherwise be accepted again at every step.
     """
     requests = []
     for path in list_folder(run.control_dir):
@@ -118,7 +120,7 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
             path.unlink()
             requests.append(request)
         except (OSError, msgspec.MsgspecError) as error:
-            # Into the trainer's log: whoever made the request should find why nothing happened.
+            # This goes to the trainer's log, where the author of the request can find why nothing happened.
             print(f"{path.name}: not a request that this version understands: {error}", file=sys.stderr)
             with suppress(OSError):
                 path.unlink()
@@ -126,7 +128,7 @@ def take_requests(run: RunDir) -> list[ControlRequest]:
 
 
 def _read(path: Path) -> ControlRequest:
-    """Read one request; raises OSError or msgspec.DecodeError if it is not a valid request."""
-    # A link may point anywhere.
+    """Read one request. Raises OSError or msgspec.DecodeError if the file is not a valid request."""
+    # A symbolic link could point anywhere.
     with os.fdopen(open_regular(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         return decode_json(file.read(_LARGEST_BYTES), _DECODER)

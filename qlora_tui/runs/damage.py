@@ -1,7 +1,7 @@
 """Checks that a checkpoint or an adapter is intact, by sizes and checksums. Loads no torch.
 
-Folders from before there were checksums are checked by what their formats allow: sizes, the headers of
-safetensors files, and the CRCs of zip archives, which is the format torch saves.
+Folders without checksums, which earlier versions wrote, are checked by what their formats allow: file sizes,
+the headers of safetensors files, and the CRCs of zip archives, the format of ``torch.save``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished, Stopped
 
 MARKER = "complete"
-"""File in a checkpoint that lists every file and its size, written last."""
+"""File in a checkpoint that lists every file with its size. It is written last."""
 WEIGHTS = "adapter_model.safetensors"
 _SIZES = msgspec.json.Decoder(dict[str, int])
 ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
@@ -27,7 +27,7 @@ ADAPTER_FILES = (WEIGHTS, "adapter_config.json")
 
 
 def checkpoint_damage(folder: Path) -> str | None:
-    """Describe the damage to a checkpoint, in a clause; None if it is intact. Reads every file in it."""
+    """Describe the damage to a checkpoint in a clause; return None if it is intact. Reads every file."""
     sizes = read_json(folder / MARKER, _SIZES)
     if sizes is None:
         return "its list of files cannot be read"
@@ -44,9 +44,9 @@ def checkpoint_damage(folder: Path) -> str | None:
 
 
 def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
-    """Describe the damage to an adapter's folder, in a clause; None if it is intact.
+    """Describe the damage to an adapter's folder in a clause; return None if it is intact.
 
-    ``only``: names of the files to read; empty reads all.
+    ``only`` has the names of the files to read; empty reads all files.
     """
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
@@ -57,10 +57,10 @@ def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
 
 
 def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
-    """Describe how an adapter's or a checkpoint's folder differs from its checksums, in a clause.
+    """Describe how the folder of an adapter or checkpoint differs from its checksums, in a clause.
 
-    None if it matches or never had checksums: neither the checkpoint's list of files nor the run's last event
-    mentions them. ``only``: names of the files to read; empty reads all.
+    Returns None if the folder matches or never had checksums: neither the checkpoint's list of files nor the
+    run's last event mentions them. ``only`` has the names of the files to read; empty reads all files.
     """
     recorded = _recorded_digest(folder)
     try:
@@ -74,7 +74,10 @@ def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
 
 
 def _recorded_digest(folder: Path) -> str | None:
-    """Recorded hash of the folder's checksums: empty if it had some of unknown hash, None if it had none."""
+    """Return the recorded hash of the folder's checksum file.
+
+    Empty if there were checksums but their hash was not recorded; None if there were none.
+    """
     if (folder / MARKER).is_file():
         return "" if checksums.NAME in (read_json(folder / MARKER, _SIZES) or {}) else None
     try:
@@ -102,7 +105,7 @@ def _format_damage(file: Path) -> str | None:
 
 
 def _zip_damage(file: Path) -> str | None:
-    import zipfile  # takes 10 ms, needed for old checkpoints only
+    import zipfile  # The import takes 10 ms, and only old checkpoints need it.
 
     try:
         with zipfile.ZipFile(file) as archive:

@@ -1,4 +1,4 @@
-"""Checks of the data before a launch: its files, the first rows, errors of earlier inspections, number of
+"""Checks of the data before a launch: files, first rows, errors of earlier inspections, and number of
 steps."""
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 
 _MARGIN = 1.25
-"""Factor between the two limits from which the estimate says for certain which comes first."""
+"""Ratio of Epochs to Max steps beyond which an estimate decides which of them ends the run."""
 _Fingerprint = tuple[Path, int, bytes, int, int]
-"""A file, the index of its source and the source as JSON, the file's modification time in nanoseconds and its
-size in bytes."""
+"""Identity of a file: path, index of its source, the source as JSON, modification time in ns, size in
+bytes."""
 
 
 _FIXES = dict.fromkeys(BAD_ROWS, SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})) | {
@@ -64,11 +64,11 @@ _FIXES = dict.fromkeys(BAD_ROWS, SuggestedFix("leave bad rows out", changes={"da
         "train on the answers as they are", changes={"data.preferences": "refuse"}
     ),
 }
-"""The change of a setting that makes data usable, by the code of the error."""
+"""The change of a setting that makes data usable, by error code."""
 
 
 def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
-    """Check sources, rows and the step limit; ``model_files`` is None without a model."""
+    """Check the sources, their rows and the step limit. ``model_files`` is None if there is no model."""
     data = recipe.data
     if not data.sources:
         fix = "Choose a file on the Data screen, or pass --data."
@@ -109,9 +109,9 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
 
 
 def data_error(recipe: Recipe, model_files: ModelFiles | None = None) -> UserError | None:
-    """Return why the data cannot be trained on, as far as is known; None if it can, or there is none.
+    """Return why the data cannot be trained on, as far as is known; None if it can, or if there is no data.
 
-    Takes up to two seconds for data that was not looked at before.
+    Takes up to two seconds for data that was not read before.
     """
     if not recipe.data.sources:
         return None
@@ -119,7 +119,7 @@ def data_error(recipe: Recipe, model_files: ModelFiles | None = None) -> UserErr
 
 
 def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
-    """Say how many steps the run has; warn if they are too few, or if Max steps and Epochs disagree."""
+    """Report the number of steps, with a warning if they are too few or if Max steps and Epochs disagree."""
     limit, epochs, steps = recipe.training.max_steps, recipe.training.epochs, length.all_steps
     of_epochs = "1 epoch" if epochs == 1 else f"{format_number(epochs)} epochs"
     margin = 1.0 if length.is_exact else _MARGIN
@@ -153,49 +153,49 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
 
 @dataclass(frozen=True)
 class RunLength:
-    """How many steps and tokens a run has, known before its launch."""
+    """Number of steps and tokens of a run before its launch."""
 
     steps_per_epoch: int
     all_steps: int
     """Steps of all epochs."""
     steps: int
-    """Steps of the run: ``training.max_steps`` may end it before the epochs do."""
+    """Steps that the run trains. ``training.max_steps`` may end it before all epochs are done."""
     tokens: float
     """Tokens of these steps, without padding."""
     is_exact: bool
     """Whether every sample was tokenized and counted; otherwise all figures are estimates."""
     is_complete: bool = True
-    """Whether the estimate knows all of the data; otherwise the run is longer."""
+    """Whether the figures include all of the data. If not, the run is longer."""
 
     @property
     def about(self) -> str:
-        """``about``, with a space, before an estimate."""
+        """``about`` and a space before an estimate; empty before an exact figure."""
         return "" if self.is_exact else "about "
 
 
 @dataclass(frozen=True)
 class KnownLengths:
-    """The lengths of the training samples, as far as they are known before a run."""
+    """Lengths of the training samples, as far as they are known before a run."""
 
     lengths: bytes
-    """Tokens of each sample, 32-bit unsigned."""
+    """Number of tokens of each sample, as unsigned 32-bit integers."""
     sources: bytes
-    """Index of the source of each sample, 16-bit unsigned."""
+    """Index of the source of each sample, as unsigned 16-bit integers."""
     is_exact: bool
     """Whether every sample was tokenized and counted; otherwise the lengths are estimated from the text."""
     is_complete: bool
-    """Whether all of the data is known."""
+    """Whether all of the data is included."""
 
     def samples(self, data: Data) -> SampleLengths:
-        """Return the samples, weighted as ``data`` says."""
+        """Return the samples with the weights that ``data`` gives their sources."""
         return SampleLengths(array("I", self.lengths), array("H", self.sources), data)
 
 
 def known_lengths(recipe: Recipe, model: ModelFiles | None) -> KnownLengths | None:
-    """Return the lengths of the samples of a run; None for data that is not here or cannot be read.
+    """Return the lengths of a run's samples; None if the data is not on this machine or cannot be read.
 
-    The samples are those that were counted for this data and model (:mod:`qlora_tui.data.counted`). Where
-    they were not, their lengths are estimated from their text.
+    The samples are those that were counted for this data and model (:mod:`qlora_tui.data.counted`). Where no
+    count exists, lengths are estimated from the text.
     """
     counted = None if model is None else find_counted(recipe, model)
     if counted is not None:
@@ -213,14 +213,16 @@ def known_lengths(recipe: Recipe, model: ModelFiles | None) -> KnownLengths | No
 
 
 def is_padding_free(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Return whether a micro-batch is one sequence of isolated samples, as far as the model's files tell."""
+    """Return whether each micro-batch is one sequence of isolated samples, as far as the model's files
+    tell."""
     return recipe.model.attention != "eager" and not (
         architecture is not None and (architecture.own_attention or architecture.state_size)
     )
 
 
 def run_length(recipe: Recipe, model: ModelFiles | None) -> RunLength | None:
-    """Return how long a run will be; None for data that is not here, cannot be read, or gives no sample."""
+    """Return the length of a run; None if its data is not on this machine, cannot be read, or has no
+    samples."""
     known = known_lengths(recipe, model)
     if known is None:
         return None
@@ -229,7 +231,8 @@ def run_length(recipe: Recipe, model: ModelFiles | None) -> RunLength | None:
     count = _count(known, settings, is_padding_free(recipe, architecture))
     if count is None:
         return None
-    # Which answers are replayed, and what a recurrent model can pack, is known once the base is loaded.
+    # Two facts are known only once the base is loaded: which answers are replayed, and what a recurrent model
+    # can pack.
     is_exact = known.is_exact and not (
         recipe.training.replay_share or (architecture is not None and architecture.state_size)
     )
@@ -240,7 +243,10 @@ def run_length(recipe: Recipe, model: ModelFiles | None) -> RunLength | None:
 
 @lru_cache(maxsize=16)
 def _count(known: KnownLengths, settings: bytes, padding_free: bool) -> StepCount | None:
-    """Count the steps of these samples; None without one. Cached: packing takes a second for 300,000."""
+    """Count the steps for these samples; return None if there are none.
+
+    Cached, because packing 300,000 samples takes a second.
+    """
     if not known.lengths:
         return None
     data, training = msgspec.json.decode(settings, type=tuple[Data, Training])
@@ -253,13 +259,14 @@ def _count(known: KnownLengths, settings: bytes, padding_free: bool) -> StepCoun
 
 
 def _not_held_out(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[array[int], array[int]]:
-    """Return lengths and sources of the estimated samples, without a share of each file for validation."""
+    """Return the lengths and source indices of the estimated samples, without those held out for
+    validation."""
     data = recipe.data
     fraction = 0.0 if data.validation_path else data.validation_fraction
     together = 2 if recipe.trains_pairs else 1
     lengths, sources = array("I"), array("H")
     for size in sizes:
-        # The sources come first; after them is the validation file, which no step trains on.
+        # The training sources come first. The validation file follows them and is not trained on.
         if size.source < len(data.sources):
             units = len(size.lengths) // together
             held = round(units * fraction)
@@ -271,7 +278,7 @@ def _not_held_out(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[array[int]
 
 
 def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
-    """Say how many rows are trained on, if that is not all of them; ``text`` describes the sources."""
+    """Report how many rows are trained on, if not all are. ``text`` describes the sources."""
     rows, used = sum(size.rows for size in trained), sum(size.samples for size in trained)
     if excluded:
         text = f"{text} {pluralize(excluded, 'row')} excluded."
@@ -282,7 +289,7 @@ def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
 
 
 def _describe_sources(data: Data, tokens: Tokens | None) -> list[str]:
-    """Describe each source by its first rows. Raises ``UserError`` for an error in them or found earlier."""
+    """Describe each source by its first rows. Raises UserError for an error in these or found earlier."""
     descriptions = [_describe_source(source, data.preferences) for source in data.sources]
     files = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
     raise_cached_error(files, tokens, skips_bad_rows=data.bad_rows == "skip")
@@ -307,7 +314,8 @@ def _row_warning(problem: DataProblem) -> Check:
 
 
 def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
-    """Fingerprint that token errors depend on; None without a model, or for a GGUF tokenizer."""
+    """Return the tokenizer fingerprint that token errors depend on; None without a model or for a GGUF
+    tokenizer."""
     if files is None or files.gguf_file is not None:
         return None
     return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
@@ -322,7 +330,7 @@ def _fingerprints(data: Data) -> tuple[_Fingerprint, ...]:
 
 
 def _reading_settings(data: Data) -> bytes:
-    """Settings that decide what is read from a row, as JSON."""
+    """Return the settings that determine what is read from a row, as JSON."""
     return msgspec.json.encode(
         {
             "preferences": data.preferences,
@@ -335,7 +343,10 @@ def _reading_settings(data: Data) -> bytes:
 
 @lru_cache(maxsize=16)
 def _check_rows(fingerprints: tuple[_Fingerprint, ...], settings: bytes) -> QuickCheckResult | UserError:
-    """Return the rows' warnings, or the error that blocks a run; cached: the Train screen checks often."""
+    """Return the warnings about the rows, or the error that prevents a run.
+
+    Cached, because the Train screen checks often.
+    """
     data = msgspec.json.decode(settings, type=Data)
     paths: dict[tuple[int, bytes], list[Path]] = {}
     for path, index, source, *_ in fingerprints:
@@ -351,15 +362,15 @@ def _check_rows(fingerprints: tuple[_Fingerprint, ...], settings: bytes) -> Quic
 
 
 def _local_files(source: Source) -> list[Path] | None:
-    """Files of a source; None for a Hub dataset that the run will download."""
+    """Return the files of a source; None for a Hub dataset that the run will download."""
     if is_hub_dataset(source.path):
         return local_files(source.path)
     return paths_of(source)[0]
 
 
 def _source_notes(data: Data) -> list[str]:
-    """Return which files of each source are not read, and which split of a Hub dataset without one for
-    training is."""
+    """Return notes on files that are not read, and on the split that is used of Hub datasets without a
+    train split."""
     notes = []
     for source in every_source(data):
         if not is_hub_dataset(source.path):
@@ -386,7 +397,7 @@ def _describe_source(source: Source, preferences: str) -> str:
 
 
 def _detected(path: Path, source: Source, preferences: str) -> Detection:
-    """Return what is detected of a file; cached: Home and the Train screen ask often."""
+    """Return the detected format of a file. Cached, because Home and the Train screen ask often."""
     return _sniffed(path, msgspec.json.encode(source), preferences, file_fingerprint(path))
 
 

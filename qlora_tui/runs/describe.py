@@ -1,6 +1,6 @@
-"""A run in sentences: its events, its state for screen readers, and its events as they arrive.
+"""Sentences about a run: its events, its state for screen readers, and its events as they arrive.
 
-``attach``, ``train`` and ``demo`` print them; the live screen's log has the same lines.
+``attach``, ``train`` and ``demo`` print these sentences; the log of the live screen shows the same lines.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _MINUTE_S = 60.0
 _clock = Clock()
 POLL_S = 0.25
 GRACE_S = 10.0
-"""Time in seconds that a runner may take to start, and to make way for the next."""
+"""Seconds that a runner may take to start, or to exit before the next one starts."""
 
 
 def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
-    """Describe an event in one line or a few."""
+    """Describe an event in one or a few lines."""
     match event:
         case events.Queued():
             return "queued"
@@ -162,7 +162,10 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
 
 
 def format_rewards(event: events.Step | events.Evaluated | None) -> str:
-    """``83% right, margin 0.12``: comparisons of answers that come out right; empty without a method."""
+    """Return ``83% right, margin 0.12``: the share of correctly ordered answers and the mean reward margin.
+
+    Empty without a preference method.
+    """
     if event is None or event.reward_accuracy is None:
         return ""
     margin = event.reward_margin
@@ -171,14 +174,14 @@ def format_rewards(event: events.Step | events.Evaluated | None) -> str:
 
 
 def format_forgetting(event: events.Evaluated | None) -> str:
-    """How far the model has moved from its base on general prompts; empty if it was not measured."""
+    """Return how far the model has diverged from its base on general prompts; empty if not measured."""
     if event is None or event.forgetting is None:
         return ""
     return f"forgetting {format_nats(event.forgetting)}"
 
 
 def general_answer_texts(counts: events.GeneralAnswers | None) -> list[tuple[str, str]]:
-    """Label and text of each count over general answers, such as ("ended", "9 (base 11)")."""
+    """Return label and text of each count over general answers, such as ``("ended", "9 (base 11)")``."""
     if counts is None:
         return []
     pairs = [
@@ -199,16 +202,16 @@ def _format_best(event: events.Evaluated) -> str:
 
 
 class PhaseFilter:
-    """Filter for events worth a line: each phase is, once per attempt.
+    """Filters events to display: each phase only once per attempt.
 
-    Training resumes after every evaluation and checkpoint, whose results have their own lines.
+    Training resumes after every evaluation and checkpoint, and their results have lines of their own.
     """
 
     def __init__(self) -> None:
         self._seen: set[tuple[str, str]] = set()
 
     def is_new(self, event: events.AnyEvent) -> bool:
-        """Return False for a phase already shown; call it for every event, in order."""
+        """Return False for a phase that was already displayed. Must be called for every event, in order."""
         if isinstance(event, events.Started):
             self._seen.clear()
         if not isinstance(event, events.PhaseChanged):
@@ -220,7 +223,7 @@ class PhaseFilter:
 
 
 def unknown_lines(number: int) -> str:
-    """Message about lines that this version cannot read."""
+    """Return a message about lines that this version cannot read."""
     lines = "1 line is" if number == 1 else f"{number:,} lines are"
     return (
         f"{lines} not shown: another version of qlora-tui wrote them, or they are damaged. "
@@ -229,7 +232,7 @@ def unknown_lines(number: int) -> str:
 
 
 def format_energy(ending: events.Finished, *, with_cost: bool = True) -> str:
-    """``0.42 kWh, 0.13 EUR, 3.1 tokens/J``; empty if the GPU reported no power."""
+    """Return ``0.42 kWh, 0.13 EUR, 3.1 tokens/J``; empty if the GPU reported no power."""
     if ending.energy_kwh is None:
         return ""
     used = energy_words(ending.energy_kwh) if with_cost else format_kwh(ending.energy_kwh)
@@ -238,13 +241,13 @@ def format_energy(ending: events.Finished, *, with_cost: bool = True) -> str:
 
 
 def energy_words(kwh: float) -> str:
-    """``0.24 kWh, 0.07 EUR``: energy, and its cost if the user has set a price."""
+    """Return ``0.24 kWh, 0.07 EUR``: the energy, with its cost if the user has set a price."""
     cost = current_settings().cost(kwh)
     return f"{format_kwh(kwh)}, {cost}" if cost else format_kwh(kwh)
 
 
 def done_at_words(seconds_left: float | None) -> str:
-    """``Sat 01:20``: when a run will be done; empty if it trains without a pause until then."""
+    """Return ``Sat 01:20``, the time at which a run will end; empty if it trains without interruption."""
     hours, now = current_settings().training_hours, _clock.now()
     if seconds_left is None:
         return ""
@@ -253,7 +256,7 @@ def done_at_words(seconds_left: float | None) -> str:
 
 
 def format_exact(accuracy: float | None, base: float | None) -> str:
-    """``97%, base 12%``: share of exact short answers; empty for data without short answers."""
+    """Return ``97%, base 12%``, the share of exact short answers; empty for data without short answers."""
     if accuracy is None:
         return ""
     return format_percent(accuracy) + ("" if base is None else f", base {format_percent(base)}")
@@ -288,12 +291,13 @@ def _format_verified(event: events.StepVerified) -> str:
 
 
 def _number(value: float | None) -> float:
-    # Events write NaN and infinity, which JSON cannot hold, as None.
+    # JSON cannot represent NaN and infinity, so events store them as None.
     return float("nan") if value is None else value
 
 
 def summarize_status(view: RunView, sample: Reading | None) -> str:
-    """``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61 °C.``"""
+    """Return ``training, step 640 of 3,000, loss 1.21, 12 min left. GPU 96% busy, 18.2 of 24.0 GiB, 61
+    °C.``"""
     state = view.status.state
     parts: list[str] = [events.phase_label(view.phase) if state == "running" and view.phase else state]
     progress = view.progress
@@ -316,7 +320,7 @@ def summarize_status(view: RunView, sample: Reading | None) -> str:
         parts.append(f"best {format_loss(view.best.loss)} at step {view.best.step:,}")
     if view.loss_to_beat is not None:
         parts.append(f"worse than before training ({format_loss(view.loss_to_beat)})")
-    # Such as that the trainer is suspended: then nothing is left of its pace.
+    # If the detail says, for example, that the trainer is suspended, its pace means nothing.
     detail = view.status.detail if state == "running" else ""
     if state == "running" and not detail and view.seconds_left is not None:
         done_at = done_at_words(view.seconds_left)
@@ -342,7 +346,7 @@ def _machine(sample: Reading) -> str:
 
 
 def _gpu(gpu: GpuMetrics) -> list[str]:
-    """Parts of the GPU sentence; metrics that the GPU does not report are left out."""
+    """Return the parts of the sentence about the GPU, without metrics that the GPU does not report."""
     parts = []
     if gpu.utilization_percent is not None:
         parts.append(f"{gpu.utilization_percent}% busy")
@@ -363,12 +367,12 @@ def follow_events(
 ) -> Iterator[events.AnyEvent]:
     """Yield every event that the view has not read yet, until the run is over.
 
-    Afterwards ``view.ending`` is how it ended, or None if only ``view.status`` knows: for a run that is lost
-    or unreadable, or whose last event was never written or is damaged. Raises UserError for a queued run that
-    no runner takes.
+    Afterwards ``view.ending`` is the ending. It is None if only ``view.status`` has the outcome: for a run
+    that is lost or unreadable, or whose last event is missing or damaged. Raises UserError for a queued run
+    that no runner starts.
 
-    ``on_status`` gets a sentence about a trainer that may send no events for long: it is suspended, does not
-    respond, or runs on another machine. It also gets one about a suspended runner.
+    ``on_status`` is called with a sentence about a trainer that may send no events for long, because it is
+    suspended, does not respond, or runs on another machine, and about a suspended runner.
     """
     settled_before = False
     runner = _RunnerMonitor(view.run)
@@ -376,20 +380,20 @@ def follow_events(
     while True:
         yield from view.iter_new()
         state = view.status.state
-        # Its runner is about to put a held run back into the queue.
+        # The runner is about to requeue a run on hold.
         is_held = state == "paused" and isinstance(view.ending, events.Paused) and bool(view.ending.hold)
         settled = not (is_held or state == "queued" or state in ACTIVE)
         # Resuming appends Queued shortly before it changes the status, so an ending may be missing once.
         if state in ("lost", "unreadable", "gone") or (settled and (view.ending or settled_before)):
             return
         settled_before = settled
-        # The text before a colon stays the same; the text after it may be an age.
+        # The text before a colon stays the same, while the text after it may contain an age.
         detail = view.status.detail if state == "queued" or state in ACTIVE else ""
         if detail.partition(":")[0] != reported:
             if detail or waited_for:
                 on_status(detail or f"The {waited_for} responds again.")
             reported = detail.partition(":")[0]
-            # The end of a hold is in the events.
+            # Events report the end of a hold.
             waited_for = "" if view.status.hold else "runner" if state == "queued" else "trainer"
         if is_on_cluster(view.run):
             refresh([view.run])
@@ -399,7 +403,7 @@ def follow_events(
 
 
 class _RunnerMonitor:
-    """Makes sure that a queued run has a runner: it may have been killed, or be unable to work."""
+    """Makes sure that a queued run has a runner, which may have been killed or be unable to work."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
@@ -407,7 +411,7 @@ class _RunnerMonitor:
         self._tried = False
 
     def check(self) -> None:
-        """Start a runner if none has been active for a while; raise UserError if that did not help."""
+        """Start a runner if none was active for a while. Raises UserError if starting one did not help."""
         now = time.monotonic()
         if is_locked(runner_lock_path()):
             self._missing_since = None

@@ -1,7 +1,7 @@
-"""The devices of runs: which GPUs a run may use, which of them are free, and which it has.
+"""The devices of runs: which GPUs a run may use, which of them are free, and which ones it has.
 
-Each device has a lock, a file in ``devices/`` of the state folder. The runner takes those that a run needs,
-and the trainer inherits them: a device is free again once both have ended, however they end.
+Each device has a lock, which is a file in ``devices/`` of the state folder. The runner locks the devices of a
+run, and the trainer inherits the locks. A device is free again when both have ended, however they end.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from qlora_tui.runs.status import ACTIVE, read_status
 
 CPU = "cpu"
 UNKNOWN_GPU = "gpu"
-"""Key of the GPU that torch chooses, if the driver does not say which there are."""
+"""Key of the GPU that torch selects, if the driver does not list the GPUs."""
 _TEST_PROCESSES = "QLORA_TUI_CPU_PROCESSES"
-"""Tests train in several processes on the processor with this variable; nothing else sets it."""
+"""Tests use this variable to train in several processes on a CPU; nothing else sets it."""
 
 
 class RunDevice(Struct, frozen=True, omit_defaults=True):
-    """A device that one run at a time computes on."""
+    """A device on which one run at a time computes."""
 
     key: str
     """UUID of a GPU, :data:`CPU` or :data:`UNKNOWN_GPU`."""
     index: int | None = None
     """Number of the GPU in ``nvidia-smi``."""
     name: str = ""
-    """``RTX 4090``."""
+    """Name of the GPU, such as ``RTX 4090``."""
 
     @classmethod
     def of_gpu(cls, gpu: GpuDevice) -> RunDevice:
@@ -53,7 +53,7 @@ class RunDevice(Struct, frozen=True, omit_defaults=True):
 
     @property
     def is_known_gpu(self) -> bool:
-        """Whether it is a GPU that the driver names."""
+        """Whether it is a GPU that the driver lists."""
         return self.index is not None
 
     def __str__(self) -> str:
@@ -61,21 +61,21 @@ class RunDevice(Struct, frozen=True, omit_defaults=True):
 
 
 class Devices(Struct, frozen=True, omit_defaults=True):
-    """The devices that a run has, or may have."""
+    """The devices that a run has or may get."""
 
     devices: tuple[RunDevice, ...]
     processes: int = 1
-    """Processes of the trainer, one for each GPU."""
+    """Number of trainer processes, one for each GPU."""
     is_choice: bool = False
-    """Whether the machine has other GPUs, so that the trainer has to be told which to use."""
+    """Whether the machine has more GPUs than these, so that the trainer must be told which to use."""
 
     @property
     def keys(self) -> frozenset[str]:
-        """Return the keys of the devices; those of GPUs are their UUIDs."""
+        """Keys of the devices; the key of a GPU is its UUID."""
         return frozenset(device.key for device in self.devices)
 
     def to_arguments(self) -> list[str]:
-        """Return the option of the trainer that names the GPUs; empty if it finds them by itself."""
+        """Return the trainer option that names the GPUs; empty if the trainer finds them by itself."""
         return ["--gpu", ",".join(each.key for each in self.devices)] if self.is_choice else []
 
     def __str__(self) -> str:
@@ -88,21 +88,21 @@ _DECODER = msgspec.json.Decoder(Devices)
 
 
 def devices_of(run: RunDir) -> Devices | None:
-    """Return the devices that a run has, or had last; None before its first attempt."""
+    """Return the devices of a run now or in its last attempt; None before its first attempt."""
     return read_json(run.devices_path, _DECODER)
 
 
 def record_devices(run: RunDir, devices: Devices) -> None:
-    """Write the devices that a run has. Raises OSError."""
+    """Record the devices of a run. Raises OSError."""
     atomic_write(run.devices_path, msgspec.json.encode(devices))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run needs: any ``count`` of the devices."""
+    """Requirement of a run: any ``count`` of these devices."""
 
     devices: tuple[RunDevice, ...]
-    """Those it may use, the one to take first."""
+    """The devices that the run may use, in order of preference."""
     gpus: tuple[GpuDevice, ...] = ()
     """The devices that are GPUs named by the driver."""
     count: int = 1
@@ -123,16 +123,18 @@ class Wanted:
 def wanted_devices(
     recipe: Recipe, environ: Mapping[str, str], before: Devices | None = None, *, stays: bool = False
 ) -> Wanted:
-    """Return what a run with this recipe needs: the GPUs that it had, then those with the most free memory.
+    """Return the devices that a run may use: first its earlier GPUs, then by free memory.
 
     Args:
-        recipe: its ``training.gpus`` says how many.
-        environ: the variables with which a GPU is chosen.
-        before: the devices of the run so far; it continues on as many if it is to use all GPUs.
-        stays: continue on no others, as long as those are there: another GPU rounds in another way.
+        recipe: Its ``training.gpus`` is the number of GPUs.
+        environ: Environment variables, some of which select GPUs.
+        before: Earlier devices of the run. If the recipe uses all GPUs, the run continues on this number of
+            them.
+        stays: Whether the run may only continue on its earlier devices while they exist: another GPU rounds
+            differently.
 
     Raises:
-        UserError: fewer GPUs are there.
+        UserError: The machine has too few GPUs.
     """
     count = recipe.training.gpus or (before.processes if before is not None else 0)
     try:
@@ -157,7 +159,7 @@ def wanted_devices(
 
 
 def own_device(environ: Mapping[str, str] = os.environ) -> RunDevice:
-    """Return the device that torch chooses in a process with these variables."""
+    """Return the device that torch selects in a process with these environment variables."""
     try:
         return RunDevice.of_gpu(default_cuda_device(environ))
     except GpuUnavailableError as error:
@@ -179,8 +181,8 @@ def _too_few(count: int, there: int, why: str) -> UsageError:
 
 
 def _large_enough(recipe: Recipe, gpus: list[GpuDevice], count: int) -> list[GpuDevice]:
-    """Return the GPUs whose memory is enough as far as an estimate knows; all, if too few are."""
-    # The app's lists import this module, and only a machine with several GPUs estimates.
+    """Return the GPUs with enough memory according to the estimate; all GPUs if too few have enough."""
+    # The app's lists import this module, but only machines with several GPUs need the estimate.
     from qlora_tui.catalog.local_models import find_files
     from qlora_tui.memory import check_fit, estimate
     from qlora_tui.memory.budget import budget_for
@@ -209,17 +211,17 @@ def _free_bytes(gpu: GpuDevice) -> int:
 
 
 def taken_keys() -> set[str]:
-    """Return the keys of the devices that runs have; empty if the file system cannot tell."""
+    """Return the keys of the devices that runs use; empty if the file system has no locks."""
     return {path.stem for path in _locks().glob("*.lock") if is_locked(path)}
 
 
 def is_free(key: str) -> bool:
-    """Whether no run has the device with this key; also if the file system cannot tell."""
+    """Return whether no run uses the device with this key; True if the file system has no locks."""
     return not any(_may_be(key, other) for other in taken_keys())
 
 
 def _may_be(key: str, other: str) -> bool:
-    """Whether two keys may be those of one device: the driver names a GPU in another way while it fails."""
+    """Return whether two keys may name the same device: a failing driver reports a GPU differently."""
     return key == other or (CPU not in (key, other) and _way_of_naming(key) != _way_of_naming(other))
 
 
@@ -228,7 +230,7 @@ def _way_of_naming(key: str) -> str:
 
 
 def run_on(key: str) -> str:
-    """Return the id of the run that trains or is measured on a device, or is about to; empty if none is."""
+    """Return the id of the run that uses a device or is about to use it; empty if there is none."""
     for lock in paths.runs_dir().glob("*/trainer.lock"):
         if is_locked(lock):
             devices = devices_of(RunDir(lock.parent))
@@ -243,10 +245,10 @@ def run_on(key: str) -> str:
 
 @contextmanager
 def claimed(devices: Devices) -> Iterator[tuple[int, ...] | None]:
-    """Hold the devices for a run; yields None if another run has one of them.
+    """Lock the devices for a run inside the block; yield None if another run has one of them.
 
-    Yields descriptors for the trainer to inherit: it then holds them too.
-    Raises UserError if the file system has no locks.
+    Otherwise yields descriptors for the trainer to inherit, which then holds the locks too. Raises UserError
+    if the file system has no locks.
     """
     with ExitStack() as stack:
         handles = []
@@ -260,12 +262,12 @@ def claimed(devices: Devices) -> Iterator[tuple[int, ...] | None]:
 
 
 def choose(wanted: Wanted, unavailable: set[str]) -> Devices | None:
-    """Return the devices for a run; None, and add those that are free to ``unavailable``, if it has to wait.
+    """Choose devices for a run. If it has to wait, return None and add its free devices to ``unavailable``.
 
     Args:
-        wanted: what the run needs.
-        unavailable: keys of devices that other runs have, or that runs before it in the queue wait for: a run
-            that needs several would otherwise wait as long as there are others that need one.
+        wanted: Requirement of the run.
+        unavailable: Keys of devices that other runs use, or that runs earlier in the queue wait for. Without
+            the latter, a run that needs several devices would wait as long as runs that need one keep coming.
     """
     free = wanted.free(unavailable)
     if len(free) < wanted.count:

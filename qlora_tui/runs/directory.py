@@ -46,11 +46,11 @@ from qlora_tui.runs.events import Queued, decode
 
 _FIRST_EVENT_BYTES = 1024
 TRASH = ".deleted"
-"""Folder, next to the runs, of deleted runs that can be restored: see :mod:`qlora_tui.runs.actions`."""
+"""Folder of deleted runs that can be restored, inside the runs folder; see :mod:`qlora_tui.runs.actions`."""
 
 
 class _Inside:
-    """A file or folder of a run, by its name."""
+    """Path of a file or folder inside the run's folder, by name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -61,7 +61,7 @@ class _Inside:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run. Nothing is read until requested."""
+    """Paths of one run. Accessing them reads nothing."""
 
     path: Path
 
@@ -86,23 +86,24 @@ class RunDir:
     control_dir = _Inside("control")
     checkpoints_dir = _Inside("checkpoints")
     replay_path = _Inside("replay.jsonl")
-    """The base's answers that the run trains on; only if its recipe replays some."""
+    """Answers of the base that the run trains on; exists only if its recipe replays answers."""
     starting_adapter_path = _Inside("starting_adapter.safetensors")
-    """The adapter that the run started from; only if it compares its answers with that one's."""
+    """The adapter that the run started from; exists only if the run compares its answers with this
+    adapter's."""
     row_losses_path = _Inside("row_losses.json")
-    """The loss of each training row before and after the run; only if it was computed."""
+    """Loss of each training row before and after the run; exists only if it was computed."""
     task_evaluation_path = _Inside("task_evaluation.json")
-    """The answers of base and adapter to validation prompts; only if they were measured."""
+    """Answers of base and adapter to validation prompts; exists only if they were measured."""
     adapter_dir = _Inside("adapter")
 
     @property
     def id(self) -> str:
-        """The directory's name: ``qwen2.5-7b-tickets-20261124-0212``."""
+        """Name of the directory, such as ``qwen2.5-7b-tickets-20261124-0212``."""
         return self.path.name
 
     @property
     def name(self) -> str:
-        """Name shown in lists: the one the user gave it, or its id."""
+        """Name shown in lists: the name that the user gave, or the id."""
         try:
             return read_regular(self.name_path).decode().strip() or self.id
         except (OSError, UnicodeDecodeError):
@@ -110,9 +111,9 @@ class RunDir:
 
     @property
     def gpu(self) -> str:
-        """The GPU that the user chose for this run (``--gpu``), or ``cpu``; empty if none was chosen.
+        """GPU that the user chose for this run (``--gpu``), or ``cpu``; empty if none was chosen.
 
-        Raises UserError if the choice cannot be read: another GPU may be somebody else's.
+        Raises UserError if the choice cannot be read, because another GPU may belong to another user.
         """
         try:
             return read_regular(self.gpu_path).decode().strip()
@@ -134,7 +135,8 @@ class RunDir:
             return ""
 
     def trial_of(self, sweep: str) -> int | None:
-        """Return the number of the trial that this run is of a sweep; None if it is none."""
+        """Return the number of the trial that this run is in ``sweep``; None if it is not one of its
+        trials."""
         try:
             name, _, number = read_regular(self.sweep_path).decode().strip().partition(" ")
             return int(number) if name == sweep else None
@@ -151,9 +153,9 @@ class RunDir:
         return share if 0 < share < 1 else None
 
     def set_pause_at(self, share: float | None) -> None:
-        """Have the run validate, save and pause after this share of its steps; None: train to its end.
+        """Make the run validate, save and pause after this share of its steps; with None, train to its end.
 
-        It counts from the next attempt on. Raises OSError.
+        Takes effect with the next attempt. Raises OSError.
         """
         if share is None:
             self.pause_at_path.unlink(missing_ok=True)
@@ -162,19 +164,20 @@ class RunDir:
 
     @property
     def trains_now(self) -> bool:
-        """Whether the user wants it to train outside the hours too, and next to other programs."""
+        """Whether the run trains even outside the hours and while other programs use the GPU, as the user
+        requested."""
         return self.now_path.exists()
 
     @property
     def is_deleted(self) -> bool:
-        """Whether somebody has deleted its files: not if the disk that they are on is gone, too."""
+        """Whether the run's files were deleted. False if their disk is missing, too."""
         try:
             return self.path.parent.is_dir() and not (self.recipe_path.exists() or self.events_path.exists())
         except OSError:
             return False
 
     def recipe(self) -> Recipe:
-        """Read the recipe as it was when the run was queued. Raises UserError."""
+        """Read the recipe as frozen when the run was queued. Raises UserError."""
         if self.recipe_path.exists() and not self.recipe_path.is_file():
             raise self._recipe_damaged("is not a file")
         layer = load(self.recipe_path)
@@ -183,7 +186,7 @@ class RunDir:
         return to_frozen_recipe(layer, origin=str(self.recipe_path))
 
     def readable_recipe(self) -> Recipe | None:
-        """Read the recipe; None if that is impossible."""
+        """Read the recipe; return None if that is impossible."""
         try:
             return self.recipe()
         except UserError:
@@ -198,7 +201,7 @@ class RunDir:
         )
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Return (step, folder) of every complete checkpoint, oldest first."""
+        """Return step and folder of every complete checkpoint, oldest first."""
         complete = []
         for folder in self.checkpoints_dir.glob("step-*"):
             step = folder.name.removeprefix("step-")
@@ -208,7 +211,7 @@ class RunDir:
 
 
 def run_of(folder: Path) -> RunDir | None:
-    """Return the run whose adapter or checkpoint is in ``folder``; None if it is no run's."""
+    """Return the run whose adapter or checkpoint is in ``folder``; None if the folder belongs to no run."""
     for parent in (folder.parent, folder.parent.parent):
         run = RunDir(parent)
         if folder in (run.adapter_dir, run.checkpoints_dir / folder.name) and run.recipe_path.is_file():
@@ -221,12 +224,18 @@ LAST = "last"
 
 
 def create_run(recipe: Recipe, gpu: str = "", *, sweep: str = "", pause_at: float | None = None) -> RunDir:
-    """Create the directory of a run that will be queued, for the GPU that the user chose, if any.
+    """Create the directory of a run that will be queued.
 
-    ``sweep``: the sweep that makes it, and the number of its trial. ``pause_at``: see
-    :meth:`RunDir.set_pause_at`. It appears under its name once it is complete and on disk.
+    The directory appears under its name once it is complete and on disk.
 
-    Raises UserError if the disk is full or the directory cannot be written.
+    Args:
+        recipe: Recipe of the run.
+        gpu: GPU that the user chose, or empty.
+        sweep: The sweep that creates the run, and the number of its trial.
+        pause_at: See :meth:`RunDir.set_pause_at`.
+
+    Raises:
+        UserError: The disk is full or the directory cannot be written.
     """
     parent = paths.runs_dir()
     fix = "Free some space, or point XDG_STATE_HOME at another disk."
@@ -244,7 +253,7 @@ def create_run(recipe: Recipe, gpu: str = "", *, sweep: str = "", pause_at: floa
 
 
 def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
-    """Move a complete draft to the first free name; a name is taken if renaming onto it fails."""
+    """Move a complete draft to the first free name. A name is taken if renaming to it fails."""
     sync_tree(draft)
     while True:
         final = parent / _free_name(parent, recipe)
@@ -259,18 +268,18 @@ def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
 
 
 def queue_path() -> Path:
-    """Path of the list of waiting runs; see :mod:`qlora_tui.runs.run_queue`, which writes it."""
+    """Return the path of the queue, which :mod:`qlora_tui.runs.run_queue` writes."""
     return paths.state_dir() / "queue.json"
 
 
 def waiting() -> list[str]:
-    """Return ids of the queued runs, the next one first; a list that cannot be read is empty."""
+    """Return the ids of the queued runs, the next one first; empty if the queue cannot be read."""
     try:
-        # Not msgspec: in an id that is not UTF-8, bytes become lone surrogates.
+        # json instead of msgspec: bytes of an id that are not UTF-8 become lone surrogates.
         ids = json.loads(read_regular(queue_path()))
         return [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
     except FileNotFoundError:
-        # Version 0.2 had a file for each, in a folder.
+        # Version 0.2 had a folder with a file for each queued run.
         names = sorted(path.name for path in (paths.state_dir() / "queue").glob("[0-9]*.?*"))
         return list(dict.fromkeys(name.partition(".")[2] for name in names))
     except (OSError, ValueError, RecursionError):
@@ -284,7 +293,8 @@ def all_runs() -> list[RunDir]:
 
 
 def find_run(name: str) -> RunDir:
-    """Find the run with that id or name, or the only one that starts so; ``last`` is the newest."""
+    """Return the run with this id or name, or the only run that begins with it; ``last`` is the newest
+    run."""
     runs = all_runs()
     if name == LAST and runs:
         return runs[0]
@@ -318,7 +328,8 @@ def find_run(name: str) -> RunDir:
 
 
 def match_runs(runs: Sequence[RunDir], name: str) -> list[RunDir]:
-    """Return the runs with that id, else those with that name, else those of which one begins so."""
+    """Return the runs with this id; if none, those with this name; if none, those whose id or name begins
+    with it."""
     return (
         [run for run in runs if run.id == name]
         or [run for run in runs if run.name == name]
@@ -327,7 +338,7 @@ def match_runs(runs: Sequence[RunDir], name: str) -> list[RunDir]:
 
 
 def _created(path: Path) -> tuple[float, str]:
-    """When the run was first queued, unaffected by repairs; if unreadable, its recipe's modification time."""
+    """Return when the run was first queued, which repairs do not change; if unreadable, its recipe's time."""
     try:
         event = decode(read_from(path / "events.jsonl", 0, _FIRST_EVENT_BYTES).partition(b"\n")[0])
         return (path / "recipe.toml").stat().st_mtime if event is None else event.at, path.name
@@ -341,7 +352,7 @@ def _free_name(parent: Path, recipe: Recipe) -> str:
     slug = re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-.")[:48] or "run"
     base = f"{slug}-{time.strftime('%Y%m%d-%H%M')}"
     name, number = base, 1
-    # A deleted run may be restored under its name.
+    # A deleted run may be restored under its name, so its name is not free.
     places = (parent.iterdir(), parent.glob(f"{TRASH}/*"))
     taken = {path.name for place in places for path in place}
     while name in taken:

@@ -1,6 +1,6 @@
 """Checks of this machine: GPU, memory, disks, queue, locks and libraries.
 
-``train`` and the Train screen make those that a recipe needs, ``doctor`` and the app all the others.
+``train`` and the Train screen run the checks that a recipe needs; ``doctor`` and the app run all others.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ from qlora_tui.worker import error_file, last_lines, module_argv, run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
-"""GPU memory used by other programs above which to warn."""
+"""GPU memory of other programs above which a check warns."""
 _SPARE_HOST_BYTES = 1 << 30
-"""Host memory that streamed layers leave to other programs."""
+"""Host memory that streamed layers must leave to other programs."""
 _SELFTEST_S = 1800.0
 _EXCHANGE = "GPU exchange"
 _EXCHANGE_S = 90.0
-"""Seconds after which GPUs that exchange gradients count as hanging; a start takes up to half a minute."""
+"""Seconds after which an exchange between GPUs counts as hanging. A start takes up to half a minute."""
 _NO_P2P = "NCCL_P2P_DISABLE"
-"""Makes NCCL copy through host memory: between consumer cards, direct copies hang on some machines."""
+"""Variable that makes NCCL copy through host memory. Direct copies between consumer GPUs hang on some
+machines."""
 _NAMED_TYPES = 6
 _DISK_BYTES = 5 * 2**30
-"""Free space below which a model's download or a few checkpoints fill the disk."""
+"""Free space below which a model's download or a few checkpoints can fill the disk."""
 
 
 class CheckKind(Enum):
@@ -92,26 +93,26 @@ class Check:
     kind: CheckKind
     outcome: Outcome
     text: str
-    """The result: one or two sentences."""
+    """The result, in one or two sentences."""
     fix: str = ""
-    """What to do about it."""
+    """What the user can do about it."""
     problem: UserError | None = None
-    """Set if a run cannot start at all; otherwise the user can override an error."""
+    """Set if the run cannot start at all. The user can override other errors."""
     suggested_fix: SuggestedFix | None = None
-    """Changes of the recipe that resolve it, for one key of the Train screen."""
+    """Changes of the recipe that resolve the problem, which one key of the Train screen applies."""
     name: str = ""
-    """Replaces the kind's name if there are several of a kind: ``disk for runs``."""
+    """Replaces the name of the kind if there are several checks of a kind, such as ``disk for runs``."""
     verdict: Verdict | None = None
-    """On the memory of the run, if that is what was checked."""
+    """Verdict on the run's memory, if that was checked."""
 
     @classmethod
     def blocked(cls, kind: CheckKind, problem: UserError, suggested_fix: SuggestedFix | None = None) -> Check:
-        """Return the check that a run cannot pass because of ``problem``."""
+        """Return a failed check for a ``problem`` that prevents the run."""
         return cls(kind, "error", problem.what, problem.fix, problem, suggested_fix)
 
     @property
     def label(self) -> str:
-        """Name to show."""
+        """Name to display."""
         return self.name or self.kind.value
 
 
@@ -122,9 +123,9 @@ class Machine:
     budget: MemoryBudget
     gpu: GpuDevice | None = None
     used_bytes: int | None = None
-    """GPU memory in use now; None if unknown."""
+    """GPU memory in use; None if unknown."""
     gpu_choice: str = ""
-    """Why it is this one of several GPUs; empty if there is no other."""
+    """Why this one of several GPUs was selected; empty if there is only one."""
     no_gpu: GpuUnavailableError | None = None
     """Why there is no GPU, or why ``gpu`` does not respond."""
     gpu_problem: UserError | None = None
@@ -136,31 +137,32 @@ class Machine:
 
     @staticmethod
     def read_there() -> Machine:
-        """Return the facts about the machine that is asked, for a call of another one."""
+        """Return the facts about the local machine; callable from another machine."""
         return read_machine()
 
     @property
     def device_name(self) -> str:
-        """Name of the device in the events of runs on it; empty for an assumed GPU, which is not here."""
+        """Name of the device in the events of runs on it; empty for an assumed GPU."""
         if self.budget.is_assumed:
             return ""
         return self.gpu.name if self.gpu else this_processor().name
 
     @property
     def trains_on_unknown_gpu(self) -> bool:
-        """Whether the driver reports no memory of the GPU that a run would use, and the user gave none."""
+        """Whether a run would use a GPU whose memory is unknown: the driver does not report it, the user
+        gave none."""
         unknown = self.no_gpu is not None and self.no_gpu.reason.device == "unknown"
         return unknown and not self.budget.is_assumed
 
     @property
     def free_bytes(self) -> int | None:
-        """Free GPU memory; None if unknown."""
+        """Free GPU memory in bytes; None if unknown."""
         usable = self.gpu.usable_bytes if self.gpu else None
         return None if usable is None or self.used_bytes is None else usable - self.used_bytes
 
 
 def read_machine(assumed_bytes: int | None = None) -> Machine:
-    """Query driver and queue. ``assumed_bytes``: plan for a GPU of this size instead."""
+    """Query the driver and the queue. ``assumed_bytes`` replaces the GPU by an assumed one of this size."""
     choice, used, unavailable = None, None, None
     try:
         choice = choose_gpu()
@@ -196,7 +198,7 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
     name = f"{gpu.short_name} ({machine.gpu_choice})" if machine.gpu_choice else gpu.short_name
     if machine.active or (gpu.compute_mode != "exclusive" and (used is None or used < _NOTABLE_BYTES)):
         return Check(CheckKind.GPU, "ok", f"{name}, {format_gib(free)} GiB free.")
-    # A server gives its memory to a run that starts.
+    # A server frees its memory when a run starts.
     guests = {server.engine_pid for server in running_servers()}
     held = _gpu_processes(gpu)
     processes = tuple(process for process in held if process.pid not in guests)
@@ -220,7 +222,7 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
 
 
 def check_gpus(gpus: Sequence[GpuDevice]) -> Check:
-    """Name the GPUs that a run on several uses, and what follows from differences between them."""
+    """Report the GPUs that a run on several GPUs uses, and the effects of differences between them."""
     names = join_words([str(RunDevice.of_gpu(gpu)) for gpu in gpus])
     if len({(gpu.name, gpu.usable_bytes) for gpu in gpus}) == 1:
         return Check(CheckKind.GPU, "ok", f"A run on several uses {names}.", name="GPUs")
@@ -230,9 +232,9 @@ def check_gpus(gpus: Sequence[GpuDevice]) -> Check:
 
 
 def check_exchange() -> list[Check]:
-    """Check whether the GPUs that a run on several would use can exchange gradients; none with one GPU.
+    """Check whether the GPUs of a run on several GPUs can exchange gradients; empty with one GPU.
 
-    Takes up to three minutes where they hang.
+    Takes up to three minutes if they hang.
     """
     try:
         gpus = visible_gpus()
@@ -258,7 +260,7 @@ def check_exchange() -> list[Check]:
 
 
 def _exchange(processes: int, environ: Mapping[str, str] = {}) -> tuple[float | None, str]:
-    """Return the bytes per second that processes reduce together; None with the reason, as a clause."""
+    """Return the bytes per second that processes reduce together; None with the reason in a clause."""
     command = module_argv(*torchrun_command(processes, "qlora_tui.training.all_reduce"))
     variables = worker.subprocess_env() | PCI_BUS_ORDER_ENV | threads_variable(processes) | dict(environ)
     with error_file() as errors:
@@ -273,13 +275,13 @@ def _exchange(processes: int, environ: Mapping[str, str] = {}) -> tuple[float | 
         except (ValueError, IndexError):
             return None, last_lines(errors, 1) or f"exit code {child.returncode}"
         finally:
-            # Its processes end with it.
+            # This also ends the processes that the child started.
             child.kill()
             child.communicate()
 
 
 def _without_gpu(error: GpuUnavailableError | None) -> Check:
-    """Return the check of a machine without a GPU that the driver reports."""
+    """Return the check of a machine whose driver reports no GPU."""
     if error is None:
         return Check(CheckKind.GPU, "warning", "No GPU: runs train on the CPU, slowly.")
     if error.reason.device == "unknown":
@@ -323,12 +325,12 @@ def check_host_memory(needed_bytes: int) -> Check:
 
 
 def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> UserError | None:
-    """Return the error for what does not fit in free host memory; None if it does.
+    """Return the error if ``needed_bytes`` do not fit in free host memory; None if they fit.
 
     Args:
-        needed_bytes: the whole base, which is loaded there before its layers are streamed, and the inputs of
-            its layers where they are offloaded.
-        limit_bytes: what a container allows, where that may be less than is free.
+        needed_bytes: The whole base, which is loaded into host memory before its layers are streamed, plus
+            the inputs of its layers if these are offloaded.
+        limit_bytes: Memory limit of a container, which may be lower than the free memory.
     """
     free = int(psutil.virtual_memory().available)
     free = free if limit_bytes is None else min(free, limit_bytes)
@@ -347,7 +349,7 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
 def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = "") -> Check:
     """Check that the disk of ``folder``, which may not exist yet, has ``needed_bytes`` free.
 
-    ``variable``: the environment variable that moves the folder to another disk.
+    ``variable`` is the environment variable that moves the folder to another disk.
     """
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     text = f"{format_bytes(free)} free in {format_path(folder)}."
@@ -373,7 +375,7 @@ def check_queue(machine: Machine) -> Check:
 
 
 def check_settings() -> list[Check]:
-    """Check that ``config.toml`` can be read; nothing where it can."""
+    """Check that ``config.toml`` can be read; empty if it can."""
     problem = settings_problem()
     if problem is None:
         return []
@@ -383,7 +385,7 @@ def check_settings() -> list[Check]:
 
 @at_box
 def check_system() -> list[Check]:
-    """Check Python, disks, file locks and GPU, in the order in which they would fail a run."""
+    """Check Python, disks, file locks and GPU, in the order in which they would make a run fail."""
     version = ".".join(map(str, sys.version_info[:3]))
     python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
     machine = read_machine()
@@ -403,7 +405,7 @@ def _disks() -> list[Check]:
 
 
 def check_locks() -> Check:
-    """Lock and release a file in the state folder: the runner cannot work without locks."""
+    """Lock and release a file in the state folder, because the runner cannot work without locks."""
     try:
         with new_draft(paths.state_dir()):
             pass
@@ -415,7 +417,7 @@ def check_locks() -> Check:
 
 
 def check_suspending() -> Check:
-    """Check that systemd can be asked to keep the machine awake while a run trains."""
+    """Check that systemd can keep the machine awake while a run trains."""
     if shutil.which(INHIBITOR) is not None:
         return Check(CheckKind.SUSPENDING, "ok", "systemd is asked not to suspend while a run trains")
     text = f"The machine may suspend while a run trains: there is no `{INHIBITOR}`."
@@ -423,12 +425,12 @@ def check_suspending() -> Check:
 
 
 def check_yielding(machine: Machine) -> list[Check]:
-    """Check that the driver lists what a run gives way to; nothing where it gives way to nothing."""
+    """Check that the driver lists the programs that a run yields to; empty if it yields to none."""
     if machine.gpu is None or not current_settings().yields:
         return []
     with suppress(GpuUnavailableError), Nvml() as driver:
         listed = driver.busy_processes(machine.gpu.index)
-        # Numbers of another namespace belong to nobody here.
+        # Process ids of another namespace match no process here.
         if listed is not None and (not listed or any(is_own(each.pid) is not None for each in listed)):
             return [Check(CheckKind.YIELDING, "ok", "a run gives way to other programs on its GPU")]
     text = "Runs do not give way to other programs: the driver lists no processes that can be told apart."
@@ -437,7 +439,7 @@ def check_yielding(machine: Machine) -> list[Check]:
 
 
 def check_kernels(machine: Machine) -> list[Check]:
-    """Report packages with kernels, on a GPU, and which models are slow without those not installed."""
+    """Report the installed kernel packages on a GPU, and which models are slow without the missing ones."""
     checks = []
     for package, types in types_by_kernel().items() if machine.gpu else ():
         name, models = package.distribution, ", ".join(types[:_NAMED_TYPES])
@@ -454,7 +456,10 @@ def check_kernels(machine: Machine) -> list[Check]:
 
 @at_box
 def check_libraries(*, on_cpu: bool = False) -> list[Check]:
-    """Import, quantize, train and save a few weights, in a separate process; ``on_cpu``: not on the GPU."""
+    """Import the libraries, then quantize, train and save a few weights, in a separate process.
+
+    With ``on_cpu``, the GPU is not used.
+    """
     try:
         checks = run_job(
             "qlora_tui.training.selftest:check_training",

@@ -1,7 +1,7 @@
-"""Appending to ``events.jsonl``, following it, and sampling long ones.
+"""Appending to ``events.jsonl``, following it, and sampling long files.
 
-The file is append-only. A crash can leave its last line torn: readers wait for the newline, and the next
-writer truncates the torn end before it appends. :class:`JsonLinesTail` reads other files of lines, too.
+The file is append-only. A crash can leave an incomplete last line: readers wait for the newline, and the next
+writer truncates the line before it appends. :class:`JsonLinesTail` also reads other files of JSON lines.
 """
 
 from __future__ import annotations
@@ -27,29 +27,31 @@ _LOG_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 24
 """Maximum length of an event. Longer lines are skipped: a power cut can leave gigabytes without a newline."""
 _READ_WHOLE_BYTES = 256 << 10
-"""Files up to this size are read in full: they have few steps to skip."""
+"""Files up to this size are read in full, because they have few steps to skip."""
 _MAX_BROKEN = 2000
-"""Maximum number of steps without a finite loss that are kept in addition to the sample."""
+"""Maximum number of steps with a non-finite loss that are kept in addition to the sample."""
 _MAX_EACH = 16_384
 _MAX_EACH_BYTES = 16 << 20
-"""Most events of one kind that are read whole. What a file has more of is sampled as steps are, so that
-reading takes bounded memory, whatever is in it."""
+"""Maximum size of all events of one kind that are read in full.
+
+If a kind has more, its events are sampled like steps, so that reading takes bounded memory for any file.
+"""
 _BEGINNING = b'{"event":"'
 _BROKEN = b'"loss":null'
 T = TypeVar("T")
 
 
 class EventWriter:
-    """Appends events; ends of runs and checkpoints are on disk before ``append`` returns."""
+    """Appends events. Endings and checkpoints are on disk before ``append`` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         _cut_torn_end(self._file)
 
     def append(self, event: AnyEvent) -> None:
-        """Write one event in a single system call, so that readers rarely see half of it.
+        """Write one event in a single system call, so that readers rarely see an incomplete line.
 
-        Raises OSError and leaves the file as it was, so that the event can be written again.
+        If this raises OSError, the file is unchanged, and the event can be written again.
         """
         line = encode(event)
         end = os.fstat(self._file).st_size
@@ -84,7 +86,10 @@ def append_event(path: Path, event: AnyEvent) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line to a file of lines, created if needed, after cutting a torn end; on disk on return."""
+    """Append a line to a file after removing an incomplete last line. Creates the file if needed.
+
+    The line is on disk when this returns.
+    """
     file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         _cut_torn_end(file)
@@ -95,22 +100,21 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 class LineTail:
-    """Complete lines appended to a file, from where it last stopped; never more than a piece in memory.
+    """Complete lines appended to a file since the last read, with at most one piece in memory.
 
-    Lines longer than any event are skipped, and holes passed at once: a power cut can leave gigabytes of
-    nothing.
+    Skips lines longer than any event, and holes in one step: a power cut can leave gigabytes without content.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
         self.offset = offset
         self.skipped = 0
-        """Number of lines that were too long."""
+        """Number of lines that were skipped because they are too long."""
         self._is_skipping = False
 
     def poll(self, max_bytes: int = 0) -> bytes:
-        """Return the complete lines among the next ``max_bytes``, by default a megabyte; empty if there are
-        none."""
+        """Return the complete lines in the next ``max_bytes`` (by default one megabyte); empty if there
+        are none."""
         max_bytes = max_bytes or _READ_BYTES
         chunk = read_from(self.path, self.offset, max_bytes)
         end = chunk.rfind(b"\n") + 1
@@ -129,7 +133,7 @@ class LineTail:
         return chunk[:end]
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the lines to the end of the file, in pieces."""
+        """Yield the lines up to the end of the file, in pieces."""
         before = -1
         while self.offset != before:
             before = self.offset
@@ -140,22 +144,23 @@ class JsonLinesTail(Generic[T]):
     """Decoded lines of a :class:`LineTail`."""
 
     def __init__(self, path: Path, decode_line: Callable[[bytes], T | None], offset: int = 0) -> None:
-        """``decode_line`` returns None for a line that it does not understand."""
+        """Follow a file from ``offset``. ``decode_line`` returns None for a line that it does not
+        understand."""
         self.unknown = 0
         """Number of complete lines that were not understood."""
         self._lines = LineTail(path, offset)
         self._decode = decode_line
 
     def poll(self) -> list[T]:
-        """Return what was appended, up to a megabyte; empty if there is nothing more yet."""
+        """Return the values in the next megabyte; empty if nothing was appended."""
         return self._decoded(self._lines.poll())
 
     def pieces(self) -> Iterator[list[T]]:
-        """Yield what there is to the end of the file, in pieces."""
+        """Yield the values up to the end of the file, in pieces."""
         return map(self._decoded, self._lines.pieces())
 
     def drain(self) -> Iterator[T]:
-        """Yield what there is to the end of the file, holding one read at a time in memory."""
+        """Yield the values up to the end of the file, with one piece in memory at a time."""
         return chain.from_iterable(self.pieces())
 
     def _decoded(self, piece: bytes) -> list[T]:
@@ -170,18 +175,19 @@ class EventTail(JsonLinesTail[AnyEvent]):
     """The events of a run."""
 
     def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
-        """``unknown``: number of lines before ``offset`` that were not understood."""
+        """Follow events from ``offset``; ``unknown`` is the number of lines before it that were not
+        understood."""
         super().__init__(path, decode, offset)
         self.unknown = unknown
 
 
 def last_event(path: Path) -> AnyEvent | None:
-    """Return the last complete event, read from the end of the file; None if it has none."""
+    """Return the last complete event, read from the end of the file; None if there is none."""
     return next(events_backwards(path), None)
 
 
 def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
-    """Yield complete events in reverse, back to byte ``start``, where a line begins."""
+    """Yield complete events in reverse order, back to the byte ``start``, at which a line begins."""
     try:
         end = path.stat().st_size
     except FileNotFoundError:
@@ -192,9 +198,9 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
         begin = max(start, end - most)
         chunk = read_from(path, begin, end - begin)
         if torn:
-            # Text after the last newline is not a complete line.
+            # Text after the last newline is an incomplete line.
             chunk = chunk[: chunk.rfind(b"\n") + 1]
-        # The first line of a chunk may lack its beginning: it is read with the chunk before it.
+        # The first line of a chunk may be incomplete, so it is read with the chunk before it.
         first = 0 if begin == start else chunk.find(b"\n") + 1
         if begin > start and first in (0, len(chunk)):
             if most >= LONGEST_LINE_BYTES:
@@ -211,7 +217,7 @@ def events_backwards(path: Path, start: int = 0) -> Iterator[AnyEvent]:
 
 
 def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
-    """Read up to ``max_bytes`` of a file from ``offset``; empty if it is missing, a pipe or a folder."""
+    """Read up to ``max_bytes`` of a file from ``offset``; empty if it is missing or not a regular file."""
     try:
         file = open_regular(path)
     except OSError as error:
@@ -219,7 +225,7 @@ def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
             return b""
         raise
     try:
-        # Allocate no more than is there: freeing a megabyte every second fragments the heap.
+        # Allocate no more than needed: freeing a megabyte every second fragments the heap.
         there = os.fstat(file).st_size - offset
         return os.pread(file, max(0, min(max_bytes, there)), offset)
     finally:
@@ -227,12 +233,12 @@ def read_from(path: Path, offset: int, max_bytes: int) -> bytes:
 
 
 def end_offset(path: Path, last_bytes: int) -> int:
-    """Return the offset of the last ``last_bytes`` of a file; 0 if it is shorter or missing."""
+    """Return the offset at which the last ``last_bytes`` of a file begin; 0 if it is shorter or missing."""
     return max(0, path.stat().st_size - last_bytes) if path.exists() else 0
 
 
 def last_log_lines(path: Path, begin: int = 0) -> list[str]:
-    """Return the lines at the end of a log, after byte ``begin``; none if it cannot be read."""
+    """Return the lines at the end of a log, after the byte ``begin``; empty if it cannot be read."""
     try:
         content = read_from(path, max(begin, end_offset(path, _LOG_BYTES)), _LOG_BYTES)
     except OSError:
@@ -241,7 +247,7 @@ def last_log_lines(path: Path, begin: int = 0) -> list[str]:
 
 
 def next_data(path: Path, offset: int) -> int:
-    """Return ``offset``, or where the next data begins if there is a hole: it may be terabytes long."""
+    """Return ``offset``, or the end of the hole at ``offset``. A hole may span terabytes."""
     try:
         file = open_regular(path)
     except OSError:
@@ -249,14 +255,15 @@ def next_data(path: Path, offset: int) -> int:
     try:
         return os.lseek(file, offset, os.SEEK_DATA)
     except OSError as error:
-        # ENXIO: nothing but a hole up to the end. Else the file system cannot tell.
+        # ENXIO means that a hole reaches the end of the file. Other errors mean that the file system cannot
+        # tell.
         return max(offset, os.fstat(file).st_size) if error.errno == errno.ENXIO else offset
     finally:
         os.close(file)
 
 
 def _data_before(path: Path, end: int) -> int:
-    """Return ``end``, or where the last data before it ends if there is a hole."""
+    """Return ``end``, or the beginning of the hole before ``end``."""
     try:
         file = open_regular(path)
     except OSError:
@@ -279,14 +286,15 @@ def _data_end(file: int, end: int) -> int:
 
 
 def events_and_damage(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Yield the readable part of each line and whether it is complete; events of other versions are complete.
+    """Yield the readable part of each line, and whether the line is intact. Events of other versions are
+    intact.
 
-    A torn last line is skipped, unless it is longer than any event. Raises OSError.
+    An incomplete last line is skipped, unless it is longer than any event. Raises OSError.
     """
     with open_to_read(path) as file:
         while line := file.readline(LONGEST_LINE_BYTES):
             if line.endswith(b"\n"):
-                # A power cut leaves zeros where content was not yet on disk.
+                # A power cut leaves zeros in place of content that was not on disk yet.
                 clean = line.lstrip(b"\0")
                 is_event = _is_json_object(clean)
                 yield (clean if is_event else b""), is_event and clean == line
@@ -300,7 +308,7 @@ def _is_json_object(line: bytes) -> bool:
     if decode(line) is not None:
         return True
     try:
-        # An event of another version is not damaged.
+        # An event of another version is not damage.
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
@@ -326,7 +334,7 @@ class SampledEvents:
 
     events: list[AnyEvent]
     end: int
-    """Offset in the file up to which they were read, in bytes."""
+    """Offset in bytes up to which the file was read."""
     unknown: int
     """Number of sampled lines that this version does not understand."""
 
@@ -334,9 +342,9 @@ class SampledEvents:
 def sample_events(path: Path, steps: int) -> SampledEvents:
     """Return the events of a run in order, with about ``steps`` of its steps.
 
-    A run of a million steps has events of 200 MB, which take seconds to decode and more memory than a screen
-    should use. Steps whose loss is not finite, the last step and the last line are always included, and so is
-    every event that is not one of a series.
+    A run of a million steps has 200 MB of events, which take seconds to decode and more memory than a screen
+    should use. Steps with a non-finite loss, the last step, the last line, and all events that do not belong
+    to a series are always included.
     """
     size = path.stat().st_size if path.exists() else 0
     sampler = _Sampler(1 if size <= _READ_WHOLE_BYTES else max(1, size // steps))
@@ -349,25 +357,25 @@ def sample_events(path: Path, steps: int) -> SampledEvents:
 
 
 class _Sampler:
-    """Chooses lines of a file: facts, and an even sample of what a run has as much of as steps.
+    """Selects lines of a file: all facts, and an even sample of steps and of other frequent events.
 
-    Steps are found as bytes, because splitting a million of them into lines takes seconds.
+    Steps are recognized by their bytes, because splitting a million of them into lines takes seconds.
     """
 
     def __init__(self, every: int) -> None:
         self._every = every
-        """Distance in bytes between two lines of the even sample; 1 for all lines."""
+        """Distance in bytes between two lines of the sample; 1 for all lines."""
         self._place = 0
         self._lines: dict[int, bytes] = {}
-        """The chosen lines, by their place in the file."""
+        """The selected lines, by offset in the file."""
         self._last: dict[bytes, tuple[int, bytes]] = {}
-        """Last line of each kind that is sampled, and of the file: they are facts too."""
+        """Last line of each sampled kind and of the file, which are always included."""
         self._count: Counter[bytes] = Counter()
         self._bytes: Counter[bytes] = Counter()
         self._broken = 0
 
     def add(self, piece: bytes) -> None:
-        """Choose the lines to keep from ``piece``, the next complete lines of the file."""
+        """Select lines from ``piece``, the next complete lines of the file."""
         if not piece:
             return
         for start in {*self._even(piece), *self._broken_steps(piece), *self._facts(piece)}:
@@ -378,7 +386,7 @@ class _Sampler:
         self._place += len(piece)
 
     def chosen(self) -> list[bytes]:
-        """Return the chosen lines, in order."""
+        """Return the selected lines, in order."""
         return [line for _, line in sorted((self._lines | dict(self._last.values())).items())]
 
     def _even(self, piece: bytes) -> Iterator[int]:
@@ -395,7 +403,8 @@ class _Sampler:
             place = piece.find(_BROKEN, place + 1)
 
     def _facts(self, piece: bytes) -> Iterator[int]:
-        """Yield where lines begin that are not of a series, even those that this version does not know."""
+        """Yield the offsets of lines that do not belong to a series, including lines that this version
+        does not know."""
         for match in _FACT.finditer(b"\n" + piece, 0, len(piece)):
             start = match.start()
             tag = match[1] if match[1] in _TAGS else b"?"

@@ -1,4 +1,4 @@
-"""What suggested settings rest on: publications, and earlier runs."""
+"""Evidence behind suggested settings: publications and earlier runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qlora_tui.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Reference:
-    """A publication that a figure comes from."""
+    """A publication as the source of a figure."""
 
     name: str
     url: str
@@ -29,15 +29,15 @@ LION = Reference("Lion paper", "https://arxiv.org/abs/2302.06675")
 
 @dataclass(frozen=True)
 class PastRun:
-    """The result of an earlier run on the same data files with the same model."""
+    """Result of an earlier run on the same data files with the same model."""
 
     name: str
     recipe: Recipe
     data_hash: str
-    """Equal only for the same tokens, masks and split: losses of other data are not comparable."""
+    """Hash of tokens, masks and split. Losses are comparable only if it is equal."""
     best_loss: float
-    """Lowest validation loss after training began."""
+    """Lowest validation loss since training began."""
     best_epoch: float
-    """Epochs trained when it was measured."""
+    """Epochs trained when this loss was measured."""
     last_epoch: float
     """Epochs trained when the loss was last measured."""

@@ -1,9 +1,9 @@
-"""The exact form of the memory estimate: steps that a child process traced, kept on disk.
+"""The exact form of the memory estimate: steps that a child process traced, stored on disk.
 
-A trace takes seconds, most of them imports, so the child stays for a while. Like everything that works on a
-foreign ``config.json`` it has limits of time and memory. What it found depends on the config, the settings
-that change memory, the code that runs and the versions of the libraries; that is the key in the cache folder.
-Loads no torch.
+A trace takes seconds, most of them for imports, so the child stays alive for a while. The child has limits of
+time and memory, like all code that processes a foreign ``config.json``. A trace depends on the config, the
+settings that change memory, the code paths, and the versions of the libraries; these form its key in the
+cache folder. Loads no torch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from qlora_tui.memory.traces import remember, traced_execution, traced_settings
 from qlora_tui.recipe.schema import Recipe
 
 KIND = "traces"
-"""Folder of the cache."""
+"""Name of the cache folder."""
 MAX_FILES = 500
-"""Traces that are kept, of some 20 KB each."""
+"""Maximum number of stored traces, which take about 20 KB each."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _CPU_S = 120.0
-"""Processor time of one trace: a model of 100 layers takes 5 s, one of many experts several times that."""
+"""CPU time limit of one trace. A model of 100 layers takes 5 s, a model with many experts several times as
+long."""
 _MEMORY_BYTES = 4 << 30
 _WORKER = "qlora_tui.engine.trace_worker"
 _NICENESS = 10
@@ -46,7 +47,7 @@ _cache = AnswerCache(KIND, StepTrace, max_bytes=16 << 20)
 
 
 def _give_way() -> None:
-    """Leave the processor to a run that is training."""
+    """Lower the priority of this process, so that a training run gets the CPU first."""
     os.nice(_NICENESS)
 
 
@@ -54,19 +55,19 @@ _child = Confined(_WORKER, cpu_s=_CPU_S, memory_bytes=_MEMORY_BYTES, prepare=_gi
 
 
 class TraceRequest(Struct, kw_only=True, frozen=True):
-    """The step to trace."""
+    """A step to trace."""
 
     config: dict[str, Any]
     """The model's ``config.json``."""
     recipe: Recipe
     execution: ExecutionConfig
-    """The code that runs, and the device whose kernels are imitated."""
+    """The code paths, and the device whose kernels are imitated."""
     room_bytes: int | None = None
-    """What the allocator of a GPU can take, if its segments do not grow; None is unlimited."""
+    """Memory that the GPU's allocator may use, if its segments do not grow; None is unlimited."""
 
 
 class TraceStopped(Exception):
-    """A trace is not needed any more."""
+    """A trace was abandoned because its result is no longer needed."""
 
 
 def trace_step(
@@ -75,13 +76,13 @@ def trace_step(
     execution: ExecutionConfig,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StepTrace:
-    """Return the traced step of a recipe, from the cache or after seconds.
+    """Return the traced step of a recipe, from the cache or after a trace of some seconds.
 
-    ``should_stop`` is asked when the child is free.
+    ``should_stop`` is called while waiting for the child.
 
     Raises:
         TraceStopped: ``should_stop`` returned true.
-        UserError: the libraries cannot build the model or run it without values.
+        UserError: The libraries cannot build the model or run it without values.
     """
     request = trace_request(config, recipe, execution)
     with _one_at_a_time:
@@ -102,9 +103,9 @@ def trace_all(
     device: Device,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Trace the steps of these recipes that ``device`` has no trace of, for all estimates from now on.
+    """Trace the steps of those recipes that ``device`` has no trace of. All later estimates use the traces.
 
-    Returns whether there was one. Raises like :func:`trace_step`.
+    Returns whether anything was traced. Raises the errors of :func:`trace_step`.
     """
     is_news = False
     for recipe in recipes:
@@ -118,9 +119,10 @@ def trace_all(
 def trace_soon(
     config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig, seconds: float
 ) -> StepTrace | None:
-    """Return the traced step of a recipe if it is there within some seconds; None also if it fails.
+    """Return the traced step of a recipe if it is available within ``seconds``; None if not, or if tracing
+    fails.
 
-    A trace that takes longer is kept for the next question. No seconds only ask the cache.
+    A trace that takes longer is stored for a later call. With 0 seconds, only the cache is read.
     """
     stored = stored_trace(config, recipe, execution)
     if stored is not None or not seconds:
@@ -138,7 +140,7 @@ def trace_soon(
 
 
 def recall_trace(recipe: Recipe, architecture: Architecture, device: Device) -> bool:
-    """Use a trace of this recipe that the cache has in all estimates; return whether it was not used yet."""
+    """Let all estimates use the cached trace of this recipe; return whether this added a trace."""
     execution = trainer_execution(recipe, device, architecture)
     if device.traces.find(recipe, architecture, execution) is not None:
         return False
@@ -151,12 +153,12 @@ def recall_trace(recipe: Recipe, architecture: Architecture, device: Device) -> 
 
 
 def stored_trace(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> StepTrace | None:
-    """Return the traced step of a recipe, if the cache has it."""
+    """Return the traced step of a recipe from the cache; None if it is not there."""
     return _cache.find(_key(trace_request(config, recipe, execution)))
 
 
 def trace_request(config: dict[str, Any], recipe: Recipe, execution: ExecutionConfig) -> TraceRequest:
-    """Build the request, with the settings that change memory and no others."""
+    """Return the trace request of a recipe, with only those settings that change memory."""
     return TraceRequest(config=config, recipe=traced_settings(recipe), execution=traced_execution(execution))
 
 

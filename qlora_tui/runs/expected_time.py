@@ -1,8 +1,8 @@
-"""How long a run will be, known before its launch: its steps, and their time.
+"""Duration of a run before its launch: the number of its steps, and the time they take.
 
-Speeds are real tokens per second of earlier runs on the same device. One that was measured with another model
-or other settings is converted by the predicted times of a step
-(:func:`qlora_tui.memory.step_choice.step_seconds`). Loading, evaluations and checkpoints are not in it.
+Speeds are tokens per second, without padding, of earlier runs on the same device. A speed that was measured
+with another model or other settings is scaled by the predicted times of a step
+(:func:`qlora_tui.memory.step_choice.step_seconds`). Loading, evaluations and checkpoints are not included.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.worker import Progress, run_job
 
 _RUNS = 20
-"""Earlier runs that are looked at, the newest first."""
+"""Number of earlier runs that are read, newest first."""
 _STEPS = 64
 _MOST_COUNTED_BYTES = 256 << 20
-"""Size of data above which nothing is counted ahead: it takes a minute of a core and more."""
+"""Size of data above which nothing is counted in advance, because counting would take over a minute of CPU
+time."""
 LEAST_STEPS = 3
-"""Least number of steps of a run whose speed counts. The first step is left out: it compiles, and
-memory grows.
-"""
+"""Fewest steps of a run whose speed is used. The first step is excluded, because it compiles and
+allocates."""
 TimeBasis: TypeAlias = Literal["probe", "run", "another model", "measured speed", "typical card"]
-"""What a time follows from: steps of this recipe, a run, one of another model, the speed that ``doctor``
-measured, or none of these."""
+"""Source of an expected time: measured steps of this recipe, an earlier run, a run of another model, the
+speed that ``doctor`` measured, or none of these."""
 
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Training time of a run that was not launched yet."""
+    """Expected training time of a run before its launch."""
 
     seconds: float
     basis: TimeBasis
     run: str = ""
-    """Name of the run whose speed it follows."""
+    """Name of the run whose speed was used."""
     probe: str = ""
-    """What was measured, as a clause, if steps of this recipe were."""
+    """What was measured, in a clause, if steps of this recipe were measured."""
 
     @property
     def source(self) -> str:
-        """How it is known, as a clause: ``judging by vicuna-1``."""
+        """Source of the expected time, in a clause: ``judging by vicuna-1``."""
         match self.basis:
             case "probe":
                 return self.probe
@@ -79,15 +79,15 @@ class ExpectedTime:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a run's length before its launch."""
+    """Expected length of a run before its launch."""
 
     length: RunLength
     time: ExpectedTime | None
-    """None if nothing was trained on this processor yet."""
+    """Expected time; None if nothing was trained on this CPU yet."""
 
     @property
     def duration(self) -> str:
-        """``about 25 min``; empty if it is unknown."""
+        """``about 25 min``; empty if unknown."""
         return f"{self._least}about {format_duration(self.time.seconds)}" if self.time else ""
 
     @property
@@ -102,9 +102,10 @@ class Forecast:
 
 @at_box
 def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) -> Forecast | None:
-    """Return how long a run with this recipe will be; None for data or a model that cannot be read here.
+    """Return the expected length of a run; None for data or a model that cannot be read here.
 
-    Takes up to two seconds for data that was not looked at before. ``model``: the recipe's, if it is known.
+    Takes up to two seconds for data that was not read before. ``model`` has the recipe's model files, if the
+    caller has them.
     """
     with suppress(UserError):
         architecture = model.architecture if model else load_architecture(recipe.model.id)
@@ -117,7 +118,7 @@ def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) 
 
 
 def measured_forecast(expected: Forecast, probe: StepProbe) -> Forecast:
-    """Return a forecast with the speed of steps that were trained to measure it."""
+    """Return the forecast with the speed of steps that were trained for this measurement."""
     seconds = expected.length.tokens * probe.seconds / max(1, probe.tokens)
     return replace(expected, time=ExpectedTime(seconds, "probe", probe=probe.words))
 
@@ -128,13 +129,13 @@ def count_data(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Count the samples of a recipe in a process, unless they are counted, not here, or too many.
+    """Count the samples of a recipe in a child process, unless they are counted, missing, or too many.
 
-    Returns whether they were counted now.
+    Returns whether they were counted by this call.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: the model has no tokenizer here, or the data cannot be used.
+        UserError: The model has no tokenizer here, or the data cannot be used.
     """
     model = find_files(recipe.model.id)
     if counted_key(recipe, model) is None or find_counted(recipe, model) is not None:
@@ -157,11 +158,11 @@ def count_data(
 def expected_time(
     recipe: Recipe, architecture: Architecture, machine: Machine, tokens: float
 ) -> ExpectedTime | None:
-    """Return the time that training on ``tokens`` real tokens, of all epochs, takes.
+    """Return the expected time to train on ``tokens`` tokens, counted over all epochs and without padding.
 
-    None on a processor on which nothing was trained yet.
+    Returns None on a CPU on which nothing was trained yet.
     """
-    # Traces change no time, and each new one would have the runs read again.
+    # Traces do not change times, but each new trace would invalidate the cached runs.
     device = replace(machine.budget.device, traces=NO_TRACES)
     return time_on(recipe, architecture, device, machine.device_name, tokens)
 
@@ -169,9 +170,9 @@ def expected_time(
 def time_on(
     recipe: Recipe, architecture: Architecture, device: Device, device_name: str, tokens: float
 ) -> ExpectedTime | None:
-    """Return the time that training on ``tokens`` real tokens takes on a device.
+    """Return the expected time to train on ``tokens`` tokens (without padding) on a device.
 
-    ``device_name``: its name in the events of runs; empty if no run can have trained on it.
+    ``device_name`` is the device's name in the events of runs; empty if no run can have trained on it.
     """
     cost = _seconds_per_token(recipe, architecture, device)
     measured = list(_measured_runs(device, device_name)) if device_name else []
@@ -186,17 +187,17 @@ def time_on(
 
 @dataclass(frozen=True)
 class _Measured:
-    """The speed of an earlier run."""
+    """Measured speed of an earlier run."""
 
     name: str
     model: str
     tokens_per_s: float
     cost: float
-    """Predicted seconds for each token."""
+    """Predicted seconds per token."""
 
 
 def _measured_runs(device: Device, device_name: str) -> Iterator[_Measured]:
-    """Yield the speed of earlier runs on the device of this name."""
+    """Yield the measured speeds of earlier runs on the device with this name."""
     for run in islice(all_runs(), _RUNS):
         with suppress(UserError, OSError):
             measured = _measured(run, run.events_path.stat().st_mtime_ns, device, device_name)

@@ -1,7 +1,7 @@
-"""Exports that run in the background: one folder each in the run's ``exports/``.
+"""Exports that run in the background, each with a folder in the run's ``exports/``.
 
-``request.json`` says what to write, ``status.json`` how far it is, ``lock`` is held by the process
-(:mod:`qlora_tui.export.export_job`), and ``log`` has its output. Loads no torch.
+``request.json`` says what to write, and ``status.json`` how far the export is. The export's process holds
+``lock`` (:mod:`qlora_tui.export.export_job`) and writes its output to ``log``. Loads no torch.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from qlora_tui.worker import start_detached
 Form: TypeAlias = Literal[
     "gguf", "ollama", "merge", "adapter", "hub-adapter", "hub-merged", "hub-gguf", "lora"
 ]
-"""``adapter``: the adapter's folder, for vLLM; ``hub-``: what is uploaded to the Hub; ``lora``: only in
-records."""
+"""``adapter``: the adapter's folder, for vLLM; ``hub-``: an upload to the Hub; ``lora``: only in records."""
 COMPARED_TOKENS = 4_096
-"""Most tokens whose answers are compared unless another number is asked for; docs/export.md says why."""
+"""Default of the number of tokens whose answers are compared; docs/export.md explains the number."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 
@@ -51,27 +50,27 @@ _NAMES: dict[Form, str] = {
 
 
 class ExportRequest(Struct, frozen=True, kw_only=True):
-    """What to export."""
+    """A request for an export."""
 
     form: Form
     out: str
-    """The file or folder to write; a name in Ollama, or a repository of the Hub."""
+    """Output file or folder, model name in Ollama, or Hub repository."""
     file_type: str = ""
-    """GGUF file type, several with commas between them, or ``auto``."""
+    """GGUF file type, several types separated by commas, or ``auto``."""
     checkpoint: int | None = None
     """Step of a checkpoint; None for the final adapter."""
     within: float | None = None
-    """Largest mean KL divergence of a GGUF file to accept, in nats."""
+    """Largest acceptable mean KL divergence of a GGUF file, in nats."""
     compared_tokens: int = COMPARED_TOKENS
-    """Most tokens whose answers are compared."""
+    """Number of tokens whose answers are compared."""
     base: Literal["best", "original", "dequantized"] = "best"
-    """The base weights of a merged model."""
+    """Base weights of a merged model."""
     folder: str = ""
-    """Where to write a model for Ollama; empty for a folder in ``~/models``."""
+    """Folder for the files of a model for Ollama; empty for a folder in ``~/models``."""
     replace_model: bool = False
-    """Whether a model of this name in Ollama is replaced."""
+    """Whether to replace an existing model of this name in Ollama."""
     is_public: bool = False
-    """Whether everybody may read a repository that is created."""
+    """Whether a new repository is public."""
 
 
 class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,25 +80,25 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     at: float
     """Unix time of this status."""
     began: float = 0.0
-    """Unix time of the process's start."""
+    """Unix time at which the process started."""
     process: ProcessIdentity | None = None
     note: str = ""
-    """What is special about this export, in a sentence."""
+    """A sentence about anything unusual in this export."""
     activity: str = ""
-    """What it does now, or did last."""
+    """What the export does now, or did last."""
     paths: tuple[str, ...] = ()
-    """The files or the folder written, also by an export that was canceled just after that."""
+    """The files or folder that were written. Also set if the export was canceled just after that."""
     bytes: int = 0
     file_type: str = ""
-    """GGUF type of the file; with ``auto`` the one that was chosen."""
+    """GGUF type of the file. With ``auto``, the chosen type."""
     summary: str = ""
     """What was written and how it was checked, in sentences."""
     verdict: str = ""
-    """How near it is to the adapter, in a few words; empty if nothing was compared."""
+    """How close the result is to the adapter, in a few words; empty if nothing was compared."""
     command: str = ""
-    """The command that runs what was written."""
+    """The command that runs the result."""
     problem: str = ""
-    """What went wrong, why, and what to do."""
+    """What went wrong, why, and what the user can do."""
 
 
 class Export(Struct, frozen=True):
@@ -111,7 +110,7 @@ class Export(Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """Return what it writes, in a few words."""
+        """What the export writes, in a few words."""
         return _NAMES.get(self.request.form) or self.status.file_type or self.request.file_type
 
 
@@ -122,7 +121,7 @@ _STATUSES = msgspec.json.Decoder(ExportStatus)
 @changes_box
 @disk_problems()
 def start_export(run: RunDir, request: ExportRequest) -> Export:
-    """Start an export that outlives this process. Raises UserError."""
+    """Start an export in a process that outlives this one. Raises UserError."""
     folder = _new_folder(run)
     atomic_write(folder / "request.json", msgspec.json.encode(request))
     status = ExportStatus(state="running", at=time.time(), activity="Starting")
@@ -141,39 +140,36 @@ def start_export(run: RunDir, request: ExportRequest) -> Export:
 @changes_box
 @disk_problems()
 def delete_export(export: Export) -> None:
-    """Delete the record of an export that has ended, and what a killed one left, but not what it wrote.
-
-    Raises UserError.
-    """
+    """Delete the record of an ended export and any incomplete files, but not its result. Raises UserError."""
     delete_unfinished()
     discard(export.folder)
 
 
 @changes_box
 def restart_export(run: RunDir, export: Export) -> Export:
-    """Start an export that failed or was canceled again; it replaces the earlier one. Raises UserError."""
+    """Start a failed or canceled export again, in place of the earlier one. Raises UserError."""
     again = start_export(run, export.request)
-    # What is left of the earlier one is a line in a list.
+    # If the earlier record cannot be deleted, it only remains as a line in a list.
     with suppress(OSError):
         discard(export.folder)
     return again
 
 
 def read_exports(run: RunDir) -> list[Export]:
-    """Return the run's exports, newest first; unreadable ones are left out."""
+    """Return the run's exports, newest first, without unreadable ones."""
     folders = reversed(list_folder(exports_dir(run)))
     return [export for folder in folders if (export := _read(folder)) is not None]
 
 
 def is_exported(run: RunDir) -> bool:
-    """Return whether a process exports the run, also one whose files cannot be read."""
+    """Return whether a process exports the run, including exports whose files cannot be read."""
     if any(export.status.state == "running" for export in read_exports(run)):
         return True
     return any(is_locked(lock_path(folder)) for folder in unreadable_exports(run))
 
 
 def unreadable_exports(run: RunDir) -> list[Path]:
-    """Return the folders of exports that no list shows, because their files cannot be read."""
+    """Return the folders of exports that no list shows because their files cannot be read."""
     readable = {export.folder for export in read_exports(run)}
     try:
         return sorted(path for path in exports_dir(run).iterdir() if path.is_dir() and path not in readable)
@@ -182,7 +178,7 @@ def unreadable_exports(run: RunDir) -> list[Path]:
 
 
 def read_request(folder: Path) -> ExportRequest:
-    """Return the request of an export's folder. Raises OSError and msgspec.MsgspecError."""
+    """Return the request in an export's folder. Raises OSError and msgspec.MsgspecError."""
     return decode_json(read_regular(folder / "request.json"), _REQUESTS)
 
 
@@ -193,7 +189,7 @@ def write_export_status(folder: Path, status: ExportStatus) -> None:
 
 @changes_box
 def cancel_export(export: Export) -> None:
-    """Ask an export to stop. Raises UserError if it cannot be asked."""
+    """Request that an export stops. Raises UserError if the request cannot be made."""
     process = export.status.process
     if export.status.state != "running":
         return
@@ -215,21 +211,22 @@ def output_path(request: ExportRequest) -> Path | None:
 
 
 def ollama_folder(name: str, parent: Path | None = None) -> Path:
-    """Return the folder in which a model of this name in Ollama is written: by default in ``~/models``."""
+    """Return the folder for the files of a model in Ollama; by default it is in ``~/models``."""
     return (parent or Path.home() / "models") / f"{ollama_file_stem(name)}-ollama"
 
 
 def ollama_file_stem(name: str) -> str:
-    """Return a name in Ollama as the beginning of a file name."""
+    """Return the model's Ollama name in a form that file names can begin with."""
     return re.sub("[/:]", "-", name)
 
 
 def leave_gpu_to_runs() -> str:
-    """Hide the GPU from this process if runs need it, before torch is loaded; return why, in a sentence.
+    """Hide the GPU from this process if runs need it, so that no run fails for lack of memory.
 
-    Training must not run out of memory because of an export. Empty if there is no GPU, or no run.
+    Must be called before torch is loaded. Returns the reason in a sentence; empty if there is no GPU or no
+    run.
     """
-    # A run is queued and deleted without the estimate that this loads.
+    # Queueing and deleting runs import this module and do not need the estimate that this import loads.
     from qlora_tui.runs.doctor import read_machine
 
     machine = read_machine()
@@ -246,7 +243,7 @@ def exports_dir(run: RunDir) -> Path:
 
 
 def lock_path(folder: Path) -> Path:
-    """Return the file that an export's process holds a lock on."""
+    """Return the path of the lock that an export's process holds."""
     return folder / "lock"
 
 
@@ -264,11 +261,11 @@ def _new_folder(run: RunDir) -> Path:
 
 def _read(folder: Path) -> Export | None:
     request, status = read_json(folder / "request.json", _REQUESTS), _read_status(folder)
-    # Of a box's exports there is no lock here.
+    # The locks of exports on a remote box are not on this machine.
     is_here = current() is None
     if status is not None and status.state == "running" and is_here and is_locked(lock_path(folder)) is False:
         is_new = status.process is None and time.time() - status.at < _START_S
-        # Otherwise it has ended regularly, or has just begun.
+        # Otherwise the export has ended regularly, or has just begun.
         before, status = status, status if is_new else _read_status(folder)
         if status == before and not is_new:
             problem = f"Its process ended without an error message. Its output: {folder / 'log'}"
@@ -281,4 +278,4 @@ def _read_status(folder: Path) -> ExportStatus | None:
 
 
 _START_S = 30.0
-"""Time in which a new process takes its lock, in seconds."""
+"""Seconds that a new process may take to lock its file."""

@@ -1,7 +1,7 @@
-"""The gate before and during a run: whether it may train now, by the hours and by who else uses its GPU.
+"""Decides whether a run may train now, given the hours and other programs on its GPU.
 
-The runner asks about once a second of a run in training, and every few seconds of one that waits.
-:mod:`qlora_tui.runs.holds` decides; this module reads the clock, the settings and the driver.
+The runner calls this module about once a second for a run in training, and every few seconds for a waiting
+run. :mod:`qlora_tui.runs.holds` has the rules; this module reads the clock, the settings and the driver.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.settings import LiveSettings, Settings
 
 PERIOD_S = 1.0
-"""Seconds between two looks at the GPU: process lists cost 4.5 ms and a driver lock."""
+"""Seconds between two readings of a GPU. A process list takes 4.5 ms and a lock of the driver."""
 _FORGETS_AFTER_S = 300.0
-"""Time without a look at a GPU, outside the hours or without ``yield``, after which its programs are new."""
+"""Seconds without a reading of a GPU after which its programs count as new.
+
+A GPU is not read outside the hours or without the ``yield`` setting.
+"""
 _COMMAND_BYTES = 4096
 
 
 class GpuReader:
-    """Reads the processes on GPUs, and survives a driver that goes away. Safe in several threads."""
+    """Reads the processes on GPUs, and tolerates a driver that disappears. Thread-safe."""
 
     def __init__(self) -> None:
         self._driver: Nvml | None = None
 
     def __call__(self, index: int) -> tuple[GpuProcess, ...] | None:
-        """Return the processes on a GPU; None if they are not listed."""
+        """Return the processes on a GPU; None if the driver does not list them."""
         try:
             self._driver = self._driver or Nvml()
             return self._driver.busy_processes(index)
@@ -48,42 +51,44 @@ class GpuReader:
 
 
 def closed_hours(settings: Settings, clock: Clock) -> Hold | None:
-    """Return the hold of all runs outside the hours; None inside."""
+    """Return the hold that applies to all runs outside the hours; None within them."""
     now = clock.now()
     opens_at = settings.training_hours.opens_at(now, clock.zone())
     return None if opens_at <= now else Hold(cause="hours", until=opens_at)
 
 
 class Gate:
-    """Says whether a run may train now. Safe in several threads, one for each run in training."""
+    """Decides whether runs may train now. Thread-safe, because each run in training has a thread."""
 
     def __init__(
         self,
         clock: Clock | None = None,
         read_processes: Callable[[int], Iterable[GpuProcess] | None] | None = None,
     ) -> None:
-        """``read_processes`` returns the processes on the GPU of a number; None if they are not listed."""
+        """Create a gate. ``read_processes`` returns the processes on the GPU with an index, or None if
+        unlisted."""
         self._clock = clock or Clock()
         self._read_processes = read_processes or GpuReader()
         self._settings = LiveSettings()
         self._gpus: dict[str, Sharing] = {}
-        """Who uses each GPU, by its UUID."""
+        """Use of each GPU by other programs, by the GPU's UUID."""
         self._holds: dict[str, tuple[float, Hold | None]] = {}
-        """When each GPU was last looked at, and who uses it."""
+        """Time of the last reading of each GPU, and the resulting hold."""
         self._lock = threading.Lock()
 
     def hours_hold(self, run: RunDir) -> Hold | None:
-        """Return the hold of a run outside the hours; None inside, and if it is to train now."""
+        """Return the hold of a run outside the hours; None within them, or if the user wants the run to
+        train now."""
         with self._lock:
-            # Without a look at the GPU, which may sleep until then.
+            # Do not read the GPU here, because it may sleep until the hours begin.
             return None if run.trains_now else closed_hours(self._settings.read(), self._clock)
 
     def programs_on(
         self, run: RunDir, devices: Iterable[RunDevice], *, is_training: bool = False
     ) -> dict[str, Hold]:
-        """Return the holds of a run for other programs, by the keys of the devices that they use.
+        """Return the holds of a run for other programs, by the keys of the devices that these programs use.
 
-        ``is_training``: whether it trains on these devices.
+        ``is_training`` says whether the run trains on these devices.
         """
         with self._lock:
             if run.trains_now or not self._settings.read().yields:
@@ -96,7 +101,7 @@ class Gate:
         return {key: hold for key, hold in holds.items() if hold is not None}
 
     def hold(self, run: RunDir, devices: Iterable[RunDevice]) -> Hold | None:
-        """Return why a run in training on these devices must end now; None if it may go on."""
+        """Return why a run in training on these devices must stop now; None if it may continue."""
         used = self.programs_on(run, devices, is_training=True)
         return self.hours_hold(run) or next(iter(used.values()), None)
 
@@ -112,29 +117,30 @@ class Gate:
         if listed is not None:
             whose = {process: is_own(process.pid) for process in listed}
             own = {process.pid for process, is_ours in whose.items() if is_ours}
-            # One that is gone may have been ours.
+            # A process that has ended may have belonged to this program.
             processes = [process for process, is_ours in whose.items() if is_ours is not None]
         user = self._gpus[key].update(elapsed_s, processes, own, is_training=is_training)
         if user is None:
             hold = None
         elif hold is None or hold.pid != user.pid:
-            # Its name is unknown once it is gone.
+            # The name of a process is unknown once it has ended.
             hold = Hold(cause="program", program=program_name(user.pid), pid=user.pid)
         self._holds[key] = elapsed_s, hold
         return hold
 
 
 def _held_for(run: RunDir) -> int:
-    """Return the number of the process that an earlier runner held a run for; 0 if it is gone or none."""
+    """Return the id of the process for which an earlier runner held a run; 0 if it has ended or there is
+    none."""
     hold = read_status(run).hold
     return hold.pid if hold and hold.cause == "program" and program_name(hold.pid) == hold.program else 0
 
 
 def is_own(pid: int) -> bool | None:
-    """Return whether a process belongs to this program: a trainer, an engine, a server; None if it is gone.
+    """Return whether a process is a trainer, an engine or a server of this program and this user.
 
-    Also None if its number is that of another namespace, as in some containers. Another user's processes are
-    not: a run gives way to them.
+    None if it has ended, or if its id belongs to another namespace, as in some containers. A run yields to
+    processes of other users, so these are not own processes.
     """
     process = Path(f"/proc/{pid}")
     try:
@@ -147,7 +153,7 @@ def is_own(pid: int) -> bool | None:
 
 
 def program_name(pid: int) -> str:
-    """Return the name of a process; "another program" if it is gone, or not visible from here."""
+    """Return the name of a process; "another program" if it has ended or cannot be read."""
     try:
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip() or "another program"
     except OSError:

@@ -1,9 +1,10 @@
-"""Holds: reasons for which a run waits, each with its condition to go on. Decided from readings, without I/O.
+"""Holds: reasons for which a run waits, each with the condition for continuing. Rules on readings, without
+I/O.
 
-A hold of the hours or for another program has a run save and leave the GPU; the queue keeps it in its place.
-A hold for temperature or power has it rest where it is, between two micro-batches: its memory disturbs
-nobody, and heat comes and goes within seconds. A job of a cluster that reaches its time limit has its run
-save and leave, and asks to be started again. A user's pause has no hold: only ``resume`` ends it.
+A hold for the hours or for another program makes a run save and free the GPU; the queue keeps its place. A
+hold for temperature or power makes the run rest between two micro-batches without freeing memory, because
+heat changes within seconds. A cluster job that reaches its time limit makes its run save and end, and
+requests to be started again. A pause by the user is not a hold, because only ``resume`` ends it.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ Cause: TypeAlias = Literal["hours", "program", "temperature", "power", "devices"
 
 
 class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a run waits, and what it waits for."""
+    """The reason why a run waits, and the condition for continuing."""
 
     cause: Cause
     until: UnixTime | None = None
-    """When the hours begin; None for other causes."""
+    """Unix time at which the hours begin; None for other causes."""
     program: str = ""
     """Name of the program that uses the GPU."""
     pid: Count = 0
     devices: str = ""
-    """The GPUs that other runs have, or that runs before it wait for: ``GPU 0 (RTX 4090)``."""
+    """The GPUs that the run waits for, because other runs use them or are before it: ``GPU 0 (RTX 4090)``."""
     reading: float | None = None
     """Temperature in °C or mean power in W."""
     bound: float | None = None
-    """The user's bound for that reading."""
+    """The user's limit for this reading."""
 
     @property
     def has_left(self) -> bool:
-        """Whether the run has left a GPU that it could have: it trains all the same if the user wants."""
+        """Whether the run gave up a GPU that it could use. The user can make it train all the same."""
         return self.cause in ("hours", "program")
 
 
 def hold_words(hold: Hold) -> str:
-    """What a hold waits for, after "paused", "waiting" or "resting": ``until 23:00 (hours)``."""
+    """Return what a hold waits for, to follow "paused", "waiting" or "resting": ``until 23:00 (hours)``."""
     match hold.cause:
         case "hours":
             return f"until {time_words(hold.until or 0.0)} (hours)"
@@ -61,34 +62,38 @@ def hold_words(hold: Hold) -> str:
 
 
 def time_words(at: float) -> str:
-    """``23:00``, with the day of the week if that is not within a day."""
+    """Return ``23:00``, with the day of the week if this is not within a day."""
     moment = time.localtime(at)
     is_near = 0 <= at - time.time() < _DAY_S
     return time.strftime("%H:%M" if is_near else "%a %H:%M", moment)
 
 
 class Switch:
-    """On once a condition has lasted for a while, and off once it has been clear for a while."""
+    """A switch with delays: on after a condition has lasted for a while, off after it has been clear for a
+    while."""
 
     def __init__(self, on_after_s: float, off_after_s: float, *, most_off_after_s: float = 0.0) -> None:
-        """``most_off_after_s``: each time it goes on soon after it went off, it stays on for twice as long,
-        up to this.
+        """Create a switch that is off.
+
+        If it turns on again soon after it turned off, the delay before turning off doubles, up to
+        ``most_off_after_s``.
         """
         self.is_on = False
         self._on_after_s = on_after_s
         self._least_off_after_s = self._off_after_s = off_after_s
         self._most_off_after_s = max(most_off_after_s, off_after_s)
         self._against_since: float | None = None
-        """Since when the condition has been other than this."""
+        """Time since which the condition has differed from the state of the switch."""
         self._off_at: float | None = None
 
     def update(self, elapsed_s: float, wants: bool | None, *, at_once: bool = False) -> bool:
-        """Return whether it is on.
+        """Update the switch with a reading, and return whether it is on.
 
         Args:
-            elapsed_s: Time of the reading, by a clock that nobody sets.
-            wants: Whether the condition holds; None where it is between its two bounds: nothing changes.
-            at_once: Go on without waiting.
+            elapsed_s: Time of the reading, by a monotonic clock.
+            wants: Whether the condition holds; None if the reading is between its two bounds, which changes
+                nothing.
+            at_once: Turn on without a delay.
         """
         if wants is None or wants == self.is_on:
             self._against_since = None
@@ -108,39 +113,44 @@ class Switch:
 
 
 SOON_S = 600.0
-"""A program that is back within this time has not gone for long."""
+"""Seconds within which a program that returns counts as never gone."""
 _USED_FOR_S = 2.0
 _GONE_FOR_S = 30.0
 _MOST_GONE_FOR_S = 480.0
 _OTHER_BYTES = 1 << 30
-"""GPU memory that a program has taken since the run began, from which on it uses the GPU: a desktop and a
-browser together take less."""
+"""GPU memory, taken since the run began, from which a program counts as using the GPU.
+
+A desktop and a browser together take less.
+"""
 _BUSY_PERCENT = 20
-"""Share of the time in which a program's kernels run, from which on it uses the GPU: moving windows and
-videos stay below."""
+"""Percentage of time with running kernels from which a program counts as using the GPU.
+
+Moving windows and videos stay below.
+"""
 _SETTLES_FOR_S = 10.0
-"""Time from the first reading in which a program that is seen idle counts as one that is always there."""
+"""Seconds from the first reading during which a program seen idle counts as permanent."""
 
 
 class Sharing:
-    """Whether another program uses one GPU: the processes on it are compared with those at the beginning.
+    """Whether another program uses one GPU, by comparing its processes with those at the beginning.
 
-    Programs that are always there, such as a desktop or an idle server, count only while they compute much.
-    One that has taken much memory since is waited for until it is gone.
+    Permanent programs, such as a desktop or an idle server, count only while they compute much. If a program
+    has taken much memory since the beginning, the run waits until it has ended.
     """
 
     def __init__(self, waits_for: int = 0) -> None:
-        """``waits_for``: number of the process that a run is held for already, by an earlier runner."""
+        """Begin without readings. ``waits_for`` is the process for which an earlier runner already holds
+        the run."""
         self._switch = Switch(_USED_FOR_S, _GONE_FOR_S, most_off_after_s=_MOST_GONE_FOR_S)
         self._at_start = {waits_for: 0}
-        """Memory of each process when the run began, or was first looked at."""
+        """Memory of each process when the run began, or at the first reading."""
         self._began_s: float | None = None
         """Time of the first reading."""
         self._waits_for = set[int]()
-        """Processes that used the GPU when the hold began: it lasts until their memory is free."""
+        """Processes that used the GPU when the hold began. The hold lasts until their memory is free."""
         self._has_seen_own = False
         self.user: GpuProcess | None = None
-        """The program that uses the GPU, or used it last; None before the first."""
+        """The program that uses the GPU, or used it last; None before the first one."""
 
     def update(
         self,
@@ -150,14 +160,14 @@ class Sharing:
         *,
         is_training: bool,
     ) -> GpuProcess | None:
-        """Return the program that a run on this GPU gives way to; None if it need not.
+        """Return the program that a run on this GPU must yield to; None if there is none.
 
         Args:
-            elapsed_s: Time of the reading, by a clock that nobody sets.
-            processes: What the driver lists; None if it lists nothing.
-            own: Process numbers of this program.
-            is_training: Whether a run trains on it. Then its process must be in the list, or the numbers
-                there are those of another namespace, and the run could give way to itself.
+            elapsed_s: Time of the reading, by a monotonic clock.
+            processes: Processes that the driver lists; None if it lists none.
+            own: Process ids of this program.
+            is_training: Whether a run trains on this GPU. Its process must then be listed. Otherwise the ids
+                belong to another namespace, and the run might yield to itself.
         """
         if processes is None:
             return None
@@ -167,7 +177,7 @@ class Sharing:
         self._began_s = elapsed_s if self._began_s is None else self._began_s
         was_held = self._switch.is_on
         if elapsed_s - self._began_s <= _SETTLES_FOR_S:
-            # A desktop that moves a window at the first look is idle at the next.
+            # A desktop that moves a window at the first reading is idle at the next.
             self._at_start = {pid: memory[pid] for pid in memory.keys() - busy} | self._at_start
         elif not (is_training or was_held or busy):
             self._at_start = memory
@@ -186,12 +196,12 @@ class Sharing:
         if is_held and not was_held:
             self._waits_for = {process.pid for process in users}
         elif was_held and not is_held:
-            # What came during the hold and stayed is always there from now on.
+            # Programs that appeared during the hold and remain are permanent from now on.
             self._waits_for, self._at_start = set(), memory
         return self.user if is_held else None
 
     def _grown(self, memory: Mapping[int, int]) -> set[int]:
-        """Return the processes that have taken memory which no other has given back since the run began."""
+        """Return the processes that took memory which no other process has released since the run began."""
         pids = memory.keys() | self._at_start.keys()
         taken = {pid: memory.get(pid, 0) - self._at_start.get(pid, 0) for pid in pids}
         given_back, grown = sum(max(0, -each) for each in taken.values()), set[int]()
@@ -210,11 +220,12 @@ _HOT_FOR_S = 3.0
 _COOLER_BY_C = 4
 _LESS_POWER = 0.95
 _MEAN_POWER_S = 20.0
-"""Time constant of the mean power: a run alternates between steps and rests."""
+"""Time constant of the mean power, since a run alternates between steps and rests."""
 
 
 class Bounds:
-    """Whether a run should rest: the temperature of its GPU, or its mean power, is above the user's bound."""
+    """Decides whether a run should rest because its GPU's temperature or mean power exceeds the user's
+    limit."""
 
     def __init__(self) -> None:
         self._heat = Switch(_HOT_FOR_S, 0.0)
@@ -231,17 +242,17 @@ class Bounds:
         max_temperature_c: float | None,
         max_power_w: float | None,
     ) -> Hold | None:
-        """Return why the run should rest; None if it need not, and for readings that the GPU does not report.
+        """Return why the run should rest; None if it need not, or if the GPU does not report the reading.
 
         Args:
-            elapsed_s: Time of the readings, by a clock that nobody sets.
-            temperature_c: The reading.
-            power_w: The reading.
-            max_temperature_c: The user's bound; None without one.
-            max_power_w: The user's bound for the mean power; None without one.
+            elapsed_s: Time of the readings, by a monotonic clock.
+            temperature_c: Temperature of the GPU.
+            power_w: Current power.
+            max_temperature_c: The user's limit of the temperature; None without a limit.
+            max_power_w: The user's limit of the mean power; None without a limit.
         """
         if power_w is not None:
-            # Exponential mean; the first reading counts as the mean.
+            # An exponential mean that starts with the first reading.
             share = min(1.0, (elapsed_s - self._read_s) / _MEAN_POWER_S)
             before = power_w if self._power_w is None else self._power_w
             self._power_w = before + share * (power_w - before)
@@ -258,7 +269,7 @@ class Bounds:
 
 
 def _is_above(reading: float | None, low: float | None, high: float | None) -> bool | None:
-    """Return whether a reading is above its bound; None between the two."""
+    """Return whether a reading is above its upper bound; None between the two bounds."""
     if reading is None or low is None or high is None:
         return False
     return True if reading > high else False if reading <= low else None

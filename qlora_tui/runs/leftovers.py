@@ -1,8 +1,9 @@
-"""What killed processes left, wherever this program writes: drafts to delete, previous folders to restore.
+"""Files and folders that killed processes left behind: drafts to delete, and previous folders to restore.
 
-Only what it can be shown to have made is deleted: folders with its marker that no process holds
-(:mod:`qlora_tui.publishing`), and temporary files with its name (:func:`qlora_tui.files.atomic_write`) that
-are an hour old. What a file in a run's folder says never decides what is deleted elsewhere.
+Only leftovers that demonstrably come from this program are deleted: folders with its marker that no process
+holds (:mod:`qlora_tui.publishing`), and temporary files with its naming
+(:func:`qlora_tui.files.atomic_write`) that are at least an hour old. The content of files in a run's folder
+never decides what is deleted elsewhere.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from qlora_tui.publishing import (
 from qlora_tui.runs.directory import RunDir
 
 OLD_S = 3600.0
-"""Age in seconds of a leftover file; no write takes so long."""
+"""Age in seconds from which a temporary file is a leftover. No write takes this long."""
 _EARLIER = re.compile(r"\.(.+)\.earlier", re.DOTALL)
 
 
 def restore(run: RunDir) -> list[Path]:
-    """Restore an adapter and checkpoints that were moved aside for a replacement that is missing.
+    """Restore an adapter and checkpoints that were moved aside for a replacement that never appeared.
 
-    For the trainer that holds the run, or while no trainer does. Raises OSError.
+    To be called by the trainer that holds the run, or while no trainer does. Raises OSError.
     """
     return [final for final in moved_aside(run) if restore_earlier(final)]
 
 
 def moved_aside(run: RunDir) -> list[Path]:
-    """Paths of a missing adapter or checkpoint whose previous folder still exists."""
+    """Return the paths of a missing adapter or checkpoint whose previous folder still exists."""
     finals = []
     for path in (*list_folder(run.path), *list_folder(run.checkpoints_dir)):
         match = _EARLIER.fullmatch(path.name)
@@ -52,14 +53,15 @@ def moved_aside(run: RunDir) -> list[Path]:
 
 
 def sweep_own(run: RunDir) -> None:
-    """Delete what an earlier trainer of this run left half written. For the trainer that holds the run."""
+    """Delete what earlier trainers of this run left incomplete. To be called by the trainer that holds the
+    run."""
     for folder in (run.path, run.checkpoints_dir):
         for path in abandoned_in(folder):
             delete(path)
 
 
 def sweep() -> list[Path]:
-    """Delete all leftovers that no process uses; return their paths."""
+    """Delete all leftovers that no process uses, and return their paths."""
     swept = leftovers()
     for path in swept:
         delete(path)
@@ -67,15 +69,15 @@ def sweep() -> list[Path]:
 
 
 def leftovers() -> list[Path]:
-    """Return all leftovers, in the runs folder and elsewhere, that :func:`sweep` would delete."""
-    # A draft of an export may be listed, and in one of our folders.
+    """Return all leftovers that :func:`sweep` would delete, in the runs folder and elsewhere."""
+    # An export's draft may be found twice: in its list and in one of our folders.
     return list(dict.fromkeys(_leftovers()))
 
 
 def _leftovers() -> Iterator[Path]:
-    import tempfile  # takes 15 ms, which a start that sweeps nothing avoids
+    import tempfile  # The import takes 15 ms, which a start without leftovers avoids.
 
-    # Without a temporary folder, as on a full disk, nothing was left in it.
+    # If there is no temporary folder, as on a full disk, it has no leftovers.
     with suppress(OSError):
         yield from abandoned_in(Path(tempfile.gettempdir()))
     yield from unfinished_drafts()
@@ -85,7 +87,7 @@ def _leftovers() -> Iterator[Path]:
 
 
 def _own_folders() -> Iterator[Path]:
-    """Yield every folder in which temporary files and folders are created, but for those of exports."""
+    """Yield every folder in which temporary files and folders are created, except folders of exports."""
     yield paths.state_dir()
     cache = paths.cache_dir()
     for folder in (cache, *list_folder(cache)):
@@ -110,7 +112,7 @@ def _is_old_file(path: Path) -> bool:
 
 
 def delete(path: Path) -> None:
-    """Delete a leftover as far as possible; what cannot be deleted takes room and does no other harm."""
+    """Delete a leftover as far as possible. The rest only takes disk space."""
     with suppress(OSError, UserError):
         if TEMPORARY.fullmatch(path.name):
             path.unlink()

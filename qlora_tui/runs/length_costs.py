@@ -1,4 +1,4 @@
-"""Cost of other sequence lengths: memory from the estimate, time from the speed of earlier runs."""
+"""Cost of other sequence lengths: memory from the estimate, and time from the speed of earlier runs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class LengthCost:
     """The cost of one sequence length."""
 
     name: str
-    """``half``, ``90%``, ``99%`` or ``all`` of the samples are up to so long; ``now`` is the recipe's own."""
+    """``half``, ``90%``, ``99%`` or ``all``: the share of samples up to this length; ``now``: the recipe's
+    length."""
     length: int
     whole: float
     """Share of the samples that would not be truncated."""
     verdict: Verdict | None
-    """None without a model."""
+    """Verdict on the memory; None without a model."""
     seconds: float | None
-    """Training time; None if nothing says it."""
+    """Training time; None if unknown."""
 
 
 def length_costs(
@@ -41,11 +42,15 @@ def length_costs(
     budget: MemoryBudget,
     machine: Machine,
 ) -> list[LengthCost]:
-    """Cost of the recipe's own length and of the data's percentiles. Takes some milliseconds per length.
+    """Return the costs of the recipe's own length and of the data's percentiles. Takes milliseconds per
+    length.
 
     Args:
-        budget: memory that the lengths are compared with.
-        machine: where the run would train, which decides its time.
+        report: Report on the data, with the lengths of samples.
+        recipe: Recipe whose length varies.
+        architecture: Architecture of the model, or the error that prevents reading it.
+        budget: Memory that each length is compared with.
+        machine: Machine that would train, which determines the time.
     """
     stats = report.lengths
     if not stats.count or not report.template:
@@ -67,7 +72,8 @@ def length_costs(
 
 
 def share_within(lengths: Lengths, limit: int) -> float:
-    """Share of the samples of up to ``limit`` tokens: exact at the percentiles, else interpolated."""
+    """Return the share of samples with up to ``limit`` tokens: exact at the percentiles, otherwise
+    interpolated."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
     at_least = max((count for length, count in lengths.within if length <= limit), default=0)
@@ -77,7 +83,7 @@ def share_within(lengths: Lengths, limit: int) -> float:
 
 
 def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
-    """Return (count, part below ``limit``) of each bin; the part exceeds 1 if the whole bin is below."""
+    """Return count and part below ``limit`` of each bin. The part exceeds 1 if the whole bin is below."""
     parts, low = [], 0
     for bin_ in lengths.histogram:
         parts.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))

@@ -1,8 +1,7 @@
 """Measuring a run that has ended, in a process that loads the model.
 
-:func:`measure_in_child` starts the job, and :func:`measuring` is what the job does around its work: it holds
-the run's lock meanwhile, so no trainer changes the adapter, nothing else measures the run, and it is not
-deleted.
+:func:`measure_in_child` starts the job, and the job works inside :func:`measuring`. This holds the run's
+lock, so that no trainer changes the adapter, nothing else measures the run, and the run is not deleted.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ def measure_in_child(
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> T:
-    """Run a job on a run until it ends, and return what it measured.
+    """Run a job on a run until the job ends, and return what it measured.
 
     Args:
-        job: function of the run's folder.
-        run: it has ended with an adapter.
-        arguments: of the function, after the folder.
-        read: reads what the job wrote; None if that is not possible.
-        progress: called with what is done, and of how much.
-        should_stop: ends it within a second.
+        job: A function that takes the run's folder.
+        run: A run that has ended with an adapter.
+        arguments: Further arguments of the function.
+        read: Reads what the job wrote; returns None if that is impossible.
+        progress: Called with the amount done and the total.
+        should_stop: Ends the job within a second.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: the job reported it, or ended without saying why.
+        UserError: The job reported it, or ended without a reason.
     """
     run_job(
         job,
@@ -67,12 +66,12 @@ def measure_in_child(
 
 @contextmanager
 def measuring(folder: Path) -> Iterator[RunDir]:
-    """Provide the run in a folder while its lock is held, with torch set up and errors of the GPU in words.
+    """Yield the run in a folder while its lock is held, with torch set up and GPU errors converted.
 
     Raises:
-        UserError: it is being trained or measured, has no adapter, or the GPU failed.
+        UserError: The run is being trained or measured, has no adapter, or the GPU failed.
     """
-    # Only the job needs them: the app imports this module to start it.
+    # Only the job needs these imports; the app imports this module to start it.
     from qlora_tui.gpu.cuda_errors import cuda_problem
     from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 

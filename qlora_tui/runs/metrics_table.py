@@ -1,8 +1,8 @@
-"""What a run has recorded as a file: its steps as a table, for spreadsheets and notebooks, or a picture.
+"""The recorded steps of a run as a file: a table for spreadsheets and notebooks, or a picture.
 
-The table is CSV or Parquet. It has a row for each recorded step. Columns of evaluations are empty at steps
-without one, shares of general answers wherever those were not counted, and rewards without a preference
-method. An evaluation before the first step has a row of its own.
+The table is a CSV or Parquet file with a row for each recorded step. Columns of evaluations are empty at
+steps without an evaluation, shares of general answers where these were not counted, and rewards without a
+preference method. An evaluation before the first step has its own row.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _OF_EVALUATIONS = {
     "validation_reward_accuracy": "reward_accuracy",
     "validation_reward_margin": "reward_margin",
 }
-"""Columns, and their fields in an evaluation."""
+"""Columns of the table, with the field of an evaluation that each shows."""
 _SHARES = {
     "answers_ended": ("ended", "answers"),
     "answers_looping": ("looping", "answers"),
     "answers_refused": ("refused", "answers"),
     "answers_valid_json": ("json_valid", "json_prompts"),
 }
-"""Columns, and the counts of general answers that they divide."""
+"""Columns of the table, with the two counts of general answers that each divides."""
 _COLUMNS = (
     "step",
     *_OF_STEPS[:-1],
@@ -41,7 +41,7 @@ _COLUMNS = (
     "reward_margin",
 )
 _WHOLE = ("step", "tokens")
-"""Columns of whole numbers."""
+"""Columns with integers."""
 
 
 def save_run(
@@ -53,18 +53,18 @@ def save_run(
     neither: str,
     example: str,
 ) -> RunView:
-    """Write what a run has recorded to a file that does not exist yet, and return what that is.
+    """Write what a run has recorded to a new file, and return the view that was read.
 
     Args:
         run: The run.
-        file: Where to write; the end of its name says what kind of file it is.
-        kinds: Possible ends, such as ``.svg``.
-        content: Returns the content of a file of a kind.
-        neither: These ends in a message: ``in .svg nor in .png``.
-        example: Names in a message, of which one is possible.
+        file: Output file, whose suffix determines the kind.
+        kinds: Possible suffixes, such as ``.svg``.
+        content: Returns the content of a file, given its kind.
+        neither: These suffixes as words of a message: ``in .svg nor in .png``.
+        example: Example file names for a message.
 
     Raises:
-        UserError: Another kind of file, no steps yet, or the file exists or cannot be written.
+        UserError: The kind is unknown, the run has no steps yet, or the file exists or cannot be written.
     """
     kind = file.suffix.lower()
     if kind not in kinds:
@@ -86,7 +86,7 @@ def save_run(
 
 
 def metrics_csv(view: RunView) -> str:
-    """Return the table as CSV; a value that was not a number is ``nan``."""
+    """Return the table as CSV. A value that was not a number is written as ``nan``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -95,7 +95,7 @@ def metrics_csv(view: RunView) -> str:
 
 
 def metrics_parquet(view: RunView) -> bytes:
-    """Return the table as a Parquet file: int64 and double, null if empty."""
+    """Return the table as a Parquet file of int64 and double columns, with null for empty values."""
     import pyarrow
     import pyarrow.parquet
 
@@ -128,7 +128,7 @@ def _rows(view: RunView) -> list[list[float | None]]:
 
 
 def _evaluation(event: Evaluated) -> dict[str, float | None]:
-    """Return the columns of an evaluation that it has."""
+    """Return the columns that an evaluation has values for."""
     values = {name: getattr(event, field) for name, field in _OF_EVALUATIONS.items()}
     if (general := event.general_answers) is not None:
         for name, (part, whole) in _SHARES.items():

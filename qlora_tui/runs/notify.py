@@ -1,8 +1,9 @@
 """Notifies the user that a run has finished or failed, by webhook and by the user's own command.
 
-The runner starts the job and does not wait for it: nothing here can delay the queue or harm a run. Failures
-go to stderr, which is the runner's log; the webhook's address, often a secret, does not. Stops and pauses,
-which the user requested, are not reported; nor is a failure that the runner retries.
+The runner starts a notification as a job and does not wait for it, so it cannot delay the queue or harm a
+run. Failures go to stderr, which is the runner's log, without the webhook's address, which is often a secret.
+Stops and pauses, which the user requested, are not reported, and neither are failures that the runner
+retries.
 """
 
 from __future__ import annotations
@@ -47,23 +48,23 @@ def notify(folder: Path) -> None:
 
 
 def send(news: RunNotification) -> None:
-    """Send a notification the ways that the settings want. Raises UserError."""
+    """Send a notification through each channel in the settings. Raises UserError."""
     wanted = load_settings().notify
-    # The command goes first: it does not depend on a network.
+    # The command runs first, because it does not depend on the network.
     for failure in (_command(wanted.command, news), _webhook(wanted.webhook, news)):
         if failure:
             print(f"{news.run}: {failure}", file=sys.stderr)
 
 
 class RunNotification(Struct, frozen=True, kw_only=True):
-    """Body of a webhook's request: no paths, no addresses, nothing from the data."""
+    """Body of the webhook's request, without paths, addresses or content of the data."""
 
     event: Literal["finished", "failed"]
     run: str
-    """The run's id, or a sweep's."""
+    """Id of the run or sweep."""
     name: str
     text: str
-    """The message in a sentence: ``tickets is finished: best validation loss 1.21 at step 640.``"""
+    """The message in one sentence: ``tickets is finished: best validation loss 1.21 at step 640.``"""
     step: int
     total_steps: int
     best_loss: float | None
@@ -98,7 +99,7 @@ def notification_for(run: RunDir) -> RunNotification | None:
 
 
 def _webhook(url: str, notification: RunNotification) -> str:
-    """Post the notification; return an error message, if any."""
+    """Post the notification; return an error message, or an empty text."""
     if not url:
         return ""
     try:
@@ -106,7 +107,7 @@ def _webhook(url: str, notification: RunNotification) -> str:
     except ValueError:
         return "notify.webhook in config.toml is not an address: its host or its port is not valid"
     answers: list[str] = []
-    # In a thread: the library's timeout applies to each read, and DNS lookup can take longer.
+    # Use a thread, because the library's timeout applies to each read, and DNS lookup can take longer.
     thread = threading.Thread(target=lambda: answers.append(_post(url, notification)), daemon=True)
     thread.start()
     thread.join(WEBHOOK_S)
@@ -115,10 +116,10 @@ def _webhook(url: str, notification: RunNotification) -> str:
 
 
 def _ascii_address(url: str) -> tuple[str, str]:
-    """Return the host and the URL in ASCII: the host by IDNA, the rest percent-encoded. Raises ValueError."""
+    """Return host and URL in ASCII: the host by IDNA, the rest percent-encoded. Raises ValueError."""
     parts = urlsplit(url)
     host = parts.hostname
-    # Reading ``port`` raises if it is not a number.
+    # Reading ``port`` raises an error if it is not a number.
     if not host or parts.port == 0:
         raise ValueError("no host or no port")
     netloc = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
@@ -127,7 +128,7 @@ def _ascii_address(url: str) -> tuple[str, str]:
 
 
 def _post(url: str, notification: RunNotification) -> str:
-    """Send the request; return an error message, if any."""
+    """Send the request; return an error message, or an empty text."""
     request = urllib.request.Request(
         url,
         data=msgspec.json.encode(notification),
@@ -151,7 +152,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _command(command: str, notification: RunNotification) -> str:
-    """Run the user's command with the message in its environment; return an error message, if any."""
+    """Run the user's command with the message in its environment; return an error message, or an empty
+    text."""
     if not command:
         return ""
     variables = {
@@ -170,7 +172,7 @@ def _command(command: str, notification: RunNotification) -> str:
     try:
         code = started.wait(COMMAND_S)
     except subprocess.TimeoutExpired:
-        # Kill the whole process group: a pipeline outlives the shell that started it.
+        # Kill the whole process group, because a pipeline outlives the shell that started it.
         with suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
         started.wait()

@@ -1,4 +1,4 @@
-"""The routes: who may ask, how much and how long, and the clients that wait."""
+"""The routes of the server: access checks, limits, and waiting clients."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ from qlora_tui.serving.model_names import ServedModel, ServedModels
 from qlora_tui.serving.requests import Body, ChatBody, CompletionBody, DecideBody, decode_body
 
 MOST_BYTES = 10_000_000
-"""Longest body of a request."""
+"""Maximum size of a request body."""
 MOST_ROWS = 32
-"""Answers that the engine computes at a time."""
+"""Maximum number of answers that the engine computes at a time."""
 MOST_OPEN = 96
-"""Requests that are answered or wait; more are refused."""
+"""Maximum number of requests in progress or waiting. Further requests are rejected."""
 BODY_S = 60.0
-"""Seconds within which a body must arrive."""
+"""Seconds within which a request body must arrive."""
 ANSWER_S = 3600.0
-"""Seconds within which an answer must end."""
+"""Seconds within which an answer must be complete."""
 _BUSY_RETRY_S = 5
 _LONGEST_NAME = 80
-"""Characters of a wrong name of a model that are repeated."""
+"""Number of characters of an unknown model name that an error message repeats."""
 _RATE_S = 10.0
-"""Seconds over which tokens per second are counted."""
+"""Seconds over which tokens per second are averaged."""
 
 T = TypeVar("T")
 _Arrived: TypeAlias = tuple[replies.Choice, CompletionPart | CompletionResult]
 
 
 class Figures:
-    """What the server has done, for its state file and ``/metrics``."""
+    """Counts of the server's work, for its state file and ``/metrics``."""
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
         """Answered requests by HTTP status."""
         self.open = 0
-        """Requests that are answered or wait."""
+        """Number of requests in progress or waiting."""
         self.rows = 0
-        """Answers that the engine computes now."""
+        """Number of answers that are being computed."""
         self.prompt_tokens = 0
         self.new_tokens = 0
         self.not_begun: set[object] = set()
-        """Requests of which nothing is computed yet."""
+        """Requests for which computation has not begun."""
         self._recent: deque[float] = deque()
 
     def count(self, part: CompletionPart | CompletionResult) -> None:
@@ -76,14 +76,14 @@ class Figures:
 
     @property
     def tokens_per_s(self) -> float:
-        """About how many tokens per second were generated in the last seconds."""
+        """Return the approximate number of tokens generated per second over the last seconds."""
         while self._recent and self._recent[0] < time.monotonic() - _RATE_S:
             self._recent.popleft()
         return len(self._recent) / _RATE_S
 
 
 class EventStream(StreamingResponse):
-    """Events from an iterator that is closed however the connection ends."""
+    """A response of events from an iterator, which is closed however the connection ends."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -100,7 +100,7 @@ class Api:
         self._rows = asyncio.Semaphore(MOST_ROWS)
 
     async def models(self, request: Request) -> Response:
-        """List the models, or show the one named."""
+        """List the models, or return the model that the path names."""
         name = request.path_params.get("name")
         models = await self.guest.models_now()
         if name is None:
@@ -120,7 +120,7 @@ class Api:
         return await self._respond(request, CompletionBody)
 
     async def decide(self, request: Request) -> Response:
-        """Decide between the labels that a run was trained on."""
+        """Decide between the labels on which a run was trained."""
         body = decode_body(await _read(request), DecideBody)
         messages = body.conversation
         with self._admitted() as admitted:
@@ -132,11 +132,11 @@ class Api:
         return JSONResponse(replies.decision(body, decided))
 
     async def health(self, request: Request) -> Response:
-        """Say that the server lives, and what the model does."""
+        """Report that the server is running, and the state of the model."""
         return JSONResponse({"status": "ok", "model": self.guest.state})
 
     async def metrics(self, request: Request) -> Response:
-        """Report the figures in Prometheus' text format, version 0.0.4."""
+        """Return the counts in Prometheus' text format, version 0.0.4."""
         figures = self.figures
         lines = ["# TYPE qlora_tui_requests_total counter"]
         lines += [
@@ -158,7 +158,7 @@ class Api:
         if not body.stream:
             return JSONResponse(await _unless_gone(request, self._whole(body)))
         events = self._events(body)
-        # Until the first event an error still has a status of its own.
+        # Until the first event is sent, an error can still set the HTTP status.
         first = await _unless_gone(request, anext(events))
         return EventStream(_chained(first, events), media_type="text/event-stream")
 
@@ -187,9 +187,9 @@ class Api:
         yield replies.DONE
 
     async def _shown(self, body: Body, choices: list[replies.Choice]) -> AsyncGenerator[replies.Json]:
-        """Compute all answers to a request, and yield what a stream shows of them.
+        """Compute all answers to a request, and yield the events of the stream.
 
-        ``choices`` receives them. Raises ApiError.
+        The answers are appended to ``choices``. Raises ApiError.
         """
         with self._admitted() as admitted:
             model = await self._model(body.model)
@@ -223,7 +223,8 @@ class Api:
         completion: Completion,
         arrived: asyncio.Queue[_Arrived | Exception],
     ) -> None:
-        """Put the parts and the result of one answer into a queue, or the exception that ended it."""
+        """Put the parts and the result of one answer into the queue, or the exception that ended the
+        answer."""
         try:
             parts = self.guest.complete(completion)
             async with self._row(admitted), asyncio.timeout(ANSWER_S), aclosing(parts):
@@ -239,7 +240,7 @@ class Api:
 
     @asynccontextmanager
     async def _row(self, admitted: object) -> AsyncGenerator[None]:
-        """Wait until the engine may compute another answer to a request, and count it."""
+        """Wait until the engine may compute another answer, and count that answer inside the block."""
         async with self._rows:
             self.figures.not_begun.discard(admitted)
             self.figures.rows += 1
@@ -250,7 +251,8 @@ class Api:
 
     @contextmanager
     def _admitted(self) -> Iterator[object]:
-        """Count a request as open, and yield what stands for it. Raises ApiError if too many are."""
+        """Count a request as open inside the block, and yield its token. Raises ApiError if too many are
+        open."""
         if self.figures.open >= MOST_OPEN:
             raise ApiError(
                 429,
@@ -268,7 +270,7 @@ class Api:
             self.figures.open -= 1
 
     async def _model(self, name: str) -> ServedModel:
-        """Return the model of a name. Raises ApiError."""
+        """Return the model with this name. Raises ApiError."""
         models = await self.guest.models_now()
         model = models.find(name)
         if model is None:
@@ -284,17 +286,18 @@ def _no_model(name: str, models: ServedModels) -> ApiError:
 
 
 class Guard:
-    """Refuses requests before they are read: of a foreign web page, or without the key."""
+    """Rejects requests from foreign web pages or without the key, before their bodies are read."""
 
     def __init__(self, app: ASGIApp, *, api_key: str, hosts: Sequence[str], figures: Figures) -> None:
-        """``hosts``: names by which this server may be called; none given: any."""
+        """Protect ``app``. ``hosts`` are the names by which clients may call this server; empty allows any
+        name."""
         self._app = app
         self._api_key = api_key
         self._hosts = frozenset(hosts)
         self._figures = figures
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it."""
+        """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -312,13 +315,13 @@ class Guard:
         await self._app(scope, receive, counting)
 
     def _check(self, headers: Headers, path: str) -> None:
-        """Raise ApiError for a request that is refused."""
-        # A page whose name was made to lead to this machine sends its own name as host.
+        """Raise ApiError if a request must be rejected."""
+        # A web page whose host name resolves to this machine sends its own name as the host.
         host = _host_name(f"//{headers.get('host', '')}")
         if self._hosts and host not in self._hosts:
             raise ApiError(403, f"This server does not answer to the name '{host}'.", code="wrong_host")
         origin = headers.get("origin")
-        # With its port: another program of this machine may have its own pages.
+        # Compare the port as well: another program on this machine may have its own web pages.
         if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
             raise ApiError(403, "Web pages of other sites may not use this server.", code="wrong_origin")
         given = headers.get("authorization", "").removeprefix("Bearer ").strip()
@@ -339,9 +342,9 @@ def make_app(guest: Guest, figures: Figures, *, api_key: str = "", hosts: Sequen
 
     Args:
         guest: The engine that answers.
-        figures: Counts what happens.
-        api_key: Key that clients must send; empty: none.
-        hosts: Names by which clients may call this server; none given: any.
+        figures: Receives counts of requests and tokens.
+        api_key: Key that clients must send; empty if none is required.
+        hosts: Names by which clients may call this server; empty allows any name.
     """
     api = Api(guest, figures)
     return Starlette(
@@ -365,7 +368,7 @@ def make_app(guest: Guest, figures: Figures, *, api_key: str = "", hosts: Sequen
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
-    # Nobody reads it; the figures count it as nginx does.
+    # The client is gone, so nobody reads this; it is counted under the status that nginx uses.
     return Response(status_code=499)
 
 
@@ -374,7 +377,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         what = f"{request.method} {request.url.path}: {error.detail}."
         return _error_response(ApiError(error.status_code, what), error.headers)
     if not isinstance(error, ApiError):
-        # Starlette logs its traceback.
+        # Starlette logs the traceback.
         error = ApiError(500, f"{INTERNAL_ERROR}: {type(error).__name__}.", code="internal_error")
     return _error_response(error)
 
@@ -408,7 +411,7 @@ async def _read(request: Request) -> bytes:
 
 
 async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """Await an answer, which is cancelled when the client goes away. Raises ClientDisconnect then."""
+    """Await an answer, and cancel it if the client disconnects. Raises ClientDisconnect in that case."""
     answering = asyncio.create_task(answer)
     leaving = asyncio.create_task(_disconnected(request))
     try:

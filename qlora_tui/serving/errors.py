@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI's API, which its clients turn into exceptions."""
+"""Errors in the format of OpenAI's API, which clients convert to exceptions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 RETRY_AFTER_S = 30
-"""Seconds after which a client may ask again while a run has the card."""
+"""Seconds after which a client may retry while a run uses the GPU."""
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -18,9 +18,10 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than 200, in words.
+    """An error response, with the message and HTTP status to send.
 
-    Raised if a request cannot be answered; the app sends it, or ends a stream with it.
+    Raised when a request cannot be answered. The app sends the error as the response, or as the last event of
+    a stream.
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        """Parameter that it is about."""
+        """Name of the request parameter that the error is about."""
         self.code = code
-        """Kind of the error, as ``model_not_found``."""
+        """Code of the error, such as ``model_not_found``."""
         self.retry_after_s = retry_after_s
-        """Seconds after which asking again makes sense; 0 if it does not."""
+        """Seconds after which a retry makes sense; 0 if it never does."""
 
     def body(self) -> dict[str, Any]:
-        """Return the object that is sent."""
+        """Return the JSON object to send."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         error = {
             "message": self.message,
@@ -49,17 +50,17 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the HTTP response."""
+        """Return the additional headers of the HTTP response."""
         return {"Retry-After": str(self.retry_after_s)} if self.retry_after_s else {}
 
 
 def unsupported(param: str, what: str) -> ApiError:
-    """Return the error for a parameter that would change the answer, and cannot be followed."""
+    """Return the error for a parameter that would change the answer but is not supported."""
     return ApiError(400, what, param=param, code="unsupported_parameter")
 
 
 def of_user_error(problem: UserError, *, is_lost: bool) -> ApiError:
-    """Return what a client is told of an error of the engine; ``is_lost``: the engine has ended."""
+    """Return the error response for an error of the engine. ``is_lost``: the engine process has ended."""
     message = " ".join(str(problem).split())
     if is_lost:
         return ApiError(503, message, code="engine_ended", retry_after_s=RETRY_AFTER_S)

@@ -1,7 +1,6 @@
-"""The engine in memory, as a guest on its device: loaded when needed, unloaded when idle, given up to runs.
+"""The engine in memory: loaded on demand, unloaded when idle, and unloaded for each run on its device.
 
-The process of the engine is ended rather than told to unload, so that the whole card is free: a CUDA context
-takes some of it too.
+The engine's process is ended instead of being told to unload, because its CUDA context takes GPU memory too.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from qlora_tui.serving.model_names import RunsToServe, ServedModels, check_alias
 from qlora_tui.worker import Progress
 
 POLL_S = 0.5
-"""Seconds between two looks at the queue. A trainer takes longer to begin."""
+"""Seconds between two checks of the queue. A trainer takes longer than this to start."""
 
 GuestState: TypeAlias = Literal["unloaded", "loading", "ready", "yielded", "failed"]
-"""``yielded``: a run has the card. ``failed``: the next request tries again."""
+"""State of the model. ``yielded``: a run uses the GPU. ``failed``: the next request tries again."""
 
 
 class Guest:
-    """The one engine of a server."""
+    """The one engine of a server. It is a guest on its device, which runs may claim at any time."""
 
     def __init__(
         self, runs: RunsToServe, aliases: Mapping[str, str] | None = None, idle_unload_s: float | None = None
     ) -> None:
-        """Raise UserError for an alias of no model, or that is a name in itself.
+        """Raise UserError for an alias that names no model, or that is itself the name of a model.
 
-        ``idle_unload_s``: seconds without a request after which the model is unloaded; None: never.
+        ``idle_unload_s``: seconds without a request after which the model is unloaded; None keeps it loaded.
         """
         self._runs = runs
         self._aliases = aliases or {}
@@ -46,13 +45,13 @@ class Guest:
         self._stamp = runs.stamp()
         check_aliases(served_models(runs), self._aliases)
         self.models = served_models(runs, aliases)
-        """The models when they were asked for last."""
+        """The models as of the last request for them."""
         self._offered: Mapping[str, str] = {}
-        """Adapters that the engine knows of."""
+        """Adapters that the engine knows."""
         self.ready: ChatReady | None = None
         self.state: GuestState = "unloaded"
         self.detail = ""
-        """What it waits for or why it failed, in a sentence."""
+        """What the server waits for, or why the engine failed, in a sentence."""
         self._engine = EngineClient()
         self._loading: asyncio.Task[ChatReady] | None = None
         self._in_use = 0
@@ -63,7 +62,7 @@ class Guest:
         await self._engine.kill()
 
     async def watch(self) -> None:
-        """Give the device to each run on it and take it back after it, until cancelled."""
+        """Unload the model while a run uses the device, and load it again afterwards, until cancelled."""
         if not await asyncio.to_thread(run_on, self._device.key):
             self._start_loading()
         while True:
@@ -80,7 +79,7 @@ class Guest:
             await asyncio.sleep(POLL_S)
 
     async def models_now(self) -> ServedModels:
-        """Return the models with what has been trained, saved or deleted since. Raises ApiError."""
+        """Return the models, including recently trained ones and excluding deleted ones. Raises ApiError."""
         try:
             return await asyncio.to_thread(self._read_models)
         except UserError as problem:
@@ -93,9 +92,9 @@ class Guest:
         return self.models
 
     async def loaded(self) -> ChatReady:
-        """Return the model, which is loaded if need be, and knows all adapters.
+        """Return the model with all current adapters, after loading it if necessary.
 
-        Raises ApiError: 503 while a run has the card.
+        Raises ApiError with status 503 while a run uses the GPU.
         """
         self._used_at = time.monotonic()
         if self._is_yielded:
@@ -108,7 +107,7 @@ class Guest:
                 self._offered = adapters
             return self.ready
         try:
-            # A client that goes away does not end it: others wait too.
+            # A client that disconnects does not cancel loading, because other clients wait for it too.
             return await asyncio.shield(self._start_loading())
         except EngineClosedError:
             raise self._unavailable() from None
@@ -118,7 +117,7 @@ class Guest:
     def _start_loading(self) -> asyncio.Task[ChatReady]:
         if self._loading is None or self._loading.done():
             self._loading = asyncio.create_task(self._load())
-            # Nobody may be waiting for it: ``state`` says how it ended.
+            # Nobody may be awaiting the task, so retrieve its exception; ``state`` records the outcome.
             self._loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         return self._loading
 
@@ -128,7 +127,7 @@ class Guest:
         try:
             await asyncio.to_thread(self._read_models)
             if self._is_yielded:
-                # A run began meanwhile, when there was no process yet to end.
+                # A run began in the meantime, before there was a process to end.
                 raise EngineClosedError
             self._offered = self.models.source.adapters
             async for reply in self._engine.ask(LoadChat(source=self.models.source)):
@@ -146,10 +145,7 @@ class Guest:
         return self.ready
 
     async def complete(self, completion: Completion) -> AsyncGenerator[CompletionPart | CompletionResult]:
-        """Yield the parts of a completion, then its result; closing the iterator stops it.
-
-        Raises ApiError.
-        """
+        """Yield the parts of a completion, then its result. Closing the iterator stops the completion."""
         request = self._engine.ask(Complete(completion=completion))
         with self._using(request):
             async for reply in request:
@@ -164,7 +160,7 @@ class Guest:
 
     @contextmanager
     def _using(self, request: ReplyStream[Any, Any]) -> Iterator[None]:
-        """Keep the model while a request is answered, and turn errors into those of the API."""
+        """Keep the model loaded inside the block, and convert errors of the engine to errors of the API."""
         self._in_use += 1
         try:
             yield
@@ -181,7 +177,7 @@ class Guest:
 
     @property
     def engine_pid(self) -> int | None:
-        """The process that holds the model; None without one."""
+        """Process id of the engine that holds the model; None if there is none."""
         return self._engine.pid
 
     def _fail(self, problem: UserError) -> None:

@@ -1,4 +1,4 @@
-"""Which models a server has, and the adapter of each name. Loads no torch."""
+"""The models of a server, and the adapter that each name stands for. Loads no torch."""
 
 from __future__ import annotations
 
@@ -22,36 +22,38 @@ class ServedModel:
     """One model that answers."""
 
     name: str
-    """``base``, a run's id, or ``id:120`` for the checkpoint of step 120."""
+    """``base``, a run's id, or ``id:120`` for the checkpoint at step 120."""
     adapter_name: str
-    """Its name in the source."""
+    """Name of its adapter in the chat source."""
     thinking: Thinking = "auto"
-    """Thinking setting of its training."""
+    """Thinking setting that was used in training."""
 
 
 @dataclass(frozen=True)
 class ServedModels:
-    """The models of a server: one base and adapters for it."""
+    """The models of a server: one base and its adapters."""
 
     source: ChatSource
     listed: tuple[ServedModel, ...]
-    """The base first, then each run with its checkpoints, then the user's own aliases."""
+    """The base, then each run with its checkpoints, then the user's aliases."""
     aliases: Mapping[str, str]
-    """Other names, not listed, and what each stands for."""
+    """Names that are accepted but not listed, each with the model name it stands for."""
 
     def find(self, name: str) -> ServedModel | None:
-        """Return the model of that name or alias."""
+        """Return the model with this name or alias; None if there is none."""
         model = next((model for model in self.listed if model.name == name), None)
         return self.find(self.aliases[name]) if model is None and name in self.aliases else model
 
 
 class RunsToServe:
-    """Which runs a server has: some, and all others of their base if it was asked for them."""
+    """The runs of a server: given ones, or all runs with the same base."""
 
     def __init__(self, named: Sequence[RunDir] = (), *, with_others: bool = False) -> None:
-        """``named`` come first; without any, all runs with the base of the newest that has an adapter.
+        """Select the runs to serve: ``named`` first, or by default all runs with the base of the newest
+        adapter.
 
-        Raises UserError if there is none, or two have different bases.
+        ``with_others`` adds all other runs with the same base to the named ones. Raises UserError if there is
+        no run, or if two named runs have different bases.
         """
         newest = next(filter(_has_adapter, all_runs()), None)
         if not named and newest is None:
@@ -76,7 +78,7 @@ class RunsToServe:
                 )
 
     def now(self) -> list[RunDir]:
-        """Return the runs that are there now, the named ones first, then the newest."""
+        """Return the runs that exist now: the named ones first, then the others, newest first."""
         named = [run for run in self.named if run.recipe_path.is_file()]
         if not self.with_others:
             return named
@@ -87,7 +89,7 @@ class RunsToServe:
 
     @staticmethod
     def stamp() -> tuple[object, ...]:
-        """Return a value that differs whenever a run, checkpoint, adapter or name is added or removed."""
+        """Return a value that changes whenever a run, checkpoint, adapter or run name is added or removed."""
         return tuple(
             (
                 run.id,
@@ -98,9 +100,9 @@ class RunsToServe:
 
 
 def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -> ServedModels:
-    """Return the models of runs that share a base, as they are on the disk now.
+    """Return the models of runs that share a base, as currently on the disk.
 
-    ``aliases`` are the user's own. Raises UserError for an alias of no model, or if no run is left.
+    ``aliases`` are the user's. Raises UserError for an alias that names no model, or if no run is left.
     """
     there = runs.now()
     if not there:
@@ -110,7 +112,7 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
             fix="Stop this server, and serve another run.",
         )
     recipe, base = there[0].recipe(), run_source(there[0])
-    # As in the chat of the first run.
+    # The base uses the thinking setting of the first run, as in the chat.
     listed, adapters = [ServedModel(BASE, BASE, base.thinking)], {}
     newest = next((run for run in all_runs() if run in there and _has_adapter(run)), there[0])
     automatic = {recipe.model.id: BASE, LAST: newest.id}
@@ -118,7 +120,7 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
     ids, named = {run.id for run in there}, Counter(run.name for run in there)
     for run in there:
         source = run_source(run)
-        # The name of two runs means none of them.
+        # A name that two runs share stands for neither.
         name = run.name if named[run.name] == 1 and run.name not in ids else ""
         if name:
             names[name] = run.id
@@ -126,8 +128,8 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
             automatic[run.id] = f"{run.id}:{_step(next(iter(source.adapters)))}"
         for adapter, folder in source.adapters.items():
             suffix = "" if adapter == ADAPTER else f":{_step(adapter)}"
-            # Weights that were written again are another adapter, which is loaded. peft makes attributes of
-            # modules of these names, which have no dots.
+            # Weights that were written again count as another adapter, which is loaded anew. Names contain no
+            # dots, because peft makes attributes of modules from them.
             written_ns = _modified_ns(Path(folder) / WEIGHTS)
             adapter_name = f"{run.id}{suffix}_{written_ns}".replace(".", "_")
             adapters[adapter_name] = folder
@@ -136,7 +138,7 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
                 names[f"{name}{suffix}"] = f"{run.id}{suffix}"
     models = ServedModels(ChatSource(recipe=recipe, adapters=adapters), tuple(listed), names | automatic)
     for alias, name in (aliases or {}).items():
-        # Of a run that was deleted since the start there is none, and one may have got that id.
+        # An alias may name a run that was deleted after the start, or clash with the id of a later run.
         model = models.find(name)
         if model is not None and all(each.name != alias for each in listed):
             listed.append(replace(model, name=alias))
@@ -144,9 +146,9 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
 
 
 def check_aliases(models: ServedModels, aliases: Mapping[str, str]) -> None:
-    """Raise UserError for an alias of no model, or that is a name in itself.
+    """Raise UserError for an alias that names no model, or that is itself the name of a model.
 
-    ``models`` has no aliases.
+    ``models`` are the models without aliases.
     """
     for alias, name in aliases.items():
         if models.find(alias) is not None:
@@ -178,7 +180,7 @@ def _modified_ns(path: Path) -> int:
 
 
 def _base(recipe: Recipe) -> tuple[object, ...]:
-    """Return what two runs must share to be served from one base in memory."""
+    """Return the settings that two runs must share to be served from one base in memory."""
     model = recipe.model
     return model.id, model.revision, model.chat_template, recipe.quantization
 

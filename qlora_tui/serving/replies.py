@@ -1,4 +1,4 @@
-"""What the engine answers, as OpenAI's objects: whole, or as the events of a stream."""
+"""Answers of the engine as OpenAI's objects, complete or as the events of a stream."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Json = dict[str, Any]
 
 
 def event(value: Json) -> bytes:
-    """Return one event of a stream."""
+    """Return a server-sent event with a JSON value."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 class Choice:
-    """One answer as it grows."""
+    """One answer, collected while it is generated."""
 
     def __init__(self, index: int, body: Body) -> None:
         self.index = index
@@ -36,7 +36,8 @@ class Choice:
         self.result: CompletionResult | None = None
 
     def take(self, reply: CompletionPart | CompletionResult) -> Iterator[Json]:
-        """Take a part of the answer or its result; yield what is streamed of it, if the request asks so."""
+        """Add a part of the answer or its result, and yield the objects to stream if the request asks for
+        a stream."""
         begins = not self._parts
         if isinstance(reply, CompletionPart):
             self._parts.append(reply)
@@ -50,7 +51,7 @@ class Choice:
         if isinstance(reply, CompletionResult):
             last: Json = {"text": ""}
             if is_chat:
-                # Calls are sent whole.
+                # Calls are sent in one piece.
                 last = {"delta": {"tool_calls": _calls(reply.tool_calls)} if reply.tool_calls else {}}
             yield self._streamed({**last, "logprobs": None}, self._finish_reason)
         elif is_chat:
@@ -60,7 +61,7 @@ class Choice:
             yield self._streamed({"text": reply.text, "logprobs": self._logprobs([reply])})
 
     def whole(self) -> Json:
-        """Return the choice of an answer that is not streamed."""
+        """Return the complete choice, for an answer that is not streamed."""
         assert self.result is not None
         text = "".join(part.text for part in self._parts if not part.thought)
         if isinstance(self._body, ChatBody):
@@ -115,24 +116,24 @@ class Choice:
 
 
 def chunk(body: Body, answer_id: str, choices: list[Json], usage: Json | None = None) -> Json:
-    """Return one object of a stream."""
+    """Return one object of a stream, with these choices."""
     value = _head(body, answer_id, ".chunk") | {"choices": choices}
     return value | {"usage": usage} if includes_usage(body) else value
 
 
 def includes_usage(body: Body) -> bool:
-    """Return whether a stream ends with the usage."""
+    """Return whether the stream ends with the token usage."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
 def whole(body: Body, choices: Sequence[Choice]) -> Json:
-    """Return the object of an answer that is not streamed."""
+    """Return the complete response, for an answer that is not streamed."""
     shown = {"choices": [choice.whole() for choice in choices], "usage": usage(body, choices)}
     return _head(body, new_id(body)) | shown
 
 
 def usage(body: Body, choices: Sequence[Choice]) -> Json:
-    """Return the tokens of prompts and answers; a prompt with several answers counts once."""
+    """Return the token counts of prompts and answers. A prompt with several answers counts once."""
     results = [choice.result for choice in choices if choice.result is not None]
     first = results[:: body.n or 1]
     read, new = sum(result.prompt_tokens for result in first), sum(result.new_tokens for result in results)
@@ -146,12 +147,12 @@ def usage(body: Body, choices: Sequence[Choice]) -> Json:
 
 
 def model(name: str) -> Json:
-    """Return the object of a model."""
+    """Return the API object that describes a model."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "qlora-tui"}
 
 
 def decision(body: DecideBody, decided: Decided) -> Json:
-    """Return a decision, the most probable label first."""
+    """Return the API object of a decision, with the most probable label first."""
     return {
         "object": "decision",
         "model": body.model,
@@ -168,7 +169,7 @@ def decision(body: DecideBody, decided: Decided) -> Json:
 
 
 def new_id(body: Body) -> str:
-    """Return the id of an answer."""
+    """Return a new id for an answer."""
     return ("chatcmpl-" if isinstance(body, ChatBody) else "cmpl-") + secrets.token_hex(12)
 
 
@@ -204,7 +205,7 @@ def _scored(text: str, logprob: float | None) -> Json:
 
 
 def _top(token: TokenScore) -> dict[str, float] | None:
-    """Return the alternatives to a token and the token itself; None for the first, which has no score."""
+    """Return the log probabilities of a token and its alternatives; None for a token without a score."""
     if token.logprob is None:
         return None
     scores = {token.text: token.logprob}

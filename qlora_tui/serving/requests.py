@@ -1,9 +1,9 @@
-"""Bodies of requests, checked, as what the engine is to complete.
+"""Request bodies: validated and converted to completions for the engine.
 
-Names and meanings are those of OpenAI's API reference for ``/v1/completions`` and ``/v1/chat/completions``,
-with what vLLM and others add: ``top_k``, ``repetition_penalty``, ``chat_template_kwargs``,
-``reasoning_content``. Other parameters are ignored, as by those servers: clients send their own. A known one
-that would change the answer and cannot be followed is refused by name.
+Names and meanings follow OpenAI's API reference for ``/v1/completions`` and ``/v1/chat/completions``, plus
+parameters that vLLM and other servers add: ``top_k``, ``repetition_penalty``, ``chat_template_kwargs``,
+``reasoning_content``. Unknown parameters are ignored, as by those servers, because clients send parameters of
+their own. A known parameter that would change the answer but is not supported is rejected by name.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from qlora_tui.serving.errors import ApiError, unsupported
 from qlora_tui.serving.model_names import ServedModel
 
 MOST_CHOICES = 128
-"""Answers that one request may ask for: prompts times ``n``."""
+"""Maximum number of answers to one request: prompts times ``n``."""
 _COMPLETION_TOKENS = 16
-"""``max_tokens`` of ``/v1/completions`` if none is given: OpenAI's."""
+"""Default of ``max_tokens`` in ``/v1/completions``, as in OpenAI's API."""
 _SEEDS = 1 << 32
 _MOST_STOPS = 16
 _NOT_FOLLOWED: dict[str, Any] = {
@@ -48,12 +48,12 @@ _NOT_FOLLOWED: dict[str, Any] = {
     "structured_outputs": {},
     "suffix": "",
 }
-"""Parameters that would change the answer and are refused, with the value of each that changes nothing.
+"""Unsupported parameters that would change the answer, each with the value that has no effect.
 
-Those that OpenAI's API does not have are vLLM's and llama.cpp's.
+Any other value is rejected. Parameters that OpenAI's API does not have are those of vLLM and llama.cpp.
 """
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-"""Variables of a chat template that come from the conversation."""
+"""Variables of a chat template that are set from the conversation."""
 
 BodyT = TypeVar("BodyT", bound=Struct)
 Tokens: TypeAlias = list[int]
@@ -80,11 +80,11 @@ class _CommonBody(Struct, frozen=True, kw_only=True):
     stop: str | Annotated[list[str], Meta(max_length=_MOST_STOPS)] | None = None
 
     def sampling(self, choice: int, default_tokens: int) -> Sampling:
-        """Return how a choice is drawn; each has its own seed. Raises ApiError."""
+        """Return the sampling settings of a choice; each choice has its own seed. Raises ApiError."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
-            # -1 is vLLM's way to say all.
+            # vLLM uses -1 for all tokens.
             "top_k": max(self.top_k, 0) if self.top_k is not None else None,
             "repetition_penalty": self.repetition_penalty,
             "seed": (self.seed + choice) % _SEEDS if self.seed is not None else None,
@@ -170,11 +170,12 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Alternatives to each token that were asked for; None if no log probabilities were."""
+        """Number of alternatives to each token that the client requests; None if it requests no log
+        probabilities."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
-        """Return what is to be completed for each choice. Raises ApiError."""
+        """Return one completion for each choice. Raises ApiError."""
         if self.max_completion_tokens is not None:
             self = msgspec.structs.replace(self, max_tokens=self.max_completion_tokens)
         variables = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
@@ -189,7 +190,7 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
                 messages=messages,
                 tools=tools,
                 must_call=must_call,
-                # As OpenAI, one call of a function that the client chose.
+                # As in OpenAI's API, a function that the client chose is called once.
                 single_call=self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice),
                 template_variables=variables | (self.chat_template_kwargs or {}),
                 thinking="off" if self.reasoning_effort == "none" else model.thinking,
@@ -202,7 +203,8 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
         ]
 
     def _tools(self) -> tuple[tuple[JsonObject, ...], tuple[str, ...]]:
-        """Return the functions offered, and the names of which one must be called. Raises ApiError."""
+        """Return the available functions, and the names of those of which one must be called. Raises
+        ApiError."""
         tools, choice = tuple(self.tools or ()), self.tool_choice
         try:
             names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
@@ -222,14 +224,15 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
     """The body of ``/v1/completions``."""
 
     prompt: str | list[Any]
-    """A text, token ids, or several of either."""
+    """A text, a list of token ids, or a list of either."""
     echo: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Alternatives to each token that were asked for; None if no log probabilities were."""
+        """Number of alternatives to each token that the client requests; None if it requests no log
+        probabilities."""
         return self.logprobs
 
     def prompts(self) -> list[str] | list[Tokens]:
@@ -247,7 +250,7 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
         )
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
-        """Return what is to be completed for each choice. Raises ApiError."""
+        """Return one completion for each choice. Raises ApiError."""
         prompts, n = self.prompts(), self.n or 1
         if _schema(self.response_format) is not None:
             what = "response_format is supported by /v1/chat/completions only."
@@ -279,7 +282,7 @@ Body: TypeAlias = ChatBody | CompletionBody
 
 
 class DecideBody(Struct, frozen=True, kw_only=True):
-    """What ``/v1/decide`` takes: a conversation, or one text to decide on."""
+    """The body of ``/v1/decide``: a conversation, or one text to decide on."""
 
     model: str
     messages: list[SentMessage] | None = None
@@ -312,7 +315,7 @@ def decode_body(body: bytes, kind: type[BodyT]) -> BodyT:
 
 
 def invalid(error: msgspec.ValidationError) -> ApiError:
-    """Return the error for a value of a wrong type or out of bounds, with its place."""
+    """Return the error for a value of a wrong type or out of range, with its location in the body."""
     what, _, place = str(error).partition(" - at `$.")
     param = place.removesuffix("`")
     if not place and "missing required field" in what:
@@ -351,13 +354,13 @@ def _text(index: int, content: str | list[ContentPart] | None) -> str:
 
 
 def _arguments(text: str) -> Any:
-    """Return the parsed arguments of a call; the text itself if it is not JSON."""
+    """Return the parsed arguments of a call, or the text itself if it is not JSON."""
     value = try_json(text.encode(), _JSON)
     return text if value is None else value
 
 
 def _schema(response_format: ResponseFormat | None) -> JsonObject | None:
-    """Return the JSON schema that the answer must satisfy; None for text. Raises ApiError."""
+    """Return the JSON schema that the answer must satisfy; None for free text. Raises ApiError."""
     match response_format:
         case None | ResponseFormat(type="text"):
             return None

@@ -1,4 +1,4 @@
-"""The process of a server: its socket, its key, its state file; how it is started in the background."""
+"""The process of a server: its socket, key and state file, and how it starts in the background."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from qlora_tui.serving.model_names import RunsToServe
 
 LOOPBACK = "127.0.0.1"
 REQUEST_S = 5.0
-"""Seconds that a connection may be open without a request."""
+"""Seconds for which a connection may stay open without a request."""
 _STATE_S = 1.0
 _ANY_HOST = ("0.0.0.0", "::")
 
 
 class Server:
-    """A server whose socket listens; ``run`` answers until a signal."""
+    """A server with a listening socket; ``run`` answers requests until a signal arrives."""
 
     def __init__(
         self,
@@ -58,26 +58,27 @@ class Server:
 
     @property
     def address(self) -> str:
-        """The base URL for clients on this machine, ``http://127.0.0.1:8000/v1``."""
+        """Base URL for clients on this machine, such as ``http://127.0.0.1:8000/v1``."""
         host = LOOPBACK if self.host in _ANY_HOST else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
     def run(self, on_change: Callable[[ServerStatus], None] = lambda status: None) -> None:
-        """Answer until SIGINT or SIGTERM; ``on_change`` is called with each new state of the model."""
+        """Answer requests until SIGINT or SIGTERM. ``on_change`` is called with each new state of the
+        model."""
         try:
             asyncio.run(self._run(on_change))
         finally:
             self.close()
 
     def close(self) -> None:
-        """Give the port up, and delete state file and key."""
+        """Close the socket, and delete the state file and the key."""
         self._socket.close()
         with suppress(OSError):
             state_path(self.port).unlink(missing_ok=True)
             key_path(self.port).unlink(missing_ok=True)
 
     async def _run(self, on_change: Callable[[ServerStatus], None]) -> None:
-        # Called by another name, a loopback server is asked by a web page (DNS rebinding).
+        # A loopback server that is called by another name is called by a web page (DNS rebinding).
         hosts = ("localhost", LOOPBACK, "::1", self.host) if is_loopback(self.host) else ()
         app = make_app(self._guest, self._figures, api_key=self.api_key, hosts=hosts)
         server = _Uvicorn(
@@ -114,7 +115,7 @@ class Server:
                 raise result
 
     async def _report(self, on_change: Callable[[ServerStatus], None]) -> None:
-        """Keep the state file up to date."""
+        """Write the state file whenever the state changes, and call ``on_change``."""
         shown: ServerStatus | None = None
         while True:
             status = self.status
@@ -131,7 +132,7 @@ class Server:
 
     @property
     def status(self) -> ServerStatus:
-        """How the server is doing."""
+        """Current state of the server."""
         guest, figures = self._guest, self._figures
         return ServerStatus(
             process=process_identity(),
@@ -156,27 +157,27 @@ class Server:
 
 
 class TimedConnection(H11Protocol):
-    """A connection that is closed if it is open without a request, which needs no key."""
+    """A connection that is closed if it stays open without a request. Such a connection needs no key."""
 
     _clock: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn
-        """Begin to wait for a request."""
+        """Start the timeout of the first request."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Take what the client sent, and wait on if it is a part of a head."""
+        """Process received data. The timeout continues while the head of a request is incomplete."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the end of a body that nobody reads."""
+        """Start the timeout of the next request, or of the rest of a body that nobody reads."""
         super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop the timeout."""
         super().connection_lost(exc)
         self._stop_clock()
 
@@ -194,16 +195,17 @@ class TimedConnection(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """Ends without raising the signal again, which would leave state file and key behind."""
+    """A uvicorn server that does not raise the signal again at its end, which would leave state file and
+    key behind."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the handlers to the caller."""
+        """Leave signal handlers to the caller."""
         yield
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only programs of this machine reach a server on ``host``."""
+    """Return whether only programs on this machine can reach a server that listens on ``host``."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -211,7 +213,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises UserError, which names the server that has the port."""
+    """Return a listening socket. Raises UserError, which names the server that already uses the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
