@@ -1,8 +1,8 @@
 """The terminal app. textual is imported here and nowhere else.
 
 app              the frame: screens, themes, keys, and the polling that all screens share
-workbench        the recipe being edited, with undo; what follows from it (architecture, estimate); and its
-                 file, which several apps may share
+workbench        the recipe being edited, with undo; architecture and estimate derived from it; and its file,
+                 which several apps may share
 commands         every screen and command, read from commands.toml; command_palette offers them
 key_names        names of keys for sentences, from the user's keymap: [u], Enter; checks of the keymap, which
                  qlora_tui/settings.py reads and app applies

@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
     from qlora_tui.tui.workbench import Draft, Workbench
 
-# The first frame shows no recipe and no modal, so it does not wait for these: they are imported
-# where they are first used.
+# The first frame shows no recipe and no modal, so modules for these are imported where they are
+# first used.
 
 SYSTEM_POLL_INTERVAL_S = 1.0
 _HALF = 0.5
 _SETTLE_S = 0.3
 _TELL_AGAIN_S = 20.0
-"""Seconds after which it is said again that a box does not answer."""
+"""Seconds before the user is notified again that a box does not respond."""
 
 
 def _make_screen(mode: str) -> WorkScreen:
@@ -92,19 +92,21 @@ class QloraApp(TerminalApp):
         self.deleted_runs: list[str] = []
         """Ids of the runs that were deleted in this app and not restored, the last one last."""
         self.counts = 0
-        """How often samples were counted: what was estimated before is known since."""
+        """How many times samples were counted. A higher number means that estimates can be replaced by
+        counts.
+        """
         self.count_problem: UserError | None = None
-        """Why those of the recipe could not be counted."""
+        """Why the samples of the recipe's data could not be counted."""
         self._counting: object = None
         self.farewell: list[str] = []
-        """Lines for the terminal once the app has left it."""
+        """Lines to print to the terminal after the app has exited."""
         self._told_unreachable_at = -_TELL_AGAIN_S
         self._polling = False
         self._is_small = False
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
         self._theme_problems: list[UserError] = []
         self._terminal_colors: dict[bool, Color] = {}
-        """What the terminal has told of its colors: False for text, True for the background."""
+        """The colors that the terminal has reported: False for the text, True for the background."""
         self._is_light = is_light_by_environment()
 
     @cached_property
@@ -189,9 +191,8 @@ class QloraApp(TerminalApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def recall_trace(self) -> bool:
-        """Use the trace of the recipe's step that an earlier app has made; True if it was not used yet.
-
-        Reads files, in a thread.
+        """Load the stored trace of the recipe's training step, if there is one. Return True if it was not
+        loaded before. Reads files, so call it in a thread.
         """
         from qlora_tui.runs.exact_memory import recall_trace
 
@@ -220,7 +221,7 @@ class QloraApp(TerminalApp):
     def run_budget(self) -> MemoryBudget:
         """The device that a run here would use, whatever the user plans for.
 
-        Of a GPU that the driver reports nothing of, the size is what the user gave.
+        If the driver reports nothing about the GPU, the user's assumed size is used.
         """
         from qlora_tui.memory.budget import budget_for
 
@@ -230,7 +231,9 @@ class QloraApp(TerminalApp):
 
     @property
     def cpu_budget(self) -> MemoryBudget | None:
-        """The CPU of this machine where a run here would use it, though the user plans for a GPU."""
+        """This machine's CPU, if a run here would use it although the user plans for a GPU; otherwise
+        None.
+        """
         here = self.run_budget
         return here if here.device.kind == "cpu" and self.memory_budget.is_assumed else None
 
@@ -244,10 +247,10 @@ class QloraApp(TerminalApp):
         self.exit()
 
     def on_load(self) -> None:
-        # Before there is a screen: with its widgets every style sheet would be read once more, and its keys
-        # would have been painted.
+        # Set the theme before the first screen is mounted. Later, Textual would parse all style sheets again
+        # and paint the keys twice.
         self._load_themes()
-        # Never Textual's default, which lacks variables of ours.
+        # Textual's default theme lacks variables that the app's style sheets use.
         self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else themes.DEFAULT
         self.set_keymap(self.settings.keymap)
 
@@ -311,7 +314,7 @@ class QloraApp(TerminalApp):
         self._terminal_colors[message.is_background] = message.color
         if message.is_background:
             self._is_light = message.color.brightness > _HALF
-        # In 256 colors the background would be another than the terminal's.
+        # With 256 colors, the background would differ from the terminal's.
         if len(self._terminal_colors) == 2 and self.console.color_system == "truecolor":
             foreground, background = self._terminal_colors[False], self._terminal_colors[True]
             self.register_theme(themes.of_terminal(foreground, background))
@@ -376,7 +379,7 @@ class QloraApp(TerminalApp):
         try:
             save_or_ask(self)
         except OSError as error:
-            # The edit is not lost: it is saved as soon as the disk can be written.
+            # The edit is kept in memory, and saved once the disk is writable again.
             if not self.disk_faults.notify(self, error):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
@@ -463,7 +466,7 @@ class QloraApp(TerminalApp):
         """Show a worker's UserError, and report disk errors."""
         cause = error.error if isinstance(error, WorkerFailed) else None
         if isinstance(cause, UserError) and cause.code == UNREACHABLE:
-            # The top line says it too, and what reads in the background fails again and again.
+            # The top line shows the problem too, and background reads fail again every second.
             if monotonic() - self._told_unreachable_at > _TELL_AGAIN_S:
                 self._told_unreachable_at = monotonic()
                 self.notify_error(cause)
@@ -516,7 +519,7 @@ class QloraApp(TerminalApp):
 
     async def action_simulate_key(self, key: str) -> None:
         """Press a key on behalf of a click on its name."""
-        # Later, as the app: a key that is sent by the clicked panel does not pass it on its way up.
+        # Deferred and sent by the app: a key sent by the clicked panel would skip the panel's own bindings.
         self.call_later(self.simulate_key, key)
 
     def action_undo(self) -> None:
@@ -563,7 +566,7 @@ class QloraApp(TerminalApp):
                 # Paint again with the colors that were edited.
                 self.mutate_reactive(App.theme)
         if self.has_class("-away") and not system_status.box_silent_s:
-            # What could not be read is there again.
+            # A theme that could not be read before is available again.
             self.workbench.forget_architecture()
             self.recipe_changed.publish(self.workbench.recipe)
         self.set_class(system_status.box_silent_s > 0, "-away")
@@ -577,7 +580,7 @@ class QloraApp(TerminalApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def _poll_in_thread(self) -> SystemStatus:
-        # The first poll comes after the first frame, which does not wait for these imports.
+        # The first poll runs after the first frame, which therefore does not wait for these imports.
         from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
 
         link = current()

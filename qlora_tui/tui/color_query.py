@@ -28,7 +28,9 @@ _TYPED = 3
 _TYPED_S = 0.1
 """Seconds to wait for the rest of a beginning that may have been typed."""
 _EXPECTED_S = 3.0
-"""Seconds after the query during which such a beginning is held back; later, it passes through at once."""
+"""Seconds after the query during which the possible beginning of a reply is held back. Later it passes
+through at once.
+"""
 _UNABLE = ("linux", "vt", "dumb")
 """Prefixes of ``TERM`` for terminals that print sequences they do not recognize."""
 

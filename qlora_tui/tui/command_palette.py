@@ -37,7 +37,7 @@ _HELP_SCORE = 0.3
 the query.
 """
 _WIDTH, _FRAME, _MARGIN = 140, 5, 8
-"""Width of the palette, the cells of it that its lines do not have, and those beside it in a wide window."""
+"""Cells: maximum width of the palette, its frame and padding, and its margin in a wide window."""
 _NAME_CELLS = 20
 """Width of the column of names; a longer name moves its description to the right."""
 _SHOWN_RECENT = 5
@@ -50,12 +50,12 @@ class Entry:
     """An entry in the palette."""
 
     key: str
-    """The key under which its use is remembered: ``run:20261130-tickets``, ``command:train.launch``."""
+    """Identifier under which its use is remembered: ``run:20261130-tickets``, ``command:train.launch``."""
     title: str
     help: str
     use: Callable[[], Awaitable[object] | object]
     shortcut: str = ""
-    """The key that does the same on its screen."""
+    """The key for the same action on its screen."""
     ends: bool = False
     """Whether it ends or removes something (``Command.ends``)."""
     theme: str = ""
@@ -65,7 +65,7 @@ class Entry:
 
 
 class Palette(CommandPalette):
-    """Textual's palette in the frame of a dialog."""
+    """Textual's palette, framed like a dialog."""
 
     def on_mount(self) -> None:
         frame = self.query_one("#--container", Widget)
@@ -75,7 +75,9 @@ class Palette(CommandPalette):
 
 
 def _width(window: int) -> int:
-    """Return the width of the palette: of what is behind it, a small window would show only pieces."""
+    """Return the palette's width in cells. It fills a small window, which would show only fragments of the
+    screen behind.
+    """
     return window if window < WIDE_CELLS else min(_WIDTH, window - _MARGIN)
 
 
@@ -104,7 +106,7 @@ class CommandProvider(Provider):
                 yield Hit(score, line, self._use(entry), entry.title)
 
     def _line(self, title: Content, entry: Entry) -> Content:
-        """Return name, description and key in one line, which is as wide as the palette."""
+        """Return the entry's name, description and key as one line, as wide as the palette."""
         title = title.pad_right(max(0, _NAME_CELLS - title.cell_length))
         room = _width(self._app.size.width) - _FRAME - title.cell_length - len(entry.shortcut) - 4
         help_ = Content(entry.help).truncate(max(0, room), ellipsis=True, pad=True)
@@ -116,8 +118,8 @@ class CommandProvider(Provider):
         return partial(_use, entry)
 
     def _commands_here(self) -> Iterator[Entry]:
-        """Yield the commands that would do something now; Enter must not end anything by chance, so those
-        of the screen that do come after its others.
+        """Yield the commands that are available now. Commands that stop or remove something come after the
+        screen's other commands, so that Enter does not run one by accident.
         """
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
         for command in (*sorted(here, key=lambda command: command.ends), *EVERYWHERE):
@@ -156,7 +158,7 @@ class CommandProvider(Provider):
 
 
 def works(app: QloraApp, screen: object, command: Command) -> bool:
-    """Return whether a command would do something now on the current screen."""
+    """Return whether a command is available on the current screen."""
     _, name, parameters = parse(command.action)
     owner = app if command.action.startswith("app.") else cast("WorkScreen", screen)
     return owner.check_action(name, parameters) is True

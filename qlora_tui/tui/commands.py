@@ -29,7 +29,9 @@ class Command:
     footer: bool = True
     """Whether the footer shows it."""
     ends: bool = False
-    """Whether it stops, removes or closes something, so that Enter in the palette must not meet it first."""
+    """Whether it stops, removes or closes something. The palette lists such a command after others, so that
+    Enter does not run it by accident.
+    """
     cli: str = ""
     """The command-line equivalent, such as ``runs rename``."""
 
@@ -64,7 +66,7 @@ class ScreenEntry:
 def _read() -> dict[str, tuple[Command, ...]]:
     """Return the commands of each section."""
     sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    # The action of a command that does not name one; on a screen it has the command's name.
+    # Default action of a command: the name of the command, as an action of the section's screen.
     actions = {"go": "app.go('{}')", "app": "app.{}"}
     commands: dict[str, tuple[Command, ...]] = {}
     for section, rows in sections.items():

@@ -1,4 +1,4 @@
-"""What a terminal and desktop offer besides text: clipboard, window title, notifications, folders.
+"""Access to the terminal and desktop: clipboard, window title, notifications, folders.
 
 The user may be on another machine. Escape sequences travel over any link, but the terminal never acknowledges
 them. Inside tmux they are wrapped, and tmux forwards them only if ``allow-passthrough`` is on. A local
@@ -37,7 +37,7 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """(environment variable that the tool needs, command); the command reads the text from stdin."""
 _TIMEOUT_S = 2.0
 _SHOWN = 160
-"""Length of the copied text that the notification repeats, in characters."""
+"""Characters of the copied text that the notification quotes."""
 
 
 def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -87,7 +87,8 @@ def copy_locally(text: str) -> str:
         if (variable and not os.environ.get(variable)) or not shutil.which(command[0]):
             continue
         try:
-            # Some stay in the background to serve the text: they must not keep our output open.
+            # Some tools stay in the background to serve the text, and must not keep this app's
+            # output open.
             done = subprocess.run(
                 command,
                 input=text.encode(errors="replace"),
@@ -105,7 +106,7 @@ def copy_locally(text: str) -> str:
 
 def open_folder(app: QloraApp, folder: Path) -> None:
     """Open a folder in the file manager. Without a desktop, copy and show the ``cd`` command instead."""
-    # Otherwise a window would not open on the user's own screen.
+    # Without a display, or over SSH, the window would not open on the user's own screen.
     has_screen = any(os.environ.get(name) for name in ("WAYLAND_DISPLAY", "DISPLAY"))
     if has_screen and "SSH_CONNECTION" not in os.environ and _open(folder):
         app.notify(f"Opened {folder} in the file manager.")
@@ -118,7 +119,7 @@ def _open(folder: Path) -> bool:
     if opener is None:
         return False
     try:
-        # In its own session, so that the file manager stays when the app ends.
+        # In a session of its own, so that the file manager outlives the app.
         subprocess.Popen(
             [opener, str(folder)],
             stdin=subprocess.DEVNULL,

@@ -146,7 +146,8 @@ def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, st
         for mine in (command for command in commands if command.id in keymap):
             for other in offered:
                 for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:
-                    # Some keys have two commands by default, of which one is offered at a time.
+                    # By default, some keys have two commands that are never available at the same
+                    # time.
                     if other.id != mine.id and key not in mine.key.split(","):
                         yield key, (mine.id, other.id)
 
@@ -166,7 +167,7 @@ def _is_character(name: str) -> bool:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    from difflib import get_close_matches  # for a keymap with a mistake only
+    from difflib import get_close_matches  # only needed for a keymap with an error
 
     return next(iter(get_close_matches(name, known, 1)), "")
 

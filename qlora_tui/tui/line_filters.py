@@ -56,7 +56,7 @@ def _of_same_width(segments: list[Segment]) -> list[Segment]:
 
 
 def _shown(text: str) -> str:
-    # A line has no line breaks, and a tab would shift what follows.
+    # A line must not contain line breaks, and a tab would shift the text after it.
     return visible(text.replace("\t", " ").replace("\n", "␊"))
 
 
@@ -131,7 +131,7 @@ class MonochromeFilter(LineFilter):
 def _without_colors(style: Style) -> Style:
     on_foreground = _is_foreground(style.bgcolor, otherwise=False)
     faint = style.dim or not (on_foreground or _is_foreground(style.color, otherwise=True))
-    # Textual finds what was clicked by the meta.
+    # Textual uses the metadata to find what was clicked.
     reverse = bool(style.reverse) != on_foreground
     return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 

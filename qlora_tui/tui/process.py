@@ -57,7 +57,7 @@ def _on_terminal_lost(leave: Callable[[], object]) -> None:
     gone = select.epoll()
     for stream in (sys.__stdin__, sys.__stderr__):
         if stream is not None:
-            # A file is always there, and is nothing to wait for.
+            # epoll refuses a regular file, which never hangs up.
             with suppress(PermissionError):
                 gone.register(stream.fileno(), 0)  # No events requested: a hang-up is always reported.
 
@@ -142,7 +142,9 @@ class DiskFaults:
     def __init__(self) -> None:
         self._reported_at: dict[str, float] = {}
         self.ended_by: UserError | None = None
-        """Why the app had to end: Textual ends the part of it in which a message fails."""
+        """The disk error that ended the app. Textual stops a message pump whose handler raises an exception,
+        so the app cannot continue.
+        """
 
     def handle(self, app: App[Any], error: Exception) -> bool:
         """Report a disk error; return False for any other error.

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 _RETRY_S = 10.0
 """Seconds between attempts to open the GPU driver after a failure, since an attempt is slow."""
 STALLED_S = 5.0
-"""Seconds to wait without an active run before another runner is started; a runner takes a moment to start a
-run.
+"""Seconds that runs may wait without an active run before another runner is started. A runner needs a moment
+to start a run.
 """
 _NOTIFIED: frozenset[State] = frozenset(("finished", "failed"))
 
@@ -57,11 +57,13 @@ class _Exports:
 
 
 _SENT = (GpuDevice, GpuMetrics, GpuUnavailableError, RunDir, RunNotification, ServerStatus, Status, UserError)
-"""Types in a status, which :mod:`.system_status` does not import: the first frame does without them."""
+"""Types in a status that :mod:`.system_status` does not import, so that the first frame need not wait for
+them.
+"""
 
 
 class BoxMonitor:
-    """The status of another box, as it arrives from there."""
+    """Receives the status of another box."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -93,20 +95,24 @@ class SystemMonitor:
         self._runs: list[RunDir] = []
         self._runs_seen_at = -1
         self._statuses: dict[str, tuple[int, Status]] = {}
-        """When a file in the run's folder was last replaced, in ns, and its status then."""
+        """For each run: when a file in its folder was last replaced, in nanoseconds, and its status at that
+        time.
+        """
         self._training: set[str] = set()
-        """Ids of runs seen in training, whose end will be news."""
+        """Ids of runs that were seen training. The user is notified when they end."""
         self._exports: dict[str, _Exports] = {}
         self._cluster = Watch()
         self._driver: Nvml | None = None
         self._device_keys: tuple[str, ...] = ()
-        """Of the GPUs that runs may use; empty with fewer than two."""
+        """Keys of the GPUs that runs may use; empty if there are fewer than two."""
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
         self._no_gpu: GpuUnavailableError | None = None
         self._retry_at = 0.0
         self._stalled_since: float | None = None
-        """Monotonic time since when runs have been waiting while none is active."""
+        """Monotonic time in seconds since which runs have been waiting while none is active; None if they are
+        not.
+        """
         self._has_looked_after_sweeps = False
         """Whether a runner was started for sweeps that may have been killed before they queued a run."""
 
@@ -123,7 +129,8 @@ class SystemMonitor:
         training = [(run, status) for run, status in statuses if status.state in ACTIVE]
         active = training[0] if training else (None, None)
         is_training_here = any(not is_on_cluster(run) for run, _ in training)
-        # Not the newest: a queue may be turned around, and an older run resumed.
+        # The latest start is not the newest run: a queue can be reordered, and an older run
+        # resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued" or (s.hold and s.step)]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         has_sweeps = not self._has_looked_after_sweeps and any(paths.sweeps_dir().glob("*/active"))
@@ -151,7 +158,8 @@ class SystemMonitor:
 
     def _running_exports(self, run: RunDir) -> tuple[RunningExport, ...]:
         """Return a run's exports that are being written. Files are read only if there may be any."""
-        # A run's first export makes a folder in the run's own, whose time has been read.
+        # The first export creates a folder in the run's folder, which changes the time that was
+        # read.
         folder_at = self._statuses[run.id][0]
         known = self._exports.get(run.id)
         if known is not None and known.changed_at is None and known.folder_at == folder_at:
@@ -172,21 +180,21 @@ class SystemMonitor:
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
         """Start a runner if runs are waiting after theirs was killed or the machine went down."""
         now = time.monotonic()
-        # It may be waiting for the hours, or for another program.
+        # The runner may be waiting for the training hours, or for another program.
         if not is_stalled or is_locked(runner_lock_path()):
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = now
         elif now - self._stalled_since >= STALLED_S:
             self._stalled_since = now
-            # No memory for a process, or no space for its log: tried again later.
+            # Not enough memory for a process, or no space for its log: retried later.
             with suppress(OSError):
                 ensure_runner()
                 self._has_looked_after_sweeps = True
 
     def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[RunNotification, ...]:
         ended = [run for run, status in statuses if run.id in self._training and status.state in _NOTIFIED]
-        # A lost run is looked at again: its runner, if it lives, is just writing down how it ended.
+        # A lost run is checked again, since a living runner may still be recording how it ended.
         active_or_lost = {
             run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"
         }
@@ -232,7 +240,8 @@ class SystemMonitor:
         except OSError:
             written_at = -1
         known = self._statuses.get(run.id)
-        # An active run can be lost, and one can leave the queue, while the file stays as it is.
+        # An active run can be lost, and a queued run removed from the queue, without a change to
+        # its status file.
         stale = known is None or known[0] != written_at or (known[1].state == "queued") != is_queued
         if known is None or stale or known[1].state in ACTIVE:
             known = (written_at, read_status(run))

@@ -88,11 +88,11 @@ class SystemStatus:
     host: Host | None = None
     """None before the first poll."""
     box: str = ""
-    """The other machine that all this is about; empty for this one."""
+    """Name of the other machine that this status describes; empty for this machine."""
     box_silent_s: float = 0.0
-    """Seconds for which it has not answered; 0 if it does."""
+    """Seconds since the box last responded; 0 if it responds."""
     box_note: str = ""
-    """What is going on with it: data that are sent, or why it cannot be reached."""
+    """What the box is doing, such as receiving data, or why it cannot be reached."""
 
     @property
     def loaded_server(self) -> ServerStatus | None:
@@ -125,7 +125,7 @@ class SystemStatus:
     def machine(self) -> Machine:
         """The machine that a run would start on, regardless of which GPU the estimates assume."""
         from qlora_tui.memory.budget import budget_for
-        from qlora_tui.runs.doctor import Machine  # with the checks, which a start does without
+        from qlora_tui.runs.doctor import Machine  # imported here because startup does not need the checks
 
         return Machine(
             budget=budget_for(self.gpu),

@@ -156,9 +156,9 @@ class PromptDriver(LinuxDriver):
     def __init__(self, app: App[Any], **options: Any) -> None:
         super().__init__(app, **options)
         self._wake_fd = os.eventfd(0)
-        """Readable once the thread should end."""
+        """File descriptor that becomes readable when the thread should end."""
         self._report_at = 0.0
-        """When the mouse was last reported, or a question sent."""
+        """Monotonic time of the last mouse report or color query, in seconds."""
         self._replies = ReplyReader()
 
     def start_application_mode(self) -> None:
@@ -181,7 +181,7 @@ class PromptDriver(LinuxDriver):
     def disable_input(self) -> None:
         os.eventfd_write(self._wake_fd, int(monotonic() - self._report_at > _REPORTS_S))
         super().disable_input()
-        os.eventfd_write(self._wake_fd, 1)  # reading it would wait where it is 0
+        os.eventfd_write(self._wake_fd, 1)  # the next line would block at 0
         os.eventfd_read(self._wake_fd)
 
     def run_input_thread(self) -> None:

@@ -29,11 +29,13 @@ BORDER_SHARE = 0.3
 SCROLLBAR_SHARE = 0.55
 """Position of a scroll bar's handle between the background (0) and the foreground (1)."""
 SELECTION_SHARE = 0.35
-"""Color of selected text in a field, between the background (0) and the primary color (1)."""
+"""Position of a text selection's background between the background (0) and the primary color (1)."""
 CHART_FILL_SHARE = 0.14
-"""Color of the area under a curve, between the panel's surface (0) and the color of training (1)."""
+"""Position of the area under a curve between the panel's surface (0) and the color of training (1)."""
 AUTO, TERMINAL = "auto", "terminal"
-"""Special theme names: chosen by the number of colors, and derived from the terminal's own colors."""
+"""Special theme names: ``auto`` chooses a theme by the terminal's number of colors, ``terminal`` is derived
+from the terminal's own colors.
+"""
 DEFAULT = "harbour"
 MIN_CONTRAST = 4.5
 """Minimum contrast of text with its background (WCAG 2.1, 1.4.3)."""
@@ -91,7 +93,7 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def _roles(file: ThemeFile) -> dict[str, str]:
-    """Return colors by role: those of the four hues and of keys."""
+    """Return the colors of the four hues and of keys, by role."""
     others = _OTHER_HUES[16 if file.ansi else 256, file.dark]
     return {
         "key": file.accent,
@@ -113,7 +115,7 @@ def _blended(file: ThemeFile) -> dict[str, str]:
     muted = file.variables.get("text-muted", background.blend(foreground, MUTED_SHARE).hex6)
     return {
         "text-muted": muted,
-        # The hint in an empty field is there to be read.
+        # The hint in an empty field must be readable.
         "text-disabled": muted,
         "border-blurred": background.blend(foreground, BORDER_SHARE).hex6,
         **_scrollbar(background.blend(foreground, SCROLLBAR_SHARE).hex6, surface.hex6),
@@ -139,7 +141,8 @@ def _sixteen_colors(file: ThemeFile) -> dict[str, str]:
         "text-disabled": muted,
         "border": file.primary,
         **_scrollbar("ansi_bright_black", "ansi_default"),
-        # Reversed by the terminal: text of any color is then read as well as on the background.
+        # The terminal reverses these colors, so text of any color has the same contrast as on the
+        # background.
         "block-cursor-foreground": "ansi_default",
         "block-cursor-background": "ansi_default",
         "block-cursor-text-style": "reverse",
@@ -166,7 +169,7 @@ def of_terminal(foreground: Color, background: Color) -> Theme:
     dark = contrast(background, white) > contrast(background, black)
     far = white if dark else black
     ground = {name: background.blend(foreground, share) for name, share in _STEPS.items()}
-    # On a middle gray nothing is readable on a step towards the text.
+    # On a middle gray, no color is readable on a background that is shifted toward the text.
     grounds = [background, *ground.values()]
     if min(contrast(far, each) for each in grounds) < MIN_CONTRAST:
         ground, grounds = dict.fromkeys(_STEPS, background), [background]

@@ -18,10 +18,9 @@ T = TypeVar("T")
 
 
 async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
-    """Run ``function`` in a thread and return its result.
-
-    Its argument ``should_stop`` returns true once this call is canceled. Leaving the app cancels a worker but
-    not its thread, and the app would have to wait until the thread ends.
+    """Run ``function`` in a thread and return its result. It gets an argument ``should_stop``, which returns
+    True once this call is canceled. Leaving the app cancels a worker but not its thread, and the app would
+    have to wait until the thread ends.
     """
     stop = Event()
     try:
@@ -33,8 +32,11 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
 def act_on_run(
     screen: Screen[Any], run: RunDir, act: Callable[[RunDir], object], then: Callable[[], object]
 ) -> None:
-    """Call ``act`` and then ``then``; for a run on a cluster in a thread, since its commands take a while."""
-    # The first frame, which needs the rest of this module, does not wait for runs.
+    """Call ``act``, then ``then``. For a run on a cluster, ``act`` runs in a thread, since the cluster's
+    commands are slow.
+    """
+    # Imported here because the first frame needs the rest of this module, but not the package of
+    # runs.
     from qlora_tui.runs.slurm_runs import is_on_cluster
 
     if not is_on_cluster(run):
@@ -58,7 +60,7 @@ class Measurement:
         ``on_change`` is called in the app's thread when :attr:`progress` changes.
         """
         self.progress = ""
-        """How far it is; empty while there is none."""
+        """Progress of the work, in words; empty while nothing runs."""
         self._on_change = on_change
         self._stop: Event | None = None
 
@@ -96,7 +98,8 @@ class Measurement:
         except JobStopped:
             return None
         finally:
-            # Leaving the app cancels a worker, but not its thread, for whose end the app would wait.
+            # Leaving the app cancels a worker but not its thread, and the app would wait for the
+            # thread to end.
             stop.set()
             self._stop = None
             show("")

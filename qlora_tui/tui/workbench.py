@@ -1,4 +1,4 @@
-"""The recipe being edited, with undo; what follows from it (architecture, estimates); and its draft.
+"""The recipe being edited, with undo; the architecture and estimates derived from it; and its draft.
 
 The draft is a file that keeps the recipe, so that neither a closed terminal nor a power cut loses an edit.
 All apps of one account share the file. Each remembers what it last read or wrote there, so it notices when
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from qlora_tui.tui.screens.modals.dialogs import DraftChoice
 
 
-# The first frame shows neither architecture nor estimate, so it does not wait for their packages:
-# they are imported where they are first needed.
+# The first frame shows neither architecture nor estimate, so their packages are imported where they
+# are first needed.
 
 _UNDO_STEPS = 200
 FIRST_PRESET = "balanced"
@@ -63,9 +63,11 @@ class Workbench:
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
         self.on_outline: Callable[[str], object] = lambda model: None
-        """Called, in any thread, with the id of a model when only its outline was read."""
+        """Called with the id of a model if only an outline of its architecture was read. May be called in any
+        thread.
+        """
         self._trainable: str | None = None
-        """A model that can be trained."""
+        """Id of the model that was last checked and can be trained."""
         self._compared: tuple[
             tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
         ] = ()
@@ -152,7 +154,7 @@ class Workbench:
         return self._architecture_of(self.recipe.model.id)
 
     def _architecture_of(self, model: str) -> Architecture | UserError:
-        known = self._architecture  # a thread may ask while the app forgets it
+        known = self._architecture  # another thread may reset the cache at any time
         if known is None or known[0] != model:
             known = self._architecture = (model, _read(model))
             if not isinstance(known[1], UserError) and known[1].is_outline:
@@ -204,7 +206,8 @@ class Workbench:
             if of_architecture is architecture and (of_recipe, of_device) == (recipe, device):
                 return compared
         compared = _compare(recipe, architecture, device)
-        # Of two devices: the one of a run here, and the one that the user plans for.
+        # Cached for two devices: the one that a run here would use, and the one that the user plans
+        # for.
         self._compared = ((architecture, recipe, device, compared), *known[:1])
         return compared
 
@@ -276,7 +279,7 @@ def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reve
         app.notify(nothing)
         return
     app.recipe_edited()
-    # Screens show a change of one setting; a preset changes many, most of them on other screens.
+    # A screen shows the change of one setting; undoing a preset changes many, most on other screens.
     if workbench.preset != preset:
         now = (
             f"the preset is {workbench.preset} again"
@@ -347,15 +350,17 @@ class Draft:
 
     def __init__(self) -> None:
         self._known: str | None = None
-        """What this app last read or wrote."""
+        """Text that this app last read from the file or wrote to it."""
         self._seen: tuple[int, int] | None = None
-        """Inode and time of the file when it was last compared with that."""
+        """Inode and modification time (ns) of the file when it was last compared with ``_known``."""
         self._is_loaded = False
         self.is_newer = False
         """Whether another app has changed the file since, as of the last :meth:`is_changed_elsewhere`."""
         self._aside: Path | None = None
         self._is_settled = False
-        """Whether the draft was written since the last conflict: the next one needs another file."""
+        """Whether the draft was written since the last conflict, so that the next conflict needs another
+        file.
+        """
 
     def load(self) -> SavedDraft:
         """Read the draft. If it cannot be read, it is moved aside, so that saving does not overwrite it."""
@@ -378,8 +383,9 @@ class Draft:
         """Write the workbench to disk. Return False, and leave the draft alone, if another app has changed
         it.
 
-        Either way both recipes are on disk: the one that is not in the draft is in :attr:`aside`. With
-        ``replace`` that is the other app's. Raises OSError.
+        In both cases, both recipes are on disk: the recipe that is not in the draft is in :attr:`aside`. With
+        ``replace``, this app's recipe goes into the draft and the other app's into :attr:`aside`. Raises
+        OSError.
         """
         text = f"{_PRESET_COMMENT}{workbench.preset}\n{dump(workbench.recipe)}"
         with _draft_lock():
@@ -425,7 +431,7 @@ def open_workbench(draft: Draft) -> Workbench:
     saved = draft.load()
     preset_error = None
     for name in (saved.preset or FIRST_PRESET, FIRST_PRESET):
-        # The user may have a preset of either name, and have broken it.
+        # Either preset may be a damaged file of the user's.
         try:
             workbench = Workbench(saved.recipe, name)
             break
@@ -486,7 +492,7 @@ def tell_of_change(app: QloraApp) -> None:
     """Notify the user that another app has changed the draft, and how to load that recipe."""
     from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
-    # While the app closes it has no screens.
+    # The app has no screens while it closes.
     is_asking = any(isinstance(screen, DraftChangedScreen) for screen in app.screen_stack)
     if app.screen_stack and not is_asking and app.draft.is_changed_elsewhere():
         app.notify(

@@ -31,7 +31,7 @@ class Column(Generic[Row]):
     shrinks: bool = False
     """Whether the column shrinks, down to ``min_width``, if the columns are too wide together."""
     fills: bool = False
-    """Whether the column takes the width that the others leave, at least ``min_width``."""
+    """Whether the column takes the width that the other columns leave, at least ``min_width``."""
     right: bool = False
     """Whether its texts are right-aligned."""
     style: str = ""
@@ -40,11 +40,11 @@ class Column(Generic[Row]):
     shown_from: int = 0
     """Width of the line, in cells, from which the column is shown."""
     dropped: int = 0
-    """Its place in the order in which columns are left out if all are too wide together; 0 is never."""
+    """Position in the order in which columns are left out if the table is too wide; 0 means never."""
     shown_if_empty: bool = True
     """Whether the column is shown if it is empty in every row."""
     shown_if_same: bool = True
-    """Whether the column is shown if several rows have the same text and none another."""
+    """Whether the column is shown if it has the same text in each of several rows."""
     shorter: Callable[[str, int], str] | None = None
     """Shortens a string to a width, in characters, instead of ``cut_range``."""
     is_sentence: bool = False
@@ -57,8 +57,8 @@ def table(
     """Return a line of titles, if there are any, and a line for each row, at most ``width`` cells wide if
     possible.
 
-    Texts that are too long are cut where they tell the least (``cut_range``). If columns at their least
-    width are too wide together, the last that shrinks is narrower.
+    Texts that are too long are cut in their least informative part (``cut_range``). If the columns are too
+    wide even at their minimum widths, the last shrinking column becomes narrower still.
     """
     columns = [column for column in columns if width >= column.shown_from and _tells(column, rows)]
     texts = [[_on_one_line(column.text(row)) for row in rows] for column in columns]
@@ -102,7 +102,9 @@ def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[C
 
 
 def _tells(column: Column[Row], rows: Sequence[Row]) -> bool:
-    """Return whether the texts of a column tell the user anything."""
+    """Return whether a column is shown: an empty column, or one with the same text in every row, may be
+    hidden.
+    """
     if column.shown_if_empty and column.shown_if_same:
         return True
     texts = {str(column.text(row)) for row in rows}
@@ -115,7 +117,9 @@ def _fitting(
     widths: Sequence[int],
     width: int,
 ) -> tuple[list[Column[Row]], list[list[str | Content]], list[int]]:
-    """Leave out columns until the others fit, those that shrink at their least width."""
+    """Drop columns until the remaining ones fit, with shrinking columns at their minimum width. Return the
+    columns left, their texts and their widths.
+    """
     kept = list(zip(columns, texts, widths, strict=True))
 
     def least_width() -> int:

@@ -1,4 +1,4 @@
-"""A screen's few key figures, bright in a line or in digits three rows high."""
+"""A screen's few key figures: highlighted in a line, or in digits three rows high."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _large(figure: Figure) -> list[Content]:
 
 
 def _digit(character: str) -> tuple[str, ...]:
-    """Return a character as three rows, with two dots to a cell."""
+    """Return a character as three rows of cells, each cell two dots high."""
     dots = _DIGITS[character]
     pairs = zip_longest(dots[::2], dots[1::2], fillvalue=" " * len(dots[0]))
     return tuple("".join(_HALVES[pair] for pair in zip(*rows, strict=True)) for rows in pairs)

@@ -45,7 +45,7 @@ _VERDICTS = {
 }
 """(sign, color) of each verdict on memory; the word or the sign is always shown too."""
 INSTANT = "~"
-"""Before an estimate that was calculated at once. One of a traced step has nothing before it."""
+"""Prefix of an instant estimate. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 CANNOT_TRAIN = "✗ cannot train"
 """Shown next to the estimate of a model that cannot be trained, for example because its weights are
@@ -55,10 +55,12 @@ SEPARATOR = " · "
 _MIN_NAME = 9
 """Length below which names are not shortened, in cells."""
 _MIN_BAR = 4
-"""Width below which a bar shows nothing, in cells."""
+"""Minimum width of a bar, in cells. Below it, the bar is left out."""
 _ASSUMED = " (assumed)"
 THIS_CPU = "This CPU:"
-"""Before the memory of a run on this machine, next to estimates for a GPU that it does not have."""
+"""Label of a run's memory on this machine, shown next to estimates for a GPU that the machine does not
+have.
+"""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
     "queued": ("◌", "dim"),
@@ -93,10 +95,8 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
 
 
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
-    """Return preset, model, data, adapter and batch for a recipe's line.
-
-    To fit ``width``, the batch becomes ``× 2 × 8`` and then names are shortened, starting with the data's.
-    Numbers are never cut.
+    """Return preset, model, data, adapter and batch for a recipe's line. To fit ``width``, the batch is
+    abbreviated to ``× 2 × 8``, then names are shortened, the data's name first. Numbers are never cut.
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
@@ -163,7 +163,7 @@ def needed_words(verdict: Verdict) -> str:
 
 
 def fit_sign(verdict: Verdict) -> Content:
-    """Return ``✗`` for a table: only what may not fit has a sign and a color."""
+    """Return the verdict's sign for a table, such as ``✗``; a space if the recipe fits."""
     return Content(" ") if verdict.word == "fits" else verdict_sign(verdict)
 
 
@@ -203,7 +203,7 @@ def refusal_words(refusal: UserError) -> str:
 class FitLine:
     """A recipe's memory against what is available: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
 
-    ``is_assumed``: whether the memory is what the user gave.
+    ``is_assumed``: whether the available memory is a size that the user entered.
     """
 
     def __init__(
@@ -218,9 +218,8 @@ class FitLine:
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """Return the line.
-
-        If there is room, it has a bar, and says that the available memory is an assumption.
+        """Return the line. If there is room, it includes a bar, and a note if the available memory is
+        assumed.
         """
         figures, free = self._figures, width - self.least_width - 1
         if self._is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
@@ -232,7 +231,7 @@ class FitLine:
 
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
-    """Return ``This CPU: ~1.0 of 23.5 GiB fits``, next to estimates for a GPU that is not here."""
+    """Return ``This CPU: ~1.0 of 23.5 GiB fits``, for display next to estimates for an assumed GPU."""
     return FitLine(THIS_CPU, verdict, can_train=can_train)
 
 
@@ -276,7 +275,7 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
     """Return (sign, word, color) for a run's state, or for the defect of its result.
 
-    A queued run that has left its GPU is paused, or waiting if it has not begun.
+    A queued run that gave up its GPU is labeled paused, or waiting if it has not begun.
     """
     if defect is not None:
         return "!", defect.word, "$error"
@@ -286,7 +285,9 @@ def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str,
 
 
 def verdict_style(verdict: RunVerdict) -> str:
-    """Return the color of a verdict. An improvement that may be chance has none: nothing is wrong with it."""
+    """Return the color of a verdict. An improvement that may be due to chance has no color, since it is not a
+    problem.
+    """
     may_be_chance = verdict.outcome == "unclear" and verdict.has_improved
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
@@ -302,12 +303,14 @@ def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
 
 
 def best_word(loss_to_beat: float | None) -> str:
-    """Return ``lowest`` if the loss before training was already as low, else ``best``."""
+    """Return the adjective for a run's lowest loss: ``lowest`` if the loss before training was no higher,
+    otherwise ``best``.
+    """
     return "best" if loss_to_beat is None else "lowest"
 
 
 def progress_figures(mean_loss: float | None, seconds_left: float | None) -> list[Figure]:
-    """Return the loss of an active run and the time left, as far as they are known."""
+    """Return the loss of an active run and the time left, without those that are unknown."""
     figures = []
     if mean_loss is not None:
         figures.append(Figure("smoothed loss", format_loss(mean_loss)))

@@ -40,7 +40,7 @@ _MEAN_WEIGHT = 0.1
 
 
 _LEAST_CHART = 7
-"""Lines from which a run's loss is a chart: five rows, legend and scale."""
+"""Minimum height of a loss chart, in lines: five rows, legend and scale. Below it, a sparkline is drawn."""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
@@ -72,7 +72,7 @@ def run_plot(facts: LossFacts) -> Plot:
     """Return the chart of a run: a filled running mean, raw losses as points, evaluations joined by
     a line.
 
-    The axis fits the mean and the evaluations; points beyond it are left out.
+    The axis is scaled to the mean and the evaluations; points outside the axis are left out.
     """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
@@ -120,14 +120,14 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:
-    """Return the running mean of a summary's losses, which for a long run are a sample of its steps."""
+    """Return the running mean of a summary's losses. For a long run, these are only a sample of its steps."""
     stride = max(1.0, summary.steps[-1] / len(summary.steps)) if summary.steps else 1.0
     window = smoothing_window(summary.total_steps) / stride
     return BiasCorrectedEma(max(_MIN_SAMPLES, window)).smooth(summary.losses)
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the chart of a run's summary. Without steps it says whether any are to come."""
+    """Return the chart of a run's summary. If there are no steps, the text says whether any are expected."""
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
         return no_plot(no_steps_words(is_over=is_over))
@@ -146,7 +146,9 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 
 
 def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines with a run's loss: its chart, or a sparkline where a chart would be flat."""
+    """Return ``height`` lines with a run's loss: its chart, or a sparkline if there is too little height for
+    a chart.
+    """
     what = summary_plot(summary)
     if what.is_empty or summary is None or height >= _LEAST_CHART:
         return plot(what, width, height)
@@ -159,7 +161,9 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
 
 
 def _change(summary: RunSummary, means: Sequence[float]) -> Content:
-    """Return ``validation loss 5.006 → 2.781 ★ at 60``; the training loss where none was measured."""
+    """Return ``validation loss 5.006 → 2.781 ★ at 60``; the training loss if no validation loss was
+    measured.
+    """
     if summary.best is None or not summary.evaluations:
         change = f"{format_loss(means[0])} → {format_loss(means[-1])}"
         return Content.assemble(("smoothed loss ", "dim"), (change, f"{TRAINING_STYLE} bold"))

@@ -22,25 +22,25 @@ _GRID_PARTS = 4
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
-"""How much longer an axis may be to have more than two labels."""
+"""Maximum factor by which an axis may be lengthened to get more than two labels."""
 _NONE_BELOW = 1.3
-"""How much longer an axis may be to have a label below its lowest value."""
+"""Maximum factor by which an axis may be lengthened to get a label below its lowest value."""
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _REACHES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 _FAR = 1e30
 _EPSILON = 1e-12
-"""Limit on the size and resolution of an axis, so that its arithmetic stays finite."""
+"""Smallest value or range that an axis is scaled to, so that its arithmetic stays finite."""
 _LEAST_SPAN = 0.05
 """Minimum height of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
-"""Drawn at the bottom of a chart if a value was NaN or infinite."""
+"""Drawn at the bottom of a chart in place of a value that is NaN or infinite."""
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 _COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BROKEN = -1
 _MIN_BAR = 6
 """Width below which a bar is left out as unreadable, in cells."""
 _APART = 3
-"""Minimum distance between two marks of a kind, in cells, so that many of them do not merge into a line."""
+"""Minimum distance between two marks of the same kind, in cells, so that they do not merge into a line."""
 _LONG_LOSS = 1000.0
 """Loss from which labels are abbreviated, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
@@ -63,9 +63,8 @@ class Axis:
         return min(max(round(share * (cells - 1)), 0), cells - 1)
 
     def text(self, value: float, step: float) -> str:
-        """Return the label for a tick, given the ``step`` between ticks.
-
-        Losses are formatted as everywhere else.
+        """Return the label for a tick, given the ``step`` between ticks. Losses are formatted by
+        ``format_loss``.
         """
         is_short = self.unit == "loss" and max(abs(self.low), abs(self.high)) < _LONG_LOSS
         return format_loss(value) if is_short else label(value, step)
@@ -109,10 +108,9 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "") -> Axis:
-    """Return an axis from 0 to the end of the run once half of it is done. Before, it ends at the next of
-    1, 1.5, 2, 3, 4, 5, 6, 8 × 10ⁿ steps.
-
-    A new run shows its first steps wide, and the axis changes only about a dozen times over the whole run.
+    """Return an axis from 0 to the end of the run, or to an earlier step in the first half of the run. In the
+    first half, the axis ends at the next of 1, 1.5, 2, 3, 4, 5, 6, 8 × 10ⁿ steps: the first steps of a run
+    are spread out, and the axis changes only about a dozen times over the whole run.
     """
     reach = 10.0
     if done > reach:
@@ -159,7 +157,7 @@ def _decimals(step: float) -> int:
 
 
 def _clean(value: float) -> float:
-    # 3 × 0.1 is 0.30000000000000004; a tick is 0.3.
+    # Round, since 3 × 0.1 is 0.30000000000000004 but the tick is 0.3.
     return float(f"{value:.12g}")
 
 
@@ -181,8 +179,8 @@ def blocks(
 ) -> list[str]:
     """Return rows of block characters, top row first.
 
-    None is an empty column; the lowest value still shows a line. With ``is_apart`` the top eighth of a row
-    stays free, so that charts above each other do not run together.
+    None is an empty column; the lowest value still shows a line. With ``is_apart``, the top eighth of the top
+    row stays empty, so that stacked charts do not merge.
     """
     levels = height * 8 - is_apart
     rows = []
@@ -262,7 +260,9 @@ class Curve:
     glyph: str = ""
     """A symbol placed along the curve, so that curves differ without color."""
     look: Literal["line", "thin", "points"] = "line"
-    """A line of blocks, of dots through the middle of the cells of its marks, or only its points."""
+    """``line``: a line of blocks. ``thin``: braille dots that pass through the middle of its marks' cells.
+    ``points``: only the points.
+    """
     fill: str = ""
     """Color of the area under the curve; empty for none."""
 
@@ -309,7 +309,7 @@ class _Ink:
 
     dots_high: int
     bits: tuple[tuple[int, ...], tuple[int, ...]]
-    """Bit of each dot in a cell, by column, then by row from the top."""
+    """Bit of each dot in a cell, indexed by column, then by row from the top."""
     characters: str
     """Characters, indexed by the bits that are set."""
 
@@ -320,7 +320,7 @@ _BRAILLE = _Ink(
     "".join(chr(code) for code in range(0x2800, 0x2900)),
 )
 _BLOCKS = _Ink(2, ((1, 4), (2, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█")
-"""Half the resolution of braille but easier to see, and its halves align exactly with the fill below the
+"""Half the resolution of braille, but easier to see. Its half cells align exactly with the fill below the
 line.
 """
 
@@ -368,8 +368,8 @@ class _Canvas:
 def plot(what: Plot, width: int, height: int) -> list[Content]:
     """Return ``height`` lines: the legend, the graph with its scale on the left, and the scale below.
 
-    A value that is not finite interrupts the curve and is marked below it. A stretch without values has no
-    line.
+    A value that is not finite interrupts the curve and is marked at the bottom. No line is drawn across a
+    stretch without values.
     """
     rows = max(1, height - 2)
     if what.is_empty:
@@ -402,13 +402,12 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
-    """Return the axis, as little longer as possible, and its labels, with as many rows between all of them.
-
-    Too low a graph for that, or an axis without height, has the labels that fit.
+    """Return the axis, lengthened as little as possible so that its labels are evenly spaced in rows, and the
+    labels. If the graph is too low for that, or the axis has no height, return the labels that fit.
     """
     span, best = y.high - y.low, (math.inf, y, 0.0)
     first = math.floor(math.log10(span)) if span > 0 else 0
-    # Losses have three decimals; other labels have those of 1, 2 or 5.
+    # Losses have three decimals; other labels are multiples of 1, 2 or 5 × 10ⁿ.
     sizes = (*_ROUND, _QUARTER) if y.unit == "loss" else _ROUND
     for size, power in product(sizes, (first - 1, first)):
         step = _clean(size * 10.0**power)
@@ -458,7 +457,8 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             before = None
             continue
         if curve.look == "points":
-            # Only the ends: all values between them, cut at the edge, would be a pattern of dots.
+            # Only the extremes: values between them that were clamped to the edge would draw a pattern of
+            # dots.
             ends = (value for value in (low, high) if y.low <= value <= y.high)
             dots.update((column, dots_high - 1 - y.place(value, dots_high)) for value in ends)
             continue
@@ -477,8 +477,8 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
-    """Yield the dots of a line between two stretches, starting and ending where each is closest to the
-    other's middle.
+    """Yield the dots of a line that joins two stretches, each (x, top, bottom). The line starts and ends at
+    the point of each stretch that is closest to the middle of the other.
     """
     x0, top0, bottom0 = before
     x1, top1, bottom1 = after

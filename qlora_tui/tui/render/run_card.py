@@ -57,7 +57,7 @@ _ANSWER_LINES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RunCard:
-    """What a card says in addition to the curve."""
+    """Texts and figures on a card, in addition to the curve."""
 
     model: str
     data: str
@@ -75,7 +75,9 @@ class RunCard:
 
 
 def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
-    """Return what a run's card says. Without answers, it contains nothing from the training data."""
+    """Return the texts and figures of a run's card. Without ``with_answers``, they contain nothing from the
+    training data.
+    """
     recipe = view.run.readable_recipe()
     change, best = view.validation_change, view.best
     after = change.after if change is not None else None if best is None else best.loss
@@ -188,7 +190,9 @@ def _legend(view: RunView) -> list[str]:
 
 
 def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
-    """Return the loss before and after, the largest element of the card, and below it what the run cost."""
+    """Return the shapes for the loss before and after training, which is the card's largest element, and
+    below it the cost of the run.
+    """
     before, after = card.loss
     parts = [text(x, _TOP + 32, "validation loss", _DIM, size=16)]
     if after is None:
@@ -217,7 +221,7 @@ def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
 
 
 def _conversation(card: RunCard) -> list[str]:
-    """Return the question, with the answers before and after side by side."""
+    """Return the shapes for the question, with the answers before and after training side by side."""
     x, width = _EDGE + _INSIDE, _WIDTH - 2 * _EDGE - 2 * _INSIDE
     column = (width - 2 * _INSIDE) / 2
     parts = [

@@ -24,7 +24,7 @@ class Envelope:
     """A curve ready to draw. Each point is a single value or a stretch of values."""
 
     xs: tuple[float, ...] = ()
-    """Where each stretch ends."""
+    """The x at which each stretch ends."""
     lows: tuple[float, ...] = ()
     """Lowest finite value of each stretch; ``inf`` if it has none."""
     highs: tuple[float, ...] = ()
@@ -58,7 +58,7 @@ class DecimatedSeries:
         self._first = math.inf
         """The x of the first value."""
         self._levels = [_Level(columns)]
-        """Stretches of 1, 2, 4, 8… values; each level has the last of its kind."""
+        """Levels with stretches of 1, 2, 4, 8… values. Each level keeps its most recent stretches."""
 
     def __len__(self) -> int:
         return self._levels[0].count
@@ -86,8 +86,9 @@ class DecimatedSeries:
         """
         number, start = self._resolution(low)
         level = self._levels[number]
-        # The newest values have no stretch of this length yet. Each shorter level with an odd count has one
-        # stretch that no longer level has; together they are drawn as one.
+        # The newest values do not fill a stretch of this length yet. They are in the shorter levels: each
+        # level with an odd count has one stretch that is not yet in a longer level. All of them are drawn as
+        # one stretch.
         rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
         xs = tuple(level.xs[start:])
         if rest:
@@ -103,10 +104,13 @@ class DecimatedSeries:
         return envelopes
 
     def _resolution(self, low: float) -> tuple[int, int]:
-        """Return the level to draw from, and its first stretch to draw."""
+        """Return the index of the finest level that has few enough stretches from ``low`` on, and the index
+        of the first of those stretches.
+        """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
-            # A level that has dropped some has more than enough: it begins before the first one shown.
+            # A level that has dropped stretches still has more than enough, and begins before the first one
+            # drawn.
             if len(level.xs) - start <= self._most:
                 return number, start + (number > 0 and low > self._first)
         raise AssertionError("the last level has all there is")
@@ -123,7 +127,7 @@ class _Extremes:
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
         """Return each value as a stretch of its own."""
-        # A sum is finite only where every value is: one pass in C instead of a loop here.
+        # A sum is finite only if every value is: one pass in C instead of a Python loop.
         if math.isfinite(sum(values)):
             return cls(array("d", values), array("d", values), bytearray(len(values)))
         finite = [math.isfinite(value) for value in values]
@@ -211,7 +215,7 @@ class BiasCorrectedEma:
 
     def __init__(self, window: float = 20.0) -> None:
         self.window = window
-        """In values: β = 1 - 1 / window."""
+        """Number of values that the mean averages over: β = 1 - 1 / window."""
         self.mean = math.nan
         """NaN before the first finite value."""
         self._decay = 1.0

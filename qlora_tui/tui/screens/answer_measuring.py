@@ -42,12 +42,11 @@ class EvaluationActions(WorkScreen):
         super().__init__()
         self._measurement = Measurement()
         self._measured_id = ""
-        """Id of the run that is measured, or was last."""
+        """Id of the run that is being measured, or that was measured last."""
 
     def evaluate(self, run: RunDir) -> None:
-        """Show the answers of a run.
-
-        Measure them first if that has not been done; stop if it is being done.
+        """Show the answers of a run. If they were not measured yet, measure them first; if they are being
+        measured, stop.
         """
         if not self._measurement.stop():
             self._evaluate(run)
@@ -71,7 +70,7 @@ class EvaluationActions(WorkScreen):
         await asyncio.to_thread(card.save_card, run, file)
         self.notify(f"Saved the run card as {format_path(file)}.")
 
-    # Exclusive: a second key while the stored evaluation is read starts no second measurement.
+    # Exclusive, so that a second key press does not start a second measurement.
     @work(exclusive=True, group="evaluation")
     async def _evaluate(self, run: RunDir) -> None:
         evaluation = await asyncio.to_thread(read_task_evaluation, run)

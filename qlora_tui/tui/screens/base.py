@@ -87,8 +87,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     SHOWS_MEMORY: ClassVar[bool] = False
     """Whether the screen has its own panel for the recipe's memory, so that the strip leaves it out."""
     _strip: RecipeStrip
-    # Textual would focus the first field, and a digit typed before a screen has set its focus
-    # would be text in it.
+    # Textual would focus the first field, and a digit pressed before the screen sets its focus would be typed
+    # into it.
     AUTO_FOCUS = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -110,7 +110,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         return None
 
     def command_label(self, command_id: str) -> str:
-        """Return what the footer calls a command of this screen now; empty for its usual name."""
+        """Return the footer's current label for a command of this screen; empty for the default label."""
         return ""
 
     def has_command(self, action: str) -> bool:
@@ -122,7 +122,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
-            # Imported here: Home is painted first, has no strip, and need not wait for the memory package.
+            # Imported here because Home, which is painted first, has no strip and need not wait for the
+            # memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             self._strip = RecipeStrip(with_memory=not self.SHOWS_MEMORY)
@@ -149,7 +150,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
         """Step a setting to its next value, up (1) or down (-1)."""
-        from qlora_tui.recipe.fields import fields, get_setting  # Home is painted without the recipe
+        from qlora_tui.recipe.fields import fields, get_setting  # not needed for Home
         from qlora_tui.tui.setting_stepper import step_value
 
         value = get_setting(self.app.workbench.recipe, path)

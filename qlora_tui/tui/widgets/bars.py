@@ -65,7 +65,7 @@ class TopBar(Widget):
         parts: list[Content | str] = []
         for screen in NUMBERED_SCREENS:
             is_current = screen.name == self._mode
-            # In a narrow window the status needs the cells of a word more.
+            # In a narrow window, the status needs the space of Home's name.
             is_bare = screen.name == "home" and not is_current and self.size.width < WIDE_CELLS
             key = bare_key(screen.opened_by.id)
             text = f" {key} " if is_bare else f" {key} {screen.label} "
@@ -75,7 +75,7 @@ class TopBar(Widget):
 
     @staticmethod
     def status_options(system_status: SystemStatus) -> list[str]:
-        """Return possible texts, longest first."""
+        """Return possible texts for the status, longest first."""
         if system_status.box_silent_s:
             return _silence_texts(system_status)
         runs, gpu = _run_texts(system_status), _gpu_text(system_status)
@@ -83,14 +83,14 @@ class TopBar(Widget):
         with_more = [f"{run} · {more}" for run in runs if more]
         options = [f"{run}   {gpu}" for run in (*with_more, *runs)] + [*runs, gpu, ""]
         if system_status.box:
-            # Which machine this is matters more than how it is.
+            # The name of the machine matters more than its state.
             whole = [f"{system_status.box_note or system_status.box}   {option}" for option in options]
             options = [*whole, system_status.box, *options]
         return [option.strip() + " " for option in options]
 
 
 def _silence_texts(system_status: SystemStatus) -> list[str]:
-    """Return that a box does not answer, since when, and what becomes of its runs."""
+    """Return texts, longest first, that a box has not responded for some time and that its runs continue."""
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
     return [f"{option} " for option in (f"{silence}; its runs go on", silence, "no answer", "")]
 
@@ -102,7 +102,7 @@ def _run_texts(system_status: SystemStatus) -> list[str]:
         return [f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""]
     from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
-    # An attempt that has just started shows its phase.
+    # An attempt that has just started has no step, so its phase is shown.
     if not status.step or status.phase not in STEP_PHASES:
         return [f"● {phase_label(status.phase or status.state)}"]
     texts = [f"● step {format_progress(status.step, status.total_steps)}"]
@@ -110,7 +110,7 @@ def _run_texts(system_status: SystemStatus) -> list[str]:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return what goes on besides the active run: ``1 more training · 2 waiting · exporting Q8_0``."""
+    """Return the activity in addition to the active run: ``1 more training · 2 waiting · exporting Q8_0``."""
     parts = []
     if others := len(system_status.also_active):
         parts.append(f"{others} more training")
@@ -138,9 +138,8 @@ def _gpu_text(system_status: SystemStatus) -> str:
 
 
 class CommandFooter(Drawing):
-    """``s Stop   z Pause   ^P Palette``. Keys that do not fit are in the help. A click presses a key.
-
-    Keys that a panel names in its border are not named again.
+    """``s Stop z Pause ^P Palette``. Keys that do not fit are in the help. A click presses a key. Keys that a
+    panel shows in its border are left out.
 
     Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
     """
@@ -158,14 +157,14 @@ class CommandFooter(Drawing):
     ) -> None:
         """Create the footer. ``also``: ids of app commands to show after the screen's own.
 
-        ``label_of`` returns what a command is called now, by its id; empty for its usual name.
+        ``label_of`` returns the current label of a command id; empty for the default label.
         """
         super().__init__(self._lines)
         self._also = also
         self._label_of = label_of
         self._shown: list[ActiveBinding] = []
         self._named: set[str] = set()
-        """Ids of the commands that panels name."""
+        """Ids of the commands whose keys panels show in their borders."""
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
@@ -186,14 +185,14 @@ class CommandFooter(Drawing):
         self._choose()
 
     def _laid_out(self, screen: Screen[object]) -> None:
-        """Choose again if panels have more or less room for their keys. Most layouts change none."""
+        """Choose the keys again if a layout changed which keys the panels show. Most layouts change none."""
         named = _named_commands(screen)
         if named != self._named:
             self._named = named
             self._choose()
 
     def _choose(self) -> None:
-        """Leave out what panels name."""
+        """Choose the commands whose keys no panel shows, and repaint."""
         shown = [active for active in self._shown if active.binding.id not in self._named]
         own = [active for active in shown if not isinstance(active.node, App)]
         of_app = [active for active in shown if isinstance(active.node, App)]

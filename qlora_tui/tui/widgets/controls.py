@@ -109,12 +109,12 @@ class ViList(OptionList):
     def on_resize(self) -> None:
         if self._write is not None:
             self._show(self._write(self.scrollable_content_region.width))
-        # With fewer lines, or another scroll, the cursor may be out of view.
+        # If the list is shorter or scrolled elsewhere, the cursor may be out of view.
         self.call_after_refresh(self.scroll_to_highlight)
 
     def scroll_to_highlight(self, top: bool = False) -> None:
         super().scroll_to_highlight(top)
-        # A heading over the first option belongs to it.
+        # Scroll to a heading above the first option as well.
         if self.highlighted is not None and all(
             option.disabled for option in self.options[: self.highlighted]
         ):
@@ -126,9 +126,9 @@ class ViList(OptionList):
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
-        """Show these (id, line) pairs; a function is called now, and once more for each new width.
+        """Show these (id, line) pairs. A function is called now and again for each new width.
 
-        The cursor goes to ``select``, or stays on its option, or else in its place. It skips lines whose id
+        The cursor moves to ``select``, or stays on its option, or else on its row. It skips lines whose id
         begins with HEADING.
         """
         self._write = lines if callable(lines) else None
@@ -144,7 +144,7 @@ class ViList(OptionList):
                     self.replace_option_prompt_at_index(index, line)
         elif ids:
             self.set_options(Option(line, id_, disabled=id_.startswith(HEADING)) for id_, line in lines)
-            # In another order the same option may be out of view.
+            # If the order changed, the same option may be out of view.
             self.call_after_refresh(self.scroll_to_highlight)
         else:
             self.clear_options()
@@ -225,12 +225,12 @@ class Drawing(Widget):
         super().__init__(id=id, classes=classes)
         self._draw = draw
         self._row_count = 0
-        """Lines at the last layout, of a drawing as high as its lines."""
+        """Number of lines at the last layout, if the drawing is as high as its lines."""
         self._strips: list[Strip] = []
         self._drawn_for: object = None
 
     def show(self, draw: Draw) -> None:
-        """Draw with another function. An equal ``partial`` costs nothing."""
+        """Draw with another function. Nothing is done if it is a ``partial`` that equals the current one."""
         if _parts(draw) != _parts(self._draw):
             self._draw = draw
             self.redraw()
@@ -244,7 +244,7 @@ class Drawing(Widget):
         if is_as_high_as_lines and len(self._draw(width, _UNLIMITED_ROWS)) != self._row_count:
             self.refresh(layout=True)
         if self._drawn_for != self._conditions():
-            # Never drawn, or another size or theme: everything is painted anyway.
+            # If it was never drawn, or its size or theme changed, everything is painted anyway.
             self.refresh()
             return
         before, self._strips = self._strips, self._drawn()
@@ -280,7 +280,7 @@ class Drawing(Widget):
 
 
 def _parts(draw: Draw) -> object:
-    """Return what two drawings must share to count as equal: the function and its arguments."""
+    """Return the function and its arguments. Two drawings for which these are equal draw the same."""
     return (draw.func, draw.args, draw.keywords) if isinstance(draw, partial) else draw
 
 
@@ -314,12 +314,12 @@ Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
 
 
 class Lines(Static):
-    """Text that may depend on the width; only lines that changed are laid out and painted again."""
+    """Text that may depend on the width. Only changed lines are laid out and painted again."""
 
     _write: Write | None = None
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:
-        """Show a text or its lines; a function is called now, and once more for each new width."""
+        """Show a text or its lines. A function is called now and again for each new width."""
         self._write = text if callable(text) else None
         if not callable(text):
             self._show(text)
@@ -345,8 +345,8 @@ class Lines(Static):
 def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:
     """Render content as lines in the widget's style, each ``width`` cells wide.
 
-    Textual adds an offset to each segment for mouse selection. It is removed here: otherwise the same words
-    one cell further right would count as another style, and style caches would grow for hours.
+    Textual adds an offset to each segment for mouse selection. The offset is removed here: otherwise the same
+    text one cell further right would count as another style, and the style caches would keep growing.
     """
     strips = Visual.to_strips(
         widget, content, width, height, widget.visual_style, pad=True, apply_selection=False
@@ -373,7 +373,7 @@ def cursor_row(widget: Widget, row: Content, width: int) -> Content:
 
 
 def cursor_style(widget: Widget) -> str:
-    """Return the style of what is under a cursor: its color, or reversed where colors are few."""
+    """Return the style of a cell under a cursor: the cursor's color, or reversed if there are few colors."""
     if widget.app.no_color or widget.app.current_theme.ansi:
         return "reverse"
     return "bold $block-cursor-foreground on $block-cursor-background"
@@ -453,7 +453,7 @@ class Panel(Vertical):
     def show_title(self, title: str | Content) -> None:
         """Change the title. A string is plain text: brackets in it are not markup."""
         content = title if isinstance(title, Content) else Content(title)
-        if not content.is_same(self._title):  # equal text can differ in its style
+        if not content.is_same(self._title):  # equal text can have different styles
             self._title = content
             self._show_title()
 
@@ -496,7 +496,7 @@ class Panel(Vertical):
         self._show_subtitle()
 
     def _show_subtitle(self) -> None:
-        # Only now: the user's keymap is that of the app that runs.
+        # Not in __init__: the user's keymap is read from the running app.
         hints = [
             hint.stylize("$key bold", 0, hint.plain.index(" "))
             for hint in (_hint(command, verb) for command, verb in self._keys)
@@ -525,7 +525,7 @@ def _hint(command: str, verb: str) -> Content:
 
 
 class ModelProblem(Static):
-    """What is wrong with the recipe's model, in place of a screen's content; hidden if nothing is wrong."""
+    """The problem with the recipe's model, shown in place of a screen's content; hidden if there is none."""
 
     DEFAULT_CSS = """
     ModelProblem {

@@ -53,7 +53,7 @@ class RecipeStrip(Widget):
     def __init__(self, *, with_memory: bool) -> None:
         """Create the strip. ``with_memory`` adds a second line with the memory."""
         super().__init__(classes="" if with_memory else "-brief")
-        # The hints at the end are dim, and not in the color of links.
+        # Show the hints at the end dim instead of in the color of links.
         self.auto_links = False
         self._with_memory = with_memory
         self._bench: Workbench | None = None
@@ -98,7 +98,7 @@ class RecipeStrip(Widget):
         return Content("\n").join([first, self._cost_line(width)]) if self._with_memory else first
 
     def _problem(self) -> Content:
-        """Return why there is no memory line; empty if there is no model."""
+        """Return the reason why there is no memory line; empty if there is no model."""
         if self._bench is None or not self._bench.recipe.model.id:
             return Content("")
         if isinstance(self._comparison, UserError):
@@ -108,7 +108,7 @@ class RecipeStrip(Widget):
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """Return the recipe and the longest hint that fits next to it.
 
-        The shortest hint may cut the name of the data.
+        For the shortest hint, the name of the data may be shortened.
         """
         if self._bench is None:
             return "", Content("")
@@ -121,7 +121,7 @@ class RecipeStrip(Widget):
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
             shortened = {place for place, part in enumerate(parts) if part != widest[place]}
-            # The last hint may take cells of the data and of the batch, whose numbers stay.
+            # To fit the shortest hint, the data's name and the batch may be abbreviated; numbers stay.
             allowed = {2, 4} if commands == _HINTS[-1] else set()
             line = SEPARATOR.join(parts)
             if shortened <= allowed and cell_len(line) <= room:

@@ -36,9 +36,9 @@ _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Letters of jump labels, home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
-"""Width of the list from which a folded group has its values next to its title."""
+"""Minimum width of the list, in cells, for showing a folded group's values next to its title."""
 _HELP_ROWS = 5
-"""Rows of the help below the list, with an empty one above it."""
+"""Rows of the help below the list, including the empty row above the help."""
 _NUMBER_CELLS = 14
 """Width of the field for typing a number, in cells."""
 _TEXT_SEPARATOR = " | "
@@ -101,9 +101,11 @@ class SettingList(LineView):
         """
         super().__init__()
         self.cursor = 0
-        """The line that it is on."""
+        """Index of the line that the cursor is on."""
         self.typed_cells = 0
-        """Width of the field over the value under the cursor; 0 unless it is typed."""
+        """Width of the field for typing the value under the cursor, in cells; 0 if no value is being
+        typed.
+        """
         self._groups = groups
         self._open = {group.title for group in groups if group.is_open}
         self._is_arranged = False
@@ -229,7 +231,9 @@ class SettingList(LineView):
             self.post_message(SettingEdited(field.path, after))
 
     def action_choose(self) -> None:
-        """Start typing the setting, or step one that has few values. On a title, open or fold the group."""
+        """Start typing the value, or step a setting that has few values. On a title, open or fold the
+        group.
+        """
         field = self.field
         if field is None:
             self._set_open(self.group.title not in self._open)
@@ -241,7 +245,9 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open folded groups as far as all lines fit ``rows``, unless the user has opened or folded any."""
+        """Open folded groups for as long as all lines fit ``rows``, unless the user has opened or folded a
+        group.
+        """
         if self._is_arranged:
             return
         opened = {group.title for group in self._groups if group.is_open}
@@ -256,7 +262,7 @@ class SettingList(LineView):
         self._is_arranged = True
         self._open = self._open | {self.group.title} if is_open else self._open - {self.group.title}
         self._show_lines()
-        # What was opened comes into view, below its title.
+        # Scroll the opened group into view, with its title at the top.
         last = min(self.cursor + len(self.group.fields), len(self._lines) - 1) if is_open else self.cursor
         shown = Region(0, self.cursor, 1, min(last - self.cursor + 1, self.size.height))
         self.call_after_refresh(self.scroll_to_region, shown, animate=False, force=True)
@@ -271,7 +277,7 @@ class SettingList(LineView):
     def on_click(self, event: Click) -> None:
         line = event.y + round(self.scroll_y)
         if 0 <= line < len(self._lines):
-            # A setting is chosen by a second click, a group by the first.
+            # The second click on a setting changes it; the first click on a group opens or folds it.
             is_chosen = line == self.cursor or isinstance(self._lines[line], SettingGroup)
             self.go_to(line)
             if is_chosen:
@@ -386,7 +392,7 @@ class SettingsForm(Vertical):
         self._validate = validate
         self._values: Struct | None = None
         self._wrong = ""
-        """What is wrong with the value that is typed."""
+        """The error in the value being typed; empty if it is valid."""
 
     def compose(self) -> ComposeResult:
         yield self.list
@@ -406,7 +412,7 @@ class SettingsForm(Vertical):
         self._show_help()
 
     def on_resize(self) -> None:
-        """Open folded groups as far as there is room, below the help on the setting under the cursor."""
+        """Open as many folded groups as fit above the help."""
         help_ = self.query_one("#setting-help")
         self.list.open_what_fits(self.size.height - (_HELP_ROWS if help_.display else 0))
 
@@ -482,7 +488,9 @@ class SettingsForm(Vertical):
 
 
 def _expected(field: Field) -> str:
-    """Return ``a whole number from 1 to 1,024 · Enter apply · Esc cancel``. Quotes belong in files only."""
+    """Return ``a whole number from 1 to 1,024 · Enter apply · Esc cancel``. The field's mention of quotes is
+    dropped, since they are only needed in files.
+    """
     return f"{field.expected.replace(' in quotes', '')} · Enter apply · Esc cancel"
 
 
