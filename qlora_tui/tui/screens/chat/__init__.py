@@ -1,6 +1,6 @@
 """Chat: ``screen`` has the keys; ``conversation`` has the engine, its requests, and the turns.
 
-A ``turn`` shows a prompt and its answers, ``panels`` the information around them, ``start`` what there is
-before the first message. ``dialogs`` has the prompt field and the screen's dialogs, ``server_dialog`` the
-server for other programs. ``saved`` writes transcripts and conversations.
+``turn`` shows a prompt and its answers, ``panels`` the information around them, ``start`` the screen before
+the first message. ``dialogs`` has the prompt field and the screen's dialogs, ``server_dialog`` the server for
+other programs. ``saved`` writes transcripts and conversations.
 """

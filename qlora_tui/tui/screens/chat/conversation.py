@@ -1,4 +1,6 @@
-"""A conversation through the engine: which model is loaded, the requests, and where the answers go."""
+"""A conversation through the engine: loading the model, sending requests, and showing the answers in
+turns.
+"""
 
 from __future__ import annotations
 
@@ -76,23 +78,25 @@ class AdapterPair:
 
     @property
     def single(self) -> bool:
-        """Whether the run has only one adapter."""
+        """Whether there is only one adapter, so that there is nothing to compare."""
         return self.left == self.right
 
     def split(self) -> AdapterPair:
-        """Toggle between both adapters and the right one alone."""
+        """Return the pair with both adapters shown, or only the right one if both are shown now."""
         if self.single:
             return self
         return replace(self, shown="right" if self.shown == "both" else "both")
 
     def switched(self) -> AdapterPair:
-        """Switch to one adapter: the right one, or the left one if the right one is already shown alone."""
+        """Return the pair with only the right adapter shown, or only the left one if the right one is shown
+        alone now.
+        """
         if self.single:
             return self
         return replace(self, shown="left" if self.shown == "right" else "right")
 
     def next(self, side: str) -> AdapterPair:
-        """Select the next adapter for one side, skipping the one on the other side."""
+        """Return the pair with the next adapter on one side, skipping the adapter of the other side."""
         own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
         free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
         if len(free) < 2:
@@ -122,33 +126,37 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.engine = EngineClient()
         self.source: ChatSource | None = None
         self.run_dir: RunDir | None = None
-        """None if the source is a model without a run."""
+        """The run whose adapters answer; None for a model without a run."""
         self.pair = AdapterPair.of((BASE,))
         self.ready: ChatReady | None = None
-        """The model that the engine has loaded; None while none is."""
+        """The model that the engine has loaded; None while no model is loaded."""
         self.turns: list[ChatTurn] = []
         self.sampling = Sampling()
         self.system_prompt = ""
         self.thinking: Thinking = "auto"
-        """The thinking mode of requests; ``auto`` is the one of the run and the chat template."""
+        """The thinking mode of requests; ``auto`` uses the default of the run and the chat template."""
         self.unfolded = False
         """Whether thoughts are shown."""
         self.path: Path | None = None
         """Where the conversation is saved; None before its first answer."""
         self._asking: Worker[None] | None = None
-        """What answers the last prompt or measures. It alone adds turns and writes into them."""
+        """The worker that answers the last prompt or measures the effect. Only this worker adds turns and
+        writes into them.
+        """
         self._open_requests: list[ReplyStream[Any, Any]] = []
-        """Those that the engine has not finished."""
+        """Requests that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
-        """Runs and servers that share memory with the chat: both fit, or the user allowed it."""
+        """Runs and servers that may be in memory together with the chat's model, because both fit or the user
+        allowed it.
+        """
         self.unloaded_because = ""
-        """Why the model was unloaded, until it is loaded again; empty where the user did it."""
+        """Why the model was unloaded, until it is loaded again; empty if the user unloaded it."""
         self.choice_counts: dict[ChoiceKind, int] = {}
-        """Judgments of answers of this model, by kind."""
+        """Number of judgments of this model's answers, by kind."""
 
     class Resized(message.Message):
-        """The conversation was laid out with another size."""
+        """The size of the conversation has changed."""
 
     def on_resize(self) -> None:
         self.post_message(self.Resized())
@@ -158,7 +166,7 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     async def on_unmount(self) -> None:
         """Free the model's memory when the screen is removed."""
-        # Workers that wait for answers have no widgets left to show them.
+        # Workers that wait for answers have no widgets left to write to.
         self.workers.cancel_node(self)
         await self.engine.kill()
 
@@ -187,7 +195,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         for request in self._open_requests:
             request.stop()
         for worker in self.workers.cancel_group(self, "answers"):
-            # It writes into the turns until it has ended.
+            # The worker writes into the turns until it has ended.
             with suppress(WorkerError):
                 await worker.wait()
         await self.remove_children(turns)
@@ -246,7 +254,7 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     async def unload(self) -> None:
         """Unload the model. The next prompt loads it again."""
-        # First: whoever asks a model that is ready while it is closed would start the engine again.
+        # Reset this first: a request to a model that still counts as loaded would start the engine again.
         self.ready = None
         await self.engine.close()
         self.post_message(self.Changed())
@@ -300,11 +308,11 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether to load the model. Where it may not fit, the user is asked."""
+        """Return whether to load the model. If it may not fit into memory, ask the user."""
         if self.ready is not None:
             return True
         active, loaded = self.app.system_status.active, self.app.system_status.loaded_server
-        # What the app last saw may be a second old.
+        # The app's last poll may be a second old.
         if active is not None and (status := read_status(active)).state in ACTIVE:
             may_load = await self._may_share(
                 active.id,
@@ -329,9 +337,9 @@ class Conversation(VerticalScroll, OnQloraApp):
     async def _may_share(
         self, who: str, status: Status | None, *, title: str, what: str, is_over: Callable[[], bool]
     ) -> bool:
-        """Return whether the chat may be in memory together with a run or a server; the user is asked once.
-
-        ``status``: the run's; None for a server, which has all its memory.
+        """Return whether the chat's model may be in memory together with a run or a server. If both may not
+        fit, ask the user once. ``status``: the run's status; None for a server, which has already allocated
+        its memory.
         """
         if who in self._shares_with:
             return True
@@ -349,7 +357,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Return whether the free memory is enough for what the chat and the active run have yet to allocate.
 
         Args:
-            status: the run's, which has its memory from its first step on; None without a run.
+            status: the run's status; None without a run. From its first step on, a run's memory is allocated.
             is_loaded: whether the chat's model is already in memory.
         """
         source, machine = self.source, self.app.system_status
@@ -377,12 +385,12 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Give the chat's memory to a run that is starting."""
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
-            self._shares_with.add(active.id)  # while it is found out whether both fit
+            self._shares_with.add(active.id)  # while the app finds out whether both fit
             self._unload_for(active)
 
     @work
     async def _unload_for(self, run: RunDir) -> None:
-        """Unload the model for a run that is starting, unless both fit."""
+        """Unload the model for a run that is starting, unless both fit into memory."""
         if not await self._fits_beside(read_status(run), is_loaded=True):
             self._shares_with.discard(run.id)
             self.unloaded_because = f"{run.id} started and needed the memory"
@@ -405,7 +413,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.anchor()
         sampling = self.sampling
         if sampling.seed is None:
-            # The same seed for both, so that two answers differ by the adapter only.
+            # Use the same seed for both, so that the answers differ only by the adapter.
             sampling = msgspec.structs.replace(sampling, seed=random.randrange(1 << 32))
         try:
             await self._load()
@@ -432,7 +440,7 @@ class Conversation(VerticalScroll, OnQloraApp):
                     if effect := reply.thinking.effect_of(self.thinking):
                         self.notify(effect)
         except asyncio.CancelledError:
-            # The model that nobody waits for would hold memory.
+            # Otherwise a model that is no longer needed would hold memory.
             await self.engine.close()
             raise
         self.post_message(self.Changed())
@@ -504,7 +512,9 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer: why the model was unloaded, or that ``what`` was stopped."""
+        """Return the note for a stopped answer: the reason why the model was unloaded, or that ``what`` was
+        stopped.
+        """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")
 

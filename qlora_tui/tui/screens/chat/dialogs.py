@@ -119,7 +119,7 @@ class AnswerArea(OwnKeysFirst, TextArea):
 
 
 class AnswerEditor(ModalScreen[str | None]):
-    """Returns the edited answer; None if it was canceled, unchanged, or emptied."""
+    """Dialog that returns the edited answer; None if it was canceled, unchanged, or emptied."""
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """
@@ -160,7 +160,7 @@ class AnswerEditor(ModalScreen[str | None]):
 
 
 class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
-    """Returns sampling settings and system prompt; None if closed with Escape."""
+    """Dialog that returns sampling settings and system prompt; None if closed with Escape."""
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -230,7 +230,7 @@ def _number(name: str, text: str) -> float | int | None:
 
 
 def _words(error: Exception) -> str:
-    """Rewrite msgspec's ``Expected `float` <= 5.0 - at `$.temperature` `` for users."""
+    """Return a message for users from msgspec's ``Expected `float` <= 5.0 - at `$.temperature` ``."""
     text = str(error)
     what, _, where = text.partition(" - at `$.")
     if not where:

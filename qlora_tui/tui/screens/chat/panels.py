@@ -1,4 +1,4 @@
-"""What the Chat screen shows around a conversation: who answers with which settings, the effect, the side
+"""Panels around a conversation: the adapters that answer and their settings, the adapter's effect, the side
 column.
 """
 
@@ -54,12 +54,12 @@ _AGE = 10
 """Width of a conversation's age, in cells."""
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
-"""Rough value for English text."""
+"""Approximate value for English text."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
-    """Return the run, its adapters (active ones reversed), and the state.
+    """Return a line with the run, its adapters (active ones reversed), and the state.
 
     A long name is cut in the middle.
     """
@@ -83,7 +83,9 @@ def loaded_text(ready: ChatReady) -> str:
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
-    """Return ``thinking on``; empty if it is unknown, or if the model cannot think."""
+    """Return the thinking mode, such as ``thinking on``; empty if the mode is unknown or the model cannot
+    think.
+    """
     if ready is None:
         return "" if setting == "auto" else f"thinking {setting}"
     known = ready.thinking
@@ -99,16 +101,17 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
 
 
 def answering_text(pair: AdapterPair) -> str:
-    """Return which adapters answer, in words for terminals without color; empty if there is only one."""
+    """Return which adapters answer, in words, for terminals without color; empty if there is only one
+    adapter.
+    """
     if pair.single:
         return ""
     return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
 
 
 def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
-    """Return (label, value, short value) rows of who answers with which settings.
-
-    Defaults have no short value.
+    """Return (label, value, short value) rows for the adapters that answer and the sampling settings. Default
+    settings have no short value.
     """
     sampling, greedy = chat.sampling, not chat.sampling.temperature
     answering, thinks = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
@@ -140,7 +143,9 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
-    """Return who answers, thinking, the sampling settings, and where the conversation is saved."""
+    """Return a line with the adapters that answer, thinking, the sampling settings, and where the
+    conversation is saved.
+    """
     parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)
     if transcript is None:
@@ -157,7 +162,9 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
 
 
 def effect_text(measured: Effect, width: int) -> Content:
-    """Return the verdict, and below it the mean KL and how far each layer moved, scaled to the largest."""
+    """Return the verdict on the adapter's effect, and below it the mean KL divergence and the relative change
+    of each layer, drawn relative to the largest change.
+    """
     figures = f"KL {format_nats(measured.mean_kl)} nats"
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
@@ -215,7 +222,9 @@ class ChatSide(Vertical):
 
 
 def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
-    """Return how full each adapter's context is after its last answer, and the speed of that answer."""
+    """Return lines with each adapter's use of the context after its last answer, and the speed of that
+    answer.
+    """
     lines = [
         labeled("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}", _LABEL),
         labeled("context", f"{ready.context_tokens:,} tokens", _LABEL),

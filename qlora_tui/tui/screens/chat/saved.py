@@ -1,6 +1,5 @@
-"""What is saved from a chat: transcripts as Markdown, and conversations that can be continued.
-
-They are in the run's folder, or next to the runs for a base model alone.
+"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. They are in the
+run's folder, or next to the runs' folders for a base model without a run.
 """
 
 from __future__ import annotations
@@ -54,8 +53,9 @@ _CONVERSATIONS = msgspec.json.Decoder(SavedConversation)
 
 
 def transcript_path(run: RunDir | None) -> Path:
-    """Return today's transcript file: the run's, or the shared one for a base model alone or a
-    deleted run. Those of a run on another box stay here, next to the copy of its runs.
+    """Return the path of today's transcript: in the run's folder, or a shared file for a base model without a
+    run or a deleted run. Transcripts of a run on another box are saved on this machine, next to the copy of
+    the box's runs.
     """
     if run is not None and current() is not None:
         folder = paths.state_dir() / "chats" / run.id
@@ -66,7 +66,9 @@ def transcript_path(run: RunDir | None) -> Path:
 
 
 def format_setting(value: float) -> str:
-    """Format a setting in full so that it can be typed again; a seed needs all of its digits."""
+    """Format a setting with all of its digits, so that it can be typed again. A seed, for example, must not
+    be rounded.
+    """
     return str(value) if isinstance(value, int) else format_number(value)
 
 
@@ -105,7 +107,7 @@ def append_exchange(
 
 
 def new_conversation_path(run: RunDir | None) -> Path:
-    """Return an unused path in the folder of the run's transcripts."""
+    """Return an unused path for a conversation, in the folder of the run's transcripts."""
     folder = transcript_path(run).parent
     stem = time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now()))
     path, number = folder / f"{stem}.json", 2
@@ -132,7 +134,7 @@ def save_conversation(path: Path, turns: Sequence[ChatTurn], system_prompt: str)
 
 
 def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation]]:
-    """Return the conversations with a run, newest first. Unreadable ones are left out."""
+    """Return the saved conversations with a run, newest first. Unreadable files are left out."""
     try:
         paths = sorted(transcript_path(run).parent.glob("*.json"), reverse=True)[:_MAX_LISTED]
     except OSError:

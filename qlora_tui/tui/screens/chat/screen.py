@@ -71,21 +71,20 @@ if TYPE_CHECKING:
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
 """Actions whose keys do not type text. The footer shows only these while a prompt is written."""
 _SIDE_CELLS = 120
-"""Width, in cells, from which a side column fits next to one answer.
-
-Next to two it needs a very wide window.
+"""Minimum width, in cells, for a side column next to one answer. Next to two answers, it needs a very wide
+window.
 """
 _HIGH_CELLS = 50
-"""Height of a window, in cells, from which more prompts to begin with are offered."""
+"""Minimum height of the window, in cells, for offering more prompts to begin with."""
 _HINTS = (HINT, UNFOCUSED_HINT)
 _COUNT_AFTER_S = 0.3
-"""Seconds without a key press before the tokens of a prompt are counted."""
+"""Seconds to wait after the last key press before the tokens of a prompt are counted."""
 _MAX_SEARCH = 24
 """Maximum width of the search text in the title, in cells."""
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
 """Cells that a panel takes around its title, and around its contents with and without a border."""
 _CHOICES: dict[ChoiceKind, str] = {"edits": "edit", "pairs": "choice"}
-"""Noun for each kind of judgment; the kind that is trained on comes first."""
+"""Noun for each kind of judgment. If both kinds have enough judgments, a run is prepared on the first."""
 
 
 class ChatScreen(WorkScreen):
@@ -98,12 +97,12 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
-            # As high as the view: Textual would move what is shorter to its bottom.
+            # As high as the view, since Textual would align shorter content with the bottom.
             Static(id="chat-floor"),
         )
         self.source_name = ""
         self.search = ""
-        """The text that exchanges are searched for; empty shows all."""
+        """Only exchanges that contain this text are shown; all if it is empty."""
         self._start = ChatStart()
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
@@ -143,7 +142,9 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """Say when a server begins or ends to hold a model, which the next message would load again."""
+        """Update the header when a server loads or unloads a model, because the chat would load a second
+        copy.
+        """
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None
         if held != self._held_by_server and not self.conversation.busy:
@@ -238,7 +239,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_thinking(self) -> None:
-        """Turn thinking on or off, or notify the user that the model has no such switch."""
+        """Turn thinking on or off, or notify the user that the model has no thinking mode."""
         chat = self.conversation
         if chat.source is None:
             return
@@ -270,9 +271,7 @@ class ChatScreen(WorkScreen):
     # Prompts and answers
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Disable keys that would type text while the field has the focus, and most keys if there is no
-        model.
-        """
+        """Disable keys that type text while the field has the focus, and most keys if there is no model."""
         is_own = self.has_command(action)
         if self.conversation.source is None and is_own:
             return action in ("choose_source", "settings", "serve")
@@ -314,19 +313,21 @@ class ChatScreen(WorkScreen):
             box.put(event.text)
             self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
             return
-        # What is asked now is shown, whatever was searched for.
+        # The new exchange is shown even if it does not match the search.
         self._search_for("")
         self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
-        """Restore the last prompt when Up is pressed in the empty field, or go to those to begin with."""
+        """When Up is pressed in the empty field, restore the last prompt, or move to the prompts to begin
+        with.
+        """
         if self.conversation.turns:
             await self.action_edit_last()
         else:
             self.query_one(Starters).focus()
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
-        """Show how long the prompt is."""
+        """Show the length of the prompt in tokens."""
         self._show_prompt_length(None)
         if self.conversation.ready is not None and event.text_area.text:
             self._count_tokens(event.text_area.text)
@@ -335,12 +336,13 @@ class ChatScreen(WorkScreen):
     async def _count_tokens(self, text: str) -> None:
         await asyncio.sleep(_COUNT_AFTER_S)
         if self.conversation.ready is None or text != self.query_one(PromptBox).text:
-            # It was unloaded meanwhile, and asking would start the engine again; or the prompt was sent.
+            # The model was unloaded in the meantime, and a request would start the engine again; or the
+            # prompt was sent.
             return
         try:
             tokens = await self.conversation.engine.ask(CountTokens(text=text)).result()
         except (EngineClosedError, UserError):
-            # It was unloaded meanwhile: the estimate stays.
+            # The model was unloaded in the meantime, so the estimate stays.
             return
         if text == self.query_one(PromptBox).text:
             self._show_prompt_length(tokens)
@@ -420,7 +422,7 @@ class ChatScreen(WorkScreen):
     # Judgments
 
     def action_prefer(self, side: str) -> None:
-        """Record that the left or right one of the last two answers is better."""
+        """Record that the answer on this side, ``left`` or ``right``, is the better of the last two."""
         turn = self.conversation.last_answered(2)
         if turn is None:
             self.notify("There are not two answers to choose from. Show base and adapter side by side first.")
@@ -444,7 +446,7 @@ class ChatScreen(WorkScreen):
             rejected.show_judgment("")
 
     def action_edit_answer(self) -> None:
-        """Edit the adapter's last answer, and record how it should read."""
+        """Let the user edit the adapter's last answer, and record the edited answer as training data."""
         turn = self.conversation.last_answered(1)
         if turn is None:
             self.notify("There is no answer to edit yet.")
@@ -492,7 +494,7 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_descendant_focus(self) -> None:
-        """Say what Enter does now."""
+        """Update the header, which says what Enter does."""
         if self.has_class("-start"):
             self.call_later(self.show_header)
 
@@ -551,13 +553,13 @@ class ChatScreen(WorkScreen):
     def show_header(self, doing: str = "") -> None:
         """Show the model, its adapters, and the current state."""
         chat, has_source = self.conversation, self.conversation.source is not None
-        # Two answers take the width of the window, unless there is enough for them and the column.
+        # Two answers take the whole width, unless the window is wide enough for the side column too.
         starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
         side_from = _SIDE_CELLS if is_start or len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
         if starters.has_focus and not is_start:
-            # Textual would focus the field, and keys would be text in it.
+            # Otherwise Textual would focus the field, and keys would be typed into it.
             self.set_focus(None)
         self.set_class(has_source and is_start, "-start")
         self.query_one("#chat-start").display = starters.display = has_source and is_start

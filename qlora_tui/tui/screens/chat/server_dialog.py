@@ -31,7 +31,7 @@ _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
 _NARROW_CELLS = 66
 _NAMES = 6
-"""Maximum number of models to name; the rest are counted."""
+"""Maximum number of models to list by name; the rest are counted."""
 _WHAT = (
     "A server lets other programs use base, runs and checkpoints through an OpenAI-compatible API: scripts, "
     "editors, Open WebUI. It outlives this app, and gives the GPU to each run that starts."
@@ -49,7 +49,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         self._conversation = conversation
         self._server: ServerStatus | None = None
         self._others: Sequence[ServerStatus] = ()
-        """Further servers that run, which only the command line stops."""
+        """Other running servers, which can only be stopped from the command line."""
         self._doing = ""
 
     def on_mount(self) -> None:
@@ -69,7 +69,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
     @property
     def _keys(self) -> list[Binding]:
-        """Keys that do something now, besides the one that closes the dialog."""
+        """Keys that are available now, except the key that closes the dialog."""
         if self._doing:
             return []
         if self._server is not None:
@@ -88,7 +88,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
     @property
     def _width(self) -> int:
-        """Width of a line in cells; before the first layout, that of a narrow dialog."""
+        """Width of a line in cells; before the first layout, the width of a narrow dialog."""
         return self.query_one("#server-status", Lines).content_size.width or _NARROW_CELLS
 
     def action_start_or_stop(self) -> None:
@@ -100,7 +100,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
             self._do("Starting…", partial(self._start, run))
 
     async def _start(self, run: RunDir) -> None:
-        # Leave the chat's memory to the server.
+        # Free the chat's memory for the server.
         await self._conversation.unload()
         await asyncio.to_thread(start_in_background, [run.id, "--all"])
 

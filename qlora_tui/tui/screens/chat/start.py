@@ -1,4 +1,6 @@
-"""What Chat shows before the first message: prompts to begin with, what loading takes, and the run so far."""
+"""The Chat screen before the first message: prompts to begin with, time and memory for loading, and facts
+about the run.
+"""
 
 from __future__ import annotations
 
@@ -32,18 +34,20 @@ from qlora_tui.tui.widgets.controls import ViList
 _ASK = "▸ Enter asks the question under the cursor, {chat.write} writes your own."
 _WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions."
 _MAX_OF_KIND = 5
-"""Maximum number of prompts of a kind that are read."""
+"""Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
-"""Prompts of a kind, and in all, that are offered in a low and in a high window."""
+"""Number of prompts offered, as (of each kind, in total): in a low window, and in a high one."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
-"""Prompts that few data sets are about, to see whether the adapter changes other answers too."""
+"""Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000
-"""Rows at the beginning of a file, in which a validation question is looked for without waiting."""
+"""Number of rows at the beginning of a file that are searched for validation questions, so that the user need
+not wait.
+"""
 _MAX_RECORDED = 12
 _LEAST_ROWS = 3
-"""Minimum number of lines of a recorded answer that is cut."""
+"""Minimum number of lines that a cut recorded answer keeps."""
 _ENOUGH_WHOLE = 2
-"""Number of whole recorded answers from which none is cut to show more of them."""
+"""If this many recorded answers fit uncut, no answer is cut to show more of them."""
 _COLUMN_GAP, _INDENT = 3, 2
 _LABEL = 10
 
@@ -59,22 +63,22 @@ class RecordedAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatStart:
-    """What is known before the first message."""
+    """Contents of the screen before the first message."""
 
     prompts: tuple[tuple[str, str], ...] = ()
     """(prompt, kind), such as ``sample prompt``."""
     recorded: tuple[RecordedAnswers, ...] = ()
     columns: tuple[str, str] = ("", "")
-    """Who gave the answers: ``base`` and ``adapter``, or ``step 0`` and ``step 60``."""
+    """Titles of the two columns of answers: ``base`` and ``adapter``, or ``step 0`` and ``step 60``."""
     load_s: float | None = None
     """Seconds that the run took to load the model on this machine; None if there is no run."""
     load_bytes: int | None = None
-    """Memory of the chat, at the upper end; None if unknown."""
+    """Upper estimate of the chat's memory, in bytes; None if unknown."""
     summary: RunSummary | None = None
 
 
 def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
-    """Read what is shown for a recipe or its run. Called in a thread."""
+    """Read the contents of the screen for a recipe, or for a run. Call it in a thread."""
     questions = _validation_answers(recipe, run) if run is not None else []
     samples, load_s = _events(run) if run is not None else ([], None)
     kinds = dict.fromkeys((each.prompt for each in questions[:_MAX_OF_KIND]), "validation question")
@@ -125,7 +129,7 @@ def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
 
 
 def _before_and_after(samples: Sequence[SampleGenerated]) -> tuple[list[RecordedAnswers], tuple[str, str]]:
-    """Return the first and the last answers to the sample prompts, and their steps."""
+    """Return the first and the last answer to each sample prompt, and the titles of their columns."""
     if not samples or samples[0].step == samples[-1].step:
         return [], ("", "")
     before, after = samples[0].step, samples[-1].step
@@ -136,8 +140,8 @@ def _before_and_after(samples: Sequence[SampleGenerated]) -> tuple[list[Recorded
 
 
 class Starters(ViList):
-    """Prompts to begin with: questions of the validation data, sample prompts of the run, and unrelated
-    ones.
+    """Prompts to begin with: questions from the validation data, sample prompts of the run, and unrelated
+    prompts.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Ask")]
@@ -153,12 +157,12 @@ class Starters(ViList):
             self.show(lambda width: _starter_lines(prompts, width))
 
     def prompt(self, option: Option) -> str:
-        """Return the whole prompt of an option."""
+        """Return the full prompt of an option."""
         return self._prompts[int(option.id or 0)][0]
 
 
 def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str], ...]:
-    """Return the (prompt, kind) pairs to begin with, unrelated ones last; more of them in a high window."""
+    """Return the (prompt, kind) pairs to offer, unrelated prompts last. A high window gets more of them."""
     of_kind, of_all = _MANY if is_high else _FEW
     offered: list[tuple[str, str]] = []
     for prompt, kind in start.prompts:
@@ -180,10 +184,11 @@ def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple
 def start_lines(
     start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_writing: bool
 ) -> list[Content]:
-    """Return what to press, and what the first message takes.
+    """Return lines that say which keys to press, and how much time and memory the first message takes to load
+    the model.
 
     Args:
-        start: What was read.
+        start: The contents that were read.
         recipe: The recipe whose model answers.
         width: Width of a line, in cells.
         is_loaded: Whether the model is loaded.
@@ -227,7 +232,7 @@ def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
 def _answer_lines(
     answers: RecordedAnswers, names: tuple[str, str], width: int, rows: int | None
 ) -> list[Content]:
-    """Return a prompt, and its two answers side by side in at most this many lines, or whole."""
+    """Return a prompt and its two answers side by side, cut to ``rows`` lines; uncut if ``rows`` is None."""
     cells = max(1, (width - _COLUMN_GAP) // 2)
     lines = [Content.styled(f"▸ {' '.join(answers.prompt.split())}", "bold").truncate(width, ellipsis=True)]
     columns = (
@@ -240,7 +245,7 @@ def _answer_lines(
 
 
 def _column(answer: str, name: str, cells: int, rows: int | None, style: str) -> list[Content]:
-    """Return an answer after the name of who gave it, in at most this many lines, or whole."""
+    """Return an answer after its column's title, cut to ``rows`` lines; uncut if ``rows`` is None."""
     head = Content.styled(f"{name}: ", "dim")
     wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)
     if rows is not None and len(wrapped) > rows:
@@ -249,7 +254,7 @@ def _column(answer: str, name: str, cells: int, rows: int | None, style: str) ->
 
 
 def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
-    """Return how the run was trained, and what it reached."""
+    """Return lines with the run's settings and its result."""
     lines, summary = settings_lines(recipe, width), start.summary
     if summary is None:
         return lines

@@ -26,7 +26,7 @@ from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
-"""Seconds between repaints of an answer, and of a thought's line, to suit a slow link."""
+"""Seconds between repaints of an answer, and of a folded thought's line. They are chosen for slow links."""
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
     "context full": "Cut off: the context is full.",
@@ -39,16 +39,16 @@ _STILL_THINKING = {
     "context full": "Still thinking when the context was full. Press {chat.thinking} to turn thinking off.",
     "stopped": "Stopped while thinking.",
 }
-"""Note if generation ended before the answer began, by finish reason."""
+"""Note for generation that ended before the answer began, by finish reason."""
 _LOOP = (
     "Stopped: it kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or {{chat.settings}} to "
     "set a repetition penalty."
 )
 _MAX_PHRASE = 60
 _MOST_BARS, _MAX_BAR = 6, 30
-"""Options that have a bar, and cells of a bar, at most."""
+"""Maximum number of options with a bar, and maximum width of a bar in cells."""
 _LEAST_SHOWN = 0.005
-"""Probability of an option from which it has a bar; the first two always have one."""
+"""Minimum probability of an option with a bar; the first two options always have a bar."""
 _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
     "{chat.edit_answer} edits the adapter's."
@@ -78,7 +78,7 @@ class StreamingMarkdown(Markdown):
         self._painted_at = 0.0
 
     async def append_text(self, piece: str) -> None:
-        """Append a piece. It appears with the next repaint, which is soon even while more pieces arrive."""
+        """Append a piece. It appears with the next repaint, which is not delayed by further pieces."""
         self._waiting += piece
         if time.monotonic() - self._painted_at >= _ANSWER_EVERY_S:
             await self.finish()
@@ -92,7 +92,9 @@ class StreamingMarkdown(Markdown):
 
 
 def _parser() -> MarkdownIt:
-    """Return a parser for GitHub's Markdown that keeps single line breaks, since models mean them."""
+    """Return a parser for GitHub's Markdown that keeps single line breaks, since models use them as line
+    breaks.
+    """
     parser = MarkdownIt("gfm-like")
     parser.core.ruler.push("keep_line_ends", _keep_line_ends)
     return parser
@@ -152,13 +154,13 @@ class ThoughtView(Vertical):
         super().__init__(classes="-unfolded" if unfolded else "")
         self.text = ""
         self._appended = 0
-        """Characters of the text that are in the widget which shows it."""
+        """Number of characters of the text that the Markdown widget already has."""
         self._tokens = 0
         self._began_at = 0.0
         self._painted_at = 0.0
         self._is_over = False
         self._ending: tuple[float, bool] = (0.0, True)
-        """Seconds it took, and whether it came to its end."""
+        """Seconds that the thought took, and whether it was completed."""
 
     def compose(self) -> ComposeResult:
         yield ThoughtLine("")
@@ -183,9 +185,8 @@ class ThoughtView(Vertical):
             self._show_line()
 
     async def end(self, outcome: GenerationResult | None = None) -> None:
-        """End the thought, because the answer begins or nothing more comes.
-
-        ``outcome`` has the exact figures.
+        """End the thought, because the answer begins or generation has ended. ``outcome`` has the exact
+        figures.
         """
         if not self.text:
             return
@@ -227,7 +228,9 @@ class ThoughtView(Vertical):
 
 
 def decision_content(decided: Decided, width: int) -> Content:
-    """Return a bar for each probable option, or for each probable value of each field, of ``width`` cells."""
+    """Return a bar for each probable option, or for each probable value of each field, in lines of ``width``
+    cells.
+    """
     groups = decided.fields or {"": decided.options}
     shown = [
         (field, each)
@@ -251,7 +254,7 @@ def decision_content(decided: Decided, width: int) -> Content:
 
 
 class DecisionBars(Static):
-    """How probable each label is; hidden until that is known."""
+    """Bars with the probability of each label; hidden until the probabilities are known."""
 
     DEFAULT_CSS = """
     DecisionBars {
@@ -269,7 +272,7 @@ class DecisionBars(Static):
         self._draw()
 
     def on_resize(self) -> None:
-        """Draw the bars as wide as there is room."""
+        """Redraw the bars for the new width."""
         self._draw()
 
     def _draw(self) -> None:
@@ -295,7 +298,7 @@ class AdapterAnswer(Panel):
         self.text = ""
         self._thought = ThoughtView(unfolded=unfolded)
         self.loop = ""
-        """What it repeated when it was stopped for that."""
+        """The phrase that the answer repeated, if generation was stopped for that reason; otherwise empty."""
         self.outcome: GenerationResult | None = None
 
     def compose(self) -> ComposeResult:
@@ -366,7 +369,7 @@ class AdapterAnswer(Panel):
             self._show_note(name_keys(under))
 
     def show_decision(self, decided: Decided) -> None:
-        """Show how probable the options are, under the answer."""
+        """Show the probabilities of the options below the answer."""
         self.query_one(DecisionBars).show(decided)
 
     def show_judgment(self, judgment: str) -> None:
@@ -399,14 +402,14 @@ class AdapterAnswer(Panel):
 
 
 def answer_title(adapter_name: str, words: str) -> Content:
-    """Return the title of an answer: the adapter, and how long the answer took."""
+    """Return the title of an answer: the adapter, followed by ``words``."""
     return Content.assemble(
         (adapter_name, adapter_style(adapter_name)), (f" · {words}", "not bold $text-muted")
     )
 
 
 def adapter_style(adapter_name: str) -> str:
-    """Return the color of who answers: what was trained has the hue of training, the base has none."""
+    """Return the color of an adapter's name: the hue of training for an adapter, none for the base."""
     return "$foreground" if adapter_name == BASE else "$training"
 
 
@@ -442,13 +445,13 @@ class ChatTurn(Vertical):
     """
 
     class Resized(Message):
-        """The turn was laid out with another size."""
+        """The size of the turn has changed."""
 
     def __init__(self, prompt: str, adapter_names: tuple[str, ...], *, unfolded: bool = False) -> None:
         super().__init__()
         self.prompt = prompt
         self.key = uuid4().hex
-        """Names this turn in what is recorded of it."""
+        """Id of this turn in recorded judgments."""
         self.answers = {
             adapter_name: AdapterAnswer(adapter_name, beside=number > 0, unfolded=unfolded)
             for number, adapter_name in enumerate(dict.fromkeys(adapter_names))

@@ -1,6 +1,4 @@
-"""Dialogs of the Data screen: files, columns, formats, preferences, and rows by what a run learned
-from them.
-"""
+"""Dialogs of the Data screen: columns, formats, preferences, and rows by how their loss changed in a run."""
 
 from __future__ import annotations
 
@@ -44,7 +42,9 @@ _LINE_WIDTH = 200
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
-    """A field for each part of a format. Returns the mapping; None if closed with Escape."""
+    """Dialog with a field for each part of a format. Returns the mapping of columns; None if closed with
+    Escape.
+    """
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]
@@ -106,7 +106,7 @@ def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
 
 
 def _reads(choice: FormatChoice) -> Content:
-    """Return whether a format can read all rows, some, or none."""
+    """Return a sign and words for how many rows a format can read: all, some, or none."""
     if not choice.read:
         return Content.styled("✗", "$error")
     return Content.styled("✓", "$success") if choice.read == choice.rows else Content.styled("!", "$warning")
@@ -139,14 +139,14 @@ _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
     "memorized": ("=", "$primary"),
     "learned": ("✓", "$success"),
 }
-"""Sign and style of each class. The sign is there for terminals without color."""
+"""Sign and style of each class of rows. The sign distinguishes them on terminals without color."""
 _MAX_PLACE_WIDTH = 22
 """Maximum width of a row's number with its file's name if the source has several files, in cells."""
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The losses of a run's rows, and the source they are from."""
+    """The losses of the rows of one source, as measured for a run."""
 
     run: RunDir
     number: int
@@ -184,14 +184,14 @@ def newest_run_on(source: Source) -> tuple[RunDir, int] | None:
 
 
 class RowChoice(NamedTuple):
-    """The selection: a row to look at, or rows to leave out."""
+    """The user's selection: a row to show, or rows to leave out."""
 
     place: RowPlace
     excluded: tuple[RowPlace, ...] = ()
 
 
 class RowLossScreen(ListPicker[RowChoice]):
-    """Returns the row to show, or the rows to leave out; None if closed with Escape."""
+    """Dialog that returns the row to show or the rows to leave out; None if closed with Escape."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark"),

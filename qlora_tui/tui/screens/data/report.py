@@ -33,8 +33,8 @@ _MAX_HISTOGRAM = 72
 """Maximum number of columns; more would only make the bars wider."""
 _HATCHED = str.maketrans("▄▅▆▇█", "▒▒▒▒▒")
 _TIMED_WIDTH = 46
-"""Minimum width of a table with a time column, in cells; the time at the recipe's length is also
-shown above.
+"""Minimum width of a table with a column of times, in cells. A narrower table does without it, since the time
+at the recipe's length is shown above.
 """
 
 
@@ -87,7 +87,7 @@ class LengthsPanel(Panel):
 
 
 class ProblemsPanel(Panel):
-    """Each kind of problem, and what happens to its rows."""
+    """List of the kinds of problems in the data, with their effect on the rows."""
 
     def __init__(self) -> None:
         self._list = ViList(id="problems", classes="quiet")
@@ -106,10 +106,10 @@ class ProblemsPanel(Panel):
 
         Args:
             report: The report.
-            problems: Those that the recipe does not already fix.
-            recipe: What the rows are used for.
+            problems: The problems that the recipe does not already fix.
+            recipe: The recipe that uses the rows.
             expected: The length of the run, if known.
-            brief: Whether each is in one line.
+            brief: Whether each problem takes only one line.
         """
         if report is None:
             self._list.show([])
@@ -119,17 +119,18 @@ class ProblemsPanel(Panel):
         bad_rows = skippable_rows(report, problems)
         lines, unsaid = [], bad_rows
         for problem in problems:
-            # Only the first problem with bad rows says that one key leaves all of them out.
+            # Only the first problem with bad rows mentions the key, which leaves out the bad rows of all
+            # problems.
             skipped, unsaid = (unsaid, 0) if is_bad_row(problem) else (0, unsaid)
             several = len(report.files) > 1
             line = problem_line(problem, recipe.data, brief=brief, several=several, bad_rows=skipped)
             lines.append((f"{problem.kind} {problem.path}", line))
         if few_steps := few_steps_line(expected, recipe, brief=brief):
             lines.append(("steps", few_steps))
-        # Errors found later come before what the cursor was on.
+        # Errors found later are inserted above the option under the cursor.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
-        # A single one without a key is in the title where rows are few.
+        # In a low window, a single problem without a key is shown in the title.
         is_title = brief and len(lines) == 1 and not has_fix(report, problems)
         self._list.display = not is_title
         if is_title:
@@ -160,14 +161,13 @@ def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> 
 
 
 def _has_usable_rows(report: Report) -> bool:
-    """Return whether any row is left without the bad ones; True if the source was read only in part."""
+    """Return whether any row remains if bad rows are left out. True if only part of the source was read."""
     return bool(report.counts.conversations) or not report.complete
 
 
 def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> int:
-    """Return the number of rows that prevent a run from starting and could be left out.
-
-    It is 0 if no row would remain.
+    """Return the number of bad rows that prevent a run from starting and that could be left out; 0 if no row
+    would remain.
     """
     if report is None or not _has_usable_rows(report):
         return 0
@@ -199,7 +199,7 @@ def totals(
     facts: list[Fact] = []
     for file in report.files[:1]:
         more = f", {len(report.files)} files" if len(report.files) > 1 else ""
-        # A column that is called like the format says nothing more.
+        # A column with the same name as the format adds no information.
         columns = ", ".join(name for name in file.columns.values() if name != file.format)
         why = "; ".join(file.evidence) if evidence else columns
         text = Content.assemble((file.format, "bold"), (f"{': ' if why else ''}{why}{more}", "dim"))
@@ -246,12 +246,14 @@ def _rules(data: Data, formats: set[str]) -> str:
 
 
 def lengths_line(report: Report, data: Data, width: int) -> Content:
-    """Return the lines above the histogram: percentiles, and samples that are too long."""
+    """Return the line above the histogram: percentiles of the lengths, and the number of samples that are too
+    long.
+    """
     lengths = report.lengths
     points = f"median {lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
     most = f"  all ≤{lengths.longest:,}"
     unit = "tokens" if lengths.unit == "tokens" else "chars"
-    # The longest is also at the end of the axis.
+    # The maximum is also at the end of the axis.
     line = next(
         (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
     )
@@ -268,10 +270,11 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
 def problem_line(
     problem: DataProblem, data: Data, *, brief: bool = False, several: bool = False, bad_rows: int = 0
 ) -> Content:
-    """Return one kind of problem, what happens to its rows, and its fix; in one line if ``brief``.
+    """Return the text for one kind of problem: the problem, its effect on the rows, and its fix. It takes one
+    line if ``brief``.
 
     ``several``: whether the source has several files, so that the problem's file must be named. ``bad_rows``:
-    the number of rows that the fix leaves out, over all problems; 0 if another line says it.
+    the number of rows that the fix leaves out, over all problems; 0 if another line states it.
     """
     sign, style = SEVERITY_SIGNS[problem.severity]
     begin, fix = "  " if brief else "\n  ", _fix_label(problem, bad_rows)
@@ -291,7 +294,7 @@ def problem_line(
 
 
 def _fix_label(problem: DataProblem, bad_rows: int) -> str:
-    """Return what the fix key does about the problem; empty if nothing."""
+    """Return the label of the fix key for this problem; empty if no setting fixes it."""
     if is_bad_row(problem):
         return f"leave {pluralize(bad_rows, 'bad row')} out" if bad_rows else ""
     if problem.split_rows:
@@ -300,7 +303,9 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
-    """Return the warning that the run has too few steps, if so, and what to do; in one line if ``brief``."""
+    """Return a warning and its fix if the run has too few steps, otherwise None. It takes one line if
+    ``brief``.
+    """
     if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
     length = expected.length
@@ -309,7 +314,7 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
     accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
     lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
     less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
-    # Where Max steps ends the run, neither more epochs nor smaller steps make it longer.
+    # If Max steps ends the run, neither more epochs nor smaller batches make it longer.
     change = "raise Max steps" if length.steps < length.all_steps else "raise Epochs"
     if brief:
         return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}", "dim")
@@ -369,7 +374,7 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:
-        """Write a label unless it would overlap another, and return whether it was written."""
+        """Write a label at this column unless it would overlap another one. Return whether it was written."""
         around = line[max(0, at - 1) : at + len(text) + 1]
         is_free = 0 <= at <= width - len(text) and set(around) <= {"─", " "}
         if is_free:
@@ -390,7 +395,7 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:
-    """Return a line for each length. The recipe's own is marked."""
+    """Return a table with a line for each length. The recipe's length is marked."""
     if not costs:
         return Content("")
     timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)

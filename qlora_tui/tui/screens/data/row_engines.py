@@ -20,14 +20,14 @@ from qlora_tui.recipe.schema import Data, Recipe, Source
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """A source, and the settings that affect what the model sees of it."""
+    """A source, and the settings that affect how the model sees its rows."""
 
     source: Source
     data: Data
     model: str
     template: str
     stamps: tuple[tuple[str, int, int], ...]
-    """State of the files; the source is read again if one of them has changed."""
+    """Path, modification time and size of each file. The source is read again if a file has changed."""
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
@@ -80,7 +80,7 @@ class DataPreviews:
         except UserError as problem:
             if not wanted.model:
                 raise
-            # If the file itself is at fault, this raises the same.
+            # If the error is in the file itself, this raises it again.
             plain = msgspec.structs.replace(request, model="", template="")
             return await self._rows.ask(plain).result(), problem
         finally:
@@ -105,12 +105,12 @@ class DataPreviews:
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
-        """Return the columns of a file in an unknown format, with an example each; empty if nothing can be
-        read.
+        """Return the columns of a file in an unknown format, each with an example value; empty if no row can
+        be read.
         """
         try:
             return await self._rows.ask(ShowFields(source=source)).result()
-        except UserError:  # which the file caused before
+        except UserError:  # the file already caused this error
             return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:

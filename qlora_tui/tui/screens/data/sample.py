@@ -29,9 +29,11 @@ from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 
 Place: TypeAlias = tuple[str, int]
-"""A file and a row in it; an empty path is the first file."""
+"""(path, row number) of a row. An empty path means the source's first file."""
 Changes: TypeAlias = Sequence[tuple[float, float]]
-"""(loss before, loss after) for each token in the loss, which determines its shade; empty if not measured."""
+"""(loss before, loss after) of each token in the loss, which determine the token's shade; empty if not
+measured.
+"""
 
 _EMPTY = (
     "No data yet.\n\nPress {data.open} to open a file (JSON, JSONL, CSV, TSV, Parquet or text, "
@@ -58,13 +60,13 @@ TITLE_FRAME = 6
 _READ = "dim"
 _MOST_BESIDE = 9
 _ROW_CELLS, _ROW_LINES = 62, 12
-"""Width in cells, and height in lines, of a row that has others next to it."""
+"""Minimum width in cells and height in lines of each row if several rows are shown."""
 
 
 @dataclass(frozen=True)
 class TokenStyles:
-    """How a row's tokens look: learned ones tinted, those that are only read dim, control tokens in
-    italics.
+    """Styles of a row's tokens: tokens to learn are tinted, tokens that are only read are dim, control tokens
+    are in italics.
     """
 
     learned: str
@@ -81,7 +83,7 @@ class TokenStyles:
         return f"{style} italic" if piece.special else style
 
     def legend(self) -> Content:
-        """What each style means."""
+        """Return the legend of the styles."""
         return Content.assemble(
             (" to learn ", self.learned),
             ("  only read", _READ),
@@ -108,7 +110,7 @@ _CHANGES_LEGEND = Content.assemble(
 
 
 class SamplePanel(Panel):
-    """A row with the legend of its styles, or the reason why there is none."""
+    """Panel with a row and the legend of its styles, or with the reason why there is no row."""
 
     def __init__(self) -> None:
         super().__init__("Sample", keys=_KEYS, id="sample-panel")
@@ -127,7 +129,7 @@ class SamplePanel(Panel):
         changes: Changes,
         no_tokens: UserError | None,
     ) -> None:
-        """Show a row with its legend; without a row the text stays.
+        """Show a row with its legend. If ``shown`` is None, the text that is shown now stays.
 
         ``no_tokens``: why the row is shown as it is in the file although a model is selected.
         """
@@ -151,22 +153,22 @@ class SamplePanel(Panel):
 
     @property
     def room_beside(self) -> int:
-        """How many more rows fit."""
+        """Number of further rows that fit."""
         lines = max(1, self.size.height // _ROW_LINES)
         return min(_MOST_BESIDE, self._columns * lines - 1)
 
     @property
     def has_columns(self) -> bool:
-        """Whether rows are next to each other, so that each has its heading."""
+        """Whether rows are shown next to each other, so that each needs a heading."""
         return self._columns > 1
 
     @property
     def _columns(self) -> int:
-        """How many rows fit next to each other."""
+        """Number of rows that fit next to each other."""
         return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
-        """Show the rows that follow, next to the first and below it."""
+        """Show the following rows next to the first row and below it."""
         styles = TokenStyles.of(self.app)
         self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):
@@ -180,7 +182,7 @@ class SamplePanel(Panel):
         self.show_text(highlight_keys(name_keys(_EMPTY)))
 
     def show_legend(self, text: Content) -> None:
-        """Show what the styles mean. An empty text hides the line."""
+        """Show the legend of the styles. An empty text hides the line."""
         line = self.query_one("#legend", Lines)
         line.display = bool(text)
         line.show(text)
@@ -233,7 +235,7 @@ def sample(
 
 
 def legend(shown: Shown | None, changes: Changes, styles: TokenStyles) -> Content:
-    """Return what the styles of a row's tokens mean; empty if there are no tokens."""
+    """Return the legend for a row's tokens; empty if there are no tokens."""
     if shown is None or shown.refused or not shown.token_counts:
         return Content("")
     return _CHANGES_LEGEND if _shaded_pieces(shown, changes, styles) else styles.legend()
@@ -247,7 +249,7 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
         (key_name("data.remove"), "remove this one"),
     ]
     if fields and error.code in (UNMAPPED_COLUMNS, UNMAPPED_SIDES, NOT_IN_FORMAT):
-        # The fix is for the recipe as a file; here there is a key for it.
+        # The error's fix refers to the recipe file; on this screen there is a key for it.
         error = error.replace(fix=f"Press {key_name('data.columns')} to map the columns.")
     if kind := refused_preferences(error):
         sides = "chosen or on both answers" if kind == "pairs" else "good or on all answers"
@@ -285,9 +287,8 @@ def row_title(
     *,
     has_heading: bool = False,
 ) -> Content:
-    """Return the row number, its tokens to learn, and notes, as far as they fit.
-
-    ``has_heading``: whether a heading in the panel has its tokens.
+    """Return the panel's title: row number, number of tokens to learn, and notes, as far as they fit.
+    ``has_heading``: whether a heading inside the panel shows the number of tokens.
     """
     path, row = place
     of = name = ""
@@ -296,11 +297,11 @@ def row_title(
         name = f"{Path(file.path).name} "
         of = f" of {file.last_row:,}" if file.last_row else ""
     elif report and report.complete:
-        # In a file with blank lines rows are called by their lines, of which there are more.
+        # In a JSONL file, rows are numbered by line, so blank lines make the highest number exceed the count.
         rows = report.counts.rows + report.counts.excluded
         of = f" of {max(rows, report.files[0].last_row):,}"
     elif report:
-        # A jump may go beyond what has been read so far.
+        # The user may jump beyond the part that has been read.
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
     if shown and not has_heading and (words := _learned_words(shown, data)):
@@ -330,7 +331,7 @@ def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
     """
     path, row = place
     number = _file_number(path, files)
-    # Rows of a JSONL file are lines, some of them blank: only the last is sure to be there.
+    # Rows of a JSONL file are numbered by line, and lines may be blank: only the last is certain to exist.
     if by > 0 and files and row >= (files[number].last_row or row + 1):
         return (files[number + 1].path, 1) if number + 1 < len(files) else place
     if by < 0 and row == 1:
@@ -378,7 +379,8 @@ def _file_number(path: str, files: Sequence[FileReport]) -> int:
 def _styled(piece: Piece, styles: TokenStyles) -> Content:
     text = piece.text
     if piece.in_loss and not piece.special:
-        # Line breaks in the loss are invisible; those at the edges are marked, so that text stays readable.
+        # Line breaks are invisible, so those at the edges of the learned text are marked; marks inside would
+        # make it hard to read.
         inner = text.strip("\n")
         before = len(text) - len(text.lstrip("\n"))
         after = len(text) - before - len(inner)
@@ -387,8 +389,8 @@ def _styled(piece: Piece, styles: TokenStyles) -> Content:
 
 
 def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[Content | tuple[str, str]]:
-    """Return the single sample of a row with its tokens shaded; empty if the losses belong to other
-    tokens.
+    """Return the row's only sample with its tokens shaded by their changes; empty if the losses belong to
+    other tokens.
     """
     if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
         return []
@@ -408,14 +410,14 @@ def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[
         if here and "".join(text for text, _ in here) == piece.text and not piece.special:
             parts += [_shaded(text, after - before) for text, (before, after) in here]
         else:
-            # A special token, or a character that is split over several tokens.
+            # A special token, or a character that consists of several tokens.
             parts.append(_styled(piece, styles))
     return parts
 
 
 def _shaded(text: str, change: float) -> Content:
     """Return a token shaded by its change, with a mark for terminals without color."""
-    # The mark is between a space and the word, not before the space.
+    # The mark goes between a leading space and the word.
     word = text.lstrip(" ")
     space = text[: len(text) - len(word)]
     word = word.replace("\n", "↵\n")

@@ -1,4 +1,4 @@
-"""Data: choose files, see every token as the model will, find mistakes before the first step."""
+"""Data: select files, show each token as the model will see it, and find errors before training."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
-"""Terminal height, in lines, from which the histogram is higher."""
+"""Minimum terminal height, in lines, for a higher histogram."""
 _COSTS_HEIGHT = 36
-"""Terminal height, in lines, from which the table of lengths fits."""
+"""Minimum terminal height, in lines, for the table of lengths."""
 _SETTLE_S = 0.1
 """Seconds to wait before reacting, since holding a key down changes the recipe many times."""
 _SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
@@ -83,13 +83,17 @@ class DataScreen(SourceActions):
         """The row on the screen; None until one was read."""
         self.row = 1
         self.path = ""
-        """The file of the source that the row is from; empty is its first."""
+        """Path of the row's file in the source; empty for the source's first file."""
         self._no_tokens: UserError | None = None
         """Why the row is shown as it is in the file although a model is selected."""
         self._refused_preferences: Literal["", "pairs", "ratings"] = ""
-        """The kind of preferences for which the source is refused, and which the recipe can train on."""
+        """The kind of preferences in the source that the recipe does not train on yet, for which the source
+        is refused; empty if it is not refused.
+        """
         self._measured: MeasuredRows | None = None
-        """What a run learned of the rows, once they were listed: their tokens are shaded."""
+        """The losses of the rows in a run, by which their tokens are shaded; None until the user lists
+        them.
+        """
         self._measuring = False
         self._costs: list[LengthCost] = []
         self._costs_key: object = None
@@ -120,7 +124,7 @@ class DataScreen(SourceActions):
         await self.previews.kill()
 
     def on_resize(self) -> None:
-        # Once the panels have their new widths, for which bars and titles are drawn.
+        # After the layout, since bars and titles depend on the panels' new widths.
         self.call_after_refresh(self._show_report)
         self.call_after_refresh(self._show_row)
         if self._request is not None and self.shown is not None:
@@ -129,7 +133,7 @@ class DataScreen(SourceActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
             return self._can_fix
-        # Without data there is nothing else to act on.
+        # Without data, no other panel can have the focus.
         return not self.has_command(action) or action == "open" or self.source is not None
 
     # Sources
@@ -218,12 +222,12 @@ class DataScreen(SourceActions):
 
     @work
     async def _start(self) -> None:
-        # Started before a file is selected; an error is reported when one is.
+        # Start the engine before a file is selected. An error is reported once a file is selected.
         with suppress(UserError):
             await self.previews.start()
 
     def _set_request(self, wanted: PreviewRequest) -> None:
-        """Show another source, or the same one with other settings."""
+        """Show another source, or the same source after a change of settings."""
         before, self._request = self._request, wanted
         if before is None or before.source != wanted.source:
             if before is None or before.source.path != wanted.source.path:
@@ -265,7 +269,7 @@ class DataScreen(SourceActions):
 
     @work(exclusive=True, group="rows beside")
     async def _fetch_beside(self, wanted: PreviewRequest) -> None:
-        """Show the rows that follow, if they fit."""
+        """Fetch and show the following rows, if they fit."""
         panel, rows = self.query_one(SamplePanel), list[Shown]()
         place, files = (self.path, self.row), self.report.files if self.report else ()
         with suppress(UserError):
@@ -306,7 +310,7 @@ class DataScreen(SourceActions):
         except UserError as error:
             self.report = None
             self._clear_figures()
-            # If not even a row can be read, the error is shown in place of the sample.
+            # If no row can be read, the error is shown in place of the sample.
             if self.shown is not None:
                 self.query_one(TotalsPanel).show_text(error_content(error, is_spaced=True))
             return
@@ -354,7 +358,7 @@ class DataScreen(SourceActions):
 
     @property
     def _fit(self) -> Content | None:
-        """The memory of the recipe, if known, since the header does not show it on this screen."""
+        """Return the memory of the recipe, if known. The header does not show it on this screen."""
         fit = recipe_fit(self.app.workbench, self.app.run_budget)
         return None if fit is None else fit.draw(0)
 
@@ -365,7 +369,7 @@ class DataScreen(SourceActions):
         self.query_one(TotalsPanel).show_text(Content(""))
         self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
         self.query_one(ProblemsPanel).show(None, (), recipe, None, brief=True)
-        if self.shown is None:  # else a row is still shown, though not all of them can be read
+        if self.shown is None:  # otherwise a row is still shown, although not all rows can be read
             panel = self.query_one(SamplePanel)
             panel.show_legend(Content(""))
             panel.show_title("Sample")
@@ -422,10 +426,10 @@ class DataScreen(SourceActions):
         else:
             self.notify_undoable("Runs will leave out bad rows, if there are any.")
 
-    # What a run learned of the rows
+    # Losses of the rows in a run
 
     def action_row_losses(self) -> None:
-        """List the rows of the source by what the newest run on it learned from them."""
+        """List the rows of the source by how their loss changed in the newest run that trained on them."""
         if self._measuring:
             self.notify("The rows are still being measured. The list opens when that is done.")
         else:
@@ -482,7 +486,7 @@ class DataScreen(SourceActions):
         )
 
     def _file_names(self) -> dict[str, str]:
-        """The name of each file of the source, by path; empty until a report has been read."""
+        """Name of each file of the source, by path; empty until a report has been read."""
         if self.report is None or self.source is None:
             return {}
         paths = [Path(file.path) for file in self.report.files]

@@ -1,4 +1,4 @@
-"""The sources of the recipe: adding and removing them, how each is read, and the validation rows."""
+"""Actions on the recipe's sources: add, remove, change how each is read, choose validation rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DATA_ENDINGS = (
 
 
 class SourceActions(WorkScreen):
-    """The actions on the sources of the recipe, of which one is selected."""
+    """Actions on the sources of the recipe. One source is selected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class SourceActions(WorkScreen):
         self.source_number = 0
         """Number of the selected source in the recipe."""
         self.report: Report | None = None
-        """What is known of the whole source, so far."""
+        """Report on the part of the selected source that has been read; None before the first report."""
         self._unreadable_source: Source | None = None
-        """The source that was read last, if nothing of it could be read."""
+        """The source that was read last, if no row of it could be read."""
         self._fields: dict[str, str] = {}
-        """Columns of a file in no known format, for the mapping by hand."""
+        """Columns of a file in an unknown format, each with an example value, for mapping them by hand."""
         self._mapping_format = "prompt-completion"
         """The format to map columns for if the unreadable source has the format ``auto``."""
 
@@ -111,7 +111,7 @@ class SourceActions(WorkScreen):
         self.app.edit("data.sources", (Source(path=str(path)),))
 
     def _change_source(self, source: Source) -> None:
-        """Replace the selected source in the recipe."""
+        """Replace the selected source in the recipe with ``source``."""
         sources = list(self.app.workbench.recipe.data.sources)
         sources[self.source_number] = source
         self.app.edit("data.sources", tuple(sources))
@@ -143,7 +143,9 @@ class SourceActions(WorkScreen):
 
     @work(exclusive=True, group="formats")
     async def action_format(self) -> None:
-        """Select the format for reading the rows, by how many rows each format can read."""
+        """Let the user select the format for reading the rows, listed with the number of rows that each
+        format can read.
+        """
         source = self._selected
         preferences = self.app.workbench.recipe.data.preferences
         choices = await self.previews.formats(source, preferences)
@@ -153,7 +155,7 @@ class SourceActions(WorkScreen):
             self.notify_undoable("Format detected." if format_ == AUTO else f"Read as {format_}.")
 
     def action_columns(self) -> None:
-        """Map the columns to prompt, answer, and so on."""
+        """Let the user map the columns to prompt, answer, and so on."""
         source = self._selected
         if self.report is not None and self.report.files:
             file = self.report.files[0]

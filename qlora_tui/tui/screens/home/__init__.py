@@ -1,4 +1,3 @@
-"""Home: ``screen``; ``reader`` gathers what it shows, and ``panel_lines`` formats it.
-
+"""Home: ``screen`` has the panels, ``reader`` reads their contents, ``panel_lines`` formats them, and
 ``next_step`` suggests what to do.
 """

@@ -19,11 +19,11 @@ class HomeState:
     verdict: str = ""
     """Verdict of the estimate; empty if there is none."""
     model_error: str = ""
-    """Why the model cannot be trained, in a few words; empty if it can, as far as is known."""
+    """Why the model cannot be trained, in a few words; empty if no reason is known."""
     can_download: bool = False
-    """Whether downloading would add what the model lacks."""
+    """Whether a download would add the files that the model lacks."""
     data_error: str = ""
-    """Why the data cannot be used, in a few words; empty if it can, as far as is known."""
+    """Why the data cannot be used, in a few words; empty if no reason is known."""
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
@@ -37,7 +37,7 @@ class HomeState:
     edited_since: bool = False
     """Whether the recipe was changed after the last run ended, to prepare another one."""
     duration: str = ""
-    """How long a run with this recipe takes, in a few words; empty if unknown."""
+    """Expected time of a run with this recipe, in a few words; empty if unknown."""
 
 
 @dataclass(frozen=True)

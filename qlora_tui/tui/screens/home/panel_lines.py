@@ -1,6 +1,5 @@
-"""The lines of Home's panels, from what ``reader`` has read.
-
-Imported after the first frame, which its imports would delay.
+"""The lines of Home's panels, formatted from the contents that ``reader`` reads. Imported after the first
+frame, because its imports would delay it.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ _MAX_NAME_WIDTH = 44
 _LABEL = 8
 """Width of the label before a bar, in cells."""
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
-"""Widths, in cells, from which the list of runs has curves, and from which it has models and settings."""
+"""Minimum widths, in cells, for the list of runs to show curves, and to show models and settings."""
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
@@ -82,7 +81,9 @@ _WAY = (
     ("go.train", "launch; the run goes on when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
-"""The screens on the way to an adapter, what each is for, and one more thing to know about it."""
+"""(command of the screen, what the screen is for, an additional fact) for each screen on the way to an
+adapter.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class HomeLayout:
     """Space for the text of each panel, in cells."""
 
     wide: int
-    """Width of the panels that span the window."""
+    """Width of the panels that are as wide as the window."""
     left: int
     right: int
     is_compact: bool
@@ -102,7 +103,8 @@ class HomeLayout:
 def gpu_lines(
     system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
-    """Return the GPU's utilization, or what is used instead, and below it the machine's memory and disk.
+    """Return the GPU's utilization, or the device that runs use if there is no GPU, and below it the
+    machine's memory and disk.
 
     Args:
         system_status: The latest readings.
@@ -146,7 +148,9 @@ def gpu_lines(
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Return the GPU, or what is used instead, with memory and disk, in one line."""
+    """Return one line with the GPU, or the device that runs use if there is no GPU, and the machine's memory
+    and disk.
+    """
     lines = gpu_lines(system_status, budget, width, is_compact=True)
     host = system_status.host or read_host()
     free = [f"RAM {format_gib(host.available_bytes)} of {format_gib(host.memory_bytes)} GiB free"]
@@ -167,7 +171,7 @@ def _host_lines(host: Host, width: int) -> list[Content]:
 
 
 def server_line(server: ServerStatus) -> Content:
-    """Return where a server listens, and what it does."""
+    """Return a line with a server's address and activity."""
     speed = f"{server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else server.state
     address = server.address.removeprefix("http://").removesuffix("/v1")
     return labeled("server", f"{address} · {speed}", _LABEL)
@@ -180,7 +184,8 @@ def run_lines(
     layout: HomeLayout,
     waiting: Sequence[str] = (),
 ) -> list[Content]:
-    """Return the active or last run: name and state, progress or outcome, its two figures, and what is next.
+    """Return the active or last run: name and state, progress or outcome, its two key figures, and the next
+    events.
 
     Args:
         summary: The run.
@@ -215,7 +220,7 @@ def run_lines(
 
 
 def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
-    """Return a run's progress bar, its loss, the time left, and what happens next."""
+    """Return a run's progress bar, its loss, the time left, and the next events, such as an evaluation."""
     means = mean_losses(summary)
     figures = progress_figures(means[-1] if means else None, summary.seconds_left)
     share, steps = 0.0, "preparing"
@@ -234,7 +239,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
 
 
 def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return the best loss of a run that has ended, and how far and how long it trained."""
+    """Return the best loss of a run that has ended, the steps that it trained, and the time that it took."""
     figures, facts = [], []
     if summary.best is not None:
         loss, step = summary.best
@@ -252,9 +257,8 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
-    """Return figures followed by as many facts as fit.
-
-    In a large window the figures are large, and the facts below them.
+    """Return figures followed by as many facts as fit. In a large window, the figures are drawn in large
+    digits above the facts.
     """
     text = "  ".join(facts)
     if layout.is_large and figures:
@@ -313,10 +317,8 @@ def recipe_lines(
     *,
     is_compact: bool,
 ) -> list[Content]:
-    """Return the recipe being edited, whether it fits, and how long it takes, one item per line, or as few
-    lines as possible.
-
-    ``refusal``: why the model cannot be trained.
+    """Return the recipe being edited, its verdict on memory, and its expected time. In a compact layout they
+    take as few lines as possible, otherwise one line per item. ``refusal``: why the model cannot be trained.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -372,9 +374,8 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
 
 
 def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Content]:
-    """Return for each screen on the way from a model to an answer what it is for, or what was done there.
-
-    ``done``: what the recipe has already, by the command of the screen.
+    """Return a line for each screen on the way from a model to an answer: what the screen is for, or what has
+    been done there. ``done``: what the recipe already has, by the id of the command that opens the screen.
     """
     lines: list[Content] = []
     was_done = False
@@ -391,7 +392,7 @@ def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Co
 
 
 def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
-    """Return a line for each preset: its name and what it is for. ``current``: that of the recipe."""
+    """Return a line for each preset: its name and its purpose. ``current``: name of the recipe's preset."""
     cells = max((len(preset.name) for preset in presets), default=0)
     return [
         Content.assemble(
@@ -405,7 +406,9 @@ def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
 
 
 def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return facts about a run, and its validation losses with bars; in a smaller window only these."""
+    """Return facts about a run, and its validation losses with bars; in a smaller window, only the validation
+    losses.
+    """
     if not layout.is_large:
         return _validation_lines(summary, layout.right, _FEW_EVALUATIONS)
     width = layout.right
@@ -424,7 +427,9 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
-    """Return ``step 20   3.032   -0.297 ▄▄▄``: each loss, and its change as a figure and a bar."""
+    """Return ``step 20 3.032 -0.297 ▄▄▄`` for each validation loss: the loss, and its change as a figure and
+    a bar.
+    """
     evaluations = [(step, round(loss, 3)) for step, loss in summary.evaluations[-count - 1 :]]
     changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]
     most = max(map(abs, filter(math.isfinite, changes)), default=0.0) or 1.0
@@ -445,13 +450,13 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
 
 
 def _none_yet(command: str) -> Content:
-    """Return ``none yet  [1]``, with the key of the screen where one is selected."""
+    """Return ``none yet [1]``, with the key that opens the screen for selecting one."""
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
 
 def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:
-    """Return ``Models  Tab to choose one``, and in the list ``Enter to download it``, and of what they need
-    their memory.
+    """Return the title of the list of models: ``Models Tab to choose one``, or ``Enter to download it`` while
+    the list has the focus, and the memory that their needs are compared with.
     """
     verb = "select" if (selected or "").startswith(LOCAL) else "download"
     hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")
@@ -459,12 +464,14 @@ def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) ->
 
 
 def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for each model to choose from, at most ``most`` of the good first ones."""
+    """Return (id, line) for each model to choose from, with at most ``most`` of the good first models."""
     return models.lines("", "", max(_LEAST_MODEL_CELLS, width), most)
 
 
 def _time_words(expected: Forecast) -> tuple[str, str]:
-    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``; steps once the samples are counted."""
+    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``. The steps are left out until the samples
+    have been counted.
+    """
     source = expected.time.source if expected.time else ""
     note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))
     return expected.duration or "no run like this one yet", note
@@ -477,7 +484,7 @@ def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> 
         steps: The step and the alternatives.
         width: Cells of a line.
         is_large: Whether to add space between them.
-        has_enter: Whether Enter does the step now; otherwise the key of its command is shown.
+        has_enter: Whether Enter carries out the step now; otherwise the key of its command is shown.
     """
     step, others = steps
     first_key = key_name("home.next" if has_enter or not step.command else step.command)

@@ -50,7 +50,7 @@ _MAX_RECENT = 40
 
 @dataclass(frozen=True)
 class HomeFacts:
-    """Everything that Home shows."""
+    """Contents of Home's panels."""
 
     lines: dict[str, tuple[Content, ...]]
     """Lines by panel: run, gpu, queue, recipe, way, presets, numbers."""
@@ -58,7 +58,7 @@ class HomeFacts:
     last: RunSummary | None
     """The active or last run."""
     recent: tuple[RunSummary, ...]
-    """The runs before it, newest first."""
+    """The runs before the last run, newest first."""
     models: ListedModels | None = None
     """Models to choose from until the recipe has one; then None."""
     is_partial: bool = False
@@ -68,17 +68,21 @@ class HomeFacts:
 
 
 class HomeReader:
-    """Reads the state, and caches what does not change between reads."""
+    """Reads the contents of Home's panels, and caches the parts that did not change since the last read."""
 
     def __init__(self, seen_at: float, started_at: float) -> None:
         self._seen_at = seen_at
-        """Unix time at which the app was last looked at before this start, or of the first start."""
+        """Unix time at which the app was last in use before this start; at the first start, the time of the
+        start.
+        """
         self._started_at = started_at
         self._summaries = SummaryCache()
         self._local_models: list[LocalModel] | None = None
         self._presets = list_presets()
         self._outlook: tuple[object, Forecast | None, UserError | None] = (None, None, None)
-        """How long a run with the recipe takes, and why its data cannot be trained on; after their key."""
+        """Cache of :meth:`look_ahead`: its key, the expected steps and time of a run, and the error in its
+        data.
+        """
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
@@ -105,7 +109,7 @@ class HomeReader:
             counts: How often samples have been counted.
         """
         budget, planned = budgets
-        local_models = self._local_models  # the app may invalidate it meanwhile
+        local_models = self._local_models  # the app may reset it in the meantime
         if local_models is None:
             local_models = [model for model in list_local_models() if model.refusal is None]
             self._local_models = local_models
@@ -186,7 +190,9 @@ class HomeReader:
         refusal: UserError | None,
         data_problem: UserError | None,
     ) -> dict[str, str | Content]:
-        """Return what the recipe has of a run, by the command of the screen."""
+        """Return the parts of a run that the recipe already has, by the id of the command that opens their
+        screen.
+        """
         recipe, done = workbench.recipe, dict[str, str | Content]()
         if recipe.model.id and refusal is None:
             done["go.models"] = short_model_name(recipe.model.id)
@@ -198,9 +204,8 @@ class HomeReader:
         return done
 
     def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
-        """Find out whether the data can be used, and how long a run takes.
-
-        This takes seconds if the data is large.
+        """Check whether the data can be used, and estimate the time of a run. This takes seconds if the data
+        is large.
         """
         key, files = self._outlook_key(recipe, system_status, counts), None
         with suppress(UserError):
@@ -210,12 +215,12 @@ class HomeReader:
 
     def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:
         last, stamps = system_status.active_or_last_status, map(source_stamps, every_source(recipe.data))
-        # The first steps of a run tell the time of the next one.
+        # The first steps of the active run improve the estimate for the next one.
         now = (last.state, min(last.step, LEAST_STEPS)) if last else None
         return (recipe, counts, system_status.gpu, now, list(stamps))
 
     def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
-        """Return this machine's models and good first models while the recipe has none; otherwise None."""
+        """Return this machine's models and good first models if the recipe has no model; otherwise None."""
         if recipe.model.id:
             return None
         key = (recipe, budget, id(local))

@@ -38,21 +38,21 @@ _LAST_SEEN_INTERVAL_S = 30.0
 _SIDE, _WIDE_SIDE = 42, 60
 """Width of the right column, in cells, as in the style sheet."""
 _FRAME = 5
-"""Cells that a panel's border, padding and scroll bar take."""
+"""Width of a panel's border, padding and scroll bar, in cells."""
 _SHORT_FRAME = 3
 _NUMBERS_HEIGHT = 38
-"""Rows of the window from which the run is shown in numbers."""
+"""Minimum height of the window, in rows, for the panel with the run in numbers."""
 _PRESETS_HEIGHT = 50
-"""Rows of the window from which presets are listed while there is no run."""
+"""Minimum height of the window, in rows, for the list of presets, which is shown until there is a run."""
 _LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 30
-"""Models to start with that are listed at least, and rows of the window for everything else."""
+"""Minimum number of good first models in the list, and rows of the window that the other panels need."""
 
 
 class HomeScreen(WorkScreen):
     """GPU, last run, queue, recipe, next step."""
 
     MODE = "home"
-    # In the class and not in a .tcss: Textual cannot load a file for the first screen of all.
+    # CSS in the class rather than in a .tcss file, since Textual cannot load a file for the first screen.
     DEFAULT_CSS = """
     HomeScreen {
         #home {
@@ -169,7 +169,7 @@ class HomeScreen(WorkScreen):
             self._reader.invalidate_models()
 
     def refresh_now(self) -> None:
-        # The recipe is read with the rest: the first frame does not wait for it.
+        # The recipe is read together with the rest, so that the first frame does not wait for it.
         self._system_status_changed(self.app.system_status)
 
     def show_recipe(self, recipe: Recipe) -> None:
@@ -179,7 +179,7 @@ class HomeScreen(WorkScreen):
         self.start_reading()
 
     def start_reading(self) -> None:
-        """Read what is shown, unless a read is in progress."""
+        """Read the panels' contents in a worker, unless a read is in progress."""
         if not self._reading:
             self._reading = True
             self._read()
@@ -190,7 +190,7 @@ class HomeScreen(WorkScreen):
         try:
             await app.shown.wait()
             if not app.system_status.is_known:
-                # Before the first poll the suggestion could be wrong, and Enter would do it.
+                # Before the first poll, the suggestion could be wrong, and Enter would carry it out.
                 self.query_one("#gpu", Lines).show(Content.styled("looking…", "dim"))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
@@ -222,7 +222,7 @@ class HomeScreen(WorkScreen):
         return run
 
     async def action_next(self) -> None:
-        """Do the next step."""
+        """Carry out the suggested step."""
         if self.suggestion is not None and not self.downloading_demo:
             await self.run_action(self.suggestion.action)
 
@@ -259,11 +259,13 @@ class HomeScreen(WorkScreen):
 
     @property
     def suggestion(self) -> NextStep | None:
-        """The suggested step, or None until everything was read."""
+        """The suggested step; None until everything has been read."""
         return None if self._facts_shown is None else self._facts_shown.steps[0]
 
     def _show_next(self) -> None:
-        """Show the next steps; Enter is marked unless it would select a model in the list."""
+        """Show the next steps. Enter is shown as the key of the first step unless the list of models has the
+        focus.
+        """
         facts = self._facts_shown
         if facts is None or self.downloading_demo:
             return
@@ -275,7 +277,7 @@ class HomeScreen(WorkScreen):
         self.query_one("#next", Lines).show(lines)
 
     def _show_models(self) -> None:
-        """Show the models to choose from, and the keys for that."""
+        """Show the models to choose from, and the keys for choosing."""
         facts = self._facts_shown
         if facts is None or facts.models is None:
             return
@@ -382,14 +384,14 @@ class HomeScreen(WorkScreen):
         )
 
     def _show_run(self, facts: HomeFacts) -> None:
-        """Show the parts of the current and earlier runs that are not plain text."""
+        """Show the charts, titles and keys of the panels that depend on the runs."""
         from qlora_tui.tui.render.loss import summary_lines
         from qlora_tui.tui.screens.home.panel_lines import recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
         self.set_class(is_new, "-first")
         self.query_one("#models-panel").display = facts.models is not None
-        # Tab goes to the models, if there are any to choose from.
+        # If there are models to choose from, Tab moves to their list.
         self.query_one("#home").can_focus = facts.models is None
         self._show_models()
         panel = self.query_one("#run-panel", Panel)
@@ -410,9 +412,9 @@ class HomeScreen(WorkScreen):
         if self.app.draft.is_newer:
             from qlora_tui.tui.widgets.recipe_strip import reload_hint
 
-            title = reload_hint()  # all that the panel has room for
+            title = reload_hint()  # the panel has no room for the preset as well
         self.query_one("#recipe-panel", Panel).show_title(title)
-        # Until there is a run, its rows show what the settings could be.
+        # Until there is a run, the rows for it list the presets.
         has_rows = layout.is_large and self.size.height >= _PRESETS_HEIGHT
         self.query_one("#presets-panel").display = is_new and has_rows
         self.query_one("#recent-panel").display = bool(facts.recent)
