@@ -3,7 +3,7 @@
 LoRA: Hu et al. 2021, arXiv 2106.09685, section 7.2. QLoRA: Dettmers et al. 2023, arXiv 2305.14314, section 4.
 rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.09353.
 
-Costs are parameters, size on disk and memory, also for other ranks and targets.
+Costs are trained parameters, size on disk and memory. They are also computed for other ranks and targets.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class SettingsList(ViList):
 
     def on_click(self, event: Click) -> None:
         """Select a setting. A second click on the same setting steps it."""
-        event.prevent_default()  # the list would step it at once
+        event.prevent_default()  # the list would step the setting at the first click
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:
             self.action_step(1)
@@ -125,9 +125,11 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
     "lora.use_dora": ("lora.dora",),
     "lora.train_embeddings": ("lora.embeddings",),
 }
-"""The settings on the screen, and the ids of the commands that change each of them."""
+"""Ids of the commands that change each setting on the screen, by the setting's path."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Glossary terms for settings that are not in the glossary under their own names; only little-known ones."""
+"""Glossary terms for settings whose glossary entry has another name than the setting. Only little-known
+settings have one.
+"""
 
 
 def setting_lines(
@@ -206,8 +208,8 @@ def advice(path: str, lora: Lora) -> str:
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
-    """Describe the kind of these modules, or target modules in general, with a paper's finding if there is
-    room.
+    """Return a description of these modules' kind, or of target modules in general, with a finding from a
+    paper if there is room.
     """
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
@@ -219,7 +221,7 @@ def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> st
 
 
 def one_line(path: str) -> Content:
-    """Explain a setting in one line."""
+    """Return an explanation of a setting in one line."""
     return Content.assemble((f"{term_title(path)}: ", "bold"), explain(term_of(path)))
 
 
@@ -247,12 +249,12 @@ _WITH = " with gradients and optimizer"
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Memory differences, in bytes, that need another estimate."""
+    """Memory differences, in bytes, each of which takes another estimate."""
 
     dora_bytes: int
-    """With DoRA compared with without."""
+    """Memory of the recipe with DoRA, minus its memory without."""
     preset_bytes: int
-    """The recipe's LoRA settings compared with the preset's."""
+    """Memory with the recipe's LoRA settings, minus memory with the preset's."""
 
 
 def memory_deltas(
@@ -358,7 +360,7 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
 
 
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
-    """Describe the modules that the toggle key would change."""
+    """Return a description of the modules that the toggle key would change."""
     if not modules:
         return Content.styled("No module here.", "$text-muted")
     trained = f"{format_count(adapter_parameters(modules, lora))} trainable{_own(modules, lora)}"

@@ -1,7 +1,7 @@
 """A model's linear modules as a table of kinds and layers, and a widget with a check box for each.
 
-The widget changes nothing itself: it posts :class:`ModuleGrid.Chosen` with the new selection, and shows what
-it is given.
+The widget does not change the recipe: it posts :class:`ModuleGrid.Chosen` with the new selection, and shows
+the selection that the screen passes to it.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class ModuleTable:
         layers = sorted({m.layer for m in self.modules if m.layer is not None})
         outside = [None] if any(m.layer is None for m in self.modules) else []
         self.columns: tuple[int | None, ...] = (*layers, *outside)
-        """Layers by number; None last, for modules outside layers."""
+        """Numbers of the layers; None comes last, for modules outside layers."""
         kinds = dict.fromkeys(module.kind for module in self.modules)
-        # As all-linear: experts are chosen by name.
+        # Like all-linear, the grid leaves out experts, which are selected by name.
         every = self._row("every kind", [m for m in self.modules if m.part != "expert"])
         self.rows = (every, *(self._row(k, [m for m in self.modules if m.kind == k]) for k in kinds))
 
@@ -144,7 +144,7 @@ _SHARE_CELLS, _BAR_CELLS = 6, 16
 _GAP_CELLS = 7
 """Gap before the layers, in cells; the word ``layer`` is above it."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
-"""Strength of the color at rank 1, in percent, and the rank from which it is 100."""
+"""Strength of the color at rank 1, in percent, and the lowest rank with the full strength."""
 
 
 def rank_style(rank: int) -> str:
@@ -192,7 +192,7 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._starts: Sequence[int] = ()
-        """Where each layer in view begins, counted from the first one's cell."""
+        """First cell of each visible layer, counted from the first visible layer."""
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
         """Show this model with these modules selected."""
@@ -280,7 +280,7 @@ class ModuleGrid(Widget, can_focus=True):
         rows = range(first, min(first + height, len(table.rows)))
         scrolls = len(rows) < len(table.rows)
         width_left = max(1, self.content_size.width - self._head_width - 2 * scrolls)
-        # The cursor's column stays in view.
+        # Keep the cursor's column in view.
         column, last = max(self._column, 0), max(0, len(table.columns) - width_left)
         self._first_column = min(max(min(self._first_column, column), column - width_left + 1), last)
         shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
@@ -343,7 +343,9 @@ class ModuleGrid(Widget, can_focus=True):
         return join_cells(pieces)
 
     def _head(self, index: int) -> str:
-        """Return the check box, kind and shape of a row, its trained parameters, and their share of all."""
+        """Return the start of a row: check box, kind, shape, trained parameters, and their share of all
+        trained parameters.
+        """
         assert self._table is not None
         row, trained = self._table.rows[index], self._trained_by_row()
         names = min(max(len(row.name) for row in self._table.rows), LONGEST_KIND)

@@ -1,4 +1,4 @@
-"""LoRA: which modules get an adapter, its rank, and what it costs."""
+"""LoRA: select the modules that get an adapter, set its rank, and see its costs."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 SETTLED_S = 0.1
 """Seconds without a key press before the memory deltas are computed."""
 _COSTS_HEIGHT, _MEANING_HEIGHT = 32, 50
-"""Window heights, in rows: from which other choices are listed, without the rows of the modules, and from
-which settings are explained."""
+"""Minimum window heights, in rows: for the table of other choices, not counting the rows of the modules, and
+for explanations of the settings.
+"""
 
 
 READING = UserError(
@@ -110,12 +111,12 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """Make room for what other choices cost, below all modules."""
+        """Show the costs of other choices below the modules, if there is room."""
         rows = len(self._table.rows) if self._table is not None else 0
         has_costs = self.size.height >= _COSTS_HEIGHT + rows and self.size.width >= WIDE_CELLS
         self.set_class(has_costs, "-costs")
-        # Without costs below them, the modules have what the others leave. A class would change that only
-        # after the texts were written, and Textual would not lay the panel out again.
+        # Without costs below them, the modules fill the remaining height. Set this directly, since a style
+        # class would take effect after the texts are written, and Textual would not lay the panel out again.
         for part in ("#modules-panel", "#modules"):
             self.query_one(part).styles.height = "auto" if has_costs else "1fr"
 
@@ -158,7 +159,7 @@ class LoraScreen(WorkScreen):
             self.on_descendant_focus()
 
     def on_descendant_focus(self) -> None:
-        """Explain what has the focus."""
+        """Explain the setting or modules that have the focus."""
         settings = self.query_one(SettingsList)
         self._explained = (settings.current or "") if settings.has_focus else ""
         self._show_cursor()
@@ -249,7 +250,7 @@ class LoraScreen(WorkScreen):
         if self.query_one("#targets-input").display:
             self._close_targets_input()
 
-    # Without a description, Textual would format the arguments, thousands of modules, at each key.
+    # Without a description, Textual would format the arguments, thousands of modules, at each key press.
     @work(exclusive=True, group="deltas", description="compute deltas")
     async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
@@ -338,7 +339,7 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
 
 
 def validate_number(setting: str, text: str) -> str:
-    """Return what is wrong with a typed number, or an empty string. An empty value is valid."""
+    """Return the error in a typed number, or an empty string if it is valid. An empty value is valid."""
     field = fields()[setting]
     try:
         if text.strip():

@@ -1,4 +1,4 @@
-"""Memory: ``screen``, with the peak of a training step in ``step_panels``.
+"""Memory: ``screen`` has the panels and keys, ``step_panels`` shows the peak of a training step.
 
-``what_fits`` computes and shows what fits, and what would make the recipe fit.
+``what_fits`` computes and shows the settings that fit, and the changes that make the recipe fit.
 """

@@ -1,4 +1,4 @@
-"""Memory: will it fit, item by item, and what would make it fit."""
+"""Memory: whether the recipe fits, its memory item by item, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -63,13 +63,15 @@ SETTLED_S = 0.15
 TRACE_SETTLED_S = 0.6
 """Seconds without a key press before a step is traced, which takes a second or more."""
 _ROOMY = 50
-"""Rows of the window from which all items are in view."""
+"""Minimum height of the window, in rows, at which all items are in view."""
 _FRAME = 4
-"""Cells that a panel's border and padding take."""
+"""Width of a panel's border and padding, in cells."""
 
 
 class QualityDialog(TextDialog[bool]):
-    """The result of a measurement, in sentences. Returns whether to keep the worst layers in 16 bits."""
+    """Dialog with the result of a measurement, in sentences. Returns whether to keep the worst layers in 16
+    bits.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("k", "dismiss(True)", "Keep these layers in 16 bits"),
@@ -101,7 +103,9 @@ class MemoryScreen(WorkScreen):
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
         self._here: Verdict | None = None
-        """On the recipe as it is on this machine, where it has no GPU and one is assumed."""
+        """Verdict on the recipe on this machine's CPU, if the estimates are for an assumed GPU; otherwise
+        None.
+        """
         self._solution = Solution()
         self._shown_for: tuple[Recipe, MemoryBudget, Architecture | None] | None = None
         self._heading = ("", "")
@@ -134,7 +138,8 @@ class MemoryScreen(WorkScreen):
 
     def show_recipe(self, recipe: Recipe) -> None:
         budget = self.app.memory_budget
-        # The structure of a model is an outline until it was read.
+        # The architecture is part of the key, since it changes once an outline is replaced by the model's
+        # exact structure.
         shown_for = (recipe, budget, self._architecture())
         if self._shown_for == shown_for:
             return
@@ -164,7 +169,7 @@ class MemoryScreen(WorkScreen):
             self._show_bars()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Disable keys that would change nothing."""
+        """Disable keys that would have no effect."""
         if action == "use":
             return self.precision != precision_of(self.app.workbench.recipe)
         if action in ("apply", "choose"):
@@ -175,7 +180,7 @@ class MemoryScreen(WorkScreen):
 
     def on_resize(self) -> None:
         self.set_class(self.size.height >= _ROOMY, "-roomy")
-        # The lists know their new width only after the layout.
+        # The lists get their new width only after the layout.
         self.call_after_refresh(self._show_all)
 
     def action_targets(self) -> None:
@@ -201,7 +206,7 @@ class MemoryScreen(WorkScreen):
         (self.query_one("#items") if choices.has_focus else choices).focus()
 
     def action_measure_quality(self) -> None:
-        """Measure what the recipe's quantization changes, or stop measuring."""
+        """Measure how the recipe's quantization changes the model, or stop measuring."""
         if not self._quality.stop():
             self._measure_quality(self.app.workbench.recipe)
 
@@ -227,7 +232,7 @@ class MemoryScreen(WorkScreen):
         self._apply(message.number)
 
     def on_memory_screen_solved(self, message: Solved) -> None:
-        """Show what fits, unless the recipe has changed since."""
+        """Show the solution, unless the recipe has changed in the meantime."""
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._solution = message.solution
@@ -284,7 +289,7 @@ class MemoryScreen(WorkScreen):
                 await self._trace_steps(self._solution.recipes, recipe, budget)
 
     async def _trace_steps(self, recipes: Collection[Recipe], recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace these steps, then show every figure by them. Raises TraceStopped, UserError."""
+        """Trace these recipes' steps, then update all figures. Raises TraceStopped, UserError."""
         architecture, config = self._architecture(), load_model_config(recipe.model.id)
         if architecture is not None and await run_stoppable(
             trace_all, config, recipes, architecture, budget.device
@@ -304,7 +309,9 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _exact_words(self) -> str:
-        """Return what is exact and how it was obtained; empty before the recipe has been traced."""
+        """Return which precisions have an exact estimate and how it was obtained; empty before the recipe has
+        been traced.
+        """
         own = precision_of(self.app.workbench.recipe)
         traced, name = self._trace_of(own), PRECISION_NAMES[own]
         if traced is None:

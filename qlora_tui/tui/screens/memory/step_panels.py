@@ -1,4 +1,5 @@
-"""The peak of each precision as a bar with the limit, one of them item by item, and the step over time.
+"""Panels on the memory of a training step: the peak of each precision as a bar with the limit, one precision
+item by item, and memory over the step.
 
 The parts of a bar have different textures, so that they can be told apart without color. The graph is divided
 in the same way as the bars.
@@ -29,10 +30,10 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
 _FRAME = 4
-"""Cells that a panel's border and padding take."""
+"""Width of a panel's border and padding, in cells."""
 _LIMIT_IN_VIEW = 2.5
-"""An axis includes the limit up to this multiple of the peak; beyond, the peak's bar would be too short to
-divide.
+"""Maximum ratio of limit to peak at which an axis includes the limit. Above it, the peak's bar would be too
+short to divide.
 """
 _ABOVE_PEAK = 1.25
 _WORDS = 41
@@ -41,7 +42,7 @@ _SPARE = 19
 _MIN_ITEM_NAME, _ITEM_NAME, _ITEM_BAR = 22, 24, 24
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
-"""Width from which an explanation is next to its item, in cells."""
+"""Minimum width for an explanation next to its item, in cells."""
 _TERMS = {
     "weights": "NF4",
     "scales": "double quantization",
@@ -80,7 +81,7 @@ class BarPart:
 
     @property
     def even_strength(self) -> int:
-        """Strength of that color, in percent."""
+        """Strength of ``even_style``, in percent."""
         return self.strength * _DENSITY[self.glyph] // 100
 
 
@@ -123,9 +124,8 @@ def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
 
 
 def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
-    """Return whether an axis up to the limit would leave the peak too short.
-
-    The axis then ends just above the peak.
+    """Return whether the limit is so far above the peak that the axis ends just above the peak instead of at
+    the limit.
     """
     return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
 
@@ -196,7 +196,9 @@ def spare_words(verdict: Verdict) -> str:
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """Return how far the expected memory is from the limit, or the upper end if that decides the verdict."""
+    """Return how far the expected memory is from the limit, or how far its upper end is, if the upper end
+    decides the verdict.
+    """
     if verdict.word != "uncertain":
         return spare_words(verdict)
     upper = replace(verdict, needed_bytes=verdict.high_bytes)
@@ -204,7 +206,7 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int) -> Content:
-    """Explain the textures, and say where the limit is if the axis is broken."""
+    """Return the legend of the textures, with the limit's value if the axis is broken."""
     words = [Content.assemble((part.glyph * 2, part.style), (f" {part.name}", "dim")) for part in PARTS]
     if is_far_above(limit_bytes, most_bytes):
         words.append(Content.styled(f"╱╱ to {format_bytes(limit_bytes)}", "dim"))
@@ -212,7 +214,7 @@ def legend(limit_bytes: int, most_bytes: int) -> Content:
 
 
 def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
-    """Return ``Peak of a training step``, or which precisions need the most memory before it, while
+    """Return ``Peak of a training step``, or name the precisions that need the most memory earlier, while
     loading.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
@@ -238,10 +240,9 @@ LOADING_TIME = "while loading"
 
 
 def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
-    """Return how much of the peak PyTorch and its tensors take.
-
-    ``layers``: the model's number of layers. ``short``: fit 76 cells, and say when memory is fullest, since
-    there is no timeline.
+    """Return how much of the peak is held by PyTorch, and how much by tensors. ``layers``: the model's number
+    of layers. ``short``: whether to fit 76 cells, and to name the time of the peak, since there is no
+    timeline.
     """
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:
@@ -277,10 +278,9 @@ def peak_lines(
     can_train: bool,
     here: Content | None,
 ) -> list[Content]:
-    """Return the bars, their legend, what the marked precision's peak consists of, and why int8 needs more
-    than 16 bits.
-
-    ``here``: what the recipe needs on this machine, if the bars are for a GPU that it does not have.
+    """Return the bars, their legend, the composition of the marked precision's peak, and the reason if int8
+    needs more than 16 bits. ``here``: verdict on the recipe on this machine, if the bars are for an assumed
+    GPU.
     """
     words = [legend(limit_bytes, max(estimate.total_bytes for estimate in compared.values()))]
     if here is not None and words[0].cell_length + 3 + here.cell_length <= width:
@@ -297,7 +297,9 @@ def peak_lines(
 
 
 class ItemsPanel(Panel):
-    """The items of a precision. The list has the screen's focus; the explanation is below it."""
+    """List of the items of a precision, with an explanation below. The list gets the focus when the screen
+    opens.
+    """
 
     def __init__(self) -> None:
         self._list = ViList(id="items")
@@ -358,7 +360,7 @@ def _item_line(
     return Content.assemble(
         (text[:glyphs], part.style),
         (text[glyphs:], style),
-        # Reversed, as the cursor is in 16 colors, the bar would be its own background.
+        # In 16 colors the cursor's line is reversed, which would swap the bar with its background.
         (part.glyph * full, f"{part.style} not reverse"),
         (text_of_bar[full:], f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
@@ -366,7 +368,7 @@ def _item_line(
 
 
 def explanation_lines(item: Item, *, with_term: bool) -> Content:
-    """Return the formula of the item under the cursor; ``with_term`` adds its entry in the glossary."""
+    """Return the formula of an item; ``with_term`` adds its glossary entry."""
     lines = [Content.assemble((f"{item.label}: ", "bold"), item.explanation)]
     term = _TERMS.get(item.key)
     if with_term and term is not None and not (term == "NF4" and "× 1 byte" in item.explanation):
@@ -380,12 +382,12 @@ _SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 
 _NAMES: dict[Phase, str] = {"loading": "load"}
 _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
-"""Parts whose size is constant are at the bottom, so that those that vary are on top."""
+"""Order of the parts in the graph: parts of constant size are at the bottom, parts that vary on top."""
 
 
 @dataclass(frozen=True)
 class _GraphColumn:
-    """The fullest moment among those that share a column of the graph."""
+    """The moment with the most memory among those that share a column of the graph."""
 
     phase: Phase
     parts: tuple[tuple[BarPart, int], ...]
@@ -393,9 +395,8 @@ class _GraphColumn:
 
 
 def even_colors(widget: Widget) -> dict[str, str]:
-    """Return the color of each part on the background of a widget, by name; empty where colors are few.
-
-    A cell with the colors of two parts needs them opaque.
+    """Return the opaque color of each part on a widget's background, by the part's name; empty if the
+    terminal has few colors. A cell that shows two parts needs opaque colors.
     """
     app, under = widget.app, widget.background_colors[1]
     if app.no_color or app.current_theme.ansi:
@@ -405,7 +406,9 @@ def even_colors(widget: Widget) -> dict[str, str]:
 
 
 def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
-    """Return when memory is fullest. ``peak_time``: ``while loading``, or ``backward of the last layer``."""
+    """Return the title of the timeline, with the time of the peak. ``peak_time``: ``while loading``, or
+    ``backward of the last layer``.
+    """
     when = f", fullest {fullest_words(peak_time)}"
     if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
         when += f", far below the limit of {format_bytes(limit_bytes)}"
@@ -422,7 +425,7 @@ def timeline_lines(
     """Return ``height`` lines: the graph with its scale in GiB on the left, and the names of the phases below
     it.
 
-    ``widget`` is what the graph is drawn on.
+    ``widget`` is the widget that shows the graph.
     """
     rows = height - 1
     if rows < 2:
@@ -430,7 +433,7 @@ def timeline_lines(
     peak = max(moment.total_bytes for moment in moments)
     limit_is_shown = not is_far_above(limit_bytes, peak)
     high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK
-    # As many rows between any two labels, so the axis ends where its rows do.
+    # Labels are evenly spaced in rows, so the axis ends at the top row rather than at a round value.
     step_gib = tick_step(0.0, high / GIB, max(2, rows // 2))
     step_rows = max(1, int(step_gib * GIB / high * rows))
     high = rows / step_rows * step_gib * GIB
@@ -483,7 +486,8 @@ def _cell(
 ) -> tuple[str, str]:
     """Return (character, style): the part that covers most of the cell; at the top, an eighth block.
 
-    With the colors of ``even``, the lowest part is an eighth block in front of the largest of the others.
+    If ``even`` has colors, the lowest part is drawn as an eighth block on the color of the largest part above
+    it.
     """
     low, high = row * cell_bytes, (row + 1) * cell_bytes
     filled = min(1.0, (column.total_bytes - low) / cell_bytes)
@@ -495,7 +499,7 @@ def _cell(
         covered += [(part, share)] if share > 0 else []
         begin += size
     part, most = max(covered, key=lambda each: each[1])
-    # Of a column over the limit, also the cell that the limit is in.
+    # In a column over the limit, the cell that contains the limit is drawn as over it too.
     is_over = min(high, column.total_bytes) > limit_bytes
     if filled < 15 / 16:
         return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style

@@ -1,7 +1,8 @@
-"""What fits in the memory budget, what would make the recipe fit, and how both are shown.
+"""The settings that fit the memory budget, the changes that make the recipe fit, and the panels that show
+both.
 
-:func:`solve` is slow and runs in a thread. It also finds out whether the model has to be converted first,
-from a header with hundreds of thousands of tokens.
+:func:`solve` is slow and runs in a thread. It also reads from the header of a GGUF file whether the model has
+to be converted first; such a header may have hundreds of thousands of tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
 """Settings that the Memory screen's keys double and halve."""
 CYCLED_SETTINGS = ("lora.target_modules", "training.gradient_checkpointing")
-"""Settings whose key selects the next choice."""
+"""Settings whose key selects the next of several values."""
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -57,9 +58,11 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "v_proj"),
 )
-"""Choices of the key ``t``: those of the QLoRA paper, of many recipes, and of the LoRA paper."""
+"""Target modules that the key ``t`` steps through: as in the QLoRA paper, as in many recipes, and as in the
+LoRA paper.
+"""
 _KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8
-"""Widths of the columns before the change, in cells. A long value takes some of the name's."""
+"""Widths of the columns before the change, in cells. A long value may use part of the name's column."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +80,35 @@ class Solution:
     """What fits in the memory budget; empty until it is computed."""
 
     fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
-    """How far each setting could be raised, by precision."""
+    """The largest value of each setting that fits, by precision."""
     lowered: Mapping[Precision, Mapping[str, KeyEffect]] = field(default_factory=dict)
-    """Effect of halving a setting or taking its next choice, by its path; without settings at their
-    minimum.
+    """Effect of halving a setting or selecting its next value, by precision and the setting's path. Settings
+    at their minimum are left out.
     """
     changes: tuple[MemorySaving, ...] = ()
     """Changes that make the recipe fit, cheapest first."""
     least_bytes: int = 0
-    """What the recipe needs even with every change; 0 if it fits or some change makes it fit."""
+    """Memory that the recipe needs with all changes that save memory, in bytes; 0 if it fits or a change
+    makes it fit.
+    """
     step: StepChoice | None = None
     """How the run uses free memory; None if the recipe does not fit."""
     host_memory: str = ""
-    """What the recipe keeps in host memory, and what that costs, in sentences; empty if nothing."""
+    """Sentences on the parts that the recipe keeps in host memory, and their cost in time; empty if there are
+    none.
+    """
     conversion: Conversion | None = None
     """The conversion that a GGUF file needs before its first run."""
     recipes: tuple[Recipe, ...] = ()
-    """Those of ``changes``, and of ``lowered`` in the recipe's precision."""
+    """The recipes of ``changes``, and of ``lowered`` in the recipe's precision."""
     is_exact: bool = False
-    """Whether the steps of all these are traced."""
+    """Whether the steps of all ``recipes`` have been traced."""
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
-    """Compute the solution in a thread. ``fits``: whether the recipe fits as it is."""
+    """Return the solution for a recipe. Slow, so call it in a thread. ``fits``: whether the recipe fits
+    unchanged.
+    """
     device, available = budget.device, budget.bytes
     variants = {precision: with_precision(recipe, precision) for precision in PRECISIONS}
     lowered = {precision: _lowered(variant, architecture) for precision, variant in variants.items()}
@@ -126,14 +135,18 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
 
 
 def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
-    """Return the next choice among these kinds of modules; all-linear after a custom one."""
+    """Return the next entry of ``TARGETS`` that a model with these kinds of modules has; all-linear after
+    custom targets.
+    """
     choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
     index = choices.index(now) + 1 if now in choices else 0
     return choices[index % len(choices)]
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Return the value that each setting's lowering key, or its only key, would give it."""
+    """Return the value that each setting would get from the key that lowers it, or from its only key, by
+    path.
+    """
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
         value = get_setting(recipe, path)
@@ -149,7 +162,9 @@ def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
 def _effects(
     recipe: Recipe, values: Mapping[str, Any], architecture: Architecture, budget: MemoryBudget
 ) -> dict[str, KeyEffect]:
-    """Return the effect of each of these values: all from traced steps, or all from the formula."""
+    """Return the effect of each of these values. Either all effects are from traced steps, or all are from
+    the formula.
+    """
     variants = {"": recipe, **{path: replace_setting(recipe, path, value) for path, value in values.items()}}
     verdicts = what_if(variants.items(), architecture, budget)
     if not all(verdict.is_exact for verdict in verdicts.values()):
@@ -218,7 +233,7 @@ def settings_table(
 
 def _line(keys: Content, text: str, change: str, width: int) -> Content:
     room = width - _KEYS
-    # In a narrow window the names of targets leave no room for the unit.
+    # In a narrow window, the names of the target modules leave no room for the unit.
     if len(text) + len(change) >= room:
         text, change = text.replace(" → ", "→"), change.removesuffix(" GiB")
     if len(text) + len(change) >= room:
@@ -233,17 +248,19 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """Return ``-102 MiB``, or that nothing changes."""
+    """Return the change in memory, such as ``-102 MiB``, or ``no change``."""
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
-        # Auto needs what on needs; it only takes more where more is free.
+        # The values auto and on need the same memory; auto only uses more if more is free.
         return "no change"
     return format_delta(change.bytes)
 
 
 def _choice_words(value: Any) -> str:
-    """Return ``q,k,v,o`` as an abbreviation of ``q_proj`` and so on."""
+    """Return a setting's value in words, with module names abbreviated: ``q,k,v,o`` for ``q_proj`` and so
+    on.
+    """
     if isinstance(value, str):
         return value
     names = ",".join(name.removesuffix("_proj") for name in value)
@@ -286,7 +303,7 @@ class FitPanel(Panel):
         """
         verdict = check_fit(estimate, budget.bytes)
         word, style = verdict_words(verdict, can_train=refusal is None)
-        # Next to the bars there is room for what is left.
+        # In a wide window, the bars already say how much memory is left.
         is_said = not self.screen.has_class("-narrow") and verdict.word in ("fits", "does not fit")
         more = "" if is_said else f", {verdict_sentence(verdict)}"
         train = next_step("go.train", "check and launch")
@@ -339,7 +356,7 @@ def _notes(
         on_cpu = budget.device.kind == "cpu"
         yield Content(conversion.words(estimate.process_bytes if on_cpu else None))
     if length_warning is not None:
-        # The setting itself is shown among the settings.
+        # The warning's ``what`` is left out, since the table of settings shows the length.
         yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
     if solution.step is not None and is_recipe:
         yield _step_text(solution.step, estimate.total_bytes)
@@ -364,7 +381,7 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
             verdict_words(change.verdict),
             (f", {change.cost}" if change.cost else "", "$text-muted"),
         )
-        # The first four cells are a mark, under which the rest is indented.
+        # The first four cells have a mark; further lines are indented below it.
         pieces = [*head[4:].wrap(width - 4), *details.wrap(width - 4)]
         wrapped = [(Content("    ") if below else head[:4]) + piece for below, piece in enumerate(pieces)]
         lines.append((str(number), Content("\n").join(wrapped)))
@@ -372,9 +389,8 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
 
 
 def _step_text(choice: StepChoice, least_bytes: int) -> Content:
-    """Return how the run uses free memory, and the benefit.
-
-    ``least_bytes``: the memory that the run needs, as the bars show it.
+    """Return how the run uses free memory, and the resulting speed. ``least_bytes``: the memory that the run
+    needs, as shown by the bars.
     """
     chosen = describe_choice(choice)
     if not chosen:

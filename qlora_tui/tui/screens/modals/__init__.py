@@ -1,5 +1,5 @@
 """Dialogs that open on top of any screen.
 
-``dialogs`` asks yes or no, for a text, or for an item of a list, shows errors, and tests this machine;
-``help`` explains the current screen; ``file_picker`` opens data and models.
+``dialogs`` has confirmations, text prompts, list pickers, errors, and the check of this machine; ``help``
+explains the current screen; ``file_picker`` opens data and models.
 """

@@ -1,4 +1,6 @@
-"""Dialogs on top of any screen: a yes-or-no question, a text, a list, an error, checks of this machine."""
+"""Dialogs on top of any screen: confirmations, text prompts, list pickers, errors, and the check of this
+machine.
+"""
 
 from __future__ import annotations
 
@@ -50,9 +52,8 @@ Picked = TypeVar("Picked")
 
 
 class TextDialog(ModalScreen[Answer | None]):
-    """Paragraphs under a title, with the keys that close the dialog below.
-
-    Returns the answer that the key stands for.
+    """Dialog with paragraphs under a title, and the keys that close it below. Returns the answer that belongs
+    to the key.
     """
 
     CSS_PATH = Path(__file__).with_name("modal.tcss")
@@ -72,7 +73,7 @@ class TextDialog(ModalScreen[Answer | None]):
 
 
 class ConfirmScreen(ModalScreen[bool | None]):
-    """Returns True for yes. Escape means no; Enter means yes only if ``harmless``."""
+    """Confirmation that returns True for yes. Escape means no; Enter means yes only if ``harmless``."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [_YES, _ENTER, _NO]
@@ -138,7 +139,9 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
 
 
 class TextPromptScreen(ModalScreen[str | None]):
-    """Returns the text; None if canceled. ``validate`` returns what is wrong, or an empty string."""
+    """Dialog that returns a typed text; None if canceled. ``validate`` returns the error in the text, or an
+    empty string.
+    """
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
@@ -182,7 +185,7 @@ def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str
 
 
 def ask_gpu_size(app: QloraApp) -> None:
-    """Ask for a GPU size, then compare every estimate with it."""
+    """Ask for a GPU size, then compare all estimates with this size."""
 
     def on_result(text: str | None) -> None:
         if text is None:
@@ -199,7 +202,7 @@ def ask_gpu_size(app: QloraApp) -> None:
 
 
 def _gpu_size_error(text: str) -> str:
-    """Return what is wrong with a typed size, or an empty string."""
+    """Return the error in a typed size, or an empty string if it is valid."""
     if not text.strip():
         return ""
     try:
@@ -224,7 +227,9 @@ class ErrorScreen(TextDialog[None]):
 
 
 class DraftChangedScreen(TextDialog[DraftChoice]):
-    """Returns the choice; None if postponed, in which case the next edit asks again."""
+    """Asks whose recipe to keep, and returns the choice; None if postponed, in which case the next edit asks
+    again.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("m", "dismiss('mine')", "Keep mine"),
@@ -257,7 +262,7 @@ class TooSmallScreen(ModalScreen[None]):
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "This window is too small"
             yield Static(markup=False)
-            # On a line that wraps: the border of a narrow window would cut it.
+            # The title is a line of text, which wraps; in the border, a narrow window would cut it.
             yield Static(dialog_keys(self.BINDINGS), markup=False, classes="fix")
 
     def on_resize(self, event: Resize) -> None:
@@ -290,9 +295,11 @@ class Choice(Generic[Picked]):
 
 
 class ListPicker(ModalScreen[Picked | None]):
-    """Returns the value of the selected item; None if closed with Escape."""
+    """Dialog with a list that can be filtered. Returns the value of the selected item; None if closed with
+    Escape.
+    """
 
-    # Absolute: a subclass in another folder would look for it there.
+    # An absolute path, since a relative one would be resolved in the folder of the subclass.
     CSS_PATH = Path(__file__).with_name("modal.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
@@ -314,7 +321,7 @@ class ListPicker(ModalScreen[Picked | None]):
 
         Args:
             title: The title.
-            enter: What Enter does, in one word.
+            enter: The action of Enter, in one word.
             choices: The items.
             empty: Text to show if there are no items.
             selected: Value of the item that has the cursor at first; None for the first item.
@@ -388,9 +395,8 @@ class ListPicker(ModalScreen[Picked | None]):
 
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
-    """The result on the first line, then what is wrong, then the rest.
-
-    Quick checks are shown at once, those of the libraries when their process has ended.
+    """Dialog with the checks of this machine: the conclusion on the first line, then problems, then passed
+    checks. Quick checks are shown at once, and checks of the libraries when their process has ended.
     """
 
     def __init__(self) -> None:

@@ -19,12 +19,12 @@ from qlora_tui.tui.ui_state import Kind, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _MAX_ENTRIES = 500
-"""Maximum number of entries listed for a folder; typing finds the others."""
+"""Maximum number of entries listed for a folder. Typing part of a name finds the other entries."""
 _MAX_RECENT = 6
 
 
 class FilePickerScreen(ModalScreen[Path | None]):
-    """Returns the selected path; None if closed with Escape."""
+    """File browser that returns the selected path; None if closed with Escape."""
 
     CSS_PATH = "file_picker.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -49,7 +49,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
 
         Args:
             title: Title of the dialog.
-            kind: Which recent paths to offer.
+            kind: The kind of recent paths to offer.
             endings: File name endings to list.
             start: The folder to show first; the current one by default.
             is_id: Returns whether a text is a Hub id rather than a path; ids may be selected too.
@@ -147,7 +147,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         wanted = part.lower()
         recent_matches = [p for p in recent_paths(self._kind) if wanted in str(p).lower()][:_MAX_RECENT]
         here = [p for p in self._entries() if wanted in p.name.lower()]
-        # A name that begins so is likelier meant than one that holds it somewhere.
+        # Names that begin with the typed text come first.
         here.sort(key=lambda p: not p.name.lower().startswith(wanted))
         lines = [(path, Content.assemble(("recent  ", "dim"), format_path(path))) for path in recent_matches]
         lines += [(path, self._entry_line(path)) for path in here]

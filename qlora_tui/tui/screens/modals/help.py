@@ -1,4 +1,6 @@
-"""Help: the keys that work now and the meaning of the screen's signs, and a page of all keys."""
+"""Help: a page for each screen, with the keys that are available now and the meaning of its signs, and a page
+of all keys.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,9 @@ _KEYMAP_TEXT = (
 )
 _KEY_STYLE = "bold $key"
 _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
-"""The app's own commands that a screen's help lists; F1 shows the others."""
+"""The app's own commands that each screen's help lists. The page of all keys has the rest."""
 _Row: TypeAlias = tuple[tuple[str, ...], str]
-"""The cells before a sentence, and the sentence."""
+"""A row of help: the cells before a sentence, and the sentence."""
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[Command]]]
 _LEAST_SENTENCE = 16
 _COLUMN_CELLS = 50
@@ -49,7 +51,7 @@ _COLUMN_CELLS = 50
 
 
 class HelpScreen(ModalScreen[None]):
-    """Columns of keys and terms, with one sentence for each."""
+    """Dialog with columns of keys and terms, each explained in a sentence."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
@@ -72,12 +74,12 @@ class HelpScreen(ModalScreen[None]):
 
 
 def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
-    """Return the help of a screen: what its keys do in this state, and what it shows.
+    """Return the help of a screen: the keys that are available now, and the signs and terms that it shows.
 
     Args:
         app: The app with the screen in front.
         name: Name of the screen.
-        state: A state of the screen in ``help.toml``; empty for a screen with only one.
+        state: A state of the screen in ``help.toml``; empty for the default state.
     """
     entry = next(entry for entry in SCREENS if entry.name == name)
     offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
@@ -87,11 +89,13 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     if entry.is_modal:
         return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
 
-    # Each of the three parts of the second column has an empty line below it.
+    # The second column has three parts, with an empty line between them.
     below = len(_sentences("", terms, _COLUMN_CELLS)) + len(_everywhere(_COLUMN_CELLS)) + 2
 
     def height(first: int) -> int:
-        """Return about how many lines the higher column has, if it begins with this many groups."""
+        """Return the approximate number of lines of the longer column if the first column has ``first``
+        groups.
+        """
         left, right = (len(_key_sentences(part, _COLUMN_CELLS)) for part in (groups[:first], groups[first:]))
         return max(left, right + below)
 
@@ -103,7 +107,7 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
 
 
 def all_keys_screen() -> HelpScreen:
-    """Return every key of every screen, with the names of the commands."""
+    """Return a page of all keys of all screens, with the ids of their commands."""
     tables = [partial(_key_sentences, [each], with_names=True) for each in commands_by_screen()]
     return HelpScreen("all keys", [Static(highlight_keys(_KEYMAP_TEXT)), *map(_text, tables)])
 
@@ -114,7 +118,7 @@ def _text(write: Callable[[int], list[Content]]) -> Drawing:
 
 
 def words_of(name: str, state: str) -> dict[str, str]:
-    """Return the signs and terms to explain for a screen in this state, with a sentence for each."""
+    """Return the signs and terms of a screen in this state, each with a sentence that explains it."""
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     table = tables.get(name, {})
     of_state = table.get(state, {})
@@ -128,7 +132,9 @@ def _sentences(heading: str, words: dict[str, str], width: int) -> list[Content]
 
 
 def _key_sentences(groups: _Groups, width: int, *, with_names: bool = False) -> list[Content]:
-    """Return the commands of each group below its heading, with the name of each or without."""
+    """Return lines with the keys and the help of each command below the heading of its group. ``with_names``
+    adds the command's id.
+    """
 
     def row(command: Command) -> _Row:
         names = (command.id,) if with_names else ()
@@ -138,7 +144,7 @@ def _key_sentences(groups: _Groups, width: int, *, with_names: bool = False) -> 
 
 
 def _everywhere(width: int) -> list[Content]:
-    """Return the app's own keys, with a word for each."""
+    """Return lines with the app's own keys, each with the label of its command."""
     first, last = EVERYWHERE[0], next(each for each in reversed(EVERYWHERE) if each.id.startswith("go."))
     digits = f"{bare_key(first.id)}–{bare_key(last.id)}"
     items = [(digits, "screens"), *((short_keys(f"app.{n}"), COMMANDS[f"app.{n}"].label) for n in _BRIEF)]
@@ -153,10 +159,9 @@ def _everywhere(width: int) -> list[Content]:
 
 
 def _tables(tables: Sequence[tuple[str, Sequence[_Row]]], style: str, width: int) -> list[Content]:
-    """Return rows of cells below headings. The first cell is styled, and each row has a sentence that wraps
-    below itself. The cells of all tables are aligned.
-
-    Written by hand: a Rich table takes longer to draw than the rest of the page takes to open.
+    """Return the lines of tables, each with a heading. The cells of all tables are aligned, the first cell of
+    a row has ``style``, and the sentence of a row wraps with a hanging indent. This is not a Rich table,
+    since drawing that takes longer than opening the rest of the page.
     """
     cells_of_all = [cells for _, rows in tables for cells, _ in rows]
     widths = [max(map(len, column)) for column in zip(*cells_of_all, strict=True)]

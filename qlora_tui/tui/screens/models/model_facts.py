@@ -65,9 +65,9 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
-"""Rows of the window from which the memory is divided."""
+"""Minimum height of the window, in rows, for bars that divide the memory by length."""
 _BATCHES_HEIGHT = 50
-"""Rows from which it is also divided for each micro-batch."""
+"""Minimum height of the window, in rows, for bars that also divide the memory by micro-batch size."""
 _NAME_CELLS = 13
 
 
@@ -91,7 +91,7 @@ class SettingFit:
     """Whether it is the recipe's current value."""
     needs: Mapping[Precision, Verdict]
     estimate: Estimate
-    """In the recipe's precision."""
+    """The estimate in the recipe's precision."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ModelFit:
     """Memory of a model with a recipe."""
 
     precisions: tuple[Precision, ...]
-    """The recipe's precision, and the one it is compared with."""
+    """The recipe's precision, followed by the precision that it is compared with."""
     int8_note: str
     """Why int8 needs more than 16 bits at some length; empty if it does not."""
     lengths: tuple[SettingFit, ...]
@@ -108,11 +108,11 @@ class ModelFit:
     notes: tuple[str, ...] = ()
     """Sentences that explain the figures, and kernels that are not installed."""
     here: Verdict | None = None
-    """With the recipe as it is on this machine, where ``budget`` is that of a GPU that it lacks."""
+    """Verdict on the unchanged recipe on this machine, if ``budget`` is for an assumed GPU."""
 
 
 class PartsPanel(Panel):
-    """What the memory of a model is made of, in the recipe's precision."""
+    """Panel with the composition of a model's memory in the recipe's precision."""
 
     def __init__(self) -> None:
         self._lines = Lines(id="parts")
@@ -125,10 +125,12 @@ class PartsPanel(Panel):
 
 
 class ModelSide(Vertical):
-    """Shows one model. Its memory is estimated in a thread."""
+    """The facts of one model, and its memory, which is estimated in a thread."""
 
     def __init__(self, parts: PartsPanel) -> None:
-        """Create the panels. ``parts``: the panel elsewhere that divides the memory."""
+        """Create the panels. ``parts``: the panel, elsewhere on the screen, with the composition of the
+        memory.
+        """
         super().__init__(id="model-side")
         self._parts = parts
 
@@ -158,7 +160,7 @@ class ModelSide(Vertical):
     ) -> None:
         """Estimate and show the memory of a model. Without a model, hide the panel.
 
-        ``here``: this machine's, where ``budget`` is that of a GPU that it lacks.
+        ``here``: this machine's budget, if ``budget`` is for an assumed GPU.
         """
         fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget, here)
         panel = self.query_one("#fit-panel", Panel)
@@ -202,7 +204,9 @@ def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
 
 
 def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> Facts:
-    """Return details of a model on the Hub. ``known``: what was loaded with Enter."""
+    """Return details of a model on the Hub. ``known``: the details that Enter has loaded; None if there are
+    none.
+    """
     refusal = model.refusal or (known.problem if known else None)
     lines: list[Fact]
     if refusal:
@@ -266,9 +270,8 @@ def storage_words(models: Sequence[LocalModel]) -> str:
 
 
 def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
-    """Return a bar for each length, divided as on the Memory screen, for each micro-batch, and a legend.
-
-    The figures are in the panel next to it.
+    """Return bars for each length and, with ``with_batches``, for each micro-batch size, divided into the
+    parts of the Memory screen, and a legend. The panel next to the bars has the figures.
     """
     groups = [("length", fit.lengths), *([("micro-batch", fit.batches)] if with_batches else [])]
     most = max(row.estimate.total_bytes for _, rows in groups for row in rows)
@@ -387,7 +390,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def can_be_completed(model: LocalModel) -> bool:
-    """Return whether a download would add what the model lacks, because it is from the Hub."""
+    """Return whether a download would add the files that a model from the Hub lacks."""
     return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
 
 

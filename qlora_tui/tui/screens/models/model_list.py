@@ -32,16 +32,16 @@ LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
 DEMO_LINE = "demo:"
 """Id of the demo model's line."""
 _WIDE = 100
-"""Width of the list from which it has all columns, in cells."""
+"""Minimum width of the list, in cells, for all columns."""
 _WITH_NOTES = 170
-"""Width from which it says what good first models are good for, in cells."""
+"""Minimum width of the list, in cells, for notes on what good first models are suited to."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
 _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
-"""Larger models take minutes per step on a CPU."""
+"""Maximum parameters of a good first model for a CPU, where larger models take minutes per step."""
 _BYTES_PER_WEIGHT = 2
 """Bytes per weight in the files on the Hub, which are in 16 bits."""
 _UNKNOWN = "–"
-"""In place of what is not known of a model."""
+"""Placeholder for an unknown value."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Starter:
     architecture: Architecture
     verdict: Verdict
     is_demo: bool = False
-    """Whether it is the demo's, which comes from the Python package index."""
+    """Whether it is the demo's model, which is downloaded from the Python package index."""
 
     @property
     def id(self) -> str:
@@ -66,19 +66,18 @@ class Starter:
 
     @property
     def download_bytes(self) -> int:
-        """Size of its files."""
+        """Size of its files on the Hub, in bytes."""
         return SMOLLM2.download_bytes if self.is_demo else self.architecture.total_params * _BYTES_PER_WEIGHT
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return the demo's model, and those on a short list that fit, or else the smallest one.
-
-    The largest that leaves half of the memory free comes first, for longer sequences and other programs,
-    then smaller ones; larger ones come last. Call in a thread.
+    """Return good first models: the demo's model, and those models of a short list that fit, or else the
+    smallest. The first is the largest model that leaves half of the memory free for longer sequences and
+    other programs. Smaller models follow, then larger ones. Call it in a thread.
     """
     file, all_models = starter_file(), []
     for model in (file.demo, *file.models):
-        # One that this version refuses is offered by the next that does not.
+        # A model that this version cannot train may be offered by a later version.
         with suppress(UserError):
             architecture = model.architecture()
             verdict = need(architecture, recipe, budget)
@@ -98,24 +97,24 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
 
 @dataclass
 class ListedModels:
-    """Both lists, and what has been found out about their models."""
+    """The local models and those on the Hub, with the facts that have been read about them."""
 
     local: list[LocalModel] | None = None
-    """None until local models have been searched for."""
+    """The local models; None until the search for them is complete."""
     hub: list[HubModel] | None = None
-    """None if there was no search."""
+    """Results of the last search of the Hub; None if there was no search."""
     query: str = ""
     """The last query to the Hub."""
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
-    """Details of models on the Hub by id, as far as they were loaded."""
+    """Details of models on the Hub that have been loaded, by id."""
     needs: dict[Path, Verdict] = field(default_factory=dict)
     """Memory of each local model with the current recipe."""
     licenses: dict[Path, str] = field(default_factory=dict)
-    """Licenses named by the cards of local models."""
+    """Licenses of local models, from their model cards."""
     starters: tuple[Starter, ...] = ()
     """Good first models, listed until the Hub is searched."""
     budget: MemoryBudget | None = None
-    """The memory that needs are compared with; None until they were estimated."""
+    """The memory that ``needs`` are compared with; None until they have been estimated."""
 
     @property
     def lists_starters(self) -> bool:
@@ -138,9 +137,8 @@ class ListedModels:
     def lines(
         self, words: str, chosen: str, width: int, most: int | None = None
     ) -> list[tuple[str, Content]]:
-        """Return (id, line) for each model with ``words`` in its name: local models, then those on the Hub.
-
-        Until the Hub is searched, good first models take the place of its results.
+        """Return (id, line) for each model with ``words`` in its name: local models, then models on the Hub.
+        Until the Hub is searched, good first models are listed instead of results.
 
         Args:
             words: Filter text in lower case. It does not affect Hub results, which match the query.
@@ -179,7 +177,7 @@ class _Line:
     texts: tuple[str | Content, ...]
     is_refused: bool = False
     note: str = ""
-    """What it is good for."""
+    """What the model is suited to."""
 
     @property
     def title(self) -> Content:
@@ -202,7 +200,9 @@ def _local_lines(
     needs: Mapping[Path, Verdict],
     licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
-    """Return a heading and a line for each model. ● marks the recipe's, ✗ those that cannot be trained."""
+    """Return a heading and a line for each model. ● marks the recipe's model, ✗ models that cannot be
+    trained.
+    """
     rows = []
     for model in models:
         mark = "●" if chosen in (model.id, str(model.path)) else "✗" if model.refusal else " "

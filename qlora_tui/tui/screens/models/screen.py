@@ -56,9 +56,9 @@ EMPTY = (
 )
 SEARCH = "name; Enter searches the Hub too"
 _ROOMY = 44
-"""Rows of the window from which the facts of a model are above its memory."""
+"""Minimum height of the window, in rows, for the facts of a model to be above its memory."""
 _FRAME = 5
-"""Cells of the list's frame that its title does not take."""
+"""Width of the list's frame that is not available to its title, in cells."""
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
@@ -76,7 +76,7 @@ class ModelsScreen(WorkScreen):
         self._searched: list[Path] = []
         """Folders of the last scan, in addition to the usual ones."""
         self._storage = ""
-        """Size of the local models, and the free disk space."""
+        """Size of the local models and the free disk space, in words."""
 
     @property
     def help_state(self) -> str:
@@ -137,7 +137,7 @@ class ModelsScreen(WorkScreen):
 
     def on_resize(self) -> None:
         self.set_class(self.size.height >= _ROOMY, "-roomy")
-        # A higher window also divides the memory; title and bars have the new width after the layout.
+        # Title and bars get the new width after the layout; a high window also has bars by micro-batch size.
         self.call_after_refresh(self._show_facts)
 
     def on_input_changed(self) -> None:
@@ -202,7 +202,7 @@ class ModelsScreen(WorkScreen):
             downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer a download only on a model that is not here, or not completely."""
+        """Offer a download only for a model that is not on this machine, or whose files are incomplete."""
         if action == "download":
             model = self._models.find(self.query_one(ViList).current)
             return bool(self.selected_hub_model) or isinstance(model, Starter)
@@ -221,7 +221,7 @@ class ModelsScreen(WorkScreen):
         elif download.path is not None:
             self.notify(f"Downloaded {download.name}. Press Enter to select it.")
             self.app.workbench.forget_architecture()
-            # What was typed to find it on the Hub may not be in its name here.
+            # The search text for the Hub may not occur in the local model's name.
             self.query_one(Input).value = ""
             await self._scan(select=download.path)
 
@@ -230,7 +230,7 @@ class ModelsScreen(WorkScreen):
             self.app.show_error(model.refusal)
             return
         if model.refusal is not None:
-            # A config alone is enough for estimates.
+            # The config alone is enough for estimates.
             what_next = f"for estimates only. To train it: {uncapitalize(model.refusal.fix)}"
             self._set_model(model.id, f"{model.name}, {what_next}")
         else:
@@ -272,7 +272,7 @@ class ModelsScreen(WorkScreen):
         self._describe()
 
     async def _list_local(self) -> list[LocalModel]:
-        """Return the local models, and read what their cards say."""
+        """Return the local models, and read the licenses from their model cards."""
         local = await asyncio.to_thread(list_local_models, self._searched)
         known = [model.path for model in local if model.architecture is not None]
         self._models.licenses = await asyncio.to_thread(lambda: {path: read_license(path) for path in known})
@@ -281,7 +281,9 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """Read the structure of the models that have an outline, then list them again."""
+        """Read the exact structure of models for which only an outline is known, then list the models
+        again.
+        """
         if await run_stoppable(describe_models, self._models.local or ()):
             await self._list_local()
             self._show_list()
@@ -295,7 +297,7 @@ class ModelsScreen(WorkScreen):
         try:
             self._models.hub = await asyncio.to_thread(search_models, query)
         except UserError as problem:
-            # What was typed has failed; left there, it would hide the models of this machine.
+            # The search failed. If its text stayed in the field, it would hide local models.
             self._models.hub, self.query_one(Input).value = None, ""
             self._show_list()
             self.app.show_error(problem)
@@ -343,7 +345,9 @@ class ModelsScreen(WorkScreen):
         side.estimate(architecture, recipe, budget, self.app.cpu_budget, can_train=can_train)
 
     def _show_title(self) -> None:
-        """Show what Enter does, what needs are of, and the storage, as far as there is room."""
+        """Show the action of Enter, the memory that needs are compared with, and the storage, as far as they
+        fit.
+        """
         panel = self.query_one("#models-panel", Panel)
         match self._models.find(self.query_one(ViList).current):
             case LocalModel():
@@ -362,9 +366,9 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
-        """Estimate what each local model would need, and choose the good first models."""
+        """Estimate the memory that each local model needs, and choose the good first models."""
         if self._models.local is None:
-            return  # what there is to list is not known yet, and the scan ends with this
+            return  # the local models are not known yet, and the scan calls this method at its end
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         known = [(m.path, m.architecture) for m in self._models.local if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(

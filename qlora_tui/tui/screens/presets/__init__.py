@@ -1,1 +1,1 @@
-"""Presets: ``screen`` lists them, previews a change, and writes their files."""
+"""Presets: ``screen`` lists presets, previews the changes that opening one makes, and writes their files."""

@@ -53,15 +53,15 @@ from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
 from qlora_tui.tui.workbench import open_preset
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
-"""Tried in this order if neither VISUAL nor EDITOR is set."""
+"""Editors to try, in this order, if neither VISUAL nor EDITOR is set."""
 
 
 def save_as(
     name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False
 ) -> PresetSnapshot:
-    """Save as the user's preset ``name``. Return what it replaced, for undo.
-
-    Raises OverwriteError if the user has a preset of that name that is not their ``own`` or was edited.
+    """Save the recipe as the user's preset ``name``. Return a snapshot of the replaced preset, for undo.
+    Raises OverwriteError if the user already has a preset of that name, unless it is ``own`` and its file was
+    not edited.
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
@@ -71,7 +71,8 @@ def save_as(
 
 
 def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
-    """Copy a preset file, with its comments, to the user's presets. Return what it replaced, for undo.
+    """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the replaced preset,
+    for undo.
 
     Raises UserError if it is not a preset, and OverwriteError if an edited preset of that name exists.
     """
@@ -122,7 +123,9 @@ def _set_editor_hint() -> str:
 
 
 def edit(preset: Preset) -> None:
-    """Open the file in the user's editor and wait. What was written stays even if this raises UserError."""
+    """Open the preset's file in the user's editor and wait. The file stays as the editor left it, even if
+    this raises UserError.
+    """
     if preset.shipped:
         raise UserError(
             "Shipped presets cannot be edited",
@@ -131,7 +134,7 @@ def edit(preset: Preset) -> None:
         )
     command = editor()
     try:
-        # Our own standard error is a file while the app runs; the editor's is for the person before it.
+        # While the app runs, its standard error is a log file; the editor writes to the terminal.
         run = subprocess.run([*command, str(preset.path)], stderr=subprocess.STDOUT, check=False)
     except OSError as error:
         raise UserError(
@@ -156,9 +159,9 @@ _ALWAYS = (
 )
 """Keys shown in the upper border."""
 _NEED_WIDTH = 30
-"""Width of the list from which it shows memory, in cells."""
+"""Minimum width of the list, in cells, for showing memory."""
 _LABEL_WIDTH = 80
-"""Width of the preview from which settings have labels next to their names, in cells."""
+"""Minimum width of the preview, in cells, for labels next to the settings' names."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAIN = (
     "quantization.method",
@@ -171,7 +174,7 @@ _MAIN = (
     "training.learning_rate",
     "training.epochs",
 )
-"""The settings that tell presets apart first, shown for the one that the recipe matches."""
+"""The settings that distinguish presets most. They are shown for the preset that the recipe matches."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,9 @@ class _PresetChange:
 
 
 class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
-    """Built-in presets and the user's own, next to what opening one would change."""
+    """List of built-in presets and the user's own, next to a preview of the changes that opening one
+    makes.
+    """
 
     CSS_PATH = "presets.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -199,10 +204,14 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         """Changes made in this window, oldest first."""
         self._presets: list[Preset] = []
         self._verdicts: dict[str, Verdict] = {}
-        """Whether the recipe fits with each preset, where its model is known."""
+        """Verdict on the memory of the recipe with each preset, by the preset's name; empty if the model is
+        unknown.
+        """
         self._filter = ""
         self._forecasts: dict[str, Forecast | None] = {}
-        """How long a run takes with each preset, as far as that was worked out; under "" as the recipe is."""
+        """Expected time of a run with each preset, by the preset's name; under "" for the unchanged recipe.
+        Presets without an entry have not been estimated yet.
+        """
 
     @property
     def current(self) -> Preset | None:
@@ -282,7 +291,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one("#save-name", Input).focus()
 
     def refresh_list(self, select: str | None = None) -> None:
-        """Read the presets, and compute what a run would need with each."""
+        """Read the presets, and estimate the memory of a run with each."""
         self._presets = list_presets()
         recipe, model = self.app.workbench.recipe, self.app.workbench.architecture()
         opened = {preset.name: preset.recipe(recipe) for preset in self._presets if not preset.problem}
@@ -304,7 +313,9 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     @work(exclusive=True, group="forecasts")
     async def _forecast(self, recipes: dict[str, Recipe]) -> None:
-        """Estimate how long a run takes with each recipe. Data that has not been read yet takes a moment."""
+        """Estimate the time of a run with each recipe, by preset. This takes a moment if the data has not
+        been read yet.
+        """
         self._forecasts = {}
         for name, recipe in recipes.items():
             self._forecasts[name] = await asyncio.to_thread(forecast, recipe, self.app.system_status.machine)
@@ -337,7 +348,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             return
         change = self._undo[-1]
         before = change.before
-        # What was edited since is somebody's work: then restore asks.
+        # If the file was edited in the meantime, restore asks before it overwrites the edit.
         is_unchanged = take_snapshot(before.name) == change.after
         if not await write_or_ask(self.app, lambda sure: restore(before, overwrite=sure or is_unchanged)):
             return
@@ -440,9 +451,8 @@ def preview(
     forecasts: tuple[Forecast | None, Forecast | None],
     width: int,
 ) -> Content:
-    """Return the note, the settings that would change, and the memory and time now and with the preset.
-
-    ``budgets``: the device to plan for, and this machine's CPU if that device is a GPU that it does not have.
+    """Return the preset's note, the settings that would change, and memory and time now and with the preset.
+    ``budgets``: the device to plan for, and also this machine's CPU if that device is an assumed GPU.
     """
     if preset.problem:
         return error_content(preset.problem)

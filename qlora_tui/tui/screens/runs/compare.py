@@ -1,5 +1,5 @@
-"""Up to four runs side by side: their losses by tokens trained in one graph, and only the settings that
-differ.
+"""Comparison of up to four runs: one graph of their losses by tokens trained, a table of results, and the
+settings that differ.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Outcome:
     """The result of a run in one row of the table."""
 
     text: str
-    """Empty if there is none."""
+    """The result as text; empty if there is none."""
     value: float | None = None
     better: Literal["", "lower", "higher"] = ""
     """Which values are better; empty if neither."""
@@ -129,7 +129,7 @@ def _share(part: float | None) -> Outcome:
 
 
 def _reason(view: RunView) -> str:
-    """Return why the run failed or was lost, in a sentence; empty for other runs."""
+    """Return the reason why the run failed or was lost, in a sentence; empty for other runs."""
     if isinstance(view.ending, Failed):
         return f"{view.ending.title}: {view.ending.what}"
     return view.status.detail if view.status.state in ("failed", "lost") else ""
@@ -161,7 +161,7 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
             continue
         values = tuple("unreadable" if r is None else format_value(get_setting(r, path)) for r in recipes)
         if path == "model.id":
-            # A model in a folder by its name, where another run has that name too.
+            # Show a model's folder by its name alone if other runs use a model of the same name.
             values = tuple(name if (name := Path(value).name) in values else value for value in values)
         if len(set(values)) > 1:
             rows.append((field.label, values))
@@ -200,7 +200,7 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
 
 
 def _incomparable(compared: Sequence[ComparedRun]) -> str:
-    """Return why the losses are not comparable; empty if they are."""
+    """Return the reason why the losses are not comparable; empty if they are comparable."""
     recipes = [one.recipe for one in compared if one.recipe is not None]
     if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
         return "Trained on different data: don't compare the losses."
@@ -210,7 +210,9 @@ def _incomparable(compared: Sequence[ComparedRun]) -> str:
 
 
 def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
-    """Return the texts of a row. The best are marked unless all are equal or they are not comparable."""
+    """Return the texts of a row. The best values are marked, unless all values are equal or not
+    comparable.
+    """
     values = [each.value for each in outcomes if each.value is not None and math.isfinite(each.value)]
     better = outcomes[0].better
     if len(set(values)) < 2 or not better or (outcomes[0].of_data and not same_data):

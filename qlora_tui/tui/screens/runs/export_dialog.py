@@ -1,4 +1,6 @@
-"""The export dialog: what can be exported from a run, where to, and the progress of earlier exports."""
+"""The export dialog: the formats that a run can be exported to, the target, and the progress of earlier
+exports.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ _TYPES = ("Q8_0", "F16", AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
 HUB_FORMS = ("adapter", "merged")
-"""What can be uploaded to the Hub in addition to GGUF files."""
+"""Forms of a run that can be uploaded to the Hub, in addition to GGUF files."""
 _LINE_WIDTH = 66
 """Width of an export's line, in cells, to fit 80 columns."""
 
@@ -93,9 +95,9 @@ class ExportChoice:
     id: str
     label: str
     bytes: int | None
-    """Size of what is written; None if unknown."""
+    """Size of the export; None if unknown."""
     note: str
-    """What it is best for, in a few words."""
+    """Use that the format suits best, in a few words."""
     detail: str
     """A description, in sentences."""
     form: Form
@@ -105,13 +107,15 @@ class ExportChoice:
     suffix: str = ""
     """Ending of the proposed file name."""
     target: Target = "File"
-    """What kind of target to ask for."""
+    """Kind of target to ask for."""
     types: tuple[str, ...] = ()
-    """Options that a key cycles through: types of a GGUF file, or what to upload; empty if there are none."""
+    """Options that a key cycles through: types of a GGUF file, or forms to upload; empty if there are
+    none.
+    """
 
     @property
     def size(self) -> str:
-        """Return the size to show: ``~7.6 GiB``, or ``155 MiB`` of what is copied."""
+        """Return the size to show: an estimate such as ``~7.6 GiB``, or an exact size such as ``155 MiB``."""
         if self.bytes is None:
             return "varies" if self.file_type == AUTO else "unknown"
         return f"{'~' * self.is_estimate}{format_bytes(self.bytes)}"
@@ -160,7 +164,7 @@ class ExportScreen(ModalScreen[None]):
 
         Args:
             run: The run whose adapter is exported.
-            choices: Returns what can be exported: :func:`export_choices` with a model.
+            choices: Returns the formats to offer: :func:`export_choices` with a model.
             steps: Steps of the run's checkpoints in the order in which a key selects them; None is the final
                 adapter.
         """
@@ -172,7 +176,9 @@ class ExportScreen(ModalScreen[None]):
         self._steps = list(steps)
         self._exports: dict[str, Export] = {}
         self._proposed = ""
-        """The path that was filled in; another one was typed and is left alone."""
+        """The path that the dialog proposed. If the field has another path, the user typed it, and it is not
+        replaced.
+        """
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide", id="export-dialog") as dialog:
@@ -235,8 +241,8 @@ class ExportScreen(ModalScreen[None]):
             self._try(lambda: self._show_started(restart_export(self._run_dir, export)))
 
     def action_delete(self) -> None:
-        """Remove a failed or canceled export from the list, and delete what it left behind if it was
-        killed.
+        """Remove a failed or canceled export from the list, and delete the partial files of an export that
+        was killed.
         """
         export = self._export_in("failed canceled", "Move to a failed or canceled export to delete it.")
         if export is not None and self._try(lambda: delete_export(export)):
@@ -329,11 +335,11 @@ class ExportScreen(ModalScreen[None]):
         if field.value == self._proposed:
             self._proposed = proposed_target(choice, self._run_dir.name, step)
             field.value = self._proposed
-            # The end names the file.
+            # Scroll to the end, which has the name of the file.
             field.cursor_position = len(self._proposed)
 
     def _keys(self, choice: ExportChoice | None, export: Export | None) -> Content:
-        """Return the keys that work for the line under the cursor."""
+        """Return the keys that are available for the line under the cursor."""
         if choice is None:
             state = export.status.state if export else ""
             keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state)
@@ -356,9 +362,9 @@ def export_choices(
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
-    """Return every choice, most useful first. Sizes need the model's architecture.
-
-    ``file_type``: the type of GGUF files. ``hub_form``: what is uploaded, one of :data:`HUB_FORMS` or a type.
+    """Return all choices, most useful first. Sizes are unknown without the model's architecture.
+    ``file_type``: the type of GGUF files. ``hub_form``: the form to upload, one of :data:`HUB_FORMS` or a
+    type.
     """
     types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
     merged = None if architecture is None else architecture.total_params * 2
@@ -441,7 +447,9 @@ def _size_of_type(kind: str, architecture: Architecture | None) -> int | None:
 
 
 def _free_space(choice: ExportChoice) -> str:
-    """Return how much space the proposed folder has for a choice; empty if unknown, or for an upload."""
+    """Return the free space on the disk of the proposed folder, with a warning if the export does not fit;
+    empty if unknown, or for an upload.
+    """
     free = disk_free_bytes(_folder())
     if free is None or choice.target == "Repository":
         return ""
@@ -450,7 +458,9 @@ def _free_space(choice: ExportChoice) -> str:
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
-    """Return where a file of this type runs, and what is special about the type; empty if unknown."""
+    """Return sentences on the memory that a file of this type needs, and on special features of the type;
+    empty if unknown.
+    """
     if kind == AUTO:
         return (
             " auto: the smallest type whose KL divergence from your adapter, as llama.cpp computes it, is at "
@@ -513,7 +523,7 @@ def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
 
 
 def export_detail(export: Export) -> str:
-    """Describe an export in sentences."""
+    """Return a description of an export in sentences."""
     status = export.status
     match status.state:
         case "finished":

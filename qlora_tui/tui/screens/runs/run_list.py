@@ -59,13 +59,15 @@ from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
 MARKS = "ABCD"
-"""Marks of runs selected for comparison, unlike any state's sign. Their curves have the same letters."""
+"""Marks of runs selected for comparison. They differ from the signs of all states, and the runs' curves have
+the same letters.
+"""
 _CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
 
 
 def when(summary: RunSummary, now: float) -> str:
-    """Return ``03:12`` for today, ``23 Nov 03:12`` for earlier days."""
+    """Return the time of a run: ``03:12`` for today, ``23 Nov 03:12`` for earlier days."""
     at = summary.queued_at or summary.status.at
     if not at:
         return "NA"
@@ -74,8 +76,8 @@ def when(summary: RunSummary, now: float) -> str:
 
 
 def best_loss(summary: RunSummary) -> str:
-    """Return ``2.78``, or ``2.63*`` for the last training loss if validation loss was not measured,
-    column-aligned.
+    """Return the best validation loss, such as ``2.78``. If none was measured, return the last training loss
+    as ``2.63*``. Both align in a column.
     """
     loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
     if loss is None:
@@ -84,7 +86,7 @@ def best_loss(summary: RunSummary) -> str:
 
 
 _MIN_REASON, _MAX_REASON = 24, 60
-"""Width of why a run ended, in cells."""
+"""Minimum and maximum width of the column with the reason why a run ended, in cells."""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the end of a generated name such as ``owls-20261130-0752-2``."""
 _HEAD = 15
@@ -92,14 +94,18 @@ _HEAD = 15
 
 
 def short_name(name: str, width: int) -> str:
-    """Return the name with the time at its end: runs of a day often differ in nothing else."""
+    """Return a name cut to ``width`` that keeps the time of day at its end, since names of runs on the same
+    day often differ only in the time.
+    """
     time_of_day = _TIME_OF_DAY.search(name)
     kept = time_of_day[0] if time_of_day else ""
     return shorten_name(name.removesuffix(kept), width - len(kept)) + kept
 
 
 def reason(summary: RunSummary) -> Content:
-    """Return in a few words why the run ended, or what it waits for; empty if all steps were done."""
+    """Return, in a few words, the reason why the run ended or is waiting; empty if all steps were
+    completed.
+    """
     if summary.failure:
         return Content(summary.failure)
     text = summary.status.detail.replace("\n", " ")
@@ -158,7 +164,7 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         is_sentence=True,
     ),
 )
-"""Columns after a run's state."""
+"""Columns of the list that follow a run's state."""
 
 
 class RunTable(LineView):
@@ -183,7 +189,7 @@ class RunTable(LineView):
         self._is_moved = False
         """Whether the user moved the cursor off the first run."""
         self.starts_at_top = True
-        """Whether the next runs that are shown move the cursor to the first."""
+        """Whether the next call of :meth:`show` moves the cursor to the first run."""
 
     @property
     def current(self) -> RunSummary | None:
@@ -211,7 +217,9 @@ class RunTable(LineView):
         self._redraw()
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        """Return a line for each run and the titles, so that the panel below gets the rest."""
+        """Return the number of runs plus one line for the titles, so that the panel below gets the remaining
+        height.
+        """
         return len(self._rows) + 1
 
     def action_move(self, places: int) -> None:
@@ -243,7 +251,7 @@ class RunTable(LineView):
             return
         self._cursor = row
         self._is_moved, self.starts_at_top = row > 0, False
-        # One line of the window is taken by the titles.
+        # The titles take one line of the window.
         self.scroll_to_region(Region(0, row, 1, 2), animate=False, force=True)
         self._redraw()
         self.post_message(self.Moved())
@@ -282,15 +290,15 @@ _LABEL = 10
 _MAX_EXPORTS = 8
 _MAX_LOG_LINES = 60
 _MAX_EVENTS = 2000
-"""Maximum number of events, most of them steps, to search for the lines of the log."""
+"""Maximum number of events to search for the lines of the log. Most events are steps."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the preview reads from a run's folder."""
+    """The data that the preview reads from a run's folder."""
 
     recipe: Recipe | None
-    """None if it cannot be read."""
+    """The run's recipe; None if it cannot be read."""
     exports: tuple[Export, ...]
     checkpoints: tuple[int, ...]
     """Steps of the checkpoints, oldest first."""
@@ -315,9 +323,8 @@ class RunFiles:
 
 
 def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
-    """Return whether the run has saved something to chat with, export or compare.
-
-    True for a finished run, and until the files were read.
+    """Return whether the run has saved an adapter or checkpoint to chat with, export or compare. True for a
+    finished run, and until the files have been read.
     """
     if files is None or summary.status.state == "finished":
         return True
@@ -326,8 +333,7 @@ def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
     """Return the panel's keys, each with a verb. For an active run, chat and export use the last checkpoint.
-
-    A run that ended before saving anything cannot be used for chat or export.
+    A run that ended without a checkpoint or adapter has no keys for chat and export.
     """
     if not can_be_used(summary, files):
         return (("runs.open", "open"),)
@@ -339,12 +345,12 @@ def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, st
 
 
 def preview_title(summary: RunSummary) -> str:
-    """Return the name, and the id if it differs."""
+    """Return the run's name, and its id if the id differs from the name."""
     return summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
 
 
 def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Content]:
-    """Return two lines for a window without a preview: the facts, and how the run ended."""
+    """Return two lines for a window without a preview: facts about the run, and how it ended."""
     facts = [part for part in (summary.model, summary.settings) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
@@ -359,10 +365,9 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
 
 
 def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:
-    """Return why the run ended, what is wrong with its result, and what to do; empty if there is nothing to
-    report.
-
-    ``beside_verdict``: whether the verdict, which has the losses before and after training, is shown too.
+    """Return lines on why the run ended, the defect of its result, and the fix; empty if there is nothing to
+    report. ``beside_verdict``: whether the verdict, which has the losses before and after training, is shown
+    too.
     """
     text = summary.status.detail.replace("\n", " ")
     text = "" if text == ALL_STEPS_DONE else capitalize(text)
@@ -382,11 +387,13 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content
 
 
 def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:
-    """Return the run's results. ``answers``: progress of comparing its answers, if that is being measured."""
+    """Return lines with the run's results. ``answers``: progress of comparing its answers; empty if they are
+    not being compared.
+    """
     status = summary.status
     sign, word, style = result_label(status, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
-    # The status of an active run is as old as its last heartbeat.
+    # The status of an active run was written at its last heartbeat.
     is_active = status.state in ACTIVE
     if at := summary.started_at if is_active else status.at:
         since = (
@@ -402,7 +409,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("best", f"validation {format_loss(loss)} at step {step:,}"))
     elif summary.loss is not None:
         rows.append(("last", f"training {format_loss(summary.loss)}"))
-    # The verdict has the loss before training too.
+    # The verdict already states the loss before training.
     if summary.loss_to_beat is not None and summary.verdict is None:
         rows.append(("before", f"{format_loss(summary.loss_to_beat)}, lower than after training"))
     if summary.accuracy is not None:
@@ -458,7 +465,7 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
 
 
 def log_lines(log: Sequence[tuple[float, str]], width: int, height: int) -> list[Content]:
-    """Return as many of the last events of a run as there are lines, the newest last as in every log."""
+    """Return the last events of a run in at most ``height`` lines, with the newest event last."""
     if not log:
         return [Content.styled("Nothing has happened yet.", "dim")]
     return [

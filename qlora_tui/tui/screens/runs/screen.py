@@ -1,4 +1,4 @@
-"""Runs: the queue, every run so far, and what can be done with one."""
+"""Runs: the queue, all earlier runs, and the actions on a run."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ _READ_BUDGET_S = 0.3
 
 @dataclass(frozen=True)
 class Order:
-    """A sort order, and how the list's title describes it."""
+    """A sort order, with its description in the list's title."""
 
     label: str
     key: Callable[[RunSummary], Any] | None
-    """None keeps the order of the listing."""
+    """Sort key; None keeps the order of the listing."""
 
 
 def _best_loss(summary: RunSummary) -> float:
@@ -102,10 +102,10 @@ class RunsScreen(EvaluationActions):
         self._filter = ""
         self._reading = False
         self._files: tuple[str, RunFiles] | None = None
-        """What was read of the run with this id, last."""
+        """Id of the run whose files were read last, and the files."""
         self._files_read_at = 0.0
         self._files_reading = ""
-        """Id of the run whose files are being read; empty if none are."""
+        """Id of the run whose files are being read; empty if no files are being read."""
         self._footer_key: object = None
 
     @property
@@ -158,7 +158,7 @@ class RunsScreen(EvaluationActions):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "restore":
-            # If nothing was deleted, ``u`` undoes a change of the recipe as on other screens.
+            # If no run was deleted, ``u`` undoes a change of the recipe, as on other screens.
             return bool(self.app.deleted_runs)
         if action not in ("filter", "sort", "sweeps") and self.has_command(action):
             current = self.current
@@ -166,7 +166,7 @@ class RunsScreen(EvaluationActions):
         return super().check_action(action, parameters)
 
     def _works_on(self, summary: RunSummary, action: str) -> bool:
-        """Return whether an action would do something with a run."""
+        """Return whether an action is available for a run."""
         match action:
             case "withdraw":
                 return summary.status.state == "queued"
@@ -197,11 +197,11 @@ class RunsScreen(EvaluationActions):
         self.query_one(RunTable).focus()
 
     def on_resize(self) -> None:
-        # Lines of the preview are as wide as their panel.
+        # Lines of the preview depend on the panel's width.
         self.call_after_refresh(self._show_detail)
 
     def on_run_table_moved(self) -> None:
-        """Show more about the run under the cursor."""
+        """Show the preview of the run under the cursor."""
         self._show_detail()
         self._refresh_footer()
 
@@ -236,7 +236,7 @@ class RunsScreen(EvaluationActions):
         """Show the runs that were read, filtered."""
         if self.listing is None:
             return
-        # What was read before a run was deleted still lists it.
+        # A listing that was read before a run was deleted still contains the run.
         summaries = [row for row in self.listing.summaries if row.id not in self.app.deleted_runs]
         matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
@@ -252,7 +252,7 @@ class RunsScreen(EvaluationActions):
         self._refresh_footer()
 
     def _refresh_footer(self) -> None:
-        """Refresh the footer if the keys that work have changed."""
+        """Refresh the footer if other keys are available now."""
         current = self.current
         key = (
             None
@@ -322,7 +322,7 @@ class RunsScreen(EvaluationActions):
 
     @property
     def _known_files(self) -> RunFiles | None:
-        """The files of the run under the cursor, once they were read."""
+        """The files of the run under the cursor; None until they have been read."""
         return self._files[1] if self._files and self.current and self._files[0] == self.current.id else None
 
     def _show(self, name: str, lines: list[Content]) -> None:
@@ -469,7 +469,7 @@ class RunsScreen(EvaluationActions):
             self.refresh_runs()
 
     def _act_on_queue(self, act: Callable[[RunDir], None], done: str) -> None:
-        """Call ``act`` with the selected run, reload the list, and say what was done."""
+        """Call ``act`` with the selected run, reload the list, and notify the user with ``done``."""
 
         def then() -> None:
             self.refresh_runs()

@@ -1,4 +1,4 @@
-"""The window that shows a sweep, with what can be done with it."""
+"""The window that shows a sweep, with its actions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Shown:
 
 
 def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
-    """Read a sweep; return ``before`` if nothing is new. Called in a thread. Raises UserError."""
+    """Read a sweep; return ``before`` if nothing has changed. Call it in a thread. Raises UserError."""
     view = read_sweep(sweep)
     if before is not None and before.view == view:
         return before
@@ -82,7 +82,9 @@ def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
 
 
 class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
-    """Covers the whole window: verdict, curves, trials, and what each setting bought. Escape closes it."""
+    """A sweep in the whole window: verdict, curves, trials, and the effect of each setting on the loss.
+    Escape closes it.
+    """
 
     DEFAULT_CSS = """
     SweepScreen {
@@ -146,7 +148,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read the sweep again, once at a time: hundreds of trials may take longer than the interval."""
+        """Read the sweep again. Reads do not overlap, although reading hundreds of trials may take longer
+        than the interval.
+        """
         self._is_due = True
         if not self._is_reading:
             self._is_reading = True
@@ -193,7 +197,8 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     @work
     async def _change(self, change: Callable[[SweepDir], object], said: str) -> None:
         try:
-            # It writes a file for each run, and waits for the process that decides what is next.
+            # In a thread, since the action writes a file for each run and waits for the process that plans
+            # the next step.
             await asyncio.to_thread(change, self.sweep)
         except UserError as problem:
             self.app.show_error(problem)
@@ -202,7 +207,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._refresh()
 
     def action_pause(self) -> None:
-        """Pause the sweep, or continue it."""
+        """Pause the sweep, or continue a paused sweep."""
         if self._shown is not None and self._shown.view.state == "running":
             self._change(actions.pause, "The sweep pauses once its run has saved.")
         else:

@@ -69,7 +69,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         form = self.query_one(SettingsForm)
         form.show(self.app.settings, Settings())
         form.focus()
-        # Past the title of the first group.
+        # Skip the title of the first group.
         self.call_after_refresh(form.list.action_move, 1)
 
     def on_setting_picked(self, message: SettingPicked) -> None:
@@ -95,7 +95,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
             app.show_error(problem)
             return
         if path != "gpu_memory_gib":
-            # A size assumed by a key or on the command line is not in the file, and stays.
+            # A GPU size that was entered by key or on the command line is not in the file, and is kept.
             settings = msgspec.structs.replace(settings, gpu_memory_gib=app.settings.gpu_memory_gib)
         app.apply_settings(settings)
         self.query_one(SettingsForm).show(app.settings, Settings())
@@ -125,7 +125,7 @@ class ThemePicker(ListPicker[str], OnQloraApp):
 
 
 def _theme_line(name: str, theme: Theme | None) -> Content:
-    """Return the name of a theme and its colors, or in words where they come from."""
+    """Return the name of a theme and its colors, or words on how its colors are chosen."""
     colors = [theme.variables.get(hue) for hue in (*HUES, "key")] if theme is not None else []
     words = {AUTO: "by what the terminal shows", TERMINAL: "made of the terminal's colors"}.get(name, "")
     swatches = [("██ ", color) for color in colors if color]
@@ -158,7 +158,7 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
 
 
 def _problem(path: str, value: Any) -> str:
-    """Return what is wrong with a value, such as a folder that does not exist; empty if nothing is."""
+    """Return the error in a value, such as a folder that does not exist; empty if it is valid."""
     folders = value if path == "model_folders" else ()
     missing = [folder for folder in folders if not Path(folder).expanduser().is_dir()]
     return f"There is no folder {missing[0]}." if missing else setting_problem(path, value)

@@ -1,4 +1,6 @@
-"""The launch half of the Train screen: how long the run takes, its settings by group, and its checks."""
+"""The launch pane of the Train screen: the expected time of the run, its settings by group, and its
+checks.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _NOT_IN_FORM = frozenset(("data.sources", "note"))
-"""Settings that are edited elsewhere: sources on the Data screen, which shows their contents; the note when a
-preset is saved.
-"""
+"""Settings that are edited elsewhere: sources on the Data screen, the note when a preset is saved."""
 _MAIN = (
     "training.epochs",
     "training.learning_rate",
@@ -53,9 +53,7 @@ _MAIN = (
     "training.gradient_accumulation",
     "lora.rank",
 )
-"""The settings that matter most for a run and its duration: epochs, learning rate, sequence length, batch
-size and rank.
-"""
+"""The settings with the largest effect on a run and its duration."""
 _PREFERENCES = "Preferences"
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -91,12 +89,11 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Data", ("data.",)),
     ("Model", ("model.",)),
 )
-"""Paths, or prefixes of paths, of the settings in each group other than the main one.
-
-The first match wins.
+"""Paths, or prefixes of paths, of the settings in each group except the main group. The first match
+decides.
 """
 _LARGE_HEIGHT = 5
-"""Lines of the first panel from which its figures are large."""
+"""Minimum height of the first panel, in lines, for large figures."""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's sign, word and name, in cells."""
 _SEPARATOR = " · "
@@ -123,7 +120,9 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
     CheckKind.LENGTH: ("go.memory", "choose a shorter length"),
     CheckKind.MEMORY: ("go.memory", "make it fit"),
 }
-"""(command, action): the command that opens the place where an error is fixed, and what to do there."""
+"""(command, action) by kind of check: the command that opens the screen where an error is fixed, and what to
+do there.
+"""
 _CHECK_KEYS = (("train.recheck", "check again"),)
 _RECIPE_TITLE = Content("  ").join(("Recipe", key_hint("Enter", "edit"), key_hint("←→", "change")))
 
@@ -171,16 +170,13 @@ def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
 
 
 class LaunchPane(Vertical):
-    """How long the run takes and what to press now.
-
-    Below it are the settings, and the checks next to or below them.
-    """
+    """The expected time of the run and the key to press now, above the settings and the checks."""
 
     def __init__(self) -> None:
         super().__init__(id="launch")
         self._checks: tuple[Check, ...] = ()
         self._shows_all = False
-        """Whether checks that passed are shown in full, unlike at first in a window of this width."""
+        """Whether the user has switched between showing passed checks in full and in one line."""
 
     def compose(self) -> ComposeResult:
         verdict = Drawing(partial(verdict_lines, (), None, None, ""), id="verdict")
@@ -196,10 +192,10 @@ class LaunchPane(Vertical):
         self.on_setting_list_moved()
 
     def on_setting_list_moved(self) -> None:
-        """Explain the setting under the cursor, and others in its group."""
+        """Explain the setting under the cursor, and other settings of its group."""
         list_ = self.query_one(SettingsForm).list
         groups = form_groups()
-        # On the title of a group its own settings come first.
+        # On a group's title, the settings of the group come first.
         first = 0 if list_.field is not None else groups.index(list_.group)
         fields = [field for group in groups[first:] for field in group.fields]
         self.query_one("#notes", Drawing).show(partial(note_page, fields, list_.field))
@@ -207,9 +203,8 @@ class LaunchPane(Vertical):
     def show_checks(
         self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None, probing: str = ""
     ) -> None:
-        """Show the results of the checks, how long the run takes, and whether it can start.
-
-        ``probing``: how far the measurement of steps is; empty while there is none.
+        """Show the results of the checks, the expected time of the run, and whether it can start.
+        ``probing``: progress of the measurement of steps; empty if nothing is being measured.
         """
         self._checks = checks
         verdict = self.query_one("#verdict", Drawing)
@@ -224,7 +219,7 @@ class LaunchPane(Vertical):
 
     def _show_check_lines(self) -> None:
         def lines(width: int) -> list[Content]:
-            # In a small window the questions are in the help.
+            # In a small window, the questions are left out. The help has them.
             small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
             return check_lines(self._checks, width, with_questions=not small, shows_all=shows_all)
 
@@ -235,9 +230,8 @@ class LaunchPane(Vertical):
 
 
 def note_page(fields: Sequence[Field], selected: Field | None, width: int, height: int) -> list[Content]:
-    """Return help for as many settings as fit, with the selected one marked.
-
-    It turns pages instead of scrolling, so that moving the cursor changes only two entries.
+    """Return help for as many settings as fit, with the selected setting marked. The text changes page by
+    page instead of scrolling, so that moving the cursor usually changes only two entries.
     """
     page: list[Content] = []
     has_selected = selected is None
@@ -253,7 +247,7 @@ def note_page(fields: Sequence[Field], selected: Field | None, width: int, heigh
 
 
 def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
-    """Return ``› Epochs  training.epochs``, and below it what the setting does and its effect on memory."""
+    """Return ``› Epochs training.epochs``, followed by the setting's help and its effect on memory."""
     head = Content.assemble(
         ("› " if is_selected else "  ", "bold $primary"),
         (field.label, "bold" if is_selected else "$primary"),
@@ -271,10 +265,9 @@ def verdict_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return time, steps and memory of the run, whether it can start, what to do now, and what it does.
-
-    With five lines the three figures of a run that can start are large. ``probing``: how far the measurement
-    of steps is.
+    """Return time, steps and memory of the run, whether it can start, the key to press now, and a summary of
+    the plan. In at least five lines, the three figures of a run that can start are large. ``probing``:
+    progress of the measurement of steps.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -322,7 +315,7 @@ def _headline(expected: Forecast | None, verdict: Verdict | None, probing: str, 
 
 
 def _source(expected: Forecast | None, probing: str) -> list[Content]:
-    """Return how the time is known, or the key that measures it."""
+    """Return the source of the expected time, or the key that measures it."""
     key = key_name("train.probe")
     if probing:
         measuring = Content.styled(f"measuring three steps: {probing}   ", "$primary")
@@ -378,7 +371,7 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
 
 
 def conclusion(checks: tuple[Check, ...]) -> Content:
-    """Return whether the run can start, with the key for what to do now."""
+    """Return whether the run can start, with the key to press now."""
     wrong = errors(checks)
     if wrong:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
@@ -393,7 +386,7 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
-    """Return the key that fixes the first error, or that opens the place where it is fixed."""
+    """Return the key that fixes the first error, or the key that opens the screen where it is fixed."""
     first = worst_first(checks)[0]
     if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):
         return f"▸ {key_name('train.fix')} {first.suggested_fix.label}"
@@ -402,7 +395,7 @@ def _remedy(checks: tuple[Check, ...]) -> str:
 
 
 def _plan(recipe: Recipe) -> list[str]:
-    """Return what the run does, in short phrases."""
+    """Return the plan of the run in short phrases: epochs, batches, validation, checkpoints."""
     training, data = recipe.training, recipe.data
     limit = f", at most {pluralize(training.max_steps, 'step')}" if training.max_steps else ""
     batch = pluralize(recipe.effective_batch, "row" if data.packing else "sequence")
@@ -417,9 +410,8 @@ def _plan(recipe: Recipe) -> list[str]:
 
 
 async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> RunDir | None:
-    """Queue a recipe after confirming any failed checks. Return None if the user declines.
-
-    Raises UserError if it could not run at all.
+    """Queue a recipe. If checks failed, ask first, and return None if the user declines. Raises UserError if
+    the recipe cannot run at all.
     """
     require_runnable(recipe)
     for check in checks:
@@ -429,6 +421,6 @@ async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> Ru
     if failed and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", failed, "Launch")):
         return None
     if current() is not None:
-        # Over the line, which may be slow; the data may have changed, and be sent again.
+        # In a thread, since with --host the data may have changed and is then sent again over a slow link.
         return await asyncio.to_thread(run_actions.submit, recipe)
     return run_actions.submit(recipe)

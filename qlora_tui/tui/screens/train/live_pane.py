@@ -1,4 +1,4 @@
-"""The live half of the Train screen: the current state of one run, with its log."""
+"""The live pane of the Train screen: the current state of a run, with its log."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 _ENDED_WELL = ("finished", "stopped", "paused")
-"""States in which the last readings of the machine explain nothing."""
+"""States in which the machine's last readings do not help to explain how the run ended."""
 _TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
@@ -79,7 +79,7 @@ _EMPTY = {
     "answers": "No answers yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
     "health": "No warnings.",
 }
-"""Text of a tab without entries; the tabs not listed here show ``_NO_EVENTS``."""
+"""Text of a tab without entries. Tabs that are not listed here show ``_NO_EVENTS``."""
 _ANSWER_NOW = " Press {train.sample} to answer them now."
 
 
@@ -161,7 +161,7 @@ class LivePane(Vertical):
         )
         self._draw("setup", partial(setup_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
-        # What has nothing to say gives its lines to the others.
+        # Panels without contents are hidden, and other panels get their lines.
         health = health_lines(snapshot)
         self._draw("health", partial(wrapped, health))
         self._draw("samples", partial(sample_lines, snapshot))
@@ -193,7 +193,7 @@ class LivePane(Vertical):
         log = self.query_one(LogTail)
         filters = " ".join(filter(None, (f"/{log.search}" if log.search else "", LEVELS[log.level][0])))
         notes = {"answers": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
-        # The border at the bottom, where the keys are, is not there in a small window.
+        # A small window has no lower border, which would show the keys.
         has_border = panel.styles.border_bottom[0] not in ("", "none")
         keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
         width = panel.outer_size.width - _TITLE_FRAME
@@ -206,7 +206,7 @@ class LivePane(Vertical):
         self.call_after_refresh(self._show_log_title)
 
     def next_tab(self, places: int) -> None:
-        """Move along the tabs."""
+        """Move ``places`` tabs to the right."""
         if self._snapshot is not None:
             names = _tabs(self._snapshot)
             self.show_tab(names[(names.index(self._front) + places) % len(names)])
@@ -242,7 +242,9 @@ class LivePane(Vertical):
 
 
 def _tabs(snapshot: RunSnapshot) -> tuple[str, ...]:
-    """Return the tabs. The trainer's own output has one only if there is any."""
+    """Return the names of the tabs. There is a tab for the trainer's own output only if it has written
+    any.
+    """
     return _TABS if snapshot.output else _TABS[:-1]
 
 
@@ -301,15 +303,15 @@ class LogTail(LineView):
         self._empty = empty
         self._entries: Sequence[LogEntry] = ()
         self._shown_count = 0
-        """Entries that are in ``_lines`` already."""
+        """Number of entries that are already in ``_lines``."""
         self._lines: list[Content] = []
         self._wrapped_at = 0
         self.search = ""
         self.level = 0
-        """Which of :data:`LEVELS` are shown."""
+        """Index in :data:`LEVELS`: which levels are shown."""
 
     def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
-        """Show these entries. If a sequence only grew at its end, only the new entries cost time.
+        """Show these entries. If the sequence only grew at its end, only the new entries are processed.
 
         ``empty``: the text to show if there are no entries.
         """
@@ -344,7 +346,7 @@ class LogTail(LineView):
             self._rebuild()
 
     def watch_show_vertical_scrollbar(self) -> None:
-        # The scrollbar takes a column, and no resize event is sent for it.
+        # A scroll bar takes a column when it appears, without a resize event.
         self._rewrap()
 
     def render_line(self, y: int) -> Strip:
@@ -376,7 +378,7 @@ class LogTail(LineView):
         for entry in fresh:
             if entry.level in only and search in entry.text.casefold():
                 self._lines += self._wrapped(entry)
-        # Anchored, it is scrolled to its end by the layout, which alone knows how much is in view.
+        # The layout scrolls an anchored widget to its end, since only the layout knows the visible height.
         self.virtual_size = Size(max(1, self._wrapped_at), len(self._lines))
         self.refresh()
 
@@ -398,7 +400,7 @@ def tabs_title(
         front: The tab that is shown.
         notes: Text that follows a name.
         filters: What currently hides lines. It is always shown, shortened if necessary.
-        keys: Hints for keys that the border below does not show; the first thing to be left out.
+        keys: Hints for keys that the lower border does not show. They are left out first.
         width: Available width, in cells.
     """
     parts = []

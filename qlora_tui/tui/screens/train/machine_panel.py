@@ -23,9 +23,9 @@ _LABEL = 8
 """Width of the label before a chart, in cells."""
 _MIN_CHART = 6
 _CHARTS_FROM = 3
-"""Lines of one of several GPUs above which its utilization and power are charts."""
+"""If a run has several GPUs, a GPU with more lines than this shows utilization and power as charts."""
 _SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
-"""Heights, in rows, up to which there are only two lines, and from which charts are two rows high."""
+"""Maximum height, in rows, of a panel with only two lines, and minimum height for charts of two rows."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class MachineState:
     device: str = ""
     """``RTX 4090``, or the processor's name."""
     readings: tuple[Reading, ...] = ()
-    """Newest last; the charts end at it."""
+    """Readings, the newest last, at which the charts end."""
     gpu_names: Mapping[int, str] = field(default_factory=dict)
-    """``GPU 0 (RTX 4090)`` by its number, for a run on several."""
+    """Names such as ``GPU 0 (RTX 4090)`` by number, for a run on several GPUs."""
     estimate_bytes: int | None = None
     host_bytes: int | None = None
-    """RAM of the machine, which a run without a GPU uses."""
+    """RAM of the machine in bytes, for a run without a GPU."""
     cores: int = 1
     is_over: bool = False
-    """Whether the run has ended, and these are its last readings."""
+    """Whether the run has ended, so that these are its last readings."""
 
     @property
     def has_no_gpu(self) -> bool:
@@ -72,7 +72,9 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
 
 
 def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Return the lines of each GPU of a run: all its meters, or its name with the main figures and memory."""
+    """Return the lines of each GPU of a run: all of its meters, or the main figures and memory if there is
+    little room.
+    """
     gpus = machine.readings[-1].gpus
     share = height // len(gpus)
     lines: list[Content] = []
@@ -85,7 +87,7 @@ def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Conte
         util, power = _percent(gpu.utilization_percent), format_power(gpu.power_w)
         figures = "" if has_charts else f"  {util}  {power} W"
         lines.append(Content.assemble((name, "bold"), figures, "  ", _temperature(gpu)))
-        # One line is the name's.
+        # One line has the GPU's name.
         shown = meters[: share - 1] if has_charts else meters[: min(1, share - 1)]
         lines += _lines(alone, shown, width, rows=1) if shown else []
     return lines
@@ -103,7 +105,7 @@ class _Meter:
     name: str
     value: str | Content
     line: int | None = None
-    """Its line in a small window; None to leave it out there."""
+    """Index of its line in a small window; None to leave it out there."""
     history: tuple[float | None, ...] = ()
     """A value for each reading; if present, a chart is drawn."""
     top: float = 1.0
@@ -165,7 +167,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
             text = f"estimate {format_gib(machine.estimate_bytes)}"
             place = round(machine.estimate_bytes / meter.bar[1] * cells) - 1
             place = min(max(place, 0), max(0, cells - 1))
-            # A value beside the bar is longer than this text, so that it always fits.
+            # This text is shorter than a value next to the bar, so it always fits.
             tick = " " * place + f"▲ {text}" if cells else text
             lines.append(Content.assemble(" " * _LABEL, (tick, "dim")))
     return lines
@@ -197,7 +199,7 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         if 0 <= slot < width:
             slots[slot] = value
     for place in range(1, len(slots) - 1):
-        # A single second that fell between two readings.
+        # A single second without a reading lies between two readings.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
     return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows, is_apart=True)]

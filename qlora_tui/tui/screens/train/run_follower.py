@@ -1,7 +1,7 @@
 """Follows one run for the screen: each poll reads its files and returns a :class:`RunSnapshot`.
 
-:class:`RunFollower` is used in a thread, one call at a time. Everything that grows with the run stays in it;
-a snapshot holds only what is shown.
+:class:`RunFollower` is used in a thread, one call at a time. The follower keeps all data that grows with the
+run; a snapshot has only the data to show.
 """
 
 from __future__ import annotations
@@ -44,15 +44,14 @@ LONG_BYTES = 8 << 20
 _SAMPLE_STEPS = 10_000
 """Number of steps in that sample."""
 _RECENT_STEPS = 100
-"""Number of steps that the view keeps, more than are needed to compute its pace.
-
-Earlier ones are decimated.
+"""Number of steps that the view keeps, which is more than the computation of its pace needs. Earlier steps
+are decimated.
 """
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
 _MAX_STAGES = 12
-"""Maximum number of phases kept per attempt, more than there are before its first step."""
+"""Maximum number of phases kept per attempt, which is more than an attempt has before its first step."""
 _MAX_ANSWERS = 60
 """Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
@@ -94,29 +93,31 @@ class RunSnapshot:
     """The state of a run at one moment, for the live screen."""
 
     view: RunView
-    """The screen may use only its scalar fields: the follower's thread changes its columns."""
+    """View of the run. The screen may use only its scalar fields, because the follower's thread changes its
+    columns.
+    """
     status: Status
     envelopes: StepEnvelopes
     step: int
     epoch: float
     loss: float | None
-    """Loss of the last step. The next five fields are of the last step too."""
+    """Loss of the last step. The next five fields also refer to the last step."""
     mean_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_s: float | None
     reward_margin: float
-    """NaN if there is no preference method."""
+    """Margin of the rewards; NaN if there is no preference method."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
     health: tuple[Health, ...]
     entries: Sequence[LogEntry]
-    """The log so far; only ever appended to."""
+    """The log so far. Entries are only appended."""
     output: Sequence[LogEntry]
     """The end of the trainer's own output."""
     telemetry: tuple[Reading, ...]
-    """Newest last."""
+    """Readings of the machine, newest last."""
     energy_kwh: float | None
     seconds_trained: float
     """Training time over all steps, without evaluations and pauses."""
@@ -126,15 +127,15 @@ class RunSnapshot:
     fix: SuggestedFix | None
     """A fix for the latest warning that a single key can apply."""
     step_stride: int
-    """Distance between two drawn steps; more than 1 in a very long run."""
+    """Distance between two drawn steps, in steps; more than 1 in a very long run."""
     stages: tuple[PhaseChanged, ...] = ()
     """The first phases of this attempt."""
     recipe: Recipe | None = None
-    """None if it cannot be read."""
+    """The run's recipe; None if it cannot be read."""
     ending_request: str = ""
     """The pending or accepted request to end the run, one of ``control.ENDINGS``; empty if there is none."""
     verdict: RunVerdict | None = None
-    """Whether an ended run has learned."""
+    """Verdict on whether an ended run has learned."""
 
     @property
     def is_stopping(self) -> bool:
@@ -144,12 +145,12 @@ class RunSnapshot:
 
     @property
     def is_best_saved(self) -> bool:
-        """Whether there is a checkpoint at the best evaluation's step, which the trainer keeps."""
+        """Whether the best evaluation's step has a checkpoint, which the trainer then keeps."""
         return self.best is not None and any(saved.step == self.best.step for saved in self.view.checkpoints)
 
     @property
     def has_validation(self) -> bool:
-        """Whether validation loss is measured, as far as is known."""
+        """Whether validation loss is measured. True if it is not known."""
         return self.view.data is None or bool(self.view.data.validation_samples)
 
 
@@ -166,12 +167,14 @@ class _DecimatedRun:
         self.seconds_trained = 0.0
         """Training time of all steps that were read."""
         self.step_stride = 1
-        """Steps from one kept step to the next; a loss that is not a number is always kept."""
+        """Distance from one kept step to the next, in steps. Steps with a loss that is not finite are always
+        kept.
+        """
         self._due = 0
         self._drawn: tuple[object, StepEnvelopes] | None = None
 
     def read(self) -> list[AnyEvent]:
-        """Read new events. Return them without steps, which are too many to keep."""
+        """Read new events. Return all except steps, which are too many to keep."""
         events = _without_steps(self.view.iter_new())
         self.add_steps()
         return events
@@ -222,11 +225,11 @@ class RunFollower:
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.from_step = 0.0
-        """Where the graphs begin: more than 0 when zoomed to the end of the run."""
+        """Step at which the graphs begin; more than 0 if the user has zoomed in to the end of the run."""
         self._decimated_run: _DecimatedRun | None = None
         self._entries: list[LogEntry] = []
         self._event_count = 0
-        """Events read so far, without the steps."""
+        """Number of events read so far, except steps."""
         self._unknown_count = 0
         self._phases = PhaseFilter()
         self._stages: list[PhaseChanged] = []
@@ -255,7 +258,7 @@ class RunFollower:
         if view.unknown_events > self._unknown_count:
             self._unknown_count = view.unknown_events
             self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
-        # A new list, so that whoever shows the old one sees that it was replaced.
+        # A new list, so that a widget that shows the old list notices the replacement.
         if len(self._entries) > 2 * _MAX_ENTRIES:
             self._entries = self._entries[-_MAX_ENTRIES:]
         return self._snapshot(decimated_run)
@@ -267,7 +270,7 @@ class RunFollower:
         before = self._decimated_run.last_step
         events = self._decimated_run.read()
         if any(isinstance(event, Started) and event.resumed_from_step < before for event in events):
-            # This attempt does steps again that are decimated already.
+            # This attempt repeats steps that have already been decimated.
             decimated_run, all_events = self._open()
             return decimated_run, all_events[self._event_count :]
         return self._decimated_run, events
@@ -281,7 +284,7 @@ class RunFollower:
         view, events = RunView.from_sample(self.run, _SAMPLE_STEPS)
         decimated_run = _DecimatedRun(view)
         decimated_run.add_steps()
-        # So that the steps to come are drawn as densely as those of the sample.
+        # Draw later steps at the same density as the sampled ones.
         decimated_run.step_stride = max(1, round(decimated_run.last_step / max(1, len(decimated_run.steps))))
         return decimated_run, _without_steps(events)
 
@@ -351,7 +354,9 @@ class OutputTail:
 
     def __init__(self, path: Path, max_lines: int) -> None:
         self.entries: list[LogEntry] = []
-        """Appended to; replaced by a shorter list when it has become too long."""
+        """The lines read so far. The list is appended to, and replaced by a shorter list when it becomes too
+        long.
+        """
         self._lines = LineTail(path, end_offset(path, _OUTPUT_BYTES))
         self._max_lines = max_lines
 

@@ -1,5 +1,5 @@
-"""Panels of the live screen other than graph, log and machine: the header with state, progress and outcome,
-the stages before the first step, warnings, setup, evaluations and answers.
+"""Panels of the live pane, except graph, log and machine: the header with state, progress and outcome, the
+stages before the first step, warnings, setup, evaluations and answers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ _MIN_BAR = 8
 _STEP_BAR = 8
 """Width of the progress bar within a step, in cells."""
 _LONG_STEP_S = 5.0
-"""Seconds per step from which its micro-batches are shown; in shorter steps they would only flicker."""
+"""Minimum duration of a step, in seconds, for showing its micro-batches. In shorter steps they would only
+flicker.
+"""
 _MAX_DETAIL = 48
 """Maximum width of a phase's detail, such as a model's path, in cells."""
 _ENDINGS = {
@@ -74,21 +76,21 @@ _ENDINGS = {
 
 
 _LARGE_ROWS = 3
-"""Number of header lines from which its figures are large."""
+"""Minimum height of the header, in lines, for large figures."""
 _INDENT = 2
-"""Before an answer, and by :func:`.wrapped` before what continues a line, in cells."""
+"""Indent of answers and, by :func:`.wrapped`, of continuation lines, in cells."""
 _ROWS_OF_FIRST = 2
-"""Maximum number of lines of the answer that a trained one is compared with."""
+"""Maximum number of lines of the first answer, which the current answer is compared with."""
 _GAP = "     "
-"""Between the large figures and the rest."""
+"""Gap between the large figures and the other facts."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""Uses of an adapter: name of the command, and verb."""
+"""Uses of an adapter: verb by name of the command."""
 _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
-"""Fraction of the CPU used by other programs from which a slowdown is reported."""
+"""Minimum fraction of the CPU used by other programs at which a slowdown is reported."""
 _ROWS_WITH_HEADS = 4
-"""Number of lines of evaluations from which the columns have titles."""
+"""Minimum number of lines of the evaluations at which the columns have titles."""
 _TO_COME: dict[Phase, str] = {
     "loading": "the model's weights",
     "tokenizing": "the rows of the data",
@@ -96,7 +98,7 @@ _TO_COME: dict[Phase, str] = {
     "evaluating": "validation loss before training",
     "training": "the first step",
 }
-"""What each stage works on, in the order in which a run first reaches them."""
+"""The work of each stage, in the order in which a run reaches the stages."""
 _STAGE_CELLS = 13
 """Width of a stage's sign and name, in cells."""
 _MAX_BAR = 30
@@ -105,9 +107,8 @@ _row = partial(labeled, cells=_LABEL)
 
 
 def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Return two lines: state and progress, then the two key figures and other facts.
-
-    From three lines on, the figures are large and come before the rest.
+    """Return two lines: state and progress, then the two key figures and other facts. In at least three
+    lines, the figures are large and come first.
     """
     edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " "
     return [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
@@ -136,7 +137,9 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
-    """Return as many of the first texts as fit this many lines, with their keys in color."""
+    """Return as many texts, from the first on, as fit ``rows`` lines of ``width`` cells, with their keys in
+    color.
+    """
     lines = [""]
     for text in texts:
         piece = f"  {text}" if lines[-1] else text
@@ -183,7 +186,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
     if status.state in ACTIVE and status.hold is not None:
         parts.append((f"  {held_words(status)}", "$warning"))
     elif status.hold is None and status.state in ("queued", *ACTIVE) and status.detail:
-        # Suspended, not responding, on another machine: more important than the rest.
+        # A note such as suspended, not responding, or on another machine comes first, as the most important.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail and not snapshot.ending_request:
         parts.append((f"  {truncate_middle(view.phase_detail, _MAX_DETAIL)}", "dim"))
@@ -201,7 +204,7 @@ def progress_share(snapshot: RunSnapshot) -> float | None:
 
 
 def progress_facts(snapshot: RunSnapshot) -> list[str]:
-    """Return the texts next to the progress bar."""
+    """Return texts on the progress, such as the step, for the line of the progress bar."""
     view, state = snapshot.view, snapshot.status.state
     facts = []
     if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:
@@ -214,7 +217,7 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
 
 
 def facts(snapshot: RunSnapshot, now: float) -> list[str]:
-    """Return other facts, most important first. Those that do not fit are dropped."""
+    """Return other facts, most important first. The header drops facts that do not fit."""
     state = snapshot.status.state
     if state == "queued" and snapshot.status.hold is None:
         return ["waiting in the queue"]
@@ -265,7 +268,8 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
     trained = snapshot.seconds_trained
     if not trained:
         return f"running {format_duration(since_start)}"
-    # Earlier attempts have a part in the steps but not in the time since the last start; a clock may be set.
+    # Time in steps includes earlier attempts, while the start is that of the last attempt; the clock may also
+    # be changed.
     is_comparable = snapshot.view.attempt == 1 and trained <= since_start
     if not is_comparable:
         return f"{format_duration(trained)} in steps"
@@ -308,12 +312,12 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> Content | None:
-    """Return what happened, why, and what to do; None while the run is active.
+    """Return the outcome of a run, the reason, and what to do; None while the run is active.
 
     Args:
         snapshot: The run.
         active: Id of the run that is now training.
-        answers: Progress of comparing this run's answers; empty if that is not being measured.
+        answers: Progress of comparing this run's answers; empty if they are not being compared.
     """
     status, view = snapshot.status, snapshot.view
     is_error = status.state in ("failed", "lost", "unreadable", "gone")
@@ -394,8 +398,8 @@ def contention(snapshot: RunSnapshot) -> str:
 
 
 def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return the last answers to the sample prompts, each above the start of the first one, which was mostly
-    untrained.
+    """Return the last answers to the sample prompts, each followed by the beginning of the first answer to
+    the same prompt, from the start of training.
     """
     step = _sample_step(snapshot)
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
@@ -435,7 +439,7 @@ def _sample_step(snapshot: RunSnapshot) -> int | None:
 
 
 def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return what is trained on what data, and how it is computed."""
+    """Return labeled facts about the run: model, data, settings, and how steps are computed."""
     view, recipe, lines = snapshot.view, snapshot.recipe, []
     if recipe is not None:
         schedule = f"{format_rate(recipe.training.learning_rate)} {recipe.training.lr_scheduler}"
@@ -484,7 +488,9 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 
 
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return a line for each evaluation, newest first: loss, its change, exact or correct answers."""
+    """Return a line for each evaluation, newest first: its loss, the change of the loss, and exact or correct
+    answers.
+    """
     evaluations = snapshot.evaluations
     lines: list[Content] = []
     rows = height
@@ -519,8 +525,8 @@ def is_starting(snapshot: RunSnapshot) -> bool:
 
 
 def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Return ``✓ loading    libraries   4 s``: finished stages, the current one with its progress, and those
-    to come.
+    """Return a line for each stage, such as ``✓ loading libraries 4 s``: finished stages, the current stage
+    with its progress, and later stages.
     """
     stages = snapshot.stages
     if snapshot.status.state == "queued":
@@ -540,11 +546,11 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> l
         lines += _current(snapshot, now, width)
     seen = {stage.phase for stage in stages}
     for phase, what in _TO_COME.items():
-        # Without validation data nothing is evaluated.
+        # Without validation data, there is no evaluation.
         skipped = phase == "evaluating" and ("training" in seen or not snapshot.has_validation)
         if phase not in seen and not skipped:
             lines.append(_stage_line("·", phase_label(phase), what, "", width, "dim"))
-    # In a small window, what is done gives way to what is to come.
+    # In a small window, finished stages are dropped first.
     return lines[-height:]
 
 

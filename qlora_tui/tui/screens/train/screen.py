@@ -1,4 +1,4 @@
-"""Train: prepare and launch a run in one pane, or watch one in the other."""
+"""Train: one pane for preparing and launching a run, and one for watching a run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 
 _NAME_WIDTH = 38
-"""Width of a name, in cells; with state and steps it fills the dialog."""
+"""Width of a run's name in the list of runs, in cells. With state and steps, it fills the dialog."""
 _MAX_LISTED = 30
 """Maximum number of runs listed; the Runs screen lists all."""
 _MAX_ZOOM = 6
@@ -103,21 +103,25 @@ class TrainScreen(EvaluationActions):
         super().__init__()
         self._probing = Measurement(self._show_launch)
         self._probed: tuple[Recipe, StepProbe] | None = None
-        """The recipe of which steps were measured last, and what they took."""
+        """The recipe whose steps were measured last, and the result."""
         self.checks: tuple[Check, ...] = ()
-        """What the last checks of the recipe found."""
+        """Results of the last checks of the recipe."""
         self._expected: Forecast | None = None
-        """How long the run will be, if that is known."""
+        """Expected steps and time of the run; None if unknown."""
         self.snapshot: RunSnapshot | None = None
-        """The watched run as it was last read."""
+        """State of the watched run at the last read."""
         self._zoom = 0
-        """How many times the steps shown are halved."""
+        """Number of times that the range of steps is halved."""
         self._follower: RunFollower | None = None
         self._polling = False
         self._is_pinned = False
-        """Whether what is shown stays: the user chose it, or it is the run that became active."""
+        """Whether the shown run or pane stays: because the user chose it, or because the run became
+        active.
+        """
         self._ended_at: float | None = None
-        """When the last run ended, where that is shown because nothing else was chosen."""
+        """Unix time at which the last run ended, if the screen shows that run because the user has not chosen
+        anything else; otherwise None.
+        """
         self._checks_key: object = None
         self._stamps: object = None
         """State of the data files when the screen was last shown or the recipe changed."""
@@ -184,7 +188,7 @@ class TrainScreen(EvaluationActions):
 
     def show_recipe(self, recipe: Recipe) -> None:
         if self._ended_at is not None and draft_written_at() > self._ended_at:
-            # Whoever edits the recipe is about to launch it.
+            # A user who edits the recipe is about to launch it.
             self._stop_watching()
         self._show_form(recipe)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
@@ -300,7 +304,7 @@ class TrainScreen(EvaluationActions):
         if expected is not None and self._probed is not None and self._probed[0] == recipe:
             expected = measured_forecast(expected, self._probed[1])
         self._expected = expected
-        # Without waiting for an exact estimate of the memory at first.
+        # At first, do not wait for an exact estimate of the memory.
         for exact_within_s in (0.0, EXACT_WITHIN_S):
             checks = await asyncio.to_thread(preflight, recipe, machine, exact_within_s, expected)
             self._show_checks(recipe, with_count(checks, self.app.count_problem))
@@ -349,7 +353,7 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
-        # Both would need the memory.
+        # The run and the measurement would compete for memory.
         self._probing.stop()
         recipe, machine = self.app.workbench.recipe, self.app.system_status.machine
         checks = await asyncio.to_thread(preflight, recipe, machine, EXACT_WITHIN_S, self._expected)
@@ -386,7 +390,9 @@ class TrainScreen(EvaluationActions):
 
     @property
     def _when_it_ends(self) -> str:
-        """When a run ends after a request: after the current step, if it has started one."""
+        """Return when a run ends after a request: after the current step if a step has started, otherwise an
+        empty text.
+        """
         has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
         return " after this step" if has_begun else ""
 
@@ -475,7 +481,7 @@ class TrainScreen(EvaluationActions):
         self.show_recipe(self.app.workbench.recipe)
 
     def action_next_tab(self, places: int) -> None:
-        """Show the next tab below the graph. Before a run, switch between recipe and checks."""
+        """Show the next tab below the graph. While a run is prepared, switch between recipe and checks."""
         if self.run is not None:
             self.query_one(LivePane).next_tab(places)
         elif places > 0:
@@ -539,7 +545,7 @@ def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
 
 
 def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) -> str:
-    """Return what happens to the run if it is stopped or paused, for the question."""
+    """Return the sentence of the confirmation on what happens to the run if it is stopped or paused."""
     if snapshot is None or snapshot.view.phase in STEP_PHASES:
         if pauses:
             return "will save a checkpoint after this step and free its memory."
@@ -553,7 +559,7 @@ def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) 
 
 
 def _rate_problem(text: str) -> str:
-    """Return what is wrong with a typed learning rate, or an empty string."""
+    """Return the error in a typed learning rate, or an empty string if it is valid."""
     try:
         rate = float(text)
     except ValueError:

@@ -1,7 +1,7 @@
 """Charts of a run: its loss, and below it learning rate, gradients and speed on the same x axis.
 
-An event in the graph can be followed straight down to the charts. Each chart goes from zero to a round
-maximum: scaled to its own range, a constant 98 % would look like 0 %. Values that are not finite are marked.
+A step is in the same column of the graph and of all charts. Each chart goes from zero to a round maximum: if
+it were scaled to its own range, a constant 98 % would look like 0 %. Values that are not finite are marked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_ROWS, _TALL_ROWS = 12, 28
-"""Heights, in rows, from which there are charts, and from which charts are two rows high."""
+"""Minimum heights, in rows, for showing charts, and for charts of two rows."""
 _MIN_VALUE_CELLS = 7
 """Width of a value such as ``1.27e-4``, in cells, fixed so that the graph does not move with the number of
 digits.
@@ -88,7 +88,9 @@ def _chart_lines(
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """Return the value at each column: the middle one of those in it, or the previous column's."""
+    """Return a value for each column: the middle value of the column, or the previous column's value if it
+    has none.
+    """
     values: list[float | None] = [None] * columns
     for place, low, high, broken in zip(
         envelope.xs, envelope.lows, envelope.highs, envelope.broken, strict=True
@@ -140,7 +142,9 @@ def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
 
 
 def zoom_start(step: int, zoom: int) -> float:
-    """Return the step, a round number, where a graph zoomed to the last half, quarter, eighth… begins."""
+    """Return the step, a round number, at which a graph begins that is zoomed to the last half, quarter,
+    eighth…
+    """
     if zoom <= 0 or step < 4:
         return 0.0
     part: float = step / 2**zoom
@@ -149,7 +153,9 @@ def zoom_start(step: int, zoom: int) -> float:
 
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
-    """Return the charts from zero to a round maximum; quantities that only some runs have come first."""
+    """Return the charts, each from zero to a round maximum. Quantities that only some runs have come
+    first.
+    """
     envelopes = snapshot.envelopes
     points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
     forgetting = Envelope.of_points(tuple(points), tuple(points.values()))

@@ -1,4 +1,4 @@
-"""The dialog with suggested settings, each with its reason, of which the user ticks those to apply."""
+"""The dialog with suggested settings and their reasons. The user ticks the settings to apply."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _READING = "Reading the data, the memory and earlier runs…"
 
 
 class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFirst, OnQloraApp):
-    """Returns the suggestions to apply, at least one; None if closed with Escape."""
+    """Dialog that returns the suggestions to apply, at least one; None if closed with Escape."""
 
     CSS_PATH = Path(__file__).parents[1] / "modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -50,7 +50,9 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         self._suggestions: tuple[Suggestion, ...] = ()
         self._under_cursor: str | None = None
         self._kept: frozenset[Topic] = frozenset()
-        """Topics that the user unticked: the others are derived for the recipe's values of them."""
+        """Topics that the user unticked. These settings keep the recipe's values, and the other suggestions
+        are derived for those values.
+        """
         self._derived_for: frozenset[Topic] = self._kept
         """The unticked topics for which ``_suggestions`` were derived."""
 
@@ -96,7 +98,7 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         self.query_one(ViList).show(self._lines)
 
     def _lines(self, width: int) -> list[tuple[str, Content]]:
-        # In a short window there is room for all settings, but for one reason at a time.
+        # A short window has room for all settings, but for only one reason at a time.
         is_short = self.has_class("-short")
         return [
             (
@@ -112,13 +114,13 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         ]
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        """Show the reason of the setting under the cursor, in a window that is too short for all reasons."""
+        """Show the reason for the setting under the cursor if the window is too short for all reasons."""
         if event.option_id != self._under_cursor:
             self._under_cursor = event.option_id
             self._show()
 
     def action_tick(self) -> None:
-        """Tick or untick the suggestion under the cursor, and derive the others again."""
+        """Tick or untick the suggestion under the cursor, and derive the other suggestions again."""
         topic = cast("Topic | None", self.query_one(ViList).current)
         if any(suggestion.topic == topic and suggestion.changes for suggestion in self._suggestions):
             self._kept ^= {cast("Topic", topic)}
@@ -159,7 +161,7 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
 
 
 def suggestion_line(suggestion: Suggestion, width: int, *, is_ticked: bool, with_reason: bool) -> Content:
-    """Return ``● Rank   16 → 32``, and the reason below it."""
+    """Return ``● Rank 16 → 32``, followed by the reason if ``with_reason``."""
     if suggestion.changes:
         mark, style = ("●", "bold $primary") if is_ticked else ("○", "$text-muted")
     else:
@@ -176,7 +178,7 @@ def suggestion_line(suggestion: Suggestion, width: int, *, is_ticked: bool, with
 
 
 def suggest_settings(screen: WorkScreen) -> None:
-    """Open the dialog for the recipe that is being edited, and apply what the user ticks, with undo."""
+    """Open the dialog for the recipe that is being edited, and apply the ticked suggestions, with undo."""
     app = screen.app
 
     def apply(chosen: tuple[Suggestion, ...]) -> None:

@@ -80,12 +80,12 @@ def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
 
 
 def _rounds(trials: int) -> int:
-    """Return the rounds of halving for a number of trials, at most :data:`AUTO_ROUNDS`."""
+    """Return the number of halving rounds for a number of trials, at most :data:`AUTO_ROUNDS`."""
     return max(1, min(AUTO_ROUNDS, math.ceil(math.log2(trials)) if trials > 1 else 1))
 
 
 def draft_sentence(draft: Draft, costs: Costs | None) -> str:
-    """Say in sentences what the sweep would train, and how long that takes."""
+    """Return sentences on the runs that the sweep would train, and their expected time."""
     sheet = draft.sheet
     why = "" if sheet.is_safe_to_halve else " Several rounds need training.lr_scheduler wsd or constant."
     plan = plan_ahead(sheet, draft.deadline, costs)
@@ -95,7 +95,7 @@ def draft_sentence(draft: Draft, costs: Costs | None) -> str:
 
 
 class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraApp):
-    """Returns the sweep to start; None if closed with Escape."""
+    """Dialog that returns the sweep to start; None if closed with Escape."""
 
     CSS_PATH = Path(__file__).parents[1] / "modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
@@ -139,7 +139,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
             self._show_plan()
 
     def on_input_changed(self) -> None:
-        """Show what would be trained, or the error in a field."""
+        """Show the sentences on the sweep, or the error in a field."""
         self._show_plan()
 
     def _show_plan(self) -> None:
