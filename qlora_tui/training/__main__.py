@@ -15,13 +15,13 @@ from qlora_tui.settings import GPU_VARIABLE
 from qlora_tui.training.supervisor import run_trainer
 
 _ENVIRONMENT = {
-    # Child processes, such as the reader of a Hub dataset, must not use the network either.
+    # Child processes, such as the one that reads a Hub dataset, must not use the network either.
     "HF_HUB_OFFLINE": "1",
 }
 
 
 def main() -> int:
-    """Parse the command line and train; returns the exit code, 2 for a wrong command line."""
+    """Parse the command line and train. Returns the exit code, which is 2 for a wrong command line."""
     parser = argparse.ArgumentParser(prog="python -m qlora_tui.training", description=__doc__)
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--plan", metavar="JSON", help="settings of [training] that override the recipe")
@@ -34,7 +34,7 @@ def main() -> int:
             raise UserError("No such run", what=f"{run.path} is not a run directory.", exit_code=EXIT_USAGE)
         if gpus := arguments.gpu or run.gpu:
             os.environ[GPU_VARIABLE] = gpus
-        else:  # That of the command that started the runner is for another run.
+        else:  # The environment's value belongs to the run of the command that started the runner.
             os.environ.pop(GPU_VARIABLE, None)
         configure_torch_env({**allocator_variables(os.environ), **_ENVIRONMENT})
         return run_trainer(run, plan)

@@ -1,11 +1,10 @@
 """LoRA on top of the frozen model: new, or from another adapter (``lora.init_from``).
 
-Writes the result, ``adapter/``, which plain peft can load. Keeps the adapter that a run starts from as the
-reference of DPO and KTO.
-
-The reference is what the model was before the run, so if an adapter is trained further it is that adapter
-and not the base. Its weights are kept next to those that change, and take their place for a pass. The first
-attempt writes them to the run's folder, so that a resume compares with the same ones.
+Writes the result, ``adapter/``, which plain peft can load. This module also keeps the starting adapter, which
+DPO and KTO use as their reference. The reference model is the model before the run: if a run continues to
+train an adapter, the reference has that adapter, not the bare base. The starting weights are kept in addition
+to the trained ones and replace them during reference passes. The first attempt writes the starting weights to
+the run's folder, so that a resumed run has the same reference.
 """
 
 from __future__ import annotations
@@ -50,13 +49,14 @@ from qlora_tui.training.health import OVERFLOW_REMEDY
 
 
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
-    """Add a LoRA adapter that does not change the model yet (B is 0). Draws from torch's random numbers.
+    """Add a new LoRA adapter, which does not change the model's output yet because B is 0.
 
-    Also switches the model to the fused forwards (:mod:`.fused`). The weights of the adapter are fp32,
-    whatever dtype the model computes in. With ``train_embeddings`` they include embedding and head.
+    Draws from torch's random numbers. Also switches the model to the fused forwards (:mod:`.fused`). The
+    adapter's weights are fp32, whatever dtype the model computes in. With ``train_embeddings`` they include
+    embedding and head.
 
     Args:
-        token_ids: tokens whose rows of embedding and head are trained too; untrained ones start as the mean.
+        token_ids: tokens whose rows of embedding and head are also trained; untrained rows start as the mean.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -96,17 +96,17 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
 
 @contextmanager
 def exact_target_names(model: nn.Module, names: Iterable[str] | str = ()) -> Iterator[None]:
-    """Make peft adapt exactly the modules that are named, and load weights under exactly their names.
+    """Make peft adapt exactly the named modules, and load weights under exactly their names.
 
-    For adapters made before transformers 5, peft reads ``gate_proj`` and its like as the routed experts in
-    families that have such (``_convert_peft_config_moe``), also at the end of the full name of a shared
-    expert's or a dense layer's module. It renames the weights of an adapter as transformers renames those of
-    a model, which loses the ones that match such a pattern by chance. Names that are all modules of this
-    model need neither.
+    Without this, peft applies its conversion for adapters made before transformers 5
+    (``_convert_peft_config_moe``). In some families it takes ``gate_proj`` and similar names for the routed
+    experts, even at the end of the full name of a dense layer or a shared expert. It also renames an
+    adapter's weights as transformers renames a model's, so a weight whose name matches such a pattern by
+    chance is lost. Neither conversion is needed if all names are modules of this model.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # a version of peft or transformers that does not do this
+    except ImportError:  # a version of peft or transformers without this conversion
         yield
         return
     module_names = {name for name, _ in model.named_modules()}
@@ -133,11 +133,11 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str = ()) -> Ite
 
 
 MISREAD_REMEDY = "qlora-tui reads it correctly. Merge it before other programs load it."
-"""What to do about an adapter that plain peft misreads."""
+"""What the user can do with an adapter that plain peft reads wrongly."""
 
 
 def misread_by_peft(model_type: str, targets: Iterable[str] | str) -> list[str]:
-    """Return the targets that plain peft reads as routed experts; see :func:`exact_target_names`."""
+    """Return the targets that plain peft mistakes for routed experts; see :func:`exact_target_names`."""
     from peft import LoraConfig
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -147,7 +147,7 @@ def misread_by_peft(model_type: str, targets: Iterable[str] | str) -> list[str]:
         config = LoraConfig(target_modules=[target])
         try:
             conversion.convert_peft_config_for_transformers(config, base, None)
-        except ValueError:  # one of two that became one parameter
+        except ValueError:  # one of two modules that became one parameter
             config.target_modules = None
         if target not in (config.target_modules or ()):
             misread.append(target)
@@ -155,12 +155,12 @@ def misread_by_peft(model_type: str, targets: Iterable[str] | str) -> list[str]:
 
 
 def targets_by_name(model: nn.Module, settings: Lora, architecture: Architecture) -> dict[str, LinearModule]:
-    """Return the targets of the recipe by their full name in this model. Raises UserError."""
+    """Return the recipe's targets, keyed by their full names in this model. Raises UserError."""
     names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     by_tail = {inner_name(name): name for name in names}
     targets = {}
     for module in resolve_targets(settings, architecture.targets):
-        # A text model taken out of a multimodal one lacks the outer part of the name.
+        # In a text model taken out of a multimodal one, module names lack their first part.
         name = module.name if module.name in names else by_tail.get(inner_name(module.name))
         if name is None:
             raise UserError(
@@ -179,26 +179,26 @@ def trained_parameters(model: nn.Module) -> int:
 
 
 def _int_if_whole(alpha: float) -> float:
-    """Return a whole float as an int, which is what other programs expect in ``adapter_config.json``."""
+    """Return a whole number as an int, the type that other programs expect in ``adapter_config.json``."""
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def save_adapter(model: Any, folder: Path) -> None:
     """Save weights and configuration of the adapter in peft's format, and nothing else."""
-    # peft would also write a model card, from a template that it compiles for each checkpoint.
+    # peft would also write a model card, and compile its template again for each checkpoint.
     model.create_or_update_model_card = lambda folder: None
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Replace the adapter weights of the model by saved ones."""
+    """Replace the model's adapter weights with saved ones."""
     from safetensors.torch import load_file
 
     _set_weights(model, load_file(folder / WEIGHTS))
 
 
 def _set_weights(model: Any, weights: dict[str, Tensor]) -> None:
-    """Replace all weights of an adapter. Raises ValueError if they are not those of this model."""
+    """Replace all weights of an adapter. Raises ValueError if they do not belong to this model."""
     from peft import set_peft_model_state_dict
 
     with exact_target_names(model):
@@ -209,10 +209,10 @@ def _set_weights(model: Any, weights: dict[str, Tensor]) -> None:
 
 
 def load_initial_adapter(model: Any, lora: Lora, architecture: Architecture) -> None:
-    """Replace the weights of a new adapter by those in the folder ``lora.init_from``, which is only read.
+    """Replace the weights of a new adapter with those in the folder ``lora.init_from``, which is only read.
 
     Raises:
-        UserError: they are damaged, or not of the same modules, shapes and tokens.
+        UserError: the weights are damaged, or their modules, shapes or tokens are not this adapter's.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -251,15 +251,17 @@ _PEFT_PREFIX = "base_model.model."
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the size of a weight."""
+"""Integer dtypes, keyed by the bytes of a weight."""
 
 
 def load_best_weights(run: RunDir, model: Any, step: int) -> str:
     """Load the adapter weights of the best step from its checkpoint.
 
+    If the checkpoint of the best step is missing, for example after a full disk, the weights of the last step
+    stay.
+
     Returns:
-        Which step the adapter is from, for the user. It stays that of the last step if the checkpoint of
-        the best step is missing, as after a full disk.
+        The step that the weights are from, as a text for the user.
     """
     folder = checkpoints.intact_folder(run, step)
     if folder is None:
@@ -275,19 +277,19 @@ def trained_weights_digest(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Sums of the bits, as integers: a copy of a trained embedding would take gigabytes.
+            # Sum the bits as integers, because a copy of a trained embedding would take gigabytes.
             bits = parameter.detach().view(_INTEGERS[parameter.element_size()])
             digest.update(f"{name} {int(bits.sum(dtype=torch.int64))} ".encode())
     return digest.hexdigest()
 
 
 def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) -> None:
-    """Raise UserError if the trained weights are those from before the first step.
+    """Raise UserError if training has not changed the weights.
 
     Args:
-        initial_weights: their digest; empty if it is unknown.
-        steps: the steps of the run.
-        skipped: how many of them fp16 skipped.
+        initial_weights: digest of the weights before the first step; empty if it is unknown.
+        steps: number of steps of the run.
+        skipped: number of steps that fp16 skipped.
     """
     if trained_weights_digest(model) != initial_weights:
         return
@@ -307,10 +309,11 @@ def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) 
 def write_adapter(
     run: RunDir, model: Any, recipe: Recipe, model_folder: Path, tokenizer: ChatTokenizer, *, from_hub: bool
 ) -> str:
-    """Write adapter, tokenizer, chat template and recipe, on the disk on return; the hash of their checksums.
+    """Write adapter, tokenizer, chat template and recipe, flushed to disk, and return the hash of their
+    checksums.
 
-    An earlier adapter is deleted once the new one is in its place. Raises OSError when it cannot be written.
-    ``from_hub``: the base is named by its hub id, so that the adapter finds it on other machines.
+    An earlier adapter is deleted only after the new one is in place. Raises OSError if the adapter cannot be
+    written. With ``from_hub``, the config names the base by its Hub ID, so that other machines find it.
     """
     with checked_folder(run.adapter_dir) as draft:
         config = model.peft_config["default"]
@@ -332,7 +335,7 @@ class StartingAdapter:
     """Weights of the trained parameters at the start of a run."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """``weights``: by the names of the parameters, on their devices."""
+        """Keep ``weights``: tensors keyed by parameter name, on the devices of the parameters."""
         self._weights = dict(weights)
 
     @classmethod
@@ -342,7 +345,10 @@ class StartingAdapter:
 
     @classmethod
     def read(cls, path: Path, model: Any) -> StartingAdapter:
-        """Read what :meth:`write` wrote. Raises UserError for a file that is missing or does not fit."""
+        """Read the file that :meth:`write` wrote.
+
+        Raises UserError if it is missing or does not fit the model.
+        """
         try:
             weights = load(read_regular(path))
             return cls({name: weights[name].reshape(p.shape).to(p) for name, p in _trained(model)})
@@ -360,7 +366,7 @@ class StartingAdapter:
 
     @contextmanager
     def in_place(self, model: Any) -> Iterator[None]:
-        """Give a model these weights inside, without gradients; its own are there again afterwards."""
+        """Put these weights into the model, without gradients, and restore its own on exit."""
         own = {name: p.data for name, p in _trained(model)}
         try:
             for name, p in _trained(model):

@@ -1,7 +1,7 @@
-"""A program that ``qlora-tui doctor`` starts through torchrun: whether GPUs can exchange gradients.
+"""A program that ``qlora-tui doctor`` starts through torchrun to test whether GPUs can exchange gradients.
 
-Prints the bytes per second that each process reduced. It may hang in the driver, so its caller waits for so
-long and no longer.
+Prints the bytes per second that each process reduced. The program may hang in the driver, so its caller sets
+a time limit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         if not bool((values == float(ranks.sum())).all()):
             raise SystemExit("The GPUs computed a wrong sum.")
         if repeat == 0:
-            # The first one connects them.
+            # The first all-reduce connects the processes, so it is not timed.
             started_at = time.perf_counter()
     seconds = time.perf_counter() - started_at
     if process.is_main_process:

@@ -1,8 +1,8 @@
-"""Answers of base and adapter to validation prompts at the end of a run, if they can be right or wrong.
+"""Answers of base and adapter to validation prompts at the end of a run, if answers can be right or wrong.
 
-They cost at most :data:`RUN_SHARE` of the time that the run has trained: batches are answered by both until
-that is over, and a batch that is cut off counts nothing. ``qlora-tui evaluate`` measures more, or later.
-Where answers are decisions, both score their options instead.
+The comparison takes at most :data:`RUN_SHARE` of the run's training time. Base and adapter answer batches
+until that time is over; a batch that is cut off is not counted. ``qlora-tui evaluate`` measures more rows, or
+at a later time. If the answers are decisions, the options are scored instead of generated.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from qlora_tui.training.run import Run
 from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, answer_limit, task_prompts
 
 RUN_SHARE = 0.03
-"""Most of the training time that the answers may take."""
+"""Largest share of the training time that the answers may take."""
 _MIN_SECONDS = 1.0
-"""Less time than this is not worth beginning."""
+"""Seconds below which the comparison is not started."""
 _BATCH_ROWS = 8
 _DECIDED_ROWS = 32
 _SEED = 0
@@ -48,16 +48,16 @@ def answer_validation(
 ) -> TaskEvaluation | None:
     """Let base and adapter answer up to ``training.task_prompts`` validation prompts.
 
-    Draws no random numbers of torch, and changes no weight. An error, such as too little memory, costs the
-    answers and not the run, whose adapter is on the disk by now.
+    Draws no random numbers of torch, and changes no weight. The adapter is already on the disk, so an error,
+    such as too little memory, loses only the answers and not the run.
 
     Args:
         training_seconds: how long the run has trained.
-        clock: seconds that only grow.
+        clock: returns seconds that never decrease.
 
     Returns:
-        The answers without losses; None if references are free text, without validation data, and if
-        there is not enough time.
+        The answers without losses. None if references are free text, if there is no validation data, and if
+            there is not enough time.
     """
     samples = run.data.validation.of_side(GOOD)
     most = run.recipe.training.task_prompts
@@ -79,10 +79,10 @@ def answer_validation(
 
 
 def report_answers(run: Run, answers: TaskEvaluation | None, loss: LossChange | None) -> None:
-    """Write and report answers; an error costs them, and not the run.
+    """Write and report answers. An error loses only the answers, not the run.
 
     Args:
-        answers: what :func:`answer_validation` returned.
+        answers: the result of :func:`answer_validation`.
         loss: the loss of the validation rows; None if it was not compared.
     """
     if answers is None:
@@ -230,11 +230,11 @@ def _answer(
     deadline: float,
     clock: Callable[[], float],
 ) -> tuple[dict[int, tuple[tuple[int, ...], tuple[int, ...]]], int]:
-    """Answers of base and adapter by the number of the prompt, and their most tokens."""
+    """Return base and adapter answers keyed by prompt number, and the most tokens that an answer had."""
     model = run.model
     context = _context(model)
     limit = answer_limit(max(len(prompt.reference) for prompt in prompts), context)
-    # What is answered in time is then spread over the data.
+    # If time runs out, the prompts answered so far are spread over the data.
     order = random.Random(_SEED).sample(range(len(prompts)), len(prompts))
     answered: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
@@ -246,7 +246,8 @@ def _answer(
         batch = order[start : start + _BATCH_ROWS]
         ids = [prompts[number].ids[-(context - limit) :] for number in batch]
         began = clock()
-        # The base hardly ever ends sooner, so an adapter that needs more than half would leave too little.
+        # The base rarely ends sooner than the adapter, so an adapter that takes more than half leaves too
+        # little time.
         most_s = (deadline - began) / 2
         after = answers(ids, most_s)
         if clock() - began >= most_s:

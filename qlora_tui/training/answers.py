@@ -1,4 +1,4 @@
-"""Greedy answers of a model: to a batch of prompts, and to the sample prompts of a recipe."""
+"""Greedy answers of a model to batches of prompts and to the sample prompts of a recipe."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ MOST_LIKELY: Final[dict[str, Any]] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
 }
-"""Arguments of ``generate`` for the most likely token. The model's generation config may hold these, which
-greedy search rejects or which change that token: Qwen2.5's penalizes what the prompt holds, such as the
-labels to choose from."""
+"""Arguments of ``generate`` that select the most likely token.
+
+They override settings of the model's generation config that greedy search rejects, or that change which token
+is most likely. For example, Qwen2.5's config penalizes tokens of the prompt, such as labels to choose from.
+"""
 
 
 def answer_greedily(
@@ -40,14 +42,14 @@ def answer_greedily(
     *,
     may_be_empty: bool = False,
 ) -> list[tuple[int, ...]]:
-    """Return the greedy answers to prompts, at most ``max_new_tokens`` tokens each; each with its turn end.
+    """Return a greedy answer to each prompt, of at most ``max_new_tokens`` tokens including its turn end.
 
-    All prompts are answered together, padded to one length at their beginnings. Draws no random numbers.
+    All prompts are answered in one batch, padded on the left. Draws no random numbers.
 
     Args:
         prompts: token ids.
-        max_seconds: time after which no answer is continued; None: no limit.
-        may_be_empty: whether the turn end may come first.
+        max_seconds: time limit, after which no answer is continued; None for no limit.
+        may_be_empty: whether the turn end may be the first token.
     """
     pad = tokenizer.pad_id if tokenizer.pad_id is not None else 0
     length = max(map(len, prompts))
@@ -77,9 +79,9 @@ def answer_greedily(
 def _contiguous_head_input(model: Any) -> Iterator[None]:
     """Copy the last states of a prompt batch before they enter the output head.
 
-    They are a slice of all states, which is not contiguous. torch then treats the product of a 16-bit batch
-    as one product for each prompt, and oneDNN copies the head's whole weight for each: 16 prompts took
-    864 MiB and 2.3 s with SmolLM2-135M on a CPU instead of 6 MiB and 0.02 s.
+    These states are a slice of all states and therefore not contiguous. torch then treats the product of a
+    16-bit batch as one product for each prompt, and oneDNN copies the head's whole weight for each: 16
+    prompts took 864 MiB and 2.3 s with SmolLM2-135M on a CPU instead of 6 MiB and 0.02 s.
     """
 
     def copy(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -26,10 +26,10 @@ def run_attempt(run: Run) -> RunEnded:
     """Set up, train and finish.
 
     Returns:
-        The event that ends the run, to be emitted by the caller.
+        The event that ends the run, which the caller emits.
 
     Raises:
-        Exception: whatever ended the attempt; a request to stop or pause is no error.
+        Exception: the error that ended the attempt; a request to stop or pause is not an error.
     """
     telemetry = TelemetryRecorder(run.directory, run.reporter, run.rest.read)
     try:
@@ -61,12 +61,12 @@ def run_attempt(run: Run) -> RunEnded:
 
 @contextmanager
 def _tracking(run: Run) -> Iterator[None]:
-    """Send events to the recipe's tracker inside. Raises UserError if that is not installed."""
+    """Send events to the recipe's tracker. Raises UserError if the tracker is not installed."""
     report_to = run.recipe.training.report_to
     if report_to == "none" or not run.dist.is_main_process:
         yield
         return
-    # Only here: an integration loads its tracker, and that the network.
+    # Imported only here, because an integration loads its tracker and network libraries.
     from qlora_tui.training.tracker import RunTracker, describe_failure
 
     def report_failure(error: Exception) -> None:
@@ -109,12 +109,12 @@ def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
         )
     if loop.outcome == "stopped":
         return Stopped(step=step, checksums=checksums)
-    # The others have nothing left to do, and end.
+    # The other processes have nothing left to do, and end.
     is_main = run.dist.is_main_process
     run.dist = run.dist.disband()
     if not is_main:
         return Stopped(step=step)
-    # Before the next, which may put the weights of the start into the model.
+    # Before compare_validation, which may put the starting weights into the model.
     answers = answer_validation(run, seconds)
     report_answers(run, answers, compare_validation(run))
     telemetry.stop()

@@ -54,11 +54,11 @@ class RowShape:
     """How samples are laid out in the inputs of a model."""
 
     packed: bool
-    """Whether a row may hold several samples, which attend to themselves only."""
+    """Whether a row may hold several samples, each attending only to itself."""
     max_length: int
     """Tokens of the run's own rows."""
     multiple: int = 1
-    """Multiple of tokens that a packed row is padded to."""
+    """Number of tokens of which a packed row's length is padded to a multiple."""
     pad_id: int = 0
 
 
@@ -70,8 +70,9 @@ def micro_batches(sequences: Sequence[PackedSamples], size: int) -> list[Sequenc
 def validation_batches(
     samples: TokenizedDataset, size: int, shape: RowShape, *, pairs: bool = False
 ) -> list[list[PackedSamples]]:
-    """Return all validation samples once, in micro-batches of ``size`` sequences; ``pairs`` stay in one of
-    them.
+    """Return all validation samples once, in micro-batches of ``size`` sequences.
+
+    With ``pairs``, both samples of a pair are in the same micro-batch.
     """
     units = Pairs(cast("SidedDataset", samples)) if pairs else samples
     everything = range(len(units))
@@ -88,7 +89,7 @@ def validation_batches(
 def longest_micro_batch(
     step_plan: StepPlan, samples: TokenizedDataset, size: int, *, padding_free: bool
 ) -> list[PackedSamples]:
-    """Return the sequences of the micro-batch with most computed tokens, padding included."""
+    """Return the sequences of the micro-batch with the most computed tokens, padding included."""
     longest: list[PackedSamples] = []
     most = 0
     for step in step_plan.steps:
@@ -124,7 +125,7 @@ def computed_tokens(
 
 
 def collate(sequences: Sequence[PackedSamples], samples: TokenizedDataset, shape: RowShape) -> dict[str, Any]:
-    """Tensors of one micro-batch, on the CPU: the arguments of the model's forward.
+    """Return the tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
     The module's docstring shows an example of both shapes. The last sample of a packed sequence is padded to
     the multiple of the shape.
@@ -132,7 +133,7 @@ def collate(sequences: Sequence[PackedSamples], samples: TokenizedDataset, shape
     Returns:
         Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
         of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (sequences, longest).
-        Both also ``loss_positions`` (:func:`.loss.loss_positions`) and, with sample weights,
+        Both also have ``loss_positions`` (:func:`.loss.loss_positions`) and, with sample weights,
         ``loss_weights``, fp32 in the shape of the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(sequences)]
@@ -148,7 +149,7 @@ def collate(sequences: Sequence[PackedSamples], samples: TokenizedDataset, shape
         batch = {"loss_weights": torch.cat(weights)[None]} if weights else {}
         packed_labels = torch.cat(labels)[None]
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        # Frequencies may follow from the largest position: the padding must not make its sample longer.
+        # Frequencies may depend on the largest position, so padding must not lengthen its sample.
         positions[:, positions.shape[1] - more :] = 0
         return batch | {
             "input_ids": torch.cat(ids)[None],
@@ -177,7 +178,9 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the micro-batch without labels, for a process that has none left while the others have one."""
+    """Return the micro-batch without labels, for a process that has no micro-batch left while others have
+    one.
+    """
     labels = torch.full_like(batch["labels"], IGNORED)
     no_answers: dict[str, Any] = {"sides": [], "answer_tokens": []} if "sides" in batch else {}
     return batch | {"labels": labels, "loss_positions": loss_positions(labels)} | no_answers
@@ -206,17 +209,19 @@ def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
 
 
 class Comparisons(NamedTuple):
-    """What the losses of a step, or of a validation, are weighted by."""
+    """Weights of the losses of a step or a validation."""
 
     compared: int
-    """Pairs, or rated answers: the divisor of the summed losses."""
+    """Number of pairs or rated answers, by which summed losses are divided."""
     token_share: float
-    """``compared`` divided by the trained tokens of good answers: the weight of a token of ORPO's
-    cross-entropy relative to a pair."""
+    """``compared`` divided by the number of trained tokens in good answers.
+
+    ORPO weights the cross-entropy of each token by this value, relative to a pair.
+    """
 
 
 def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: bool) -> Comparisons:
-    """Count the comparisons of some samples; with ``pairs``, two of them are one."""
+    """Count the comparisons in some samples; with ``pairs``, two samples are one comparison."""
     compared = len(answers) // 2 if pairs else len(answers)
     good = [(i,) for i in answers if samples.side(i) == GOOD]
     return Comparisons(compared, compared / (sum_loss_weights(good, samples) or 1))
@@ -225,11 +230,11 @@ def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: b
 def collate_answers(
     sequences: Sequence[PackedSamples], samples: SidedDataset, shape: RowShape
 ) -> dict[str, Any]:
-    """Collate a micro-batch (:func:`collate`), and say where its answers are.
+    """Collate a micro-batch (:func:`collate`) with the positions of its answers.
 
     Returns:
         Its tensors, and lists with an entry for each sample: ``sides``, ``GOOD`` or ``BAD``, and
-        ``answer_tokens``, the number of its tokens in the loss.
+            ``answer_tokens``, the number of its tokens in the loss.
     """
     batch, members = collate(sequences, samples, shape), list(_samples_of(sequences))
     return batch | {
@@ -242,9 +247,9 @@ def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: 
     """Return each answer after the prompt of another sample, from which KTO estimates its reference point.
 
     The divergence of the model from its base is estimated on answers that do not belong to their prompts
-    (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of
-    ``order[k - 1]``, so that the answers of a step are used once each. An answer begins at the first trained
-    token. What is longer than ``max_length`` tokens loses the beginning of its prompt.
+    (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of ``order[k -
+    1]``, so that the answers of a step are used once each. An answer begins at the first trained token. A
+    sample longer than ``max_length`` tokens loses the beginning of its prompt.
     """
 
     def parts(i: int) -> tuple[list[int], list[int], list[int]]:
@@ -265,7 +270,7 @@ def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: 
 def mismatched_batches(
     samples: SidedDataset, order: Sequence[int], size: int, shape: RowShape
 ) -> list[dict[str, Any]]:
-    """Micro-batches of ``size`` samples of :func:`mismatched_samples`, for KTO's reference point."""
+    """Return micro-batches of ``size`` :func:`mismatched_samples`, for KTO's reference point."""
     mismatched = mismatched_samples(samples, order, shape.max_length)
     batches = validation_batches(mismatched, size, shape)
     return [collate_answers(sequences, mismatched, shape) for sequences in batches]
@@ -280,13 +285,15 @@ class StepData(TypedDict):
     tokens: int
     """Real tokens of the whole step, over all processes."""
     token_share: NotRequired[float]
-    """Comparisons of a preference method, divided by the trained tokens of good answers."""
+    """Number of comparisons of a preference method, divided by the number of trained tokens in good
+    answers.
+    """
     mismatched: NotRequired[list[dict[str, Any]]]
-    """For KTO: micro-batches of answers after other prompts, for this process."""
+    """For KTO: this process's micro-batches of answers paired with other samples' prompts."""
 
 
 class Steps:
-    """The steps of a plan, collated: item ``n`` is step ``n + 1``."""
+    """The steps of a plan, collated; index ``n`` is step ``n + 1``."""
 
     def __init__(
         self,
@@ -300,12 +307,13 @@ class Steps:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """
+        """Collate this process's share of a plan.
+
         Args:
             micro_batch: sequences of a micro-batch.
-            compares: whether ``samples`` are a ``SidedDataset``, for a preference method: the loss weights
-                of a step are then the number of its pairs, or rated answers.
-            pairs: whether two samples in turn are compared.
+            compares: whether ``samples`` are a ``SidedDataset``, for a preference method: the loss weights of
+                a step are then the number of its pairs, or rated answers.
+            pairs: whether each two consecutive samples are compared.
             rank: number of this process among ``world_size``, which share the micro-batches of a step.
         """
         self.step_plan = step_plan
@@ -331,7 +339,7 @@ class Steps:
             samples, members = cast("SidedDataset", self._samples), list(_samples_of(sequences))
             comparisons = count_comparisons(members, samples, pairs=self._pairs)
             data["loss_weight_sum"], data["token_share"] = comparisons
-            # A single sample has no other prompt.
+            # If there is only one sample, no other prompt exists.
             mismatched = (
                 []
                 if self._pairs or len(members) < 2
@@ -344,7 +352,8 @@ class Steps:
         """Collate this process's share of the micro-batches of a step."""
         groups = micro_batches(sequences, self._micro_batch)
         batches = [self.collate(group) for group in groups[self._rank :: self._world_size]]
-        # Every process must run the same number of backward passes, in which DDP reduces the gradients.
+        # Every process must run the same number of backward passes, because DDP reduces the gradients in
+        # them.
         for _ in range(len(batches), math.ceil(len(groups) / self._world_size)):
             batches.append(mask_all_labels(self.collate(groups[0])))
         return batches

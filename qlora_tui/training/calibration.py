@@ -1,9 +1,9 @@
-"""Temperature and label bias that make the probabilities of decisions honest, and what decisions are worth.
+"""Fits temperature and label bias to calibrate the probabilities of decisions, and judges the decisions.
 
-Nothing is judged by the rows that it was fitted on: rows are in five folds, those of each are judged with
-what the other four give, and what is stored is fitted on all of them. A temperature divides the log
-probabilities of whole options (Guo et al. 2017, "On Calibration of Modern Neural Networks"); a bias for each
-option is added only if that lowers the log loss of rows it has not seen by more than chance.
+No row is judged by a fit that has seen the row: rows are split into five folds, each fold is judged with a
+fit to the other four, and the stored calibration is fitted to all rows. A temperature divides the log
+probabilities of whole options (Guo et al. 2017, "On Calibration of Modern Neural Networks"). A bias for each
+option is added only if the bias lowers the log loss of unseen rows by more than chance.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from qlora_tui.runs.task_metrics.intervals import Interval, mean_interval, share
 
 FOLDS = 5
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
-"""Shares of right decisions for which a threshold is looked for."""
+"""Shares of right decisions for which a confidence threshold is searched."""
 _MIN_DECIDED = 10
-"""Rows above a threshold below which it says nothing."""
+"""Fewest rows above a threshold with which the threshold is reported."""
 _ROUNDING = 1e-9
-"""Difference of two confidences up to which they are the same."""
+"""Largest difference at which two confidences count as equal."""
 _BINS = 15
-"""Bins of confidence of the calibration error, equally wide, as in Guo et al. 2017."""
+"""Number of equally wide confidence bins of the calibration error, as in Guo et al. 2017."""
 _LOG_RANGE = (math.log(0.05), math.log(50.0))
 """Range of the logarithm of the temperature."""
 _SEARCHES = 60
@@ -48,7 +48,7 @@ _HONEST_DRAWS = 200
 
 
 class _Fit(NamedTuple):
-    """What is fitted: log probabilities are divided by the temperature, then the bias is added."""
+    """A fitted calibration: log probabilities are divided by the temperature, then the bias is added."""
 
     temperature: float
     bias: Tensor
@@ -67,13 +67,14 @@ def calibrate(
 ) -> tuple[DecisionReport, list[int]]:
     """Fit a calibration of the adapter's scores, and judge both models' decisions.
 
-    Returns the report, and the option that the adapter chooses for each row.
-
     Args:
-        decision: with its options.
-        base: log probabilities of the options by row, in nats.
-        adapter: those of the adapter, in the same order.
-        truth: the right option of each row, by its number.
+        decision: the decision with its options.
+        base: log probabilities of the options for each row by the base, in nats.
+        adapter: log probabilities by the adapter, in the same order.
+        truth: the index of the right option of each row.
+
+    Returns:
+        The report, and the option that the adapter chooses for each row.
     """
     scores = torch.tensor(adapter, dtype=torch.float64)
     wanted = torch.tensor(truth)
@@ -112,7 +113,9 @@ def calibrate(
 
 
 def _cross_fitted(fitter: _Fitter, scores: Tensor, truth: Tensor) -> Tensor:
-    """Return log probabilities (rows, options), each row's by a fit to the rows of the other folds."""
+    """Return log probabilities (rows, options), computed for each row by a fit to the rows of the other
+    folds.
+    """
     logs = torch.empty_like(scores)
     for inside in _folds(len(truth)):
         logs[inside] = fitter(scores[~inside], truth[~inside]).logs(scores[inside])
@@ -120,7 +123,7 @@ def _cross_fitted(fitter: _Fitter, scores: Tensor, truth: Tensor) -> Tensor:
 
 
 def _folds(rows: int) -> Iterator[Tensor]:
-    """Yield for each fold whether a row is in it (rows,)."""
+    """Yield a boolean mask (rows,) of each fold's rows."""
     for fold in range(FOLDS):
         yield torch.arange(rows) % FOLDS == fold
 
@@ -130,7 +133,7 @@ def _uncalibrated(scores: Tensor, truth: Tensor) -> _Fit:
 
 
 def _fit_temperature(scores: Tensor, truth: Tensor) -> _Fit:
-    """Return the temperature with the least log loss, by golden section: the loss has one minimum."""
+    """Return the temperature with the least log loss, by golden-section search: the loss has one minimum."""
     bias = torch.zeros(scores.shape[1], dtype=scores.dtype)
     loss = partial(_smooth_loss, truth=truth)
     low, high = _LOG_RANGE
@@ -166,10 +169,10 @@ def _fit_bias(scores: Tensor, truth: Tensor) -> _Fit:
 
 
 def _smooth_loss(logs: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean log loss as if one more row had been undecided.
+    """Return the mean log loss with one undecided row added.
 
-    So a few rows that are all right do not ask for certainty (Platt 1999, "Probabilistic Outputs for Support
-    Vector Machines", section 2.2).
+    This prevents a fit to a few rows that are all right from demanding certainty (Platt 1999, "Probabilistic
+    Outputs for Support Vector Machines", section 2.2).
     """
     undecided = 1 / (len(truth) + 2)
     return functional.nll_loss(logs, truth) * (1 - undecided) - undecided * logs.mean()
@@ -180,7 +183,7 @@ def _losses(logs: Tensor, truth: Tensor) -> Tensor:
 
 
 def judge_probabilities(logs: Tensor, truth: Tensor) -> Quality:
-    """Return what log probabilities (rows, options) are worth, by the right options (rows,)."""
+    """Judge log probabilities (rows, options) by the right options (rows,)."""
     options = logs.shape[1]
     confidence, chosen = logs.exp().max(-1)
     right = chosen == truth
@@ -218,11 +221,12 @@ def _macro_f1(chosen: Tensor, truth: Tensor, options: int) -> float:
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Return the expected calibration error: how far confidence is from the share right, mean over rows.
+    """Return the expected calibration error: the mean distance between confidence and the share of right
+    rows.
 
     Args:
         confidence: probability of the chosen option (rows,).
-        right: whether it is the right one (rows,).
+        right: whether the chosen option is the right one (rows,).
     """
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
     gaps = torch.zeros(_BINS, dtype=torch.float64)
@@ -231,14 +235,16 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 def honest_errors(confidence: Tensor) -> Tensor:
-    """Return the calibration errors that perfectly calibrated probabilities show by chance on as many rows,
-    ascending (draws,).
+    """Simulate calibration errors of perfectly calibrated probabilities, which are above 0 by chance alone.
 
-    Rows of a bin are right more or less often than they should be (Bröcker and Smith 2007, "Increasing the
-    Reliability of Reliability Diagrams").
+    In each draw, rows are right at random with the probability of their confidence (Bröcker and Smith 2007,
+    "Increasing the Reliability of Reliability Diagrams").
 
     Args:
         confidence: probability of the chosen option (rows,).
+
+    Returns:
+        The errors, ascending (draws,).
     """
     draw = torch.Generator().manual_seed(0)
     chances = torch.rand(_HONEST_DRAWS, len(confidence), generator=draw)
@@ -247,11 +253,11 @@ def honest_errors(confidence: Tensor) -> Tensor:
 
 
 def _error_interval(measured: Measured, honest: Tensor) -> Measured:
-    """Return a calibration error with an interval that allows for its bias.
+    """Return a calibration error with an interval that corrects for its bias.
 
-    Chance only adds to the error, and resampled rows have it twice: the bootstrap's interval is reflected at
-    the value (Davison and Hinkley 1997, section 5.2). It reaches to 0 if honest probabilities show an
-    error as large in more than 2.5 % of draws.
+    Chance only increases the measured error, and does so twice in resampled rows, so the bootstrap interval
+    is reflected at the value (Davison and Hinkley 1997, section 5.2). The interval extends to 0 if perfectly
+    calibrated probabilities show an error as large in more than 2.5 % of the draws.
     """
     value, interval = measured.value, measured.interval
     if interval is None:
@@ -262,10 +268,10 @@ def _error_interval(measured: Measured, honest: Tensor) -> Measured:
 
 
 def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
-    """Return for each target the threshold, and how many rows it decides how well.
+    """Return the threshold for each target, with the number of rows it decides and how well.
 
-    The threshold is that of all rows with the fit to them; the rows of a fold are judged by fit and threshold
-    of the others.
+    The threshold is computed from all rows with the fit to all of them. The rows of each fold are judged by
+    the fit and threshold of the other folds.
     """
 
     def surest(fit: _Fit, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,7 +290,7 @@ def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Thresho
             continue
         count = of_these = 0
         for (confidence, right), others in folds:
-            # If every row may be decided, nothing is chosen.
+            # If every row may be decided, the threshold 0 needs no fit.
             least = _threshold(*others, target) if threshold else 0.0
             if least is not None:
                 decided = confidence >= least
@@ -293,20 +299,22 @@ def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Thresho
         if count < _MIN_DECIDED:
             continue
         if found and (not threshold or (found[-1].rows, found[-1].right) == (count, of_these)):
-            # A lower target says the same.
+            # A lower target has the same threshold.
             found.pop()
         found.append(Threshold(target, threshold, count, of_these))
     return tuple(found)
 
 
 def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None:
-    """Return a confidence above which a share ``target`` is right, as low as possible and with as few
-    digits as tell these rows from the others; 0 for all rows, None for none.
+    """Return a confidence above which a share ``target`` of decisions is right.
+
+    The confidence is as low as possible, and has as few digits as separate these rows from the others. 0
+    means all rows; None means that no confidence is high enough.
     """
     order = confidence.argsort(descending=True)
     counts = torch.arange(1, len(order) + 1)
     shares = right[order].double().cumsum(0) / counts
-    # Of rows whose confidence is the same but for rounding, all are decided or none.
+    # Rows whose confidences differ only by rounding are all decided or none.
     is_last = confidence[order].diff(append=torch.tensor([-1.0])) < -_ROUNDING
     enough = is_last & (shares >= target) & (counts >= min(_MIN_DECIDED, len(order)))
     if not bool(enough.any()):
@@ -315,7 +323,7 @@ def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None
     if last == len(order) - 1:
         return 0.0
     lowest, next_lower = map(float, confidence[order][last : last + 2])
-    # Below 1, which another computation of the same probability may miss.
+    # Stay below 1, because another computation of the same probability may not reach 1.
     lowest = min(lowest, math.nextafter(1.0, 0.0))
     for digits in range(2, 16):
         short = math.floor(lowest * 10.0**digits) / 10.0**digits

@@ -1,4 +1,4 @@
-"""Checkpoints: written completely or not at all, verified before use, and pruned as the recipe says.
+"""Checkpoints, written completely or not at all, verified before use, and pruned as the recipe says.
 
 checkpoints/step-N/
   adapter_model.safetensors, adapter_config.json   loads with plain peft
@@ -7,7 +7,8 @@ checkpoints/step-N/
   SHA256SUMS                                       a checksum of each of these files
   complete                                         every file and its size; written last
 
-A folder is written under a hidden name, flushed to the disk, and then renamed. Importing this loads no torch.
+A folder is written under a hidden name, flushed to the disk, and then renamed. Importing this module does not
+load torch.
 
 A resume is exact because :class:`.trainer.Trainer` restores adapter, optimizer, schedule and random numbers,
 :class:`.loop.Loop` the state, and :func:`~qlora_tui.data.step_plan.plan_steps` plans the same steps again.
@@ -49,11 +50,13 @@ _STATE = "state.json"
 _HEADER = 1 << 20
 _SAMPLE = _END = 1 << 12
 _SAMPLES = 64
-"""What of a weight file is hashed to recognize it: its beginning, this many places in it, and its end."""
+"""Number of places in a weight file that are hashed to recognize the file, besides its beginning and its
+end.
+"""
 _BATCH_SPLIT = frozenset(
     {"training.micro_batch_size", "training.gradient_accumulation", "training.auto_micro_batch"}
 )
-"""Settings that may change before a resume too, if their product, the effective batch, stays the same."""
+"""Settings that may change before a resume as long as their product, the effective batch, stays the same."""
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):
@@ -64,11 +67,13 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Real tokens trained on so far."""
     data_hash: str
     padding_free: bool = msgspec.field(name="kept_apart")
-    """Whether each micro-batch was one sequence of isolated samples, which decides what a step holds."""
+    """Whether each micro-batch was one sequence of isolated samples, which determines the contents of a
+    step.
+    """
     recipe: str
     """The recipe as TOML."""
     base_hash: str = ""
-    """Identity of the base's weight files (:func:`weights_identity`); version 1.0 did not record it."""
+    """Identity of the base's weight files (:func:`weights_identity`); empty in checkpoints of version 1.0."""
     best_step: int | None = None
     best_score: float | None = msgspec.field(default=None, name="best_loss")
     loss_before_training: float | None = None
@@ -77,12 +82,15 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     scores_since_best: tuple[float, ...] = msgspec.field(default=(), name="last_losses")
     """Scores of the evaluations since the best, for early stopping."""
     evaluation_due: bool = False
-    """Whether a stop ended the evaluation at this step, which is then repeated."""
+    """Whether a stop interrupted the evaluation at this step, which a resume then repeats."""
     ends_with_epoch: bool = False
-    """Whether it was requested to finish at the end of the epoch."""
+    """Whether the user has asked the run to finish at the end of the epoch."""
 
     def trained_recipe(self) -> Recipe:
-        """Return the recipe as it was trained until then. Raises UserError if the text is not one."""
+        """Return the recipe as it was trained up to this checkpoint.
+
+        Raises UserError if the text is not a recipe.
+        """
         return to_frozen_recipe(parse(self.recipe, "the checkpoint's recipe"), "the checkpoint's recipe")
 
 
@@ -90,7 +98,7 @@ _STATE_DECODER = msgspec.json.Decoder(CheckpointState)
 
 
 class UnloadableCheckpoint(UserError):
-    """torch or peft cannot load a checkpoint whose files are undamaged."""
+    """Raised if torch or peft cannot load a checkpoint whose files are undamaged."""
 
     def __init__(self, folder: Path, error: Exception) -> None:
         reason = first_line(error)
@@ -115,7 +123,7 @@ def write(
     save_checkpoint_files: Callable[[Path], None],
     dist: DistributedContext,
 ) -> Path:
-    """Write a checkpoint, which is on the disk on return.
+    """Write a checkpoint and flush it to disk.
 
     Args:
         save_checkpoint_files: writes the files of this process to the given folder.
@@ -124,7 +132,7 @@ def write(
         The folder of the checkpoint.
 
     Raises:
-        OSError: it cannot be written. An earlier checkpoint of the step is untouched then.
+        OSError: the checkpoint cannot be written. An earlier checkpoint of the same step is then unchanged.
     """
     final = run.checkpoints_dir / f"step-{state.step}"
     if not dist.is_main_process:
@@ -132,7 +140,7 @@ def write(
         save_checkpoint_files(draft_files(final))
         dist.barrier()
         return final
-    # Without its parents: a run that was deleted meanwhile is not made again.
+    # Do not create parents: a run that was deleted meanwhile must not reappear.
     run.checkpoints_dir.mkdir(mode=0o700, exist_ok=True)
     with held_draft(draft_path(final)) as draft:
         if draft is None:
@@ -144,7 +152,7 @@ def write(
         write_checksums(draft)
         sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
         atomic_write(draft / MARKER, msgspec.json.encode(sizes))
-        # A checkpoint of this step may exist from an earlier attempt.
+        # An earlier attempt may have left a checkpoint of this step.
         publish(draft, final)
     return final
 
@@ -153,10 +161,10 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
     """Find the newest complete checkpoint.
 
     Args:
-        before: consider only checkpoints of earlier steps than this.
+        before: consider only checkpoints of steps before this one.
 
     Returns:
-        The checkpoint, None if there is none, and a description of the damage of each newer one.
+        The checkpoint, or None if there is none, and a description of the damage of each newer one.
     """
     damage: list[str] = []
     for step, folder in reversed(run.checkpoints()):
@@ -174,7 +182,9 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
 
 
 def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
-    """Raise UserError if a checkpoint is of another number of processes, whose random numbers differ."""
+    """Raise UserError if another number of processes wrote the checkpoint: their random numbers would
+    differ.
+    """
     saved = len(list(checkpoint.folder.glob("rng_state*.pth")))
     if saved not in (0, processes):
         raise UserError(
@@ -197,15 +207,16 @@ def prune(run: RunDir, keep: int, best_step: int | None) -> None:
     """Delete all but the newest ``keep`` checkpoints and the best one."""
     for step, folder in run.checkpoints()[:-keep]:
         if step != best_step:
-            # What cannot be deleted takes room and does no other harm.
+            # A checkpoint that cannot be deleted takes disk space but does no other harm.
             with suppress(OSError):
                 discard(folder)
 
 
 def weights_identity(files: ModelFiles) -> str:
-    """Return a hash of the size, the header and samples of each weight file of a base, which is fast.
+    """Return a hash that identifies a base's weights, from the size, header and samples of each weight file.
 
-    The place and the names of the files are not in it. Raises UserError if a file cannot be read.
+    Hashing samples is fast. Paths and names of the files are not part of the hash. Raises UserError if a file
+    cannot be read.
     """
     names = (files.gguf_file,) if files.gguf_file is not None else weight_files(files.folder)
     hashed = hashlib.sha256()
@@ -225,7 +236,7 @@ def weights_identity(files: ModelFiles) -> str:
 
 
 def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str) -> None:
-    """Raise UserError if the base's weights are no longer those of the checkpoint."""
+    """Raise UserError if the base's weights have changed since the checkpoint."""
     if state.base_hash and state.base_hash != base_hash:
         raise UserError(
             "The base model has changed",
@@ -236,7 +247,7 @@ def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str)
 
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
-    """Raise UserError, naming the differences, if recipe or data are no longer those of the checkpoint."""
+    """Raise UserError, naming the differences, if recipe or data have changed since the checkpoint."""
     before = state.trained_recipe()
     changes = [c for c in diff_recipes(before, recipe) if c.path not in WITHOUT_EFFECT_ON_WEIGHTS]
     if before.effective_batch == recipe.effective_batch:
@@ -262,9 +273,10 @@ BUFFER_BYTES = 1 << 20
 
 
 def save_with_torch(value: object, path: Path) -> None:
-    """Write what ``torch.load`` reads.
+    """Write a file that ``torch.load`` can read.
 
-    Through a file object of Python: torch keeps its OSError as the context of the error that it raises.
+    The file is written through a Python file object, because torch then keeps its OSError as the context of
+    the error that torch raises.
     """
     import torch
 
@@ -273,7 +285,7 @@ def save_with_torch(value: object, path: Path) -> None:
 
 
 class _Unbuffered(io.RawIOBase):
-    """A new file without a buffer: each write is one system call."""
+    """A new file without a buffer, in which each write is one system call."""
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

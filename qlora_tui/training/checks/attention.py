@@ -1,4 +1,4 @@
-"""Checks that packed attention computes what each layer of the loaded model needs.
+"""Checks that packed attention agrees with the library's attention in each layer of the loaded model.
 
 The model is run once on a short sample, with sliding windows shorter than it is. Each layer's queries, keys
 and values go through the library's attention for that layer, with the mask that the library makes for it, and
@@ -22,22 +22,25 @@ from qlora_tui.training.checks.rounding import within_noise, within_rounding
 from qlora_tui.training.packed_attention import set_attention
 
 _NAME = "qlora_check"
-"""Name under which transformers knows the attention implementation that compares."""
+"""Name under which the comparing attention implementation is registered with transformers."""
 _WINDOW = 3
 """Length to which sliding windows and chunks of the model are shortened, in tokens."""
 _WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
-"""Names of settings that say how far back a token attends."""
+"""Names of settings that limit how far back a token attends."""
 _SCORES = 3.0
 """Standard deviation of each head's scores: large enough for uneven weights, too small for one-hot ones."""
 _ROUNDINGS = 64.0
-"""Rounding errors of fp32, in which the library computes its softmax, by which an output may differ."""
+"""Number of fp32 rounding errors by which an output may differ; the library computes its softmax in fp32."""
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
-"""How many times the error of the library's eager attention in the run's dtype, at each head's worst token,
-an output may be wrong by; if that is nothing, as many thirds of a unit in the last place."""
+"""Largest error of an output, as a multiple of the error of the library's eager attention in the run's dtype.
+
+Both errors are those of each head's worst token. If eager attention has no error, the limit is as many thirds
+of a unit in the last place.
+"""
 
 
 AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Attention of a layer, from queries, keys and values."""
+"""Attention of a layer, computed from queries, keys and values."""
 
 
 class AttentionMismatchError(RuntimeError):
@@ -69,16 +72,16 @@ def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def setting_owners(model: nn.Module) -> list[Any]:
-    """Return the modules of a model and their configs: what has settings that a forward reads."""
+    """Return the model's modules and their configs: the objects that may hold settings of a forward."""
     modules = list(model.modules())
     configs = [getattr(module, "config", None) for module in modules]
-    # Idefics calls a number its config.
+    # Idefics has a number as an attribute named config.
     return [*modules, *{id(each): each for each in configs if hasattr(each, "__dict__")}.values()]
 
 
 @contextmanager
 def short_windows(model: nn.Module) -> Iterator[None]:
-    """Cut every sliding window of the model down to a few tokens, so that short samples reach past it."""
+    """Limit every sliding window of the model to a few tokens, so that short samples extend beyond it."""
     former = []
     for holder in setting_owners(model):
         for name, window in list(vars(holder).items()):
@@ -101,9 +104,9 @@ def _compare(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the library's attention output. Raises AttentionMismatchError if ``packed``, ours, differs."""
+    """Return the library's attention output. Raises AttentionMismatchError if ours, ``packed``, differs."""
     dtype = query.dtype
-    # The library's masks add the lowest number of the dtype to hidden scores.
+    # The library's masks add the lowest number of the dtype to masked scores.
     masks = {
         kind: None if attention_mask is None else attention_mask.to(kind) for kind in (torch.float64, dtype)
     }
@@ -132,7 +135,8 @@ def attention_matches(
     """Return whether two attention functions agree on the tensors of a layer.
 
     The queries are scaled so that scores have a typical size: large scores would put all weight on one key,
-    and small ones would hide a soft cap. In float64 this compares the formula, in the run's dtype the kernel.
+    and small ones would hide a soft cap. A comparison in float64 tests the formula; one in the run's dtype
+    tests the kernel.
     """
     usual = (query * _factors(query, key, scaling)).to(query.dtype)
     q, k, v = usual.double(), key.double(), value.double()
@@ -149,7 +153,7 @@ def attention_matches(
 def _reference(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> Tensor:
-    """Return the family's own eager attention, (batch, tokens, heads, width)."""
+    """Return the output of the family's own eager attention (batch, tokens, heads, width)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
@@ -160,7 +164,9 @@ def _reference(
 
 
 def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
-    """Factors (1, heads, 1, 1) for the queries that give each head scores of a typical size."""
+    """Return factors (1, heads, 1, 1) by which to scale queries, so that each head has scores of a typical
+    size.
+    """
     keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.double() @ keys.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     return _SCORES / scores.std((-1, -2), keepdim=True).clamp(min=1e-9)

@@ -1,8 +1,7 @@
-"""Verifies on the loaded model what must hold before training may rely on it.
+"""Verifies on the loaded model what training relies on; each check is one or two short forward passes.
 
-Each check is a short forward pass or two. Model families differ in ways that no list can keep up with: a
-convolution that looks across samples, a factor between head and loss. A shortcut that fails its check is not
-used, and the run's events say so.
+Model families differ in ways that no list can cover, such as a convolution that reads across samples, or a
+factor between head and loss. A shortcut that fails its check is not used, and the run's events report that.
 """
 
 from __future__ import annotations
@@ -27,31 +26,36 @@ from qlora_tui.training.scoring import no_grad_eval
 _FIRST, _SECOND = 9, 7
 """Lengths of the two samples, in tokens."""
 _CONTEXTS = ("max_position_embeddings", "original_max_position_embeddings")
-"""Settings, anywhere in a config, that name a position from which rotary frequencies may be others."""
+"""Settings, anywhere in a config, that name a position beyond which rotary frequencies may change."""
 _UNTRAINED = 3
 """Position of a token in the first sample that is not in the loss."""
 _ROUNDINGS = 16.0
-"""Rounding errors of fp32 by which the loss and the gradient of a token's logits may differ."""
+"""Number of fp32 rounding errors by which the loss and the gradient of a token's logits may differ."""
 _MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Lower bound of the noise, as a share of a token's logits: a short sample may show too little by chance."""
+"""Lower bound of the noise, as a share of a token's logits, because a short sample may show too little by
+chance.
+"""
 _NOISE = 4.0
-"""How many times the noise a token's logits in a packed sequence may differ from the sample's alone."""
+"""Multiple of the noise by which a token's logits in a packed sequence may differ from the sample's alone."""
 _MAX_NOISE = 0.25
-"""Largest noise, as a share of a token's logits, with which the check is still meaningful."""
+"""Largest noise, as a share of a token's logits, at which the check is still meaningful."""
 _INT8_LEAK = 1e-3
-"""Share of a token's logits by which an 8-bit model's move when another sample changes: outliers of one row
-are scaled with another's. Every other path keeps samples apart exactly, but for the grouping of experts."""
+"""Share of a token's logits by which an 8-bit model's logits may change if another sample changes.
+
+An 8-bit model scales the outliers of one row together with those of another. All other paths separate samples
+exactly, except for the grouping of experts.
+"""
 
 
 _LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What the code of a model raises for inputs that it does not take."""
+"""Errors that model code raises for inputs it does not accept."""
 
 
 def require_causal(model: Any, device: torch.device) -> None:
-    """Compute the logits of a short text, of which later tokens must not change those of earlier ones.
+    """Raise UserError unless later tokens of a short text leave the logits of earlier ones unchanged.
 
-    Raises UserError for a model that computes nothing from text alone, and for one whose tokens see those
-    after them: it would learn to copy what it is to predict.
+    A model whose tokens attend to later ones would learn to copy the token that it should predict. Raises
+    UserError too for a model that cannot compute logits from text alone.
     """
     first, _, second = _tokens(model, device)
     end = first.shape[1]
@@ -69,7 +73,7 @@ def require_causal(model: Any, device: torch.device) -> None:
             fix="Compare config.json with the one published with the model, or set "
             "quantization.compute_dtype to bfloat16 or float32.",
         )
-    # Experts get other tokens, and so round otherwise.
+    # Experts receive other tokens, and therefore round differently.
     allowed = _NOISE * _MIN_NOISE[before.dtype] * _rms(before)
     if len(before) != end or not bool((_rms(moved) <= allowed).all()):
         raise UserError(
@@ -82,14 +86,14 @@ def require_causal(model: Any, device: torch.device) -> None:
 
 @contextmanager
 def _refused_by(model: Any, title: str) -> Iterator[None]:
-    """Raise UserError for what a model raises inside, which is given nothing but tokens."""
+    """Raise UserError if a model fails on token ids as its only input."""
     try:
         yield
     except _LIBRARY_ERRORS as error:
         if is_out_of_memory(error):
             raise
         fix = "Choose a model that continues text, such as Qwen, Llama or Gemma."
-        if model.dtype != torch.float32:  # transformers 5.24 runs xLSTM in nothing else
+        if model.dtype != torch.float32:  # transformers 5.24 runs xLSTM in float32 only
             fix += (
                 f" Or, if its code does not run in {model.dtype}, set quantization.compute_dtype to float32."
             )
@@ -103,10 +107,12 @@ def _refused_by(model: Any, title: str) -> Iterator[None]:
 
 @torch.no_grad()
 def prepare_for_text(model: Any, device: torch.device) -> None:
-    """Make a model take a text alone in training mode, where some ask for more than to answer.
+    """Let a model take text alone in training mode, in which some models require more inputs than for
+    inference.
 
-    * Types of tokens that it asks for are those of text, 0.
-    * A model that changes its embeddings in place cannot compute gradients for them; nothing needs these.
+    * Token types, if the model requires them, are those of text: 0.
+    * If the model changes its embeddings in place, no gradients are computed for them, because none are
+      needed.
 
     Raises UserError for a model that still computes nothing.
     """
@@ -134,7 +140,7 @@ def prepare_for_text(model: Any, device: torch.device) -> None:
 
 
 def _give_token_types(model: Any) -> None:
-    """Say that all tokens are text to a model that takes types of tokens."""
+    """Pass token types to a model that requires them, marking all tokens as text."""
     named = inspect.signature(model.base_model.forward).parameters
     names = [name for name in named if name.endswith("token_type_ids")]
 
@@ -150,14 +156,14 @@ def _give_token_types(model: Any) -> None:
 
 @torch.no_grad()
 def packing_is_isolated(model: Any, device: torch.device) -> bool:
-    """Whether the outputs of a sample in a packed sequence are the same as those of the sample alone.
+    """Return whether a sample in a packed sequence has the same outputs as the sample alone.
 
     The noise of the model and its dtype is measured by running the sample once more with the library's
-    attention, followed by tokens that it does not see: then every matrix product has as many rows as in a
-    packed sequence. Our attention is compared with the library's layer by layer.
+    attention, followed by tokens that the sample cannot see, so that every matrix product has as many rows as
+    in a packed sequence. Our attention is compared with the library's layer by layer.
 
-    The positions of the other sample are beyond every context that the config names, and those of the sample
-    are not, so that few tokens show whether its frequencies follow from the other one's length.
+    The other sample's positions are beyond every context that the config names, and the first sample's are
+    not. So a few tokens show whether the first sample's frequencies depend on the other one's length.
     """
     first, other, second = _tokens(model, device)
     beyond = _longest_context(model)
@@ -182,27 +188,28 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
 
 
 def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
-    """Share of each token's logits by which they may change when another sample changes."""
+    """Return the share of each token's logits by which they may change if another sample changes."""
     if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
         return noise.clamp(min=_INT8_LEAK)
-    # A family's own experts have parameters of three dimensions, those in 4 bits packed ones.
+    # A family's own experts have three-dimensional parameters, and 4-bit ones packed parameters.
     groups = any(isinstance(module, Experts4bit) for module in model.modules())
     groups = groups or any(parameter.dim() == 3 for parameter in model.parameters())
     return _NOISE * noise if groups else torch.zeros_like(noise)
 
 
 def _rms(logits: Tensor) -> Tensor:
-    """Root mean square of each token's logits: (tokens, vocabulary) to (tokens,), fp32."""
+    """Return the root mean square of each token's logits: (tokens, vocabulary) to (tokens,), fp32."""
     return logits.float().square().mean(-1).sqrt()
 
 
 @torch.no_grad()
 def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> bool:
-    """Whether ``head`` describes the way from hidden states to logits completely, and the gradient of it.
+    """Return whether ``head`` describes all computation from hidden states to logits, and its gradient.
 
-    For the check the decoder returns chosen hidden states and the output projection chosen fp32 logits, from
-    0 to far beyond any soft cap. So everything that the model does before, between and after the two shows
-    with the precision of fp32, whatever dtype it computes in. The projection itself is an ``nn.Linear``.
+    For the check, the decoder returns chosen hidden states, and the output projection returns chosen fp32
+    logits, from 0 to far beyond any soft cap. So whatever the model computes before, between and after the
+    two is compared with the precision of fp32, whatever dtype the model has. The projection itself is an
+    ``nn.Linear``.
     """
     tokens, _, _ = _tokens(model, device)
     labels = tokens.clone()
@@ -214,7 +221,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
 
     def project(states: Tensor) -> Tensor:
         received.append(states)
-        return raw[None] * 1.0  # a family may scale it in place
+        return raw[None] * 1.0  # a family may scale its input in place
 
     def give_chosen(module: Any, args: Any, output: Any) -> Any:
         given.append(_example_states(output[0]))
@@ -239,19 +246,21 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
 
 
 def _example_states(states: Tensor) -> Tensor:
-    """Hidden states in the shape and dtype of ``states``, with a few massive channels."""
+    """Return hidden states in the shape and dtype of ``states``, with a few massive channels."""
     return example_rows(*states.shape, seed=3, outlier=300).to(states.device, states.dtype)
 
 
 def _example_logits(head: ChunkedHead) -> Tensor:
-    """Logits (tokens, vocabulary) in fp32, of growing size from token to token."""
+    """Return logits (tokens, vocabulary) in fp32 whose size grows from token to token."""
     logits = torch.randn(_FIRST, head.projection.out_features, generator=torch.Generator().manual_seed(4))
     largest = 2 * (head.softcap or 10.0) / abs(head.multiplier)
     return logits * torch.logspace(-2, 0, _FIRST)[:, None] * largest
 
 
 def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: ChunkedHead) -> bool:
-    """Whether a loss and its gradient at the raw logits (tokens, vocabulary) are the mean cross-entropy."""
+    """Return whether a loss and its gradient at the raw logits (tokens, vocabulary) are mean
+    cross-entropy.
+    """
     trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
     targets = labels[1:][trained, None]
     losses, logit_grads = losses_and_grads(raw[trained], targets, head, needs_grad=True)
@@ -261,7 +270,7 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
     logits = raw[trained] * head.multiplier
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    # Rounding changes a logit, and so its log-probability, in proportion to the size of the logit.
+    # Rounding changes a logit, and therefore its log probability, in proportion to the logit's size.
     largest = 1 + logits.abs().amax(-1, keepdim=True)
     likely = logits.softmax(-1).scatter(1, targets, 1.0)
     scale[trained] = likely * largest * abs(head.multiplier) / len(trained)
@@ -271,7 +280,9 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
 
 
 def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids of two variants of a first sample, which differ at every position, and of a second sample."""
+    """Return token ids of two variants of a first sample, which differ at every position, and of a second
+    sample.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a config
     first = torch.randint(vocabulary, (1, _FIRST), generator=generator)
@@ -281,7 +292,9 @@ def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 def _longest_context(model: Any) -> int:
-    """The largest position that the config names as the end of a context; 0 without rotary positions."""
+    """Return the largest position that the config names as the end of a context; 0 without rotary
+    positions.
+    """
     if not any(hasattr(module, "rope_type") for module in model.modules()):
         return 0  # learned positions end there
     return max(_contexts(model.config.get_text_config().to_dict()), default=0)

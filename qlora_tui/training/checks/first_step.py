@@ -1,8 +1,9 @@
-"""Compares the first step of a run, with all fast paths, with transformers and peft.
+"""Compares the first step of a run, with all fast paths, to the same step by transformers and peft.
 
-Where they differ, each fast path is tested separately. Those that compute something else are switched off for
-the run, which then trains as transformers and peft would; an event and a warning name them. How far both may
-differ: ``step_comparison``, by the ``NOISE_FACTOR`` of ``rounding``.
+If the steps differ, each fast path is tested separately. Fast paths that compute something else are switched
+off for the run, which then trains as transformers and peft would; an event and a warning name them.
+``NOISE_FACTOR`` of ``rounding`` limits how far the two steps may differ, relative to the noise that
+``step_comparison`` measures.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class FastPaths:
     """The fast paths that a model with its adapter uses, each of which can be switched."""
 
     def __init__(self, model: Any, base: PreparedBase) -> None:
-        """``model``: the base's model with its adapter."""
+        """Find the fast paths in ``model``, the base's model with its adapter."""
         self._switches: dict[FastPath, tuple[Callable[[], object], Callable[[], object]]] = {}
-        """For each path, the functions that switch to ours and to the library's."""
+        """For each path, the functions that switch to our code and to the library's."""
         bare = base.model
         if base.padding_free:
             self._switches["packed attention"] = (
@@ -88,7 +89,7 @@ class FastPaths:
         return tuple(self._switches)
 
     def use(self, names: Collection[FastPath]) -> None:
-        """Use these fast paths, and the library's code for all others."""
+        """Use the named fast paths, and the library's code for all others."""
         for name, (ours, reference) in self._switches.items():
             if name in names:
                 ours()
@@ -97,7 +98,7 @@ class FastPaths:
 
 
 _MAX_TOKENS = {"cpu": 128, "cuda": 512}
-"""Largest number of tokens in the excerpt: a second or two of computing on either device."""
+"""Largest number of tokens in the excerpt, which takes a second or two on either device."""
 _MIN_TOKENS = 8
 _MORE_DRAWS = 3
 _LIBRARY_LOGITS_BYTES = 20
@@ -113,7 +114,7 @@ T = TypeVar("T")
 
 
 class StepNotComputedError(Exception):
-    """A step could not be computed in one process of the run. Raised in all of them, so that none waits."""
+    """Raised in all processes of a run if one cannot compute a step, so that none waits for it."""
 
     def __init__(self, reason: str, *, out_of_memory: bool) -> None:
         super().__init__(reason)
@@ -127,13 +128,13 @@ class VerificationResult:
     comparison: StepComparison
     """The comparison of the step with every fast path."""
     replaced: tuple[FastPath, ...] = ()
-    """Fast paths that computed something else, now replaced by the library's code."""
+    """Fast paths that computed something else, and have been replaced by the library's code."""
     agrees: bool = True
     """Whether the step, with these paths replaced, agrees with the library's."""
 
 
 def require_text_model(run: Run) -> None:
-    """Raise UserError if the run's model, as the libraries compute it, does not continue text."""
+    """Raise UserError if the run's model, as the libraries compute it, is not a causal model of text."""
     paths = FastPaths(run.model, run.base)
     paths.use(())
     require_causal(run.base.model, run.device.torch_device)
@@ -144,14 +145,14 @@ def require_text_model(run: Run) -> None:
 def verify_first_step(run: Run) -> PreparedBase:
     """Compare the run's first micro-batch with transformers and peft, and report the result.
 
-    ``run.model`` is left with the fast paths that computed the same.
+    ``run.model`` keeps only the fast paths that computed the same.
 
     Returns:
-        The base as the run may use it: ``padding_free`` is False if packed attention was replaced;
-        the steps must then be planned again.
+        The base as the run may use it. ``padding_free`` is False if packed attention was replaced; the steps
+            must then be planned again.
 
     Raises:
-        UserError: the step differs without fast paths too, and the recipe stops there.
+        UserError: the step differs even without fast paths, and the recipe is set to stop in this case.
     """
     base, samples, step_plan = run.base, run.samples, run.step_plan
     device, reporter = run.device, run.reporter
@@ -195,15 +196,15 @@ def verify_step(
     pad_id: int,
     dist: DistributedContext,
 ) -> VerificationResult | str:
-    """Compare a step with the library's, and leave the model with the paths that computed the same.
+    """Compare a step with the library's, and leave only the paths that computed the same switched on.
 
-    Processes of one run decide together: a path that is wrong in one is used in none.
+    All processes of a run decide together: a path that is wrong in one process is used in none.
 
     Returns:
-        What the comparison showed, or why nothing could be compared.
+        The result of the comparison, or a text that says why nothing could be compared.
 
     Raises:
-        StepNotComputedError: the library's step failed, or memory ran out. All fast paths are on then.
+        StepNotComputedError: the library's step failed, or memory ran out. All fast paths are then on.
     """
     paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
@@ -231,7 +232,7 @@ def verify_step(
                 return "the library's own loss or gradient is not a finite number"
             first, right = compare(paths.names)
             if not right:
-                # One draw of the noise may have been small by chance: draw more before blaming a path.
+                # One draw of the noise may have been small by chance, so draw again before rejecting a path.
                 paths.use(())
                 for _ in range(_MORE_DRAWS):
                     _in_every_process(dist, reference.measure_noise)
@@ -242,7 +243,7 @@ def verify_step(
                 for name in paths.names if right else ():
                     if compare((*right_paths, name))[1]:
                         right_paths = (*right_paths, name)
-                # Only now, so that after an exception all paths are on again, for the caller and another try.
+                # Only now: after an exception all paths are on again, for the caller and for another attempt.
                 used = right_paths
     finally:
         paths.use(used)
@@ -250,7 +251,9 @@ def verify_step(
 
 
 def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> StepComparison:
-    """Compare our step; one that raises if the library's does not counts as wrong."""
+    """Compare our step with the reference; an exception that the library's step does not raise counts as
+    wrong.
+    """
     try:
         return reference.compare(packed=packed, pad_id=pad_id)
     except Exception as error:
@@ -273,7 +276,7 @@ def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
         try:
             raise StepNotComputedError(reason, out_of_memory=out_of_memory) from cause
         finally:
-            # Its traceback refers to this frame: the two would keep the tensors of the failed step.
+            # The traceback refers to this frame, and together they would keep the tensors of the failed step.
             del cause
     return value  # type: ignore[return-value]  # None only if that is what it computes
 
@@ -286,8 +289,8 @@ def _describe_error(error: Exception) -> str:
 def _first_sequences(
     step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int
 ) -> Sequence[PackedSamples]:
-    """Return the first micro-batch with two samples, which shows whether one sees the other; else
-    the first.
+    """Return the first micro-batch with two samples, which reveals leaks between samples; else the first
+    one.
     """
     every = (
         sequences for step in step_plan.steps for sequences in micro_batches(step.sequences, micro_batch)
@@ -299,11 +302,10 @@ def _first_sequences(
 
 
 def _affordable_tokens(longest: list[PackedSamples], samples: TokenizedDataset, device: ComputeDevice) -> int:
-    """Return the number of tokens of an excerpt for which the library's step needs no more memory
-    than the run's longest
-    step.
+    """Return the largest excerpt, in tokens, for which the library's step fits in the memory of the run's
+    longest step.
 
-    The library keeps the logits of a whole sample where our loss keeps a chunk of them, and up to twice the
+    The library keeps the logits of a whole sample while our loss keeps one chunk of them, and up to twice the
     activations per token.
     """
     trained = sum(sum(samples.loss_mask(i)) for sequence in longest for i in sequence)
@@ -363,7 +365,7 @@ def _difference(comparison: StepComparison) -> str:
 
 
 def _base_without(base: PreparedBase, replaced: Collection[FastPath]) -> PreparedBase:
-    """``base`` without these fast paths, and with descriptions of attention and loss that say so."""
+    """Return ``base`` without these fast paths, with descriptions of attention and loss to match."""
     if not replaced:
         return base
     base = replace(base, replaced=tuple(replaced))

@@ -1,10 +1,12 @@
-"""Whether two computations of the same values differ by rounding alone: behind every check of a shortcut.
+"""Tells whether two computations of the same values differ only by rounding; every check of a shortcut uses
+it.
 
-Each element is compared at its own magnitude, never at that of the largest value in its tensor: trained
-models have outlier channels, next to which an error in all the others looks small. The same operations are
-compared with :func:`bitwise_equal` and :func:`equal_up_to_rounding`; sums of terms with
-:func:`within_rounding`, at the magnitude of the terms; kernels whose rounding is unknown with
-:func:`within_noise`, next to the error that the library's own way has.
+Each element is compared relative to its own magnitude, never to the largest value in its tensor: trained
+models have outlier channels, which would make an error in all other channels look small.
+
+:func:`bitwise_equal` and :func:`equal_up_to_rounding` compare results of the same operations.
+:func:`within_rounding` compares sums at the magnitude of their terms. :func:`within_noise` compares kernels
+whose rounding is unknown with the error of the library's own computation.
 """
 
 from __future__ import annotations
@@ -22,27 +24,32 @@ differ. Right steps stay below 1.7 on SmolLM2-135M and Gemma-3-270M in float32 a
 Llama's form of RMSNorm is above 25."""
 _MAX_DRAWS = 4
 _ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
-"""Machine epsilons by which each module's output is moved. In 16 bits results are rounded once; in float32
-the order of a sum over thousands of products shows."""
+"""Rounding error by which each module's output is perturbed, in machine epsilons.
+
+16-bit results are rounded once. In float32 the order of a sum over thousands of products matters.
+"""
 _UNITS = {torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-"""Units in the last place by which an element may differ. In 16 bits both ways compute in float32 and round
-once; in float32 the order of a sum over a row shows."""
+"""Units in the last place by which an element may differ.
+
+In 16 bits both computations use float32 and round once. In float32 the order of a sum over a row matters.
+"""
 _DIFFERING = {torch.float32: 1.0, torch.bfloat16: 0.01, torch.float16: 0.02}
-"""Share of the elements that may differ at all. In 16 bits a difference of float32 rounding crosses a
-boundary in about 1 of 1,000 elements (bfloat16: 1 of 10,000); one rounding more or less shows in 1 of 5."""
+"""Share of the elements that may differ at all.
+
+In 16 bits a float32 rounding difference crosses a rounding boundary in about 1 of 1,000 elements (bfloat16: 1
+of 10,000), while an additional rounding changes 1 of 5.
+"""
 
 
 def bitwise_equal(actual: Tensor, expected: Tensor) -> bool:
-    """Return whether dtype, shape and every bit agree: the same operations on the same values, in the same
-    order.
-    """
+    """Return whether dtype, shape and every bit are equal, as after the same operations in the same order."""
     return actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
 def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
-    """Return whether elementwise operations in the same order, rounded at the same places, gave both tensors.
+    """Return whether two tensors can result from the same elementwise operations, rounded at the same places.
 
-    False if dtype or shape differ, or one of the two has a NaN.
+    False if dtype or shape differ, or if either tensor has a NaN.
     """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False
@@ -61,7 +68,7 @@ def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: 
     """Return whether every element differs by at most ``roundings`` rounding errors of a value of its
     ``scale``.
 
-    ``scale`` has one value per element: the magnitude of the terms that were rounded in computing it, which
+    ``scale`` has one value per element: the magnitude of the terms from which the element was computed, which
     exceeds the element itself if terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
     relative to ``scale``. NaN counts as a difference.
     """
@@ -75,10 +82,10 @@ def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: 
 
 
 def within_noise(actual: Tensor, exact: Tensor, noise: Tensor, factor: float) -> bool:
-    """Return whether no element is further from its exact value than ``factor`` times the noise; NaN is
-    further.
+    """Return whether every element's distance from its exact value is at most ``factor`` times the noise.
 
-    ``noise``: the error of another way to compute the same, and at least what rounding alone gives.
+    NaN counts as farther. ``noise`` is the error of another way to compute the same values; rounding alone
+    gives its lower bound.
     """
     return bool(((actual.double() - exact).abs() <= factor * noise).all())
 
@@ -86,7 +93,7 @@ def within_noise(actual: Tensor, exact: Tensor, noise: Tensor, factor: float) ->
 def outputs_and_gradients(
     function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return what a function returns, and the gradients of its inputs for these gradients of its outputs."""
+    """Return a function's outputs, and the gradients of its inputs for these gradients of its outputs."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     with torch.enable_grad():
         returned = function(*leaves)
@@ -96,9 +103,10 @@ def outputs_and_gradients(
 
 
 def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
-    """Return normal values (…, columns), the same in each process; every third of the columns is massive.
+    """Return normally distributed values (…, columns), equal in every process, with every third column
+    massive.
 
-    ``outlier`` is the factor on these columns, as in trained models.
+    ``outlier`` is the factor of the massive columns, which trained models have too.
     """
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     rows[..., :: max(shape[-1] // 3, 1)] *= outlier
@@ -106,13 +114,15 @@ def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
 
 
 def rounding_error_of(dtype: torch.dtype) -> float:
-    """Relative rounding error of the output of a module that computes in ``dtype``."""
+    """Return the relative rounding error of the output of a module that computes in ``dtype``."""
     return _ROUNDING[dtype] * torch.finfo(dtype).eps
 
 
 @contextmanager
 def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
-    """Perturb each element of all module outputs, and of their gradients, up or down by a share ``size``."""
+    """Perturb each element of all module outputs, and of their gradients, up or down by the relative
+    ``size``.
+    """
     generators: dict[torch.device, torch.Generator] = {}
 
     def error(x: Tensor) -> Tensor:
@@ -140,13 +150,13 @@ def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[Non
 def rounding_noise(
     model: nn.Module, dtype: torch.dtype, change: Callable[[], float], difference: float
 ) -> float:
-    """Return the largest change that rounding errors make to what a model computes, of a few draws.
+    """Return the largest change that simulated rounding errors cause in a model's result, over a few draws.
 
     Args:
         model: computes in ``dtype``.
         dtype: dtype of the rounding errors.
-        change: runs the model, and returns how far it is from a run without errors.
-        difference: no more is drawn once the noise accounts for it.
+        change: runs the model, and returns how far the result is from a run without errors.
+        difference: drawing ends once the noise explains this difference.
     """
     noise = 0.0
     for draw in range(_MAX_DRAWS):

@@ -1,12 +1,12 @@
 """One real training step computed twice: by transformers and peft alone, and as this run will compute it.
 
 The checks of single parts (norms, gated MLPs, output head, attention) run each part on inputs prepared for
-it. This check knows nothing about parts: the same tokens, weights and dtype must give the same loss and the
-same gradient of every adapter tensor, whatever the model's class does.
+it. This check covers the whole step: the same tokens, weights and dtype must give the same loss and the same
+gradient of every adapter tensor, whatever the model's class does.
 
 "The same" means: as near as the library's own step stays to itself when the output of each module, and the
-gradient that comes back through it, is moved by the dtype's rounding error. That is measured here, on this
-model and these tokens, for each tensor by itself (stochastic arithmetic, as in Vignes 1993, CESTAC).
+gradient that comes back through it, is perturbed by the dtype's rounding error. This noise is measured here
+for each tensor, on this model and these tokens (stochastic arithmetic, as in Vignes 1993, CESTAC).
 """
 
 from __future__ import annotations
@@ -29,25 +29,29 @@ from qlora_tui.training.model import dropout_settings
 from qlora_tui.training.samples import Sample, SampleList
 
 Gradients: TypeAlias = dict[str, Tensor]
-"""Gradient of each trained parameter, by its name in the model."""
+"""Gradient of each trained parameter, keyed by its name in the model."""
 
 _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
-"""Share of a loss by which the order of its sums over vocabulary and tokens may move it, in float32."""
+"""Relative change of a float32 loss that the order of its sums over vocabulary and tokens can cause."""
 _ADAPTER_SHARE = 0.05
-"""Approximate size of the adapter's output relative to its frozen module's: enough to make A's gradient
-meaningful."""
+"""Approximate size of the adapter's output relative to its frozen module's, which makes A's gradient
+meaningful.
+"""
 _LARGE = 2**24
-"""Elements above which only some rows of a gradient are compared: a trained embedding has gigabytes."""
+"""Number of elements above which only some rows of a gradient are compared: a trained embedding has
+gigabytes.
+"""
 _COMPARED_ROWS = 4096
-"""How many of them, besides those of the excerpt's tokens."""
+"""Number of compared rows of such a gradient, besides those of the excerpt's tokens."""
 _FP16_LOSS_SCALE = 1024.0
 """Loss scale of the check, so that small gradients do not vanish in float16."""
 
 
 def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, tokens: int) -> SampleList:
-    """At most ``tokens`` tokens of the first two samples in ``sequences``, each up to its last trained token.
+    """Return at most ``tokens`` tokens of the first two samples in ``sequences``, as an excerpt.
 
-    Two samples, so that packing them into one sequence shows whether one attends to the other.
+    Each sample ends at its last trained token. There are two samples, so that packing them into one sequence
+    shows whether one attends to the other.
     """
     first = [i for sequence in sequences for i in sequence][:2]
     each = max(2, tokens // len(first))
@@ -69,17 +73,19 @@ class StepComparison:
     reference_loss: float
     loss_noise: float
     gradient_difference: float
-    """Relative difference of a gradient, for the tensor that exceeds its noise most."""
+    """Relative difference of the gradient of the tensor that exceeds its noise most."""
     gradient_noise: float
     """Relative noise of the gradient of that tensor."""
     tensor: str
     """Name of that tensor."""
     failure: str = ""
-    """Why our step could not be computed, with loss and gradients of NaN; empty if it was."""
+    """Why our step could not be computed, in which case loss and gradients are NaN; empty if it was
+    computed.
+    """
 
     @property
     def agrees(self) -> bool:
-        """Whether rounding accounts for all differences. False if a value is not finite."""
+        """Return whether rounding explains all differences. False if a value is not finite."""
         return (
             abs(self.loss - self.reference_loss) <= NOISE_FACTOR * self.loss_noise
             and self.gradient_difference <= NOISE_FACTOR * self.gradient_noise
@@ -97,9 +103,9 @@ class StepReference:
         norms = torch.stack([gradient.norm() for gradient in self._gradients.values()])
         least = torch.finfo(device.dtype).eps * float(norms.square().mean().sqrt())
         self._least = max(least, torch.finfo(torch.float32).tiny)
-        """Gradient norm below which a tensor's gradient is lost in the rounding of the others."""
+        """Gradient norm below which rounding errors of the other tensors hide a tensor's gradient."""
         self._matters: float = torch.finfo(device.dtype).eps ** 0.5 * float(norms.square().mean().sqrt())
-        """Change of a gradient that is noise by itself, small next to the whole gradient."""
+        """Change that counts as noise by itself, because it is small next to the whole gradient."""
         self._draws = 0
         self.loss = float(self._losses.sum()) / self._items
         self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
@@ -115,7 +121,8 @@ class StepReference:
             losses, gradients = self._reference_step()
         self._draws += 1
         moves = losses - self._losses
-        # A single draw may cancel out in the sum, so its spread is a lower bound.
+        # The perturbations of a single draw may cancel in the sum, so the spread within it is the lower
+        # bound.
         noise = float(torch.maximum(moves.sum().abs(), moves.norm())) / self._items
         self.loss_noise = max(noise, self.loss_noise)
         for name, gradient in self._gradients.items():
@@ -123,11 +130,14 @@ class StepReference:
 
     @property
     def is_finite(self) -> bool:
-        """Whether loss and gradients of the library's step are finite; otherwise nothing can be compared."""
+        """Return whether loss and gradients of the library's step are finite; otherwise nothing can be
+        compared.
+        """
         return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
 
     def compare(self, *, packed: bool, pad_id: int) -> StepComparison:
-        """Run one step as the trainer does, on the model in its current state, and compare.
+        """Run one step as the trainer does, on the model in its current state, and compare it with the
+        library's.
 
         Args:
             packed: put the samples into one packed sequence instead of padded sequences.
@@ -167,12 +177,12 @@ class StepReference:
         return max(float(self._gradients[name].norm()), self._least)
 
     def _noise_of(self, name: str) -> float:
-        """Return the noise, floored at the smallest resolvable gradient.
+        """Return the noise of a tensor's gradient, at least the smallest gradient that can be resolved.
 
-        If noise dominates, the tensor fails only if it matters to the whole gradient. That happens to
-        queries and keys whose attention sees a single token: their exact gradient is 0. What is computed is
-        the rounding of scores within attention, which no module's output shows, and which depends on the
-        order in which a processor adds.
+        If the noise dominates, the tensor fails only if its gradient matters to the whole gradient. This
+        happens to queries and keys whose attention sees a single token: their exact gradient is 0. The
+        computed gradient is then the rounding of scores within attention, which no module's output shows and
+        which depends on the order in which a processor adds.
         """
         noise = max(self._noise[name], self._least)
         if NOISE_FACTOR * noise < self._size(name):
@@ -180,7 +190,9 @@ class StepReference:
         return max(noise, self._size(name), self._matters)
 
     def _reference_step(self) -> tuple[Tensor, Gradients]:
-        """Weighted loss of each token (tokens,), computed sample by sample, and the gradients of the mean."""
+        """Compute the weighted loss of each token (tokens,), sample by sample, and the gradients of the
+        mean.
+        """
         excerpt, device = self._excerpt, self._device.torch_device
         losses: list[Tensor] = []
         self._model.zero_grad()
@@ -192,7 +204,7 @@ class StepReference:
             with _autocast(self._device):
                 logits = self._model(input_ids=tokens, use_cache=False).logits[0, trained_at]
             each = nn.functional.cross_entropy(logits.float(), targets[trained_at], reduction="none")
-            # Each is as large as the run's own logits in a large vocabulary.
+            # The logits of each sample are as large as the run's own if the vocabulary is large.
             del logits
             if (weights := excerpt.weights(i)) is not None:
                 each = each * torch.tensor(list(weights[1:]), device=device)[trained_at]
@@ -204,7 +216,7 @@ class StepReference:
         torch.autograd.backward(loss * _FP16_LOSS_SCALE if self._device.dtype == torch.float16 else loss)
 
     def _take_gradients(self) -> Gradients:
-        """Move the gradients out of the model, as fp32 on the CPU; of large matrices, some rows."""
+        """Move the gradients out of the model to the CPU, as fp32; of a large matrix only some rows."""
         gradients = {
             name: self._compared(torch.zeros_like(p) if p.grad is None else p.grad.detach())
             for name, p in self._model.named_parameters()
@@ -214,7 +226,7 @@ class StepReference:
         return gradients
 
     def _compared(self, gradient: Tensor) -> Tensor:
-        """Return what is compared of a gradient, as fp32 on the CPU."""
+        """Return the part of a gradient that is compared, as fp32 on the CPU."""
         if gradient.numel() > _LARGE:
             rows = set(range(0, len(gradient), max(1, len(gradient) // _COMPARED_ROWS)))
             every = (self._excerpt.token_ids(i) for i in range(len(self._excerpt)))
@@ -225,14 +237,14 @@ class StepReference:
 
 @contextmanager
 def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
-    """Give the adapter nonzero weights and turn off dropout inside; everything is restored afterwards.
+    """Give the adapter nonzero weights, turn off dropout, and restore everything on exit.
 
-    In a new adapter B is 0, and so is the gradient of A: wrong gradients would agree by being zero.
+    In a new adapter B is 0, and so is the gradient of A: wrong gradients would agree because all are zero.
     """
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name and p.requires_grad}
     before = {name: p.detach().to("cpu", copy=True) for name, p in adapters.items()}
     generator = torch.Generator().manual_seed(0)
-    # Only the GPU of this process: on others this would create a CUDA context.
+    # Only the GPU of this process: other GPUs would get a CUDA context.
     devices = [device.torch_device] if device.kind == "cuda" else []
     with _no_dropout(model), torch.random.fork_rng(devices=devices):
         try:
@@ -248,7 +260,9 @@ def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
 
 @contextmanager
 def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability to 0, but stay in training mode, which checkpointing requires."""
+    """Set every dropout probability to 0, but stay in training mode, which activation checkpointing
+    requires.
+    """
     modes = {module: module.training for module in model.modules()}
     probabilities = dropout_settings(model)
     try:
