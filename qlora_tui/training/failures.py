@@ -42,7 +42,9 @@ def disk_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def true_disk_errors() -> Iterator[None]:
-    """Raise OSError, with its error number, for a failed write of torch or safetensors inside."""
+    """Convert failed writes of torch or safetensors in this context to OSError with the system's error
+    number.
+    """
     try:
         yield
     except Exception as error:
@@ -83,7 +85,7 @@ def failure_event(
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Return whether a write failed because space or quota is used up."""
+    """Return whether a write failed because disk space or quota is used up."""
     on_disk = disk_error(error)
     return on_disk is not None and on_disk.errno in (errno.ENOSPC, errno.EDQUOT)
 
@@ -113,7 +115,7 @@ def _out_of_memory(
 
 
 def _memory_message(message: str) -> str:
-    """torch's message on a GPU; on a CPU, where it is unreadable, how much memory was requested."""
+    """Return torch's message on a GPU; on a CPU, where that is unreadable, how much memory was requested."""
     allocation = _CPU_ALLOCATION.search(message)
     if allocation:
         requested = format_bytes(int(allocation[1]))

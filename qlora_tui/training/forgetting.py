@@ -1,6 +1,6 @@
-"""How far a run has moved from its base where it was not trained: on general prompts, next to the loss.
+"""Measures how far a run's model has moved from its base on general prompts, which it was not trained on.
 
-The base's answers are greedy and short (:mod:`.answers`). At each of their places the base's
+The base's answers are greedy and short (:mod:`.answers`). At each position of an answer the base's
 :data:`TOP_TOKENS` most likely tokens are stored with their log-probabilities, so that later comparisons need
 no forward pass of the base. Both depend on the base only, and are cached for the next run.
 
@@ -8,16 +8,16 @@ For a prompt of 3 tokens with an answer of 2, of which the second ends the turn:
 
     ids              p0  p1  p2  a0  a1       (5,)
     predicts a0, a1          ^   ^            places 2 and 3
-    top_ids                                   (2, TOP_TOKENS)
+    top_ids (2, TOP_TOKENS)
 
 The KL divergence of the model from the base, in nats for each token of these answers, is computed over the
-base's most likely tokens, each by itself, and all others together::
+base's most likely tokens individually and all other tokens as one::
 
     base      0.7  0.2  | 0.1          stored: log 0.7, log 0.2
     model     0.5  0.1  | 0.4
     0.7 log(0.7 / 0.5) + 0.2 log(0.2 / 0.1) + 0.1 log(0.1 / 0.4) = 0.236
 
-Putting tokens together can only lower a KL divergence, so this never exceeds the exact one.
+Merging tokens can only lower a KL divergence, so the result never exceeds the exact divergence.
 """
 
 from __future__ import annotations
@@ -84,9 +84,11 @@ GENERAL_PROMPTS: tuple[str, ...] = (
     "Give a synonym and an antonym of the word generous.",
     "Why do leaves change color in autumn?",
 )
-"""Written for this program: facts, arithmetic, code, translations, lists, JSON, letters, explanations, and
-one
-that should be refused. Each is one turn of a user."""
+"""Prompts written for this program, each a single user turn.
+
+They ask for facts, arithmetic, code, translations, lists, JSON, letters and explanations, and one should be
+refused.
+"""
 
 
 _REFUSALS = (
@@ -106,7 +108,7 @@ _REFUSALS = (
     "i must decline",
 )
 _REFUSAL_CHARACTERS = 80
-"""A refusal is one of these words within so many first characters of an answer."""
+"""Number of first characters of an answer within which a refusal has one of these words."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,11 @@ class GeneralAnswer:
     prompt: str
     text: str
     ended: bool
-    """Whether the model ended the turn itself."""
+    """Whether the model itself ended the turn."""
 
 
 class AnswerCounts(NamedTuple):
-    """Counts over answers, which can be added over processes."""
+    """Counts over answers, which can be summed over processes."""
 
     answers: int
     ended: int
@@ -131,7 +133,7 @@ class AnswerCounts(NamedTuple):
 
 
 def count_answers(answers: Iterable[GeneralAnswer]) -> AnswerCounts:
-    """Count the answers that end, loop, refuse, and hold the JSON that was asked for."""
+    """Count the answers that end, loop, refuse, and contain JSON if it was requested."""
     every = list(answers)
     with_json = [answer for answer in every if "JSON" in answer.prompt]
     return AnswerCounts(
@@ -151,7 +153,7 @@ def is_refusal(text: str) -> bool:
 
 
 def holds_json(text: str) -> bool:
-    """Return whether there is an object or array of JSON from the first bracket of a text to the last."""
+    """Return whether the text from the first bracket to the last is a JSON object or array."""
     starts = [place for place in (text.find("{"), text.find("[")) if place >= 0]
     if not starts:
         return False
@@ -166,7 +168,7 @@ def holds_json(text: str) -> bool:
 
 TOP_TOKENS = 64
 _FORMAT = 2
-"""Bump when prompts, answers or what is stored of them change."""
+"""Format version, increased when prompts, answers or stored values change."""
 
 
 @dataclass(frozen=True)
@@ -174,15 +176,17 @@ class BaseAnswer(PromptAndAnswer):
     """The base's answer to one prompt."""
 
     top_ids: Tensor
-    """The base's most likely tokens at each place of the answer, (answer tokens, TOP_TOKENS), int32; fewer
-    if the vocabulary is smaller."""
+    """The base's most likely tokens at each position of the answer (answer tokens, TOP_TOKENS), int32.
+
+    Has fewer columns if the vocabulary is smaller.
+    """
     top_log_probabilities: Tensor
-    """Their log-probabilities, float32."""
+    """Their log probabilities, float32, in the same shape."""
 
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Sequence[Sequence[int]]) -> Path:
-    """Return the file for the answers of a base in one state, quantized in one way, to prompts of these
-    tokens.
+    """Return the cache file for answers to these tokenized prompts by a base in one state and
+    quantization.
     """
     state = base_state(_FORMAT, folder, recipe, device) | {"prompts": prompts}
     return private_dir(paths.cache_dir() / "base-answers") / f"{cache_name(recipe, state)}.safetensors"
@@ -191,7 +195,7 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Seq
 def prompt_tokens(
     prompts: Sequence[str], tokenizer: ChatTokenizer, thinking: Thinking
 ) -> dict[str, tuple[int, ...]]:
-    """Return the tokens of each prompt as a turn; without the prompts that the chat template refuses."""
+    """Return the tokens of each prompt as a turn, leaving out prompts that the chat template rejects."""
     rendered = {}
     for prompt in prompts:
         with suppress(RowRejectedError):
@@ -200,7 +204,7 @@ def prompt_tokens(
 
 
 def read(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[BaseAnswer, ...] | None:
-    """Return the stored answers to ``prompts``; None if there are none that can be read."""
+    """Return the stored answers to ``prompts``; None if there are none or they cannot be read."""
     try:
         tensors = load_file(path)
         answers = []
@@ -210,13 +214,13 @@ def read(path: Path, prompts: Sequence[Sequence[int]]) -> tuple[BaseAnswer, ...]
             if not len(answer.places) == len(answer.top_ids) == len(answer.top_log_probabilities) > 0:
                 return None
             answers.append(answer)
-    except Exception:  # whatever the library raises for a damaged file
+    except Exception:  # libraries raise various exceptions for a damaged file
         return None
     return tuple(answers)
 
 
 def write(path: Path, answers: Sequence[BaseAnswer]) -> None:
-    """Store answers. A full disk, or any other OSError, costs the cache and not the run."""
+    """Store answers. A full disk, or any other OSError, loses only the cache and not the run."""
     tensors: dict[str, Tensor] = {}
     for number, answer in enumerate(answers):
         tensors[f"{number}.answer"] = torch.tensor(answer.ids[answer.prompt_tokens :], dtype=torch.int32)
@@ -240,7 +244,7 @@ def compute(
 
     Args:
         model: the base, or a peft model with its adapter disabled.
-        progress: called with the number of prompts answered, and of all.
+        progress: called with the number of prompts answered, and the number of all prompts.
     """
     answers = [
         PromptAndAnswer((*prompt, *answer), len(prompt))
@@ -257,7 +261,9 @@ def compute(
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens, int32, and their log-probabilities, fp32; both (places, TOP_TOKENS)."""
+    """Return the most likely tokens, int32, and their log probabilities, fp32; both (positions,
+    TOP_TOKENS).
+    """
     parts = []
     for block in torch.split(logits, block_rows(logits.device)):
         top = block.float().topk(min(TOP_TOKENS, block.shape[-1]))
@@ -271,16 +277,16 @@ class DivergenceSums(NamedTuple):
     """Sums over the base's answers, which can be added over processes."""
 
     divergence: float
-    """Sum of KL(base ‖ model) over the places, in nats."""
+    """Sum of KL(base ‖ model) over the positions, in nats."""
     places: int
     turns: int
-    """Answers that the base ended."""
+    """Number of answers that the base ended."""
     turns_ended: int
-    """Those where the model finds an end most likely at the same place."""
+    """Number of answers that the base ended and at whose end the model also finds an end most likely."""
 
 
 class BaseDivergence:
-    """Compares a run's model with its base, whenever it is asked."""
+    """Compares a run's model with its base on demand."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -293,11 +299,11 @@ class BaseDivergence:
     def count_answers(self) -> GeneralAnswers | None:
         """Let the model answer the general prompts, and count ends, loops, refusals and JSON.
 
-        Generating takes some four times as long as :meth:`measure` on a CPU, so this is for the end of a run.
-        Each process of the run answers its share of the prompts.
+        Generating takes about four times as long as :meth:`measure` on a CPU, so answers are counted only at
+        the end of a run. Each process of the run answers its share of the prompts.
 
         Returns:
-            None if the chat template refuses all prompts.
+            None if the chat template rejects all prompts.
         """
         run, dist = self._run, self._run.dist
         if not self._prompts:
@@ -342,8 +348,8 @@ class BaseDivergence:
         """Return the mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model
         keeps.
 
-        The base's answers are computed when they are first needed, or read from the cache. Each process of
-        the run compares its share of them. Before training the model is its base, and nothing is computed.
+        The base's answers are computed at the first use, or read from the cache. Each process of the run
+        compares its share of them. Before training the model equals its base, and nothing is computed.
         """
         run = self._run
         if not self._prompts or equals_base(self._model):
@@ -384,9 +390,9 @@ class BaseDivergence:
 
 
 def equals_base(model: Any) -> bool:
-    """Return whether the adapter of a peft model changes nothing yet.
+    """Return whether the adapter of a peft model does not change the output yet.
 
-    Every second half of it is zero, and trained rows of tokens are those of the base.
+    True if every B matrix is zero, and trained token rows equal the base's.
     """
     halves = [parameter for name, parameter in model.named_parameters() if ".lora_B." in name]
     others = any("lora_embedding" in name for name, _ in model.named_parameters())
@@ -420,7 +426,9 @@ def compare_with_base(
 
 
 def divergence_of_top(logits: Tensor, answer: BaseAnswer) -> Tensor:
-    """KL(base ‖ model) at each place, (places,), from the model's logits, (places, vocabulary)."""
+    """Return KL(base ‖ model) at each position (positions,) for the model's logits (positions,
+    vocabulary).
+    """
     base = answer.top_log_probabilities.to(logits.device)
     top_ids = answer.top_ids.to(logits.device, torch.int64)
     rows = block_rows(logits.device)
@@ -435,6 +443,6 @@ def divergence_of_top(logits: Tensor, answer: BaseAnswer) -> Tensor:
 
 
 def _log_of_rest(log_probabilities: Tensor) -> Tensor:
-    """Log-probability of all tokens but these, (places,); at least that of rounding."""
+    """Return the log probability (positions,) of all other tokens together; at least the rounding error."""
     rest = 1.0 - log_probabilities.double().exp().sum(-1)
     return rest.clamp(min=1e-7).log().float()

@@ -1,7 +1,7 @@
-"""Converts a GGUF file once, in a process of its own, with progress, and stoppable.
+"""Converts a GGUF file once, in a separate process, with progress and a way to stop.
 
-The trainer, the chat and the demo call this, without the memory that a conversion needs. torch is not
-imported here. The job is :mod:`qlora_tui.training.gguf_weights`.
+Trainer, chat and demo call these functions; their own processes do not need the memory of a conversion. torch
+is not imported here. The job is :mod:`qlora_tui.training.gguf_weights`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ def convert_cached(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Return the folder of 16-bit safetensors for a GGUF file, which is converted if it was not earlier.
+    """Return the folder of 16-bit safetensors for a GGUF file, converting the file if this was not done
+    before.
 
     Raises:
-        JobStopped: ``should_stop`` returned true; nothing is left of the conversion.
+        JobStopped: ``should_stop`` returned true; the partial conversion has been deleted.
         UserError: the file cannot be converted.
     """
     folder = folder_of(file)
@@ -43,14 +44,14 @@ def convert_cached(
 
 
 def model_folder(files: ModelFiles, progress: ProgressCallback = lambda done, total: None) -> Path:
-    """Return the folder of safetensors of a model, whose GGUF file is converted first. Raises UserError."""
+    """Return the folder of safetensors of a model, converting a GGUF file first. Raises UserError."""
     if files.gguf_file is None:
         return files.folder
     return convert_cached(files.folder / files.gguf_file, progress)
 
 
 def cached_conversion(file: Path) -> Path | None:
-    """Return the folder of an earlier conversion; None if the file was not converted yet. Raises
+    """Return the folder of an earlier conversion; None if the file has not been converted. Raises
     UserError.
     """
     folder = folder_of(file)
@@ -58,10 +59,9 @@ def cached_conversion(file: Path) -> Path | None:
 
 
 def tokenizer_folder(file: Path) -> Path:
-    """Return the folder with config and tokenizer of a GGUF file, read from its header; the weights are not
-    needed.
+    """Return a folder with config and tokenizer of a GGUF file, which are read from its header.
 
-    Raises UserError for a file that cannot be a base.
+    The weights are not needed. Raises UserError for a file that cannot be a base.
     """
     converted = folder_of(file)
     folder = private_dir(cache_dir() / "gguf-tokenizers") / converted.name
@@ -75,9 +75,9 @@ def tokenizer_folder(file: Path) -> Path:
 
 
 def pending_conversion(model_id: str) -> Conversion | None:
-    """Return the conversion that the model of a recipe needs before its first run.
+    """Return the conversion that a recipe's model needs before its first run.
 
-    None if it needs none, or if the model is not on this machine.
+    None if no conversion is needed, or if the model is not on this machine.
     """
     try:
         files = resolve_model(model_id)
@@ -93,7 +93,11 @@ def pending_conversion(model_id: str) -> Conversion | None:
 
 @lru_cache(maxsize=4)
 def _peak_bytes(file: Path, file_bytes: int) -> int:
-    """Cached: the Memory screen calls it after each change, and a header has a hundred thousand tokens."""
+    """Return the peak memory of a file's conversion, in bytes.
+
+    The result is cached: the Memory screen calls this after each change, and a header has a hundred thousand
+    tokens.
+    """
     return peak_bytes(file_bytes=file_bytes, vocabulary=read_gguf(file).vocab_size or 0)
 
 
@@ -103,7 +107,7 @@ def convert_in_child(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write ``folder`` from ``file`` in a process of its own. Raises UserError and JobStopped."""
+    """Write ``folder`` from ``file`` in a separate process. Raises UserError and JobStopped."""
     try:
         run_job(
             "qlora_tui.training.gguf_weights:convert",
@@ -123,10 +127,11 @@ def convert_in_child(
 
 
 def folder_of(file: Path) -> Path:
-    """Return the folder of a file's conversion: other files of the same name, or changed ones, get other
-    folders.
+    """Return the folder of a file's conversion, which differs for a changed file or another one of the same
+    name.
 
-    The 12 and 16 digits of earlier versions are refused by :mod:`qlora_tui.catalog.local_models`.
+    Folders of earlier versions, named with 12 or 16 digits, are refused by
+    :mod:`qlora_tui.catalog.local_models`.
     """
     try:
         stat = file.stat()

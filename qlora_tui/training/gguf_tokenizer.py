@@ -1,9 +1,10 @@
 """Writes the tokenizer of a GGUF file as ``tokenizer.json``, with its special tokens and chat template.
 
-The tokens are those that llama.cpp gives. It knows two kinds of vocabulary (src/llama-vocab.cpp). ``gpt2`` is
-byte-level BPE with merges, which splits text first, by rules that have a name. ``llama`` is SentencePiece's
-BPE: of all neighbors that form a token, the one with the best score is merged first. That is BPE whose merges
-are all ways to form a token, in the order of scores. ``gemma4`` is the same with merges in the file.
+The written tokenizer gives the same tokens as llama.cpp, which has these kinds of vocabulary
+(src/llama-vocab.cpp). ``gpt2`` is byte-level BPE with merges, which first splits text by rules that have a
+name. ``llama`` is SentencePiece's BPE: of all neighbors that form a token, the pair with the best score is
+merged first. This equals BPE whose merges are all ways to form a token, in the order of scores. ``gemma4`` is
+like ``llama``, but with merges in the file.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ from qlora_tui.catalog.gguf_tokenizers import DIGITS, GPT2, PRE_TOKENIZERS
 from qlora_tui.catalog.model_validation import TOOL_TEMPLATE
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
-"""Token types: of these three, llama.cpp looks for the text before it does anything else."""
+"""Types of tokens whose text llama.cpp looks for before it splits the rest."""
 NORMAL = 1
 BYTE = 6
 _SPACE = "▁"
 _USUAL_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-"""Special tokens of a ``llama`` vocabulary, if the file does not name them (``llama_vocab::impl::load``)."""
+"""Usual ids of special tokens in a ``llama`` vocabulary, if the file does not name them.
+
+From ``llama_vocab::impl::load``.
+"""
 _PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-"""Tokens of the vocabulary in which llama.cpp drops white space after a special token, if the model's name is
-Phi-3's; of these, only after the third."""
+"""Tokens that identify the vocabulary in which llama.cpp drops white space after special tokens.
+
+It does so only if the model's name is Phi-3's, and among these tokens only after ``</s>``.
+"""
 
 
 class GgufTokenizer:
-    """The tokenizer that a file describes. Raises ValueError for one that is damaged or incomplete."""
+    """The tokenizer that a file describes. Raises ValueError if the description is damaged or incomplete."""
 
     def __init__(self, header: GgufHeader):
-        """``header`` is one that was read with its vocabulary."""
+        """Read the tokenizer from ``header``, which was read with its vocabulary."""
         self._header = header
         self._kind = self._get("model")
         self.tokens = self._texts("tokens")
@@ -62,7 +68,7 @@ class GgufTokenizer:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end an answer."""
+        """Return the ids of the tokens that end an answer."""
         ids = (self.special_id(name) for name in ("eos", "eot", "eom"))
         return list(dict.fromkeys(number for number in ids if number is not None))
 
@@ -186,16 +192,16 @@ class GgufTokenizer:
 
 
 _LINES = r"[^\n]+|[\n]+"
-"""Words of a ``gemma4`` vocabulary."""
+"""Pattern that splits text into the words of a ``gemma4`` vocabulary."""
 _TOOL_KEY = "chat_template.tool_use"
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 _BYTES = _BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}
-"""The decoder, for which these two mean nothing; as the library writes it."""
+"""The decoder as the library writes it; it ignores these two settings."""
 
 
 def splits(rules: Sequence[str]) -> dict[str, Any]:
-    """Return the pre-tokenizer of byte-level BPE with these rules."""
+    """Return the pre-tokenizer of byte-level BPE with the named rules."""
     steps: list[Mapping[str, Any]] = []
     for rule in rules:
         if rule == DIGITS:
@@ -207,7 +213,10 @@ def splits(rules: Sequence[str]) -> dict[str, Any]:
 
 
 def _sentencepiece(adds_space: bool) -> dict[str, Any]:
-    """Return the rules of a vocabulary that writes spaces as ▁; with ``adds_space``, one before each text."""
+    """Return the rules of a vocabulary that writes spaces as ▁.
+
+    With ``adds_space`` a space is added before each text.
+    """
     written = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     read = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     decoders: list[Mapping[str, Any]] = [read, {"type": "ByteFallback"}, {"type": "Fuse"}]

@@ -1,11 +1,10 @@
-"""Writes what a GGUF file holds as a model folder: bfloat16 safetensors, tokenizer and config.
+"""Writes a GGUF file as a model folder: bfloat16 safetensors, tokenizer and config.
 
-Which tensors a model has, and under which names, says transformers' class, built from the config without
-weights. How llama.cpp stores them is what an export would do (:mod:`qlora_tui.gguf_format`), and is
-undone here. A tensor that only one of the two has refuses the file.
-
-Weights are written a block of rows at a time, and those that are stored in another order a matrix at a time:
-memory never holds the whole model. For Gemma 3 270M transformers would need 3.2 GB.
+transformers' class, built from the config without weights, determines the model's tensors and their names.
+This module reverses how llama.cpp stores them, which :mod:`qlora_tui.gguf_format` defines for exports. If
+only the file or only the model has a tensor, the file is refused. Weights are written one block of rows at a
+time, or one matrix at a time if they are stored in another order, so memory never holds the whole model. For
+Gemma 3 270M transformers would need 3.2 GB.
 
 :func:`convert` is a job of :mod:`qlora_tui.training.gguf_conversion`, so that the memory of the conversion is
 released with the process. transformers can dequantize a GGUF file but not quantize it to NF4 at the same
@@ -60,7 +59,7 @@ class Weight:
 def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     """Write config, tokenizer, chat template and bfloat16 safetensors of a GGUF file.
 
-    Raises UserError and ValueError for a file of which something would be lost.
+    Raises UserError and ValueError for a file of which the model would not contain everything.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -71,7 +70,7 @@ def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     del config["dtype"]
     _check_counts(header, config)
     model = build_on_meta(config)
-    # Names as in weight files: an expert's matrices each have one.
+    # Names as in weight files, where each matrix of an expert has its own name.
     state = revert_weight_conversion(model, model.state_dict())
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     weights = list(weights_of(file, header, shapes, model.config))
@@ -83,9 +82,10 @@ def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
 
 
 def write_description(header: GgufHeader, file: Path, folder: Path) -> dict[str, Any]:
-    """Write config, tokenizer and chat template of a file, and return the config. Needs no weights.
+    """Write config, tokenizer and chat template of a file, and return the config.
 
-    ``header`` is one that was read with its vocabulary. Raises UserError for a file that cannot be a base.
+    Needs no weights. ``header`` was read with its vocabulary. Raises UserError for a file that cannot be a
+    base.
     """
     config = to_hf_config(header, file)
     try:
@@ -105,7 +105,9 @@ def write_description(header: GgufHeader, file: Path, folder: Path) -> dict[str,
 
 
 def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
-    """Raise ValueError for more layers or experts than the file has tensors of, before they are built."""
+    """Raise ValueError if the config has more layers or experts than the file has tensors, before they are
+    built.
+    """
     layers = config["num_hidden_layers"]
     if layers > len(header.tensors):
         raise ValueError(f"it declares {layers:,} layers but has {len(header.tensors):,} tensors")
@@ -117,16 +119,16 @@ def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
 
 
 def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], config: Any) -> Iterator[Weight]:
-    """Yield the tensors of a model from those of a file.
+    """Yield the tensors of a model, read from those of a file.
 
     Args:
         file: the GGUF file.
         header: its header.
-        shapes: shapes of the model's tensors, by their names in weight files.
+        shapes: shapes of the model's tensors, keyed by their names in weight files.
         config: transformers' config of the model.
 
     Raises:
-        ValueError: for a tensor that only the file or only the model has, or of another shape.
+        ValueError: only the file or only the model has a tensor, or a shape differs.
     """
     from qlora_tui.gguf_format.inverse import sources_of
 
@@ -136,7 +138,7 @@ def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], conf
     if unknown := [name for name in header.tensors if name not in known]:
         raise ValueError(f"it has a tensor {unknown[0]}, which {config.model_type} has no place for")
     for name, shape in stored.items():
-        # ggml lists dimensions from the fastest-changing one, and knows no leading ones of 1.
+        # ggml lists dimensions from the fastest-changing one, and omits leading dimensions of 1.
         own = tuple(reversed(header.tensors.get(name, ())))
         if not own:
             raise ValueError(f"it has no tensor {name}, which {config.model_type} needs")
@@ -145,14 +147,16 @@ def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], conf
     for source in sources:
         data = [_mapped(file, header, tensor.name, tensor.shape) for tensor in source.stored]
         for number, name in enumerate(source.names):
-            # A tensor for each expert, or one for all.
+            # The file has a tensor for each expert, or one for all experts.
             experts = range(number, number + 1) if len(source.names) > 1 else None
             shape = source.shape[1:] if experts else source.shape
             yield Weight(name, shape, partial(_elements, source, data, experts))
 
 
 def _later_tokens(header: GgufHeader, layers: int) -> set[str]:
-    """Return the tensors of the last layers that predict later tokens, which the next one does not need."""
+    """Return the tensors of the last layers that predict later tokens; predicting the next token does not
+    need them.
+    """
     if not header.values.get(f"{header.architecture}.nextn_predict_layers"):
         return set()
     matches = ((name, _LAYER.match(name)) for name in header.tensors)
@@ -164,7 +168,7 @@ def _without_ones(shape: Shape) -> Shape:
 
 
 def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[Any, Any]:
-    """Return the bytes of a tensor, (…, bytes of a row), and their type. Raises ValueError."""
+    """Return the bytes of a tensor (…, bytes of a row) and their type. Raises ValueError."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -180,7 +184,7 @@ def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[
 
 
 def _elements(source: Any, data: list[tuple[Any, Any]], experts: range | None) -> Iterator[Any]:
-    """Yield the elements of a tensor in float32, or those of some of its first dimension."""
+    """Yield the elements of a tensor in float32, or only those of some indices of its first dimension."""
     import torch
     from gguf import dequantize
 
@@ -199,7 +203,7 @@ def _elements(source: Any, data: list[tuple[Any, Any]], experts: range | None) -
         for (stored, kind), origin in zip(data, source.origins, strict=True):
             part = stored[chosen.start : chosen.stop] if apart else stored
             values = dequantize(part, kind)
-            # Of float32 it is the file itself, which is mapped to be read only.
+            # A float32 tensor is the file itself, which is mapped read-only.
             values = values if values.flags.writeable else values.copy()
             origin.restore(torch.from_numpy(values), original)
         yield (original if apart or experts is None else original[experts.start : experts.stop]).numpy()
@@ -208,7 +212,7 @@ def _elements(source: Any, data: list[tuple[Any, Any]], experts: range | None) -
 def write_weights(weights: list[Weight], path: Path, progress: ProgressCallback) -> None:
     """Write ``weights`` to ``path`` in the safetensors format. Raises OSError.
 
-    Format: an unsigned 64-bit length, a JSON header of that length, the tensors one after another
+    The format is an unsigned 64-bit length, a JSON header of that length, the tensors one after another
     (github.com/huggingface/safetensors, README, "Format").
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -250,14 +254,14 @@ def convert(file: Path, folder: Path, report: Report = lambda done, total, text=
 
     Waits for another process that is converting the same file, and then does nothing.
     """
-    from safetensors import SafetensorError  # no OSError, also if the disk is full
+    from safetensors import SafetensorError  # not an OSError, even if the disk is full
 
     with _conversion_lock(folder):
         if (folder / "config.json").exists():
             return
         try:
             with held_draft(draft_path(folder)) as draft:
-                # Only who holds the lock writes it.
+                # Only the process that holds the lock writes the draft, so the draft is never None.
                 assert draft is not None
                 write_model(file, draft, report)
                 publish(draft, folder)

@@ -1,7 +1,7 @@
-"""Detects what goes wrong in training; each finding has its evidence and a remedy.
+"""Detects problems in training; each finding has its evidence and a remedy.
 
-Pure functions of numbers: :mod:`qlora_tui.training.loop` passes loss and gradient norm of each step,
-:mod:`qlora_tui.training.reporter` the metrics of the GPU.
+These are pure functions of numbers: :mod:`qlora_tui.training.loop` passes loss and gradient norm of each
+step, and :mod:`qlora_tui.training.reporter` the metrics of the GPU.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from qlora_tui.runs.events import GeneralAnswers
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 
 _HISTORY = 20
-"""Previous steps that a gradient norm is compared with."""
+"""Number of previous steps that a gradient norm is compared with."""
 _EXPLOSION = 20.0
-"""Multiple of the median norm that counts as exploding: even clipped, such a step points the wrong way."""
+"""Multiple of the median norm that counts as exploding: such a step has a wrong direction even if clipped."""
 _SKIPPED_STEPS = 12
-"""Steps in a row that fp16 may skip. Each halves the loss scale, which begins at 65,536: these lead to 16."""
+"""Number of consecutive steps that fp16 may skip.
+
+Each skipped step halves the loss scale, which begins at 65,536, so the limit is reached at a scale of 16.
+"""
 OVERFLOW_REMEDY = 'Set quantization.compute_dtype to "bfloat16" on an RTX 30 or newer, else to "float32".'
 _QUIET_STEPS = 20
-"""Steps before the same finding is reported again."""
+"""Number of steps before the same finding is reported again."""
 _PLATEAU_STEPS = 200
-"""Steps whose later half is compared with the earlier half."""
+"""Number of steps whose later half is compared with the earlier half."""
 _PLATEAU = 0.002
 """Share by which the mean loss must fall from the earlier half to the later one."""
 _WORSE = 0.05
-"""Share above the validation loss before training from which it is clearly worse."""
+"""Share above the validation loss before training at which a loss counts as clearly worse."""
 _FORGETTING = 2.0
-"""Nats per token: the base's own answer becomes 7 times less likely with each of its tokens. The demo, which
-teaches a voice, reaches 1.4."""
+"""Limit in nats per token, at which each token of the base's own answer becomes 7 times less likely.
+
+The demo, which teaches a style, reaches 1.4.
+"""
 _MANY_ANSWERS = 0.25
 """Share of the general answers that must differ from the base's in how they end, loop or refuse."""
 _IDLE_S = 60.0
@@ -41,7 +46,7 @@ _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30
 _THROTTLED_S = 30.0
 _HOT = frozenset(("thermal", "power brake", "hardware slowdown"))
-"""Throttle reasons that a user can act on. A power cap is normal for a GPU under load."""
+"""Throttle reasons that a user can fix. A power cap is normal for a GPU under load."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,9 @@ class Finding:
 
 
 def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
-    """Return a finding if a run has so few optimizer steps that it learns hardly anything.
+    """Return a finding if a run has too few optimizer steps to learn anything.
 
-    ``max_steps``: the recipe's limit, 0 for none.
+    ``max_steps`` is the recipe's limit, 0 for none.
     """
     if total >= FEW_STEPS:
         return None
@@ -75,10 +80,10 @@ def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
 
 
 def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overflow: bool) -> Finding | None:
-    """Return a finding that ends the run: a loss or a gradient norm that is NaN or infinite.
+    """Return a finding that ends the run if loss or gradient norm is NaN or infinite.
 
-    ``norm_may_overflow``: under fp16 a step whose scaled gradients overflow is skipped and the scale lowered,
-    which is routine: see :class:`OverflowMonitor`.
+    With ``norm_may_overflow``, as under fp16, an infinite norm is routine: the step is skipped and the loss
+    scale lowered; see :class:`OverflowMonitor`.
     """
     if not math.isfinite(loss):
         quantity, value = "loss", loss
@@ -99,11 +104,13 @@ class OverflowMonitor:
 
     def __init__(self) -> None:
         self.skipped = 0
-        """Steps that were skipped."""
+        """Number of steps that were skipped."""
         self._in_a_row = 0
 
     def check(self, step: int, *, is_skipped: bool) -> Finding | None:
-        """Return a finding that ends the run: no smaller scale helps, and nothing is learned."""
+        """Return a finding that ends the run if too many consecutive steps were skipped: no smaller scale
+        helps.
+        """
         self.skipped += is_skipped
         self._in_a_row = self._in_a_row + 1 if is_skipped else 0
         if self._in_a_row < _SKIPPED_STEPS:
@@ -122,7 +129,7 @@ class ValidationMonitor:
         self._is_worse = False
 
     def check(self, step: int, loss: float, before: float | None) -> Finding | None:
-        """Return a finding if the loss became clearly worse than ``before``; again only after it
+        """Return a finding if the loss is clearly worse than ``before``, and again only after it has
         recovered.
         """
         if not step or before is None:
@@ -138,17 +145,19 @@ class ValidationMonitor:
 
 
 class ForgettingMonitor:
-    """Compares each divergence from the base on general prompts with what learning a style causes."""
+    """Compares each divergence from the base on general prompts with the divergence that learning a style
+    causes.
+    """
 
     def __init__(self) -> None:
         self._reported = False
 
     def check(self, step: int, divergence: float, turn_ends: float | None) -> Finding | None:
-        """Return a finding, once, if the model answers general prompts in another way than its base.
+        """Return a finding, once, if the model answers general prompts differently from its base.
 
         Args:
             divergence: mean KL(base ‖ model), in nats.
-            turn_ends: share of the base's turn ends that the model keeps; None if it has none.
+            turn_ends: share of the base's turn ends that the model keeps; None if the base has none.
         """
         if not step or self._reported or divergence <= _FORGETTING:
             return None
@@ -164,8 +173,8 @@ class ForgettingMonitor:
 
 
 def check_general_answers(answers: GeneralAnswers) -> Finding | None:
-    """Return a finding if many general answers run on, loop, refuse or are no JSON that the base's
-    are not.
+    """Return a finding if many general answers do not end, loop, refuse or lack JSON while the base's do
+    not.
     """
     lost = [
         f"{count} {verb} (the base: {base})"
@@ -195,14 +204,14 @@ class GpuMonitor:
     """Checks each reading of a GPU during training."""
 
     def __init__(self, name: str = "The GPU") -> None:
-        """``name`` is what findings call it."""
+        """Check a GPU that findings call ``name``."""
         self._name = name
         self._idle_since: float | None = None
         self._hot_since: float | None = None
         self._reported: set[str] = set()
 
     def check(self, reading: GpuMetrics, now: float) -> list[Finding]:
-        """Findings of a reading; each kind is reported once until its cause has passed.
+        """Return the findings of a reading; each kind is reported once until its cause has passed.
 
         Args:
             now: seconds of a monotonic clock.
@@ -260,7 +269,7 @@ class StepMonitor:
         self._reported: dict[str, int] = {}
 
     def check(self, step: int, loss: float, grad_norm: float) -> list[Finding]:
-        """Findings of step ``step``."""
+        """Return the findings of step ``step``."""
         findings = []
         if loss == 0.0:
             findings.append(

@@ -1,4 +1,4 @@
-"""What the trainer asks of the operating system: less CPU priority, and to take back free memory."""
+"""What the trainer requests from the operating system: a lower CPU priority, and to take back free memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 def release_free_memory() -> None:
     """Return the free pages of every arena to the system. Does nothing if the C library is not glibc.
 
-    glibc itself returns only what lies at the top of the heap. Reading a tokenizer of 262,144 tokens leaves
-    260 MiB of free pages below the top, and a step's tensors do not fill them.
+    glibc itself returns only pages at the top of the heap. Reading a tokenizer of 262,144 tokens leaves 260
+    MiB of free pages below the top, which a step's tensors do not fill.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -22,10 +22,10 @@ def release_free_memory() -> None:
 def release_gpu_memory() -> None:
     """Free tensors in reference cycles, and return the free memory of torch's pool to the GPU.
 
-    Call it where a model is no longer used, and where the failure of a computation was caught, once the
-    handler is left: until then the traceback holds the tensors of every frame.
+    Call this function once a model is no longer used. After the failure of a computation, call it outside the
+    exception handler: inside, the traceback still holds the tensors of every frame.
     """
-    # Imported here: this module is loaded before torch.
+    # Imported here, because this module is loaded before torch.
     import torch
 
     gc.collect()
@@ -37,10 +37,10 @@ _SESSION = Path("/proc/self/autogroup")
 
 
 def lower_priority() -> None:
-    """Make other programs run first; alone on the machine, a trainer loses nothing.
+    """Let other programs run first; a trainer that is alone on the machine loses nothing.
 
     Linux divides the CPU among sessions before it considers niceness within one (sched(7), "autogroup"). So
-    the session gets the niceness too, if this process leads it. Threads that exist already, such as the
+    the session gets the niceness too, if this process leads it. Threads that already exist, such as the
     heartbeat, keep their priority.
     """
     os.nice(max(0, _NICENESS - os.nice(0)))

@@ -1,9 +1,9 @@
-"""Rotary positions whose frequencies follow from the length of a sequence, for several samples in one call.
+"""Rotary positions whose frequencies depend on the length of a sequence, for several samples in one call.
 
 LongRoPE uses one set of frequencies up to the original context and another beyond it, dynamic NTK different
 frequencies for each length beyond it. transformers takes the length from the largest position of the whole
 call, and dynamic NTK also from earlier calls. So the result for a short sample depends on whether a long one
-is next to it, packed or padded. Here each sample has the frequencies of its length, as it has where it is
+is in the same call, packed or padded. Here each sample has the frequencies of its own length, as if it were
 alone.
 """
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 _CALL_LENGTH = ("dynamic", "longrope")
-"""What the names of rope types contain whose frequencies ``transformers.modeling_rope_utils`` takes from the
-positions of a call (``dynamic_rope_update``)."""
+"""Parts of the names of rope types whose frequencies depend on the positions of a call.
+
+See ``dynamic_rope_update`` in ``transformers.modeling_rope_utils``.
+"""
 
 
 def scale_each_sample(model: Any) -> None:
-    """Make the model compute length-scaled positions sample by sample; other models stay as they are."""
+    """Make the model compute length-scaled positions sample by sample; other models are not changed."""
     rotary = [module for module in model.modules() if _scales_with_length(module)]
     if not rotary:
         return
@@ -32,9 +34,9 @@ def scale_each_sample(model: Any) -> None:
 
 
 def frequency_switch(config: Any) -> int | None:
-    """Return the length in tokens beyond which LongRoPE has other frequencies; None without LongRoPE.
+    """Return the length in tokens beyond which LongRoPE uses other frequencies; None without LongRoPE.
 
-    Dynamic NTK has the same frequencies up to the context length, which no chat exceeds.
+    Dynamic NTK has constant frequencies up to the context length, which no chat exceeds.
     """
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     groups = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
@@ -55,19 +57,19 @@ def _scales_with_length(module: nn.Module) -> bool:
 
 
 class _SampleLengths:
-    """Lengths of the samples of the call in progress, from its attention mask.
+    """Lengths of the samples of the current call, read from its attention mask.
 
-    They are read when a layer is recomputed, too, so they stay until the next call.
+    Recomputing a layer reads the lengths too, so they are kept until the next call.
     """
 
     def __init__(self) -> None:
         self.packed: list[int] = []
         """Lengths of the samples that lie end to end in one sequence."""
         self.rows: list[int] = []
-        """Lengths of the samples of a padded batch, one in each row."""
+        """Lengths of the samples of a padded batch, one per row."""
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the mask of a call: a hook of the decoder."""
+        """Read the mask of a call, as a hook of the decoder."""
         mask = kwargs.get("attention_mask")
         self.packed, self.rows = [], []
         if not torch.is_tensor(mask) or mask.is_meta:
@@ -91,7 +93,7 @@ def _patch(module: Any, lengths: _SampleLengths) -> None:
             return _joined([of_sample(x, each, *args, **kwargs) for each in samples], dim=1)
         rows = position_ids.expand(*position_ids.shape[:-2], max(len(lengths.rows), 1), -1)
         if len(set(lengths.rows)) > 1 and rows.shape[-2] == len(lengths.rows):
-            # What comes after the end of a sample is padding, whose positions are no one's.
+            # Everything after the end of a sample is padding, whose positions are not used.
             samples = [
                 rows[..., i : i + 1, :].clamp(max=max(length - 1, 0)) for i, length in enumerate(lengths.rows)
             ]
@@ -102,8 +104,10 @@ def _patch(module: Any, lengths: _SampleLengths) -> None:
 
 
 def _forget_lengths(module: Any) -> None:
-    """Restore the frequencies of short sequences, which transformers keeps if a longer one came before."""
-    # A buffer, or in earlier versions of transformers an attribute.
+    """Restore the frequencies of short sequences, because transformers keeps those of an earlier longer
+    one.
+    """
+    # A buffer, or an attribute in earlier versions of transformers.
     names = [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
     for name in names:
         prefix = name.removesuffix("original_inv_freq")

@@ -1,8 +1,8 @@
 """The names inside transformers, peft, accelerate and bitsandbytes that the trainer relies on.
 
-They are not part of what these libraries document, so a release may change them. The upper bounds in
-``pyproject.toml`` are the newest releases that have them; :func:`require_names` makes a missing one a clear
-error at the start of a run, instead of a wrong result or a traceback in the middle of it.
+These libraries do not document the names, so a release may change them. The upper bounds in
+``pyproject.toml`` are the newest releases that have all names; :func:`require_names` makes a missing name a
+clear error at the start of a run, instead of a wrong result or a traceback in the middle of it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ NAMES = {
         "nn:Linear4bit",
     ),
 }
-"""By library: ``module:attribute``, with further attributes after dots."""
+"""The names of each library as ``module:attribute``, with further attributes after dots."""
 
 
 def require_names() -> None:

@@ -1,11 +1,11 @@
 """Liger's fused linear cross-entropy in place of our chunks, on a GPU if it is installed and faster.
 
-Its Triton kernel computes a loss and its gradient in one pass over 16-bit logits, where ours takes several
-over fp32 logits. It gets only the positions in the loss, so prompt tokens have no logits here either. The
-larger the vocabulary, the fewer rows it processes at a time, and it reads the whole head twice for each
-chunk. So it is used where its chunks have at least as many rows as ours (``memory/execution.py``). Trained
-rows of the head and loss weights use our chunks, and so does float16: Liger keeps gradients in 16 bits, where
-they vanish before the loss scale is applied.
+Liger's Triton kernel computes a loss and its gradient in one pass over 16-bit logits, while our loss takes
+several passes over fp32 logits. The kernel receives only the positions in the loss, so prompt tokens have no
+logits here either. The larger the vocabulary, the fewer rows Liger processes at a time, and it reads the
+whole head twice for each chunk. So it is used if its chunks have at least as many rows as ours
+(``memory/execution.py``). Trained head rows, loss weights and float16 use our chunks: Liger keeps float16
+gradients in 16 bits, where they vanish before the loss scale is applied.
 """
 
 from __future__ import annotations
@@ -19,28 +19,40 @@ from qlora_tui.training.checks.rounding import within_noise
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
 
 _TOKENS = 256
-"""Tokens of the check: enough for Liger to use several chunks, of several rows each in most models."""
+"""Number of tokens of the check: enough for Liger to use several chunks, of several rows each in most
+models.
+"""
 _LOSS_FACTOR = 0.125
-"""Factor on the loss before its backward, like the division by a step's tokens."""
+"""Factor on the loss before its backward, similar to the division by a step's tokens."""
 _LOGIT_STD = 4.0
-"""Standard deviation of a position's logits: a few of them then dominate the softmax, and its part of the
-gradient is as large as that of the target."""
+"""Standard deviation of a position's logits.
+
+A few logits then dominate the softmax, and their part of the gradient is as large as the target's.
+"""
 _TOLERANCES = {32: 1e-4, 16: 2e-3}
-"""Largest relative difference of the summed loss from the exact one, for each number of bits of the head."""
+"""Largest relative difference of the summed loss from the exact one, keyed by the bits of the head's
+dtype.
+"""
 _NOISE = 6.0
-"""How many times the error of our own loss at a token each element of Liger's gradient may be off by."""
+"""Largest error of an element of Liger's gradient, as a multiple of our own loss's error at the same
+token.
+"""
 _ROUNDINGS = {32: 64.0, 16: 1.0}
-"""Lower bound of our error, in roundings of what a gradient is summed from, for each number of bits of the
-head. In fp32 the rounding of a logit is many times that of its probability."""
+"""Lower bound of our error, in roundings of the summed terms, keyed by the bits of the head's dtype.
+
+In fp32 the rounding of a logit is many times the rounding of its probability.
+"""
 _CHUNK_TOKENS = 32
 _CHUNK_ROWS = 8192
-"""Tokens, and rows of the head, that are computed in fp32 at a time."""
+"""Number of tokens, and of rows of the head, that are computed in fp32 at a time."""
 
 
 def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | str:
-    """Liger's loss for this head, or the reason why it is not used: it fails here or differs from ours.
+    """Return Liger's loss for this head, or the reason why it is not used: it fails here or differs from
+    ours.
 
-    Triton compiles it when it is first called, with the C compiler that it finds, so it may raise anything.
+    Triton compiles the kernel at the first call, with the C compiler that it finds, so any exception may
+    occur.
     """
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -61,9 +73,9 @@ def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | 
 
 
 def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> str | None:
-    """Return what is less exact than our loss, ``loss`` or ``gradient``; None if neither is.
+    """Return which result is less exact than ours, ``loss`` or ``gradient``; None if neither is.
 
-    Both are compared with fp32, on states whose logits are as far apart as those of a trained model.
+    Both losses are compared with fp32, on states whose logits are as far apart as a trained model's.
     """
     weight = head.projection.weight
     generator = torch.Generator().manual_seed(0)
@@ -93,8 +105,8 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
 def _exact(states: Tensor, targets: Tensor, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss in fp32, its gradient at states (tokens, hidden), and the scale of its rounding.
 
-    A gradient is a sum over the vocabulary; its rounding error scales with the root of the sum of squares of
-    its terms.
+    A gradient is a sum over the vocabulary, so its rounding error scales with the root of the sum of squares
+    of its terms.
     """
     losses, gradients, scales = [], [], []
     parts = torch.split(head.projection.weight, _CHUNK_ROWS)

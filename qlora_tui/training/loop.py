@@ -1,6 +1,6 @@
-"""The training loop of a run: every step, and what happens between two of them.
+"""The training loop of a run: every step, and the work between steps.
 
-Between steps nothing is half done, so this is where a run is reported, evaluated, saved, changed and ended.
+Between two steps nothing is half done, so a run is reported, evaluated, saved, changed and ended there.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ _EPOCH_DONE = "finished at the end of the epoch, as requested"
 
 @dataclass
 class RunProgress:
-    """What changes from step to step and is saved with a checkpoint, next to the trainer's state."""
+    """The state that changes from step to step and is saved in a checkpoint, in addition to the trainer's
+    state.
+    """
 
     best_step: int | None = None
     best_score: float | None = None
-    """Validation loss, with the weighted divergence from the base, at the best step: the lowest is best."""
+    """Lowest score so far: validation loss plus the weighted divergence from the base, at the best step."""
     loss_before_training: float | None = None
     """Validation loss at step 0; None if it was not measured."""
     scores_since_best: list[float] = field(default_factory=list)
@@ -69,17 +71,17 @@ class RunProgress:
     evaluated_step: int = -1
     """Step of the last evaluation; -1 before the first."""
     evaluation_due: bool = False
-    """Whether the evaluation at that step has begun and not ended: a stop may end it."""
+    """Whether a stop interrupted the evaluation of that step."""
     checkpoint_step: int = -1
     """Step of the last checkpoint; -1 before the first."""
     initial_weights: str = ""
-    """Digest of the trained weights before the first step; empty if an earlier version began the run."""
+    """Digest of the trained weights before the first step; empty if an earlier version started the run."""
     ends_with_epoch: bool = False
-    """Whether it was requested to finish at the end of the epoch."""
+    """Whether the user has asked the run to finish at the end of the epoch."""
 
     @classmethod
     def restored_from(cls, state: CheckpointState) -> RunProgress:
-        """The progress at a checkpoint."""
+        """Return the progress stored in a checkpoint."""
         return cls(
             best_step=state.best_step,
             best_score=state.best_score,
@@ -93,9 +95,10 @@ class RunProgress:
         )
 
     def add_score(self, step: int, score: float, loss: float) -> bool:
-        """Remember the score and the validation loss of an evaluation; True if it is the best so far."""
+        """Record the score and the validation loss of an evaluation; True if the score is the best so far."""
         if step <= 0:
-            # No candidate, since the adapter has learned nothing, but what later ones are compared with.
+            # The adapter has learned nothing yet, so this is not a candidate but only a value to compare
+            # with.
             self.loss_before_training = loss
             return False
         best = math.isfinite(score) and (self.best_score is None or score < self.best_score)
@@ -107,7 +110,7 @@ class RunProgress:
 
 
 class Loop:
-    """Trains a run that ``setup`` has loaded: call :meth:`train` once."""
+    """Trains a run that ``setup`` has loaded; :meth:`train` is called once."""
 
     def __init__(self, run: Run) -> None:
         self.outcome: Outcome = "finished"
@@ -126,11 +129,11 @@ class Loop:
         self._total_steps = len(run.step_plan.steps)
         pause_at = run.directory.pause_at
         self._pause_step = 0 if pause_at is None else math.ceil(pause_at * self._total_steps)
-        """Step after which the run pauses by itself; 0: none."""
+        """Step after which the run pauses by itself; 0 for none."""
         self._steps = self._planned_steps()
         self._is_over = False
         self._tokens_before = 0
-        """Tokens of earlier attempts."""
+        """Tokens trained on in earlier attempts."""
         self._evaluator = Evaluator(run)
         self._base_divergence = BaseDivergence(run)
         self._monitor = StepMonitor()
@@ -138,17 +141,17 @@ class Loop:
         self._forgetting_monitor = ForgettingMonitor()
         self._started_at = 0.0
         self._overhead_s = 0.0
-        """Seconds spent on evaluating, sampling and saving: no training time."""
+        """Seconds of evaluating, sampling and saving, which do not count as training time."""
         self._emitted_at = 0.0
         self._emitted_tokens = 0
         self._unreported: tuple[StepResult, RewardSums] | None = None
-        """The last step, if it was not reported because of ``log_every``."""
+        """The last step, if ``log_every`` skipped its report."""
 
     def train(self) -> None:
-        """Do all steps that are left, or those until the run is to end.
+        """Train all remaining steps, or those until the run is asked to end.
 
         Raises:
-            StopRequested: it is to end, and no step is complete.
+            StopRequested: the run was asked to end, and no step is complete.
             UserError: training diverged.
         """
         is_abandoned = False
@@ -158,20 +161,20 @@ class Loop:
                 result = self.trainer.train_step(self._steps[self.trainer.step], self._after_micro_batch)
                 self._end_step(result, self._take_rewards())
         except StepAbandoned:
-            # Saved after this block, when the exception no longer holds the activations of the step.
+            # Save after this block, when the exception no longer holds the activations of the step.
             is_abandoned = True
         if is_abandoned:
             self._abandon_step()
 
     def time_steps(self, count: int, after_step: Callable[[int, int], None]) -> tuple[int, float]:
-        """Train the first steps after the memory probe, and save, evaluate and report nothing.
+        """Train the first steps after the memory probe, without saving, evaluating or reporting.
 
         Args:
-            count: how many, at most all.
-            after_step: called with the steps done and to do.
+            count: number of steps, at most all.
+            after_step: called with the number of finished steps and the number of all.
 
         Returns:
-            How many were trained, and the seconds of all.
+            The number of trained steps, and their total time in seconds.
         """
         self._probe_memory()
         self._take_rewards()
@@ -183,7 +186,7 @@ class Loop:
         return count, time.perf_counter() - started_at
 
     def training_seconds(self) -> float:
-        """Seconds since the first step, without evaluating, sampling and saving."""
+        """Seconds since the first step, excluding evaluating, sampling and saving."""
         return time.perf_counter() - self._started_at - self._overhead_s
 
     @property
@@ -205,7 +208,7 @@ class Loop:
         )
 
     def _begin(self) -> None:
-        """Load the checkpoint if there is one, probe memory, then evaluate."""
+        """Load the newest checkpoint if there is one, probe memory, then evaluate."""
         checkpoint, trainer = self._run.checkpoint, self.trainer
         if checkpoint is None:
             self.progress.initial_weights = trained_weights_digest(trainer.model)
@@ -215,16 +218,16 @@ class Loop:
             trainer.tokens = self._tokens_before = checkpoint.state.tokens
             self.progress = RunProgress.restored_from(checkpoint.state)
             if self.progress.ends_with_epoch:
-                # The screens have what was asked of the attempt.
+                # The screens already show what the user requested for this attempt.
                 self._reporter.emit(RequestReceived(request="finish_epoch"))
                 planned = self._run.step_plan.steps[trainer.step - 1]
                 if planned.ends_epoch and trainer.step < self._total_steps:
                     self._is_over, self.reason = True, _EPOCH_DONE
             if trainer.step == self._pause_step:
-                # It was killed between the checkpoint and the record of its pause.
+                # The earlier process was killed between writing the checkpoint and recording its pause.
                 self._is_over, self.outcome = True, "paused"
         self._probe_memory()
-        # The probe's batch is no step.
+        # The probe's batch is not a step.
         self._take_rewards()
         if self.progress.evaluated_step < 0:
             self._evaluate_and_sample(last=False)
@@ -237,13 +240,13 @@ class Loop:
         self._started_at = time.perf_counter()
         self._overhead_s = 0.0
         if checkpoint is not None and trainer.step < self._total_steps:
-            # Last, so that nothing draws from them before the step.
+            # Last, so that nothing draws random numbers between the restore and the step.
             trainer.load_random_numbers(checkpoint.folder)
 
     def _probe_memory(self) -> None:
-        """Exempt layers from checkpointing as memory allows, and do a step on the longest micro-batch.
+        """Exempt layers from checkpointing as memory allows, and run a step on the longest micro-batch.
 
-        So a run that does not fit fails at once. Raises StopRequested.
+        A run that does not fit thus fails at once. Raises StopRequested.
         """
         run, size = self._run, self._run.recipe.training.micro_batch_size
         run.requests.raise_if_stop_requested()
@@ -289,7 +292,7 @@ class Loop:
 
     @contextmanager
     def _leaving_out_rests(self) -> Iterator[None]:
-        """Count the rests inside as no training time."""
+        """Exclude rests in this context from the training time."""
         rested_before_s = self._run.rest.seconds
         try:
             yield
@@ -299,7 +302,7 @@ class Loop:
             self._emitted_at += rested_s
 
     def _end_step(self, result: StepResult, rewards: RewardSums) -> None:
-        """Report a step, carry out requests, and evaluate, save or stop if that is due."""
+        """Report a step, carry out requests, and evaluate, save or stop if it is due."""
         emitted = self._report_step(result, rewards, force=self.trainer.step == self._total_steps)
         self._unreported = None if emitted else (result, rewards)
         self._check_health(result)
@@ -308,12 +311,12 @@ class Loop:
         overhead_before_s = self._overhead_s
         self._act_between_steps(self._run.step_plan.steps[self.trainer.step - 1])
         spent_s = self._overhead_s - overhead_before_s
-        # The speed of the next step counts from the end of what was done here.
+        # The speed of the next step is measured from the end of this work.
         self._emitted_at += spent_s
         if spent_s and not self._is_over:
             self._reporter.phase("training")
         if self._is_over and not emitted:
-            # The last step of the attempt is reported whatever log_every is.
+            # The last step of the attempt is reported regardless of log_every.
             self._report_step(result, rewards, force=True)
 
     def _take_rewards(self) -> RewardSums:
@@ -324,7 +327,7 @@ class Loop:
         return RewardSums(*self._run.dist.all_reduce_sum(objective.take_sums()))
 
     def _act_between_steps(self, planned: PlannedStep) -> None:
-        """Carry out requests, and evaluate, save and stop if that is due."""
+        """Carry out requests, and evaluate, save and stop if it is due."""
         requests, step = self._run.requests, self.trainer.step
         requests.poll()
         rate = requests.take("set_learning_rate")
@@ -366,16 +369,18 @@ class Loop:
     def _take_finish_request(self) -> None:
         if self._run.requests.take("finish_epoch"):
             self.progress.ends_with_epoch = True
-            # A checkpoint that was written at this step does not have it.
+            # A checkpoint already written at this step does not contain the request.
             self.progress.checkpoint_step = -1
 
     def _is_due(self, every: int, epoch_ends: bool) -> bool:
-        """Whether to do now what is done every so many steps, or with 0 at the end of each epoch."""
+        """Return whether an action is due that is done every ``every`` steps, or with 0 at the end of each
+        epoch.
+        """
         step = self.trainer.step
         return epoch_ends if not every else step % every == 0 or step == self._total_steps
 
     def _abandon_step(self) -> None:
-        """Save the run as it was after its last complete step, after StepAbandoned, and stop it.
+        """Save the run in the state after its last complete step, after StepAbandoned, and stop.
 
         Raises:
             StopRequested: no step is complete, so there is nothing to save.
@@ -392,7 +397,9 @@ class Loop:
         self.outcome = "paused" if kind == "pause" else "stopped"
 
     def _report_step(self, result: StepResult, rewards: RewardSums, *, force: bool) -> bool:
-        """Emit every ``log_every``-th step and non-finite ones, or with ``force`` any; True if emitted."""
+        """Report every ``log_every``-th step and non-finite ones, or with ``force`` any step; True if
+        reported.
+        """
         loss, grad_norm, learning_rate = result
         step = self.trainer.step
         self._reporter.update(step=step, loss=_finite(loss), micro_batch=0)
@@ -422,7 +429,7 @@ class Loop:
         return True
 
     def _check_health(self, result: StepResult) -> None:
-        """Report what is unusual in a step. Raises UserError if training cannot recover."""
+        """Report problems in a step. Raises UserError if training cannot recover."""
         step = self.trainer.step
         finding = find_non_finite(
             step, result.loss, result.grad_norm, norm_may_overflow=self.trainer.uses_fp16
@@ -524,7 +531,7 @@ class Loop:
     def _save(self, *, force: bool = False) -> None:
         """Write a checkpoint, once per step, and delete old ones.
 
-        A full or failing disk costs the checkpoint, not the run. Raises OSError with ``force``.
+        A full or failing disk loses only the checkpoint, not the run. Raises OSError with ``force``.
         """
         run, progress, step = self._run, self.progress, self.trainer.step
         if progress.checkpoint_step == step:
@@ -557,7 +564,7 @@ class Loop:
             relative = str(folder.relative_to(run.directory.path))
             run.reporter.emit(CheckpointSaved(step=step, folder=relative))
             if run.dist.is_main_process:
-                # What cannot be deleted now is deleted after the next checkpoint.
+                # A checkpoint that cannot be deleted now is deleted after the next one.
                 with suppress(OSError):
                     keep = run.recipe.training.keep_checkpoints
                     checkpoints.prune(run.directory, keep, progress.best_step)

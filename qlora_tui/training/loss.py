@@ -1,13 +1,13 @@
 """Cross-entropy of the tokens in the loss only, computed through the output head in chunks.
 
-The stock loss needs logits for every token, in fp32, and their gradient: often the largest item in memory.
-Here prompt tokens have no logits, and the others pass the head a chunk at a time, a few rows of it in fp32.
-The gradient of a chunk overwrites its logits, so nothing as wide as the vocabulary outlives it. Liger's
-kernel can replace the chunks (:mod:`qlora_tui.training.liger`).
+The stock loss needs logits for every token, in fp32, and their gradient, which are often the largest item in
+memory. Here prompt tokens have no logits. The tokens in the loss pass the head one chunk at a time, with a
+few rows of the chunk in fp32. The gradient of a chunk overwrites its logits, so no tensor as wide as the
+vocabulary outlives the chunk. Liger's kernel can replace the chunks (:mod:`qlora_tui.training.liger`).
 
-Methods that compare answers need the loss of each token by itself, and weight it by what the answers'
-log-probabilities turn out to be. The gradient of a token's loss at its hidden state does not depend on that
-weight, so it too is computed in the forward, and the backward only scales it: the head is passed once.
+Methods that compare answers need the loss of each token, and weight it by a function of the answers' log
+probabilities. The gradient of a token's loss at its hidden state does not depend on that weight, so the
+forward computes this gradient too and the backward only scales it: each token passes the head once.
 
 Shapes for a packed sequence of 1,000 tokens, 600 in the loss, hidden size 576, vocabulary 49,152, on CPU::
 
@@ -50,9 +50,9 @@ class ChunkedHead:
 
 
 def empty_gradient(states: Tensor) -> Tensor:
-    """Memory for the gradient at ``states``, (tokens, hidden), until the backward.
+    """Allocate the gradient at ``states`` (tokens, hidden), which is kept until the backward.
 
-    In fp16 the gradients would vanish: they stay in fp32 until the backward applies the loss scale.
+    In fp16 the gradients would vanish, so they are fp32 until the backward applies the loss scale.
     """
     dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
     return torch.empty(states.shape, dtype=dtype, device=states.device)
@@ -70,7 +70,7 @@ def pass_through_head(
     matrix: Tensor | None = None,
     on_chunk: Callable[[Tensor, Tensor], None] = lambda logit_grads, chunk: None,
 ) -> None:
-    """Compute the loss of each token, a chunk of logits and then a block of losses at a time.
+    """Compute the loss of each token, one chunk of logits at a time, and within it one block of losses.
 
     Args:
         states: (tokens, hidden), the input of the head.
@@ -79,12 +79,14 @@ def pass_through_head(
         ids: (rows,), token ids whose rows of the head are replaced by ``values``.
         values: (rows, hidden).
         grad: gets the gradient at ``states``, (tokens, hidden); None computes no gradients.
-        on_block: receives which tokens, their losses (block, 1) and the gradients at their logits (block,
-            vocabulary), which it may change in place; None for these without ``grad``.
-        on_rows: receives which tokens, the gradients at the logits of replaced rows (chunk, rows), and the
+        on_block: called with the range of tokens, their losses (block, 1) and the gradients at their logits
+            (block,
+            vocabulary), which it may change in place; the gradients are None without ``grad``.
+        on_rows: called with the range of tokens, the gradients at the logits of replaced rows (chunk, rows),
+            and the
             chunk of ``states`` in the dtype of the head; not called without ``grad`` or ``values``.
         matrix: (vocabulary, hidden), in place of the head's own weight, in its dtype.
-        on_chunk: receives the gradients at the logits of a chunk (chunk, vocabulary) and the chunk of
+        on_chunk: called with the gradients at the logits of a chunk (chunk, vocabulary) and the chunk of
             ``states``, both in the dtype of the head; not called without ``grad``.
     """
     weight, bias = head.projection.weight, head.projection.bias
@@ -97,7 +99,7 @@ def pass_through_head(
         chunk, target = states[start:end].to(weight.dtype), targets[start:end, None]
         with torch.autocast(states.device.type, enabled=False):
             padded_logits = nn.functional.linear(pad_tokens(chunk), weight, bias)
-        # The padding rows are carried along unread, which saves a copy without them.
+        # The padding rows are carried along unread, which avoids a copy without them.
         logits = padded_logits[: len(chunk)]
         if ids is not None and rows is not None:
             logits.index_copy_(1, ids, chunk @ rows.t())
@@ -116,7 +118,7 @@ def pass_through_head(
                 row_logit_grads[within] = logit_grads.index_select(1, ids)
                 logit_grads.index_fill_(1, ids, 0)
             logits[within] = logit_grads
-            # Otherwise it would stay in memory beside that of the next block.
+            # Otherwise this tensor would stay in memory together with that of the next block.
             del logit_grads
         if grad is not None:
             on_chunk(logits, chunk)
@@ -126,22 +128,22 @@ def pass_through_head(
                 grad_chunk.addmm_(row_logit_grads.to(rows.dtype), rows)
             grad[start:end] = grad_chunk
             del grad_chunk
-        # Otherwise they would stay in memory beside those of the next chunk.
+        # Otherwise these tensors would stay in memory together with those of the next chunk.
         del logits, padded_logits, row_logit_grads
 
 
 def block_rows(device: torch.device) -> int:
-    """Rows of a chunk that are in fp32 at a time."""
+    """Return the number of rows of a chunk that are in fp32 at a time."""
     return LOSS_BLOCK_ROWS["cuda" if device.type == "cuda" else "cpu"]
 
 
 def losses_and_grads(
     logits: Tensor, targets: Tensor, head: ChunkedHead, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy and its gradient at the logits, before the head's multiplier and soft cap.
+    """Return cross-entropy and its gradient at the logits, before the head's multiplier and soft cap.
 
     Args:
-        logits: (rows, vocabulary), as the projection gives them.
+        logits: (rows, vocabulary), the output of the projection.
         targets: (rows, 1).
 
     Returns:
@@ -169,7 +171,7 @@ def losses_and_grads(
 IGNORED = -100
 """Label of a token that is not in the loss."""
 _GRADIENT_ROWS = 4096
-"""Rows of a trained head whose gradient from one chunk is in memory at a time."""
+"""Number of rows of a trained head whose gradient from one chunk is in memory at a time."""
 LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes the summed cross-entropy, fp32, of states (tokens, hidden) against targets (tokens,)."""
 
@@ -183,10 +185,10 @@ def chunks_obstacle(model: Any) -> str:
 
 
 def find_head(model: nn.Module) -> ChunkedHead | str:
-    """The output head of a causal language model, or the reason why chunks are not supported.
+    """Return the output head of a causal language model, or the reason why chunks are not supported.
 
-    What a family computes between head and loss is read from its configuration. Whether that is everything is
-    verified by :func:`qlora_tui.training.checks.base.head_matches_model`.
+    The family's computation between head and loss is read from its configuration.
+    :func:`qlora_tui.training.checks.base.head_matches_model` verifies that nothing is missing.
     """
     projection: Any = model.get_output_embeddings()  # type: ignore[operator]  # a PreTrainedModel's method
     if obstacle := chunks_obstacle(model):
@@ -204,7 +206,7 @@ def find_head(model: nn.Module) -> ChunkedHead | str:
 
 
 def use_loss(model: nn.Module, head: ChunkedHead | str, kernel: LossSumFn | None = None) -> None:
-    """Replace the model's forward by one that computes our losses, and keeps packed samples apart.
+    """Replace the model's forward with one that computes our losses and isolates packed samples.
 
     * ``model(segments=[3, 1])`` isolates samples of these lengths in one sequence
       (:func:`~qlora_tui.training.packed_attention.segment_mask`), with labels or without.
@@ -212,7 +214,7 @@ def use_loss(model: nn.Module, head: ChunkedHead | str, kernel: LossSumFn | None
       in ``loss_weights`` if there are any, divided by the number of items.
     * ``model(labels=…, per_token=True)`` returns the loss of each token, fp32 (tokens in the loss,).
 
-    Calls without labels are otherwise the library's.
+    Apart from ``segments``, calls without labels behave as in the library.
 
     Args:
         head: the output head, or why chunks are not supported: the library's logits are then used.
@@ -264,8 +266,8 @@ def stock_loss(
 ) -> Tensor:
     """Return the cross-entropy of all logits, as transformers' ``ForCausalLMLoss`` computes it.
 
-    Not left to the model: some classes expect labels that are shifted already (BART's decoder), and others
-    add terms of their own.
+    The model's own loss is not used, because some classes expect shifted labels (BART's decoder), and others
+    add terms.
 
     Args:
         logits: (batch, tokens, vocabulary); position t - 1 predicts token t.
@@ -287,7 +289,7 @@ def stock_loss(
 
 
 def use_reference_loss(model: nn.Module) -> None:
-    """Restore the loss of all logits, with packed samples, loss weights and losses of tokens as before."""
+    """Restore the loss of all logits, while packed samples, loss weights and token losses keep working."""
     vars(model).pop("forward", None)
     use_loss(model, "the library's own loss is used")
 
@@ -300,15 +302,15 @@ def each_token_loss(
     positions: Tensor,
     forward: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """Cross-entropy of each token in the loss, fp32 (tokens,), in nats.
+    """Return the cross-entropy of each token in the loss, fp32 (tokens,), in nats.
 
     Args:
         model: a causal language model without adapter wrapper; its layers may be adapted.
         head: its output head, or why chunks are not supported.
         inputs: arguments of its decoder.
         labels: (batch, tokens).
-        positions: what :func:`loss_positions` finds in ``labels``.
-        forward: what computes logits if chunks are not supported; None: the model.
+        positions: the result of :func:`loss_positions` for ``labels``.
+        forward: computes logits if chunks are not supported; None uses the model.
     """
     positions = positions.to(labels.device)
     targets = labels.flatten().index_select(0, positions + 1)
@@ -322,10 +324,11 @@ def each_token_loss(
 
 
 def loss_positions(labels: Tensor) -> Tensor:
-    """Where a token in the loss is predicted: (tokens in the loss,), int64.
+    """Return the positions from which tokens in the loss are predicted: (tokens in the loss,), int64.
 
-    Positions count through all of ``labels`` (batch, tokens); the token itself is one further. Found on
-    the CPU, where labels are made: a GPU would have to be waited for, because their number is unknown.
+    Positions index the flattened ``labels`` (batch, tokens); the predicted token is one position later. They
+    are computed on the CPU, where labels are made: their number is unknown, so a GPU would have to be waited
+    for.
     """
     sequences, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return sequences * labels.shape[1] + places
@@ -341,17 +344,17 @@ def summed_loss(
     positions: Tensor | None = None,
     matrix: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """The weighted sum of the losses of all tokens in the loss, and the number of these tokens.
+    """Return the weighted sum of the losses of all tokens in the loss, and the number of these tokens.
 
     Args:
         hidden: (batch, tokens, hidden); position t - 1 predicts token t.
         labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
-        loss_weights: (batch, tokens); None where each token counts 1.
+        loss_weights: (batch, tokens); None if each token counts 1.
         token_rows: trained rows that replace those of the head.
-        kernel: used where there are neither ``loss_weights`` nor trained weights of the head.
-        positions: what :func:`loss_positions` finds in ``labels``; None finds it
-            here, for which the CPU waits for the GPU.
-        matrix: (vocabulary, hidden), fp32: a trained head, in place of the frozen one.
+        kernel: used if there are neither ``loss_weights`` nor trained weights of the head.
+        positions: the result of :func:`loss_positions` for ``labels``; None computes it here, for which the
+            CPU waits for the GPU.
+        matrix: (vocabulary, hidden), fp32: a trained head that replaces the frozen one.
 
     Returns:
         The sum, an fp32 scalar, and the number of tokens.
@@ -359,7 +362,7 @@ def summed_loss(
     ids, values = (None, None) if token_rows is None else (token_rows.ids, token_rows.values)
     if positions is None:
         positions = loss_positions(labels)
-    # A traced model is on the meta device, and its labels are on the CPU.
+    # A traced model is on the meta device, while its labels are on the CPU.
     states = select_states(hidden, positions)
     targets = labels.flatten().index_select(0, positions + 1)
     if not len(targets):
@@ -376,13 +379,13 @@ def summed_loss(
 
 
 def select_states(hidden: Tensor, positions: Tensor) -> Tensor:
-    """The hidden states at ``positions`` of :func:`loss_positions`, (tokens in the loss, hidden)."""
+    """Return the hidden states at ``positions`` of :func:`loss_positions`, (tokens in the loss, hidden)."""
     states: Tensor = _SelectRows.apply(hidden.flatten(0, 1), positions.to(hidden.device))  # type: ignore[no-untyped-call]
     return states
 
 
 class _SelectRows(torch.autograd.Function):
-    """``rows[positions]`` for positions that differ, whose gradient is written and not summed."""
+    """``rows[positions]`` for distinct positions, so that the gradient is written instead of summed."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, positions: Tensor) -> Tensor:
@@ -405,15 +408,15 @@ def chunked_sum(
     values: Tensor | None = None,
     matrix: Tensor | None = None,
 ) -> Tensor:
-    """Σ weight · cross-entropy, an fp32 scalar.
+    """Return Σ weight · cross-entropy, an fp32 scalar.
 
     Args:
         states: (tokens, hidden), the input of the head.
         targets: (tokens,), token ids.
-        loss_weights: (tokens,); None where each token counts 1.
+        loss_weights: (tokens,); None if each token counts 1.
         ids: (rows,), token ids whose rows of the head are replaced by ``values``.
         values: (rows, hidden).
-        matrix: (vocabulary, hidden), fp32, in place of the head's weight.
+        matrix: (vocabulary, hidden), fp32, replaces the head's weight.
     """
     total: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]  # torch's own
         states, targets, head, loss_weights, ids, values, matrix
@@ -487,7 +490,7 @@ def add_weight_gradient(total: Tensor, logit_grads: Tensor, chunk: Tensor) -> No
     if chunk.dtype == total.dtype:
         total.addmm_(logit_grads.t(), chunk)
         return
-    # A sum over hundreds of tokens can exceed the largest number of fp16.
+    # A sum over hundreds of tokens can exceed the largest fp16 number.
     wide = chunk.float() if chunk.dtype == torch.float16 else chunk
     for start in range(0, len(total), _GRADIENT_ROWS):
         columns = logit_grads[:, start : start + _GRADIENT_ROWS].to(wide.dtype)
@@ -501,7 +504,7 @@ def token_losses(
     ids: Tensor | None = None,
     values: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of each token, fp32 (tokens,), in nats.
+    """Return the cross-entropy of each token, fp32 (tokens,), in nats.
 
     Args:
         states: (tokens, hidden), the input of the head.

@@ -37,18 +37,20 @@ from qlora_tui.training.model import PreparedBase
 
 
 class MemoryMeter:
-    """Peak memory of this process, and the estimate for the recipe."""
+    """Measures peak memory of this process, and has the estimate for the recipe."""
 
     def __init__(self, recipe: Recipe, architecture: Architecture, device: ComputeDevice) -> None:
         self._recipe = recipe
         self._architecture = architecture
         self._device = device
         self.execution = trainer_execution(recipe, _as_estimated(device), architecture)
-        """What the run executes: what its recipe leads to expect, until :meth:`use` knows better."""
+        """The execution that the estimate assumes: the one expected from the recipe until :meth:`use`
+        replaces it.
+        """
         self.is_modelled = False
-        """Whether loss and code paths are known, and the estimate has a model of them."""
+        """Whether loss and code paths are known and the estimate models them."""
         self.estimate = self._estimate(recipe, corrected=True)
-        """None if the model is not supported by the estimate."""
+        """The estimate; None if it does not support the model."""
         self._longest_batch: Recipe | None = None
         """The recipe with its sequences as long as those of the longest micro-batch."""
         self._longest_batch_estimate: Estimate | None = None
@@ -56,8 +58,8 @@ class MemoryMeter:
     def use(self, base: PreparedBase, *, triton: bool) -> None:
         """Estimate with the loss, attention and kernels that the run really uses.
 
-        Without a model of them, such as for padded sequences in place of packed ones or for replaced parts,
-        the estimate stays that of the expected code. No layers are kept then, and the peak is not recorded.
+        If the estimate does not model them, such as padded instead of packed sequences or replaced parts, it
+        stays that of the expected code. Then no layers are kept, and the peak is not recorded.
         """
         expected = self.execution
         self.is_modelled = base.padding_free == expected.segments and set(base.replaced) <= {"loss"}
@@ -84,7 +86,7 @@ class MemoryMeter:
         )
 
     def set_longest_batch(self, sequences: int, tokens: int, samples: int) -> None:
-        """Set the longest micro-batch of the run, whose estimate is what the peak is compared with.
+        """Set the longest micro-batch of the run, whose estimate is compared with the peak.
 
         The recipe allows ``data.max_length`` tokens per sequence, but all of the data may be shorter.
         """
@@ -96,7 +98,7 @@ class MemoryMeter:
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
 
     def set_recipe(self, recipe: Recipe) -> None:
-        """Estimate with what has been settled of the recipe."""
+        """Estimate with the settings of the recipe that have been resolved."""
         self._recipe = recipe
         self.execution = trainer_execution(recipe, _as_estimated(self._device), self._architecture)
         self.estimate = self._estimate(recipe, corrected=True)
@@ -104,12 +106,12 @@ class MemoryMeter:
     def choose_step(
         self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool
     ) -> Recipe:
-        """Return the recipe with the optimizer and the rows at a time for which memory is free.
+        """Return the recipe with optimizer and rows at a time chosen to fit in free memory.
 
         Args:
             longest: tokens of the longest sequence.
-            free_bytes: see :meth:`free_bytes`; with several processes, the least.
-            after_running_out: choose the least instead.
+            free_bytes: result of :meth:`free_bytes`; with several processes, the smallest.
+            after_running_out: choose the settings with the least memory instead.
         """
         least = with_optimizer(recipe, LEAN_OPTIMIZER)
         if after_running_out:
@@ -125,17 +127,17 @@ class MemoryMeter:
     def plan_kept_layers(
         self, limit: int | None, least: Callable[[int], int] = lambda free_bytes: free_bytes
     ) -> KeptLayersPlan | None:
-        """Return how many layers can keep their activations for the longest batch; all estimates then include
-        them.
+        """Return how many layers can keep their activations for the longest batch, and include them in all
+        estimates.
 
-        Call :meth:`set_longest_batch` first. None are kept without a model of the run's code.
+        Call :meth:`set_longest_batch` first. No layers are kept if the run's code is not modeled.
 
         Args:
-            limit: the most; None for any number.
-            least: returns the least free memory of all processes, given that of this one.
+            limit: largest number of layers; None for any number.
+            least: returns the smallest free memory of all processes, given that of this one.
 
         Returns:
-            None if the recipe does not leave it open, or the model is not supported by the estimate.
+            None if the recipe fixes the number, or the estimate does not support the model.
         """
         recipe = self._longest_batch
         if recipe is None or self._longest_batch_estimate is None:
@@ -158,8 +160,8 @@ class MemoryMeter:
     def record(self, *, ran_out: bool = False) -> None:
         """Record peak and prediction, which correct later estimates on this machine.
 
-        A run that ran out of memory is recorded only if it used more than predicted: how much it would
-        have needed is unknown. A run that never computed its longest batch is not recorded, nor is one of a
+        A run that ran out of memory is recorded only if it used more than predicted: how much it would have
+        needed is unknown. A run that never computed its longest batch is not recorded, nor is a run of a
         family whose layers are guessed.
         """
         predicted, peak = self._longest_batch_estimate, self.measure("end")
@@ -168,7 +170,7 @@ class MemoryMeter:
         if ran_out and peak.measured_bytes <= predicted.process_bytes:
             return
         outside = predicted.bytes_of("context") + predicted.bytes_of("runtime")
-        with suppress(OSError):  # A full disk costs the record and not the run.
+        with suppress(OSError):  # a full disk loses only the record, not the run
             record_run(
                 MeasuredRun(
                     at=peak.at,
@@ -205,7 +207,9 @@ class MemoryMeter:
         return replace(_as_estimated(self._device), correction=correction_for(self._device.name))
 
     def free_bytes(self) -> int:
-        """Return the memory of the device that no other process uses: free now, or held by this process."""
+        """Return the device memory that no other process uses, in bytes: free memory, and memory of this
+        process.
+        """
         if self._device.kind == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device.torch_device)
             held = torch.cuda.memory_reserved(self._device.torch_device) + self._context_bytes()
@@ -213,7 +217,9 @@ class MemoryMeter:
         return free_host_bytes() + int(psutil.Process().memory_info().rss)
 
     def _context_bytes(self) -> int:
-        """GPU memory of this process outside torch's pool; estimated if the driver does not report it."""
+        """Return this process's GPU memory outside torch's pool; estimated if the driver does not report
+        it.
+        """
         gpu_bytes = _gpu_memory_used()
         if gpu_bytes is None:
             return self.estimate.bytes_of("context") if self.estimate else 0
@@ -245,9 +251,9 @@ def _as_estimated(device: ComputeDevice) -> EstimatedDevice:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident set size of this process so far; 0 if the kernel does not report it.
+    """Return the largest resident set size of this process so far; 0 if the kernel does not report it.
 
-    Not ``ru_maxrss``, which starts with the size of the parent process.
+    ``ru_maxrss`` is not used, because it starts with the size of the parent process.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -266,7 +272,7 @@ def _gpu_memory_used() -> int | None:
 
 
 def _driver() -> str:
-    """Version of the GPU driver; empty if there is none."""
+    """Return the version of the GPU driver; empty if there is none."""
     try:
         return default_cuda_device().driver or ""
     except GpuUnavailableError:

@@ -50,7 +50,7 @@ from qlora_tui.training.streaming.placement import StreamedLayers, place_streame
 
 
 class DropoutSetting(NamedTuple):
-    """A probability that is not 0: an attribute of a module or of its config."""
+    """A nonzero dropout probability: an attribute of a module or of its config."""
 
     owner: Any
     name: str
@@ -58,10 +58,10 @@ class DropoutSetting(NamedTuple):
 
 
 def dropout_settings(model: nn.Module) -> list[DropoutSetting]:
-    """Return every dropout probability of the model and its adapter that is not 0.
+    """Return every nonzero dropout probability of the model and its adapter.
 
     Dropouts are modules, probabilities that a module passes to a function (``attention_dropout``), and, in
-    Falcon, ones that it reads from its config at each call.
+    Falcon, probabilities that it reads from its config at each call.
     """
     return [
         DropoutSetting(owner, name, value)
@@ -88,7 +88,7 @@ def _floats(model: nn.Module) -> list[DropoutSetting]:
 
 
 ProgressCallback: TypeAlias = Callable[[int, int], None]
-"""Receives what is done, and the total."""
+"""Called with the finished amount and the total."""
 
 
 def load_base(
@@ -107,11 +107,11 @@ def load_base(
 
     Args:
         folder: from ``catalog.local_models.resolve_model``.
-        on_progress: called with the number of tensors loaded, and of all.
-        to_host: leave it in host memory, quantized on the device weight by weight.
+        on_progress: called with the number of loaded tensors and of all tensors.
+        to_host: leave the model in host memory, with weights quantized on the device one by one.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the model cannot be loaded.
     """
     quantization = _quantization_config(recipe.quantization, device, folder)
     stored = quantized_cache.cache_path(folder, recipe, device)
@@ -134,11 +134,11 @@ def load_base(
             _require_weights(model, info, folder)
             if stored is not None:
                 quantized_cache.store(model, stored)
-    # peft writes this into the adapter as its base model.
+    # peft writes this value into the adapter as its base model.
     model.config._name_or_path = model.name_or_path = str(folder)
     if device.kind == "cpu" and quantization is not None and not is_mapped:
         # Weights that are not quantized are views that would keep the whole mapped file in memory. A file of
-        # stored weights has only what is used.
+        # stored weights contains only used weights.
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
@@ -148,8 +148,8 @@ def load_base(
 def load_mapped(folder: Path, device: ComputeDevice) -> Any:
     """Load the model in ``folder`` with weights that stay mapped from its files, in the dtype stored there.
 
-    They take no memory that the system could not use otherwise, except those that transformers joins from
-    several tensors of the files (experts of some mixtures). Raises UserError.
+    Mapped weights take only memory that the system can reclaim, except those that transformers joins from
+    several tensors (experts of some mixtures). Raises UserError.
     """
     model, info = _load(folder, device, "segments", None, dtype="auto", device_map={"": "cpu"})
     _require_weights(model, info, folder)
@@ -158,10 +158,10 @@ def load_mapped(folder: Path, device: ComputeDevice) -> Any:
 
 @contextmanager
 def quantized_on(device: torch.device) -> Iterator[None]:
-    """Quantize the weights of a base that is loaded to host memory inside on a GPU, one after another.
+    """Quantize weights on a GPU, one after another, while a base is loaded to host memory in this context.
 
-    A CPU takes minutes for an 8B and hours for a 70B. Each weight is copied to the GPU, and what the kernel
-    makes of it is copied back: the bits of a base that is loaded to the GPU.
+    A CPU takes minutes for an 8B model and hours for a 70B. Each weight is copied to the GPU and its
+    quantized form is copied back, with the same bits as in a base that is loaded to the GPU.
     """
     from bitsandbytes import functional
 
@@ -182,12 +182,12 @@ def quantized_on(device: torch.device) -> Iterator[None]:
         yield
     finally:
         functional.quantize_4bit, functional.int8_vectorwise_quant = four_bit, eight_bit
-        # The streamed layers' memory is not cut from what weights were copied to.
+        # Otherwise the streamed layers' memory would be allocated from the blocks of the copied weights.
         release_gpu_memory()
 
 
 def _expert_quantization(folder: Path, recipe: Recipe) -> AbstractContextManager[None]:
-    """Let a mixture of experts be loaded with 4-bit experts, if the recipe says so."""
+    """Return a context in which a mixture of experts is loaded with 4-bit experts, if the recipe says so."""
     if not quantized_cache.quantizes_experts(folder, recipe):
         require_4_bit_experts(recipe.quantization, architecture_of(load_config(folder / "config.json")))
         return nullcontext()
@@ -204,18 +204,18 @@ def _load_stored(
     try:
         model, info = _load(stored, device, attention_path, on_progress)
         is_whole = not any(info.values())
-    except Exception as error:  # whatever the libraries raise for a damaged file
+    except Exception as error:  # libraries raise various exceptions for a damaged file
         if is_out_of_memory(error):
             raise
         is_whole = False
     if not is_whole:
-        # The next load needs the memory of what was read.
+        # The next load needs the memory of the tensors that were read.
         del model
         release_gpu_memory()
         with suppress(OSError):
             discard(stored)
         return None
-    os.utime(stored)  # the least recently used are deleted first
+    os.utime(stored)  # the least recently used folders are deleted first
     return model
 
 
@@ -226,12 +226,15 @@ def _load(
     on_progress: ProgressCallback | None,
     **settings: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Return what transformers loads from the folder, and what it says of the weights. Raises UserError."""
+    """Return the model that transformers loads from the folder, and its report on the weights.
+
+    Raises UserError.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    # None lets transformers use SDPA, which a few families lack (Gemma 2, gpt-oss). The attention keys of the
-    # model's own config are removed before.
+    # None lets transformers use SDPA, except in the few families that lack it (Gemma 2, gpt-oss). The
+    # attention keys of the model's own config have been removed.
     attention = "eager" if attention_path == "eager" else None
     pin_publisher()
     loader = auto_class(read_config(load_config(folder / "config.json")))
@@ -259,10 +262,10 @@ def _load(
 
 
 def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError if weights are not in the files, or of another shape: they would be random.
+    """Raise UserError if the files lack weights or have them in another shape: they would be random.
 
     Args:
-        info: what transformers says of the weights. Those missing outside the language model are not used.
+        info: transformers' report on the weights. Weights missing outside the language model are not used.
     """
     parts = (model.get_decoder(), model.get_output_embeddings())
     read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
@@ -293,9 +296,9 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
 
 
 def _layers_in_files(model: Any, unused: Iterable[str]) -> tuple[int, int]:
-    """Return the layers in the files, whose ``unused`` weights the model lacks, and those of the model.
+    """Return the number of layers in the files, whose ``unused`` weights the model lacks, and of the model.
 
-    Layers that only predict later tokens (``num_nextn_predict_layers``) are left out of both on purpose.
+    Layers that only predict later tokens (``num_nextn_predict_layers``) are deliberately left out of both.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -309,9 +312,10 @@ def _layers_in_files(model: Any, unused: Iterable[str]) -> tuple[int, int]:
 
 
 def _quantized_mismatches(model: nn.Module) -> Iterator[tuple[str, Iterable[int], Iterable[int]]]:
-    """Yield name, shape and expected shape of quantized weights, which transformers does not compare.
+    """Yield name, shape and expected shape of mismatched quantized weights, which transformers does not
+    compare.
 
-    A weight that config.json says is in 4 bits already, and is not, lacks their packed shape.
+    If config.json declares a weight to be in 4 bits and it is not, it does not have the packed shape.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes"):
@@ -332,7 +336,7 @@ def _shape(sizes: Iterable[int]) -> str:
 
 @contextmanager
 def loading_progress(on_progress: ProgressCallback | None) -> Iterator[None]:
-    """Report each tensor that transformers loads inside, if this version of it can say so."""
+    """Report each tensor that transformers loads in this context, if its version supports this."""
     from transformers.utils import logging
 
     set_hook = getattr(logging, "set_tqdm_hook", None)
@@ -362,8 +366,8 @@ def freeze(model: nn.Module) -> nn.Module:
     model.config.use_cache = False  # type: ignore[union-attr]  # a PreTrainedModel's
     leave_weights(model)
     for module in model.modules():
-        # bitsandbytes repacks the weights of a layer for inference when it runs in eval mode on a CPU with
-        # AVX512-BF16, never packs them back, and computes wrong gradients from then on.
+        # In eval mode on a CPU with AVX512-BF16, bitsandbytes repacks the weights of a layer for inference
+        # and never restores them, so all later gradients would be wrong.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # mypy takes it for a submodule
     return model
@@ -373,11 +377,11 @@ def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None
     """Save one hidden state per layer and recompute the rest in the backward; see :func:`apply_kept_layers`.
 
     Args:
-        preserve_rng_state: repeat the random numbers of the forward, which needs a real device and costs
-            time in each layer. None: only if the model, or its adapter (already added), draws any.
+        preserve_rng_state: repeat the random numbers of the forward, which needs a real device and takes time
+            in each layer. None: only if the model, or its adapter (already added), draws any.
 
     Returns:
-        False if the model's class does not support it: then everything is kept.
+        False if the model's class does not support checkpointing; then all activations are kept.
     """
     if not model.supports_gradient_checkpointing:
         return False
@@ -395,7 +399,7 @@ def apply_kept_layers(model: Any, count: int) -> bool:
     """Exempt the last ``count`` decoder layers of a model from its gradient checkpointing.
 
     Returns:
-        False if the model's layers cannot be switched one by one: then nothing is changed.
+        False if the model's layers cannot be switched individually; then nothing is changed.
     """
     layers = decoder_layers(model)
     if not model.is_gradient_checkpointing or not layers:
@@ -408,9 +412,9 @@ def apply_kept_layers(model: Any, count: int) -> bool:
 def _quantization_config(settings: Quantization, device: ComputeDevice, folder: Path) -> Any:
     """Return the quantization config for transformers; None loads the weights as they are stored.
 
-    Without modules to skip, transformers leaves out the head and tied weights;
-    ``LinearModule.quantizable`` of the catalog must say the same. Raises UserError if a pattern of
-    ``skip`` matches nothing.
+    If no modules to skip are given, transformers skips the head and tied weights;
+    ``LinearModule.quantizable`` of the catalog must agree. Raises UserError if a pattern of ``skip`` matches
+    nothing.
     """
     from transformers import BitsAndBytesConfig
 
@@ -431,7 +435,7 @@ def _quantization_config(settings: Quantization, device: ComputeDevice, folder: 
 
 
 def _skipped_modules(settings: Quantization, folder: Path) -> list[str] | None:
-    """Return the names of all modules that stay in 16 bits; None leaves them to transformers."""
+    """Return the names of all modules that stay in 16 bits; None leaves the choice to transformers."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     config = load_config(folder / "config.json")
@@ -441,7 +445,7 @@ def _skipped_modules(settings: Quantization, folder: Path) -> list[str] | None:
         skipped += match_modules(settings.skip, modules, SKIP)
     if not skipped:
         return None
-    # A list replaces what transformers leaves out by itself.
+    # A list replaces the modules that transformers would skip by default.
     return [*get_keys_to_not_convert(build_on_meta(config)), *(module.name for module in skipped)]
 
 
@@ -450,7 +454,7 @@ _FALLBACKS: dict[AttentionPath, tuple[PackedAttention, ...]] = {
     "segments": ("segments",),
     "eager": (),
 }
-"""Implementations of packed attention to try for each path, in order; none means padded sequences."""
+"""Kinds of packed attention to try for each path, in order; an empty tuple means padded sequences."""
 _DESCRIPTIONS: dict[PackedAttention, str] = {
     "varlen": "flash, all samples in one call",
     "segments": "SDPA, one call per sample",
@@ -468,21 +472,23 @@ class PreparedBase:
     """Description of the attention, for the run's events."""
     loss: Loss
     packed: PackedAttention | None
-    """What keeps the samples of a sequence apart; None if each has a padded sequence of its own."""
+    """Isolates the samples of a sequence; None if each sample has a padded sequence of its own."""
     reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     loss_reason: str = ""
-    """Why another loss than the expected one is used; empty if it is that one."""
+    """Why another loss than the expected one is used; empty if the expected one is used."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
     router_loss_off: bool = False
-    """Whether the model would have added a loss that balances its experts, which a run does not train on."""
+    """Whether the model would have added a loss that balances its experts, which is not part of training."""
     streamed: StreamedLayers | None = None
-    """The layers that wait in host memory; None if the whole model is on the device."""
+    """The layers that are kept in host memory; None if the whole model is on the device."""
 
     @property
     def padding_free(self) -> bool:
-        """Whether a micro-batch is one sequence of isolated samples, with ``data.packing`` off too."""
+        """Whether a micro-batch is one sequence of isolated samples, which it is with ``data.packing`` off
+        too.
+        """
         return self.packed is not None
 
     @property
@@ -501,12 +507,12 @@ def prepare_base(
     weighted: bool,
     on_progress: ProgressCallback | None = None,
 ) -> PreparedBase:
-    """Load the base model, with the expected loss if that is verified to be exact, else with another.
+    """Load the base model with the expected loss if that is verified to be exact, else with another loss.
 
     Args:
         expected_loss: the loss that the memory estimate assumes.
         weighted: whether tokens of the data have loss weights.
-        on_progress: called with the number of tensors loaded, and of all.
+        on_progress: called with the number of loaded tensors and of all tensors.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -525,7 +531,7 @@ def prepare_base(
     scale_each_sample(model)
     packed = _use_packed_attention(model, attention_path, device)
     if packed is None:
-        # Padded sequences do not need our attention, and the check of the first step needs the library's.
+        # Padded sequences do not need our attention, while the check of the first step needs the library's.
         set_attention(model, reference_attention)
     return PreparedBase(
         model=model,
@@ -543,9 +549,10 @@ def prepare_base(
 
 
 def _switch_off_router_loss(model: Any) -> bool:
-    """Leave the loss that balances experts out of the model's loss; return whether there was one.
+    """Exclude the loss that balances experts from the model's loss; return whether there was one.
 
-    It is a mean over tokens, and a micro-batch's loss is a sum, so it would be lost next to that.
+    The balancing loss is a mean over tokens and a micro-batch's loss is a sum, in which it would be
+    negligible.
     """
     config = model.config.get_text_config()
     was_on = bool(getattr(config, "output_router_logits", False))
@@ -567,7 +574,7 @@ def _use_packed_attention(
 def _use_loss(
     model: Any, head: ChunkedHead | str, device: ComputeDevice, expected_loss: Loss, weighted: bool
 ) -> tuple[Loss, str]:
-    """Install the loss in the model; return it, and why it is not the expected one."""
+    """Install the loss in the model; return the loss, and why it is not the expected one."""
     kernel: LossSumFn | str | None = None
     if expected_loss == "liger" and not isinstance(head, str):
         kernel = _NOT_WEIGHTED if weighted else verified_liger_loss(head, device.torch_device)

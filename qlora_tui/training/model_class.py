@@ -1,8 +1,8 @@
-"""Which transformers class a config selects, and the model it builds on torch's ``meta`` device.
+"""Finds the transformers class for a config, and builds its model on torch's ``meta`` device.
 
-The one answer for everything that loads or describes a base: the trainer, traces of a step, and the
-description that the catalog caches. A causal language model is preferred. A config of several parts (text and
-vision) without one selects its image-text-to-text class, of which the language model is trained.
+Everything that loads or describes a base uses this module: the trainer, traces of a step, and the description
+that the catalog caches. A causal language model is preferred. If a config of several parts (text and vision)
+has none, its image-text-to-text class is selected, and the language model in it is trained.
 
 Nothing here imports code of a repository: ``auto_map`` and other keys that select code are removed first.
 """
@@ -32,31 +32,31 @@ from qlora_tui.formatting import join_words
 from qlora_tui.installation import install_command
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""transformers' classes that load a model that generates text, the preferred one first."""
+"""transformers' auto classes that load a model that generates text, in order of preference."""
 _WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
-"""Keys on how weights are stored, which a model without weights does not have."""
+"""Keys that describe how weights are stored, which do not apply to a model without weights."""
 _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
-"""Code of a class that attends to later tokens too, unless its config says ``is_decoder``."""
+"""Pattern in the code of a class that attends to later tokens unless its config sets ``is_decoder``."""
 _LONGEST_REASON, _LONGEST_VALUE = 240, 120
 _VALIDATION = re.compile(
     r"Validation error for field '(?P<field>\w+)': \w+: Field '\w+' (?:"
     r"expected (?P<type>\w+), got \w+ \(value: (?P<value>.*)\)|"
     r"with value (?P<other>.*) doesn't match any type in \((?P<types>.*?)\)\. Errors)"
 )
-"""What a config class raises for a value of another type."""
+"""Pattern of a config class's error for a value of the wrong type."""
 _TYPE = re.compile(r"<class '([a-zN]\w*)'>|\b(list|dict|tuple)\[")
-"""Types of values that a file may have; others are those of objects that a class makes of them."""
+"""Value types that a file can contain; other types in a message are of objects that a class creates."""
 _VALIDATOR = re.compile(
     r"(?:Validation error for field (?P<field>'\w+')|Class validation error for validator '(?P<by>\w+)'): "
     r"\w+: (?P<cause>.+)"
 )
-"""What it raises for a value that is out of bounds, and for values that do not go together."""
+"""Pattern of a config class's error for a value out of bounds, and for values that are inconsistent."""
 _INSTALL = re.compile(r"pip install ([\w.-]+)")
-"""The packages in transformers' messages on a missing one."""
+"""Pattern of the packages in transformers' messages about a missing one."""
 
 
 class MissingPackageError(UserError):
-    """A class of transformers needs packages that are not installed."""
+    """Raised if a class of transformers needs packages that are not installed."""
 
     def __init__(self, packages: tuple[str, ...], title: str, **texts: Any):
         super().__init__(title, **texts)
@@ -78,12 +78,12 @@ def read_config(values: Mapping[str, Any]) -> Any:
         return CONFIG_MAPPING[model_type].from_dict(
             {key: _with_floats(value) for key, value in clean.items() if key not in _WEIGHT_KEYS}
         )
-    except Exception as error:  # whatever the class raises for a value that it does not expect
+    except Exception as error:  # the class may raise anything for an unexpected value
         raise unbuildable(model_type, reason_of(error)) from error
 
 
 def _with_floats(value: Any) -> Any:
-    """Return a value of a config with the infinities that transformers writes as ``{"__float__": …}``."""
+    """Return a config value in which ``{"__float__": …}``, as transformers writes infinities, is a float."""
     if isinstance(value, list):
         return [_with_floats(each) for each in value]
     if not isinstance(value, dict):
@@ -95,11 +95,10 @@ def _with_floats(value: Any) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """Return the class of transformers that loads a language model of this config.
+    """Return the transformers class that loads a language model of this config.
 
-    It may load the text part of the config alone, or the whole model.
-
-    Raises UserError when no class of the installed transformers continues text from this config.
+    The class may load only the text part of the config, or the whole model. Raises UserError if no class of
+    the installed transformers is a causal language model for this config.
     """
     import transformers
 
@@ -110,7 +109,7 @@ def auto_class(config: Any) -> Any:
             continue
         model_class = _model_class(loader, config)
         _check_causal(config, model_class)
-        # A class of another config, such as that of the text part, may not find its weights in the files.
+        # A class for another config, such as that of the text part, may not find its weights in the files.
         if model_class.config_class is type(config) or _reads_own_files(config, loader):
             return loader
         unread = model_class.__name__
@@ -126,7 +125,7 @@ def _model_class(loader: Any, config: Any) -> Any:
 
 
 def _check_causal(config: Any, model_class: Any) -> None:
-    """Raise UserError if a class does not continue a text, by what it declares of itself."""
+    """Raise UserError if a class declares that it does not generate text."""
     from transformers import AutoModelForMaskedLM, GenerationMixin
 
     model_type, name = config.model_type, model_class.__name__
@@ -160,8 +159,8 @@ def _check_causal(config: Any, model_class: Any) -> None:
 def _reads_own_files(config: Any, loader: Any) -> bool:
     """Return whether a loader finds the embedding in files as the class of the whole config writes them.
 
-    transformers renames what it reads by the type of the config and the class. A text model may be one part
-    of the files, with other names, for which it has no rule.
+    transformers renames the tensors it reads depending on class and config type. A text model may be one part
+    of the files, under other names, for which transformers has no rule.
     """
     import transformers
     from transformers import conversion_mapping
@@ -182,7 +181,7 @@ def _reads_own_files(config: Any, loader: Any) -> bool:
                 for each in (loader, (*writers, loader)[0])
             )
         embedding = next(n for n, p in model.named_parameters() if p is model.get_input_embeddings().weight)
-    except Exception:  # what is wrong with the config is reported where the model is built
+    except Exception:  # errors in the config are reported when the model is built
         return True
     ending = ".".join(embedding.split(".")[-2:])
     written = {name: tensor for name, tensor in whole.state_dict().items() if name.endswith(ending)}
@@ -220,7 +219,7 @@ def build_on_meta(
                     raise
                 # The class lacks SDPA. The failed attempt may have changed the config.
                 model = loader.from_config(read_config(values), dtype=dtype, attn_implementation="eager")
-    except Exception as error:  # whatever the class raises for a value that it does not expect
+    except Exception as error:  # the class may raise anything for an unexpected value
         raise _failed(config, error) from error
     leave_weights(model)
     return model
@@ -229,30 +228,31 @@ def build_on_meta(
 def decoder_layers(model: Any) -> list[Any]:
     """Return the decoder layers of a model in the order of the forward.
 
-    Empty if it has no list of layers that can be run and recomputed one by one.
+    Empty if the model has no list of layers that can be run and recomputed one by one.
     """
     layers = checkpointing_layers(model)
     return layers if len(layers) == model.config.get_text_config().num_hidden_layers else []
 
 
 def checkpointing_layers(model: Any) -> list[Any]:
-    """Return the parts of a model's decoder that gradient checkpointing recomputes, in their order."""
+    """Return the parts of a model's decoder that gradient checkpointing recomputes, in order."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def leave_weights(model: Any) -> None:
-    """Keep a model from writing into its own weights.
+    """Prevent a model from writing into its own weights.
 
-    RWKV scales some as it turns to evaluation and back, which breaks quantized ones and leaves out adapters.
+    RWKV scales some weights when it switches between training and evaluation, which breaks quantized weights
+    and ignores adapters.
     """
     if getattr(model.config, "rescale_every", 0):
         model.config.rescale_every = 0
 
 
 def unbuildable(model_type: str, reason: str) -> UserError:
-    """Build the error for a config of which transformers builds no model that generates text."""
+    """Build the error for a config for which transformers builds no model that generates text."""
     return UserError(
         "This model cannot be built",
         what=f"model_type {model_type!r}: {reason}.",
@@ -262,7 +262,7 @@ def unbuildable(model_type: str, reason: str) -> UserError:
 
 
 def _failed(config: Any, error: Exception) -> UserError:
-    """Build the error for what a class raised while it was built."""
+    """Build the error for an exception that a class raised during construction."""
     packages = dict.fromkeys(_INSTALL.findall(str(error))) if isinstance(error, ImportError) else {}
     if isinstance(error, ModuleNotFoundError) and error.name and not packages:
         packages = {error.name.partition(".")[0]: None}
@@ -281,7 +281,9 @@ def _failed(config: Any, error: Exception) -> UserError:
 
 
 def _setting_with(values: Mapping[str, Any], wanted: tuple[Any, ...]) -> str:
-    """Return the name of the first setting with a value, with those that it is in; empty if there is none."""
+    """Return the name of the first setting with the value ``wanted``, with its parents; empty if there is
+    none.
+    """
     for name, value in values.items():
         if isinstance(value, str) and (value,) == wanted:
             return name
@@ -293,8 +295,8 @@ def _setting_with(values: Mapping[str, Any], wanted: tuple[Any, ...]) -> str:
 def reason_of(error: Exception) -> str:
     """Return why a library cannot use a config, on one line without a period.
 
-    An error that was not raised on purpose, such as a division by zero deep in a class, says little to who
-    reads it. Then the fields of the config are named that the failing code reads, with their values.
+    An accidental error, such as a division by zero deep in a class, tells the user little. For such errors,
+    the config fields that the failing code reads are named with their values.
     """
     text = " ".join(str(error.args[0] if error.args else "").split())
     if validation := _VALIDATION.match(text):
@@ -303,7 +305,7 @@ def reason_of(error: Exception) -> str:
         value = validation["value"] or validation["other"]
         value = "null" if value == "None" else _cut(value)
         return f"{validation['field']} is {value}, expected {expected}"
-    if len(text) > _LONGEST_REASON:  # as far as a sentence goes, which a list of all types may follow
+    if len(text) > _LONGEST_REASON:  # up to the end of the sentence, which a list of all types may follow
         text = text[:_LONGEST_REASON].rpartition(". ")[0] or text[:_LONGEST_REASON]
     text = text.rstrip(".:!")
     if validation := _VALIDATOR.match(text):
@@ -322,7 +324,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _is_on_purpose(error: Exception) -> bool:
-    """Return whether a library raised an error to explain a value, not an operation on the value."""
+    """Return whether a library raised an error deliberately to explain a value."""
     if not isinstance(error, ValueError):
         return isinstance(error, ImportError | NotImplementedError)
     frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
@@ -330,7 +332,9 @@ def _is_on_purpose(error: Exception) -> bool:
 
 
 def _statements(frame: FrameType, line: int) -> tuple[ast.AST | None, ast.AST | None]:
-    """Return the code of a frame, and its innermost statement at a line; None without its source."""
+    """Return the code of a frame and its innermost statement at a line; None if the source is not
+    available.
+    """
     try:
         source, first = inspect.getsourcelines(frame.f_code)
         tree = ast.parse(textwrap.dedent("".join(source)))
@@ -350,7 +354,7 @@ def _fields_read(error: Exception) -> list[str]:
         tree, statement = _statements(frame, line)
         if tree is None or statement is None:
             continue
-        # The statement may use what earlier ones took from the config: settings of a group, or null.
+        # The statement may use values that earlier ones took from the config: settings of a group, or null.
         suspects = (dict, NoneType) if isinstance(error, TypeError | AttributeError) else dict
         earlier = {
             name: value
@@ -376,7 +380,9 @@ def _fields_in(code: ast.AST, local: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the setting that ``config.x``, or a module's copy ``self.x``, reads with its value, if one."""
+    """Return the setting that ``config.x``, or a module's copy ``self.x``, reads, with its value; empty if
+    none.
+    """
     from transformers import PreTrainedConfig
 
     path, place = [], node.value

@@ -36,8 +36,8 @@ SCHEDULES = {
 def create_optimizer(model: Any, training: Training) -> Optimizer:
     """Return the optimizer of a run, with the options of transformers' ``Trainer``.
 
-    With ``training.lora_plus_ratio`` the groups are peft's, A's matrices first; a trained embedding and head
-    are the last group.
+    With ``training.lora_plus_ratio`` the parameter groups are peft's, A's matrices first. A trained embedding
+    and head are the last group.
     """
     optimizer_class, options = _class_and_options(training)
     options["lr"] = training.learning_rate
@@ -80,7 +80,7 @@ def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
     import bitsandbytes.optim
     from transformers.optimization import Adafactor
 
-    # Not paged, the states are in the GPU's own memory: the same values, from the same kernels.
+    # If not paged, the states are in the GPU's own memory: the same values, from the same kernels.
     paged = {"is_paged": managed_memory_is_safe()}
     adamw, lion = bitsandbytes.optim.AdamW, bitsandbytes.optim.Lion
     of_lion = {"betas": _ADAM["betas"], "is_paged": False}
@@ -91,7 +91,7 @@ def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
             return adamw, {**_ADAM, "optim_bits": 8, "is_paged": False}
         case "paged_adamw_32bit":
             return adamw, {**_ADAM, "optim_bits": 32, **paged}
-        case "auto" | "paged_adamw_8bit":  # the least memory, if nothing chose for the free memory
+        case "auto" | "paged_adamw_8bit":  # the least memory, if nothing has been chosen for the free memory
             return adamw, {**_ADAM, "optim_bits": 8, **paged}
         case "lion":
             return lion, {**of_lion, "optim_bits": 32}

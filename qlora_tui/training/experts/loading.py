@@ -1,9 +1,10 @@
 """Quantizes fused experts while transformers reads a model: one matrix at a time, never a whole parameter.
 
 transformers merges the tensors of a checkpoint, one per expert and projection, into one parameter per
-projection before it quantizes (``core_model_loading.py``, ``WeightConverter``): in a layer of Qwen3-30B-A3B
-0.8 GB in 16 bits for gate and up, and twice that while they are joined. Here a converter reads each expert's
-tensors, quantizes the matrix and drops it. A parameter that is stored fused is read in slices of one expert.
+projection before it quantizes (``core_model_loading.py``, ``WeightConverter``). In a layer of Qwen3-30B-A3B,
+gate and up take 0.8 GB in 16 bits, and twice as much while they are joined. Here a converter reads each
+expert's tensors, quantizes the matrix and drops it. A parameter that is stored fused is read in slices of one
+expert.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _QUANTIZER = "bitsandbytes_4bit"
 
 @contextmanager
 def experts_in_4_bits() -> Iterator[None]:
-    """Let models that are loaded inside, with bitsandbytes' 4-bit quantization, have 4-bit experts too."""
+    """Make models that are loaded with bitsandbytes' 4-bit quantization in this context have 4-bit experts
+    too.
+    """
     original, spawn = auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER], core_model_loading.spawn_materialize
     auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER] = ExpertQuantizer
     core_model_loading.spawn_materialize = _deferred(spawn)
@@ -50,7 +53,8 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         replace_experts(model, config.bnb_4bit_quant_type, nested=bool(config.bnb_4bit_use_double_quant))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # save_pretrained takes parameters apart again by the converters that loaded them; packed ones stay.
+        # save_pretrained reverses the converters that loaded a parameter; packed parameters are saved as they
+        # are.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [each for each in conversions if not isinstance(each, ExpertConverter)]
         return super()._process_model_after_weight_loading(model, **kwargs)
@@ -62,13 +66,15 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Return how many bytes an element takes as stored; packed experts have as many elements as bytes."""
+        """Return the bytes of an element as stored; the elements of packed experts are bytes."""
         if _packed_projection(model, param_name) is not None:
             return 1
         return float(super().param_element_size(model, param_name, param))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """Let :class:`ExpertConverter` do what the family's converters do, and read fused parameters."""
+        """Wrap the family's converters with :class:`ExpertConverter`, and add converters of fused
+        parameters.
+        """
         updated: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]  # its own
             weight_conversions, *args
         )
@@ -83,12 +89,13 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
             )
             for name in PROJECTIONS
         ]
-        # The first that matches a name is taken, and fused patterns match those of MXFP4 too.
+        # transformers uses the first converter that matches a name, and fused patterns also match MXFP4
+        # names.
         return [*map(_for_experts, updated), *in_mxfp4, *fused]
 
 
 class _Whole(ConversionOps):
-    """A tensor that is stored as the model has it."""
+    """Converter of a tensor that is stored as the model holds it."""
 
     def convert(
         self,
@@ -106,7 +113,7 @@ class _Whole(ConversionOps):
 
 
 class ExpertConverter(WeightConverter):
-    """A family's converter of expert weights; into :class:`Experts4bit` it reads one expert at a time."""
+    """A family's converter of expert weights, which reads into :class:`Experts4bit` one expert at a time."""
 
     __slots__ = ()
 
@@ -150,14 +157,12 @@ class ExpertConverter(WeightConverter):
         elif self._joins_matrices() and all(len(each) == layout.experts for each in jobs):
             self.collected_tensors.clear()
             yield from _joined(jobs, layout)
-        else:  # operations that we do not know: the whole parameter, as transformers would
+        else:  # unknown operations: convert the whole parameter, as transformers would
             (whole,) = convert_whole().values()
             yield from whole[0] if isinstance(whole, list) else whole
 
     def _joins_matrices(self) -> bool:
-        """Return whether the operations stack the experts, and put the rows of gate and up below
-        each other.
-        """
+        """Return whether the operations stack the experts, and append the rows of up to those of gate."""
         operations = [(type(op), op.dim) for op in self.operations if hasattr(op, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         return len(operations) == len(self.operations) and operations == expected[: len(self.source_patterns)]
@@ -179,7 +184,7 @@ class Mxfp4Converter(ExpertConverter):
 
 
 def _for_experts(converter: Any) -> Any:
-    """Return the converter, as one of ours if it fills a projection of experts."""
+    """Return the converter, wrapped in one of ours if it fills a projection of experts."""
     if type(converter) is not WeightConverter or not any(
         target.endswith(f"experts.{name}") for target in converter.target_patterns for name in PROJECTIONS
     ):
@@ -196,8 +201,8 @@ def _for_experts(converter: Any) -> Any:
 
 
 def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | None:
-    """Return the 4-bit experts and the projection that a full parameter name means; None for any
-    other name.
+    """Return the 4-bit experts and the projection that a full parameter name refers to; None for other
+    names.
     """
     path, _, name = parameter.rpartition(".")
     if name not in PROJECTIONS:
@@ -207,7 +212,9 @@ def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | 
 
 
 def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
-    """Yield the rows of every source of an expert below each other, in the same memory for each expert."""
+    """Yield each expert's matrix with the rows of all sources appended, in memory that is reused for every
+    expert.
+    """
     matrix: Tensor | None = None
     for expert in range(layout.experts):
         row = 0
@@ -225,7 +232,7 @@ def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
 
 
 def _stored_slices(job: Any, experts: int) -> Iterator[Tensor]:
-    """Yield the part of each expert of a stored tensor, whose first dimension is that of the experts."""
+    """Yield each expert's part of a stored tensor whose first dimension counts the experts."""
     if isinstance(job, _DeferredRead) and hasattr(job.stored, "get_shape"):
         yield from map(job.expert, range(experts))
     else:
@@ -235,7 +242,7 @@ def _stored_slices(job: Any, experts: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class _DeferredRead:
-    """A read that transformers defers, which can also read one expert of its tensor."""
+    """A read that transformers defers, and that can also read a single expert of its tensor."""
 
     read_whole: Callable[[], Tensor]
     stored: Any
@@ -247,13 +254,13 @@ class _DeferredRead:
         return self.read_whole()
 
     def expert(self, number: int) -> Tensor:
-        """Return the matrix of one expert, as the whole would be read."""
+        """Return the matrix of one expert, equal to its part of the whole tensor."""
         matrix: Tensor = self.stored[number : number + 1][0]
         return matrix.to(device=self.device, dtype=self.dtype if matrix.is_floating_point() else None)
 
 
 def _deferred(spawn: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' ``spawn_materialize``, so that what it defers is a :class:`_DeferredRead`."""
+    """Wrap transformers' ``spawn_materialize`` to return a :class:`_DeferredRead`."""
 
     def spawn_materialize(
         pool: Any, tensor: Any, device: Any = None, dtype: torch.dtype | None = None, **options: Any
@@ -265,6 +272,8 @@ def _deferred(spawn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read(job: Any) -> Tensor:
-    """Return the tensor of a deferred read: a function, or a future if transformers reads in threads."""
+    """Return the tensor of a deferred read, which is a function, or a future if transformers reads in
+    threads.
+    """
     tensor: Tensor = job.result() if hasattr(job, "result") else job()
     return tensor

@@ -2,13 +2,13 @@
 
 peft adapts a fused parameter (``target_parameters``) by adding the update to the whole of it before each
 forward, which needs 16-bit weights and their memory again. Here each expert's factors are applied to its own
-tokens. peft still creates the factors and saves them; for 4-bit experts it needs to see the shapes of 16-bit
-parameters meanwhile (:func:`as_fused_parameters`).
+tokens. peft still creates and saves the factors. While it creates them for 4-bit experts, it must see the
+shapes of 16-bit parameters (:func:`as_fused_parameters`).
 
-The reference is the family's own code, on weights that are dequantized when it uses them.
-transformers' classes loop over the experts that have tokens, and index the fused parameters with each
-(``self.gate_up_proj[expert]``). Here these names stand for objects whose products dequantize one expert's
-matrix, forward and again backward. An adapter adds its own products, computed by autograd.
+The reference is the family's own code, on weights that are dequantized when the code uses them. transformers'
+classes loop over the experts that have tokens, and index the fused parameters with each
+(``self.gate_up_proj[expert]``). Here these names are objects whose products dequantize one expert's matrix,
+once in the forward and again in the backward. An adapter adds its own products, computed by autograd.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from qlora_tui.training.fused.patching import patch_forward
 
 
 class _Rerun(torch.autograd.Function):
-    """The family's forward, run again in the backward: what it saves has other shapes for other routes.
+    """The family's forward, run again in the backward.
 
-    So it works in a checkpointed layer whose recomputation differs by rounding errors, as in the check of the
-    first step, and sends a token elsewhere.
+    The tensors saved inside would have other shapes for other routes. Running the forward again also works in
+    a checkpointed layer whose recomputation differs by rounding errors and routes a token elsewhere, as in
+    the check of the first step.
     """
 
     @staticmethod
@@ -65,8 +66,12 @@ class _Rerun(torch.autograd.Function):
 
 
 def _run(experts: Experts4bit, adapters: dict[str, ExpertAdapter], tensors: Sequence[Tensor]) -> Tensor:
-    """Return the family's forward on hidden states, chosen experts, routing weights, and A and B of each
-    adapter.
+    """Return the output of the family's forward.
+
+    Args:
+        experts: the module with 4-bit experts.
+        adapters: the adapters of its projections.
+        tensors: hidden states, chosen experts, routing weights, and A and B of each adapter.
     """
     factors = iter(tensors[3:])
     given = {name: replace(adapter, a=next(factors), b=next(factors)) for name, adapter in adapters.items()}
@@ -76,7 +81,7 @@ def _run(experts: Experts4bit, adapters: dict[str, ExpertAdapter], tensors: Sequ
 
 
 class _FamilyView:
-    """What a family's forward reads of its module, with 4-bit projections."""
+    """The attributes of a module that a family's forward reads, with 4-bit projections."""
 
     def __init__(self, experts: Experts4bit, adapters: dict[str, ExpertAdapter]) -> None:
         self._experts = experts
@@ -92,7 +97,7 @@ class _FamilyView:
 class _Matrices:
     """A fused parameter that is only indexed with one expert.
 
-    What that gives is an operand of ``functional.linear(x, matrix)`` or ``x @ matrix``.
+    The result of indexing is an operand of ``functional.linear(x, matrix)`` or ``x @ matrix``.
     """
 
     experts: Experts4bit
@@ -124,7 +129,7 @@ class _Matrices:
 
 
 class _DequantizedProduct(torch.autograd.Function):
-    """x · Wᵀ, or x · W if W is stored transposed, which saves neither."""
+    """x · Wᵀ, or x · W if W is stored transposed; saves neither x nor W for the backward."""
 
     @staticmethod
     def forward(
@@ -143,12 +148,12 @@ class _DequantizedProduct(torch.autograd.Function):
 
 
 ActiveName = Callable[[Any], str | None]
-"""Returns the name of the adapter that a peft wrapper uses; None for none."""
+"""Returns the name of the adapter that a peft wrapper uses, or None."""
 
 
 @contextmanager
 def as_fused_parameters(model: nn.Module) -> Iterator[None]:
-    """Show 4-bit experts as float32 parameters of three dimensions, of one element's memory, to peft."""
+    """Show peft 4-bit experts as three-dimensional float32 parameters that take the memory of one element."""
     packed = {module: dict(module._parameters) for _, module in experts_4bit(model)}
     for module in packed:
         for name in PROJECTIONS:
@@ -168,7 +173,7 @@ def fuse_experts(model: nn.Module, active: ActiveName | None = None) -> None:
     """Compute experts one after another, with their adapters, in each layer of a ``PeftModel``.
 
     Args:
-        active: which adapter to use; None asks peft.
+        active: returns the adapter to use; None asks peft.
     """
     inner = {wrapper.base_layer for wrapper in _wrappers(model)}
     outer = [wrapper for wrapper in _wrappers(model) if wrapper not in inner]
@@ -177,7 +182,7 @@ def fuse_experts(model: nn.Module, active: ActiveName | None = None) -> None:
         base = module.get_base_layer() if module in outer else module
         if not isinstance(base, Experts4bit) and not is_fused_experts(base):
             continue
-        vars(module).pop("forward", None)  # of an adapter before
+        vars(module).pop("forward", None)  # left by an earlier adapter
         if isinstance(base, Experts4bit):
             vars(module)["forward"] = MethodType(_reference, module)
         patch_forward(module, _routed(active or active_in_peft), "experts")
@@ -202,7 +207,11 @@ def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tenso
 
 
 def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter]:
-    """Return the active adapter of each adapted projection, by its name, under the outermost wrapper."""
+    """Return the active adapter of each adapted projection, keyed by its name.
+
+    Args:
+        module: the outermost wrapper.
+    """
     adapters = {}
     while is_parameter_wrapper(module):
         name = active(module)
@@ -230,7 +239,8 @@ def _wrappers(model: nn.Module) -> list[Any]:
 
 
 def is_parameter_wrapper(module: nn.Module) -> bool:
-    """Return whether peft adapts one parameter of a module with this. By name: importing peft takes
-    seconds.
+    """Return whether a module is peft's wrapper of a single parameter.
+
+    Compares the class name, because importing peft takes seconds.
     """
     return type(module).__name__ == "ParamWrapper"

@@ -1,8 +1,8 @@
 """The routed experts of a layer as one autograd function that holds one expert's weights at a time.
 
 A token's hidden state goes to ``per_token`` experts; each such pair is a slot. Slots are sorted by expert,
-and the experts are computed one after another, forward and backward. Of an expert only what its tokens need
-is in memory: its two matrices, dequantized in turn into the same memory, and its rows.
+and the experts are computed one after another, forward and backward. Memory holds one expert at a time: its
+two matrices, dequantized in turn into the same buffer, and the rows of its tokens.
 
 Shapes of Qwen3-30B-A3B for a packed sequence of 4,096 tokens, of which 8 experts each make 32,768 slots::
 
@@ -23,8 +23,8 @@ Its gradients are written to the rows of the expert; those of experts without to
 
 The classes of transformers share an interface (``use_experts_implementation`` in ``integrations/moe.py``):
 ``gate_up_proj`` and ``down_proj`` are parameters of three dimensions, biases have the suffix ``_bias``, and
-``_apply_gate`` is the activation between them. bitsandbytes quantizes none of these, as they are no linear
-modules. :class:`Experts4bit` holds the same weights under the same names, packed.
+``_apply_gate`` is the activation between them. bitsandbytes quantizes none of these, because they are not
+linear modules. :class:`Experts4bit` holds the same weights under the same names, packed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qlora_tui.training.experts.storage import PACKED, ExpertLayout, dequantize
 from qlora_tui.training.fused.lora import product_dtype, without_autocast
 
 MatrixReader: TypeAlias = Callable[[int, torch.dtype, Tensor | None], Tensor]
-"""Returns the matrix of an expert, as stored, in a dtype, perhaps in the memory given."""
+"""Returns the matrix of an expert, as stored, in a given dtype and perhaps in a given buffer."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class ExpertAdapter:
     """The LoRA factors of one projection, as peft's ``ParamWrapper`` stacks them."""
 
     a: Tensor
-    """(experts · rank, inputs), an expert's rows together."""
+    """(experts · rank, inputs); the rows of an expert are contiguous."""
     b: Tensor
-    """(outputs, rank · experts), an expert's columns ``experts`` apart."""
+    """(outputs, rank · experts); the columns of an expert are ``experts`` apart."""
     scaling: float
     experts: int
 
     def a_of(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """A of one expert, (rank, inputs)."""
+        """Return A of one expert, (rank, inputs)."""
         return rows_of_a(self.a, self.experts)[expert].to(dtype)
 
     def b_of(self, expert: int, dtype: torch.dtype) -> Tensor:
-        """B of one expert, (outputs, rank)."""
+        """Return B of one expert, (outputs, rank)."""
         return columns_of_b(self.b, self.experts)[expert].to(dtype).contiguous()
 
 
@@ -76,7 +76,7 @@ def columns_of_b(b: Tensor, experts: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Projection:
-    """One projection of all experts: frozen weights and biases, and perhaps an adapter."""
+    """One projection of all experts: frozen weights and biases, and an optional adapter."""
 
     read: MatrixReader
     transposed: bool
@@ -113,17 +113,17 @@ class Routes:
     """Which tokens go to which expert: slots sorted by expert."""
 
     order: Tensor
-    """(slots,): the number of each sorted slot, token · per_token + place."""
+    """(slots,): the number of each sorted slot, token · per_token + position among the token's experts."""
     tokens: Tensor
     """(slots,): the token of each sorted slot."""
     counts: Tensor
     """(experts,): slots of each expert."""
 
     def spans(self) -> Iterator[tuple[int, slice]]:
-        """Yield each expert that has slots, and where they are. Waits for the GPU once.
+        """Yield each expert that has slots, with the range of its slots. Waits for the GPU once.
 
-        Without values, on the meta device, every expert gets as many slots, and only the first two run: the
-        others allocate and free the same.
+        On the meta device, where counts have no values, every expert gets as many slots and only the first
+        two run: the other experts allocate and free the same memory.
         """
         start = 0
         if self.counts.device.type == "meta":
@@ -149,27 +149,29 @@ def sort_by_expert(chosen: Tensor, experts: int) -> Routes:
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """What the experts of one layer compute."""
+    """The computation of the experts of one layer."""
 
     first: Projection
-    """Gate and up."""
+    """Gate and up projections."""
     second: Projection
-    """Down."""
+    """Down projection."""
     gate: Callable[[Tensor], Tensor]
     """The activation: (n, first.outputs) to (n, second.inputs)."""
     experts: int
 
     is_packed: bool = True
-    """Whether matrices are dequantized to be read."""
+    """Whether matrices must be dequantized to be read."""
 
     @property
     def factors(self) -> list[Tensor | None]:
-        """A and B of both projections; None without an adapter."""
+        """Return A and B of both projections; None for a projection without an adapter."""
         adapters = (self.first.adapter, self.second.adapter)
         return [factor for each in adapters for factor in ((each.a, each.b) if each else (None, None))]
 
     def memory(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return the memory for one matrix at a time; None on a CPU, where bitsandbytes allocates each."""
+        """Return a buffer for one matrix at a time; None on a CPU, where bitsandbytes allocates each
+        matrix.
+        """
         if x.device.type == "cpu" or not self.is_packed:
             return None
         numel = max(each.inputs * each.outputs for each in (self.first, self.second))
@@ -190,7 +192,9 @@ def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, layer: RoutedLaye
 
 
 class RoutedExperts(torch.autograd.Function):
-    """x (tokens, hidden) and routing weights (tokens, per_token) to (tokens, hidden)."""
+    """Autograd function from x (tokens, hidden) and routing weights (tokens, per_token) to (tokens,
+    hidden).
+    """
 
     @staticmethod
     def forward(
@@ -207,7 +211,8 @@ class RoutedExperts(torch.autograd.Function):
         dtype = product_dtype(x)
         with without_autocast(x.device.type):
             total, both = _forward(x, weights, routes, layer, dtype, keeps_both=any(ctx.needs_input_grad))
-        # The counts too: where two experts are about as likely, a recomputed layer may choose the other one.
+        # Save the counts too: if two experts are nearly equally likely, a recomputed layer may choose the
+        # other.
         ctx.save_for_backward(x, weights, both, routes.order, routes.tokens, routes.counts)
         ctx.layer, ctx.dtype = layer, dtype
         return total
@@ -241,7 +246,7 @@ def _forward(
         del projected
         out = layer.second.product(inner, expert, memory).float()
         del inner
-        # A token goes to an expert once: no row is added to twice in one call, so the order is fixed.
+        # Each token goes to an expert at most once, so no call adds to a row twice, and the order is fixed.
         total.index_add_(0, tokens, out.mul_(by_slot[routes.order[span]].float()[:, None]))
         del out
     del memory, rows
@@ -249,7 +254,7 @@ def _forward(
 
 
 class _Backward:
-    """The gradients of one call, added up expert by expert."""
+    """The gradients of one call, accumulated expert by expert."""
 
     def __init__(
         self,
@@ -275,7 +280,9 @@ class _Backward:
         self._memory = layer.memory(x, dtype)
 
     def compute(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of each argument of the function, from that of its output (tokens, hidden)."""
+        """Return the gradient of each argument of the function, given the gradient of its output (tokens,
+        hidden).
+        """
         grad = grad.to(self._rows.dtype)
         for expert, span in self._routes.spans():
             self._add_expert(expert, span, grad)
@@ -313,7 +320,7 @@ class _Backward:
             self._grad_x.index_add_(0, tokens, first.input_gradient(grad_both, expert, self._memory).float())
 
     def _add_factors(self, at: int, expert: int, grad: Tensor, x: Tensor) -> None:
-        """Write the gradients of an expert's A and B, from its inputs and the gradient of its outputs."""
+        """Write the gradients of an expert's A and B, given its inputs and the gradient of its outputs."""
         projection = self._layer.second if at else self._layer.first
         adapter, grad_a, grad_b = projection.adapter, self._factors[at], self._factors[at + 1]
         assert adapter is not None and grad_a is not None and grad_b is not None
@@ -335,7 +342,7 @@ class Experts4bit(nn.Module):
     """
 
     def __init__(self, family: Any, method: str, *, nested: bool) -> None:
-        """Take the shapes and the activation of ``family``, the module to replace; values come later.
+        """Take shapes and activation from ``family``, the module to replace; the weights are set later.
 
         Args:
             family: a module for which :func:`is_fused_experts` is true, on any device.
@@ -357,32 +364,35 @@ class Experts4bit(nn.Module):
                     self.register_buffer(name + suffix, tensor)
             if family.has_bias:
                 self.register_parameter(f"{name}_bias", getattr(family, f"{name}_bias"))
-        # The family's own function, with what it reads of the module: its activation and its limits. It is
-        # kept out of the modules of this one, as it has parameters under the same names.
+        # The family's own function, which reads activation and limits from the family module. That module is
+        # not registered as a submodule of this one, because its parameters have the same names.
         self._family = [_without_parameters(family)]
 
     def layout(self, name: str) -> ExpertLayout:
-        """Shape and quantization of ``gate_up_proj`` or ``down_proj``."""
+        """Return shape and quantization of ``gate_up_proj`` or ``down_proj``."""
         return self._layouts[name]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of a projection by suffix."""
+        """Return the tensors of a projection, keyed by suffix."""
         return {suffix: getattr(self, name + suffix) for suffix in self._layouts[name].suffixes}
 
     def matrix(self, name: str, expert: int, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
-        """One expert's matrix of a projection, dequantized; (rows, columns) as the family stores it."""
+        """Return one expert's matrix of a projection, dequantized; (rows, columns) as the family stores
+        it.
+        """
         return dequantize(self.tensors(name), expert, self._layouts[name], dtype, memory)
 
     def _apply_gate(self, both: Tensor) -> Tensor:
-        """Return the activation: gate and up projections (n, 2 · width) to (n, width), as the family names
-        it.
+        """Apply the activation to gate and up projections: (n, 2 · width) to (n, width).
+
+        The family's code calls this method by this name.
         """
         out: Tensor = self._family[0]._apply_gate(both)
         return out
 
     @property
     def family(self) -> Any:
-        """The module that this one replaces, without weights."""
+        """Return the module that this one replaces, without weights."""
         return self._family[0]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -391,9 +401,9 @@ class Experts4bit(nn.Module):
 
 
 def routed_layer(experts: Any, adapters: Mapping[str, ExpertAdapter] | None = None) -> RoutedLayer:
-    """Return what a layer's experts compute, for 4-bit experts and for a family's own module.
+    """Return the computation of a layer's experts, for 4-bit experts and for a family's own module.
 
-    ``adapters`` has the adapter of each adapted projection, by its name.
+    ``adapters`` has the adapter of each adapted projection, keyed by the projection's name.
     """
     first, second = (_projection(experts, name, (adapters or {}).get(name)) for name in PROJECTIONS)
     is_packed = isinstance(experts, Experts4bit)
@@ -421,8 +431,8 @@ def _stored_matrix(
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Return whether a module has its experts in two fused parameters, each matrix of which is used by
-    itself.
+    """Return whether a module holds its experts in two fused parameters and uses each expert's matrix
+    separately.
     """
     return (
         hasattr(module, "is_transposed")
@@ -438,23 +448,23 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Return the modules of a model with fused experts in 16 or 32 bits, by name."""
+    """Yield name and module of each module of fused experts in 16 or 32 bits."""
     return ((name, module) for name, module in model.named_modules() if is_fused_experts(module))
 
 
 def experts_4bit(model: nn.Module) -> Iterator[tuple[str, Experts4bit]]:
-    """Return the modules of a model with 4-bit experts, by name."""
+    """Yield name and module of each module of 4-bit experts."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Experts4bit))
 
 
 def replace_experts(model: nn.Module, method: str, *, nested: bool) -> None:
-    """Replace every module of fused experts by one for 4-bit weights, still without values."""
+    """Replace every module of fused experts with one for 4-bit weights, whose values are not yet set."""
     for name, module in list(fused_experts(model)):
         model.set_submodule(name, Experts4bit(module, method, nested=nested))
 
 
 def _without_parameters(family: Any) -> Any:
-    """Return a shallow copy of a module that keeps its settings and submodules, and no parameters."""
+    """Return a shallow copy of a module with its settings and submodules but without its parameters."""
     copy = object.__new__(type(family))
     copy.__dict__.update({**family.__dict__, "_parameters": {}, "_buffers": dict(family._buffers)})
     return copy

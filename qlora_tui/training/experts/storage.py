@@ -1,8 +1,8 @@
-"""The matrices of one projection of all experts of a layer, each quantized to 4 bits by itself.
+"""The matrices of one projection of all experts of a layer, each quantized to 4 bits separately.
 
 Every expert is quantized as bitsandbytes quantizes a linear layer: blocks of 64 weights share a scale, and
-with double quantization 256 scales share another. The parts of all experts are stacked in plain tensors, a
-row per expert, so that one expert can be written, read and moved without the others.
+with double quantization 256 scales share another. The parts of all experts are stacked in plain tensors with
+one row per expert, so that a single expert can be written, read and moved.
 
 Qwen3-30B-A3B's ``gate_up_proj``, 128 experts of (1536, 2048)::
 
@@ -12,9 +12,9 @@ Qwen3-30B-A3B's ``gate_up_proj``, 128 experts of (1536, 2048)::
     gate_up_proj_offset         (128,)          float32, only with double quantization
 
 gpt-oss stores its experts as MXFP4, blocks of 32 four-bit floats that share a power of two. The format is
-that of the Open Compute Project's "Microscaling Formats (MX)" specification 1.0, section 5.3.
-A projection has two tensors: ``_blocks`` (experts, outputs, blocks, 16), uint8 with two values a byte, the
-first in the low four bits, and ``_scales`` (experts, outputs, blocks), uint8 exponents with a bias of 127.
+that of the Open Compute Project's "Microscaling Formats (MX)" specification 1.0, section 5.3. A projection
+has two tensors: ``_blocks`` (experts, outputs, blocks, 16), uint8 with two values a byte, the first in the
+low four bits, and ``_scales`` (experts, outputs, blocks), uint8 exponents with a bias of 127.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ class ExpertLayout:
     experts: int
     rows: int
     columns: int
-    """A matrix as the model stores it: (outputs, inputs), or (inputs, outputs) in gpt-oss."""
+    """The matrix has the shape in which the model stores it: (outputs, inputs), or (inputs, outputs) in
+    gpt-oss.
+    """
     method: str
     """``nf4`` or ``fp4``."""
     nested: bool
-    """Double quantization."""
+    """Whether scales are quantized too (double quantization)."""
 
     @property
     def numel(self) -> int:
-        """Weights of one expert."""
+        """Number of weights of one expert."""
         return self.rows * self.columns
 
     @property
@@ -100,14 +102,14 @@ def dequantize(
     """Return the matrix of one expert, (rows, columns), in ``dtype``.
 
     Args:
-        tensors: as from :meth:`ExpertLayout.empty_tensors`.
-        out: memory of at least that many elements, which bitsandbytes writes to if it can.
+        tensors: in the form of :meth:`ExpertLayout.empty_tensors`.
+        out: buffer of at least as many elements, which bitsandbytes writes to if it can.
     """
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     packed = tensors[PACKED]
     shape = torch.Size((layout.rows, layout.columns))
-    # bitsandbytes writes into given memory on a GPU only; without values there is nothing to write.
+    # bitsandbytes writes into a given buffer on a GPU only; on meta there is nothing to write.
     target = None if out is None or packed.device.type == "cpu" else out[: layout.numel].view(shape)
     if target is not None and packed.device.type == "meta":
         return target
@@ -135,7 +137,7 @@ def dequantize(
 
 @lru_cache(maxsize=8)
 def _scale_code(device: torch.device) -> Tensor:
-    """Return the 256 values of quantized scales, which are the same in every module."""
+    """Return the 256 values that quantized scales can have, which are the same in every module."""
     from bitsandbytes.functional import create_dynamic_map
 
     return torch.as_tensor(create_dynamic_map()).to(device)
@@ -144,7 +146,7 @@ def _scale_code(device: torch.device) -> Tensor:
 BLOCKS, SCALES = "_blocks", "_scales"
 """Suffixes of the two tensors of a projection."""
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Values of E2M1 by their low three bits; the fourth is the sign."""
+"""Values of E2M1, indexed by the low three bits; the fourth bit is the sign."""
 _EXPONENT_BIAS = 127
 
 
@@ -166,7 +168,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
 
 def round_to_4_bits(weight: Tensor, settings: Quantization) -> Tensor:
-    """Return a weight as it is after quantization to 4 bits, in its shape and dtype."""
+    """Return a weight rounded as by quantization to 4 bits, in its original shape and dtype."""
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(

@@ -1,7 +1,7 @@
 """Parts of a model as autograd functions that save less for the backward, and compute less, than the library.
 
-Each returns what the library's code returns: a module is compared with the library's before it is replaced,
-and the whole step by ``training.checks``. :mod:`.lora`: frozen linear layers and their adapters;
+Each computes the same as the library's code: a module is compared with the library's before it is replaced,
+and ``training.checks`` compares the whole step. :mod:`.lora`: frozen linear layers and their adapters;
 :mod:`.gated_mlp`: the end of a gated MLP; :mod:`.norm_rotary`: RMSNorm and rotary positions;
 :mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and rotary positions
 use :mod:`.triton_kernels` if :mod:`.kernel_choice` allows it. :class:`.patching.PatchedForwards` switches
@@ -19,7 +19,7 @@ from qlora_tui.training.fused.norm_rotary import fuse_rms_norm, fuse_rotary
 
 
 def use_fused(model: Any) -> None:
-    """Use the fused functions for every module of a ``PeftModel`` that computes nothing else."""
+    """Use the fused functions in every module of a ``PeftModel`` for which they compute the same."""
     frozen = next(p for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
     verify_kernels(frozen.device, frozen.dtype)
     casts = AdapterCasts()

@@ -1,12 +1,12 @@
 """Attention over packed samples on a CPU in bfloat16: torch's flash kernel with a custom backward.
 
 The kernel's backward computes scores in small tiles, each a matrix product too small for oneDNN, and takes up
-to three times as long as necessary. Here a block of queries meets all its keys in one product, and the query
-heads that share a key head are stacked in the same product.
+to three times as long as necessary. Here a block of queries is multiplied by all its keys in one product, and
+the query heads that share a key head are stacked in the same product.
 
 **Augmented columns.** The backward needs ``scale · q kᵀ - log_sum`` and ``grad vᵀ - delta``, with one
-``log_sum`` and one ``delta`` per query. Subtracting them from a bfloat16 product would come after its
-rounding. So they are part of the product, which adds up in float32 before it rounds::
+``log_sum`` and one ``delta`` per query. If they were subtracted from a bfloat16 product, it would already be
+    rounded. So they are part of the product, which is summed in float32 and then rounded::
 
     [q | c₁ c₂ c₃] · [k | 1 1 1]ᵀ = q kᵀ + c₁ + c₂ + c₃,    c₁ + c₂ + c₃ = -log_sum / scale
 
@@ -64,14 +64,14 @@ class RowAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, log_sums = ctx.saved_tensors
         grad = grad_outputs[0].transpose(1, 2)
-        # In fp32 from the start. Where attention looks at a single token, a score's gradient is the small
-        # difference of two large numbers: rounded to 16 bits first, nothing but rounding error would be left.
+        # In fp32 from the start. If attention sees a single token, a score's gradient is the small difference
+        # of two large numbers: after rounding to 16 bits, only rounding error would be left.
         neg_delta = grad.to(torch.float32, copy=True).mul_(out.transpose(1, 2)).sum(-1).neg_()
         extra_columns = (
             _split_precision(log_sums / -ctx.scale, query.dtype),
             _split_precision(neg_delta, query.dtype),
         )
-        # Stored token by token, like what they are the gradients of.
+        # Stored token by token, in the layout of the tensors that these are the gradients of.
         grads = [
             x.new_empty(1, x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (query, key, value)
         ]
@@ -92,12 +92,12 @@ class RowAttention(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Any:
-    """Return the output and the log-sum-exp of each query, from the kernel that SDPA would choose."""
+    """Return the output and the log-sum-exp of each query, computed by the kernel that SDPA would choose."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
 
 
 def _expand_kv_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, repeated for every query head if the kernel does not support shared heads."""
+    """Return keys and values, repeated for every query head if the kernel does not support shared heads."""
     group = q.shape[1] // k.shape[1]
     if group == 1 or _kernel_supports_gqa():
         return k, v
@@ -106,18 +106,22 @@ def _expand_kv_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _kernel_supports_gqa() -> bool:
-    """Return whether the kernel supports fewer key heads: that of torch 2.6 silently reads past their end."""
+    """Return whether the kernel supports fewer key heads than query heads.
+
+    The kernel of torch 2.6 accepts fewer key heads but reads past their end.
+    """
     q, k = torch.ones(1, 2, 3, 16), torch.ones(1, 1, 3, 16)
     out, _ = _flash(q, k, k, 1.0)
     return torch.equal(out, q)
 
 
 def _split_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Split x (…), fp32, into columns of ``dtype`` (…, 3) that add up to it.
+    """Split x (…), fp32, into columns of ``dtype`` (…, 3) whose sum is x.
 
-    Each column is what rounding left of the columns before: 0.7 is 0.69921875 + 0.00078201 - 0.00000077
-    in bfloat16. Three columns of 8 bits hold all 24. With two, an attention score of 10,000 would be off by
-    0.15, and its weight by a sixth; the exponential of a larger one by orders of magnitude.
+    Each column is the rounding error left by the columns before it: in bfloat16, 0.7 is 0.69921875 +
+    0.00078201 - 0.00000077. Three columns of 8 bits hold all 24. With two, an attention score of 10,000 would
+    be wrong by 0.15, and its weight by a sixth; for larger scores the exponential would be wrong by orders of
+    magnitude.
     """
     columns = []
     for _ in range(EXTRA_COLUMNS):
@@ -127,7 +131,11 @@ def _split_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _augmented(x: Tensor, columns: Tensor | float, group: int = 1) -> Tensor:
-    """Append columns to x (heads, tokens, width): (heads / group, group, padded tokens, width + 3)."""
+    """Append columns to x (heads, tokens, width).
+
+    Returns:
+        (heads / group, group, padded tokens, width + 3).
+    """
     heads, tokens, width = x.shape
     augmented = x.new_empty(heads, padded_length(x), width + EXTRA_COLUMNS)
     augmented[:, :tokens, :width] = x
@@ -161,8 +169,8 @@ def _sample_backward(
     _, tokens, width = grad_k.shape
     grad_q = grad_q.view(kv_heads, group, tokens, width)
     # The gradients S of a query's scores sum to 0, so a part that all keys share (from a bias, as in Qwen2)
-    # cancels in S k. Rounded to 16 bits they do not quite, and a large shared part would leave an error. So
-    # it is subtracted first, which changes nothing but the rounding.
+    # cancels in S k. After rounding to 16 bits the cancellation is not exact, and a large shared part would
+    # leave an error. So the shared part is subtracted first, which changes only the rounding.
     centered_k, placeholder = k[..., :width] - k[:, :tokens, :width].mean(1, keepdim=True), q.new_empty(1)
     sum_k, sum_v = (
         (torch.zeros_like(centered_k) for _ in range(2))
@@ -174,7 +182,7 @@ def _sample_backward(
         block_q, block_grad = (
             x[:, :, start:end].reshape(kv_heads, group * (end - start), -1) for x in (q, grad)
         )
-        # beta=0: the placeholder is ignored, so this is alpha · (q kᵀ) in one operation.
+        # With beta=0 the placeholder is ignored, so this computes alpha · (q kᵀ) in one operation.
         probs = torch.baddbmm(placeholder, block_q, k[:, :end].transpose(1, 2), beta=0, alpha=scale).exp_()
         probs.view(kv_heads, group, end - start, end)[..., start:].tril_()
         block_grad_v = torch.bmm(probs.transpose(1, 2), block_grad[..., :width])
@@ -183,7 +191,7 @@ def _sample_backward(
         valid_tokens = min(end, tokens) - start
         torch.mul(block_grad_q[:, :, :valid_tokens], scale, out=grad_q[:, :, start : start + valid_tokens])
         block_grad_k = torch.bmm(grad_scores.transpose(1, 2), block_q[..., :width])
-        # Otherwise they would stay in memory beside those of the next block.
+        # Otherwise these tensors would stay in memory together with those of the next block.
         del probs, grad_scores, block_grad_q
         if sum_k is None or sum_v is None:
             sum_k, sum_v = block_grad_k, block_grad_v
@@ -196,14 +204,15 @@ def _sample_backward(
 
 
 def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the multiple of tokens: more than 1 only for bfloat16 on a CPU, whose products oneDNN
-    computes.
+    """Return the multiple to which tokens are padded, which exceeds 1 only for bfloat16 on a CPU.
+
+    oneDNN computes these products.
     """
     return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """Append zeros to x (…, tokens, width), up to a multiple of tokens."""
+    """Append zeros to the tokens of x (…, tokens, width), up to the next multiple of tokens."""
     more = padded_length(x) - x.shape[-2]
     return functional.pad(x, (0, 0, 0, more)) if more else x
 

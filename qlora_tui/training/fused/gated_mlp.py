@@ -1,11 +1,11 @@
 """The end of a gated MLP, down(act(gate) · up), as two autograd functions that save only gate and up.
 
-The library also saves the activated gate and the product, each as wide as the MLP: half of what a layer saves
-in all. Here the backward recomputes both from gate and up, at the cost of two elementwise passes.
+The library also saves the activated gate and the product, each as wide as the MLP: half of all that a layer
+saves. Here the backward recomputes both from gate and up, at the cost of two elementwise passes.
 
-Two functions, so that everything is saved before the product with down's weight. With gradient checkpointing
-a layer's recomputation ends when all it saved exists again, and so does not multiply by that weight, which in
-a Llama is 25 to 30 % of the products of a forward.
+There are two functions, so that all saved tensors exist before the product with down's weight. With gradient
+checkpointing, a layer's recomputation ends once all saved tensors exist again, so it skips this product,
+which in a Llama is 25 to 30 % of the products of a forward.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def _patch_forward(mlp: Any, down: AdaptedModule) -> None:
 
 @torch.no_grad()
 def is_gated(mlp: Any) -> bool:
-    """Return whether the module's forward is down(act(gate(x)) · up(x)) and nothing else, bit by bit.
+    """Return whether the module's forward is exactly down(act(gate(x)) · up(x)), bit by bit.
 
-    For the test its three projections are replaced by chosen values, so that a factor, a clamp or another
-    activation cannot hide, and no weight is read. Every layer is tested, because some models differ by layer
-    (Gemma 3n). On ``meta`` there are no values to compare.
+    For the test the module's three projections are replaced by chosen values, so that a factor, a clamp or
+    another activation is detected, and no weight is read. Every layer is tested, because some models differ
+    by layer (Gemma 3n). On ``meta`` there are no values to compare.
     """
     parameter = next(mlp.parameters())
     if parameter.is_meta:
@@ -92,7 +92,7 @@ def is_gated(mlp: Any) -> bool:
 
     training = mlp.training
     mlp.eval()
-    # Some families apply dropout to the output (Seed-OSS), in training only.
+    # Some families apply dropout to the output in training mode only (Seed-OSS).
     mlp.training = True
     try:
         with temporary_forwards({getattr(mlp, name): stand_in(name) for name in received}):
@@ -109,9 +109,9 @@ def is_gated(mlp: Any) -> bool:
 
 
 def _example_values(inner: int, outputs: int, inputs: int) -> tuple[Tensor, ...]:
-    """Gate and up (4, inner), down's output (4, outputs) and the input (4, inputs), with outliers.
+    """Return gate and up (4, inner), down's output (4, outputs) and the input (4, inputs), with outliers.
 
-    The gate covers evenly the range where activations are curved and differ, and in one row reaches the
+    The gate evenly covers the range where activations are curved and differ, and one row reaches the
     hundreds, where clamps act.
     """
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def _example_values(inner: int, outputs: int, inputs: int) -> tuple[Tensor, ...]
 
 
 def gated_down(gate: Tensor, up: Tensor, adapter: LoraParameters, act: Activation) -> Tensor:
-    """down(act(gate) · up) with its adapter, for gate and up (…, inputs of down)."""
+    """Return down(act(gate) · up) with its adapter, for gate and up (…, inputs of down)."""
     product, xa = _GatedProduct.apply(gate, up, adapter.a, adapter, act)  # type: ignore[no-untyped-call]  # torch's
     output: Tensor = _DownProjection.apply(product, xa, adapter.b, adapter)  # type: ignore[no-untyped-call]
     return output
@@ -139,7 +139,7 @@ def _product(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 
 
 def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]:
-    """Return the kernels, and the activation's name in them; None if torch computes."""
+    """Return the kernels, and the activation's name in them; None and an empty name if torch computes."""
     kernels = find_kernels(gate.device, gate.dtype)
     name = "" if kernels is None else _name_of(act)
     return (kernels if name else None), name
@@ -147,7 +147,7 @@ def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]
 
 @cache
 def _name_of(act: Activation) -> str:
-    """Return the activation's name in the kernels, from what it computes; empty if they do not have it."""
+    """Return the activation's name in the kernels, identified by its values; empty if they do not have it."""
     x = torch.linspace(-9, 9, 1001)
     computed = act(x)
     if bitwise_equal(computed, functional.silu(x)):
@@ -156,7 +156,7 @@ def _name_of(act: Activation) -> str:
 
 
 class _GatedProduct(torch.autograd.Function):
-    """act(gate) · up, which only :class:`_DownProjection` may read, and dropout(that) · Aᵀ, (rows, rank)."""
+    """act(gate) · up, which only :class:`_DownProjection` may read, and dropout of it · Aᵀ (rows, rank)."""
 
     @staticmethod
     def forward(
@@ -182,7 +182,7 @@ class _GatedProduct(torch.autograd.Function):
             product = kernels.gated_product(gate, up, name)
         grad_a = grad_of_a(grad_xa, product, dropout_mask).to(ctx.adapter.a.dtype)
         del product
-        # In place: it comes from _DownProjection, the product's only reader.
+        # In place: the gradient comes from _DownProjection, the only reader of the product.
         add_adapter_grad(grad_product.view(-1, grad_product.shape[-1]), grad_xa, dropout_mask, [ctx.adapter])
         if kernels is not None:
             return *kernels.gated_product_backward(grad_product, gate, up, name), grad_a, None, None
@@ -192,13 +192,13 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class _DownProjection(torch.autograd.Function):
-    """base(product) + scale · xa · Bᵀ. Saves nothing that a recomputation would have to compute last."""
+    """base(product) + scale · xa · Bᵀ, which saves no tensor that a recomputation would compute last."""
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, xa: Tensor, b: Tensor, adapter: LoraParameters) -> Tensor:
         out: Tensor = adapter.base(product)
         add_adapter_outputs(out, xa, adapter)
-        # Attributes, which checkpointing keeps: 16 numbers per token at rank 16.
+        # Attributes, which activation checkpointing keeps: 16 numbers per token at rank 16.
         ctx.xa, ctx.adapter, ctx.dtype = xa, adapter, product.dtype
         return out
 

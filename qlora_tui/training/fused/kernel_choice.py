@@ -1,8 +1,8 @@
-"""Whether Triton's kernels compute the fused parts: on a GPU if they compile and compute what torch does.
+"""Chooses whether Triton's kernels compute the fused parts: on a GPU if they compile and agree with torch.
 
-Triton compiles a kernel when it is first called, with the C compiler that it finds, so anything may go wrong
-there. So every kernel is called once on a few values. What a model computes with them is verified again on
-the model itself, in the first step of the run.
+Triton compiles a kernel when it is first called, with the C compiler that it finds, so any error may occur
+then. Therefore every kernel is called once on a few values. The kernels are verified again on the model
+itself, in the first step of the run.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from qlora_tui.catalog.optional_kernels import kernel_packages
 from qlora_tui.training.checks.rounding import outputs_and_gradients, within_rounding
 
 _ROUNDINGS = 8.0
-"""Units in the last place of the dtype, of the largest value of a row, by which a kernel may differ."""
+"""Largest difference of a kernel's value, in units in the last place of the row's largest value."""
 _OLDEST_GPU = (7, 5)
 """Compute capability from which Triton's compiler is supported."""
 _TOKENS, _HEADS = 5, 5
 _WIDTHS: tuple[int, ...] = (200, 3000)
-"""Columns of the check: four short rows in a program and one in the next, and a row with more warps.
-Neither they nor the columns of a head are a power of two."""
+"""Columns of the check: four short rows in one program and a fifth in the next, and a row with more warps.
+
+Neither these widths nor the columns of a head are powers of two.
+"""
 _verified: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
 _refusals: dict[tuple[torch.device, torch.dtype], str] = {}
 _is_allowed = True
 
 
 def allow_kernels(allowed: bool) -> None:
-    """Use Triton's kernels, or leave everything to torch (``model.kernels``)."""
+    """Set whether Triton's kernels may be used at all (``model.kernels``)."""
     global _is_allowed
     _is_allowed = allowed
 
@@ -49,8 +51,7 @@ def allow_kernels(allowed: bool) -> None:
 def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """Return the module of kernels for tensors of this dtype on this device; None if torch computes.
 
-    Before :func:`verify_kernels` that is everywhere: this is called in each forward, where nothing can be
-    tried.
+    Returns None before :func:`verify_kernels`: every forward calls this function, and cannot try kernels.
     """
     return _verified.get((device, dtype)) if _is_allowed else None
 
@@ -62,12 +63,12 @@ def verify_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why kernels that were tried are not used; empty if they are, or were not tried."""
+    """Return why the tried kernels are not used; empty if they are used, or were not tried."""
     return _refusals.get((device, dtype), "") if _is_allowed else ""
 
 
 def kernel_remedy() -> str:
-    """Return what to do about refused kernels: Triton compiles their launcher with a C compiler."""
+    """Return a remedy for refused kernels: Triton compiles their launcher with a C compiler."""
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     headers = (Path(sysconfig.get_path("include")) / "Python.h").exists()
     missing = [name for name, there in (("gcc", compiler), ("python3-dev", headers)) if not there]
@@ -78,7 +79,7 @@ def kernel_remedy() -> str:
 
 
 def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
-    """Return the kernels, or why they are refused; neither if there is nothing to try."""
+    """Return the kernels, or the reason why they are refused; neither if there is nothing to try."""
     # Triton's interpreter runs on a CPU, in tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, ""
@@ -93,13 +94,13 @@ def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType |
         wrong = _first_difference(triton_kernels, device, dtype)
     except Exception as error:
         traceback.print_exception(error)
-        # A compiler shows the place in the source first.
+        # A compiler's message begins with the place in the source.
         wrong = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
     return (None, wrong) if wrong else (triton_kernels, "")
 
 
 def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dtype) -> str:
-    """Return which kernel computes something else than torch, and where; empty if none does."""
+    """Return which kernel differs from torch, and where; empty if none does."""
     for width in _WIDTHS:
         generator = torch.Generator().manual_seed(0)
         x, up, grad = (
@@ -115,11 +116,11 @@ Results: TypeAlias = tuple[str, list[Tensor], list[Tensor]]
 
 
 def _both_ways(kernels: ModuleType, x: Tensor, up: Tensor, grad: Tensor) -> Iterator[Results]:
-    """Yield the name of each kernel, and outputs and gradients by it and by torch in float64.
+    """Yield the name of each kernel, with outputs and gradients by the kernel and by torch in float64.
 
     Args:
-        x: (tokens, columns); ``up`` and ``grad`` likewise. For rotary positions each row holds four heads of
-            queries and one of keys.
+        x: (tokens, columns); ``up`` and ``grad`` have the same shape. For rotary positions each row holds
+            four heads of queries and one of keys.
     """
     exact_x, exact_up, exact_grad = (values.double() for values in (x, up, grad))
     weight = torch.linspace(-2, 2, x.shape[1], device=x.device).to(x.dtype)
@@ -161,7 +162,7 @@ def _both_ways(kernels: ModuleType, x: Tensor, up: Tensor, grad: Tensor) -> Iter
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, heads, tokens, width) with rotary positions in its first columns, by torch.
+    """Return x (batch, heads, tokens, width) with its first columns rotated by torch.
 
     cos and sin: (batch, tokens, columns).
     """
@@ -179,15 +180,15 @@ def _is_same(actual: Tensor, expected: Tensor) -> bool:
 class InstalledKernels:
     """The functions of a model's modules that call installed kernels.
 
-    For each transformers has a PyTorch function. flash-linear-attention 0.6.0 differs from that by a rounding
-    of the dtype (relative norm of outputs and gradients: 5.9e-4 in float16, 4e-7 in float32, run by Triton's
-    interpreter).
+    transformers has a PyTorch function for each of them. flash-linear-attention 0.6.0 differs from those by
+    one rounding of the dtype (relative norm of outputs and gradients: 5.9e-4 in float16, 4e-7 in float32, run
+    by Triton's interpreter).
     """
 
     def __init__(self, model: Any) -> None:
-        """``model``: without its adapter."""
+        """Find the functions in ``model``, which has no adapter."""
         self._functions: list[tuple[dict[str, Any], str, Any]] = []
-        """The names of a module, the function's name there, and the function."""
+        """For each function: the names of its module, its own name there, and the function."""
         if not any(package.is_installed for package in kernel_packages(model.config.model_type)):
             return
         for module in sorted({type(module).__module__ for module in model.modules()}):

@@ -1,7 +1,7 @@
 """Frozen linear modules and their adapters as one autograd function, in place of peft's forward.
 
-peft copies the base's output, casts the input of each target to the adapter's fp32, saves that copy (with
-dropout another one), and multiplies in fp32. Here the input is saved as it is, so that targets that read the
+peft copies the base's output, casts the input of each target to the adapter's fp32, saves that copy (and with
+dropout a second one), and multiplies in fp32. Here the input is saved as it is, so that targets that read the
 same hidden state share it; dropout saves one byte per element; the products are in the compute dtype, as
 under autocast; and the backward adds both gradients of the input in place.
 
@@ -19,13 +19,13 @@ Shapes of SmolLM2-135M's ``gate_proj`` at rank 16, for a packed sequence of 100 
     grad_A   (16, 576)      grad_xaᵀ · (mask ⊙ x)
     grad_x   (100, 576)     grad · W, into which grad_xa · A is added in place; W is dequantized for it
 
-The mask is that of dropout, all ones without it. It is not rescaled: ``scale`` holds 1 / (1 - p). With
-dropout grad_xa · A is masked first, and so not added in place.
+The mask is the dropout mask, all ones without dropout. The mask is not rescaled: ``scale`` includes 1 / (1 -
+p). With dropout, grad_xa · A is masked first and therefore not added in place.
 
-Adapted modules that read the same input are one function: queries, keys and values; gate and up. Their A
-matrices are multiplied as the rows of one matrix, and the gradients of their common input are added
-by the products themselves, where autograd would add three tensors. Per layer and step that saves some 20
-kernels, and on a CPU products too thin to be efficient.
+Adapted modules that read the same input are computed by one function: queries, keys and values; gate and up.
+Their A matrices are multiplied as the rows of one matrix, and the products themselves add the gradients of
+the common input, while autograd would add three tensors. This saves about 20 kernels per layer and step, and
+on a CPU avoids products that are too thin to be efficient.
 
 Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 tokens::
 
@@ -39,12 +39,10 @@ Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 toke
     grad_A    (48, 576)                              grad_xaᵀ · x
     grad_x    (100, 576)                             the sum of grad · W, then of grad_xa · A, in place
 
-The library's code calls one module after another, so the first call computes for all, and the others take
-their output from it if they are given the same tensor. With dropout each module has a mask of its own, and
-so is computed by itself.
-
-The base's weights are dequantized one after another, each into a tensor of its own. A buffer for all layers
-would need no fewer kernels, and be there at the logits' peak too.
+The library's code calls one module after another. The first call computes the outputs of all, and the later
+modules take their outputs from it if they receive the same tensor. With dropout each module has its own mask,
+so each is computed separately. The base's weights are dequantized one after another, each into its own
+tensor. A buffer for all layers would not save kernels, and would still take memory at the logits' peak.
 """
 
 from __future__ import annotations
@@ -65,12 +63,11 @@ Stack: TypeAlias = tuple[nn.Parameter, ...]
 
 
 class AdapterCasts:
-    """16-bit copies of some parameters. They are valid from a refresh until a parameter changes.
+    """16-bit copies of some parameters, which are valid from a refresh until a parameter changes.
 
-    Without them a step casts each fp32 weight three times (forward, recomputation, backward), in kernels that
-    take a GPU longer to launch than to run: 42 of some 300 launches per layer. Here one call casts all.
-
-    Parameters of one stack, of equal width, have their copies in the rows of one tensor.
+    Without the copies, a step casts each fp32 weight three times (forward, recomputation, backward), in
+    kernels that take a GPU longer to launch than to run: 42 of about 300 launches per layer. Here one call
+    casts all weights. The copies of a stack of parameters of equal width are the rows of one tensor.
     """
 
     def __init__(self) -> None:
@@ -80,27 +77,27 @@ class AdapterCasts:
         self._copies: list[Tensor] = []
         """Views of them, one for each parameter."""
         self._by_parameter: dict[int, tuple[Tensor, int]] = {}
-        """The copy of each parameter, by its id, and the parameter's version when it was made."""
+        """The copy of each parameter, keyed by its id, with the parameter's version at the time of the
+        copy.
+        """
         self._by_stack: dict[tuple[int, ...], Tensor] = {}
-        """The copies of each stack, by the ids of its parameters."""
+        """The copies of each stack, keyed by the ids of its parameters."""
 
     def refresh_in(self, decoder: nn.Module, stacks: list[Stack]) -> None:
         """Refresh the copies of these parameters before each forward of ``decoder``.
 
-        No part of a model with an adapter runs before its decoder, whichever way the model is called.
+        A model with an adapter runs its decoder before anything else, whichever way it is called.
         """
         self._stacks = stacks
         decoder.register_forward_pre_hook(self._before_forward)
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """``parameter`` in ``dtype``: its copy if that is valid."""
+        """Return ``parameter`` in ``dtype``: its copy if that is valid, else a new cast."""
         copy = self._valid_copy(parameter, dtype)
         return parameter.to(dtype) if copy is None else copy
 
     def cast_stack(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the rows of all parameters in ``dtype``: their copies if those are of one stack and
-        valid.
-        """
+        """Return the rows of all parameters in ``dtype``: their copies if they form a stack and are valid."""
         if len(parameters) == 1:
             return self.cast(parameters[0], dtype)
         stacked = self._by_stack.get(tuple(map(id, parameters)))
@@ -115,7 +112,7 @@ class AdapterCasts:
     @torch.no_grad()
     def _before_forward(self, decoder: nn.Module, args: Any) -> None:
         parameters = [parameter for stack in self._stacks for parameter in stack]
-        # Of the frozen weights that are not quantized.
+        # Dtype of the frozen weights that are not quantized.
         dtype = product_dtype(
             next(p for p in decoder.parameters() if p.is_floating_point() and not p.requires_grad)
         )
@@ -148,9 +145,9 @@ class AdapterCasts:
 
 
 _WORDS = 4
-"""Dropout decisions taken from one 64-bit random number."""
+"""Number of dropout decisions taken from one 64-bit random number."""
 _VALUES = 1 << 15
-"""Values of each decision: on a CPU a probability is exact to 1/32,768."""
+"""Number of values of each decision: on a CPU a probability is exact to 1/32,768."""
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -172,12 +169,12 @@ class LoraParameters:
     casts: AdapterCasts
 
     def b_in(self, dtype: torch.dtype) -> Tensor:
-        """B in the dtype of the products."""
+        """Return B in the dtype of the products."""
         return self.casts.cast(self.b, dtype)
 
     @property
     def scale(self) -> float:
-        """LoRA scaling, and the 1 / (1 - p) of dropout, which is cheaper here than on the inputs."""
+        """LoRA scaling times the 1 / (1 - p) of dropout, which costs less here than on the inputs."""
         return self.scaling / (1 - self.p)
 
 
@@ -208,7 +205,9 @@ class AdaptedModule:
 
 
 def plain_weight(module: Any) -> WeightLoader | None:
-    """Access to the frozen weight under a plain adapter; None if there is none or it is not accessible."""
+    """Return the function that reads the frozen weight under a plain adapter; None without an accessible
+    weight.
+    """
     if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
         return None
     return _weight_of(module.get_base_layer())
@@ -230,9 +229,9 @@ def _weight_of(base: Any) -> WeightLoader | None:
 
 
 class FusedLora(torch.autograd.Function):
-    """base(x) + scale · dropout(x) · Aᵀ · Bᵀ of adapters, for one x (…, inputs); returns a tuple of outputs.
+    """base(x) + scale · dropout(x) · Aᵀ · Bᵀ for one or more adapters of one x (…, inputs).
 
-    Several adapters have no dropout.
+    Returns a tuple of outputs. Several adapters are computed together only without dropout.
     """
 
     @staticmethod
@@ -268,7 +267,7 @@ class FusedLora(torch.autograd.Function):
         for grad, adapter in zip(grads, adapters, strict=True):
             weight = adapter.weight().to(grad.dtype)
             grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-            del weight  # before the next is dequantized
+            del weight  # before the next weight is dequantized
         assert grad_x is not None
         add_adapter_grad(grad_x, grad_xa, dropout_mask, adapters)
         return grad_x.view(x.shape).to(x.dtype), None, *grads_of_weights
@@ -282,7 +281,7 @@ def adapted_outputs(x: Tensor, adapters: list[LoraParameters]) -> tuple[Tensor, 
 
 
 def adapter_inputs(x: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tensor | None, Tensor]:
-    """Return the dropout mask (None without dropout) and dropout(x) · Aᵀ, (rows, all ranks), of x (…,
+    """Return the dropout mask, None without dropout, and dropout(x) · Aᵀ (rows, all ranks), of x (…,
     inputs).
     """
     device = x.device.type
@@ -294,7 +293,7 @@ def adapter_inputs(x: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tenso
 
 
 def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> None:
-    """Add scale · xa · Bᵀ in place to the outputs of the base, (…, outputs)."""
+    """Add scale · xa · Bᵀ in place to the base's outputs (…, outputs)."""
     device = out.device.type
     with without_autocast(device):
         flat, b = out.view(-1, out.shape[-1]), adapter.b_in(xa.dtype)
@@ -305,25 +304,26 @@ def add_adapter_outputs(out: Tensor, xa: Tensor, adapter: LoraParameters) -> Non
 
 
 def grad_of_outputs(grad: Tensor, xa: Tensor, adapter: LoraParameters) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and of B, in its
-    dtype.
+    """Return the gradient of the outputs as (rows, outputs), and the gradients of ``xa`` and B.
+
+    The gradient of B is in the dtype of ``xa``.
     """
     b, nothing = adapter.b_in(xa.dtype), xa.new_empty(())
     grad = grad.reshape(-1, b.shape[0]).to(xa.dtype)
-    # The scale is a factor of the product itself, which needs no kernel of its own.
+    # The scale is a factor within the product, so it needs no separate kernel.
     grad_xa = torch.addmm(nothing, grad, b, beta=0, alpha=adapter.scale)
     grad_b = torch.addmm(nothing, grad.t(), xa, beta=0, alpha=adapter.scale)
     return grad, grad_xa, grad_b
 
 
 def grad_of_a(grad_xa: Tensor, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
-    """Return the gradient of A, from the inputs x (…, inputs), in the dtype of ``grad_xa``."""
+    """Return the gradient of A for inputs x (…, inputs), in the dtype of ``grad_xa``."""
     rows = x.reshape(-1, x.shape[-1]).to(grad_xa.dtype)
     return grad_xa.t() @ apply_dropout(rows, dropout_mask)
 
 
 def cast_grads(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Gradients in the dtype of the adapter, cast by one kernel on a GPU."""
+    """Return gradients in the dtype of the adapter, cast by one kernel on a GPU."""
     if grads[0].dtype == dtype:
         return list(grads)
     cast = [torch.empty_like(grad, dtype=dtype) for grad in grads]
@@ -334,7 +334,7 @@ def cast_grads(grads: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def add_adapter_grad(
     grad_x: Tensor, grad_xa: Tensor, dropout_mask: Tensor | None, adapters: Sequence[LoraParameters]
 ) -> None:
-    """Add the adapters' part in place to the base's gradient of the inputs, (rows, inputs)."""
+    """Add the adapters' part in place to the base's gradient of the inputs (rows, inputs)."""
     a = _stacked_a(adapters, grad_xa.dtype)
     if dropout_mask is None and grad_x.dtype == grad_xa.dtype:
         grad_x.addmm_(grad_xa, a)
@@ -343,7 +343,7 @@ def add_adapter_grad(
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which costs time if it is off already."""
+    """Return a context without autocast, which has a cost if autocast is already off."""
     return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
 
 
@@ -352,29 +352,32 @@ def _is_autocast(device: str) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the adapter's products. Under autocast x may be the fp32 output of a norm."""
+    """Return the dtype of the adapter's products. Under autocast x may be the fp32 output of a norm."""
     return torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else x.dtype
 
 
 def _dropout_mask(values: Tensor, p: float) -> Tensor:
-    """Return a dropout mask of one byte per element: bool on a GPU; on a CPU int8, -1 to keep and 0 to drop.
+    """Return a dropout mask of one byte per element: bool on a GPU; int8 on a CPU, -1 to keep and 0 to drop.
 
-    On a CPU one 64-bit random number decides for four elements, 15 bits each: with one number per element,
-    drawing them would take a third of the step.
+    On a CPU one 64-bit random number decides for four elements with 15 bits each: drawing one number per
+    element would take a third of the step.
     """
     if values.device.type != "cpu":
         return torch.empty_like(values, dtype=torch.bool).bernoulli_(1 - p)
     count = values.numel()
     drawn = torch.empty(-(-count // _WORDS), dtype=torch.int64, device=values.device)
     words = drawn.random_(-(1 << 63), None).view(torch.int16)[:count].bitwise_and_(_VALUES - 1)
-    # 15 random bits are below p · 32,768 for a share p of the elements. The others become negative here, and
-    # the arithmetic shift spreads the sign bit: -1 (all bits set) to keep, 0 to drop.
+    # A share p of the elements has 15 random bits below p · 32,768. All other elements become negative here,
+    # and the arithmetic shift spreads the sign bit: -1 (all bits set) to keep, 0 to drop.
     words.neg_().add_(round(p * _VALUES) - 1).bitwise_right_shift_(15)
     return words.to(torch.int8).view(values.shape)
 
 
 def apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
-    """Zero the dropped elements. On a CPU by a bitwise and: mixed-dtype arithmetic is many times slower."""
+    """Set the dropped elements to 0.
+
+    Uses a bitwise and on a CPU, where mixed-dtype arithmetic is many times slower.
+    """
     if dropout_mask is None:
         return values
     if dropout_mask.dtype == torch.bool:
@@ -384,10 +387,10 @@ def apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
 
 
 def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list[Stack]:
-    """Fuse every plain LoRA module. DoRA, and bases whose weight is not accessible, keep peft's forward.
+    """Fuse every plain LoRA module; DoRA, and bases whose weight is not accessible, keep peft's forward.
 
     Returns:
-        The adapter weights of the fused modules, with those together that are multiplied together.
+        The adapter weights of the fused modules, grouped by which are multiplied together.
     """
     weights = {module: weight for module in model.modules() if (weight := plain_weight(module))}
     stacks: list[Stack] = []
@@ -404,13 +407,13 @@ def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list
 
 
 def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> list[list[Any]]:
-    """Return all adapted modules, those together that are expected to read the same input."""
+    """Return all adapted modules, grouped by which are expected to read the same input."""
     groups: list[list[Any]] = []
     for parent in model.modules():
         for names in GROUPS:
             children: list[Any] = [getattr(parent, name, None) for name in names]
             modules = [module for module in children if module in adapted]
-            # Several masks cannot be applied to one input.
+            # Several dropout masks cannot be applied to one input.
             if any(getattr(part, "p", 0.0) for module in modules for part in module.lora_dropout.values()):
                 continue
             if len({(module.in_features, tuple(module.lora_A)) for module in modules}) == 1:
@@ -420,25 +423,26 @@ def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> lis
 
 
 class SharedInput:
-    """Modules that are computed together, and the outputs that those called later will take."""
+    """Modules that are computed together, and the outputs for those that are called later."""
 
     def __init__(self, members: Sequence[AdaptedModule]) -> None:
         self.members = members
         self._input: Tensor | None = None
         self._outputs: dict[Any, Tensor] = {}
-        """Outputs of modules that were not called yet."""
+        """Outputs of modules that have not been called yet."""
         self._is_shared = len(members) > 1
 
     def before_forward(self, decoder: nn.Module, args: Any) -> None:
-        """Give up computing together if the last forward left an output that no module was called for.
+        """Stop computing the modules together if the last forward left an output that no module took.
 
-        Only between forwards, because a recomputation must save what its forward saved.
+        This is decided only between forwards, because a recomputation must save the same tensors as its
+        forward.
         """
         if self._outputs:
             self._is_shared, self._outputs, self._input = False, {}, None
 
     def output_of(self, module: Any, x: Tensor) -> Tensor | None:
-        """Return the output of one of the modules; None if it must be computed by itself."""
+        """Return the output of one of the modules; None if it must be computed separately."""
         if not (self._is_shared and torch.is_grad_enabled()):
             return None
         if module is self.members[0].module:
@@ -484,7 +488,7 @@ def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor
 
 
 def _by_adapter(stacked: Tensor, adapters: Sequence[LoraParameters], dim: int = 1) -> tuple[Tensor, ...]:
-    """Return the columns of each adapter, or with ``dim`` 0 its rows."""
+    """Split into the columns of each adapter, or with ``dim`` 0 into the rows."""
     if len(adapters) == 1:
         return (stacked,)
     return torch.split(stacked, [len(adapter.a) for adapter in adapters], dim=dim)

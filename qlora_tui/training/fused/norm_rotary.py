@@ -3,8 +3,8 @@
 transformers computes a norm in several operations and saves an fp32 copy of its input; here the input is
 saved as it is, with one number per row. Queries and keys are rotated by one Triton kernel in each direction:
 transformers' attention modules call a function ``apply_rotary_pos_emb`` of their own file. Families differ:
-most rotate the halves of a head, some its even and odd columns, some a part of its columns. So each family's
-function is compared with the kernel, in both directions, before the kernel takes its place.
+most rotate the halves of a head, some its even and odd columns, some only a part of its columns. So each
+family's function is compared with the kernel, in both directions, before the kernel replaces it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ class RmsNormVariant:
     """How a model family multiplies by the weight of its norms."""
 
     offset: float = 0.0
-    """Added to the weight: 1 in Gemma, else 0."""
+    """Value that is added to the weight: 1 in Gemma, else 0."""
     multiply_in_fp32: bool = False
-    """Whether the product is in fp32 and cast last (Gemma, OLMo-2), or the input is cast first (Llama)."""
+    """Whether the product is in fp32 and cast last (Gemma, OLMo-2); otherwise the input is cast first
+    (Llama).
+    """
 
 
 _VARIANTS = (
@@ -71,7 +73,7 @@ def _eps_of(norm: Any) -> Any:
 
 @torch.no_grad()
 def _find_variant(norm: Any) -> RmsNormVariant | None:
-    """Return the variant that computes what the module computes; None if none or several do.
+    """Return the variant that computes the same as the module; None if none or several do.
 
     Trained weights may hide the difference (Gemma's reach 1,656, where adding 1 is below the resolution of
     bfloat16), so the module is also run with weights between -3 and 3.
@@ -96,17 +98,17 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
 
 
 def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
-    """Return the variants that differ in ``dtype``: in float32 it does not matter when the product
-    is cast.
+    """Return the variants that differ in ``dtype``; in float32 the order of product and cast makes no
+    difference.
     """
     return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
 
 def _example_rows(width: int, eps: float) -> Tensor:
-    """Inputs (4, width) that distinguish variants.
+    """Return inputs (4, width) that distinguish variants.
 
-    One row has typical values, one a few massive channels, one a mean far from 0, and one is so small that
-    epsilon is half of the value under the root.
+    One row has typical values, one has a few massive channels, one has a mean far from 0, and one is so small
+    that epsilon is half of the value under the root.
     """
     rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     rows[0] *= 3
@@ -117,8 +119,8 @@ def _example_rows(width: int, eps: float) -> Tensor:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) -> tuple[Tensor, Tensor]:
-    """Return the output, and 1 / root mean square of each row, fp32, computed by torch."""
-    # Not vector_norm: it adds in plain order, whose error grows with the row; mean adds pairwise.
+    """Return the output, and 1 / root mean square of each row in fp32, computed by torch."""
+    # Not vector_norm: it sums in sequence, so its error grows with the row, while mean sums pairwise.
     squares = x.to(torch.float32, copy=True).square_()
     inv_rms = squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
     del squares
@@ -135,7 +137,7 @@ def _factor(weight: Tensor, variant: RmsNormVariant) -> Tensor:
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
-    """Triton's kernels for rows of this width; None if torch computes."""
+    """Return Triton's kernels for rows of this width; None if torch computes."""
     kernels = find_kernels(x.device, x.dtype)
     return kernels if kernels is not None and kernels.fits_row(x.shape[-1]) else None
 
@@ -176,13 +178,15 @@ CallKind: TypeAlias = tuple[bool, torch.dtype]
 """Whether all columns of a head rotate, and the dtype of cos and sin."""
 _NAME = "apply_rotary_pos_emb"
 _TOKENS = 5
-"""Tokens of the check."""
+"""Number of tokens of the check."""
 _ROUNDINGS = 2.0
-"""Roundings of the terms of a sum by which an element may differ: of both products and the sum."""
+"""Number of roundings of the terms of a sum by which an element may differ: those of both products and the
+sum.
+"""
 
 
 def fuse_rotary(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Use the kernel in every attention module whose rotary function computes what the kernel computes."""
+    """Use the kernel in every attention module whose rotary function computes the same."""
     kernels = find_kernels(device, dtype)
     if kernels is None:
         return
@@ -245,7 +249,9 @@ def _fuse_attention(
 
 
 def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kinds: frozenset[CallKind]) -> bool:
-    """Return whether the kernel computes a call of the family's function: one of a kind that was compared."""
+    """Return whether the kernel can compute a call of the family's function, because its kind was
+    compared.
+    """
     return (
         q.dtype == k.dtype
         and cos.dtype == sin.dtype
@@ -257,13 +263,13 @@ def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kinds: frozenset[C
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotates queries and keys, (batch, heads, tokens, width). Saves nothing but cos and sin."""
+    """Rotates queries and keys (batch, heads, tokens, width), and saves only cos and sin."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kernels: ModuleType
     ) -> tuple[Tensor, Tensor]:
-        # Attributes: all layers share them.
+        # Saved as attributes, because all layers share them.
         ctx.cos, ctx.sin, ctx.kernels = cos, sin, kernels
         rotated_pair: tuple[Tensor, Tensor] = kernels.rotate(q, k, cos, sin)
         return rotated_pair
@@ -281,7 +287,7 @@ def _same_kinds(
     device: torch.device,
     dtype: torch.dtype,
 ) -> frozenset[CallKind]:
-    """Return the kinds of calls of which a family's function is what the kernel computes."""
+    """Return the kinds of calls for which a family's function agrees with the kernel."""
     columns = {True: width, False: width // 4 * 2}
     return frozenset(
         (whole, table_dtype)
@@ -299,13 +305,13 @@ def _computes_same(
     device: torch.device,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> bool:
-    """Return whether a family's function and its gradient are those of the kernel.
+    """Return whether a family's function and its gradient agree with the kernel.
 
     cos and sin are chosen values that differ in every column, so that no symmetry hides a difference.
 
     Args:
-        heads: of queries, and of keys.
-        columns: of a head, and those that rotate.
+        heads: number of query heads, and of key heads.
+        columns: number of columns of a head, and of those that rotate.
         dtypes: of queries and keys, and of cos and sin.
     """
     generator = torch.Generator().manual_seed(0)
@@ -319,7 +325,7 @@ def _computes_same(
     try:
         expected = outputs_and_gradients(lambda q, k: function(q, k, cos, sin), given, grads)
         computed = [*kernels.rotate(*given, cos, sin), *kernels.rotate(*grads, cos, sin, backward=True)]
-    except Exception:  # a function of another kind; Triton compiles for this shape, and may raise anything
+    except Exception:  # another kind of function, or Triton's compiler, may raise anything
         return False
     sizes = [_sizes(x, cos, sin, backward=False) for x in given]
     sizes += [_sizes(x, cos, sin, backward=True) for x in grads]
@@ -330,7 +336,7 @@ def _computes_same(
 
 
 def _sizes(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
-    """For each element of the result, the magnitude of the terms of its sum; 0 if x is passed on."""
+    """Return the magnitude of the terms of each result element's sum; 0 for elements that are passed on."""
     rotary = cos.shape[-1]
     turned, cos, sin = x[..., :rotary].abs(), cos[:, None].abs(), sin[:, None].abs()
     half = rotary // 2

@@ -1,4 +1,4 @@
-"""Replaces the forward of a module, and restores the library's."""
+"""Replaces forwards of modules, and restores the library's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 PatchedPart: TypeAlias = Literal["lora", "mlp", "norms", "rotary", "experts", "token rows", "embeddings"]
-"""The kind of module that is replaced; each kind is switched as a whole."""
+"""A kind of replaced module; each kind is switched as a whole."""
 PATCHED_PARTS: tuple[PatchedPart, ...] = (
     *("norms", "rotary", "mlp", "lora", "experts"),
     *("token rows", "embeddings"),
@@ -25,7 +25,9 @@ def patch_forward(module: nn.Module, forward: Callable[..., Any], part: PatchedP
 
 
 class PatchedForwards:
-    """The modules of a model with a replaced forward of one kind, which can be switched both ways."""
+    """The modules of a model with a replaced forward of one kind, which can be switched in both
+    directions.
+    """
 
     def __init__(self, model: nn.Module, part: PatchedPart) -> None:
         self._part = part
@@ -50,7 +52,7 @@ class PatchedForwards:
 
 @contextmanager
 def temporary_forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of each module, by a function without ``self``, while the context is open."""
+    """Replace the forward of each module with a function without ``self`` while the context is open."""
     originals = {module: vars(module).get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():

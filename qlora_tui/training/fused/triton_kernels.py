@@ -3,13 +3,13 @@
 torch computes each in a chain of kernels that read and write the whole tensor: nine for a norm, ten for the
 rotation of queries and keys, five for the backward of a gated product. Here a program reads a row, a token,
 or a block of elements, once. Values are converted to fp32 when they are loaded and rounded where transformers
-rounds. Imports Triton, which CUDA builds of torch bring along; :mod:`.kernel_choice` decides whether the
-kernels are used.
+rounds. Imports Triton, which CUDA builds of torch include; :mod:`.kernel_choice` decides whether the kernels
+are used.
 
 `make check-kernels` compiles each launch for the supported GPUs, and runs the kernels on the CPU with
 Triton's interpreter (``TRITON_INTERPRET=1``): bfloat16 stores truncate there instead of rounding, and float16
-ones round. The compiler refuses what the interpreter accepts, such as parameters annotated with anything but
-``tl.constexpr``, so those of the kernels have no types.
+ones round. The compiler rejects some code that the interpreter accepts, such as parameters annotated with
+anything but ``tl.constexpr``, so the kernels' parameters have no types.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -23,9 +23,9 @@ from torch import Tensor
 GatedActivation: TypeAlias = Literal["silu", "gelu_tanh"]
 _BLOCK = 1024
 _WIDEST_ROW = 1 << 14
-"""Elements of a row that one program can hold in the registers of its warps."""
+"""Largest number of elements in a row that one program can hold in the registers of its warps."""
 _ELEMENTS_PER_WARP = 512
-"""16 per thread: with eight times as many, the backward of a norm spills registers."""
+"""16 elements per thread: with eight times as many, the backward of a norm spills registers."""
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -73,13 +73,13 @@ def _rms_backward(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _activate(gate, SILU: tl.constexpr):
-    """The activation and its derivative."""
+    """Return the activation and its derivative."""
     if SILU:
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
         return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
     inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     slope = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
-    # 0.5 · (1 + tanh(x)) is sigmoid(2x). The complement by its own exponential: 1 - sigmoid loses all bits.
+    # 0.5 · (1 + tanh(x)) is sigmoid(2x). The complement has its own exponential, because 1 - sigmoid cancels.
     sigmoid, complement = 1.0 / (1.0 + tl.exp(-inner)), 1.0 / (1.0 + tl.exp(inner))
     return gate * sigmoid, sigmoid + gate * sigmoid * complement * slope
 
@@ -121,9 +121,9 @@ def _rotate_token(
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Rotate the heads of one token, at ``x`` with ``x_head`` elements from head to head.
+    """Rotate the heads of one token at ``x``, which are ``x_head`` elements apart.
 
-    Products are rounded to the wider dtype of x and cos, as torch rounds them, and sums to that of x.
+    Products are rounded to the wider dtype of x and cos, and sums to the dtype of x, as torch rounds them.
     """
     head = tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
@@ -190,12 +190,12 @@ def _rotate(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, in_fp32: bool) -> tuple[Tensor, Tensor]:
-    """weight · x / rms(x) over the last dimension, and 1 / rms of each row.
+    """Return weight · x / rms(x) over the last dimension, and 1 / rms of each row.
 
     Args:
         x: (…, width).
         weight: (width,); ``offset`` is added to it.
-        in_fp32: multiply by the weight in fp32 and round last, or round the normed row first.
+        in_fp32: multiply by the weight in fp32 and round last; otherwise round the normed row first.
 
     Returns:
         The output in the shape of ``x``, and (…, 1), fp32.
@@ -224,7 +224,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, in_fp32: b
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, *, offset: float) -> Tensor:
-    """Return the gradient of x, in its dtype and shape, for a frozen weight."""
+    """Return the gradient of x for a frozen weight, in the dtype and shape of x."""
     rows = x.contiguous().view(-1, x.shape[-1])
     out = torch.empty_like(rows)
     count, width = rows.shape
@@ -246,7 +246,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, 
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
-    """activation(gate) · up, both rounded to the dtype of ``gate``, as transformers does."""
+    """Return activation(gate) · up, both rounded to the dtype of ``gate``, as transformers does."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     count = gate.numel()
@@ -280,7 +280,7 @@ def gated_product_backward(
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, ``x · cos + rotate_half(x) · sin`` over their first ``rotary`` columns.
+    """Rotate queries and keys: ``x · cos + rotate_half(x) · sin`` over their first ``rotary`` columns.
 
     Args:
         q: (batch, heads, tokens, width), in any layout with adjacent columns; k may have fewer heads.
@@ -332,14 +332,16 @@ def fits_row(width: int) -> bool:
 def _tile_of(width: int) -> tuple[int, int]:
     """Return rows and columns of one program's tile, both powers of two.
 
-    A wide row has a program for itself; the short rows of head norms share one.
+    A wide row has its own program; the short rows of head norms share one.
     """
     block = _power_of_2(width)
     return max(1, _BLOCK // block), block
 
 
 def _launch_options(elements: int) -> dict[str, Any]:
-    """Return the warps for this many elements of a tile, and rounding of each product as in torch."""
+    """Return launch options for a tile of this many elements: warps, and rounding of each product as in
+    torch.
+    """
     warps = min(max(elements // _ELEMENTS_PER_WARP, 4), 16)
     return {"num_warps": warps, "enable_fp_fusion": False}
 
