@@ -1,8 +1,8 @@
-"""What a forward of a model's class on ``meta`` shows, and the shapes of its modules do not.
+"""Runs a forward of a model's class on ``meta`` to find facts that its modules' shapes do not show.
 
-Nothing has values there, so a trial takes milliseconds. It counts what each layer saves for its backward.
-:mod:`qlora_tui.memory` compares that with what its rules say of the modules: if a class computes more than
-they know of, the estimate from shapes is that uncertain. :mod:`.description` keeps the outcome.
+Nothing has values on ``meta``, so a trial takes milliseconds. It counts the bytes that each layer saves for
+its backward. :mod:`qlora_tui.memory` compares this count with its own rules for the modules: a difference
+shows how uncertain the estimate from shapes is. :mod:`.description` stores the result.
 """
 
 from __future__ import annotations
@@ -20,36 +20,43 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from qlora_tui.training.packed_attention import set_attention
 
 TOKENS = 64
-"""Length of the text: as many tokens as most recurrent layers compute at a time."""
+"""Length of the text: the number of tokens that most recurrent layers compute at a time."""
 _NAME = "qlora_tui_trial"
 _USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
-"""What models pass to attention next to queries, keys, values and a mask: positions, and logits of sinks."""
+"""Tensors that models pass to attention besides queries, keys, values and mask: positions, and sink
+logits.
+"""
 _MASK = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
 _ARGUMENTS: tuple[dict[str, Any], ...] = ({**_MASK, "use_cache": False}, {"use_cache": False}, {})
-"""What a model may be called with, in the order of trial: a mask with values, in which nothing is masked, for
-classes that look; none for others."""
+"""Arguments with which a model may be called, in the order of trial.
+
+The first has a mask with values, in which nothing is masked, for classes that read the mask; the last has
+none.
+"""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a forward has shown."""
+    """The results of a forward."""
 
     saved_bytes: tuple[int, ...]
-    """What each layer saves for its backward, in 16 bits and without adapters; empty if the forward needs
-    values of tensors."""
+    """Bytes that each layer saves for its backward, in 16 bits and without adapters.
+
+    Empty if the forward needs values of tensors.
+    """
     layer_runs: tuple[int, ...]
-    """How often it ran each layer; empty if every layer ran once, or it needs values."""
+    """How often each layer ran; empty if every layer ran once, or the forward needs values."""
     attends: bool
-    """Whether it called transformers' interface for attention."""
+    """Whether the forward called transformers' attention interface."""
     own_code: bool
-    """Whether it passed more tensors to attention than usual, or needs values of tensors."""
+    """Whether the model passed unusual tensors to attention, or needs values of tensors."""
 
 
 def try_class(model: Any, layers: Mapping[str, nn.Module]) -> Trial:
-    """Run a forward as in training, with an attention function that only this calls.
+    """Run a forward as in training, with an attention function that no other code uses.
 
     Args:
-        model: on ``meta``, to be thrown away afterwards.
+        model: on ``meta``; it is changed and must be discarded.
         layers: its decoder layers by name, in order.
     """
     model.requires_grad_(False)
@@ -66,17 +73,19 @@ def try_class(model: Any, layers: Mapping[str, nn.Module]) -> Trial:
 
 
 class _Forward:
-    """One forward of a model, and what was seen in it."""
+    """One forward of a model, and the observations made during it."""
 
     def __init__(self, model: Any, layers: Mapping[str, nn.Module]) -> None:
         self.runs: Counter[str] = Counter()
         self.saved_bytes: Counter[str] = Counter()
         self.given: list[set[str]] = []
-        """Names of the tensors that each call was given in addition to queries, keys and values."""
+        """Names of the tensors that each attention call received besides queries, keys and values."""
         self._model = model
         self._layer = ""
         self._storages: dict[int, Any] = {}
-        """By their addresses, which are used again once a storage is freed."""
+        """Storages that were counted, keyed by address; kept alive, because a freed address would be
+        reused.
+        """
         AttentionInterface.register(_NAME, self._attend)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         set_attention(model, _NAME)
@@ -86,7 +95,7 @@ class _Forward:
             layer.register_forward_hook(lambda *_: self._begin(""))
 
     def runs_with(self, arguments: Mapping[str, Any]) -> bool:
-        """Run it with these arguments; return whether it ran to its end."""
+        """Run the forward with these arguments; return whether it completed."""
         self.runs.clear()
         self.saved_bytes.clear()
         self.given.clear()
@@ -102,7 +111,7 @@ class _Forward:
 
     def _begin(self, name: str) -> None:
         self._layer = name
-        # Not in a layer that runs without gradients, of which nothing is kept.
+        # Except in a layer that runs without gradients, of which nothing is saved.
         self.runs[name] += torch.is_grad_enabled()
 
     def _save(self, tensor: Tensor) -> Tensor:
@@ -121,12 +130,12 @@ class _Forward:
 
 
 def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Return the embeddings with a gradient; no leaf, which classes could not change in place."""
+    """Return the embeddings with a gradient, but not as a leaf, which classes could not change in place."""
     return output.detach().requires_grad_().clone()
 
 
 class _Attention(torch.autograd.Function):
-    """A kernel that saves queries, keys, values, its output and one number per row instead of the scores."""
+    """A kernel that saves queries, keys, values, its output and one number per row, but not the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Temporary folders that show transformers and peft only safe files: weights, and configs that name no code.
 
 The libraries read more of a folder than requested: an ``adapter_config.json`` that names another base model,
-Python files, templates. So they get a folder of links that holds nothing else. Compiled
-kernels from the Hub are loaded of one publisher only.
+Python files, templates. So they receive a folder that contains only links to safe files. Compiled kernels are
+loaded from a single publisher on the Hub.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 @contextmanager
 def model_view(folder: Path) -> Iterator[Path]:
-    """A folder with the model's weights, and its configs without keys that select code. Raises UserError."""
+    """Yield a folder with the model's weights, and its configs without keys that select code.
+
+    Raises UserError.
+    """
     with _temporary() as view:
         for name in _CONFIGS:
             if (folder / name).is_file():
                 config = load_config(folder / name)
                 if is_mxfp4(config):
-                    # transformers would read these experts in 16 bits, all of them: see experts/storage.py.
+                    # transformers would load all of these experts in 16 bits: see experts/storage.py.
                     del config["quantization_config"]
                 clean, dropped = without_code(config)
                 _write(view / name, clean)
@@ -55,7 +58,10 @@ def model_view(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def adapter_view(folder: Path) -> Iterator[Path]:
-    """A folder with the adapter's weights, and its config without keys that select code. Raises UserError."""
+    """Yield a folder with the adapter's weights, and its config without keys that select code.
+
+    Raises UserError.
+    """
     with _temporary() as view:
         clean, dropped = adapter_without_code(load_adapter_config(folder), str(folder))
         _write(view / _ADAPTER_CONFIG, with_exact_targets(clean, folder))
@@ -94,7 +100,9 @@ PUBLISHER = "kernels-community"
 
 
 def pin_publisher() -> None:
-    """Make transformers load kernels of :data:`PUBLISHER` only; some model families name other publishers."""
+    """Make transformers load kernels only from :data:`PUBLISHER`; some model families name other
+    publishers.
+    """
     if find_spec("kernels") is None:
         return
     from transformers.integrations import hub_kernels

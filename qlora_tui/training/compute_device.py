@@ -36,7 +36,7 @@ class ComputeDevice:
 
     torch_device: torch.device
     name: str
-    """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
+    """Name of the GPU, such as ``NVIDIA GeForce RTX 4090``, or of the CPU."""
     total_bytes: int
     dtype: torch.dtype
     """Dtype of activations, embeddings, norms and head."""
@@ -48,7 +48,7 @@ class ComputeDevice:
 
     @property
     def row_multiple(self) -> int:
-        """Multiple of tokens that sequences are padded to."""
+        """Number of tokens of which sequence lengths are padded to a multiple."""
         return token_multiple(self.torch_device, self.dtype)
 
     @property
@@ -61,7 +61,7 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
     """Return the GPU of this process, or the CPU if there is none or the user chose it.
 
     Raises:
-        UserError: there is a GPU that torch cannot use.
+        UserError: the machine has a GPU that torch cannot use.
     """
     wanted = _DTYPES.get(recipe.quantization.compute_dtype)
     if torch.cuda.is_available():
@@ -72,7 +72,8 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
             raise problem
         if is_wsl2():
             _limit_memory(local_rank)
-        # Not torch.cuda.is_bf16_supported(), which is also true for GPUs that only emulate bfloat16.
+        # torch.cuda.is_bf16_supported() is not used, because it is also true for GPUs that only emulate
+        # bfloat16.
         native_bfloat16 = capability >= BFLOAT16_CAPABILITY
         best = torch.bfloat16 if native_bfloat16 else torch.float16
         return ComputeDevice(
@@ -95,9 +96,9 @@ def find_device(recipe: Recipe, local_rank: int = 0) -> ComputeDevice:
 
 
 def _limit_memory(index: int) -> None:
-    """Let torch hold no more of a GPU's memory than is free, so that larger allocations fail.
+    """Limit torch to the GPU memory that is free, so that larger allocations fail.
 
-    The driver of Windows would give them system memory, through which a step takes many times as long.
+    Otherwise the Windows driver would use system memory, which makes a step many times slower.
     """
     free, total = torch.cuda.mem_get_info(index)
     share = (free + torch.cuda.memory_reserved(index)) / total
@@ -140,7 +141,7 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
         cuda=cuda,
         compute_itemsize=device.dtype.itemsize,
         ampere=cuda and packed_attention.has_flash(device.torch_device),
-        # Without a GPU it is not asked: importing that module takes a fifth of a second.
+        # Not checked without a GPU, because importing that module takes a fifth of a second.
         torch_has_varlen=cuda and packed_attention.find_kernel() is not None,
     )
 
@@ -169,7 +170,7 @@ _PACKAGES = ("qlora-tui", "torch", "transformers", "peft", "bitsandbytes", "acce
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of the libraries that determine what a run computes, and of torch's CUDA."""
+    """Return the versions of Python, of the libraries that a run computes with, and of torch's CUDA."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

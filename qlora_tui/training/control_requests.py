@@ -14,7 +14,7 @@ from qlora_tui.training.reporter import Reporter
 
 
 class ControlRequests:
-    """Requests that wait for the end of the current step."""
+    """Requests that are carried out at the end of the current step."""
 
     def __init__(self, run: RunDir, reporter: Reporter, dist: DistributedContext) -> None:
         self._run = run
@@ -23,12 +23,12 @@ class ControlRequests:
         self._pending: list[ControlRequest] = []
         self._terminated = False
         self.is_terminated = False
-        """Whether a signal to end has come, taken as a request or not."""
+        """Whether a termination signal has arrived, whether or not it was counted as a request."""
 
     def listen_to_signals(self) -> None:
-        """Treat SIGTERM and SIGINT as a request to stop; a second one ends the process at once.
+        """Treat SIGTERM and SIGINT as a request to stop; a second signal ends the process at once.
 
-        On a cluster they are the end of the job, not of the run: it pauses, and does not wait for the step.
+        On a cluster these signals end the job but not the run: the run pauses, without finishing the step.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -46,36 +46,36 @@ class ControlRequests:
 
     @property
     def hold(self) -> Hold | None:
-        """Why the runner asked for the pause that waits; None if the user did too, or nobody did."""
+        """Return why the runner requested the pending pause; None if the user, or nobody, requested one."""
         pauses = [request for request in self._pending if request.kind in ("pause", "pause_now")]
         return pauses[-1].hold if pauses and all(request.hold for request in pauses) else None
 
     @property
     def ends_now(self) -> bool:
-        """Whether an end waits that does not wait for the end of the step or evaluation."""
+        """Return whether a request is pending that ends the run without finishing the step or evaluation."""
         return any(request.kind in ("stop_now", "pause_now") for request in self._pending)
 
     def take(self, kind: Kind) -> ControlRequest | None:
-        """Remove and return the last waiting request of a kind; earlier ones of that kind are dropped."""
+        """Remove and return the last pending request of a kind; earlier ones of that kind are dropped."""
         matching = [request for request in self._pending if request.kind == kind]
         self._pending = [request for request in self._pending if request.kind != kind]
         return matching[-1] if matching else None
 
     def stop_kind(self) -> Kind | None:
-        """``stop`` or ``pause`` if one of them waits; it is not removed."""
+        """Return ``stop`` or ``pause`` if such a request is pending, without removing it."""
         kinds = {request.kind for request in self._pending}
         pauses = {"pause", "pause_now"} & kinds
         return "stop" if {"stop", "stop_now"} & kinds else "pause" if pauses else None
 
     def poll_if_alone(self) -> None:
-        """Poll if the run has one process; several would have to call it together."""
+        """Poll if the run has a single process; several processes would have to call this together."""
         if self._dist.world_size == 1:
             self.poll()
 
     def raise_if_stop_now(self) -> None:
-        """Raise StepAbandoned if an end was requested that does not wait for the end of the step.
+        """Raise StepAbandoned if a pending request ends the run without finishing the step.
 
-        With several processes it waits for the next common poll: they would have to agree on where to leave
+        With several processes this waits for the next common poll: they would have to agree on where to leave
         the step.
         """
         self.poll_if_alone()
@@ -83,7 +83,7 @@ class ControlRequests:
             raise StepAbandoned
 
     def raise_if_stop_requested(self) -> None:
-        """Poll, and raise StopRequested if a stop or pause waits: for the time before the first step."""
+        """Poll, and raise StopRequested if a stop or pause is pending; used before the first step."""
         self.poll()
         kind = self.stop_kind()
         if kind is not None:
@@ -101,16 +101,16 @@ class ControlRequests:
 
     def _on_signal(self, number: int, frame: object) -> None:
         self._terminated = self.is_terminated = True
-        # On a cluster both Slurm and torchrun may send one.
+        # On a cluster Slurm and torchrun may each send a signal.
         signal.signal(number, signal.SIG_IGN if self._run.slurm_path.exists() else signal.SIG_DFL)
 
 
 class StepAbandoned(Exception):
-    """A stop or pause was requested that does not wait for the end of the step or evaluation in progress."""
+    """Raised if a stop or pause was requested that does not wait for the end of the step or evaluation."""
 
 
 class StopRequested(Exception):
-    """A stop or pause was requested before the first step."""
+    """Raised if a stop or pause was requested before the first step."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind)

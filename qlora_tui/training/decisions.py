@@ -1,4 +1,4 @@
-"""Whether a run's data are decisions, and what its base and adapter decide on validation rows.
+"""Finds out whether a run's data are decisions, and what its base and adapter decide on validation rows.
 
 The options are the answers of training and validation rows together; their tokens are those that the rows
 were trained on.
@@ -28,30 +28,30 @@ from qlora_tui.training.option_scores import Choice, Scores
 from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, last_answer, task_prompts
 
 _MOST_DISTINCT = 4 * MOST_OPTIONS
-"""Different answers after which no more are read."""
+"""Number of distinct answers after which no more answers are read."""
 
 
 class DecisionTask(NamedTuple):
-    """What is decided, and validation rows to decide."""
+    """A decision with its options, and validation rows to decide."""
 
     decision: Decision
     option_ids: tuple[tuple[int, ...], ...]
     """Token ids of each option, with its turn end."""
     prompts: tuple[TaskPrompt, ...]
     truth: tuple[int, ...]
-    """Number of the right option of each prompt."""
+    """Index of the right option of each prompt."""
     layout: RowFormat
     """How rows of the first source are read."""
     thinking: Thinking
 
     def choice(self, number: int, most_tokens: int) -> Choice:
-        """Return what is scored for a prompt, without the beginning of one that is too long."""
+        """Return the choice for a prompt, without the beginning of a prompt that is too long."""
         room = max(1, most_tokens - max(map(len, self.option_ids)))
         return Choice(tuple(self.prompts[number].ids[-room:]), self.option_ids)
 
 
 class Judged(NamedTuple):
-    """What two models' decisions on validation rows are worth."""
+    """The quality of both models' decisions on validation rows."""
 
     decider: Decider
     report: DecisionReport
@@ -63,13 +63,13 @@ class Judged(NamedTuple):
 def find_decisions(
     recipe: Recipe, data: PreparedDataset, tokenizer: ChatTokenizer, most: int = MOST_DECISIONS
 ) -> DecisionTask | None:
-    """Return the decisions that a run's data are; None if its answers are texts, or two sides of a pair.
+    """Return the decision that a run's data trains; None if its answers are free texts, or pairs.
 
     Args:
-        recipe: of the run.
-        data: its rows.
-        tokenizer: of its model.
-        most: validation rows to decide, spread over the data.
+        recipe: recipe of the run.
+        data: rows of the run.
+        tokenizer: tokenizer of the model.
+        most: number of validation rows to decide, spread over the data.
     """
     if recipe.preference_traits is not None:
         return None
@@ -80,7 +80,7 @@ def find_decisions(
             answers[_answer(samples, i, ends)] += 1
             if len(answers) > _MOST_DISTINCT:
                 return None
-    # Of rows that were cut before the end of their answer.
+    # The empty key counts rows that were truncated before the end of their answer.
     answers.pop((), None)
     decoder = AnswerDecoder(tokenizer)
     texts = {ids: decoder.answer((), ids) for ids in answers}
@@ -101,7 +101,7 @@ def find_decisions(
 
 
 def _answer(samples: Samples, i: int, ends: frozenset[int]) -> tuple[int, ...]:
-    """Return the token ids of a sample's last answer; empty if it was cut."""
+    """Return the token ids of a sample's last answer; empty if it was truncated."""
     ids = samples.token_ids(i)
     bounds = last_answer(ids, samples.loss_mask(i), ends)
     return tuple(ids[bounds[0] : bounds[1]]) if bounds is not None else ()
@@ -115,7 +115,7 @@ def _with_ids(
 ) -> tuple[Decision, tuple[tuple[int, ...], ...]]:
     """Return the decision with the token ids of each option.
 
-    Options that no row has are rendered, if what is rendered are the tokens of those that rows have.
+    Options that no row has are rendered, if rendering reproduces the tokens of the options that rows have.
     """
     every = {text: known.get(text) or rendered_answer(text, tokenizer, options) for text in decision.options}
     first = decision.options[0]
@@ -129,7 +129,9 @@ def _with_ids(
 
 
 def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions) -> tuple[int, ...]:
-    """Return the token ids of an answer with its turn end, as in training; empty if there is none."""
+    """Return the token ids of an answer with its turn end, as in training; empty if the answer has no
+    tokens.
+    """
     conversation = Conversation((Message("user", "?"), Message("assistant", text)))
     prompt = answer_prompt(conversation, tokenizer, options)
     return prompt[1] if prompt is not None else ()
@@ -138,7 +140,9 @@ def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions)
 def answer_prompt(
     conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return the token ids of a conversation before its last answer, and of that; None if it has none."""
+    """Return the token ids of a conversation before its last answer, and of that answer; None if it has
+    none.
+    """
     try:
         sample = render(conversation, tokenizer, options)[-1]
     except RowRejectedError:
@@ -159,11 +163,11 @@ def judge(
     """Fit a calibration to the adapter's scores of some of the prompts, and judge both models.
 
     Args:
-        task: what is decided.
-        numbers: of the prompts that were scored.
+        task: the decision.
+        numbers: indices of the prompts that were scored.
         base: the base's scores of their options.
-        adapter: the adapter's.
-        texts: turns prompts and answers into text.
+        adapter: the adapter's scores.
+        texts: converts prompts and answers to text.
     """
     truth = [task.truth[number] for number in numbers]
     report, decided = calibrate(task.decision, base, adapter, truth)

@@ -1,8 +1,8 @@
-"""The architecture of any config, read from the model that transformers builds of it without weights.
+"""Reads the architecture of any config from the model that transformers builds for it without weights.
 
-Nothing here knows a family. What a module is follows from its place in the tree, its class and its shape; the
-libraries say what is tied and what bitsandbytes replaces. :func:`describe_all` is a job that
-:mod:`qlora_tui.catalog.described` runs, and whose results it keeps.
+No family has rules of its own. The kind of a module follows from its place in the tree, its class and its
+shape; the libraries tell which weights are tied and which modules bitsandbytes replaces. :func:`describe_all`
+is a job that :mod:`qlora_tui.catalog.described` runs, which also stores the results.
 """
 
 from __future__ import annotations
@@ -62,27 +62,27 @@ _PER_TOKEN = (
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
 _RESIDUAL_DROPOUTS = ("resid_pdrop", "residual_dropout", "resid_dropout", "hidden_dropout", "dropout")
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-"""Names of one fact in transformers' configs, whose class defaults are then those of the family."""
+"""Names of the attention dropout in transformers' configs; the class defaults are those of the family."""
 
 
 MEMORY_BYTES = 4 << 30
-"""Most memory that a description takes, in addition to the libraries. Real models take some megabytes."""
+"""Largest memory for a description, besides the libraries. Real models take some megabytes."""
 CPU_S = 20.0
-"""Most processor seconds for one description. The largest real models take one."""
+"""Most processor seconds for one description. The largest real models take one second."""
 
 
 _LARGEST_TRIAL = 1 << 28
-"""Most weights of a module that is tried: 1 GiB."""
+"""Largest number of weights of a module that is tested, 1 GiB."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
-    """Do the job: describe each config, or say why the installed transformers cannot build it."""
+    """Describe each config, or say why the installed transformers cannot build it."""
     limit_memory(MEMORY_BYTES)
     return [_describe_within_limits(values) for values in configs]
 
 
 def _describe_within_limits(values: dict[str, Any]) -> Description:
-    # At its limit, the kernel ends the process.
+    # At this limit, the kernel ends the process.
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
     try:
         return Description(architecture=describe(values))
@@ -97,9 +97,9 @@ def _describe_within_limits(values: dict[str, Any]) -> Description:
 
 
 def architecture_of(values: Mapping[str, Any]) -> Architecture:
-    """Return the exact architecture of a parsed ``config.json``, in this process.
+    """Compute the exact architecture of a parsed ``config.json`` in this process.
 
-    Raises UserError when the installed transformers cannot build a language model of it.
+    Raises UserError if the installed transformers cannot build a language model from it.
     """
     kept = described.stored(values)
     return kept.result() if kept is not None else describe(values)
@@ -108,14 +108,14 @@ def architecture_of(values: Mapping[str, Any]) -> Architecture:
 def describe(values: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a parsed ``config.json``.
 
-    Raises UserError when the installed transformers cannot build a language model of it.
+    Raises UserError if the installed transformers cannot build a language model from it.
     """
     check_bounds(values)
     return _Tree(build_on_meta(values)).architecture(values)
 
 
 class _Tree:
-    """The modules of one model on ``meta``, and what each of them is."""
+    """The modules of one model on ``meta``, and the kind of each."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -255,7 +255,7 @@ class _Tree:
         return replace(architecture, saves_beyond_rules=beyond_rules(architecture, trial.saved_bytes, TOKENS))
 
     def _lacks(self, rows: int) -> str:
-        """Return what a model to train has and this one has not: tokens, or a decoder with layers."""
+        """Return what this model lacks for training: tokens, or a decoder with layers."""
         if not rows:
             return f"vocab_size is {self._read('vocab_size')}"
         parts = [name for name in self.model.config.sub_configs if "vision" not in name]
@@ -287,7 +287,7 @@ class _Tree:
         )
 
     def _is_product(self, module: nn.Linear) -> bool:
-        """Return whether the output of a linear module's class is its product, and nothing more."""
+        """Return whether the output of a linear module's class is exactly its product."""
         kind = type(module)
         if kind not in self._products:
             self._products[kind] = kind.forward is nn.Linear.forward or _computes_product(module)
@@ -299,7 +299,9 @@ class _Tree:
 
     @cached_property
     def _refused(self) -> frozenset[str]:
-        """Return the kinds of modules that peft does not adapt in this model: kernels read their weights."""
+        """Return the kinds of modules that peft does not adapt in this model, because kernels read their
+        weights.
+        """
         if not any(isinstance(module, nn.Conv1d) for module in self.modules.values()):
             return frozenset()
         from peft import LoraConfig
@@ -313,10 +315,10 @@ class _Tree:
                 refused.add(kind)
         return frozenset(refused)
 
-    # Where a module is.
+    # Where a module is in the tree.
 
     def _is_language(self, name: str) -> bool:
-        """Return whether a module belongs to the language model, and not to what reads images or sound."""
+        """Return whether a module belongs to the language model, and not to an encoder of images or sound."""
         if any(f"{name}.".startswith(f"{tower}.") for tower in self.towers):
             return False
         return not self.is_composite or not self.decoder or f"{name}.".startswith(f"{self.decoder}.")
@@ -350,7 +352,7 @@ class _Tree:
             return None
         return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
-    # What a module is.
+    # The kind of a module.
 
     def _part(self, name: str, module: Any) -> Part:
         if not self._is_language(name):
@@ -407,9 +409,9 @@ class _Tree:
         )
 
     def _routes(self, name: str) -> bool:
-        """Return whether a projection to as many features as there are experts chooses among them.
+        """Return whether a projection with as many outputs as there are experts routes tokens to them.
 
-        An MLP of that width has a second one of the same shape, or is one of numbered experts.
+        An MLP of that width has a second projection of the same shape, or belongs to one of numbered experts.
         """
         holder, _, own = name.rpartition(".")
         shape = self.modules[name].weight.shape
@@ -475,7 +477,7 @@ class _Tree:
         )
 
     def _is_gated(self, modules: list[LinearModule], parameters: list[Parameter]) -> bool:
-        """Return whether the MLP of the first layer that has one multiplies two projections."""
+        """Return whether the MLP of the first layer with an MLP multiplies two projections."""
         for part in ("mlp", "expert", "shared_expert"):
             first = next((m for m in modules if m.part == part), None)
             if first is None:
@@ -499,7 +501,7 @@ class _Tree:
         return int(value) if value and value > 0 else None
 
     def _read(self, key: str) -> Any:
-        """Return a value of the language model's config; that of the first layer if layers differ in it."""
+        """Return a value of the language model's config; if layers differ, the value for the first layer."""
         try:
             return getattr(self.config, key, None)
         except Exception:
@@ -517,7 +519,7 @@ class _Tree:
 
 
 def _computes_product(module: nn.Linear) -> bool:
-    """Return whether a linear module computes what ``nn.Linear`` would of the same weights, by a trial."""
+    """Return whether a linear module computes the same as ``nn.Linear`` with its weights, by a test."""
     if module.weight.numel() > _LARGEST_TRIAL:
         return False
     values = {name: torch.randn(value.shape) for name, value in module.named_parameters()}
@@ -527,12 +529,12 @@ def _computes_product(module: nn.Linear) -> bool:
             output = functional_call(module, values, (inputs,))
             product = functional.linear(inputs, values["weight"], values.get("bias"))
         return isinstance(output, Tensor) and torch.allclose(output, product, rtol=1e-3, atol=1e-3)
-    except Exception:  # another call, other parameters, buffers without values
+    except Exception:  # another signature, other parameters, or buffers without values
         return False
 
 
 def _output_embeddings(module: Any) -> Any:
-    """Return the output projection that a model, or a model within another, names; None without one."""
+    """Return the output projection that a model, or a model inside it, declares; None without one."""
     head: Any = None
     if isinstance(module, PreTrainedModel):
         head = module.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers'
@@ -540,7 +542,7 @@ def _output_embeddings(module: Any) -> Any:
 
 
 def _matrices(module: nn.Module, counts: set[int]) -> list[nn.Parameter]:
-    """Return the parameters of a module that hold a matrix for each of so many experts."""
+    """Return the parameters of a module that hold a matrix for each of ``counts`` experts."""
     own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
     return [parameter for parameter in own if parameter.ndim == 3 and parameter.shape[0] in counts]
 

@@ -1,9 +1,9 @@
-"""Which linear modules have their weights read by a model's own code, instead of or next to a call.
+"""Finds linear modules whose weights a model's own code reads, instead of or in addition to calling them.
 
-Packed in 4 bits such a weight would give another result or an error: Mamba multiplies by one, Gemma 3n
-limits the values of another. Found by a pass over a few tokens on the meta device, where nothing has values:
-a single one that code asks for is 1, and a module that needs more, such as a router, ends there and returns
-its input. What comes after it is still seen.
+If packed to 4 bits, such a weight would give a wrong result or an error: Mamba multiplies by one, and Gemma
+3n limits the values of another. They are found by a forward over a few tokens on the meta device, where
+nothing has values. A single value that code requests is 1. A module that needs more values, such as a router,
+fails and returns its input, so that the modules after it are still observed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class DirectReads(NamedTuple):
     """Names of linear modules whose weights a model's code reads itself."""
 
     quantized: frozenset[str] = frozenset()
-    """Those of a quantized model."""
+    """Modules of a quantized model."""
     bypassed: frozenset[str] = frozenset()
-    """Those that the code does not call, quantized or not, so that an adapter would change nothing."""
+    """Modules that the code never calls, quantized or not, so that an adapter would change nothing."""
 
 
 def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
-    """Find the linear ones of these modules whose weights are read outside their call.
+    """Find the linear modules among these whose weights are read outside their call.
 
     Args:
         model: on ``meta``.
@@ -45,7 +45,7 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
     if not _may_read(modules.values(), {name.rpartition(".")[2] for name in linears.values()}):
         return DirectReads()
     tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
-    # Some call in a quantized model what they read in others.
+    # In a quantized model some classes call modules whose weights they otherwise read.
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     kernels = InstalledKernels(model)
     kernels.use_reference()
@@ -56,7 +56,7 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
             found.append(reads := _Reads(linears))
             forwards = {module: reads.forward_of(module) for module in model.modules()}
             for config in configs:
-                # Model code asks whether it has the attribute.
+                # Model code tests whether the attribute exists.
                 vars(config).pop("_is_quantized", None)
                 if quantized:
                     config._is_quantized = True
@@ -74,7 +74,7 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
 
 
 def _may_read(modules: Iterable[nn.Module], kinds: set[str]) -> bool:
-    """Return whether the source of the modules uses a weight of such a kind, after initialization."""
+    """Return whether the modules' source uses a weight of such a kind after initialization."""
     files = {sys.modules[type(module).__module__] for module in modules}
     sources = [inspect.getsource(file) for file in files if file.__name__.startswith("transformers.")]
     return any(
@@ -90,20 +90,20 @@ def _may_read(modules: Iterable[nn.Module], kinds: set[str]) -> bool:
 
 
 class _Reads(TorchFunctionMode):
-    """Notes the modules whose weight is used outside their forward."""
+    """Records the modules whose weight is used outside their forward."""
 
     def __init__(self, linears: Iterable[nn.Linear]) -> None:
         super().__init__()
         self.read: set[nn.Linear] = set()
         self.called: set[nn.Module] = set()
         self._owners: dict[int, list[nn.Linear]] = {}
-        """Modules by their weight, which several may share."""
+        """Modules keyed by the id of their weight, which several may share."""
         for module in linears:
             self._owners.setdefault(id(module.weight), []).append(module)
         self._running: list[nn.Module] = []
 
     def forward_of(self, module: nn.Module) -> Any:
-        """Return a forward that notes that the module is running, and returns its input if it fails."""
+        """Return a forward that records that the module is running, and returns its input if it fails."""
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +119,9 @@ class _Reads(TorchFunctionMode):
         return forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note which modules' weights a function takes; reading an attribute, such as the dtype, is none."""
+        """Record which modules' weights a function takes; reading an attribute, such as the dtype, does
+        not count.
+        """
         reads_values = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
         if getattr(func, "__name__", "") != "__get__" or func == reads_values:
             for value in (*args, *(kwargs or {}).values()):

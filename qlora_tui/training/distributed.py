@@ -1,8 +1,8 @@
 """One run in several processes with one GPU each, started by ``torchrun`` or ``accelerate launch``.
 
 Each process plans the whole run and computes its share of the micro-batches of every step. The main process
-writes events and files and reads requests for all. All end with the first one that fails, and with torchrun.
-Importing this loads no torch.
+writes events and files, and reads requests for all processes. All processes end when one fails, or when
+torchrun ends. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -31,24 +31,27 @@ from qlora_tui.runs.process import LAUNCHER_VARIABLE
 
 T = TypeVar("T")
 _LAUNCH_ID = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun, the same in all processes that it starts."""
+"""Variable set by torchrun, equal in all processes that it starts."""
 _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""Variables of ``accelerate launch``, which its library would obey."""
+"""Variables of ``accelerate launch`` that request sharding, which accelerate would obey."""
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.5
 _LONGEST_WAIT = timedelta(hours=4)
-"""Time for which processes wait for the main one, which alone converts a GGUF file and answers replayed
-prompts. torch ends them after 10 minutes."""
+"""Time for which processes wait for the main one, which alone converts a GGUF file and answers replay
+prompts.
+
+By default torch ends waiting processes after 10 minutes.
+"""
 _EXPLAIN_S = 5.0
-"""Seconds in which another process may say why it ended, once the connection to it is lost."""
+"""Seconds for another process to report why it ended, once the connection to it is lost."""
 
 
 class DistributedContext(Struct, frozen=True):
-    """The position of this process among those of the run."""
+    """The position of this process among the processes of the run."""
 
     rank: int = 0
     local_rank: int = 0
-    """Index of its GPU on this machine."""
+    """Index of this process's GPU on the machine."""
     world_size: int = 1
 
     @property
@@ -64,11 +67,13 @@ class DistributedContext(Struct, frozen=True):
             PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
             from torch import distributed
 
-            # A launcher that spreads one model over the GPUs would leave each process alone.
+            # A launcher that spreads one model over the GPUs would leave each process disconnected.
             assert distributed.get_world_size() == self.world_size
 
     def disband(self) -> DistributedContext:
-        """Disconnect the processes, once all of them are here; return what the main process goes on as."""
+        """Disconnect the processes, once all of them have called this; return the main process's new
+        context.
+        """
         if self.world_size > 1:
             from torch import distributed
 
@@ -94,7 +99,7 @@ class DistributedContext(Struct, frozen=True):
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """Return the value of every process, by rank."""
+        """Return the values of all processes, by rank."""
         if self.world_size == 1:
             return [value]
         from torch import distributed
@@ -104,12 +109,14 @@ class DistributedContext(Struct, frozen=True):
         return values
 
     def all_reduce_sum(self, values: tuple[float, ...]) -> tuple[float, ...]:
-        """Return the sums of each value over all processes."""
+        """Return the sum of each value over all processes."""
         return tuple(map(sum, zip(*self.all_gather(values), strict=True)))
 
 
 def distributed_context() -> DistributedContext:
-    """Read the launcher's environment variables; a single process without a launcher."""
+    """Read the launcher's environment variables; without a launcher, return the context of a single
+    process.
+    """
     environ = os.environ
     return DistributedContext(
         rank=int(environ.get("RANK", 0)),
@@ -119,7 +126,7 @@ def distributed_context() -> DistributedContext:
 
 
 def require_whole_model() -> None:
-    """Raise UserError if the launcher would shard the model over the processes, which each have all of it."""
+    """Raise UserError if the launcher would shard the model over the processes, which each hold all of it."""
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise UsageError(
@@ -133,20 +140,23 @@ def require_whole_model() -> None:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when torchrun ends, which cannot end it if it is killed itself.
+    """Have the kernel kill this process when torchrun ends, because a killed torchrun cannot end its
+    processes.
 
-    torchrun starts each process in a session of its own, which a signal to its process group does not reach.
+    torchrun starts each process in its own session, which signals to torchrun's process group do not reach.
     """
     if _LAUNCH_ID in os.environ:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         launcher = os.environ.get(LAUNCHER_VARIABLE)
         if launcher is not None and int(launcher) != os.getppid():
-            # It was killed before that.
+            # torchrun was killed before the call.
             sys.exit(EXIT_FAILURE)
 
 
 class ProcessFailures:
-    """Failures of the processes of a run, as files: what connects the processes may hang after one fails."""
+    """Failures of a run's processes, exchanged as files: their connection may hang after one process
+    fails.
+    """
 
     def __init__(self, run: RunDir, dist: DistributedContext) -> None:
         self._dist = dist
@@ -165,25 +175,26 @@ class ProcessFailures:
                         path.unlink(missing_ok=True)
 
     def watch(self, on_failure: Callable[[Failed], object]) -> None:
-        """End this process when another one fails, after calling ``on_failure``."""
+        """End this process if another one fails, after calling ``on_failure``."""
         if self._dist.world_size > 1:
             threading.Thread(target=self._watch, args=(on_failure,), name="failures", daemon=True).start()
 
     def stop(self) -> None:
-        """Watch no longer: this process records how the run ended."""
+        """Stop watching, because this process records how the run ended."""
         self._ending.acquire()
 
     def report(self, failure: Failed) -> Failed:
-        """Say how this process failed, which ends the others; return what made it fail.
+        """Report how this process failed, which ends the others; return the failure that caused it.
 
-        An error of one process may follow from that of another, which it then has a moment to say.
+        An error of one process may be the consequence of another's, which therefore gets a moment to be
+        reported.
         """
         if self._dist.world_size == 1:
             return failure
         deadline = time.monotonic() + (_EXPLAIN_S if failure.kind == "bug" else 0.0)
         while (other := self._first_of_others()) is None and time.monotonic() < deadline:
             time.sleep(_WATCH_S)
-        # On a full disk torchrun ends the others, if later.
+        # On a full disk torchrun ends the others, though later.
         with suppress(OSError):
             atomic_write(self._path(self._dist.rank), msgspec.json.encode(failure))
         return other if other is not None and failure.kind == "bug" else failure
@@ -196,7 +207,9 @@ class ProcessFailures:
             os._exit(EXIT_FAILURE)
 
     def _first_of_others(self) -> Failed | None:
-        """Return the failure of another process; the earliest that need not follow from an earlier one."""
+        """Return the failure of another process: the earliest that need not be a consequence of an earlier
+        one.
+        """
         ranks = (rank for rank in range(self._dist.world_size) if rank != self._dist.rank)
         failures = [found for rank in ranks if (found := read_json(self._path(rank), _DECODER)) is not None]
         return min(failures, key=lambda each: (each.kind == "bug", each.at), default=None)

@@ -1,18 +1,20 @@
-"""Trains embedding and head in addition to LoRA, in whole or some rows of them; and NEFTune's noise.
+"""Trains embedding and head in addition to LoRA, completely or only some rows; adds NEFTune's noise.
 
-**Rows** (``lora.trainable_tokens``), for tokens that the base model never learned. To read a token the model
-needs its row of the embedding, to write it its row of the head. Both are trained, as one row if the head
-is tied. peft supports this (``trainable_token_indices``) and loads such adapters, but rebuilds both matrices
+**Rows** (``lora.trainable_tokens``), for tokens that the base model never learned. The model needs a token's
+  row of the embedding to read it, and its row of the head to write it. Both rows are trained, as a single row
+  if the head is tied. peft supports this (``trainable_token_indices``) and loads such adapters, but rebuilds
+  both matrices
 in each forward and computes their whole gradients. Here only the rows are computed, in peft's modules and so
 in its format.
 
-**Both in whole** (``lora.train_embeddings``), for continued pretraining on plain text: a new language or
-domain moves the rows of many tokens. Both are trained as copies in peft's format (``modules_to_save``), as
-one matrix if the head is tied. The copies are in fp32, like the matrices of LoRA, and compute in the dtype
-of the model, which peft's own would not.
-
-Their gradients are added where they are computed, in :func:`add_gradient` and :func:`add_row_gradients`:
-autograd would allocate the whole matrix for the few rows of a batch, and again to sum those of a tied head.
+**Complete matrices** (``lora.train_embeddings``), for continued pretraining on plain text: a new language or
+  domain changes the rows of many tokens. Both are trained as copies in peft's format (``modules_to_save``),
+  as
+one matrix if the head is tied. The copies are in fp32, like the matrices of LoRA, and compute in the dtype of
+    the model, unlike peft's own. Their gradients are accumulated where they are computed, in
+    :func:`add_gradient` and :func:`add_row_gradients`:
+autograd would allocate the whole matrix for the few rows of a batch, and a second one to sum the gradients of
+    a tied head.
 Hooks on the gradient, such as those of distributed training, do not see them.
 
 Shapes with a vocabulary of 49,152 and a hidden size of 576::
@@ -40,15 +42,15 @@ from qlora_tui.recipe.schema import Training
 from qlora_tui.training.fused.patching import patch_forward
 
 _ROWS, _WHOLE = "TrainableTokensWrapper", "ModulesToSaveWrapper"
-"""peft's classes around a module of which some rows are trained, or all."""
+"""peft's classes around a module of which some rows, or all, are trained."""
 
 
 class EmbeddingNoise:
     """NEFTune: uniform noise on a model's embeddings (Jain et al. 2023, arXiv 2310.05914).
 
-    Only inside :meth:`scaled_for`.
-    So answers, evaluations and the checks before the first step see none. The noise comes from torch's
-    random numbers, which checkpoints hold: a resumed run draws the same.
+    Noise is added only inside :meth:`scaled_for`, so answers, evaluations and the checks before the first
+    step have none. The noise is drawn from torch's random numbers, whose state checkpoints hold, so a resumed
+    run draws the same noise.
 
     Args:
         model: the model to train, with or without its adapter.
@@ -58,13 +60,15 @@ class EmbeddingNoise:
     def __init__(self, model: Any, alpha: float) -> None:
         self._alpha = alpha
         self._magnitude: Tensor | None = None
-        """Largest noise of each sequence or token, which broadcasts to (sequences, tokens, 1)."""
+        """Bound of the noise of each sequence or token, which broadcasts to (sequences, tokens, 1)."""
         if alpha:
             model.get_input_embeddings().register_forward_hook(self._add)
 
     @contextmanager
     def scaled_for(self, batch: dict[str, Any]) -> Iterator[None]:
-        """Add noise for the lengths of these samples; see :func:`qlora_tui.training.batches.collate`."""
+        """Add noise scaled for the lengths of these samples; see
+        :func:`qlora_tui.training.batches.collate`.
+        """
         if self._alpha:
             self._magnitude = self._alpha / _lengths(batch).float().sqrt()
         try:
@@ -80,7 +84,7 @@ class EmbeddingNoise:
 
 
 def _lengths(batch: dict[str, Any]) -> Tensor:
-    """Length of the sample of each token (1, tokens, 1), or of each padded sequence (sequences, 1, 1)."""
+    """Return the sample length of each token (1, tokens, 1), or of each padded sequence (sequences, 1, 1)."""
     if "segments" not in batch:
         padded: Tensor = batch["attention_mask"].sum(1)[:, None, None]
         return padded
@@ -94,13 +98,13 @@ class TokenRows:
     """Replacements of some rows of a matrix (vocabulary, width)."""
 
     ids: Tensor
-    """(rows,): the token ids that are replaced."""
+    """(rows,): ids of the replaced tokens."""
     values: Tensor
-    """(rows, width): their rows."""
+    """(rows, width): their replacement rows."""
 
 
 def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
-    """peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
+    """Return peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # peft would drop the bias of a head.
     if (
@@ -120,7 +124,7 @@ def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[
 def init_untrained_rows(model: Any) -> None:
     """Initialize untrained rows, whose norm is near zero, with the mean of all rows.
 
-    The RMSNorm of a row near zero has a slope in the hundreds: its gradient would dominate all others, and
+    The RMSNorm of a row near zero has a slope in the hundreds, so its gradient would dominate all others, and
     Adam would remember it for a thousand steps. Raises UserError if peft did not add the rows to the head.
     """
     if not _is_peft(model.get_output_embeddings(), _ROWS):
@@ -141,7 +145,7 @@ def use_trained_rows(model: nn.Module) -> None:
 
 
 def row_wrappers(model: nn.Module) -> Iterator[Any]:
-    """peft's modules around embedding and head."""
+    """Return peft's modules around embedding and head."""
     return (module for module in model.modules() if _is_peft(module, _ROWS))
 
 
@@ -153,7 +157,7 @@ def rows_of(wrapper: Any, adapter: str) -> TokenRows:
 
 
 def active_rows(module: Any) -> TokenRows | None:
-    """Return the rows of the active adapter, in a module that ``use_trained_rows`` has patched; None without
+    """Return the active adapter's rows in a module that ``use_trained_rows`` has patched; None without
     any.
     """
     known = getattr(module, "active_token_rows", None)
@@ -191,8 +195,8 @@ def _patch_forward(wrapper: Any) -> None:
 class _Lookup(torch.autograd.Function):
     """An embedding lookup with some rows replaced: ids (…) to (…, width).
 
-    Which position is which row is a one-hot matrix of few columns. An index list would need ``nonzero``,
-    which waits for the GPU.
+    A one-hot matrix with few columns maps positions to rows. An index list would need ``nonzero``, which
+    waits for the GPU.
     """
 
     @staticmethod
@@ -217,8 +221,8 @@ class _Lookup(torch.autograd.Function):
 
 
 def _is_peft(module: Any, name: str) -> bool:
-    """Return whether a module is of this class of peft."""
-    # Imported here, because peft takes seconds to load and a base model alone does not need it.
+    """Return whether a module is of the class of peft with this name."""
+    # Compared by name, because importing peft takes seconds and a base model alone does not need it.
     from peft.utils import other
 
     return isinstance(module, getattr(other, name))
@@ -234,13 +238,16 @@ def _unsupported_tokens(why: str) -> UserError:
 
 
 RATE_SHARE = 0.1
-"""Rate of embedding and head as a share of that of LoRA if the recipe names none. Unsloth recommends a
-half to a tenth, and has 5e-6 with 5e-5 in its example (docs.unsloth.ai/basics/continued-pretraining)."""
+"""Learning rate of embedding and head as a share of LoRA's, if the recipe sets none.
+
+Unsloth recommends a half to a tenth, and uses 5e-6 with 5e-5 in its example
+(docs.unsloth.ai/basics/continued-pretraining).
+"""
 _ADAPTER = "default"
 
 
 def peft_options(model: Any) -> dict[str, Any]:
-    """peft's options that train embedding and head of a bare model. Raises UserError if it cannot."""
+    """Return peft's options that train embedding and head of a bare model. Raises UserError if it cannot."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (
         not isinstance(embedding, nn.Embedding)
@@ -259,7 +266,7 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
     """Train peft's copies of embedding and head in fp32, computing in the dtype of the model.
 
     Args:
-        model: the bare model, with an adapter of :func:`peft_options`.
+        model: the bare model, with an adapter made with :func:`peft_options`.
         tied: whether the model has one matrix for both.
 
     Raises:
@@ -279,26 +286,28 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
 
 
 def active_weight(module: Any) -> nn.Parameter | None:
-    """Return the trained matrix (vocabulary, hidden) of embedding or head; None without one, or while it is
-    off.
+    """Return the trained matrix (vocabulary, hidden) of embedding or head; None without one, or if it is
+    disabled.
     """
     find = getattr(module, "active_trained_weight", None)
     return find() if find else None
 
 
 def trained_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trained matrices of embedding and head, a tied one once; empty if they are frozen."""
+    """Return the trained matrices of embedding and head, a tied matrix once; empty if they are frozen."""
     weights = (active_weight(m) for m in model.modules() if "active_trained_weight" in vars(m))
     return list(dict.fromkeys(weight for weight in weights if weight is not None))
 
 
 def embedding_rate(training: Training) -> float:
-    """Peak learning rate of embedding and head."""
+    """Return the peak learning rate of embedding and head."""
     return training.embedding_learning_rate or training.learning_rate * RATE_SHARE
 
 
 def add_gradient(weight: Tensor, gradient: Tensor) -> None:
-    """Add ``gradient``, which is then the caller's no more, to that of ``weight``; both of one shape."""
+    """Add ``gradient`` to the gradient of ``weight``, of the same shape; the caller must not use it
+    afterwards.
+    """
     if weight.grad is None:
         weight.grad = gradient
     else:
@@ -306,26 +315,26 @@ def add_gradient(weight: Tensor, gradient: Tensor) -> None:
 
 
 def add_row_gradients(weight: Tensor, ids: Tensor, rows: Tensor) -> None:
-    """Add the gradients of rows to that of ``weight``, in the same order at each run.
+    """Add the gradients of rows to the gradient of ``weight``, in the same order in every run.
 
-    The rows of each token are summed before, because a GPU would add them in any order.
+    The rows of each token are summed first, because a GPU would add them in any order.
 
     Args:
         weight: (vocabulary, hidden), fp32.
-        ids: (tokens,), which row each is of; with repetitions.
+        ids: (tokens,), the row to which each gradient belongs, with repetitions.
         rows: (tokens, hidden), fp32.
     """
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     in_order, order = ids.sort(stable=True)
     place = torch.cat([torch.zeros_like(ids[:1]), (in_order[1:] != in_order[:-1]).long()]).cumsum(0)
-    # Places that no token has get a sum of zero, for row 0.
+    # Unused entries have a sum of zero, which is added to row 0.
     sums = torch.ops.aten.embedding_dense_backward(rows[order], place, len(ids), -1, False)
     weight.grad.index_add_(0, torch.zeros_like(ids).scatter_(0, place, in_order), sums)
 
 
 class _TrainedLookup(torch.autograd.Function):
-    """An embedding lookup, ids (…) to (…, hidden), which adds the gradient to the weight itself."""
+    """An embedding lookup, ids (…) to (…, hidden), which adds its gradient to the weight itself."""
 
     @staticmethod
     def forward(
@@ -361,14 +370,14 @@ def _active_weight(wrapper: Any) -> nn.Parameter | None:
 
 
 def _compute_in(module: Any, dtype: torch.dtype) -> None:
-    """Make a module with an fp32 weight compute in ``dtype``; an embedding casts the rows it looks up.
+    """Make a module with an fp32 weight compute in ``dtype``; an embedding casts the rows that it looks up.
 
-    That of an embedding can be switched to a reference, whose gradient autograd computes.
+    The forward of an embedding can be switched to a reference, whose gradient autograd computes.
     """
 
     def with_cast_weight(self: Any, x: Tensor) -> Tensor:
         own = self.weight
-        if type(self) is nn.Embedding:  # the same, without a copy of the matrix
+        if type(self) is nn.Embedding:  # the same result, without a copy of the matrix
             looked_up: Tensor = type(self).forward(self, x).to(dtype)
             return looked_up
         self._parameters["weight"] = own.to(dtype)

@@ -1,8 +1,8 @@
-"""Validation: loss, exact matches of short answers, rewards of a preference method; the change by training.
+"""Validation: loss, exact matches of short answers, rewards of a preference method, and change by training.
 
 Greedy search gives a short answer exactly if each of its tokens is the most likely one after the tokens
-before it. The validation pass computes hidden states at all these positions anyway, so nothing is generated:
-every validation sample is counted, at the price of one projection of its answer tokens.
+before it. The validation pass already computes hidden states at all these positions, so nothing is generated:
+every validation sample is counted, for the cost of one projection of its answer tokens.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from qlora_tui.training.run import Run
 from qlora_tui.training.scoring import no_grad_eval, token_losses
 
 SHORT_TOKENS = 16
-"""Tokens in the loss, ends of turns included, up to which the answer of a sample counts as short."""
+"""Largest number of tokens in the loss, turn ends included, with which a sample's answer counts as short."""
 _CHUNK_ROWS = 256
-"""Rows of logits in memory at a time."""
+"""Number of rows of logits in memory at a time."""
 _MAX_ROWS = 128
-"""Rows that are compared before and after training."""
+"""Largest number of rows that are compared before and after training."""
 
 
 class ValidationResult(NamedTuple):
-    """What one validation measured."""
+    """The results of one validation."""
 
     loss: float
     """Mean over the tokens in the loss, or over the comparisons of a preference method."""
     accuracy: float | None = None
-    """Share of exact answers, if all are short."""
+    """Share of exact answers, if all answers are short; otherwise None."""
     rewards: RewardSums = RewardSums()
     """Rewards of a preference method; empty sums for other runs."""
 
 
 class Evaluator:
-    """Validates a run's model, whenever asked. Each process computes its share of the batches."""
+    """Validates a run's model on demand. Each process computes its share of the batches."""
 
     def __init__(self, run: Run) -> None:
         samples, recipe = run.data.validation, run.recipe
@@ -61,7 +61,7 @@ class Evaluator:
             samples, recipe.training.micro_batch_size, run.shape, pairs=recipe.trains_pairs
         )
         self._objective = PreferenceObjective.of(recipe, run.starting_adapter)
-        """Not that of the trainer, whose sums are of training steps."""
+        """Not the trainer's objective, whose sums are of training steps."""
         short = [sum(samples.loss_mask(i)) <= SHORT_TOKENS for i in range(len(samples))]
         self._short_answers_end = frozenset(run.tokenizer.turn_end_ids) if short and all(short) else None
 
@@ -71,7 +71,7 @@ class Evaluator:
         return bool(self._batches)
 
     def evaluate(self) -> ValidationResult:
-        """Validate the model as it is. Raises StepAbandoned if the run is to stop at once."""
+        """Validate the model in its current state. Raises StepAbandoned if the run is to stop at once."""
         run = self._run
         if self._objective is not None:
             return self._evaluate_preferences(self._objective)
@@ -82,7 +82,8 @@ class Evaluator:
                 if weight_sum := sum_loss_weights(sequences, samples):
                     batch = collate(sequences, samples, run.shape)
                     tensors = on_device(batch, run.device.torch_device)
-                    # 1: the model returns the summed loss; it is divided by the loss weights of all batches.
+                    # With 1 the model returns the summed loss, which is then divided by the loss weights of
+                    # all batches.
                     output = run.model(**tensors, num_items_in_batch=1)
                     total += float(output.loss)
                     loss_weight_sum += weight_sum
@@ -100,7 +101,10 @@ class Evaluator:
         return ValidationResult(total / (loss_weight_sum or 1), accuracy)
 
     def _evaluate_preferences(self, objective: PreferenceObjective) -> ValidationResult:
-        """Mean loss of a pair or rated answer, and the rewards. KTO's reference point is that of all rows."""
+        """Return the mean loss of a pair or rated answer, and the rewards.
+
+        KTO's reference point is computed from all rows.
+        """
         run, samples, shape, where = self._run, self._run.data.validation, self._run.shape, self._mine
         members = [i for batch in self._batches for sequence in batch for i in sequence]
         comparisons = count_comparisons(members, samples, pairs=run.recipe.trains_pairs)
@@ -124,7 +128,7 @@ class Evaluator:
 
     @property
     def _mine(self) -> slice:
-        """The share of this process."""
+        """Return this process's share of the batches."""
         return slice(self._run.dist.rank, None, self._run.dist.world_size)
 
     def _report_progress(self, done: int, total: int) -> None:
@@ -148,7 +152,7 @@ def last_hidden_states(model: Any) -> Iterator[list[Tensor]]:
 
 
 def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """The most likely token at each position that ``wanted`` selects.
+    """Return the most likely token at each position that ``wanted`` selects.
 
     Scaling and capping of logits is skipped, because it does not change which one is largest.
 
@@ -163,7 +167,7 @@ def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Ten
     if logits is not None:
         return logits[:, :-1][wanted].argmax(-1)
     head = model.get_base_model().get_output_embeddings()
-    # Where rows of the head are trained, peft copies the whole matrix at each access to its weight.
+    # If rows of the head are trained, peft copies the whole matrix at each access to its weight.
     weight = getattr(head, "original_module", head).weight
     states = hidden[:, :-1][wanted].to(weight.dtype)
     return torch.cat([head(chunk).argmax(-1) for chunk in torch.split(states, _CHUNK_ROWS)])
@@ -172,14 +176,14 @@ def argmax_tokens(model: Any, logits: Tensor | None, hidden: Tensor, wanted: Ten
 def exact_answers(
     predicted: Tensor, labels: Tensor, segments: Sequence[int] | None, turn_ends: frozenset[int]
 ) -> tuple[int, int]:
-    """How many samples were answered exactly, and how many have an answer.
+    """Return how many samples were answered exactly, and how many have an answer.
 
-    What a chat template writes after the end of a turn is not part of an answer.
+    Tokens that a chat template writes after the end of a turn are not part of an answer.
 
     Args:
         predicted: (positions,), one for each label in ``labels[:, 1:]`` that is not ignored.
         labels: (batch, tokens).
-        segments: lengths of the samples packed into the one sequence; None where each sequence is a sample.
+        segments: lengths of the samples packed into the one sequence; None if each sequence is a sample.
     """
     wanted = labels[:, 1:] != IGNORED
     wrong = torch.zeros_like(labels, dtype=torch.bool)
@@ -197,16 +201,15 @@ def exact_answers(
 
 
 def compare_validation(run: Run) -> LossChange | None:
-    """Report the loss of up to 128 validation rows before and after training; of pairs the chosen side.
+    """Report the loss of up to 128 validation rows before and after training; for pairs, of the chosen side.
 
-    Before training the model is its base, or has the adapter that the run started from. Left out for
-    methods that do not make answers likelier. An error, such as too little memory, costs the
-    comparison and not the run, whose adapter is on the disk by now.
-
-    ``run.model`` has the final adapter; afterwards it may have that of the start.
+    Before training the model is its base, or has the adapter that the run started from. Methods that do not
+    make answers more likely are skipped. The adapter is already on the disk, so an error, such as too little
+    memory, loses only the comparison and not the run. ``run.model`` has the final adapter; afterwards it may
+    have the starting one.
 
     Returns:
-        What was reported; None where nothing was.
+        The reported change; None if nothing was reported.
     """
     samples = run.data.validation.of_side(GOOD).spread(_MAX_ROWS)
     reporter = run.reporter
@@ -247,7 +250,9 @@ def compare_validation(run: Run) -> LossChange | None:
 
 @contextmanager
 def _as_before_training(run: Run) -> Iterator[None]:
-    """Turn the adapter off inside, or give the model the one that the run started from, for good."""
+    """Turn the adapter off in this context, or replace it permanently with the one that the run started
+    from.
+    """
     lora = run.recipe.lora
     if lora.init_from:
         load_initial_adapter(run.model, lora, run.files.architecture)

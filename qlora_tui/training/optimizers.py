@@ -102,23 +102,23 @@ def _class_and_options(training: Training) -> tuple[Any, dict[str, Any]]:
 
 
 def wait_for_gpu() -> None:
-    """Wait until the GPU has done all that was queued; call it before the CPU touches optimizer states.
+    """Wait until the GPU has finished all queued work; call this before the CPU touches optimizer states.
 
-    Paged ones are in managed memory: see :func:`~qlora_tui.gpu.torch_env.managed_memory_is_safe`.
+    Paged states are in managed memory: see :func:`~qlora_tui.gpu.torch_env.managed_memory_is_safe`.
     """
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own
         torch.cuda.synchronize()
 
 
 def warmup_steps(training: Training, steps: int) -> int:
-    """Return the steps in which the learning rate rises, of all ``steps`` of a run."""
+    """Return the number of steps in which the learning rate rises, in a run of ``steps`` steps."""
     return math.ceil(steps * training.warmup_ratio)
 
 
 def create_schedule(optimizer: Optimizer, training: Training, steps: int) -> LambdaLR:
-    """Return transformers' schedule for a run of ``steps`` optimizer steps, without its first rate of zero.
+    """Return transformers' schedule for a run of ``steps`` optimizer steps, without its initial rate of zero.
 
-    The warm-up is shifted by one step for that.
+    For this the warm-up is shifted by one step.
     """
     warmup = warmup_steps(training, steps)
     total = max(steps, warmup + 1)  # the polynomial divides by the steps after the warm-up
@@ -128,7 +128,7 @@ def create_schedule(optimizer: Optimizer, training: Training, steps: int) -> Lam
 
 
 def _schedule_options(training: Training, steps: int) -> dict[str, Any]:
-    """``scheduler_specific_kwargs`` of transformers for the recipe's schedule."""
+    """Return the ``scheduler_specific_kwargs`` of transformers for the recipe's schedule."""
     match training.lr_scheduler:
         case "cosine_with_restarts":
             return {"num_cycles": training.lr_cycles}
@@ -136,7 +136,7 @@ def _schedule_options(training: Training, steps: int) -> dict[str, Any]:
             return {"power": training.lr_power, "lr_end": 0.0}
         case "wsd":
             decay = min(round(training.lr_decay_share * steps), steps - warmup_steps(training, steps))
-            # 1-sqrt ended lowest of the shapes compared in arXiv 2405.18392, section 3.
+            # Of the shapes compared in arXiv 2405.18392, section 3, 1-sqrt gave the lowest final loss.
             return {"num_decay_steps": decay, "decay_type": "1-sqrt"}
         case _:
             return {}
@@ -148,11 +148,11 @@ def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) ->
 
 
 def change_rate(schedule: Any, value: float, training: Training, *, step: int, steps: int) -> None:
-    """Change the learning rate of the steps to come, and let it decay as it would have.
+    """Change the learning rate of the remaining steps, which then decays with the same shape as before.
 
-    ``value`` is the rate of the next step, ``step`` of ``steps``; during warm-up, and with restarts, which
-    return to the peak, it is the peak. With LoRA+ it is the rate of A's matrices, and B's keep their ratio
-    to it.
+    ``value`` is the rate of the next step, which is ``step`` of ``steps``. During warm-up, and with restarts,
+    which return to the peak, ``value`` is the peak rate. With LoRA+ it is the rate of A's matrices, and B's
+    keep their ratio to it.
     """
     share = schedule.get_last_lr()[0] / schedule.base_lrs[0]
     if share <= 0:

@@ -1,8 +1,8 @@
 """Log probabilities of whole answers after a prompt: all options of several prompts in one forward.
 
-The options of a prompt are a tree: what they begin with alike is computed once, and each token attends to the
-prompt and to its own branch. Trees lie end to end in one sequence. For the prompt ``p q`` with the options
-``a x``, ``a y`` and ``b``, each with its turn end ``.``::
+The options of a prompt form a tree: common beginnings are computed once, and each token attends to the prompt
+and to its own branch. Trees lie end to end in one sequence. For the prompt ``p q`` with the options ``a x``,
+``a y`` and ``b``, each with its turn end ``.``::
 
     sequence   p q a x y b      targets of q: a b   of a: x y   of x, y and b: the end
     position   0 1 2 3 3 2
@@ -14,11 +14,11 @@ prompt and to its own branch. Trees lie end to end in one sequence. For the prom
                p q . . . b
 
 Not every model can compute such a sequence: with a recurrent state, with positions that are not taken from
-the arguments, or with a window shorter than a row, a token sees what it must not see, or misses what it must
-see. So the scores of the longest row are compared with those of each option by itself, then, if they differ
-by more than rounding, those of the shortest, and of rows between them until the longest that agrees is known.
-Longer rows are computed with one row for each option, padded at the end, where no token of a causal model
-sees it.
+the arguments, or with a window shorter than a row, tokens attend to wrong tokens. So the packed scores of the
+longest row are compared with scores computed for each option separately. If they differ by more than
+rounding, the shortest row is compared, and then rows of lengths in between, until the longest row that agrees
+is known. Longer rows are computed with one row for each option, padded at the end, where no token of a causal
+model attends to the padding.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_noise
 from qlora_tui.training.scoring import no_grad_eval
 
 PACKED_TOKENS = 512
-"""Tokens of a sequence of several trees."""
+"""Largest number of tokens in a sequence of several trees."""
 _LONGEST_PACKED = 4096
-"""Tokens of a row that is packed: a sequence's mask grows with the square of its length."""
+"""Largest number of tokens of a packed row: a sequence's mask grows with the square of its length."""
 _BATCH_TOKENS = 4096
-"""Tokens of a batch with one row for each option."""
+"""Number of tokens of a batch with one row for each option."""
 _BATCH_LOGITS = 1 << 26
-"""Logits of a forward: 256 MiB in float32. With 256k tokens in the vocabulary, those of 256 places."""
+"""Largest number of logits of a forward: 256 MiB in float32, or 256 positions with a vocabulary of 256k."""
 _MULTIPLE = 64
-"""Lengths are multiples of this: a CPU's kernels are made once for each length."""
+"""Lengths are padded to multiples of this number, because oneDNN creates CPU kernels for each length."""
 _HEAD_ROWS = 128
-"""Vocabulary-wide rows in float32 at a time."""
+"""Number of vocabulary-wide float32 rows in memory at a time."""
 _COMPARED = 6
-"""Options of a row that are compared."""
+"""Number of options of a row that are compared."""
 
 Scores = tuple[float, ...]
 """Log probability of each option, its turn end included, in nats."""
@@ -82,23 +82,23 @@ class _Part(NamedTuple):
 
 
 class OptionScorer:
-    """Scores options with a model as it is; whoever calls it chooses the adapter."""
+    """Scores options with a model in its current state; the caller selects the adapter."""
 
     def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
         self._model = model
         self._dtype = dtype
         self._device = device
         self.packed_tokens = 0
-        """Rows up to this long have been packed with the right scores."""
+        """Length up to which rows have been packed with correct scores."""
         self.failed_tokens = 1 << 62
-        """Rows from this length on are not packed: their scores were wrong."""
+        """Length from which rows are not packed, because their scores were wrong."""
 
     def score(
         self, choices: Sequence[Choice], progress: Callable[[int], None] = lambda done: None
     ) -> list[Scores]:
         """Return the scores of each choice's options, in order.
 
-        ``progress`` is called with the number of choices done.
+        ``progress`` is called with the number of finished choices.
         """
         scores = [[0.0] * len(choice.options) for choice in choices]
         parts = [part for number, choice in enumerate(choices) for part in self._parts(number, choice)]
@@ -121,12 +121,13 @@ class OptionScorer:
 
     @property
     def _most_places(self) -> int:
-        """Places of one forward whose logits fit into the memory meant for them."""
+        """Largest number of positions in a forward whose logits fit into the memory set aside for them."""
         return max(1, _BATCH_LOGITS // int(self._model.config.get_text_config().vocab_size))
 
     def _parts(self, number: int, choice: Choice) -> Iterator[_Part]:
-        """Yield the options of a choice, similar ones together, in parts whose places fit into a forward and
-        into the longest sequence.
+        """Yield the options of a choice in parts that fit into a forward and into the longest sequence.
+
+        Similar options are in the same part.
         """
         room = min(self._most_places, _LONGEST_PACKED - len(choice.prompt))
         part: list[int] = []
@@ -141,11 +142,11 @@ class OptionScorer:
         yield _Part.of(number, choice, part)
 
     def _batches(self, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-        """Yield as many parts together as fit into a sequence, in order."""
+        """Yield batches of as many consecutive parts as fit into a sequence."""
         batch: list[_Part] = []
         tokens = places = 0
         for part in parts:
-            # At most: what options share is counted for each.
+            # An upper bound: tokens that options share are counted for each option.
             answers = sum(map(len, part.choice.options))
             size = len(part.choice.prompt) + answers
             if batch and (tokens + size > PACKED_TOKENS or places + answers > self._most_places):
@@ -158,14 +159,14 @@ class OptionScorer:
             yield batch
 
     def _compare(self, rows: Sequence[Choice]) -> None:
-        """Find out which rows, the longest first, may be packed."""
+        """Determine which rows may be packed, comparing the longest row first."""
         unknown, count = rows, 0
         while unknown := [
             row
             for row in unknown
             if self.packed_tokens < row.tokens < min(self.failed_tokens, _LONGEST_PACKED)
         ]:
-            # Most models pack all rows, some none, and those with windows the short ones.
+            # Most models can pack all rows, some none, and those with windows only short rows.
             row = unknown[(0, -1, len(unknown) // 2)[min(count, 2)]]
             if self._agrees(row):
                 self.packed_tokens = row.tokens
@@ -174,16 +175,16 @@ class OptionScorer:
             count += 1
 
     def _agrees(self, row: Choice) -> bool:
-        """Return whether rounding explains how the packed scores differ from those of each option
-        by itself.
+        """Return whether rounding explains the difference between packed scores and those of separate
+        options.
         """
-        # Of many options some, spread: each costs several forwards.
+        # Compare only some options, spread over all of them: each takes several forwards.
         count = min(len(row.options), _COMPARED)
         numbers = [number * len(row.options) // count for number in range(count)]
         some = Choice(row.prompt, tuple(row.options[number] for number in numbers))
         expected = self._each_apart(some, 0)
         try:
-            # After another row, as in a sequence of several.
+            # Pack the row after another one, as in a sequence of several rows.
             other = Choice(row.prompt[-PACKED_TOKENS:], some.options)
             difference = _largest_difference(self._packed([other, row])[1][numbers], expected)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -228,9 +229,9 @@ class OptionScorer:
         ]
 
     def _each_apart(self, row: Choice, batch_tokens: int) -> Tensor:
-        """Return the scores (options,) of a row, each option by itself after the prompt.
+        """Return the scores (options,) of a row, with each option computed separately after the prompt.
 
-        Those whose tokens are up to ``batch_tokens`` together are computed at once.
+        Options with at most ``batch_tokens`` tokens together are computed in one batch.
         """
         start, longest = len(row.prompt), max(map(len, row.options))
         length = row.tokens - 1
@@ -261,16 +262,16 @@ class Forest:
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    """Place of the token before each; -1 for the first of a prompt."""
+    """Position of the preceding token of each token; -1 for the first token of a prompt."""
     positions: list[int] = field(default_factory=list)
     targets: dict[int, list[int]] = field(default_factory=dict)
-    """Tokens whose probability is read at a place, by the place."""
+    """Tokens whose probability is read at a position, keyed by the position."""
     paths: list[list[list[tuple[int, int]]]] = field(default_factory=list)
-    """Place and target of each token of each option of each row."""
+    """Position and target of each token, for each option of each row."""
 
     @classmethod
     def of(cls, rows: Sequence[Choice]) -> Forest:
-        """Return the trees of rows; the last token of an option is a target only."""
+        """Build the trees of rows; the last token of an option is only a target."""
         forest = cls()
         for row in rows:
             last = -1
@@ -301,7 +302,7 @@ class Forest:
         return len(self.tokens) - 1
 
     def attends(self) -> Tensor:
-        """Return a mask (tokens, tokens), True if a token sees another: itself and what it follows."""
+        """Return a mask (tokens, tokens), True if a token attends to another: itself and its ancestors."""
         mask = torch.eye(len(self.tokens), dtype=torch.bool)
         for place, parent in enumerate(self.parents):
             if parent >= 0:
@@ -310,7 +311,7 @@ class Forest:
 
 
 def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterator[list[float]]:
-    """Yield the log probabilities of the targets of each row of logits (places, vocabulary), in order."""
+    """Yield the log probabilities of the targets of each row of logits (positions, vocabulary), in order."""
     wanted = list(targets.values())
     for start in range(0, len(wanted), _HEAD_ROWS):
         part = wanted[start : start + _HEAD_ROWS]

@@ -1,18 +1,20 @@
 """Several samples in one sequence, each attending only to itself.
 
 The samples of a micro-batch lie end to end in one sequence, at batch size one. transformers' SDPA code
-isolates them with one dense mask over the whole sequence. This attends to each sample by itself: work and
-memory grow with the square of a sample, not of the sequence. There are two implementations:
+isolates them with one dense mask over the whole sequence. The attention here computes each sample separately,
+so work and memory grow with the square of a sample's length, not of the sequence's. There are two
+implementations:
 
 * ``varlen``: one call of FlashAttention for the sequence (:func:`attend`), on a GPU in 16 bits.
-* ``segments``: SDPA sample by sample, wherever the first does not run.
+* ``segments``: SDPA sample by sample, if ``varlen`` does not run.
 
-``compute_device.choose_attention`` decides which to try, and ``model.prepare_base`` uses it only if it passes
-a check on the loaded model.
+``compute_device.choose_attention`` decides which implementation to try, and ``model.prepare_base`` uses it
+only if it passes a check on the loaded model.
 
-Where samples begin is passed as the attention mask: an int32 tensor of four dimensions, which transformers
-passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so that reading
-it does not wait for the GPU. It holds FlashAttention's ``cu_seqlens``. For samples of 3, 1 and 2 tokens::
+The beginnings of samples are passed as the attention mask: a four-dimensional int32 tensor, which
+transformers passes on unchanged (``masking_utils._preprocess_mask_arguments``), and which stays on the CPU so
+that reading it does not wait for the GPU. The tensor holds FlashAttention's ``cu_seqlens``. For samples of 3,
+1 and 2 tokens::
 
     mask       [[[[0 3 4 6]]]]         (1, 1, 1, samples + 1)
     query      (1, heads, 6, width)    split into (1, heads, 3 | 1 | 2, width)
@@ -56,7 +58,7 @@ _WIDTH_MULTIPLE = 8
 
 @cache
 def find_kernel() -> Callable[..., Any] | None:
-    """torch's function; None in versions before 2.11, which have none or one without scale and window."""
+    """Return torch's varlen function; None before torch 2.11, which lacks it or its scale and window."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -66,7 +68,7 @@ def find_kernel() -> Callable[..., Any] | None:
 
 
 def has_flash(device: torch.device) -> bool:
-    """Return whether the GPU runs FlashAttention-2: from Ampere on."""
+    """Return whether the GPU runs FlashAttention-2, which it does from Ampere on."""
     return capability_of(device) >= BFLOAT16_CAPABILITY
 
 
@@ -82,13 +84,13 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 
 
 def supports(query: Tensor, value: Tensor, *, samples: int) -> bool:
-    """Return whether the kernel runs for queries (1, heads, tokens, width) that hold ``samples`` samples."""
+    """Return whether the kernel supports queries (1, heads, tokens, width) with ``samples`` samples."""
     _, heads, tokens, width = query.shape
     if query.device.type != "cuda" or query.element_size() != 2 or width != value.shape[-1]:
         return False
     if width > _MAX_HEAD_WIDTH or width % _WIDTH_MULTIPLE or not trains_with_flash(query.device, width):
         return False
-    # The sums of the backward are indexed with 32 bits.
+    # The accumulators of the backward are indexed with 32 bits.
     return (tokens + SAMPLE_PADDING_ROWS * samples) * heads * accumulator_width(width) < 1 << 31
 
 
@@ -100,7 +102,8 @@ def attend(
     Args:
         query: (1, heads, tokens, width); ``key`` and ``value`` may have fewer heads.
         starts: (1, 1, 1, samples + 1), int32, on the CPU: where each sample begins, and the end of the last.
-        window: tokens that a query attends to at most, itself included; None for all before it.
+        window: largest number of tokens that a query attends to, itself included; None for all earlier
+            tokens.
 
     Returns:
         (1, tokens, heads, width).
@@ -124,7 +127,10 @@ def attend(
 
 
 def _on_device(starts: Tensor, device: torch.device) -> tuple[Tensor, int]:
-    """``starts`` as a vector on the device, and the longest sample: copied once for all layers and passes."""
+    """Return ``starts`` as a vector on the device, and the longest sample's length.
+
+    Both are copied once for all layers and passes.
+    """
     copied: tuple[Tensor, int] | None = getattr(starts, "copied", None)
     if copied is None or copied[0].device != device:
         places = starts.flatten()
@@ -144,7 +150,7 @@ AttentionFunction: TypeAlias = Callable[..., tuple[Tensor, None]]
 
 
 def register() -> None:
-    """Register the implementations with transformers; may be repeated."""
+    """Register the implementations with transformers; calling this again has no effect."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -182,8 +188,9 @@ def segment_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the function for transformers: (batch, heads, tokens, width) to (batch, tokens, heads,
-    width).
+    """Attend within each sample, sample by sample, as an attention function of transformers.
+
+    Maps (batch, heads, tokens, width) to (batch, tokens, heads, width).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None
@@ -199,7 +206,8 @@ def segment_attention(
         ):
             attended: Tensor = RowAttention.apply(query, key, value, lengths, scale)  # type: ignore[no-untyped-call]
             return attended, None
-        # torch.split, not slices: its backward is one cat, where each slice would fill a row of zeros.
+        # torch.split instead of slices: its backward is one cat, while the backward of each slice fills
+        # zeros.
         parts = [
             _sample_attention(q, k, v, dropout, scale, sliding_window, softcap, s_aux).transpose(1, 2)
             for q, k, v in zip(
@@ -231,12 +239,13 @@ def varlen_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attend in one FlashAttention call for the whole sequence if it is supported, else sample by sample.
 
-    Takes the settings of :func:`segment_attention`.
+    Takes the same settings as :func:`segment_attention`.
     """
     if (
         attention_mask is not None
         and attention_mask.dtype == torch.int32
-        # Nor capped scores (Gemma 2), nor sinks that compete with them (gpt-oss).
+        # The kernel does not support capped scores (Gemma 2) or sinks that compete with them (gpt-oss)
+        # either.
         and not settings.get("dropout")
         and settings.get("softcap") is None
         and settings.get("s_aux") is None
@@ -253,8 +262,7 @@ def _functions() -> dict[PackedAttention, AttentionFunction]:
 
 
 def prefers_row_attention(query: Tensor) -> bool:
-    """Return whether to use :class:`.fused.cpu_attention.RowAttention`: on a CPU in bfloat16, if it is
-    faster.
+    """Return whether :class:`.fused.cpu_attention.RowAttention` is faster: on a CPU in bfloat16.
 
     In float32 torch's backward is faster, and in float16 the augmented columns may overflow.
     """
@@ -273,8 +281,8 @@ def _sample_attention(
 ) -> Tensor:
     tokens = query.shape[2]
     if torch.is_grad_enabled() and tokens % token_multiple(query.device, query.dtype):
-        # Padding is after all real tokens, which attend to earlier ones only. The reference of a preference
-        # method, which requires no gradient, is padded as the step is, so that both round alike.
+        # Padding comes after all real tokens, which attend only to earlier ones. The reference pass of a
+        # preference method requires no gradient, but is padded like the step, so that both round alike.
         query, key, value = (pad_tokens(x) for x in (query, key, value))
         return _sample_attention(query, key, value, dropout, scale, sliding_window, softcap, sinks)[
             :, :, :tokens
@@ -302,8 +310,8 @@ def _sample_attention(
 def supports_grouped_heads(query: Tensor, masked: bool) -> bool:
     """Return whether SDPA has a fused kernel for keys and values with fewer heads than queries.
 
-    On a GPU only FlashAttention is one: in 16 bits, from Ampere on, without a mask, and not for every width.
-    Elsewhere torch would write out all scores.
+    On a GPU only FlashAttention has one: in 16 bits, from Ampere on, without a mask, and not for every width.
+    Otherwise torch would store all scores.
     """
     if query.device.type != "cuda":
         return True
@@ -322,7 +330,9 @@ def _eager_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with soft-capped scores (Gemma 2) or sinks (gpt-oss), which no fused kernel supports."""
+    """Compute attention with soft-capped scores (Gemma 2) or sinks (gpt-oss), which no fused kernel
+    supports.
+    """
     key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
@@ -341,8 +351,9 @@ def _eager_attention(
 
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """Return a mask, True if a query attends: to itself and earlier tokens, at most ``window``
-    tokens back.
+    """Return a mask, True if a query attends to a key.
+
+    A query attends to itself and to earlier tokens, at most ``window`` tokens back.
     """
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]

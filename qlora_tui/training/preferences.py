@@ -1,17 +1,17 @@
 """Training on preferences: ORPO, DPO and SimPO on pairs of answers, KTO on rated ones.
 
-The losses take log-probabilities of whole answers, with the adapter and without it: the reference of DPO and
-KTO is the base, the same model with its adapter off, computed in the step without gradients. So no second
-model is loaded, and nothing has to be kept for a resume. If an adapter is trained further, the reference is
-that adapter as it was (:class:`.adapter.StartingAdapter`).
+The losses use log probabilities of whole answers by the model and by its reference. The reference of DPO and
+KTO is the base, which is the same model with its adapter off, computed in the step without gradients. So no
+second model is loaded, and nothing has to be stored for a resume. If a run trains an existing adapter, the
+reference has that adapter in its initial state (:class:`.adapter.StartingAdapter`).
 
 * ORPO: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model", eq. 4, 6 and 7
 * DPO: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7
 * SimPO: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free Reward", eq. 6
 * KTO: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", eq. 7 and 8
 
-A reward is how much a model likes an answer: β times its mean log-probability (ORPO, SimPO) or β times its
-log-ratio to the reference (DPO, KTO). Rewards are counted while losses are computed.
+The reward of an answer is β times its mean log probability (ORPO, SimPO), or β times its log-ratio to the
+reference (DPO, KTO). Rewards are summed while losses are computed.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ from qlora_tui.training.scoring import frozen_eval, no_grad_eval
 
 
 class AnswerScores(NamedTuple):
-    """Log-probabilities of the answers of a micro-batch, in the order of its samples."""
+    """Log probabilities of the answers of a micro-batch, in the order of its samples."""
 
     log_probabilities: Tensor
     """Weighted sum over the tokens of each answer, in nats, fp32 (answers,)."""
     weights: Tensor
-    """Sum of the weights of its tokens, fp32 (answers,): their number, if the data sets no weights."""
+    """Sum of the weights of each answer's tokens, fp32 (answers,); their number if the data has no
+    weights.
+    """
 
     @property
     def means(self) -> Tensor:
-        """Mean log-probability of a token of each answer, (answers,)."""
+        """Return the mean log probability of a token of each answer, (answers,)."""
         return self.log_probabilities / self.weights.clamp(min=1e-6)
 
 
 def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
-    """Compute the log-probability of each answer of a micro-batch on the model's device.
+    """Compute the log probability of each answer of a micro-batch on the model's device.
 
     Args:
-        model: a model, perhaps in wrappers, with :func:`~qlora_tui.training.loss.use_loss`.
+        model: a model, possibly wrapped, with :func:`~qlora_tui.training.loss.use_loss`.
         batch: from :func:`.batches.collate_answers`.
     """
     inputs = {k: v for k, v in batch.items() if k not in ("sides", "answer_tokens", "loss_weights")}
@@ -63,7 +65,7 @@ def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
         weights = torch.stack([part.sum() for part in torch.split(token_weights, counts)])
     else:
         weights = torch.tensor(counts, dtype=torch.float32, device=losses.device)
-    # Split and not scattered: a sum by atomic additions would differ from run to run.
+    # Split instead of scattered: a sum by atomic additions would differ from run to run.
     sums = torch.stack([part.sum() for part in torch.split(losses, counts)])
     return AnswerScores(-sums, weights)
 
@@ -71,12 +73,12 @@ def score_answers(model: Any, batch: dict[str, Any]) -> AnswerScores:
 def score_with_reference(
     peft_model: Any, batch: dict[str, Any], starting: StartingAdapter | None = None
 ) -> Tensor:
-    """Log-probability of each answer before training, (answers,), without gradients.
+    """Return the log probability of each answer before training, (answers,), without gradients.
 
-    Before the first step it equals that of the model to the last bit, so that rewards are 0 and not rounding.
+    Before the first step it equals the model's to the last bit, so that rewards are exactly 0.
 
     Args:
-        peft_model: its base is the reference, with the adapter off.
+        peft_model: its base with the adapter off is the reference.
         starting: the adapter that the run started from, which is then the reference on that base.
     """
     before = peft_model.disable_adapter() if starting is None else starting.in_place(peft_model)
@@ -85,34 +87,37 @@ def score_with_reference(
 
 
 _LARGEST_LOG_PROBABILITY = -1e-7
-"""At 0, a certain answer, the odds would be infinite."""
+"""Upper bound of a log probability: at 0, a certain answer, the odds would be infinite."""
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """ORPO's second term; the first is the cross-entropy of the chosen answer.
+    """Return ORPO's second term; the first term is the cross-entropy of the chosen answer.
 
     Args:
-        chosen: mean log-probability of each token of the chosen answers, (pairs,).
-        rejected: mean log-probability of each token of the rejected answers, (pairs,).
+        chosen: mean log probability of each token of the chosen answers, (pairs,).
+        rejected: mean log probability of each token of the rejected answers, (pairs,).
     """
     return -beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
 def _log_odds(log_probability: Tensor) -> Tensor:
-    """log(p / (1 - p)), exact for p near 0 and near 1 (Mächler 2012, "Computing log(1 - exp(-|a|))")."""
+    """Return log(p / (1 - p)), exact for p near 0 and near 1.
+
+    Source: Mächler 2012, "Computing log(1 - exp(-|a|))".
+    """
     x = log_probability.clamp(max=_LARGEST_LOG_PROBABILITY)
     near_one = x > -math.log(2)
-    # The branch that is not taken must be finite too, or its gradient is NaN.
+    # The branch that is not selected must be finite too, or its gradient is NaN.
     large, small = torch.where(near_one, x, -1.0), torch.where(near_one, -1.0, x)
     return x - torch.where(near_one, torch.log(-torch.expm1(large)), torch.log1p(-torch.exp(small)))
 
 
 def logistic_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
-    """-log σ(chosen - rejected - margin): the loss of DPO, and with a margin that of SimPO.
+    """Return -log σ(chosen - rejected - margin), the loss of DPO, and with a margin that of SimPO.
 
     Args:
-        chosen: rewards of the chosen answers, (pairs,): β times the log-ratio to the reference, or in SimPO
-            β times the mean log-probability of each token.
+        chosen: rewards of the chosen answers, (pairs,): β times the log-ratio to the reference, or in SimPO β
+            times the mean log probability of each token.
         rejected: rewards of the rejected answers, (pairs,).
         margin: SimPO's γ.
     """
@@ -120,7 +125,8 @@ def logistic_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tens
 
 
 def prospect_loss(rewards: Tensor, is_good: Tensor, moved: Tensor) -> Tensor:
-    """KTO's loss with both weights 1: a good answer should be above the reference point, a bad one below.
+    """Return KTO's loss with both weights 1: good answers should be above the reference point, bad ones
+    below.
 
     Args:
         rewards: β times the log-ratio of each answer to the reference, (answers,).
@@ -135,12 +141,14 @@ class RewardSums(NamedTuple):
     """Sums over answers, which can be added over micro-batches and processes."""
 
     right: float = 0.0
-    """Pairs whose chosen answer has the higher reward; rated answers on their side of the reference point."""
+    """Number of pairs whose chosen answer has the higher reward, or of rated answers on the right side of
+    the reference point.
+    """
     compared: float = 0.0
-    """Pairs, or rated answers."""
+    """Number of pairs, or of rated answers."""
     good_reward: float = 0.0
     good: float = 0.0
-    """Chosen or good answers."""
+    """Number of chosen or good answers."""
     bad_reward: float = 0.0
     bad: float = 0.0
 
@@ -151,7 +159,7 @@ class RewardSums(NamedTuple):
 
     @property
     def margin(self) -> float | None:
-        """Mean reward of good answers less that of bad ones; None if one kind is missing."""
+        """Mean reward of good answers minus that of bad ones; None if one kind is missing."""
         if not (self.good and self.bad):
             return None
         return self.good_reward / self.good - self.bad_reward / self.bad
@@ -167,7 +175,8 @@ class PreferenceObjective:
         gamma: float,
         starting: StartingAdapter | None = None,
     ) -> None:
-        """
+        """Set up the objective.
+
         Args:
             gamma: SimPO's margin.
             starting: the adapter that the run started from; None if it started from the base.
@@ -182,7 +191,7 @@ class PreferenceObjective:
 
     @classmethod
     def of(cls, recipe: Recipe, starting: StartingAdapter | None = None) -> PreferenceObjective | None:
-        """Return the objective of a recipe; None if it trains on answers alone."""
+        """Return the objective of a recipe; None if the recipe has no preference method."""
         method = recipe.preference_method
         if method is None:
             return None
@@ -191,7 +200,7 @@ class PreferenceObjective:
 
     @property
     def needs_divergence(self) -> bool:
-        """Whether :meth:`set_divergence` is called before the losses of a step."""
+        """Whether :meth:`set_divergence` must be called before the losses of a step."""
         return self._traits.rates_answers
 
     def divergence(self, peft_model: Any, batch: dict[str, Any]) -> tuple[float, int]:
@@ -212,8 +221,8 @@ class PreferenceObjective:
             model: ``peft_model``, or a wrapper such as DDP's.
             peft_model: gives the reference.
             batch: from :func:`~qlora_tui.training.batches.collate_answers`, on the device.
-            token_share: pairs divided by tokens of chosen answers, of the whole step: what a token of ORPO's
-                cross-entropy counts in addition to a pair.
+            token_share: number of pairs divided by number of tokens in chosen answers, over the whole step;
+                the weight of a token of ORPO's cross-entropy relative to a pair.
         """
         reference = None
         if self._traits.uses_reference:
@@ -249,12 +258,12 @@ class PreferenceObjective:
         return prospect_loss(rewards, is_good, moved).sum()
 
     def _add(self, *values: Tensor) -> None:
-        """Add to the sums on their device, which is not waited for."""
+        """Add to the sums on their device, without waiting for it."""
         device = values[0].device
         added = torch.stack([value.to(device, torch.float64) for value in values])
         self._sums = added if self._sums is None else self._sums + added
 
     def take_sums(self) -> RewardSums:
-        """Return the sums since the last call, which are then 0."""
+        """Return the sums since the last call, and reset them to 0."""
         sums, self._sums = self._sums, None
         return RewardSums() if sums is None else RewardSums(*sums.tolist())

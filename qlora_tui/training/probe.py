@@ -13,11 +13,11 @@ from qlora_tui.runs.step_probe import StepProbe
 from qlora_tui.worker import Report
 
 _NEVER_WRITTEN = "probe"
-"""Name of a folder of a run that is never created."""
+"""Name of a run folder that is never created."""
 
 
 def probe(recipe: Recipe, steps: int, report: Report) -> StepProbe:
-    """Train the first steps of a recipe and forget them. Raises whatever ends an attempt."""
+    """Train the first steps of a recipe and discard the result. Raises any error that ends an attempt."""
     configure_torch_env({**allocator_variables(os.environ), "HF_HUB_OFFLINE": "1"})
     report(0, steps, "loading libraries")
     with faster_imports():
@@ -30,7 +30,7 @@ def probe(recipe: Recipe, steps: int, report: Report) -> StepProbe:
         from qlora_tui.training.run import Run
         from qlora_tui.training.setup import setup
 
-    # Answers to replay would be generated first, for minutes.
+    # Otherwise the answers to replay would be generated first, which takes minutes.
     recipe = replace_setting(recipe, "training.replay_share", 0.0)
     paths.runs_dir().mkdir(parents=True, exist_ok=True)
     directory, dist = RunDir(paths.runs_dir() / _NEVER_WRITTEN), DistributedContext()

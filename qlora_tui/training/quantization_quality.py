@@ -1,13 +1,13 @@
 """Measures what quantizing a base changes in its predictions, with one decoder layer at a time in memory.
 
 The 16-bit weights stay mapped from their files. A layer's weights are copied to the device when it runs, and
-quantized there: to 4 bits and back, or as bitsandbytes' int8 products compute. So a model can be measured
-that does not fit in 16 bits: embeddings, head and norms are in memory, and at most two copies of the largest
+quantized there: to 4 bits and back, or as bitsandbytes' int8 products compute. So a model that does not fit
+in 16 bits can be measured: memory holds embeddings, head and norms, and at most two copies of the largest
 layer.
 
-The hidden states of the rows go through all layers of the 16-bit model once, where each layer also runs
-quantized on the same inputs, which gives its own error; then through the quantized model; and through it with
-the worst layers in 16 bits. Job of ``memory.quality``.
+The hidden states of the rows go through all layers three times: through the 16-bit model, in which each layer
+also runs quantized on the same inputs to measure its own error; through the quantized model; and through the
+quantized model with the worst layers in 16 bits. This is the job of ``memory.quality``.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from qlora_tui.training.model_class import decoder_layers
 from qlora_tui.worker import Report
 
 _ROWS, _ROW_TOKENS = 16, 512
-"""Most rows that are compared, spread over the data, and most tokens of each."""
+"""Largest number of compared rows, spread over the data, and largest number of tokens of each."""
 _KEPT_SHARE = 16
-"""One of so many layers is tried in 16 bits."""
+"""One of this many layers is tried in 16 bits."""
 _HEAD_ROWS = 64
-"""Tokens whose logits are in memory at a time."""
+"""Number of tokens whose logits are in memory at a time."""
 _OUTLIER = 6.0
-"""Activation from which bitsandbytes multiplies a column in 16 bits (``llm_int8_threshold``)."""
+"""Activation at which bitsandbytes starts to multiply a column in 16 bits (``llm_int8_threshold``)."""
 
 
 def measure_quality(recipe: Recipe, report: Report) -> Quality:
@@ -119,7 +119,7 @@ def compare_layers(
 
 
 class Row:
-    """The tokens of a row, and the places whose next token is in the loss."""
+    """The tokens of a row, and the positions whose next token is in the loss."""
 
     def __init__(self, token_ids: list[int], places: list[int]) -> None:
         self.token_ids = token_ids
@@ -127,13 +127,13 @@ class Row:
 
 
 def _rows(samples: TokenizedDataset) -> list[Row]:
-    """Return rows spread over the data, cut to a length; those with nothing in the loss are left out."""
+    """Return rows spread over the data, truncated, without those that have no tokens in the loss."""
     step = max(1, len(samples) // _ROWS)
     rows = []
     for i in range(0, len(samples), step):
         ids, mask = list(samples.token_ids(i)), list(samples.loss_mask(i))
         first = next((place for place, wanted in enumerate(mask) if wanted and place), len(ids))
-        # The last part of what comes before the answer, where that alone is longer than a row.
+        # If the text before the answer is longer than a row, keep only its last part.
         begin = max(0, first - _ROW_TOKENS // 2)
         ids, mask = ids[begin : begin + _ROW_TOKENS], mask[begin : begin + _ROW_TOKENS]
         places = [place - 1 for place in range(1, len(ids)) if mask[place]]
@@ -143,7 +143,7 @@ def _rows(samples: TokenizedDataset) -> list[Row]:
 
 
 class StreamedModel:
-    """A model with mapped weights whose decoder layers run one at a time, as they are or quantized."""
+    """A model with mapped weights whose decoder layers run one at a time, in 16 bits or quantized."""
 
     def __init__(
         self, model: Any, architecture: Architecture, settings: Quantization, device: ComputeDevice
@@ -158,14 +158,14 @@ class StreamedModel:
                 fix="Train a few steps with each quantization, and compare the losses on Runs.",
             )
         self.peak_layer_bytes = 0
-        """Most bytes of layers' weights that were on the device at once."""
+        """Largest number of bytes of layer weights that were on the device at once."""
         self.on_layer: Callable[[], None] = lambda: None
         self._errors: dict[int, float] = {}
         self._kept: Collection[int] = ()
         self._measures = False
         self._mask: Tensor | None = None
         self._output: Any = None
-        """What the decoder returned last, with what its model reads besides the hidden states."""
+        """The last output of the decoder, with what its model reads from it besides the hidden states."""
         names = {
             inner_name(f"{module.name}.weight")
             for module in architecture.modules
@@ -177,18 +177,18 @@ class StreamedModel:
         named = {inner_name(name): p for name, p in model.named_parameters()}
         wanted = {id(named[name]) for name in names | experts if name in named}
         self._experts = {id(named[name]) for name in experts if name in named}
-        """Experts, which ``quantization.skip`` does not leave in 16 bits."""
+        """Experts, which ``quantization.skip`` does not keep in 16 bits."""
         self._names = [
             frozenset(name for name, p in layer.named_parameters() if id(p) in wanted)
             for layer in self.layers
         ]
-        """Names of the weights that are quantized, in each layer."""
+        """Names of the quantized weights in each layer."""
         for number, layer in enumerate(self.layers):
             vars(layer)["forward"] = self._streamed(number, layer)
         self._place_the_rest()
 
     def _place_the_rest(self) -> None:
-        """Copy what is in no layer to the device: embeddings, head, norms and all buffers."""
+        """Copy everything outside the layers to the device: embeddings, head, norms and all buffers."""
         in_layers = {id(p) for layer in self.layers for p in layer.parameters()}
         for parameter in self._model.parameters():
             if id(parameter) not in in_layers:
@@ -202,7 +202,8 @@ class StreamedModel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self._on_device(layer):
                 if self._measures:
-                    # First, so that what layers share (keys and values of others) is left as the reference's.
+                    # The quantized run comes first, so that states shared between layers (keys and values)
+                    # end as the reference's.
                     with self._as_quantized(number, layer):
                         changed = _hidden(library_forward(*args, **kwargs))
                     output = library_forward(*args, **kwargs)
@@ -230,7 +231,7 @@ class StreamedModel:
 
     @contextmanager
     def _as_quantized(self, number: int, layer: nn.Module, *, only_experts: bool = False) -> Iterator[None]:
-        """Let the layer, whose weights are on the device, compute with quantized weights."""
+        """Make the layer, whose weights are on the device, compute with quantized weights."""
         weights = {
             name: p
             for name, p in layer.named_parameters()
@@ -259,7 +260,7 @@ class StreamedModel:
         self.peak_layer_bytes = max(self.peak_layer_bytes, layer_bytes)
 
     def _error(self, reference: Tensor, changed: Tensor) -> float:
-        """Return the mean, over real tokens, of the change as a share of the hidden state's length."""
+        """Return the mean, over real tokens, of the relative change of the hidden state's norm."""
         lengths = reference.float().norm(dim=-1).clamp_min(1e-12)
         shares = (changed.float() - reference.float()).norm(dim=-1) / lengths
         return float(shares.flatten()[self._mask].mean()) if self._mask is not None else float(shares.mean())
@@ -267,7 +268,7 @@ class StreamedModel:
     def hidden_states(
         self, rows: list[Row], *, kept: Collection[int] = (), measures_layers: bool = False
     ) -> Tensor:
-        """Return the last hidden states at the places of all rows, (places, hidden size).
+        """Return the last hidden states at the recorded positions of all rows, (positions, hidden size).
 
         Args:
             rows: padded to the longest of them.
@@ -289,7 +290,7 @@ class StreamedModel:
         return torch.cat([hidden[number, row.places] for number, row in enumerate(rows)])
 
     def layer_errors(self) -> tuple[LayerError, ...]:
-        """Return the error of each layer, and what it costs to leave it in 16 bits."""
+        """Return the error of each layer, and the memory that keeping the layer in 16 bits takes."""
         return tuple(
             LayerError(number, self._errors[number], self._kept_bytes(number))
             for number in range(len(self.layers))
@@ -310,7 +311,7 @@ class StreamedModel:
         return round(weights * (16 - bits) / 8)
 
     def difference(self, reference: Tensor, other: Tensor) -> Difference:
-        """Compare the next-token distributions that follow from two sets of hidden states."""
+        """Compare the next-token distributions of two sets of hidden states."""
         divergence, changed = 0.0, 0
         for begin in range(0, len(reference), _HEAD_ROWS):
             logs = self._log_probabilities(reference[begin : begin + _HEAD_ROWS])
@@ -320,7 +321,7 @@ class StreamedModel:
         return Difference(max(0.0, divergence / len(reference)), changed / len(reference))
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        """Return log-probabilities (tokens, vocabulary) as the model computes them after its decoder."""
+        """Return log probabilities (tokens, vocabulary) as the model computes them after its decoder."""
         output = replace(self._output, last_hidden_state=hidden[None])
         vars(self._decoder)["forward"] = lambda *args, **kwargs: output
         try:
@@ -339,15 +340,17 @@ class StreamedModel:
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return a weight as rows of output features; GPT-2's ``Conv1D`` stores the transpose, a view of it."""
+    """Return a weight as rows of output features; ``Conv1D`` of GPT-2 stores the transpose, which is
+    viewed.
+    """
     return weight.T if hasattr(module, "nf") else weight
 
 
 def _int8_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a linear module's forward as bitsandbytes computes it in 8 bits (LLM.int8(), Dettmers 2022, §3).
 
-    Rows of the weight and of the input are rounded to 127 steps of their largest value, except columns in
-    which any input is an outlier: these are multiplied in 16 bits.
+    Rows of the weight and of the input are rounded to 127 steps of their largest value. Columns in which any
+    input is an outlier are multiplied in 16 bits instead.
     """
     weight = _matrix(module, module.get_parameter("weight").data)
     bias: Tensor | None = getattr(module, "bias", None)
@@ -366,6 +369,6 @@ def _int8_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def _hidden(output: Any) -> Tensor:
-    """Return the hidden state that a layer returns, alone or first."""
+    """Return the hidden state from a layer's output, which is a tensor or a tuple that starts with it."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first

@@ -2,8 +2,8 @@
 
 Quantizing 16-bit files takes most of the time from launch to the first step. The 4-bit weights are written in
 bitsandbytes' own serialization, bit by bit as they were computed, and read back in a fraction of that time
-(docs/measured.md). A folder belongs to one state of the model's files, one method, dtype and kind of
-device, and the versions of the libraries; any other combination is quantized again. The least recently
+(docs/measured.md). A folder belongs to one state of the model's files, one method, dtype and kind of device,
+and the versions of the libraries; for any other combination the base is quantized again. The least recently
 used folders are deleted when the total exceeds ``quantized_cache_gib`` of ``config.toml``.
 """
 
@@ -32,18 +32,20 @@ from qlora_tui.settings import load_settings
 from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 
 _FORMAT = 1
-"""Bump when the stored format changes, or which modules are quantized."""
+"""Format version, increased when the stored format or the set of quantized modules changes."""
 _EXPERT_FORMAT = 1
-"""Bump when the stored format of 4-bit experts changes."""
+"""Format version of 4-bit experts, increased when their stored format changes."""
 _METHODS = ("nf4", "fp4")
 _LIBRARIES = ("bitsandbytes", "transformers", "torch")
 STORED = re.compile(r"[\w.-]+-[0-9a-f]{16}")
-"""Names of what is stored, as :func:`cache_name` makes them. Nothing else is ever deleted."""
+"""Pattern of the folder names that :func:`cache_name` makes. Nothing else is ever deleted."""
 _SPARE_BYTES = 1 << 30
-"""Space that stays free on the disk."""
+"""Bytes that stay free on the disk."""
 _SHARD_BYTES = 10**9
-"""Largest file of weights, unless one tensor is larger. safetensors copies all tensors of a file from the GPU
-to host memory before it writes the first."""
+"""Largest size of a weight file in bytes, unless one tensor is larger.
+
+safetensors copies all tensors of a file from the GPU to host memory before it writes the first.
+"""
 
 
 def quantized_dir() -> Path:
@@ -55,8 +57,8 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
     """Return the folder for the quantized weights of a base, recipe and device, whether or not it exists.
 
     Returns:
-        None if they are not stored: not quantized to 4 bits, quantized in their files already, or caching
-        is turned off.
+        None if the weights are not stored: they are not quantized to 4 bits, they are quantized in their
+            files already, or caching is turned off.
     """
     if recipe.quantization.method not in _METHODS or not limit_bytes():
         return None
@@ -80,17 +82,17 @@ def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice) -> Path | No
 
 
 def cache_name(recipe: Recipe, state: dict[str, Any], *words: str) -> str:
-    """Return a name for what is cached of a recipe's base: the model, ``words``, and a hash of ``state``."""
+    """Return a cache name for a recipe's base: the model, ``words``, and a hash of ``state``."""
     key = hashlib.sha256(msgspec.json.encode(state)).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(recipe.model.id).name) or "model"
     return "-".join((name, *words, key))
 
 
 def base_state(format_number: int, folder: Path, recipe: Recipe, device: ComputeDevice) -> dict[str, Any]:
-    """Return what tells the answers of one base, quantized and computed in one way, from those of another.
+    """Return the values that identify the answers of a base that is quantized and computed in one way.
 
     Args:
-        format_number: of what is cached; a new number makes everything stored before it unknown.
+        format_number: version of the cached format; a new number invalidates everything stored before.
         folder: the model's files.
     """
     return {
@@ -104,9 +106,7 @@ def base_state(format_number: int, folder: Path, recipe: Recipe, device: Compute
 
 
 def weights_state(folder: Path) -> list[tuple[int, int]]:
-    """Return the size and time of change of each weight file of a model, which tell one state of it from
-    another.
-    """
+    """Return size and modification time of each weight file of a model, which identify its state."""
     files = [(folder / name).stat() for name in weight_files(folder)]
     return [(file.st_size, file.st_mtime_ns) for file in files]
 
@@ -120,14 +120,14 @@ def quantizes_experts(folder: Path, recipe: Recipe) -> bool:
 
 
 def is_stored(folder: Path | None) -> bool:
-    """Return whether the weights are there. A folder is written completely or not at all."""
+    """Return whether the weights are stored. A folder is written completely or not at all."""
     return folder is not None and (folder / "config.json").is_file()
 
 
 def store(model: Any, folder: Path) -> None:
-    """Write the weights of a loaded model, unless another process does, or disk or host memory is short.
+    """Write the weights of a loaded model, unless another process does or disk or host memory is short.
 
-    A full disk, or any other OSError, costs the stored weights and not the run.
+    A full disk, or any other OSError, loses only the stored weights and not the run.
     """
     sizes = [tensor.nbytes for tensor in model.state_dict().values()]
     size, limit = sum(sizes), limit_bytes()
@@ -154,8 +154,9 @@ def store(model: Any, folder: Path) -> None:
 
 
 def limit_bytes() -> int:
-    """Return the most bytes that all folders may take; 0 stores nothing, as does a ``config.toml`` with
-    errors.
+    """Return the largest number of bytes that all folders may take.
+
+    0 turns the cache off, which also happens if ``config.toml`` has errors.
     """
     try:
         return round(load_settings().quantized_cache_gib * 2**30)

@@ -1,7 +1,8 @@
-"""Replay: the base's own answers among the training samples, which keeps a model near its base elsewhere.
+"""Replay: adds the base's own answers to the training samples, which keeps a model near its base on other
+tasks.
 
 Answers are greedy and of at most :data:`REPLAY_TOKENS` tokens. The first attempt of a run computes them and
-writes them to its folder, so that a resume trains on the same ones::
+writes them to its folder, so that a resume trains on the same answers::
 
     samples        0 1 2 3 4 5 6 7       of the data
     answers                        8 9   of the base, numbered after them
@@ -79,15 +80,16 @@ REPLAY_PROMPTS: tuple[str, ...] = (
     "Write a limerick about a cat.",
     "How do I change a flat bicycle tire?",
 )
-"""Written for this program. None is among the general prompts on which forgetting is measured, but they ask
-for
-the same kinds of things."""
+"""Prompts written for this program.
+
+They differ from the general prompts on which forgetting is measured, but ask for the same kinds of things.
+"""
 
 
 REPLAY_TOKENS = 64
-"""Most tokens of an answer."""
+"""Largest number of tokens of an answer."""
 _BATCH = 32
-"""Prompts answered at a time."""
+"""Number of prompts that are answered at a time."""
 
 
 class ReplayRow(Struct, frozen=True):
@@ -97,17 +99,17 @@ class ReplayRow(Struct, frozen=True):
     answer: str
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    """With the turn end, if the base ended its turn."""
+    """Token ids of the answer, including the turn end if the base ended its turn."""
 
 
 _ROW = msgspec.json.Decoder(ReplayRow)
 
 
 class ReplaySamples:
-    """The samples of a run with the base's answers among them; a ``TokenizedDataset``."""
+    """The samples of a run mixed with the base's answers; a ``TokenizedDataset``."""
 
     def __init__(self, samples: TokenizedDataset, rows: Sequence[ReplayRow], share: float) -> None:
-        """``share``: the part of the samples of an epoch that are the base's answers, below 1."""
+        """Mix the base's answers in; ``share`` is their share of an epoch's samples, below 1."""
         self._samples = samples
         self._rows = tuple(rows)
         self._share = share
@@ -116,12 +118,12 @@ class ReplaySamples:
         return len(self._samples) + len(self._rows)
 
     def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
+        """Return the token ids of sample ``i``."""
         row = self._row(i)
         return self._samples.token_ids(i) if row is None else row.prompt_ids + row.answer_ids
 
     def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
+        """Return 1 for each token of sample ``i`` in the loss, else 0."""
         row = self._row(i)
         return (
             self._samples.loss_mask(i)
@@ -130,21 +132,21 @@ class ReplaySamples:
         )
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token; None if each token in the loss has weight 1."""
+        """Return the weight of each token; None if each token in the loss has weight 1."""
         row = self._row(i)
         if row is None:
             return self._samples.weights(i)
-        # All samples of a weighted data set have weights, or none: they are collated together.
+        # All samples of a data set must have weights, or none, because they are collated together.
         weighted = len(self._samples) > 0 and self._samples.weights(0) is not None
         return tuple(map(float, self.loss_mask(i))) if weighted else None
 
     def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
+        """Return the length of sample ``i`` in tokens."""
         row = self._row(i)
         return self._samples.length(i) if row is None else len(row.prompt_ids) + len(row.answer_ids)
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of one epoch in random order, the base's answers in turn."""
+        """Return the indices of one epoch in random order; the base's answers take turns over the epochs."""
         order = list(self._samples.epoch(epoch, seed))
         count = replayed(len(order), self._share)
         if self._rows and count:
@@ -170,8 +172,8 @@ def compute_rows(
 
     Args:
         model: the base, or a peft model with its adapter disabled.
-        max_length: tokens that a sample is cut to.
-        progress: called with the number of prompts answered, and of all.
+        max_length: number of tokens to which a sample is truncated.
+        progress: called with the number of prompts answered, and the number of all prompts.
     """
     prompts = list(prompt_tokens(REPLAY_PROMPTS[:count], tokenizer, thinking).items())
     prompts = [(prompt, ids) for prompt, ids in prompts if len(ids) < max_length]
@@ -193,7 +195,7 @@ def write_rows(path: Path, rows: Iterable[ReplayRow]) -> None:
 
 
 def read_rows(path: Path) -> tuple[ReplayRow, ...]:
-    """Read the answers of a run. Raises UserError for a file that is missing or damaged."""
+    """Read the answers of a run. Raises UserError if the file is missing or damaged."""
     try:
         return tuple(decode_json(line, _ROW) for line in read_regular(path).splitlines())
     except (OSError, ValueError) as error:

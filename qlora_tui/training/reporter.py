@@ -1,7 +1,7 @@
 """Everything that the trainer reports: events, status, heartbeat, log lines, and telemetry once a second.
 
-A full disk must not end a run after hours: events that cannot be written wait and are tried again with the
-next one. Only the main process of a run reports; the others are mute.
+A full disk must not end a run after hours: events that cannot be written are kept and written again with the
+next event. Only the main process of a run reports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from qlora_tui.training.health import GpuMonitor
 
 HEARTBEAT_S = 1.0
 _BEATS_TO_BELIEVE = 3
-"""Heartbeats in a row at which the run's files are missing before the trainer ends: a network may hang."""
+"""Number of consecutive heartbeats at which the run's files must be missing before the trainer ends.
+
+A network file system may be unreachable for a moment.
+"""
 _PROGRESS_S = 0.5
 """Shortest time between two Progress events, in seconds."""
 
@@ -48,7 +51,7 @@ class Reporter:
         self.is_mute = mute
         self._lock = threading.Lock()
         self.observer: Callable[[AnyEvent], None] = lambda event: None
-        """Called with each event, after it was written, in the thread that reports it."""
+        """Called with each event after it was written, in the thread that reports it."""
         self._writer: EventWriter | None = None
         self._unwritten: list[AnyEvent] = []
         self._status = read_status(run).transition("running", process=process_identity())
@@ -61,13 +64,13 @@ class Reporter:
         self._heartbeat_thread = threading.Thread(target=self._heartbeat_loop, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Write the status, and a heartbeat every second from now on."""
+        """Write the status, and from then on a heartbeat every second."""
         self.write_heartbeat()
         if not self.is_mute:
             self._heartbeat_thread.start()
 
     def stop(self) -> None:
-        """Stop the heartbeat, and try a last time to write waiting events."""
+        """Stop the heartbeat, and try once more to write waiting events."""
         self._stopping.set()
         if self._heartbeat_thread.is_alive():
             self._heartbeat_thread.join()
@@ -77,7 +80,7 @@ class Reporter:
                 self._writer.close()
 
     def emit(self, event: AnyEvent) -> None:
-        """Write an event; an event that ends the run is on the disk on return."""
+        """Write an event. An event that ends the run is flushed to disk."""
         if self.is_mute:
             return
         with self._lock:
@@ -92,7 +95,7 @@ class Reporter:
         self.update(phase=phase)
 
     def progress(self, phase: Phase, done: int, total: int) -> None:
-        """Report the progress of a phase, at most every ``_PROGRESS_S`` and at the end."""
+        """Report the progress of a phase, at most once every ``_PROGRESS_S`` seconds and at the end."""
         now = time.monotonic()
         if now - self._progress_at >= _PROGRESS_S or done == total:
             self._progress_at = now
@@ -145,7 +148,7 @@ class Reporter:
             )
 
     def hold(self, hold: Hold | None) -> None:
-        """Have the next heartbeats say why the run rests; None if it does not."""
+        """Make the next heartbeats say why the run rests; None if it does not rest."""
         with self._lock:
             self._status = msgspec.structs.replace(self._status, hold=hold)
 
@@ -163,7 +166,7 @@ class Reporter:
                     self._writer = EventWriter(self._run.events_path)
                 self._writer.append(self._unwritten[0])
             except OSError:
-                # A new writer repairs the incomplete line that may be there now.
+                # A new writer repairs the incomplete line that may have been left.
                 if self._writer is not None:
                     self._writer.close()
                 self._writer = None
@@ -173,7 +176,7 @@ class Reporter:
     def write_heartbeat(self) -> None:
         """Write the heartbeat; the first one also names this process in ``status.json``.
 
-        What a full disk rejects is written with the next heartbeat.
+        If a full disk rejects a write, the next heartbeat repeats it.
         """
         if self.is_mute:
             return
@@ -181,7 +184,7 @@ class Reporter:
             status = msgspec.structs.replace(self._status, at=time.time())
         self._missing_beats = self._missing_beats + 1 if self._is_deleted() else 0
         if self._missing_beats:
-            # Anything written now would make a folder of it that is no run.
+            # Writing now would create a folder that is not a complete run.
             return
         with suppress(OSError):
             if not self._is_in_status:
@@ -196,16 +199,16 @@ class Reporter:
                 self._end_without_run()
 
     def _is_deleted(self) -> bool:
-        """Whether the run's files were deleted, from a disk that is still there."""
+        """Return whether the run's files were deleted while their disk still exists."""
         try:
             return self._run.is_deleted and self._run.path.parent.stat().st_dev == self._disk
         except OSError:
             return False
 
     def _end_without_run(self) -> None:
-        """End this process: there is nothing left to train for, and nowhere to say so but the log."""
+        """End this process, because its run was deleted; only the log can report this."""
         self.log(f"{self._run.path} was deleted during training: the trainer exits.")
-        # What was written after the recipe had gone kept the folder from being deleted.
+        # Files written after the recipe was deleted have kept the folder from being removed.
         with suppress(OSError):
             for path in (self._run.heartbeat_path, self._run.telemetry_path, self._run.status_path):
                 path.unlink(missing_ok=True)
@@ -217,7 +220,7 @@ PERIOD_S = 1.0
 
 
 class QuietReporter(Reporter):
-    """Writes nothing, and says what goes on."""
+    """Writes no files; passes descriptions of the current work to a callback."""
 
     def __init__(self, run: RunDir, say: Callable[[str], object]) -> None:
         super().__init__(run, mute=True)
@@ -228,7 +231,7 @@ class QuietReporter(Reporter):
 
 
 class TelemetryRecorder:
-    """Records from ``start`` to ``stop`` in separate threads. A full disk costs samples and nothing else."""
+    """Records telemetry from ``start`` to ``stop`` in separate threads. A full disk loses only samples."""
 
     def __init__(
         self,
@@ -236,7 +239,11 @@ class TelemetryRecorder:
         reporter: Reporter,
         on_reading: Callable[[GpuMetrics, float], None] = lambda reading, elapsed_s: None,
     ) -> None:
-        """``on_reading`` gets each reading of the GPU with a monotonic time, in the recorder's thread."""
+        """Record the telemetry of ``run``.
+
+        ``on_reading`` is called with each reading of the GPU and its monotonic time, in the recorder's
+        thread.
+        """
         self._reporter = reporter
         self._notice = on_reading
         self._path = run.telemetry_path
@@ -246,7 +253,7 @@ class TelemetryRecorder:
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
 
     def start(self, *, gpus: int) -> None:
-        """Start recording, with as many GPUs: those of the run."""
+        """Start recording the first ``gpus`` GPUs, which are those of the run."""
         self._process.cpu_percent()
         psutil.cpu_percent()
         devices: list[GpuDevice] = []
@@ -277,7 +284,9 @@ class TelemetryRecorder:
     def _on_reading(
         self, monitor: GpuMonitor, reading: GpuMetrics | GpuUnavailableError, *, is_first: bool
     ) -> None:
-        """Check a reading. Those of the first GPU are written, with the last of the others."""
+        """Check a reading. A reading of the first GPU is written, with the last readings of the other
+        GPUs.
+        """
         if isinstance(reading, GpuUnavailableError):
             if reading.reason is GpuUnavailableReason.LOST:
                 self._reporter.health(GPU_LOST, f"{reading.what} {reading.why}", reading.fix, error=True)

@@ -1,6 +1,7 @@
-"""Rests of a run: while its GPU is above the user's bounds, the next micro-batch waits, in memory.
+"""Rests of a run: while its GPU exceeds the user's bounds, the next micro-batch waits, with everything in
+memory.
 
-Resting changes no number: between two micro-batches nothing is computed.
+Resting does not change results, because nothing is computed between two micro-batches.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from qlora_tui.training.control_requests import ControlRequests
 from qlora_tui.training.reporter import Reporter
 
 LONGEST_S = 45.0
-"""Seconds after which a rest ends in any case: an idle GPU may be above a bound, and other processes of the
-run wait."""
+"""Seconds after which a rest ends in any case.
+
+Even an idle GPU may exceed a bound, and other processes of the run are waiting.
+"""
 _LOOK_S = 1.0
 _CURRENT_S = 5.0
-"""Age up to which a reading counts: a GPU that is read no more holds up nothing."""
+"""Age in seconds up to which a reading counts; a GPU without recent readings does not delay the run."""
 
 
 class Rest:
-    """Decides from readings, which another thread brings, and holds up the thread that trains."""
+    """Receives readings from another thread, and makes the training thread wait."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -31,19 +34,19 @@ class Rest:
         self._settings = LiveSettings()
         self._bounds: dict[int, Bounds] = {}
         self._holds: dict[int, tuple[float, Hold | None]] = {}
-        """When each GPU was read last, and why the run should rest, by its number."""
+        """When each GPU was last read, and why the run should rest, keyed by the GPU's number."""
         self._has_news = threading.Event()
         self._reported: set[str] = set()
 
     @property
     def hold(self) -> Hold | None:
-        """Why the run should rest; None if it should not."""
+        """Return why the run should rest; None if it should not."""
         since_s = time.monotonic() - _CURRENT_S
         holds = [hold for read_s, hold in list(self._holds.values()) if read_s >= since_s]
         return next(filter(None, holds), None)
 
     def read(self, reading: GpuMetrics, elapsed_s: float) -> None:
-        """Take a reading of one of the run's GPUs, at a time of ``time.monotonic``."""
+        """Take a reading of one of the run's GPUs, with its ``time.monotonic`` time."""
         settings = self._settings.read()
         hold = self._bounds.setdefault(reading.index, Bounds()).update(
             elapsed_s,
@@ -56,7 +59,7 @@ class Rest:
         self._has_news.set()
 
     def take(self, reporter: Reporter, requests: ControlRequests) -> None:
-        """Return once the GPUs are below the bounds, after :data:`LONGEST_S`, or when the run is to end."""
+        """Wait until the GPUs are below the bounds, at most :data:`LONGEST_S`, or until the run is to end."""
         if self.hold is None:
             return
         started_at = time.perf_counter()

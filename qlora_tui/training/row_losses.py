@@ -1,9 +1,7 @@
-"""Loss of each trained token of each training sample, with a model as it is; without gradients.
+"""Measures the loss of each trained token of each training sample, before and after a run.
 
-The job that measures the loss of each training row before and after a run.
-
-It loads the run's base with its final adapter, passes over the training samples three times without
-gradients, and writes the files of :mod:`qlora_tui.runs.row_losses`, which starts it.
+This is a job that :mod:`qlora_tui.runs.row_losses` starts. It loads the run's base with its final adapter,
+passes over the training samples three times without gradients, and writes the files of that module.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class OtherPrompts(Sequence[Sample]):
-    """Each sample's answers after prompts of other samples, made one at a time.
+    """Samples in which each answer follows a prompt of another sample, built one at a time.
 
     A prompt is a stretch of tokens outside the loss, an answer the stretch in the loss after it. The first
-    prompt, with system text and template, is that of the next sample. Later ones are those of the next
-    sample with several turns; if no other sample has any, another later prompt of the same one::
+    prompt, with system text and template, comes from the next sample. Later prompts come from the next sample
+    with several turns, or, if no other sample has several turns, from another turn of the same sample::
 
         sample 0   system, user a, [answer a], user b, [answer b]
         sample 1   system, user c, [answer c], user d, [answer d]
@@ -39,7 +37,10 @@ class OtherPrompts(Sequence[Sample]):
     """
 
     def __init__(self, samples: TokenizedDataset, max_length: int) -> None:
-        """``max_length``: tokens of a sample; what is longer loses the beginning of its first prompt."""
+        """Read turns from ``samples``.
+
+        A result longer than ``max_length`` tokens loses the beginning of its first prompt.
+        """
         self._samples = samples
         self._max_length = max_length
         self._turns = [_turn_bounds(samples.loss_mask(i)) for i in range(len(samples))]
@@ -53,7 +54,7 @@ class OtherPrompts(Sequence[Sample]):
         return Sample(ids, mask)
 
     def _swapped(self, i: int) -> tuple[list[int], list[int]]:
-        """Token ids and loss mask of a sample with other prompts."""
+        """Return token ids and loss mask of a sample with other prompts."""
         own = list(self._samples.token_ids(i))
         ids: list[int] = []
         mask: list[int] = []
@@ -66,7 +67,9 @@ class OtherPrompts(Sequence[Sample]):
         return ids[cut:][: self._max_length], mask[cut:][: self._max_length]
 
     def _other_prompt(self, i: int, number: int) -> list[int]:
-        """Return what stands in for prompt ``number`` of sample ``i``."""
+        """Return the tokens of the prompt from another sample that replaces prompt ``number`` of sample
+        ``i``.
+        """
         if number == 0:
             other = (i + 1) % len(self)
             turns = self._turns[other]
@@ -76,13 +79,13 @@ class OtherPrompts(Sequence[Sample]):
         other = donors[bisect_right(donors, i) % len(donors)]
         turns = self._turns[other]
         later = len(turns) - 1
-        # Of the same sample, the prompt after this one.
+        # If the other sample is the same one, take its next prompt.
         turn = turns[1 + (number - (other != i)) % later]
         return list(self._samples.token_ids(other))[turn.start : turn.answer_start]
 
 
 class _TurnBounds(NamedTuple):
-    """Places of a prompt and its answer in a sample."""
+    """Positions of a prompt and its answer in a sample."""
 
     start: int
     answer_start: int
@@ -90,8 +93,8 @@ class _TurnBounds(NamedTuple):
 
 
 def _turn_bounds(loss_mask: Sequence[int]) -> list[_TurnBounds]:
-    """Return each answer in the loss with the prompt before it; what follows the last answer
-    belongs to none.
+    """Return the bounds of each answer in the loss and its prompt; tokens after the last answer are left
+    out.
     """
     bounds: list[_TurnBounds] = []
     start, place = 0, 0
@@ -140,7 +143,7 @@ def _measure(run: RunDir, report: Report) -> None:
     files = resolve_model(recipe.model.id)
     folder = model_folder(files)
     tokenizer = ChatTokenizer.from_folder(folder, recipe.model.chat_template)
-    # Of a preference run the good answers: those are what it should learn.
+    # For a preference run, measure the good answers, which the run should learn.
     samples = prepare_dataset(recipe, tokenizer).train.of_side(GOOD)
     base = prepare_base(folder, recipe, device, choose_attention(recipe, device), "chunked", weighted=False)
     ids = token_ids(recipe.lora.trainable_tokens, tokenizer)
@@ -186,7 +189,7 @@ def _measure(run: RunDir, report: Report) -> None:
 
 
 def _texts(samples: TokenizedDataset, i: int, tokenizer: ChatTokenizer) -> tuple[str, str]:
-    """Return what sample ``i`` reads, and what it is trained on."""
+    """Return the text of sample ``i``'s input, and the text that it is trained on."""
     ids = list(zip(samples.token_ids(i), samples.loss_mask(i), strict=True))
     read, trained = (
         tokenizer.decode([t for t, in_loss in ids if in_loss == side and t not in tokenizer.special_ids])

@@ -1,4 +1,4 @@
-"""One attempt at a run: what it was given, and what :mod:`.setup` has loaded for it."""
+"""One attempt at a run: its inputs, and everything that :mod:`.setup` has loaded for it."""
 
 from __future__ import annotations
 
@@ -26,32 +26,36 @@ from qlora_tui.training.rest import Rest
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Run:
-    """All that training, validation and saving read. What has no value at first is set by ``setup``."""
+    """Everything that training, validation and saving read. ``setup`` sets the fields without initial
+    values.
+    """
 
     directory: RunDir
     recipe: Recipe
-    """The recipe as this attempt trains it: with the retry plan, and with what ``setup`` chooses
-    for the free memory.
+    """The recipe as this attempt trains it: with the retry plan, and with the settings that ``setup``
+    chooses for the free memory.
     """
     checkpoint: Checkpoint | None
-    """Where the attempt resumes; None at the beginning of a run."""
+    """The checkpoint from which the attempt resumes; None at the beginning of a run."""
     reporter: Reporter
     requests: ControlRequests
     dist: DistributedContext
     max_kept_layers: int | None = None
-    """The most layers that may keep their activations; a retry after running out of memory lowers it."""
+    """Largest number of layers that may keep their activations; a retry after running out of memory lowers
+    it.
+    """
     has_run_out: bool = False
     """Whether an earlier attempt ran out of memory."""
     keeps_files: bool = True
     """Whether anything is written to ``directory``, which otherwise need not exist."""
 
     rest: Rest = field(default_factory=Rest, init=False)
-    """What has the run wait while its GPU is too hot, or takes too much power."""
+    """Makes the run wait while its GPU is too hot or takes too much power."""
     device: ComputeDevice = field(init=False)
     files: ModelFiles = field(init=False)
-    """Where the model came from."""
+    """Files that the model was loaded from."""
     base_hash: str = field(init=False)
-    """Identity of its weight files, which a resume compares."""
+    """Identity of the model's weight files, which a resume compares."""
     meter: MemoryMeter = field(init=False)
     tokenizer: ChatTokenizer = field(init=False)
     data: PreparedDataset = field(init=False)
@@ -65,7 +69,7 @@ class Run:
     model: Any = field(init=False)
     """The base model with its adapter (``peft.PeftModel``)."""
     starting_adapter: StartingAdapter | None = field(init=False)
-    """The adapter that the run started from, if it compares its answers with that one's."""
+    """The adapter that the run started from, if the run compares answers with that adapter's."""
 
     def between_batches(self) -> None:
         """Rest if the GPU needs it, and raise StepAbandoned if the run is to end at once."""
@@ -77,7 +81,7 @@ class Run:
         """How samples are laid out in the model's inputs."""
         return RowShape(
             packed=self.base.padding_free,
-            # The value does not matter where the tokenizer has no such token.
+            # The value does not matter if the tokenizer has no such token.
             pad_id=self.tokenizer.pad_id or 0,
             multiple=self.device.row_multiple,
             max_length=self.recipe.data.max_length,

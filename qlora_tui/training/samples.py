@@ -1,4 +1,4 @@
-"""Tokenized samples in memory, as a data set. Loads no torch."""
+"""Tokenized samples in memory, as a data set. This module does not load torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
 
 class SampleList:
-    """Samples in memory, or made one at a time, as a data set; an epoch has them in order."""
+    """A data set of samples in memory, or made one at a time; an epoch has them in order."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples
@@ -30,19 +30,19 @@ class SampleList:
         return len(self._samples)
 
     def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
+        """Return the token ids of sample ``i``."""
         return self._samples[i].token_ids
 
     def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
+        """Return 1 for each token of sample ``i`` in the loss, else 0."""
         return self._samples[i].loss_mask
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None if each token in the loss has weight 1."""
+        """Return the weight of each token in the loss; None if each token has weight 1."""
         return self._samples[i].weights
 
     def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
+        """Return the length of sample ``i`` in tokens."""
         return len(self.token_ids(i))
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
@@ -50,7 +50,7 @@ class SampleList:
         return range(len(self))
 
     def side(self, i: int, /) -> int:
-        """``GOOD`` or ``BAD``."""
+        """Return ``GOOD`` or ``BAD``, the side of sample ``i``."""
         return self._samples[i].side
 
     def of_side(self, side: int, /) -> SampleList:
@@ -59,5 +59,5 @@ class SampleList:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all samples."""
+        """Number of tokens of all samples."""
         return sum(map(self.length, range(len(self))))

@@ -1,8 +1,8 @@
-"""Scores tokens with a model as it is, without training it: losses of samples, and logits at answers.
+"""Scores tokens with a model without training it: losses of samples, and logits at answers.
 
-Where a run isolates packed samples, answers lie end to end in rows, as its training samples do. On a CPU all
-rows have one length, for which oneDNN makes its kernels once: one answer at a time, each length costs it some
-25 kernels, which take longer to make than the products.
+If a run isolates packed samples, answers lie end to end in rows, as its training samples do. On a CPU all
+rows have the same length, so that oneDNN creates its kernels once. If answers were computed one at a time,
+each length would need about 25 kernels, which take longer to create than the products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlora_tui.training.packed_attention import segment_mask
 
 @contextmanager
 def no_grad_eval(model: Any) -> Iterator[None]:
-    """Use eval mode without gradients inside, and restore the mode."""
+    """Use eval mode without gradients in this context, and restore the mode on exit."""
     was_training = model.training
     model.eval()
     try:
@@ -35,14 +35,15 @@ def no_grad_eval(model: Any) -> Iterator[None]:
 
 @contextmanager
 def frozen_eval(model: Any) -> Iterator[None]:
-    """Use eval mode inside, with nothing to train and so nothing to save, and restore both.
+    """Use eval mode with all parameters frozen in this context, so that nothing is saved; restore both on
+    exit.
 
-    Gradients stay enabled where they are: the model computes as in a training step, which without them it
-    does not to the last bit (norms, gated MLPs, the padding of attention).
+    Gradients stay enabled: the model computes as in a training step, while without gradients the last bits
+    would differ (norms, gated MLPs, the padding of attention).
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
-    # transformers makes what the embedding returns require a gradient, for checkpointing.
+    # For checkpointing, transformers makes the embedding's output require a gradient.
     hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
     model.eval()
     try:
@@ -57,7 +58,10 @@ def frozen_eval(model: Any) -> Iterator[None]:
 
 
 ROW_TOKENS = 384
-"""Most tokens of a row, of which some 250 are of answers: as many as the chunked loss projects at a time."""
+"""Largest number of tokens in a row.
+
+About 250 of them are in answers, which is the number that the chunked loss projects at a time.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,17 @@ class PromptAndAnswer:
 
     @property
     def places(self) -> range:
-        """Places whose next token is one of the answer."""
+        """Positions whose next token belongs to the answer."""
         return range(self.prompt_tokens - 1, len(self.ids) - 1)
 
 
 def answer_logits(
     model: Any, answers: Sequence[PromptAndAnswer], shape: RowShape, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield each answer's number and its logits, in the order of the rows.
+    """Yield each answer's index and its logits, in the order of the rows.
 
-    Logits are (answer tokens, vocabulary) in the dtype of the head, at the places whose next token is one of
-    the answer.
+    Logits are (answer tokens, vocabulary) in the dtype of the head, at the positions whose next token belongs
+    to the answer.
     """
     lengths = [len(answer.ids) for answer in answers]
     capacity = max(*lengths, min(shape.max_length, ROW_TOKENS)) if lengths else 0
@@ -99,7 +103,7 @@ def answer_logits(
 def _row_logits(
     model: Any, parts: Sequence[PromptAndAnswer], shape: RowShape, length: int, device: torch.device
 ) -> Tensor:
-    """Logits at all answers of one row, (answer tokens and padding, vocabulary)."""
+    """Return logits at all answers of one row, (answer tokens and padding, vocabulary)."""
     ids = [token for part in parts for token in part.ids]
     lengths = [len(part.ids) for part in parts]
     more = max(0, length - len(ids))
@@ -126,13 +130,13 @@ def token_losses(
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[float, ...]]:
-    """Cross-entropy of each trained token of each sample, in nats.
+    """Return the cross-entropy of each trained token of each sample, in nats.
 
-    The first token of a sample has none, since it is predicted from nothing; it is left out.
+    The first token of a sample is left out, because it is predicted from nothing.
 
     Args:
         model: a peft model, with its adapter enabled or disabled.
-        progress: called with the number of samples done, and of all.
+        progress: called with the number of finished samples, and the number of all samples.
     """
     numbers = range(len(samples))
     rows = (

@@ -1,7 +1,8 @@
-"""A job of ``qlora-tui doctor`` that trains two layers, to see whether training works here.
+"""A job of ``qlora-tui doctor`` that trains two layers, to find out whether training works on this machine.
 
-It runs in a process of its own, so that a crash in a native library is a finding and not the doctor's end.
-The model has random weights: no Hub, no download. ``bench`` and the tests train larger and smaller ones.
+The job runs in a separate process, so that a crash in a native library becomes a finding instead of ending
+the doctor. The model has random weights, so nothing is downloaded. ``bench`` and the tests train larger and
+smaller random models.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def write_random_model(folder: Path, texts: Sequence[str], *, device: str = "cpu
     """Write weights, in bfloat16 and in files of 1 GB, and a tokenizer trained on ``texts``.
 
     Args:
-        device: where the numbers are drawn: eight billion take a CPU minutes.
+        device: device that draws the random numbers; eight billion take minutes on a CPU.
         shape: settings of ``LlamaConfig``.
     """
     import torch
@@ -90,7 +91,7 @@ _LAYERS = 2
 
 
 def check_training() -> list[Check]:
-    """Import the libraries, and train if that works."""
+    """Import the libraries, and train if the import works."""
     configure_torch_env()
     checks = [_library(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "datasets")]
     if all(check.outcome == "ok" for check in checks):
@@ -112,19 +113,19 @@ def _library(name: str) -> Check:
         return _check(name, "ok", version(name))
     except PackageNotFoundError:
         return _check(name, "ok", "version unknown")
-    except Exception as error:  # whatever a broken native library raises
+    except Exception as error:  # a broken native library may raise anything
         return _check(name, "error", f"{error}", install_command(name))
 
 
 def _train(*, streamed_layers: int = 0) -> tuple[list[Check], bool]:
-    """Train a model of two layers by the real trainer, with the defaults of a recipe.
+    """Train a model of two layers with the real trainer and the defaults of a recipe.
 
-    So what is tried is what a run does: its allocator, its choice of optimizer, attention and kernels, each
-    compared with the libraries, and with ``streamed_layers`` pinned memory.
+    The test thus covers the same parts as a run: its allocator, its choice of optimizer, attention and
+    kernels, each compared with the libraries, and with ``streamed_layers`` pinned memory.
 
     Returns:
-        The checks, and whether it trained on a GPU. This process itself leaves the GPU alone meanwhile,
-        which may be for one process at a time.
+        The checks, and whether the model was trained on a GPU. Meanwhile this process does not use the GPU,
+            which may allow only one process at a time.
     """
     name = "training with streamed layers" if streamed_layers else "training"
     with tempfile.TemporaryDirectory(prefix="qlora-tui-doctor-") as folder, _own_folders(Path(folder)):
@@ -156,7 +157,7 @@ def _success(name: str, environment: Environment, events: Sequence[AnyEvent]) ->
 
 
 def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedProcess[bytes]) -> Check:
-    """Say what ended the run, by its last event; a trainer that was killed leaves none."""
+    """Return the check for the run's end, described by its last event; a killed trainer leaves no event."""
     failed = next((event for event in events if isinstance(event, Failed)), None)
     if failed is not None:
         return _check(name, "error", f"{failed.what} {failed.why}".strip(), failed.fix)
@@ -166,7 +167,7 @@ def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedPr
 
 
 def _recipe(folder: Path, streamed_layers: int) -> Recipe:
-    """Return the default recipe, short, with a model and rows of its own in the folder."""
+    """Return the default recipe, shortened, with a model and rows written to the folder."""
     sums = [(number, 3 * number, 4 * number) for number in range(_ROWS)]
     rows = [{"instruction": f"Add {a} and {b}.", "output": f"The sum is {c}."} for a, b, c in sums]
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -190,7 +191,7 @@ def _recipe(folder: Path, streamed_layers: int) -> Recipe:
 
 @contextmanager
 def _own_folders(folder: Path) -> Iterator[None]:
-    """Keep runs, caches and measurements of this test apart from the user's."""
+    """Separate runs, caches and measurements of this test from the user's."""
     variables = {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -205,7 +206,7 @@ def _own_folders(folder: Path) -> Iterator[None]:
 
 
 def _transfer() -> Check:
-    """Measure what the estimate says of streamed layers, and record it."""
+    """Measure the speeds that the estimate for streamed layers uses, and record them."""
     from qlora_tui.memory.calibration import record_speed
     from qlora_tui.training.compute_device import find_device
     from qlora_tui.training.streaming.host_memory import measure_speed
@@ -217,7 +218,7 @@ def _transfer() -> Check:
             return _check(name, "note", "not measured: streamed layers save memory on a GPU only")
         speed = measure_speed(device)
         record_speed(device.name, speed)
-    except Exception as error:  # a failure is the finding
+    except Exception as error:  # the failure is reported as the finding
         text = f"{type(error).__name__}: {error}"
         return _check(name, "error", text, install_command("torch", "bitsandbytes"))
     copies, products = f"{speed.bytes_per_s / 1e9:.1f} GB/s", f"{speed.flops_per_s / 1e12:.1f} TFLOP/s"

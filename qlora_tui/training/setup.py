@@ -1,4 +1,4 @@
-"""Loads what a run trains with: tokenized data, the base model, its adapter and the plan of all steps."""
+"""Loads everything that a run trains with: tokenized data, base model, adapter and the plan of all steps."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def setup(run: Run) -> None:
     """Load data and model onto ``run.device``, and verify the first step.
 
     Raises:
-        StopRequested: a stop or pause was requested meanwhile.
+        StopRequested: a stop or pause was requested during setup.
         UserError: the recipe, the data or the model cannot be trained.
     """
     require_names()
@@ -90,9 +90,9 @@ def setup(run: Run) -> None:
 
 
 def _check_inputs(run: Run) -> None:
-    """Raise UserError if an initial adapter is gone, or the base has changed since the checkpoint."""
+    """Raise UserError if an initial adapter is missing, or the base has changed since the checkpoint."""
     if run.recipe.lora.init_from and run.checkpoint is None:
-        # Before anything is loaded: it may have been deleted while this run waited.
+        # Check before anything is loaded: the adapter may have been deleted while this run was queued.
         initial_adapter(run.recipe.lora.init_from)
     run.base_hash = weights_identity(run.files)
     if run.checkpoint is not None:
@@ -104,7 +104,7 @@ def _model_folder(run: Run) -> Path:
     """Return the folder to load; the main process first converts a GGUF file for all.
 
     Raises:
-        StopRequested: a stop or pause was requested meanwhile.
+        StopRequested: a stop or pause was requested during the conversion.
     """
     if run.files.gguf_file is None:
         return run.files.folder
@@ -113,7 +113,7 @@ def _model_folder(run: Run) -> Path:
         run.reporter.phase("converting", f"{file.name} to 16-bit safetensors")
 
         def should_stop() -> bool:
-            # All processes of a run poll together, and the others are waiting at the barrier.
+            # All processes of a run must poll together, but the others are waiting at the barrier.
             if run.dist.world_size == 1:
                 run.requests.poll()
             return run.requests.stop_kind() is not None
@@ -163,14 +163,14 @@ def _tokenize(run: Run) -> PreparedDataset:
 
 
 def _choose_step(run: Run) -> None:
-    """Settle what the recipe still leaves to the free memory: the optimizer, and the rows at a time."""
+    """Choose the settings that depend on free memory: the optimizer, and the rows at a time."""
     recipe, lengths = run.recipe, run.data.train.lengths()
     if not (recipe.training.optimizer == "auto" or recipe.training.auto_micro_batch):
         run.meter.set_recipe(recipe)
         return
     longest = recipe.data.max_length if recipe.data.packing else min(max(lengths), recipe.data.max_length)
     free_bytes = min(run.dist.all_gather(run.meter.free_bytes()))
-    # Unlike GPUs would choose differently, and processes with unlike optimizers drift apart.
+    # Different GPUs would choose differently, and processes with different optimizers diverge.
     run.recipe = run.dist.broadcast(
         run.meter.choose_step(recipe, longest, free_bytes, after_running_out=run.has_run_out)
     )
@@ -193,7 +193,7 @@ def _check_streaming(run: Run) -> None:
 
 
 def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> PreparedBase:
-    """Load the frozen base, and report what it computes with."""
+    """Load the frozen base, and report its dtype, attention and loss."""
     recipe, device, reporter = run.recipe, run.device, run.reporter
     is_stored = quantized_cache.is_stored(quantized_cache.cache_path(folder, recipe, device))
     how = "quantized earlier" if is_stored else f"to {recipe.quantization.method}"
@@ -237,10 +237,10 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
 
 
 def _with_replay(run: Run) -> TokenizedDataset:
-    """Return the training samples, with the base's answers among them if the recipe replays some.
+    """Return the training samples, mixed with the base's answers if the recipe replays some.
 
-    The first attempt of a run computes and writes them. Raises StopRequested if a stop or pause was
-    requested meanwhile, and OSError if they cannot be written.
+    The first attempt of a run computes and writes them. Raises StopRequested if a stop or pause was requested
+    meanwhile, and OSError if they cannot be written.
     """
     recipe, path, train = run.recipe, run.directory.replay_path, run.data.train
     count = step_plan.replayed(len(train), recipe.training.replay_share)
@@ -271,8 +271,8 @@ def _with_replay(run: Run) -> TokenizedDataset:
 def _add_adapter(run: Run) -> Any:
     training, lora, base = run.recipe.training, run.recipe.lora, run.base
     architecture = run.files.architecture
-    # Seeded here, so that the initial adapter depends on the seed alone, not on random numbers that
-    # earlier checks drew.
+    # Seed here, so that the initial adapter depends only on the seed and not on random numbers drawn by
+    # earlier checks.
     set_seed(training.seed)
     model = add_lora(base.model, lora, architecture, token_ids(lora.trainable_tokens, run.tokenizer))
     if lora.init_from and run.checkpoint is None:
@@ -309,12 +309,11 @@ def _add_adapter(run: Run) -> Any:
 
 
 def _starting_adapter(run: Run) -> StartingAdapter | None:
-    """Return the reference of a run that trains an adapter further; None if that is the base, or there is
-    none.
+    """Return the adapter that is the run's reference; None if the reference is the base, or there is none.
 
     Raises:
         UserError: the file that the first attempt wrote cannot be read.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if not run.recipe.keeps_starting_adapter:
         return None
@@ -328,7 +327,7 @@ def _starting_adapter(run: Run) -> StartingAdapter | None:
 
 
 def _verify(run: Run) -> None:
-    """Compare the first step with transformers and peft, and leave out the fast paths that failed."""
+    """Compare the first step with transformers and peft, and switch off the fast paths that failed."""
     run.requests.raise_if_stop_requested()
     run.reporter.phase("probing", "the first step, against transformers and peft")
     require_text_model(run)
@@ -343,7 +342,7 @@ def _verify(run: Run) -> None:
 
 
 def _keep_padding(run: Run, base: PreparedBase) -> PreparedBase:
-    """Keep padding in a resumed run: packed sequences would hold other samples than its first steps did."""
+    """Keep padding in a resumed run: packed sequences would hold other samples than its first steps."""
     checkpoint = run.checkpoint
     if checkpoint is None or checkpoint.state.padding_free == base.padding_free:
         return base

@@ -1,6 +1,6 @@
-"""Surrounds the attempts at a run: one trainer per run, a heartbeat, and an event for every end.
+"""Runs the attempts at a run: one trainer per run, a heartbeat, and an event for every way to end.
 
-torch is imported inside functions, so that a run shows as started, and can be stopped, during the import.
+torch is imported inside functions, so that a run is shown as started, and can be stopped, during the import.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run_trainer(run: RunDir, plan: RetryPlan) -> int:
     """Train a run to its end, and record how it ended.
 
     Returns:
-        The exit code: 0 finished, stopped or paused; 1 or the event's own code failed.
+        The exit code: 0 for finished, stopped or paused; for failed, the event's own code or 1.
 
     Raises:
         UserError: another trainer is working on the run.
@@ -78,18 +78,20 @@ def _record_end(run: RunDir, reporter: Reporter, end_event: RunEnded) -> None:
     reporter.stop()
     if reporter.is_mute:
         return
-    # On a full disk the status stays as the last heartbeat left it, and reads as lost.
+    # On a full disk the status stays as the last heartbeat wrote it, and the run is shown as lost.
     with suppress(OSError):
         record_outcome(run, end_event)
         if run.unreported_path.exists():
-            # The runner may have been killed: another one notifies and continues the queue.
+            # The runner may have been killed: start another one, which notifies and continues the queue.
             ensure_runner()
 
 
 def _run_attempts(
     run: RunDir, plan: RetryPlan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
 ) -> RunEnded:
-    """Attempt the run, again from an earlier checkpoint if one does not load; every error is an event."""
+    """Attempt the run, repeating from an earlier checkpoint if one does not load; every error becomes an
+    event.
+    """
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None
@@ -98,7 +100,8 @@ def _run_attempts(
             require_whole_model()
             recipe = plan.apply_to(run.recipe())
             if dist.world_size > 1:
-                # However it was launched: not every setting is possible with several processes.
+                # Check this however the run was launched: not every setting is possible with several
+                # processes.
                 recipe = replace_setting(recipe, "training.gpus", dist.world_size)
             if dist.is_main_process:
                 leftovers.restore(run)
@@ -129,7 +132,8 @@ def _run_attempts(
             try:
                 return run_attempt(attempt)
             except UnloadableCheckpoint as error:
-                # With several processes, the others may have loaded the checkpoint and wait for this one.
+                # With several processes, the others may have loaded the checkpoint and be waiting for this
+                # one.
                 if checkpoint is None or dist.world_size > 1:
                     raise
                 damage = [error.what.rstrip(".")]
@@ -170,10 +174,10 @@ def _emit_started(reporter: Reporter, recipe: Recipe, checkpoint: Checkpoint | N
 
 @contextmanager
 def _run_lock(run: RunDir) -> Iterator[None]:
-    """Hold the run for this process; the kernel releases it however the process ends.
+    """Hold the run's lock for this process; the kernel releases it however the process ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as lock:
         if lock is None:

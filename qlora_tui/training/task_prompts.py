@@ -1,6 +1,6 @@
 """Prompts of validation rows with their references, as token ids and as text.
 
-A prompt is what the model read in training before the last answer of a row that is in the loss::
+A prompt is the part of a row that, in training, precedes the last answer in the loss::
 
     ids        <user> how are you <end> <assistant> fine <end>
     mask         0     0   0   0    0        0        1    1
@@ -24,7 +24,7 @@ from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, read_calls
 
 _MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
 _STEP_TOKENS = 32
-"""The limit of an answer is a multiple of this, so that answers to other rows are stored in the same file."""
+"""The token limit of answers is a multiple of this number, so that later answers fit the same stored file."""
 
 
 class TaskPrompt(NamedTuple):
@@ -37,15 +37,15 @@ class TaskPrompt(NamedTuple):
     ids: tuple[int, ...]
     """Token ids of the prompt."""
     reference: tuple[int, ...]
-    """Token ids of the reference answer, without what follows its turn end."""
+    """Token ids of the reference answer, without the tokens after its turn end."""
     sample: int
-    """Number of its sample in the validation data."""
+    """Index of the prompt's sample in the validation data."""
 
 
 def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list[TaskPrompt]:
-    """Up to ``most`` prompts, spread evenly over the rows.
+    """Return up to ``most`` prompts, spread evenly over the rows.
 
-    Rows that were cut before the end of their answer, and rows without a prompt, have none.
+    Rows that were truncated before the end of their answer, and rows without a prompt, are left out.
 
     Args:
         samples: the validation data.
@@ -68,13 +68,18 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
 
 
 def answer_limit(longest_reference: int, context_length: int) -> int:
-    """Most tokens of an answer: half as many again as the longest reference, in steps, within the context."""
+    """Return the token limit of an answer: 1.5 times the longest reference, rounded up, within the
+    context.
+    """
     wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
     return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
 
 
 def last_answer(ids: Sequence[int], mask: Sequence[int], turn_ends: frozenset[int]) -> tuple[int, int] | None:
-    """Start and end of the last stretch in the loss, up to its turn end; None if it is cut, or is all."""
+    """Return start and end of the last answer in the loss, up to its turn end.
+
+    None if the answer was truncated, or has no prompt.
+    """
     stop = next((place + 1 for place in range(len(mask) - 1, -1, -1) if mask[place]), 0)
     start = stop
     while start and mask[start - 1]:
@@ -87,7 +92,7 @@ _PROMPT_TOKENS_SHOWN = 200
 
 
 class TaskRows:
-    """Turns prompts and answers of one recipe's data from token ids into text."""
+    """Converts prompts and answers of one recipe's data from token ids to text."""
 
     def __init__(self, data: Data, tokenizer: ChatTokenizer) -> None:
         self._data = data
@@ -99,9 +104,9 @@ class TaskRows:
         """Return the record of a prompt.
 
         Args:
-            prompt: with its reference.
+            prompt: the prompt with its reference.
             base: token ids of the base's answer, with its turn end.
-            adapter: those of the adapter's.
+            adapter: token ids of the adapter's answer, with its turn end.
 
         Raises:
             UserError: the row offers tools and cannot be read again.

@@ -1,7 +1,7 @@
-"""Sends a run's events to an experiment tracker, through transformers' integration of it.
+"""Sends a run's events to an experiment tracker, through transformers' integration of the tracker.
 
-The tracker gets the numbers of each step and evaluation, and the recipe's settings without paths and note.
-It may fail at any time, as for lack of a network: then the run says so once and goes on without it.
+The tracker receives the numbers of each step and evaluation, and the recipe's settings without paths and
+note. If it fails, for example without a network, the run reports this once and continues without the tracker.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from qlora_tui.runs.events import AnyEvent, Evaluated, Step
 from qlora_tui.runs.preflight import TRACKER_NAMES, missing_tracker
 
 PROJECT = "qlora-tui"
-"""Project or experiment of the runs, if the tracker's own variable names no other."""
+"""Project or experiment of the runs, unless the tracker's own variable names another."""
 _MLFLOW_ID = "mlflow_run_id"
-"""File in a run's folder with the id that MLflow gave it, so that a resume continues it."""
+"""File in a run's folder with the id that MLflow assigned to the run, so that a resume continues it."""
 _SECRET_LENGTH = 8
-"""Characters from which a variable's value is unlikely to be an ordinary word."""
+"""Length from which a variable's value is unlikely to be an ordinary word."""
 _URL_PASSWORD = re.compile(r"//[^/@\s]+@")
 _LONGEST_TEXT = 300
 _UNTRACKED = frozenset(("note", "training.report_to", "training.sample_prompts"))
 
 
 class TrackedSettings:
-    """Stands for ``TrainingArguments`` before an integration: the recipe's settings, and the run's name."""
+    """Replaces ``TrainingArguments`` for an integration: the recipe's settings, and the run's name."""
 
     project = PROJECT
     hub_private_repo = None
     trackio_space_id = None
     trackio_bucket_id = None
     trackio_static_space_id = False
-    """Trackio publishes nothing."""
+    """Prevents Trackio from publishing anything."""
 
     def __init__(self, run: RunDir, recipe: Recipe) -> None:
         self.run_name = run.id
@@ -51,7 +51,7 @@ class TrackedSettings:
         self._settings = tracked_settings(recipe)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return each setting by its key, ``lora.rank``."""
+        """Return each setting, keyed by its path such as ``lora.rank``."""
         return dict(self._settings)
 
     def to_json_string(self) -> str:
@@ -73,10 +73,10 @@ def tracked_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 class RunTracker:
-    """One run before its tracker.
+    """Reports one run to its tracker.
 
     Args:
-        on_failure: called once, with what the tracker raised first.
+        on_failure: called once, with the first exception that the tracker raised.
     """
 
     def __init__(self, run: RunDir, recipe: Recipe, on_failure: Callable[[Exception], None]) -> None:
@@ -101,7 +101,7 @@ class RunTracker:
             self._call("on_log", logs=numbers)
 
     def close(self) -> None:
-        """Complete what was sent."""
+        """Flush and close the tracker."""
         self._call("on_train_end")
         self._integration = None
 
@@ -126,7 +126,7 @@ class RunTracker:
     def _attempt(self, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # of a library, the disk or the network: none may end a run
+        except Exception as error:  # the library, the disk or the network may fail, and none may end a run
             self._integration = None
             self._on_failure(error)
 
@@ -140,7 +140,7 @@ _INTEGRATIONS: dict[str, Callable[[], Any]] = {
 
 
 def tracked_numbers(event: AnyEvent) -> dict[str, float]:
-    """Return what a tracker gets of an event, under transformers' names; empty for most events."""
+    """Return the numbers of an event for a tracker, under transformers' names; empty for most events."""
     match event:
         case Step():
             numbers = {
@@ -150,7 +150,7 @@ def tracked_numbers(event: AnyEvent) -> dict[str, float]:
                 "epoch": event.epoch,
                 "tokens": event.tokens,
                 "tokens_per_second": event.tokens_per_s,
-                # TRL's names.
+                # These are TRL's names.
                 "rewards/accuracies": event.reward_accuracy,
                 "rewards/margins": event.reward_margin,
             }
@@ -168,17 +168,17 @@ def tracked_numbers(event: AnyEvent) -> dict[str, float]:
 
 
 def _set_defaults(name: str, run: RunDir) -> None:
-    """Set the tracker's variables that the user has not set: where it writes, and under which name."""
+    """Set the tracker's variables for its folder and run name, unless the user has set them."""
     defaults: dict[str, str] = {}
     match name:
         case "wandb":
             defaults = {
                 "WANDB_PROJECT": PROJECT,
                 "WANDB_DIR": str(run.path),
-                # The same run after a resume.
+                # A resume continues the same run.
                 "WANDB_RUN_ID": run.id,
                 "WANDB_RESUME": "allow",
-                # Neither the trainer's output nor what is in its folder belongs to the tracker.
+                # The tracker may read neither the trainer's output nor the contents of its folder.
                 "WANDB_CONSOLE": "off",
                 "WANDB_SILENT": "true",
                 "WANDB_DISABLE_CODE": "true",
@@ -189,7 +189,7 @@ def _set_defaults(name: str, run: RunDir) -> None:
             defaults = {
                 "MLFLOW_TRACKING_URI": f"sqlite:///{paths.state_dir() / 'mlflow.db'}",
                 "MLFLOW_EXPERIMENT_NAME": PROJECT,
-                # A server that does not answer holds up the start of a run for seconds, not for minutes.
+                # A server that does not answer delays the start of a run by seconds instead of minutes.
                 "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
                 "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
             }
@@ -200,7 +200,7 @@ def _set_defaults(name: str, run: RunDir) -> None:
 
 
 def describe_failure(report_to: str, error: Exception) -> tuple[str, str]:
-    """Return (evidence, remedy) of a tracker that failed, without the values of secret variables."""
+    """Return (evidence, remedy) for a tracker that failed, without the values of secret variables."""
     text = first_line(error)
     text = _URL_PASSWORD.sub("//…@", text)
     for variable, value in os.environ.items():

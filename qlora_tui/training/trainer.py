@@ -1,7 +1,7 @@
 """One optimizer step, and the state that a resume needs: weights, optimizer, schedule and random numbers.
 
 accelerate wraps model and optimizer: it scales the loss under fp16, and averages gradients over processes.
-Which steps there are, and what happens between them, is in :mod:`.loop`.
+:mod:`.loop` determines the steps, and the work between them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from qlora_tui.training.preferences import PreferenceObjective
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step computed."""
+    """The results of one optimizer step."""
 
     loss: float
-    """Mean over the tokens in the loss, by weight, over all processes."""
+    """Weighted mean over the tokens in the loss, over all processes."""
     grad_norm: float
     """Norm of the gradient before clipping."""
     learning_rate: float
@@ -48,7 +48,8 @@ class Trainer:
     Args:
         model: a ``PeftModel``.
         steps: optimizer steps of the whole run.
-        objective: that of a preference method, whose batches the steps have; None for cross-entropy.
+        objective: objective of a preference method, for whose batches the steps are collated; None for
+            cross-entropy.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Trainer:
         self.model = model
         self.objective = objective
         self.step = 0
-        """Optimizer steps done, over all attempts."""
+        """Number of finished optimizer steps, over all attempts."""
         self.tokens = 0
         """Real tokens trained on so far, over all attempts and processes."""
         self.uses_fp16 = device.kind == "cuda" and device.dtype == torch.float16
@@ -80,28 +81,29 @@ class Trainer:
             kwargs_handlers=[
                 DistributedDataParallelKwargs(
                     find_unused_parameters=False,
-                    # Gradients take no memory twice.
+                    # Gradients share memory with DDP's buckets.
                     gradient_as_bucket_view=True,
                 )
             ],
         )
         self.wrapped, self.optimizer = self._accelerator.prepare(model, create_optimizer(model, training))
-        """The model as it is called in a step, in DDP's wrapper if there are several processes."""
+        """The model as called in a step; with several processes, DDP's wrapper."""
         self.schedule = create_schedule(self.optimizer, training, steps)
         self.wrapped.zero_grad()
 
     @property
     def skipped_step(self) -> bool:
-        """Whether fp16 skipped the last step, because its gradients overflowed."""
+        """Whether fp16 skipped the last step because its gradients overflowed."""
         return bool(self._accelerator.optimizer_step_was_skipped)
 
     def train_step(
         self, data: StepData, after_micro_batch: Callable[[int, int], None] = lambda done, total: None
     ) -> StepResult:
-        """Do one optimizer step.
+        """Run one optimizer step.
 
         Args:
-            after_micro_batch: called with the micro-batches done and in all, except after the last.
+            after_micro_batch: called with the number of finished micro-batches and of all, except after the
+                last.
         """
         loss = self.accumulate_gradients(data, after_micro_batch)
         limit = self._training.max_grad_norm or float("inf")
@@ -118,9 +120,10 @@ class Trainer:
     def accumulate_gradients(
         self, data: StepData, after_micro_batch: Callable[[int, int], None]
     ) -> torch.Tensor:
-        """Forward and backward over all micro-batches of a step; returns the weighted mean loss."""
+        """Run forward and backward over all micro-batches of a step; return the weighted mean loss."""
         batches = data["micro_batches"]
-        # DDP averages gradients over processes, but the divisor is that of all: they must be summed.
+        # DDP averages gradients over processes, but the divisor counts all processes, so the gradients must
+        # be summed.
         share = self._accelerator.num_processes / (data["loss_weight_sum"] or 1)
         self._step_start = RandomNumberState.capture(self._device)
         self.wrapped.train()
@@ -141,16 +144,18 @@ class Trainer:
         return total
 
     def summed_loss(self, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
-        """Return the sum of the losses of a micro-batch, to be divided by the loss weights of its step.
+        """Return the summed losses of a micro-batch, which the caller divides by the loss weights of its
+        step.
 
         Args:
-            token_share: what a token of ORPO's cross-entropy counts next to a pair.
+            token_share: the weight of a token of ORPO's cross-entropy relative to a pair.
         """
         tensors = on_device(batch, self._device)
         if self.objective is not None:
             return self.objective.summed_loss(self.wrapped, self.model, tensors, token_share)
         with self._noise.scaled_for(tensors):
-            # The forward is that of loss.use_loss. 1: it returns the sum; the caller divides by loss weights.
+            # The forward is that of loss.use_loss. With 1 it returns the sum; the caller divides by loss
+            # weights.
             loss: torch.Tensor = self.wrapped(**tensors, num_items_in_batch=1).loss
         return loss
 
@@ -162,20 +167,21 @@ class Trainer:
         objective.set_divergence(total / count if count else 0.0)
 
     def _release_before_step(self) -> None:
-        """On a CPU, return what the backward has freed to the system before a trained embedding is updated.
+        """On a CPU, return memory freed by the backward to the system before a trained embedding is updated.
 
-        The update takes several times its matrix, and glibc would take that in addition to its free pages.
+        The update takes several times the size of its matrix, which glibc would allocate in addition to its
+        free pages.
         """
         if self._device.type == "cpu" and trained_matrices(self.model):
             release_free_memory()
 
     def try_step(self, batch: dict[str, Any], *, fresh: bool) -> None:
-        """Compute a step of one micro-batch for its memory, and restore everything that it changes.
+        """Run a step of one micro-batch to measure its memory, and restore everything that it changes.
 
         Args:
             batch: on the CPU.
-            fresh: update the weights too, without loss scaling; the optimizer's states then stay allocated,
-                as in every step but the first. A resumed run has them already.
+            fresh: also update the weights, without loss scaling; the optimizer's states then stay allocated,
+                as in every step except the first. A resumed run already has them.
         """
         items = max(1, int((batch["labels"][:, 1:] >= 0).sum()))
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -194,14 +200,14 @@ class Trainer:
                 parameter.copy_(value)
 
     def undo_unfinished_step(self) -> None:
-        """Restore what the step in progress has changed: gradients and random numbers."""
+        """Restore gradients and random numbers, which the unfinished step has changed."""
         if self._step_start is not None:
             self._step_start.restore(self._device)
             self._step_start = None
         self.model.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, value: float) -> None:
-        """Change the learning rate of the steps to come (:func:`.optimizers.change_rate`)."""
+        """Change the learning rate of the remaining steps (:func:`.optimizers.change_rate`)."""
         change_rate(self.schedule, value, self._training, step=self.step, steps=self._steps)
 
     def save(self, folder: Path) -> None:
@@ -222,7 +228,7 @@ class Trainer:
         """Restore weights, optimizer, schedule and loss scale. Raises UnloadableCheckpoint."""
         with _loading(folder):
             load_adapter(self.model, folder)
-            # Read to host memory, unless several processes would each read it there.
+            # Load into host memory, unless several processes would each load a copy there.
             is_shared = self._accelerator.num_processes > 1
             where = self._device if is_shared and self._device.type != "cpu" else "cpu"
             self.optimizer.load_state_dict(
@@ -233,10 +239,10 @@ class Trainer:
                 self._accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
 
     def load_random_numbers(self, folder: Path) -> None:
-        """Draw the random numbers that followed a checkpoint. Raises UnloadableCheckpoint."""
+        """Restore the random state of a checkpoint. Raises UnloadableCheckpoint."""
         with _loading(folder):
             file = folder / self._random_numbers_file
-            # A checkpoint of another number of processes has none for this one.
+            # A checkpoint of another number of processes has no random state for this process.
             if file.is_file():
                 with safe_globals():  # type: ignore[no-untyped-call]  # transformers'
                     state = torch.load(file, weights_only=True)
@@ -249,7 +255,7 @@ class Trainer:
 
 
 class RandomNumberState(NamedTuple):
-    """The random numbers of a process at one moment."""
+    """The random state of a process at one moment."""
 
     python: tuple[Any, ...]
     numpy: Any
@@ -259,14 +265,15 @@ class RandomNumberState(NamedTuple):
 
     @classmethod
     def capture(cls, device: torch.device) -> RandomNumberState:
-        """Return the state now, without waiting for the device."""
+        """Capture the current state, without waiting for the device."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     @classmethod
     def read(cls, state: dict[str, Any], device: torch.device) -> RandomNumberState:
-        """Return the state in a checkpoint; in one of several processes an earlier version kept that of each
-        GPU.
+        """Read the state in a checkpoint.
+
+        With several processes, an earlier version stored the state of each GPU.
         """
         cuda = state.get("cuda")
         return cls(
@@ -277,7 +284,7 @@ class RandomNumberState(NamedTuple):
         )
 
     def restore(self, device: torch.device) -> None:
-        """Draw the same random numbers again."""
+        """Restore the random state, so that the same numbers are drawn again."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
@@ -301,7 +308,7 @@ def _reset_states(optimizer: Any) -> None:
     on_host = []
     for state in optimizer.state.values():
         for name, value in state.items():
-            # bitsandbytes' code tables are constants.
+            # bitsandbytes' code tables are constant.
             if torch.is_tensor(value) and not name.startswith("qmap"):
                 if value.device.type == "cpu":
                     on_host.append(value)

@@ -1,10 +1,9 @@
-"""Host memory in which streamed layers wait, pinned if the system allows it.
+"""Host memory for streamed layers, pinned if the system allows it.
 
 A GPU copies from pinned memory directly, during the computation. Copies from other memory pass through a
-buffer of the driver, which takes longer and stops the host until they are done.
-
-How fast a GPU gets layers from it, and computes with them, ``doctor`` measures once per machine: from that
-the estimate says how much slower streamed layers are.
+buffer of the driver, which takes longer and stops the host until they are done. ``doctor`` measures once per
+machine how fast a GPU receives layers from host memory and computes with them; the estimate derives from it
+how much streaming slows training down.
 """
 
 from __future__ import annotations
@@ -25,19 +24,21 @@ from qlora_tui.runs.doctor import host_memory_problem
 from qlora_tui.training.compute_device import ComputeDevice, host_memory_bytes
 
 _END_BYTES = 256
-"""Bytes at each end of a buffer that are copied as a trial."""
+"""Number of bytes at each end of a buffer that are copied as a test."""
 
 
 class HostMemory:
     """Allocates the buffers of streamed layers, or of offloaded inputs, for a device."""
 
     def __init__(self, device: torch.device, on_refused: Callable[[str], None] = lambda why: None) -> None:
-        """``on_refused`` is called once, with the reason, if memory cannot be pinned."""
+        """Allocate for ``device``; ``on_refused`` is called once, with the reason, if memory cannot be
+        pinned.
+        """
         self._device = device
         self._pins = device.type == "cuda"
         self._on_refused = on_refused
         self.refused = ""
-        """Why memory could not be pinned; empty if it was, or need not be."""
+        """Why memory could not be pinned; empty if it was pinned, or need not be."""
         self._pinned: list[weakref.finalize[Any, Any]] = []
 
     @property
@@ -46,7 +47,7 @@ class HostMemory:
         return any(unpin.alive for unpin in self._pinned)
 
     def unpin(self, why: str) -> None:
-        """Unpin all buffers, and pin no more; ``why`` becomes the reason."""
+        """Unpin all buffers, and pin no more buffers; ``why`` becomes the reason."""
         for unpin in self._pinned:
             unpin()
         self.refused = why
@@ -55,8 +56,8 @@ class HostMemory:
     def allocate(self, size_bytes: int) -> Tensor:
         """Return a uint8 vector of host memory.
 
-        Registered with CUDA rather than allocated by torch, whose pinned allocator rounds up to a power of
-        two.
+        The memory is registered with CUDA instead of allocated by torch, whose pinned allocator rounds up to
+        a power of two.
         """
         buffer = torch.empty(size_bytes, dtype=torch.uint8)
         if self._pins and not self.refused:
@@ -64,7 +65,7 @@ class HostMemory:
             if self.refused:
                 self._on_refused(self.refused)
             else:
-                # Memory that is freed while it is registered could not be registered again at its address.
+                # Memory that is freed while registered could not be registered again at the same address.
                 unpin = weakref.finalize(buffer, _unpin, buffer.data_ptr(), self._device)
                 unpin.atexit = False
                 self._pinned.append(unpin)
@@ -72,7 +73,7 @@ class HostMemory:
 
 
 def _pin(buffer: Tensor, device: torch.device) -> str:
-    """Pin a buffer; returns why that is refused, or an empty text."""
+    """Pin a buffer. Returns the reason if that is refused, else an empty text."""
     try:
         result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
@@ -88,7 +89,7 @@ def _pin(buffer: Tensor, device: torch.device) -> str:
 
 
 def _arrives(buffer: Tensor, device: torch.device) -> bool:
-    """Return whether the ends of a new buffer reach the GPU, twice: overwrites them.
+    """Return whether copies of a new buffer's ends reach the GPU, tested twice; overwrites these ends.
 
     On WSL2 copies from pinned memory may do nothing, without an error (FreeToken issue 291).
     """
@@ -102,7 +103,7 @@ def _arrives(buffer: Tensor, device: torch.device) -> bool:
 
 
 def _copied_there(values: Tensor, device: torch.device) -> Tensor:
-    """Return the values that a GPU has after a copy, back in other memory."""
+    """Return the values that a GPU has after a copy, read back into other memory."""
     there = torch.empty_like(values, device=device).zero_()
     there.copy_(values, non_blocking=True)
     return there.cpu()
@@ -116,8 +117,9 @@ def _unpin(address: int, device: torch.device) -> None:
 def _clear_error(device: torch.device) -> None:
     """Clear the error that CUDA's runtime keeps after a failed call.
 
-    The next kernel launch of the thread would raise it. ``torch/csrc/cuda/shared/cudart.cpp`` returns the
-    code and leaves the error; it binds no ``cudaGetLastError``, and a launch by torch reads and clears it.
+    Otherwise the next kernel launch of the thread would raise it. ``torch/csrc/cuda/shared/cudart.cpp``
+    returns the code without clearing the error and does not bind ``cudaGetLastError``; a launch by torch
+    reads and clears the error.
     """
     with suppress(RuntimeError):
         torch.zeros(1, device=device)
@@ -131,15 +133,16 @@ def require_host_memory(needed_bytes: int) -> None:
 
 
 _COPIED_BYTES = 256 << 20
-"""Large enough that starting the copy takes no share of its time."""
+"""Bytes of the measured copy, large enough that the time to start it is negligible."""
 _WIDTH, _TOKENS = 4096, 2048
-"""Shape of the products: those of a 7B model, with as many tokens as a packed sequence."""
+"""Shape of the measured products: those of a 7B model, with as many tokens as a packed sequence."""
 _REPEATS = 5
 _MS_PER_S = 1000
 
 
 def measure_speed(device: ComputeDevice) -> TransferSpeed:
-    """Copy from pinned memory, and multiply with a dequantized NF4 weight; the best of a few repeats.
+    """Measure copies from pinned memory, and products with a dequantized NF4 weight; the best of a few
+    repeats.
 
     Takes half a second and 0.7 GiB of the GPU. Needs CUDA.
     """
@@ -162,7 +165,7 @@ def measure_speed(device: ComputeDevice) -> TransferSpeed:
 
 
 def _best_seconds(work: Callable[[], object]) -> float:
-    """Shortest time of some repeats on the GPU, after one that is not measured."""
+    """Return the shortest time of several repeats on the GPU, after one that is not measured."""
     work()
     seconds = []
     for _ in range(_REPEATS):

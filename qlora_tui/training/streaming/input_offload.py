@@ -6,7 +6,7 @@ copied to host memory while the next layers compute, and back while the layer af
     forward      [0]    [1] 0→    [2] 1→    [3] 2→
     backward     [3] →2    [2] →1    [1] →0    [0]
 
-Two of them are on the device at a time. The last one is copied too, which costs nothing but its copy.
+Two inputs are on the device at a time. The last input is copied too, although it is needed at once.
 """
 
 from __future__ import annotations
@@ -22,39 +22,37 @@ from qlora_tui.training.streaming.slots import Copies, bytes_of
 
 
 class KeptInput:
-    """The input of one layer in host memory."""
+    """The input of one layer, kept in host memory."""
 
     def __init__(self, hidden: Tensor, buffer: Tensor, previous: KeptInput | None) -> None:
         self.buffer = buffer
-        """Its bytes, uint8."""
+        """Bytes of the input, uint8."""
         self.shape, self.stride, self.dtype = hidden.shape, hidden.stride(), hidden.dtype
         self.requires_grad = hidden.requires_grad
         self.previous = None if previous is None else weakref.ref(previous)
-        """The input of the layer before, which is needed next; dead if there is none."""
+        """Weak reference to the input of the previous layer, which is needed next; dead if there is none."""
 
 
 class InputOffload:
     """The inputs of all layers of a model, in the order of the forward."""
 
     def __init__(self, copies: Copies, allocate_host: Callable[[int], Tensor]) -> None:
-        """``allocate_host`` returns a uint8 vector of host memory of a number of bytes."""
+        """Use ``allocate_host``, which returns a uint8 vector of host memory of a given number of bytes."""
         self._copies = copies
         self._allocate_host = allocate_host
         self._free_buffers: list[Tensor] = []
         self._last: weakref.ref[KeptInput] | None = None
         self._sending: tuple[Tensor, Any] | None = None
-        """The input that is on its way to the host, and the event of the copy."""
+        """The input that is being copied to the host, and the event of the copy."""
         self._fetching: tuple[KeptInput, Tensor, Any] | None = None
-        """The input that is on its way to the device, its bytes there, and the event of the copy."""
+        """The input that is being copied to the device, its bytes there, and the event of the copy."""
         self.host_bytes = 0
         """Bytes of all buffers."""
 
     def keep(self, hidden: Tensor) -> KeptInput:
-        """Start to copy the input of a layer to the host. The caller needs to hold it no longer."""
+        """Start to copy the input of a layer to the host. The caller need not keep the input."""
         self._end_sending()
-        if (
-            self._fetching is not None
-        ):  # A step was given up: its memory may be freed once the copy has ended.
+        if self._fetching is not None:  # an abandoned step's memory may be freed once its copy has ended
             self._copies.wait_for(self._fetching[2])
             self._fetching = None
         values = bytes_of(hidden.detach())
@@ -62,7 +60,7 @@ class InputOffload:
         previous = self._last() if self._last is not None else None
         kept_input = KeptInput(hidden, buffer[: values.numel()], previous)
         self._last = weakref.ref(kept_input)
-        # When the layer's graph is freed, another layer may use the buffer.
+        # Once the layer's graph is freed, another layer may use the buffer.
         weakref.finalize(kept_input, self._free_buffers.append, buffer).atexit = False
         self._sending = (
             values,
@@ -71,7 +69,7 @@ class InputOffload:
         return kept_input
 
     def fetch(self, kept_input: KeptInput) -> Tensor:
-        """Return the input on the device again; starts to fetch that of the layer before."""
+        """Return the input on the device again, and start to fetch the previous layer's input."""
         self._end_sending()
         if self._fetching is None or self._fetching[0] is not kept_input:
             self._start_fetch(kept_input)
@@ -91,13 +89,13 @@ class InputOffload:
         self._fetching = kept_input, values, copied
 
     def _end_sending(self) -> None:
-        """Let the computation wait for the copy to the host, after which its source may be freed."""
+        """Make the computation wait for the copy to the host, after which the source may be freed."""
         if self._sending is not None:
             self._copies.wait_for(self._sending[1])
             self._sending = None
 
     def _buffer(self, size_bytes: int) -> Tensor:
-        """Return the smallest free buffer that is large enough, or another one."""
+        """Return the smallest free buffer that is large enough, or a new one."""
         fitting = [buffer for buffer in self._free_buffers if buffer.numel() >= size_bytes]
         if fitting:
             buffer = min(fitting, key=Tensor.numel)
@@ -125,13 +123,13 @@ class OffloadingCheckpoint:
         def run(like: Tensor, *inputs: Any) -> Any:
             return function(first.pop() if first else self._offload.fetch(kept_input), *inputs)
 
-        # Checkpointing repeats the random numbers of the devices of its arguments.
+        # Checkpointing restores the random state of the devices of its arguments.
         like = hidden.new_empty(0)
         del hidden, args
         return self._checkpoint(run, like, *others)
 
 
 def offload_inputs(layers: Sequence[Any], offload: InputOffload) -> None:
-    """Keep the inputs of checkpointed layers in host memory. Call it after checkpointing was turned on."""
+    """Keep the inputs of checkpointed layers in host memory. Call this after checkpointing was turned on."""
     for layer in layers:
         layer._gradient_checkpointing_func = OffloadingCheckpoint(layer._gradient_checkpointing_func, offload)

@@ -1,8 +1,8 @@
-"""Places a loaded model: the frozen weights of some layers in host memory, everything else on the device.
+"""Places a loaded model, with the frozen weights of some layers in host memory and all else on the device.
 
-A streamed layer waits for its weights before it computes, in the forward and in the backward. It must be
-recomputed in the backward pass: what it saved otherwise would be the weights in a slot, which hold another
-layer by then. Its forward raises an error if it would save them.
+A streamed layer waits for its weights before it computes, in the forward and in the backward. The layer must
+be recomputed in the backward pass: otherwise it would save weights in a slot, which holds another layer by
+the time of the backward. The forward raises an error if it would save weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from qlora_tui.training.streaming.slots import (
 
 
 class StreamedLayerError(RuntimeError):
-    """A streamed layer ran with gradients and without gradient checkpointing, which would make them wrong."""
+    """Raised if a streamed layer runs with gradients but without checkpointing, which would make them
+    wrong.
+    """
 
 
 class StreamedCheckpoint:
@@ -49,24 +51,26 @@ class StreamedCheckpoint:
         """Run ``function`` as torch's ``checkpoint`` does, which calls it again in the backward."""
         self._enter("forward")
         outputs = self._checkpoint(function, *args)
-        # Not with the recomputation, which starts when a saved tensor is needed first: a function that saved
-        # none, such as the last projection of an MLP, has read its weight by then.
+        # The recomputation cannot fetch the weights, because it starts only when a saved tensor is needed: a
+        # function that saved none, such as the last projection of an MLP, has read its weight by then.
         for output in outputs if isinstance(outputs, tuple) else (outputs,):
             if torch.is_tensor(output) and output.requires_grad:
                 output.register_hook(self._before_backward)  # type: ignore[no-untyped-call]  # torch's own
         return outputs
 
     def _before_backward(self, gradient: Tensor) -> None:
-        """Called with the gradient of the layer's output, when the layers after it are done."""
+        """Fetch the weights; called with the gradient of the layer's output, once the later layers are
+        done.
+        """
         self._enter("backward")
 
 
 def stream_forward(layer: Any, enter: Callable[[Pass], None]) -> None:
-    """Let the layer fetch its weights when it runs without checkpointing: in evaluations and generation."""
+    """Make the layer fetch its weights when it runs without checkpointing, in evaluations and generation."""
     original_forward = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # The condition is transformers'.
+        # transformers uses the same condition.
         if layer.gradient_checkpointing and layer.training and torch.is_grad_enabled():
             if not isinstance(layer._gradient_checkpointing_func, StreamedCheckpoint):
                 raise StreamedLayerError("the layer's checkpoint function does not fetch its weights")
@@ -95,7 +99,7 @@ class StreamedLayers:
         self._layers = layers
         self._slots = slots
         self.not_pinned = not_pinned
-        """Why their memory could not be pinned; empty if it was, or need not be."""
+        """Why the layers' memory could not be pinned; empty if it was pinned, or need not be."""
         self.host_bytes = host_bytes
         """Bytes of host memory that hold the layers."""
         for place, layer in enumerate(layers):
@@ -110,7 +114,7 @@ class StreamedLayers:
         return self._slots.size_bytes
 
     def use_checkpoints(self) -> None:
-        """Fetch weights in the backward too. Call it once gradient checkpointing is turned on."""
+        """Fetch weights in the backward too. Call this once gradient checkpointing is turned on."""
         for place, layer in enumerate(self._layers):
             checkpoint = layer._gradient_checkpointing_func
             if not isinstance(checkpoint, StreamedCheckpoint):
@@ -126,10 +130,10 @@ def place_streamed(
 ) -> StreamedLayers:
     """Move the frozen weights of ``count`` layers to host memory, and everything else to the device.
 
-    The model is loaded on the CPU, so the device never holds more than what stays there and two layers.
+    The model is loaded on the CPU, so the device never holds more than its permanent tensors and two layers.
 
     Args:
-        copies: how layers reach the device; by default as its kind does.
+        copies: how layers are copied to the device; the default depends on its kind.
 
     Raises:
         UserError: the layers of this model cannot be streamed.
@@ -142,22 +146,22 @@ def place_streamed(
     for place, layer in enumerate(laid_out):
         buffer = host_memory.allocate(layer.size_bytes)
         layer.write_to(buffer)
-        # This frees the layer's own memory, before the next layer is copied.
+        # This frees the layer's own memory before the next layer is copied.
         slots.add(place, layer, buffer)
     _require_copies(slots, host_memory, (0, len(laid_out) - 1))
     _move_rest(model, device, laid_out)
-    # accelerate compares it with the device that trains.
+    # accelerate compares this attribute with the device that trains.
     model.hf_device_map = {"": device}
     return StreamedLayers(layers, slots, sum(layer.size_bytes for layer in laid_out), host_memory.refused)
 
 
 def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence[int]) -> None:
-    """Compare layers that were copied to the device; unpin the memory if they did not arrive.
+    """Compare layers after a copy to the device; unpin the memory if the copies do not arrive.
 
     On WSL2 copies from pinned memory may do nothing, without an error (FreeToken issue 291).
 
     Raises:
-        UserError: they do not arrive from other memory either.
+        UserError: copies from unpinned memory do not arrive either.
     """
 
     def arrive() -> bool:
@@ -176,8 +180,9 @@ def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence
 
 
 def movable_layers(model: Any, setting: str = "quantization.streamed_layers") -> list[nn.Module]:
-    """Return the decoder layers in the order of the forward. Raises UserError without a list, naming
-    ``setting``.
+    """Return the decoder layers in the order of the forward.
+
+    Raises UserError, naming ``setting``, if the model has no list of layers.
     """
     layers: list[nn.Module] = decoder_layers(model)
     if not layers:
@@ -191,7 +196,7 @@ def movable_layers(model: Any, setting: str = "quantization.streamed_layers") ->
 
 
 def _moving_tensors(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[Tensor]]:
-    """Return the tensors of each layer that move; memory that something else reads too stays."""
+    """Return the tensors of each layer that move; memory that other modules also read stays."""
     candidates = [movable_tensors(layer) for layer in layers]
     in_layers = [{extent_of(tensor) for tensor in tensors} for tensors in candidates]
     ids = {id(tensor) for tensors in candidates for tensor in tensors}
@@ -203,7 +208,7 @@ def _moving_tensors(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[
 
 
 def _move_rest(model: nn.Module, device: torch.device, moved: Sequence[LayerTensors]) -> None:
-    """Move every other tensor to the device, as the same object; memory that is shared stays shared."""
+    """Move every other tensor to the device in place, so that references and shared memory stay shared."""
     ids = {id(tensor) for layer in moved for tensor in layer.tensors}
     placed: dict[Extent, Tensor] = {}
     for tensor in all_tensors(model):

@@ -1,25 +1,25 @@
-"""The frozen tensors of streamed layers in host memory, and the two buffers of the device through which they
-pass.
+"""The frozen tensors of streamed layers in host memory, and the two device buffers that they are copied to.
 
 The weights of a layer and their scales lie side by side in one buffer of host memory, so a layer is one copy,
 at the full speed of the bus. Norms and biases stay on the device: they are small, and other parts of the
-trainer read them outside of the layer's forward. Layers take the two slots in turn, so each layer has its
-slot for the whole run, and its tensors point there once and for all. What autograd functions kept of a
-layer's weights in the forward (bitsandbytes keeps the packed weight of a 4-bit layer) is therefore valid
-again in the backward, when the layer is back in its slot.
+trainer read them outside of the layer's forward. Layers alternate between the two slots, so each layer has
+the same slot for the whole run, and its tensors always point there. Weights that autograd functions saved in
+the forward (bitsandbytes saves the packed weight of a 4-bit layer) are therefore valid again in the backward,
+when the layer is back in its slot.
 
-A step of four streamed layers, with ``[n]`` for layer n at work and ``+n`` for a copy that runs during it::
+A step of four streamed layers, with ``[n]`` for the computation of layer n and ``+n`` for a copy that runs
+during it::
 
     forward      [0] +1   [1] +2   [2] +3   [3]
     backward     [3]      [2] +1   [1] +0   [0]
 
 The backward begins with the layers that are still there, and so does the next forward: a step of S layers
-takes 2 (S - 2) copies. Without gradients the first layer is copied again while the last one computes, if it
-has the other slot.
+takes 2 (S - 2) copies. Without gradients the first layer is copied again while the last one computes, if the
+two have different slots.
 
-On a GPU a copy runs on its own stream. Two rules keep the values right, and both are events: a copy waits
-until the computation that read the buffer before has ended, and a computation waits for the copy it reads.
-On a CPU there are no streams, and a copy is done when the call returns.
+On a GPU a copy runs on its own stream. Events enforce two rules that keep the values right: a copy waits for
+the end of the computation that last read the buffer, and a computation waits for the copy that it reads. On a
+CPU there are no streams, and a copy is done when the call returns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 
 class Copies:
-    """Buffers of a device, copies between it and host memory, and events that order them.
+    """Buffers of a device, copies between device and host memory, and events that order them.
 
     On a CPU a copy is done when the call returns, and there are no events.
     """
@@ -49,11 +49,11 @@ class Copies:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def record_computation(self) -> Any:
-        """Return an event that occurs when everything that was computed so far has ended."""
+        """Return an event that occurs when all computation queued so far has ended."""
         return None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> Any:
-        """Start a copy behind the event ``after``; returns the event of its end."""
+        """Start a copy that waits for the event ``after``; returns the event of its end."""
         if self._stream is None:
             target.copy_(source)
             return None
@@ -63,7 +63,7 @@ class Copies:
             return self._stream.record_event()
 
     def wait_for(self, copied: Any) -> None:
-        """Let what is computed from now on start after the event of a copy."""
+        """Make later computation wait for the event of a copy."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_event(copied)
 
@@ -71,7 +71,7 @@ class Copies:
 _STATE_PACKAGES = ("bitsandbytes", "qlora_tui")
 """Packages whose objects may hold tensors of a quantized weight."""
 _MIN_DIMENSIONS = 2
-"""Dimensions from which a plain parameter or buffer moves: norms and biases have one."""
+"""Number of dimensions from which a plain parameter or buffer moves: norms and biases have one."""
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes of every module: parameters, buffers, submodules, hooks."""
@@ -119,20 +119,20 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 
 def point_to(tensor: Tensor, buffer: Tensor) -> None:
-    """Let a tensor read its values from ``buffer``, a uint8 vector of the size of its extent.
+    """Make a tensor read its values from ``buffer``, a uint8 vector of the size of its extent.
 
-    The object stays the same, so everything that refers to it sees the values in the buffer.
+    The tensor object stays the same, so everything that refers to it sees the values in the buffer.
     """
     tensor.data = buffer.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def _span(tensor: Tensor) -> int:
-    """Elements from the first to the last of a tensor."""
+    """Return the number of elements from the first to the last of a tensor."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _owned_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers of the module itself, and tensors among its attributes."""
+    """Yield parameters and buffers of the module itself, and tensors among its attributes."""
     for values in (module._parameters, module._buffers, vars(module)):
         for value in values.values():
             if isinstance(value, Tensor):
@@ -140,7 +140,7 @@ def _owned_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _state_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors in the state objects of quantized weights of the module itself."""
+    """Yield tensors in the state objects of the module's own quantized weights."""
     seen: set[int] = set()
     for parameter in module._parameters.values():
         if parameter is not None and not parameter.requires_grad:
@@ -169,22 +169,22 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether an object holds the state of a quantized weight. Modules are visited by themselves."""
+    """Return whether an object holds the state of a quantized weight; modules do not count."""
     package = type(value).__module__.partition(".")[0]
     return package in _STATE_PACKAGES and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
 
 
 ALIGNMENT_BYTES = 256
-"""Each tensor starts at a multiple of this, as kernels expect of memory from CUDA."""
+"""Each tensor starts at a multiple of this many bytes, as kernels expect of memory from CUDA."""
 
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """The tensors of one layer that move, and the place of each in the layer's buffer."""
+    """The tensors of one layer that move, and the offset of each in the layer's buffer."""
 
     tensors: tuple[Tensor, ...]
     offsets: tuple[int, ...]
-    """Where each tensor starts in the buffer, in bytes. Tensors that share memory start at the same place."""
+    """Start of each tensor in the buffer, in bytes. Tensors that share memory have the same start."""
     size_bytes: int
     """Bytes of the buffer."""
 
@@ -195,14 +195,14 @@ class LayerTensors:
             buffer[offset : offset + values.numel()].copy_(values)
 
     def point_to(self, buffer: Tensor) -> None:
-        """Let all tensors read from a uint8 vector of at least ``size_bytes``; frees their own memory."""
+        """Make all tensors read from a uint8 vector of at least ``size_bytes``; frees their own memory."""
         sizes = [extent_of(tensor).size_bytes for tensor in self.tensors]
         for tensor, offset, size in zip(self.tensors, self.offsets, sizes, strict=True):
             point_to(tensor, buffer[offset : offset + size])
 
 
 def lay_out(tensors: Sequence[Tensor]) -> LayerTensors:
-    """Give each tensor of a layer its place in a buffer."""
+    """Assign each tensor of a layer an offset in a buffer."""
     offsets: dict[Extent, int] = {}
     size = 0
     for tensor in tensors:
@@ -214,12 +214,12 @@ def lay_out(tensors: Sequence[Tensor]) -> LayerTensors:
 
 
 def aligned(size_bytes: int) -> int:
-    """Round up to the place of the next tensor in the buffer."""
+    """Round up to the offset of the next tensor in the buffer."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 Pass: TypeAlias = Literal["forward", "backward", "no gradient"]
-"""What a layer runs for: the forward of a step, its recomputation and backward, or an evaluation."""
+"""Why a layer runs: for the forward of a step, its recomputation and backward, or an evaluation."""
 _SLOTS = 2
 
 
@@ -233,9 +233,9 @@ class LayerSlots:
         """The bytes of each layer in host memory."""
         self._slots = [copies.allocate(max(sizes)) for _ in range(min(_SLOTS, len(sizes)))]
         self._held: list[int | None] = [None] * len(self._slots)
-        """The layer whose bytes are in each slot, or on their way."""
+        """The layer whose bytes are in each slot, or are being copied there."""
         self._copied: list[Any] = [None] * len(self._slots)
-        """Event of the copy that no computation has waited for yet."""
+        """Event of each slot's copy that no computation has waited for yet."""
 
     def add(self, place: int, layer: LayerTensors, host_buffer: Tensor) -> None:
         """Set the bytes of a layer, (size_bytes,) uint8 in host memory, and point its tensors to its slot."""
@@ -253,9 +253,9 @@ class LayerSlots:
         return tuple(self._held)
 
     def receives(self, place: int) -> bool:
-        """Return whether the bytes of a layer arrive in its slot, which holds no layer afterwards.
+        """Return whether the bytes of a layer arrive in its slot, which is marked empty afterwards.
 
-        They are copied twice: where such copies are lost, the first may not be.
+        They are copied twice, because on affected systems the first copy may succeed.
         """
         slot, source = self._slot_of(place), self._layers[place]
         assert source is not None
@@ -270,9 +270,10 @@ class LayerSlots:
         return True
 
     def enter(self, place: int, purpose: Pass) -> None:
-        """Have the layer in its slot before what is computed next, and start to copy the one after it.
+        """Copy the layer into its slot before the next computation, and start to copy the layer that runs
+        next.
 
-        Everything of the layers that ran before must have been computed, or queued on the device.
+        All computation of the layers that ran before must have ended, or be queued on the device.
         """
         slot = self._slot_of(place)
         if self._held[slot] != place:
@@ -291,7 +292,7 @@ class LayerSlots:
         return place % len(self._slots)
 
     def _following(self, place: int, purpose: Pass) -> int | None:
-        """Return the layer that runs next; None if it is one of those in the slots already."""
+        """Return the layer that runs next; None if the slots already hold it."""
         last = len(self._layers) - 1
         if purpose == "backward":
             return place - 1 if place else None
@@ -300,7 +301,7 @@ class LayerSlots:
         return 0 if purpose == "no gradient" else None
 
     def _start_copy(self, place: int) -> None:
-        """Copy a layer into its slot once all that was computed so far has ended: it may read the slot."""
+        """Copy a layer into its slot after all computation so far, which may read the slot, has ended."""
         slot, source = self._slot_of(place), self._layers[place]
         assert source is not None
         target = self._slots[slot][: source.numel()]
