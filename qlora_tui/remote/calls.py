@@ -1,7 +1,8 @@
-"""Marks functions that concern the machine that trains: with a box, they are called there.
+"""Decorators for functions that concern the machine that trains, which are called on the box if there is one.
 
-Without a box, a marked function runs here. With a box, it is called there by its import path, with arguments
-and result as JSON. Does not import the ssh modules, because every reader of runs imports this one.
+Without a box, a decorated function runs on this machine. With a box, it is called there by its import path,
+with arguments and result as JSON. Does not import the ssh modules, because every reader of runs imports this
+module.
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ if TYPE_CHECKING:
     from qlora_tui.remote.link import Link
 
 UNREACHABLE = "unreachable"
-"""Code of the error for a box that does not answer."""
+"""Code of the error for a box that does not respond."""
 P = ParamSpec("P")
 T = TypeVar("T")
 _links: list[Link] = []
-"""The link of this process, if it works on a box."""
+"""The link of this process, if it works on a box; at most one."""
 
 
 def current() -> Link | None:
-    """Return the link of this process; None if runs train here."""
+    """Return the link of this process; None if runs train on this machine."""
     return _links[0] if _links else None
 
 
 def use(link: Link | None) -> None:
-    """Work on a box from now on: marked functions are called there. None: work on this machine again."""
+    """Work on a box from now on, which makes decorated functions run there; with None, on this machine
+    again."""
     _links[:] = [] if link is None else [link]
 
 
 def refuse_on_box(title: str, command: str) -> None:
-    """Raise UserError in an app that works on a box, for an action that only a command can do there.
+    """Raise UserError in an app that works on a box, for an action that only a command on the box can do.
 
     Args:
-        title: What is refused, in a few words.
-        command: The command without ``qlora-tui``: ``export gguf RUN OUT``.
+        title: Name of the rejected action.
+        command: The command without ``qlora-tui``, such as ``export gguf RUN OUT``.
     """
     if (link := current()) is not None:
         raise UserError(
@@ -49,14 +51,16 @@ def refuse_on_box(title: str, command: str) -> None:
 
 
 def at_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one: it reads the state of the machine that trains."""
+    """Decorate a function that reads the state of the machine that trains: it is called on the box, if
+    there is one."""
     return _marked(function, changes=False)
 
 
 def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one, and cache the result by arguments: it never changes.
+    """Decorate a function whose result never changes: it is called on the box, if there is one, and cached.
 
-    While the box does not answer, the function runs on this machine, and this result is not cached.
+    The cache is by arguments. While the box does not respond, the function runs on this machine, and this
+    result is not cached.
     """
 
     @wraps(function)
@@ -77,7 +81,8 @@ def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def changes_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Call the function on the box, if there is one, exactly once: it changes something, or is expensive.
+    """Decorate a function that changes something or is expensive: it is called on the box exactly once, if
+    there is one.
 
     If the request is repeated after the connection dropped, the box returns the result of the first call.
     """

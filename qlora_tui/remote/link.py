@@ -1,7 +1,7 @@
-"""The connection of an app to its box: keeps the mirror current, and calls functions on the box.
+"""The connection of an app to its box: keeps the mirror up to date, and calls functions on the box.
 
-When the connection drops, the link reconnects by itself and repeats the requests that were not answered; the
-box carries out each request once.
+If the connection drops, the link reconnects automatically and repeats the requests without a reply. The box
+executes each request once.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from qlora_tui.worker import JobStopped
 
 T = TypeVar("T")
 Stamp: TypeAlias = tuple[tuple[str, int, int], ...]
-"""Name, size and time of each file."""
+"""Name, size and modification time of each file."""
 _PING_S = 2.0
 _SILENT_S = 20.0
 """Seconds without a message from the box after which the connection is closed."""
 _UNCONFIRMED_S = 5.0
-"""Seconds that a caller waits for a box that fell silent after the request; the user's key waits as long."""
+"""Seconds that a caller waits for a box that went silent after the request. The user's key press waits as
+long."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 15.0
-"""Most seconds between two attempts to connect."""
+"""Maximum seconds between two attempts to connect."""
 _POLL_S = 0.2
 LATE_S = 4.0
-"""Seconds of silence after which the box counts as not answering; it sends a message every second."""
+"""Seconds without a message after which the box counts as not responding. It sends a message every second."""
 
 
 @dataclass
@@ -56,22 +57,22 @@ class _Request:
     answered: threading.Event = field(default_factory=threading.Event)
     reply: Reply | None = None
     is_given_up: bool = False
-    """Whether the caller no longer waits."""
+    """Whether the caller has stopped waiting."""
 
 
 class Link:
-    """One app's connection to one box."""
+    """The connection of one app to one box."""
 
     def __init__(self, box: Box, state_dir: Path) -> None:
         self.box = box
         self.problem: UserError | None = None
         """Why the box cannot be reached; None while it is connected."""
         self.late_replies: deque[str] = deque()
-        """Outcomes of requests whose caller no longer waits, in sentences."""
+        """Outcomes of requests whose callers have stopped waiting, in sentences."""
         self.sending = ""
-        """The progress of the data being sent, in a sentence; empty if none are."""
+        """Progress of a data transfer, in a sentence; empty if there is none."""
         self.kept: dict[object, Any] = {}
-        """Results of functions that :func:`qlora_tui.remote.calls.at_box_once` marks."""
+        """Cached results of functions with the decorator :func:`qlora_tui.remote.calls.at_box_once`."""
         self._state_dir = state_dir
         self._mirror = Mirror(state_dir)
         self._hello: Hello | None = None
@@ -80,7 +81,8 @@ class Link:
         self._channel: Channel | None = None
         self._requests: dict[str, _Request] = {}
         self._sent: dict[str, tuple[Stamp, str]] = {}
-        """Data that were sent: their stamp at that time and their path on the box, by their path here."""
+        """Data that was sent, by its path on this machine: its stamp at that time, and its path on the
+        box."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._first_pass = threading.Event()
@@ -88,14 +90,14 @@ class Link:
     def open(self, wait_s: float = 10.0) -> None:
         """Connect, with prompts of ssh at the terminal, and wait for the list of runs. Raises UserError."""
         channel = self.box.open_program("store", "stream")
-        # From now on the app uses the terminal.
+        # From now on, the app uses the terminal.
         self.box = replace(self.box, asks=False)
         threading.Thread(target=self._run, args=(channel,), daemon=True, name="link").start()
         threading.Thread(target=self._watch, daemon=True, name="link watch").start()
         self._first_pass.wait(wait_s)
 
     def close(self) -> None:
-        """End the connection; runs go on."""
+        """Close the connection. Runs continue."""
         self._closed.set()
         with self._lock:
             channel, self._channel = self._channel, None
@@ -104,7 +106,7 @@ class Link:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the last message of the box; 0 if the box answers."""
+        """Seconds since the last message from the box; 0 if the box responds in time."""
         silent = time.monotonic() - self._heard_at
         return silent if silent > LATE_S or not self.is_connected else 0.0
 
@@ -114,7 +116,7 @@ class Link:
         return self._channel is not None
 
     def machine_states(self) -> Iterator[msgspec.Raw]:
-        """Yield the states of the machine that arrived since the last call, the newest last."""
+        """Yield the states of the box's machine that arrived since the last call, the newest last."""
         while self._machine:
             yield self._machine.popleft()
 
@@ -123,13 +125,14 @@ class Link:
     ) -> T:
         """Call a function of this program on the box, for :func:`qlora_tui.remote.calls.at_box`.
 
-        Raises the exceptions of the function, and UserError if the box does not answer.
+        With ``changes``, the box executes the call only once. Raises the exceptions of the function, and
+        UserError if the box does not respond.
         """
         if not self.is_connected:
             raise self.unreachable()
         given = messages.arguments_of(function, args, kwargs)
         should_stop: Callable[[], bool] = given.get("should_stop", lambda: False)
-        # The box reports no progress.
+        # Callbacks are dropped, because the box reports no progress.
         given = {name: value for name, value in given.items() if not callable(value)}
         self.send_data(given)
         call = Call(
@@ -184,7 +187,7 @@ class Link:
         return request.reply
 
     def unreachable(self) -> UserError:
-        """Return the error for a box that does not answer."""
+        """Return the error for a box that does not respond."""
         what = self.problem.what if self.problem else "The connection dropped."
         return UserError(
             f"{self.box.name} does not answer",
@@ -210,7 +213,7 @@ class Link:
         return _with_paths(encoded, pairs | {self._hello.state_dir: str(self._state_dir)})
 
     def send_data(self, value: object) -> None:
-        """Send the data files of this machine that sources in ``value`` name. Raises UserError."""
+        """Send the data files on this machine that data sources in ``value`` name. Raises UserError."""
         for path in dict.fromkeys(_data_paths(value)):
             local = Path(path).expanduser()
             if "/" not in path or not local.exists() or local.is_relative_to(self._state_dir / "runs"):
@@ -228,7 +231,8 @@ class Link:
                 self.sending = ""
 
     def _check_same(self, path: str, local: Path) -> None:
-        """Raise UserError if a path from a run on the box leads to other data here, which are never sent."""
+        """Raise UserError if a path in a run on the box names different data on this machine, which is
+        never sent."""
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
             raise UserError(
@@ -246,7 +250,7 @@ class Link:
         return show
 
     def start_job(self, job: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """Start a job on the box that outlives the connection; its messages arrive on ``stdout``.
+        """Start a job on the box that outlives the connection. Its messages arrive on ``stdout``.
 
         Raises UserError.
         """
@@ -280,7 +284,8 @@ class Link:
             except UserError as error:
                 refused = error
             except OSError as error:
-                # The copy could not be written, or the connection has ended: the channel says why.
+                # Either the mirror could not be written, or the connection has ended, and the channel says
+                # why.
                 problem = disk_problem(error)
             except ValueError:
                 pass
@@ -345,14 +350,14 @@ class Link:
             channel = self._channel
             if channel is not None and time.monotonic() - self._heard_at > _SILENT_S:
                 channel.process.kill()
-                # The other channels of this connection hang too.
+                # The other channels of this connection hang as well.
                 with suppress(Exception):
                     self.box.hang_up()
 
     def _write(self, line: bytes) -> None:
         with self._lock:
             if self._channel is not None:
-                # The reading thread notices a connection that has ended.
+                # The reading thread notices that the connection has ended.
                 with suppress(OSError, ValueError):
                     self._channel.write(line)
 
@@ -372,7 +377,7 @@ def mirror_home(box: str) -> Path:
 
 
 def _is_taken(home: Path) -> bool:
-    """Lock a copy for the life of this process; return whether that was possible."""
+    """Lock a mirror until this process ends; return whether this was possible."""
     handle = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -385,9 +390,9 @@ def _is_taken(home: Path) -> bool:
 
 
 def work_on(box: Box) -> Link:
-    """Connect to a box, and make this process work on it. Raises UserError."""
+    """Connect to a box and make this process work on it; return the link. Raises UserError."""
     homes = (mirror_home(box.name + (f"-{number}" if number > 1 else "")) for number in count(1))
-    # A second app on the same box gets a separate copy.
+    # A second app on the same box gets its own mirror.
     home = next(home for home in homes if _is_taken(private_dir(home)))
     os.environ["XDG_STATE_HOME"] = str(home)
     link = Link(box, paths.state_dir())
@@ -397,7 +402,7 @@ def work_on(box: Box) -> Link:
 
 
 def _stamp(path: Path) -> Stamp:
-    """Return names, sizes and times of a file or a folder's files, to notice changes. Raises UserError."""
+    """Return names, sizes and times of a file or of a folder's files, to detect changes. Raises UserError."""
     with disk_problems("The data could not be read", path, "Check the path and your permission."):
         files = uploads.files_of(path)
         statuses = [(str(file), file.stat()) for file in files]
@@ -405,7 +410,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _data_paths(value: object) -> Iterator[str]:
-    """Yield the paths that the sources in a value name."""
+    """Yield the paths that data sources in a value name."""
     if isinstance(value, Source):
         yield value.path
     elif isinstance(value, Data) and value.validation_path:
@@ -425,7 +430,7 @@ def _data_paths(value: object) -> Iterator[str]:
 
 
 def _with_paths(encoded: bytes | msgspec.Raw, pairs: Mapping[str, str]) -> msgspec.Raw:
-    """Return JSON with the prefix of each path replaced, matching longer prefixes first."""
+    """Return JSON with the prefix of each path replaced. Longer prefixes are matched first."""
     longest = sorted(pairs.items(), key=lambda pair: -len(pair[0]))
 
     def replaced(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """The messages between an app and its box, one JSON object per line, and the conversion of values to JSON.
 
-The app begins with :class:`Known`. The box answers with :class:`Hello`, then sends the files that the app
-lacks, and from then on the changes. A :class:`Call` has an id: a box carries out a call that changes
-something once, even if the app sends it again.
+The app begins with :class:`Known`. The box responds with :class:`Hello`, then sends the files that the app
+lacks, and from then on changes. A :class:`Call` has an id, so that the box executes a call that changes
+something only once, even if the app sends it again.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from qlora_tui.errors import UserError
 LONGEST_LINE_BYTES = 64 << 20
 _PACKAGE = "qlora_tui."
 READ_THERE = "read_there"
-"""Name of the method by which the box creates an argument that describes the machine, which is not sent."""
+"""Name of the method with which the box creates an argument that describes its machine, instead of
+receiving it."""
 
 
 class KnownFile(Struct, frozen=True, array_like=True):
-    """A file of a run of which the app has a copy."""
+    """A file of a run in the app's mirror."""
 
     path: str
-    """Relative to the folder of the runs."""
+    """Path relative to the runs folder."""
     size: int
     mtime_ns: int
-    """When the file was last changed on the box, in nanoseconds of Unix time."""
+    """Modification time on the box, in nanoseconds since the Unix epoch."""
     end_crc: int
-    """CRC-32 of the file's last bytes, which tells whether it can be continued."""
+    """CRC-32 of the file's last bytes, which shows whether the file can be continued."""
 
 
 class Known(Struct, frozen=True, tag="known"):
-    """The files that the app has: its first message to the box."""
+    """The files that the app has. This is its first message to the box."""
 
     files: tuple[KnownFile, ...]
 
@@ -48,46 +49,46 @@ class Call(Struct, frozen=True, tag="call"):
 
     id: str
     function: str
-    """``qlora_tui.runs.actions:stop``."""
+    """Import path of the function, such as ``qlora_tui.runs.actions:stop``."""
     arguments: msgspec.Raw
-    """Values as JSON, by the names of parameters."""
+    """Arguments by parameter name, as JSON."""
     changes: bool
-    """Whether the function changes something, so that it must not be called twice."""
+    """Whether the function changes something, so that it must not run twice."""
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """A sign that the app is alive: without one for a minute, the box closes the connection."""
+    """A sign that the app is alive. Without one for a minute, the box closes the connection."""
 
 
 ToBox: TypeAlias = Known | Call | Ping
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The box's first message."""
+    """The first message of the box."""
 
     state_dir: str
-    """The path of the box's state folder."""
+    """Path of the box's state folder."""
 
 
 class Piece(Struct, frozen=True, tag="piece"):
-    """Bytes of a file: some of a file that grows, or all of another file."""
+    """Content of a file: some bytes of a growing file, or all bytes of any other file."""
 
     path: str
     offset: int
     data: bytes
     mtime_ns: int
     size: int
-    """Bytes of the file including these; larger than the data if the content stays on the box."""
+    """Size of the file including these bytes. Larger than the data if the content stays on the box."""
 
 
 class Gone(Struct, frozen=True, tag="gone"):
-    """A file or folder that was deleted, relative to the folder of the runs."""
+    """A file or folder was deleted. Its path is relative to the runs folder."""
 
     path: str
 
 
 class Whole(Struct, frozen=True, tag="whole"):
-    """All of a run's files have been sent: from now on it may be shown."""
+    """All of a run's files have been sent, so the run may be shown from now on."""
 
     run: str
 
@@ -99,13 +100,13 @@ class Queue(Struct, frozen=True, tag="queue"):
 
 
 class Machine(Struct, frozen=True, tag="machine"):
-    """The state of the box, once a second."""
+    """The state of the box's machine, sent once a second."""
 
     status: msgspec.Raw
 
 
 class Reply(Struct, frozen=True, tag="reply"):
-    """The value that a called function returned, or the error that it raised."""
+    """The value that a called function returned, or the exception that it raised."""
 
     id: str
     value: msgspec.Raw = msgspec.Raw(b"null")
@@ -113,7 +114,7 @@ class Reply(Struct, frozen=True, tag="reply"):
 
     @property
     def failed(self) -> bool:
-        """Whether the function raised an error."""
+        """Whether the function raised an exception."""
         return bytes(self.error) != b"null"
 
 
@@ -123,22 +124,22 @@ from_box_decoder: msgspec.json.Decoder[FromBox] = msgspec.json.Decoder(FromBox)
 
 
 def line(message: ToBox | FromBox) -> bytes:
-    """Encode a message as one line, newline included."""
+    """Encode a message as one line, including the newline."""
     return msgspec.json.encode(message) + b"\n"
 
 
 def to_json(value: object) -> msgspec.Raw:
-    """Encode a value of this program: structs, dataclasses, paths and errors."""
+    """Encode a value of this program, which may contain structs, dataclasses, paths and errors."""
     return msgspec.Raw(msgspec.json.encode(msgspec.to_builtins(value, enc_hook=_encode)))
 
 
 def from_json(encoded: bytes | msgspec.Raw, kind: Any) -> Any:
-    """Decode a value of this type. Raises msgspec.MsgspecError."""
+    """Decode a value of type ``kind``. Raises msgspec.MsgspecError."""
     return from_builtins(msgspec.json.decode(encoded), kind)
 
 
 def from_builtins(value: object, kind: Any) -> Any:
-    """Return a decoded value as this type. Raises msgspec.MsgspecError."""
+    """Convert a decoded value to type ``kind``. Raises msgspec.MsgspecError."""
     return msgspec.convert(value, kind, dec_hook=_decode)
 
 
@@ -175,7 +176,7 @@ def _encode(value: Any) -> object:
         return None
     if isinstance(value, UserError):
         kind = type(value)
-        # Errors with their own __reduce__ are rebuilt as their class; others become a plain UserError.
+        # Errors with their own __reduce__ are rebuilt in their class, others as a plain UserError.
         own = kind.__reduce__ is not UserError.__reduce__
         made_of: Any = value.__reduce__()[1] if own else ()
         is_plain = vars(value).keys() <= value.fields().keys()
@@ -199,7 +200,8 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _error(record: Any) -> UserError:
-    """Rebuild an error in its class if this process has imported it; no module is imported for the box.
+    """Rebuild an error in its class if this process has imported that class. No module is imported for the
+    box.
 
     Raises msgspec.ValidationError if the record is not an error of this program.
     """

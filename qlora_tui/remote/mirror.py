@@ -1,8 +1,8 @@
 """A copy of a box's runs on this machine, which all readers of runs use in an app that works on a box.
 
-Only the box writes runs; the copy follows. Small files are replaced as a whole, growing files are appended
-to, and files of weights are sparse: they have the right size but no content. A run appears once its copy is
-complete. The status of a run is determined by the box, because only the box can look for its processes.
+Only the box writes runs, and the copy follows. Small files are replaced as a whole, growing files are
+appended to, and weight files are sparse: they have the right size but no content. A run appears once its copy
+is complete. The box determines the status of a run, because only the box can look up its processes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def end_crc(file: Path, size: int) -> int:
 
 
 class Mirror:
-    """The copy, written by one thread."""
+    """The mirror, which one thread writes."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state = state_dir
         self.texts_there: set[str] = set()
-        """Each text in a recipe that the box has sent: its paths are those of the box."""
+        """Texts in recipes from the box. Paths among these are paths on the box."""
         self._runs = private_dir(state_dir / "runs")
         for left in self._runs.glob(f"{_COMING}*"):
             discard(left)
@@ -55,7 +55,7 @@ class Mirror:
                 self.texts_there.update(_texts_of(read_regular(recipe, _CARRIED_BYTES)))
 
     def known(self) -> tuple[KnownFile, ...]:
-        """Return the files that the copy already has."""
+        """Return the files that the mirror already has."""
         return tuple(self._known())
 
     def _known(self) -> Iterator[KnownFile]:
@@ -70,7 +70,7 @@ class Mirror:
                 yield KnownFile(path, status.st_size, status.st_mtime_ns, crc)
 
     def apply(self, message: Piece | Gone | Whole | Queue) -> None:
-        """Apply one change. Raises OSError, and UserError if a path leads out of the copy."""
+        """Apply a change. Raises OSError, and UserError if a path leads out of the mirror."""
         match message:
             case Piece():
                 self._write(message)
@@ -90,7 +90,7 @@ class Mirror:
         private_dir(file.parent)
         if grows(piece.path):
             with os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b") as opened:
-                # Never a hole, which has no room on a disk and much in memory.
+                # Never extend the file, because a hole takes no disk space but much memory when read.
                 opened.truncate(min(piece.offset, opened.seek(0, os.SEEK_END)))
                 opened.seek(0, os.SEEK_END)
                 opened.write(piece.data)
@@ -108,7 +108,7 @@ class Mirror:
             discard(place)
             return
         place.unlink(missing_ok=True)
-        # Only files are sent: a folder without one is gone, but for that of the run.
+        # Folders are not sent, so remove folders without files, except the folder of a run.
         with suppress(OSError):
             for folder in place.relative_to(self._runs).parents[:-2]:
                 (self._runs / folder).rmdir()
@@ -131,14 +131,14 @@ def _texts_of(recipe: bytes) -> set[str]:
             for item in value.values() if isinstance(value, dict) else value:
                 collect(item)
 
-    # What is damaged is nothing that could be launched again.
+    # A damaged recipe cannot be launched again, so its texts do not matter.
     with suppress(UserError):
         collect(parse(recipe.decode(errors="replace"), _RECIPE))
     return texts
 
 
 def _inside(path: str) -> PurePosixPath:
-    """Return a path relative to the runs. Raises UserError if it leads elsewhere."""
+    """Return a path relative to the runs folder. Raises UserError if it leads elsewhere."""
     inside = PurePosixPath(path)
     if not inside.parts or inside.is_absolute() or ".." in inside.parts or path.startswith(("..", _COMING)):
         raise UserError(
@@ -150,7 +150,7 @@ def _inside(path: str) -> PurePosixPath:
 
 
 def carried(path: str, size: int) -> bool:
-    """Return whether a file's content is sent; weights and states to resume from are not."""
+    """Return whether a file's content is sent. The content of weights and training states is not."""
     if grows(path):
         return True
     return size <= (_SMALL_BYTES if "/checkpoints/" in path else _CARRIED_BYTES) and not path.endswith(

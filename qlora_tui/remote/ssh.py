@@ -1,7 +1,7 @@
 """The user's own ssh: finds the program on the box, compares versions, and opens channels.
 
 ssh itself handles names, keys, agent, jump hosts and prompts. All channels share one connection
-(``ControlMaster``), so that only the first one may ask for a password.
+(``ControlMaster``), so only the first channel may ask for a password.
 """
 
 from __future__ import annotations
@@ -26,43 +26,43 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.remote.calls import UNREACHABLE
 
 _MARK = "@qlora-tui-here"
-"""Prefix of the line after which the program's output begins: shell profiles may print before it."""
+"""Prefix of the line after which the program's output begins. Shell profiles may print text before it."""
 _SSH_FAILED = 255
-"""Exit code of ssh itself."""
+"""Exit code with which ssh itself fails."""
 _KEEP_S = 600
-"""Seconds that the shared connection stays open after the last channel."""
+"""Seconds for which the shared connection stays open after the last channel."""
 _LAST_LINES = 3
 _LONGEST_TEXT_BYTES = 1 << 16
 _END_S = 20.0
-"""Seconds in which a program that has no more input ends, with what it says of its end."""
+"""Seconds within which a program exits after its input closed, including its last messages."""
 _LONGEST_SOCKET = 60
-"""Most characters of the folder of sockets: ssh adds a name of 58, and a socket's path has at most 108."""
+"""Maximum length of the sockets folder's path. ssh appends a name of 58 characters, and the limit is 108."""
 _SCRIPT = (
     "for c in qlora-tui ~/.local/bin/qlora-tui ~/bin/qlora-tui; do"
     ' p=$(command -v "$c") && break; done;'
-    # Only the last line: a profile may print before it.
+    # Only the last line is used, because a profile may print text before it.
     ' [ -n "$p" ] || p=$("${SHELL:-sh}" -lc "command -v qlora-tui" 2>/dev/null </dev/null | tail -n 1);'
     ' [ -x "$p" ] || { echo; echo "@mark"; exit 127; };'
     ' v=$("$p" --version </dev/null);'
     ' echo; echo "@mark $v $p"; [ "$v" = "$0" ] || exit 127; exec "$p" "$@"'
 ).replace("@mark", _MARK)
 """Shell script that finds the program in the PATH, where uv and pipx install it, or in the PATH of a login
-shell; prints its version and path, and executes it if the version is ``$0``."""
+shell. Prints its version and path, and executes it if the version is ``$0``."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A machine that ssh reaches."""
+    """A machine that is reachable by ssh."""
 
     name: str
-    """The argument of ssh: ``user@box``, or a name in the user's configuration."""
+    """Destination argument of ssh: ``user@box``, or a name in the user's configuration."""
     asks: bool = True
     """Whether ssh may ask for passwords and host keys at the terminal."""
     _program: list[str] = field(default_factory=list, compare=False)
-    """The path of the program on the box, once it is known."""
+    """Path of the program on the box, once known."""
 
     def __post_init__(self) -> None:
-        """Refuse a name that ssh would read as an option. Raises UserError."""
+        """Raise UserError for a name that ssh would read as an option."""
         if not self.name.strip() or self.name.startswith("-"):
             raise UserError(
                 "No host",
@@ -73,7 +73,7 @@ class Box:
 
     @cached_property
     def ssh(self) -> str:
-        """The path of ssh. Raises UserError."""
+        """Path of ssh. Raises UserError."""
         path = shutil.which("ssh")
         if path is None:
             raise UserError(
@@ -86,7 +86,7 @@ class Box:
 
     def argv(self, command: Sequence[str], *, terminal: bool = False) -> list[str]:
         """Return the ssh command that runs a command on the box, quoted for its login shell."""
-        # ssh joins its arguments with spaces and passes them to the login shell, so each is quoted.
+        # ssh joins its arguments with spaces and passes them to the login shell, so each one is quoted.
         return [
             *(self.ssh, "-t" if terminal else "-T", *_options()),
             *(() if self.asks else ("-o", "BatchMode=yes")),
@@ -94,13 +94,13 @@ class Box:
         ]
 
     def program_argv(self, *arguments: str, terminal: bool = False) -> list[str]:
-        """Return the command that runs this program on the box, once :meth:`open_program` has found it."""
+        """Return the command that runs this program on the box, after :meth:`open_program` has found it."""
         return self.argv([self._program[0], *arguments], terminal=terminal)
 
     def open_program(self, *arguments: str, stdin: int | None = subprocess.PIPE) -> Channel:
-        """Start this program on the box; return its channel once the program runs.
+        """Start this program on the box, and return its channel once the program runs.
 
-        Raises UserError if the box cannot be reached, or lacks the program or its version.
+        Raises UserError if the box cannot be reached, or lacks the program or this version of it.
         """
         argv = self.argv(["sh", "-c", _SCRIPT, f"qlora-tui {__version__}", *arguments])
         process = subprocess.Popen(
@@ -139,7 +139,7 @@ class Channel:
         self._reader.start()
 
     def wait_for_program(self) -> str:
-        """Return the path of the program once it runs. Raises UserError if it does not."""
+        """Return the path of the program once it runs. Raises UserError if it does not start."""
         while line := self.output.readline(_LONGEST_TEXT_BYTES):
             if line.startswith(_MARK.encode()):
                 # "@mark qlora-tui 0.3.0 /home/me/.local/bin/qlora-tui"
@@ -151,7 +151,8 @@ class Channel:
         raise self.lost_error()
 
     def lost_error(self) -> UserError:
-        """Close the channel; return the error with which it ended, with the message of ssh or the program."""
+        """Close the channel; return the error of the connection, with the last message of ssh or the
+        program."""
         if self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.close()
@@ -175,12 +176,12 @@ class Channel:
         )
 
     def ended_because(self) -> UserError:
-        """Close the channel and return the error with which it ended, with the message of ssh."""
+        """Close the channel; return the error with which it ended, with the message of ssh."""
         self.process.kill()
         return self.lost_error()
 
     def exit_code(self) -> int:
-        """Wait for the program to end; return its exit code. Raises UserError if the connection dropped."""
+        """Wait until the program ends; return its exit code. Raises UserError if the connection dropped."""
         code = self.process.wait()
         self._reader.join(1.0)
         if code == _SSH_FAILED:
@@ -194,7 +195,7 @@ class Channel:
         self.process.stdin.flush()
 
     def close(self) -> None:
-        """Close the channel; the program on the box sees the end of its input."""
+        """Close the channel, which closes the input of the program on the box."""
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):

@@ -1,8 +1,9 @@
-"""Sends the data files that a run on a box needs: once, named by their hash, and resumed after a disconnect.
+"""Sends the data files of a run to a box: once per content, named by hash, and resumed after a disconnect.
 
-The box keeps them in ``uploads/<hash>/<name>`` of its state folder. A folder is sent file by file under the
-hash of its list of files. A received file is compared with its hash before it gets its name. The program on
-the box receives the files over ssh, so neither rsync nor sftp is needed, which some rented boxes lack.
+The box stores them in ``uploads/<hash>/<name>`` of its state folder. A folder is sent file by file, under the
+hash of its file list. The box verifies the hash of a received file before renaming it to its final name. The
+program on the box receives the files over ssh, so neither rsync nor sftp is required, which some rented boxes
+lack.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ _LONGEST_ANSWER_BYTES = 1 << 16
 
 
 class Offer(Struct, frozen=True):
-    """A file that the app can send: a line on the stdin of the box."""
+    """A file that the app can send, as a line on the stdin of the box."""
 
     folder: str
-    """Hash of the file, or of the list of files of its folder."""
+    """Hash of the file, or of the file list of its folder."""
     name: str
-    """The file's name, or its path from the name of the sent folder on."""
+    """Name of the file, or its path starting with the name of the sent folder."""
     size: int
     sha256: str
 
 
 class Wanted(Struct, frozen=True):
-    """The box's answer to an offer, and again after the transfer."""
+    """Reply of the box to an offer, and again after the transfer."""
 
     path: str
     """Path of the file on the box."""
     offset: Annotated[int, Meta(ge=0)]
-    """Bytes that the box already has."""
+    """Number of bytes that the box already has."""
     is_whole: bool = False
-    """Whether the box has the whole file, with the right hash."""
+    """Whether the box has the complete file, with the right hash."""
 
 
 _OFFERS = msgspec.json.Decoder(Offer)
@@ -54,20 +55,22 @@ _WANTED = msgspec.json.Decoder(Wanted)
 
 
 def uploads_dir() -> Path:
-    """Return the folder of files that were sent to this machine."""
+    """Return the folder for files that were sent to this machine."""
     return paths.state_dir() / "uploads"
 
 
 def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambda sent, size: None) -> str:
-    """Send a file or a folder of files to the box, unless it is there; return its path there.
+    """Send a file or folder to the box, unless the box has it; return its path there.
 
     Args:
-        on_progress: called with the bytes that the box has and the bytes in all.
+        box: The box.
+        path: File or folder on this machine.
+        on_progress: Called with the number of bytes that the box has, and the total.
 
     Raises:
-        UserError: a file cannot be read or changed meanwhile, or the box cannot be reached.
+        UserError: A file cannot be read or changes during the transfer, or the box cannot be reached.
     """
-    # The name of "." is that of its folder.
+    # The name of "." is the name of its folder.
     path = path.resolve() if path.name in ("", "..") else path
     with disk_problems("The data could not be read", path, "Check the path and your permission."):
         offers = list(_offers(path))
@@ -92,7 +95,7 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
                     raise _changed(file)
             done += offer.size
             on_progress(done, total)
-            # The path of a folder is that of its first file without what is below it.
+            # The path of a folder is the path of its first file, without the part inside the folder.
             place = place or wanted.path.removesuffix(offer.name.removeprefix(path.name))
     except (OSError, msgspec.MsgspecError) as error:
         raise channel.lost_error() from error
@@ -110,7 +113,7 @@ def _changed(file: Path) -> UserError:
 
 
 def _offers(path: Path) -> Iterator[tuple[Path, Offer]]:
-    """Yield the files to send. Raises OSError, and UserError for what is not a file."""
+    """Yield the files to send. Raises OSError, and UserError for anything that is not a regular file."""
     files = files_of(path)
     if not path.is_dir():
         digest = file_hash(path)
@@ -125,7 +128,7 @@ def _offers(path: Path) -> Iterator[tuple[Path, Offer]]:
 
 
 def data_hash(path: str) -> str:
-    """Return what data would be named by if they were sent from here; empty if they cannot be."""
+    """Return the hash under which data would be sent from this machine; empty if it cannot be sent."""
     try:
         return next(_offers(Path(path).expanduser()))[1].folder
     except (OSError, UserError):
@@ -133,9 +136,9 @@ def data_hash(path: str) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files to send for a path: itself, or those inside, without hidden folders.
+    """Return the files to send for a path: the file itself, or the files in a folder except hidden folders.
 
-    Raises OSError, and UserError for one that is not a file or has no name in UTF-8.
+    Raises OSError, and UserError for anything that is not a regular file or whose name is not UTF-8.
     """
     files = [path / name for name in walk_files(path)] if path.is_dir() else [path]
     files = [file for file in files if file == path or not file.is_dir()]
@@ -160,7 +163,7 @@ def file_hash(path: Path) -> str:
 
 
 def receive(source: IO[bytes], answers: IO[bytes]) -> None:
-    """Receive files until the sender has no more: the box's side of :func:`send`."""
+    """Receive files until the sender has no more. This is the box's side of :func:`send`."""
     for header in iter(source.readline, b""):
         offer = _OFFERS.decode(header)
         file = _place(offer)
@@ -170,7 +173,7 @@ def receive(source: IO[bytes], answers: IO[bytes]) -> None:
             continue
         private_dir(file.parent)
         with os.fdopen(os.open(part, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as opened:
-            # Request at least the last byte: only a complete transfer is compared with its hash.
+            # Request at least the last byte, because only a complete transfer is verified against its hash.
             offset = max(0, min(opened.seek(0, os.SEEK_END), offer.size - 1))
             opened.truncate(offset)
             opened.seek(offset)
@@ -186,11 +189,11 @@ def receive(source: IO[bytes], answers: IO[bytes]) -> None:
         if left:
             return
         if digest != offer.sha256:
-            # Sent again from the beginning.
+            # The app sends it again from the beginning.
             part.unlink(missing_ok=True)
             _answer(answers, Wanted(str(file), 0))
             return
-        # Another app that sends the same data may have been faster.
+        # Another app that sends the same data may have finished first.
         with suppress(FileNotFoundError):
             part.rename(file)
         _answer(answers, Wanted(str(file), offer.size, is_whole=True))

@@ -51,7 +51,7 @@ from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 
 _MARGIN = 1.25
-"""Ratio of Epochs to Max steps beyond which an estimate decides which of them ends the run."""
+"""Factor by which Max steps and Epochs must differ before an estimate decides which of them ends the run."""
 _Fingerprint = tuple[Path, int, bytes, int, int]
 """Identity of a file: path, index of its source, the source as JSON, modification time in ns, size in
 bytes."""

@@ -1,8 +1,9 @@
-"""How an attempt ended: read from its own events, its log and the exit code, and recorded if that is missing.
+"""Determines how an attempt ended, from its events, its log and its exit code, and records the ending if it
+is missing.
 
-An attempt's events are those after its ``Started``. The file's last event may belong to no attempt: a run
-that is resumed while its trainer still exits has ``Queued`` there. The log holds the output of all attempts,
-and may be of any length: only its end is read.
+The events of an attempt are those after its ``Started``. The last event of the file may belong to no attempt:
+if a run is resumed while its trainer still exits, that event is ``Queued``. The log holds the output of all
+attempts and may have any length, so only its end is read.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView
 
 _LOG_LINES = 3
-"""Lines of the log to quote."""
+"""Number of log lines to quote."""
 _STEPS = 64
 """Number of steps sampled from a long run, including the last."""
 _FINAL_STATES: frozenset[State] = frozenset(("finished", "failed", "stopped", "paused"))
@@ -46,11 +47,13 @@ def determine_outcome(
 
     Args:
         run: The run, whose trainer has exited.
-        exit_code: As ``subprocess`` gives it (negative: a signal); None if the trainer was not our child.
-        events_from: Size of the event file when the trainer was started; None if unknown.
-        log_from: Size of the log at that moment; None if unknown.
+        exit_code: Exit code as in ``subprocess`` (negative for a signal); None if the trainer was no child of
+            this process.
+        events_from: Size of the event file when the trainer started; None if unknown.
+        log_from: Size of the log at that time; None if unknown.
         host_out_of_memory: Whether the kernel's out-of-memory killer acted while the trainer ran.
-        processes: Processes of the trainer; several are torchrun's, whose exit code says that one failed.
+        processes: Number of trainer processes. Several are started by torchrun, whose exit code says that one
+            failed.
     """
     recorded = _terminal_event(run, events_from)
     if recorded is not None:
@@ -66,7 +69,7 @@ def determine_outcome(
             fix=resume,
             kind="lost",
         )
-    # SIGABRT: C++ ends a process so, where CUDA fails while an exception is handled.
+    # SIGABRT is how C++ ends a process if CUDA fails while an exception is handled.
     may_be_cuda = exit_code == -signal.SIGABRT or (exit_code or 0) > 0
     cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""
     if says_out_of_memory(sentence_in_log(cuda_line)):
@@ -75,7 +78,7 @@ def determine_outcome(
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
     if problem is not None:
         return events.Failed.from_problem(problem, at=time.time(), exit_code=exit_code)
-    # Each says why it ended, unless it is killed.
+    # Each process records why it ended, unless it is killed.
     is_one_killed = processes > 1 and exit_code == EXIT_FAILURE
     if exit_code is None or exit_code < 0 or is_one_killed:
         by = f" by {_signal_name(-exit_code)}" if exit_code is not None and exit_code < 0 else ""
@@ -117,9 +120,9 @@ def determine_outcome(
 
 
 def record_outcome(run: RunDir, ending: events.RunEnded, *, events_from: int | None = None) -> None:
-    """Record in events and status how an attempt ended, if they do not say so yet.
+    """Record the ending of an attempt in events and status, unless it is recorded there.
 
-    A run that was queued again in the meantime is skipped: its end was known when it was queued.
+    A run that was queued again in the meantime is skipped, because its ending was known when it was queued.
     """
     now = read_status(run).state
     if now == "queued":
@@ -136,11 +139,11 @@ def record_outcome(run: RunDir, ending: events.RunEnded, *, events_from: int | N
 
 
 def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:
-    """Return what the GPU did to an attempt at a run, and how to go on; None if that did not end it.
+    """Return the GPU problem that ended an attempt, with a way to continue; None if the GPU did not end it.
 
     Args:
-        run: its events say whether the driver lost the GPU.
-        error: what CUDA reported, if anything.
+        run: The run, whose events say if the driver lost the GPU.
+        error: The error that CUDA reported, if any.
     """
     if _gpu_was_lost(run):
         problem: UserError = GpuUnavailableError(GpuUnavailableReason.LOST)
@@ -155,7 +158,7 @@ def gpu_problem(run: RunDir, error: CudaError | None) -> UserError | None:
 
 
 def log_size(run: RunDir) -> int:
-    """Return the size of the log in bytes; 0 without a log."""
+    """Return the size of the log in bytes; 0 if there is no log."""
     try:
         return run.log_path.stat().st_size
     except OSError:
@@ -163,16 +166,17 @@ def log_size(run: RunDir) -> int:
 
 
 def quote_log_end(run: RunDir) -> str:
-    """Return the last lines of the log on one line, for a message."""
+    """Return the last lines of the log, joined to one line for a message."""
     return " / ".join(last_log_lines(run.log_path)[-_LOG_LINES:]) or "(empty)"
 
 
 def last_cuda_line(run: RunDir, log_from: int) -> str:
-    """Return the line with which a library ended the trainer for an error of CUDA; empty without one.
+    """Return the log line with which a library ended the trainer because of a CUDA error; empty if there is
+    none.
 
     Args:
         run: The run, whose trainer has exited.
-        log_from: Size of the log when the trainer was started: earlier attempts do not count.
+        log_from: Size of the log when the trainer started, so that earlier attempts are ignored.
     """
     lines = last_log_lines(run.log_path, log_from)
     return next((line for line in reversed(lines) if sentence_in_log(line)), "")
@@ -189,7 +193,7 @@ def _gpu_was_lost(run: RunDir) -> bool:
 
 
 def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> events.Failed:
-    """Failure of a trainer that was ended for lack of memory before it could say so."""
+    """Return the failure of a trainer that was ended for lack of memory before it could report it."""
     recipe: Recipe | None = None
     with suppress(UserError):
         recipe = last_plan(run).apply_to(run.recipe())
@@ -206,17 +210,18 @@ def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> e
 
 
 def _host_memory(run: RunDir) -> str:
-    """Return what the kernel's out-of-memory killer did, and the memory that the trainer held."""
+    """Describe that the kernel's out-of-memory killer ended the trainer, and how much memory the trainer
+    held."""
     samples = TelemetryTail(run.telemetry_path).poll()
     held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
     return f"The kernel ran out of host memory and killed it.{held}"
 
 
 def _terminal_event(run: RunDir, events_from: int | None = None) -> events.RunEnded | None:
-    """Return the first terminal event after the last ``Started``.
+    """Return the first ending after the last ``Started``.
 
-    Without ``events_from`` only events since the run was last queued count: a trainer that died before its
-    ``Started`` did not end as the attempt before it.
+    Without ``events_from``, only events since the run was last queued are considered: a trainer that died
+    before its ``Started`` did not end as the previous attempt did.
     """
     ending: events.RunEnded | None = None
     for event in events_backwards(run.events_path, events_from or 0):

@@ -1,6 +1,6 @@
-"""Checks before a launch, with the same messages in ``train`` and the Train screen.
+"""Checks before a launch, with the same messages in ``train`` and on the Train screen.
 
-They read the model's files and the data, for a few seconds at most.
+The checks read the model's files and the data, which takes a few seconds at most.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TRACKER_NAMES = {
     "trackio": "Trackio",
     "mlflow": "MLflow",
 }
-"""The name of each choice of ``training.report_to`` but ``none``; the choice is that of its package."""
+"""Display name of each tracker that ``training.report_to`` offers, by the name of its package."""
 OF_MACHINE = frozenset(
     (
         CheckKind.TIME,
@@ -78,12 +78,12 @@ OF_MACHINE = frozenset(
         CheckKind.KERNELS,
     )
 )
-"""Checks of the machine on which a run trains, rather than of what it trains on."""
+"""Checks that concern the machine on which a run trains, not its model, data or settings."""
 _HIGH_RATE = 10
-"""Factor of the default learning rate above which LoRA training seldom stays stable."""
+"""Multiple of the default learning rate above which LoRA training is seldom stable."""
 _SPARE_BYTES = 1 << 30
 EXACT_WITHIN_S = 20.0
-"""Seconds that a launch waits for the exact form of an estimate that is close to the memory."""
+"""Seconds for which a launch waits for an exact estimate, if the instant one is too close to the limit."""
 _UNKNOWN_MEMORY = Check(
     CheckKind.MEMORY,
     "warning",
@@ -99,13 +99,15 @@ def preflight(
     exact_within_s: float = EXACT_WITHIN_S,
     expected: Forecast | None = None,
 ) -> tuple[Check, ...]:
-    """Run every check of a recipe on a machine, in the order of what to fix first.
+    """Run every check of a recipe on a machine, in the order in which problems should be fixed.
 
-    Never raises: a run that cannot start has a check with a ``problem``.
+    Never raises: if a run cannot start, a check has a ``problem``.
 
     Args:
-        exact_within_s: how long to wait for an exact estimate of memory that the instant one cannot decide.
-        expected: how long the run will be, if that is known already.
+        recipe: The recipe.
+        machine: The machine that would train.
+        exact_within_s: How long to wait for an exact memory estimate if the instant estimate cannot decide.
+        expected: Expected length of the run, if the caller has it.
     """
     model, files = _model(recipe)
     several, recipe, machine = _devices(recipe, machine)
@@ -116,7 +118,7 @@ def preflight(
         memory, estimated = _memory(recipe, files, machine, exact_within_s)
         checks.append(_UNKNOWN_MEMORY if machine.trains_on_unknown_gpu else memory)
         checks += [*_kernels(files, machine), *_time(expected or forecast(recipe, machine, files))]
-        # An assumed GPU is in another machine.
+        # An assumed GPU belongs to another machine, whose host memory is unknown.
         if estimated is not None and estimated.host_bytes and not machine.budget.is_assumed:
             checks.append(check_host_memory(estimated.host_bytes))
     return (
@@ -128,18 +130,18 @@ def preflight(
 
 
 def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
-    """Return the checks for which the run would fail."""
+    """Return the checks that say that the run would fail."""
     return tuple(check for check in checks if check.outcome == "error")
 
 
 def with_count(checks: tuple[Check, ...], problem: UserError | None) -> tuple[Check, ...]:
-    """Return the checks with the error for which the samples could not be counted, unless they have one.
+    """Add the error that prevents counting the samples, unless the checks already have an error of its kind.
 
-    It replaces the passed check of its kind.
+    The error replaces the passed check of its kind.
     """
     if problem is None or errors(checks):
         return checks
-    # Without a tokenizer no sample can be counted, whatever the data.
+    # Without a tokenizer, no samples can be counted, whatever the data is.
     kind = CheckKind.MODEL if problem.code == UNUSABLE_TOKENIZER else CheckKind.DATA
     return (
         Check.blocked(kind, problem),
@@ -148,7 +150,7 @@ def with_count(checks: tuple[Check, ...], problem: UserError | None) -> tuple[Ch
 
 
 def missing_tracker(report_to: str) -> UserError | None:
-    """Return the error for a tracker whose package is not installed here; None where none is missing."""
+    """Return the error for a tracker whose package is not installed; None if nothing is missing."""
     if report_to == "none" or find_spec(report_to) is not None:
         return None
     return UserError(
@@ -186,7 +188,7 @@ def _settings(recipe: Recipe) -> list[Check]:
 
 
 def _learning_rate(recipe: Recipe) -> list[Check]:
-    """Warn of a rate that is much higher than usual."""
+    """Warn if the learning rate is much higher than usual."""
     rate, usual = recipe.training.learning_rate, Training().learning_rate
     if rate <= usual * _HIGH_RATE:
         return []
@@ -200,7 +202,8 @@ def _learning_rate(recipe: Recipe) -> list[Check]:
 
 
 def _reference_point(recipe: Recipe) -> list[Check]:
-    """Warn where a step of KTO has a single answer, and so no other to estimate the reference point from."""
+    """Warn if a step of KTO has a single answer, and therefore no others for estimating the reference
+    point."""
     traits = recipe.preference_traits
     if traits is None or not traits.rates_answers or recipe.data.packing or recipe.effective_batch > 1:
         return []
@@ -211,7 +214,7 @@ def _reference_point(recipe: Recipe) -> list[Check]:
 
 
 def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Machine]:
-    """Check the GPUs of a run where there are several; return recipe and machine for the other checks."""
+    """Check the GPUs of a run if there are several; return recipe and machine for the other checks."""
     try:
         gpus, recipe, machine = gpus_of_run(recipe, machine)
     except UserError as problem:
@@ -220,13 +223,13 @@ def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Mac
 
 
 def gpus_of_run(recipe: Recipe, machine: Machine) -> tuple[Sequence[GpuDevice], Recipe, Machine]:
-    """Return the GPUs that a run gets where there are several, and recipe and machine for what is planned.
+    """Return the GPUs that a run gets if there are several, with recipe and machine for planning.
 
-    ``training.gpus`` of the recipe is their number. The machine has the GPU that the run gets, of several
-    the one with the least memory: each holds the whole model and the same micro-batch.
+    The returned recipe's ``training.gpus`` is the number of GPUs. The returned machine has the GPU with the
+    least memory among them, because each GPU holds the whole model and the same micro-batch.
 
     Raises:
-        UserError: fewer GPUs are there than the recipe asks for.
+        UserError: The machine has fewer GPUs than the recipe requests.
     """
     if recipe.training.gpus == 1 and not machine.gpu_choice:
         return (), recipe, machine
@@ -252,7 +255,7 @@ def gpus_of_run(recipe: Recipe, machine: Machine) -> tuple[Sequence[GpuDevice], 
 
 
 def _checks_of_gpus(recipe: Recipe, gpus: Sequence[GpuDevice]) -> list[Check]:
-    """Name the GPUs of a run on several, and report micro-batches that leave some idle."""
+    """Report the GPUs of a run on several GPUs, and micro-batches that leave some of them idle."""
     count, checks = len(gpus), [check_gpus(gpus)]
     if (shares := recipe.training.gradient_accumulation) % count:
         text = f"{shares} micro-batches per step leave some of {count} GPUs idle."
@@ -266,7 +269,7 @@ def _checks_of_gpus(recipe: Recipe, gpus: Sequence[GpuDevice]) -> list[Check]:
 
 
 def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:
-    """Report settings with which the model's experts cannot be read."""
+    """Report settings with which the model's expert weights cannot be read."""
     try:
         require_4_bit_experts(recipe.quantization, files.architecture)
     except UserError as problem:
@@ -289,7 +292,7 @@ def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
 
 
 def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
-    """Report an adapter to start from that differs from the recipe, or was trained on another model."""
+    """Report an initial adapter that differs from the recipe, or was trained on another model."""
     folder = initial_adapter(recipe.lora.init_from)
     try:
         require_fit(folder, recipe.lora, files.architecture)
@@ -304,7 +307,7 @@ def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
 
 
 def _its_settings(lora: Lora, folder: Path) -> SuggestedFix | None:
-    """The adapter's LoRA settings in place of the recipe's; None where its folder has no recipe."""
+    """Return a fix that takes over the adapter's LoRA settings; None if its folder has no recipe."""
     theirs = recipe_of_adapter(folder)
     if theirs is None:
         return None
@@ -332,7 +335,7 @@ def _memory(
     except UserError as problem:
         return Check(CheckKind.MEMORY, "error", problem.what, problem.fix), None
     verdict = check_fit(estimated, budget.bytes)
-    # The instant form is too close to the limit, or too uncertain, to decide.
+    # Otherwise the instant form is too close to the limit or too uncertain to decide.
     is_decided = verdict.word == "does not fit" or (verdict.word == "fits" and estimated.exact)
     waits = 0.0 if is_decided else exact_within_s
     config = load_model_config(recipe.model.id)
@@ -344,7 +347,7 @@ def _memory(
         verdict = check_fit(estimated, budget.bytes)
     needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
     text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
-    # What an active run holds will be free again.
+    # Memory that an active run holds will be free again.
     now = None if machine.active or budget.is_assumed else machine.free_bytes
     free_bytes = budget.bytes if now is None else now
     choice = choose_step(recipe, files.architecture, free_bytes, device=budget.device)
@@ -374,7 +377,7 @@ def _memory(
 
 
 def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
-    """Report kernels of this model that are not installed, on a GPU."""
+    """Report kernels of this model that are not installed on a GPU."""
     missing = missing_kernels(files.architecture.model_type) if machine.gpu else ()
     if not missing:
         return []
@@ -383,7 +386,7 @@ def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
 
 
 def _time(expected: Forecast | None) -> list[Check]:
-    """Say how long the steps take, and how that is known."""
+    """Report how long the steps take, and the source of this figure."""
     if expected is None:
         return []
     if expected.time is None:
@@ -394,7 +397,8 @@ def _time(expected: Forecast | None) -> list[Check]:
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:
-    """Disk space a run may take: each checkpoint holds the adapter and its optimizer states."""
+    """Return the disk space that a run may take. Each checkpoint holds the adapter and its optimizer
+    states."""
     one = estimated.bytes_of("adapter") + estimated.bytes_of("optimizer") if estimated else 0
-    # In addition to the checkpoints kept there are the best one and the result.
+    # Besides the checkpoints that are kept, there are the best one and the result.
     return one * (recipe.training.keep_checkpoints + 2) + _SPARE_BYTES

@@ -1,7 +1,7 @@
-"""Processes: which one a file names, and starting those that outlive their parent.
+"""Identifying processes, and starting processes that outlive their parent.
 
-PIDs are reused, and the clock can be set: a process is identified by its PID, the clock tick since boot at
-which it started, and the boot.
+PIDs are reused, and the clock can be set. A process is therefore identified by its PID, the clock tick since
+boot at which it started, and the boot.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from qlora_tui import paths, worker
 from qlora_tui.gpu.visible_devices import PCI_BUS_ORDER_ENV, without_choice
 
 INHIBITOR = "systemd-inhibit"
-"""Program of systemd that keeps the machine from suspending while another one runs."""
+"""Program of systemd that prevents the machine from suspending while another program runs."""
 LAUNCHER_VARIABLE = "QLORA_TUI_LAUNCHER"
-"""Process number of the torchrun that the runner started."""
+"""Environment variable with the process id of the torchrun that the runner started."""
 _TORCHRUN = "torch.distributed.run"
 _OF_TORCHRUN = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_|TORCHELASTIC_|TORCH_NCCL_|OMP_NUM_THREADS$"
@@ -35,24 +35,24 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Permanent identity of a process."""
+    """Identity of a process that no other process ever has."""
 
     pid: int
     boot_id: str
-    """Changes at every boot of the machine."""
+    """Id of the boot, which changes at every boot of the machine."""
     start_ticks: int = 0
-    """Clock ticks from boot to its start."""
+    """Clock ticks between boot and the start of the process."""
     host: str = ""
     """Name of the machine or container."""
 
     @property
     def is_from_this_boot(self) -> bool:
-        """Whether it belongs to the current boot of this kernel."""
+        """Whether the process belongs to the current boot of this kernel."""
         return self.boot_id == boot_id()
 
     @property
     def is_from_this_host(self) -> bool:
-        """Whether it ran here, before or since a reboot, rather than in another container or machine."""
+        """Whether the process ran on this machine or container, possibly before a reboot."""
         return self.host in ("", os.uname().nodename)
 
     def is_alive(self) -> bool:
@@ -61,7 +61,8 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def state(self) -> str:
-        """State letter of the kernel (``R``, ``S``, ``D``, ``T``, ``Z``…); empty if it is not there."""
+        """Return the kernel's state letter (``R``, ``S``, ``D``, ``T``, ``Z``…); empty if the process does
+        not exist."""
         if not self.is_from_this_boot:
             return ""
         state, start_ticks = _look_up(self.pid)
@@ -69,17 +70,18 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @contextmanager
     def opened(self) -> Iterator[int | None]:
-        """Open a handle of exactly this process; None if it is not running, or cannot be reached."""
+        """Open a handle to exactly this process; yield None if it is not running or cannot be reached."""
         with ExitStack() as stack:
             handle = None
             with suppress(OSError, OverflowError):
                 handle = os.pidfd_open(self.pid)
                 stack.callback(os.close, handle)
-            # The handle refers to the process that had the PID when it was opened, so check identity after.
+            # The handle refers to the process that had the PID when it was opened, so check the identity
+            # afterwards.
             yield handle if handle is not None and self.is_alive() else None
 
     def wait(self, timeout_s: float) -> None:
-        """Return when the process has ended, or after ``timeout_s``."""
+        """Wait until the process has ended, or for ``timeout_s`` seconds."""
         with self.opened() as handle:
             if handle is None:
                 time.sleep(timeout_s)
@@ -90,7 +92,7 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def process_identity(pid: int | None = None) -> ProcessIdentity:
-    """Identify a running process, this one by default; raises ProcessLookupError if it does not exist."""
+    """Identify a running process, by default this one. Raises ProcessLookupError if it does not exist."""
     pid = os.getpid() if pid is None else pid
     state, start_ticks = _look_up(pid)
     if not state:
@@ -100,7 +102,7 @@ def process_identity(pid: int | None = None) -> ProcessIdentity:
 
 def boot_id() -> str:
     """Return the kernel's identifier of this boot; empty if unavailable."""
-    # Tests simulate a restarted machine with this variable; nothing else sets it.
+    # Tests use this variable to simulate a reboot; nothing else sets it.
     if simulated := os.environ.get("QLORA_TUI_BOOT_ID"):
         return simulated
     return _real_boot_id()
@@ -115,10 +117,11 @@ def _real_boot_id() -> str:
 
 
 def _look_up(pid: int) -> tuple[str, int]:
-    """Return state and start tick of the process that has a PID now; an empty state if none has."""
+    """Return the state and start tick of the process that currently has a PID; an empty state if there is
+    none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
-        # The second field is the command in parentheses, which may contain any character.
+        # The second field is the command in parentheses, which may contain any characters.
         fields = stat[stat.rindex(b")") + 2 :].split()
         return fields[0].decode(), int(fields[19])
     except (OSError, ValueError, IndexError):
@@ -126,34 +129,34 @@ def _look_up(pid: int) -> tuple[str, int]:
 
 
 def runner_lock_path() -> Path:
-    """Path of the file that the runner holds a lock on."""
+    """Return the path of the file that the runner locks."""
     return paths.state_dir() / "runner.lock"
 
 
 def runner_log_path() -> Path:
-    """Path of the runners' stdout and stderr."""
+    """Return the path of the file with the runners' stdout and stderr."""
     return paths.state_dir() / "runner.log"
 
 
 def ensure_runner() -> None:
-    """Start a runner that outlives this process and its terminal; harmless if one is active."""
+    """Start a runner that outlives this process and its terminal. Harmless if one is active."""
     with runner_log_path().open("ab") as log:
         spawn_detached("qlora_tui.runs.runner", output=log)
 
 
 def trainer_command(run: Path, processes: int, *arguments: str) -> tuple[str, ...]:
-    """Return module and arguments that train a run: the trainer, or torchrun with several of them."""
+    """Return module and arguments that train a run: the trainer, or torchrun for several processes."""
     trainer = ("qlora_tui.training", str(run), *arguments)
     return trainer if processes == 1 else torchrun_command(processes, *trainer)
 
 
 def torchrun_command(processes: int, *module: str) -> tuple[str, ...]:
-    """Return module and arguments that run a module, given with its arguments, in several processes."""
+    """Return module and arguments that run ``module`` with its arguments in several processes."""
     return (_TORCHRUN, "--standalone", "--nproc-per-node", str(processes), "-m", *module)
 
 
 def threads_variable(processes: int) -> dict[str, str]:
-    """Return the variable with which processes share the processor's cores: torchrun gives each only one."""
+    """Return the variable that divides the CPU cores among processes. torchrun's default is one core each."""
     if processes == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
@@ -167,14 +170,19 @@ def spawn_detached(
     inherited: Sequence[int] = (),
     through: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start a module in its own session, so that a signal to this process group does not reach it.
+    """Start a module in its own session, so that signals to this process group do not reach it.
 
-    Without ``output`` it writes to this process's output. ``environ``: further variables. ``inherited``:
-    descriptors that it keeps open. ``through``: a command that starts it, such as srun.
+    Args:
+        module: The Python module to run.
+        arguments: Its arguments.
+        output: Receives its output; None lets it write to this process's output.
+        environ: Additional environment variables.
+        inherited: Descriptors that the new process keeps open.
+        through: A command that starts the process, such as srun.
     """
     argv = worker.module_argv(module, *arguments)
     if module == _TORCHRUN:
-        # The program takes the place of the shell, and its number.
+        # The program replaces the shell and keeps its process id.
         argv = ["/bin/sh", "-c", f'export {LAUNCHER_VARIABLE}=$$; exec "$@"', "sh", *argv]
     return subprocess.Popen(
         [*through, *argv],
@@ -189,9 +197,10 @@ def spawn_detached(
 
 
 def detached_environ() -> dict[str, str]:
-    """Environment of a process that outlives this one: without the GPU chosen for this one.
+    """Return the environment of a process that outlives this one, without the GPU chosen for this process.
 
-    Without torchrun's variables too, which one of several trainers has: another would wait for the others.
+    torchrun's variables are removed too. A trainer among several has them, and another process with them
+    would wait for the others.
     """
     environ = without_choice(worker.subprocess_env())
     if "TORCHELASTIC_RUN_ID" in environ:

@@ -1,9 +1,9 @@
-"""After memory ran out: what the next attempt changes by itself, and what the user can change.
+"""After memory ran out: what the next attempt changes automatically, and what the user can change.
 
-A retry trains the same. First fewer layers keep their activations, if ``gradient_checkpointing`` is ``auto``,
-or more layers are streamed, if some are. Then the micro-batch is halved and accumulation doubled, which keeps
-the effective batch. At a micro-batch of one, gradient checkpointing is turned on. If the model alone did not
-fit, nothing of this helps.
+A retry gives the same training. First, fewer layers keep their activations if ``gradient_checkpointing`` is
+``auto``, or more layers are streamed if some are. Then the micro-batch is halved and accumulation doubled,
+which keeps the effective batch. At a micro-batch of one, gradient checkpointing is turned on. If the model
+alone did not fit, none of this helps.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, append_event, events_backwards
 
 _KEPT_DIVISOR = 4
-"""A retry keeps the activations of a quarter as many layers: an estimate is rarely off by more."""
+"""A retry lets a quarter as many layers keep their activations, since an estimate is rarely off by more."""
 _LAYER_COUNTS = frozenset({"kept_layers", "streamed_layers", "resident_layers"})
 _CGROUPS = Path("/proc/self/cgroup")
 _HIERARCHIES = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
 _MIN_SAVING = 0.1
-"""Minimum share by which a recipe that was estimated to fit, and did not, must shrink."""
+"""Minimum share by which a recipe must shrink that was estimated to fit and did not."""
 
 
 class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What an attempt overrides; None leaves a setting as it is.
+    """Settings that an attempt overrides; None leaves a setting unchanged.
 
-    The field names are those of the recipe's ``[training]`` and of the ``started`` event, but for
-    the numbers of layers.
+    The fields are named as in the recipe's ``[training]`` and in the ``started`` event, except for the
+    numbers of layers.
     """
 
     micro_batch_size: int | None = None
     gradient_accumulation: int | None = None
     gradient_checkpointing: Checkpointing | None = None
     kept_layers: int | None = None
-    """The most layers that keep their activations, if gradient checkpointing is ``auto``."""
+    """Maximum number of layers that keep their activations, if gradient checkpointing is ``auto``."""
     streamed_layers: int | None = None
-    """Layers whose weights wait in host memory, if the recipe streams any."""
+    """Number of layers whose weights stay in host memory, if the recipe streams any."""
     resident_layers: int | None = None
-    """The other layers, which a retry may stream too."""
+    """Number of the other layers, which a retry may stream too."""
 
     @classmethod
     def from_settings(cls, settings: Training | events.Started) -> RetryPlan:
-        """Return a plan that sets every setting, as a recipe requests it or an attempt used it."""
+        """Return a plan with every setting as a recipe requests it or as an attempt used it."""
         checkpointing = canonical_value("training.gradient_checkpointing", settings.gradient_checkpointing)
         return cls(
             micro_batch_size=settings.micro_batch_size,
@@ -66,7 +66,8 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         )
 
     def after(self, event: events.AnyEvent) -> RetryPlan:
-        """Return the plan with what an event says of it; empty if an attempt's event does not have it."""
+        """Return the plan updated by an event; an empty plan if the event of an attempt lacks the
+        settings."""
         match event:
             case events.Started():
                 return RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
@@ -83,7 +84,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
                 return self
 
     def overrides(self) -> dict[str, Any]:
-        """Settings of ``[training]`` that this plan sets."""
+        """Return the settings of ``[training]`` that this plan overrides, by name."""
         return {
             name: value
             for name, value in structs.asdict(self).items()
@@ -91,7 +92,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         }
 
     def apply_to(self, recipe: Recipe) -> Recipe:
-        """Return the recipe as the attempt runs it."""
+        """Return the recipe with the plan's settings."""
         quantization = recipe.quantization
         if self.streamed_layers is not None:
             quantization = structs.replace(quantization, streamed_layers=self.streamed_layers)
@@ -101,7 +102,8 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         return structs.replace(recipe, quantization=quantization, training=training)
 
     def to_arguments(self) -> list[str]:
-        """Option of ``python -m qlora_tui.training`` that carries the plan; empty without overrides."""
+        """Return the option of ``python -m qlora_tui.training`` with the plan; empty if nothing is
+        overridden."""
         return ["--plan", msgspec.json.encode(self).decode()] if self != RetryPlan() else []
 
 
@@ -109,7 +111,7 @@ _DECODER = msgspec.json.Decoder(RetryPlan)
 
 
 def parse_plan(argument: str) -> RetryPlan:
-    """Decode the value of ``--plan``. Raises UserError if it is not valid JSON of a plan."""
+    """Decode the value of ``--plan``. Raises UserError if it is not a plan in JSON."""
     try:
         return decode_json(argument.encode(errors="surrogateescape"), _DECODER)
     except msgspec.MsgspecError as error:
@@ -121,7 +123,7 @@ def parse_plan(argument: str) -> RetryPlan:
 
 
 def last_plan(run: RunDir) -> RetryPlan:
-    """Return what the last attempt used; empty before the first."""
+    """Return the plan that the last attempt used; an empty plan before the first attempt."""
     plan = RetryPlan()
     for event in EventTail(run.events_path).drain():
         plan = plan.after(event)
@@ -129,14 +131,15 @@ def last_plan(run: RunDir) -> RetryPlan:
 
 
 def plan_resume(run: RunDir) -> RetryPlan:
-    """Plan with the recipe's settings, or those of a retry: settings that did not fit are not tried again."""
+    """Return the plan for resuming: the recipe's settings, or those of a retry, so that no failed settings
+    recur."""
     drained = EventTail(run.events_path).drain()
     ran_out = any(isinstance(event, events.Failed) and event.kind == "out_of_memory" for event in drained)
     return last_plan(run) if ran_out else RetryPlan()
 
 
 def next_plan(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
-    """Plan of the next attempt after an ending; None if there should be none."""
+    """Return the plan of the next attempt after an ending; None if there should be none."""
     if (
         not isinstance(ending, events.Failed)
         or ending.kind != "out_of_memory"
@@ -173,13 +176,13 @@ def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
     if now.gradient_checkpointing == "auto" and now.kept_layers:
         return structs.replace(now, kept_layers=now.kept_layers // _KEPT_DIVISOR)
     if now.streamed_layers and now.resident_layers:
-        # Smaller micro-batches would need as many copies more.
+        # Smaller micro-batches would need as many additional copies of the layers.
         more = -(-now.resident_layers // 2)
         return structs.replace(
             now, streamed_layers=now.streamed_layers + more, resident_layers=now.resident_layers - more
         )
     if now.micro_batch_size > 1:
-        # An odd micro-batch cannot be halved exactly: one row at a time keeps the product.
+        # An odd micro-batch cannot be halved exactly, so use one row at a time, which keeps the product.
         factor = 2 if now.micro_batch_size % 2 == 0 else now.micro_batch_size
         return structs.replace(
             now,
@@ -190,7 +193,7 @@ def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
 
 
 def describe_plan(plan: RetryPlan) -> str:
-    """Describe the plan, for events and screens."""
+    """Describe the plan in words, for events and screens."""
     words = f"micro-batch {plan.micro_batch_size} × accumulation {plan.gradient_accumulation}"
     if plan.streamed_layers:
         words += f", streaming the weights of {pluralize(plan.streamed_layers, 'layer')}"
@@ -200,7 +203,7 @@ def describe_plan(plan: RetryPlan) -> str:
 
 
 def last_phase(run: RunDir) -> events.Phase | None:
-    """Return the phase that the last attempt at a run was in; None before its first."""
+    """Return the phase in which the last attempt of a run was; None before its first phase."""
     for event in events_backwards(run.events_path):
         if isinstance(event, events.PhaseChanged):
             return event.phase
@@ -210,7 +213,7 @@ def last_phase(run: RunDir) -> events.Phase | None:
 
 
 def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
-    """Return what helps after memory ran out in this phase, in a sentence."""
+    """Return what helps after memory ran out in this phase, in one sentence."""
     if phase == "tokenizing":
         return "Close other programs, or train on less data: the tokens of all samples are in host memory."
     if phase is not None and phase in events.PREPARING_PHASES:
@@ -223,7 +226,7 @@ def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
 
 
 def _fix_for_model(recipe: Recipe | None) -> str:
-    """Return what helps if the model itself does not fit; a smaller micro-batch does not."""
+    """Return what helps if the model itself does not fit. A smaller micro-batch does not help then."""
     choices = ["Close other programs that use this memory"]
     if recipe is not None and recipe.quantization.method in ("int8", "none"):
         choices.append("set the quantization method (quantization.method) to nf4")
@@ -235,9 +238,9 @@ def _fix_for_model(recipe: Recipe | None) -> str:
 
 
 def suggest_settings(recipe: Recipe) -> str:
-    """Describe the cheapest change after which the recipe should fit here, in a sentence; empty if unknown.
+    """Describe the cheapest change after which the recipe should fit, in a sentence; empty if unknown.
 
-    Trusts the failure rather than the estimate: the unchanged recipe does not fit.
+    The failure counts more than the estimate: the unchanged recipe does not fit.
     """
     try:
         architecture, budget = resolve_model(recipe.model.id).architecture, local_budget()
@@ -256,18 +259,19 @@ def suggest_settings(recipe: Recipe) -> str:
 
 
 def _at_most(saved_bytes: int) -> str:
-    """Suggestion when nothing is known to be enough: what checkpointing would save, always worth trying."""
+    """Suggest checkpointing, with the bytes it would save, if no change is known to be enough."""
     if saved_bytes > 0:
         return f"Gradient checkpointing saves {format_bytes(saved_bytes)}, which may not be enough."
     return "No change of settings is enough: use a smaller model or more memory."
 
 
 def host_oom_kills() -> int:
-    """Return the number of processes killed by the kernel's out-of-memory killer since boot; 0 if unknown.
+    """Return the number of processes that the kernel's out-of-memory killer has ended since boot; 0 if
+    unknown.
 
-    Counts this process's control group if the kernel counts by group (kills elsewhere are no evidence), else
-    the whole machine. Sources: ``memory.events`` of cgroup v2, ``memory.oom_control`` of v1,
-    ``/proc/vmstat``.
+    Counts only this process's control group if the kernel counts by group, because kills elsewhere are no
+    evidence; otherwise counts the whole machine. Sources: ``memory.events`` of cgroup v2,
+    ``memory.oom_control`` of v1, ``/proc/vmstat``.
     """
     for counter in (*_group_counters(), _VMSTAT):
         try:
@@ -280,7 +284,7 @@ def host_oom_kills() -> int:
 
 
 def _group_counters() -> list[Path]:
-    """Files in which this process's control group counts such kills."""
+    """Return the files in which this process's control group counts such kills."""
     try:
         lines = _CGROUPS.read_text().splitlines()
     except OSError:

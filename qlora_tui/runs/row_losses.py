@@ -1,9 +1,9 @@
-"""Which training rows taught a run and which may hurt it: the loss of each before and after training.
+"""The loss of each training row before and after training, which shows what rows taught and which may harm.
 
-``row_losses.json`` in the run's folder has a record for each row, the most suspicious first, and
-``row_losses.f32`` the loss of each trained token: little-endian floats, those of a row before training and
-then those after it. ``training.row_losses`` writes both, as a job; commands and the Data screen read
-them.
+``row_losses.json`` in the run's folder has a record for each row, the most suspicious first.
+``row_losses.f32`` has the loss of each trained token as little-endian floats: for each row, the losses before
+training and then those after it. The job ``training.row_losses`` writes both files; commands and the Data
+screen read them.
 """
 
 from __future__ import annotations
@@ -27,53 +27,54 @@ from qlora_tui.runs.measuring import measure_in_child
 RowClass: TypeAlias = Literal["learned", "never learned", "memorized", "contradicting"]
 _JOB = "qlora_tui.training.row_losses:measure"
 MEMORIZED = 0.1
-"""Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % and more."""
+"""Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % or more."""
 _UNRELATED = 0.25
-"""A row is never learned if its prompt helps less than this part of what prompts help in most rows."""
+"""A row is never learned if its prompt helps less than this fraction of what prompts help in most rows."""
 _MIN_HELP = 0.05
-"""Nats per token that prompts must help in most rows for this to mean anything."""
+"""Nats per token that prompts must help in most rows for the comparison to mean anything."""
 
 
 class RowLoss(Struct, frozen=True, kw_only=True):
     """The loss of one training row, in nats per trained token."""
 
     source: Count
-    """Number of the recipe's source, from 0."""
+    """Index of the recipe's source, from 0."""
     row: Count
     """Number of the row in its file, from 1."""
     file: str = ""
     """Name of the file in the source; empty if the source is one file."""
     tokens: Count
-    """Trained tokens."""
+    """Number of trained tokens."""
     before: float
-    """Loss of the base: with the adapter off."""
+    """Loss of the base, measured with the adapter off."""
     after: float
     """Loss of the trained model."""
     other_prompt: float
-    """Loss of the trained model on the row's answer after another row's prompt."""
+    """Loss of the trained model on this row's answer after the prompt of another row."""
     row_class: RowClass
     contradicts: Count | None = None
-    """Row of the same data whose prompt is nearly the same and whose answer is another."""
+    """Number of a row with nearly the same prompt and a different answer, in the same data."""
     contradicts_file: str = ""
     """Name of the file of that row."""
     start: Count = 0
-    """Place of the first of its tokens in the file of token losses."""
+    """Index of its first token in the file of token losses."""
 
     @property
     def place(self) -> RowPlace:
-        """The row in its source."""
+        """Place of the row in its source."""
         return RowPlace(self.file, self.row)
 
     @property
     def description(self) -> str:
-        """Its class, with the row that it contradicts."""
+        """Class of the row, with the row that it contradicts."""
         if self.contradicts is None:
             return self.row_class
         return f"{self.row_class} row {RowPlace(self.contradicts_file, self.contradicts)}"
 
     @property
     def suspicion(self) -> float:
-        """How much better the answer fits its prompt than another, turned round: a wrong answer fits none."""
+        """Loss of the answer after its own prompt minus its loss after another prompt. High for a wrong
+        answer."""
         return self.after - self.other_prompt
 
 
@@ -82,7 +83,7 @@ class RowLosses(Struct, frozen=True, kw_only=True):
 
     run: str
     seconds: float
-    """How long it took to compute."""
+    """Seconds that the measurement took."""
     rows: tuple[RowLoss, ...]
 
     def counts(self) -> dict[RowClass, int]:
@@ -98,13 +99,13 @@ class RowLosses(Struct, frozen=True, kw_only=True):
 
 
 class MeasuredRow(Struct, frozen=True, kw_only=True):
-    """What was measured of a row, before it is compared with the others."""
+    """Measured losses of a row, before it is compared with other rows."""
 
     source: int
     row: int
     file: str = ""
     before: tuple[float, ...]
-    """Loss of each trained token with the adapter off."""
+    """Loss of each trained token, measured with the adapter off."""
     after: tuple[float, ...]
     other_prompt: float
     contradicts: int | None = None
@@ -112,7 +113,7 @@ class MeasuredRow(Struct, frozen=True, kw_only=True):
 
 
 def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[RowLosses, array[float]]:
-    """Class and order of all rows, and the losses of their tokens as they are stored."""
+    """Return class and order of all rows, and the losses of their tokens in the stored format."""
     help_ = [row.other_prompt - _mean(row.after) for row in measured]
     usual = median(help_) if help_ else 0.0
     rows, tokens = [], array("f")
@@ -147,7 +148,8 @@ def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[
 
 
 def write_row_losses(run: RunDir, losses: RowLosses, tokens: array[float]) -> None:
-    """Write both files; the records last, since they name places in the other. Raises OSError."""
+    """Write both files. The records are written last, because they refer to the token losses. Raises
+    OSError."""
     if sys.byteorder == "big":
         tokens = array("f", tokens)
         tokens.byteswap()
@@ -167,26 +169,25 @@ def measure_row_losses(
     """Measure all training rows of a run, which takes about as long as training on them once.
 
     Args:
-        run: it has ended with an adapter.
-        progress: called with the passes over samples done, and of all.
-        should_stop: ends it within a second.
+        run: A run that has ended with an adapter.
+        progress: Called with the number of passes over samples done, and the total.
+        should_stop: Ends the measurement within a second.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: the run has no adapter, is in use, or its data or model cannot be read.
+        UserError: The run has no adapter, is in use, or its data or model cannot be read.
     """
     return measure_in_child(_JOB, run, read=read_row_losses, progress=progress, should_stop=should_stop)
 
 
 def read_row_losses(run: RunDir) -> RowLosses | None:
-    """Return the rows of a run; None if they were not computed, or the file is damaged."""
+    """Return the row losses of a run; None if they were not computed, or the file is damaged."""
     return read_json(run.row_losses_path, _ROW_LOSSES)
 
 
 def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:
-    """Return the loss before and after of each trained token of a row; empty if the file does not
-    hold them.
-    """
+    """Return the loss before and after training of each trained token of a row; empty if the file lacks
+    them."""
     try:
         with run.row_losses_path.with_suffix(".f32").open("rb") as file:
             file.seek(4 * row.start)

@@ -1,8 +1,8 @@
-"""The queue: the next run, and adding, removing and moving runs.
+"""The queue of runs: adding, removing and moving runs, and taking the next one.
 
-``queue.json`` is the list of waiting runs, replaced as a whole. A run enters it after its status says
-"queued", and leaves it after that says "starting", each synced: a run that a crash or a full disk caught in
-between is queued, or has ended and can be resumed.
+``queue.json`` is the list of waiting runs, and is replaced as a whole. A run enters it after its status says
+"queued", and leaves it after its status says "starting"; each write is synced. If a crash or a full disk
+interrupts this, the run is still queued, or has ended and can be resumed.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ __all__ = ["waiting"]
 
 
 def enqueue(run: RunDir, *, first: bool = False) -> None:
-    """Queue a run as the last, or as the next; once: a second call changes nothing. Raises OSError."""
+    """Queue a run, as the last or the next one. A second call changes nothing. Raises OSError."""
     _enter(run, again=False, first=first)
 
 
 def requeue(run: RunDir, *, first: bool = False) -> None:
-    """Queue an ended run, to continue from its last checkpoint. Raises OSError; the run then stays ended.
+    """Queue an ended run, to continue from its last checkpoint. After an OSError the run is still ended.
 
-    ``first``: it keeps the place from which it was taken.
+    With ``first``, the run keeps the place in the queue from which it was taken.
     """
     _enter(run, again=True, first=first)
 
 
 def hold(run: RunDir, reason: Hold | None) -> None:
-    """Record why a queued run has to wait; None if it has not. Raises OSError."""
+    """Record why a queued run has to wait; None if nothing holds it. Raises OSError."""
     with queue_lock():
         status = read_status(run)
         if status.state == "queued" and status.hold != reason:
-            # What the reader makes of it is not stored.
+            # The detail is derived by the reader, so it is not stored.
             write_status(run, structs.replace(status, hold=reason, detail=""))
 
 
@@ -60,42 +60,43 @@ def _enter(run: RunDir, *, again: bool, first: bool = False) -> None:
         write_status(run, status.transition("queued"))
         if again:
             append_event(run.events_path, Queued())
-        # Last, since a full disk leaves no room to take it out.
+        # The queue is written last, because a full disk would prevent removing the run from it.
         if run.id not in (ids := waiting()):
             _write([run.id, *ids] if first else [*ids, run.id])
         if again:
-            # Who queues it again knows how it ended. After a crash before this, the next runner queues it.
+            # A caller that queues the run again knows how it ended. After a crash before this, the next
+            # runner queues it.
             with suppress(OSError):
                 run.unreported_path.unlink(missing_ok=True)
 
 
 def forget_requests(run: RunDir) -> None:
-    """Delete requests to a trainer that was killed before it took them."""
+    """Delete requests to a trainer that was killed before it accepted them."""
     for path in run.control_dir.glob("*.json"):
-        # A folder among them is not a request, and is never taken for one.
+        # A folder in place of a request is never accepted as one.
         with suppress(OSError):
             path.unlink()
 
 
 def take(run: RunDir, process: ProcessIdentity) -> None:
-    """Take a run for the runner: its status becomes "starting" and it leaves the queue."""
+    """Take a run from the queue for the runner: its status becomes "starting"."""
     with queue_lock():
         write_status(run, read_status(run).transition("starting", process=process))
         _remove(run)
 
 
 def remove(run: RunDir) -> bool:
-    """Remove a run from the queue; False if it was not (or no longer) queued."""
+    """Remove a run from the queue; return False if it was not (or no longer) queued."""
     with queue_lock():
         return _remove(run)
 
 
 @changes_box
 def cancel(run: RunDir) -> bool:
-    """Stop a run that has not started; False if it was no longer queued.
+    """Stop a run that has not started; return False if it was no longer queued.
 
-    Raises OSError if it is still queued. A full disk may prevent recording the stop: a run in no queue reads
-    as stopped all the same.
+    If this raises OSError, the run is still queued. A full disk may prevent recording the stop, but a run
+    that is in no queue reads as stopped anyway.
     """
     if run.id not in waiting():
         return False
@@ -112,10 +113,8 @@ def cancel(run: RunDir) -> bool:
 
 @changes_box
 def pause(run: RunDir) -> bool:
-    """Take a run out of the queue, to continue when it is resumed; False if it was no longer queued.
-
-    Raises OSError.
-    """
+    """Remove a run from the queue until it is resumed; return False if it was no longer queued. Raises
+    OSError."""
     with queue_lock():
         status = read_status(run)
         if status.state != "queued":
@@ -129,7 +128,7 @@ def pause(run: RunDir) -> bool:
 
 
 def mark_not_queued(run: RunDir, why: str) -> None:
-    """Mark a run that has not started as stopped; ``why`` is its detail, a sentence."""
+    """Mark a run that has not started as stopped. ``why`` becomes its detail, a sentence."""
     status = read_status(run).transition("stopped", detail=why)
     append_event(run.events_path, Stopped(at=status.at, step=status.step))
     write_status(run, status)
@@ -137,7 +136,7 @@ def mark_not_queued(run: RunDir, why: str) -> None:
 
 @changes_box
 def move(run: RunDir, places: int) -> None:
-    """Move a queued run by ``places``; negative is sooner."""
+    """Move a queued run by ``places``; negative numbers move it forward."""
     with queue_lock():
         ids = waiting()
         if run.id in ids:
@@ -149,9 +148,9 @@ def move(run: RunDir, places: int) -> None:
 
 @contextmanager
 def queue_lock() -> Iterator[None]:
-    """Hold the queue's lock: the queue and a run's status change together for every other writer.
+    """Lock the queue inside the block, so that the queue and a run's status change together for all writers.
 
-    Held only while a few files are written. Without locks in the file system, nothing is held.
+    The lock should be held only to write a few files. Nothing is locked if the file system has no locks.
     """
     handle = os.open(paths.state_dir() / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -1,7 +1,7 @@
-"""Runs in one line each: state and progress, whether the result is usable, and whether the run worked.
+"""One-line summaries of runs: state, progress, usability of the result, and whether the run worked.
 
-Lists of hundreds read them in a thread, without reading whole logs; a summary is cached until the run's
-status or events change.
+Lists of hundreds of runs read summaries in a thread, without reading whole logs. A summary is cached until
+the run's status or events change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qlora_tui.runs.view import RunView, finite_losses
 
 _ENDED_REGULARLY: tuple[State, ...] = ("finished", "stopped", "paused")
 WORSE = "worse"
-"""Word of a result whose validation loss is higher than before training."""
+"""Word for a result whose validation loss is higher than before training."""
 _FORGETTING_WARNINGS = frozenset(("forgetting", "general_answers"))
 _LEARNED: dict[Comparison, str] = {
     "better": "It learned",
@@ -44,9 +44,9 @@ _LEARNED: dict[Comparison, str] = {
     "unclear": "Not enough evidence that it learned",
 }
 _ACTIVE_INTERVAL_S = 5.0
-"""Seconds between two reads of an active run's log; its status is read every time."""
+"""Seconds between two readings of an active run's log. Its status is read every time."""
 _STEPS = 64
-"""Steps sampled from a long run; the curve in a list is a few cells wide."""
+"""Steps sampled from a long run. The curve in a list is only a few cells wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,57 +55,57 @@ class RunSummary:
 
     run: RunDir
     name: str
-    """The id, unless the run was renamed."""
+    """The user's name of the run, or its id."""
     status: Status
     step: int
     """The last completed step."""
     total_steps: int
-    """Number of steps; 0 while unknown."""
+    """Number of steps of the run; 0 if unknown."""
     loss: float | None
     """Training loss of the last step."""
     queued_at: float = 0.0
-    """Unix time; 0 if the events are missing."""
+    """Unix time at which the run was queued; 0 if the events are missing."""
     started_at: float | None = None
     """Unix time at which the last attempt began; None before the first."""
     model: str = ""
     data: str = ""
-    """Name of the first data file, and how many more there are."""
+    """Name of the first data file, and the number of other files."""
     devices: str = ""
-    """``GPU 1 (RTX 3060)``: what it has or had; empty on a machine with no other GPU."""
+    """GPUs of the run, such as ``GPU 1 (RTX 3060)``; empty on a machine with a single GPU."""
     settings: str = ""
-    """``nf4 r16 2,048×2×8``: the settings in which runs most often differ."""
+    """The settings in which runs most often differ, such as ``nf4 r16 2,048×2×8``."""
     best: tuple[float, int] | None = None
-    """Lowest validation loss after training began, and its step."""
+    """Lowest validation loss since training began, and its step."""
     evaluations: tuple[tuple[int, float], ...] = ()
-    """(step, validation loss) in order; those that were not a number are left out."""
+    """Step and validation loss in order, without losses that were not a number."""
     loss_to_beat: float | None = None
-    """Validation loss before training if no later one is lower; None otherwise."""
+    """Validation loss before training, if no later one is lower; otherwise None."""
     accuracy: float | None = None
-    """Exact answers at the last evaluation; None for data without short ones."""
+    """Share of exact answers at the last evaluation; None for data without short answers."""
     steps: tuple[int, ...] = ()
-    """The steps of ``losses``."""
+    """Steps that ``losses`` belong to."""
     losses: tuple[float, ...] = ()
-    """Training losses in order, decimated; NaN if one was not a number."""
+    """Sampled training losses in order; NaN for a loss that was not a number."""
     seconds: float | None = None
-    """Training time without evaluations and pauses; None before the first step."""
+    """Training time in seconds, without evaluations and pauses; None before the first step."""
     tokens_per_s: float | None = None
-    """Over the training time; None before the first step."""
+    """Tokens per second of training time; None before the first step."""
     peak_bytes: int | None = None
-    """Measured peak of memory; None before it was measured."""
+    """Measured memory peak; None if not measured yet."""
     next_evaluation: int = 0
-    """Step of the next evaluation; 0 if none is known."""
+    """Step of the next evaluation; 0 if unknown."""
     seconds_left: float | None = None
-    """Remaining time of an active run at its pace; None otherwise."""
+    """Remaining seconds of an active run at its current speed; otherwise None."""
     energy: str = ""
     """``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
     failure: str = ""
-    """What a failure is called, such as ``Out of memory``; empty otherwise."""
+    """Title of a failure, such as ``Out of memory``; otherwise empty."""
     fix: str = ""
-    """The suggested fix of a failure, in a sentence; empty otherwise."""
+    """Suggested fix of a failure, in a sentence; otherwise empty."""
     defect: ResultDefect | None = None
-    """What is wrong with the result of a run that ended regularly."""
+    """Defect of the result of a run that ended regularly."""
     verdict: RunVerdict | None = None
-    """Whether it worked; None for a run without an adapter."""
+    """Whether the run worked; None for a run without an adapter."""
 
     @property
     def id(self) -> str:
@@ -114,16 +114,16 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Listing:
-    """All runs: the active one, then the queue in order, then the newest first."""
+    """All runs: the active one, then the queue in order, then the others from newest to oldest."""
 
     summaries: tuple[RunSummary, ...]
     waiting: tuple[str, ...]
     complete: bool
-    """False while only the status has been read of some runs."""
+    """False if only the status of some runs was read."""
 
 
 class SummaryCache:
-    """Summaries by run, read again only if a file changed."""
+    """Summaries by run, which are read again only if a file changed."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[int, RunSummary]] = {}
@@ -132,7 +132,7 @@ class SummaryCache:
         self._listed_at = -1
 
     def get(self, run: RunDir) -> RunSummary:
-        """Return the summary of one run. Never raises for a damaged run."""
+        """Return the summary of a run. Never raises, even for a damaged run."""
         key = _changed_at(run)
         now = time.monotonic()
         known = self._known.get(run.id)
@@ -149,7 +149,7 @@ class SummaryCache:
         return summary
 
     def read_all(self, most_s: float) -> Listing:
-        """Summarize every run in about ``most_s`` seconds; runs not reached have only their status."""
+        """Summarize all runs in about ``most_s`` seconds. Runs not reached in time have only their status."""
         until = time.monotonic() + most_s
         runs = self.all_runs()
         waiting = tuple(name for name in run_queue.waiting() if name in runs)
@@ -164,7 +164,7 @@ class SummaryCache:
         return Listing(tuple(summaries), waiting, complete)
 
     def all_runs(self) -> dict[str, RunDir]:
-        """All runs by id, the newest first; listed again if one was added or removed."""
+        """Return all runs by id, newest first. The folder is listed again if a run was added or removed."""
         changed_at = paths.runs_dir().stat().st_mtime_ns
         if changed_at != self._listed_at:
             self._runs, self._listed_at = {run.id: run for run in list_runs()}, changed_at
@@ -185,9 +185,10 @@ def _rank(summary: RunSummary, places: Mapping[str, int]) -> int:
 
 
 def _changed_at(run: RunDir) -> int:
-    """mtime of the folder, when a file in it was last created or replaced: one stat instead of three.
+    """Return the mtime of the run's folder, at which a file in it was last created or replaced.
 
-    Appending events does not change it, but the status or the heartbeat is always replaced afterwards.
+    This takes one stat call instead of three. Appending events does not change it, but the status or
+    heartbeat is always replaced afterwards.
     """
     try:
         return run.path.stat().st_mtime_ns
@@ -196,7 +197,7 @@ def _changed_at(run: RunDir) -> int:
 
 
 def summarize(run: RunDir) -> RunSummary:
-    """Read the summary of a run."""
+    """Return the summary of a run, read from its files."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     ending = view.ending
@@ -240,7 +241,7 @@ def summarize(run: RunDir) -> RunSummary:
 
 
 def device_words(run: RunDir) -> str:
-    """Name the GPUs that a run has or had last; empty on a machine with no other GPU."""
+    """Return the names of a run's current or last GPUs; empty on a machine with a single GPU."""
     devices = devices_of(run)
     return str(devices) if devices is not None and devices.is_choice else ""
 
@@ -251,12 +252,12 @@ def last_evaluation(view: RunView) -> int:
 
 
 def next_evaluation(recipe: Recipe | None, data: DataReady | None, step: int, evaluated: int) -> int:
-    """Return the step of the next evaluation; 0 if none is known, and before the first step.
+    """Return the step of the next evaluation; 0 if it is unknown, or before the first step.
 
     Args:
         recipe: The run's recipe.
         data: The run's data.
-        step: The last step, whose own evaluation may be in progress.
+        step: The last step. Its own evaluation may be in progress.
         evaluated: The step of the last evaluation.
     """
     if recipe is None or data is None or not data.validation_samples or not step:
@@ -284,14 +285,14 @@ def outline(run: RunDir) -> RunSummary:
 
 
 def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
-    """Return whether an ended run has learned; None for one that has not ended or trained no step."""
+    """Return whether an ended run has learned; None if it has not ended or has trained no step."""
     if not isinstance(view.ending, Finished | Stopped) or not view.step:
         return None
     return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))
 
 
 def short_settings(recipe: Recipe) -> str:
-    """``nf4 r16 2,048×2×8``, for a narrow column of a list."""
+    """Return the main settings, such as ``nf4 r16 2,048×2×8``, for a narrow column of a list."""
     training = recipe.training
     batch = f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}"
     return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
@@ -299,15 +300,15 @@ def short_settings(recipe: Recipe) -> str:
 
 @dataclass(frozen=True)
 class ResultDefect:
-    """What is wrong with the result."""
+    """A defect of a run's result."""
 
     word: str
-    """At most ten characters, for lists: ``NaN loss``, ``worse``."""
+    """At most ten characters for lists, such as ``NaN loss`` or ``worse``."""
     sentence: str
 
 
 def find_defect(view: RunView) -> ResultDefect | None:
-    """Return what is wrong with the result of a run; None if nothing is, or it did not end regularly."""
+    """Return the defect of a run's result; None if it has none, or the run did not end regularly."""
     if view.status.state not in _ENDED_REGULARLY or view.loss is None:
         return None
     last = view.last_evaluation
@@ -327,32 +328,32 @@ def find_defect(view: RunView) -> ResultDefect | None:
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """A sentence, and what it comes down to."""
+    """The verdict on a run: whether it worked, and a sentence that says so."""
 
     outcome: Comparison
     sentence: str
     has_answers: bool
     """Whether answers were measured."""
     has_improved: bool = False
-    """Whether what the sentence begins with moved the right way, if only by chance."""
+    """Whether the first figure of the sentence improved, even if only by chance."""
     lacks_rows: bool = False
-    """Whether only the mean loss is known: a comparison of the rows would say more."""
+    """Whether only mean losses are known, so that a comparison by row would say more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunEvidence:
-    """What is known of a run's result."""
+    """Everything that is known about a run's result."""
 
     preferences: PreferenceAccuracy | None = None
-    """Stands for the loss in methods whose loss says nothing of how likely answers are."""
+    """Replaces the loss for preference methods whose loss does not measure the likelihood of answers."""
     loss: LossChange | None = None
-    """Validation loss with its interval; None for runs of earlier versions and without validation data."""
+    """Validation loss with its interval; None for runs of earlier versions, or without validation data."""
     losses: tuple[float, float | None] | None = None
     """Validation loss before training and at its end, without an interval; None if not measured."""
     forgetting: float | None = None
     """Divergence from the base on general prompts, in nats; None if not measured."""
     forgot_much: bool = False
-    """Whether the run was warned of that."""
+    """Whether the run had a warning about forgetting."""
     metric: Metric | None = None
     """The first metric of the answers; None if they were not measured."""
 
@@ -367,22 +368,23 @@ class RunEvidence:
 
 @dataclass(frozen=True)
 class PreferenceAccuracy:
-    """How often the better answer wins on the validation data of a preference run."""
+    """How often the better answer wins, on the validation data of a preference run."""
 
     right: float
-    """Share of the comparisons."""
+    """Share of comparisons that the better answer wins."""
     rows: int
-    """Pairs, or rated answers."""
+    """Number of pairs or rated answers."""
     unit: str
     """``pair`` or ``answer``."""
     expected: float
-    """Share of a model that has not learned."""
+    """Share that a model wins that has not learned."""
     is_measured: bool = False
-    """Whether ``expected`` was measured on the same data, and so is uncertain too."""
+    """Whether ``expected`` was measured on the same data, and therefore has an interval too."""
 
     @property
     def outcome(self) -> Comparison:
-        """Whether more are right than without training, or fewer: their 95 % intervals do not touch."""
+        """Compare ``right`` with ``expected``: better or worse if their 95 % intervals do not touch, else
+        unclear."""
         now = self._interval(self.right)
         start = self._interval(self.expected) if self.is_measured else Interval(self.expected, self.expected)
         if self.rows < MIN_ROWS or (now.low <= start.high and now.high >= start.low):
@@ -394,15 +396,15 @@ class PreferenceAccuracy:
 
 
 def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Recipe | None) -> RunEvidence:
-    """What a run's events and the evaluation of its answers say.
+    """Return the evidence in a run's events and in the evaluation of its answers.
 
     Args:
-        view: the run.
-        evaluation: of its answers; None without one.
-        recipe: its recipe; None if that cannot be read.
+        view: The run.
+        evaluation: Evaluation of the run's answers; None if there is none.
+        recipe: Recipe of the run; None if it cannot be read.
     """
     preferences = None if recipe is None or recipe.learns_answers else _preference_accuracy(view, recipe)
-    # An evaluation has the loss of answers, and compares with the base.
+    # An evaluation has the loss of answers, and compares it with the base.
     counts = recipe is None or (recipe.learns_answers and not recipe.lora.init_from)
     loss = evaluation.loss if evaluation is not None and counts else None
     if (change := view.validation_change) is not None:
@@ -424,7 +426,8 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
 
 
 def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | None:
-    """How often the better answer wins at the last evaluation; None without what it is compared with."""
+    """Return how often the better answer wins at the last evaluation; None if there is nothing to compare
+    with."""
     last, traits = view.trained_evaluation, recipe.preference_traits
     if last is None or view.data is None or traits is None:
         return None
@@ -435,18 +438,18 @@ def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | 
         return None
     begins_at_0 = traits.uses_reference
     if begins_at_0 and not traits.rates_answers:
-        # Before training all rewards are 0, and no pair is right.
+        # Before training, all rewards are 0, and no pair is in the right order.
         return PreferenceAccuracy(right, rows, "pair", 0.5)
     if start is None:
         return None
     if begins_at_0:
-        # A reward of 0 is right for bad answers: calling all alike is no learning.
+        # A reward of 0 is right for bad answers, so giving all answers the same rating is no learning.
         return PreferenceAccuracy(right, rows, "answer", max(start, 1 - start))
     return PreferenceAccuracy(right, rows, "pair", start, is_measured=True)
 
 
 def judge_run(evidence: RunEvidence) -> RunVerdict:
-    """The verdict. Answers count more than the loss; without either there is not enough evidence."""
+    """Return the verdict. Answers count more than the loss. Without either, the verdict is unclear."""
     metric, preferences, loss = evidence.metric, evidence.preferences, evidence.loss
     change = evidence.change
     outcome: Comparison = "unclear"
@@ -522,7 +525,7 @@ def _metric_words(metric: Metric | None) -> str:
 
 
 def data_words(recipe: Recipe) -> str:
-    """Name of the first data file, and how many more there are."""
+    """Return the name of the first data file, and the number of other files."""
     sources = recipe.data.sources
     if not sources:
         return "no data"

@@ -1,9 +1,9 @@
-"""The runner: takes queued runs when their devices are free, and supervises each one's trainer in a thread.
+"""The runner: takes queued runs when their devices are free, and supervises each run's trainer in a thread.
 
 ``python -m qlora_tui.runs.runner`` is started whenever a run is queued. A lock ensures one runner per user
-and machine; it exits when the queue is empty and nothing trains. A run that must not train now
-(:mod:`qlora_tui.runs.gate`) is not started, or paused and put back into its place. All of its state can be
-read from files again: if it is killed, the trainers continue, and the next runner takes over.
+and machine. The runner exits when the queue is empty and nothing trains. A run that must not train now
+(:mod:`qlora_tui.runs.gate`) is not started, or is paused and returned to its place in the queue. The complete
+state is in files: if the runner is killed, trainers continue, and the next runner takes over.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ from qlora_tui.runs.supervision import POLL_S, Supervisor, advance_sweeps, log
 from qlora_tui.settings import Settings, current_settings
 
 LOOK_S = 5.0
-"""Seconds after which a waiting run's devices are looked at again, if nothing that is known has changed."""
+"""Seconds after which the devices of a waiting run are checked again, if no change was noticed."""
 
 
 def main() -> int:
-    """Work until the queue is empty; return the exit code, 0 also if another runner is active."""
+    """Work until the queue is empty; return the exit code. It is 0 also if another runner is active."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     release_choice()
     queue = _Queue(Gate())
     try:
-        # A run is queued before a runner is started for it, so a runner that finds the queue empty with
-        # the lock released can exit: a later entry starts its own runner.
+        # Runs are queued before a runner is started for them. A runner that has released the lock and finds
+        # the queue empty can therefore exit: a later entry starts its own runner.
         while True:
             with locked(runner_lock_path(), patience_s=PATIENCE_S) as lock:
                 if lock is None:
                     return 0
-                # Only for what is said of a suspended runner.
+                # The file is only used to describe a suspended runner.
                 with suppress(OSError):
                     lock.truncate(0)
                     os.write(lock.fileno(), f"{os.getpid()}\n".encode())
@@ -89,21 +89,21 @@ class _Queue:
         self._gate = gate
         self._supervisor = Supervisor(gate.hold)
         self._holds: dict[str, Hold | None] = {}
-        """What each waiting run was last held for, by its id."""
+        """Last hold of each waiting run, by the run's id."""
         self._skipped: set[str] = set()
-        """Ids of runs that could not be started: the next runner tries them again."""
+        """Ids of runs that could not be started. The next runner tries them again."""
         self._training: dict[str, tuple[threading.Thread, Devices]] = {}
-        """The threads at work, and the devices of their runs, by the id of the run."""
+        """Threads that supervise runs, with the devices of the runs, by the run's id."""
         self._has_ended = threading.Event()
-        """Set when a thread has ended since the last look at the queue."""
+        """Set when a thread has ended since the last check of the queue."""
         self._seen: tuple[list[GpuDevice], Settings] | None = None
-        """The machine's GPUs and the settings at the last look at the queue."""
+        """The machine's GPUs and the settings at the last check of the queue."""
         self._wanted: dict[tuple[str, str], Wanted] = {}
-        """What runs wait for, by their ids and the GPUs chosen for them: estimating what fits takes time."""
+        """Requirements of runs, by id and chosen GPU. Cached, because estimating what fits takes time."""
 
     def work(self) -> None:
         """Work until no run waits or trains."""
-        # What stays takes room, and keeps no run waiting.
+        # Leftovers that cannot be deleted take disk space, but prevent no run.
         with suppress(OSError, UserError):
             sweep()
             actions.empty_trash(actions.KEPT_S)
@@ -113,7 +113,7 @@ class _Queue:
             devices = devices_of(run)
             self._start(run, devices or Devices(()), partial(_take_over, supervisor=self._supervisor))
             if devices is None:
-                # An earlier version started it, and which device it has is not known.
+                # An earlier version started this run, and its devices are unknown.
                 self._training[run.id][0].join()
         looked_at, seen = -LOOK_S, None
         while self.waiting() or self._training:
@@ -134,7 +134,7 @@ class _Queue:
         return [RunDir(paths.runs_dir() / name) for name in run_queue.waiting() if name not in self._skipped]
 
     def _start_runs(self) -> None:
-        """Start the runs whose devices are free. What a run waits for is not given to those behind it."""
+        """Start the runs whose devices are free. Devices that a run waits for are not given to later runs."""
         reserved = {key for _, devices in self._training.values() for key in devices.keys} | taken_keys()
         gpus: list[GpuDevice] = []
         with suppress(GpuUnavailableError):
@@ -147,7 +147,7 @@ class _Queue:
                 self._skipped.add(run.id)
 
     def _start_run(self, reserved: set[str], run: RunDir) -> None:
-        """Start a run, unless it has to wait. One whose files are gone leaves the queue."""
+        """Start a run unless it has to wait. A run whose files are missing leaves the queue."""
         if not run.recipe_path.exists():
             run_queue.remove(run)
             return
@@ -162,7 +162,7 @@ class _Queue:
                     and cause.reason.device != "cpu"
                     and reserved - {CPU}
                 ):
-                    # A run computes on a GPU, so the driver will say again which there are.
+                    # The run needs a GPU, so wait until the driver lists the GPUs again.
                     return
                 if checkpoints := run.checkpoints():
                     recipe, last = (shlex.quote(str(path)) for path in (run.recipe_path, checkpoints[-1][1]))
@@ -188,7 +188,8 @@ class _Queue:
             self._start(run, devices, self._supervisor.begin)
 
     def _wanted_by(self, run: RunDir, unavailable: set[str]) -> Wanted:
-        """Return what a run needs, as it was at an earlier look as long as too little of that is free."""
+        """Return the requirement of a run: the earlier one while too few of its devices are free,
+        otherwise a new one."""
         key = run.id, run.gpu
         if (wanted := self._wanted.get(key)) is not None:
             used = self._gate.programs_on(run, wanted.free(unavailable))
@@ -203,9 +204,9 @@ class _Queue:
                 self._skipped.add(run.id)
             self._has_ended.set()
 
-        # When it waits again, it is to have the same devices.
+        # The next time that the run waits, it must get the same devices, so drop the requirement.
         self._wanted.pop((run.id, run.gpu), None)
-        # A daemon: however the runner ends, trainers continue.
+        # A daemon thread: trainers continue however the runner ends.
         thread = threading.Thread(target=guarded, name=run.id, daemon=True)
         self._training[run.id] = thread, devices
         thread.start()
@@ -229,7 +230,7 @@ def _wanted(run: RunDir) -> Wanted:
 
 
 def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
-    """Work on one run; log any error and return False, so that the other runs continue."""
+    """Run ``work`` on one run. Log any error and return False, so that other runs continue."""
     try:
         work(run)
     except (OSError, UserError) as error:
@@ -242,16 +243,16 @@ def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
 
 
 def _is_unsettled(run: RunDir) -> bool:
-    """Whether a runner that was killed left a run in training, or without a record of its end."""
+    """Return whether a killed runner left this run in training, or without a record of its ending."""
     state = read_status(run).state
     is_over = state not in ("queued", "unreadable", "gone", *ACTIVE)
     return state in ("lost", *ACTIVE) or (is_over and run.unreported_path.exists())
 
 
 def _take_over(run: RunDir, devices: Devices, supervisor: Supervisor) -> None:
-    """Wait for the trainer of a runner that was killed, and record how the run ended."""
+    """Wait for the trainer that a killed runner started, and record how the run ended."""
     if is_stranded(run):
-        # On its way back into the queue.
+        # The run was about to return to the queue.
         run_queue.requeue(run, first=True)
         return
     if _has_trainer(run):
@@ -271,7 +272,7 @@ def _take_over(run: RunDir, devices: Devices, supervisor: Supervisor) -> None:
 
 def _has_trainer(run: RunDir) -> bool:
     status = read_status(run)
-    # Of a lost run, that runner was killed before its trainer wrote a status.
+    # For a lost run, the runner was killed before its trainer wrote a status.
     return status.state in ACTIVE or (status.state == "lost" and bool(is_locked(run.trainer_lock_path)))
 
 

@@ -1,8 +1,9 @@
-"""Running servers, as their state files say: where they listen, what they serve, and how they are doing.
+"""Running servers, read from their state files: address, models and current state.
 
-``servers/8000.json`` in the state folder is replaced about once a second by the server on port 8000, and
-deleted at its end; ``servers/8000.key`` is its API key. :mod:`qlora_tui.serving` writes them. What a server
-that was started in the background says is in ``servers/8000.log`` until the next one on that port.
+The server on port 8000 replaces ``servers/8000.json`` in the state folder about once a second, and deletes it
+when it ends. ``servers/8000.key`` has its API key. :mod:`qlora_tui.serving` writes both files. A server that
+was started in the background writes its output to ``servers/8000.log``, which stays until the next server on
+that port.
 """
 
 from __future__ import annotations
@@ -29,44 +30,44 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
 
     process: ProcessIdentity
     address: str
-    """``http://127.0.0.1:8000/v1``."""
+    """Base URL, such as ``http://127.0.0.1:8000/v1``."""
     port: int
     base: str
-    """The model that the adapters are for."""
+    """The base model."""
     models: tuple[str, ...] = ()
     state: str = "unloaded"
     """``unloaded``, ``loading``, ``ready``, ``yielded`` to a run, or ``failed``."""
     detail: str = ""
-    """What it waits for or why it failed, in a sentence."""
+    """What the server waits for or why it failed, in a sentence."""
     engine_pid: int = 0
-    """The process that holds the model; 0 without one."""
+    """Process id of the engine that holds the model; 0 if there is none."""
     memory_bytes: int = 0
     """Memory of the loaded model, without keys and values."""
     is_local: bool = True
-    """Whether only programs of this machine reach it."""
+    """Whether only programs on this machine can reach the server."""
     key_file: str = ""
-    """The file with its API key; empty without one."""
+    """File with the API key; empty if no key is required."""
     requests: int = 0
-    """Requests answered, with or without success."""
+    """Number of requests answered, successfully or not."""
     refused: int = 0
-    """Those answered with an error."""
+    """Number of requests answered with an error."""
     answering: int = 0
-    """Answers computed now."""
+    """Number of answers that are being computed."""
     waiting: int = 0
-    """Requests that wait."""
+    """Number of requests that wait."""
     tokens_per_s: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
 
     @property
     def default_model(self) -> str:
-        """The first model besides the base, or else the base."""
+        """The first model other than the base; the base if there is no other."""
         return self.models[1] if len(self.models) > 1 else self.models[0]
 
 
 _POLL_S = 0.05
 _START_S = 30.0
-"""Seconds that a server in the background may take to listen."""
+"""Seconds within which a server in the background must listen."""
 _STOP_S = 10.0
 _DECODER = msgspec.json.Decoder(ServerStatus)
 
@@ -77,17 +78,17 @@ def servers_dir() -> Path:
 
 
 def state_path(port: int) -> Path:
-    """Return the state file of the server on a port."""
+    """Return the path of the state file of the server on a port."""
     return servers_dir() / f"{port}.json"
 
 
 def key_path(port: int) -> Path:
-    """Return the file with the key of the server on a port."""
+    """Return the path of the key of the server on a port."""
     return servers_dir() / f"{port}.key"
 
 
 def running_servers() -> list[ServerStatus]:
-    """Return the servers that run, by port."""
+    """Return the running servers, ordered by port."""
     folder = paths.state_dir() / "servers"
     statuses = (read_json(path, _DECODER) for path in list_folder(folder) if path.suffix == ".json")
     running = [status for status in statuses if status is not None and status.process.is_alive()]
@@ -95,17 +96,17 @@ def running_servers() -> list[ServerStatus]:
 
 
 def server_on(port: int) -> ServerStatus | None:
-    """Return the server that runs on a port; None if none does."""
+    """Return the running server on a port; None if there is none."""
     return next((server for server in running_servers() if server.port == port), None)
 
 
 @changes_box
 def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
-    """Start ``qlora-tui serve`` with arguments, as a process that outlives this one; return once it listens.
+    """Start ``qlora-tui serve`` in a process that outlives this one, and return once it listens.
 
-    Raises UserError if it ends before that.
+    Raises UserError if the process ends before that.
     """
-    # A server that runs on the same port goes on writing to its own log.
+    # A running server on the same port still writes to its own log.
     log_path = servers_dir() / f"start-{os.getpid()}.log"
     with disk_problems(), log_path.open("wb") as log:
         process = spawn_detached("qlora_tui", "serve", *arguments, output=log, environ=environ)
@@ -128,7 +129,8 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
 
 @changes_box
 def stop_server(server: ServerStatus) -> None:
-    """End a server: it ends its answers and frees the GPU within seconds. Raises UserError if it stays."""
+    """Stop a server, which aborts its answers and frees the GPU within seconds. Raises UserError if it
+    continues."""
     if terminate(server.process):
         server.process.wait(_STOP_S)
     if server.process.is_alive():

@@ -1,10 +1,10 @@
-"""Slurm: targets with the options of jobs, the scripts of jobs, and the commands of a cluster.
+"""Slurm: targets with job options, job scripts, and the commands of a cluster.
 
-A target, ``targets/NAME.toml`` in the config folder, has the options of a cluster's jobs; recipes have none,
-so that they train anywhere. A run on a cluster has ``slurm.json`` (its job), ``job.sh`` (what was submitted),
-``slurm.log`` (what the job printed) and ``squeue.json`` (what Slurm last said of the job) in its folder.
-:mod:`qlora_tui.runs.slurm_runs` submits and watches such runs; :mod:`qlora_tui.runs.slurm_job` is what a job
-does.
+A target is a file, ``targets/NAME.toml`` in the config folder, with the options of a cluster's jobs. Recipes
+have no such options, so that they train anywhere. The folder of a run on a cluster has ``slurm.json`` (its
+job), ``job.sh`` (the submitted script), ``slurm.log`` (the job's output) and ``squeue.json`` (the last state
+of the job in Slurm). :mod:`qlora_tui.runs.slurm_runs` submits and watches such runs;
+:mod:`qlora_tui.runs.slurm_job` runs inside the job.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from qlora_tui.visible import visible
 from qlora_tui.worker import module_argv
 
 SIGNAL_S = 120
-"""Seconds before its time limit at which a job is told to save and leave."""
+"""Seconds before the time limit at which a job is told to save and end."""
 FRESH_S = 120.0
-"""Seconds for which an answer of Slurm is trusted more than the files of a run that seems lost."""
+"""Seconds for which an answer from Slurm is trusted more than the files of a run that seems lost."""
 _PROGRAM = "qlora_tui.runs.slurm_job"
 _CALL_S = 30.0
-"""Seconds after which a command of Slurm counts as not answering."""
+"""Seconds after which a Slurm command is considered unresponsive."""
 SUBMITTING_S = 2 * _CALL_S
-"""Seconds after which a run that has no job counts as not submitted: the process was killed that did it."""
+"""Seconds after which a run without a job counts as not submitted, because the submitting process was
+killed."""
 _CANCEL_S = 15.0
-"""Seconds for which a job is cancelled again that waits in spite of it."""
+"""Seconds for which cancelling is repeated if the job still waits."""
 _AGAIN_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -66,28 +67,30 @@ _OWN_OPTIONS = {
     "time",
     "account",
 }
-"""Options of sbatch that a target's ``extra`` cannot have: the other keys or this program decide them."""
+"""Options of sbatch that ``extra`` of a target must not contain, because other keys or this program set
+them."""
 _OWN_SHORT_OPTIONS = re.compile(r"-[oeaNnWptA]")
 _VARIABLES = re.compile(
     r"SBATCH_(SIGNAL|REQUEUE|NO_REQUEUE|OPEN_MODE|OUTPUT|ERROR|TIMELIMIT|EXPORT|ARRAY_INX|WAIT)$"
     r"|SQUEUE_|HF_TOKEN$|HUGGING_FACE_HUB_TOKEN$"
 )
-"""Variables that would override what a script says or a command prints; and tokens, which no trainer needs:
-the controller of the cluster keeps the environment of a job in a file."""
+"""Variables to remove from a job's environment: they would override a script's options or change the
+output of commands, or they hold tokens. The cluster's controller stores the environment in a file, and no
+trainer needs a token."""
 
 
 class Target(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the jobs on a cluster, each in the form that sbatch accepts."""
+    """Options of the jobs on a cluster, each in the format that sbatch accepts."""
 
     partition: str = ""
-    """Empty: the cluster's default."""
+    """Partition; empty for the cluster's default."""
     gres: str = ""
-    """``gpu:a100:1``. Empty: as many GPUs as the recipe says, of any kind."""
+    """GPUs, such as ``gpu:a100:1``; empty for as many GPUs of any kind as the recipe uses."""
     time: str = ""
-    """Time limit of a job: ``04:00:00``. Empty: proposed from measured speed."""
+    """Time limit of a job, such as ``04:00:00``; empty to propose one from the measured speed."""
     account: str = ""
     extra: tuple[str, ...] = ()
-    """Further options: ``["--mem=64G", "--constraint=ampere"]``."""
+    """Additional options, such as ``["--mem=64G", "--constraint=ampere"]``."""
 
 
 class JobPlan(Struct, frozen=True):
@@ -99,18 +102,18 @@ class JobPlan(Struct, frozen=True):
     limit_s: int | None
     """The proposed limit in seconds; None if the target or the cluster sets it."""
     words: str
-    """The limit and its source, in a sentence."""
+    """The limit and its source, in one sentence."""
 
 
 class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The content of ``slurm.json``: the job that trains a run, or trained it last."""
+    """The content of ``slurm.json``: the job that trains a run, or that trained it last."""
 
     target: str
     """Name of the target."""
     job: str = ""
-    """Slurm's number; empty while it is being submitted."""
+    """Slurm's job id; empty while the job is being submitted."""
     limit_s: int | None = None
-    """Time limit that was proposed for the job; None if the target or the cluster set it."""
+    """Proposed time limit of the job in seconds; None if the target or the cluster sets the limit."""
 
 
 class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -118,12 +121,13 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     at: UnixTime
     states: tuple[str, ...] = ()
-    """State and flags as in ``squeue --json``: ``RUNNING``; empty if Slurm no longer knows the job."""
+    """State and flags as in ``squeue --json``, such as ``RUNNING``; empty if Slurm does not know the job
+    anymore."""
     reason: str = ""
-    """Why it waits: ``Resources``."""
+    """Why the job waits, such as ``Resources``."""
     nodes: str = ""
     starts_at: UnixTime | None = None
-    """When Slurm expects to start it, if it waits."""
+    """Unix time at which Slurm expects to start a waiting job."""
 
     @property
     def waits(self) -> bool:
@@ -141,9 +145,9 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return not (self.waits or self.runs)
 
     def words(self, job: str) -> str:
-        """Describe the state of the job with this number, in a sentence."""
+        """Describe the state of the job with this id, in a sentence."""
         if self.waits:
-            # What matters first: lists cut it.
+            # The most important part comes first, because lists truncate the sentence.
             start = f" from about {time_words(self.starts_at)}," if self.starts_at else ""
             return f"Waits in Slurm ({self.reason or 'no reason given'}),{start} as job {job}."
         if self.runs:
@@ -163,12 +167,12 @@ def submission_of(run: RunDir) -> Submission | None:
 
 
 def seen_job(run: RunDir) -> SeenJob | None:
-    """Return the last known state of a run's job; None before Slurm was asked."""
+    """Return the last known state of a run's job; None if Slurm was not asked yet."""
     return read_json(run.squeue_path, _SEEN)
 
 
 def was_asked_lately() -> bool:
-    """Whether Slurm has answered within :data:`FRESH_S`, to any process."""
+    """Return whether Slurm has answered any process within :data:`FRESH_S` seconds."""
     try:
         return abs(time.time() - asked_path().stat().st_mtime) < FRESH_S
     except OSError:
@@ -176,17 +180,17 @@ def was_asked_lately() -> bool:
 
 
 def asked_path() -> Path:
-    """Path of the file whose time says when Slurm last answered; locked while it is asked."""
+    """Return the path of a file whose mtime is the time of Slurm's last answer. Calls of Slurm lock it."""
     return paths.state_dir() / "squeue.asked"
 
 
 def targets_dir() -> Path:
-    """Folder of the targets."""
+    """Return the folder of the targets."""
     return private_dir(paths.config_dir() / "targets")
 
 
 def load_target(name: str) -> Target:
-    """Read the target of this name. Raises UsageError if there is none, or it cannot be used."""
+    """Read the target with this name. Raises UsageError if it does not exist or cannot be used."""
     path = targets_dir() / f"{name}.toml"
     example = 'partition = "gpu"\ngres = "gpu:1"\ntime = "04:00:00"'
     if not _NAME.fullmatch(name) or not path.is_file():
@@ -211,7 +215,7 @@ def load_target(name: str) -> Target:
 
 
 def _problem_of(target: Target) -> str:
-    """Describe what is wrong with a target, in a sentence; empty if nothing is."""
+    """Return what is wrong with a target, in a sentence; empty if nothing is wrong."""
     texts = (target.partition, target.gres, target.account, *target.extra)
     if odd := next((text for text in texts if not text.isprintable()), ""):
         return f"{odd!r} is not one line."
@@ -227,7 +231,7 @@ def _problem_of(target: Target) -> str:
 
 
 def parse_limit(text: str) -> int | None:
-    """Parse a time limit in the form that sbatch accepts to seconds; None if it is invalid."""
+    """Parse a time limit in sbatch's format; return seconds, or None if it is invalid."""
     match = _TIME.fullmatch(text)
     if match is None:
         return None
@@ -241,14 +245,14 @@ def parse_limit(text: str) -> int | None:
 
 
 def format_limit(seconds: int) -> str:
-    """Return a time limit in the form that sbatch accepts: ``1-02:30:00``."""
+    """Return a time limit in sbatch's format, such as ``1-02:30:00``."""
     days, rest = divmod(seconds, 86400)
     clock = f"{rest // 3600:02}:{rest % 3600 // 60:02}:{rest % 60:02}"
     return f"{days}-{clock}" if days else clock
 
 
 def gpus_of(gres: str) -> int:
-    """Return the number of GPUs of ``gpu:a100:2``; 1 where it says none."""
+    """Return the number of GPUs in an option such as ``gpu:a100:2``; 1 if it has no number."""
     count = gres.rpartition(":")[2]
     return int(count) if count.isdecimal() else 1
 
@@ -257,18 +261,18 @@ def job_script(run: RunDir, target: Target, limit_s: int | None, gpus: int) -> s
     """Return the script of a job that trains a run.
 
     Args:
-        run: the run.
-        target: what the job asks for.
-        limit_s: time limit if the target has none; None for the cluster's default.
-        gpus: GPUs if the target does not say.
+        run: The run.
+        target: Options of the job.
+        limit_s: Time limit in seconds if the target has none; None for the cluster's default.
+        gpus: Number of GPUs if the target has none.
     """
-    # sbatch puts the number of the job in place of %j, and so on.
+    # sbatch replaces %j by the job id, and so on.
     output = str(run.job_log_path).replace("%", "%%")
     options = [
         f"--job-name={run.id}",
         f"--output={output}",
         "--open-mode=append",
-        # To the script alone, which becomes the program below: that has the trainer save.
+        # Only the script gets the signal. The script becomes the program below, which makes the trainer save.
         f"--signal=B:TERM@{SIGNAL_S}",
         "--requeue",
         "--nodes=1",
@@ -283,14 +287,14 @@ def job_script(run: RunDir, target: Target, limit_s: int | None, gpus: int) -> s
         options.append(f"--time={limit}")
     lines = [f"#SBATCH {shlex.quote(option)}" for option in (*options, *target.extra)]
     program = shlex.join(module_argv(_PROGRAM, str(run.path)))
-    # A job that is taken away before the program listens is to start again, not to end.
+    # If the job is preempted before the program handles signals, the job must be requeued instead of ending.
     return "\n".join(["#!/bin/bash", *lines, "trap '' TERM", f"exec {program}", ""])
 
 
 def submit(script: Path) -> str:
-    """Submit the script of a job; return its number. Raises UserError."""
+    """Submit the script of a job; return its id. Raises UserError."""
     printed = _call("sbatch", "--parsable", str(script))
-    # With several clusters, the name of one follows; a site may print more.
+    # With several clusters, the cluster's name follows. Some sites print more lines.
     match = re.search(r"^(\d+)(;.*)?$", printed, re.MULTILINE)
     if match is None:
         raise UserError(
@@ -302,9 +306,10 @@ def submit(script: Path) -> str:
 
 
 def cancel(job: str) -> None:
-    """Cancel a job that waits. Raises UserError.
+    """Cancel a waiting job. Raises UserError.
 
-    While the processes of a requeued job end, Slurm accepts the command, and starts the job all the same.
+    While the processes of a requeued job end, Slurm accepts the command and starts the job anyway, so
+    cancelling is repeated.
     """
     deadline = time.monotonic() + _CANCEL_S
     while True:
@@ -312,7 +317,7 @@ def cancel(job: str) -> None:
         try:
             seen = list_jobs().get(job)
         except UserError:
-            return  # Slurm accepted it, and does not say more.
+            return  # Slurm accepted the command and gives no further information.
         if seen is None or not seen.waits:
             return
         if time.monotonic() > deadline:
@@ -323,12 +328,12 @@ def cancel(job: str) -> None:
 
 
 def requeue(job: str) -> None:
-    """Have a job of this process end and start again later. Raises UserError."""
+    """Make a job of this process end and start again later. Raises UserError."""
     _call("scontrol", "requeue", job)
 
 
 def partition_limit(partition: str) -> int | None:
-    """Return the seconds that a job of a partition may take; None if there is no limit or it is unknown."""
+    """Return the time limit of a partition in seconds; None if it has no limit or the limit is unknown."""
     try:
         lines = _call(
             "sinfo", "--noheader", "--format=%P %l", *([f"--partition={partition}"] if partition else [])
@@ -336,7 +341,7 @@ def partition_limit(partition: str) -> int | None:
     except UserError:
         return None
     for name, limit in (line.split() for line in lines.splitlines() if len(line.split()) == 2):
-        # The default partition has a star.
+        # The default partition is marked with a star.
         if partition or name.endswith("*"):
             return parse_limit(limit)
     return None
@@ -373,7 +378,7 @@ class _Listing(Struct):
 
 
 def list_jobs() -> dict[str, SeenJob]:
-    """Return this user's jobs by number, with those that ended a few minutes ago. Raises UserError."""
+    """Return this user's jobs by id, including those that ended a few minutes ago. Raises UserError."""
     output = _call("squeue", "--json", "--me", "--states=all")
     try:
         jobs = msgspec.json.decode(output, type=_Listing).jobs
@@ -387,12 +392,12 @@ def list_jobs() -> dict[str, SeenJob]:
 
 
 def is_installed() -> bool:
-    """Whether the commands of Slurm are here."""
+    """Return whether Slurm's commands are installed on this machine."""
     return shutil.which("squeue") is not None
 
 
 def require_installed() -> None:
-    """Raise UserError if the commands of Slurm are not here."""
+    """Raise UserError if Slurm's commands are not installed on this machine."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "Slurm is not installed here",
@@ -404,7 +409,7 @@ def require_installed() -> None:
 
 
 def _call(command: str, *arguments: str) -> str:
-    """Run a command of Slurm; return what it prints. Raises UserError."""
+    """Run a Slurm command and return its output. Raises UserError."""
     require_installed()
     environ = {name: value for name, value in detached_environ().items() if not _VARIABLES.match(name)}
     try:
@@ -434,5 +439,5 @@ def _call(command: str, *arguments: str) -> str:
 
 
 def _last_lines(lines: Iterable[str]) -> str:
-    """Return the last three lines that a command printed, in one line."""
+    """Return the last three lines that a command printed, joined to one line."""
     return " / ".join(visible(line.strip()) for line in list(lines)[-3:] if line.strip())

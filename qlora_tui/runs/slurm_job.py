@@ -1,9 +1,9 @@
-"""What the job of a cluster does: trains one run, and lets a time limit be a pause.
+"""The program of a cluster job: trains one run, and turns a time limit into a pause.
 
-``python -m qlora_tui.runs.slurm_job RUN`` takes the place of the job's script, to which Slurm sends SIGTERM
-before the time limit, and when it takes the node for another job. The run then saves within the step, and
-Slurm is asked to start the job again, which resumes exactly. Retries after memory ran out, the end and its
-notification are those of the queue (:mod:`qlora_tui.runs.supervision`). The trainer is a step of the job
+``python -m qlora_tui.runs.slurm_job RUN`` replaces the job's script. Slurm sends SIGTERM to it before the
+time limit, and when another job takes the node. The run then saves within the current step, and Slurm is
+asked to start the job again, which resumes exactly. Retries after memory ran out, the ending and its
+notification work as in the queue (:mod:`qlora_tui.runs.supervision`). The trainer is a step of the job
 (``srun``), so that Slurm ends it with the job, however this process ends.
 """
 
@@ -41,14 +41,14 @@ from qlora_tui.runs.status import (
 )
 from qlora_tui.runs.supervision import POLL_S, Supervisor, log
 
-# All processors of the job: srun would give a task one, and bind it there.
+# All CPUs of the job. By default, srun gives a task one CPU and binds it there.
 _SRUN = ("srun", "--nodes=1", "--ntasks=1", "--cpu-bind=none", "--unbuffered", "--kill-on-bad-exit=1")
 _BY_SIGNAL = 128
-"""srun's exit code for a task that a signal ended, less the signal."""
+"""Offset that srun adds to a signal's number in the exit code of a task that the signal ended."""
 
 
 class _Job(Supervisor):
-    """Trains the run of this job."""
+    """Supervisor of the run of this job."""
 
     starts_through = _SRUN
 
@@ -58,42 +58,43 @@ class _Job(Supervisor):
         self.is_told_to_leave = False
 
     def listen(self) -> None:
-        """Leave on SIGTERM, which Slurm sends to the script alone."""
+        """Handle SIGTERM, which Slurm sends to the script alone, by leaving the node."""
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
-        """Take what Slurm gave to the job: it gives a GPU to one at a time."""
+        """Claim nothing: Slurm gives each GPU to one job at a time."""
         return nullcontext(())
 
     def awake(self) -> AbstractContextManager[None]:
-        """Leave the node to its administrators."""
+        """Do nothing: a node's administrators decide when it suspends."""
         return nullcontext()
 
     def take(self, run: RunDir, devices: Devices) -> None:
-        """Record that this job starts a trainer; no runner of another machine is to record its end."""
+        """Record that this job starts a trainer, so that no runner on another machine records its ending."""
         record_devices(run, devices)
         run_queue.take(run, process_identity())
 
     def code_of_trainer(self, exit_code: int) -> int:
-        """Return the exit code of the trainer, from srun's."""
+        """Return the trainer's exit code, derived from srun's exit code."""
         return _BY_SIGNAL - exit_code if exit_code > _BY_SIGNAL else exit_code
 
     def trainer_ended(self, run: RunDir, exit_code: int) -> None:
-        """Record that Slurm's signal paused the run, also before its trainer listened."""
+        """Record that Slurm's signal paused the run, even if its trainer did not handle signals yet."""
         if exit_code == -signal.SIGTERM:
             append_event(run.events_path, Paused(step=recorded_status(run).step, hold=Hold(cause="limit")))
 
     def requeue(self, run: RunDir) -> None:
-        """Have Slurm start the job again, or leave the run paused if it was cancelled or Slurm refuses."""
+        """Make Slurm start the job again, or leave the run paused if the job was cancelled or Slurm
+        refuses."""
         paused, seen = recorded_status(run), self._seen()
         if seen is not None and "CANCELLED" in seen.states:
             self._leave_paused(run, paused, f"Slurm job {self._job} was cancelled")
             return
-        # Before the request, which ends this process.
+        # Record this before the request, which ends this process.
         append_event(run.events_path, Queued())
         write_status(run, structs.replace(paused.transition("queued"), hold=Hold(cause="limit")))
         if seen is not None and seen.waits:
-            # Preempted, or requeued by an administrator.
+            # The job was preempted, or requeued by an administrator.
             return
         try:
             slurm.requeue(self._job)
@@ -101,11 +102,11 @@ class _Job(Supervisor):
             log(problem)
             self._leave_paused(run, paused, f"Slurm did not start job {self._job} again")
             return
-        # Slurm ends this process; until then the job must not count as done.
+        # Slurm ends this process. Until then, the job must not count as completed.
         signal.pause()
 
     def notify(self, run: RunDir) -> None:
-        """Tell the user here: with the job, all of its processes end."""
+        """Notify the user from this process, because a background process would end with the job."""
         notify(run.path)
 
     def _limit(self, run: RunDir, devices: Iterable[RunDevice]) -> Hold | None:
@@ -117,7 +118,7 @@ class _Job(Supervisor):
         write_status(run, structs.replace(paused, at=time.time(), detail=detail))
 
     def _seen(self) -> SeenJob | None:
-        """Return what Slurm says of this job; None if it cannot be asked."""
+        """Return the state of this job in Slurm; None if Slurm does not answer."""
         try:
             return slurm.list_jobs().get(self._job)
         except UserError as problem:
@@ -129,12 +130,12 @@ class _Job(Supervisor):
 
 
 def main() -> int:
-    """Train the run in the folder given; return the exit code, 1 if it failed."""
+    """Train the run in the given folder; return the exit code, which is 1 if the run failed."""
     run, job = RunDir(Path(sys.argv[1])), _Job(os.environ.get("SLURM_JOB_ID", ""))
     job.listen()
     state = recorded_status(run).state
     if state not in ("queued", *ACTIVE) and not (state == "paused" and _is_held(run)):
-        # Started again by Slurm after its end, such as for a node that failed.
+        # Slurm started the job again after its end, for example because a node failed.
         log(f"{run.id} is {state}: there is nothing to do")
         return 0
     try:
@@ -155,9 +156,9 @@ def main() -> int:
 
 
 def _wait_for_last_trainer(run: RunDir) -> None:
-    """Return once no other trainer has the run: one may still live on a node that Slurm cannot reach.
+    """Wait until no other trainer has the run. One may be alive on a node that Slurm cannot reach.
 
-    Raises UserError if one goes on.
+    Raises UserError if it continues to train.
     """
     deadline = time.monotonic() + 2 * BEAT_S
     while has_live_trainer(run):
@@ -171,13 +172,14 @@ def _wait_for_last_trainer(run: RunDir) -> None:
 
 
 def _is_held(run: RunDir) -> bool:
-    """Whether the job before this one left the run, and was killed before it could say that it goes on."""
+    """Return whether the previous job gave up the run for its time limit, and was killed before it could
+    requeue."""
     ending = last_event(run.events_path)
     return isinstance(ending, Paused) and ending.hold is not None
 
 
 def _devices(run: RunDir) -> Devices | UserError:
-    """Return the devices that Slurm gave to the job; the error if they are not enough for the run."""
+    """Return the devices that Slurm gave to the job, or the error if they are not enough for the run."""
     try:
         devices = choose(wanted_devices(run.recipe(), os.environ, devices_of(run)), set())
     except UserError as problem:

@@ -1,8 +1,8 @@
 """Runs on a cluster: submits, cancels and watches their jobs.
 
-A run on a cluster is in no queue of this machine: Slurm starts its job, which then owns the run. As for any
-run, its state is in its files. Slurm additionally reports why a job waits, and whether a job ended without
-recording the end of its run.
+A run on a cluster is in no queue of this machine. Slurm starts its job, which then owns the run. As for any
+run, the state is in files. In addition, Slurm reports why a job waits, and if a job ended without recording
+the ending of its run.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from qlora_tui.runs.slurm import SeenJob, Submission, Target
 from qlora_tui.runs.status import ACTIVE, ended_status, read_status, recorded_status, write_status
 
 ASK_S = 15.0
-"""Least seconds between two calls of ``squeue``, by all processes that share the state folder."""
+"""Minimum seconds between two calls of ``squeue``, over all processes that share the state folder."""
 
 
 def is_on_cluster(run: RunDir) -> bool:
-    """Return whether a job of a cluster trains this run, or trained it last."""
+    """Return whether a cluster job trains this run, or trained it last."""
     return run.slurm_path.exists()
 
 
 def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
-    """Submit the job that trains a run, from its last checkpoint if it has one; return Slurm's number.
+    """Submit a job that trains a run, from its last checkpoint if it has one; return the job id.
 
     Args:
-        run: the run, new or ended.
-        name: name of the target.
-        target: what the job asks for.
-        limit_s: time limit if the target has none; None for the cluster's default.
+        run: A new or ended run.
+        name: Name of the target.
+        target: Options of the job.
+        limit_s: Time limit in seconds if the target has none; None for the cluster's default.
 
     Raises:
         UserError: Slurm refused the job; the state of the run is unchanged.
-        OSError: a file could not be written.
+        OSError: A file could not be written.
     """
     before, is_again = recorded_status(run), run.status_path.exists()
     last = slurm.submission_of(run)
@@ -54,7 +54,7 @@ def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
     )
     submission = Submission(target=name, limit_s=limit_s)
     _record(run, submission)
-    # Before the job can start, which changes it.
+    # Written before submission, because the job changes the status when it starts.
     write_status(run, before.transition("queued"))
     try:
         job = slurm.submit(run.job_script_path)
@@ -73,7 +73,7 @@ def submit(run: RunDir, name: str, target: Target, limit_s: int | None) -> str:
 
 
 def record_job(run: RunDir, job: str) -> None:
-    """Record the job that this process is, if the one that submitted it was killed before it knew."""
+    """Record the job of this process, if the submitting process was killed before it knew the job id."""
     submission = slurm.submission_of(run)
     if submission is not None and not submission.job:
         _record(run, structs.replace(submission, job=job))
@@ -94,7 +94,7 @@ def resubmit(run: RunDir) -> None:
         )
     refresh([run], is_due=True)
     seen = slurm.seen_job(run)
-    # The next job waits for a job that is only ending its processes.
+    # If the previous job is only ending its processes, the next job waits for it.
     is_in_use = seen is not None and (seen.waits or (seen.runs and recorded_status(run).state in ACTIVE))
     if seen is not None and is_in_use:
         raise UsageError(
@@ -106,9 +106,9 @@ def resubmit(run: RunDir) -> None:
 
 
 def cancel(run: RunDir, *, pauses: bool) -> bool:
-    """Cancel a job that has not started; return False if it has. Raises UserError, OSError.
+    """Cancel a job that has not started; return False if it has started. Raises UserError, OSError.
 
-    ``pauses``: whether the run is then paused, instead of stopped.
+    With ``pauses``, the run is paused instead of stopped.
     """
     submission, status = slurm.submission_of(run), read_status(run)
     if submission is None or status.state != "queued":
@@ -132,7 +132,8 @@ def cancel(run: RunDir, *, pauses: bool) -> bool:
 def refresh(runs: Iterable[RunDir], *, is_due: bool = False) -> None:
     """Ask Slurm for the jobs of these runs, and record changes in their ``squeue.json``.
 
-    Do nothing within :data:`ASK_S` seconds of the last call, unless ``is_due``, or if Slurm does not answer.
+    Does nothing within :data:`ASK_S` seconds of the last call (unless ``is_due``), or if Slurm does not
+    answer.
     """
     asked = slurm.asked_path()
     with suppress(OSError, UserError), locked(asked) as lock:
@@ -158,20 +159,21 @@ def refresh(runs: Iterable[RunDir], *, is_due: bool = False) -> None:
 
 
 def unsettled(runs: Iterable[RunDir]) -> list[RunDir]:
-    """Return the runs on a cluster whose files do not say that they have ended."""
+    """Return the runs on a cluster whose files do not record an ending."""
     states = ("queued", *ACTIVE)
     return [run for run in runs if is_on_cluster(run) and recorded_status(run).state in states]
 
 
 class Watch:
-    """Asks Slurm in a separate thread, for a process that must not wait for the answer."""
+    """Asks Slurm in a separate thread, for processes that must not wait for the answer."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._asked_at = -ASK_S
 
     def poll(self, runs: Iterable[RunDir]) -> None:
-        """Ask for the jobs of these runs, unless Slurm was asked recently or a call is in progress."""
+        """Start asking for the jobs of these runs, unless Slurm was asked recently or a call is in
+        progress."""
         now = time.monotonic()
         if now - self._asked_at < ASK_S or (self._thread is not None and self._thread.is_alive()):
             return

@@ -1,4 +1,5 @@
-"""The time limit of a job: proposed from measured speed, and refused if too short for two checkpoints."""
+"""The time limit of a job: proposed from the measured speed, and rejected if too short for two
+checkpoints."""
 
 from __future__ import annotations
 
@@ -20,23 +21,23 @@ from qlora_tui.runs.expected_time import ExpectedTime, time_on
 from qlora_tui.runs.slurm import SIGNAL_S, JobPlan, Target
 
 _START_S = 180.0
-"""Seconds from the start of a job to its first step, if none was measured."""
+"""Seconds from the start of a job to its first step, if this was not measured."""
 _MARGIN = 1.5
-"""Factor on the measured training time, for evaluations, checkpoints and slower nodes."""
+"""Factor on the measured training time, to allow for evaluations, checkpoints and slower nodes."""
 _ROUND_S = 300
 _HEAD_BYTES = 1 << 18
-"""Bytes at the beginning of the events that surely contain the first step."""
+"""Bytes at the beginning of the event file that certainly include the first step."""
 
 
 def plan_job(recipe: Recipe, name: str) -> JobPlan:
-    """Return the plan of a job for this recipe.
+    """Return the options of a job for this recipe.
 
     Args:
-        recipe: the recipe.
-        name: name of the target.
+        recipe: The recipe.
+        name: Name of the target.
 
     Raises:
-        UserError: the target cannot be used, has too few GPUs, or its time limit is too short.
+        UserError: The target cannot be used, has too few GPUs, or its time limit is too short.
     """
     slurm.require_installed()
     target = slurm.load_target(name)
@@ -119,7 +120,8 @@ def _time(recipe: Recipe, environment: Environment, length: RunLength) -> Expect
 
 
 def _measured_on(name: str) -> tuple[Environment | None, float]:
-    """Return the environment of the last run on a target, and its seconds from start to first step."""
+    """Return the environment of the last run on a target, and the seconds from its start to its first
+    step."""
     for run in all_runs():
         submission = slurm.submission_of(run)
         if submission is None or submission.target != name:

@@ -1,12 +1,12 @@
-"""A run's current state: ``status.json``, and how to read it after its process has ended.
+"""A run's current state: ``status.json``, and how to interpret it after its process has ended.
 
-``status.json`` is written at each change of state and is on disk before anything relies on it. The
-heartbeat is a separate file, replaced once a second and never synced: a power cut may empty it, and loses
-no more than the last second. If ``status.json`` cannot be read, the state is derived from the events.
+``status.json`` is written at each change of state, and is on disk before anything relies on it. The heartbeat
+is a separate file that is replaced once a second and never synced: a power cut may empty it, which loses only
+the last second. If ``status.json`` cannot be read, the state is derived from the events.
 
-Written by the one process that currently owns the run: the one that queues it, the runner, or the trainer.
-All of them are on one machine: :func:`refuse_other_machines`. A run on a cluster is owned by its job,
-wherever that runs (:mod:`qlora_tui.runs.slurm_job`).
+Only the process that currently owns the run writes these files: the process that queues it, the runner, or
+the trainer. All of them are on one machine (:func:`refuse_other_machines`). A run on a cluster is owned by
+its job, wherever that runs (:mod:`qlora_tui.runs.slurm_job`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_loc
 from qlora_tui.runs.slurm import SUBMITTING_S, Submission, seen_job, submission_of, was_asked_lately
 
 BEAT_S = 60.0
-"""Age in seconds after which a heartbeat counts as the last, if its process cannot be looked up."""
+"""Seconds after which a heartbeat is outdated, if its process cannot be looked up."""
 SILENT_S = 30.0
-"""Age in seconds of a live trainer's heartbeat after which it counts as not responding."""
+"""Seconds without a heartbeat after which a live trainer counts as not responding."""
 State: TypeAlias = Literal[
     "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"
 ]
-"""The last three are never written, only derived on reading. ``gone``: the folder does not exist."""
+"""State of a run. The last three are never written, only derived. ``gone``: the folder does not exist."""
 ACTIVE: frozenset[State] = frozenset(("starting", "running"))
 RESUMABLE: frozenset[State] = frozenset(("failed", "stopped", "paused", "lost"))
 
@@ -49,23 +49,23 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     state: State
     at: UnixTime
-    """Unix time when this was written: the heartbeat."""
+    """Unix time at which the file was written, which serves as the heartbeat."""
     process: ProcessIdentity | None = None
     phase: events.Phase | None = None
     step: Count = 0
     total_steps: Count = 0
     loss: float | None = None
     detail: str = ""
-    """One sentence: how it ended, or what it waits for."""
+    """How the run ended or what it waits for, in one sentence."""
     micro_batch: Count = 0
-    """Micro-batches done of the step in progress."""
+    """Micro-batches of the current step that are done."""
     micro_batches: Count = 0
-    """Micro-batches of that step; 0 until the first is done."""
+    """Micro-batches of the current step; 0 until the first one is done."""
     hold: Hold | None = None
-    """What a queued run waits for other than the runs before it, or why a running one rests."""
+    """Why a queued run waits, other than for earlier runs, or why a running one rests."""
 
     def transition(self, state: State, *, process: ProcessIdentity | None = None, detail: str = "") -> Status:
-        """Return the next state, starting now; the run's progress is kept."""
+        """Return a status with another state from now on, which keeps the run's progress."""
         return structs.replace(
             self,
             state=state,
@@ -83,7 +83,7 @@ _DECODER = msgspec.json.Decoder(Status)
 
 
 def write_status(run: RunDir, status: Status) -> None:
-    """Replace ``status.json``; it survives a power cut. Raises OSError."""
+    """Replace ``status.json``, durably against a power cut. Raises OSError."""
     atomic_write(run.status_path, msgspec.json.encode(status), durable=True)
     if status.state not in ACTIVE:
         run.heartbeat_path.unlink(missing_ok=True)
@@ -95,10 +95,10 @@ def write_heartbeat(run: RunDir, status: Status) -> None:
 
 
 def read_status(run: RunDir) -> Status:
-    """Read the actual status: an active run whose process has ended is ``lost``."""
+    """Return the actual status. An active run whose process has ended is ``lost``."""
     status = recorded_status(run)
     if current() is not None:
-        # The box has looked for the process.
+        # The remote box has already looked for the process.
         return status
     if status.state in ("queued", *ACTIVE) and (submission := submission_of(run)) is not None:
         return _status_of_job(run, status, submission)
@@ -106,7 +106,7 @@ def read_status(run: RunDir) -> Status:
         if run.id in waiting():
             waits = capitalize(f"{held_words(status)}.") if status.hold else ""
             return structs.replace(status, detail=describe_runner() or waits or status.detail)
-        # Once more: the runner may have taken it since.
+        # Read it again, because the runner may have taken the run since.
         status = recorded_status(run)
         if status.state == "queued":
             return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
@@ -119,13 +119,13 @@ def read_status(run: RunDir) -> Status:
 
 
 def has_live_trainer(run: RunDir) -> bool:
-    """Whether the files say that a process trains the run now, on this machine or another."""
+    """Return whether, according to the files, a process trains the run now, on this machine or another."""
     status = recorded_status(run)
     return status.state in ACTIVE and _look_for_trainer(run, status)[1].alive
 
 
 def _look_for_trainer(run: RunDir, status: Status) -> tuple[Status, Sighting]:
-    """Return the status with the last heartbeat, and what is known of the process behind it."""
+    """Return the status with the last heartbeat, and what is known about the run's process."""
     beat = read_json(run.heartbeat_path, _DECODER)
     if beat is not None and beat.process == status.process:
         status = beat
@@ -133,7 +133,7 @@ def _look_for_trainer(run: RunDir, status: Status) -> tuple[Status, Sighting]:
 
 
 def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Status:
-    """Return the status of a run on a cluster, from its files and what Slurm last said of its job."""
+    """Return the status of a run on a cluster, from its files and its job's last known state in Slurm."""
     job, seen = submission.job, seen_job(run)
     if status.state == "queued":
         if not job:
@@ -153,7 +153,7 @@ def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Statu
     if seen is None or not was_asked_lately():
         return structs.replace(status, state="lost", detail=trainer.detail)
     if seen.waits and seen.at > status.at:
-        # Slurm starts a job again whose node failed.
+        # Slurm restarts a job whose node failed.
         return structs.replace(status, state="queued", detail=seen.words(job))
     if seen.runs:
         return structs.replace(status, detail=f"{seen.words(job)} Its trainer does not respond.")
@@ -161,7 +161,7 @@ def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Statu
 
 
 def held_words(status: Status) -> str:
-    """``paused until 23:00 (hours)``: what a run waits for other than those before it; empty if nothing."""
+    """Return what a run waits for, such as ``paused until 23:00 (hours)``; empty if only for earlier runs."""
     if status.hold is None:
         return ""
     how = "resting" if status.state in ACTIVE else "paused" if status.step else "waiting"
@@ -169,13 +169,13 @@ def held_words(status: Status) -> str:
 
 
 def refuse_other_machines() -> None:
-    """Raise UserError while another machine trains a run of this state folder: both would take the same
-    runs."""
+    """Raise UserError while another machine trains a run of this state folder, since both would take the
+    same runs."""
     for run in all_runs():
         status = read_status(run)
         mark = status.process
         if submission_of(run) is not None:
-            # No queue has it.
+            # Such a run is in no queue.
             continue
         if status.state in ACTIVE and mark and not (mark.is_from_this_host or mark.is_from_this_boot):
             raise UserError(
@@ -201,7 +201,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         mark: The process that the status names.
         run: The run.
         beat_at: Unix time of the last heartbeat.
-        beats: Whether the process writes a heartbeat: the trainer does, the runner that starts it does not.
+        beats: Whether the process writes a heartbeat. The trainer does; the runner that starts it does not.
     """
     if mark is None:
         return Sighting(False, "Its status names no process.")
@@ -212,7 +212,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
                 return Sighting(True, f"Running on another machine ({mark.host}).")
             return Sighting(False, f"It ran on another machine ({mark.host}): {_silence(beat_at)}")
         held = is_locked(run.trainer_lock_path) if beats else None
-        # A runner holds no lock on the run, and some file systems have none.
+        # A runner does not hold the run's lock, and some file systems have no locks.
         is_alive = is_recent if held is None else held
         where = f"in another container ({mark.host})"
         return Sighting(is_alive, f"Running {where}." if is_alive else f"Its process {where} is gone.")
@@ -230,7 +230,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
 
 
 def describe_runner() -> str:
-    """Describe what keeps the runner from taking runs, in a sentence; empty if nothing is known to."""
+    """Describe what prevents the runner from taking runs, in a sentence; empty if nothing is known to."""
     try:
         pid = int(read_regular(runner_lock_path(), 32))
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -249,12 +249,12 @@ def _silence(beat_at: float) -> str:
 
 
 def is_stranded(run: RunDir) -> bool:
-    """Whether the run's last recorded state is queued, but it is not in the queue."""
+    """Return whether the run's last recorded state is queued although it is not in the queue."""
     return recorded_status(run).state == "queued" and read_status(run).state == "stopped"
 
 
 def status_problem(run: RunDir) -> str | None:
-    """Describe why ``status.json`` cannot be read, in a clause; None if it can."""
+    """Return why ``status.json`` cannot be read, in a clause; None if it can be read."""
     try:
         _decoded(run.status_path)
     except (OSError, msgspec.MsgspecError) as error:
@@ -263,7 +263,7 @@ def status_problem(run: RunDir) -> str | None:
 
 
 def recorded_status(run: RunDir) -> Status:
-    """Read the status as it was written last, or as the events say if that cannot be read."""
+    """Return the status as last written. If it cannot be read, derive it from the events."""
     try:
         return _decoded(run.status_path)
     except (OSError, msgspec.MsgspecError) as error:
@@ -283,7 +283,7 @@ def _reason(error: Exception) -> str:
 
 
 def ended_status(ending: events.RunEnded) -> Status:
-    """Return the status of a run that has ended so."""
+    """Return the status of a run that ended with this event."""
     match ending:
         case events.Finished():
             return Status(state="finished", at=ending.at, step=ending.step, detail=ending.reason)
@@ -298,7 +298,7 @@ def ended_status(ending: events.RunEnded) -> Status:
 
 
 def _without_status(run: RunDir, error: Exception) -> Status:
-    """Derive the status from heartbeat and events, for an unreadable ``status.json``."""
+    """Return the status derived from heartbeat and events, for an unreadable ``status.json``."""
     if not run.recipe_path.is_file():
         return Status(
             state="unreadable", at=0.0, detail=f"{_reason(error)}; recipe.toml cannot be read either."

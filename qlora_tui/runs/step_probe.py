@@ -1,7 +1,7 @@
-"""Three real steps of a recipe before its launch, in a child process: how long they take, and the memory.
+"""Three real steps of a recipe before its launch, in a child process, to measure their time and memory.
 
-The child trains in memory and writes no run, so that nothing is left however it ends; what it converts or
-quantizes on the way is in the caches that the launch uses too.
+The child trains in memory and writes no run, so nothing is left behind however it ends. Anything that it
+converts or quantizes goes to the caches that the launch uses too.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from qlora_tui.runs.doctor import Machine
 from qlora_tui.worker import Progress, run_job
 
 STEPS = 3
-"""Optimizer steps of a probe, after one on the longest batch that is not timed."""
+"""Number of timed optimizer steps. They follow one step on the longest batch, which is not timed."""
 
 
 class StepProbe(Struct, frozen=True, kw_only=True):
-    """What was measured."""
+    """Result of a probe."""
 
     steps: int
     seconds: float
-    """Time of all these steps."""
+    """Time of all timed steps."""
     tokens: int
-    """Real tokens of all these steps."""
+    """Tokens of all timed steps, without padding."""
     peak_bytes: int
-    """Peak memory of the process: on a GPU what its driver reports."""
+    """Peak memory of the process. On a GPU, as reported by its driver."""
 
     @property
     def words(self) -> str:
-        """``measured in three steps: 1.2 s a step, peak 1.3 GiB``."""
+        """The result in words: ``measured in three steps: 1.2 s a step, peak 1.3 GiB``."""
         count = "three steps" if self.steps == STEPS else "one step" if self.steps == 1 else "two steps"
         each = format_duration(self.seconds / self.steps)
         return f"measured in {count}: {each} a step, peak {format_bytes(self.peak_bytes)}"
@@ -48,11 +48,11 @@ def probe_steps(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StepProbe:
-    """Train three steps of a recipe, forget them, and return what they took. Takes as long as a start.
+    """Train three steps of a recipe, discard them, and return their cost. Takes as long as starting a run.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: another run has the device, or the recipe cannot be trained here.
+        UserError: Another run uses the device, or the recipe cannot be trained here.
     """
     require_runnable(recipe)
     if machine.active:
@@ -76,6 +76,6 @@ def probe_steps(
 
 
 def progress_words(progress: Progress) -> str:
-    """Return ``training step 1 of 3``, or what a probe does before its first step."""
+    """Return ``training step 1 of 3``, or the activity of a probe before its first step."""
     done = f" step {progress.done} of {progress.total}" if progress.done else ""
     return f"{progress.text}{done}"

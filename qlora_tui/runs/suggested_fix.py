@@ -1,4 +1,4 @@
-"""Fixes for a warning or failure that one key applies: a request to the trainer, or another recipe."""
+"""Fixes for a warning or failure that one key applies: a request to the trainer, or a changed recipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qlora_tui.runs.status import ACTIVE, State
 
 _MIN_LENGTH = 128
 FEW_STEPS = 10
-"""Optimizer steps of a run below which it learns hardly anything, which is a warning."""
+"""Number of optimizer steps below which a run learns hardly anything, and a check warns."""
 
 _REPLAY = 0.1
-"""Share of the base's answers by which a fix for forgetting raises ``training.replay_share``."""
+"""Amount by which a fix for forgetting raises ``training.replay_share``, a share of the base's answers."""
 _MOST_REPLAY = 0.5
 
 
@@ -29,9 +29,9 @@ class SuggestedFix:
     """A new learning rate, a stop, or changes for the next run."""
 
     label: str
-    """``halve the learning rate, to 1e-4``."""
+    """Description of the fix, such as ``halve the learning rate, to 1e-4``."""
     rate: float | None = None
-    """Learning rate to request from the trainer."""
+    """Learning rate to request from the running trainer."""
     stop: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the next run, by path."""
@@ -50,16 +50,16 @@ def suggest_fix(
     recipe: Recipe | None,
     last_plan: RetryPlan,
 ) -> SuggestedFix | None:
-    """Return the fix for the latest warning or failure that has one, or None.
+    """Return the fix for the latest warning or failure that has one; None if there is none.
 
-    ``last_plan`` is what the last attempt used; without overrides, the recipe's settings.
+    ``last_plan`` is the plan of the last attempt. Without overrides, it means the recipe's settings.
     """
     if recipe is None:
         return None
     if isinstance(ending, Failed) and ending.kind == "out_of_memory":
         if ending.phase not in PREPARING_PHASES:
             return _next_run(recipe, _less_memory(recipe, last_plan))
-        # The model alone takes too much.
+        # The model alone takes too much memory.
         is_large = recipe.quantization.method in ("int8", "none")
         return _next_run(recipe, {"quantization.method": "nf4"} if is_large else {})
     for warning in reversed(health):
@@ -85,12 +85,13 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
         case "nan_loss" | "exploding_gradient" if state not in ACTIVE:
             return _next_run(recipe, half)
         case "gradients_overflow" if state not in ACTIVE:
-            # Where the recipe asked for float16, the GPU may have bfloat16; where it did not, it has none.
+            # If the recipe requests float16, the GPU may support bfloat16; if it does not, the GPU supports
+            # only float16.
             was_chosen = recipe.quantization.compute_dtype == "float16"
             return _next_run(recipe, {"quantization.compute_dtype": "auto" if was_chosen else "float32"})
         case "forgetting" | "general_answers" if state not in ACTIVE:
             share = min(_MOST_REPLAY, training.replay_share + _REPLAY)
-            # Where half of the samples are replayed already, the rate is what is left.
+            # If half of the samples are replayed already, only the learning rate can be changed.
             more = {"training.replay_share": float(f"{share:.3g}")}
             return _next_run(recipe, half if training.replay_share >= _MOST_REPLAY else more)
         case "few_steps" if 0 < training.max_steps < FEW_STEPS:
@@ -102,7 +103,8 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
 
 
 def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
-    """Settings that need less memory than the last attempt; shorter samples only if no retry is left."""
+    """Return settings that need less memory than the last attempt. Samples get shorter only if no retry is
+    left."""
     last_plan = structs.replace(last_plan, kept_layers=None, resident_layers=None)
     plan = reduce_memory(recipe, last_plan)
     changes = {f"training.{name}": value for name, value in (plan or last_plan).overrides().items()}

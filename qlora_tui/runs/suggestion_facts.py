@@ -1,4 +1,4 @@
-"""Gathers the facts for :mod:`.suggestions`: sample lengths, free memory, results of earlier runs."""
+"""Gathers the facts for :mod:`.suggestions`: sample lengths, free memory, and results of earlier runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.worker import Progress
 
 _RUNS = 100
-"""Most earlier runs that are read, the newest first."""
+"""Maximum number of earlier runs that are read, newest first."""
 _STEPS = 2
-"""Steps that are sampled from each run, of which only the evaluations are used."""
+"""Number of steps sampled from each run. Only the evaluations are used."""
 
 
 @at_box
@@ -38,13 +38,14 @@ def read_facts(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SuggestionFacts:
-    """Count the tokens of the uncut samples, and read the results of earlier runs on the same data.
+    """Count the tokens of the samples before truncation, and read the results of earlier runs on the same
+    data.
 
     Lengths are estimated if there is no tokenizer, or too much data to count.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: there is no model or no data, or one of them cannot be used.
+        UserError: There is no model or no data, or either cannot be used.
     """
     if not recipe.has_model_and_data:
         raise UsageError(
@@ -61,7 +62,7 @@ def read_facts(
         model = find_files(recipe.model.id)
         count_data(whole, on_progress, should_stop)
     except UserError:
-        # Only the tokenizer is missing: problems of the data come up again below.
+        # Only the tokenizer is missing. Problems of the data appear again below.
         model = None
     known = known_lengths(whole, model)
     if known is None or not known.lengths:
@@ -70,7 +71,7 @@ def read_facts(
             what="The data has no sample to train on.",
             fix="The Data screen, or `qlora-tui data inspect`, shows the reason.",
         )
-    # As runs have it.
+    # Use absolute paths, as the recipes of runs do.
     past, outdated = _past_runs(with_absolute_paths(recipe))
     return SuggestionFacts(
         recipe=recipe,
@@ -85,7 +86,8 @@ def read_facts(
 
 
 def _free_bytes(machine: Machine) -> int:
-    """Return the free memory in bytes; all of it if a run is active, whose memory will be free again."""
+    """Return the free memory in bytes, or all memory if a run is active, because its memory will be free
+    again."""
     if machine.active or machine.budget.is_assumed or machine.free_bytes is None:
         return machine.budget.bytes
     return machine.free_bytes
@@ -108,7 +110,7 @@ def _past_runs(recipe: Recipe) -> tuple[tuple[PastRun, ...], int]:
             past.append(result)
         else:
             outdated += 1
-    # Only runs with the same prepared data as the newest one.
+    # Keep only runs with the same prepared data as the newest one.
     return tuple(one for one in past if one.data_hash == past[0].data_hash), outdated
 
 
@@ -122,7 +124,7 @@ def _same_data(model: str, names: list[str]) -> Iterator[tuple[RunDir, Recipe]]:
 
 
 def _result(run: RunDir, recipe: Recipe, view: RunView) -> PastRun | None:
-    """Return the result of a run that has ended; None without a validation loss after training began."""
+    """Return the result of an ended run; None if it has no validation loss since training began."""
     if not isinstance(view.ending, Finished | Stopped):
         return None
     data, best = view.data, view.best

@@ -1,8 +1,8 @@
-"""Suggested values of the most important settings, each with its reason and the sources of its figures.
+"""Suggested values of the most important settings, each with a reason and the sources of its figures.
 
 :func:`suggest` derives them from facts alone: the lengths of the samples, the model's architecture, the free
-memory, and the results of earlier runs (:mod:`.suggestion_facts` gathers them). A setting for which neither a
-source nor a run has a value is left as it is, with a reason that says so.
+memory, and the results of earlier runs, which :mod:`.suggestion_facts` gathers. If neither a publication nor
+a run gives a value for a setting, the setting is unchanged, and its reason says so.
 """
 
 from __future__ import annotations
@@ -53,55 +53,54 @@ Topic: TypeAlias = Literal["length", "rank", "epochs", "batch", "rate"]
 
 
 _SAMPLES_PER_STEP = 16
-"""Batch size of every 7B and 13B run of the QLoRA paper, and of its OASST1 runs at every size (table 9);
-its other 33B and 65B runs have 16 to 64.
+"""Batch size of all 7B and 13B runs in the QLoRA paper and of its OASST1 runs at every size (table 9).
+
+Its other 33B and 65B runs use 16 to 64.
 """
 _TOO_MANY_PER_STEP = 32
-"""Batch size from which LoRA does worse (LoRA Without Regret; the number is from TRL's guide to it)."""
+"""Batch size from which LoRA performs worse (LoRA Without Regret; the number is from TRL's guide to it)."""
 _SHORT_RUN_STEPS = 100
-"""Steps of a short run, for which a learning rate of about 15 instead of 10 times that of full fine-tuning
-was the best (LoRA Without Regret).
-"""
+"""Number of steps of a short run, for which the best learning rate was about 15 instead of 10 times the
+rate of full fine-tuning (LoRA Without Regret)."""
 _BITS_PER_PARAMETER = 2
-"""What a trained parameter can store (Physics of Language Models 3.3, which LoRA Without Regret uses)."""
+"""Bits that a trained parameter can store (Physics of Language Models 3.3, used by LoRA Without Regret)."""
 _BITS_PER_TOKEN = 1
-"""Usual loss of a language model per token, and so the most that there is to store of it (ibid.)."""
+"""Usual loss of a language model in bits per token, which bounds what there is to store (same source)."""
 _COMPARED_RANKS = (8, 256)
-"""Lowest and highest rank of the QLoRA paper's search, without a difference on all layers (figure 4)."""
+"""Lowest and highest rank in the QLoRA paper's search, which did not differ on all layers (figure 4)."""
 _HIGHEST_RANK = 512
 """Highest rank that LoRA Without Regret compared."""
 _EPOCHS = (1.0, 3.0)
-"""Epochs that Unsloth's guide recommends. The QLoRA paper's OASST1 runs have 3: 1,875 steps of 16 samples,
-of 9,209.
-"""
+"""Range of epochs that Unsloth's guide recommends. The QLoRA paper's OASST1 runs have 3 epochs: 1,875
+steps of 16 out of 9,209 samples."""
 _EPOCHS_OF_FEW = (3.0, 15.0)
-"""The same for few samples: LIMA trained 15 epochs on 1,000, and kept a checkpoint of the 5th to 10th."""
+"""Range of epochs for few samples. LIMA trained 15 epochs on 1,000 samples, and kept a checkpoint of the
+5th to 10th."""
 _FEW_SAMPLES = 1000
-"""Samples of LIMA."""
+"""Number of LIMA's samples."""
 _RATES = ((13.5e9, 2e-4), (math.inf, 1e-4))
-"""(parameters up to which, learning rate): the QLoRA paper has 2e-4 for 7B and 13B, 1e-4 for 33B and 65B
-(table 9).
-"""
+"""Learning rates, each with the largest number of parameters it applies to. The QLoRA paper uses 2e-4 for
+7B and 13B, and 1e-4 for 33B and 65B (table 9)."""
 _SMALLEST_MEASURED = 6.5e9
 _NO_OTHER_RATE = 0.05
-"""Relative difference up to which two rates count as equal: no source distinguishes them."""
+"""Relative difference up to which two rates count as equal, because no source distinguishes them."""
 _LION_SHARE = 1 / 3
-"""Lion's rate as a share of AdamW's; its paper says a third to a tenth (section 5)."""
+"""Lion's rate as a share of AdamW's. Its paper recommends a third to a tenth (section 5)."""
 _LEAST_RATED = 8
-"""Rated answers of a step with which the check before a launch is content: a rule of this program."""
+"""Fewest rated answers per step for which the check before a launch does not warn. This program's own
+rule."""
 _PACKED = 1.05
-"""Samples of a sequence from which on the sequences are called packed."""
+"""Samples per sequence from which sequences are called packed."""
 _MOST_ROUNDS = 4
-"""A lower rank or a smaller batch may leave memory for a longer sequence, so all are derived until none
-changes.
-"""
+"""Maximum number of rounds. All suggestions are derived again until none changes, because a lower rank or a
+smaller batch may leave memory for a longer sequence."""
 _ALPHAS = (16.0, 32.0)
-"""The alphas of the QLoRA paper and of LoRA Without Regret; both scale by alpha / rank."""
+"""Alphas of the QLoRA paper and of LoRA Without Regret. Both scale by alpha / rank."""
 _DECIDES_RATE = (
     *("lora.alpha", "lora.use_rslora", "lora.use_dora", "lora.target_modules"),
     *("lora.init_from", "lora.train_embeddings", "training.lora_plus_ratio", "data.preferences"),
 )
-"""Settings that change which learning rate is best."""
+"""Settings that affect which learning rate is the best."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +108,18 @@ class SuggestionFacts:
     """The facts from which suggestions are derived."""
 
     recipe: Recipe
-    """``training.gpus`` is the number of GPUs that share a step."""
+    """The recipe. Its ``training.gpus`` is the number of GPUs that share a step."""
     architecture: Architecture
     device: Device
     device_name: str
-    """Name of the device in a sentence: ``RTX 3060``, ``this machine's memory``."""
+    """Name of the device for a sentence, such as ``RTX 3060`` or ``this machine's memory``."""
     free_bytes: int
-    """Memory of the device that nothing else uses."""
+    """Device memory that nothing else uses."""
     known: KnownLengths
-    """Lengths of the training samples, not cut. At least one."""
+    """Lengths of the training samples before truncation. At least one sample."""
     past: tuple[PastRun, ...] = ()
     outdated: int = 0
-    """Number of earlier runs that are left out, because the data files have changed since."""
+    """Number of earlier runs that are ignored because the data files have changed since."""
 
     @cached_property
     def lengths(self) -> array[int]:
@@ -134,7 +133,7 @@ class SuggestionFacts:
 
     @property
     def memory_words(self) -> str:
-        """Return the available memory in words: ``10.9 GiB free``."""
+        """The available memory in words, such as ``10.9 GiB free``."""
         gib = f"{format_gib(self.available_bytes)} GiB"
         return f"{gib}, half of {self.device_name}" if self.device.kind == "cpu" else f"{gib} free"
 
@@ -143,37 +142,37 @@ class SuggestionFacts:
         return estimate(recipe, self.architecture, device=self.device)
 
     def fits(self, recipe: Recipe) -> bool:
-        """Return whether a recipe fits in the available memory with a margin. Raises UserError."""
+        """Return whether a recipe fits in the available memory, with a margin. Raises UserError."""
         return check_fit(self.estimate(recipe), self.available_bytes).fits_with_margin
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One suggestion: the changes, or the reason why nothing is changed."""
+    """One suggestion: changes of settings, or the reason why nothing is changed."""
 
     topic: Topic
     label: str
     now: str
     then: str
-    """The suggested value as text; ``now`` if nothing changes."""
+    """The suggested value as text. Equals ``now`` if nothing changes."""
     reason: str
-    """The reason in sentences, with the decisive figures."""
+    """The reason, in sentences with the decisive figures."""
     references: tuple[Reference, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """New values of settings, by path; empty if the recipe already has them, or no value is known."""
+    """New values of settings, by path; empty if the recipe already has them or no value is known."""
     is_known: bool = True
-    """Whether a value is known; otherwise the reason says why the setting is left as it is."""
+    """Whether a value is known. If not, the reason says why the setting is unchanged."""
 
     @property
     def change(self) -> str:
-        """The change as text: ``1,024 → 640``, or ``16, as it is``, or ``16, left`` if no value is known."""
+        """The change as text: ``1,024 → 640``, ``16, as it is``, or ``16, left`` if no value is known."""
         if self.changes:
             return f"{self.now} → {self.then}"
         return f"{self.now}, {'as it is' if self.is_known else 'left'}"
 
     @property
     def sourced_reason(self) -> str:
-        """The reason, followed by its sources in parentheses."""
+        """The reason followed by its sources in parentheses."""
         sources = f" ({'; '.join(each.name for each in self.references)})" if self.references else ""
         return f"{self.reason}{sources}"
 
@@ -188,11 +187,12 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
     """Return a suggestion for each topic, in the order in which they depend on each other.
 
     Args:
-        facts: what they are derived from.
-        kept: topics whose settings stay as they are in the recipe: the others are derived for those.
+        facts: The facts to derive suggestions from.
+        kept: Topics whose settings stay as in the recipe. The other suggestions take these settings into
+            account.
 
     Raises:
-        UserError: the memory of this model, or its target modules, cannot be estimated.
+        UserError: The memory of this model, or its target modules, cannot be estimated.
     """
     recipe = facts.recipe
     for _ in range(_MOST_ROUNDS):
@@ -212,7 +212,8 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
 def _suggested(
     facts: SuggestionFacts, topic: Topic, path: str, value: Any, reason: str, *references: Reference
 ) -> Suggestion:
-    """Return a suggestion of ``value`` for one setting, without changes if the recipe already has it."""
+    """Return a suggestion of ``value`` for one setting, without changes if the recipe already has this
+    value."""
     now, label = get_setting(facts.recipe, path), fields()[path].label
     show = format_rate if topic == "rate" else format_number
     changes = {} if now == value else {path: value}
@@ -220,7 +221,7 @@ def _suggested(
 
 
 def _left(facts: SuggestionFacts, topic: Topic, path: str, why: str) -> Suggestion:
-    """Return a suggestion that leaves one setting as it is, with the reason ``why``."""
+    """Return a suggestion that leaves one setting unchanged, with the reason ``why``."""
     return replace(
         _suggested(facts, topic, path, get_setting(facts.recipe, path), f"Left as it is: {why}"),
         is_known=False,
@@ -228,7 +229,7 @@ def _left(facts: SuggestionFacts, topic: Topic, path: str, why: str) -> Suggesti
 
 
 def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the shortest length that keeps every sample whole, as far as model, memory and batch allow."""
+    """Suggest the shortest length that truncates no sample, as far as model, memory and batch allow."""
     path, lengths = "data.max_length", facts.lengths
     count, longest = len(lengths), lengths[-1]
     needed = _multiple(longest, math.ceil)
@@ -307,7 +308,7 @@ def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the epochs after which earlier runs were best, or those published for similar data."""
+    """Suggest the number of epochs that was best in earlier runs, or a published one for similar data."""
     path, now = "training.epochs", recipe.training.epochs
     if limit := recipe.training.max_steps:
         return _left(facts, "epochs", path, f"Max steps ends the run after {limit:,} steps.")
@@ -329,7 +330,7 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     few = samples <= _FEW_SAMPLES
     lowest, highest = _EPOCHS_OF_FEW if few else _EPOCHS
     if few:
-        # So that even one sample per step makes no short run.
+        # Enough epochs that even with one sample per step the run is not short.
         lowest = min(highest, max(lowest, float(math.ceil(_SHORT_RUN_STEPS / samples))))
     then = min(max(now, lowest), highest)
     usual = f"{pluralize(samples, 'sample')}: "
@@ -353,7 +354,7 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the published samples per step, fewer for a short run, and as many at a time as is fastest."""
+    """Suggest the published samples per step, fewer for a short run, and the fastest micro-batch."""
     samples, sequences = _units(facts, recipe), _sequences(facts, recipe)
     per_sequence = samples / sequences
     seen = samples * recipe.training.epochs
@@ -418,7 +419,7 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the best rate of earlier runs that differ in nothing else, or the published one."""
+    """Suggest the best rate of earlier runs that differ in nothing else, or the published rate."""
     path, now = "training.learning_rate", facts.recipe.training.learning_rate
     alike = [run for run in facts.past if _same_method(run.recipe, recipe)]
     if (compared := _compared_rates(alike)) is not None:
@@ -455,12 +456,13 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
-    """Return the best rate of runs that differ only in it, and the reason; None without two such runs."""
+    """Return the best rate of runs that differ only in the rate, and the reason; None without two such
+    runs."""
     groups: dict[bytes, list[PastRun]] = {}
     for run in alike:
         groups.setdefault(_all_but_the_rate(run), []).append(run)
     compared = [group for group in groups.values() if len(set(map(_rate_of, group))) > 1]
-    # The others were stopped earlier: by a sweep, because they were worse.
+    # A sweep stopped the other runs earlier, because they were worse.
     runs = max(compared, key=lambda group: group[0].last_epoch, default=[])
     if not runs:
         return None
@@ -490,11 +492,11 @@ _RULES: dict[Topic, Callable[[SuggestionFacts, Recipe], Suggestion]] = {
     "batch": _batch,
     "rate": _rate,
 }
-"""How each suggestion is derived from the facts, and from the recipe with the suggestions before it."""
+"""Function that derives each suggestion from the facts, and from the recipe with the earlier suggestions."""
 
 
 def _multiple(tokens: float, rounded: Callable[[float], int]) -> int:
-    """Round a length to a multiple of LENGTH_STEP, at least 1."""
+    """Round a length to a multiple of LENGTH_STEP, which is at least LENGTH_STEP."""
     return max(1, rounded(tokens / LENGTH_STEP)) * LENGTH_STEP
 
 
@@ -517,7 +519,7 @@ def _about(number: float) -> str:
 
 
 def _fitted(facts: SuggestionFacts, recipe: Recipe) -> SampleLengths:
-    """Return the samples as they are trained at the recipe's length: cut, dropped or split."""
+    """Return the samples as trained at the recipe's length: truncated, dropped or split."""
     limit, lengths, sources = recipe.data.max_length, array("I"), array("H")
     whole, of_each = array("I", facts.known.lengths), array("H", facts.known.sources)
     together = 2 if recipe.trains_pairs else 1
@@ -535,38 +537,39 @@ def _fitted(facts: SuggestionFacts, recipe: Recipe) -> SampleLengths:
 
 
 def _splits(recipe: Recipe) -> bool:
-    """Return whether samples that are too long are split; of answers that are compared or rated, none is."""
+    """Return whether samples that are too long are split. Compared or rated answers are never split."""
     return recipe.data.overflow == "split" and recipe.preference_method is None
 
 
 def _units(facts: SuggestionFacts, recipe: Recipe) -> int:
-    """Return the samples, or pairs, of an epoch. At least 1."""
+    """Return the number of samples, or pairs, of an epoch. At least 1."""
     order = _fitted(facts, recipe).epoch(0, recipe.training.seed)
     return max(1, len(order) // (2 if recipe.trains_pairs else 1))
 
 
 def _sequences(facts: SuggestionFacts, recipe: Recipe) -> int:
-    """Return the sequences of an epoch, packed if the recipe and the model's code say so. At least 1."""
+    """Return the number of sequences of an epoch, packed if recipe and model code allow it. At least 1."""
     one = replace_setting(_with_batch(recipe, 1, 1), "training.epochs", 1.0)
     padding_free = is_padding_free(recipe, facts.architecture)
     return max(1, count_steps(_fitted(facts, recipe), one, padding_free=padding_free).per_epoch)
 
 
 def _optimizer_kind(recipe: Recipe) -> str:
-    """Return ``adamw``, ``lion`` or ``adafactor``: how states are stored does not change the best rate."""
+    """Return ``adamw``, ``lion`` or ``adafactor``. The storage of optimizer states does not affect the
+    best rate."""
     name = recipe.training.optimizer
     return next((kind for kind in ("lion", "adafactor") if kind in name), "adamw")
 
 
 def _same_method(a: Recipe, b: Recipe) -> bool:
-    """Return whether two recipes train in a way for which the same learning rate is the best."""
+    """Return whether two recipes use methods for which the same learning rate is the best."""
     if _optimizer_kind(a) != _optimizer_kind(b):
         return False
     return all(get_setting(a, path) == get_setting(b, path) for path in _DECIDES_RATE)
 
 
 def _beyond_sources(recipe: Recipe) -> str:
-    """Return why the published rates do not apply to a recipe; empty if they do."""
+    """Return why the published rates do not apply to a recipe, in a clause; empty if they do."""
     lora, training = recipe.lora, recipe.training
     if recipe.preference_method is not None:
         return f"the sources here are about answers, not {recipe.data.preferences}"
@@ -589,7 +592,7 @@ def _rate_of(run: PastRun) -> float:
 
 
 def _all_but_the_rate(run: PastRun) -> bytes:
-    """Return what two runs have in common if their losses tell which learning rate is better."""
+    """Return a key that two runs share if their losses show which of their learning rates is better."""
     recipe = _with_batch(run.recipe, 1, run.recipe.effective_batch, auto=True)
     default = Recipe()
     for path in ("training.learning_rate", "training.optimizer", *WITHOUT_EFFECT_ON_WEIGHTS):

@@ -1,6 +1,6 @@
-"""Supervises a run from attempt to attempt: starts its trainer, records how that ended, and retries.
+"""Supervises a run over its attempts: starts its trainer, records how each attempt ended, and retries.
 
-The runner supervises the runs of this machine's queue, and a Slurm job its one run
+The runner supervises the runs in this machine's queue, and a Slurm job supervises its one run
 (:mod:`qlora_tui.runs.slurm_job`).
 """
 
@@ -37,29 +37,31 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.worker import module_argv, start_detached, subprocess_env
 
 POLL_S = 0.5
-"""Seconds between checks of a run that another process trains."""
+"""Seconds between two checks of a run that another process trains."""
 EXITING_S = 60.0
-"""Seconds that a trainer may take to exit after recording its run's end."""
+"""Seconds that a trainer may take to exit after recording the ending of its run."""
 SWEEP_TRIES = 3
-"""How often a sweep's process is started again if it is killed."""
+"""Number of times that a sweep's process is started again if it is killed."""
 _RELEASE_S = 2.0
-"""Seconds that the lock against a suspension may take to be released."""
+"""Seconds within which the lock against suspending must be released."""
 
 
 class Supervisor:
-    """Trains runs of the queue to their ends. Safe in several threads, one for each run."""
+    """Trains queued runs to their ends. Thread-safe, with one thread for each run."""
 
     starts_through: tuple[str, ...] = ()
-    """The command that starts a trainer, such as srun."""
+    """Command that starts the trainer, such as srun."""
 
     def __init__(self, hold: Callable[[RunDir, Iterable[RunDevice]], Hold | None]) -> None:
-        """``hold`` says why a run in training on these devices must end now; None if it may go on."""
+        """Create a supervisor. ``hold`` returns why a run that trains on these devices must end now, or
+        None."""
         self._hold = hold
 
     def begin(self, run: RunDir, devices: Devices) -> None:
-        """Train a run to its end. Raises UserError if another trainer keeps it, or a device is in use."""
+        """Train a run to its end. Raises UserError if another trainer holds the run, or a device is in
+        use."""
         deadline = time.monotonic() + EXITING_S
-        # Its last trainer may still be exiting, and may have no parent that waits for it.
+        # The previous trainer may still be exiting, without a parent that waits for it.
         while is_locked(run.trainer_lock_path):
             if time.monotonic() > deadline:
                 raise UserError(
@@ -69,13 +71,13 @@ class Supervisor:
         self.supervise(run, plan_resume(run), devices)
 
     def supervise(self, run: RunDir, plan: RetryPlan | None, devices: Devices) -> None:
-        """Train a run to its end by this plan, retrying with less memory if it runs out."""
+        """Train a run to its end with this plan, and retry with less memory if memory runs out."""
         if plan is None:
             return
         with self.claim(devices) as handles:
             if handles is None:
                 if read_status(run).state == "queued":
-                    # Taken since it was free: the queue looks at it again.
+                    # The device was taken since the check. The queue tries again.
                     return
                 raise UserError("The device is in use", what=f"Another process holds {devices}.")
             while plan is not None:
@@ -93,7 +95,7 @@ class Supervisor:
                 )
 
     def trainer_ended(self, run: RunDir, exit_code: int) -> None:
-        """Record what an exit code means here, before the outcome is decided; nothing by default."""
+        """Interpret the exit code before the outcome is determined. The base class does nothing."""
 
     def record_and_plan_retry(
         self,
@@ -105,7 +107,8 @@ class Supervisor:
         *,
         host_out_of_memory: bool = False,
     ) -> RetryPlan | None:
-        """Record how an attempt ended; return a plan for the next attempt if less memory can help."""
+        """Record how an attempt ended; return a plan for another attempt if less memory can help,
+        otherwise None."""
         if run.is_deleted:
             log(f"{run.id}: it was deleted while it was training")
             return None
@@ -120,10 +123,10 @@ class Supervisor:
         try:
             record_outcome(run, ending, events_from=events_from)
             if read_status(run).state == "queued":
-                # Resumed while its trainer was still exiting: the queue handles it.
+                # The run was resumed while its trainer was still exiting, so the queue handles it.
                 return None
             if isinstance(ending, Paused) and ending.hold is not None:
-                # Unless the user ended it too, when the trainer was exiting already.
+                # Do not requeue if the user requested an ending while the trainer was exiting.
                 if control.pending_ending(run) in (None, "pause_now"):
                     self.requeue(run)
                 return None
@@ -131,8 +134,8 @@ class Supervisor:
             if plan is None:
                 run.now_path.unlink(missing_ok=True)
         except OSError as error:
-            # A full disk must not end the queue; the run then reads as lost, and the next runner records its
-            # end.
+            # A full disk must not end the queue. The run then reads as lost, and the next runner records its
+            # ending.
             log(f"{run.id}: its end could not be recorded: {error}")
             return None
         if plan is None:
@@ -146,8 +149,10 @@ class Supervisor:
         self._report_end(run)
 
     def ask_to_give_way(self, run: RunDir, devices: Devices) -> bool:
-        """Have a run in training save and leave its devices if it must not train now; return whether it was
-        asked."""
+        """Request that a run in training saves and frees its devices if it must not train now.
+
+        Returns whether this was requested.
+        """
         hold = self._hold(run, devices.devices)
         if hold is not None:
             with suppress(UserError):
@@ -156,11 +161,12 @@ class Supervisor:
         return False
 
     def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
-        """Hold the devices of a run; yields None if another run has one, or descriptors to inherit."""
+        """Lock the devices of a run inside the block; yield None if one is in use, otherwise descriptors
+        to inherit."""
         return claimed(devices)
 
     def awake(self) -> AbstractContextManager[None]:
-        """Keep the machine from suspending in the block."""
+        """Prevent the machine from suspending inside the block."""
         return _awake()
 
     def take(self, run: RunDir, devices: Devices) -> None:
@@ -182,22 +188,24 @@ class Supervisor:
         )
 
     def code_of_trainer(self, exit_code: int) -> int:
-        """Return the exit code of a trainer, negative for a signal, from that of the started program."""
+        """Return the trainer's exit code, negative for a signal, given the exit code of the started
+        program."""
         return exit_code
 
     def requeue(self, run: RunDir) -> None:
-        """Put a run that gave way back into its place. Raises OSError."""
+        """Return a run that yielded its devices to its place in the queue. Raises OSError."""
         run_queue.requeue(run, first=True)
 
     def notify(self, run: RunDir) -> None:
-        """Tell the user how a run ended, or its sweep. Raises OSError, UserError."""
+        """Notify the user how a run or its sweep ended. Raises OSError, UserError."""
         if sweep := run.sweep:
-            # Before the mark of an unhandled end goes: if this runner is killed now, the next one repeats it.
+            # Advance sweeps before removing the mark of an unhandled ending: if this runner is killed now,
+            # the next one repeats it.
             advance_sweeps(sweep)
             with suppress(OSError):
                 run.unreported_path.unlink(missing_ok=True)
             return
-        # Before notifying: if this runner is killed now, the next one must not notify again.
+        # Remove the mark before notifying: if this runner is killed now, the next one must not notify again.
         run.unreported_path.unlink(missing_ok=True)
         start_detached("qlora_tui.runs.notify:notify", run.path, stdout=subprocess.DEVNULL, stderr=None)
 
@@ -208,7 +216,7 @@ class Supervisor:
             log(f"{run.id}: the notification failed: {error}")
 
     def _train(self, run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, ...]) -> int:
-        """Run one trainer to its end; return its exit code. Raises OSError if the run cannot be taken."""
+        """Run one trainer to its end and return its exit code. Raises OSError if the run cannot be taken."""
         arguments = [*plan.to_arguments(), *devices.to_arguments()]
         with open_append(run.log_path) as output:
             self.take(run, devices)
@@ -226,15 +234,16 @@ class Supervisor:
 
 
 def advance_sweeps(*ids: str) -> None:
-    """Have sweeps queue what is next, all that are active by default, in a process of its own.
+    """Make sweeps queue their next runs, in a separate process; by default all active sweeps.
 
-    Whatever the process does, the queue goes on. It is repeated if it is killed: doing it twice is harmless.
+    The queue continues whatever the process does. A killed process is started again, because repeating its
+    work is harmless.
     """
     try:
         if not ids and not any(paths.sweeps_dir().glob("*/active")):
             return
     except OSError:
-        # The folder is not there yet, and the disk is full.
+        # The folder does not exist yet, and the disk is full.
         return
     for _ in range(SWEEP_TRIES):
         with suppress(OSError):
@@ -244,16 +253,17 @@ def advance_sweeps(*ids: str) -> None:
 
 
 def log(message: object) -> None:
-    """Write to the log of this process, unless its disk is full: that must not end the queue."""
+    """Write to the log of this process. Errors are ignored, because a full disk must not end the queue."""
     with suppress(OSError):
         print(message, file=sys.stderr)
 
 
 @contextmanager
 def _awake() -> Iterator[None]:
-    """Keep the machine from suspending, if systemd runs here and lets this user: a GPU loses its memory then.
+    """Prevent the machine from suspending inside the block, since a suspended GPU loses its memory.
 
-    The lock is held by a child that ends with its input, so also with this process, however that ends.
+    Works if systemd runs and allows this user. The lock is held by a child process that ends when its input
+    closes, and so ends with this process, however this process ends.
     """
     program, holder = shutil.which(INHIBITOR), None
     if program is not None:
@@ -264,7 +274,7 @@ def _awake() -> Iterator[None]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                # A signal for this process group is not for the lock.
+                # Signals to this process group must not reach the process that holds the lock.
                 start_new_session=True,
             )
     try:

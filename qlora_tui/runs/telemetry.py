@@ -1,4 +1,4 @@
-"""Machine metrics during a run: one line of ``telemetry.jsonl`` a second, written by the trainer."""
+"""Machine metrics during a run: one line of ``telemetry.jsonl`` per second, written by the trainer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from qlora_tui.runs.event_log import JsonLinesTail, end_offset
 
 JOULES_PER_KWH = 3.6e6
 MAX_PIECES = 24
-"""Most pieces of a file that are read in one call: of a megabyte, they have a day of samples."""
+"""Maximum number of pieces of a file read in one call. At a megabyte each, they hold a day of samples."""
 MAX_SAMPLE_GAP_S = 10.0
-"""A longer gap in seconds is a pause of the run, and counts as no energy."""
+"""Seconds above which a gap between samples is a pause of the run, and adds no energy."""
 _RECENT_BYTES = 256 << 10
 
 
@@ -25,21 +25,21 @@ class Reading(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sample of GPU and process metrics."""
 
     at: UnixTime
-    """Unix time, seconds."""
+    """Unix time in seconds."""
     rss_bytes: Count
     """Resident memory of the trainer process."""
     cpu_percent: float
-    """CPU usage in percent of one core: 200 is two busy cores."""
+    """CPU usage in percent of one core: 200 means two busy cores."""
     machine_cpu_percent: float | None = None
-    """CPU usage of all programs, in percent of one core; None in files of earlier versions."""
+    """CPU usage of all programs in percent of one core; None in files of earlier versions."""
     gpu: GpuMetrics | None = None
     """GPU metrics; None on a machine without a GPU."""
     other_gpus: tuple[GpuMetrics, ...] = ()
-    """Metrics of the other GPUs of a run on several."""
+    """Metrics of the additional GPUs of a run on several GPUs."""
 
     @property
     def gpus(self) -> tuple[GpuMetrics, ...]:
-        """Metrics of every GPU of the run that reports them."""
+        """Metrics of every GPU of the run that reports metrics."""
         return self.other_gpus if self.gpu is None else (self.gpu, *self.other_gpus)
 
 
@@ -47,12 +47,12 @@ _READINGS = msgspec.json.Decoder(Reading)
 
 
 def encode(sample: Reading) -> bytes:
-    """Encode a sample as one line, newline included."""
+    """Encode a sample as one line, including the newline."""
     return msgspec.json.encode(sample) + b"\n"
 
 
 class TelemetryTail(JsonLinesTail[Reading]):
-    """The samples of a run, beginning with those of the last minutes."""
+    """Samples of a run, beginning with those of the last minutes."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, partial(try_json, decoder=_READINGS), end_offset(path, _RECENT_BYTES))
@@ -63,7 +63,7 @@ class _Power(Struct):
 
 
 class _Sample(Struct):
-    """The fields of a telemetry line that energy needs, so that hours of it decode quickly."""
+    """The fields of a telemetry line that energy depends on, so that hours of lines decode quickly."""
 
     at: UnixTime
     gpu: _Power | None = None
@@ -74,7 +74,7 @@ _SAMPLES = msgspec.json.Decoder(_Sample)
 
 
 class EnergyMeter:
-    """The energy that a run's GPUs have used so far: the power in its telemetry, integrated over time."""
+    """Energy that a run's GPUs have used so far, integrated from the power in its telemetry."""
 
     def __init__(self, path: Path) -> None:
         self._tail = JsonLinesTail(path, partial(try_json, decoder=_SAMPLES))
@@ -85,11 +85,11 @@ class EnergyMeter:
 
     @property
     def kwh(self) -> float | None:
-        """Energy in kWh; None if the GPU reported no power, and until the whole file has been read."""
+        """Energy in kWh; None if the GPU reported no power, or until the whole file has been read."""
         return self._joules / JOULES_PER_KWH if self._has_power and not self._is_behind else None
 
     def read(self) -> None:
-        """Read new samples, a day of them at most, so that a call every second stays short."""
+        """Read new samples, at most a day of them, so that a call every second stays short."""
         pieces = 0
         for samples in islice(self._tail.pieces(), MAX_PIECES):
             pieces += 1
@@ -109,7 +109,7 @@ class EnergyMeter:
             return
         power = sample.gpu.power_w + sum(gpu.power_w or 0.0 for gpu in sample.other_gpus)
         if self._before is not None and 0 < sample.at - self._before[0] <= MAX_SAMPLE_GAP_S:
-            # Trapezoid rule between two readings.
+            # Trapezoidal rule between two readings.
             self._joules += (sample.at - self._before[0]) * (power + self._before[1]) / 2
             self._has_power = True
         self._before = (sample.at, power)

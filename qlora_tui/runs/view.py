@@ -1,7 +1,7 @@
-"""A run as its events describe it: the one reader behind the live screen, history and the command line.
+"""A run as its events describe it: the one reader for live screen, history and command line.
 
-``RunView.refresh`` reads new events and applies them. Steps that a resumed attempt repeats replace those of
-the interrupted attempt, so that every step occurs once.
+``RunView.refresh`` reads new events and applies them. Steps that a resumed attempt repeats replace the steps
+of the interrupted attempt, so that every step occurs once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RATE_STEPS = 20
 
 
 class StepSeries:
-    """Steps as columns, named as the fields of a step: one number each, however long the run."""
+    """Steps as columns, one number per step, named like the fields of a step event."""
 
     def __init__(self) -> None:
         self.step = array("q")
@@ -42,7 +42,7 @@ class StepSeries:
         return len(self.step)
 
     def append(self, event: events.Step) -> None:
-        """Add a step; that step and later ones are removed first."""
+        """Add a step, after removing this step and later ones."""
         if self.step and event.step <= self.step[-1]:
             self.cut(event.step)
         for name, column in vars(self).items():
@@ -50,9 +50,9 @@ class StepSeries:
             column.append(math.nan if value is None else value)
 
     def seconds(self, first: int = 0) -> float:
-        """Training time of the steps from index ``first`` on, without evaluations and pauses.
+        """Return the training time of the steps from index ``first`` on, without evaluations and pauses.
 
-        Computed from the trainer's own throughput: the clock may have been set meanwhile.
+        Computed from the trainer's own throughput, because the clock may have been set.
         """
         before = self.tokens[first - 1] if first else 0
         total = 0.0
@@ -63,9 +63,10 @@ class StepSeries:
         return total
 
     def keep_last(self, most: int) -> None:
-        """Remove all but the last ``most`` steps, at least 1: a followed run is decimated elsewhere.
+        """Remove all but the last ``most`` (at least 1) steps, for a run whose long history is stored
+        elsewhere.
 
-        The first remaining step then counts for all tokens before it in :meth:`seconds`.
+        The first remaining step then stands for all tokens before it in :meth:`seconds`.
         """
         for column in vars(self).values():
             del column[:-most]
@@ -78,7 +79,7 @@ class StepSeries:
 
 
 def finite_losses(evaluations: Iterable[events.Evaluated]) -> tuple[tuple[int, float], ...]:
-    """(step, validation loss) of each evaluation in order; those that were not a number are left out."""
+    """Return step and validation loss of each evaluation in order, without losses that are not a number."""
     losses = ((each.step, each.loss) for each in evaluations)
     return tuple((step, loss) for step, loss in losses if loss is not None and math.isfinite(loss))
 
@@ -92,13 +93,13 @@ class RunView:
         self.status: Status = read_status(run)
         self.series = StepSeries()
         self.queued_at: float | None = None
-        """When it was first queued, Unix time."""
+        """Unix time at which the run was first queued."""
         self.attempt = 0
         self.started_at: float | None = None
         self.plan = RetryPlan()
-        """Settings of the last attempt; empty if its event does not have them."""
+        """Settings of the last attempt; empty if its event lacks them."""
         self.step_chosen: events.StepChosen | None = None
-        """What the attempt does with free memory; None if the recipe leaves nothing open."""
+        """Batch that the attempt chose for the free memory; None if the recipe sets it."""
         self.phase: events.Phase | None = None
         self.phase_detail = ""
         self.progress: events.Progress | None = None
@@ -109,19 +110,19 @@ class RunView:
         self.memory: events.MemoryMeasured | None = None
         self.evaluations: list[events.Evaluated] = []
         self.validation_change: events.ValidationCompared | None = None
-        """The final adapter compared with what the run started from; None until the run ends with one."""
+        """Validation loss of the final adapter and of the start; None until the run ends with an adapter."""
         self.checkpoints: list[events.CheckpointSaved] = []
         self.samples: list[events.SampleGenerated] = []
         self.health: list[events.Health] = []
         self.ending: events.RunEnded | None = None
         self.requested_ending = ""
-        """The request to end this attempt that the trainer took; empty without one."""
+        """Request to end this attempt that the trainer accepted; empty if there is none."""
 
     @classmethod
     def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[events.AnyEvent]]:
         """Read a run with only about ``steps`` of its steps; ``refresh`` continues from there.
 
-        Also returns the events, for callers that show each one.
+        Also returns the events, for callers that show each of them.
         """
         view = cls(run)
         sampled = sample_events(run.events_path, steps)
@@ -130,7 +131,7 @@ class RunView:
         return view, sampled.events
 
     def refresh(self) -> list[events.AnyEvent]:
-        """Read new events; return them in order, for callers that show each one."""
+        """Read new events; return them in order, for callers that show each of them."""
         return list(self.iter_new())
 
     def iter_new(self) -> Iterator[events.AnyEvent]:
@@ -146,12 +147,12 @@ class RunView:
 
     @property
     def unknown_events(self) -> int:
-        """Number of lines by another version, which this one could not read."""
+        """Number of lines that this version could not read, written by another version."""
         return self._tail.unknown
 
     @property
     def step(self) -> int:
-        """The last completed step: events record some, this attempt's heartbeat every one."""
+        """The last completed step. Events record some steps, and the heartbeat of this attempt every step."""
         last_step = self.series.step[-1] if len(self.series) else 0
         beats = self.started_at is None or self.status.at >= self.started_at
         return max(last_step, self.status.step) if beats else last_step
@@ -165,12 +166,13 @@ class RunView:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the whole run; 0 until known."""
+        """Number of steps of the whole run; 0 if unknown."""
         return self.data.total_steps if self.data else self.status.total_steps
 
     @property
     def best(self) -> events.Evaluated | None:
-        """The evaluation of lowest loss after training began; of lowest score if there are scores."""
+        """The evaluation with the lowest loss since training began, or with the lowest score if there are
+        scores."""
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
 
         def score(event: events.Evaluated) -> float:
@@ -209,35 +211,37 @@ class RunView:
 
     @property
     def last_evaluation(self) -> events.Evaluated | None:
-        """The latest evaluation; None before the first."""
+        """The last evaluation; None before the first."""
         return self.evaluations[-1] if self.evaluations else None
 
     @property
     def trained_evaluation(self) -> events.Evaluated | None:
-        """The latest evaluation after training began; None if there is none to compare with the base."""
+        """The last evaluation since training began; None if there is none to compare with the base."""
         last = self.last_evaluation
         return last if last is not None and last.step else None
 
     @property
     def base_accuracy(self) -> float | None:
-        """Share of exact answers of the base model: those of the untrained adapter, which adds zero."""
+        """Share of exact answers of the base, measured with the untrained adapter, which adds zero."""
         return next((e.accuracy for e in self.evaluations if e.step == 0), None)
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean time of the last steps, with what was done between them; None until two are known."""
+        """Mean seconds per step over the last steps, including the time between them; None until two are
+        known."""
         series = self.series
         n = min(len(series), _RATE_STEPS)
         if n < 2:
             return None
         trained = series.seconds(len(series) - n + 1)
-        # Evaluations between them are included; a pause, or a clock that was set, at most doubles it.
+        # Evaluations between the steps are included. A pause, or a clock that was set, at most doubles the
+        # time.
         took = min(max(trained, series.at[-1] - series.at[-n]), 2 * trained)
         return took / (series.step[-1] - series.step[-n])
 
     @property
     def seconds_left(self) -> float | None:
-        """Remaining time at the speed of the last steps; None until it is known."""
+        """Remaining seconds at the speed of the last steps; None until known."""
         per_step = self.seconds_per_step
         if per_step is None or not self.total_steps or self.ending is not None:
             return None

@@ -31,7 +31,8 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d
 
 
 def parse_duration(text: str) -> float:
-    """Parse ``3h``, ``90m``, ``1h30m`` or ``45s`` to seconds. Raises UserError, exit code 2."""
+    """Parse a duration such as ``3h``, ``90m``, ``1h30m`` or ``45s`` to seconds. Raises UserError, exit
+    code 2."""
     match = _DURATION.fullmatch(text.replace(" ", "").lower())
     seconds = (
         sum(float(part) * unit for part, unit in zip(match.groups(), _UNITS_S.values(), strict=True) if part)
@@ -44,7 +45,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_until(text: str, now: float | None = None) -> float:
-    """Return the next Unix time with this local time of day, ``07:00``. Raises UserError, exit code 2."""
+    """Return the next Unix time at a local time of day such as ``07:00``. Raises UserError, exit code 2."""
     match = re.fullmatch(r"(\d{1,2}):(\d\d)", text.strip())
     if not match or int(match[1]) > 23 or int(match[2]) > 59:
         raise UsageError("Invalid time", what=f"{text!r} is not a time of day.", fix="Write 07:00 or 23:30.")
@@ -72,7 +73,7 @@ def start(sheet: Sheet, deadline: float | None = None) -> SweepDir:
     try:
         advance(sweep)
     except BaseException:
-        # Also after Ctrl+C. A full disk has no room for the record.
+        # This also handles Ctrl+C. A full disk has no room for the record.
         with suppress(UserError, OSError):
             stop(sweep)
         sweep.active_path.unlink(missing_ok=True)
@@ -82,7 +83,7 @@ def start(sheet: Sheet, deadline: float | None = None) -> SweepDir:
 
 
 def check(sheet: Sheet, *, has_time: bool) -> None:
-    """Raise UserError if a sweep is invalid. ``has_time``: whether it has a deadline."""
+    """Raise UserError if a sweep is invalid. ``has_time`` says whether it has a deadline."""
     sheet.check(has_time=has_time)
     if sheet.sweep.method == "tpe":
         require_optuna()
@@ -114,7 +115,7 @@ def pause(sweep: SweepDir) -> None:
 
 @disk_problems()
 def resume(sweep: SweepDir) -> None:
-    """Continue a sweep that is paused, or waits for a run that the user paused. Raises UserError."""
+    """Continue a sweep that is paused, or that waits for a run paused by the user. Raises UserError."""
     if time_left(_require(sweep, "paused", "waiting")) <= 0:
         raise UsageError(
             "The deadline has passed",
@@ -126,7 +127,7 @@ def resume(sweep: SweepDir) -> None:
 
 @disk_problems()
 def add_time(sweep: SweepDir, seconds: float) -> float:
-    """Extend a sweep by ``seconds``, from its deadline or from now; return the new deadline, Unix time.
+    """Extend a sweep by ``seconds`` from its deadline or from now; return the new deadline as a Unix time.
 
     A sweep that has ended continues: first with the trials that its deadline interrupted, then with new ones.
     Raises UserError.
@@ -141,7 +142,7 @@ def add_time(sweep: SweepDir, seconds: float) -> float:
 
 @disk_problems()
 def stop(sweep: SweepDir) -> None:
-    """Stop a sweep: the runs in training save and stop, the others are removed from the queue.
+    """Stop a sweep: runs in training save and stop, and the others are removed from the queue.
 
     Raises UserError if the sweep has ended.
     """
@@ -154,7 +155,7 @@ def stop(sweep: SweepDir) -> None:
 
 @disk_problems()
 def adopt(sweep: SweepDir, name: str, trial: int | None = None) -> tuple[int, Path]:
-    """Save a trial's recipe, by default the winner's, as a preset. Raises UserError.
+    """Save the recipe of a trial, by default the winner, as a preset. Raises UserError.
 
     Returns the trial's number and the preset's path.
     """
@@ -194,7 +195,7 @@ def _pause_runs(view: SweepView) -> None:
     for trial in view.trials:
         if trial.run is None or trial.is_settled:
             continue
-        # A run that ends at this moment needs no pause.
+        # A run that is just ending needs no pause.
         with suppress(UserError):
             if not run_queue.pause(trial.run) and read_status(trial.run).state in ACTIVE:
                 actions.pause(trial.run)

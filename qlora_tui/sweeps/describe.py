@@ -1,4 +1,5 @@
-"""Sentences and tables about a sweep, for screens and commands: verdict, trials, what each setting bought."""
+"""Sentences and tables about a sweep, for screens and commands: state, verdict, trials, effects of
+settings."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _OUTCOMES: dict[Outcome, str] = {
 
 
 def verdict_sentence(view: SweepView) -> str:
-    """Say in a sentence whether the best trial is better than the unchanged recipe, and why."""
+    """Return a sentence that says whether the best trial is better than the unchanged recipe, and why."""
     verdict = view.verdict
     name = f"trial {verdict.winner}"
     if verdict.basis == "no_result":
@@ -64,7 +65,7 @@ def verdict_sentence(view: SweepView) -> str:
 
 
 def state_sentence(view: SweepView) -> str:
-    """Say in a sentence what the sweep does: ``Running: round 2 of 3, 3 of 4 trials at its end.``"""
+    """Return a sentence about what the sweep does: ``Running: round 2 of 3, 3 of 4 trials at its end.``"""
     match view.state:
         case "waiting":
             held = next(t for t in view.trials if t.outcome == "paused")
@@ -120,7 +121,7 @@ def outcome_words(trial: Trial) -> str:
 
 
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
-    """Return the header, and a row for each run in the order of :func:`ranked`."""
+    """Return the header of a table, and a row for each run in the order of :func:`ranked`."""
     rounds = view.rounds
     paths = list(view.sheet.sweep.vary)
     names = [path.rpartition(".")[2] for path in paths]
@@ -143,9 +144,9 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
 
 
 def round_loss(view: SweepView, number: int, trial: Trial) -> str:
-    """Return the validation loss at the end of a round, from 1; empty if there is none.
+    """Return the validation loss of a run at the end of a round, counted from 1; empty if there is none.
 
-    A run that is not a trial has one after its last step, which counts for the last round.
+    A run that is not a trial has a single loss, after its last step, which counts for the last round.
     """
     if trial.role != "trial":
         return format_loss(trial.final.loss) if number == view.rounds and trial.final is not None else ""
@@ -153,7 +154,8 @@ def round_loss(view: SweepView, number: int, trial: Trial) -> str:
 
 
 def ranked(view: SweepView) -> list[Trial]:
-    """Return the winner's runs, those of the unchanged recipe, and the other trials by round and loss."""
+    """Return the winner's runs, then the runs of the unchanged recipe, then other trials by round and
+    loss."""
     winner = view.winner
 
     def rank(trial: Trial) -> tuple[int, int, float]:
@@ -170,18 +172,19 @@ def ranked(view: SweepView) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Bought:
-    """Losses of the trials that have one value of a setting, or a value in one part of its range."""
+    """Losses of the trials with one value of a setting, or with values in one part of its range."""
 
     path: str
     value: str
     trials: int
     best: float
-    """Lowest validation loss at the end of the first round, which all trials have in common."""
+    """Lowest validation loss at the end of the first round, the only round that all trials complete."""
     mean: float
 
 
 def what_settings_bought(view: SweepView) -> list[Bought]:
-    """Return the losses at the end of the first round, after equally many tokens, by setting and value."""
+    """Return losses at the end of the first round by setting and value, measured after equally many
+    tokens."""
     bought = []
     trials = [trial for trial in view.trials if trial.role == "trial" and 1 in trial.results]
     for path, values in view.sheet.sweep.vary.items():
@@ -208,12 +211,12 @@ def _part(values: Range, value: float) -> str:
 
 
 def plan_ahead(sheet: Sheet, deadline: float | None, costs: Costs | None) -> Plan | str:
-    """Return the trials and rounds that a sweep would have, or why they are not known.
+    """Return the trials and rounds that a sweep would have, or why they are unknown.
 
     Args:
         sheet: The sweep.
-        deadline: Unix time at which it is to be over; None if the number of trials is given.
-        costs: How long runs take; None if unknown.
+        deadline: Unix time at which the sweep must end; None if the number of trials is given.
+        costs: Time that runs take; None if unknown.
     """
     trials, rounds, seeds = sheet.number_of_trials(), sheet.sweep.rounds, sheet.sweep.seeds
     if deadline is None:
@@ -232,7 +235,7 @@ def plan_ahead(sheet: Sheet, deadline: float | None, costs: Costs | None) -> Pla
 
 
 def plan_sentence(sheet: Sheet, trials: int, rounds: int, costs: Costs | None) -> str:
-    """Say in sentences what a sweep would train, and how long that takes; ``costs`` is None if unknown."""
+    """Describe what a sweep would train and how long that takes. ``costs`` is None if unknown."""
     seeds = sheet.sweep.seeds
     parts = [
         f"{pluralize(trials, 'trial')} in {pluralize(rounds, 'round')}",

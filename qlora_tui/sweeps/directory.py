@@ -51,14 +51,14 @@ class Began(Record, tag="began", frozen=True, kw_only=True):
     deadline: float | None = None
     """Unix time at which the sweep must end; None if it has no deadline."""
     gpu: str = ""
-    """The GPUs that the user chose for the sweep; empty if none."""
+    """The GPUs that the user chose for the sweep; empty for any."""
 
 
 class TrialChosen(Record, tag="trial", frozen=True, kw_only=True):
     """A trial and its values were chosen; its run is created next."""
 
     number: int
-    """From 0."""
+    """Number of the trial, from 0."""
     role: Role
     group: int = 0
     """Number of the group of trials that are halved together; 0 for base and confirmations."""
@@ -76,7 +76,7 @@ class RunMade(Record, tag="run", frozen=True, kw_only=True):
 
 
 class RunRefused(Record, tag="refused", frozen=True, kw_only=True):
-    """A trial that cannot be trained, and has no run."""
+    """A trial cannot be trained, and has no run."""
 
     number: int
     why: str
@@ -89,23 +89,23 @@ class GroupPlanned(Record, tag="planned", frozen=True, kw_only=True):
     trials: int
     rounds: int
     full_s: float | None = None
-    """Seconds that a whole run trains, measured; None before a run of the base has finished."""
+    """Measured training time of a whole run in seconds; None until a run of the base has finished."""
     extra_s: float = 0.0
     """Seconds that a run takes to start and to evaluate."""
 
 
 class RoundEnded(Record, tag="round", frozen=True, kw_only=True):
-    """A round of a group ended: the trials that continue, and those that do not."""
+    """A round of a group ended. Records the trials that continue, and those that do not."""
 
     group: int
     round: int
-    """From 1."""
+    """Number of the round, from 1."""
     kept: tuple[int, ...]
     dropped: tuple[int, ...]
 
 
 class RunAgain(Record, tag="again", frozen=True, kw_only=True):
-    """A run whose process was killed continues from its checkpoint."""
+    """A run whose process was killed will continue from its checkpoint."""
 
     number: int
 
@@ -145,13 +145,13 @@ _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Paths of one sweep. Nothing is read until requested."""
+    """Paths of one sweep. Accessing them reads nothing."""
 
     path: Path
 
     @property
     def id(self) -> str:
-        """The folder's name: ``rates-20261130-1330``."""
+        """Name of the folder, such as ``rates-20261130-1330``."""
         return self.path.name
 
     @property
@@ -179,7 +179,7 @@ class SweepDir:
         return Sheet.load(self.sheet_path)
 
     def records(self) -> list[AnyRecord]:
-        """Return every record; a torn or unknown line is left out."""
+        """Return every record, without incomplete and unknown lines."""
         tail: JsonLinesTail[AnyRecord] = JsonLinesTail(
             self.records_path, lambda line: try_json(line, _decoder)
         )
@@ -191,7 +191,7 @@ class SweepDir:
 
 
 def create_sweep(sheet: Sheet, deadline: float | None, gpu: str = "") -> SweepDir:
-    """Create the folder of a sweep, which appears only once it is complete and on disk. Raises UserError."""
+    """Create the folder of a sweep. It appears once it is complete and on disk. Raises UserError."""
     parent = paths.sweeps_dir()
     fix = "Free some space, or point XDG_STATE_HOME at another disk."
     with disk_problems("The sweep could not be created", fix=fix), new_draft(parent) as draft:

@@ -1,9 +1,9 @@
-"""Decides and takes the next steps of a sweep: creates and queues runs, ends rounds, ends the sweep.
+"""Decides and executes the next steps of a sweep: creates and queues runs, ends rounds, ends the sweep.
 
 The runner calls ``python -m qlora_tui.sweeps.driver ID`` after each run of a sweep, and before the runner
-exits. No process runs for the whole sweep: the next step follows from the folders alone, each decision is
-recorded before it is carried out, and carrying it out twice changes nothing. A kill at any moment therefore
-loses nothing.
+exits. No process runs for the whole sweep. The next step follows from the folders alone, each decision is
+recorded before it is executed, and executing it twice changes nothing. Therefore a kill at any moment loses
+nothing.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from qlora_tui.sweeps.view import Group, SweepView, Trial, read_sweep, time_left
 from qlora_tui.worker import start_detached
 
 _DRAWS = 1000
-"""Random points that are drawn to find an untried one; after that, all points count as tried."""
+"""Number of random points drawn to find an untried one. After that, all points count as tried."""
 LOCK_S = 120.0
-"""Seconds to wait for the lock of another driver, which takes less than one second."""
+"""Seconds to wait for another driver's lock, which is normally held for less than one second."""
 
 
 def advance(sweep: SweepDir) -> None:
-    """Take the next steps until the sweep waits for runs, which a runner has to train.
+    """Take the next steps of a sweep until it waits for runs, which a runner must train.
 
     Raises UserError, OSError.
     """
@@ -67,7 +67,7 @@ def advance(sweep: SweepDir) -> None:
 
 
 class _Step:
-    """One decision, derived from the current state of the sweep."""
+    """Decides on one step, given the current state of the sweep."""
 
     def __init__(self, view: SweepView) -> None:
         self._view = view
@@ -108,20 +108,20 @@ class _Step:
 
     @property
     def _is_sequential(self) -> bool:
-        """Whether the values of a trial depend on the results of others."""
+        """Whether the values of a trial depend on the results of earlier trials."""
         return self._settings.method == "tpe"
 
     def _seed(self, number: int) -> int:
         return (self._view.sheet.recipe.training.seed + number) % 2**32
 
     def _choose(self, role: Role, *points: Point, seed: int, group: int = 0) -> bool:
-        """Record a trial for each of these points; return whether there were any."""
+        """Record a trial for each of these points; return whether there were any points."""
         for number, values in enumerate(points, start=len(self._view.trials)):
             self._sweep.append(TrialChosen(number=number, role=role, group=group, values=values, seed=seed))
         return bool(points)
 
     def _make_or_continue(self, trial: Trial) -> bool:
-        """Create the run of a trial, or queue it to continue; return whether anything was done."""
+        """Create the run of a trial, or queue it so that it continues; return whether anything was done."""
         run = trial.run
         if run is None:
             if trial.outcome != "waiting":
@@ -131,7 +131,8 @@ class _Step:
             except UsageError as problem:
                 if trial.number == 0:
                     raise
-                # Its settings do not go together, or what it starts from was deleted: it never trains.
+                # The settings contradict each other, or the initial adapter was deleted, so this trial can
+                # never train.
                 self._sweep.append(RunRefused(number=trial.number, why=problem.title))
                 return True
             run = create_run(
@@ -160,7 +161,7 @@ class _Step:
 
     def _plan_group(self, number: int) -> bool:
         view, settings = self._view, self._settings
-        # Time that was added is for more trials than the first group had, but a grid has an end.
+        # Added time allows more trials than the first group had, but a grid has a fixed number.
         asked = view.sheet.number_of_trials() if number == 1 or settings.method == "grid" else 0
         rounds, costs = settings.rounds, self._costs()
         if number > 1 and not view.of_group(number - 1):
@@ -200,7 +201,7 @@ class _Step:
         return None if costs is None else Costs(costs.full_s, costs.extra_s, _parallel_runs(self._view))
 
     def _fill(self, group: Group) -> bool:
-        """Choose the missing trials of a group; return whether one was chosen."""
+        """Choose a missing trial of a group; return whether one was chosen."""
         trials = self._view.of_group(group.number)
         missing = group.planned.trials - len(trials)
         if group.ended or missing <= 0:
@@ -231,7 +232,7 @@ class _Step:
 
     def _end_round(self, group: Group, trials: list[Trial]) -> bool:
         in_round = [t for t in trials if not any(t.number in ended.dropped for ended in group.ended)]
-        # One that failed or was stopped after its validation cannot go on.
+        # A trial that failed or was stopped after its validation cannot continue.
         losses = {
             t.number: t.results[group.round].loss
             if group.round in t.results and t.outcome in ("reached", "finished")
@@ -248,7 +249,7 @@ class _Step:
         return True
 
     def _end_by_time(self) -> bool:
-        """Take waiting runs out of the queue; end the sweep once no run is in training."""
+        """Remove waiting runs from the queue, and end the sweep once no run is in training."""
         queued = [trial for trial in self._view.trials if trial.outcome == "waiting" and trial.run]
         for trial in queued:
             assert trial.run is not None
@@ -258,7 +259,7 @@ class _Step:
         return self._end("time")
 
     def _conclude(self) -> bool:
-        """Confirm a winner that has a lower loss than the base with other seeds; then end the sweep."""
+        """Confirm a winner with a lower loss than the base, using other seeds; then end the sweep."""
         view, winner = self._view, self._view.winner
         base = view.base_trials[0].final
         if winner is None or winner.final is None or base is None:
@@ -292,10 +293,10 @@ class _Step:
 
 
 def stop_runs(view: SweepView) -> None:
-    """Have the runs in training save and stop, and remove the others from the queue."""
+    """Stop the runs in training after they save, and remove the others from the queue."""
     for trial in view.trials:
         if trial.run is not None and read_status(trial.run).state in ("queued", *ACTIVE):
-            # A run that ends at this moment needs no request.
+            # A run that is just ending needs no request.
             with suppress(UserError):
                 actions.stop(trial.run)
 
@@ -332,7 +333,7 @@ def _recipe_of(view: SweepView, trial: Trial) -> Recipe:
         task_prompts=0,
         general_prompts=recipe.training.general_prompts if recipe.training.forgetting_weight else 0,
     )
-    # The same rows for every seed.
+    # Use the same rows for every seed.
     data = replace(recipe.data, validation_seed=view.sheet.recipe.split_seed or 1)
     name = f"{view.sheet.name[:60]} {'base' if trial.role == 'base' else trial.role} {trial.number}"
     recipe = replace(recipe, name=name, training=training, data=data)
@@ -354,7 +355,7 @@ def active_sweeps() -> Iterator[SweepDir]:
 
 
 def main(arguments: list[str]) -> int:
-    """Advance the named sweeps, or all active ones if none is named; return the exit code."""
+    """Advance the named sweeps, or by default all active ones; return the exit code."""
     code = 0
     for sweep in [find_sweep(name) for name in arguments] or list(active_sweeps()):
         try:

@@ -1,4 +1,5 @@
-"""How many trials fit in a time, which trials a round keeps, and whether a winner is better than noise.
+"""Plans and judges sweeps: how many trials fit in a time, which continue, and whether a winner beats the
+noise.
 
 Computes with numbers only, and reads no files.
 """
@@ -14,36 +15,37 @@ from typing import Literal, TypeAlias
 from qlora_tui.sweeps.sheet import AUTO_ROUNDS, HALVING
 
 _T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""One-sided 95 % quantiles of Student's t with 1 to 10 degrees of freedom; more of them use the last."""
+"""One-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom. Higher degrees use the last."""
 _CAUTION = 1.1
-"""Factor on predicted times: trials with more parameters are slower than the base."""
+"""Safety factor on predicted times, because trials with more parameters are slower than the base."""
 _MOST_TRIALS = 64
-"""Most trials of one group, even if more would fit: later groups can use the results of earlier ones."""
+"""Maximum number of trials in a group. If more fit, later groups can use the results of earlier ones."""
 
 
 def share_of(round_: int, rounds: int) -> float:
-    """Return the share of a run's steps, 0 to 1, that is completed at the end of round ``round_``, from 1."""
+    """Return the share of a run's steps (0 to 1) that is completed by the end of a round, counted from 1."""
     return float(HALVING ** (round_ - rounds))
 
 
 def kept_of(trials: int) -> int:
-    """Return how many of a round's trials continue: the better half, at least 1."""
+    """Return how many trials of a round continue: the better half, but at least 1."""
     return max(1, trials // HALVING)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The time that runs of a sweep take."""
+    """Time that the runs of a sweep take."""
 
     full_s: float
-    """Seconds that a whole run trains."""
+    """Training time of a whole run in seconds."""
     extra_s: float
-    """Seconds that a run takes to load and to evaluate, for each start."""
+    """Seconds that a run takes to load and to evaluate, at each start."""
     devices: int = 1
     """Number of runs that train at the same time."""
 
     def of_rounds(self, trials: int, rounds: int, first: int = 1) -> float:
-        """Return the seconds of rounds ``first`` to ``rounds``, with ``trials`` trials in round ``first``."""
+        """Return the seconds that rounds ``first`` to ``rounds`` take, with ``trials`` trials in round
+        ``first``."""
         seconds = 0.0
         for number in range(first, rounds + 1):
             seconds += self.of_round(trials, number, rounds)
@@ -51,12 +53,12 @@ class Costs:
         return seconds
 
     def of_round(self, trials: int, round_: int, rounds: int) -> float:
-        """Return the seconds in which ``trials`` trials train round ``round_``."""
+        """Return the seconds that ``trials`` trials take to train round ``round_``."""
         trained = share_of(round_, rounds) - (share_of(round_ - 1, rounds) if round_ > 1 else 0.0)
         return _CAUTION * math.ceil(trials / self.devices) * (trained * self.full_s + self.extra_s)
 
     def of_whole_runs(self, runs: int) -> float:
-        """Return the seconds in which ``runs`` runs train from their first step to their last."""
+        """Return the seconds that ``runs`` runs take to train from their first step to their last."""
         return self.of_rounds(runs, 1)
 
 
@@ -71,15 +73,15 @@ class Plan:
 def plan_group(
     costs: Costs, seconds: float, *, trials: int, rounds: int, can_halve: bool, confirmations: int
 ) -> Plan | None:
-    """Return the largest number of trials that fit in a time, including the runs that confirm the winner.
+    """Return the plan with the most trials that fit in a time, including the runs that confirm the winner.
 
     Args:
-        costs: The time that runs take.
-        seconds: The available time.
-        trials: Most trials; 0: no limit.
-        rounds: Rounds; 0: three if the schedule allows and enough trials fit, else one.
+        costs: Time that runs take.
+        seconds: Available time.
+        trials: Maximum number of trials; 0 for no limit.
+        rounds: Number of rounds; 0 for three if the schedule allows and enough trials fit, otherwise one.
         can_halve: Whether the schedule allows more than one round.
-        confirmations: Whole runs after the last round.
+        confirmations: Number of whole runs after the last round.
 
     Returns:
         The plan; None if not even one trial fits.
@@ -104,13 +106,13 @@ def keep_best(
     round_: int,
     rounds: int,
 ) -> tuple[int, ...]:
-    """Return the trials that continue to the next round: the best half, or fewer if the time is short.
+    """Return the trials that continue to the next round: the best half, or fewer if time is short.
 
     Args:
         losses: Validation loss of each trial at the end of the round; None if the trial failed.
         of_round: Number of trials that began the round.
-        costs: The time that runs take; None if the sweep has no deadline.
-        seconds: The time left for the remaining rounds.
+        costs: Time that runs take; None if the sweep has no deadline.
+        seconds: Time left for the remaining rounds.
         round_: The round that ended, from 1.
         rounds: Number of rounds.
     """
@@ -122,7 +124,7 @@ def keep_best(
 
 
 Basis: TypeAlias = Literal["confirmed", "one_run", "not_lower", "noise_unknown", "no_result"]
-"""The basis of a verdict. ``confirmed``: runs of winner and base with other seeds. ``one_run``: the winner's
+"""Basis of a verdict. ``confirmed``: runs of winner and base with other seeds. ``one_run``: the winner's
 only run, which was selected for its loss. ``not_lower``: no trial has a lower loss than the base."""
 
 
@@ -132,27 +134,27 @@ class Verdict:
 
     basis: Basis
     winner: int | None = None
-    """Number of the trial with the lowest loss; None if no trial completed all of its steps."""
+    """Number of the trial with the lowest loss; None if no trial completed all its steps."""
     is_better: bool = False
     base: float | None = None
-    """Mean validation loss of the runs of the base."""
+    """Mean validation loss of the base's runs."""
     found: float | None = None
     """Mean validation loss of the winner's compared runs."""
     noise: float | None = None
-    """Standard deviation between seeds, pooled; None if it is unknown."""
+    """Standard deviation between seeds, pooled; None if unknown."""
     margin: float | None = None
-    """Difference that is exceeded by chance in one of twenty sweeps."""
+    """Difference that chance exceeds in one of twenty sweeps."""
     base_runs: int = 0
     found_runs: int = 0
 
 
 def judge(winner: int, selected: float, fresh: Sequence[float], base: Sequence[float]) -> Verdict:
-    """Compare a winner with the base by a one-sided two-sample t test with a pooled variance, at 95 %.
+    """Compare a winner with the base by a one-sided two-sample t test with pooled variance at 95 %.
 
     Args:
         winner: Number of the winning trial.
-        selected: The winner's loss in the run for which it was selected.
-        fresh: Losses of the winner's runs with other seeds, which played no part in the selection.
+        selected: Loss of the run for which the winner was selected.
+        fresh: Losses of the winner's runs with other seeds, which did not affect the selection.
         base: Losses of the base's runs, each with a different seed. The first has the seed of the trials.
     """
     found = fresh or [selected]

@@ -31,9 +31,9 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.sweeps.space import Space, check_space, grid_points, grid_size
 
 HALVING = 2
-"""Factor by which each round reduces the number of trials: one of ``HALVING`` trials is kept."""
+"""Factor by which each round reduces the number of trials: one of ``HALVING`` trials continues."""
 AUTO_ROUNDS = 3
-"""Default rounds of a sweep that has a deadline, if its learning-rate schedule allows them."""
+"""Default number of rounds of a sweep with a deadline, if its learning-rate schedule allows them."""
 _SAFE = ("wsd", "constant")
 
 
@@ -42,15 +42,16 @@ class Sweep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     name: Annotated[str, Meta(max_length=60)] = ""
     method: Literal["random", "grid", "tpe"] = "random"
-    """``grid``: every combination. ``tpe``: chosen by Optuna from the results so far."""
+    """How points are chosen. ``grid``: every combination. ``tpe``: by Optuna, from the results so far."""
     trials: Annotated[int, Meta(ge=0, le=1000)] = 0
-    """Number of trials; 0: the whole grid, or as many as fit before the deadline."""
+    """Number of trials; 0 for the whole grid, or for as many as fit before the deadline."""
     rounds: Annotated[int, Meta(ge=0, le=8)] = 0
-    """Rounds of successive halving; 1: every trial completes its steps. 0: 1, or planned for the deadline."""
+    """Rounds of successive halving. 1: every trial completes its steps. 0: 1, or planned for the deadline."""
     seeds: Annotated[int, Meta(ge=1, le=16)] = 3
-    """Seeds with which the unchanged recipe and the winner are trained; 1: the noise is not measured."""
+    """Number of seeds with which the unchanged recipe and the winner are trained; 1 does not measure
+    noise."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    """Seed of the random points."""
+    """Random seed of the points."""
     vary: Space = {}
     """Values or a range of each varied field."""
 
@@ -63,7 +64,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The sweep's name, or else the recipe's, or else its model's."""
+        """Name of the sweep; if empty, of its recipe; if that is empty, of its model."""
         return self.sweep.name or self.recipe.name or short_model_name(self.recipe.model.id)
 
     @classmethod
@@ -121,7 +122,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
             )
 
     def _unsafe_schedule(self, rounds: int) -> str:
-        """Return why a schedule is not safe for halving, in a sentence; empty if all schedules are."""
+        """Return why a schedule is not safe for halving, in a sentence; empty if all schedules are safe."""
         schedules = self.sweep.vary.get("training.lr_scheduler")
         names: Sequence[str] = (
             schedules if isinstance(schedules, list) else [self.recipe.training.lr_scheduler]
@@ -137,7 +138,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
         return ""
 
     def _highest(self, key: str) -> float:
-        """Return the highest value that a field of ``[training]`` has in the sweep."""
+        """Return the highest value that a field of ``[training]`` takes in the sweep."""
         values = self.sweep.vary.get(f"training.{key}")
         if values is None:
             return float(getattr(self.recipe.training, key))
@@ -152,7 +153,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
 
 
 def read_sheet(path: Path) -> tuple[Sweep, dict[str, Any]]:
-    """Read the table ``[sweep]`` of a file, defaults if it has none, and its recipe. Raises UserError."""
+    """Return the table ``[sweep]`` of a file (defaults if it has none) and its recipe. Raises UserError."""
     text = toml.read_text(path)
     layer = toml.parse(text, str(path))
     table = layer.pop("sweep", {})
@@ -177,9 +178,9 @@ def build_sheet(
     settings: Mapping[str, Any],
     vary: Space,
 ) -> Sheet:
-    """Build a sweep from a file, if any, and the options of a command, which override the file.
+    """Build a sweep from an optional file and from command options, which override the file.
 
-    ``settings``: fields of :class:`Sweep` that the command sets. Raises UserError.
+    ``settings`` are fields of :class:`Sweep` that the command sets. Raises UserError.
     """
     sweep, layer = read_sheet(file) if file is not None else (Sweep(), {})
     recipe = build_recipe(preset=preset, layer=layer, sets=sets, model=model, data=data)

@@ -1,7 +1,7 @@
-"""The varied settings of a sweep: values or ranges of recipe fields, and the points of a grid or at random.
+"""The varied settings of a sweep: values or ranges of recipe fields, and points on a grid or at random.
 
 A value is a field's TOML value. A sweep compares validation losses, so fields that change the validation
-rows, their tokens or the computation of the loss are refused.
+rows, their tokens or the computation of the loss are rejected.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _REASONS: dict[str, str] = {
     "training.lr_scheduler": "",
     "data.packing": "",
 }
-"""Why a field is refused; an empty reason allows a field of a section that is otherwise refused."""
+"""Why a field is rejected. An empty reason allows a field in a section that is otherwise rejected."""
 _SECTIONS = {"data": _MEASURE, "model": _MEASURE}
 
 
 class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Numbers from ``low`` to ``high``, both included; whole numbers if the field takes whole numbers."""
+    """Numbers from ``low`` to ``high``, including both. Integers if the field takes integers."""
 
     low: float
     high: float
@@ -57,13 +57,13 @@ class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Number of evenly spaced values in a grid."""
 
     def at(self, share: float, *, whole: bool) -> float | int:
-        """Return the number at a share of the range, 0 to 1."""
+        """Return the number at a fraction of the range, from 0 to 1."""
         if self.log:
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
             value = self.low + share * (self.high - self.low)
         value = min(max(value, self.low), self.high)
-        # Four significant digits are enough for a setting, and legible.
+        # Four significant digits are enough for a setting, and readable.
         return round(value) if whole else float(f"{value:.4g}")
 
     def __str__(self) -> str:
@@ -77,10 +77,10 @@ Space: TypeAlias = dict[str, Values]
 
 
 def parse_vary(argument: str) -> tuple[str, Values]:
-    """Parse ``FIELD=VALUES`` of a command line.
+    """Parse ``FIELD=VALUES`` from a command line.
 
-    ``VALUES`` is a range (``1e-5..1e-3``, ``1e-5..1e-3:log``), values with commas (``8,16,32``), or TOML: a
-    list of values or a table with ``low`` and ``high``. Raises UserError, exit code 2.
+    ``VALUES`` is a range (``1e-5..1e-3``, ``1e-5..1e-3:log``), values separated by commas (``8,16,32``), or
+    TOML: a list of values or a table with ``low`` and ``high``. Raises UserError, exit code 2.
     """
     path, equals, raw = (part.strip() for part in argument.partition("="))
     if not equals or not raw:
@@ -129,7 +129,7 @@ def _converted(path: str, values: Any) -> Values:
 
 
 def check_space(space: Space, recipe: Recipe) -> None:
-    """Check that every field can be varied and every value is valid for it, alone and with the recipe.
+    """Check that every field can be varied and that every value is valid, both alone and with the recipe.
 
     Raises UserError, exit code 2.
     """
@@ -208,10 +208,10 @@ def extremes(path: str, values: Values) -> list[Any]:
 
 
 def apply_point(recipe: Recipe, point: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with these values.
+    """Return the recipe with the values of a point.
 
-    With ``training.max_steps``, the steps are adjusted to the batch size, so that the number of trained rows
-    stays the same. Raises UserError.
+    With ``training.max_steps``, the number of steps is adjusted to the batch size, so that the number of
+    trained rows stays the same. Raises UserError.
     """
     layer: Mapping[str, Any] = to_layer(recipe)
     for path, value in point.items():
@@ -263,12 +263,12 @@ def random_point(space: Space, seed: int, number: int) -> Point:
 
 
 def is_whole(path: str) -> bool:
-    """Return whether a field takes whole numbers."""
+    """Return whether a field takes integers."""
     return _field(path).kind == "int"
 
 
 def value_text(value: Any) -> str:
-    """Format a value as TOML on one line: ``0.0003``, ``cosine``, ``["q_proj"]``."""
+    """Format a value as TOML on one line, such as ``0.0003``, ``cosine`` or ``["q_proj"]``."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):

@@ -1,8 +1,8 @@
 """The trials of a sweep as an Optuna study: the next point by TPE, and the importance of each setting.
 
 Optuna is optional: ``qlora-tui[sweep]``. The study is rebuilt from the sweep's records each time, so a kill
-cannot leave it incomplete; ``optuna.journal`` is a copy for other tools, such as optuna-dashboard. Optuna
-neither starts the runs nor halves them.
+cannot leave it incomplete. ``optuna.journal`` is a copy for other tools, such as optuna-dashboard. Optuna
+neither starts nor halves the runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FEWEST_EXPLAINED = 4
 
 
 def require_optuna() -> None:
-    """Raise UserError, with the command that installs Optuna, if Optuna is not installed."""
+    """Raise UserError, with the installation command, if Optuna is not installed."""
     try:
         import optuna
     except ImportError as error:
@@ -41,9 +41,10 @@ def require_optuna() -> None:
 
 
 def propose(view: SweepView, number: int) -> Point:
-    """Return the values of the next trial, by TPE from the results so far (arXiv 2304.11127).
+    """Return the values of the next trial, chosen by TPE from the results so far (arXiv 2304.11127).
 
-    The values depend only on results, seed and ``number``. Raises UserError if Optuna is not installed.
+    The values depend only on the results, the seed and ``number``. Raises UserError if Optuna is not
+    installed.
     """
     require_optuna()
     import optuna
@@ -59,7 +60,7 @@ def propose(view: SweepView, number: int) -> Point:
 
 
 def write_journal(view: SweepView) -> None:
-    """Write the trials as an Optuna journal, replacing the last one; do nothing without Optuna."""
+    """Write the trials as an Optuna journal, replacing the previous one. Does nothing without Optuna."""
     with suppress(UserError):
         require_optuna()
         import optuna
@@ -79,10 +80,10 @@ def _remove(file: Path) -> None:
 
 
 def importances(view: SweepView) -> dict[str, float]:
-    """Return the share of the differences in loss that each setting explains, 0 to 1, in descending order.
+    """Return the share (0 to 1) of the differences in loss that each setting explains, in descending order.
 
     Computed by PED-ANOVA (arXiv 2304.10255) from the losses at the end of the first round, which all trials
-    reach. Empty if there are too few results, or only one setting. Raises UserError if Optuna is not
+    reach. Empty if there are too few results or only one setting. Raises UserError if Optuna is not
     installed.
     """
     require_optuna()
@@ -111,7 +112,7 @@ def _frozen_trials(view: SweepView) -> list[optuna.trial.FrozenTrial]:
 
 
 def _frozen(space: Space, trial: Trial, loss: float | None) -> optuna.trial.FrozenTrial:
-    """Return a trial with its results; a trial that did not complete its steps counts as pruned."""
+    """Return an Optuna trial with its results. A trial that did not complete its steps counts as pruned."""
     from optuna.trial import TrialState, create_trial
 
     state = (
@@ -145,7 +146,7 @@ def _distributions(space: Space) -> dict[str, Any]:
 
 
 def _label(values: Any, value: Any) -> Any:
-    """Return a value in a type that Optuna supports: lists and tables become text."""
+    """Convert a value to a type that Optuna supports: lists and tables become text."""
     return (
         value
         if isinstance(values, Range) or isinstance(value, bool | int | float | str)

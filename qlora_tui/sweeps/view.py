@@ -1,6 +1,6 @@
-"""The state of a sweep, read from its folder and its runs: for the screen, the command line and the driver.
+"""The state of a sweep, read from its folder and its runs, for the screen, the command line and the driver.
 
-Reads files only, in milliseconds for tens of trials; needs neither torch nor the optional Optuna.
+Only reads files, which takes milliseconds for tens of trials. Requires neither torch nor Optuna.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from qlora_tui.sweeps.sheet import Sheet
 from qlora_tui.sweeps.space import apply_point
 
 _STEPS = 200
-"""Steps sampled from a run: a curve on a screen has fewer cells."""
+"""Number of steps sampled from a run. A curve on a screen has fewer cells."""
 MOST_AGAIN = 3
-"""Most times that a trial whose process was killed continues from its checkpoint."""
+"""Maximum number of times that a trial continues from its checkpoint after its process was killed."""
 SweepState: TypeAlias = Literal["running", "waiting", "pausing", "paused", "finished", "stopped", "failed"]
-"""``waiting``: for a run that the user paused. ``pausing``: a run is saving its checkpoint."""
+"""``waiting``: for a run that the user paused. ``pausing``: until a run has saved its checkpoint."""
 Outcome: TypeAlias = Literal[
     "waiting", "training", "paused", "reached", "dropped", "finished", "failed", "stopped"
 ]
-"""``reached``: the trial completed its round, with a result. ``dropped``: not kept for the next round."""
+"""``reached``: the trial completed its round with a result. ``dropped``: it was not kept for the next
+round."""
 _KILLED = ("killed", "lost")
 
 
@@ -55,9 +56,9 @@ class Result:
 
     step: int
     tokens: int
-    """Real tokens that the trial was trained on so far; 0 if unknown."""
+    """Tokens that the trial was trained on so far, without padding; 0 if unknown."""
     loss: float
-    """Validation loss, plus weighted forgetting if the recipe sets its weight: lower is better."""
+    """Validation loss, plus weighted forgetting if the recipe sets its weight. Lower is better."""
 
 
 @dataclass(frozen=True)
@@ -68,44 +69,44 @@ class Trial:
     role: Role
     group: int
     values: dict[str, Any]
-    """The varied settings; empty for the base."""
+    """Values of the varied settings; empty for the base."""
     seed: int
     run: RunDir | None
-    """None until the run is created, and after it was deleted."""
+    """The run; None until it is created, and after it was deleted."""
     state: State
     """State of the run; ``gone`` if there is none."""
     outcome: Outcome
     target: float
-    """Share of its steps at which its current round ends."""
+    """Share of the trial's steps at which its current round ends."""
     rounds: int = 1
-    """Number of rounds of its group; 1 for a run that is not halved."""
+    """Number of rounds of the trial's group; 1 for a run that is not halved."""
     results: dict[int, Result] = field(default_factory=dict)
-    """Results by round, from 1. A run that is not halved has one, of round 1."""
+    """Results by round, from 1. A run that is not halved has one result, for round 1."""
     total_steps: int = 0
     step: int = 0
     steps: tuple[int, ...] = ()
-    """The steps of ``losses``."""
+    """Steps that ``losses`` belong to."""
     losses: tuple[float, ...] = ()
-    """Training losses, decimated; NaN where one was not a number."""
+    """Sampled training losses; NaN for a loss that was not a number."""
     evaluations: tuple[tuple[int, float], ...] = ()
-    """(step, validation loss)."""
+    """Step and validation loss of each evaluation."""
     tokens_per_s: float | None = None
     failure: str = ""
-    """Title of the error of a failed run; empty otherwise."""
+    """Title of a failed run's error; otherwise empty."""
     is_interrupted: bool = False
-    """Whether the run must continue: it paused, was stopped with the sweep, or was killed, before the user
-    last started the sweep."""
+    """Whether the run must continue because it paused, was stopped with the sweep, or was killed before
+    the user last started the sweep."""
     seconds: tuple[float, float] | None = None
-    """Seconds that a finished run trained, and its other seconds (loading, evaluations); None otherwise."""
+    """Training time and other time (loading, evaluations) of a finished run, in seconds; otherwise None."""
 
     @property
     def is_settled(self) -> bool:
-        """Whether the trial's part in this round is over."""
+        """Whether the trial has nothing left to do in this round."""
         return self.outcome not in ("waiting", "training", "paused")
 
     @property
     def final(self) -> Result | None:
-        """Result after all steps; None before, or if the loss is not a number."""
+        """Result after all steps; None before that, or if the loss is not a number."""
         return self.results.get(self.rounds) if self.outcome == "finished" else None
 
 
@@ -116,7 +117,7 @@ class Group:
     number: int
     planned: GroupPlanned
     ended: tuple[RoundEnded, ...]
-    """The rounds that are over, in order."""
+    """The rounds that have ended, in order."""
 
     @property
     def round(self) -> int:
@@ -125,7 +126,7 @@ class Group:
 
     @property
     def target(self) -> float:
-        """Share of the steps, 0 to 1, at which this round ends."""
+        """Share of the steps (0 to 1) at which this round ends."""
         return share_of(min(self.round, self.planned.rounds), self.planned.rounds)
 
 
@@ -137,24 +138,24 @@ class SweepView:
     sheet: Sheet
     state: SweepState
     began_at: float
-    """Unix time."""
+    """Unix time at which the sweep began."""
     deadline: float | None
-    """Unix time; None if there is no deadline."""
+    """Unix time of the deadline; None if there is none."""
     gpu: str
-    """The GPUs that the user chose for the sweep; empty if none."""
+    """The GPUs that the user chose for the sweep; empty for any."""
     ended: SweepEnded | None
     trials: tuple[Trial, ...]
-    """Every run: the base, the trials, the confirmations, in the order in which they were chosen."""
+    """Every run in the order in which it was chosen: base, trials and confirmations."""
     groups: tuple[Group, ...]
 
     @property
     def base_trials(self) -> list[Trial]:
-        """Runs of the unchanged recipe; the first has the seed of the trials."""
+        """Runs of the unchanged recipe. The first has the seed of the trials."""
         return [trial for trial in self.trials if trial.role == "base"]
 
     @property
     def rounds(self) -> int:
-        """The largest number of rounds of a group, at least 1."""
+        """The largest number of rounds of any group, at least 1."""
         return max((group.planned.rounds for group in self.groups), default=1)
 
     def of_group(self, number: int) -> list[Trial]:
@@ -163,23 +164,25 @@ class SweepView:
 
     @property
     def winner(self) -> Trial | None:
-        """The trial with the lowest loss among those that completed all of their steps; None if none has."""
+        """The trial with the lowest loss among those that completed all their steps; None if there is
+        none."""
         finished = [trial for trial in self.trials if trial.role == "trial" and trial.final is not None]
         return min(finished, key=lambda trial: trial.final.loss if trial.final else math.inf, default=None)
 
     def confirmations_of(self, trial: Trial) -> list[Trial]:
-        """Return the runs with a trial's values and other seeds."""
+        """Return the runs with the values of ``trial`` and other seeds."""
         return [one for one in self.trials if one.role == "confirmation" and one.values == trial.values]
 
     @property
     def costs(self) -> Costs | None:
-        """Time that a run of this sweep takes, from the first run of the base; None before its end."""
+        """Time that a run of this sweep takes, from the first run of the base; None until that run has
+        ended."""
         seconds = self.base_trials[0].seconds if self.base_trials else None
         return None if seconds is None else Costs(*seconds)
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the best trial so far is better than the base beyond the noise between seeds."""
+        """Whether the best trial so far is better than the base by more than the noise between seeds."""
         winner = self.winner
         base = [trial.final.loss for trial in self.base_trials if trial.final is not None]
         if winner is None or winner.final is None or not base:
@@ -189,9 +192,9 @@ class SweepView:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds that the remaining runs take, from the costs; None while unknown.
+        """Seconds that the remaining runs take, derived from the costs; None if unknown.
 
-        Groups of trials that may follow until the deadline are not included.
+        Groups of trials that may be added before the deadline are not included.
         """
         costs = self.costs
         if costs is None or not self.groups or self.state not in ("running", "waiting"):
@@ -212,7 +215,8 @@ class SweepView:
         )
 
     def recipe_of(self, trial: Trial) -> Recipe:
-        """Return the recipe with a trial's values, to adopt or compare; its reports are the recipe's."""
+        """Return the recipe with a trial's values, to adopt or compare, with the reports that the recipe
+        requests."""
         return apply_point(self.sheet.recipe, trial.values)
 
     def unequal_tokens(self, tolerance: float = 0.05) -> list[Trial]:
@@ -266,7 +270,7 @@ def _groups(records: list[AnyRecord]) -> tuple[Group, ...]:
 
 
 def _runs_of(sweep: SweepDir, records: list[AnyRecord]) -> dict[int, RunDir]:
-    """Return the run of each trial; a run created just before a crash is found by the mark in its folder."""
+    """Return the run of each trial. A run created just before a crash is found by the mark in its folder."""
     runs = {one.number: RunDir(paths.runs_dir() / one.run) for one in _of(records, RunMade)}
     missing = {one.number for one in _of(records, TrialChosen)} - runs.keys()
     if missing:
@@ -320,7 +324,7 @@ def _trial(
         return Trial(**facts, run=None, state="gone", outcome=outcome, failure=failure)
     view, _ = RunView.from_sample(run, _STEPS)
     results = dict(_results(view, rounds))
-    # True even if the validation loss is not a number.
+    # True also if the validation loss is not a number.
     is_reached = any(event.step >= _last_step(view, target) for event in view.evaluations if event.step)
     ending = view.ending
     goes_from = max(_go_times(number, records), default=0.0)
@@ -367,7 +371,7 @@ def _outcome(state: State, is_reached: bool, is_dropped: bool, is_interrupted: b
 
 
 def _go_times(number: int, records: list[AnyRecord]) -> Iterator[float]:
-    """Yield the Unix times at which a trial was told to train: a later pause was requested by the user."""
+    """Yield the Unix times at which a trial was told to train. A pause after the last one is the user's."""
     for record in records:
         match record:
             case TrialChosen() | RunAgain() if record.number == number:
@@ -379,7 +383,7 @@ def _go_times(number: int, records: list[AnyRecord]) -> Iterator[float]:
 
 
 def _was_stopped(at: float, records: list[AnyRecord]) -> bool:
-    """Whether the sweep was stopped at a time, and continues since."""
+    """Return whether the sweep was stopped at this time and has continued since."""
     marks = [one for one in records if isinstance(one, SweepResumed | SweepEnded)]
     before = [one for one in marks if one.at <= at]
     is_stopped = bool(before) and isinstance(before[-1], SweepEnded) and before[-1].why == "stopped"
@@ -387,7 +391,7 @@ def _was_stopped(at: float, records: list[AnyRecord]) -> bool:
 
 
 def _last_step(view: RunView, share: float) -> int:
-    """Return the step at which a share of the run's steps is completed; at least 1."""
+    """Return the step, at least 1, at which a share of the run's steps is completed."""
     return max(1, math.ceil(share * view.total_steps))
 
 
@@ -416,10 +420,10 @@ def _seconds(view: RunView) -> tuple[float, float] | None:
     ending = view.ending
     if not isinstance(ending, events.Finished) or view.started_at is None:
         return None
-    # The event has only the time of the last attempt.
+    # The event only has the time of the last attempt.
     return max(ending.seconds, view.series.seconds()), max(0.0, ending.at - view.started_at - ending.seconds)
 
 
 def time_left(view: SweepView) -> float:
-    """Return the seconds until the deadline, negative after it; infinity without one."""
+    """Return the seconds until the deadline, negative after it; infinity if there is none."""
     return math.inf if view.deadline is None else view.deadline - time.time()

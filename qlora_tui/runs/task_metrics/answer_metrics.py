@@ -44,38 +44,38 @@ _ARGUMENTS = ("arguments", "parameters")
 Comparison: TypeAlias = Literal["better", "worse", "unclear"]
 SIGNIFICANCE = 0.05
 _SHORT_WORDS = 8
-"""Words of a reference up to which an answer is expected to match it exactly."""
+"""Maximum number of words of a reference that the answer is expected to match exactly."""
 _MOST = 0.9
-"""Share of the references that must be of a kind."""
+"""Share of the references that must be of one kind."""
 
 
 class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One validation prompt with its reference and both answers."""
 
     source: int
-    """Number of the recipe's source, from 0."""
+    """Index of the recipe's source, from 0."""
     row: int
     """Number of the row in its file, from 1."""
     file: str = ""
     """Name of the file in the source; empty if the source is one file."""
     prompt: str
-    """The end of the prompt, for people."""
+    """The end of the prompt, for display."""
     reference: str
     base: str
     adapter: str
     base_ended: bool
-    """Whether the base ended its turn within the tokens it was given."""
+    """Whether the base ended its turn within the token limit."""
     adapter_ended: bool
     tools: tuple[dict[str, Any], ...] = ()
-    """Tools of the row, as JSON schemas; only if the reference calls one."""
+    """Tools of the row as JSON schemas, if the reference calls one; otherwise empty."""
     reference_raw: str = ""
-    """The reference with the special tokens that mark calls; only if it calls a tool."""
+    """The reference with the special tokens that mark calls, if it calls a tool; otherwise empty."""
     base_raw: str = ""
     adapter_raw: str = ""
 
 
 _Judge: TypeAlias = Callable[[TaskRow, str, str], bool]
-"""Judges an answer to a row, by its text and by its text with special tokens."""
+"""Returns whether an answer to a row is right, given its text without and with special tokens."""
 
 
 class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -83,25 +83,25 @@ class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     name: str
     rows: int
-    """Prompts it is computed on."""
+    """Number of prompts that the metric is computed on."""
     base: float
-    """Mean over the prompts, 0 to 1."""
+    """Mean of the base over the prompts, 0 to 1."""
     base_interval: Interval
     adapter: float
     adapter_interval: Interval
     difference_interval: Interval
-    """Interval of the adapter's mean minus the base's."""
+    """Interval of the adapter's mean minus the base's mean."""
     p: float | None = None
-    """McNemar's exact p-value that both are equal; None for means, whose interval decides."""
+    """McNemar's exact p-value for equality of both; None for means, which are compared by their interval."""
 
     @property
     def difference(self) -> float:
-        """The adapter's mean minus the base's."""
+        """The adapter's mean minus the base's mean."""
         return self.adapter - self.base
 
     @property
     def comparison(self) -> Comparison:
-        """Whether the adapter is better or worse than its base, or there is not enough evidence."""
+        """Whether the adapter is better or worse than its base, or the evidence is insufficient."""
         if self.rows < MIN_ROWS:
             return "unclear"
         low, high = self.difference_interval
@@ -112,7 +112,7 @@ class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
-    """Return the metrics that suit the references, the most telling first."""
+    """Return the metrics that suit the references, the most informative one first."""
     metrics: list[Metric] = []
     calling = [row for row in rows if row.tools and read_calls(row.reference_raw)]
     plain = [row for row in rows if not row.reference_raw]
@@ -136,7 +136,7 @@ def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
 
 
 def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
-    """Return the metric of answers that are right or wrong, on the same prompts."""
+    """Return a metric from answers that are right or wrong, on the same prompts."""
     rows = len(base)
     return Metric(
         name=name,
@@ -151,7 +151,7 @@ def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> 
 
 
 def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) -> Metric:
-    """Return the metric of answers with values from 0 to 1, on the same prompts."""
+    """Return a metric from values between 0 and 1 for each answer, on the same prompts."""
     rows = len(base)
     return Metric(
         name=name,
@@ -171,17 +171,19 @@ class NotJsonError(ValueError):
 
 
 def same_words(one: str, other: str) -> bool:
-    """Return whether two texts have the same words in the same order; texts without words are
-    compared whole.
+    """Return whether two texts have the same words in the same order.
+
+    Texts without words are compared as a whole.
     """
     first, second = words(one), words(other)
     return first == second if first or second else one.strip() == other.strip()
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of the share of the answer's words in the reference and of the reference's in the answer.
+    """Return the harmonic mean of precision and recall of the answer's words with respect to the reference.
 
-    Repeated words count as often as they occur in both, as in SQuAD (Rajpurkar et al. 2016, section 6.1).
+    Repeated words count as often as they occur in both texts, as in SQuAD (Rajpurkar et al. 2016, section
+    6.1).
     """
     ours, theirs = words(answer), words(reference)
     if not ours or not theirs:
@@ -191,10 +193,10 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def parse_json(text: str) -> Any:
-    """Return the object or array that a text is, alone or in one code fence.
+    """Parse a text that is one JSON object or array, alone or in one code fence.
 
     Raises:
-        NotJsonError: it is anything else, also JSON with text around it.
+        NotJsonError: The text is anything else, including JSON surrounded by text.
     """
     inner = text.strip()
     if fenced := _FENCE.match(inner):
@@ -208,7 +210,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_json(text: str) -> bool:
-    """Return whether a text is an object or array of JSON and nothing else."""
+    """Return whether a text is exactly one JSON object or array."""
     try:
         parse_json(text)
     except NotJsonError:
@@ -217,7 +219,7 @@ def is_json(text: str) -> bool:
 
 
 def same_json(one: str, other: str) -> bool:
-    """Return whether two texts are JSON of the same value."""
+    """Return whether two texts are JSON with the same value."""
     try:
         return bool(parse_json(one) == parse_json(other))
     except (NotJsonError, RecursionError):
@@ -229,7 +231,7 @@ def _refuse(constant: str) -> None:
 
 
 def read_calls(text: str) -> tuple[ToolCall, ...]:
-    """Return the tool calls of an answer, in order; none if there is none, or if one of them is malformed."""
+    """Return the tool calls of an answer, in order; empty if there are none or one is malformed."""
     try:
         return tuple(_calls(text))
     except (ValueError, RecursionError):
@@ -237,12 +239,11 @@ def read_calls(text: str) -> tuple[ToolCall, ...]:
 
 
 def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a call names one of the tools and gives an object with all arguments that the tool
-    requires.
+    """Return whether a call names one of the tools, and its arguments are an object with all required ones.
 
     Args:
-        call: a call that was read.
-        tools: functions as JSON schemas, in OpenAI's wrapping or without it.
+        call: A parsed call.
+        tools: Functions as JSON schemas, with or without OpenAI's wrapping.
     """
     if not isinstance(call.arguments, dict):
         return False
@@ -263,7 +264,7 @@ def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _calls(text: str) -> list[ToolCall]:
-    """Raises ValueError for a malformed call."""
+    """Return the calls in a text. Raises ValueError for a malformed call."""
     if "<tool_call>" in text:
         return [call for inner in _TAGGED.findall(text) for call in _tagged(inner)]
     if (mistral := _MISTRAL.search(text)) is not None:
@@ -302,7 +303,7 @@ def _value(text: str) -> Any:
 
 
 def _as_calls(value: Any) -> list[ToolCall]:
-    """Raises ValueError if a value is no call and no list of calls."""
+    """Return the calls in a parsed value. Raises ValueError if it is neither a call nor a list of calls."""
     calls = []
     for each in value if isinstance(value, list) else [value]:
         named = each if isinstance(each, dict) else {}

@@ -1,6 +1,6 @@
-"""What decisions of a run are worth, and the file next to its adapter with which others decide.
+"""The quality of a run's decisions, and the file next to its adapter from which programs decide.
 
-``decision.json`` in the adapter's folder holds the options and the calibration of their probabilities; chat,
+``decision.json`` in the adapter's folder holds the options and the calibration of their probabilities. Chat,
 server and ``predict`` read it. The report is part of the run's evaluation.
 """
 
@@ -23,27 +23,28 @@ from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 
 FILE = "decision.json"
 MOST_DECISIONS = 1000
-"""Validation rows that are decided unless another number is asked for: more hardly change a calibration."""
+"""Default of the number of validation rows to decide. More rows hardly change a calibration."""
 MIN_FITTED_ROWS = 20
-"""Rows below which no calibration is fitted: the temperature stays 1."""
+"""Number of rows below which no calibration is fitted and the temperature stays 1."""
 _VERSION = 1
 _MAX_BYTES = 1 << 24
 _SHOWN_CONFUSIONS = 10
 _WIDEST_MATRIX = 8
-"""Options up to which the confusion matrix is shown whole; of more, the most frequent confusions."""
+"""Number of options up to which the whole confusion matrix is shown. For more, only the most frequent
+confusions are."""
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
-    """How scores become probabilities: ``softmax(scores / temperature + bias)``."""
+    """Converts scores to probabilities: ``softmax(scores / temperature + bias)``."""
 
     temperature: float = 1.0
     bias: tuple[float, ...] = ()
-    """Bias of each option; empty if it does not lower the log loss of rows that it was not fitted on."""
+    """Bias of each option; empty if it does not lower the log loss on rows that it was not fitted to."""
     rows: int = 0
-    """Validation rows that it was fitted on; 0 if they were too few."""
+    """Number of validation rows for the fit; 0 if there were too few."""
 
     def probabilities(self, scores: Sequence[float]) -> list[float]:
-        """Return the probability of each option from its log probability, in nats."""
+        """Return the probability of each option, given its log probability in nats."""
         bias = self.bias or (0.0,) * len(scores)
         logits = [score / self.temperature + each for score, each in zip(scores, bias, strict=True)]
         highest = max(logits)
@@ -57,14 +58,14 @@ class Decider(Struct, frozen=True, kw_only=True):
 
     decision: Decision
     option_ids: tuple[tuple[int, ...], ...]
-    """Token ids of each option, with its turn end."""
+    """Token ids of each option, including the turn end."""
     calibration: Calibration
     layout: RowFormat
-    """How rows of the training data are read, and so those to be decided."""
+    """How rows of the training data are read, and therefore also rows to decide."""
     thinking: Thinking = "auto"
-    """Thinking setting of the training."""
+    """Thinking setting that was used in training."""
     versions: dict[str, str] = {}
-    """Versions of the libraries with which it was fitted."""
+    """Versions of the libraries that were used for the fit."""
     version: int = _VERSION
 
 
@@ -87,61 +88,62 @@ class Measured(Struct, frozen=True):
 
     value: float
     interval: Interval | None
-    """None for a mean of fewer than two rows."""
+    """The interval; None for a mean of fewer than two rows."""
 
 
 class Quality(Struct, frozen=True, kw_only=True):
-    """What the decisions of one model are worth."""
+    """Quality of one model's decisions."""
 
     accuracy: Measured
     macro_f1: Measured
-    """Mean F1 of the options."""
+    """Mean F1 over the options."""
     log_loss: Measured
-    """Mean of minus the log probability of the right option, in nats."""
+    """Mean of the negative log probability of the right option, in nats."""
     calibration_error: Measured
     """Expected calibration error in 15 bins, 0 to 1."""
     honest_error: float | None = None
-    """Calibration error that honest probabilities show on as many rows by chance; None in earlier files."""
+    """Calibration error that perfectly calibrated probabilities have by chance on as many rows; None in
+    earlier files."""
 
 
 class Threshold(Struct, frozen=True):
-    """A confidence from which on decisions need no person."""
+    """A confidence from which decisions need no review by a person."""
 
     target: float
-    """Share of right decisions that it was chosen for."""
+    """Share of right decisions for which the threshold was chosen."""
     confidence: float
-    """0 if every row may be decided."""
+    """Minimum confidence; 0 if every row may be decided."""
     rows: int
-    """Rows that are decided, if the threshold was chosen on others."""
+    """Number of rows decided, each with a threshold that was chosen on other rows."""
     right: int
 
 
 class FieldAccuracy(Struct, frozen=True):
-    """How often one field of an object is right."""
+    """Accuracy of one field of the options, which are objects."""
 
     field: str
     accuracy: Measured
 
 
 class DecisionReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The decisions of base and adapter on validation rows."""
+    """Decisions of base and adapter on validation rows."""
 
     options: tuple[str, ...]
     rows: int
     calibration: Calibration
     base: Quality
     before: Quality
-    """The adapter's without a calibration."""
+    """Quality of the adapter without calibration."""
     after: Quality
-    """The adapter's calibrated, each row by a fit to other rows."""
+    """Quality of the adapter with calibration, each row by a fit to other rows."""
     confusion: tuple[tuple[int, ...], ...]
-    """Rows by their right option and the option that was chosen."""
+    """Numbers of rows, by right option and chosen option."""
     thresholds: tuple[Threshold, ...] = ()
     fields: tuple[FieldAccuracy, ...] = ()
 
 
 def decision_lines(report: DecisionReport) -> Iterator[str]:
-    """Yield the report of decisions in lines."""
+    """Yield the lines of the report on decisions."""
     calibration = report.calibration
     if calibration.rows:
         bias = " and a bias for each label" if calibration.bias else ""
@@ -185,13 +187,13 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
 
 
 def threshold_sentence(threshold: Threshold, rows: int) -> str:
-    """``Decide alone above 0.83: 71% of rows, 98.4% right (97% to 99%); the rest to a person.``"""
+    """Return ``Decide alone above 0.83: 71% of rows, 98.4% right (97% to 99%); the rest to a person.``"""
     low, high = map(format_percent, share_interval(threshold.right, threshold.rows))
     share = format_percent(threshold.right / threshold.rows, 1)
     right = f"{format_percent(threshold.rows / rows)} of rows, {share} right ({low} to {high})"
     if not threshold.confidence:
         return f"Decide every row alone: {right}."
-    # Every digit counts: 0.9962 is not 1.
+    # Show every digit, because 0.9962 is not 1.
     digits = max(2, len(repr(threshold.confidence)) - len("0."))
     return f"Decide alone above {threshold.confidence:.{digits}f}: {right}; the rest to a person."
 

@@ -1,10 +1,10 @@
-"""Confidence intervals at 95 % for shares, means, and the difference of two measured on the same rows.
+"""Confidence intervals at 95 % for shares, means, and the difference of two values on the same rows.
 
-Shares: Wilson's score interval; the difference of two paired shares is Newcombe's interval from two Wilson
+Shares: Wilson's score interval. The difference of two paired shares has Newcombe's interval from two Wilson
 intervals (method 10 of Newcombe 1998, "Improved confidence intervals for the difference between binomial
-proportions based on paired data"), and its test the exact test of McNemar. Means: the paired bootstrap over
-rows with expanded percentiles, since resampling few rows underestimates the spread (Hesterberg 2015, "What
-Teachers Should Know About the Bootstrap", section 3.3): by sqrt(n / (n - 1)), and by Student's t over z.
+proportions based on paired data"), and McNemar's exact test. Means: the paired bootstrap over rows. Its
+percentiles are expanded, since resampling few rows underestimates the spread (Hesterberg 2015, "What Teachers
+Should Know About the Bootstrap", section 3.3): by sqrt(n / (n - 1)), and by Student's t over z.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MIN_ROWS = 6
-"""Rows below which no difference is claimed, whatever its interval: five that all agree may be chance."""
+"""Number of rows below which no difference is claimed, whatever its interval. Five equal results may be
+chance."""
 _Z = 1.959964
-"""97.5 % of a normal distribution are below it."""
+"""97.5 % quantile of the standard normal distribution."""
 _RESAMPLES = 2000
 _SEED = 0
 
@@ -30,7 +31,7 @@ class Interval(NamedTuple):
 
 
 def share_interval(successes: int, total: int) -> Interval:
-    """Wilson's interval of a share; the whole range where ``total`` is 0."""
+    """Return Wilson's interval of a share; the whole range if ``total`` is 0."""
     if not total:
         return Interval(0.0, 1.0)
     share, z2 = successes / total, _Z * _Z / total
@@ -41,7 +42,8 @@ def share_interval(successes: int, total: int) -> Interval:
 
 
 def paired_share_interval(first: Sequence[bool], second: Sequence[bool]) -> Interval:
-    """Newcombe's interval of the share of ``second`` minus that of ``first``, on the same rows."""
+    """Return Newcombe's interval of the share of ``second`` minus the share of ``first``, on the same
+    rows."""
     total = len(first)
     if not total:
         return Interval(-1.0, 1.0)
@@ -67,7 +69,7 @@ def paired_share_interval(first: Sequence[bool], second: Sequence[bool]) -> Inte
 
 
 def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """Two-sided p-value of the exact test of McNemar that both shares are equal."""
+    """Return the two-sided p-value of McNemar's exact test for equality of both shares."""
     pairs = list(zip(first, second, strict=True))
     gained, lost = sum(b and not a for a, b in pairs), sum(a and not b for a, b in pairs)
     changed = gained + lost
@@ -76,11 +78,11 @@ def mcnemar_p(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:
-    """Bootstrap interval of the weighted mean of values over rows; of paired differences for two models.
+    """Return the bootstrap interval of the weighted mean of values over rows.
 
     Args:
-        values: one for each row.
-        weights: of the rows, such as tokens; None for equal ones.
+        values: One value for each row. To compare two models, pass their differences.
+        weights: Weight of each row, such as its number of tokens; None for equal weights.
     """
     rows = len(values)
     if rows < 2:
@@ -101,7 +103,8 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
 
 
 def _student_t(freedom: int) -> float:
-    """97.5 % quantile of Student's t, by the expansion in 1/freedom of Abramowitz and Stegun, 26.7.5."""
+    """Return the 97.5 % quantile of Student's t, by the expansion in 1/freedom in Abramowitz and Stegun,
+    26.7.5."""
     z = _Z
     return (
         z

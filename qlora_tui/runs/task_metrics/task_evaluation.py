@@ -1,5 +1,4 @@
-"""Evaluations: the file ``task_evaluation.json`` in the run's folder, the job that writes it, and its
-report."""
+"""Evaluations: the file ``task_evaluation.json`` in the run's folder, its job, and its report."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_inter
 
 _JOB = "qlora_tui.chat.task_answers:evaluate"
 DEFAULT_PROMPTS = 100
-"""Validation prompts that are answered unless another number is asked for; of decisions more."""
+"""Default of the number of validation prompts to answer. For decisions the default is higher."""
 _MAX_BYTES = 1 << 26
 _SHOWN_CHARACTERS = 300
 _OF_SIDES = (2, 4)
@@ -48,13 +47,13 @@ class LossChange(Struct, frozen=True, kw_only=True):
     before: float
     after: float
     interval: Interval | None
-    """Interval of after minus before, by the bootstrap over rows; None for fewer than two."""
+    """Interval of after minus before, by the bootstrap over rows; None for fewer than two rows."""
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> LossChange:
-        """Compare the losses of rows in nats, each the sum over its trained tokens.
+        """Compare the losses of rows before and after, each summed over its trained tokens, in nats.
 
-        Rows with a loss that is not a number count nothing.
+        Rows with a loss that is not a number are ignored.
         """
         rows = [row for row in zip(before, after, tokens, strict=True) if all(map(isfinite, row)) and row[2]]
         total = sum(count for _, _, count in rows) or 1
@@ -70,12 +69,12 @@ class LossChange(Struct, frozen=True, kw_only=True):
 
     @property
     def is_lower(self) -> bool:
-        """Whether the loss fell, by more than chance."""
+        """Whether the loss fell by more than chance explains."""
         return self.interval is not None and self.rows >= MIN_ROWS and self.interval.high < 0
 
     @property
     def is_higher(self) -> bool:
-        """Whether the loss rose, by more than chance."""
+        """Whether the loss rose by more than chance explains."""
         return self.interval is not None and self.rows >= MIN_ROWS and self.interval.low > 0
 
 
@@ -84,23 +83,24 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     run: str
     adapter: str
-    """Hash of the adapter's files: an evaluation of an earlier adapter is not taken for this one's."""
+    """Hash of the adapter's files, so that an evaluation of an earlier adapter is recognized."""
     max_new_tokens: int
-    """Most tokens of an answer."""
+    """Token limit of an answer."""
     validation_rows: int
-    """Rows of the validation data, of which ``rows`` were answered."""
+    """Number of rows of the validation data, of which ``rows`` were answered."""
     metrics: tuple[Metric, ...]
     loss: LossChange
     rows: tuple[TaskRow, ...]
     decisions: DecisionReport | None = None
-    """Where the answers are decisions, which are scored instead of generated."""
+    """Report on decisions, if the answers are decisions, which are scored instead of generated."""
     seconds: float = 0.0
     is_of_run: bool = False
-    """Whether the loss is that of validation rows at the end of the run, not of the references alone."""
+    """Whether the loss is over the validation rows at the end of the run, instead of over the references
+    only."""
     is_partial: bool = False
-    """Whether the end of a run left prompts out, because it had no more time."""
+    """Whether prompts were omitted for lack of time at the end of a run."""
     warning: str = ""
-    """Warning if answers were computed otherwise than by transformers and peft."""
+    """Warning if answers were computed differently than by transformers and peft."""
 
 
 _EVALUATIONS = msgspec.json.Decoder(TaskEvaluation)
@@ -113,17 +113,17 @@ def evaluate_task(
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TaskEvaluation:
-    """Let base and adapter answer validation prompts of a run. Answers of an earlier try are used again.
+    """Let base and adapter answer validation prompts of a run. Answers of an earlier attempt are reused.
 
     Args:
-        run: it has ended with an adapter.
-        prompts: most prompts, spread evenly over the validation data; None for the default.
-        progress: called with the number of answers there are, and of all.
-        should_stop: ends it within a second; the answers so far stay.
+        run: A run that has ended with an adapter.
+        prompts: Maximum number of prompts, spread evenly over the validation data; None for the default.
+        progress: Called with the number of answers done and the total.
+        should_stop: Ends the evaluation within a second; the answers so far are kept.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: the run has no adapter, no validation data or no prompts, is in use, or cannot be read.
+        UserError: The run has no adapter, no validation data or no prompts, is in use, or cannot be read.
     """
     return measure_in_child(
         _JOB, run, prompts, read=read_task_evaluation, progress=progress, should_stop=should_stop
@@ -137,7 +137,7 @@ def adapter_hash(run: RunDir) -> str:
     except OSError:
         pass
     try:
-        # An adapter without checksums is from an early version, or from another program.
+        # An adapter without checksums comes from an early version or another program.
         return f"{(run.adapter_dir / WEIGHTS).stat().st_size} bytes"
     except OSError:
         return ""
@@ -155,7 +155,7 @@ def read_task_evaluation(run: RunDir) -> TaskEvaluation | None:
 
 
 def describe_metric(metric: Metric) -> str:
-    """``accuracy 82% versus the base's 41% on 90 prompts (+41 points, 95% interval +30 to +52)``."""
+    """Return ``accuracy 82% versus the base's 41% on 90 prompts (+41 points, 95% interval +30 to +52)``."""
     name = "ended turns" if metric.name == "ended" else metric.name
     values = f"{name} {format_percent(metric.adapter)} versus the base's {format_percent(metric.base)}"
     if metric.rows < MIN_ROWS:
@@ -168,7 +168,8 @@ def describe_metric(metric: Metric) -> str:
 
 
 def describe_loss(loss: LossChange, name: str) -> str:
-    """``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, with its name."""
+    """Return ``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, beginning with
+    ``name``."""
     values = f"{name} {format_loss(loss.before)} → {format_loss(loss.after)} on {pluralize(loss.rows, 'row')}"
     if loss.rows < MIN_ROWS or loss.interval is None:
         return f"{values}, too few to tell"
@@ -179,7 +180,10 @@ def describe_loss(loss: LossChange, name: str) -> str:
 
 
 def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False) -> list[str]:
-    """Return the report, with the answers to the first ``rows`` prompts; ``narrow`` is that of the table."""
+    """Return the lines of the report, with the answers to the first ``rows`` prompts.
+
+    With ``narrow``, the table of metrics is narrow.
+    """
     loss_name = "validation loss" if evaluation.is_of_run else "loss of the references"
     decisions = evaluation.decisions
     how = (
@@ -211,9 +215,9 @@ def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False)
 
 
 def metric_table(metrics: Sequence[Metric], *, narrow: bool = False) -> list[str]:
-    """Metrics of base and adapter with their intervals, one a line under a header.
+    """Return the lines of a table with the metrics of base and adapter and their intervals, after a header.
 
-    A narrow table has the interval of the change only, and short verdicts: 69 columns for the longest.
+    A narrow table has only the interval of the change, and short verdicts: at most 69 columns.
     """
     table = [_HEADER, *map(_metric_cells, metrics)]
     if narrow:
