@@ -1,7 +1,8 @@
 """Rows of Parquet files and Arrow streams, read by a child process.
 
-Both formats are memory images: a wrong offset in the file crashes the process that reads it, and a wrong
-length takes all its memory. So a confined child reads them (:mod:`qlora_tui.data.confined`), in small pieces.
+Both formats are memory images: a wrong offset in a file crashes the process that reads the file, and a wrong
+length takes all its memory. So a confined child reads such files (:mod:`qlora_tui.data.confined`), in small
+pieces.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _LARGEST_ROW_BYTES = 4 * LARGEST_ROW_BYTES
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """Last bytes of an Arrow stream: the marker of a message, and a length of 0."""
 _MEMORY_BYTES = 448 * MIB
-"""Most bytes that reading a piece may take."""
+"""Largest number of bytes that reading a piece may take."""
 _reader = Confined(__name__, cpu_s=60.0, memory_bytes=_MEMORY_BYTES)
 
 
@@ -33,7 +34,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
     """Yield the rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` stores
     it.
 
-    Raises ``UserError`` if the file is damaged, or not what its name says, and ``TooLarge``.
+    Raises ``UserError`` if the file is damaged or not of the kind that its name indicates, and ``TooLarge``.
     """
     number = 0
     try:
@@ -55,9 +56,9 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
 
 
 def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the rows of a file as pickled lists, each small, with the bytes of the file that were read.
+    """Yield small pickled lists of a file's rows, each with the number of bytes that were read so far.
 
-    Raises ``ValueError`` with the library's words, ``MemoryError`` and ``TooLarge``.
+    Raises ``ValueError`` with the library's message, ``MemoryError`` and ``TooLarge``.
     """
     # The default pool reserves a gigabyte, which would count as used and could be filled past the bound.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -84,19 +85,21 @@ def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
                 check_expansion(file.stat().st_size, read_bytes)
                 yield values, position.bytes
     except MemoryError:
-        raise MemoryError from None  # without Arrow's class, which would be loaded to read the reply
+        raise MemoryError from None  # without Arrow's class, which the reader would have to import
     except (pyarrow.ArrowException, OSError, ValueError, SystemError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _pickled(batch: Any, names: dict[str, list[str]]) -> bytes:
-    """Return the rows of a batch; at least as long as a piece if they take too much memory together."""
+    """Return the pickled rows of a batch; at least as many bytes as a piece if the rows take too much
+    memory.
+    """
     try:
         values = batch.to_pylist()
         for column, labels in names.items():
             for value in values:
                 if isinstance(value.get(column), int):
-                    # -1 is no label in the datasets library, as in GLUE's test splits.
+                    # -1 means no label in the datasets library, for example in GLUE's test splits.
                     is_named = 0 <= value[column] < len(labels)
                     value[column] = labels[value[column]] if is_named else None
         return pickle.dumps(values)
@@ -135,7 +138,7 @@ def _stream(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[
             yield batch
             if position is not None:
                 position.bytes = source.tell()
-        # The reader takes the end of the file for that of the stream.
+        # The reader takes the end of the file for the end of the stream.
         source.seek(max(0, source.size() - len(_END_OF_STREAM)))
         if source.read() != _END_OF_STREAM:
             raise ValueError("it has no end mark, so its writer or a copy of it was cut off")

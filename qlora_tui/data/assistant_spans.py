@@ -1,18 +1,18 @@
-"""The spans of a rendered conversation that are in the loss: what the assistant says.
+"""Finds the spans of a rendered conversation that are in the loss, which are the assistant's turns.
 
 For each assistant turn in the loss, the conversation is rendered up to the turn (with the generation prompt,
-as the model sees it before it answers) and up to the turn's end: the text that the second adds is what the
-model should say, including its turn-end token.
+as the model sees it before it answers) and up to the turn's end. The text that the second rendering adds is
+the text to learn, including its turn-end token.
 
-Some templates rewrite the past (Qwen3 drops old reasoning, Mistral moves the system prompt, gpt-oss closes
-earlier turns with another token). Then the turn is found in the whole conversation by marking its text. If
-the rewriting removed reasoning, which would then never be trained, or the turn cannot be found, the
-conversation up to that turn becomes a separate sample, exactly as the model sees it at inference.
+Some templates rewrite earlier turns (Qwen3 drops old reasoning, Mistral moves the system prompt, gpt-oss
+closes earlier turns with another token). With such a template, the turn is found in the whole conversation by
+marking its text. If the rewriting removed reasoning, which would then never be trained, or the turn cannot be
+found, the conversation up to that turn becomes a separate sample, exactly as the model sees it at inference.
 
-After a prompt that opens a thought (DeepSeek-R1's) comes the turn's reasoning or, if it has none, the end
-of the thought immediately. What else a prompt writes before an answer (an empty thought, in Gemma 4 without
-thinking) stands before the last answer, outside the loss, although the template leaves it out there. White
-space after an opened thought is the prompt's.
+If a prompt opens a thought (DeepSeek-R1's), the turn's reasoning follows, or without reasoning the end of the
+thought. Any other text that a prompt writes before an answer (in Gemma 4 without thinking, an empty thought)
+is put before the last answer, outside the loss, even if the template omits it there. White space after an
+opened thought belongs to the prompt.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from qlora_tui.data.template_capabilities import OPENED, TAGS, after_thought, an
 _OPEN, _CLOSE = "\U000f0002", "\U000f0003"
 _PROBES = ("\U000f0004", "\U000f0005")
 PRIVATE = re.compile("[\U000f0000-\U000f0005]")
-"""Characters used as internal marks; removed from every text before rendering."""
+"""Characters used as internal marks, which are removed from every text before rendering."""
 
 
 class SampleText(Struct, frozen=True):
-    """A text as the model sees it, and the spans of it that are in the loss, in characters."""
+    """A text as the model sees it, and its spans in the loss, in characters."""
 
     text: str
     spans: tuple[Span, ...]
     weights: tuple[float, ...] = ()
-    """Loss weight of each span; empty if each weighs 1."""
+    """Loss weight of each span; empty if every weight is 1."""
 
 
 class _SpanFinder:
@@ -123,7 +123,9 @@ class _SpanFinder:
         return SampleText(sample.text, (*spans, (at, len(sample.text))))
 
     def _after_its_prompt(self, whole: str) -> str:
-        """Return ``whole`` with what the prompt writes before the last answer, and opened thoughts closed."""
+        """Return ``whole`` with the text that the prompt writes before the last answer, and with thoughts
+        closed.
+        """
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
         start = None if whole.startswith(prompt) else self._start(last, whole)
@@ -137,20 +139,22 @@ class _SpanFinder:
         return prompt + whole[start:] if prompt.startswith(whole[:start]) else whole
 
     def _separate_sample(self, text: str, start: int, reasoning: str) -> SampleText:
-        """Build a separate sample for the turn that begins at ``start`` and ends ``text``."""
+        """Build a separate sample for the turn from ``start`` to the end of ``text``."""
         return self._end_turn(text, [self._trained_part(text, (start, len(text)), reasoning)])
 
     def _trained_part(self, text: str, span: Span, reasoning: str) -> Span:
-        """Return the part of ``span`` that is in the loss: all of it, or only what follows the reasoning."""
+        """Return the part of ``span`` that is in the loss: all of it, or only the text after the
+        reasoning.
+        """
         start, end = span
         place = text.find(reasoning, start, end) if reasoning and not self._reasoning_in_loss else -1
         return span if place < 0 else (min(after_thought(text, place + len(reasoning)), end), end)
 
     def _start(self, i: int, ended: str) -> int | None:
-        """Find where the answer of turn ``i`` begins in the text that ends with it.
+        """Find the start of turn ``i``'s answer in ``ended``, the text that ends with it.
 
-        Where the text does not begin with the prompt (which opens a ``<think>`` that the text lacks), the
-        answer begins where they diverge, but never inside a token. None if the answer rewrites the earlier
+        If the text does not begin with the prompt (which may open a ``<think>`` that the text lacks), the
+        answer begins where the two diverge, but never inside a token. None if the answer changes the earlier
         text.
         """
         prompt = self._prompt_for(i)
@@ -169,15 +173,17 @@ class _SpanFinder:
         return self._template.render(self._turns[:i], self._tools)
 
     def _header(self, i: int) -> str:
-        """Return what the prompt adds before turn ``i``; empty if it also changes earlier text."""
+        """Return the text that the prompt adds before turn ``i``; empty if the prompt also changes earlier
+        text.
+        """
         prompt, before = self._prompt_for(i), self._before(i) if i else ""
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
     def _after_prompt(self, i: int, ended: str, reasoning: str) -> SampleText:
         """Build a separate sample for an answer whose presence makes the template drop earlier text.
 
-        gpt-oss drops the text next to a tool call. The model sees it when it answers, so it is trained with
-        it.
+        gpt-oss drops the text next to a tool call. The model sees this text when it answers, so the sample
+        has it.
         """
         header = self._header(i)
         core = self._core_in(self._turns[: i + 1], i, ended)
@@ -200,7 +206,7 @@ class _SpanFinder:
         return self._prompts[i]
 
     def _probe(self, i: int, character: str) -> str:
-        """Render the conversation up to turn ``i`` with a probe character as its answer."""
+        """Render the conversation up to turn ``i``, with ``character`` as its answer."""
         turn: dict[str, Any] = {"role": "assistant", "content": character}
         if isinstance(self._turns[i].get("content"), list):
             turn["content"] = [{"type": "text", "text": character}]
@@ -209,8 +215,8 @@ class _SpanFinder:
     def _in_rewritten(self, i: int, whole: str, ended: str, start: int) -> Span | None:
         """Find turn ``i`` in a whole conversation that does not start with the conversation up to that turn.
 
-        ``ended`` is the conversation up to the turn, which begins at ``start`` in it. None if it is not
-        found.
+        ``ended`` is the conversation up to the turn, in which the turn begins at ``start``. None if the turn
+        is not found.
         """
         there = self._core_in(self._turns[: i + 1], i, ended)
         here = self._core_in(self._turns, i, whole)
@@ -226,11 +232,11 @@ class _SpanFinder:
         return begin, core_end + self._closing(after, whole[core_end:])
 
     def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
-        """Find where the turn with its core at ``core_start`` begins, if the text in between can be
+        """Find the start of the turn whose core is at ``core_start``, if the text in between can be
         explained.
 
-        That text is all that the template writes there in a last turn, or the end of it right after the
-        header.
+        That text must be everything that the template writes there in a last turn, or the end of it right
+        after the header.
         """
         if whole[:core_start].endswith(before):
             return core_start - len(before)
@@ -241,8 +247,8 @@ class _SpanFinder:
         return None
 
     def _closing(self, after: str, rest: str) -> int:
-        """Count the characters of ``rest`` that close the turn; ``after`` closes it where it is the last
-        turn.
+        """Count the characters of ``rest`` that close the turn; ``after`` closes the turn if it is the last
+        one.
 
         Special tokens are compared as a whole, because ``<|end|>`` and ``<|endoftext|>`` share a prefix.
         """
@@ -265,7 +271,7 @@ class _SpanFinder:
     def _core_in(self, turns: Turns, i: int, text: str) -> Span | None:
         """Find the core of turn ``i`` in the rendered ``text`` of ``turns``.
 
-        None if it is not rendered, or if the template fails on the marks around it.
+        None if the core is not rendered, or if the template fails on the marks around it.
         """
         if not _core(turns[i]):
             return None
@@ -281,7 +287,7 @@ class _SpanFinder:
     def _with_reasoning(self, i: int, ended: str, start: int, reasoning: str) -> SampleText:
         """Build a separate sample for a turn whose reasoning the template drops even from the last answer.
 
-        DeepSeek-R1's template does this: its prompt opens ``<think>`` and the model continues from there.
+        DeepSeek-R1's template does so: its prompt opens ``<think>``, and the model continues from there.
         """
         prompt = self._prompt_for(i) or ended[:start]
         return self._separate_sample(
@@ -291,7 +297,7 @@ class _SpanFinder:
         )
 
     def _with_stop(self, whole: str, span: Span) -> Span:
-        """Extend ``span`` by the token after it if nothing else closes the turn (``<|user|>`` of GLM)."""
+        """Extend ``span`` by the next token if nothing else closes the turn (``<|user|>`` in GLM)."""
         start, end = span
         following = self._special.match(whole, end)
         return (start, following.end()) if following and not self._is_closed(whole[start:end]) else span
@@ -301,7 +307,7 @@ class _SpanFinder:
         return bool(specials) and not answer[specials[-1].end() :].strip()
 
     def _by_marks(self, whole: str, spans: list[Span]) -> list[Span]:
-        """Apply the template's own generation marks where it puts any on a turn in the loss."""
+        """Apply the template's own generation marks if it marks any turn in the loss."""
         text, marks = self._template.render_marked(self._turns, self._tools)
         if text != whole:
             return spans
@@ -309,16 +315,16 @@ class _SpanFinder:
         for span in spans:
             # Some templates also mark the turn header and an empty thought, which belong to the prompt.
             inside = [(max(m[0], span[0]), min(m[1], span[1])) for m in marks if _overlap(m, span)]
-            # Others leave out white space after the header, which the prompt does not give.
+            # Other templates omit white space after the header, which the prompt does not have either.
             if inside and not whole[span[0] : inside[0][0]].strip():
                 inside[0] = (span[0], inside[0][1])
             result += inside or [span]
         return sorted(set(result))
 
     def _end_turn(self, text: str, spans: list[Span]) -> SampleText:
-        """Cut after the last answer and add an end-of-text token where the template leaves the turn open."""
+        """Cut after the last answer, and add an end-of-text token if the template leaves the turn open."""
         start, end = spans[-1]
-        if end < len(text):  # a last turn that is learned in a separate sample
+        if end < len(text):  # a last turn that has a separate sample
             text = text[:end]
         elif self._eos and not self._is_closed(text[start:]):
             text += self._eos
@@ -338,11 +344,11 @@ def find_assistant_spans(
 ) -> list[SampleText]:
     """Render the texts of one conversation, with the spans of each that are in the loss.
 
-    ``weights`` has the loss weight of each turn; turns after the last with a weight are left out, because
+    ``weights`` has the loss weight of each turn; turns after the last weighted one are left out, because
     nothing is learned from them. With ``everything`` the text of all turns is in the loss, with weight 1.
     Without ``reasoning_in_loss`` the reasoning of an answer and its tags are input only. ``special`` matches
-    any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` if the template
-    rejects the conversation.
+    any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` if the template rejects
+    the conversation.
     """
     if everything:
         return [_SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).everything()]
@@ -378,7 +384,7 @@ def _content(turn: Any) -> str:
 
 
 def _core(turn: Any) -> str:
-    """Return the text that identifies a turn: its content or, if empty, the name of the tool it calls."""
+    """Return the text that identifies a turn: its content or, if empty, the name of the called tool."""
     text = _content(turn).strip()
     if not text and turn.get("tool_calls"):
         return str(turn["tool_calls"][0]["function"]["name"])

@@ -1,4 +1,4 @@
-"""Conversations from rows: lists of turns (OpenAI messages, ShareGPT), or one column for each part."""
+"""Builds conversations from rows, which have lists of turns (OpenAI, ShareGPT) or a column for each part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_tui.formatting import capitalize, uncapitalize
 
 
 class FormatNames(Struct, frozen=True):
-    """Parts of a format, with the usual names of their columns."""
+    """The parts of a format, with the usual names of their columns."""
 
     required: dict[str, tuple[str, ...]] = {}
     optional: dict[str, tuple[str, ...]] = {}
@@ -24,7 +24,7 @@ class FormatNames(Struct, frozen=True):
 
 
 class Names(Struct, frozen=True):
-    """The content of ``formats.toml``, which explains it."""
+    """The content of ``formats.toml``; the file explains the fields."""
 
     role_keys: tuple[str, ...]
     content_keys: tuple[str, ...]
@@ -60,7 +60,7 @@ _LARGEST_WEIGHT = 1000
 
 
 def decoded(value: Any) -> Any:
-    """Return ``value``, decoded if it is JSON in a string, as in CSV cells and some Parquet columns."""
+    """Return ``value``, decoded if it is a string of JSON, as in CSV cells and some Parquet columns."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return msgspec.json.decode(value)
@@ -70,7 +70,7 @@ def decoded(value: Any) -> Any:
 
 
 def turn_keys(value: Any) -> tuple[str, str] | None:
-    """Return the keys of role and content in a list of turns; None if ``value`` is no list of turns."""
+    """Return the keys of role and content in a list of turns; None if ``value`` is not a list of turns."""
     turns = decoded(value)
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
         return None
@@ -84,14 +84,14 @@ def turn_keys(value: Any) -> tuple[str, str] | None:
 
 
 class Cell(Struct, frozen=True):
-    """What one value may be, whatever its column."""
+    """The kinds that a value could be, regardless of its column."""
 
     turns: Literal["", "messages", "sharegpt", "pairs", "texts"]
     """The spelling of a list of turns; or pairs of question and answer, or texts that may alternate."""
     is_object: bool
-    """Whether it is an object, or a list of objects that are neither turns nor typed parts."""
+    """Whether the value is an object, or a list of objects that are neither turns nor typed parts."""
     is_label: bool
-    """Whether it is a label, a list of labels, or an object of them."""
+    """Whether the value is a label, a list of labels, or an object of them."""
     has_several_texts: bool
 
     @classmethod
@@ -111,22 +111,22 @@ class Cell(Struct, frozen=True):
 
 
 class Columns:
-    """The columns of the first rows of a file, and facts of their values, each computed once."""
+    """The columns of a file's first rows, and facts about their values, each computed once."""
 
     def __init__(self, values: list[dict[str, Any]]):
         self.values = values
         self.names = tuple(dict.fromkeys(column for value in values for column in value))
         """All columns, in order."""
         self.spelled = {column.lower(): column for value in values for column in value}
-        """Columns by their names in lower case."""
+        """Columns keyed by their names in lower case."""
         self._cells: dict[str, list[Cell]] = {}
 
     def first(self, names: Iterable[str]) -> str:
-        """Return the column with the first of these names that there is; empty without one."""
+        """Return the first column that has one of these names; empty if there is none."""
         return next((self.spelled[name] for name in names if name in self.spelled), "")
 
     def mostly(self, column: str, fits: Callable[[Cell], bool]) -> bool:
-        """Return whether at least half of the rows have a fitting value in a column."""
+        """Return whether at least half of the rows have a value in a column for which ``fits`` is true."""
         if column not in self._cells:
             self._cells[column] = [Cell.of(value[column]) for value in self.values if column in value]
         return 2 * sum(map(fits, self._cells[column])) >= max(1, len(self.values))
@@ -160,7 +160,7 @@ def messages_of(value: Any) -> tuple[Message, ...]:
 
 
 def _unfolded(turns: list[Any]) -> list[Any]:
-    """Return one item for each turn; splits alternating texts and question and answer pairs."""
+    """Return one item for each turn, after splitting alternating texts, and pairs of question and answer."""
     if are_alternate(turns):
         return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     keys = turn_keys(turns)
@@ -209,7 +209,7 @@ def calls_of(value: Any) -> tuple[ToolCall, ...]:
 
 
 def are_calls(value: Any) -> bool:
-    """Return whether ``value`` is tool calls, also if their arguments cannot be read."""
+    """Return whether ``value`` has the form of tool calls, even if their arguments cannot be read."""
     try:
         return bool(calls_of(value))
     except RowRejectedError:
@@ -226,7 +226,7 @@ def _arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
-    """Parse the functions offered to the assistant, in OpenAI's wrapping. Raises ``RowRejectedError``."""
+    """Parse the functions offered to the assistant, in OpenAI's format. Raises ``RowRejectedError``."""
     tools = decoded(value)
     if tools in (None, "", [], {}):
         return ()
@@ -243,9 +243,9 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def text_of(content: Any, where: str) -> str:
-    """Return the text of a cell: a string, nothing, or a list of typed parts that must all be text.
+    """Return the text of a cell that holds a string, nothing, or a list of typed parts that are all text.
 
-    Raises ``RowRejectedError`` for several texts: joined, alternative answers would become one.
+    Raises ``RowRejectedError`` for several texts, because joining them would merge alternative answers.
     """
     if isinstance(content, str):
         return content
@@ -259,20 +259,25 @@ def text_of(content: Any, where: str) -> str:
 
 
 def count_texts(value: Any) -> int:
-    """Count the texts in a list, plain or in objects without a type; typed parts make up one text."""
+    """Count the texts in a list, either plain or in objects without a type; typed parts are one text
+    together.
+    """
     if not isinstance(value, list):
         return 0
     return sum(isinstance(one, str) or (isinstance(one, Mapping) and "type" not in one) for one in value)
 
 
 def json_text(value: Any) -> str:
-    """Return a value as JSON; what JSON lacks, such as the dates of a Parquet file, as a text in it."""
+    """Return a value as JSON; values that JSON lacks, such as dates of a Parquet file, become strings."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...]]:
-    """Return text, reasoning and tool calls of a content, over all parts. Raises ``RowRejectedError``."""
-    if content is None or content != content:  # NaN is a missing value in tables of pandas
+    """Return text, reasoning and tool calls of a message's content, from all its parts.
+
+    Raises ``RowRejectedError``.
+    """
+    if content is None or content != content:  # pandas writes missing values as NaN
         return "", "", ()
     if isinstance(content, str):
         return content, "", ()
@@ -306,7 +311,7 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
 
 
 def _part_value(part: Mapping[str, Any]) -> Any:
-    """Return the value of a typed part: under ``text`` (OpenAI) or ``value`` (LLaMA-Factory's v1 format)."""
+    """Return the value of a typed part, under ``text`` (OpenAI) or ``value`` (LLaMA-Factory's v1 format)."""
     return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
 
 
@@ -367,14 +372,14 @@ def _declared_calls(turn: Mapping[str, Any], number: int) -> tuple[ToolCall, ...
 
 
 def _is_blank(value: Any) -> bool:
-    """Return whether nothing is in a value, such as an object whose fields are all null."""
+    """Return whether a value is empty, as is an object whose fields are all null."""
     if isinstance(value, dict | list):
         return all(map(_is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or value == ""
 
 
 def _weight(turn: Mapping[str, Any]) -> float:
-    """Return the loss weight of a turn: the first flag that is set, else 1."""
+    """Return the loss weight of a turn from the first flag that is set; 1 without one."""
     for key in _TRAIN_KEYS:
         value = turn.get(key)
         if value is None:
@@ -391,7 +396,7 @@ def _weight(turn: Mapping[str, Any]) -> float:
 
 
 def _continues(last: Message, message: Message, turn: Mapping[str, Any]) -> bool:
-    """Return whether ``message`` is a call that belongs to the assistant turn ``last``."""
+    """Return whether ``message`` is a tool call that belongs to the assistant turn ``last``."""
     name = str(next((turn[k] for k in ROLE_KEYS if k in turn), "")).strip().lower()
     return name in _CALL_ROLES and last.role == "assistant" and last.train == message.train
 
@@ -439,8 +444,10 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
-    """Convert a question, optionally with context or choices, and an answer (the first of several); if
-    tools are offered, the answer may be tool calls."""
+    """Convert a question, optionally with context or choices, and an answer, the first of several.
+
+    If tools are offered, the answer may be tool calls.
+    """
     answer = decoded(cells.get("answer"))
     calls = calls_of(answer) if cells.get("tools") else ()
     for _ in range(2):  # a list of answers, each possibly an object; or lists under names
@@ -462,7 +469,9 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
 
 
 def _choices(value: Any) -> list[tuple[str, str]]:
-    """Return letter and text of each choice, from a list or an object as in ARC and MedQA; else empty."""
+    """Return letter and text of each choice, from a list or an object as in ARC and MedQA; otherwise
+    empty.
+    """
     value = decoded(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         texts, letters = value["text"], value.get("label")
@@ -478,7 +487,7 @@ def _choices(value: Any) -> list[tuple[str, str]]:
 
 
 def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
-    """Return letter and text of the choice that an answer names by letter, text, or number from 0."""
+    """Return letter and text of the choice that an answer identifies by letter, text, or number from 0."""
     choice = str(answer).strip()
     for letter, text in choices:
         if choice in (letter, text, text.strip()):
@@ -494,7 +503,7 @@ def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
 
 
 def decision(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
-    """Convert a text and its class, its classes separated by commas, or its object of fields as JSON."""
+    """Convert a text and its class, comma-separated classes, or its object of fields as JSON."""
     value = cells.get("label")
     if isinstance(value, dict):
         answer = json_text(value)
@@ -504,7 +513,7 @@ def decision(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
 
 
 def _label(value: Any, names: tuple[str, ...]) -> str:
-    """Return the name of one class. An integer is looked up in ``names`` if there are any."""
+    """Return the name of one class; an integer is looked up in ``names`` if there are any."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     number = int(str(value)) if names and str(value).strip().isdigit() else None
@@ -517,7 +526,7 @@ def _label(value: Any, names: tuple[str, ...]) -> str:
                 f"The label {number} has no name: there are {len(names)} names, counted from 0.",
             )
         value = names[number]
-    return "" if value is None or value != value else str(value)  # NaN is a missing value
+    return "" if value is None or value != value else str(value)  # pandas writes missing values as NaN
 
 
 def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple[Message, Message]:
@@ -529,7 +538,7 @@ def _pair(prompt: str, answer: str, prompt_name: str, answer_name: str) -> tuple
 
 
 def with_system(cells: Cells, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Return the turns after the system prompt of the row, if it has one and they do not."""
+    """Return the turns with the row's system prompt before them, if the turns have no system prompt."""
     text = _text(cells, "system")
     has_own = bool(messages) and messages[0].role == "system"
     return messages if has_own or not text.strip() else (Message("system", text), *messages)

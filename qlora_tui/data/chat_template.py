@@ -1,4 +1,4 @@
-"""A chat template, rendered as transformers renders it but without importing it.
+"""Renders chat templates as transformers does, but without importing transformers.
 
 The environment (sandbox, block trimming, ``tojson``, ``raise_exception``, ``strftime_now``, the
 ``generation`` tag) follows ``transformers/utils/chat_template_utils.py``; a test checks that both render the
@@ -6,9 +6,9 @@ same. Two things differ: the date is pinned, so that the same row gives the same
 template is compiled and rendered in a child process that is killed if it takes too long
 (:mod:`qlora_tui.data.confined`).
 
-``stock_template`` gives base models without one a template, which the trainer saves with the adapter. Each
-ends an assistant turn with a token the base model knows: its own turn-end token if its vocabulary has the
-one that the template is named after, else its end-of-text token. The words around the turns
+``stock_template`` returns a template for base models without one, which the trainer saves with the adapter.
+Each stock template ends an assistant turn with a token that the base model knows: the turn-end token of the
+template's format if the vocabulary has it, else the end-of-text token. The strings around the turns
 (``<|im_start|>``, ``### Response:``) are plain text to a model that has no such tokens.
 """
 
@@ -35,24 +35,24 @@ from qlora_tui.data.conversation import RowRejectedError
 T = TypeVar("T")
 
 PINNED_DATE = datetime(2024, 7, 26)
-"""Today, for templates that print it: the date Llama 3's template falls back to."""
+"""The fixed date of today for templates that print it; Llama 3's template falls back to the same date."""
 
 Turns = Sequence[Mapping[str, Any]]
-"""Messages in the form templates read: role, content, tool_calls and so on."""
+"""Messages in the form that templates read: role, content, tool_calls and so on."""
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 """Start and end, in characters."""
 
 MAX_CPU_S = 5.0
-"""Most processor seconds of one rendering. A long conversation takes some milliseconds."""
+"""Largest processor time of one rendering, in seconds. A long conversation takes some milliseconds."""
 MAX_MEMORY_BYTES = 256 << 20
 _MAX_EXHAUSTED = 3
-"""Renderings out of memory after which a template is not tried again: each may take seconds."""
+"""Number of renderings out of memory after which a template is not tried again: each may take seconds."""
 _renderer = Confined(__name__, cpu_s=MAX_CPU_S, memory_bytes=MAX_MEMORY_BYTES)
 
 
 class TemplateCompileError(Exception):
-    """The template cannot be compiled."""
+    """Raised if a template cannot be compiled."""
 
 
 class ChatTemplate:
@@ -62,14 +62,14 @@ class ChatTemplate:
         self.text = text
         self._variables = dict(variables)
         self._failures: list[str] = []
-        """Why renderings were killed or out of memory; shared by copies."""
+        """Why renderings were killed or ran out of memory; shared by copies."""
         try:
             self.literals, self.names, self.has_generation_marks = self._call(_facts)
         except RowRejectedError as refused:
             raise TemplateCompileError(refused.reason) from None
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
-        """Return this compiled template with more variables set, such as ``enable_thinking=False``."""
+        """Return this compiled template with additional variables, such as ``enable_thinking=False``."""
         if not variables:
             return self
         other = copy.copy(self)
@@ -77,9 +77,9 @@ class ChatTemplate:
         return other
 
     def render(self, turns: Turns, tools: Tools | None = None, prompt: bool = False) -> str:
-        """Render the conversation as text; with ``prompt``, up to where the assistant begins.
+        """Render the conversation as text; with ``prompt``, up to the beginning of the assistant's answer.
 
-        Raises ``RowRejectedError`` with the template's own message if it rejects the conversation.
+        Raises ``RowRejectedError`` with the template's own message if the template rejects the conversation.
         """
         return self._call(_rendered, self._variables, turns, tools, prompt)
 
@@ -113,7 +113,7 @@ class _CompiledTemplate:
         tree = environment.parse(text)
         code = environment.compile(tree, filename="<the model's chat template>")
         self.literals = "\0".join(_literals(tree))
-        """All text that the template itself writes, joined."""
+        """All text that the template itself can write, joined."""
         self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
         """Every variable that the template reads or sets."""
         self.template = jinja2.Template.from_code(environment, code, environment.globals)
@@ -123,7 +123,7 @@ _compiled = lru_cache(maxsize=16)(_CompiledTemplate)
 
 
 def _facts(text: str) -> tuple[str, frozenset[str], bool]:
-    """Return what a template writes itself, its variables, and whether it marks what is generated."""
+    """Return the text that a template itself writes, its variables, and whether it has generation marks."""
     try:
         compiled = _compiled(text)
     except (jinja2.TemplateError, RecursionError, OverflowError) as error:
@@ -154,7 +154,7 @@ def _rendered_with_marks(
 
 @contextmanager
 def _errors_in_words() -> Iterator[None]:
-    """Raise ``RowRejectedError`` for what a template, which is a program by a third party, may raise."""
+    """Raise ``RowRejectedError`` for any exception of a template, which is an untrusted program."""
     try:
         yield
     except (RowRejectedError, MemoryError):
@@ -167,9 +167,9 @@ def _errors_in_words() -> Iterator[None]:
 
 
 def _require_whole_characters(text: str) -> str:
-    """Return the text. Raises ``RowRejectedError`` if it holds half of a surrogate pair.
+    """Return the text. Raises ``RowRejectedError`` if the text holds half of a surrogate pair.
 
-    Rows never do, but JSON and jinja read an escape of one in a template.
+    Rows never do, but JSON and jinja accept an escape of such a half in a template.
     """
     try:
         text.encode()
@@ -181,7 +181,7 @@ def _require_whole_characters(text: str) -> str:
 
 
 class _GenerationSpans:
-    """Records where generation blocks begin and end while a template is rendered."""
+    """Records the start and end of generation blocks while a template is rendered."""
 
     def __init__(self) -> None:
         self.in_template = False
@@ -225,7 +225,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     marks: _GenerationSpans
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Look up as the sandbox does, but the item first: ``message.role`` is never an attribute."""
+        """Look up a name as the sandbox does, but items first: ``message.role`` is never an attribute."""
         if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
             return obj[attribute]
         return super().getattr(obj, attribute)
@@ -268,7 +268,7 @@ def _raise(message: str) -> None:
 
 _TURN_ENDS = {"chatml": "<|im_end|>", "llama-3": "<|eot_id|>"}
 _TEMPLATES = Path(__file__).with_name("templates")
-"""The stock templates, in which ``BEGIN`` and ``TURN_END`` stand for what depends on the tokenizer."""
+"""Folder of the stock templates, in which ``BEGIN`` and ``TURN_END`` stand for tokens of the tokenizer."""
 
 
 def stock_template(name: str, added_tokens: Container[str], begins_with_bos: bool) -> str:

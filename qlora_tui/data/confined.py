@@ -1,12 +1,12 @@
-"""The one bound on work that foreign input decides: a child process with limits, which is killed at them.
+"""Bounds the work that untrusted input can cause: child processes with limits, which are killed if they
+exceed them.
 
-A chat template is a program by a third party, a table a memory image whose lengths anyone may write, and a
-tokenizer a program of a library without limits. Each call to a ``Confined`` child may take so much processor
-time, which the kernel counts, and so much memory. ``chat_template`` renders in one child, ``arrow_rows``
-reads tables in another, and ``dataset_scan`` processes rows in several, which render templates in place; each
-sets its own limits.
-
-A child needs no care: it ends after a while without calls, and when its parent does, however that ends.
+A chat template is a third party's program, a table is a memory image whose lengths may be forged, and a
+tokenizer is run by a library without limits. Each call to a ``Confined`` child has a limit of processor time,
+which the kernel counts, and of memory. ``chat_template`` renders in one child, ``arrow_rows`` reads tables in
+another, and ``dataset_scan`` processes rows in several, which render templates themselves; each module sets
+its own limits. Children need no cleanup: a child ends after a while without calls, and when its parent ends
+for any reason.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIME_SIGNAL = signal.SIGPROF
-"""Signal with which the kernel ends a child whose call takes too long; no other code sends it."""
+"""Signal with which the kernel ends a child whose call takes too long. No other code sends this signal."""
 _IDLE_S = 30.0
-"""Seconds without a call after which a child ends, since it holds memory."""
+"""Seconds without a call after which a child ends, because it occupies memory."""
 _STATUS = Path("/proc/self/status")
 _in_child = False
-"""Whether this process is a child: calls then run in place."""
+"""Whether this process is a child, in which calls run directly."""
 _iterators: dict[int, Iterator[Any]] = {}
-"""In a child: what ``Confined.iterate`` reads."""
+"""In a child: the iterators that ``Confined.iterate`` reads, keyed by number."""
 
 
 class KilledError(Exception):
-    """The child was ended in the middle of a call."""
+    """Raised if the child was ended in the middle of a call."""
 
     def __init__(self, exit_code: int):
         timed_out = exit_code == -TIME_SIGNAL
@@ -53,11 +53,14 @@ class KilledError(Exception):
         super().__init__("it takes too much processor time" if timed_out else f"its process ended by {name}")
         self.exit_code = exit_code
         self.timed_out = timed_out
-        """Whether it took too much processor time."""
+        """Whether the call exceeded the limit of processor time."""
 
 
 class Confined:
-    """A child process for one kind of work, started by the first call and by the next one after its end."""
+    """A child process for one kind of work.
+
+    The first call starts the child, and so does the first call after the child has ended.
+    """
 
     def __init__(
         self,
@@ -67,12 +70,12 @@ class Confined:
         memory_bytes: int,
         prepare: Callable[[], None] | None = None,
     ):
-        """Start nothing yet.
+        """Set the limits, without starting the child.
 
         Args:
             module: imported by the child before its memory is limited.
             cpu_s: most processor seconds of one call.
-            memory_bytes: most memory in addition to what a child holds at its start.
+            memory_bytes: most memory, in addition to what a child uses at its start.
             prepare: called in each child at its start, without limits; it is pickled.
         """
         self.cpu_s = cpu_s
@@ -84,17 +87,18 @@ class Confined:
         self._connection: Connection | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        """Process that started the child; a fork of it starts another."""
+        """ID of the process that started the child; after a fork, the fork starts another child."""
 
     @property
     def pid(self) -> int | None:
-        """PID of the child; None without one."""
+        """Return the PID of the child; None if there is no child."""
         return self._child.pid if self._child is not None else None
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Return what ``function``, of a module, returns in the child for these arguments.
+        """Call ``function`` of a module in the child with these arguments, and return its result.
 
-        Raises what it raises, ``MemoryError`` over the bound, and ``KilledError`` if the child ends.
+        Raises the exceptions of the function, ``MemoryError`` above the memory limit, and ``KilledError`` if
+        the child ends.
         """
         if _in_child:
             return function(*arguments)
@@ -121,12 +125,12 @@ class Confined:
             self.close()
             raise killed from None
         except BaseException:
-            self.close()  # what it replies would be taken for the reply to the next call
+            self.close()  # a late reply would be taken for the reply to the next call
             raise
         return reply
 
     def iterate(self, function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-        """Yield what ``function`` yields in the child; each item is one call."""
+        """Yield the items of ``function`` in the child; each item is one call."""
         if _in_child:
             yield from function(*arguments)
             return
@@ -150,7 +154,7 @@ class Confined:
         self.call(_nothing)
 
     def close(self) -> None:
-        """End the child, also in the middle of another thread's call."""
+        """End the child, even in the middle of another thread's call."""
         child = self._child
         if child is not None and self._owner == os.getpid():
             child.kill()
@@ -188,7 +192,7 @@ class Confined:
                 stdout=errors,
                 stderr=errors,
                 pass_fds=[theirs.fileno()],
-                # Ctrl-C is for this process, which then ends its children.
+                # Ctrl-C is meant for this process, which then ends its children.
                 start_new_session=True,
             )
         connection = Connection(ours.detach())
@@ -197,7 +201,7 @@ class Confined:
 
 
 def _log() -> Path:
-    """Return where a child's stderr goes: the log, since a message may contain text of a row."""
+    """Return the file of a child's stderr, which is the log, because a message may contain text of a row."""
     with suppress(OSError, UserError):
         log = paths.log_path()
         if os.access(log.parent, os.W_OK):
@@ -206,7 +210,7 @@ def _log() -> Path:
 
 
 def _nothing() -> None:
-    """Do nothing, in a child that is ready."""
+    """Do nothing; a call to this function shows that the child is ready."""
 
 
 def _begin(number: int, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
@@ -214,7 +218,7 @@ def _begin(number: int, function: Callable[..., Iterator[Any]], arguments: tuple
 
 
 def _advance(number: int) -> tuple[Any, ...]:
-    """Return the next item, alone in a tuple; an empty one at the end."""
+    """Return the next item in a tuple of one; an empty tuple at the end."""
     for item in _iterators[number]:
         return (item,)
     return ()
@@ -248,7 +252,7 @@ def _serve(connection: Connection, module: str) -> None:
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let this process hold ``more_bytes`` more than now, if the kernel counts that."""
+    """Limit this process to ``more_bytes`` more memory than it has now, if the kernel reports its size."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError, IndexError):
         held = int(_STATUS.read_bytes().partition(b"VmData:")[2].split(maxsplit=1)[0]) << 10
@@ -261,7 +265,7 @@ def main() -> None:
     """Serve the connection whose number is the first argument."""
     from multiprocessing.connection import Connection
 
-    # The module that pickled functions name, rather than __main__.
+    # Pickled functions refer to this module by name, not to __main__.
     confined = importlib.import_module("qlora_tui.data.confined")
     with suppress(EOFError, OSError):
         confined._serve(Connection(int(sys.argv[1])), sys.argv[2])

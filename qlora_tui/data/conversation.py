@@ -1,7 +1,7 @@
-"""Conversation types, independent of the file format, and the media that a row may hold besides text.
+"""Conversation types, independent of the file format, and detection of media that a row holds besides text.
 
-Images, video and audio are detected in columns, typed parts and placeholders, so that no run trains on the
-text without them.
+Images, video and audio are detected in columns, typed parts and placeholders, so that no run trains on only
+the text of such rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Message(Struct, frozen=True):
     role: Role
     content: str
     train: bool = True
-    """Whether the model learns to say this turn; used for assistant turns only."""
+    """Whether the model learns this turn; used for assistant turns only."""
     reasoning: str = ""
     """The assistant's reasoning before the answer, if the file stores it separately."""
     tool_calls: tuple[ToolCall, ...] = ()
@@ -40,7 +40,7 @@ class Message(Struct, frozen=True):
     name: str = ""
     """Name of the tool that answers, for a tool turn."""
     weight: float = 1.0
-    """Loss weight of each of its tokens, from the file; 0 excludes the turn from training."""
+    """Loss weight of each token of the turn, from the file; 0 excludes the turn from training."""
 
 
 class Conversation(Struct, frozen=True):
@@ -50,15 +50,15 @@ class Conversation(Struct, frozen=True):
     tools: tuple[dict[str, Any], ...] = ()
     """Functions offered to the assistant, as JSON schemas in OpenAI's wrapping."""
     text: str = ""
-    """Plain text to continue; messages are then empty."""
+    """Plain text to learn; there are then no messages."""
     source: int = 0
     """Index of the recipe's source."""
     row: int = 0
     """Row number in the file, from 1; the line number in JSONL and text files."""
     rejected: tuple[Conversation, ...] = ()
-    """This conversation with each rejected answer, if a run trains on both sides."""
+    """This conversation with each rejected answer instead, if a run trains on both sides."""
     rated_good: bool | None = None
-    """Whether its answer is rated good, if a run trains on ratings."""
+    """Whether the answer is rated good, if a run trains on ratings; otherwise None."""
 
     @property
     def answers(self) -> list[Message]:
@@ -67,7 +67,7 @@ class Conversation(Struct, frozen=True):
 
 
 class RowRejectedError(Exception):
-    """A row that cannot become a conversation, or that a template cannot render.
+    """Raised for a row that cannot become a conversation, or that a template cannot render.
 
     ``kind`` names the check (see ``problems.CHECKS``); the message is the reason.
     """
@@ -83,7 +83,10 @@ class RowRejectedError(Exception):
 
 _MEDIA = {"image": "an image", "video": "a video", "audio": "audio"}
 _COLUMN = re.compile(r"(?:input_|output_)?(image|video|audio)s?(?:_(?:url|path|file|bytes))?s?")
-"""``images``, ``image_path``, ``audios``: the names that LLaVA, LLaMA-Factory, ms-swift and the Hub use."""
+"""Column names such as ``images``, ``image_path`` and ``audios``.
+
+They are those of LLaVA, LLaMA-Factory, ms-swift and data sets on the Hub.
+"""
 _PART = re.compile(r"(?:input_)?(image|video|audio)(?:_url|_file)?")
 _FILE_COLUMNS = ("file_name", "file", "path")
 """Columns in the ``metadata.jsonl`` of an ImageFolder or AudioFolder."""
@@ -95,20 +98,23 @@ _TAG = r"<(?:image|video|audio)>"
 _PLACEHOLDER = re.compile(
     rf"\A\s*{_TAG}"  # before the question
     rf"|^\s*(?:{_TAG}\s*)+$"  # on a separate line
-    rf"|[.?!:\n]\s*{_TAG}\s*\Z",  # after it
+    rf"|[.?!:\n]\s*{_TAG}\s*\Z",  # after the question
     re.MULTILINE,
 )
-"""Placeholders only in their usual positions: a question about HTML may contain ``<video>`` mid-sentence."""
+"""Pattern of placeholders in their usual positions only.
+
+In the middle of a sentence, a question about HTML may contain ``<video>``.
+"""
 _EMBEDDED = re.compile(
     r"<(img|image|video|audio)>(?P<path>[^\s<>]+)</\1>"  # Qwen-VL and Qwen-Audio
     r"|<\|(?:image|vision|video|audio)\w*\|>"  # control tokens of a vision model
-    r"|<(?:image|video|audio)[ _]?\d+>"  # MMMU
+    r"|<(?:image|video|audio)[ _]?\d+>"  # in MMMU
 )
-"""Media inside a sentence; a path between tags is told from HTML by how it looks."""
+"""Pattern of media inside a sentence; the look of a path between tags distinguishes them from HTML."""
 _CODE_BLOCK = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
-"""Fenced code blocks, as in Markdown."""
+"""Pattern of Markdown's fenced code blocks."""
 _STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"}, {"array", "path", "sampling_rate"})
-"""Keys of an image or a sound as the ``datasets`` library stores it in Parquet."""
+"""Keys of an image or a sound as the ``datasets`` library stores them in Parquet."""
 
 
 def medium_of(part_type: Any) -> str | None:
@@ -118,7 +124,9 @@ def medium_of(part_type: Any) -> str | None:
 
 
 def media_column(fields: Mapping[str, Any]) -> str:
-    """Return a sentence on the first column of a row with an image, video or audio; empty if none has one."""
+    """Return a sentence on the first column of a row that has an image, video or audio; empty if there is
+    none.
+    """
     suspects = _suspect_columns(tuple(fields))
     for column, value in fields.items():
         if isinstance(value, str):
@@ -136,9 +144,9 @@ def media_column(fields: Mapping[str, Any]) -> str:
 
 
 def placeholder(messages: Iterable[Message]) -> str:
-    """Return a sentence on the first turn with a placeholder for a medium; empty if none has one.
+    """Return a sentence on the first turn with a placeholder for a medium; empty if there is none.
 
-    Code blocks are skipped. In an answer ``<video>`` and ``<audio>`` are elements of HTML; ``<image>`` is
+    Code blocks are skipped. In an answer ``<video>`` and ``<audio>`` are HTML elements, but ``<image>`` is
     not.
     """
     for number, message in enumerate(messages, 1):
@@ -172,9 +180,9 @@ def _embedded(text: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _suspect_columns(columns: tuple[str, ...]) -> dict[str, str]:
-    """Return the columns that hold a medium by their names, with the medium; empty for a file name column.
+    """Map each column whose name suggests a medium to the medium, which is empty for a file name column.
 
-    Cached, because it runs for every row and most rows have the same columns.
+    Cached, because this runs for every row and most rows have the same columns.
     """
     suspects = {}
     for column in columns:

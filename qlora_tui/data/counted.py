@@ -1,8 +1,8 @@
-"""The lengths of all samples of a run, counted before its launch and kept by content.
+"""The lengths of all samples of a run, counted before its launch and stored under a hash of their content.
 
-They are counted as the trainer does it: every row is rendered, tokenized, cut, dropped or split, and the rows
-for validation are chosen. What is kept decides how many steps a run has (:func:`.step_plan.count_steps`)
-under any batch, packing, weights and number of epochs.
+Samples are counted as in the trainer: every row is rendered, tokenized, truncated, dropped or split, and
+validation rows are chosen. The stored lengths determine the number of steps of a run
+(:func:`.step_plan.count_steps`) for any batch, packing, weights and number of epochs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qlora_tui.recipe.schema import Data, Recipe
 RENDERING = 9
 """Version of the rendering; increased when the same data and settings give different tokens or splits."""
 _KEPT = 200
-"""Counts that are kept, of as many states of data and settings."""
+"""Number of stored counts, one for each state of data and settings."""
 _MAX_BYTES = 64 << 20
 
 
@@ -37,7 +37,7 @@ class SampleLengths:
     """The training samples of a run, of which only lengths and sources are known."""
 
     def __init__(self, lengths: Sequence[int], sources: Sequence[int], data: Data) -> None:
-        """``data``: has the weight of each source."""
+        """Set lengths and sources; ``data`` has the weight of each source."""
         self._lengths = lengths
         self._sources = sources
         self._data = data
@@ -46,7 +46,7 @@ class SampleLengths:
         return len(self._lengths)
 
     def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
+        """Return the length of sample ``i`` in tokens."""
         return self._lengths[i]
 
     def epoch(self, epoch: int, seed: int, /) -> array[int]:
@@ -60,16 +60,16 @@ class SampleLengths:
 
 
 class Counted(Struct, frozen=True):
-    """The samples of a run. Without any, no row gives one."""
+    """The counted samples of a run. If there are none, no row gives a sample."""
 
     counts: Counts
     lengths: bytes
     """Tokens of each training sample, 32-bit unsigned."""
     sources: bytes
-    """Index of the source of each, 16-bit unsigned."""
+    """Index of each sample's source, 16-bit unsigned."""
 
     def samples(self, data: Data) -> SampleLengths:
-        """Return the training samples, weighted as ``data`` says."""
+        """Return the training samples, weighted by the sources of ``data``."""
         return SampleLengths(array("I", self.lengths), array("H", self.sources), data)
 
 
@@ -77,18 +77,22 @@ _cache = AnswerCache("counted", Counted, max_bytes=_MAX_BYTES)
 
 
 def find_counted(recipe: Recipe, model: ModelFiles) -> Counted | None:
-    """Return what was counted for this data, model and settings; None if it was not, or has changed."""
+    """Return the stored counts for this data, model and settings; None if there are none or files have
+    changed.
+    """
     key = counted_key(recipe, model)
     return None if key is None else _cache.find(key)
 
 
 def keep_counted(key: bytes, counted: Counted) -> None:
-    """Keep what was counted under its :func:`counted_key`."""
+    """Store counts under their :func:`counted_key`."""
     _cache.keep(key, counted, _KEPT)
 
 
 def counted_key(recipe: Recipe, model: ModelFiles) -> bytes | None:
-    """Return a key of everything that decides a sample or the split; None while a file is not here."""
+    """Return a key of everything that affects a sample or the split; None if a file is not on this
+    machine.
+    """
     replace = msgspec.structs.replace
     sources = tuple(replace(source, weight=1.0) for source in recipe.data.sources)
     data = replace(recipe.data, packing=True, sources=sources)
@@ -105,7 +109,7 @@ def counted_key(recipe: Recipe, model: ModelFiles) -> bytes | None:
 
 
 def _tokenizer(recipe: Recipe, model: ModelFiles) -> tuple[object, ...]:
-    """Return what identifies the tokenizer and its template. Raises OSError."""
+    """Return the values that identify the tokenizer and its template. Raises OSError."""
     if model.gguf_file is None:
         return tokenizer_fingerprint(model.folder, recipe.model.chat_template, recipe.data.train_on)
     file: Path = model.folder / model.gguf_file
@@ -113,7 +117,7 @@ def _tokenizer(recipe: Recipe, model: ModelFiles) -> tuple[object, ...]:
 
 
 def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
-    """Return the error for data of which no row gives a sample."""
+    """Build the error for data of which no row gives a sample."""
     if counts.excluded and not counts.rows:
         return all_excluded(counts.excluded)
     if counts.dropped and recipe.data.overflow == "drop":

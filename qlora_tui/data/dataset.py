@@ -1,7 +1,7 @@
 """Tokenized samples on disk for a recipe, made once and reused.
 
 The trainer calls ``prepare_dataset``. The data set is stored in the cache directory under a key of content,
-template, tokenizer and settings, and made batch by batch, so memory does not grow with the data.
+template, tokenizer and settings. It is made batch by batch, so memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PreparedDataset(Struct, frozen=True):
 
     folder: Path
     data_hash: str
-    """Hash of every token, mask and split: equal only for exactly the same training data."""
+    """Hash of every token, mask and split, which is equal only for exactly the same training data."""
     counts: Counts
     train: Samples
     validation: Samples
@@ -70,20 +70,22 @@ class PreparedDataset(Struct, frozen=True):
     cached: bool
     """Whether the data set came from the cache."""
     source_notes: tuple[str, ...] = ()
-    """What of the sources is read, and which files of a folder are not."""
+    """Notes on which part of a source is read, and which files of a folder are not."""
 
 
 class _FileVersion(Struct, frozen=True):
-    """State of a file when it was hashed."""
+    """The state of a file when it was hashed."""
 
     modified_ns: int
     """Modification time in nanoseconds; detects a change that was reverted."""
     sha256: str
-    """Content hash; detects a change on file systems with coarse times, or by programs that reset them."""
+    """Content hash, which detects changes on file systems with coarse times, or by programs that reset
+    times.
+    """
 
     @classmethod
     def of(cls, path: Path) -> _FileVersion:
-        # Before the hash, so that a change from here on is detected.
+        # Read before the hash, so that a change from here on is detected.
         return cls(path.stat().st_mtime_ns, sha256(path))
 
 
@@ -131,7 +133,7 @@ def prepare_dataset(
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _no_space(folder, error) from error
-        if not (folder / "meta.json").exists():  # else another process made the same set
+        if not (folder / "meta.json").exists():  # otherwise another process made the same set
             raise
     prepared = _load(folder, weights, cached=False)
     assert prepared is not None
@@ -139,7 +141,7 @@ def prepare_dataset(
 
 
 def _open_sources(recipe: Recipe) -> tuple[list[SourceFile], tuple[str, ...]]:
-    """Return the files of all sources, and what is noted on how they are read. Raises UserError."""
+    """Return the files of all sources, and notes on how they are read. Raises UserError."""
     files: list[SourceFile] = []
     notes = []
     for number, source in enumerate(every_source(recipe.data)):
@@ -157,20 +159,20 @@ def _forget_old_sets(folder: Path) -> None:
             delete_abandoned(abandoned)
     for old in folder.iterdir():
         if re.fullmatch("[0-9a-f]{32}", old.name):
-            # A set that another process deletes is gone; one that cannot be deleted only takes room.
+            # A set that another process deletes is gone; a set that cannot be deleted only takes disk space.
             with suppress(OSError):
                 if time.time() - (old / "meta.json").stat().st_mtime > _MAX_UNUSED_AGE_S:
                     discard(old)
 
 
 class ScannedDataset(Struct, frozen=True):
-    """What is known of a data set once every row was read."""
+    """The facts about a data set after every row was read."""
 
     counts: Counts
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
     held_back: frozenset[int]
-    """Keys of the rows that are held out for validation."""
+    """Keys of the rows that are used for validation."""
 
 
 def scan_dataset(
@@ -181,11 +183,11 @@ def scan_dataset(
     add: Callable[[TokenizedSample, int, int, int, int], object],
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> ScannedDataset:
-    """Tokenize all rows of a recipe's data, and choose those for validation.
+    """Tokenize all rows of a recipe's data, and choose the validation rows.
 
     Args:
-        folder: holds sketches of the rows meanwhile.
-        add: called with each sample, and with source, row, key and number of the file that it is from.
+        folder: holds temporary sketches of the rows.
+        add: called with each sample, and with source, row, key and file number of its row.
 
     Raises:
         UserError: a row has a blocking error.
@@ -222,7 +224,7 @@ def count_samples(
     tokenizer: ChatTokenizer,
     progress: Callable[[PrepareProgress], None] | None = None,
 ) -> None:
-    """Count the samples of a recipe, and keep the result unless the data changed meanwhile.
+    """Count the samples of a recipe, and store the result unless the data changed meanwhile.
 
     Raises:
         UserError: a file cannot be used, or a row has a blocking error.
@@ -287,7 +289,7 @@ def _key(
         data.bad_rows,
         RenderOptions.of(data),
         recipe.split_seed,
-        # Only if there are any, so that earlier keys stay valid.
+        # Added only if there are any, so that earlier keys stay valid.
         *([excluded] if any(excluded) else ()),
         *([names] if any(names) else ()),
     )
@@ -295,13 +297,15 @@ def _key(
 
 
 def _excluded_key(source: Source) -> list[int] | dict[str, list[int]]:
-    """Return the rows that a source leaves out; numbers alone as earlier versions had them."""
+    """Return the rows that a source leaves out; only numbers if possible, as in earlier versions."""
     excluded = {name: sorted(rows) for name, rows in parse_excluded_rows(source.excluded_rows).items()}
     return excluded if any(excluded) else excluded.get(EVERY_FILE, [])
 
 
 def _layout_key(layout: RowFormat) -> dict[str, object]:
-    """Return what decides how rows are read; without a preference method as earlier versions had it."""
+    """Return the settings that affect how rows are read; without a preference method, as in earlier
+    versions.
+    """
     fields: dict[str, object] = msgspec.structs.asdict(layout)
     if not layout.method:
         del fields["method"]
@@ -312,7 +316,7 @@ def _layout_key(layout: RowFormat) -> dict[str, object]:
 
 
 def _refuse_changed(files: Sequence[SourceFile], versions: Sequence[_FileVersion]) -> None:
-    """Raise UserError if a file has changed since it was hashed: its tokens match no key."""
+    """Raise UserError if a file has changed since it was hashed, because its tokens then match no key."""
     for file, version in zip(files, versions, strict=True):
         try:
             is_same = _FileVersion.of(file.path) == version

@@ -1,4 +1,4 @@
-"""The report on data: its types, lengths, and sentences on reasoning. Cheap to import, for the app."""
+"""The report on data: its types, lengths, and sentences on reasoning. Quick to import, for the app."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BINS = 24
 
 
 class Bin(Struct, frozen=True):
-    """Samples longer than the bin before and at most ``up_to``."""
+    """Samples that are longer than the previous bin and have a length of at most ``up_to``."""
 
     up_to: int
     count: int
@@ -28,7 +28,7 @@ class Lengths(Struct, frozen=True):
     """Length distribution of the samples, before truncation."""
 
     unit: str
-    """``tokens``, or ``characters`` where no tokenizer was given."""
+    """``tokens``, or ``characters`` without a tokenizer."""
     count: int = 0
     mean: float = 0.0
     p50: int = 0
@@ -38,7 +38,7 @@ class Lengths(Struct, frozen=True):
     longest_row: int = 0
     histogram: tuple[Bin, ...] = ()
     within: tuple[tuple[int, int], ...] = ()
-    """Each percentile and the longest, with the exact number of samples that are no longer."""
+    """Each percentile and the largest length, with the exact number of samples that are no longer."""
 
 
 class LengthCounter:
@@ -51,7 +51,7 @@ class LengthCounter:
         self._longest = -1
 
     def add(self, lengths: Iterable[int], row: int) -> None:
-        """Add the samples of one row."""
+        """Add the lengths of one row's samples."""
         for length in lengths:
             self._counts[length] += 1
             if length > self._longest:
@@ -93,7 +93,7 @@ def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int
 
 
 def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
-    """Compute even bins for nearly all samples, and one last bin for a tail that would flatten the others."""
+    """Return even bins for nearly all samples, and one last bin for a tail that would flatten the others."""
     longest = ordered[-1][0]
     width = _round_width(min(longest, 1.15 * p99) / (_BINS - 1))
     bins: Counter[int] = Counter()
@@ -106,7 +106,7 @@ def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
 
 
 def _round_width(least: float) -> int:
-    """Return the smallest readable width not below ``least``: 1 to 6 or 8, times a power of ten."""
+    """Return the smallest readable bin width not below ``least``: 1 to 6 or 8, times a power of ten."""
     power = 1
     while True:
         for digit in (1, 2, 3, 4, 5, 6, 8):
@@ -126,9 +126,9 @@ class Counts(Struct):
     tokens: int = 0
     trained_tokens: int = 0
     left_out: int = 0
-    """Rows rejected: empty, without an answer, or rejected by the template."""
+    """Rejected rows: empty, without an answer, or rejected by the template."""
     dropped: int = 0
-    """Samples, or pairs, dropped because they are too long or nothing in them is left to learn."""
+    """Samples or pairs that are dropped because they are too long or have no tokens left to learn."""
     cut: int = 0
     split: int = 0
     """Samples split into several rows."""
@@ -136,18 +136,18 @@ class Counts(Struct):
     """Rows that the source excludes (``excluded_rows``); no other count includes them."""
 
     def add(self, other: Counts) -> None:
-        """Add each of the other counts to this one's."""
+        """Add the counts of ``other`` to these."""
         for name in self.__struct_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class Piece(Struct, frozen=True):
-    """A stretch of a sample for display."""
+    """A part of a sample's text for display."""
 
     text: str
     in_loss: bool = field(name="trained")
     special: bool
-    """Whether the piece is one special token."""
+    """Whether the piece is a single special token."""
 
 
 class FileReport(Struct, frozen=True):
@@ -173,20 +173,20 @@ class Report(Struct, frozen=True):
     share: float
     """Share of the bytes that have been read, 0 to 1."""
     counts: Counts
-    """Counts; tokens and samples are 0 without a tokenizer."""
+    """Counts, in which tokens and samples are 0 without a tokenizer."""
     lengths: Lengths
     too_long: int
     """Rows with a sample longer than ``max_length``."""
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
     template: str
-    """``tokenizer``, or the stock template in use; empty without a tokenizer."""
+    """``tokenizer``, or the name of the stock template in use; empty without a tokenizer."""
     thinking: tuple[str, ...] = ()
     """Sentences on the reasoning in the rows and how the template handles it."""
 
 
 NO_SUCH_ROW = "no-such-row"
-"""Code of the error for a row number past the end of a file."""
+"""Error code for a row number past the end of a file."""
 
 
 class Shown(Struct, frozen=True):
@@ -194,7 +194,7 @@ class Shown(Struct, frozen=True):
 
     row: int
     samples: tuple[tuple[Piece, ...], ...]
-    """Pieces of each sample, nearly always one; without what truncation removed."""
+    """Pieces of each sample, nearly always one sample; without the text that truncation removed."""
     token_counts: tuple[int, ...]
     """Tokens of each sample before truncation."""
     trained_counts: tuple[int, ...]
@@ -206,7 +206,10 @@ class Shown(Struct, frozen=True):
     path: str = ""
     """File that the row is from."""
     trained_texts: tuple[tuple[str, ...], ...] = ()
-    """Text of each token in the loss, for each sample, but for the first token of a sample: it has none."""
+    """Text of each token in the loss, for each sample.
+
+    The first token of a sample is left out, because it is never predicted.
+    """
     sides: tuple[str, ...] = ()
     """The side of each sample, under a preference method: ``chosen``, ``rejected``, ``good`` or ``bad``."""
 
@@ -214,7 +217,7 @@ class Shown(Struct, frozen=True):
 def thinking_sentences(
     notes: Mapping[str, int], conversations: int, traits: TemplateCapabilities | None, data: Data
 ) -> tuple[str, ...]:
-    """Return up to two sentences, on the reasoning and on the switch of the template.
+    """Return up to two sentences, on the reasoning in the data and on the template's thinking switch.
 
     ``notes`` counts conversations by kind of note, ``conversations`` is their total number. Without a model
     (``traits`` is None) rows with reasoning are counted.
@@ -289,7 +292,10 @@ def _on_effort(switch: Switch, data: Data) -> str:
 
 
 def prompt_thinking(setting: Thinking, notes: Mapping[str, int]) -> Thinking:
-    """Return the prompt setting for a model trained on this data: as set or, with ``auto``, as most rows."""
+    """Return the thinking setting of prompts for a model trained on this data.
+
+    It is the set one or, with ``auto``, that of most rows.
+    """
     on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
     if setting != "auto" or not (on or off):
         return setting

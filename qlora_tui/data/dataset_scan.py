@@ -1,9 +1,10 @@
-"""Rows in file order: the result of each, by several processes, counted and compared with the other rows.
+"""Processes rows in file order, in several processes; counts the results and compares them with other rows.
 
-``dataset`` writes the results, ``inspection`` measures them, so both agree on what a run trains on. A small
-file is processed in this process. A large one gets a confined child, or one for each core; until the first is
-ready, this process does the work too. A batch in which a child is killed is processed here, where what killed
-it is confined by itself and refused with its row. The results are the same either way.
+``dataset`` writes the results and ``inspection`` measures them, so both agree on the samples of a run. A
+small file is processed in this process. A large file is processed in one confined child, or in one for each
+core; until the first child is ready, this process does the work too. If a child is killed, its batch is
+processed here: the rendering or reading that killed it then has a child of its own, and its row is refused.
+The results are the same either way.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Work: TypeAlias = Callable[[Iterable[Batch]], Iterator[list[RowResult]]]
 
 
 class DatasetScanner:
-    """Counts and problems of all rows that passed through ``scan``."""
+    """The counts and problems of all rows that passed through ``scan``."""
 
     def __init__(
         self,
@@ -44,16 +45,16 @@ class DatasetScanner:
         sketched: bool = False,
         near_duplicates: bool = False,
     ):
-        """Count nothing yet.
+        """Start with empty counts.
 
         Args:
             data: settings of the recipe.
             work: processes rows.
-            sketched: whether a sketch comes with every result.
+            sketched: whether every result has a sketch.
             near_duplicates: whether near duplicates are searched.
         """
         self.last_row = 0
-        """Number of the last row that was read of the current file; 0 before its first."""
+        """Number of the last row read from the current file; 0 before its first row."""
         self.counts = Counts()
         self.notes: dict[str, int] = {}
         """Number of conversations that were changed for the template, by kind."""
@@ -63,14 +64,14 @@ class DatasetScanner:
         self._counters: dict[tuple[int, str], ProblemCounter] = {}
         self._unused_files: list[DataProblem] = []
         self._seen: dict[int, int] = {}
-        """First row with each key. A million rows take 116 MiB."""
+        """First row with each key, which takes 116 MiB for a million rows."""
         self._seen_in_validation: dict[int, int] = {}
         self._near = NearDuplicates() if near_duplicates else None
 
     def scan(self, file: SourceFile, position: Position) -> Iterator[list[RowResult]]:
         """Yield the results of a file's rows, batch by batch; updates ``position``.
 
-        Excluded rows are counted as such and nothing else.
+        Excluded rows are counted as excluded and have no result.
         """
         place = file.source, str(file.path)
         tally = self._counters.setdefault(place, ProblemCounter(*place, self._data))
@@ -97,7 +98,7 @@ class DatasetScanner:
     def problems(self) -> list[DataProblem]:
         """Return all problems, errors first."""
         problems = [problem for tally in self._counters.values() for problem in tally.problems()]
-        if self.counts.conversations:  # else it is an error of all files together
+        if self.counts.conversations:  # otherwise all files together have the error
             problems += self._unused_files
         return sorted(problems, key=lambda p: p.severity != "error")
 
@@ -136,22 +137,27 @@ class DatasetScanner:
 
 
 MIN_CHILD_BYTES = 256 << 10
-"""Bytes of data from which one child pays off: here, each rendering is a call to the renderer."""
+"""Bytes of data from which one child pays off, because here each rendering is a call to the renderer."""
 MIN_PARALLEL_BYTES = 4 << 20
-"""Bytes of data from which several pay off: a child takes a third of a second of a core to start, and
-processes some five megabytes a second."""
+"""Bytes of data from which several children pay off.
+
+A child takes a third of a second of a core to start, and processes about five megabytes per second.
+"""
 MAX_WORKERS = 4
-"""Most child processes. A data set must be made within a gigabyte: each holds a tokenizer, 82 MiB at its
-start with a vocabulary of 49,000 and 141 with one of 139,000, and its word cache, some 25."""
+"""Largest number of child processes.
+
+A data set must be made within a gigabyte. Each child holds a tokenizer (82 MiB at its start with a vocabulary
+of 49,000, and 141 MiB with one of 139,000) and its word cache of about 25 MiB.
+"""
 _BATCH_CPU_S = 60.0
 _BATCH_MEMORY_BYTES = 512 << 20
 _processors: list[RowProcessor] = []
-"""In a child: what processes its batches."""
+"""In a child: the processor of its batches."""
 
 
 @contextmanager
 def open_worker_pool(processor: RowProcessor, data_bytes: int) -> Iterator[Work]:
-    """Provide the function that processes batches, chosen by ``data_bytes`` in total."""
+    """Yield the function that processes batches, chosen for ``data_bytes`` of data in total."""
     if data_bytes < MIN_CHILD_BYTES:
         yield lambda batches: map(processor.process, batches)
         return
@@ -189,7 +195,7 @@ def _work(
     processor: RowProcessor,
     batches: Iterable[Batch],
 ) -> Iterator[list[RowResult]]:
-    """Yield the results of each batch, in order; a few batches are processed at a time."""
+    """Yield the results of each batch, in order; a few batches are processed at the same time."""
     idle: SimpleQueue[Confined] = SimpleQueue()
 
     def start(child: Confined) -> None:

@@ -1,8 +1,8 @@
 """Decisions: answers that are one of a few options, such as labels or objects of enumerated fields.
 
-Whether data are decisions is read from its answers, whatever the layout of its rows: a few short answers that
-return again and again. Used by ``formats`` for what it says of a file, and by the evaluation of a run, which
-then scores every option instead of generating text.
+Data are decisions if their answers are a few short texts that occur again and again, whatever the layout of
+the rows. ``formats`` uses this module to describe a file, and the evaluation of a run uses it to score every
+option instead of generating text.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from qlora_tui.data.repetition import words
 
 MOST_OPTIONS = 256
 _MOST_WORDS = 8
-"""Words of a label, at most: longer answers that return are texts."""
+"""Largest number of words of a label; longer recurring answers count as texts."""
 _ROWS_PER_OPTION = 3
-"""Rows that each option, or each value of a field, has on average at least."""
+"""Smallest mean number of rows for each option, or each value of a field."""
 _STYLES: tuple[dict[str, Any], ...] = tuple(
     {"separators": separators, "ensure_ascii": ascii_}
     for separators in ((", ", ": "), (",", ":"))
@@ -32,26 +32,26 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 
 
 class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is decided: which of the options a row's answer is."""
+    """A decision, which chooses one of a few options as a row's answer."""
 
     options: tuple[str, ...]
     """Texts of the answers, most frequent first; at least two."""
     fields: tuple[str, ...] = ()
-    """Keys of the objects that the options are; empty if they are labels."""
+    """Keys of the objects if the options are objects; empty if they are labels."""
 
     def value(self, option: int, field: str) -> str:
         """Return the value of a field in an option, as JSON unless it is a string."""
         return _shown(json.loads(self.options[option])[field])
 
     def values(self, field: str) -> dict[str, list[int]]:
-        """Return the options that have each value of a field, by the value."""
+        """Return the indices of the options that have each value of a field, keyed by the value."""
         options: dict[str, list[int]] = {}
         for number in range(len(self.options)):
             options.setdefault(self.value(number, field), []).append(number)
         return options
 
     def describe(self) -> str:
-        """Return what is decided in a phrase: ``4 labels: a, b, c, d``."""
+        """Return a phrase that describes the decision: ``4 labels: a, b, c, d``."""
         if self.fields:
             return f"objects with {len(self.fields)} enumerated fields: {', '.join(self.fields)}"
         shown = ", ".join(self.options[:6])
@@ -60,9 +60,9 @@ class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def decision_of(answers: Mapping[str, int]) -> Decision | None:
-    """Return the decision that answers make, from how often each occurs; None if they are texts.
+    """Return the decision that answers form, given how often each occurs; None if they are texts.
 
-    Objects may combine their values in ways that no row has: then every combination is an option, if these
+    Objects may combine their values in ways that no row has. Then every combination is an option, if there
     are not too many.
     """
     rows = sum(answers.values())
@@ -80,7 +80,7 @@ def _of_objects(texts: list[str], objects: list[dict[str, Any]], most: int) -> D
     fields = tuple(objects[0])
     if not fields or any(tuple(each) != fields for each in objects):
         return None
-    # By their JSON: 1 and true are two values.
+    # Keyed by their JSON, because 1 and true are two values.
     values = [list(dict.fromkeys(json.dumps(each[field]) for each in objects)) for field in fields]
     if any(len(each) > most for each in values) or all(len(each) == 1 for each in values):
         return None
@@ -98,7 +98,7 @@ def _of_objects(texts: list[str], objects: list[dict[str, Any]], most: int) -> D
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """Return the object that a text is, if its values are short scalars."""
+    """Return the object that a text encodes, if its values are short scalars; otherwise None."""
     if not text.startswith("{"):
         return None
     try:

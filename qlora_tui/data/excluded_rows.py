@@ -1,7 +1,7 @@
 """The rows that a source leaves out: its setting ``excluded_rows`` as rows of its files.
 
-Rows of a single file are named by number. A folder, and a dataset of the Hub in several files, number the
-rows of each file for themselves, so there a row is named by its file too::
+Rows of a single file are named by number. In a folder, or a Hub dataset of several files, each file numbers
+its own rows, so a row is named by its file too::
 
     3, 17, 40-45                          rows of the file; of a folder: these rows of every file
     a.jsonl: 3, 17; more/b.jsonl: 40-45   rows of two files of a folder
@@ -30,7 +30,7 @@ _MOST_ROWS = 10_000_000
 
 
 def parse_row_numbers(text: str) -> frozenset[int]:
-    """Return the rows that a text names, from 1. Raises UserError for a text that is something else."""
+    """Return the rows, from 1, that a text lists. Raises UserError for any other text."""
     ranges: list[range] = []
     rows = 0
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -60,7 +60,7 @@ def format_row_numbers(numbers: Iterable[int]) -> str:
 _GROUP = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")\s*:|([^;:"]+):)?([^;:"]*)(?:;|\Z)')
 _PLAIN_NAME = re.compile(r"(?!\s)[^;:\"\x00-\x1f\x7f\ud800-\udfff]+(?<!\s)")
 EVERY_FILE = ""
-"""Name for rows that hold for every file, and of the only file of a source that is no folder."""
+"""Key of rows that are left out of every file, and name of a source's only file if it is not a folder."""
 
 
 class RowPlace(NamedTuple):
@@ -72,16 +72,16 @@ class RowPlace(NamedTuple):
     """Number in its file, from 1."""
 
     def __str__(self) -> str:
-        """``17``, or ``part-2.jsonl:17``."""
+        """Return ``17``, or ``part-2.jsonl:17``."""
         return f"{self.file}:{self.row:,}" if self.file else f"{self.row:,}"
 
 
 Excluded = Mapping[str, frozenset[int]]
-"""Rows by the name of their file; those of ``EVERY_FILE`` hold for all."""
+"""Rows keyed by the name of their file; rows under ``EVERY_FILE`` apply to all files."""
 
 
 def parse_excluded_rows(text: str) -> Excluded:
-    """Return the rows that a recipe's text names. Raises UserError for a text that is something else."""
+    """Return the rows that a recipe's text lists. Raises UserError for any other text."""
     rows: dict[str, frozenset[int]] = {}
     for name, numbers in _groups(text):
         rows[name] = rows.get(name, frozenset()) | parse_row_numbers(numbers)
@@ -95,7 +95,7 @@ def format_excluded_rows(excluded: Excluded) -> str:
 
 
 def without_rows(source: Source, places: Iterable[RowPlace]) -> Source:
-    """Return the source with more rows left out."""
+    """Return the source with additional rows left out."""
     excluded = dict(parse_excluded_rows(source.excluded_rows))
     for name, row in places:
         excluded[name] = excluded.get(name, frozenset()) | {row}
@@ -111,7 +111,7 @@ def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
     """Return the name of each file of a source: its path inside the folder; empty if the source is one file.
 
     Args:
-        source_path: the source's path, or the id of a dataset of the Hub.
+        source_path: the source's path, or the ID of a Hub dataset.
         paths: all files of the source.
     """
     folder = Path(source_path).expanduser()
@@ -130,13 +130,13 @@ def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozen
     """Return the rows that each file of a source leaves out.
 
     Raises:
-        UserError: the text is not understood, or names a file that the source does not have.
+        UserError: the text cannot be parsed, or names a file that the source does not have.
     """
     if not source.excluded_rows:
         return {}
     excluded = parse_excluded_rows(source.excluded_rows)
     names = file_names(source.path, paths)
-    # A single file may also be called by its name.
+    # A single file may also be listed under its own name.
     known = {name or path.name: path for name, path in zip(names, paths, strict=True)}
     for name in excluded:
         if name and name not in known:
@@ -151,7 +151,7 @@ def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozen
 
 
 def _groups(text: str) -> Iterator[tuple[str, str]]:
-    """Name and numbers of each group."""
+    """Yield file name and row numbers of each group."""
     place = 0
     while place < len(text):
         group = _GROUP.match(text, place)

@@ -1,4 +1,4 @@
-"""Detection of the format of a file's rows, with evidence, and conversations from them.
+"""Detects the format of a file's rows, with evidence, and converts rows to conversations.
 
 ``detect`` reads the first rows; ``parse`` turns one row into a ``Conversation``. Used by ``dataset`` and
 ``inspection``.
@@ -42,27 +42,27 @@ from qlora_tui.recipe.preference_methods import PREFERENCE_METHODS
 PARTS = {name: format_.required for name, format_ in NAMES.formats.items()} | {
     "preference": preferences.PARTS
 }
-"""Parts that each format needs, with their usual column names, likeliest first."""
+"""Parts that each format requires, with their usual column names, the most likely first."""
 OPTIONAL = {name: format_.optional for name, format_ in NAMES.formats.items()}
 _NAMES_NO_SOURCE = ("prompt", "question", "text")
-"""Next to one of these columns ``source`` is the origin of the row, not a text."""
+"""If one of these columns exists, ``source`` is the origin of the row and not a text."""
 _ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
 """Columns whose plain texts alternate between user and assistant."""
 _PROSE = ("text", "instruction", "prompt", "question")
-"""Parts that are texts, or typed parts of text, and never an object."""
+"""Parts that are texts, or typed parts of text, and never objects."""
 _ANSWERS = ("output", "completion")
 """Parts that are one answer, as a text or turns, and never a list of alternative answers."""
 _ANSWER_PARTS = ("label", "completion", "output", "answer")
-"""Parts that a row to be answered does not need."""
+"""Parts that a row without an answer lacks."""
 _PAIRED = frozenset(
     name
     for format_ in ("alpaca", "prompt-completion", "question-answer")
     for names in PARTS[format_].values()
     for name in names
 )
-"""Columns that hold the last question or its answer, next to a history."""
+"""Columns that hold the last question or its answer if there is also a history."""
 _PROSE_WORDS = 3
-"""Words that tell a text from a name, a date or a number."""
+"""Number of words from which a text is not a name, a date or a number."""
 _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
@@ -70,7 +70,7 @@ _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.
 def detect_columns(
     format_: str, columns: Columns, mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
-    """Return the column of each part if most rows have all that a format needs, else None.
+    """Return the column of each part if most rows have everything that a format requires, else None.
 
     A format chosen ``by_hand`` accepts turns of either spelling.
     """
@@ -101,7 +101,7 @@ def detect_columns(
 def _named(
     format_: str, columns: Columns, mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
-    """Return the column of each part, without columns that have a meaning only as a pair."""
+    """Return the column of each part, without columns whose meaning requires a second column."""
     parts: dict[str, str] = {}
     for part in PARTS[format_]:
         column = mapping.get(part) or _pick(format_, part, columns, parts.values(), by_hand)
@@ -132,7 +132,7 @@ def _pair_of(columns: Columns) -> tuple[str, str] | None:
             continue
         if one in spelled and other in spelled:
             pair = spelled[one], spelled[other]
-            # A list of completions is one of the pair too: its rows are refused, not read as plain text.
+            # A list of completions also forms a pair: its rows are refused instead of read as plain text.
             having = sum(
                 isinstance(v.get(pair[0]), str) and isinstance(v.get(pair[1]), str | list) for v in values
             )
@@ -153,7 +153,8 @@ def _pick(format_: str, part: str, columns: Columns, taken: Iterable[str], by_ha
         if "history" in spelled and not spelled.keys() & _PAIRED:
             others.append(spelled["history"])
     for column in (*named, *others):
-        # Lists of texts or of question and answer pairs count only in a column named like a conversation.
+        # Lists of texts, or of question and answer pairs, count only in a column with a name for
+        # conversations.
         pairs, texts = column in named, column in named and column.lower() in _ALTERNATING_COLUMNS
 
         def fits(cell: Cell, pairs: bool = pairs, texts: bool = texts) -> bool:
@@ -169,7 +170,9 @@ def _pick(format_: str, part: str, columns: Columns, taken: Iterable[str], by_ha
 
 
 def _only_prose(columns: Columns) -> str:
-    """Return the column next to a label that holds texts of several words, if it is the only one."""
+    """Return the only column besides the label whose texts have several words; empty if there is not
+    exactly one.
+    """
     label = columns.first(PARTS["decision"]["label"])
     if not label or decision_of(Counter(json_text(value.get(label)) for value in columns.values)) is None:
         return ""
@@ -200,7 +203,7 @@ SNIFFED_ROWS = 200
 _COLUMNS_NAMED = 12
 
 NOT_IN_FORMAT = "not-in-format"
-"""Code of the error for rows that lack the parts of the format that was asked for."""
+"""Error code for rows that lack parts of the requested format."""
 LABEL_NAMES = "label_names"
 """A part that is not a column: the names of integer labels in order, separated by commas."""
 
@@ -213,7 +216,7 @@ class RowFormat(Struct, frozen=True):
     """Column of each part."""
     label_names: tuple[str, ...] = ()
     method: str = ""
-    """The preference method that trains on bad answers too; empty if none does."""
+    """The preference method, if it trains on bad answers too; otherwise empty."""
 
 
 class Detection(Struct, frozen=True):
@@ -225,7 +228,7 @@ class Detection(Struct, frozen=True):
     columns: tuple[str, ...]
     """All columns seen, in order."""
     note: str = ""
-    """What the file holds and is not read; empty for nothing."""
+    """Description of content of the file that is not read; empty if all is read."""
 
 
 def parts_of(format_: str) -> tuple[str, ...]:
@@ -263,7 +266,10 @@ def detect(
 def _layout_of(
     columns: Columns, name: str, wanted: str, mapping: dict[str, str], preference_choice: str
 ) -> RowFormat | UserError:
-    """Return how rows are read, or why they are not: comparisons first, then the formats in their order."""
+    """Return how to read rows, or the error why they cannot be read.
+
+    Comparisons are tried first, then the formats in their order.
+    """
     label_names = tuple(n.strip() for n in mapping.pop(LABEL_NAMES, "").split(",") if n.strip())
     rating = mapping.pop(RATING, "")
     by_hand, method = wanted != "auto", preference_choice if preference_choice in PREFERENCE_METHODS else ""
@@ -323,9 +329,9 @@ def question_parts(layout: RowFormat) -> tuple[str, ...]:
 
 
 def parse_question(row: Row, layout: RowFormat, answer: str) -> Conversation:
-    """Convert one row, with or without an answer, to the conversation before it.
+    """Convert one row, with or without an answer, to the conversation before the answer.
 
-    ``answer`` stands in for the answer of layouts that need one. Raises ``RowRejectedError``.
+    ``answer`` replaces the answer in layouts that require one. Raises ``RowRejectedError``.
     """
     fields = as_fields(row.value)
     answers = {layout.columns[part]: answer for part in PARTS[layout.format] if part in _ANSWER_PARTS}
@@ -341,7 +347,7 @@ def parse_question(row: Row, layout: RowFormat, answer: str) -> Conversation:
 
 
 def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: RowFormat) -> None:
-    """Raise ``RowRejectedError`` for an answer that is rated bad, or an undeclared rejected answer."""
+    """Raise ``RowRejectedError`` for an answer that is rated bad, or for an undeclared rejected answer."""
     if RATING in layout.columns:
         column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
         if good is None:
@@ -398,7 +404,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], RowFormat], tuple[Message, ...]
 
 
 def as_fields(value: Any) -> dict[str, Any]:
-    """Return a row as fields: a bare list of turns becomes ``messages``, a bare string ``text``."""
+    """Return a row as an object: a bare list of turns becomes ``messages``, a bare string ``text``."""
     if isinstance(value, dict):
         return value
     if isinstance(value, str):
@@ -455,7 +461,7 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
 
 
 def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
-    """Say what the answers decide, if they do."""
+    """Yield a sentence that describes the decision that the answers form, if they form one."""
     answers: Counter[str] = Counter()
     for row in () if layout.method else rows:
         with suppress(RowRejectedError):
@@ -515,7 +521,7 @@ def _turn_a_row(name: str, why: str) -> UserError:
 
 
 def _media_problem(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> UserError | None:
-    """Return the error for first rows that hold images, video or audio, which nothing else can fix."""
+    """Return the error for first rows that hold images, video or audio, which no setting can fix."""
     with_media = [
         (row.number, media) for row, v in zip(rows, values, strict=True) if (media := media_column(v))
     ]

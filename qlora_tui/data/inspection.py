@@ -1,8 +1,8 @@
-"""Report on data files before a run: format, counts, lengths, problems by row.
+"""Reports on data files before a run: format, counts, lengths, and problems by row.
 
-``inspect`` returns the whole report; ``inspecting`` yields one at once from the first rows, then better ones
-as it reads further, for the Data screen and large files. ``show`` renders one row as the model sees it. Used
-by ``qlora-tui data`` and the engine behind the Data screen.
+``inspect`` returns the whole report. For the Data screen and large files, ``inspecting`` yields a report from
+the first rows at once, and then more complete ones as it reads on. ``show`` renders one row as the model sees
+it. Used by ``qlora-tui data`` and the engine behind the Data screen.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NEXT_REPORT_S = 1.0
 
 
 def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None) -> Report:
-    """Return the whole report on one source under the settings of ``data``. Raises ``UserError``."""
+    """Return the whole report on one source for the settings in ``data``. Raises ``UserError``."""
     *_, last = inspecting(source, tokenizer, data)
     return last
 
@@ -53,7 +53,10 @@ def inspect(source: Source, tokenizer: ChatTokenizer | None = None, data: Data |
 def inspecting(
     source: Source, tokenizer: ChatTokenizer | None = None, data: Data | None = None
 ) -> Iterator[Report]:
-    """Yield increasingly complete reports, up to the complete one. Raises ``UserError`` before the first."""
+    """Yield increasingly complete reports, up to the complete one.
+
+    Raises ``UserError`` before the first report.
+    """
     data = data or Data()
     files, note = open_source(source, data.preferences)
     yield from _Inspection(source, files, note, tokenizer, data).reports()
@@ -109,7 +112,7 @@ class _Inspection:
         self._bytes = sum(file.path.stat().st_size for file in files)
 
     def reports(self) -> Iterator[Report]:
-        """Yield one report at once, then one every second, and the complete one."""
+        """Yield a report at once, then one every second, and finally the complete one."""
         with open_worker_pool(
             RowProcessor(self._data, self._tokenizer, keep_samples=False), self._bytes
         ) as work:
@@ -136,7 +139,7 @@ class _Inspection:
             yield self._report(examiner, True, 1.0)
 
     def _note_errors(self, file: SourceFile, problems: Sequence[DataProblem], *, read: bool) -> None:
-        """Store errors for later launches, and their absence once the whole file was ``read``."""
+        """Store errors for later launches, or their absence if the whole file was ``read``."""
         if not read and not any(problem.severity == "error" for problem in problems):
             return
         one = self._tokenizer
@@ -149,7 +152,7 @@ class _Inspection:
         cache_errors(self._source, file.path, stamp, problems, tokens, read=read, skips_bad_rows=skips)
 
     def _measure(self, outcomes: list[RowResult]) -> None:
-        """Add the lengths."""
+        """Add the lengths of these results."""
         for one in outcomes:
             self._lengths.add(one.lengths, one.row)
             self._too_long += any(length > self._data.max_length for length in one.lengths)
@@ -162,7 +165,7 @@ class _Inspection:
             format=detection.layout.format,
             columns=detection.layout.columns,
             all_columns=detection.columns,
-            # Of the source, so with its first file only.
+            # These facts concern the source, so they are in the report of its first file only.
             evidence=(*detection.evidence, self._note)
             if self._note and file is self._files[0]
             else detection.evidence,

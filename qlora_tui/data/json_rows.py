@@ -1,5 +1,8 @@
-"""Rows from a .json file without loading all of it: an array of rows, consecutive rows, or one object that
-holds the rows under a key. A syntax error ends the file: where the next row begins is unknown."""
+"""Reads rows from a .json file without loading all of it.
+
+The file is an array of rows, consecutive rows, or one object that holds the rows under a key. Reading ends at
+a syntax error, because the start of the next row is then unknown.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from qlora_tui.data.row import DEEPEST, MAX_VALUES, Row, is_too_deep
 from qlora_tui.data.text_reader import BOM, NUL_BYTES, BrokenFileError, Stream
 
 _LARGEST_ROW_CHARACTERS = 64 << 20
-"""Characters after which an unfinished value counts as broken rather than long."""
+"""Number of characters after which an unfinished value counts as broken instead of long."""
 _HOLDERS = ("data", "train", "rows", "examples", "conversations", "items", "samples", "instances")
 """Keys under which a whole data set is stored in one object."""
 _BLANK = " \t\r\n" + BOM
 
 
 def json_rows(stream: Stream) -> Iterator[Row]:
-    """Yield the rows of an array, of consecutive values (JSONL by another name), or under a key.
+    """Yield the rows of an array, of consecutive values (JSONL with another file name), or under a key.
 
-    Raises ``BrokenFileError`` at the first error of syntax.
+    Raises ``BrokenFileError`` at the first syntax error.
     """
     if b"\x00" in stream.peek()[:4]:
         raise BrokenFileError("bad-encoding", 1, NUL_BYTES)
@@ -47,7 +50,7 @@ def json_rows(stream: Stream) -> Iterator[Row]:
 
 
 def without_repeats(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[str, Any]:
-    """Return the object of these keys and values, and add keys that come twice to ``repeated``."""
+    """Return an object of these pairs, and add keys that occur twice to ``repeated``."""
     decoded = dict(pairs)
     if len(decoded) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -56,14 +59,14 @@ def without_repeats(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[s
 
 
 def repeated_key_warning(repeated: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return the warning for keys that come twice in a row; empty if none does."""
+    """Return the warning for keys that occur twice in a row's objects; empty if there are none."""
     if not repeated:
         return ()
     return (("repeated-key", f"The key {repeated[0]!r} comes twice in one object; the last value is read."),)
 
 
 def _row(number: int, value: Any, values: _Values | None = None) -> Row:
-    """Return a row. ``values`` knows its line; without them it is the row of a whole-file object."""
+    """Return a row. ``values`` has its line number; None if the row is from a whole-file object."""
     if not has_lone_surrogate(value):
         return Row(
             number=number, value=value, warnings=repeated_key_warning(values.repeated if values else ())
@@ -87,7 +90,7 @@ def has_lone_surrogate(value: Any) -> bool:
 def _held_rows(value: dict[str, Any]) -> list[Any] | None:
     """Return the rows inside a whole-file object, or None if the object is itself a row.
 
-    Raises ``BrokenFileError`` if it holds two sets of rows, neither of them named as the training one.
+    Raises ``BrokenFileError`` if the object holds two sets of rows and neither is named as the training set.
     """
     sets = [name for name in _HOLDERS if _is_set_of_rows(value.get(name))]
     if len(sets) > 1 and "train" not in sets:
@@ -98,7 +101,7 @@ def _held_rows(value: dict[str, Any]) -> list[Any] | None:
         return held
     columns = {k: v for k, v in value.items() if isinstance(v, list)}
     is_table = len(columns) == len(value) >= 2 and len({len(v) for v in columns.values()}) == 1
-    if is_table and not any(map(turn_keys, columns.values())):  # else one conversation, with its tools
+    if is_table and not any(map(turn_keys, columns.values())):  # otherwise one conversation with its tools
         return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     return None
 
@@ -106,7 +109,7 @@ def _held_rows(value: dict[str, Any]) -> list[Any] | None:
 def _is_set_of_rows(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value[:10]):
         return False
-    return not any("role" in v or "from" in v for v in value[:10])  # else the turns of one conversation
+    return not any("role" in v or "from" in v for v in value[:10])  # otherwise the turns of one conversation
 
 
 class _Values:
@@ -114,10 +117,10 @@ class _Values:
 
     def __init__(self, stream: Stream):
         self._chunks = stream.chunks()
-        # A byte that is not UTF-8 becomes half of a surrogate pair, so that the values after it can be read.
+        # A byte that is not UTF-8 becomes half of a surrogate pair, so that later values can be read.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.repeated: list[str] = []
-        """Keys that come twice in an object of the last value."""
+        """Keys that occur twice in an object of the last value."""
         self._decode = json.JSONDecoder(
             object_pairs_hook=lambda pairs: without_repeats(pairs, self.repeated)
         ).raw_decode
@@ -182,7 +185,9 @@ class _Values:
             return value
 
     def _need_more(self, reason: str, position: int) -> None:
-        """Read more if the value may only be cut by the end of what was read; else it is broken."""
+        """Read more if the value may only be incomplete so far; otherwise raise the error for a broken
+        value.
+        """
         held, inside = len(self._text) - self._at, position - self._at
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):
@@ -200,7 +205,7 @@ class _Values:
                 return ""
 
     def _more(self, at_least: int = 1) -> bool:
-        """Append at least ``at_least`` characters, if there are that many; drop the consumed ones."""
+        """Append at least ``at_least`` characters if there are that many, and drop consumed ones."""
         if self._ended:
             return False
         self._line += self._text.count("\n", 0, self._at)
@@ -217,7 +222,7 @@ class _Values:
         return added > 0
 
     def undecodable_byte(self) -> str:
-        """Return line and value of the last value's first byte that is not UTF-8; empty if all are."""
+        """Return line and value of the last value's first byte that is not UTF-8; empty if there is none."""
         for position in range(self._value_at, self._at):
             if "\udc80" <= (half := self._text[position]) <= "\udcff":
                 return f"Line {self._line_at(position)}: byte 0x{ord(half) - 0xDC00:02x} is not UTF-8"

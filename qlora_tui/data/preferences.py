@@ -1,8 +1,8 @@
-"""Preference data: rows with a chosen and a rejected answer, or an answer rated good or bad.
+"""Preference data, whose rows have a chosen and a rejected answer, or an answer rated good or bad.
 
-``data.preferences`` decides: ``refuse`` stops with the reason, ``chosen`` trains on the chosen or good
-answers only, and a preference method on both kinds. ``preferred`` and ``compared`` build the conversations
-that end with the chosen or a rejected answer of a row. Used by ``formats``.
+``data.preferences`` selects the treatment: ``refuse`` stops with the reason, ``chosen`` trains only on the
+chosen or good answers, and a preference method trains on both kinds. ``preferred`` and ``compared`` build the
+conversations that end with the chosen or a rejected answer of a row. Used by ``formats``.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ PARTS = {"chosen": (*CHOSEN, *NAMES.better), "rejected": REJECTED}
 OPTIONAL = NAMES.formats["preference"].optional
 
 RATING = "rating"
-"""A part of any format: the column that rates the answer as good or bad."""
+"""A part that any format may have: the column that rates the answer as good or bad."""
 _RATED = (*NAMES.always_ratings, *NAMES.ratings)
 RATABLE = tuple(name for name, format_ in NAMES.formats.items() if format_.is_ratable)
-"""Conversation formats that a column may rate good or bad."""
+"""Conversation formats whose rows a column may rate good or bad."""
 
 PAIRS = "preference-pairs"
-"""Code of the error for rows that compare answers: a method for pairs resolves it."""
+"""Error code for rows that compare answers; a method for pairs resolves it."""
 RATED = "rated-answers"
-"""Code of the error for rows that rate answers: ``data.preferences = "kto"`` resolves it."""
+"""Error code for rows that rate answers; ``data.preferences = "kto"`` resolves it."""
 NOTHING_COMPARED = "nothing-compared"
-"""Code of the error for a preference method on data without preferences."""
+"""Error code for a preference method on data without preferences."""
 UNMAPPED_SIDES = "unmapped-sides"
-"""Code of the errors for pairs whose columns must be mapped by hand."""
+"""Error code for pairs whose columns must be mapped by hand."""
 _PAIRS_TITLE = "Preference data"
 _RATED_TITLE = "Rated answers"
 
@@ -78,9 +78,9 @@ def preference_columns(columns: Columns, mapping: Mapping[str, str]) -> dict[str
 
 
 def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str:
-    """Return the column where a row holds a rejected answer or a bad rating; empty if none does.
+    """Return the column with a row's rejected answer or bad rating; empty if there is none.
 
-    Checks rows of files whose first rows have no such column; ``known`` columns do not count.
+    Checks rows of files whose first rows have no such column; ``known`` columns are skipped.
     """
     for column, name in _suspect_columns(tuple(fields)):
         value = fields[column]
@@ -95,9 +95,9 @@ def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str
 
 @lru_cache(maxsize=1024)
 def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the columns that may hold a rejected side or a rating by name, with the lower-case name.
+    """Return the columns whose names suggest a rejected side or a rating, with the lower-case name.
 
-    Cached, because it runs for every row and most rows have the same columns.
+    Cached, because this runs for every row and most rows have the same columns.
     """
     names = [(column, str(column).lower()) for column in columns]
     return tuple((column, name) for column, name in names if name in (*REJECTED, *_RATED))
@@ -106,8 +106,8 @@ def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 def _rating_column(columns: Columns, taken: Iterable[str], *, numbers: bool) -> tuple[str, int, int]:
     """Return the column that rates the answers of most rows, with the counts of good and bad rows.
 
-    Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty if there is no such column:
-    a grade from 1 to 5 or a class is not a rating, unless the column name says so (``kto_tag``).
+    Ratings are true and false; with ``numbers`` also 1 and 0, or 1 and -1. Empty if there is no such column.
+    A grade from 1 to 5 or a class is not a rating, unless the column's name marks it as one (``kto_tag``).
     """
     for name in (*_RATED, *NAMES.scores):
         column = columns.spelled.get(name, "")
@@ -136,7 +136,9 @@ def is_good(rating: Any) -> bool | None:
 def sides_problem(
     name: str, sides: Mapping[str, str], columns: Columns, preference_choice: str
 ) -> UserError | None:
-    """Return why rows that compare answers are not trained on: no opt-in, or an unknown side or prompt."""
+    """Return why rows that compare answers are not used for training: no opt-in, or an unknown side or
+    prompt.
+    """
     rejected, values = sides["rejected"], columns.values
     if "chosen" not in sides:
         return UserError(
@@ -178,8 +180,11 @@ def sides_problem(
 def ratings_problem(
     name: str, ratings: tuple[str, int, int] | None, preference_choice: str
 ) -> UserError | None:
-    """Return why answers are not trained on: rated ones without opt-in or by a method for pairs, or unrated
-    ones by a method that compares."""
+    """Return why answers are not used for training.
+
+    Either the answers are rated and there is no opt-in, or a method for pairs; or they are not rated and the
+    method compares answers.
+    """
     if ratings is not None and preference_choice == "refuse":
         column, good, bad = ratings
         return UserError(
@@ -223,7 +228,7 @@ def _choice(which: str) -> str:
 
 
 def _without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> bool:
-    """Return whether both sides are bare answers in most rows, without a prompt.
+    """Return whether most rows have two bare answers without a prompt.
 
     Texts with a common beginning contain the prompt (TRL's implicit prompt).
     """
@@ -241,8 +246,10 @@ def _without_prompt(values: Sequence[Mapping[str, Any]], columns: Mapping[str, s
 
 
 def compared_columns(mapping: Mapping[str, str], columns: Columns, name: str, wanted: str) -> dict[str, str]:
-    """Return the column of each part in preference rows; empty if there are none, or if the user's mapping
-    already names the chosen side as what to learn."""
+    """Return the column of each part in preference rows.
+
+    Empty if there are no preferences, or if the user's mapping already uses the chosen side as the answer.
+    """
     own = {part: column for part, column in mapping.items() if part in (*PARTS, *OPTIONAL)}
     sides = own.keys() & PARTS.keys()
     compared = preference_columns(columns, own if sides else {})
@@ -286,7 +293,7 @@ def rating_of(
 
 
 def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
-    """Return whether most lists of turns hold an answer; next to a question alone, a label is its class."""
+    """Return whether most lists of turns hold an answer; a label next to a question alone is its class."""
     answered = 0
     for value in values:
         with suppress(RowRejectedError):
@@ -305,8 +312,8 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     """Return the conversation that ends with the chosen answer. Raises ``RowRejectedError``.
 
-    Turns that both sides share are the prompt, outside the loss. Both sides may be conversations, turns,
-    texts, or dialogues in one text as in Anthropic's data sets.
+    Turns that both sides share are the prompt, which is outside the loss. Each side may be conversations,
+    turns, texts, or dialogues in one text as in Anthropic's data sets.
     """
     conversation, _ = _sides(cells, source, row)
     return conversation
@@ -336,9 +343,9 @@ def compared(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
 
 
 def rated(conversation: Conversation, *, is_good: bool) -> Conversation:
-    """Return a conversation whose last answer is rated; earlier turns are its prompt.
+    """Return a conversation with a rating for its last answer; earlier turns are the prompt.
 
-    Raises ``RowRejectedError`` if it does not end with an answer.
+    Raises ``RowRejectedError`` if the conversation does not end with an answer.
     """
     messages = conversation.messages
     start = len(_before_answer(messages))
@@ -370,7 +377,7 @@ def _has_answer(messages: Sequence[Message]) -> bool:
 
 
 def _trained_from(messages: Sequence[Message], first: int) -> tuple[Message, ...]:
-    """Return the turns, of which those before the one numbered ``first`` are not in the loss."""
+    """Return the turns with those before index ``first`` taken out of the loss."""
     return tuple(
         msgspec.structs.replace(m, train=m.train and number >= first) for number, m in enumerate(messages)
     )
@@ -423,7 +430,7 @@ def _side(value: Any, prompt: tuple[Message, ...], name: str) -> tuple[Message, 
 
 
 def dialogue(text: str) -> tuple[Message, ...] | None:
-    """Parse a text that begins with ``Human:``, as in Anthropic's data sets; None for any other."""
+    """Parse a text that begins with ``Human:``, as in Anthropic's data sets; None for any other text."""
     pieces = _SPEAKER.split(text)
     if len(pieces) < 3 or pieces[0].strip() or pieces[1] != "Human":
         return None
@@ -453,7 +460,7 @@ def _same(one: Sequence[Message], other: Sequence[Message]) -> bool:
 
 
 def _shared(one: Sequence[Message], other: Sequence[Message]) -> int:
-    """Count the turns that both sides begin with."""
+    """Count the turns at the beginning that both sides share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if _said(a) != _said(b)), min(len(one), len(other)))
 

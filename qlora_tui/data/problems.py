@@ -1,8 +1,8 @@
 """The kinds of data problems, and counters of their rows.
 
-``problems.toml`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts them while
-rows stream by, keeping the first row numbers and one example of each; of plain texts longer than a row it
-counts what is lost of them, and what a split would keep.
+``problems.toml`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts the problems
+while rows stream by, and keeps the first row numbers and one example of each kind. For plain texts that are
+too long, it also counts the tokens that are lost, and the rows that a split would give.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data
 
 MAX_LISTED_ROWS = 1000
-"""Most row numbers stored for each kind; further rows are only counted."""
+"""Largest number of row numbers stored for each kind; further rows are only counted."""
 EXAMPLE_CHARACTERS = 200
 
 
@@ -47,7 +47,7 @@ class _Declared(Struct, frozen=True):
 
 _DECLARED = msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Declared)
 CHECKS, NOTES = _DECLARED.checks, _DECLARED.notes
-"""Every kind of problem, and sentences on what was changed for the template."""
+"""Every kind of problem, and sentences about changes made for the template."""
 
 BAD_ROWS = frozenset(kind for kind, check in CHECKS.items() if check.can_be_skipped)
 """Errors of single rows, which ``data.bad_rows = "skip"`` leaves out."""
@@ -58,10 +58,10 @@ OVERFLOW_OUTCOMES = {
     "cut-right": "cut right",
     "split": "split",
 }
-"""What becomes of a row that is too long, by ``data.overflow``."""
+"""What happens to a row that is too long, keyed by ``data.overflow``."""
 
 ON_THINKING = frozenset(kind for kind in NOTES if kind.startswith(("reasoning-", "thinking-", "thought-")))
-"""Notes that ``dataset_report`` turns into sentences on the data as a whole."""
+"""Notes for which ``dataset_report`` writes sentences on the data as a whole."""
 
 
 class DataProblem(Struct, frozen=True):
@@ -81,9 +81,9 @@ class DataProblem(Struct, frozen=True):
     path: str = ""
     """File that the rows are in."""
     tokens: tuple[str, ...] = ()
-    """Tokens to set in ``lora.trainable_tokens``, if that fixes it."""
+    """Tokens to add to ``lora.trainable_tokens``, if that fixes the problem."""
     split_rows: int = 0
-    """Rows that ``data.overflow = "split"`` makes of these, if that fixes the problem."""
+    """Number of rows into which ``data.overflow = "split"`` splits these rows, if that fixes the problem."""
     is_estimate: bool = False
     """Whether ``split_rows`` is an estimate, because there is no tokenizer."""
 
@@ -101,7 +101,7 @@ def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
 
 
 def row_outcome(problem: DataProblem, data: Data) -> str:
-    """Return what becomes of rows with a problem, such as ``, left out``; empty if the title says it."""
+    """Return what happens to rows with a problem, such as ``, left out``; empty if the title says it."""
     if CHECKS[problem.kind].says_outcome:
         return ""
     if problem.severity == "error":
@@ -113,7 +113,7 @@ def row_outcome(problem: DataProblem, data: Data) -> str:
 
 
 def is_bad_row(problem: DataProblem) -> bool:
-    """Return whether the problem blocks a run that could go on without its rows."""
+    """Return whether the problem blocks a run that could continue without the rows."""
     return problem.severity == "error" and problem.kind in BAD_ROWS
 
 
@@ -126,14 +126,16 @@ def problem_of(
     skips_bad_rows: bool = False,
     **facts: Any,
 ) -> DataProblem:
-    """Build a problem as its kind is declared; ``facts`` are other fields, or replace what is declared."""
+    """Build a problem of a declared kind; ``facts`` are other fields, or replace declared ones."""
     check = check_of(kind, skips_bad_rows=skips_bad_rows)
     declared = {"severity": check.severity, "title": check.title, "fix": check.fix}
     return DataProblem(kind=kind, count=count, rows=tuple(rows), example=example, **declared | facts)
 
 
 def none_used(rows: int, problems: Sequence[DataProblem]) -> DataProblem | None:
-    """Build the error for ``rows`` rows that are all left out; None if their ``problems`` do not say why."""
+    """Build the error for ``rows`` rows that are all left out; None if their ``problems`` do not explain
+    that.
+    """
     reasons = [problem for problem in problems if is_left_out(problem)]
     if not reasons:
         return None
@@ -156,9 +158,9 @@ def raise_first_error(problems: Iterable[DataProblem]) -> None:
 
 
 def error_of(problem: DataProblem) -> UserError:
-    """Build the error for a problem that blocks a run, with its kind as the code.
+    """Build the error for a problem that blocks a run, with the problem's kind as the error code.
 
-    An error without rows is one of a whole file, which its text names.
+    A problem without rows concerns a whole file, which its text names.
     """
     if not problem.rows:
         return UserError(problem.title, what=problem.example, fix=problem.fix)
@@ -174,7 +176,7 @@ def error_of(problem: DataProblem) -> UserError:
 
 
 def shorten(text: str) -> str:
-    """Return ``text`` on one line, cut to the length of an example."""
+    """Return ``text`` on one line, shortened to the length of an example."""
     line = " ".join(text.split())
     return line if len(line) <= EXAMPLE_CHARACTERS else line[: EXAMPLE_CHARACTERS - 1] + "…"
 
@@ -182,30 +184,33 @@ def shorten(text: str) -> str:
 _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": "keeps"}
 
 _MAX_CHARACTERS_PER_TOKEN = 10
-"""A text with more than this many for each token of the limit is over it with any tokenizer."""
+"""Number of characters per token above which a text exceeds the token limit with any tokenizer."""
 BYTES_PER_TOKEN = 4
-"""Rough UTF-8 bytes of a token. Measured with the tokenizers of SmolLM2 and Gemma 3: 4.8 and 4.9 in English
-Wikipedia, 3.6 in Markdown with links, 1.8 and 4.2 in Chinese."""
+"""Approximate number of UTF-8 bytes in a token.
+
+Measured with the tokenizers of SmolLM2 and Gemma 3: 4.8 and 4.9 in English Wikipedia, 3.6 in Markdown with
+links, 1.8 and 4.2 in Chinese.
+"""
 
 
 class LongText(Struct, frozen=True, array_like=True):
     """A plain text over the length limit that is not split."""
 
     length: int
-    """Length in tokens; in characters without a tokenizer."""
+    """Length in tokens, or in characters without a tokenizer."""
     split_rows: int
-    """Rows that splitting gives; an estimate without a tokenizer."""
+    """Number of rows that splitting would give; an estimate without a tokenizer."""
     remaining: int | None = None
-    """Tokens that remain; None without a tokenizer."""
+    """Tokens that are kept; None without a tokenizer."""
 
 
 def max_characters(data: Data) -> int:
-    """Return the number of characters above which a text is over the length limit with any tokenizer."""
+    """Return the number of characters above which a text exceeds the length limit with any tokenizer."""
     return data.max_length * _MAX_CHARACTERS_PER_TOKEN
 
 
 def estimated_long_text(conversation: Conversation, data: Data) -> LongText | None:
-    """Estimate the length of a plain text that is certain to be cut or dropped, without a tokenizer."""
+    """Estimate, without a tokenizer, the length of a plain text that is certain to be cut or dropped."""
     text = conversation.text
     if data.overflow == "split" or len(text) <= max_characters(data):
         return None
@@ -219,7 +224,7 @@ class _Tally(Struct):
     example: str
     count: int = 0
     rows: list[int] = []
-    """The first ones."""
+    """Numbers of the first rows."""
     last_row: int | None = None
 
 
@@ -227,7 +232,7 @@ class ProblemCounter:
     """Counts the problems of one file."""
 
     def __init__(self, source: int = 0, path: str = "", data: Data | None = None) -> None:
-        """``data`` says what becomes of bad rows and of long texts."""
+        """Count the problems of one file; ``data`` determines what happens to bad rows and long texts."""
         self._place: dict[str, Any] = {"source": source, "path": path}
         self._data = data or Data()
         self._tallies: dict[str, _Tally] = {}
@@ -235,7 +240,10 @@ class ProblemCounter:
         """Sum over all long texts."""
 
     def add(self, kind: str, row: int, example: str = "") -> None:
-        """Count one more row with this problem, once however often it has it. Rows come in order."""
+        """Count another row with this problem, only once even if the row has it several times.
+
+        Rows must be added in order.
+        """
         tally = self._tallies.setdefault(kind, _Tally(shorten(example)))
         if tally.last_row == row:
             return
@@ -245,7 +253,7 @@ class ProblemCounter:
             tally.rows.append(row)
 
     def add_long_text(self, row: int, text: LongText) -> None:
-        """Count one more plain text over the length limit."""
+        """Count another plain text over the length limit."""
         self.add("long-text", row)
         so_far, left = self._long, text.remaining
         remaining = None if so_far.remaining is None or left is None else so_far.remaining + left
@@ -262,7 +270,7 @@ class ProblemCounter:
         return sorted(problems, key=lambda p: (p.severity != "error", -p.count))
 
     def _on_long_texts(self, problem: DataProblem) -> DataProblem:
-        """Add what ``data.overflow`` does to long texts, with the rows that splitting gives."""
+        """Add how ``data.overflow`` treats long texts, and the number of rows that splitting would give."""
         long, data = self._long, self._data
         rows = pluralize(long.split_rows, "row")
         if long.remaining is None:

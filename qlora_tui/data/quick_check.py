@@ -1,10 +1,11 @@
-"""A search for rows that would stop a run, before it is queued: all of a small file, or a large one's start.
+"""Searches for rows that would stop a run before it is queued, in all of a small file or the start of a large
+one.
 
-Used by ``qlora-tui train`` and the checks of the Train screen. It needs no tokenizer. Problems that show
-only in tokens, and those in the rest of a large file, are found by ``dataset`` when the run starts, or known
-from an earlier inspection, which caches its errors here: valid for one state of a file (its time and size)
-and one way of reading it; an error that shows only in tokens also depends on tokenizer and template.
-It also estimates the lengths of the samples.
+Used by ``qlora-tui train`` and the checks of the Train screen. The check needs no tokenizer. Problems that
+show only in tokens, and problems in the rest of a large file, are found by ``dataset`` when the run starts,
+or are known from an earlier inspection, whose errors are cached here. A cached error is valid for one state
+of a file (its time and size) and one way of reading it; an error that shows only in tokens also depends on
+tokenizer and template. The check also estimates the lengths of the samples.
 """
 
 from __future__ import annotations
@@ -37,39 +38,41 @@ from qlora_tui.recipe.schema import Data, Source
 
 TIME_LIMIT_S = 2.0
 _TEMPLATE_TOKENS = 5
-"""Tokens that a chat template adds around each turn: role, and the start and end of the turn."""
+"""Tokens that a chat template adds to each turn: the role, and start and end of the turn."""
 _MARGIN = 1.25
-"""Factor of the length limit above which an estimated length is taken to be over it."""
+"""Factor of the length limit above which a sample of an estimated length counts as too long."""
 
 
 class FileSize(Struct, frozen=True):
-    """Amount of data in one file, or in the part of it that was read."""
+    """The amount of data in one file, or in the part of it that was read."""
 
     source: int
     """Index of the source in the recipe."""
     rows: int
-    """Without excluded ones."""
+    """Number of rows, without excluded ones."""
     samples: int
-    """Rows that are trained on, as far as is known without a tokenizer."""
+    """Number of rows to train on, as far as can be known without a tokenizer."""
     lengths: array[int]
-    """Estimated tokens of each sample within the length limit; under a method for pairs, of both sides."""
+    """Estimated tokens of each sample within the length limit; for a method for pairs, of both sides
+    together.
+    """
     excluded: int = 0
-    """Rows that the source leaves out."""
+    """Number of rows that the source leaves out."""
     left_out: int = 0
-    """Rows of which no tokenizer makes a sample: such as bad ones, and those without an answer."""
+    """Number of rows that give no sample with any tokenizer, such as bad ones and those without an answer."""
 
 
 class QuickCheckResult(Struct, frozen=True):
-    """Result of a check in which no row blocks a run."""
+    """The result of a check in which no row blocks a run."""
 
     complete: bool
-    """Whether there was time for every row."""
+    """Whether there was enough time for every row."""
     warnings: tuple[DataProblem, ...]
-    """Warnings on rows that are left out or cut, of those that were read."""
+    """Warnings on rows that are left out or cut, among the rows that were read."""
     sizes: tuple[FileSize, ...] = ()
-    """Data of each file that was reached, in order."""
+    """Amount of data in each file that was read, in order."""
     problems: tuple[DataProblem, ...] = ()
-    """All kinds of problems, shown or not."""
+    """All kinds of problems, whether or not they are shown."""
 
 
 def quick_check(
@@ -80,12 +83,12 @@ def quick_check(
     """Check as many rows as can be read within ``time_limit_s`` seconds.
 
     Args:
-        files: of all sources; rows that are left out of them neither count nor block.
+        files: files of all sources; excluded rows neither count nor block.
         data: settings of the recipe.
         time_limit_s: seconds after which the rest is not read.
 
     Raises:
-        UserError: the first file with rows that block a run.
+        UserError: a file has rows that block a run; the error is that of the first such file.
     """
     deadline = time.monotonic() + time_limit_s
     in_time = True
@@ -131,7 +134,7 @@ def quick_check(
             break
         if row_count == rejected and (unused := none_used(row_count, problems)):
             unused_files.append(replace(unused, severity="warning"))
-    if any(size.samples for size in sizes):  # else it is an error of all files together
+    if any(size.samples for size in sizes):  # otherwise all files together have the error
         warnings += unused_files
     return QuickCheckResult(in_time, tuple(warnings), tuple(sizes), tuple(every_problem))
 
@@ -163,7 +166,7 @@ def _estimated_tokens(text: str, messages: Sequence[Message]) -> int:
 
 
 def _sample_lengths(conversation: Conversation, data: Data) -> list[int]:
-    """Estimate the tokens of the samples of a conversation: each is cut, or split, at the length limit."""
+    """Estimate the tokens of a conversation's samples, each cut or split at the length limit."""
     limit = data.max_length
     lengths = [_estimated_tokens(side.text, side.messages) for side in (conversation, *conversation.rejected)]
     if data.preferences in PAIR_METHODS:
@@ -182,12 +185,12 @@ _TOKENIZER_FILES = (
 )
 _MAX_FILES = 1000
 _READING = 4
-"""Version of the row checks; increased when rows that were an error become readable."""
+"""Version of the row checks, increased when rows that were an error become readable."""
 
 _cache = AnswerCache("findings", DataProblem, max_bytes=1 << 20)
 
 Tokens = tuple[object, ...]
-"""Inputs that errors in tokens depend on; see ``tokenizer_fingerprint``."""
+"""Inputs on which errors in tokens depend; see ``tokenizer_fingerprint``."""
 
 
 def tokenizer_fingerprint(folder: Path, template: str, train_on: str) -> Tokens:
@@ -202,7 +205,10 @@ Stamp = tuple[int, int]
 
 
 def file_fingerprint(path: Path) -> Stamp:
-    """Return the current state of a file; call it before reading, because the file may be fixed meanwhile."""
+    """Return the current state of a file.
+
+    Call this before reading, because the file may be changed meanwhile.
+    """
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
 
@@ -217,8 +223,10 @@ def cache_errors(
     read: bool,
     skips_bad_rows: bool = False,
 ) -> None:
-    """Store the first error of each kind among the problems of a file, and remove errors that are gone if the
-    whole file was ``read``."""
+    """Store the first error of each kind among a file's problems.
+
+    If the whole file was ``read``, cached errors that no longer occur are removed.
+    """
     errors = [problem for problem in problems if problem.severity == "error" and problem.path == str(path)]
     for of_tokens in (False, True):
         if of_tokens and tokens is None:

@@ -1,9 +1,9 @@
-"""Rows from files, plain or compressed: all of them in order, or one by its number.
+"""Reads rows from files, plain or compressed: all of them in order, or one by its number.
 
-Used by ``formats`` (for the first rows) and by ``dataset`` and ``inspection`` (to stream all of them). Only
-a chunk of the file is in memory at a time. A row that cannot be read, and after which the next one can, is a
-``Row`` with ``error`` set; a file that cannot be read to its end raises ``UserError``. One row of a large
-JSONL file is found through an index of the lines in each megabyte, built only as far as needed.
+Used by ``formats`` (for the first rows) and by ``dataset`` and ``inspection`` (to stream all of them). Only a
+chunk of the file is in memory at a time. If a row cannot be read but later rows can, it is a ``Row`` with
+``error`` set; a file that cannot be read to its end raises ``UserError``. One row of a large JSONL file is
+found through an index of the lines in each megabyte, built only as far as needed.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ SUFFIXES = {
     ".text": "text",
     ".md": "text",
 }
-"""Format of a file by the end of its name (before ``.gz`` or ``.zst``)."""
+"""Format of a file, keyed by the end of its name (before ``.gz`` or ``.zst``)."""
 COMPRESSED = (".gz", ".zst", ".zstd")
 _MAX_CELLS = 1_000_000
 _LEAST_LINES_INSIDE = 5
-"""Fewer lines inside a value that look like rows are taken for its text."""
+"""Number of row-like lines inside a value below which they count as its text."""
 _BOM = BOM.encode()
 _FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
 _KEYS = (b'":', b'" :', b'"\t:')
-"""What follows a key, and may be inside a string too."""
+"""Byte sequences that follow a key; a string may contain them too."""
 
 
 def kind_of(path: Path) -> str:
@@ -83,9 +83,9 @@ def kind_of(path: Path) -> str:
 
 
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
-    """Yield every row of one file, in order; ``position`` is updated with the progress.
+    """Yield every row of one file, in order, and update ``position`` with the progress.
 
-    Raises ``UserError`` if the file is empty, unreadable, damaged or of no known kind.
+    Raises ``UserError`` if the file is empty, unreadable, damaged or of an unknown kind.
     """
     return filter(None, map(row_of, raw_rows(path, position)))
 
@@ -103,12 +103,12 @@ def first_rows(path: Path, most: int) -> list[Row]:
 
 
 def row_of(raw: Row | Line) -> Row | None:
-    """Return the row; None for a blank line."""
+    """Return the parsed row; None for a blank line."""
     return jsonl_row(raw.number, raw.text) if isinstance(raw, Line) else raw
 
 
 def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Line]:
-    """Yield every row of one file, with the lines of a JSONL file unparsed and including blank ones."""
+    """Yield every row of one file; lines of a JSONL file are unparsed and include blank ones."""
     kind = kind_of(path)
     empty = UserError(
         "Empty file", what=f"{path} is empty.", fix="Choose another file, or download this one again."
@@ -122,7 +122,7 @@ def raw_rows(path: Path, position: Position | None = None) -> Iterator[Row | Lin
         with opened(path, position) as stream:
             if not stream.peek():
                 raise empty
-            # Without a known suffix, it is JSON if it starts like it.
+            # Without a known suffix, the file counts as JSON if it starts like JSON.
             starts_as_json = stream.peek().lstrip()[:1] in (b"[", b"{")
             yield from _READERS[kind or ("json" if starts_as_json else "text")](stream)
     except BrokenFileError as error:
@@ -143,9 +143,9 @@ def cannot_read(path: Path, error: OSError) -> UserError:
 
 
 def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFileError:
-    """Build the error for a file that cannot be read to its end, or of which no row can be read.
+    """Build the error for a file that cannot be read to its end, or that has no readable row.
 
-    ``kind`` is that of ``Row``; ``reason`` names the line.
+    ``kind`` is the kind of ``Row``; ``reason`` names the line.
     """
     titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
     # Every other byte of a Western text in UTF-16 is NUL.
@@ -168,7 +168,7 @@ def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFile
 
 
 def jsonl_row(number: int, line: bytes) -> Row | None:
-    """Parse one line of a JSONL file; None for a blank one."""
+    """Parse one line of a JSONL file; None for a blank line."""
     line = line.removeprefix(_BOM).strip()
     if not line:
         return None
@@ -186,8 +186,10 @@ def jsonl_row(number: int, line: bytes) -> Row | None:
 
 
 def repeated_keys(line: bytes, value: Any) -> tuple[tuple[str, str], ...]:
-    """Return the warning on the first key that comes twice in an object of a line, of which ``value`` was
-    decoded; empty for none."""
+    """Return the warning on the first key that occurs twice in an object of a line; empty if there is none.
+
+    ``value`` is the decoded line.
+    """
     if sum(map(line.count, _KEYS)) <= _count_keys(value):
         return ()
     repeated: list[str] = []
@@ -228,7 +230,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
     first = next(lines, ("", ""))
     delimiter = delimiter or _delimiter(first[0])
     table = _TableLines(chain([first], lines), delimiter)
-    # Otherwise a quote that is never closed takes in the rest of the file without an error.
+    # Otherwise a quote that is never closed would include the rest of the file without an error.
     reader = csv.reader(table, delimiter=delimiter, strict=True)
     header: list[str] = []
     number = 0
@@ -280,9 +282,10 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
 
 
 def _holds_rows(cells: list[str], width: int, delimiter: str) -> bool:
-    """Return whether all lines inside one value would be rows: a stray quote may have opened it.
+    """Return whether all lines inside one value would be rows, in which case a stray quote may have opened
+    it.
 
-    A line of prose or code seldom has just as many separators, and none of them before a space.
+    A line of prose or code rarely has exactly as many separators, with none of them before a space.
     """
     for cell in cells if width > 1 else ():
         inside = cell.split("\n")[1:-1]
@@ -297,7 +300,7 @@ def _holds_rows(cells: list[str], width: int, delimiter: str) -> bool:
 
 
 class _TableLines:
-    """Lines for a CSV reader, which joins as many as the quotes of a row require. Raises ``TooLarge``."""
+    """Lines for a CSV reader, which joins lines while a quote is open. Raises ``TooLarge``."""
 
     def __init__(self, lines: Iterator[tuple[str, str]], delimiter: str) -> None:
         self._lines = lines
@@ -311,7 +314,7 @@ class _TableLines:
         self._row_lines: list[str] = []
         self.first_line = self.line + 1
         self.damage = ""
-        """Why the row is not text, with the line; empty if it is."""
+        """Why the row is not text, with the line; empty if it is text."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -334,7 +337,9 @@ class _TableLines:
         return line
 
     def check_quotes(self) -> None:
-        """Raise ``BrokenFileError`` with the line of the quote that no other closes, if there is one."""
+        """Raise ``BrokenFileError`` with the line of an opening quote that is never closed, if there is
+        one.
+        """
         if place := self._unclosed_quote():
             line, text_follows_on = place
             what = "a quote opens a value here"
@@ -342,7 +347,7 @@ class _TableLines:
             raise BrokenFileError("bad-row", line, f"{what}, and {closing or 'is not closed'}")
 
     def check_damage(self) -> None:
-        """Raise ``BrokenFileError`` if the bytes that are not text may hide an opening quote."""
+        """Raise ``BrokenFileError`` if bytes that are not text may hide an opening quote."""
         hidden_quote = re.compile(
             rf'(?:\A|\n|{re.escape(self._delimiter)})[^"{re.escape(self._delimiter)}]*\ufffd"'
         )
@@ -350,10 +355,14 @@ class _TableLines:
             raise BrokenFileError("bad-encoding", self.first_line, "bytes that are not UTF-8 before a quote")
 
     def _unclosed_quote(self) -> tuple[int, int] | None:
-        """Return the line of the quote that no other closes, and that of text after a closing one, else 0."""
+        """Return the line of the quote that is never closed, and the line of text after a closing quote, else
+        0.
+
+        None if every quote is closed.
+        """
         text = "".join(self._row_lines)
         end = re.escape(self._delimiter) + r"\r\n"
-        # Possessive: a value never gives back what it has taken, so one pass is enough.
+        # Possessive quantifiers: a value never gives back characters, so one pass is enough.
         quoted = r'"(?:[^"]|"")*+"'
         value = re.compile(rf'{quoted}(?=[{end}]|\Z)|[^{end}"][^{end}]*+|(?=[{end}]|\Z)')
         at = 0
@@ -381,7 +390,7 @@ _READERS: dict[str, Callable[[Stream], Iterator[Row | Line]]] = {
 
 
 _INDEXED_BYTES = 4 << 20
-"""Smaller files are read from their start."""
+"""Size below which files are read from their start."""
 
 
 def row_at(path: Path, number: int) -> Row | None:
@@ -393,7 +402,7 @@ def row_at(path: Path, number: int) -> Row | None:
 
 
 class _LineIndex:
-    """Number of line ends before each megabyte of a file, counted only as far as needed."""
+    """The number of line ends before each megabyte of a file, counted only as far as needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -423,7 +432,7 @@ def _line_row(path: Path, number: int, index: _LineIndex) -> Row | None:
     chunk, before = index.chunk_of(number)
     with path.open("rb") as file:
         file.seek(chunk * CHUNK_BYTES)
-        # A line over the length limit comes in parts: the first reports that it is too long.
+        # A line over the length limit comes in parts; the first part reports that it is too long.
         lines = iter(lambda: file.readline(LARGEST_ROW_BYTES + 1), b"")
         for line_number, line in enumerate(lines, before + 1):
             if line_number >= number:

@@ -1,8 +1,8 @@
-"""Token ids and loss mask of a conversation: its text and spans from ``assistant_spans``, tokenized.
+"""Computes token ids and loss mask of a conversation by tokenizing text and spans from ``assistant_spans``.
 
-``render`` is for one conversation (the Data screen, ``data show``), ``render_many`` for a batch (the
-trainer's preparation): both use the same code, so what is shown is what is trained. Control tokens inside the
-text of a turn are encoded as ordinary text.
+``render`` is for one conversation (the Data screen, ``data show``), and ``render_many`` for a batch (the
+trainer's preparation). Both use the same code, so the displayed text is the trained text. Control tokens
+inside the text of a turn are encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ TrainOn = Literal["assistant", "everything"]
 
 
 class RenderedConversation(Struct, frozen=True):
-    """A conversation as text, not yet tokens."""
+    """A conversation as text, before it is tokenized."""
 
     samples: tuple[SampleText, ...]
     notes: tuple[str, ...]
 
 
 class RenderOptions(Struct, frozen=True):
-    """Settings of a recipe's ``data`` that decide how a conversation is rendered."""
+    """Settings of a recipe's ``data`` that affect how a conversation is rendered."""
 
     train_on: TrainOn = "assistant"
     thinking: Thinking = "auto"
@@ -80,7 +80,7 @@ def render(
 def render_many(
     conversations: Sequence[Conversation], tokenizer: ChatTokenizer, options: RenderOptions = DEFAULT
 ) -> Iterator[list[TokenizedSample] | RowRejectedError]:
-    """Return the samples of each conversation, in order, or the error that explains why it gives none."""
+    """Yield the samples of each conversation, in order, or the error that explains why it has none."""
     rendered = [_render_or_reject(conversation, tokenizer, options) for conversation in conversations]
     samples = [sample for one in rendered if isinstance(one, RenderedConversation) for sample in one.samples]
     marked = iter(
@@ -113,16 +113,16 @@ def prompt_ids(
     thinking: Thinking = "auto",
     template_variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Return the token ids of the prompt for an answer to ``messages``, the same as in training.
+    """Return the token ids of the prompt for an answer to ``messages``, as in training.
 
-    ``auto`` leaves thinking to the template's default, or to its variable among ``template_variables``.
+    With ``auto``, the template's default or its variable in ``template_variables`` determines thinking.
     Raises ``RowRejectedError``.
     """
     return prompt_text_ids(prompt_text(messages, tokenizer, tools, thinking, template_variables), tokenizer)
 
 
 def prompt_text_ids(text: str, tokenizer: ChatTokenizer) -> list[int]:
-    """Return the token ids of what ``prompt_text`` returned, or of its beginning."""
+    """Return the token ids of a text that ``prompt_text`` returned, or of its beginning."""
     return tokenize_by_span(SampleText(text, ()), tokenizer, ()).token_ids
 
 
@@ -133,7 +133,7 @@ def prompt_text(
     thinking: Thinking = "auto",
     template_variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the text of the prompt for an answer to ``messages``, as ``prompt_ids`` splits it into tokens.
+    """Return the text of the prompt for an answer to ``messages``, which ``prompt_ids`` tokenizes.
 
     Control tokens inside a message are between private marks. Raises ``RowRejectedError``.
     """
@@ -151,7 +151,7 @@ def prompt_text(
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
-    """Split a sample for display: stretches of text inside or outside the loss, special tokens separately."""
+    """Split a sample for display into texts inside and outside the loss, with special tokens separate."""
     shown: list[Piece] = []
     start = 0
     for end in range(1, len(token_ids) + 1):
@@ -169,7 +169,9 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
 
 
 def trained_texts(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> tuple[str, ...]:
-    """Text of each token in the loss, except the first token of a sample, which is predicted from nothing."""
+    """Return the text of each token in the loss, except the first token of a sample, which is never
+    predicted.
+    """
     return tuple(
         text_at(tokenizer, token_ids, place, place + 1)
         for place in range(1, len(token_ids))
@@ -243,9 +245,10 @@ def _notes_on_thinking(
 ) -> list[str]:
     """Return notes on how a conversation's reasoning was handled, and whether thinking was on or off.
 
-    One of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and ``reasoning-left-out`` if it has
-    any; ``reasoning-split`` where each such turn gets a separate sample; ``thinking-on`` or ``thinking-off``
-    if the template has a switch, ``thought-closed`` if its prompt opens a thought anyway.
+    A conversation with reasoning has one of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and
+    ``reasoning-left-out``, and ``reasoning-split`` if each turn with reasoning has a separate sample. If the
+    template has a switch, the note is ``thinking-on`` or ``thinking-off``, or ``thought-closed`` if its
+    prompt opens a thought even so.
     """
     notes = []
     reasons = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and reasoning_of(m)]
@@ -264,7 +267,7 @@ def _notes_on_thinking(
 
 
 def _without_reasoning(turn: Mapping[str, Any], samples: Sequence[SampleText]) -> bool:
-    """Return whether the answer of a turn appears in a sample without its thoughts."""
+    """Return whether the answer of a turn appears in a sample without its reasoning."""
     content = turn.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
@@ -275,10 +278,10 @@ def _without_reasoning(turn: Mapping[str, Any], samples: Sequence[SampleText]) -
 def _neutral_turns(
     turns: list[dict[str, Any]], tokenizer: ChatTokenizer
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Put control tokens in the texts between marks; return the turns and whether any had one.
+    """Put control tokens in the texts between marks; return the turns and whether any had a control token.
 
-    In an assistant's text only special tokens count: ``<think>`` and ``<tool_call>`` are tokens the model
-    should say.
+    In an assistant's text only special tokens are marked: ``<think>`` and ``<tool_call>`` are tokens that the
+    model should generate.
     """
     result, any_marked = [], False
     for turn in turns:
@@ -291,7 +294,7 @@ def _neutral_turns(
 
 
 def _neutral_value(value: Any, pattern: re.Pattern[str]) -> tuple[Any, bool]:
-    """Neutralize every string inside ``value``; return it and whether anything changed."""
+    """Neutralize every string inside ``value``; return the new value and whether anything changed."""
     if isinstance(value, str):
         return mark_control_tokens(value, pattern)
     if isinstance(value, Mapping):

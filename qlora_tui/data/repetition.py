@@ -1,4 +1,4 @@
-"""Answers that repeat themselves, and answers that contradict each other."""
+"""Finds answers that repeat themselves, and answers that contradict each other."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from zlib import crc32
 
 _MAX_BLOCK_WORDS = 60
 _MAX_CHARACTERS = 4000
-"""How much of the end of a text is looked at."""
+"""Number of characters at the end of a text that are searched."""
 _LEAST_REPEATS = 3
 _REPEATS_OF_SHORT_BLOCKS = {1: 10, 2: 5}
-"""Times that one or two words must follow each other, since ``no, no, no`` is no loop."""
+"""Times that one or two words must occur in a row to be a loop, because ``no, no, no`` is none."""
 _SENTENCE_ENDS = (".", "!", "?", "…")
 _MARKS = ".,;:!?…\"'“”‘’()[]{}*_`"
-"""Marks at the edges of a word that do not count."""
+"""Punctuation that is removed from both ends of a word."""
 _FENCE = "```"
 _TABLE = "|"
 
 
 def find_loop(text: str) -> str:
-    """Return what the end of ``text`` repeats, or an empty text.
+    """Return the text that repeats at the end of ``text``; empty if none does.
 
-    That is a sentence, or any three words or more, three times in a row. Fewer words must come more often.
-    Code and tables may repeat themselves.
+    A sentence, or any three or more words, must occur three times in a row, and fewer words more often. Code
+    and tables may repeat themselves.
     """
     if text.count(_FENCE) % 2:
         return ""
@@ -44,16 +44,19 @@ def find_loop(text: str) -> str:
 
 
 SAME_PROMPT = 0.8
-"""Least share of word pairs that two prompts have in common."""
+"""Smallest share of common word pairs with which two prompts count as the same."""
 OTHER_ANSWER = 0.2
-"""Most of the words that two answers have in common."""
+"""Largest share of common words with which two answers count as different."""
 _PROBES = 6
 _MOST_ALIKE = 50
-"""Rows with one prompt that are compared with each other."""
+"""Largest number of rows with one prompt that are compared with each other."""
 
 
 def find_contradictions(rows: Sequence[tuple[str, str]]) -> dict[int, int]:
-    """For each row that contradicts another, that row: indices in ``rows``, which are (prompt, answer)."""
+    """Map each row that contradicts another row to that row, by their indices in ``rows``.
+
+    Rows are pairs of prompt and answer.
+    """
     prompts = [_pairs(prompt) for prompt, _ in rows]
     answers = [frozenset(words(answer)) for _, answer in rows]
     alike: dict[int, list[int]] = {}
@@ -75,7 +78,7 @@ def find_contradictions(rows: Sequence[tuple[str, str]]) -> dict[int, int]:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, without case and without marks at their edges."""
+    """Return the words of a text in lower case, without punctuation at their ends."""
     return [word for each in text.split() if (word := each.strip(_MARKS).casefold())]
 
 

@@ -1,7 +1,7 @@
-"""One row of a file, before its format is known, and bounds on how much of a file is read into memory.
+"""A row of a file before its format is known, and limits on how much of a file is read into memory.
 
-The bounds are far above any real data set. A few kilobytes can describe terabytes, such as one long line
-under compression: content over a bound is rejected with an error that names file, place and bound.
+The limits are far above any real data set. A compressed file of a few kilobytes can expand to terabytes, so
+content over a limit is rejected with an error that names file, place and limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from qlora_tui.errors import UserError
 
 
 class Line(Struct, frozen=True):
-    """One unparsed line of a JSONL file: parsing is most of the work, and can run in another process."""
+    """One unparsed line of a JSONL file, because parsing is most of the work and can run in another
+    process.
+    """
 
     number: int
     text: bytes
@@ -26,21 +28,21 @@ class Row(Struct, frozen=True):
     """One row of a file, or the error that explains why it cannot be read."""
 
     number: int
-    """Row number from 1: the line in JSONL and text files, else the record (a CSV header does not count)."""
+    """Row number from 1: the line in JSONL and text files, else the record (a CSV header is not counted)."""
     value: Any = None
-    """Value of each field; a list or a string if the file holds bare lists or strings."""
+    """The fields with their values; a list or a string if the file holds bare lists or strings."""
     kind: str = ""
-    """Kind of error of a row that cannot be read: ``bad-json``, ``bad-encoding`` or ``bad-row``."""
+    """Kind of error if the row cannot be read: ``bad-json``, ``bad-encoding`` or ``bad-row``."""
     error: str = ""
     """Reason why the row cannot be read, naming the line."""
     warnings: tuple[tuple[str, str], ...] = ()
-    """Kind (see ``problems.CHECKS``) and example of what reading it may have lost."""
+    """Kind (see ``problems.CHECKS``) and example of content that may have been lost in reading."""
     file_note: str = ""
-    """What else the file holds and is not read, on its first row."""
+    """On a file's first row: description of other content of the file that is not read."""
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
-    """Return the names of columns; a repeated one gets a number, as in pandas: ``answer.1``."""
+    """Return column names in which repeated names have a number, as in pandas: ``answer.1``."""
     distinct: list[str] = []
     for name in names:
         number, unique = 0, name
@@ -53,27 +55,32 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 
 MIB = 1 << 20
 LARGEST_ROW_BYTES = 16 * MIB
-"""Most bytes of a line, JSON value, CSV row, paragraph or record: some four million tokens."""
+"""Largest size of a line, JSON value, CSV row, paragraph or record: about four million tokens."""
 MAX_VALUES = 3_000_000
-"""Most values in one JSON value, which may be a whole file; each takes up to 80 bytes as a Python object."""
+"""Largest number of values in one JSON value, which may be a whole file.
+
+Each value takes up to 80 bytes as a Python object.
+"""
 MAX_VALUES_IN_LINE = 250_000
 MAX_CHARACTERS = 2_000_000
-"""Most characters of one rendered conversation: a tokenizer takes some 350 bytes for each."""
+"""Largest number of characters of one rendered conversation: a tokenizer takes about 350 bytes for each."""
 DEEPEST = 100
-"""Deepest nesting of lists and objects."""
+"""Largest nesting depth of lists and objects."""
 _PART_BYTES = 64
 UNQUESTIONED_BYTES = 64 * MIB
 MAX_EXPANSION = 1000
-"""Most bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been read. Real text
-compresses to between a third and a fiftieth."""
+"""Largest number of bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been read.
+
+Real text compresses to between a third and a fiftieth.
+"""
 
 
 class DamagedFileError(UserError):
-    """The content of a file cannot be read to its end, whenever it is tried."""
+    """The file's content cannot be read to its end, and repeating the attempt does not help."""
 
 
 class TooLarge(Exception):
-    """Something in a file is over a bound; the message names the place in the file and the bound."""
+    """Raised if content of a file exceeds a limit; the message names the place in the file and the limit."""
 
 
 def too_large(path: Path, error: TooLarge) -> DamagedFileError:
@@ -100,7 +107,7 @@ def check_expansion(disk_bytes: int, read_bytes: int) -> None:
 
 
 def line_over_bound(line: bytes) -> str:
-    """Return why a line of JSON is over a bound, before it is decoded; empty if it is not."""
+    """Return why a line of JSON exceeds a limit, before it is decoded; empty if it does not."""
     if len(line) > LARGEST_ROW_BYTES:
         return f"it is larger than {LARGEST_ROW_BYTES // MIB} MiB"
     if len(line) > MAX_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MAX_VALUES_IN_LINE:
@@ -109,7 +116,7 @@ def line_over_bound(line: bytes) -> str:
 
 
 def rough_bytes(value: Any) -> int:
-    """Estimate the bytes of a decoded value: characters of strings, and a constant for each part."""
+    """Estimate the bytes of a decoded value: the characters of strings, and a constant for each part."""
     if isinstance(value, str):
         return _PART_BYTES + len(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
 """The result of one row, processed independently: read, rendered, truncated and checked.
 
-``dataset_scan`` adds what depends on other rows (duplicates, counts, split), in file order, and runs the
-work here in other processes.
+``dataset_scan`` adds, in file order, results that depend on other rows (duplicates, counts, split), and runs
+the functions here in other processes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from qlora_tui.recipe.preference_methods import PAIR_METHODS
 from qlora_tui.recipe.schema import Data
 
 Finding = tuple[str, str]
-"""Kind and example."""
+"""Kind and example of a finding."""
 
 
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
-"""Bytes of text in a batch; limits the memory if rows are long."""
+"""Bytes of text in a batch, which limits the memory for long rows."""
 
 
 class Batch(Struct, frozen=True):
@@ -65,33 +65,37 @@ class RowResult(Struct, frozen=True):
     is_rejected: bool = False
     """Whether the row gives no sample; its last finding says why."""
     key: int | None = None
-    """Key that is equal for rows with equal content (see ``split.group_key``); None for no conversation."""
+    """Key that is equal for rows with equal content (see ``split.group_key``); None without a
+    conversation.
+    """
     findings: tuple[Finding, ...] = ()
-    """Findings on the conversation and its samples, and what the length limit did to them."""
+    """Findings on the conversation and its samples, and on how the length limit changed them."""
     notes: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     """Tokens of each sample before truncation; characters of the conversation without a tokenizer."""
     samples: tuple[TokenizedSample, ...] = ()
-    """Samples as trained; empty if the length limit leaves nothing, or samples are not requested."""
+    """The samples to train on; empty if the length limit leaves none, or samples are not requested."""
     counts: Counts | None = None
-    """What the row adds to the counts of all rows; None for a rejected one."""
+    """Counts to add to those of all rows; None for a rejected row."""
     long_text: LongText | None = None
     """Facts on a plain text over the length limit that is not split."""
     sketch: bytes = b""
 
 
 class RowProcessor:
-    """Processes rows under the settings of a recipe. Pickled to the worker processes."""
+    """Processes rows with the settings of a recipe. Pickled to the worker processes."""
 
     def __init__(self, data: Data, tokenizer: ChatTokenizer | None, seed: int = 0, keep_samples: bool = True):
-        """Without a tokenizer rows are only read and checked, and give no samples."""
+        """Prepare to process rows; without a tokenizer rows are only read and checked, and give no
+        samples.
+        """
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
         self._keep_samples = keep_samples
 
     def process(self, batch: Batch) -> list[RowResult]:
-        """Return one result for each row, in order; none for a blank line."""
+        """Return one result for each row, in order, without blank lines."""
         rows = list(filter(None, map(row_of, batch.rows)))
         read = [conversation_of(row, batch.file) for row in rows]
         usable = [one for one in read if isinstance(one, Conversation)]
@@ -115,7 +119,7 @@ class RowProcessor:
         sketched: bool,
         warnings: tuple[Finding, ...],
     ) -> RowResult:
-        """Return the result of a row from the samples of its conversation, then those of rejected ones."""
+        """Return the result of a row from the samples of its conversation, and of its rejected answers."""
         result = RowResult(
             conversation.row,
             key=group_key(conversation, self._seed),
@@ -149,7 +153,7 @@ class RowProcessor:
         rendered: list[list[TokenizedSample]],
         tokenizer: ChatTokenizer,
     ) -> RowResult:
-        """Return the result with the samples that the length limit leaves, and the findings on them."""
+        """Return the result with the samples that fit the length limit, and the findings on them."""
         method, counts, long_text = self._data.preferences, Counts(), None
         whole = rendered[0]
         problems = list(sample_findings(tokenizer, conversation, whole, self._data.train_on))
@@ -178,7 +182,7 @@ class RowProcessor:
         )
 
     def _long_text(self, sample: TokenizedSample, fitted: list[TokenizedSample]) -> LongText | None:
-        """Describe a plain text that is cut or dropped; None for any other."""
+        """Describe a plain text that is cut or dropped; None for any other sample."""
         assert self._tokenizer is not None
         length = len(sample.token_ids)
         if length <= self._data.max_length or self._data.overflow == "split":
@@ -193,9 +197,9 @@ class RowProcessor:
         sample_problems: list[Finding],
         counts: Counts,
     ) -> list[TokenizedSample | None]:
-        """Return what the length limit leaves of each side of a preference row; None of one without room.
+        """Return the part of each side of a preference row that fits the length limit; None if nothing fits.
 
-        Counts pairs, which both sides share, or rated answers; reports the row once.
+        Updates the counts of pairs, which both sides share, or of rated answers, and reports the row once.
         """
         assert self._tokenizer is not None
         limit = self._data.max_length
@@ -222,7 +226,7 @@ class RowProcessor:
     def _truncate(
         self, row: int, sample: TokenizedSample, sample_problems: list[Finding], counts: Counts
     ) -> list[TokenizedSample]:
-        """Return what the length limit leaves; updates ``sample_problems`` and ``counts``."""
+        """Return the samples that fit the length limit; updates ``sample_problems`` and ``counts``."""
         assert self._tokenizer is not None
         limit, overflow = self._data.max_length, self._data.overflow
         length = len(sample.token_ids)
@@ -250,12 +254,12 @@ _ALLOWED_AFTER: dict[str, tuple[str, ...]] = {
 _CALL_MARKS = ("<tool_call>", "<functioncall>", "<function_call>", "<function=", "[TOOL_CALLS]")
 
 _CONTROL_CHARACTERS = "[\\x00-\\x08\\x0b\\x0e-\\x1f]"
-"""Control characters that no text needs."""
+"""Control characters that text does not need."""
 _CONTROL = re.compile(_CONTROL_CHARACTERS)
 _DAMAGE = re.compile(
-    "\ufffd"  # what decoders write for invalid bytes
+    "\ufffd"  # character that decoders write for invalid bytes
     "|\u00c3[\u0080-\u00bf\u0192\u201a\u2030\u0152\u0160\u0161\u0153]"  # Ã©: UTF-8 read as Latin-1
-    "|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d\u02dc\u00a6\u00a2]"  # â€™: the same for quotes, dashes
+    "|\u00e2\u20ac[\u2122\u0153\u009d\u201c\u201d\u02dc\u00a6\u00a2]"  # â€™: the same for quotes and dashes
     "|\u00c2[\u00a0-\u00bf](?![\u00c0-\u024f])"  # Â°
     "|" + _CONTROL_CHARACTERS
 )
@@ -275,7 +279,10 @@ _SECRET_MARKS = (
     *("-----BEGIN", "AKIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
     *("hf_", "sk-", "xox", "AIza", "eyJ"),
 )
-"""Substrings that every secret contains: searching for them is a hundred times faster than the pattern."""
+"""Substrings of which every secret contains one.
+
+Searching for them is a hundred times faster than matching the pattern.
+"""
 _SECRET_MARKS_WITHOUT_LINE = tuple(mark for mark in _SECRET_MARKS if "_" not in mark)
 _SECRET_SHOWN_CHARACTERS = 6
 
@@ -327,7 +334,7 @@ def sample_findings(
 
 
 def _disorder(conversation: Conversation) -> str:
-    """Return which turn is out of order; empty if none is."""
+    """Return a description of the first turn that is out of order; empty if there is none."""
     before = ""
     for number, message in enumerate(conversation.messages, 1):
         if message.role not in _ALLOWED_AFTER[before]:
@@ -338,7 +345,9 @@ def _disorder(conversation: Conversation) -> str:
 
 
 def _calls(message: Message) -> bool:
-    """Return whether a turn calls a tool, also in its text as in the Hermes and Glaive data sets."""
+    """Return whether a turn calls a tool, including calls in its text as in the Hermes and Glaive data
+    sets.
+    """
     return bool(message.tool_calls) or (
         message.role == "assistant" and any(mark in message.content for mark in _CALL_MARKS)
     )

@@ -1,7 +1,7 @@
-"""Rows written to CSV, JSONL and Parquet files, one batch in memory at a time.
+"""Writes rows to CSV, JSONL and Parquet files, with one batch in memory at a time.
 
-Rows are objects that may differ in their columns, as those of ``read.rows`` do. CSV and Parquet need the
-columns first, so the rows are asked for twice.
+Rows are objects that may differ in their columns, like those of ``read.rows``. CSV and Parquet need all
+columns first, so the rows are iterated twice.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ WRITERS: dict[str, Callable[[Path, Rows], None]] = {
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,
 }
-"""Formats by the end of a file's name."""
+"""Writers keyed by the end of a file's name."""
 
 
 def _type(values: list[Any]) -> Any:
@@ -75,12 +75,12 @@ def _type(values: list[Any]) -> Any:
         found = pyarrow.array(values).type
     except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
         return None
-    # Arrow would give every row the keys of all.
+    # Arrow would give every row all keys.
     return None if pyarrow.types.is_nested(found) else found
 
 
 def _common(one: Any, other: Any) -> Any:
-    """Return the type that holds the values of both; None if that is JSON."""
+    """Return the type that holds the values of both types; None if only JSON does."""
     import pyarrow
 
     if one is None or other is None:
@@ -93,7 +93,7 @@ def _common(one: Any, other: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """Return a value as a text; None stays, as an empty cell."""
+    """Return a value as text; None is kept as an empty cell."""
     if value is None or isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -1,8 +1,8 @@
 """Samples of one conversation: token ids, loss mask and loss weights, within the length limit.
 
-A sample longer than ``data.max_length`` is dropped, cut or split, as the recipe says. Preference methods for
-pairs store two samples for each rejected answer of a row, the chosen side first; ``kto`` stores one sample
-for each answer, good or bad.
+A sample longer than ``data.max_length`` is dropped, cut or split, depending on the recipe. Preference methods
+for pairs store two samples for each rejected answer of a row, the chosen side first; ``kto`` stores one
+sample for each answer, good or bad.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class TokenizedSample(Struct, frozen=True):
     loss_mask: bytes
     """One byte per token: 1 if the token is in the loss, else 0."""
     notes: tuple[str, ...] = ()
-    """Changes made for the template: ``system-in-user``, ``tools-as-text``, ``calls-as-text``,
-    ``tool-as-user``, ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template);
-    ``weights``; and the handling of reasoning, see ``_notes_on_thinking`` in ``render``."""
+    """Changes made for the template, and the handling of reasoning (``_notes_on_thinking`` in ``render``).
+
+    The changes are ``system-in-user``, ``tools-as-text``, ``calls-as-text``, ``tool-as-user``,
+    ``control-tokens`` (some were neutralized), ``answer-changed`` (by the template), and ``weights``.
+    """
     weights: array[float] | None = None
     """Loss weight of each token, 32-bit; None if each token in the loss has weight 1."""
     side: int = 0
-    """``GOOD`` or ``BAD`` (see ``store``) for a preference method; 0 for a sample that is simply learned."""
+    """``GOOD`` or ``BAD`` (see ``store``) with a preference method; 0 for a sample without comparison."""
 
     @property
     def trained_count(self) -> int:
@@ -47,9 +49,9 @@ class TokenizedSample(Struct, frozen=True):
 
 
 def mark_control_tokens(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]:
-    """Put what matches ``pattern`` between marks; return the text and whether anything matched.
+    """Put matches of ``pattern`` between marks; return the text and whether anything matched.
 
-    What is between marks is encoded as ordinary text.
+    Text between marks is encoded as ordinary text.
     """
     if not text.isascii():
         text = PRIVATE.sub("", text)
@@ -58,14 +60,14 @@ def mark_control_tokens(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]
 
 
 def span_edges(sample: SampleText) -> list[int]:
-    """Return where spans begin and end, except at both ends of the text."""
+    """Return where spans begin and end, except at the start and the end of the text."""
     return sorted({place for span in sample.spans for place in span if 0 < place < len(sample.text)})
 
 
 def tokenize_sample(
     sample: SampleText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
 ) -> TokenizedSample:
-    """Return the tokens of a sample whose text is encoded already, with the ``span_edges`` marked in it."""
+    """Return the tokens of a sample whose text has been encoded, with the ``span_edges`` marked in it."""
     if _LITERAL in sample.text or _END_LITERAL in sample.text:
         return tokenize_by_span(sample, tokenizer, notes)
     ids = marked.ids
@@ -85,10 +87,10 @@ def tokenize_sample(
 
 
 def tokenize_by_span(sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
-    """Tokenize the spans inside and outside the loss separately, marked tokens as plain text.
+    """Tokenize the spans inside and outside the loss separately, and marked tokens as plain text.
 
-    Also used for a sample whose answer begins inside a token of the whole text: at inference, the prompt
-    is tokenized separately.
+    Also used if an answer begins inside a token of the whole text: at inference, the prompt is tokenized
+    separately.
     """
     ids: list[int] = []
     loss_mask = bytearray()
@@ -108,7 +110,7 @@ def tokenize_by_span(sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[
 
 
 def _stretches(text: str) -> list[tuple[str, bool]]:
-    """Split text at marks; return each piece and whether it is literal text."""
+    """Split text at marks; return each part and whether it is literal text."""
     result: list[tuple[str, bool]] = []
     at = 0
     for match in _LITERALS.finditer(text):
@@ -123,10 +125,10 @@ Overflow = Literal["drop", "cut-left", "cut-right", "split"]
 def truncate(
     sample: TokenizedSample, max_length: int, overflow: Overflow, bos_id: int | None = None
 ) -> list[TokenizedSample]:
-    """Return samples of at most ``max_length`` tokens each, without any that has no token in the loss.
+    """Return samples of at most ``max_length`` tokens, leaving out those with no token in the loss.
 
-    The first token of a sample is predicted from nothing, so it does not count. Cutting on the left keeps a
-    begin token at the start. Empty if nothing is left to learn.
+    The first token of a sample is predicted from nothing, so it does not count as being in the loss. Cutting
+    on the left keeps a begin token at the start.
     """
     length = len(sample.token_ids)
     if length <= max_length:
@@ -150,8 +152,9 @@ def truncate(
 def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of the pieces of a split sample, in tokens.
 
-    Each ends after the last answer that fits, so that the next begins with a turn. An answer that does not
-    fit is cut at the limit. Of a question that fills a whole piece only the end is kept, before its answer.
+    Each piece ends after the last answer that fits, so that the next piece begins with a turn. An answer that
+    does not fit is cut at the limit. If a question fills a whole piece, only its end before the answer is
+    kept.
     """
     start = 0
     while len(loss_mask) - start > max_length:
@@ -163,7 +166,7 @@ def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
             over = loss_mask.find(b"\x00", answer) if 0 in loss_mask[answer:] else len(loss_mask)
             start = max(start, min(over - max_length, answer - max_length // 2))
             continue
-        # The end of the last answer within the limit: a token in the loss before one that is not.
+        # The end of the last answer within the limit, which is a token in the loss before one that is not.
         turn_end = loss_mask.rfind(b"\x01\x00", start, end + 1) + 1
         yield start, turn_end or end
         start = turn_end or end
@@ -180,7 +183,7 @@ def last_samples(
 ) -> list[TokenizedSample]:
     """Return the sample that holds the answer, for the conversation and each of its rejected alternatives.
 
-    Texts without turns share their beginning, which is then their prompt and is not in the loss.
+    The common beginning of texts without turns is their prompt, which is not in the loss.
     """
     samples = [each[-1] for each in rendered]
     if not conversation.text or len(samples) < 2:
@@ -190,7 +193,7 @@ def last_samples(
 
 
 def side_names(conversation: Conversation) -> tuple[str, ...]:
-    """Name the samples of :func:`last_samples` for people; empty without a preference method."""
+    """Return display names for the samples of :func:`last_samples`; empty without a preference method."""
     if conversation.rated_good is not None:
         return ("good" if conversation.rated_good else "bad",)
     return ("chosen", *["rejected"] * len(conversation.rejected)) if conversation.rejected else ()
@@ -199,11 +202,11 @@ def side_names(conversation: Conversation) -> tuple[str, ...]:
 def sides_of(
     conversation: Conversation, fitted: Sequence[TokenizedSample | None], method: PreferenceMethod
 ) -> list[TokenizedSample]:
-    """Return the samples to store, each with its side.
+    """Return the samples to store, each with its side. A pair that lacks one of its sides is left out.
 
     Args:
-        fitted: the samples within the length limit, as :func:`last_samples` orders them; None for one of
-            which nothing is left to learn. A pair without one of its sides is left out.
+        fitted: the samples within the length limit, in the order of :func:`last_samples`; None for a sample
+            with no tokens left to learn.
     """
     first, *others = fitted
     good = BAD if conversation.rated_good is False else GOOD
@@ -215,7 +218,7 @@ def sides_of(
 
 
 def _shared(samples: Sequence[TokenizedSample]) -> int:
-    """Count the tokens that all samples begin with."""
+    """Count the tokens at the beginning that all samples share."""
     columns = zip(*(sample.token_ids for sample in samples), strict=False)
     count = 0
     for column in columns:

@@ -1,9 +1,9 @@
-"""The recipe's sources as files with a format each, and their rows as conversations.
+"""Resolves a recipe's sources to files with formats, and converts their rows to conversations.
 
-A source is a file, a folder, or a dataset of the Hub. ``datasets`` imports numpy, pandas and more, so it
-downloads the latter in a child process; its Arrow files are read in place in the Hugging Face cache, and
-their location is stored, so that the next use makes no request. ``format_choices`` says what each format
-would read of a file.
+A source is a file, a folder, or a dataset of the Hub. ``datasets`` imports numpy, pandas and more, so a child
+process downloads Hub datasets. Their Arrow files are read in place in the Hugging Face cache, and their
+location is stored, so that the next use makes no request. ``format_choices`` shows what each format would
+read from a file.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class SourceFile(Struct, frozen=True):
     """Index of the source in the recipe."""
     detection: Detection
     name: str = EVERY_FILE
-    """Name in its source; empty if that is one file."""
+    """Name in its source; empty if the source is a single file."""
     excluded: frozenset[int] = frozenset()
-    """Rows that the source leaves out of it."""
+    """Rows of this file that the source leaves out."""
 
 
 class ValidationSource(Source, frozen=True, kw_only=True):
-    """What ``data.validation_path`` names. Of a folder, the files are read that are named as validation."""
+    """The source in ``data.validation_path``. In a folder, only files named as validation are read."""
 
 
 def every_source(data: Data) -> list[Source]:
-    """Return what a run reads: the sources, then the validation file."""
+    """Return all sources that a run reads: the training sources, then the validation source."""
     validation = [ValidationSource(path=data.validation_path)] if data.validation_path else []
     return [*data.sources, *validation]
 
 
 def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[SourceFile], str]:
-    """Return the files of a source, each with its format, and a note on what of the source is read.
+    """Return the files of a source, each with its format, and a note on which part of the source is read.
 
     ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` for a source that does not
     exist, is empty, has no usable field, or holds preferences that the recipe rejects.
@@ -73,7 +73,7 @@ def open_source(source: Source, preferences: str, index: int = 0) -> tuple[list[
 def open_files(
     source: Source, paths: Sequence[Path], preferences: str, index: int = 0
 ) -> Iterator[SourceFile]:
-    """Yield all files of a source, each with its format and the rows that are left out of it."""
+    """Yield all files of a source, each with its format and its excluded rows."""
     excluded = excluded_by_path(source, paths)
     for path, name in zip(paths, file_names(source.path, paths), strict=True):
         detection = sniff(path, source, preferences)
@@ -103,9 +103,9 @@ def first_prompt(data: Data) -> str:
 
 
 def prompt_at(data: Data, source: int, row: int, file: str = "") -> str:
-    """Return the first user turn of a row, numbered from 1, of a file in a source; empty if it has none.
+    """Return the first user turn of row number ``row``, from 1, in a source's file; empty if it has none.
 
-    The rows before it are read too. Nothing is downloaded.
+    Earlier rows are read too. Nothing is downloaded.
     """
     sources = every_source(data)
     if not 0 <= source < len(sources) or is_hub_dataset(sources[source].path):
@@ -123,7 +123,7 @@ def prompt_at(data: Data, source: int, row: int, file: str = "") -> str:
 
 
 def is_hub_dataset(name: str) -> bool:
-    """Return whether a source's path is a Hub dataset id rather than a file or folder."""
+    """Return whether a source's path is a Hub dataset ID rather than a file or folder."""
     path = Path(name).expanduser()
     return is_hub_id(name) and not path.exists() and not kind_of(path)
 
@@ -131,7 +131,7 @@ def is_hub_dataset(name: str) -> bool:
 def source_stamps(source: Source) -> tuple[tuple[str, int, int], ...]:
     """Return path, modification time and size of a source's files; empty for a Hub dataset or a missing file.
 
-    Two results differ if a file changed in between.
+    If a file changes, the result changes.
     """
     path = Path(source.path).expanduser()
     try:
@@ -173,11 +173,11 @@ _VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")
 
 
 _HELD_OUT = (*_VALIDATION, "test", "heldout", "holdout")
-"""Words in the names of files, and of folders that hold them, that are not for training."""
+"""Words in the names of files and their folders that mark them as not for training."""
 
 
 _DOCUMENTS = ("readme", "license", "licence")
-"""Texts about the data, by the beginning of their names, in ``.md``, ``.txt`` or ``.text``."""
+"""Beginnings of the names of texts about the data, which end in ``.md``, ``.txt`` or ``.text``."""
 
 
 _METADATA = {
@@ -186,23 +186,26 @@ _METADATA = {
     "dataset_dict.json": ("splits",),
     "state.json": ("_data_files", "_fingerprint"),
 }
-"""Files in which ``datasets`` and LLaMA-Factory describe data, each with keys of which it has one, at the top
-or one level below. A file of the same name that holds rows is data."""
+"""Files in which ``datasets`` and LLaMA-Factory describe data, with keys of which such a file has at least
+one.
+
+The key is at the top level or one level below. A file of the same name that holds rows is data.
+"""
 
 
 _MAX_METADATA_BYTES = 4 << 20
 
 
 _LEFT_OUT_NAMED = 5
-"""Files left out for one reason that a note names."""
+"""Number of files left out for one reason that a note names."""
 
 
 def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
-    """Return the data files of ``path``, and a note that names what else a folder holds, with the reasons.
+    """Return the data files of ``path``, and a note that names the other files of a folder with the reasons.
 
-    A folder gives its files, sorted by name, including subfolders and linked ones. Where only some names mark
-    files as held out of training, these are left out; for ``validation`` the others are, and those for tests
-    if some are for validation.
+    A folder gives its files, sorted by name, including subfolders and linked files. If some names mark files
+    as held out from training, those are left out. For ``validation`` only marked files are used, without
+    those for tests if some are for validation.
     """
     if not path.exists():
         raise UserError(
@@ -225,7 +228,7 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
             left_out.setdefault("of an unknown kind", []).append(str(relative))
         elif _describes_data(file):
             left_out.setdefault("about the data", []).append(str(relative))
-        elif os.path.lexists(file):  # else deleted since the search
+        elif os.path.lexists(file):  # otherwise deleted since the search
             _check_regular(file)
             files.append(relative)
     if not files:
@@ -247,7 +250,10 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
 
 
 def files_inside(folder: Path) -> list[Path]:
-    """Return :func:`qlora_tui.files.walk_files`. Raises UserError for a subfolder that cannot be searched."""
+    """Return the result of :func:`qlora_tui.files.walk_files`.
+
+    Raises UserError for a subfolder that cannot be searched.
+    """
     try:
         return walk_files(folder)
     except OSError as error:
@@ -270,7 +276,9 @@ def _check_regular(path: Path) -> None:
 
 
 def _describes_data(path: Path) -> bool:
-    """Return whether a file is about the data rather than data, by its name and, of JSON, its content."""
+    """Return whether a file describes the data rather than being data, by its name and, if JSON, its
+    content.
+    """
     name = path.name.lower()
     if name.split(".")[0] in _DOCUMENTS:
         return kind_of(path) == "text"
@@ -280,19 +288,19 @@ def _describes_data(path: Path) -> bool:
             return False
         value = msgspec.json.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, RecursionError):
-        return False  # read as data, which says what is wrong
+        return False  # read as data, which reports the error
     levels = [value, *value.values()] if isinstance(value, dict) else []
     return any(isinstance(level, dict) and key in level for level in levels for key in keys)
 
 
 def _is_named(path: Path, words: Sequence[str]) -> bool:
-    """Return whether a word in the name of a file, or of a folder that holds it, is one of ``words``."""
+    """Return whether the name of a file, or of a folder that holds it, contains one of ``words``."""
     name = path.as_posix().lower().replace("held-out", "heldout").replace("held_out", "heldout")
     return any(word in words for word in re.split(r"[^a-z]+", name.replace("hold-out", "holdout")))
 
 
 def _left_out_note(left_out: dict[str, list[str]]) -> str:
-    """Return the names of files by why they are left out; empty if none is."""
+    """Return the names of the files that are left out, grouped by reason; empty if there are none."""
     parts = []
     for reason, names in left_out.items():
         more = f" and {len(names) - _LEFT_OUT_NAMED:,} more" if len(names) > _LEFT_OUT_NAMED else ""
@@ -305,7 +313,7 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 class HubFiles(Struct, frozen=True):
-    """Files that the child process downloaded."""
+    """The files that the child process downloaded."""
 
     files: tuple[str, ...]
     split: str
@@ -315,12 +323,12 @@ _FILES = msgspec.json.Decoder(HubFiles)
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether ``name`` may be a dataset id: ``owner/name``, optionally with ``:subset``."""
+    """Return whether ``name`` may be a dataset ID: ``owner/name``, optionally with ``:subset``."""
     return _ID.fullmatch(name) is not None and not name.startswith(("./", "../", "~"))
 
 
 def hub_files(name: str) -> tuple[list[Path], str]:
-    """Return the files of a dataset's training split, downloaded if needed, and a note on them.
+    """Return the files of a dataset's training split and a note on them, downloading the files if needed.
 
     Raises ``UserError`` if the dataset does not exist or cannot be reached.
     """
@@ -345,7 +353,7 @@ def is_training_split(name: str) -> bool:
 
 
 def local_files(name: str) -> list[Path] | None:
-    """Return the files of an earlier download, else None. Makes no request to the Hub."""
+    """Return the files of an earlier download; None if there is none. Makes no request to the Hub."""
     cached = _read_cached(name)
     return None if cached is None else [Path(file) for file in cached.files]
 
@@ -383,7 +391,7 @@ def download_split(name: str) -> HubFiles:
         names = datasets.get_dataset_split_names(path, subset or None)
         split = next((s for s in TRAINING_SPLITS if s in names), names[0])
         loaded = datasets.load_dataset(path, subset or None, split=split)
-    except Exception as error:  # the library raises a dozen kinds, from its own to its HTTP client's
+    except Exception as error:  # the library raises a dozen types, its own and those of its HTTP client
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             "No such data",
@@ -407,25 +415,25 @@ AUTO = "auto"
 
 
 class FormatChoice(Struct, frozen=True):
-    """A format, and what it reads of the first rows of a file."""
+    """A format, with the result of reading a file's first rows in it."""
 
     format: str
     rows: int
-    """Rows that were tried."""
+    """Number of rows that were tried."""
     read: int = 0
-    """Those of them that give a conversation."""
+    """Number of tried rows that give a conversation."""
     example: str = ""
-    """``question → answer`` of the first conversation, shortened; a text alone for plain text."""
+    """``question → answer`` of the first conversation, shortened; only a text for plain text."""
     detected: str = ""
-    """For ``auto``, the format that it chooses."""
+    """For ``auto``, the format that was detected."""
     problem: str = ""
-    """Why no row is read, in a clause; empty if one is."""
+    """Why no row can be read, in a clause; empty if one can be."""
 
 
 def format_choices(
     path: Path, source: Source, formats: Sequence[str], preferences: str
 ) -> tuple[FormatChoice, ...]:
-    """Try the first rows of a file in each of ``formats``, which are in the order of the choices.
+    """Try to read the first rows of a file in each of ``formats``, and return the results in the same order.
 
     ``preferences`` is the recipe's ``data.preferences``. Raises ``UserError`` if the file cannot be read.
     """

@@ -1,12 +1,13 @@
-"""Selection of validation rows: seeded, the same share of each source, duplicates kept together.
+"""Selects validation rows with a seed: the same share of each source, with duplicates kept together.
 
-Rows that share at least ``SIMILARITY_THRESHOLD`` of their word triples, as estimated from the smallest
-hashes of the triples (a bottom-k MinHash sketch: Broder, "On the resemblance and containment of documents",
-1997), are near duplicates. ``NearDuplicates`` compares each row with earlier ones while rows stream by, for
-``inspection``: only the first ``MAX_ROWS``, so that time and memory stay bounded. ``Split`` compares all
-rows at once, in an order given by their content, so that the groups do not depend on the order of the rows.
-Sketches stay on disk, and every step reads a slice of them: under two hundred bytes per row, mapped pages
-included. numpy is imported when called: only the trainer prepares data.
+Rows that share at least ``SIMILARITY_THRESHOLD`` of their word triples, as estimated from the smallest hashes
+of the triples (a bottom-k MinHash sketch: Broder, "On the resemblance and containment of documents", 1997),
+are near duplicates. ``NearDuplicates`` compares each row with earlier ones while rows stream by, for
+``inspection``; it compares only the first ``MAX_ROWS``, so that time and memory are bounded. ``Split``
+compares all rows at once, in an order derived from their content, so that the groups do not depend on the
+order of the rows. Sketches stay on disk, and every step reads a slice of them, so memory stays under two
+hundred bytes per row, mapped pages included. numpy is imported inside functions, because only the trainer
+prepares data.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _encode = msgspec.json.Encoder().encode
 def group_key(conversation: Conversation, seed: int) -> int:
     """Return a 64-bit key, equal for rows that differ only in case and white space.
 
-    The seed is mixed in, so that the order of the keys is the random order of the split.
+    The key depends on the seed too, so that the order of the keys is the random order of the split.
     """
     words: list[str] = [conversation.text]
     for message in conversation.messages:
@@ -52,7 +53,7 @@ class Split:
     """Collects rows, then selects the validation rows."""
 
     def __init__(self, folder: Path, fraction: float):
-        """``folder`` holds the sketches of the rows until the split is decided."""
+        """Collect rows; ``folder`` holds their sketches until the split is decided."""
         self._fraction = fraction
         self._keys = array("Q")
         self._sources = array("H")
@@ -61,7 +62,7 @@ class Split:
 
     @property
     def wanted(self) -> bool:
-        """Return whether any rows are held back for validation, so that sketches are needed."""
+        """Return whether any rows are used for validation, which requires sketches."""
         return self._fraction > 0
 
     def add(self, source: int, key: int, sketch: array[int]) -> None:
@@ -85,11 +86,11 @@ class Split:
 
 
 def validation_rows(groups: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
-    """Select the validation groups: about ``fraction`` of the rows of each source, and no more.
+    """Select the validation groups: at most, and about, ``fraction`` of the rows of each source.
 
-    ``groups`` and ``sources`` have one entry per row; the group numbers define their random order. A source
-    whose groups are all too large gives its smallest one if it has others. At least one group is held back
-    if there are two, and at least one is left to train on.
+    ``groups`` and ``sources`` have one entry per row; the group numbers define the groups' random order. A
+    source whose groups are all too large gives its smallest group if it has others. At least one group is
+    selected if there are two, and at least one is left to train on.
     """
     if fraction <= 0:
         return frozenset()
@@ -128,7 +129,7 @@ def _some_but_not_all(chosen: set[int], groups: array[int]) -> frozenset[int]:
 
 
 def _by_group(groups: array[int], sources: array[int]) -> Iterator[tuple[int, Counter[int]]]:
-    """Yield each group, ascending, with its number of rows by source."""
+    """Yield each group number, ascending, with the group's number of rows by source."""
     import numpy as np
 
     numbers = np.frombuffer(groups, dtype=np.uint64)
@@ -145,13 +146,13 @@ def _by_group(groups: array[int], sources: array[int]) -> Iterator[tuple[int, Co
 MAX_ROWS = 100_000
 SIMILARITY_THRESHOLD = 0.8
 SKETCH = 32
-"""Hashes in a sketch, at most."""
+"""Largest number of hashes in a sketch."""
 _PROBES = 4
 _MIN_WORDS = 12
-"""Minimum words of a row that is compared; shorter rows share triples by chance."""
+"""Smallest number of words of a row that is compared; shorter rows share triples by chance."""
 _KNOWN_WORDS = 200_000
 _SPARE = 3
-"""Multiple of ``SKETCH`` hashes that are sorted for a long row, those below a bound."""
+"""Multiple of ``SKETCH`` to which the hashes of a long row are filtered by a bound before they are sorted."""
 _INT64_MIN = -(1 << 63)
 _PUNCTUATION = str.maketrans({c: " " for c in map(chr, range(128)) if not c.isalnum()})
 
@@ -166,11 +167,11 @@ class NearDuplicates:
 
     @property
     def full(self) -> bool:
-        """Return whether no more rows are compared."""
+        """Return whether the largest number of compared rows is reached."""
         return len(self._rows) >= MAX_ROWS
 
     def find_earlier(self, own: array[int], row: int) -> int | None:
-        """Return an earlier row nearly identical to the one with this sketch; stores ``row`` too."""
+        """Return an earlier row nearly identical to ``row``, whose sketch is ``own``; stores ``row`` too."""
         if self.full or not own:
             return None
         earlier_row = None
@@ -192,7 +193,7 @@ def minhash_sketch(conversation: Conversation) -> array[int]:
     words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
     if len(words) < _MIN_WORDS:
         return array("I")
-    # The hash of a tuple of integers is the same in every process, unlike that of a text.
+    # The hash of a tuple of integers is the same in every process, unlike the hash of a text.
     triples = map(hash, zip(words, words[1:], words[2:], strict=False))
     bound = _INT64_MIN + (_SPARE * SKETCH << 64) // len(words)
     few = set(filter(bound.__gt__, triples) if len(words) > 2 * _SPARE * SKETCH else triples)
@@ -200,7 +201,7 @@ def minhash_sketch(conversation: Conversation) -> array[int]:
 
 
 class _Words(dict[str, int]):
-    """Maps a word to a 32-bit hash; cleared when there are too many."""
+    """Maps a word to a 32-bit hash; cleared when it has too many entries."""
 
     def __missing__(self, word: str) -> int:
         if len(self) >= _KNOWN_WORDS:
@@ -213,22 +214,27 @@ _words = _Words()
 
 
 def _similarity(one: array[int], other: array[int]) -> float:
-    """Estimate the share of triples that two rows have in common, among the smallest hashes of both."""
+    """Estimate the share of triples that two rows have in common from the smallest hashes of both."""
     smallest = sorted({*one, *other})[: max(len(one), len(other))]
     both = set(one) & set(other)
     return sum(value in both for value in smallest) / len(smallest)
 
 
 SAME_SIDE_THRESHOLD = 0.6
-"""Share of common word triples from which two rows are kept on one side. Lower than for a near duplicate,
-because keeping two more rows on one side costs nothing."""
+"""Share of common word triples from which two rows are put into the same split.
+
+Lower than for a near duplicate, because putting two more rows into the same split has no drawback.
+"""
 _EMPTY = 0xFFFFFFFF
 """Padding value of a sketch."""
 _MIXES = tuple(random.Random(number).getrandbits(32) | 1 for number in range(12))
-"""Multipliers that each put the hashes in another order. Two rows that share 0.8 of their triples have the
-same first two hashes in one of these orders, except for 5 cases in a million."""
+"""Multipliers that each reorder the hashes.
+
+Two rows that share 0.8 of their triples have the same first two hashes in one of these orders, except in 5
+cases of a million.
+"""
 _NEIGHBORS = 8
-"""Rows that each row is compared with, among those with the same first two hashes."""
+"""Number of rows with the same first two hashes with which each row is compared."""
 _SLICE = 1 << 16
 
 
@@ -241,8 +247,8 @@ def group_keys(keys: array[int], sketches: Path) -> array[int]:
     """Return a 64-bit key for each row, equal for rows that are identical or nearly so.
 
     ``keys`` come from ``split.group_key``, ``sketches`` is a file with the padded sketch of each row. Chains
-    of such rows are one group. A group of more than half of all rows is treated as a common wording, and only
-    its exact duplicates are kept together.
+    of similar rows are one group. A group of more than half of all rows is taken for a common wording, and
+    only its exact duplicates are kept together.
     """
     import numpy as np
 
@@ -270,7 +276,7 @@ def group_keys(keys: array[int], sketches: Path) -> array[int]:
 
 
 def _buckets(rows: Array, numbers: Array, mix: int) -> Array:
-    """Return the first two hashes of each row in the order that ``mix`` makes, as one number."""
+    """Return the first two hashes of each row, in the order that ``mix`` defines, as one number."""
     import numpy as np
 
     buckets = np.empty(len(numbers), dtype=np.uint64)
@@ -283,7 +289,7 @@ def _buckets(rows: Array, numbers: Array, mix: int) -> Array:
 
 
 def _similarities(one: Array, other: Array) -> Array:
-    """Estimate the similarity of two sketches for each pair of rows, as ``_similarity`` does."""
+    """Estimate the similarity of each pair of sketches, as ``_similarity`` does."""
     import numpy as np
 
     both = np.sort(np.concatenate([one, other], axis=1), axis=1)
@@ -297,7 +303,7 @@ def _similarities(one: Array, other: Array) -> Array:
 
 
 def _joined(label: Array, one: Array, other: Array) -> Array:
-    """Return the labels after merging each pair: the smallest number of a group."""
+    """Return the labels after merging each pair; a group's label is the smallest number in it."""
     import numpy as np
 
     while len(one):

@@ -1,8 +1,8 @@
-"""Plans optimizer steps: which samples share a sequence, in which order, and how many steps a run has.
+"""Plans optimizer steps: the samples of each sequence, their order, and the number of steps of a run.
 
 All steps of a run are planned before it starts, from recipe and seed alone. A step is a list of sequences, a
 sequence a list of samples. The trainer plans with tokenized samples; before a launch the same code counts the
-steps from their lengths. :mod:`qlora_tui.training.batches` makes micro-batches of the sequences.
+steps from sample lengths. :mod:`qlora_tui.training.batches` makes micro-batches from the sequences.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from qlora_tui.recipe.schema import Recipe
 
 
 class Lengths(Protocol):
-    """What the steps of a run are counted from."""
+    """The lengths of a data set's samples, from which the steps of a run are counted."""
 
     def __len__(self) -> int: ...
 
     def length(self, i: int, /) -> int:
-        """Length of sample ``i`` in tokens."""
+        """Return the length of sample ``i`` in tokens."""
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Indices of all samples in the random order of one epoch."""
+        """Return the indices of all samples in the random order of one epoch."""
 
 
 class SidedLengths(Lengths, Protocol):
-    """Lengths of good and bad answers."""
+    """The lengths of good and bad answers."""
 
     def of_side(self, side: int, /) -> Lengths:
         """Return the samples of one side, in order."""
@@ -41,20 +41,20 @@ class TokenizedDataset(Lengths, Protocol):
     """The interface of a tokenized data set; ``qlora_tui.data.store.Samples`` implements it."""
 
     def token_ids(self, i: int, /) -> Sequence[int]:
-        """Token ids of sample ``i``."""
+        """Return the token ids of sample ``i``."""
 
     def loss_mask(self, i: int, /) -> Sequence[int]:
-        """1 for each token in the loss, else 0."""
+        """Return 1 for each token of sample ``i`` in the loss, else 0."""
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Weight of each token in the loss; None if each token in the loss has weight 1."""
+        """Return the weight of each token; None if each token in the loss has weight 1."""
 
 
 class SidedDataset(TokenizedDataset, Protocol):
-    """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` is one."""
+    """Tokenized samples that are good or bad answers; ``qlora_tui.data.store.Samples`` implements it."""
 
     def side(self, i: int, /) -> int:
-        """``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
+        """Return ``GOOD`` or ``BAD`` of :mod:`qlora_tui.data.store`."""
 
     def of_side(self, side: int, /) -> SidedDataset:
         """Return the samples of one side, in order."""
@@ -80,7 +80,7 @@ class Pairs:
 
 
 def members(pairs: Sequence[int]) -> tuple[int, ...]:
-    """Return the samples of these pairs, the chosen side of each first."""
+    """Return the samples of these pairs; in each pair the chosen side is first."""
     return tuple(i for pair in pairs for i in (2 * pair, 2 * pair + 1))
 
 
@@ -89,9 +89,9 @@ PackedSamples: TypeAlias = tuple[int, ...]
 
 
 REPLAYED_TOKENS = 90
-"""Tokens of a replayed answer with its prompt, on average."""
+"""Typical number of tokens of a replayed answer with its prompt."""
 _LENGTH_GROUP = 16
-"""Steps per group that is sorted by length, if sequences are padded."""
+"""Number of steps in each group that is sorted by length, if sequences are padded."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PlannedStep:
 
     sequences: tuple[PackedSamples, ...]
     epoch: float
-    """Passes over the data after this step, as a fraction."""
+    """Passes over the data up to and including this step, as a fraction."""
     ends_epoch: bool
 
 
@@ -111,11 +111,14 @@ class StepPlan:
     steps: tuple[PlannedStep, ...]
     sequences_per_epoch: int
     steps_per_epoch: int
-    """Steps of the first epoch. With fractional weights, both numbers may differ by one in others."""
+    """Number of steps of the first epoch; with fractional weights other epochs may differ by one."""
 
 
 def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool) -> StepPlan:
-    """Plan every step of a run. ``padding_free``: a micro-batch is one sequence of isolated samples."""
+    """Plan every step of a run.
+
+    ``padding_free``: whether a micro-batch is one sequence of isolated samples.
+    """
     training = recipe.training
     steps: list[PlannedStep] = []
     first_sequences = first_steps = 0
@@ -144,14 +147,14 @@ def plan_steps(samples: TokenizedDataset, recipe: Recipe, *, padding_free: bool)
 
 @dataclass(frozen=True)
 class StepCount:
-    """How many steps a run has."""
+    """The number of steps of a run."""
 
     per_epoch: int
-    """Steps of the first epoch."""
+    """Number of steps of the first epoch."""
     all_epochs: int
-    """Steps of all epochs, without ``training.max_steps``."""
+    """Number of steps of all epochs, without ``training.max_steps``."""
     tokens: int
-    """Tokens of the first epoch, without padding."""
+    """Number of tokens of the first epoch, without padding."""
 
 
 def count_steps(
@@ -159,12 +162,13 @@ def count_steps(
 ) -> StepCount:
     """Count the steps that :func:`plan_steps` would plan.
 
-    Answers of the base that ``training.replay_share`` adds have a typical length: they are not known yet.
+    Answers of the base that ``training.replay_share`` adds are not known yet, so they count with a typical
+    length.
 
     Args:
-        samples: of the training split; their lengths suffice.
-        padding_free: a micro-batch is one sequence of isolated samples.
-        epochs_are_equal: whether every epoch has the same samples: no source has a fractional weight.
+        samples: lengths of the training samples.
+        padding_free: whether a micro-batch is one sequence of isolated samples.
+        epochs_are_equal: whether every epoch has the same samples, because no source has a fractional weight.
     """
     training, units = recipe.training, _units(samples, recipe)
     steps = per_epoch = tokens = sequences = 0
@@ -183,29 +187,32 @@ def count_steps(
 
 
 def _units(samples: Lengths, recipe: Recipe) -> Lengths:
-    """Return what sequences are made of: samples, or pairs of them."""
+    """Return the units that are packed into sequences: samples, or pairs of samples."""
     return Pairs(cast("SidedLengths", samples)) if recipe.trains_pairs else samples
 
 
 def _sequences(
     order: Sequence[int], lengths: Sequence[int], recipe: Recipe, *, padding_free: bool
 ) -> list[PackedSamples]:
-    """Return the samples or pairs of an epoch, packed if the recipe and ``padding_free`` say so."""
+    """Return the sequences of an epoch's samples or pairs, packed if the recipe and ``padding_free`` say
+    so.
+    """
     if not (padding_free and recipe.data.packing):
         return [(i,) for i in order]
     return pack(order, lengths, recipe.data.max_length * (2 if recipe.trains_pairs else 1))
 
 
 def _trained(sequences: int, share: float) -> int:
-    """Return how many of an epoch's sequences are trained if only ``share`` of them are, at least 1."""
+    """Return how many of an epoch's sequences are trained if only ``share`` of them are; at least 1."""
     return max(1, round(share * sequences))
 
 
 def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[PackedSamples]:
     """Pack whole samples into few sequences by best-fit decreasing.
 
-    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: the longest sample first, each into
-    the sequence with the least space that is enough. A sample longer than ``capacity`` gets its own sequence.
+    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: samples are placed from the longest
+    on, each into the sequence with the least sufficient space. A sample longer than ``capacity`` gets its own
+    sequence.
 
     Args:
         order: indices of the samples.
@@ -215,7 +222,7 @@ def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[Pa
     by_length = sorted(range(len(order)), key=lambda k: -lengths[k])
     sequences: list[list[int]] = []
     free: list[tuple[int, int]] = []
-    """(tokens left, sequence), ascending: the first entry that is large enough is the best fit."""
+    """(tokens left, sequence), ascending, so the first entry that is large enough is the best fit."""
     for k in by_length:
         place = bisect_left(free, (lengths[k], -1))
         if place == len(free):
@@ -245,9 +252,9 @@ def _group_by_length(
     effective_batch: int,
     shuffle: random.Random,
 ) -> list[PackedSamples]:
-    """Put sequences of similar length into one step, so that little is padded, and shuffle the steps.
+    """Put sequences of similar length into the same step to reduce padding, and shuffle the steps.
 
-    Only full steps are shuffled: a shorter last step stays last.
+    Only full steps are shuffled; a shorter last step stays last.
     """
     window = _LENGTH_GROUP * effective_batch
     steps: list[list[PackedSamples]] = []

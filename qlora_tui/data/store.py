@@ -1,20 +1,20 @@
-"""Tokenized samples on disk: flat files that are mapped, never read whole.
+"""Tokenized samples on disk, in flat files that are mapped and never read completely.
 
-One folder per data set. Little-endian, no headers:
+One folder per data set. The files are little-endian and have no headers:
 
 * ``tokens.u32``: every token id, sample after sample.
 * ``trained.u8``: one byte per token, 1 if it is in the loss.
-* ``weights.f32``: the loss weight of each token; exists only if some weigh neither 0 nor 1.
+* ``weights.f32``: the loss weight of each token; exists only if some weight is neither 0 nor 1.
 * ``offsets.u64``: start of each sample, and the end of the last.
 * ``trained_counts.u32``, ``rows.u32``, ``sources.u16``: one entry per sample.
 * ``files.u32``: number of the file of each sample, and ``files.json``: the name of each file in its source;
   they exist only if a source is a folder or has several files.
-* ``sides.u8``: one byte per sample, ``GOOD`` or ``BAD``; exists only if a preference method trains on
-  both. Of a pair the good side comes first, and the bad one is the next sample.
+* ``sides.u8``: one byte per sample, ``GOOD`` or ``BAD``; exists only if a preference method trains on both.
+  In a pair the good side is first, and the bad side is the next sample.
 * ``train.u32``, ``validation.u32``: sample numbers of the two splits.
 * ``meta.json``: the fields of ``dataset.PreparedDataset``.
 
-Written by ``dataset``; the trainer wraps the views with ``torch.frombuffer``.
+``dataset`` writes these files; the trainer wraps the views with ``torch.frombuffer``.
 """
 
 from __future__ import annotations
@@ -43,17 +43,19 @@ _PER_TOKEN = {_TOKENS: "I", _LOSS_MASK: "B", _WEIGHTS: "f"}
 _COUNTS, _ROWS, _SOURCES = "trained_counts.u32", "rows.u32", "sources.u16"
 _FILE_NUMBERS, _FILE_NAMES, _SIDES = "files.u32", "files.json", "sides.u8"
 _PER_SAMPLE = {_COUNTS: "I", _ROWS: "I", _SOURCES: "H", _FILE_NUMBERS: "I", _SIDES: "B"}
-"""Files with an entry for each token or sample, and the types of these."""
+"""Files with an entry for each token or sample, and the array types of their entries."""
 _OPTIONAL = (_WEIGHTS, _FILE_NUMBERS, _SIDES)
 GOOD, BAD = 1, 2
-"""Sides of a sample in a preference: its answer is chosen or rated good, or rejected or rated bad."""
+"""Sides of a sample in a preference: the answer is chosen or rated good, or rejected or rated bad."""
 
 
 class Writer:
-    """Appends samples to a folder. A context manager; call ``finish`` before leaving it."""
+    """Appends samples to a folder. A context manager; call ``finish`` before leaving the context."""
 
     def __init__(self, folder: Path, file_names: Sequence[str] = ()):
-        """``file_names``: of all files in order; empty for a source that is one file."""
+        """Start a data set in ``folder``; ``file_names`` lists all files in order, empty for a single
+        file.
+        """
         self.folder = folder
         self._file_names = list(file_names) if any(file_names) else []
         self._hash = hashlib.sha256()
@@ -81,7 +83,7 @@ class Writer:
         self._stack.close()
 
     def add(self, sample: TokenizedSample, source: int, row: int, key: int, file: int = 0) -> None:
-        """Add one sample of a row of the ``file``-th file."""
+        """Add one sample of a row of file number ``file``."""
         tokens = array("I", sample.token_ids)
         self._add_weights(sample.loss_mask, sample.weights)
         self._end += len(tokens)
@@ -107,7 +109,7 @@ class Writer:
     def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
         """Write the two splits; return the hash of all files.
 
-        A sample is in the validation split if its key is in ``validation`` or it comes from
+        A sample is in the validation split if its key is in ``validation`` or its source is
         ``validation_source``.
         """
         sides = {"train.u32": array("I"), "validation.u32": array("I")}
@@ -168,7 +170,7 @@ class Store:
 
 
 class Samples:
-    """The samples of one split, numbered from 0; every view is read-only memory of the mapped files."""
+    """The samples of one split, numbered from 0. Every view is read-only memory of the mapped files."""
 
     def __init__(self, store: Store, numbers: array[int], weights: Sequence[float]):
         self._store = store
@@ -192,11 +194,11 @@ class Samples:
         return self._store.weights is not None
 
     def weights(self, i: int) -> memoryview | None:
-        """Return the loss weights of sample ``i``, 32-bit; None if no row sets any."""
+        """Return the loss weights of sample ``i``, 32-bit; None if no row sets weights."""
         return None if self._store.weights is None else self._store.weights[self._slice(i)]
 
     def side(self, i: int) -> int:
-        """Return ``GOOD`` or ``BAD`` if a preference method trains on both, else 0."""
+        """Return ``GOOD`` or ``BAD`` if a preference method trains on both sides, else 0."""
         return 0 if self._store.sides is None else self._store.sides[self._numbers[i]]
 
     def of_side(self, side: int) -> Samples:
@@ -227,7 +229,7 @@ class Samples:
         return int(self._store.sources[n]), int(self._store.rows[n])
 
     def file_name(self, i: int) -> str:
-        """Return the name of the file of sample ``i`` in its source; empty if that is one file."""
+        """Return the name of the file of sample ``i`` in its source; empty if the source is a single file."""
         store = self._store
         return "" if store.files is None else store.file_names[store.files[self._numbers[i]]]
 
@@ -245,14 +247,14 @@ class Samples:
 
 
 def epoch_order(sources: Sequence[int], weights: Sequence[float], epoch: int, seed: int) -> array[int]:
-    """Return the samples of one epoch in random order, each source repeated by its weight.
+    """Return the samples of one epoch in random order, with each source repeated according to its weight.
 
-    A weight of 2 gives each of its samples twice, one of 0.5 half of them, the other half in the next epoch.
-    Deterministic for ``epoch`` and ``seed``.
+    A weight of 2 gives each sample of a source twice. A weight of 0.5 gives half of the samples, and the
+    other half in the next epoch. Deterministic for ``epoch`` and ``seed``.
 
     Args:
         sources: index of the source of each sample.
-        weights: of each source; 1 for a source beyond the last.
+        weights: weight of each source; 1 for a source beyond the last entry.
     """
     by_source: dict[int, list[int]] = {}
     for i, source in enumerate(sources):

@@ -1,14 +1,14 @@
 """Capabilities of a chat template, found by probing: system turns, tools, typed parts, thinking.
 
-``adapt_conversation`` converts a conversation to the messages a template reads, and writes what the template
-would lose (tool calls, tool answers, tool descriptions, a system prompt) into the text of a turn that it
-keeps. Every such change is a note for the Data screen.
+``adapt_conversation`` converts a conversation to the messages that a template reads. If the template would
+lose tool calls, tool answers, tool descriptions or a system prompt, it writes them into the text of a turn
+that the template keeps. Every such change is a note for the Data screen.
 
 Templates of hybrid models read a variable: ``enable_thinking`` (Qwen3, SmolLM3, GLM-4.5, Gemma 4, Nemotron),
-``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds it by name and
-probes its effect. ``resolve_thinking`` chooses on or off for one conversation, ``without_reasoning`` removes
-the reasoning from one. Training and chat both use these functions, so a model gets the same prompts as in
-training.
+``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds the variable by
+name and probes its effect. ``resolve_thinking`` chooses on or off for one conversation, ``without_reasoning``
+removes the reasoning from one. Training and chat both use these functions, so a model gets the same prompts
+as in training.
 """
 
 from __future__ import annotations
@@ -27,33 +27,39 @@ from qlora_tui.recipe.schema import Thinking
 
 
 class TemplateCapabilities(Struct, frozen=True):
-    """What a template supports, and the message format it needs."""
+    """The features that a template supports, and the message format it needs."""
 
     system: bool
-    """Whether it writes a system turn; else system text goes before the first user turn."""
+    """Whether the template writes a system turn; otherwise system text goes before the first user turn."""
     parts: bool
-    """Whether it needs content as a list of typed parts and would lose a string."""
+    """Whether the template needs content as a list of typed parts, and would lose a string."""
     tools: bool
-    """Whether it writes the descriptions of the tools."""
+    """Whether the template writes the descriptions of tools."""
     calls: Literal["object", "string", "text"]
-    """Form of tool calls: arguments as an object, as a JSON string, or only as text of the turn."""
+    """Form of tool calls: arguments as an object or as a JSON string, or calls only as text of the turn."""
     calls_without_content: bool
     """Whether a turn with calls and no text must have no content key."""
     words_hide_calls: bool
-    """Whether it omits the calls of a turn that also has text: then the text is left out instead."""
+    """Whether the template omits the calls of a turn that also has text, so that the text is left out
+    instead.
+    """
     reasoning: bool
-    """Whether it writes ``reasoning_content``; else reasoning goes into the content, in ``<think>`` tags."""
+    """Whether the template writes ``reasoning_content``; otherwise reasoning is put into the content, in
+    ``<think>`` tags.
+    """
     own_tags: bool
-    """Whether its model uses other tags than ``<think>``: ``assistant_spans`` puts reasoning that it does not
-    write after the prompt."""
+    """Whether the model uses other tags than ``<think>``.
+
+    If so, ``assistant_spans`` puts reasoning that the template does not write after the prompt.
+    """
     tool_turns: bool
-    """Whether it writes tool turns; else their text is given as a user turn."""
+    """Whether the template writes tool turns; otherwise their text is given as a user turn."""
     switch: Switch | None
-    """The variable that turns thinking on or off; None if it has none."""
+    """The variable that turns thinking on or off; None if the template has none."""
     opens_thought: bool
-    """Whether its prompt opens a thought regardless of the switch."""
+    """Whether the template's prompt opens a thought regardless of the switch."""
     forgets_reasoning: bool
-    """Whether it omits the reasoning of every answer except the last."""
+    """Whether the template omits the reasoning of every answer except the last."""
 
     @property
     def thinks(self) -> bool:
@@ -61,7 +67,7 @@ class TemplateCapabilities(Struct, frozen=True):
         return self.switch is not None or self.opens_thought
 
     def example(self, question: str, answer: str) -> list[dict[str, Any]]:
-        """Return a conversation of one question and its answer, as the template needs it."""
+        """Return a conversation of one question and its answer, in the format that the template needs."""
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return list(map(_as_parts if self.parts else dict, turns))
 
@@ -176,8 +182,12 @@ def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
 def adapt_conversation(
     conversation: Conversation, traits: TemplateCapabilities
 ) -> tuple[list[dict[str, Any]], list[float], list[dict[str, Any]] | None, list[str]]:
-    """Return the turns in the template's format, the loss weight of each (0 for those outside the loss), the
-    tools, and notes on what was changed."""
+    """Return a conversation in the template's format.
+
+    Returns:
+        The turns, the loss weight of each (0 for turns outside the loss), the tools, and notes on all
+            changes.
+    """
     notes: list[str] = []
     messages = list(conversation.messages)
     tools: list[dict[str, Any]] | None = list(conversation.tools) or None
@@ -259,14 +269,14 @@ def _system_in_user(messages: list[Message]) -> list[Message]:
 OnOff = Literal["on", "off"]
 
 _FLAGS = ("enable_thinking", "thinking", "enable_reasoning", "reasoning")
-"""Variables that are true or false."""
+"""Names of variables that are true or false."""
 _EFFORTS = ("reasoning_effort", "reasoning_strength")
-"""Variables that are ``low``, ``medium`` or ``high``; some templates accept ``none``."""
+"""Names of variables that are ``low``, ``medium`` or ``high``; some templates accept ``none``."""
 
 THOUGHT_TAGS = ("<think>", "</think>")
 """Tokens of an answer, whether or not the tokenizer calls them special."""
 OPENED = re.compile(r"<think>(\s*)\Z")
-"""A prompt that opens a thought, with the white space after the tag."""
+"""Pattern of a prompt that opens a thought, with the white space after the tag."""
 
 
 class Switch(Struct, frozen=True):
@@ -274,16 +284,18 @@ class Switch(Struct, frozen=True):
 
     variable: str
     on: dict[str, Any]
-    """Variables to render with; empty if the template thinks by default."""
+    """Variables that turn thinking on; empty if the template thinks by default."""
     off: dict[str, Any]
     default: OnOff
-    """Whether the template thinks when the variable is not set."""
+    """Whether the template thinks if the variable is not set."""
     can_turn_off: bool = True
-    """False for an effort whose lowest level is ``low``: the model then thinks less, but still thinks."""
+    """False for an effort whose lowest level is ``low``, with which the model thinks less but still
+    thinks.
+    """
 
 
 def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
-    """Return the switch of ``template``, probed on the conversation ``turns``; None if it has none."""
+    """Return the switch of ``template``, probed on the conversation ``turns``; None if there is none."""
 
     def prompt(variables: Mapping[str, Any]) -> str | None:
         try:
@@ -322,9 +334,9 @@ def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
 
 
 def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
-    """Return the setting for one conversation: ``auto`` is on if an answer has reasoning, else off.
+    """Return the setting for one conversation: ``auto`` becomes on if an answer has reasoning, else off.
 
-    An effort that cannot be turned off stays at the template's default, ``auto``.
+    If an effort cannot be turned off, ``auto`` stays, which is the template's default.
     """
     if thinking != "auto":
         return thinking
@@ -339,7 +351,7 @@ def has_reasoning(messages: Sequence[Message]) -> bool:
 
 
 def reasoning_of(message: Message) -> str:
-    """Return the reasoning of an answer, stored separately or written into it; empty if there is none."""
+    """Return the reasoning of an answer, from its own field or from the text; empty if there is none."""
     return (message.reasoning or _inline(message)[0]).strip()
 
 
@@ -364,7 +376,7 @@ def separate_reasoning(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _inline(message: Message) -> tuple[str, str]:
-    """Split an answer into the reasoning written into it and the rest."""
+    """Split an answer into the reasoning in its text and the rest."""
     before, tag, rest = message.content.partition("</think>")
     if message.role != "assistant" or not tag:
         return "", message.content
@@ -379,11 +391,13 @@ THINK = ("<think>\n", "\n</think>\n\n")
 _GEMMA = ("<|channel>thought\n", "\n<channel|>")
 TAGS = re.compile("</?think>")
 _ENDS = re.compile(r"\s*(?:</think>|<channel\|>|<\|end\|>|<\|eom\|>|\[/THINK\])\s*")
-"""Text between reasoning and answer: Qwen, GLM and DeepSeek; Gemma 4; gpt-oss; Muse; Mistral."""
+"""Pattern of the text between reasoning and answer: Qwen, GLM and DeepSeek; Gemma 4; gpt-oss; Muse;
+Mistral.
+"""
 
 
 def after_thought(text: str, end: int) -> int:
-    """Return where the answer begins after reasoning that ends at ``end``, in characters of ``text``."""
+    """Return where the answer begins in ``text`` after reasoning that ends at character ``end``."""
     match = _ENDS.match(text, end)
     return match.end() if match else end
 
@@ -394,13 +408,13 @@ def tags_of(literals: str) -> tuple[str, str]:
 
 
 def answered(prompt: str, reasoning: str, rest: str, tags: tuple[str, str] = THINK) -> str:
-    """Join a prompt, the reasoning that follows it, and ``rest``, which is the answer and its end.
+    """Join a prompt, its reasoning, and ``rest``, which is the answer and its end.
 
     The tags are on separate lines, unless the prompt opens the thought without a line end, as in
     DeepSeek-V3.1.
     """
     opened = OPENED.search(prompt)
-    # White space after reasoning comes from the file; before an answer without any, from the answer.
+    # White space after reasoning is taken from the file; before an answer without reasoning, from the answer.
     answer = re.sub(r"\A\s*</think>\s*", "", rest.lstrip() if reasoning else rest)
     if opened and not opened[1]:
         return f"{prompt}{reasoning}</think>{answer}"
@@ -416,4 +430,4 @@ _QUESTION, _ANSWER, _SYSTEM, _NAME, _VALUE, _EXTRA = (
     "qvzvalue",
     "qvzfound",
 )
-"""Probe words that no template writes itself."""
+"""Probe words that no template itself writes."""

@@ -1,6 +1,6 @@
-"""Opening of data files: decompression and UTF-8 decoding, with the line of an error.
+"""Opens data files: decompresses them and decodes UTF-8, with the line of an error.
 
-Nothing that ends a file early passes for its end: a cut or damaged file raises.
+A truncated or damaged file raises an error, and is never read as a shorter file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 
 
 BOM = "\ufeff"
-"""Byte order mark: at the start of a file, and inside one that was joined from several."""
+"""Byte order mark, at the start of a file or, in a file joined from several, inside."""
 _BINARY = {
     b"PK\x03\x04": ("a ZIP archive, as Excel workbooks are", "Unpack it, or save the sheet as CSV in UTF-8."),
     b"BZh": ("compressed with bzip2", "Decompress it, or compress it with gzip or zstd."),
@@ -37,19 +37,19 @@ _BINARY = {
         "Convert it to Parquet or JSONL in a place where running its code is safe.",
     ),
 }
-"""What a file is by its first bytes, and what to do with it."""
+"""Kind of a binary file, keyed by its first bytes, and what the user can do with it."""
 _MAGIC_BYTES = 16
 _FRAME_HEADER_BYTES = 18
 _CUT_OFF = "it ends in the middle of a block"
 
 
 class BrokenFileError(Exception):
-    """Nothing can be read of a file from ``line`` on, so its later rows are unknown."""
+    """Raised if a file cannot be read from ``line`` on, so that its later rows are unknown."""
 
     def __init__(self, kind: Literal["bad-json", "bad-encoding", "bad-row"], line: int, reason: str):
         super().__init__(reason)
         self.kind = kind
-        """What is wrong, as in ``Row.kind``."""
+        """Kind of error, as in ``Row.kind``."""
         self.line = line
 
 
@@ -57,7 +57,7 @@ class Position:
     """How far a file has been read, for progress display."""
 
     bytes = 0
-    """Bytes read of the file as stored on disk, compressed or not."""
+    """Number of bytes read from the file as stored on disk, compressed or not."""
 
 
 class Stream:
@@ -76,7 +76,7 @@ class Stream:
             raw: the decompressed file.
             file: the file as stored on disk.
             position: updated with the progress.
-            check_whole: raises ``EOFError`` if the file was cut off; called at its end.
+            check_whole: called at the end of the file; raises ``EOFError`` if the file is truncated.
         """
         self._raw = raw
         self._file = file
@@ -91,7 +91,7 @@ class Stream:
         return self._start
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the content in chunks of a megabyte. Raises ``TooLarge``, like the other readers."""
+        """Yield the content in chunks of a megabyte. Raises ``TooLarge``, as the other readers do."""
         chunk, read_bytes = self._start, 0
         while chunk:
             disk_bytes = self._file.tell()
@@ -131,9 +131,10 @@ class Stream:
             yield last
 
     def text_lines(self) -> Iterator[tuple[str, str]]:
-        """Yield the decoded content line by line, each with why it is not text; empty if it is.
+        """Yield the decoded content line by line, each line with the reason why it is not text, or an empty
+        text.
 
-        Bytes that are not UTF-8 are replaced, so that the lines after them can be read.
+        Bytes that are not UTF-8 are replaced, so that later lines can be read.
         """
         for line in self.lines():
             try:
@@ -176,7 +177,7 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
         try:
             if raw is not file:
                 raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw)))
-            # The gzip module detects a cut file; the zstd reader takes it for one that ends there.
+            # The gzip module detects a truncated file, but the zstd reader takes it for a complete one.
             yield Stream(raw, file, position, lambda: _check_zstd_frames(file) if is_zstd else None)
         except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as error:
             raise DamagedFileError(
@@ -188,7 +189,7 @@ def opened(path: Path, position: Position | None = None) -> Iterator[Stream]:
 
 
 def _refuse_binary(path: Path, start: bytes) -> None:
-    """Raise ``UserError`` for a file that is not text, by its first bytes."""
+    """Raise ``UserError`` for a file whose first bytes show that it is not text."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(
             "Not UTF-8",
@@ -202,9 +203,10 @@ def _refuse_binary(path: Path, start: bytes) -> None:
 
 
 def _check_zstd_frames(file: BinaryIO) -> None:
-    """Raise ``EOFError`` if the last frame of a zstd file is cut off, by the lengths of its blocks.
+    """Raise ``EOFError`` if the last frame of a zstd file is truncated, according to the lengths of its
+    blocks.
 
-    Format: RFC 8878, section 3.1.
+    The format is RFC 8878, section 3.1.
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(0)

@@ -1,8 +1,8 @@
-"""Separation of a model's thoughts from its answer in a stream of text. Loads no torch.
+"""Separates a model's thoughts from its answer in a stream of text, without torch.
 
 Models write thoughts between marks: ``<think>`` and ``</think>`` (Qwen, GLM, DeepSeek, SmolLM3), ``[THINK]``
-(Mistral), ``<|channel>thought`` (Gemma 4), or named channels (gpt-oss). ``marks_in_template`` finds them in a
-chat template, ``ThoughtSplitter`` cuts a stream of text at them.
+(Mistral), ``<|channel>thought`` (Gemma 4), or named channels (gpt-oss). ``marks_in_template`` finds the marks
+in a chat template, and ``ThoughtSplitter`` splits a stream of text at them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ class TextChunk(Struct, frozen=True):
 
     text: str
     thought: bool = False
-    """Whether it is a thought rather than the answer."""
+    """Whether the text is a thought rather than part of the answer."""
     tokens: int = 0
-    """Tokens of the thought so far."""
+    """Number of tokens of the thought so far."""
 
 
 class ThoughtMark(Struct, frozen=True):
-    """A marker text that is hidden and switches the kind of the text after it."""
+    """A marker text that is hidden, and after which the kind of the text changes."""
 
     text: str
     seen_in: tuple[SplitterState, ...]
-    """States in which it is a marker; elsewhere it is ordinary text: an answer may be about ``<think>``."""
+    """States in which the text is a marker; in other states it is ordinary text, such as in an answer
+    about ``<think>``.
+    """
     next_state: SplitterState
 
 
@@ -55,7 +57,7 @@ _GPT_OSS = (
 
 
 def marks_in_template(literals: str) -> tuple[ThoughtMark, ...]:
-    """Return the marks of a model whose chat template writes ``literals``; default ``<think>``."""
+    """Return the marks of a model whose chat template writes ``literals``; ``<think>`` by default."""
     for name, marks in (("<|channel|>analysis", _GPT_OSS), ("<channel|>", _GEMMA), ("[THINK]", _MISTRAL)):
         if name in literals:
             return marks
@@ -63,14 +65,14 @@ def marks_in_template(literals: str) -> tuple[ThoughtMark, ...]:
 
 
 class ThoughtSplitter:
-    """Splits text fed in pieces; the returned chunks, joined, are the text without its marks."""
+    """Splits text that is fed in pieces; the joined chunks are the text without its marks."""
 
     def __init__(self, marks: tuple[ThoughtMark, ...], *, in_thought: bool = False) -> None:
-        """``in_thought`` means that the prompt has already opened a thought."""
+        """Set the marks; ``in_thought`` means that the prompt has already opened a thought."""
         self._marks = marks
         self._pending = ""
         self._trimming = in_thought
-        """Whether white space is dropped, between a mark and the text after it."""
+        """Whether white space between a mark and the text after it is dropped."""
         self.state: SplitterState = "thought" if in_thought else "start"
 
     @property
@@ -83,7 +85,7 @@ class ThoughtSplitter:
         return len(self._pending)
 
     def feed(self, text: str) -> list[TextChunk]:
-        """Return the chunks that are complete; the beginning of a possible mark is held back."""
+        """Return the complete chunks; the beginning of a possible mark is held back."""
         self._pending += text
         chunks: list[TextChunk] = []
         while mark := self._first_mark():
@@ -98,7 +100,7 @@ class ThoughtSplitter:
         return chunks
 
     def rest(self) -> list[TextChunk]:
-        """Return what is still held back at the end of the text."""
+        """Return the text that is still held back at the end."""
         chunks: list[TextChunk] = []
         ready, self._pending = self._pending, ""
         self._append(chunks, ready)
@@ -137,7 +139,7 @@ class ThoughtSplitter:
 
 
 def begun_length(text: str, marks: Sequence[str]) -> int:
-    """Return how many characters at the end of ``text``, which holds none of ``marks``, may begin one."""
+    """Return how many characters at the end of ``text`` may begin a mark; ``text`` holds no complete mark."""
     longest = min(max(map(len, marks), default=1) - 1, len(text))
     sizes = (n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks))
     return next(sizes, 0)

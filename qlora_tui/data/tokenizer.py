@@ -1,9 +1,9 @@
-"""A model's tokenizer and chat template from its folder, without transformers and without torch.
+"""A model's tokenizer and chat template, read from its folder without transformers or torch.
 
 The trainer, the Data screen and the chat use this one class. Most current tokenizers split a text into words
-before they search for tokens, and no word extends across a single space between two non-space characters.
-Where that can be proved for a tokenizer (``splits_on_spaces``), a text is encoded word by word, and a word
-gives the same tokens anywhere: a table lookup instead of a search.
+before they search for tokens, and no word extends across a single space between two non-space characters. If
+a tokenizer provably does so (``splits_on_spaces``), texts are encoded word by word: a word has the same
+tokens everywhere, so a table lookup replaces the search.
 """
 
 from __future__ import annotations
@@ -60,17 +60,18 @@ class ChatTokenizer:
         template: str = "auto",
         tool_template: str = "",
     ):
-        """``special_tokens`` are keyed by name (``eos_token``); ``template`` is ``model.chat_template``.
+        """Build the tokenizer from its parts.
 
-        Raises ``UserError`` if the chosen template cannot be compiled.
+        ``special_tokens`` are keyed by name (``eos_token``); ``template`` is ``model.chat_template``. Raises
+        ``UserError`` if the chosen template cannot be compiled.
         """
         self.folder: Path | None = None
-        """Folder of the model, if any."""
+        """Folder of the model; None if the tokenizer was not read from a folder."""
         self.asked_template = template
-        # As a str it takes four bytes per character if one of them is an emoji: 110 MB for Gemma.
+        # A str takes four bytes per character if one character is an emoji: 110 MB for Gemma.
         self._json = tokenizer_json.encode()
         self.expansion = check_tokenizer(decode_json(self._json, _JSON_OBJECT))
-        """Most characters that the tokenizer's normalizer makes of one."""
+        """Largest number of characters that the tokenizer's normalizer makes from one."""
         with panics_as_errors():
             self.backend = Tokenizer.from_str(tokenizer_json)
             check_normalizer(self.backend)
@@ -83,7 +84,7 @@ class ChatTokenizer:
         self.pad_id = self._id("pad_token")
         self._added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
-        """Ids that ``skip_special_tokens`` skips when decoding."""
+        """IDs that ``skip_special_tokens`` skips in decoding."""
         self.template_name = OWN if template == "auto" and own_template else template
         if self.template_name == "auto":
             self.template_name = "chatml"
@@ -92,7 +93,7 @@ class ChatTokenizer:
             tool_template = ""
         self.template = self._compiled(own_template)
         self.tool_template = self._compiled(tool_template) if tool_template else self.template
-        """Template for conversations with tools; nearly always the same as ``template``."""
+        """Template for conversations with tools; nearly always equal to ``template``."""
 
     @classmethod
     def from_folder(cls, folder: Path, template: str = "auto") -> ChatTokenizer:
@@ -135,7 +136,9 @@ class ChatTokenizer:
 
     @property
     def has_own_template(self) -> bool:
-        """Return whether the template came with the tokenizer; else the trainer saves it with the adapter."""
+        """Return whether the template came with the tokenizer; if not, the trainer saves it with the
+        adapter.
+        """
         return self.template_name == OWN
 
     @cached_property
@@ -150,7 +153,7 @@ class ChatTokenizer:
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
-        """Return the tokens outside the ordinary vocabulary, special or not, and their ids."""
+        """Return the tokens outside the ordinary vocabulary, special or not, with their ids."""
         return {token.content: i for i, token in self._added.items()}
 
     @cached_property
@@ -161,7 +164,7 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return a hash that changes whenever the same conversation could give other tokens."""
+        """Return a hash that changes whenever the same conversation could give different tokens."""
         templates = (self.template.text, self.tool_template.text)
         whole = json.dumps([self._json.decode(), self.special_tokens, *templates])
         return hashlib.sha256(whole.encode()).hexdigest()
@@ -183,21 +186,24 @@ class ChatTokenizer:
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Pattern that matches any special token."""
+        """Return a pattern that matches any special token."""
         return _any_of([t.content for t in self._added.values() if t.special])
 
     @cached_property
     def said_pattern(self) -> re.Pattern[str]:
-        """Pattern of what an answer's text must not produce: special tokens, except the tags of a thought."""
+        """Return a pattern of texts that an answer must not contain: special tokens, except the tags of a
+        thought.
+        """
         return _any_of(
             [t.content for t in self._added.values() if t.special and t.content not in THOUGHT_TAGS]
         )
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Pattern of what a user's text must not produce: special tokens, and words the template writes.
+        """Return a pattern of texts that a user's text must not produce: special tokens, and words of the
+        template.
 
-        White space is not a control token, though Gemma's line ends are added tokens that its template
+        White space is not a control token, although Gemma's line ends are added tokens that its template
         writes.
         """
         literals = self.template.literals + self.tool_template.literals
@@ -205,7 +211,7 @@ class ChatTokenizer:
         return _any_of([content for content in written if not content.isspace()])
 
     def encode(self, text: str) -> list[int]:
-        """Encode ``text``, in which added tokens are control tokens; adds nothing before or after."""
+        """Encode ``text``, in which added tokens are control tokens, without adding tokens at either end."""
         with panics_as_errors():
             return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -221,8 +227,8 @@ class ChatTokenizer:
     def encode_inside(self, piece: str, literal: bool = False) -> list[int]:
         """Encode a piece from the middle of a text; with ``literal`` its control tokens are ordinary text.
 
-        A new line is added before it and removed afterwards, so that a tokenizer that begins every text with
-        a space adds none here.
+        A new line is put before the piece and removed afterwards, so that a tokenizer that begins every text
+        with a space adds none here.
         """
         if not piece:
             return []
@@ -263,7 +269,7 @@ class ChatTokenizer:
                 return None
             return WordTokenCache(self._encode_batch, isolated_added_tokens(content))
         except (AttributeError, KeyError, TypeError):
-            # tokenizers also reads shapes that it never writes, such as a list for an object.
+            # tokenizers also accepts shapes that it never writes, such as a list in place of an object.
             return None
 
     @cached_property
@@ -294,7 +300,7 @@ def _any_of(tokens: Sequence[str]) -> re.Pattern[str]:
 
 
 _OPENING_TOKENS = 8
-"""Tokens of a prompt's end that are checked for an opened thought."""
+"""Number of tokens at a prompt's end that are searched for an opened thought."""
 
 
 class AnswerDecoder:
@@ -311,17 +317,17 @@ class AnswerDecoder:
 
     @property
     def mark_tokens(self) -> frozenset[int]:
-        """Return the added tokens, special or not, that are part of a mark of a thought."""
+        """Return the added tokens, special or not, that are part of a thought's marks."""
         tokens = self._tokenizer.added_tokens
         return frozenset(tokens[text] for text in tokens if any(text in mark.text for mark in self._marks))
 
     def splitter(self, prompt: Sequence[int]) -> ThoughtSplitter:
-        """Return what separates thoughts from the answer to ``prompt``, which may have opened one."""
+        """Return a splitter of thoughts and answer for ``prompt``, which may have opened a thought."""
         opened = bool(OPENED.search(self._tokenizer.decode(prompt[-_OPENING_TOKENS:])))
         return ThoughtSplitter(self._marks, in_thought=opened)
 
     def keeping(self, literals: str) -> AnswerDecoder:
-        """Return a decoder that also leaves in the text the special tokens that ``literals`` hold."""
+        """Return a decoder that also keeps the special tokens in ``literals`` in the text."""
         other = copy.copy(self)
         names = {
             token_id: self._tokenizer.backend.id_to_token(token_id)
@@ -347,14 +353,20 @@ class AnswerDecoder:
 
 
 _MAX_CACHED_WORDS = 100_000
-"""Most words in the cache; it is cleared when full. With their tokens, they take some 25 MB."""
+"""Largest number of words in the cache, which is cleared when full.
+
+With their tokens, the words take about 25 MB.
+"""
 _LONGEST_WORD = 48
-"""Most characters of a cached word. Longer ones rarely repeat: addresses, code, writing without spaces."""
+"""Largest number of characters of a cached word.
+
+Longer words rarely repeat: addresses, code, text without spaces.
+"""
 _WORDS = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+(?:\S+|$))*")
-"""A word with the white space before it, and what follows unless that is a single space and a word."""
+"""Pattern of a word with the white space before it, and everything up to a single space and the next word."""
 
 _CHAINED = re.compile(r" \S(?:.*\S)?", re.DOTALL)
-"""A word that begins with a space and ends without one."""
+"""Pattern of a word that begins with a space and ends without one."""
 
 
 class Marked(Struct, frozen=True):
@@ -362,7 +374,7 @@ class Marked(Struct, frozen=True):
 
     ids: list[int]
     cuts: list[tuple[int, bool]]
-    """Result of ``token_at`` for each requested place."""
+    """Result of ``token_at`` for each requested position."""
 
 
 def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
@@ -380,17 +392,22 @@ class WordTokenCache:
     """Cache of the tokens of words."""
 
     def __init__(self, encode_batch: Callable[[list[str]], list[Encoding]], isolated: Iterable[str] = ()):
-        """``isolated`` are tokens that split a text before any other step (see ``isolated_added_tokens``)."""
+        """Set up the cache; ``isolated`` tokens split a text before any other step.
+
+        See ``isolated_added_tokens``.
+        """
         self._encode_batch = encode_batch
         self._words: dict[str, tuple[int, ...]] = {}
         self._inside: dict[tuple[str, int], tuple[int, bool]] = {}
-        """Results of ``token_at`` for places inside words."""
+        """Results of ``token_at`` for positions inside words."""
         longest_first = sorted(isolated, key=len, reverse=True)
         self._isolated = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
     def encode(self, texts: Sequence[str], places: Sequence[Sequence[int]]) -> list[Marked]:
-        """Return the tokens of each text, and which of them begin at its ``places``: characters, ascending,
-        none of them at either end."""
+        """Return the tokens of each text, and which of them begin at its ``places``.
+
+        Places are character positions, ascending, excluding both ends of the text.
+        """
         if len(self._words) + len(self._inside) > _MAX_CACHED_WORDS:
             self._words.clear()
             self._inside.clear()
@@ -457,7 +474,7 @@ class WordTokenCache:
 
 
 _Cut: TypeAlias = tuple[list[str], list[tuple[int, int]]]
-"""The words of a text, and for each place the index of its word and the character within that word."""
+"""The words of a text, and for each position the index of its word and the character within that word."""
 
 _CLASS = r"(?:\\p\{[LMN]\w?\}|\[(?:\\p\{[LMN]\w?\})+\]|\[\^\\s(?:\\p\{[LMN]\w?\})+\]|\[\\r\\n/?\])"
 _SHORT_FORMS = r"\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)"
@@ -465,15 +482,18 @@ _LEAD = r"(?: \?|\[\^\\r\\n\\p\{L\}\\p\{N\}\]\?)?"
 _BLANKS = r"\\s\*\[\\r\\n\]\+|\\s\+\(\?!\\S\)|\\s\+"
 _WORD = rf"(?:{_LEAD}(?:(?:{_CLASS}|{_SHORT_FORMS})(?:[+*?]|\{{\d(?:,\d)?\}})?)+|{_BLANKS})"
 _PATTERN = re.compile(rf"(?:{_WORD}\|)+\\s\+")
-"""Patterns whose words are white space only, or have a space at most in first position, and that treat any
-space as the beginning of a word: those of Llama 3, Qwen, gpt-oss, Mistral's Tekken and similar ones."""
+"""Pattern of pre-tokenizers that treat any space as the beginning of a word.
+
+Their words are white space only, or have at most one space, at the start: those of Llama 3, Qwen, gpt-oss,
+Mistral's Tekken and similar ones.
+"""
 
 
 def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether the words of a tokenizer (its ``tokenizer.json``) can be encoded separately.
 
-    For that its pattern must end a word at every single space between two non-space characters, and no other
-    step may look across it.
+    This requires that its pattern ends a word at every single space between two non-space characters, and
+    that no other step considers text on both sides of such a space.
     """
     model, normalizer = tokenizer.get("model") or {}, tokenizer.get("normalizer")
     steps = _steps(tokenizer.get("pre_tokenizer"))
@@ -488,8 +508,10 @@ def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
 
 
 def isolated_added_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
-    """Return the added tokens that are split off before any other step and that do not depend on adjacent
-    text; none if one of the same kind does."""
+    """Return the added tokens that are split off before any other step, regardless of adjacent text.
+
+    Empty if an added token of the same kind depends on adjacent text.
+    """
     first = [token for token in tokenizer.get("added_tokens") or () if not token.get("normalized")]
     plain = not any(token.get(flag) for token in first for flag in ("lstrip", "rstrip", "single_word"))
     return [token["content"] for token in first] if plain else []
@@ -504,7 +526,7 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _cuts(step: Mapping[str, Any]) -> bool:
-    """Return whether the step ends a word at every such space. ByteLevel's own pattern is that of GPT-2."""
+    """Return whether the step ends a word at every such space. ByteLevel's own pattern is GPT-2's."""
     if step["type"] == "ByteLevel":
         return bool(step.get("use_regex", True))
     pattern = (step.get("pattern") or {}).get("Regex", "")
@@ -520,5 +542,5 @@ def _is_local(step: Mapping[str, Any]) -> bool:
 
 
 def _looks_across(token: Mapping[str, Any]) -> bool:
-    """Return whether an added token contains such a space, or takes the white space after it."""
+    """Return whether an added token contains such a space, or includes the white space after it."""
     return bool(token.get("rstrip")) or re.search(r"\S \S", token["content"]) is not None

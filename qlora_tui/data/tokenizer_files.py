@@ -1,11 +1,11 @@
-"""Files of a tokenizer in a model folder, as transformers reads them, and limits on what they ask for.
+"""Reads a tokenizer's files in a model folder as transformers does, and limits the work they can cause.
 
-``tokenizer_config.json`` and ``special_tokens_map.json`` name the special tokens; the chat template is in
-any of four places; tokens may be missing from ``tokenizer.json``. That file is a program, run by a library
-without limits: three replacements of one character by a thousand turn a word into gigabytes. The possible
-expansion is computed from the file, before anything is encoded. A regular expression that repeats a
-repetition makes the library panic, which is not an ``Exception``; it becomes a ``UserError``, at the latest
-with the first text, which is a probe.
+``tokenizer_config.json`` and ``special_tokens_map.json`` name the special tokens; the chat template may be in
+any of four places; and tokens may be missing from ``tokenizer.json``. ``tokenizer.json`` is a program, which
+a library runs without limits: three replacements of one character by a thousand turn a word into gigabytes.
+The possible expansion is computed from the file, before anything is encoded. A regular expression that
+repeats a repetition makes the library panic, which is not an ``Exception``. A panic becomes a ``UserError``,
+at the latest when the first text, a probe, is encoded.
 """
 
 from __future__ import annotations
@@ -24,22 +24,28 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import read_bounded
 
 MAX_BYTES = 64 << 20
-"""Most bytes of a ``tokenizer.json``; the largest vocabularies take some 35 MB."""
+"""Largest size of a ``tokenizer.json``; the largest vocabularies take about 35 MB."""
 MAX_EXPANSION = 16.0
-"""Most characters that a normalizer or decoder makes of one."""
+"""Largest number of characters that a normalizer or decoder may make from one."""
 LONGEST_TOKEN = 4096
-"""Most characters of a token. The longest in use are lines of some hundred spaces or dashes."""
+"""Largest number of characters of a token.
+
+The longest tokens in use are lines of a few hundred spaces or dashes.
+"""
 LONGEST_PATTERN = 8192
 MAX_STEPS = 64
-"""Most steps of a normalizer, decoder or pre-tokenizer."""
+"""Largest number of steps of a normalizer, decoder or pre-tokenizer."""
 _CHUNK = 16
 _PROBED = (*range(0x20, 0x7F), 0xE9, 0x416, 0x5B57, 0x1F600)
 PROBE = "".join(f"{chr(code) * 32} " for code in _PROBED) + "\n\t\n"
-"""Runs of one character, the most work for a pattern that repeats a repetition."""
+"""Runs of one character, which cause the most work for a pattern that repeats a repetition."""
 
 
 def check_tokenizer(content: dict[str, Any]) -> float:
-    """Return the most characters that the normalizer makes of one. Raises ValueError over a bound."""
+    """Return the largest number of characters that the normalizer makes from one.
+
+    Raises ValueError if the tokenizer exceeds a limit.
+    """
     _check_vocabulary(content)
     for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
         steps = list(_steps(content.get(part)))
@@ -54,12 +60,12 @@ def check_tokenizer(content: dict[str, Any]) -> float:
 
 
 def check_normalizer(backend: Any) -> None:
-    """Raise ValueError if a character table (``Precompiled``) makes a long text of one character."""
+    """Raise ValueError if a character table (``Precompiled``) expands one character to a long text."""
     if backend.normalizer is None:
         return
     for first in (*range(0x20, 0xD800, _CHUNK), *range(0xE000, 0x10000, _CHUNK)):
         text = "".join(map(chr, range(first, first + _CHUNK)))
-        # One Arabic ligature becomes 18 letters; no sixteen neighbors come near this.
+        # One Arabic ligature becomes 18 letters; no sixteen consecutive characters come near the limit.
         if len(backend.normalizer.normalize_str(text)) > MAX_EXPANSION * _CHUNK:
             raise ValueError(f"it turns one character into more than {MAX_EXPANSION:.0f} near U+{first:04X}")
 
@@ -81,7 +87,7 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an exception is a panic of a Rust library; its class cannot be imported."""
+    """Return whether an exception is a panic of a Rust library, whose class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
@@ -143,7 +149,7 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty without the file. Raises ``UserError``."""
+    """Return the object in a JSON file; empty if there is no file. Raises ``UserError``."""
     if not path.is_file():
         return {}
     try:
@@ -158,7 +164,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def special_tokens_by_name(config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, str]:
-    """Return special tokens by name, from ``tokenizer_config.json``, else ``special_tokens_map.json``."""
+    """Return special tokens by name, from ``tokenizer_config.json``, or else ``special_tokens_map.json``."""
     extra = config.get("extra_special_tokens")
     named = {**older, **config, **(extra if isinstance(extra, dict) else {})}
     wanted = {f"{role}_token" for role in _ROLES} | (extra.keys() if isinstance(extra, dict) else set())
@@ -172,7 +178,7 @@ def special_tokens_by_name(config: Mapping[str, Any], older: Mapping[str, Any]) 
 
 
 def own_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the folder's template, and the one for conversations with tools; each empty if missing."""
+    """Return the folder's template, and its template for conversations with tools; empty if missing."""
     path = folder / "chat_template.jinja"
     named: dict[str, str] = {}
     held = config.get("chat_template")

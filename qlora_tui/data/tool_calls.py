@@ -1,11 +1,11 @@
-"""Function calls in a model's answer, read in the way its chat template writes them.
+"""Parses function calls in a model's answer, in the format in which its chat template writes them.
 
-The template is asked: it renders an answer with known calls, and what stands around their names and arguments
-is the format. So what training taught a model to write is what is read here. There are five kinds: a JSON
-object with name and arguments (Qwen, Hermes, Llama 3, Granite), a name before a JSON object of arguments
-(DeepSeek, Mistral), a list of calls in Python (LFM2), a name before single arguments (Qwen3-Coder, GLM), and
-one before an object with bare keys and marked strings (Gemma 4). A format of another kind is not read: such a
-call stays text.
+The format is derived from the template: the template renders an answer with known calls, and the text around
+their names and arguments is the format. So this module reads the format that training taught the model to
+write. There are five kinds of formats: a JSON object with name and arguments (Qwen, Hermes, Llama 3,
+Granite), a name before a JSON object of arguments (DeepSeek, Mistral), a list of calls in Python (LFM2), a
+name before single arguments (Qwen3-Coder, GLM), and a name before an object with bare keys and marked strings
+(Gemma 4). Calls in any other format stay text.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from qlora_tui.data.thought_splitter import begun_length
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 Parse: TypeAlias = Callable[[str, Mapping[str, Any]], list[ToolCall] | None]
-"""Calls in a text, all of which is calls, by the schemas of their arguments; None if it is not."""
+"""Parses a text that consists only of calls, with the schemas of their arguments; None for any other text."""
 
 _NAME, _OTHER = "qvzcall", "qvzother"
 _ARGUMENTS = {"qvzkey": "qvzvalue"}
 _TWO_ARGUMENTS = {"qvzkey": "qvzvalue", "qvzkeyb": "qvzvalueb"}
 _DECODER = json.JSONDecoder()
 _MOST_TRIED = 100
-"""Most places at which a call may have been the last complete one."""
+"""Largest number of places that are tried as the end of the last complete call."""
 
 
 class Fields(Struct, frozen=True):
-    """How arguments are written that are no JSON object."""
+    """How arguments that are not a JSON object are written."""
 
     begin: str = ""
     before_key: str = ""
@@ -45,53 +45,58 @@ class Fields(Struct, frozen=True):
     separator: str = ""
     end: str = ""
     quote: str = ""
-    """What stands around a text; empty: a text is written as it is, and other values as JSON."""
+    """Mark around a string. Empty: strings are written as they are, and other values as JSON."""
     is_python: bool = False
-    """Whether texts are written as in Python, with escapes."""
+    """Whether strings are written as in Python, with escapes."""
     constants: tuple[str, str, str] = ("true", "false", "null")
     is_sorted: bool = False
     """Whether keys are in alphabetical order."""
 
 
 class CallShape(Struct, frozen=True):
-    """What a template writes around names and arguments of calls, from the first to the last character."""
+    """The text that a template writes around names and arguments of calls, from the first to the last
+    character.
+    """
 
     first: str
-    """Before the arguments of the first call; :func:`named` puts in its name."""
+    """Text before the arguments of the first call; :func:`named` inserts the function's name."""
     further: str
-    """Between the arguments of two calls, with the name of the second; empty if one call is all."""
+    """Text between the arguments of two calls, with the name of the second; empty if only one call is
+    possible.
+    """
     last: str
-    """After the arguments of the last call."""
+    """Text after the arguments of the last call."""
     fields: Fields | None = None
-    """How arguments are written; None: as a JSON object."""
+    """How arguments are written; None for a JSON object."""
 
 
 def argument_schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the JSON schema of the arguments of each function, by its name."""
+    """Return the JSON schema of each function's arguments, keyed by the function's name."""
     functions = [tool["function"] for tool in tools if "function" in tool]
     return {function["name"]: function.get("parameters") or {"type": "object"} for function in functions}
 
 
 def named(text: str, name: str) -> str:
-    """Return a text of a :class:`CallShape` with the name of a function."""
+    """Return a text of a :class:`CallShape` with the name of a function inserted."""
     return text.replace(_NAME, name)
 
 
 class CallFormat(Struct, frozen=True):
-    """How one chat template writes calls."""
+    """The format in which one chat template writes calls."""
 
     mark: str
     """Text with which the first call begins; empty if that is its JSON object."""
     literals: str
-    """All that stands around names and arguments."""
+    """All text around names and arguments."""
     parse: Parse
     shape: CallShape | None = None
-    """What to write for calls; None if they can only be read."""
+    """The text to write for calls; None if they can only be read."""
 
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """Return the calls that ``text``, from the mark on, consists of; none if it cannot be understood.
+        """Return the calls that ``text``, from the mark on, consists of; empty if it cannot be parsed.
 
-        ``tools``: the functions offered, as JSON schemas in OpenAI's wrapping; another one is not called.
+        ``tools`` are the functions offered, as JSON schemas in OpenAI's format; calls of other functions are
+        not accepted.
         """
         schemas = argument_schemas(tools)
         try:
@@ -105,13 +110,13 @@ class CallFormat(Struct, frozen=True):
         return tuple(calls)
 
     def read_cut(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """Return the complete calls at the beginning of a text that was cut in a later one."""
+        """Return the complete calls at the beginning of a text that was truncated in a later call."""
         shape = self.shape
         if shape is None or not shape.further:
             return ()
         opening = shape.further.partition(_NAME)[0]
         begun = begun_length(text, [opening, shape.last])
-        # Arguments without an end of their own may go on after what ends a call in part.
+        # Arguments without an end mark may continue after a part of the text that ends a call.
         has_end = shape.fields is None or shape.fields.end
         fewest = 1 if has_end else len(shape.last)
         places = [len(text) - begun] if begun >= fewest else []
@@ -121,25 +126,27 @@ class CallFormat(Struct, frozen=True):
 
 
 class CallText:
-    """Holds back what may be a call in a text that is fed in pieces, and reads it at the end."""
+    """Holds back possible calls in a text that is fed in pieces, and parses them at the end."""
 
     def __init__(
         self, call_format: CallFormat, tools: Sequence[Mapping[str, Any]], *, must_call: bool = False
     ) -> None:
-        """``must_call``: all text is calls; what cannot be read of it is dropped."""
+        """Start without text; with ``must_call`` all text is calls, and text that cannot be parsed is
+        dropped.
+        """
         self._format = call_format
         self._must_call = must_call
         self._mark = call_format.mark
         self._tools = tools
         self.calls: tuple[ToolCall, ...] = ()
-        """The calls, from :meth:`rest` on."""
+        """The calls, which are set by :meth:`rest`."""
         self.pending = ""
-        """What is held back: the calls, from their mark on, at the end."""
+        """Text that is held back; at the end the calls, from their mark on."""
         self._has_begun = False
         self._is_text = False
 
     def feed(self, text: str) -> str:
-        """Return the text that certainly is none."""
+        """Return the text that is certainly not part of a call."""
         if self._is_text:
             return text
         self.pending += text
@@ -160,9 +167,9 @@ class CallText:
         return ready
 
     def rest(self, *, is_cut: bool = False) -> str:
-        """Read the calls at the end of the text; return what is held back and is none.
+        """Parse the calls at the end of the text; return the held-back text that is not a call.
 
-        Of a text that is cut only the complete calls count.
+        In a truncated text only the complete calls count.
         """
         if self._has_begun:
             self.calls = self._format.read(self.pending, self._tools)
@@ -172,7 +179,7 @@ class CallText:
 
 
 def call_format(tokenizer: ChatTokenizer) -> CallFormat | None:
-    """Return how a model's chat template writes calls; None if it cannot be found out."""
+    """Return the format in which a model's chat template writes calls; None if it cannot be determined."""
     try:
         one, two, several = (
             _written(tokenizer, *calls)
@@ -211,7 +218,7 @@ def call_format(tokenizer: ChatTokenizer) -> CallFormat | None:
 
 
 def _observed(fields: Fields, tokenizer: ChatTokenizer) -> Fields:
-    """Return fields with how the template writes constants, and in which order keys."""
+    """Return ``fields`` completed with how the template writes constants and orders keys."""
     text = _written(tokenizer, ToolCall(_NAME, {"qvz3": True, "qvz2": False, "qvz1": None}))
     found = [re.search(word, text) for word in ("[Tt]rue", "[Ff]alse", "null|None")]
     words = [match[0] if match else "" for match in found]
@@ -219,7 +226,7 @@ def _observed(fields: Fields, tokenizer: ChatTokenizer) -> Fields:
 
 
 def _written(tokenizer: ChatTokenizer, *calls: ToolCall) -> str:
-    """Return what the template writes for an answer with these calls, without the end of the turn."""
+    """Return the template's text for an answer with these calls, without the end of the turn."""
     tools = tuple(
         {
             "type": "function",
@@ -234,12 +241,12 @@ def _written(tokenizer: ChatTokenizer, *calls: ToolCall) -> str:
     last = max(text.rfind(word) for word in ("qvzvalue", _NAME, _OTHER))
     places = [place for end in ends if end and (place := text.find(end, last)) >= 0]
     text = text[: min(places, default=len(text))].strip()
-    # An empty thought before the calls is none of them.
+    # An empty thought before the calls is not part of them.
     return re.sub(r"\A(<think>\s*)?</think>\s*", "", text)
 
 
 def _shape(one: str, several: str, arguments: str, fields: Fields | None = None) -> CallShape | None:
-    """Return the shape of calls whose ``arguments`` stand after the name."""
+    """Return the shape of calls whose ``arguments`` follow the name."""
     first, found, last = one.partition(arguments)
     if not found or _NAME not in first or _NAME in last:
         return None
@@ -282,7 +289,7 @@ def _objects(one: str, several: str) -> CallFormat | None:
 
 
 def _json_objects(text: str, place: int = 0) -> Iterator[tuple[int, Any, int]]:
-    """Yield beginning, value and end of each JSON object from ``place`` on; of those inside others too."""
+    """Yield start, value and end of each JSON object from ``place`` on, including nested ones."""
     for match in re.compile(r"\{").finditer(text, place):
         try:
             value, end = _DECODER.raw_decode(text, match.start())
@@ -292,7 +299,7 @@ def _json_objects(text: str, place: int = 0) -> Iterator[tuple[int, Any, int]]:
 
 
 def _between_objects(several: str) -> str:
-    """Return what stands between the JSON objects of two calls; nothing if there is one."""
+    """Return the text between the JSON objects of two calls; empty if there is only one object."""
     ends = [0]
     for start, _, end in _json_objects(several):
         if start >= ends[-1]:
@@ -310,7 +317,7 @@ def _dicts(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _as_object(value: Any) -> Any:
-    """Return arguments, which some formats write as a string of JSON, as an object."""
+    """Return arguments as an object; some formats write them as a string of JSON."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -410,12 +417,12 @@ def _python_calls(one: str, several: str) -> CallFormat | None:
 
 
 def _marked_texts(one: str, several: str) -> CallFormat | None:
-    """Return the format of calls with an object whose keys are bare, and whose texts stand between marks."""
+    """Return the format of calls that have an object with bare keys and strings between marks."""
     match = re.fullmatch(r"(.*?)qvzcall(\{qvzkey:(\S+?)qvzvalue\3\})(.*)", one, re.DOTALL)
     if match is None or not match[1].strip() or not match[4].strip():
         return None
     opening, arguments, quote, closing = match.groups()
-    # What follows the last call is not always there.
+    # The text after the last call is not always present.
     end = several.partition(arguments)[2].partition(opening)[0].strip() or closing.strip()
     head = re.compile(rf"\s*{_loose(opening.strip())}\s*([^\s{{}}]+?)\s*(?=\{{)")
     rest = _loose(closing.strip().removeprefix(end).strip())
@@ -446,7 +453,9 @@ def _marked_texts(one: str, several: str) -> CallFormat | None:
 
 
 def _marked_value(text: str, place: int, quote: str) -> tuple[Any, int]:
-    """Return a value whose texts stand between ``quote``, and where it ends. Raises ValueError."""
+    """Return a value whose strings are between ``quote`` marks, and where the value ends. Raises
+    ValueError.
+    """
     if text.startswith(quote, place):
         begin = place + len(quote)
         end = text.index(quote, begin)
@@ -471,12 +480,12 @@ def _marked_value(text: str, place: int, quote: str) -> tuple[Any, int]:
 
 
 def _single_arguments(two: str, several: str) -> CallFormat | None:
-    """Return the format of calls that write each argument by itself."""
+    """Return the format of calls that write each argument separately."""
     pieces = re.split("(qvzcall|qvzkeyb|qvzvalueb|qvzkey|qvzvalue)", two)
     if pieces[1::2] != [_NAME, "qvzkey", "qvzvalue", "qvzkeyb", "qvzvalueb"]:
         return None
     opening, first, between, following, _, closing = pieces[::2]
-    # What ends an argument is what is left of the text between two, without what begins the next.
+    # An argument ends with the text between two arguments, without the beginning of the next one.
     common = 0
     while common < min(len(first), len(following)) and first[-common - 1] == following[-common - 1]:
         common += 1
@@ -523,7 +532,7 @@ def _single_arguments(two: str, several: str) -> CallFormat | None:
 
 
 def _typed(text: str, schema: Mapping[str, Any]) -> Any:
-    """Return an argument that is written as text in the type of its schema."""
+    """Convert an argument that is written as text to the type in its schema."""
     if schema.get("type") == "string":
         return text
     try:
@@ -533,6 +542,6 @@ def _typed(text: str, schema: Mapping[str, Any]) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    """Return a value that is written as JSON, or a constant as Python writes it. Raises ValueError."""
+    """Return a value that is written as JSON, or a constant written as in Python. Raises ValueError."""
     constants = {"True": True, "False": False, "None": None}
     return constants[text] if text in constants else json.loads(text)

@@ -1,10 +1,10 @@
-"""Tokens whose embedding rows a run may train: those of a vocabulary, and those never learned.
+"""Checks which tokens' embedding rows a run can train, and finds tokens that a model has never learned.
 
 A base model's vocabulary often holds tokens reserved for later (Llama 3's ``<|eot_id|>``) whose rows are
-still near zero, or all equal. LoRA does not train the embedding, so a template built on them cannot be
-learned, unless ``lora.trainable_tokens`` trains their rows. They are found by a few rows of the safetensors
-files, without torch; ``check_tokens`` reads ``tokenizer.json`` without the tokenizers library, which takes a
-second for 262k entries.
+still near zero, or all equal. LoRA does not train the embedding, so a template that uses such tokens cannot
+be learned, unless ``lora.trainable_tokens`` trains their rows. They are found by reading a few rows of the
+safetensors files, without torch; ``check_tokens`` reads ``tokenizer.json`` without the tokenizers library,
+which takes a second for 262k entries.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _AddedToken(Struct, frozen=True):
 
 class _Model(Struct, frozen=True):
     vocab: dict[str, int] | list[tuple[str, float]] = {}
-    """Tokens with their ids; for Unigram, with their scores."""
+    """Tokens with their ids or, for Unigram, with their scores."""
 
 
 class _Tokenizer(Struct, frozen=True):
@@ -51,7 +51,7 @@ _DECODER = msgspec.json.Decoder(_Tokenizer)
 def check_tokens(tokens: Iterable[str], folder: Path) -> None:
     """Raise UserError, exit code 2, for a token that is not in the vocabulary of the model in ``folder``.
 
-    A tokenizer that cannot be read raises nothing here: loading it raises the error.
+    If the tokenizer cannot be read, nothing is raised here, because loading the tokenizer raises the error.
     """
     tokens = list(dict.fromkeys(tokens))
     if not tokens:
@@ -86,14 +86,14 @@ UNTRAINED_NORM_RATIO = 0.1
 """Share of an ordinary row's norm below which a row counts as untrained."""
 _MAX_SPECIAL_ROWS = 64
 _MAX_IDENTICAL_ROWS = 2
-"""Most special tokens with an identical row; with more, the rows were only initialized."""
+"""Largest number of special tokens with identical rows; more identical rows were only initialized."""
 _MAX_ROW_BYTES = 1 << 20
 
 
 def untrained_tokens(folder: Path, tokenizer: ChatTokenizer) -> list[str]:
-    """Return the special tokens the template writes that look untrained in the model of ``folder``.
+    """Return the special tokens of the template that look untrained in the model in ``folder``.
 
-    Empty if the embedding cannot be found or read, rather than a guess.
+    Empty if the embedding cannot be found or read.
     """
     wanted = _template_tokens(tokenizer)
     if not wanted:
@@ -147,7 +147,7 @@ def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:
 
 
 class _Embedding:
-    """The token embedding in a safetensors file, read a row at a time."""
+    """The token embedding in a safetensors file, read one row at a time."""
 
     def __init__(self, path: Path, start: int, dtype: str, shape: list[int]):
         self._path = path
@@ -169,7 +169,9 @@ class _Embedding:
         return None
 
     def row(self, number: int) -> tuple[float, ...]:
-        """Read one row. Raises ``IndexError`` past the last, and ``ValueError`` for one of absurd width."""
+        """Read one row. Raises ``IndexError`` past the last row, and ``ValueError`` if its width is
+        absurd.
+        """
         if number >= self._rows:
             raise IndexError(number)
         size = self._width * _ITEM_BYTES[self._dtype]
@@ -185,7 +187,7 @@ class _Embedding:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the file that holds the embedding if an index says so, else all of them."""
+    """Return the file that holds the embedding if an index names it, else all files."""
     index = folder / INDEX
     if index.is_file():
         names = load_config(index, MAX_INDEX_BYTES)

@@ -1,4 +1,4 @@
-"""Public formats that are recognized but cannot be trained on, and hints for rows of no known one.
+"""Recognizes public formats that cannot be trained on, and gives hints for rows of unknown formats.
 
 Used by ``formats``.
 """
@@ -17,11 +17,16 @@ from qlora_tui.errors import UserError
 _NUMBERED = re.compile(
     r"(conversation|response|answer|completion|output|human_ref|model_response|chat)s?_?([ab]|[0-3])"
 )
-"""Columns with alternative answers: ``response_0`` and ``response_1``, or ``conversation_a`` and so on."""
+"""Pattern of columns with alternative answers, such as ``response_0`` and ``response_1``, or
+``conversation_a``.
+"""
 _VERDICT = re.compile(
     r"(?:overall_)?(?:prefer|better|best|safer|winner|labels?|choice|chosen|score)(?:_?\w*)"
 )
-"""Columns with a verdict: ``better_response_id``, ``overall_preference``, ``winner_model_a``, ``score_0``."""
+"""Pattern of columns with a verdict.
+
+Examples are ``better_response_id``, ``overall_preference``, ``winner_model_a`` and ``score_0``.
+"""
 _RANKS = ("rank", "pm_score", "selected", "is_selected")
 _ANSWERS = ("response", "completion", "output", "answer", "generation", "text", "content")
 """Keys of the answer in an item of a list of answers."""
@@ -29,9 +34,10 @@ _Values = Sequence[Mapping[str, Any]]
 
 
 def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> UserError | None:
-    """Return the error for answers that are compared or graded with each other; None for other rows.
+    """Return the error for answers that are compared or graded; None for other rows.
 
-    Side-by-side answers are rejected even if ``mapping`` names one: in some rows it is the worse one.
+    Side-by-side answers are rejected even if ``mapping`` selects one, because it is the worse answer in some
+    rows.
     """
     columns = list(dict.fromkeys(column for value in values for column in value))
     what = _side_by_side(columns) or _ranked(columns, values, mapping) or _steps(values)
@@ -80,7 +86,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
 
 
 def _is_prompt(value: Any) -> bool:
-    """Return whether a cell is a text, or turns of which none is an answer."""
+    """Return whether a cell is a text, or turns without an answer."""
     if not turn_keys(value):
         return isinstance(value, str)
     try:
@@ -132,9 +138,9 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
 
 
 def _answer_key(column: str, value: Any) -> str | None:
-    """Return the key of the answer in a list's items, empty if they are texts; None for no answers.
+    """Return the key of the answer in a list's items, empty if the items are texts; None for no answers.
 
-    Texts are answers where the column is named so, or where each has several words, unlike tags.
+    Texts are answers if the column's name says so, or if each has several words, unlike tags.
     """
     items = decoded(value)
     keys = turn_keys(items)
@@ -154,7 +160,7 @@ def _is_named_answer(column: str) -> bool:
 
 
 def _side_by_side(columns: Sequence[str]) -> str:
-    """Return two numbered answers and a column that says which is better."""
+    """Return a description of two numbered answers and the column that says which is better."""
     verdict = next((c for c in columns if _VERDICT.fullmatch(c.lower())), "")
     stems: dict[str, list[str]] = {}
     for column in columns:
@@ -217,11 +223,11 @@ def _is_segments(value: Any) -> bool:
 
 
 _MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|>", "USER:")
-"""Markers that begin a question in conversations already rendered as one text."""
+"""Markers that begin a question in conversations that are already rendered as one text."""
 
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
-"""Columns that hold what is asked, whatever holds the answer."""
+"""Columns that hold a question or task, whichever column holds the answer."""
 
 
 _TREE = ("parent_id", "message_tree_id", "message_id")
@@ -237,16 +243,16 @@ def single_turns(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
 
 def written_out(texts: Sequence[Any]) -> str:
-    """Return the marker by which most texts are whole conversations; empty if they are not."""
+    """Return the marker that shows that most texts are whole conversations; empty if they are not."""
     strings = [text for text in texts if isinstance(text, str)]
     common_mark = Counter(mark for text in strings for mark in _MARKS if mark in text).most_common(1)
     return common_mark[0][0].strip() if common_mark and 2 * common_mark[0][1] >= len(strings) else ""
 
 
 def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, str]:
-    """Suggest how to map these columns by hand, with their own names if they can be guessed.
+    """Suggest how to map these columns by hand, using their own names if these can be guessed.
 
-    Returns the fix and the code of the error: :data:`UNMAPPED_COLUMNS`, if mapping helps.
+    Returns the fix and the error code, which is :data:`UNMAPPED_COLUMNS` if mapping helps.
     """
     nested = next((c for c in columns if any(isinstance(value.get(c), dict) for value in values)), "")
     texts = [c for c in columns if _is_text(values, c)]
@@ -274,4 +280,4 @@ def _is_text(values: Sequence[Mapping[str, Any]], column: str) -> bool:
 
 
 UNMAPPED_COLUMNS = "unmapped-columns"
-"""Code of the error for rows that can be trained on once their columns are mapped by hand."""
+"""Error code for rows that can be used once their columns are mapped by hand."""

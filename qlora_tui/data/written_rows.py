@@ -1,8 +1,8 @@
-"""The samples of a recipe as JSONL for other trainers.
+"""Writes the samples of a recipe as JSONL for other trainers.
 
-Of answers, a line has the token ids and labels with which the recipe trains, so that another trainer needs no
-loss mask of its own. Trainers of preferences read texts: a line has the turns as the chat template reads
-them. Training and validation are split as a run splits them.
+For answers, a line has the token ids and labels of the recipe's training, so that another trainer needs no
+loss mask of its own. Preference trainers read texts, so for preferences a line has the turns as the chat
+template reads them. The training and validation splits are those of a run.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class WrittenRows(Struct, frozen=True):
 
     train: int
     validation: int
-    """0: there is no file."""
+    """Number of lines; 0 if there is no file."""
     weighted: bool
-    """Whether rows give their answers a weight in the loss, which the lines do not have."""
+    """Whether rows weight their answers in the loss, which the lines cannot express."""
 
 
 def write_rows(
     recipe: Recipe, prepared: PreparedDataset, traits: TemplateCapabilities, folder: Path
 ) -> WrittenRows:
-    """Write ``train.jsonl`` and, if rows are held back, ``validation.jsonl``. Raises OSError."""
+    """Write ``train.jsonl`` and, if there are validation rows, ``validation.jsonl``. Raises OSError."""
     counts = {}
     for name, samples in ((TRAIN, prepared.train), (VALIDATION, prepared.validation)):
         lines = (
@@ -71,7 +71,7 @@ def _tokens(samples: Samples) -> Iterator[dict[str, Any]]:
 
 
 def _comparisons(recipe: Recipe, samples: Samples, traits: TemplateCapabilities) -> Iterator[dict[str, Any]]:
-    """Yield the rows of which there are samples, as pairs or rated answers."""
+    """Yield the rows that have samples, as pairs or rated answers."""
     origins = {(*samples.origin(i), samples.file_name(i)) for i in range(len(samples))}
     for index, source in enumerate(every_source(recipe.data)):
         for file in open_source(source, recipe.data.preferences, index)[0]:
