@@ -28,7 +28,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.training.gguf_conversion import cached_conversion, convert_cached
 
 StatusFn = Callable[[str], None]
-"""Gets the current activity, such as ``Loading the model``."""
+"""Receives the current activity, such as ``Loading the model``."""
 
 
 def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Path:
@@ -45,7 +45,8 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
 
 
 def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Report progress every 10 %, because a terminal shows each status on a separate line."""
+    """Return a function that reports progress every 10 %, because a terminal shows each status on its own
+    line."""
     reported = 0
 
     def report(done: int, total: int) -> None:
@@ -60,30 +61,32 @@ def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedDelta:
-    """Update of a tensor that transformers converts, with others, to the parameters of the model."""
+    """Update of a stored tensor that transformers converts, together with others, to parameters of the
+    model."""
 
     layout: StoredLayout
     group: TensorGroup
     updates: AdapterDeltas
-    """Updates of the group's parameters."""
+    """Updates of the parameters of the group."""
     file_of: Mapping[str, Path]
     """Weight file of each stored tensor."""
     name: str
-    """The tensor's name in its file."""
+    """Name of the tensor in its file."""
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the merged tensor; ``weight`` are its stored values, which are read again."""
+        """Return the merged tensor. ``weight`` is ignored, because all tensors of the group are read from
+        their files."""
         return self.merged(as_stored)[self.name].to(weight.dtype)
 
     def merged(self, round_parameter: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of the group, merged, in float32. Those of the last group are kept.
+        """Return the merged tensors of the group in float32. The result for the last group is cached.
 
-        ``round_parameter`` returns the values that an update is added to, from those of a parameter by its
-        name.
+        ``round_parameter`` returns the values to which an update is added, given the name and values of a
+        parameter.
         """
         last = self.layout.last_merged
         if last is None or last[:2] != (self.group, round_parameter):
-            last = self.layout.last_merged = None  # first: both may be large
+            last = self.layout.last_merged = None  # cleared first, because both results may be large
             last = self.layout.last_merged = (self.group, round_parameter, self._merge(round_parameter))
         return last[2]
 
@@ -101,12 +104,12 @@ class ConvertedDelta:
 
 
 def as_stored(_parameter: str, values: Tensor) -> Tensor:
-    """Return the values of a parameter as they are."""
+    """Return the values of a parameter unchanged."""
     return values
 
 
 SHARED_WEIGHT = "shared weight"
-"""Code of the error for an adapter of one of several layers that share a weight."""
+"""Code of the error for an adapter of one layer among several that share a weight."""
 PlacedDeltas: TypeAlias = dict[str, Update | ConvertedDelta]
 """Updates by the name of a tensor in a weight file."""
 
@@ -125,7 +128,7 @@ def assign_deltas(
 ) -> dict[Path, PlacedDeltas]:
     """Group updates by weight file and tensor name. Raises UserError for an update without a tensor.
 
-    ``adapter`` is the folder of the updates, for the message.
+    ``adapter`` is the folder of the updates, for the error message.
     """
     file_of = {name: file for file in files for name in stored_tensors(file)}
     placed: dict[Path, PlacedDeltas] = {file: {} for file in files}
@@ -136,7 +139,7 @@ def assign_deltas(
             last = f".{module.rpartition('.')[2]}.weight"
             parameter = next((known for known in layout.by_parameter if known.endswith(last)), None)
         if parameter is None and f"{module}.weight" in file_of:
-            # A tied head that is stored separately.
+            # A tied head that the files store separately.
             placed[file_of[f"{module}.weight"]][f"{module}.weight"] = update
             continue
         if not isinstance(update, EmbeddingRowDelta | WholeMatrix):
@@ -165,7 +168,8 @@ def assign_deltas(
 
 
 def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
-    """Raise UserError for a weight that several layers use (Zamba): an adapter changes each use apart."""
+    """Raise UserError for a weight that several layers share (Zamba), since an adapter changes each use
+    separately."""
     if (other := layout.shared.get(parameter)) is not None:
         raise UserError(
             "The adapter cannot be merged into this base",
@@ -178,10 +182,10 @@ def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:
-    """Return the updates, with the embedding's also for a tied head that the files store separately.
+    """Return the updates, with the embedding's update repeated for a tied head that is stored separately.
 
     transformers ties two stored matrices only while they are equal. Raises UserError for an adapter that
-    trained the two apart.
+    trained the two matrices separately.
     """
     if not head.tied:
         return deltas
@@ -193,7 +197,7 @@ def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -
 
 
 def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
-    """Raise UserError if embedding and head, one matrix in the base, are not one in the adapter."""
+    """Raise UserError if embedding and head are one matrix in the base, but not in the adapter."""
     shape = (head.out_features, head.in_features)
     whole = {name: u.weight for name, u in deltas.items() if isinstance(u, WholeMatrix) and u.fits(shape)}
     own = whole.pop(head.name, None)

@@ -1,11 +1,12 @@
 """The update of each weight by an adapter, read from its folder and computed one weight at a time.
 
 LoRA (arXiv:2106.09685, section 4.1): W + s·B·A with s = alpha / r, or alpha / √r with rsLoRA
-(arXiv:2312.03732). DoRA (arXiv:2402.09353, equation 5): the rows of that, scaled to the learned magnitudes.
+(arXiv:2312.03732). DoRA (arXiv:2402.09353, equation 5): the rows of this sum, scaled to the learned
+magnitudes.
 
 peft stacks the factors of all experts of a layer (``ParamWrapper`` in ``tuners/lora/layer.py``), and names
-them by the module that holds the parameters, not by the parameter. Which tensors of the weight files a
-parameter is: :mod:`.stored_layout`.
+them by the module that holds the parameters, not by the parameter. :mod:`.stored_layout` maps parameters to
+tensors of the weight files.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _WRAPPER = ".base_layer"
 
 
 def expert_parameter(name: str, config: Mapping[str, Any]) -> str | None:
-    """Return the parameter of experts that the factors under ``name`` adapt; None for those of a module.
+    """Return the experts' parameter that the factors under ``name`` adapt; None for the factors of a module.
 
     Args:
-        name: a name in the adapter's weights, such as ``model.layers.0.mlp.experts.base_layer``.
-        config: the adapter's config.
+        name: A name in the adapter's weights, such as ``model.layers.0.mlp.experts.base_layer``.
+        config: The adapter's config.
     """
     path, depth = name.replace(_WRAPPER, ""), name.count(_WRAPPER)
     targets = config.get("target_parameters") or ()
     adapted = [p for p in PROJECTIONS if any(f".{path}.{p}".endswith(f".{target}") for target in targets)]
-    # peft wraps the parameters in the model's order: the last one is outermost.
+    # peft wraps the parameters in the model's order, so the last one is outermost.
     return f"{path}.{adapted[-1 - depth]}" if depth < len(adapted) else None
 
 
@@ -49,11 +50,11 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the weight as stored."""
+        """Shape of the weight as stored."""
         raise NotImplementedError
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the update belongs to a weight of this shape."""
+        """Return whether the update can apply to a weight of this shape."""
         return shape == self.shape
 
     def apply_to(self, weight: Tensor) -> Tensor:
@@ -66,22 +67,22 @@ class ExpertDelta(Update):
     """LoRA update of a parameter that holds one projection of all experts of a layer."""
 
     down: Tensor
-    """A: (experts · rank, inputs)."""
+    """Factor A, of shape (experts · rank, inputs)."""
     up: Tensor
-    """B: (outputs, rank · experts)."""
+    """Factor B, of shape (outputs, rank · experts)."""
     experts: int
     scale: float
     transposed: bool = False
-    """Whether a matrix is (inputs, outputs), as in gpt-oss. Only the model knows."""
+    """Whether each matrix is (inputs, outputs), as in gpt-oss. Only the model shows this."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the parameter."""
+        """Shape of the parameter."""
         outputs, inputs = len(self.up), self.down.shape[1]
         return (self.experts, *((inputs, outputs) if self.transposed else (outputs, inputs)))
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the merged parameter, in the dtype of ``weight``; each expert is computed in fp32."""
+        """Return the merged parameter, in the dtype of ``weight``. Each expert is computed in fp32."""
         rows, columns = rows_of_a(self.down, self.experts), columns_of_b(self.up, self.experts)
         merged = weight.clone()
         for expert in range(self.experts):
@@ -96,9 +97,9 @@ _PART = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
 ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
-"""Name of a module's token rows in peft."""
+"""Name under which peft stores a module's trained token rows."""
 WHOLE = re.compile(r"base_model\.model\.(.+)\.weight")
-"""Name of the weight of a module that is trained in whole, in peft."""
+"""Name under which peft stores the weight of a module that is trained in full."""
 
 
 @dataclass(frozen=True)
@@ -106,27 +107,27 @@ class LoraDelta(Update):
     """LoRA update of one weight matrix (outputs, inputs)."""
 
     down: Tensor
-    """A: (rank, inputs)."""
+    """Factor A, of shape (rank, inputs)."""
     up: Tensor
-    """B: (outputs, rank)."""
+    """Factor B, of shape (outputs, rank)."""
     scale: float
     magnitude: Tensor | None
-    """DoRA's magnitudes: (outputs,)."""
+    """DoRA's magnitudes, of shape (outputs,); None for plain LoRA."""
     transposed: bool
     """Whether the weight is stored as (inputs, outputs), as in GPT-2's layers."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of the weight as stored."""
+        """Shape of the weight as stored."""
         outputs, inputs = self.up.shape[0], self.down.shape[1]
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
     def change(self) -> Tensor:
-        """Compute s·B·A, in fp32: (outputs, inputs)."""
+        """Return s·B·A, of shape (outputs, inputs), computed in fp32."""
         return self.up.float() @ self.down.float() * self.scale
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the merged weight, in the dtype and layout of ``weight``; computed in fp32."""
+        """Return the merged weight, in the dtype and layout of ``weight``. It is computed in fp32."""
         wide = weight.float().T if self.transposed else weight.float()
         merged = wide + self.change()
         if self.magnitude is not None:
@@ -140,19 +141,19 @@ class EmbeddingRowDelta(Update):
 
     ids: tuple[int, ...]
     rows: Tensor
-    """Rows: (ids, width)."""
+    """Values of the rows, of shape (ids, width)."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of the smallest matrix with these rows."""
+        """Shape of the smallest matrix with these rows."""
         return max(self.ids) + 1, self.rows.shape[1]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return whether the rows belong to a matrix of this shape."""
+        """Return whether a matrix of this shape has these rows."""
         return len(shape) == 2 and shape[0] >= self.shape[0] and shape[1] == self.shape[1]
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the matrix with these rows replaced, in its dtype."""
+        """Return the matrix with these rows replaced, in the dtype of ``weight``."""
         changed = weight.clone()
         changed[list(self.ids)] = self.rows.to(weight.dtype)
         return changed
@@ -160,14 +161,14 @@ class EmbeddingRowDelta(Update):
 
 @dataclass(frozen=True)
 class WholeMatrix(Update):
-    """A weight that is trained in whole: of the embedding or the head (``lora.train_embeddings``)."""
+    """Weight of the embedding or the head that is trained in full (``lora.train_embeddings``)."""
 
     weight: Tensor
-    """(vocabulary, width)."""
+    """The trained weight, of shape (vocabulary, width)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the weight it replaces."""
+        """Shape of the weight that it replaces."""
         return tuple(self.weight.shape)
 
     def apply_to(self, weight: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ def check_unchanged(folder: Path) -> None:
 def read_deltas(folder: Path) -> AdapterDeltas:
     """Read all updates of an adapter.
 
-    Raises UserError for one that holds anything but LoRA, token rows, and whole matrices.
+    Raises UserError for an adapter that contains anything but LoRA, token rows and full matrices.
     """
     check_unchanged(folder)
     try:
@@ -247,9 +248,9 @@ def _unreadable(folder: Path, why: str) -> UserError:
 
 
 def is_whole_matrix(key: str, config: dict[str, Any]) -> bool:
-    """Return whether ``key`` is the weight of a module that the adapter trains in whole.
+    """Return whether ``key`` is the weight of a module that the adapter trains in full.
 
-    Where the head is tied, peft names only the embedding and saves both.
+    If the head is tied, peft names only the embedding, but saves both.
     """
     match = WHOLE.fullmatch(key)
     if match is None or ".lora_" in key:
@@ -261,7 +262,8 @@ def is_whole_matrix(key: str, config: dict[str, Any]) -> bool:
 
 
 def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the token ids of a module's rows: a list is for the embedding, a mapping is by module."""
+    """Return the token ids of a module's rows. In the config, a list belongs to the embedding, a mapping
+    to modules."""
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), None)

@@ -1,8 +1,8 @@
 """The weights of a base with an adapter merged in, one tensor at a time.
 
-The base may be its stored 16-bit weights, or these weights as the training saw them: quantized to 4 bits by
-bitsandbytes, and back (:class:`Requantizer`). An adapter that learned on 4-bit weights also learned to make
-up for their rounding errors, and may answer otherwise on the 16-bit ones.
+The base weights may be the stored 16-bit weights, or these weights as they were in training: quantized to 4
+bits by bitsandbytes, and dequantized (:class:`Requantizer`). An adapter that learned on 4-bit weights also
+learned to compensate for their rounding errors, and may answer differently on the 16-bit weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qlora_tui.recipe.schema import Quantization, Recipe
 from qlora_tui.training.experts.storage import round_to_4_bits
 
 _STACKED = 3
-"""Dimensions of a parameter that holds a matrix of each expert."""
+"""Number of dimensions of a parameter that holds a matrix for each expert."""
 
 
 @dataclass(frozen=True)
@@ -42,41 +42,41 @@ class MergedTensor:
     """One tensor of a weight file."""
 
     name: str
-    """Its name in the weight file."""
+    """Name of the tensor in the weight file."""
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Returns its values: float32 if LoRA changes it, else in the stored dtype."""
+    """Returns the values: float32 if LoRA changes the tensor, otherwise in the stored dtype."""
 
 
 @dataclass(frozen=True)
 class MergedWeights:
-    """The base's weight files, and the adapter's update of each tensor."""
+    """The base's weight files, with the adapter's update of each tensor."""
 
     folder: Path
-    """The base's folder."""
+    """Folder of the base."""
     updates: dict[Path, PlacedDeltas]
-    """By weight file, then by tensor name."""
+    """Updates by weight file, then by tensor name."""
     requantize: Requantizer | None = None
     """Rounds a parameter as quantization did in training; None keeps the stored values."""
 
     @property
     def bytes(self) -> int:
-        """Return the size of all tensors."""
+        """Total size of all tensors."""
         return sum(tensor.bytes for file in self.updates for tensor in stored_tensors(file).values())
 
     @property
     def changed(self) -> int:
-        """Return the number of tensors that the adapter changes."""
+        """Number of tensors that the adapter changes."""
         return sum(map(len, self.updates.values()))
 
     def __iter__(self) -> Iterator[MergedTensor]:
-        """Yield every tensor in the order of the files."""
+        """Yield every tensor, in the order of the files."""
         for file in self.updates:
             for name, tensor in stored_tensors(file).items():
                 yield MergedTensor(name, tensor.shape, partial(self.read, file, name))
 
     def read(self, file: Path, name: str) -> Tensor:
-        """Return a tensor: float32 if LoRA changes it, else in the stored dtype."""
+        """Return the values of a tensor: float32 if LoRA changes it, otherwise in the stored dtype."""
         return self._merge(file, name, read_tensor(file, name))
 
     def _merge(self, file: Path, name: str, stored: Tensor) -> Tensor:
@@ -99,7 +99,8 @@ class MergedWeights:
         return any(map(self.requantize.quantizes, group.parameters))
 
     def write(self, file: Path, target: Path) -> None:
-        """Write a copy of a weight file with the merged tensors, one in memory at a time. Raises OSError."""
+        """Write a copy of a weight file with merged tensors, one tensor in memory at a time. Raises
+        OSError."""
         if any(tensor.is_packed for tensor in stored_tensors(file).values()):
             write_unpacked(file, target, partial(self.read, file))
             return
@@ -125,33 +126,33 @@ class MergedWeights:
 
 
 def merged_weights(recipe: Recipe, adapter: Path, on_status: StatusFn = lambda words: None) -> MergedWeights:
-    """Return the weights of a recipe's base with the adapter of a folder. Raises UserError."""
+    """Return the weights of a recipe's base, merged with the adapter in a folder. Raises UserError."""
     base = model_folder(recipe, on_status)
     return MergedWeights(base, placed_updates(recipe, adapter))
 
 
 @dataclass(frozen=True)
 class Requantizer:
-    """Rounds weights as the training did; call it with a tensor's name and values."""
+    """Rounds weights as in training, given a tensor's name and values."""
 
     settings: Quantization
     tails: frozenset[str]
-    """Names of the weights of the text model that training quantizes, from their layer on."""
+    """Names of the text model's weights that training quantizes, from their layer on."""
     towers: frozenset[str] = frozenset()
-    """Parts of names, between dots, of the modules that read images."""
+    """Names of modules that read images, as they occur between the dots of parameter names."""
     experts: frozenset[str] = frozenset()
-    """Names of the parameters of experts that training quantizes, from their layer on."""
+    """Names of the experts' parameters that training quantizes, from their layer on."""
 
     def quantizes(self, name: str) -> bool:
         """Return whether a parameter of the model is rounded.
 
-        Modules that read images are not, although training quantizes them: text never passes through them,
-        so that an adapter cannot make up for their rounding.
+        Modules that read images are not rounded, although training quantizes them: text never passes through
+        them, so an adapter cannot compensate for their rounding.
         """
         return inner_name(name) in self.tails | self.experts and self.towers.isdisjoint(name.split("."))
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
-        """Return a parameter of the model rounded; unchanged if training does not quantize it."""
+        """Return the rounded values of a parameter; unchanged if training does not quantize it."""
         if not self.quantizes(name):
             return weight
         if weight.dim() == _STACKED:
@@ -160,7 +161,8 @@ class Requantizer:
 
 
 def requantizer(architecture: Architecture, settings: Quantization) -> Requantizer | None:
-    """Return what rounds a model's weights as the training did; None for a method without 4-bit weights."""
+    """Return a function that rounds a model's weights as in training; None for a method without 4-bit
+    weights."""
     if settings.method not in ("nf4", "fp4"):
         return None
     text = [module for module in architecture.modules if module.part != "vision"]

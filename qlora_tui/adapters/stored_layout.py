@@ -1,9 +1,9 @@
-"""Which tensors of a base's weight files are which parameters of its model, and back.
+"""Maps the tensors of a base's weight files to the parameters of its model, and back.
 
-transformers renames and converts what it loads: it stacks experts, splits or joins projections, and drops or
-adds prefixes. An adapter changes the parameters of the model, and a merged model has the tensors of its base.
-So both directions are transformers' own (``core_model_loading.py``), on the model that the config describes,
-built without weights.
+transformers renames and converts tensors when it loads them: it stacks experts, splits or joins projections,
+and drops or adds prefixes. An adapter changes the parameters of the model, but a merged model has the tensors
+of its base. Both directions therefore use transformers' own code (``core_model_loading.py``), on the model
+that the config describes, built without weights.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from qlora_tui.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class TensorGroup:
-    """Tensors that are converted together, and the parameters that they become."""
+    """Tensors that are converted together, and the parameters that result."""
 
     stored: tuple[str, ...]
-    """Names in the weight files."""
+    """Names of the tensors in the weight files."""
     parameters: Mapping[str, torch.Size]
-    """Shape of each parameter by its name in the model."""
+    """Shape of each parameter, by its name in the model."""
     converter: Any = None
-    """transformers' converter; None if the one tensor is the one parameter."""
+    """transformers' converter; None if the single tensor is the single parameter."""
     patterns: tuple[str, ...] = ()
-    """Pattern of the converter that each stored name matches."""
+    """The converter's pattern that each stored name matches."""
 
     @property
     def is_converted(self) -> bool:
-        """Return whether the tensors are not the parameters themselves."""
+        """Return whether the tensors differ from the parameters."""
         return self.converter is not None
 
 
@@ -58,13 +58,13 @@ class StoredLayout:
         }
         self._folder = folder
         self.last_merged: tuple[TensorGroup, Any, dict[str, Tensor]] | None = None
-        """The last group that was merged, how its parameters were rounded, and its tensors."""
+        """The last merged group, the function that rounded its parameters, and its merged tensors."""
         self._model = build_on_meta(load_config(folder / CONFIG))
         self._sizes = {name: tensor.shape for name, tensor in self._model.state_dict().items()}
 
     @cached_property
     def groups(self) -> tuple[TensorGroup, ...]:
-        """All groups whose tensors the model reads."""
+        """All groups of tensors that the model reads."""
         from transformers import conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -123,10 +123,10 @@ class StoredLayout:
         return {name: group for group in self.groups for name in group.stored}
 
     def parameter_of(self, name: str) -> str | None:
-        """Return the parameter that an adapter names, by its module or itself; None if there is none.
+        """Return the parameter that an adapter names, by its module or directly; None if there is none.
 
-        A text model has other names than the one with a vision tower around it: what the two have in common
-        finds it, if that is of one parameter only.
+        Names in a text model differ from those in the same model with a vision tower. A name is therefore
+        also found by its ending, if only one parameter has this ending.
         """
         for known in (name, f"{name}.weight"):
             if known in self.by_parameter:
@@ -145,14 +145,14 @@ class StoredLayout:
 
     @cached_property
     def shared(self) -> dict[str, str]:
-        """Another parameter that is the same weight, by the names of both."""
+        """The other parameter that shares a weight, by the name of each of the two."""
         tied = self._model.get_expanded_tied_weights_keys(all_submodels=True)
         return {**tied, **{source: target for target, source in tied.items()}}
 
     def is_transposed(self, parameter: str) -> bool:
-        """Return whether a parameter's matrices are (inputs, outputs): those of GPT-2, and some of experts.
+        """Return whether a parameter's matrices are (inputs, outputs), as in GPT-2 and in some experts.
 
-        A run in 4 bits has them the other way round, so that its adapter does not say.
+        A 4-bit run has them in the other order, so its adapter does not show this.
         """
         from transformers.pytorch_utils import Conv1D
 
@@ -160,7 +160,7 @@ class StoredLayout:
         return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
     def to_model(self, group: TensorGroup, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the parameters that the tensors of a group become."""
+        """Return the parameters that the tensors of a group are converted to."""
         if group.converter is None:
             return dict(zip(group.parameters, tensors.values(), strict=True))
         converter = deepcopy(group.converter)
@@ -171,13 +171,13 @@ class StoredLayout:
         return {name: each[0] if isinstance(each, list) else each for name, each in converted.items()}
 
     def to_files(self, group: TensorGroup, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a group, by their names in the files, from all of its parameters."""
+        """Return the tensors of a group by their names in the files, converted from all its parameters."""
         from transformers.core_model_loading import revert_weight_conversion
 
         if group.converter is None:
             return dict(zip(group.stored, parameters.values(), strict=True))
         reverted = revert_weight_conversion(self._model, dict(parameters))
-        # Files of a model without its head lack the first part of the names.
+        # In the files of a model without its head, names lack the first part.
         return {
             next((s for s in group.stored if s == name or name.endswith(f".{s}")), name): tensor
             for name, tensor in reverted.items()

@@ -1,8 +1,8 @@
-"""Tensors of a base's weight files. Experts in MXFP4 are read as the 16-bit matrices that they stand for.
+"""Tensors of a base's weight files. Experts in MXFP4 are read as 16-bit matrices.
 
-gpt-oss stores ``experts.down_proj`` as ``experts.down_proj_blocks`` and ``_scales``. Here it has one name,
-the shape that its class has in 16 bits, (experts, inputs, outputs), and values without any loss: an MXFP4
-number is one of 16 values times a power of two, which bfloat16 holds.
+gpt-oss stores ``experts.down_proj`` as ``experts.down_proj_blocks`` and ``_scales``. Here the tensor has one
+name, the shape of the 16-bit model, (experts, inputs, outputs), and exact values: an MXFP4 number is one of
+16 values times a power of two, which bfloat16 can represent.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from qlora_tui.catalog.model_validation import read_header, weight_files
 from qlora_tui.training.experts.storage import BLOCKS, SCALES, dequantize_mxfp4
 
 _BLOCK = 32
-"""Weights in a block of MXFP4."""
+"""Number of weights in an MXFP4 block."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Names of safetensors."""
+"""torch dtypes by their safetensors names."""
 _INDEX = "model.safetensors.index.json"
 
 
@@ -35,17 +35,18 @@ class StoredTensor:
     dtype: str
     """Name of the dtype in safetensors."""
     is_packed: bool = False
-    """Whether the file has it in MXFP4."""
+    """Whether the file stores it in MXFP4."""
 
     @property
     def bytes(self) -> int:
-        """Return the size of its values, unpacked."""
+        """Size of the unpacked values."""
         kind = _DTYPES.get(self.dtype)
         return math.prod(self.shape) * (kind.itemsize if kind else 1)
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a weight file by name, in its order. Raises OSError and ValueError."""
+    """Return the tensors of a weight file by name, in the order of the file. Raises OSError and
+    ValueError."""
     tensors = {}
     for name, entry in read_header(file)[1].items():
         shape = tuple(entry.get("shape", ()))
@@ -64,7 +65,7 @@ def read_tensor(file: Path, name: str) -> Tensor:
     """Return a tensor of a weight file. Raises OSError."""
     with safe_open(file, framework="pt") as content:
         if name in content.keys():  # noqa: SIM118  # not a mapping
-            # Copy: the original is a view of the mapped file.
+            # Copy the tensor, because the original is a view of the mapped file.
             tensor: Tensor = content.get_tensor(name).clone()
             return tensor
     blocks = read_tensor(file, name + BLOCKS)
@@ -78,9 +79,9 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 
 def write_unpacked(file: Path, target: Path, read: Callable[[str], Tensor]) -> None:
-    """Write a weight file with the tensors of ``file``, none of them packed, one in memory at a time.
+    """Write a weight file with the tensors of ``file``, all unpacked, one in memory at a time.
 
-    ``read`` returns the values of a tensor by its name. Raises OSError.
+    ``read`` returns the values of a tensor by name. Raises OSError.
     """
     tensors = stored_tensors(file)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -99,7 +100,7 @@ def write_unpacked(file: Path, target: Path, read: Callable[[str], Tensor]) -> N
 
 
 def write_unpacked_config(base: Path, folder: Path, files: Iterable[Path]) -> None:
-    """Write the config and the index of a model whose packed tensors were unpacked. Raises OSError."""
+    """Write config and index of a model whose packed tensors were unpacked. Raises OSError."""
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

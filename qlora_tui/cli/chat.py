@@ -1,4 +1,4 @@
-"""``chat``: talk to a run's adapter or its base; ``evaluate``: both answer validation prompts."""
+"""``chat``: chat with a run's adapter or its base; ``evaluate``: let both answer validation prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BENCHMARK_PORT = 8000
 
 
 def run_chat(args: argparse.Namespace) -> CommandResult | int:
-    """Print one answer with ``--prompt``; without it, hold a conversation on stdin and stdout."""
+    """Print one answer to ``--prompt``; without this option, hold a conversation on stdin and stdout."""
     chosen = find_run(args.run_id)
     if args.prompt is not None and not args.prompt.strip():
         raise UserError(
@@ -88,7 +88,7 @@ def _chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _seed(text: str) -> int:
-    """Parse a seed of torch's random numbers."""
+    """Parse a seed for torch's random numbers."""
     seed = whole_number(text)
     if seed >= 2**32:
         raise argparse.ArgumentTypeError("it must be below 2^32")
@@ -96,7 +96,7 @@ def _seed(text: str) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> CommandResult:
-    """Print the metrics of a run, after letting base and adapter answer if that was not done."""
+    """Print the metrics of a run, after letting base and adapter answer if they have not answered yet."""
     run = find_run(args.run_id)
     evaluation = None if args.again else read_task_evaluation(run)
     if evaluation is None or (args.prompts is not None and not _covers(evaluation, args.prompts)):
@@ -127,9 +127,9 @@ def _with_differences(evaluation: TaskEvaluation) -> object:
 
 
 def _lm_eval_lines(run: RunDir) -> list[str]:
-    """Return how EleutherAI's lm-evaluation-harness measures a run through a server.
+    """Return lines on how EleutherAI's lm-evaluation-harness measures a run through a server.
 
-    Options as in lm-eval 0.4.13, ``lm_eval/models/api_models.py``.
+    The options are those of lm-eval 0.4.13, ``lm_eval/models/api_models.py``.
     """
     model = {
         "model": run.id,

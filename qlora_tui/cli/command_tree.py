@@ -1,6 +1,6 @@
-"""The commands as their parsers declare them: for the reference, the tools of assistants, and completion.
+"""The commands as their parsers declare them: for the reference, for tools of assistants, and for completion.
 
-argparse has no public access to what a parser declares; only this module reads it.
+argparse has no public access to the declarations of a parser. Only this module reads them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from qlora_tui.cli.main import SUBCOMMANDS, command_parser
 
 
 def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
-    """Yield each command with its help and its parser, followed by those of its actions: ``runs delete``."""
+    """Yield the name, help and parser of each command, followed by those of its actions, such as ``runs
+    delete``."""
     for name, (_, help_) in SUBCOMMANDS.items():
         parser = subparsers(command_parser(name))[name]
         yield name, help_, parser
@@ -21,13 +22,13 @@ def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of the commands below a parser, by name."""
+    """Return the parsers of a parser's subcommands, by name."""
     actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(actions[0].choices) if actions else {}
 
 
 def help_of(parser: argparse.ArgumentParser, name: str) -> str:
-    """Return the help of a command below a parser."""
+    """Return the help of a parser's subcommand."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return next((str(one.help) for one in action._choices_actions if one.dest == name), "")
@@ -35,11 +36,12 @@ def help_of(parser: argparse.ArgumentParser, name: str) -> str:
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Return what a command takes, without ``--help`` and its own commands."""
+    """Return the arguments of a command, without ``--help`` and without its subcommands."""
     left_out = (argparse._HelpAction, argparse._SubParsersAction)
     return [action for action in parser._actions if not isinstance(action, left_out)]
 
 
 def is_list(action: argparse.Action) -> bool:
-    """Return whether an argument has several values: it may be repeated, or takes all that follow."""
+    """Return whether an argument has several values, because it may be repeated or takes all words that
+    follow."""
     return isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+")

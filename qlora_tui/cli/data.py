@@ -38,7 +38,7 @@ _ROWS_NAMED = 8
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Inspect or show. With ``--json``, an error is also an object on stdout: its fields."""
+    """Inspect data or show rows. With ``--json``, the fields of an error are also printed to stdout."""
     try:
         if args.action == "show":
             return _show(args)
@@ -131,7 +131,7 @@ def _format_losses(losses: RowLosses, count: int) -> str:
 
 
 def _print_marked(pieces: Iterable[tuple[str, bool]]) -> None:
-    """Print a line with text to learn bold and underlined, or in brackets if stdout is not a terminal."""
+    """Print a line with trained text bold and underlined, or in brackets if stdout is not a terminal."""
     bold, plain = ("\x1b[1;4m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     for text, in_loss in pieces:
         if in_loss:
@@ -163,7 +163,7 @@ def _data(args: argparse.Namespace) -> Data:
 def _tokenizer(args: argparse.Namespace) -> ChatTokenizer | None:
     if not args.model:
         return None
-    from qlora_tui.engine.data_service import tokenizer_folder  # takes 0.1 s
+    from qlora_tui.engine.data_service import tokenizer_folder  # the import takes 0.1 s
 
     chosen = to_recipe({"model": {"chat_template": args.template}}, origin="the command line")
     return ChatTokenizer.from_folder(tokenizer_folder(args.model), chosen.model.chat_template)
@@ -197,7 +197,7 @@ def _format_report(report: Report, data: Data) -> str:
     for problem in report.problems:
         rows = ", ".join(f"{row:,}" for row in islice(problem.rows, _ROWS_NAMED))
         more = "…" if problem.count > _ROWS_NAMED else ""
-        # The files of a folder number their rows each for itself.
+        # Each file of a folder has its own row numbers.
         file = f" of {Path(problem.path).name}" if len(report.files) > 1 else ""
         where = f" ({'row' if len(problem.rows) == 1 else 'rows'} {rows}{more}{file})" if rows else ""
         count = f"{problem.count:,}{where}"

@@ -22,16 +22,16 @@ class DemoProgress:
         self._line = ProgressLine()
 
     def show_status(self, text: str) -> None:
-        """Print a status on its own line."""
+        """Print a status on a line of its own."""
         self._line.clear()
         print(text, file=sys.stderr, flush=True)
 
     def show_progress(self, text: str) -> None:
-        """Show how far it is, in place of what was shown before."""
+        """Show the progress, in place of the previous text."""
         self._line.show(text)
 
     def on_event(self, event: AnyEvent, view: RunView) -> None:
-        """Show an event of the run."""
+        """Show the lines that describe an event of the run."""
         text = f"  {describe(event, view.total_steps)}"
         if isinstance(event, Step | Progress):
             left = "" if view.seconds_left is None else f"  {format_duration(view.seconds_left)} left"

@@ -1,4 +1,4 @@
-"""``estimate``: itemized memory of a recipe, NF4 compared with int8 and 16-bit, and what fits."""
+"""``estimate``: itemized memory of a recipe, comparison of NF4 with int8 and 16-bit, and what fits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MODELS_NAMED = 5
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Estimate the recipe that the options describe. Exit code 0 even if it does not fit."""
+    """Estimate the recipe that the options describe. The exit code is 0 even if the recipe does not fit."""
     recipe = recipe_from_args(args)
     if not recipe.model.id:
         local = [model.id for model in list_local_models() if model.refusal is None]
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         budget = budget.with_traces(known_traces())
     data = as_json(recipe, architecture, budget.bytes, device=budget.device)
     compared = compare(recipe, architecture, device=budget.device)
-    # The name of a GPU given only by its size is that size.
+    # If a GPU is given only by its size, its name is that size.
     compared_with = budget.name if args.gpu_gib else f"{budget.name} ({format_gib(budget.bytes)} GiB)"
     lines = [f"{recipe.model.id} against {compared_with}", ""]
     rows = []
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         lines += ["", data["host_memory"]]
     if data["trace"]:
         lines += ["", _trace_table(data["trace"])]
-    # Only GGUF files need conversion, and finding out loads tokenizers.
+    # Only GGUF files need a conversion, and looking for one loads tokenizers.
     conversion = _conversion(recipe.model.id)
     if conversion is not None:
         on_cpu = budget.device.kind == "cpu"
@@ -139,7 +139,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _measured_quality(recipe: Recipe) -> Quality:
-    """Return what the recipe's quantization changes for rows of its data. Raises UserError."""
+    """Return what the recipe's quantization changes in the answers to rows of its data. Raises UserError."""
     shown = ""
 
     def show(progress: Progress) -> None:
@@ -154,7 +154,7 @@ def _measured_quality(recipe: Recipe) -> Quality:
 
 
 def _require_chosen_gpu() -> None:
-    """Raise GpuUnavailableError if the GPU that the user chose is not there, or the choice cannot be read."""
+    """Raise GpuUnavailableError if the GPU that the user chose is missing, or the choice cannot be read."""
     try:
         choose_gpu()
     except GpuUnavailableError as error:
@@ -184,7 +184,8 @@ def _conversion(model_id: str) -> Conversion | None:
 
 
 def _what_fits(largest: dict[str, Any], *, is_marked: bool) -> list[str]:
-    """Return one line on the largest settings that fit, marked as instant; none if nothing is known."""
+    """Return one line on the largest settings that fit, marked as instant if ``is_marked``; empty if
+    unknown."""
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
     form = " (instant estimate)" if is_marked else ""
@@ -200,9 +201,9 @@ TRACE_LABELS = {
 
 
 def _trace_steps(recipe: Recipe, architecture: Architecture, device: Device) -> None:
-    """Trace the recipe's step in every precision in which that is possible.
+    """Trace the recipe's step in every precision in which this is possible.
 
-    Raises UserError if it is not in the recipe's.
+    Raises UserError if it is impossible in the precision of the recipe.
     """
     from qlora_tui.runs.exact_memory import trace_all
 

@@ -33,7 +33,7 @@ _DEFAULT_TYPE = "Q8_0"
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Export a run's adapter in the form asked for."""
+    """Export a run's adapter in the requested form."""
     if args.form is None:
         raise UserError(
             "No format given",
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     if note := leave_gpu_to_runs():
         print(note, file=sys.stderr)
     configure_torch_env()
-    # Until this process ends: a deletion of the run asks first.
+    # Until this process ends, whoever deletes the run is asked for confirmation.
     hold_folder(run.path)
     with export_problems(), ProgressLine() as line:
         with faster_imports():
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _form_request(args: argparse.Namespace) -> ExportRequest:
-    """Return what the arguments of one form alone ask for. Raises UserError."""
+    """Return the request from those arguments that only one form has. Raises UserError."""
     from qlora_tui.runs.exports import ExportRequest, ollama_folder
 
     match args.form:
@@ -109,7 +109,7 @@ def _form_request(args: argparse.Namespace) -> ExportRequest:
 
 
 def _types(text: str) -> str:
-    """Return file types, separated by commas, as they are spelled here; unknown ones as they are."""
+    """Return comma-separated file types in their canonical spelling; unknown types are unchanged."""
     return ",".join(spelled(name.strip()) for name in text.split(","))
 
 

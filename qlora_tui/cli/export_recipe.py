@@ -25,7 +25,7 @@ _NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Write the folder, and say on stderr what it leaves out."""
+    """Write the folder, and report on stderr what is omitted."""
     out: Path = args.out.expanduser().absolute()
     refuse_existing(out)
     recipe = recipe_or_run(args.recipe)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def add_arguments(form: argparse.ArgumentParser) -> None:
-    """Add what `export recipe` takes."""
+    """Add the arguments of `export recipe`."""
     form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
     form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
     form.add_argument(
@@ -60,13 +60,13 @@ def add_arguments(form: argparse.ArgumentParser) -> None:
 
 
 def recipe_or_run(name: str) -> Recipe:
-    """Return the recipe in a file, or of a run. Raises UserError."""
+    """Return the recipe in a file, or the recipe of a run. Raises UserError."""
     path = Path(name)
     return build_recipe(file=path) if path.suffix == ".toml" else find_run(name).recipe()
 
 
 def _account(rows: WrittenRows, exported: ExportedRecipe) -> str:
-    """Return what was written and what was not, for people."""
+    """Return a report on what was written and what was omitted."""
     lines = [f"{rows.train:,} samples to train on, {rows.validation:,} for validation."]
     if rows.weighted:
         lines.append("The weights of answers in the loss have no counterpart.")

@@ -1,4 +1,4 @@
-"""A run as lines of text: what ``train`` and ``attach`` print, for people, screen readers and programs."""
+"""A run as lines of text, which ``train`` and ``attach`` print for people, screen readers and programs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qlora_tui.runs.view import RunView
 PLAIN_INTERVAL_S = 10.0
 """Minimum seconds between progress lines, so that a screen reader can read them out."""
 _MAX_PAST_STEPS = 2000
-"""Maximum number of past steps to print; of a longer run, an even sample."""
+"""Maximum number of past steps to print. A longer run is sampled evenly."""
 
 
 def follow(run: RunDir, *, as_json: bool) -> int:
-    """Print every event from the first to the run's end. Returns 1 if it failed; Ctrl-C detaches with 0.
+    """Print every event until the run's end. Return 1 if the run failed; Ctrl-C detaches and returns 0.
 
-    Past steps of a very long run are sampled; with ``as_json`` all are printed.
+    Past steps of a very long run are sampled; with ``as_json``, all are printed.
     """
     view, past_events = (RunView(run), []) if as_json else RunView.from_sample(run, _MAX_PAST_STEPS)
     phases = PhaseFilter()
@@ -52,7 +52,7 @@ def follow(run: RunDir, *, as_json: bool) -> int:
 def follow_plain(run: RunDir) -> int:
     """Print the live screen's content as sentences: the current state, events, and state updates.
 
-    For screen readers and logs: whole lines only, and one step per :data:`PLAIN_INTERVAL_S`.
+    The output suits screen readers and logs: only complete lines, and one step per :data:`PLAIN_INTERVAL_S`.
     """
     view, past_events = RunView.from_sample(run, _MAX_PAST_STEPS)
     phases = PhaseFilter()
@@ -85,7 +85,7 @@ class _LastSample:
         self._sample: Reading | None = None
 
     def poll(self) -> Reading | None:
-        """Return the newest sample; None without one."""
+        """Return the newest sample; None if there is none."""
         self._sample = next(reversed(self._tail.poll()), self._sample)
         return self._sample
 

@@ -16,11 +16,11 @@ from qlora_tui.formatting import align_columns, pluralize
 from qlora_tui.recipe.imported import ImportedRecipe, import_recipe, shown
 
 _LONGEST_VALUE = 40
-"""Characters of a value in the list of what has no counterpart."""
+"""Maximum length of a value in the list of settings without a counterpart."""
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Print or write the recipe, and say on stderr what it leaves out."""
+    """Print or write the recipe, and report on stderr what is omitted."""
     imported = import_recipe(Path(args.file))
     origin = Path(args.file).name
     text = f"# From {origin} ({imported.trainer}).\n\n{tomli_w.dumps(imported.layer)}"
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _account(imported: ImportedRecipe) -> str:
-    """Return what was read and what was not, for people."""
+    """Return a report on what was read and what was omitted."""
     lines = [
         f"{imported.trainer}: {pluralize(len(imported.taken), 'setting')} read; "
         f"{pluralize(len(imported.unneeded), 'key')} without effect here."

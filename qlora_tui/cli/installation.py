@@ -1,8 +1,8 @@
-"""This installation: ``doctor`` checks it, ``locate`` and ``cache`` say what is where, ``completion``
-completes commands.
+"""This installation: ``doctor`` checks it, ``locate`` and ``cache`` list folders, ``completion`` is for
+shells.
 
-A shell asks this program for completions at each press of Tab: values such as run ids exist only at that
-moment.
+A shell asks this program for completions at each press of Tab, because values such as run ids exist only at
+that moment.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ KINDS = {
     "findings": ("checks of data files", r"[0-9a-f]{32}(?:[0-9a-f]{32})?\.json"),
     "traces": ("steps of models traced for exact memory estimates", r"[0-9a-f]{64}\.json"),
 }
-"""Folders of the cache: what is in them, and the names that this program gives to it. Anything else there is
-neither listed nor deleted."""
+"""Folders of the cache: a description, and a pattern of the names that this program uses there. Other
+names are neither listed nor deleted."""
 SHELLS = ("bash", "zsh", "fish")
 
 
 def run_doctor(args: argparse.Namespace) -> CommandResult:
-    """Run every check, in the order in which they would fail a run."""
-    # Completion, which loads this module at each Tab, does not need them.
+    """Run every check, in the order in which failed checks would end a run."""
+    # Completion loads this module at each Tab and does not need these modules.
     from qlora_tui.runs.doctor import CheckKind, check_libraries, check_system
 
     checks = check_system()
-    # One error for one cause: a trainer would refuse the same GPU.
+    # Report one error for one cause: a trainer would reject the same GPU.
     without_gpu = any(check.kind is CheckKind.GPU and check.outcome == "error" for check in checks)
     checks += check_libraries(on_cpu=without_gpu)
     failed = any(check.outcome == "error" for check in checks)
@@ -74,7 +74,7 @@ def run_doctor(args: argparse.Namespace) -> CommandResult:
 
 
 def run_locate(args: argparse.Namespace) -> CommandResult:
-    """Return every directory the program uses."""
+    """Return every directory that the program uses."""
     places = {
         "config": paths.config_dir(),
         "presets": paths.user_presets_dir(),
@@ -100,11 +100,11 @@ class CachedItem:
     path: Path
     size_bytes: int
     used_at: float
-    """Unix time when it was last used, or written."""
+    """Unix time of the last use, or of the last write if the use is unknown."""
 
 
 def run_cache(args: argparse.Namespace) -> CommandResult:
-    """List the cache; with ``--clear`` delete one kind. Raises UserError if it cannot be deleted."""
+    """List the cache; with ``--clear``, delete one kind. Raises UserError if it cannot be deleted."""
     items = list_items()
     if args.clear is not None:
         items = [item for item in items if item.kind == args.clear]
@@ -130,7 +130,7 @@ def run_cache(args: argparse.Namespace) -> CommandResult:
 
 
 def list_items() -> list[CachedItem]:
-    """Everything in the cache, by kind, the largest first."""
+    """Return everything in the cache, by kind, the largest items first."""
     items = []
     for kind, (_, names) in KINDS.items():
         folder = paths.cache_dir() / kind
@@ -183,7 +183,7 @@ def _age(seconds: float) -> str:
 
 
 def run_completion(args: argparse.Namespace) -> CommandResult:
-    """Return the script for one shell."""
+    """Return the completion script for a shell."""
     from argcomplete.shell_integration import shellcode
 
     script = shellcode(["qlora-tui"], shell=args.shell).strip()
@@ -200,14 +200,14 @@ def answer(parser: argparse.ArgumentParser) -> NoReturn:
 
 
 def run_names() -> Iterable[str]:
-    """Return ``last``, then every run's name."""
+    """Return ``last`` and the name of every run."""
     from qlora_tui.runs.directory import LAST, all_runs
 
     return (LAST, *(run.id for run in all_runs()))
 
 
 def preset_names() -> Iterable[str]:
-    """Return the names of the shipped presets and the user's."""
+    """Return the names of the shipped presets and of the user's presets."""
     from qlora_tui.recipe.presets import list_presets
 
     return (preset.name for preset in list_presets())
@@ -225,7 +225,7 @@ def model_names() -> Iterable[str]:
 
 
 def settings() -> Iterable[str]:
-    """Return ``lora.rank=`` for every setting, followed by each value if there are few."""
+    """Return ``lora.rank=`` and the like for every setting, followed by each value if there are few."""
     from qlora_tui.recipe.fields import fields
 
     for path, field in fields().items():
@@ -239,7 +239,7 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "sets": settings,
     "presets show name": preset_names,
 }
-"""Completions of an argument, by its ``dest``; with the command if ``dest`` alone is ambiguous."""
+"""Completions of an argument, by its ``dest``, or by command and ``dest`` if ``dest`` alone is ambiguous."""
 
 
 def _set_completers(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +252,7 @@ def _set_completers(parser: argparse.ArgumentParser) -> None:
 
 
 class _Completer:
-    """Calls ``values`` at a Tab, and skips names that contain terminal control characters."""
+    """Calls ``values`` when Tab is pressed, and skips names that contain terminal control characters."""
 
     def __init__(self, values: Callable[[], Iterable[str]]) -> None:
         self._values = values

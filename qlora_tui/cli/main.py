@@ -65,16 +65,15 @@ SUBCOMMANDS = {
     "locate": ("installation", "Print where presets, runs and caches are stored."),
     "completion": ("installation", "Print a script that completes commands in bash, zsh or fish."),
 }
-"""Module of ``qlora_tui.cli`` and help of each command. A module is loaded when its command is called, so
-that the app and the fast commands do not wait for other imports.
-"""
+"""Module of ``qlora_tui.cli`` and help text of each command. The module is loaded when the command is
+called, so that the app and fast commands do not wait for other imports."""
 _INTERRUPTED = 130
 _ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
-"""Actions of a command that runs the first of them if the next word is none: `presets paper`."""
+"""Actions of commands that run the first one if the next word is not an action: `presets paper`."""
 
 
 def can_show_app() -> bool:
-    """Return whether this is a terminal that can move its cursor."""
+    """Return whether stdout is a terminal with cursor control."""
     return _is_terminal() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
@@ -85,18 +84,18 @@ def _is_terminal() -> bool:
 def open_app(
     *, gpu_gib: float | None = None, mouse: bool = True, run: RunDir | None = None, host: str | None = None
 ) -> int:
-    """Open the app, and end this process with its exit code once it is closed.
+    """Open the app, and end this process with the app's exit code once the app is closed.
 
     Args:
-        gpu_gib: Memory of the GPU to estimate for, in GiB, if it is not that of this machine.
-        mouse: False leaves the mouse to the terminal.
-        run: The run to watch; without one, Home is shown.
-        host: The box to work on, by its name for ssh; None for this machine.
+        gpu_gib: Memory of an assumed GPU to estimate for, in GiB; None for this machine's GPU.
+        mouse: Whether the app uses the mouse; False leaves it to the terminal.
+        run: The run to watch; None shows Home.
+        host: The box to work on, by its ssh name; None for this machine.
 
     Raises:
         UserError: This is not a terminal, or the disk could not be written.
     """
-    # The app enables it again with its first frame: until then there is no garbage worth collecting.
+    # The app enables it again with its first frame. Until then, there is no garbage worth collecting.
     gc.disable()
     if not can_show_app():
         term = os.environ.get("TERM", "")
@@ -114,7 +113,7 @@ def open_app(
         from qlora_tui.remote.link import work_on
         from qlora_tui.remote.ssh import Box
 
-        # Before the app has the terminal: ssh may ask for a password.
+        # Connect before the app takes over the terminal, because ssh may ask for a password.
         print(f"Connecting to {host}…", file=sys.stderr)
         work_on(Box(host))
     import msgspec
@@ -130,7 +129,7 @@ def open_app(
         app = QloraApp(settings, watched_run=run)
         app.no_color = app.no_color or has_no_colors()
         app.run(mouse=settings.mouse and mouse)
-    # Now that the screen of the shell is back, and stderr is no longer the log.
+    # Print these now that the shell's screen is restored and stderr is no longer the log.
     for line in app.farewell:
         print(line)
     if app.disk_faults.ended_by is not None:
@@ -144,9 +143,9 @@ _THREADS_TIMEOUT_S = 1.0
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """End this process without Python's clean-up, once its threads have ended or a second has passed.
+    """End this process without Python's clean-up, once its threads have ended or after a second.
 
-    Most threads read, from a network or a disk that may hang, and nothing needs their result any more.
+    Most threads read from a network or a disk that may hang, and their results are not needed anymore.
     """
     deadline = time.monotonic() + _THREADS_TIMEOUT_S
     for thread in threading.enumerate():
@@ -159,7 +158,7 @@ def end_process(exit_code: int) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 done, 1 failed, 2 invalid call."""
+    """Run one command; return its exit code: 0 for success, 1 for a failure, 2 for an invalid call."""
     open_missing_streams()
     with visible_output():
         return _run(list(sys.argv[1:] if argv is None else argv))
@@ -201,7 +200,7 @@ def _run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has closed the pipe: not an error.
+        # The reader, such as head or less, has closed the pipe, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except UnicodeEncodeError as error:
@@ -220,7 +219,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _is_utf8(word: str) -> bool:
-    """Return whether a word has no bytes that are not UTF-8: they arrive as surrogates."""
+    """Return whether a word is valid UTF-8. Other bytes arrive as surrogates."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -229,13 +228,13 @@ def _is_utf8(word: str) -> bool:
 
 
 def _without_host(argv: list[str]) -> list[str]:
-    """Return the arguments without ``--host BOX``, which stands before the command."""
+    """Return the arguments without ``--host BOX``, which precedes the command."""
     at = next(i for i, word in enumerate(argv) if word.partition("=")[0] == "--host")
     return [*argv[:at], *argv[at + (1 if "=" in argv[at] else 2) :]]
 
 
 def _with_action(argv: list[str], verb: str | None) -> list[str]:
-    """Insert the action that is meant if a command is followed by a name."""
+    """Insert the default action if a command is followed by a name instead of an action."""
     actions = _ACTIONS.get(verb or "", ())
     start = argv.index(verb) + 1 if actions and verb else len(argv)
     place = next((i for i in range(start, len(argv)) if not argv[i].startswith("-")), None)
@@ -245,7 +244,7 @@ def _with_action(argv: list[str], verb: str | None) -> list[str]:
 
 
 def _check_command(argv: Sequence[str]) -> None:
-    """Raise UserError for an unknown command, with the closest one."""
+    """Raise UserError for an unknown command, with the most similar command."""
     words = iter(argv)
     for word in words:
         if word in ("--gpu", "--gpu-gib", "--host"):
@@ -272,7 +271,7 @@ def subcommand(name: str) -> Subcommand:
 
 
 def command_parser(name_called: str | None) -> argparse.ArgumentParser:
-    """Return the parser of all commands, of which only the one called knows its arguments."""
+    """Return the parser of all commands. Only the called command has its arguments."""
     parser = argparse.ArgumentParser(
         prog="qlora-tui",
         description="Fine-tune language models with QLoRA on one GPU. Without a command it opens the app.",

@@ -1,8 +1,9 @@
 """``mcp``: the commands as tools of the Model Context Protocol, on stdin and stdout.
 
-Each tool is a command of :data:`qlora_tui.cli.main.SUBCOMMANDS` with the arguments that its parser declares;
-a call runs it with ``--json`` in a process of its own. What starts, writes or deletes something is planned
-first: the tool replies with the command line and a code, and runs it when called again with that code.
+Each tool is a command of :data:`qlora_tui.cli.main.SUBCOMMANDS` with the arguments that its parser declares.
+A call runs the command with ``--json`` in a separate process. A command that starts, writes or deletes
+something requires two calls: the first replies with the command line and a code, and the second, with this
+code, runs the command.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     import mcp_types as types
 
 _TIMEOUT_S = 3600.0
-"""Seconds after which a command is ended. A run that it started goes on."""
+"""Seconds after which a command is ended. A run that it started continues."""
 _MOST_CHARACTERS = 200_000
-"""Longest output that is passed on."""
+"""Maximum length of the output that is returned."""
 _CONFIRM = "confirm"
 _INSTRUCTIONS = (
     "qlora-tui fine-tunes language models with QLoRA on this machine's GPU. `doctor` says whether it can "
@@ -48,7 +49,7 @@ class CommandTool:
     """A command, or one of its actions, as a tool."""
 
     words: tuple[str, ...]
-    """``("runs", "delete")``."""
+    """Words of the command, such as ``("runs", "delete")``."""
     help: str
     parser: argparse.ArgumentParser
     changes: tuple[str, ...] | None
@@ -59,7 +60,7 @@ class CommandTool:
 
     @cached_property
     def _actions(self) -> dict[str, argparse.Action]:
-        """The arguments by the name of their property."""
+        """The arguments, by the names of their JSON properties."""
         return {
             action.option_strings[-1].lstrip("-").replace("-", "_")
             if action.option_strings
@@ -70,11 +71,11 @@ class CommandTool:
 
     @property
     def may_change(self) -> bool:
-        """Return whether any call starts, writes or deletes something."""
+        """Return whether any call of this tool starts, writes or deletes something."""
         return self.changes is None or any(word in self.changes for word in (*self.words[1:], *self._actions))
 
     def does_change(self, arguments: dict[str, Any]) -> bool:
-        """Return whether a call with these arguments does."""
+        """Return whether a call with these arguments starts, writes or deletes something."""
         if arguments.get("dry_run"):
             return False
         return self.changes is None or bool({*self.words[1:], *_given(arguments)} & set(self.changes))
@@ -98,7 +99,7 @@ class CommandTool:
         }
 
     def argv(self, arguments: dict[str, Any]) -> list[str]:
-        """Return the words of the command line. Raises UsageError for arguments that the schema refuses."""
+        """Return the words of the command line. Raises UsageError for arguments that the schema rejects."""
         import jsonschema
 
         given = _given(arguments)
@@ -125,8 +126,8 @@ class CommandTool:
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments without those whose value is that of an argument left out."""
-    # By identity: 0 and 0.0 equal False.
+    """Return the arguments without those whose value means that the argument is omitted."""
+    # Compare by identity, because 0 and 0.0 equal False.
     return {
         name: value
         for name, value in arguments.items()
@@ -149,7 +150,7 @@ def _property(action: argparse.Action) -> dict[str, Any]:
 
 
 def command_tools() -> Iterator[CommandTool]:
-    """Yield each command for programs, and each of its actions."""
+    """Yield each command that is useful for programs, and each of its actions."""
     for name, help_, parser in command_tree():
         words = tuple(name.split())
         command = subcommand(words[0])
@@ -181,7 +182,7 @@ class ToolServer:
         )
 
     async def call_tool(self, context: Any, call: types.CallToolRequestParams) -> types.CallToolResult:
-        """Run a command, or plan it."""
+        """Run a command, or reply with the command line and a code if the command requires a second call."""
         arguments = dict(call.arguments or {})
         code = str(arguments.pop(_CONFIRM, ""))
         tool = self._tools.get(call.name)
@@ -202,7 +203,7 @@ class ToolServer:
 
 
 async def _run(argv: list[str]) -> types.CallToolResult:
-    """Run a command in a process of its own, which ends with the call."""
+    """Run a command in a separate process, which ends with the call."""
     process = await asyncio.create_subprocess_exec(
         *worker.module_argv("qlora_tui"),
         *argv,

@@ -18,7 +18,7 @@ from qlora_tui.settings import load_settings
 
 
 def run_models(args: argparse.Namespace) -> CommandResult:
-    """List local models, then the hub's if a query is given."""
+    """List local models, and with a query also models on the Hub."""
     folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
     query = (args.query or "").lower()
     local = [model for model in list_local_models(folders) if query in model.name.lower()]
@@ -73,7 +73,7 @@ def _hub_table(models: list[HubModel]) -> str:
 
 
 def run_download(args: argparse.Namespace) -> CommandResult:
-    """Download the missing files of the model. Raises UserError; downloaded files are always kept."""
+    """Download the missing files of the model. Raises UserError; files that were downloaded are kept."""
     total_bytes = 0
     resume_command = f"qlora-tui download {args.model}"
     if args.revision != "main":
@@ -93,7 +93,7 @@ def run_download(args: argparse.Namespace) -> CommandResult:
             line.clear()
             print(f"The partial download is kept. Resume it with `{resume_command}`.", file=sys.stderr)
             raise
-    # A name alone means the main revision.
+    # A name without a revision means the main revision.
     name = args.model if args.revision == "main" else str(path)
     return CommandResult(
         data={

@@ -1,7 +1,7 @@
 """Runs a command on another box: ``qlora-tui --host BOX COMMAND …``.
 
-ssh runs the command there, with its arguments, input, output and exit code. Files that the command reads are
-sent first and named by their hash; files that it writes are written on the box.
+ssh runs the command there, and passes on its arguments, input, output and exit code. Files that the command
+reads are sent first and named by their hash; files that it writes stay on the box.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qlora_tui.remote import uploads
 from qlora_tui.remote.ssh import Box
 
 _HERE = ("import", "completion", "store")
-"""Commands that concern this machine, or that only the app starts on a box."""
+"""Commands that only concern this machine, or that only the app starts on a box."""
 _PIECE_BYTES = 1 << 16
 
 
@@ -35,6 +35,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
     """Run a command on the box and return its exit code.
 
     Args:
+        box: The box.
         argv: The command, without ``--host``.
         args: The parsed arguments of the command.
         parser: The parser of all commands.
@@ -60,7 +61,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
     channel = box.open_program(*argv, stdin=None)
     try:
         while piece := os.read(channel.output.fileno(), _PIECE_BYTES):
-            # What the command there prints is safe for a terminal already.
+            # The output of the command on the box is already safe for a terminal.
             sys.stdout.flush()
             os.write(sys.stdout.fileno(), piece)
         return channel.exit_code()
@@ -69,7 +70,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
 
 
 def _in_terminal(box: Box, argv: list[str]) -> int:
-    """Run a command on the box in this terminal; return its exit code."""
+    """Run a command on the box that uses this terminal; return its exit code."""
     import subprocess
 
     channel = box.open_program("--version")
@@ -90,7 +91,8 @@ def _inputs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterat
 
 
 def _with_recipe(box: Box, argv: list[str], args: argparse.Namespace) -> list[str]:
-    """Send the recipe and its data; return the command with the sent recipe in place of its options."""
+    """Send the recipe and its data; return the command with the sent recipe in place of the recipe's
+    options."""
     recipe = recipe_from_args(args)
     local = with_absolute_paths(recipe).data
     sources = tuple(msgspec.structs.replace(source, path=_sent(box, source.path)) for source in local.sources)

@@ -15,7 +15,7 @@ from qlora_tui.recipe.toml import dump, read_text
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """List presets, print one as in its file, or print every available setting."""
+    """List presets, print the file of one preset, or print every available setting."""
     if args.action == "reference":
         settings = {path: msgspec.to_builtins(field.default) for path, field in fields().items()}
         return CommandResult(data={"settings": settings}, text=dump(Recipe(), comments=True).rstrip())

@@ -1,6 +1,6 @@
-"""``runs``, ``attach``, and the requests to a run.
+"""``runs``, ``attach``, and requests to a run's trainer.
 
-``runs check``: whether every run is intact, one line each, and what was repaired.
+``runs check`` reports whether every run is intact, with a line for each run, and what was repaired.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.settings import settings_problem
 
 _FEW_STEPS = 16
-"""Steps to sample from a long run: a list shows no curve."""
+"""Steps to sample from a long run. A list shows no curve, so few are enough."""
 _REQUESTS: dict[str, control.Kind] = {
     "checkpoint": "checkpoint",
     "evaluate": "evaluate",
@@ -55,7 +55,7 @@ _REQUESTS: dict[str, control.Kind] = {
 
 
 def runs(args: argparse.Namespace) -> CommandResult:
-    """List all runs, change one, or check all."""
+    """List all runs, perform an action on one, or check all."""
     if args.action == "rename":
         run = find_run(args.run_id)
         actions.rename(run, args.name)
@@ -96,7 +96,7 @@ def _delete(run: RunDir, *, confirmed: bool, in_use: bool) -> CommandResult:
 
 
 def _trash(*, empty: bool) -> CommandResult:
-    """List the runs that the app deleted and that can be restored, or delete them for good."""
+    """List the deleted runs that can be restored, or delete them permanently."""
     trashed = actions.trashed_runs()
     sizes = {each.run.path: each.size_bytes for each in trashed}
     deleted = {each.run.path for each in actions.empty_trash()} if empty else set()
@@ -137,12 +137,12 @@ def _trash(*, empty: bool) -> CommandResult:
 
 
 def _content(view: RunView, kind: str) -> bytes:
-    """The table or picture of a run as the content of a file whose name ends in ``kind``."""
+    """Return the table or picture of a run as the content of a file with the suffix ``kind``."""
     if kind == ".csv":
         return metrics_csv(view).encode()
     if kind == ".parquet":
         return metrics_parquet(view)
-    # Only here: the rest of this module needs no drawing.
+    # Imported here because the rest of this module draws nothing.
     from qlora_tui.tui.render.loss import loss_svg
     from qlora_tui.tui.render.picture import picture_file
 
@@ -150,7 +150,7 @@ def _content(view: RunView, kind: str) -> bytes:
 
 
 def _card(run: RunDir, file: Path, *, with_answers: bool) -> CommandResult:
-    """Write the picture of a run to show to others."""
+    """Write a picture of a run for sharing."""
     from qlora_tui.tui.render.run_card import save_card
 
     save_card(run, file, with_answers=with_answers)
@@ -158,7 +158,7 @@ def _card(run: RunDir, file: Path, *, with_answers: bool) -> CommandResult:
 
 
 def _save(run: RunDir, file: Path) -> CommandResult:
-    """Write the steps of a run as a table, or its loss as a picture."""
+    """Write the steps of a run as a table, or its loss curve as a picture."""
     view = save_run(
         run,
         file,
@@ -174,7 +174,7 @@ def _save(run: RunDir, file: Path) -> CommandResult:
 
 
 def _list() -> CommandResult:
-    """List every run, newest first, and the queue's order."""
+    """List every run, newest first, and the order of the queue."""
     waiting = run_queue.waiting()
     refresh(unsettled(all_runs()))
     views = [RunView.from_sample(run, _FEW_STEPS)[0] for run in all_runs()]
@@ -204,10 +204,10 @@ def _list() -> CommandResult:
 
 
 def attach(args: argparse.Namespace) -> int:
-    """Watch a run in the app, or print its events from the first to its end. Either leaves it running."""
+    """Watch a run in the app, or print its events until its end. In both cases, the run continues."""
     run = _active_or_newest() if args.run_id is None else find_run(args.run_id)
     if run.id in run_queue.waiting():
-        # Its runner may have been killed, or stopped with the machine.
+        # The run's runner may have been killed, or ended with the machine.
         ensure_runner()
     if can_show_app() and not (args.log or args.plain or args.json):
         return open_app(gpu_gib=args.gpu_gib, mouse=not args.no_mouse, run=run)
@@ -219,7 +219,7 @@ def _active_or_newest() -> RunDir:
 
 
 def resume(args: argparse.Namespace) -> CommandResult | int:
-    """Continue from the last checkpoint."""
+    """Continue a run from its last checkpoint."""
     run = find_run(args.run_id)
     (actions.train_now if args.now else actions.resume)(run)
     if args.follow:
@@ -229,7 +229,7 @@ def resume(args: argparse.Namespace) -> CommandResult | int:
 
 
 def stop(args: argparse.Namespace) -> CommandResult:
-    """Save a checkpoint and the adapter, then end; a waiting run leaves the queue."""
+    """Make a run save a checkpoint and the adapter, and end; a waiting run is removed from the queue."""
     run = find_run(args.run_id)
     actions.stop(run, now=args.now)
     return _state_result(
@@ -238,14 +238,14 @@ def stop(args: argparse.Namespace) -> CommandResult:
 
 
 def pause(args: argparse.Namespace) -> CommandResult:
-    """Save a checkpoint and free the GPU."""
+    """Make a run save a checkpoint and free the GPU."""
     run = find_run(args.run_id)
     actions.pause(run)
     return _state_result(run, f"{run.id} will pause after saving. Continue with `qlora-tui resume {run.id}`.")
 
 
 def send_request(args: argparse.Namespace) -> CommandResult:
-    """Send a request to the trainer, which takes it at the next step."""
+    """Send a request to the trainer, which accepts it at the next step."""
     run = find_run(args.run_id)
     kind = _REQUESTS[args.request]
     if (kind == "set_learning_rate") != (args.value is not None):
@@ -292,7 +292,8 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 
 def _format_validation(view: RunView) -> str:
-    """``1.29, exact answers 97%, base 12%``: lowest loss, and latest share of exact short answers."""
+    """Return the lowest validation loss and the last share of exact short answers: ``1.29, exact answers
+    97%, base 12%``."""
     best = format_loss(None if view.best is None else view.best.loss)
     exact = format_exact(view.accuracy, view.base_accuracy)
     rewards = format_rewards(view.last_evaluation)
@@ -411,7 +412,7 @@ SUBCOMMANDS = {
 
 
 def check_runs(run: RunDir | None, *, repair: bool) -> CommandResult:
-    """Check one run, or all runs, the queue and leftovers; with ``repair``, repair what can be repaired."""
+    """Check one run, or all runs, the queue and leftovers. With ``repair``, repair what can be repaired."""
     checks: list[Callable[[], CheckResult]] = [
         partial(check_run, each) for each in ([run] if run else all_runs())
     ]

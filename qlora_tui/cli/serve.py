@@ -33,11 +33,11 @@ from qlora_tui.runs.servers import (
 
 _PORT = 8000
 KEY_VARIABLE = "QLORA_TUI_API_KEY"
-"""Environment variable with the API key: every user of a machine can read arguments."""
+"""Environment variable with the API key, because every user of a machine can read command lines."""
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Serve until a signal, or start or stop a server in the background."""
+    """Serve until a signal arrives, or start or stop a server in the background."""
     if args.stop:
         return _stop(args.port)
     try:
@@ -78,7 +78,7 @@ def _show_state(line: ProgressLine, status: ServerStatus) -> None:
 
 
 def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:
-    """Return how clients reach a server that listens. Its key is printed nowhere: output may be a log."""
+    """Return how clients reach a running server. The key is never printed, because output may go to a log."""
     key = f' -H "Authorization: Bearer $(cat {shlex.quote(status.key_file)})"' if status.key_file else ""
     body = json.dumps({"model": status.default_model, "messages": [{"role": "user", "content": "Hello"}]})
     lines = [
@@ -96,14 +96,14 @@ def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:
 
 
 def _ssh_forward(port: int) -> str:
-    # The address by which this session itself was reached, if it was.
+    # The address through which this ssh session reached the machine, if it is one.
     connection = os.environ.get("SSH_CONNECTION", "").split()
     host = connection[2] if len(connection) == 4 else os.uname().nodename
     return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{host}"
 
 
 def _stop(port: int | None) -> CommandResult:
-    """Stop the server on a port, or the only one."""
+    """Stop the server on a port; without a port, stop the only server."""
     running = running_servers()
     others = "\n".join(f"  --port {each.port}: {name_some(each.models)}" for each in running)
     if port is None and len(running) > 1:
@@ -121,7 +121,7 @@ def _stop(port: int | None) -> CommandResult:
 
 
 def _arguments_of(args: argparse.Namespace) -> list[str]:
-    """Return the arguments with which a process in the background serves the same; without the key."""
+    """Return the arguments with which a background process serves the same, without the key."""
     options = {
         "--host": args.listen_on,
         "--port": args.port,
@@ -134,7 +134,7 @@ def _arguments_of(args: argparse.Namespace) -> list[str]:
 
 
 def _commands_of_others(run: RunDir) -> CommandResult:
-    """Return the commands with which vLLM and llama.cpp serve a run, or what was exported of it.
+    """Return the commands with which vLLM and llama.cpp serve a run, or its exports.
 
     Options as in llama.cpp's common/arg.cpp (build b11434), and in vLLM's vllm/engine/arg_utils.py and
     vllm/entrypoints/openai/cli_args.py (commit 005223338608).
@@ -178,7 +178,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--all", action="store_true", help="in addition to RUN, serve every run of its base, later ones too"
     )
     parser.add_argument("--port", type=_port, help=f"port to listen on (default: {_PORT})")
-    # Not `host`, which is that of the command before it: another machine.
+    # The ``dest`` is not `host`, which is the option of the main command for another machine.
     parser.add_argument(
         "--host",
         dest="listen_on",

@@ -1,8 +1,8 @@
-"""``store``: the box's side of ``qlora-tui --host``, started there by ssh.
+"""``store``: the box's side of ``qlora-tui --host``, which ssh starts there.
 
-Sends the changes in the runs of this machine, and carries out the requests of the app, over stdin and stdout.
-Ends with the connection, after requests in progress are completed and their outcomes recorded, so that no
-request is carried out twice.
+Sends changes in the runs of this machine, and executes the requests of the app, over stdin and stdout. Ends
+with the connection, after requests in progress are completed and their outcomes recorded, so that no request
+is executed twice.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ from qlora_tui.worker import DETACHED, PROGRAM, module_argv, subprocess_env
 _TICK_S = 1.0
 _POLL_S = 0.1
 _SWEEP_S = 10.0
-"""Seconds between two scans of the folders of runs that have ended."""
+"""Seconds between two scans of the folders of ended runs."""
 _APP_GONE_S = 60.0
 """Seconds without a message from the app after which this process ends."""
 _KEPT_S = 7 * 24 * 3600.0
-"""Seconds for which the outcome of a request is kept."""
+"""Seconds for which the outcome of a request is stored."""
 _PIECE_BYTES = 1 << 20
 _UNSENT = ("heartbeat.json", "status.json")
-"""Files that are replaced by the status determined here, which includes the heartbeat."""
+"""Files that the status determined by this process replaces. It includes the heartbeat."""
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Stream the runs, receive data, or execute an engine or a job; return the exit code."""
+    """Stream the runs, receive data, or run an engine or a job; return the exit code."""
     if args.action == "receive":
         return receive_from_stdin()
     if args.action in ("engine", "job"):
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> CommandResult | int:
 
 
 class _Stream:
-    """One app that follows this machine."""
+    """The stream to one app that follows this machine."""
 
     def __init__(self) -> None:
         self._output = os.fdopen(os.dup(1), "wb")
-        # Output of libraries must not get between the messages.
+        # Output of libraries must not mix with the messages.
         os.dup2(2, 1)
         self._lock = threading.Lock()
         self._heard_at = time.monotonic()
@@ -86,7 +86,7 @@ class _Stream:
     def run(self) -> int:
         """Serve until the connection ends; return the exit code."""
         from qlora_tui.runs.actions import KEPT_S, empty_trash
-        from qlora_tui.tui.system_monitor import SystemMonitor  # loads no textual
+        from qlora_tui.tui.system_monitor import SystemMonitor  # does not load textual
 
         known = messages.to_box_decoder.decode(sys.stdin.buffer.readline())
         if not isinstance(known, Known):
@@ -129,7 +129,7 @@ class _Stream:
         try:
             line = messages.line(message)
         except UnicodeEncodeError:
-            return  # about a file whose name is not UTF-8: it has no path in JSON
+            return  # for a file whose name is not UTF-8, JSON cannot hold the path
         with self._lock:
             try:
                 self._output.write(line)
@@ -154,14 +154,14 @@ class _Record(Struct, frozen=True):
     """The record of a request."""
 
     reply: Reply | None
-    """The outcome; None while the request is carried out."""
+    """The outcome; None while the request is being executed."""
 
 
 _RECORDS = msgspec.json.Decoder(_Record)
 
 
 def _once(call: Call, app_gone: threading.Event) -> Reply:
-    """Carry out a request unless that was done before; return the outcome. Raises OSError and ValueError."""
+    """Execute a request unless this was done before; return the outcome. Raises OSError and ValueError."""
     if not call.id.isalnum():
         raise ValueError(call.id)
     handle = os.open(_requests_dir() / f"{call.id}.json", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -170,7 +170,7 @@ def _once(call: Call, app_gone: threading.Event) -> Reply:
             with suppress(BlockingIOError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            # The process of a dropped connection carries out the request. Wait as long as the app is there.
+            # The process of a dropped connection executes the request. Wait while the app is there.
             if app_gone.wait(_POLL_S):
                 raise InterruptedError(call.id)
         if record := file.read():
@@ -180,14 +180,14 @@ def _once(call: Call, app_gone: threading.Event) -> Reply:
             return Reply(call.id, error=messages.to_json(_interrupted(call)))
         _write_record(handle, _Record(None))
         reply = _reply(call)
-        # On a full disk, the record remains that of a request with an unknown outcome.
+        # If the disk is full, the record keeps saying that the outcome is unknown.
         with suppress(OSError):
             _write_record(handle, _Record(reply))
     return reply
 
 
 def _write_record(handle: int, record: _Record) -> None:
-    """Write over a shorter record, or none. Raises OSError."""
+    """Write a record over a shorter one, or into an empty file. Raises OSError."""
     os.pwrite(handle, msgspec.json.encode(record), 0)
     os.fsync(handle)
 
@@ -213,7 +213,7 @@ def _forget_old_requests() -> None:
 
 
 class _RunFiles:
-    """The state of the app's copy of the runs, and the changes that it lacks."""
+    """The state of the app's mirror, and the changes that it lacks."""
 
     def __init__(self, known: tuple[KnownFile, ...]) -> None:
         self._sent = {file.path: file for file in known}
@@ -223,7 +223,7 @@ class _RunFiles:
         self._swept_at = -_SWEEP_S
 
     def changes(self) -> Iterator[FromBox]:
-        """Yield the changes that the app lacks."""
+        """Yield the changes that the mirror lacks."""
         is_sweep = time.monotonic() - self._swept_at >= _SWEEP_S
         if is_sweep:
             self._swept_at = time.monotonic()
@@ -242,7 +242,7 @@ class _RunFiles:
     def _changes_of(self, run: RunDir, *, is_sweep: bool) -> Iterator[FromBox]:
         changed_at = run.path.stat().st_mtime_ns
         before = self._statuses.get(run.id)
-        # A run that has ended changes when a file in its folder is replaced.
+        # An ended run changes only if a file in its folder is replaced.
         if (
             before
             and before.state not in ACTIVE
@@ -252,7 +252,7 @@ class _RunFiles:
             return
         status = read_status(run)
         files, path = dict(_files_of(run)), f"{run.id}/status.json"
-        # First: a folder may have taken the name of a file.
+        # Deletions come first, because a folder may have taken the name of a file.
         for gone in [each for each in self._sent if each.startswith(f"{run.id}/") and each not in files]:
             if gone != path:
                 del self._sent[gone]
@@ -260,7 +260,7 @@ class _RunFiles:
         for name, file in files.items():
             with suppress(OSError):
                 yield from self._changes_of_file(name, file)
-        # Last: what it says has happened is there by then.
+        # The status is sent last, when everything that it refers to has been sent.
         data = msgspec.json.encode(status)
         crc = zlib.crc32(data)
         known = self._sent.get(path)
@@ -300,7 +300,7 @@ class _RunFiles:
 
 
 def _files_of(run: RunDir) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a run that are sent, by their paths relative to the folder of the runs."""
+    """Yield the files of a run to send, with their paths relative to the runs folder."""
     for folder, folders, names in os.walk(run.path):
         folders.sort()
         for name in sorted(names):

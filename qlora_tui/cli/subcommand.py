@@ -1,5 +1,4 @@
-"""What commands are made of: declarations, arguments and results, and stdout and stderr that are safe to
-print to.
+"""The parts of commands: declarations, arguments, results, and safe output to stdout and stderr.
 
 A terminal receives only control sequences of this program.
 """
@@ -32,7 +31,7 @@ JSON_HELP = "print one JSON object per line on stdout, and messages on stderr"
 _BAR_CELLS = 30
 _TERMINAL_INTERVAL_S = 0.2
 _LOG_INTERVAL_S = 10.0
-"""Seconds between lines of progress in a file or a pipe, where each is a separate line."""
+"""Seconds between progress lines in a file or a pipe, where each is a separate line."""
 GPU_HELP = "GPU to use: number, UUID or part of its name (nvidia-smi -L), auto, or cpu; several with commas"
 """Help of ``--gpu``."""
 HOST_HELP = "work on another machine through ssh: a name that `ssh` accepts, such as user@box"
@@ -41,10 +40,10 @@ HOST_HELP = "work on another machine through ssh: a name that `ssh` accepts, suc
 
 @dataclass(frozen=True)
 class CommandResult:
-    """A command's result, for people and for programs."""
+    """The result of a command, for people and for programs."""
 
     data: Any
-    """Printed with ``--json``: stable keys, bytes as integers."""
+    """Printed with ``--json``. Keys are stable, and bytes are integers."""
     text: str
     """Printed without ``--json``."""
     exit_code: int = 0
@@ -55,18 +54,18 @@ class Subcommand:
     """A command's implementation; :mod:`qlora_tui.cli.main` lists the commands."""
 
     run: Callable[[argparse.Namespace], CommandResult | int]
-    """Returns a result to print, or the exit code if it has already printed its output."""
+    """Runs the command. Returns a result to print, or the exit code if the output is already printed."""
     arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None
     uses_gpu: bool = False
-    """Whether it has the option ``--gpu``."""
+    """Whether the command has the option ``--gpu``."""
     changes: tuple[str, ...] | None = None
-    """Actions and options with which a call starts, writes or deletes something; None: every call does."""
+    """Actions and options with which a call starts, writes or deletes something; None if every call does."""
     for_programs: bool = True
-    """Whether it is of use without a person at a terminal."""
+    """Whether the command is useful without a person at a terminal."""
 
 
 def note_description(architecture: Architecture) -> None:
-    """Say on stderr that a model is about to be described, which takes seconds the first time."""
+    """Report on stderr that a model's architecture will be read, which takes seconds the first time."""
     if architecture.is_outline:
         print("reading the model's structure from transformers, once", file=sys.stderr)
 
@@ -81,7 +80,7 @@ def print_result(result: CommandResult, *, as_json: bool) -> int:
 
 
 NOW_HELP = "train next, whatever the hours, and next to other programs on the GPU"
-"""What ``--now`` does, for every command that starts a run."""
+"""Help of ``--now``, for every command that starts a run."""
 
 
 def print_json(data: Any) -> None:
@@ -89,19 +88,21 @@ def print_json(data: Any) -> None:
     try:
         encoded = msgspec.json.encode(data).decode()
     except UnicodeEncodeError:
-        # In a file name that is not UTF-8, bytes become lone surrogates, which must be escaped.
+        # Bytes of a file name that are not UTF-8 become lone surrogates, which must be escaped.
         encoded = json.dumps(msgspec.to_builtins(data))
     sys.stdout.write(visible_in_json(encoded) + "\n")
     sys.stdout.flush()
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json`` to a subcommand, with no default, which would override the command's ``--json``."""
+    """Add ``--json`` to a subcommand, without a default, because it would override the main command's
+    ``--json``."""
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
 
 
 def add_gpu_gib_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add ``--gpu-gib``; a subcommand suppresses its default, so that the value given before it counts."""
+    """Add ``--gpu-gib``. A subcommand suppresses the default, so that a value before the subcommand
+    counts."""
     parser.add_argument(
         "--gpu-gib",
         type=positive_float,
@@ -117,12 +118,13 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def input_path(text: str) -> str:
-    """Return ``text``; marks an argument as the path of a file to read, which ``--host`` sends to the box."""
+    """Return ``text`` unchanged. As an argument's type, it marks the path of an input file, which
+    ``--host`` sends."""
     return text
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options from which a recipe is built."""
+    """Add the options that a recipe is built from."""
     parser.add_argument("--preset", help="start from this preset (list them with `qlora-tui presets`)")
     parser.add_argument("--model", help="a Hub id, a folder, or a GGUF file")
     parser.add_argument(
@@ -144,8 +146,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
-    """Build the recipe the options describe: defaults < preset < file < options. Raises UserError."""
-    from qlora_tui.recipe.layering import build_recipe  # not needed by the app, which loads this module
+    """Build a recipe from preset, file and options, in this order of increasing priority. Raises
+    UserError."""
+    # the app loads this module and does not need this import
+    from qlora_tui.recipe.layering import build_recipe
 
     file = getattr(args, "recipe", None)
     return build_recipe(
@@ -159,7 +163,7 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
 
 
 def format_table(rows: list[list[str]], header: list[str]) -> str:
-    """Format columns as wide as needed; the caller aligns numbers."""
+    """Return a table with columns as wide as needed. The caller aligns numbers."""
     return "\n".join(align_columns([header, *rows]))
 
 
@@ -189,15 +193,15 @@ def positive_float(text: str) -> float:
 
 
 class VisibleStream:
-    """Text stream that shows unsafe characters as symbols; everything else goes to the wrapped stream."""
+    """A text stream that writes unsafe characters as symbols. Everything else goes to the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last = ""
-        """Text written last, if the next piece may continue it: an emoji can arrive in pieces."""
+        """Last text, if the next piece may continue it, because an emoji can arrive in pieces."""
 
     def write(self, text: str) -> int:
-        """Write ``text`` with unsafe characters made visible."""
+        """Write ``text`` with symbols in place of unsafe characters."""
         safe = visible(self._last + text)[len(self._last) :]
         last = text[-1:]
         self._last = "" if last.isascii() or visible(last) != last else last
@@ -205,7 +209,7 @@ class VisibleStream:
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
-        """Write each line with unsafe characters made visible."""
+        """Write each line with symbols in place of unsafe characters."""
         for line in lines:
             self.write(line)
 
@@ -218,12 +222,13 @@ class VisibleStream:
 
 
 def open_missing_streams() -> None:
-    """Connect closed standard streams to ``/dev/null``, or the next file opened would take their place."""
+    """Connect closed standard streams to ``/dev/null``; otherwise the next opened file would take their
+    place."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            # The lowest free number is this one.
+            # The lowest unused descriptor is this one.
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 (for the whole process)
@@ -231,7 +236,7 @@ def open_missing_streams() -> None:
 
 @contextmanager
 def visible_output() -> Iterator[None]:
-    """Show unsafe characters as symbols on stdout and stderr within the block."""
+    """Write unsafe characters on stdout and stderr as symbols inside the block."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)
     try:
@@ -246,7 +251,7 @@ def write_control(stream: TextIO, sequence: str) -> None:
 
 
 def format_checks(checks: Iterable[Check]) -> list[str]:
-    """Return a line for each check, and one for what to do about it."""
+    """Return a line for each check, followed by a line with its fix if it has one."""
     lines = []
     for check in checks:
         lines.append(f"{check.outcome:<7}  {check.label}: {_check_text(check)}")
@@ -256,7 +261,7 @@ def format_checks(checks: Iterable[Check]) -> list[str]:
 
 
 def checks_as_data(checks: Iterable[Check]) -> list[dict[str, str]]:
-    """Return the checks for ``--json``."""
+    """Return the checks as data for ``--json``."""
     return [
         {"name": check.label, "outcome": check.outcome, "text": _check_text(check), "fix": check.fix}
         for check in checks
@@ -268,13 +273,13 @@ def _check_text(check: Check) -> str:
 
 
 class ProgressLine:
-    """Progress on stderr: in a terminal a line that is rewritten, elsewhere a line now and then."""
+    """Progress on stderr: a rewritten line in a terminal, otherwise a line from time to time."""
 
     def __init__(self) -> None:
         self._is_terminal = sys.stderr.isatty()
         self._shown_at = -_LOG_INTERVAL_S
         self._first_share: tuple[int, float] | None = None
-        """How many were done at the first share that was shown, and when, on the monotonic clock."""
+        """The first amount done that was shown, and its time on the monotonic clock."""
 
     def __enter__(self) -> Self:
         return self
@@ -283,7 +288,7 @@ class ProgressLine:
         self.clear()
 
     def show(self, text: str, *, is_due: bool = False) -> None:
-        """Show text, unless the one before is recent; ``is_due``: in any case."""
+        """Show text, unless a text was shown recently; with ``is_due``, always show it."""
         now = time.monotonic()
         interval_s = _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
         if not is_due and now - self._shown_at < interval_s:
@@ -298,7 +303,7 @@ class ProgressLine:
         print(truncate_middle(text, width), end="", file=sys.stderr, flush=True)
 
     def show_share(self, done: int, total: int, what: str) -> None:
-        """Show how many are done and how long the rest takes, in a terminal with a bar."""
+        """Show how many are done and the remaining time; in a terminal, with a bar."""
         text, now = f"{format_progress(done, total)} {what}", time.monotonic()
         self._first_share = self._first_share or (done, now)
         first, began = self._first_share
@@ -309,7 +314,7 @@ class ProgressLine:
         self.show(text, is_due=done == total)
 
     def clear(self) -> None:
-        """Erase the line in a terminal."""
+        """Erase the line, if this is a terminal."""
         if self._is_terminal:
             write_control(sys.stderr, "\r\x1b[K")
             sys.stderr.flush()

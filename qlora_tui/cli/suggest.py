@@ -25,11 +25,12 @@ from qlora_tui.runs.suggestion_facts import read_facts
 from qlora_tui.runs.suggestions import Suggestion, suggest
 
 _WIDTH = 100
-"""Width of a reason, in characters."""
+"""Width of the lines of a reason, in characters."""
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Print a suggestion for each setting; write the suggested recipe only with ``-o``. Raises UserError."""
+    """Print a suggestion for each setting. The suggested recipe is written only with ``-o``. Raises
+    UserError."""
     recipe = recipe_from_args(args)
     machine = read_machine(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     with ProgressLine() as line:
@@ -74,7 +75,7 @@ def _as_data(suggestion: Suggestion) -> dict[str, Any]:
 
 
 def _lines(suggestions: tuple[Suggestion, ...]) -> list[str]:
-    """Return a line for each suggestion, and its reason below."""
+    """Return a line for each suggestion, followed by its reason."""
     label = max(len(suggestion.label) for suggestion in suggestions)
     lines = []
     for suggestion in suggestions:
@@ -86,7 +87,7 @@ def _lines(suggestions: tuple[Suggestion, ...]) -> list[str]:
 
 
 def _next(args: argparse.Namespace, changes: dict[str, Any]) -> str:
-    """Say how to use the suggestions."""
+    """Return a sentence about how to use the suggestions."""
     if args.output is not None:
         return f"Wrote {args.output}. Check it: qlora-tui train {shlex.quote(args.output)} --dry-run"
     if not changes:

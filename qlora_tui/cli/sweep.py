@@ -51,7 +51,7 @@ _SETTINGS = ("name", "method", "trials", "rounds", "seeds", "seed")
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Run the action of ``sweep``; without one, list the sweeps. Raises UserError."""
+    """Run the action of ``sweep``; without an action, list the sweeps. Raises UserError."""
     match args.action:
         case "start":
             return _start(args)
@@ -117,7 +117,7 @@ def _start(args: argparse.Namespace) -> CommandResult:
 
 
 def _memory_note(sheet: Sheet, machine: Machine) -> str:
-    """Return a warning if the trial that takes the most memory may not fit; empty if it fits."""
+    """Return a warning if the trial that takes the most memory may not fit; otherwise an empty text."""
     point = actions.heaviest_point(sheet)
     checks = preflight(apply_point(sheet.recipe, point), machine)
     memory = next((check for check in checks if check.kind is CheckKind.MEMORY), None)
@@ -131,7 +131,7 @@ def _memory_note(sheet: Sheet, machine: Machine) -> str:
 
 
 def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
-    """Check a sweep, and report its trials, its rounds and the time they take; nothing is created."""
+    """Check a sweep, and report its trials, rounds and duration. Creates nothing."""
     with ProgressLine() as line:
         count_data(sheet.recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
     machine = read_machine()
@@ -226,7 +226,8 @@ def _importances(view: SweepView) -> tuple[dict[str, float], str]:
 
 
 def _care_for(views: list[SweepView]) -> None:
-    """Start a runner if a sweep needs one, in case the last runner was killed or ended with the machine."""
+    """Start a runner if a sweep needs one, because the last runner may have been killed or ended with the
+    machine."""
     if any(view.state in ("running", "waiting") for view in views):
         ensure_runner()
 

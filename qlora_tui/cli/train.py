@@ -43,7 +43,7 @@ from qlora_tui.worker import module_argv
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Check and queue the run, and start a runner if none is active."""
+    """Check and queue a run, and start a runner if none is active."""
     recipe = recipe_from_args(args)
     for option, path, value in (
         ("--name", "name", args.name),
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> CommandResult | int:
     require_runnable(recipe)
     for source in every_source(recipe.data):
         paths_of(source)  # downloads a Hub dataset, so that its rows can be checked
-    with suppress(UserError):  # what is wrong is reported by the checks
+    with suppress(UserError):  # the checks report what is wrong
         note_description(find_files(recipe.model.id).architecture)
     if args.on:
         return _on_cluster(recipe, args)
@@ -119,7 +119,8 @@ def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int
 
 
 def _count(recipe: Recipe) -> UserError | None:
-    """Count the samples of a recipe, to know its steps; return the error if counting failed, else None."""
+    """Count the samples of a recipe, which determine its steps; return the error if this failed, otherwise
+    None."""
     with ProgressLine() as line:
         try:
             count_data(recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))
@@ -129,7 +130,7 @@ def _count(recipe: Recipe) -> UserError | None:
 
 
 def _dry_run(recipe: Recipe) -> CommandResult:
-    """Check the recipe and say how long the run would be; nothing is created."""
+    """Check the recipe and report how long the run would be. Creates nothing."""
     problem = _count(recipe)
     machine = read_machine()
     expected = forecast(recipe, machine)
@@ -152,7 +153,7 @@ def _dry_run(recipe: Recipe) -> CommandResult:
 
 
 def _probe(recipe: Recipe) -> CommandResult:
-    """Train three steps, discard them, and say how long the run would be."""
+    """Train three steps, discard them, and report how long the run would be."""
     machine = read_machine()
     _report_checks(preflight(recipe, machine))
     with ProgressLine() as line:
@@ -173,7 +174,7 @@ def _probe(recipe: Recipe) -> CommandResult:
 
 
 def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
-    """Say how long the run would be, and that nothing was queued."""
+    """Return a sentence about how long the run would be, which says that nothing was queued."""
     outcome = "It would not start: fix the errors above." if failed else "Nothing was queued."
     if expected is None:
         return outcome
@@ -185,7 +186,7 @@ def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
 
 
 def _report_checks(checks: tuple[Check, ...]) -> None:
-    """Print what checks note on stderr. Raises UserError if a run with this recipe cannot start."""
+    """Print the findings of checks on stderr. Raises UserError if a run with this recipe cannot start."""
     for check in checks:
         if check.problem is not None:
             raise check.problem
@@ -195,9 +196,10 @@ def _report_checks(checks: tuple[Check, ...]) -> None:
 
 
 def _confirm(checks: tuple[Check, ...]) -> bool:
-    """Print the checks' results; return whether to continue. Raises UserError if the run cannot start.
+    """Print the results of checks; return whether to continue. Raises UserError if the run cannot start.
 
-    For an error that the user may override, it prompts at a terminal, and only prints it in a script.
+    If there is an error that the user may override, prompts at a terminal; in a script, only prints the
+    error.
     """
     _report_checks(checks)
     if not errors(checks) or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -207,7 +209,7 @@ def _confirm(checks: tuple[Check, ...]) -> bool:
 
 
 def _print_command(recipe: Recipe) -> CommandResult:
-    """Create the run and print the command that trains it with one process per GPU."""
+    """Create the run, and print the command that trains it with one process per GPU."""
     processes = wanted_devices(recipe, os.environ).processes
     run = actions.prepare(recipe)
     threads = [f"{name}={value}" for name, value in threads_variable(processes).items()]
