@@ -1,15 +1,16 @@
-"""What one layer keeps for its backward, and what it takes beyond that: sums over its modules' widths.
+"""Computes the memory that one layer saves for its backward, and takes beyond that, from its modules' widths.
 
-A layer has two halves, attention (or what replaces it) and the MLP or experts. Of each the rules say what the
-graph saves, and the fullest moments of its forward and its backward:
+A layer has two halves, attention (or what replaces it) and the MLP or experts. For each half, the rules give
+the tensors that the graph saves, and the fullest moments of forward and backward:
 
-* a norm saves its input (transformers' RMSNorm a copy in float32);
-* a linear module with an adapter saves its input, once for all that read it, and the inputs times A; peft's
-  also a copy in the adapter's dtype; with dropout a mask; the frozen weight itself needs nothing saved;
-* a gated MLP saves gate and up (ours), or its activation's and product's operands;
+* a norm saves its input (transformers' RMSNorm saves a copy in float32);
+* a linear module with an adapter saves its input, once for all modules that read it, and the inputs times A;
+  peft also saves a copy in the adapter's dtype; dropout adds a mask; the frozen weight itself needs nothing
+  saved;
+* a gated MLP saves gate and up (ours), or the operands of its activation and product;
 * attention saves queries, keys, values, its output and a number per row, or each step of the scores;
-* the backward of a half holds all that is saved up to it, the gradient of the hidden states, and what its
-  operations take.
+* the backward of a half holds everything saved so far, the gradient of the hidden states, and the temporary
+  tensors of its operations.
 
 Sources: ``training/fused`` for our functions; peft ``tuners/lora/layer.py`` and ``bnb.py``, bitsandbytes
 ``autograd/_functions.py``, transformers ``integrations/moe.py`` and torch's ``derivatives.yaml``.
@@ -38,13 +39,13 @@ FLOAT = 4
 INDEX = 8
 """Bytes of an index."""
 ACTIVATIONS_IN_STEPS = {"gelu_new": 4, "gelu_fast": 4, "quick_gelu": 2, "xielu": 4}
-"""Tensors that transformers' activations save which are written out in steps (``activations.py``)."""
+"""Number of tensors that transformers' activations save if they compute in steps (``activations.py``)."""
 ACTIVATIONS_OF_RESULT = ("relu",)
-"""Activations whose backward needs the result, which the next module saves too."""
+"""Activations whose backward needs the result, which the next module also saves."""
 TRITON_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
-"""Activations that the Triton kernel of a gated MLP has, under their names in configs."""
+"""Activations that the Triton kernel of a gated MLP supports, under their names in configs."""
 NORM_STEPS = 3
-"""Tensors in float32 that the backward of a norm takes which is computed in steps."""
+"""Number of float32 tensors in the backward of a norm that computes in steps."""
 
 Items = Counter[str]
 
@@ -54,17 +55,17 @@ class Half:
     """Bytes of one half of a layer, by item."""
 
     saved: Items
-    """What the graph keeps from its forward to its backward."""
+    """Tensors that the graph saves from the half's forward to its backward."""
     kept: Items
-    """What it keeps of that although the layer is recomputed."""
+    """The part of the saved tensors that stays even if the layer is recomputed."""
     forward: Items
-    """Beyond what is saved, at the fullest moment of its forward."""
+    """Bytes besides saved tensors, at the fullest moment of the forward."""
     backward: tuple[Items, ...]
-    """Beyond what is saved up to it and the gradient of the hidden states, at moments of its backward."""
+    """Bytes besides saved tensors and the gradient of the hidden states, at moments of the backward."""
 
 
 class Rules:
-    """The rules with the sizes of one run."""
+    """The rules, applied with the sizes of one run."""
 
     def __init__(self, layout: Layout) -> None:
         execution = layout.execution
@@ -75,7 +76,9 @@ class Rules:
         """Bytes per element of the hidden states and of norms' outputs."""
         unquantized = layout.recipe.quantization.method == "none"
         self.size = self.compute if execution.autocast and unquantized else self.hidden_size
-        """Bytes per element of what linear modules compute; a packed one casts back to its input's dtype."""
+        """Bytes per element of the outputs of linear modules; a packed one casts back to its input's
+        dtype.
+        """
         self.dropout = layout.recipe.lora.dropout > 0
         self.own = execution.own_fused
         self.cuda = execution.device == "cuda"
@@ -83,16 +86,19 @@ class Rules:
     # Linear modules
 
     def is_fused(self, module: Linear) -> bool:
-        """Return whether module and adapter are one of our functions: not with DoRA, nor on 8-bit weights."""
+        """Return whether one of our functions computes module and adapter: not with DoRA or 8-bit weights."""
         return self.own and bool(module.rank) and not module.dora and module.method != "int8"
 
     def are_grouped(self, modules: Sequence[Linear]) -> bool:
-        """Return whether our function computes these together: not with dropout, whose masks differ."""
+        """Return whether our function computes these modules together: not with dropout, whose masks
+        differ.
+        """
         names = {module.name for module in modules}
         return not self.dropout and all(map(self.is_fused, modules)) and any(map(names.issubset, GROUPS))
 
     def read(self, modules: Iterable[Linear], width: int, *, is_saved: bool = False) -> tuple[Items, Items]:
-        """Return what modules save that read one tensor of this width, and what of it is kept.
+        """Return the bytes saved by modules that read one tensor, and the part that stays despite
+        recomputation.
 
         Args:
             modules: the modules.
@@ -147,7 +153,7 @@ class Rules:
         return 0
 
     def product(self, module: Linear) -> Items:
-        """Return what the forward of a module takes beyond what is saved, its outputs included."""
+        """Return the bytes that the forward of a module takes besides saved tensors, its outputs included."""
         outputs = self.tokens * module.outputs
         items = Items(activations=outputs * self.size, dequantized=self.dequantized(module, backward=False))
         if module.method == "int8" and self.cuda:
@@ -159,7 +165,10 @@ class Rules:
     def differentiated(self, modules: Sequence[Linear], *, together: bool = False) -> list[Items]:
         """Return the fullest moments of the backward of modules that read one tensor, in any order.
 
-        The gradients of their outputs count elsewhere. ``together``: whether they are one function.
+        The gradients of their outputs are counted elsewhere.
+
+        Args:
+            together: whether one function computes the modules.
         """
         moments = []
         size = self.size
@@ -185,7 +194,7 @@ class Rules:
     # Norms
 
     def norms(self, widths: Iterable[int]) -> Items:
-        """Return what norms over inputs of these widths save."""
+        """Return the bytes that norms over inputs of these widths save."""
         layout = self._layout
         if layout.architecture.own_norms:  # the deviation from the mean, which two steps save
             return Items(activations=2 * FLOAT * self.tokens * sum(widths))
@@ -200,7 +209,7 @@ class Rules:
         return self.own or self._layout.layer_norm or self.hidden_size == FLOAT
 
     def norm_backward(self, width: int) -> Items:
-        """Return what the backward of a norm takes."""
+        """Return the bytes that the backward of a norm takes."""
         numel = self.tokens * width
         if self._layout.layer_norm or self._execution.triton:
             return Items(activations=numel * self.hidden_size)
@@ -226,7 +235,7 @@ class Rules:
             saved, kept = saved + more, kept + pinned
         scores = self._scores(heads, kernel)
         saved += scores.saved
-        if block.middle:  # values are a view of what also computes keys
+        if block.middle:  # values are a view of the output that also has the keys
             saved["activations"] += self.tokens * max(block.middle[-1].outputs - heads.value, 0) * size
         if heads.joined and heads.rotary and not execution.autocast:
             saved["activations"] += self.tokens * 2 * heads.key * size
@@ -250,19 +259,24 @@ class Rules:
         return Half(saved, kept, max(forward, scores.forward, self._index(), key=Items.total), tuple(moments))
 
     def _index(self) -> Items:
-        """Return the scores by which each token chooses those that it attends to: once as they are, once
-        weighed, in float32 (``DeepseekV32Indexer``)."""
+        """Return the scores with which each token chooses the tokens to attend to.
+
+        They are saved once raw and once weighted, in float32 (``DeepseekV32Indexer``).
+        """
         layout = self._layout
         return Items(scores=2 * FLOAT * layout.architecture.index_heads * layout.length**2 * layout.rows)
 
     @property
     def _joins_samples(self) -> bool:
-        """Return whether each sample is attended separately, and the outputs are joined in a copy."""
+        """Return whether samples are attended to separately, and their outputs joined in a copy."""
         execution, layout = self._execution, self._layout
         return execution.segments and layout.rows > 1 and not takes_one_call(layout)
 
     def _scores(self, heads: Heads, kernel: Kernel) -> Half:
-        """Return what the kernel saves and takes: queries, keys, values, output, and one number per row."""
+        """Return the bytes that the kernel saves and takes.
+
+        It saves queries, keys, values, output, and one number per row.
+        """
         execution, tokens, size = self._execution, self.tokens, self.size
         if kernel != "eager" and ((kernel == "flash" and self.cuda) or execution.autocast):
             size = self.compute
@@ -285,35 +299,37 @@ class Rules:
                 rows = (tokens + SAMPLE_PADDING_ROWS * samples) * heads.heads
                 sums = rows * (accumulator_width(heads.query // heads.heads) + 1) * FLOAT - statistic
             backward["activations"] += sums
-        if heads.is_grouped and kernel == "flash":  # and those of k and v for every query head
+        if heads.is_grouped and kernel == "flash":  # k and v have a gradient per query head
             backward["activations"] += tokens * (heads.query + heads.output) * size
         repeated = tokens * (heads.key + heads.value) * size if repeats else 0
         return Half(saved, Items(), Items(activations=repeated), (backward,))
 
     def _written_out(self, heads: Heads, inputs: int, kernel: Kernel) -> Half:
-        """Return attention with a tensor for every step of the scores.
+        """Return the bytes of attention that keeps a tensor for every step of the scores.
 
-        Our trainer attends to one sample after another; transformers to all at once.
+        Our trainer attends to one sample after another, transformers to all at once.
         """
         layout, size = self._layout, self.size if kernel == "eager" else FLOAT
         samples = layout.rows if self._execution.attention == "eager" else 1
         one = heads.heads * layout.length**2 * (samples if kernel == "eager" else layout.rows)
         every = heads.heads * layout.length**2 * layout.rows
         half = self._execution.float16 and self.cuda and size < FLOAT
-        # A GPU multiplies gradient and result of the softmax first.
+        # A GPU first multiplies gradient and result of the softmax.
         tensors = 3 if self.cuda else 2
         # The softmax in float32, and a narrower copy for the product.
         saved = Items(scores=every * (FLOAT + size * (size != FLOAT)))
         saved["scores"] += every * size * heads.softcap
         saved["activations"] += inputs
-        # Before the softmax, its copy in float32, and its result; after it, its gradient in three tensors.
+        # Before the softmax: its copy in float32, and its result. After it: its gradient in three tensors.
         forward = Items(scores=one * (size + FLOAT * (not half)))
         backward = Items(scores=one * (2 * FLOAT if half else tensors * FLOAT - size * (size != FLOAT)))
         return Half(saved, Items(), forward, (backward,))
 
     def _by_blocks(self, heads: Heads, size: int) -> Items:
-        """Return what our bfloat16 attention on a CPU takes for the backward of one sample, a block of
-        queries at a time (``training/fused/cpu_attention.py``)."""
+        """Return the bytes of our bfloat16 attention's backward of one sample on a CPU.
+
+        It computes one block of queries at a time (``training/fused/cpu_attention.py``).
+        """
         layout = self._layout
         length, block = layout.length, min(ATTENTION_BLOCK_ROWS, layout.length)
         columns = 2 * (heads.query + heads.key) + EXTRA_COLUMNS * heads.heads * 4
@@ -322,7 +338,7 @@ class Rules:
         return Items(activations=numel * size, scores=2 * heads.heads * block * length * size)
 
     def _mixer(self, layer: Layer) -> Half:
-        """Return a mixer: what it projects is saved, convolved, and combined in float32."""
+        """Return the bytes of a mixer, whose projections are saved, convolved, and combined in float32."""
         size, block = self.size, layer.mixer
         assert block
         saved, kept = self.read(block.first, self.hidden)
@@ -342,7 +358,7 @@ class Rules:
 
     def feed_forward(self, layer: Layer, activation: str) -> Half:
         """Return the half that transforms each token: MLPs and experts, one after another."""
-        # With one norm both halves read what it computes.
+        # With a single norm both halves read its output.
         mixes = layer.attention or layer.mixer
         shares = bool(mixes) and sum(width == self.hidden for width in layer.norms) == 1
         parts = [
@@ -359,12 +375,12 @@ class Rules:
         return _one_after_another(parts)
 
     def _mlp(self, block: Block, activation: str, *, shares_input: bool, has_norm: bool) -> Half:
-        """Return one MLP.
+        """Return the bytes of one MLP.
 
         Args:
             block: its modules.
             activation: name of the activation.
-            shares_input: whether it reads what attention reads.
+            shares_input: whether it reads the same input as attention.
             has_norm: whether there is a norm before the last projection.
         """
         size, width = self.size, self.tokens * block.width
@@ -375,7 +391,7 @@ class Rules:
         steps = self.differentiated(block.first, together=self.are_grouped(block.first))
         named = {module.name for module in block.modules} == set(GATED_MLP)
         if last and named and not has_norm and self.is_fused(last):
-            # Our function: saves gate and up, and computes the rest again.
+            # Our function saves gate and up, and recomputes the rest.
             own, _ = self.read((last,), last.inputs, is_saved=True)
             pinned = Items(adapter_inputs=own["adapter_inputs"])
             saved += own + Items(activations=2 * width * size)
@@ -383,7 +399,7 @@ class Rules:
             tensors = (3 if self.dropout else 2) if one_kernel else 4
             moments = [*self.differentiated((last,))[:1], Items(activations=tensors * width * size)]
             forward = Items(activations=(1 if one_kernel else 2) * width * size)
-            freed = Items()  # two gradients in place of gate and up
+            freed = Items()  # two gradients that replace gate and up
         else:
             tensors = ACTIVATIONS_IN_STEPS.get(activation, 1)
             of_result = activation in ACTIVATIONS_OF_RESULT
@@ -396,7 +412,8 @@ class Rules:
             moments = self.differentiated((last,)) if last else []
             moments.append(Items(activations=(3 if block.gated or tensors > 1 else 2) * width * size))
             if last and not last.rank:
-                # Its backward needs nothing saved, so its gradient is there when the layer is recomputed.
+                # The backward needs no saved tensors, so its gradient already exists when the layer is
+                # recomputed.
                 weight = max(map(self.dequantized, block.first), default=0)
                 entering = self.tokens * self.hidden * self.hidden_size
                 moments.append(
@@ -413,15 +430,15 @@ class Rules:
         return Half(saved, kept + pinned, forward, tuple(moments))
 
     def _experts(self, mixture: Mixture, activation: str) -> Half:
-        """Return the routed experts, over which tokens are assumed to spread evenly."""
+        """Return the bytes of routed experts, assuming that tokens are spread evenly over them."""
         tokens, hidden, size = self.tokens, self.hidden, self.size
         slots = tokens * mixture.per_token
         inner, outer = slots * mixture.intermediate, slots * hidden
         routed = Items(activations=tokens * mixture.experts * FLOAT + slots * (FLOAT + 2 * INDEX))
         if mixture.is_one_at_a_time:
             return self._experts_in_turn(mixture, routed)
-        # Gate and up (of which the activation and the product save their operands), and the outputs, which
-        # the product with the routing weights saves; gpt-oss's clamped gate has three steps more.
+        # Gate and up (whose operands activation and product save), and the outputs, which the product with
+        # the routing weights saves; gpt-oss's clamped gate has three more steps.
         steps = 6 if mixture.has_biases else 3
         saved = routed + Items(activations=(steps * inner + outer) * size)
         backward = Items(activations=3 * outer * size)
@@ -436,7 +453,9 @@ class Rules:
         return Half(saved + kept, kept, forward + matrix, (backward + matrix, inside + matrix))
 
     def _experts_in_turn(self, mixture: Mixture, routed: Items) -> Half:
-        """Return our function, which computes one expert after the other and saves gate and up of all."""
+        """Return the bytes of our function, which computes one expert after the other and saves all gates
+        and ups.
+        """
         tokens, hidden, size = self.tokens, self.hidden, self.compute
         slots = tokens * mixture.per_token
         rows = -(-slots // mixture.experts)
@@ -453,7 +472,7 @@ class Rules:
             rank * width for rank, width in zip(mixture.ranks, widths, strict=True)
         )
         forward = Items(activations=total + one, dequantized=matrix)
-        # The gate's result and what it saves, its gradient, and those of all that it reads.
+        # The gate's result and saved tensors, its gradient, and the gradients of its inputs.
         gate = rows * 7 * mixture.intermediate * size
         backward = Items(
             activations=total + max(one, gate) + 2 * slots * FLOAT,
@@ -464,12 +483,18 @@ class Rules:
 
 
 MIXER_STATES = {False: 3, True: 5}
-"""Tensors in float32, as wide as what it projects, that a mixer without and with a state saves in code of
-transformers, which runs if the kernels for it are not installed. Measured on traces, as are the next."""
+"""Number of float32 tensors that a mixer without and with a state saves, each as wide as its projection.
+
+This is for the code of transformers that runs if the mixer's kernels are not installed. Measured on traces,
+like ``CHUNK_STATES``.
+"""
 CHUNK_STATES = 4
-"""Tensors in float32 with the states of a head, and its products of each token with those of its chunk, that
-a mixer with a state saves (``mamba2_chunk_scan``, ``torch_chunk_gated_delta_rule``): within 6 % for Bamba,
-Falcon-H1, Granite 4, Nemotron-H, Qwen3.5 and Kimi Linear."""
+"""Number of float32 tensors that a mixer with a state saves for its states and products.
+
+Each has the states of a head, and the products of each token with those of its chunk (``mamba2_chunk_scan``,
+``torch_chunk_gated_delta_rule``). Within 6 % for Bamba, Falcon-H1, Granite 4, Nemotron-H, Qwen3.5 and Kimi
+Linear.
+"""
 
 
 def attention_kernel(layout: Layout, heads: Heads) -> Kernel:
@@ -496,7 +521,9 @@ def takes_one_call(layout: Layout) -> bool:
 
 
 def _one_after_another(parts: Sequence[Half]) -> Half:
-    """Return the parts of a half as one: the backward begins with the last, when all is saved."""
+    """Return several parts of a half as one: the backward begins with the last part, when everything is
+    saved.
+    """
     saved, kept, forward = Items(), Items(), Items()
     moments: list[Items] = []
     whole = Items()

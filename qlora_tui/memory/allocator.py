@@ -1,10 +1,10 @@
-"""Replay of the CUDA caching allocator: which tensor gets which block, and how much memory is reserved.
+"""Replays the CUDA caching allocator: which block each tensor gets, and how much memory is reserved.
 
-A freed block stays with the allocator, for a later tensor that fits. Tensors of up to 1 MiB and larger ones
-have a pool each. Without expandable segments every large tensor that finds no block gets a new segment, and
-is split off only if more than 1 MiB would remain; so up to that much unused memory counts as allocated, and a
-segment whose tensor was freed serves only smaller ones. With expandable segments, which our trainer turns on,
-a pool is one segment that grows at its end, and blocks are cut to size.
+A freed block stays with the allocator, for a later tensor that fits. Tensors of up to 1 MiB and larger
+tensors have separate pools. Without expandable segments, every large tensor for which there is no block gets
+a new segment. Its block is split off only if more than 1 MiB would remain, so up to 1 MiB of unused memory
+counts as allocated. A segment whose tensor was freed serves only smaller tensors. With expandable segments,
+which our trainer turns on, a pool is one segment that grows at its end, and blocks are cut to size.
 
 Rules and names are those of c10/cuda/CUDACachingAllocator.cpp: ``round_size``, ``get_free_block`` (the
 smallest that is large enough, at the lowest address), ``get_allocation_size``, ``should_split``,
@@ -23,14 +23,19 @@ from qlora_tui.memory.weights import ALLOCATION_BYTES
 SMALL = MIB
 """Largest tensor that comes from the pool of small blocks (``kSmallSize``)."""
 SMALL_SEGMENT = 2 * MIB
-"""Segment size for a small tensor, and multiple of a large tensor's own (``kSmallBuffer``)."""
+"""Segment size for small tensors, and the multiple to which a large tensor's own segment is rounded
+(``kSmallBuffer``).
+"""
 LARGE_SEGMENT = 20 * MIB
-"""Segment size for a tensor of less than 10 MiB, and step of a growing segment (``kLargeBuffer``)."""
+"""Segment size for a tensor of less than 10 MiB, and step by which a segment grows (``kLargeBuffer``)."""
 OWN_SEGMENT = 10 * MIB
-"""Size from which a tensor gets its own segment, a multiple of 2 MiB (``kMinLargeAlloc``)."""
+"""Size from which a tensor gets its own segment, whose size is a multiple of 2 MiB (``kMinLargeAlloc``)."""
 HIGHEST = 1 << 62
-"""Start of the address range. Linux hands out addresses from the top down, so a new segment lies below the
-earlier ones; this matters if two free blocks have the same size."""
+"""Start of the address range.
+
+Linux assigns addresses from the top down, so a new segment lies below earlier ones. This matters if two free
+blocks have the same size.
+"""
 
 
 class MemoryBlock:
@@ -47,7 +52,7 @@ class MemoryBlock:
 
 
 class _Pool:
-    """Blocks of small or of large tensors."""
+    """The blocks of small or of large tensors."""
 
     __slots__ = ("free", "last", "step")
 
@@ -55,7 +60,7 @@ class _Pool:
         self.step = step
         """Bytes by which a growing segment grows."""
         self.free: list[tuple[int, int, MemoryBlock]] = []
-        """Free blocks by size, then address, which no two of them share."""
+        """Free blocks by size, then by address, which is unique."""
         self.last: MemoryBlock | None = None
         """Block at the end of the growing segment."""
 
@@ -67,7 +72,7 @@ class _Pool:
         del self.free[bisect_left(self.free, (block.size, block.address))]
 
     def join(self, block: MemoryBlock, after: MemoryBlock) -> None:
-        """Append a block's neighbor to it."""
+        """Append a block's neighbor to the block."""
         block.size += after.size
         block.after = after.after
         if block.after is not None:
@@ -92,7 +97,7 @@ class CachingAllocator:
     )
 
     def __init__(self, *, expandable: bool, capacity_bytes: int | None = None) -> None:
-        """``capacity_bytes`` is the GPU memory available to it; None is unlimited."""
+        """Start empty; ``capacity_bytes`` is the GPU memory available to the allocator, None for no limit."""
         self._expandable = expandable
         self._capacity_bytes = capacity_bytes
         self._small, self._large = _Pool(SMALL_SEGMENT), _Pool(LARGE_SEGMENT)
@@ -102,7 +107,7 @@ class CachingAllocator:
         self.reserved_bytes = 0
         """Bytes of all segments that have not been released."""
         self.most_reserved_bytes = 0
-        """Peak of these, including segments that a full GPU made it release."""
+        """Peak of ``reserved_bytes``, including segments that were released because the GPU was full."""
 
     def keep(self, sizes: Iterable[int]) -> None:
         """Allocate permanent tensors."""
@@ -112,7 +117,7 @@ class CachingAllocator:
     def malloc(self, size: int) -> MemoryBlock:
         """Allocate a tensor in the smallest free block that is large enough, or in new memory.
 
-        One call, like ``free``: a step makes ten thousand of each.
+        Written as one function, like ``free``, because a step makes ten thousand of these calls.
         """
         size = max(1, -(-size // ALLOCATION_BYTES)) * ALLOCATION_BYTES
         pool = self._small if size <= SMALL else self._large
@@ -122,7 +127,7 @@ class CachingAllocator:
             block = self._new(pool, size)
         else:
             if self._expandable and free[place][2] is pool.last and place + 1 < len(free):
-                place += 1  # the end counts with what it could grow to
+                place += 1  # the last block counts with the size to which it could grow
             block = free.pop(place)[2]
         left = block.size - size
         if left and (self._expandable or size <= SMALL or left > SMALL):
@@ -140,7 +145,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: MemoryBlock) -> None:
-        """Free a tensor: its block is merged with adjacent free ones."""
+        """Free a tensor, and merge its block with adjacent free blocks."""
         pool = self._small if block.size <= SMALL else self._large
         self._allocated_bytes -= block.size
         earlier, later = block.before, block.after
@@ -156,7 +161,7 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Release the segments that are entirely free, like ``torch.cuda.empty_cache``.
 
-        Free steps of a growing segment would be released too, but no caller uses both.
+        PyTorch would also release free steps of a growing segment, but no caller uses both.
         """
         for pool in () if self._expandable else (self._small, self._large):
             for size, _, block in list(pool.free):
@@ -203,4 +208,4 @@ class Pool:
 
 
 Event = tuple[int, int]
-"""Number of a storage and its bytes: positive for an allocation, negative for a free."""
+"""Index of a storage and its bytes, positive for an allocation and negative for a free."""

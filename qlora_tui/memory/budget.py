@@ -1,4 +1,4 @@
-"""The device of a run, the memory available on it, and what the installed libraries compute there."""
+"""The device of a run, the memory available on it, and the code that the installed libraries run there."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class MemoryBudget:
 
     device: Device
     bytes: int
-    """Memory available to programs in total, in bytes, with no other program running."""
+    """Total memory available to programs, in bytes, if no other program is running."""
     name: str
     """Name for messages: ``RTX 4090``, ``a GPU with 24.0 GiB``, ``this machine's memory``."""
     is_assumed: bool = False
-    """Whether the user gave the size, instead of this machine's."""
+    """Whether the user gave the size, so that it is not this machine's."""
 
     def with_traces(self, traces: KnownTraces) -> MemoryBudget:
         """Return this budget for a device with these traces."""
@@ -53,7 +53,7 @@ def _budget_for(gpu: GpuDevice | None, assumed_bytes: int | None) -> MemoryBudge
         managed_memory=managed_memory_is_safe(),
     )
     if assumed_bytes is not None:
-        # Not this machine's GPU: corrections measured here do not apply.
+        # The GPU is not this machine's, so corrections measured here do not apply.
         device = cuda if gpu is None else _with_chip(cuda, gpu)
         return MemoryBudget(
             device, assumed_bytes, f"a GPU with {assumed_bytes / 2**30:.1f} GiB", is_assumed=True
@@ -89,22 +89,26 @@ def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
 
 
 def _with_chip(device: Device, gpu: GpuDevice) -> Device:
-    """Return ``device`` with what the chip of this GPU decides, as far as its driver says so."""
+    """Return ``device`` with the properties that this GPU's chip determines, as far as its driver reports
+    them.
+    """
     capability = gpu.capability or device.capability
     return replace(device, capability=capability, multiprocessors=gpu.multiprocessors)
 
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""CPU flags; without one, bf16 matrix products are a hundred times slower than fp32 ones."""
+"""CPU flags of which at least one makes bf16 products fast: without any, they are a hundred times slower
+than fp32.
+"""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """CPU properties that a run depends on."""
+    """The CPU properties that a run depends on."""
 
     name: str
     native_bfloat16: bool
-    """Whether it multiplies bfloat16 in hardware; if not, the trainer computes in float32."""
+    """Whether the CPU multiplies bfloat16 in hardware; if not, the trainer computes in float32."""
 
 
 def this_processor() -> Processor:
@@ -125,24 +129,26 @@ def this_processor() -> Processor:
 
 
 def torch_is_for_cuda() -> bool:
-    """Return whether the installed torch is a CUDA build. Does not import it."""
+    """Return whether the installed torch is a CUDA build, without importing torch."""
     torch = installed_torch()
     return torch is not None and torch.platform == "cuda"
 
 
 @cache
 def liger_is_installed() -> bool:
-    """Return whether Liger's kernels and Triton, which they need, are installed. Imports neither."""
+    """Return whether Liger's kernels and Triton, which they need, are installed, without importing them."""
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
 @cache
 def triton_is_installed() -> bool:
-    """Return whether Triton is installed. Does not import it."""
+    """Return whether Triton is installed, without importing it."""
     return find_spec("triton") is not None
 
 
 @cache
 def torch_has_varlen() -> bool:
-    """Return whether the installed torch has variable-length attention with windows. Does not import it."""
+    """Return whether the installed torch has variable-length attention with windows, without importing
+    torch.
+    """
     return torch_version() >= (2, 11)

@@ -1,4 +1,4 @@
-"""Measured and predicted memory of past runs, and the resulting correction for this machine.
+"""Records measured and predicted memory of past runs, and computes this machine's correction from them.
 
 Each run adds one line of JSON to ``memory.jsonl`` in the state directory. The trainer calls
 :func:`record_run` when a run ends; :func:`correction_for` returns the correction for every estimate on this
@@ -11,8 +11,8 @@ which mixes tensors, heap and libraries: it gives no allocated or reserved bytes
 GPU. The whole difference is attributed to the libraries, in bytes, so that a tiny run does not distort the
 estimate of a large one.
 
-How fast this machine copies to its GPU and multiplies there is measured by ``doctor``: one record per GPU, in
-``transfer.json``. Nothing is assumed without a measurement.
+``doctor`` measures the speed of copies to the GPU and of products there, and writes one record per GPU to
+``transfer.json``. Without a measurement no speed is assumed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qlora_tui.files import atomic_write
 from qlora_tui.paths import state_dir
 
 MIN_RUNS = 2
-"""Number of runs before a correction: one could be an accident."""
+"""Number of runs from which a correction applies: a single run could be an accident."""
 MAX_RUNS = 20
 """Number of latest runs used; a driver or library may have changed since earlier ones."""
 MIN_FACTOR, MAX_FACTOR = 0.8, 1.5
@@ -50,15 +50,20 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Versions of torch and related libraries."""
     model_type: str = ""
     ran_out: bool = False
-    """Whether the run ran out of memory: the measured bytes are those reached by then."""
+    """Whether the run ran out of memory; the measured bytes are then those reached before."""
     own_process: bool = False
-    """Whether the process did only the run's work. Before this was recorded, the trainer of a GGUF file's
-    first run also converted the file, whose peak is included in ``measured_process_bytes``."""
+    """Whether the process did only the run's work.
+
+    Before this field existed, the trainer of a GGUF file's first run also converted the file, whose peak is
+    then included in ``measured_process_bytes``.
+    """
     counts_gaps: bool = False
-    """Whether the prediction counts the gaps in a CPU's heap between kept layer inputs. Before it did, they
-    were part of what a run took beyond it."""
+    """Whether the prediction counts the gaps in a CPU's heap between kept layer inputs.
+
+    In older records these gaps are part of the difference between measurement and prediction.
+    """
     managed_bytes: Count = 0
-    """Predicted states of a paged optimizer. They are outside torch's pool, on the GPU or not."""
+    """Predicted bytes of a paged optimizer's states, which are outside torch's pool, on the GPU or not."""
     predicted_allocated_bytes: Count
     predicted_reserved_bytes: Count
     predicted_process_bytes: Count
@@ -133,7 +138,7 @@ def record_file() -> Path:
 def record_run(peaks: MeasuredRun) -> None:
     """Append one run. Raises OSError."""
     with record_file().open("ab") as out:
-        # A line truncated by a full disk must not damage this one.
+        # A line truncated by a full disk must not damage the new line.
         out.write(b"\n" + msgspec.json.encode(peaks) + b"\n")
 
 
@@ -152,7 +157,9 @@ _DECODER = msgspec.json.Decoder(MeasuredRun)
 
 @lru_cache(maxsize=1)
 def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
-    """Read the file; cached until it changes, because screens call this at every key press."""
+    """Read the file; the result is cached until the file changes, because screens call this at every key
+    press.
+    """
     try:
         lines = file.read_bytes().splitlines()
     except OSError:
@@ -166,13 +173,13 @@ class TransferSpeed(Struct, frozen=True, kw_only=True):
     at: UnixTime
     """Unix time of the measurement, in seconds."""
     bytes_per_s: float
-    """Copies from pinned host memory to the GPU."""
+    """Speed of copies from pinned host memory to the GPU."""
     flops_per_s: float
-    """Matrix products in the compute dtype, each with a weight that is dequantized from NF4 before."""
+    """Speed of products in the compute dtype, each with a weight that is first dequantized from NF4."""
 
 
 def speed_file() -> Path:
-    """Return the file with the measured speeds, by the name of the GPU."""
+    """Return the file with the measured speeds, keyed by the name of the GPU."""
     return state_dir() / "transfer.json"
 
 
@@ -183,7 +190,7 @@ def record_speed(gpu: str, speed: TransferSpeed) -> None:
 
 
 def measured_speed(gpu: str) -> TransferSpeed | None:
-    """Return what was measured on a GPU of this machine; None if nothing was."""
+    """Return the speeds measured on a GPU of this machine; None if there are none."""
     return _load().get(gpu)
 
 
@@ -202,6 +209,6 @@ _SPEED_DECODER = msgspec.json.Decoder(dict[str, TransferSpeed])
 
 @lru_cache(maxsize=1)
 def _read_speeds(file: Path, modified_ns: int, size: int) -> dict[str, TransferSpeed]:
-    """Read the file; cached until it changes. A damaged file counts as no measurement."""
+    """Read the file; the result is cached until the file changes. A damaged file counts as no measurement."""
     speeds = read_json(file, _SPEED_DECODER, _MAX_BYTES) or {}
     return {gpu: each for gpu, each in speeds.items() if each.bytes_per_s > 0 and each.flops_per_s > 0}

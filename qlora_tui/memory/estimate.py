@@ -1,8 +1,8 @@
-"""The memory estimate of one recipe on one model: by item, on three levels, over time, and against a memory.
+"""The memory estimate of one recipe on one model: by item, on three levels, over time, and compared with a
+memory.
 
 The Memory screen, the CLI, the runner and the demo call ``estimate``. Everything is pure Python and takes a
-few milliseconds. The parts of a timeline follow one another as they are replayed; how long each takes is not
-known here.
+few milliseconds. The parts of a timeline are in the order of execution; their durations are not known here.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
-"""Precisions that the Memory screen compares; fp16 means 16 bits of either kind."""
+"""Precisions that the Memory screen compares; fp16 stands for both 16-bit dtypes."""
 
 
 _CACHED = 512
-"""Estimates in the cache, of some kilobytes each; a solver asks for about a hundred."""
+"""Number of cached estimates, each of some kilobytes; a solver requests about a hundred."""
 _encode = msgspec.msgpack.Encoder().encode
 
 ADAPTER_ITEMS = ("adapter", "gradients", "optimizer", "optimizer_step")
-"""Keys of the items that training an adapter adds, with the 16-bit copies of its weights."""
+"""Keys of the items that training an adapter adds, including the 16-bit copies of its weights."""
 LOADING = "loading"
-"""``Estimate.peak_phase`` if loading the model takes more memory than any training step."""
+"""Value of ``Estimate.peak_phase`` if loading the model takes more memory than any training step."""
 
 
 @dataclass(frozen=True)
@@ -77,34 +77,40 @@ class Estimate:
     method: str
     """Quantization: nf4, fp4, int8 or none (16 bits)."""
     items: tuple[Item, ...]
-    """Items at the peak, the largest contributors named; their sum is ``process_bytes``. Where loading takes
-    the most, they are those of the training step, and what loading takes beyond it is one more."""
+    """Items at the peak, with the largest contributors named; their sum is ``process_bytes``.
+
+    If loading takes the most memory, the items are those of the training step, and one more item is the
+    difference.
+    """
     allocated_bytes: int
     """Bytes in tensors: ``torch.cuda.max_memory_allocated`` on a GPU."""
     reserved_bytes: int
     """Bytes held by torch's allocator: ``torch.cuda.max_memory_reserved``."""
     process_bytes: int
-    """Bytes of the process as seen by the GPU driver (on a CPU, by the system). This must fit."""
+    """Bytes of the process as seen by the GPU driver (on a CPU, by the system). These bytes must fit."""
     band: UncertaintyBand
     """Uncertainty range of the process level, and its reason."""
     peak_phase: str
     """Name of the fullest moment, as in :attr:`.step.Moment.name`."""
     execution: ExecutionConfig
     exact: bool
-    """Whether the step was traced, or all its layers are of kinds whose memory follows from their shapes."""
+    """Whether the step was traced, or the memory of all its layers follows from their shapes."""
     traced: bool = False
     """Whether the step was traced."""
     notes: tuple[str, ...] = ()
-    """Notes for the user on this estimate: experts in 16 bits, an unknown family."""
+    """Notes for the user on this estimate, for example on experts in 16 bits or an unknown family."""
     correction: Correction | None = None
-    """Correction from past runs on this machine; included in the figures if it ``applies``."""
+    """Correction from past runs on this machine, which the figures include if it ``applies``."""
     uncorrected_bytes: int = 0
     """Bytes of the process level before the correction."""
     loading_process_bytes: int = 0
     """Peak of the process while the model is loaded."""
     host_bytes: int = 0
-    """Host memory in addition to that of a GPU: a base with streamed layers, which is loaded there as a
-    whole, and offloaded inputs of layers; mostly 0."""
+    """Host memory that a GPU run needs for a base with streamed layers or for offloaded layer inputs; mostly
+    0.
+
+    A base with streamed layers is first loaded there as a whole.
+    """
 
     @property
     def total_bytes(self) -> int:
@@ -113,12 +119,12 @@ class Estimate:
 
     @property
     def step_bytes(self) -> int:
-        """Return the bytes of the process in a training step; loading may take more."""
+        """Return the bytes of the process in a training step, which loading may exceed."""
         return self.process_bytes - self.bytes_of(LOADING)
 
     @property
     def adapter_bytes(self) -> int:
-        """Return the bytes at the peak of the adapter, its gradients and the optimizer's states."""
+        """Return the bytes of the adapter, its gradients and the optimizer's states at the peak."""
         return sum(map(self.bytes_of, ADAPTER_ITEMS))
 
     @property
@@ -132,7 +138,7 @@ class Estimate:
         return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f} % from {runs}"
 
     def bytes_of(self, key: str) -> int:
-        """Return the bytes of one item; 0 if it is not present at the peak."""
+        """Return the bytes of one item; 0 if the item does not exist at the peak."""
         return sum(item.bytes for item in self.items if item.key == key)
 
 
@@ -146,13 +152,13 @@ def estimate(
 ) -> Estimate:
     """Predict the memory of ``recipe`` on the model described by ``architecture``.
 
-    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). A step of which
-    ``device`` has a trace is taken from there instead of being replayed. With ``capacity_bytes``, the GPU's
-    memory, the allocator releases free segments before it exceeds that. Raises UserError for target modules
-    that the model does not have.
+    ``execution`` defaults to this project's trainer on ``device`` (default: an Ampere GPU). If ``device`` has
+    a trace of the step, the trace replaces the calculation. With ``capacity_bytes``, the GPU's memory, the
+    allocator releases free segments before it exceeds this size. Raises UserError for target modules that the
+    model does not have.
 
-    Results are cached: a solver asks for the same recipes after each change of another setting, and several
-    screens for the one that is edited.
+    Results are cached, because a solver requests the same recipes after each change of another setting, and
+    several screens request the edited recipe.
     """
     device = device or Device()
     execution = execution or trainer_execution(recipe, device, architecture)
@@ -166,7 +172,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _RecipeKey:
-    """A recipe to look up. It cannot be hashed itself: it has dicts of patterns."""
+    """A recipe as a cache key; a recipe itself cannot be hashed, because it has dicts of patterns."""
 
     recipe: Recipe = field(compare=False)
     encoded: bytes
@@ -211,7 +217,7 @@ def _calculate(
         room = None if capacity_bytes is None else capacity_bytes - context_range(execution)[1]
         pool = expected_pool(layout, step_profile, sum(items.values()), room)
     levels = tiers(items, fullest.total_bytes, pool, layout, traced=traced is not None)
-    # By process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
+    # Compare process bytes: a step on a CPU also leaves heap gaps and kernels, which loading does not.
     levels_at_loading = tiers(loading, 0, pool, layout)
     before = max(levels.process_bytes, levels_at_loading.process_bytes)
     correction = device.correction
@@ -251,8 +257,11 @@ def _calculate(
 
 
 def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layout: Layout) -> int:
-    """Return the host memory of a run on a GPU: the whole base if some of its layers are streamed, and the
-    inputs of all layers if they are offloaded."""
+    """Return the host memory of a run on a GPU.
+
+    It holds the whole base if some of its layers are streamed, and the inputs of all layers if these are
+    offloaded.
+    """
     execution = layout.execution
     size = len(layout.layers) * layer_input_bytes(layout) if execution.offloads_inputs else 0
     if streamed is None or execution.device == "cpu":
@@ -261,16 +270,19 @@ def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layo
 
 
 LOADERS = 4
-"""Threads that transformers uses to read weights (``core_model_loading.GLOBAL_WORKERS``)."""
+"""Number of threads with which transformers reads weights (``core_model_loading.GLOBAL_WORKERS``)."""
 
 
 def loading_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
-    """Return the peak bytes while weights are read: a GPU holds some tensors in 16 bits before each is
-    quantized; a CPU has the whole file mapped. Weights that stay in their stored dtype count as read."""
+    """Return the peak bytes while weights are read.
+
+    A GPU holds some tensors in 16 bits before each is quantized; a CPU has the whole file mapped. Weights
+    that stay in their stored dtype count with their size in the file.
+    """
     if recipe.quantization.method == "none" and execution.compute_itemsize == 2:
         return 0
     if execution.streamed_layers and execution.device == "cuda":
-        return 0  # It is loaded on the CPU.
+        return 0  # a base with streamed layers is loaded on the CPU
     if execution.device == "cpu":
         return 2 * architecture.total_params
     sizes = sorted((2 * module.weight_params for module in architecture.modules), reverse=True)
@@ -339,7 +351,9 @@ def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
 
 
 def precision_of(recipe: Recipe) -> Precision:
-    """Return which of the compared precisions the recipe uses; fp4 takes the same memory as NF4."""
+    """Return which of the compared precisions the recipe uses; fp4 counts as NF4, which takes the same
+    memory.
+    """
     methods: dict[str, Precision] = {"int8": "int8", "none": "fp16"}
     return methods.get(recipe.quantization.method, "nf4")
 
@@ -361,20 +375,22 @@ def compare(
 
 
 def why_int8_is_larger(int8: Estimate, fp16: Estimate) -> str:
-    """Return why a recipe takes more in int8 than in 16 bits; empty if it does not."""
+    """Return why a recipe takes more memory in int8 than in 16 bits; empty if it does not."""
     if int8.total_bytes <= fp16.total_bytes or not int8.bytes_of("int8_inputs"):
         return ""
     return "int8 needs more than fp16 here: it stores layer inputs that fp16 recomputes."
 
 
 TIGHT_SHARE = 0.05
-"""Margin of a fit that is not tight, as a share of the memory: with less left, another process or a longer
-sequence can end the run."""
+"""Share of the memory that must be left over for a fit that is not tight.
+
+With less left over, another process or a longer sequence can end the run.
+"""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict in one word, and its basis."""
+    """The verdict in one word, with the figures behind it."""
 
     word: Literal["fits", "tight", "does not fit", "uncertain"]
     needed_bytes: int
@@ -384,11 +400,11 @@ class Verdict:
     reason: str
     """Reason for the width of the uncertainty range."""
     is_exact: bool = False
-    """Whether the step was traced, rather than calculated at once."""
+    """Whether the step was traced rather than calculated."""
 
     @property
     def spare_bytes(self) -> int:
-        """Return the bytes left over; negative if it does not fit."""
+        """Return the bytes left over; negative if the recipe does not fit."""
         return self.available_bytes - self.needed_bytes
 
     @property
@@ -405,9 +421,11 @@ class Verdict:
 def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
     """Compare an estimate's range with the memory.
 
-    ``fits`` means that even the upper end of the range fits; ``tight``, that it fits, but the estimate leaves
-    less than 5 % of the memory free; ``uncertain``, that only the lower end fits. So no figure that is shown
-    as tight is below one that fits.
+    * ``fits``: even the upper end of the range fits.
+    * ``tight``: the upper end fits, but the estimate leaves less than 5 % of the memory free.
+    * ``uncertain``: only the lower end fits.
+
+    So no figure that is shown as tight is below one that fits.
     """
     band = estimated.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]
@@ -431,9 +449,9 @@ def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
 
 
 OVERHEAD = "overhead"
-"""Item of a moment for all that is not in tensors: context, libraries, and the allocator's slack."""
+"""Item of a moment for everything that is not in tensors: context, libraries, and the allocator's slack."""
 LOADING_PARTS = 8
-"""Moments that loading is divided into."""
+"""Number of moments into which loading is divided."""
 
 
 def step_timeline(
@@ -442,10 +460,10 @@ def step_timeline(
     """Return the moments of loading and of a step, in order of time.
 
     Args:
-        recipe: The recipe, in the precision of the estimate.
-        architecture: Its model.
-        estimated: Its estimate; the largest moment is its peak.
-        traced: A trace of this exact recipe, if the estimate was made with one.
+        recipe: the recipe, in the precision of the estimate.
+        architecture: architecture of its model.
+        estimated: its estimate; the largest moment is the estimate's peak.
+        traced: a trace of this exact recipe, if the estimate was made with one.
     """
     execution = estimated.execution
     layout = build_layout(recipe, architecture, execution)
@@ -465,7 +483,7 @@ def step_timeline(
 
 
 def _loading(frozen: dict[str, int], read_bytes: int, estimated: Estimate) -> list[Moment]:
-    """Return the loading of the weights, which is fullest when the last ones are read."""
+    """Return the moments of loading the weights, which are fullest when the last ones are read."""
     read = {"loading": read_bytes}
     outside = {OVERHEAD: estimated.loading_process_bytes - sum(frozen.values()) - read_bytes}
     parts = []
@@ -484,8 +502,10 @@ def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
 
 
 def closed_form(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
-    """Return the estimate's own values of the figures in a trace: frozen weights, adapter, gradients, and the
-    step's peak beyond weights and adapter."""
+    """Return the estimate's own values of the figures in a trace.
+
+    They are frozen weights, adapter, gradients, and the step's peak beyond weights and adapter.
+    """
     layout = build_layout(recipe, architecture, execution)
     resident = static_items(layout)
     gradients = adapter_bytes(layout)

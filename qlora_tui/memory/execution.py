@@ -1,9 +1,9 @@
-"""The code that a run executes, as far as it affects memory.
+"""Describes the code that a run executes, as far as it affects memory.
 
 :func:`trainer_execution` returns what this project's trainer runs for a recipe and a :class:`Device`. The
 same recipe costs different amounts under different trainers: whether the frozen weights were cast to float32,
-which logits the loss keeps, which attention kernel runs. ``tests/memory/test_published.py`` has what
-transformers 4.45 to 5.17 and peft run, with measurements of it; what their versions do differently is from
+which logits the loss keeps, which attention kernel runs. ``tests/memory/test_published.py`` has the execution
+of transformers 4.45 to 5.17 with peft, and measurements; the differences between versions are from
 ``models/*/modeling_*.py`` and ``loss/loss_utils.py``.
 """
 
@@ -27,63 +27,94 @@ CURRENT: Version = (5, 24)
 FUSED_EXPERTS: Version = (5, 0)
 """First version in which experts are two 3-D parameters; before, each matrix was a linear module."""
 _THREADED_READING: tuple[Version, Version] = ((5, 0), (5, 4))
-"""First version that reads weights in threads, also while it quantizes, and the first that no longer does."""
+"""First version that reads weights in threads even while quantizing, and first version that no longer
+does.
+"""
 _LABELS_SHIFTED: Version = (4, 49)
 """First version in which ``ForCausalLMLoss`` pads the labels."""
 _LOSS_FUNCTION: Version = (4, 48)
-"""Version in which every family of the measured runs calls ``ForCausalLMLoss``."""
+"""First version in which all measured families call ``ForCausalLMLoss``."""
 
 LossCode = Literal["rebound", "shifted", "padded"]
-"""rebound: the model's own loss on a shifted copy in float32; the 16-bit logits are freed once they are cast.
-shifted: ``ForCausalLMLoss`` on a shifted copy in float32; the caller still holds the 16-bit logits.
-padded: ``ForCausalLMLoss`` shifts the labels, so nothing is copied."""
+"""Variants of the stock loss.
+
+* rebound: the model's own loss on a shifted copy in float32; the 16-bit logits are freed once they are cast.
+* shifted: ``ForCausalLMLoss`` on a shifted copy in float32; the caller still holds the 16-bit logits.
+* padded: ``ForCausalLMLoss`` shifts the labels, so nothing is copied.
+"""
 
 ADAPTER_ITEMSIZE = 4
-"""Bytes per element of the LoRA matrices, and so of their gradients."""
+"""Bytes per element of the LoRA matrices, and therefore of their gradients."""
 
 Loss = Literal["stock", "chunked", "liger"]
-"""stock: the model's own or transformers' ``ForCausalLMLoss`` (:attr:`ExecutionConfig.loss_code` says which).
-chunked: this project's, a few rows of logits at a time. liger: Liger's fused linear cross-entropy, in our
-trainer."""
+"""Implementations of the loss.
+
+* stock: the model's own or transformers' ``ForCausalLMLoss``, in the variant
+  :attr:`ExecutionConfig.loss_code`.
+* chunked: this project's, a few rows of logits at a time.
+* liger: Liger's fused linear cross-entropy, in our trainer.
+"""
 
 Kernel = Literal["flash", "efficient", "math", "eager"]
-"""flash: FlashAttention (its own or SDPA's). efficient: SDPA's memory-efficient kernel. math: SDPA without a
-fused kernel. eager: transformers' own, which saves the scores."""
+"""Kernels of attention.
+
+* flash: FlashAttention (its own or SDPA's).
+* efficient: SDPA's memory-efficient kernel.
+* math: SDPA without a fused kernel.
+* eager: transformers' own code, which saves the scores.
+"""
 
 Optimizer = Literal["adamw_fused", RecipeOptimizer]
-"""The recipe's ``adamw`` is ``adamw_fused`` here; ``adamw`` takes many tensors at once."""
+"""Here ``adamw_fused`` is the recipe's ``adamw``, and ``adamw`` is torch's multi-tensor AdamW."""
 
 AttentionPath = Literal["varlen", "segments", "eager"]
-"""``varlen``: all samples of a packed sequence in one call of FlashAttention. ``segments``: one call per
-sample (:mod:`qlora_tui.training.packed_attention`). ``eager``: padded sequences, with transformers' code."""
+"""How attention is computed.
+
+* ``varlen``: all samples of a packed sequence in one call of FlashAttention.
+* ``segments``: one call per sample (:mod:`qlora_tui.training.packed_attention`).
+* ``eager``: padded sequences, with transformers' code.
+"""
 
 LEAN_OPTIMIZER: RecipeOptimizer = "paged_adamw_8bit"
-"""What ``optimizer = "auto"`` needs at least: two bytes for each trained parameter."""
+"""The optimizer that ``optimizer = "auto"`` uses if memory is short: two bytes per trained parameter."""
 _OPTIMIZERS: dict[RecipeOptimizer, Optimizer] = {"adamw": "adamw_fused", "auto": LEAN_OPTIMIZER}
 
 FlashObstacle = Literal["no GPU", "float32", "old GPU", "old torch"]
 
 LOSS_CHUNK_ROWS = 256
-"""Positions whose logits our trainer holds at a time: enough rows for an efficient matrix product, and 78 MB
-in 16 bits at a vocabulary of 152,000."""
+"""Number of positions whose logits our trainer holds at a time.
+
+These are enough rows for an efficient matrix product, and 78 MB in 16 bits at a vocabulary of 152,000.
+"""
 
 LOSS_BLOCK_ROWS = {"cpu": 32, "cuda": 128}
-"""Rows of these in float32 at a time: few enough for a CPU's cache; on a GPU, whose kernels use one
-multiprocessor per row, enough to keep all of them busy."""
+"""Number of these rows that are in float32 at a time.
+
+They are few enough for a CPU's cache. A GPU's kernels use one multiprocessor per row, so there are enough
+rows to keep all of them busy.
+"""
 
 ATTENTION_BLOCK_ROWS = 512
-"""Queries whose scores our CPU backward holds at a time, twice (heads, rows, tokens): more would compute more
-of the masked upper triangle, fewer make the matrix products too small."""
+"""Number of queries whose scores our CPU backward holds at a time, twice (heads, rows, tokens).
+
+More would compute more of the masked upper triangle; fewer would make the matrix products too small.
+"""
 SAMPLE_PADDING_ROWS = 128
-"""Rows that the backward of the varlen kernel adds for each sample to its sums in float32 (``mha_varlen_bwd``
-in torch's ``flash_api.cpp``)."""
+"""Rows that the varlen kernel's backward adds to its float32 sums for each sample.
+
+See ``mha_varlen_bwd`` in torch's ``flash_api.cpp``.
+"""
 EXTRA_COLUMNS = 3
-"""Extra columns of queries and keys there, for the value subtracted from each score in 16-bit parts."""
+"""Extra columns of queries and keys in our CPU backward, for the value subtracted from each score, in
+16-bit parts.
+"""
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-"""Names of the modules of an MLP that our function for gated MLPs computes."""
+"""Names of the MLP modules that our function for gated MLPs computes."""
 GROUPS = (("q_proj", "k_proj", "v_proj"), GATED_MLP[:2])
-"""Names of modules that read one input, in the order of their calls, which our function computes together."""
+"""Names of modules that read the same input, in the order of their calls, and that our function computes
+together.
+"""
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which bfloat16 is computed natively (Ampere)."""
@@ -99,9 +130,9 @@ class Device:
 
     kind: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
-    """CUDA compute capability; 8.6 (RTX 30) if no GPU was found."""
+    """CUDA compute capability; 8.6 (RTX 30) if no GPU is known."""
     multiprocessors: int | None = None
-    """Streaming multiprocessors of the GPU, on which the size of its CUDA context depends."""
+    """Number of the GPU's streaming multiprocessors, on which the size of its CUDA context depends."""
     native_bfloat16: bool = False
     """Whether a CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX)."""
     cuda_libraries: bool = False
@@ -109,9 +140,11 @@ class Device:
     liger: bool = False
     """Whether Liger's kernels are installed, on a GPU."""
     expandable_segments: bool = True
-    """Whether the CUDA allocator grows its segments, as the trainer requests if the user does not."""
+    """Whether the CUDA allocator grows its segments, which the trainer requests unless the user does
+    otherwise.
+    """
     managed_memory: bool = True
-    """Whether a paged optimizer keeps its states in CUDA's managed memory, as it does except on WSL2."""
+    """Whether a paged optimizer keeps its states in CUDA's managed memory, which it does except on WSL2."""
     triton: bool = False
     """Whether Triton is installed, whose kernels compute norms, rotary positions and gated MLPs on a GPU."""
     varlen: bool = True
@@ -119,11 +152,11 @@ class Device:
     correction: Correction | None = None
     """Correction from past runs on the device."""
     speed: TransferSpeed | None = None
-    """Measured speed of copies and of computing, on a GPU; None where nothing was measured."""
+    """Measured speed of copies and of computing, on a GPU; None without a measurement."""
     host_bytes: int | None = None
-    """Host memory of a GPU's machine; None if it is unknown."""
+    """Host memory of the GPU's machine; None if it is unknown."""
     traces: KnownTraces = NO_TRACES
-    """Steps that were traced, whose estimates are exact."""
+    """Traced steps, whose estimates are exact."""
 
 
 @dataclass(frozen=True)
@@ -131,28 +164,34 @@ class ExecutionConfig:
     """Properties of the code that affect the peak."""
 
     compute_itemsize: int = 2
-    """Bytes per element of the compute dtype: activations, and dequantized weights."""
+    """Bytes per element of the compute dtype, which activations and dequantized weights have."""
     float16: bool = False
-    """Whether a two-byte compute dtype is float16, not bfloat16."""
+    """Whether a two-byte compute dtype is float16 rather than bfloat16."""
     cast_to_float32: bool = False
-    """Whether norms, embedding, head and so the residual stream are in float32, as after peft's
-    ``prepare_model_for_kbit_training``."""
+    """Whether norms, embedding and head are in float32, and therefore the residual stream.
+
+    They are after peft's ``prepare_model_for_kbit_training``.
+    """
     autocast: bool = False
     """Whether the forward runs under ``torch.autocast``, as with ``Trainer(bf16=True)``."""
     loss: Loss = "chunked"
     transformers: Version = CURRENT
     """Version of transformers whose modeling code runs."""
     logits_alive_in_backward: bool = False
-    """Whether the model's output, and so the logits, is still referenced during the backward."""
+    """Whether the model's output, and therefore the logits, is still referenced during the backward."""
     checkpointing: bool = True
     kept_layers: int = 0
-    """Layers at the end of the model that keep their activations despite checkpointing."""
+    """Number of layers at the end of the model that keep their activations despite checkpointing."""
     offloads_inputs: bool = False
-    """Whether the inputs of checkpointed layers wait in host memory for their backward, on a GPU."""
+    """Whether the inputs of checkpointed layers are kept in host memory until their backward, on a GPU."""
     streamed_layers: int = 0
-    """Layers whose frozen weights are in host memory and pass through two buffers of the device."""
+    """Number of layers whose frozen weights are in host memory and are copied to two buffers of the device
+    in turn.
+    """
     reentrant: bool = False
-    """Whether checkpointing is reentrant: it reruns the whole layer and holds its output and gradient."""
+    """Whether checkpointing is reentrant, in which case it reruns the whole layer and holds its output and
+    gradient.
+    """
     attention: Kernel = "flash"
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
@@ -161,9 +200,9 @@ class ExecutionConfig:
     segments: bool = False
     """Whether the micro-batch is one long sequence of samples that do not attend to each other."""
     varlen: bool = False
-    """Whether one kernel attends to all samples of such a sequence, instead of one at a time."""
+    """Whether one kernel call attends to all samples of such a sequence, instead of one call per sample."""
     samples: int = 0
-    """Samples in the micro-batch, as far as memory depends on it; 0 takes one for each sequence."""
+    """Number of samples in the micro-batch, as far as memory depends on it; 0 means one per sequence."""
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""
@@ -172,8 +211,11 @@ class ExecutionConfig:
     cuda_libraries: bool = False
     """Whether torch is a CUDA build, on a CPU."""
     own_fused: bool = False
-    """Whether our functions are used, which save less: adapters on 4- and 16-bit weights, gated MLPs,
-    RMSNorm, and attention on a CPU (``training/fused``)."""
+    """Whether our functions are used, which save less memory.
+
+    They compute adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
+    (``training/fused``).
+    """
     triton: bool = False
     """Whether norms, rotary positions and gated MLPs are single kernels
     (``training/fused/triton_kernels.py``)."""
@@ -182,7 +224,7 @@ class ExecutionConfig:
     managed_memory: bool = True
     """Whether a paged optimizer keeps its states in CUDA's managed memory, outside torch's pool."""
     general_prompts: int = 0
-    """General prompts that are answered between steps, for the forgetting curve."""
+    """Number of general prompts that are answered between steps, for the forgetting curve."""
 
     @property
     def residual_itemsize(self) -> int:
@@ -203,7 +245,7 @@ class ExecutionConfig:
 
     @property
     def reads_in_threads(self) -> bool:
-        """Return whether weights are read ahead of their quantization."""
+        """Return whether weights are read ahead while earlier ones are quantized."""
         first, end = _THREADED_READING
         return first <= self.transformers < end
 
@@ -216,10 +258,11 @@ class ExecutionConfig:
 def trainer_execution(
     recipe: Recipe, device: Device, architecture: Architecture | None = None
 ) -> ExecutionConfig:
-    """Return what this project's trainer runs: no float32 cast, no full logits, non-reentrant
-    checkpointing of every layer that a class allows, even with ``auto``; set ``kept_layers`` separately.
+    """Return the execution of this project's trainer.
 
-    Without an architecture, Liger is assumed off: it is faster only for some models.
+    There is no float32 cast, there are no full logits, and non-reentrant checkpointing covers every layer
+    that a class allows, even with ``auto``; set ``kept_layers`` separately. Without an architecture Liger is
+    assumed off, because it is faster only for some models.
     """
     compute = _compute_itemsize(recipe, device)
     attention = _attention(recipe, device, compute)
@@ -237,7 +280,7 @@ def trainer_execution(
     return ExecutionConfig(
         compute_itemsize=compute,
         float16=float16,
-        # Trainer's fp16 mode: autocast, with scaled gradients.
+        # This is Trainer's fp16 mode: autocast, with scaled gradients.
         autocast=float16 and device.kind == "cuda",
         own_fused=True,
         triton=device.triton and device.kind == "cuda" and recipe.model.kernels == "auto",
@@ -264,7 +307,7 @@ def trainer_execution(
 def _loss(recipe: Recipe, device: Device, architecture: Architecture | None, *, float16: bool) -> Loss:
     if architecture is not None and architecture.whole_logits:
         return "stock"
-    # Liger would keep float16's gradients in 16 bits.
+    # Liger would keep float16 gradients in 16 bits.
     return "liger" if device.liger and not float16 and _liger_pays(recipe, architecture) else "chunked"
 
 
@@ -282,31 +325,38 @@ def flash_obstacle(
 
 
 def flash_trains(capability: tuple[int, int], head_dim: int) -> bool:
-    """Return whether FlashAttention has a backward for heads of this width on a GPU from Ampere on.
+    """Return whether FlashAttention has a backward for heads of this width, on a GPU from Ampere on.
 
-    torch refuses to train these (``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in
-    ``sdp_utils.cpp``), whose blocks do not fit in the shared memory of consumer cards; its varlen function
-    does not check.
+    Some widths do not fit in the shared memory of consumer cards, and torch refuses to train them
+    (``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in ``sdp_utils.cpp``); its
+    varlen function does not check.
     """
     consumer = any(first <= capability <= last for first, last in CONSUMER_CAPABILITIES)
     return not (consumer and 192 < head_dim <= 224)
 
 
 def accumulator_width(head_dim: int) -> int:
-    """Return the columns of a head in the sums of the varlen kernel's backward: its ``head_size_rounded``."""
+    """Return the columns of a head in the float32 sums of the varlen kernel's backward
+    (``head_size_rounded``).
+    """
     multiple = 32 if head_dim <= 128 else 64
     return -(-head_dim // multiple) * multiple
 
 
 def attention_path(attention: str, obstacle: FlashObstacle | None) -> AttentionPath:
-    """Return how ``model.attention`` is carried out: the trainer tries it first, the estimate assumes it."""
+    """Return the attention path for ``model.attention``.
+
+    The trainer tries this path first, and the estimate assumes it.
+    """
     if attention == "eager":
         return "eager"
     return "segments" if attention == "sdpa" or obstacle else "varlen"
 
 
 def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
-    """Return the rows of logits that Liger computes at a time (its ``fused_linear_cross_entropy.py``)."""
+    """Return the number of rows of logits that Liger computes at a time
+    (``fused_linear_cross_entropy.py``).
+    """
     rows = -(-tokens // -(-vocabulary // hidden))
     return min(1 << (rows - 1).bit_length(), tokens)
 
@@ -314,8 +364,8 @@ def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
 def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
     """Return whether Liger's loss is as fast as ours: it reads the head (about 1 GB for 7B) twice per chunk.
 
-    It supports neither a trained head, in whole or in rows, nor the loss of each token, which preference
-    methods need.
+    False for a trained head or trained rows of it, and for preference methods, which need the loss of each
+    token: Liger supports neither.
     """
     lora = recipe.lora
     if architecture is None or lora.trainable_tokens or lora.train_embeddings:
@@ -342,7 +392,9 @@ def _is_float16(recipe: Recipe, device: Device) -> bool:
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:
-    """Return SDPA's choice on a GPU: flash for two-byte dtypes from Ampere on, else memory-efficient."""
+    """Return the kernel that SDPA chooses on a GPU: flash for two-byte dtypes from Ampere on, else
+    memory-efficient.
+    """
     if recipe.model.attention == "eager":
         return "eager"
     if device.kind == "cuda" and (compute == 4 or device.capability < BFLOAT16_CAPABILITY):

@@ -53,7 +53,7 @@ LABELS: dict[str, str] = {
 
 
 def describe_choice(choice: StepChoice) -> str:
-    """Return what a run does with free memory, if its recipe leaves that open; empty if nothing."""
+    """Return a sentence on how a run uses free memory if its recipe leaves that open; else empty."""
     recipe, training, words = choice.given, choice.recipe.training, []
     if training.micro_batch_size != recipe.training.micro_batch_size:
         split = f"{training.micro_batch_size} × {training.gradient_accumulation}"
@@ -66,12 +66,12 @@ def describe_choice(choice: StepChoice) -> str:
 
 
 def describe_speedup(speedup: float) -> str:
-    """Return ``33% faster``, or ``2.5 times as fast`` from twice on."""
+    """Return ``33% faster``, or ``2.5 times as fast`` from twice the speed on."""
     return f"{speedup - 1:.0%} faster" if speedup < 2 else f"{speedup:.1f} times as fast"
 
 
 def explanations(layout: Layout) -> dict[str, str]:
-    """Return one sentence for each item, with the formula in this recipe's numbers."""
+    """Return a sentence for each item, with the formula in this recipe's numbers."""
     return {
         **_weight_sentences(layout),
         **_training_sentences(layout),
@@ -151,7 +151,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
 
 
 def _copies(execution: ExecutionConfig) -> str:
-    """Return the copies of the weights in the compute dtype, if there are any."""
+    """Return a description of the weights' copies in the compute dtype; empty if there are none."""
     has_copies = execution.own_fused and execution.compute_itemsize < ADAPTER_ITEMSIZE
     return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 
@@ -248,7 +248,7 @@ def _ranks(recipe: Recipe) -> str:
 
 
 def _vocabulary(layout: Layout) -> str:
-    """Return what is trained of embedding and head."""
+    """Return a description of the trained part of embedding and head."""
     where = "embedding and head" if layout.own_head else "embedding"
     if layout.trained_matrix:
         return f", and all {_n(layout.trained_matrix * (1 + layout.own_head))} weights of {where}"

@@ -1,7 +1,7 @@
-"""The model of one run as the estimate reads it: shapes of each layer's modules, and what is trained.
+"""The model of one run as the estimate reads it: the shapes of each layer's modules, and the trained tensors.
 
-:func:`build_layout` makes it from an architecture, a recipe and the code path. Nothing here depends on the
-model's family: what a module does follows from its part of the layer and its shape.
+:func:`build_layout` builds the layout from an architecture, a recipe and the code path. Nothing here depends
+on the model's family: the role of a module follows from its part of the layer and its shape.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 USUAL_MLPS = 3
-"""Most parts of a layer that transform each token: an MLP, shared experts, and their gate."""
+"""Usual largest number of parts of a layer that transform each token: an MLP, shared experts, and their
+gate.
+"""
 USUAL_ACTIVATIONS = frozenset(
     ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "xielu")
 )
-"""Activations of which is known how many tensors they save."""
+"""Activations for which the number of saved tensors is known."""
 USUAL_CHUNK = 64
-"""Tokens that gated delta rules compute at a time (``chunk_size`` of ``torch_chunk_gated_delta_rule``)."""
+"""Number of tokens that gated delta rules compute at a time.
+
+It is ``chunk_size`` of ``torch_chunk_gated_delta_rule``.
+"""
 FUSED_HALVES = 2
-"""Outputs of a gated MLP's first projections, in widths of its last one's inputs: gate and up."""
+"""Width of the first projections of a gated MLP, in multiples of the last one's input width: gate and up."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +45,25 @@ class Linear:
     part: str = "other"
     """Part of the layer, as in the catalog: ``attention``, ``mlp``, ``shared_expert``."""
     rank: int = 0
-    """Rank of its adapter; 0 where it is not a target."""
+    """Rank of the module's adapter; 0 if the module is not a target."""
     dora: bool = False
     owner: str = ""
-    """Name of the module that holds it; empty for the layer itself."""
+    """Name of the module that contains it; empty for the layer itself."""
 
     @property
     def weights(self) -> int:
-        """Return the elements of the base weight."""
+        """Return the number of elements of the base weight."""
         return self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
 class Block:
-    """The linear modules of one part of a layer: what reads its input, between, and what leaves it."""
+    """The linear modules of one part of a layer: its first, middle and last projections."""
 
     first: tuple[Linear, ...]
-    """Modules that read the hidden states, in order; in attention queries, keys and values."""
+    """Modules that read the hidden states, in order; in attention those of queries, keys and values."""
     middle: tuple[Linear, ...]
-    """Modules that read something narrower (latent attention, a convolution's outputs)."""
+    """Modules that read a narrower tensor (in latent attention, or after a convolution)."""
     last: Linear | None
     """The projection back to the hidden states."""
 
@@ -68,14 +73,14 @@ class Block:
 
     @property
     def width(self) -> int:
-        """Return the width of what the block computes, before its last projection."""
+        """Return the width of the block's values before its last projection."""
         if self.last:
             return self.last.inputs
         return max((module.outputs for module in self.first), default=0)
 
     @property
     def first_width(self) -> int:
-        """Return the width of all that the first projections compute."""
+        """Return the total width of the first projections' outputs."""
         return sum(module.outputs for module in self.first)
 
     @property
@@ -85,24 +90,24 @@ class Block:
 
     @property
     def is_fused(self) -> bool:
-        """Return whether one module computes all that is projected first."""
+        """Return whether one module computes all first projections."""
         return len(self.first) == 1
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The widths of one attention, in elements of a token."""
+    """The widths of one attention, in elements per token."""
 
     heads: int
     query: int
     key: int
     value: int
-    """Of keys and values as they are computed, before they are repeated for the query heads."""
+    """Width of keys and values as computed, before they are repeated for the query heads."""
     output: int
     gate: int = 0
-    """Of a gate on the output, which the query projection computes too."""
+    """Width of a gate on the output, which the query projection also computes."""
     joined: bool = False
-    """Whether one projection computes queries, keys and values, of which values stay views."""
+    """Whether one projection computes queries, keys and values, so that values stay views of its output."""
     softcap: bool = False
     sinks: bool = False
     """Whether a learned logit for each head takes part in the softmax."""
@@ -110,13 +115,13 @@ class Heads:
 
     @property
     def is_grouped(self) -> bool:
-        """Return whether query heads share keys and values."""
+        """Return whether several query heads share keys and values."""
         return self.key < self.query
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The routed experts of one layer, fused as two parameters of three dimensions."""
+    """The routed experts of one layer, fused in two three-dimensional parameters."""
 
     experts: int
     per_token: int
@@ -127,31 +132,33 @@ class Mixture:
     method: str = "none"
     """Quantization of the experts."""
     ranks: tuple[int, ...] = (0, 0)
-    """Ranks of the adapters on gate and up, and on down; 0 without."""
+    """Ranks of the adapters on gate and up, and on down; 0 without an adapter."""
 
     @property
     def is_one_at_a_time(self) -> bool:
-        """Return whether our function computes one expert after the other."""
+        """Return whether our function computes the experts one after another."""
         return not self.separate and (self.method != "none" or any(self.ranks))
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer holds, and so what it computes."""
+    """The modules of one layer, which determine its computation."""
 
     attention: Block | None
     heads: Heads | None
     mixer: Block | None
-    """What replaces attention in the other layers of a hybrid, or runs next to it."""
+    """The block that replaces attention in some layers of a hybrid model, or runs in addition to it."""
     mlps: tuple[Block, ...]
-    """The MLP, the shared expert, and others that transform each token."""
+    """The MLP, the shared expert, and other blocks that transform each token."""
     mixture: Mixture | None
     norms: tuple[int, ...]
-    """Width of each norm's input, those over heads for all heads."""
+    """Width of each norm's input; for norms over heads, of all heads together."""
     convolved: int
-    """Channels of its convolutions."""
+    """Number of channels of the layer's convolutions."""
     state_width: int
-    """Elements for each token of the matrices that a recurrent mixer computes by chunks; 0 without one."""
+    """Elements per token of the matrices that a recurrent mixer computes by chunks; 0 without such a
+    mixer.
+    """
 
     @cached_property
     def modules(self) -> tuple[Linear, ...]:
@@ -167,7 +174,7 @@ class Layout:
     architecture: Architecture
     execution: ExecutionConfig
     layers: tuple[Layer, ...]
-    """Equal layers are the same object. One that runs several times is there as often."""
+    """Equal layers are the same object. A layer that runs several times occurs as many times."""
     tokens: int
     rows: int
     length: int
@@ -176,23 +183,25 @@ class Layout:
     layer_norm: bool
     """Whether norms are LayerNorms, which torch computes in one kernel."""
     modifies_embedding: bool
-    """Whether the first layer's input differs from the embedding's output, as with learned positions."""
+    """Whether the first layer's input differs from the embedding's output, for example with learned
+    positions.
+    """
     token_rows: int
     """Number of tokens whose rows of embedding and head are trained."""
     trained_matrix: int
-    """Elements of the head where embedding and head are trained in whole; else 0."""
+    """Number of elements of the head if embedding and head are trained completely; else 0."""
     own_head: bool
-    """Whether the head is untied, and trained apart from the embedding."""
+    """Whether the head is untied, and trained separately from the embedding."""
     adapter_shapes: tuple[tuple[int, ...], ...]
     """Shape of each trained tensor."""
     lora_tensors: tuple[int, ...]
-    """Elements of those of linear modules, which have copies in the compute dtype."""
+    """Number of elements of each adapter tensor of linear modules, which have copies in the compute dtype."""
     experts_in_16_bits: bool
     """Whether the model has fused experts that are not quantized."""
 
     @cached_property
     def adapter_tensors(self) -> tuple[int, ...]:
-        """Return the elements of each trained tensor."""
+        """Return the number of elements of each trained tensor."""
         return tuple(map(prod, self.adapter_shapes))
 
     @property
@@ -201,8 +210,11 @@ class Layout:
 
     @cached_property
     def repeats_states(self) -> bool:
-        """Return whether hidden states are repeated: for all experts (Llama 4), for layers that run several
-        times (HRM), or between more parts of a layer than usual (Gemma 3n)."""
+        """Return whether hidden states are repeated.
+
+        They are repeated for all experts (Llama 4), for layers that run several times (HRM), or between more
+        parts of a layer than usual (Gemma 3n).
+        """
         experts = self.architecture.experts
         if self.architecture.layer_runs or (experts is not None and experts.see_all_tokens):
             return True
@@ -210,16 +222,20 @@ class Layout:
 
     @cached_property
     def computes_more_scores(self) -> bool:
-        """Return whether scores are computed that no fused kernel keeps small, in code of the class: which
-        tokens to attend to, or on a CPU all attention."""
+        """Return whether the class's code computes scores that no fused kernel keeps small.
+
+        They choose the tokens to attend to, or, on a CPU, are those of all attention.
+        """
         own = self.architecture.own_attention and self.execution.device == "cpu"
         return bool(self.architecture.index_heads) or own
 
     @cached_property
     def exact(self) -> bool:
-        """Return whether what a step saves follows from shapes that are known: not in an outline of a model,
-        nor if hidden states are repeated or scores computed by other code, nor if something else than
-        attention mixes tokens, where it depends on the kernels."""
+        """Return whether the memory that a step saves follows from known shapes.
+
+        False for a mere outline of a model, if hidden states are repeated, if other code computes scores, or
+        if anything but attention mixes tokens, because its memory depends on the kernels.
+        """
         architecture = self.architecture
         known = not (architecture.is_outline or architecture.own_code)
         known = known and not (self.repeats_states or self.computes_more_scores)
@@ -227,15 +243,18 @@ class Layout:
 
     @property
     def hides_tensors(self) -> bool:
-        """Return whether the class has code whose tensors the shapes of its modules do not show."""
+        """Return whether the class's code has tensors that the shapes of its modules do not show."""
         architecture = self.architecture
         own = architecture.own_code or (architecture.own_attention and any(e.attention for e in self.layers))
         return own or self.repeats_states or self.computes_more_scores
 
     @property
     def is_unusual(self) -> bool:
-        """Return whether layers have parts that were seen in few families: another activation, modules next
-        to attention and MLP (Gemma 4), or on a CPU sinks, which its kernel lacks."""
+        """Return whether layers have parts that are known from few families.
+
+        These are another activation, modules in addition to attention and MLP (Gemma 4), or, on a CPU, sinks,
+        which the CPU's kernel lacks.
+        """
         if self.architecture.activation not in USUAL_ACTIVATIONS:
             return True
         sinks = any(layer.heads is not None and layer.heads.sinks for layer in self.layers)
@@ -263,7 +282,7 @@ def build_layout(
         if module.layer is not None:
             experts[module.layer].append(module)
     known: dict[tuple[object, ...], Layer] = {}
-    """Layers by their modules and parameters, of which equal ones are the same object."""
+    """Layers keyed by their modules and parameters, so that equal layers are the same object."""
     layers = []
     shapes: list[tuple[int, ...]] = []
     expert_shapes: list[tuple[int, ...]] = []
@@ -314,7 +333,7 @@ def build_layout(
 
 
 def vocabulary_shapes(lora: Lora, architecture: Architecture) -> list[tuple[int, ...]]:
-    """Return the shape of what is trained of the embedding, rows or all, and of an untied head."""
+    """Return the shapes of the trained parts of the embedding (rows or all) and of an untied head."""
     head = architecture.head
     rows = head.out_features if lora.train_embeddings else len(set(lora.trainable_tokens))
     return [(rows, head.in_features)] * (1 if head.tied else 2) if rows else []
@@ -364,7 +383,7 @@ def _layer(
         if module.part not in ("attention", "mixer", "router"):
             owned.setdefault((module.part, module.owner), []).append(module)
     mlps = tuple(_block(modules, hidden) for modules in owned.values())
-    # One for each head, or for each of its channels where these decay apart.
+    # One value per head, or per channel of a head if channels decay separately.
     decays = max((p.shape[0] for p in parameters if p.role == "other" and len(p.shape) == 1), default=0)
     chunk = architecture.chunk_size or (0 if architecture.state_size else USUAL_CHUNK)
     state_width = decays * (architecture.state_size + chunk) if mixer else 0
@@ -372,10 +391,10 @@ def _layer(
 
 
 def _block(modules: list[Linear], hidden: int) -> Block:
-    """Sort the modules of a part by what they read and compute.
+    """Sort the modules of a part by their inputs and outputs.
 
-    The last projection is the one that leads back to the hidden states; where others are square too, the last
-    of them in the model's order.
+    The last projection is the one that leads back to the hidden states. If other projections are square too,
+    it is the last of them in the model's order.
     """
     back = [module for module in modules if module.outputs == hidden]
     narrowing = [module for module in back if module.inputs != hidden]
@@ -388,11 +407,11 @@ def _block(modules: list[Linear], hidden: int) -> Block:
 
 
 def _heads(attention: Block, architecture: Architecture, learned: set[tuple[int, ...]]) -> Heads:
-    """Read the widths of queries, keys and values from what the projections compute."""
+    """Derive the widths of queries, keys and values from the projections' outputs."""
     output, heads = attention.width, architecture.heads
     outputs = [module.outputs for module in attention.first]
     gate = 0
-    if attention.middle:  # latent: keys and values are computed from what the first projections compress
+    if attention.middle:  # latent: keys and values come from compressed projections
         query = key = heads * architecture.head_dim
         value = output
     elif len(outputs) == 1:
@@ -401,7 +420,7 @@ def _heads(attention: Block, architecture: Architecture, learned: set[tuple[int,
     else:
         query, gate = output, output if outputs[0] == 2 * output else 0
         key = outputs[1]
-        value = outputs[2] if len(outputs) > 2 else key  # one projection for both
+        value = outputs[2] if len(outputs) > 2 else key  # one projection computes both
     return Heads(
         heads=heads,
         query=query,
@@ -419,7 +438,7 @@ def _heads(attention: Block, architecture: Architecture, learned: set[tuple[int,
 def _norm_widths(
     parameters: list[Parameter], heads: Heads | None, mixer: Block | None, hidden: int
 ) -> list[int]:
-    """Return the width of the input of each norm; one over heads has the width of all of them."""
+    """Return the width of each norm's input; for a norm over one head, the width of all heads together."""
     over_heads = [heads.query, heads.key, heads.value] if heads else []
     widths = []
     for parameter in parameters:
@@ -436,7 +455,7 @@ def _norm_widths(
 
 
 def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
-    """Return the module as the trainer holds it, with rank 0 where it is no target."""
+    """Return the module as the trainer holds it, with rank 0 if it is not a target."""
     method = recipe.quantization.method if quantizes(recipe.quantization, module) else "none"
     dora = recipe.lora.use_dora and rank > 0
     owner = module.name.rpartition(".")[0].rpartition(".")[2]
@@ -453,4 +472,4 @@ def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
 
 
 _cached_linear = lru_cache(maxsize=4096)(Linear)
-"""Equal modules are the same object, so that layers compare by their modules' identities."""
+"""Equal modules are the same object, so that comparing layers compares their modules' identities."""

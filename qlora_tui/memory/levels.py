@@ -1,12 +1,13 @@
-"""From tensors to what the GPU sees, or a CPU's system: allocated, reserved, process, and their uncertainty.
+"""Converts tensor bytes to the allocated, reserved and process levels of a GPU or CPU, with their
+uncertainty.
 
-On a CPU that includes the code that oneDNN generates for each shape of a bfloat16 product (float32 ones pass
-to MKL, which generates none). Measured with torch 2.13: each new shape adds 0.57 MB to the heap, of which 0.3
-are freed when oneDNN's cache evicts the shape. The rest, a code buffer of 256 KiB per kernel, stays
-(cpu/x64/brgemm/brgemm_containers.cpp keeps every kernel).
+On a CPU the process level includes the code that oneDNN generates for each shape of a bfloat16 product (MKL
+computes float32 products and generates no code). Measured with torch 2.13: each new shape adds 0.57 MB to the
+heap, of which 0.3 MB are freed when oneDNN's cache evicts the shape. The rest, a code buffer of 256 KiB per
+kernel, stays (cpu/x64/brgemm/brgemm_containers.cpp keeps every kernel).
 
-A GGUF file is converted in a process that ends before the trainer loads anything, so its peak is compared
-with a run's and never added to it.
+A GGUF file is converted in a process that ends before the trainer loads anything, so the conversion's peak is
+compared with the run's and never added to it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class UncertaintyBand:
 
 @dataclass(frozen=True)
 class MemoryLevels:
-    """Three figures that must not be confused, and the items between one and the next."""
+    """The allocated, reserved and process bytes, with the items that make up the differences between them."""
 
     allocated_bytes: int
     reserved_bytes: int
@@ -45,31 +46,41 @@ class MemoryLevels:
 
 
 SLACK_SHARES = {True: (0.0, 0.13), False: (0.4, 0.17)}
-"""Free memory that the allocator holds at the peak besides the tensors, for segments that grow and for
-others: shares of the fullest moments of a layer and of the loss, the smaller of both and the larger.
+"""Free memory that the allocator holds at the peak, as shares of a layer's and of the loss's fullest moments.
 
-A freed block serves another tensor only if it is large enough, so what one of them leaves free the other uses
-in part; blocks of segments that grow are cut to size. Fitted to 1,050 steps of 30 families replayed on a
-model of the allocator (``allocator.py``): within 1.3 % of all bytes on average with segments that grow, and
-3.9 % with others."""
+Keyed by whether segments grow: the shares of the smaller and of the larger of the two moments. A freed block
+serves another tensor only if it is large enough, so each of the two uses only a part of the memory that the
+other leaves free; in segments that grow, blocks are cut to size. Fitted to 1,050 steps of 30 families
+replayed on a model of the allocator (``allocator.py``): within 1.3 % of all bytes on average with segments
+that grow, and 3.9 % with others.
+"""
 STATIC_UNCERTAINTY = 0.01
-"""Uncertainty of the tensors that are there through a step: sums of shapes that are known."""
+"""Uncertainty of the tensors that exist throughout a step, which are sums of known shapes."""
 STEP_UNCERTAINTY = 0.08
-"""Uncertainty of those of a step. Of 1,260 steps of 28 families nine in ten are within 3 %, and 98 in a
-hundred within this."""
+"""Uncertainty of the tensors of a step.
+
+Of 1,260 steps of 28 families, 90 % are within 3 %, and 98 % are within this value.
+"""
 MIXER_UNCERTAINTY = 0.35
-"""``STEP_UNCERTAINTY`` of models in which something else than attention mixes tokens, which saves what
-its kernels or their fallback need, and for those with other unusual layers (Gemma 4 up to 1.11, BitNet 1.26
-times what shapes give)."""
+"""``STEP_UNCERTAINTY`` of models with mixers other than attention, or with other unusual layers.
+
+The memory of such mixers depends on their kernels or fallback code. Unusual layers take up to 1.11 times
+(Gemma 4) or 1.26 times (BitNet) the memory that their shapes give.
+"""
 BEYOND_RULES = 2.5
-"""Uncertainty of a class's steps, as a multiple of the share by which what its layers save differs from the
-rules. Nanochat's layers save 1.24 times what the rules say, and its steps take 1.40 times; Muse Spark's 1.56
-and 1.75; MiniMax's 1.30 and 1.42; Gemma 4's 1.10 and 1.24."""
+"""Uncertainty of a class's steps, as a multiple of how far its layers' saved bytes differ from the rules.
+
+Nanochat's layers save 1.24 times the bytes of the rules, and its steps take 1.40 times; Muse Spark's 1.56 and
+1.75; MiniMax's 1.30 and 1.42; Gemma 4's 1.10 and 1.24.
+"""
 OWN_CODE_UNCERTAINTY = 4.0
-"""``STEP_UNCERTAINTY`` of models whose own code computes what the shapes of modules do not show: of
-225 types, a traced step takes up to 4.1 times what they give (AXK2), and one cannot be traced (DBRX, 1.6)."""
+"""``STEP_UNCERTAINTY`` of models with code of their own, which the shapes of modules do not show.
+
+Of 225 types, a traced step takes up to 4.1 times the memory that shapes give (AXK2), and one type cannot be
+traced (DBRX, 1.6).
+"""
 TRACED_UNCERTAINTY = 0.02
-"""Uncertainty of a traced step: what kernels take that a trace imitates."""
+"""Uncertainty of a traced step, because a trace only imitates the memory of kernels."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,12 @@ class _Doubt:
     """The uncertainty of tensors."""
 
     moving_bytes: int
-    """Tensors of a step."""
+    """Bytes of a step's tensors."""
     share: float
-    """Uncertainty of these."""
+    """Uncertainty of these bytes, as a share."""
 
     def of(self, allocated_bytes: int) -> int:
-        """Return the bytes by which all tensors may differ."""
+        """Return the bytes by which the sum of all tensors may differ."""
         resident = allocated_bytes - self.moving_bytes
         return int(resident * STATIC_UNCERTAINTY + self.moving_bytes * self.share)
 
@@ -92,7 +103,7 @@ class _Doubt:
 
 
 def step_uncertainty(layout: Layout, *, traced: bool) -> float:
-    """Return the uncertainty of a step's tensors, by what is known of the model's class, as a share."""
+    """Return the uncertainty of a step's tensors, as a share, given the facts known of the model's class."""
     if traced:
         return TRACED_UNCERTAINTY
     if layout.hides_tensors:
@@ -104,13 +115,13 @@ def step_uncertainty(layout: Layout, *, traced: bool) -> float:
 def expected_pool(
     layout: Layout, profile: StepProfile, allocated_bytes: int, room_bytes: int | None = None
 ) -> Pool:
-    """Return the totals of a GPU's allocator that are expected for a step, from its parts.
+    """Return the expected totals of a GPU's allocator for a step, from its parts.
 
     Args:
         layout: the run.
         profile: the parts of its step.
         allocated_bytes: tensors at the peak.
-        room_bytes: what the allocator can take; it releases free segments before it takes more.
+        room_bytes: the most that the allocator can take; it releases free segments before it takes more.
     """
     layers = (each.backward.total() - each.backward["checkpoints"] for each in profile.layers)
     loss = max(profile.head.forward.total(), profile.head.backward.total())
@@ -134,7 +145,7 @@ def tiers(
 
     Args:
         items: bytes of the tensors by item.
-        moving_bytes: those of them that are allocated and freed in each step.
+        moving_bytes: bytes of the tensors that are allocated and freed in each step.
         pool: the totals of a GPU's allocator.
         layout: the run.
         traced: whether the step was traced.
@@ -145,7 +156,7 @@ def tiers(
     if pool is None:
         checkpoint_bytes = items.get("checkpoints", 0)
         return _on_cpu(allocated, doubt, checkpoint_bytes, layout)
-    # Blocks that were not split count as allocated; with growing segments all are split.
+    # Blocks that were not split count as allocated; with growing segments all blocks are split.
     unsplit = 0 if execution.expandable_segments else max(0, pool.allocated_bytes - allocated)
     allocated += unsplit
     slack = pool.reserved_bytes - pool.allocated_bytes
@@ -172,30 +183,40 @@ def tiers(
 
 
 T4_CONTEXT_BYTES = 141 * MIB
-"""CUDA context with cuBLAS's and bitsandbytes' kernels loaded. Measured 133 to 147 MiB on a T4."""
+"""CUDA context with the loaded kernels of cuBLAS and bitsandbytes. Measured 133 to 147 MiB on a T4."""
 A100_CONTEXT_BYTES = 522 * MIB
-"""CUDA context on an A100: memory of ten runs of a 16-bit base outside what the allocator reserved
-(fms-acceleration's ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``; torch 2.4.1 with flash-attn and
-Triton)."""
+"""CUDA context on an A100, from memory outside the allocator in ten runs of a 16-bit base.
+
+The runs are in fms-acceleration's ``a100_80gb_liger.csv`` and ``a100_80gb_granite.csv``, with torch 2.4.1,
+flash-attn and Triton.
+"""
 CONTEXT_MIB_PER_MULTIPROCESSOR = (2.95, 3.15)
-"""Context before any kernel is loaded, published: 107 MiB on an RTX 4060 Ti with 34 multiprocessors and 555
-on an RTX PRO 6000 with 188 (llama.cpp pull request 23604), 256 on an RTX 3090 with 82 (InvokeAI issue 9413),
-426 on an RTX 6000 Ada with 142 (unsloth-zoo pull request 1053): 3.15, 2.95, 3.12 and 3.00 each."""
+"""Published context sizes per multiprocessor, before any kernel is loaded, in MiB.
+
+107 MiB on an RTX 4060 Ti with 34 multiprocessors and 555 on an RTX PRO 6000 with 188 (llama.cpp pull request
+23604), 256 on an RTX 3090 with 82 (InvokeAI issue 9413), 426 on an RTX 6000 Ada with 142 (unsloth-zoo pull
+request 1053): 3.15, 2.95, 3.12 and 3.00 each.
+"""
 KERNELS_MIB = {False: (7, 29), True: (7, 203)}
-"""Loaded kernels without FlashAttention and with it. Calculated: what the measured contexts have beyond that
-of 40 multiprocessors (T4), and the A100's beyond that of 108."""
+"""Loaded kernels without and with FlashAttention, in MiB, as smallest and largest value.
+
+Calculated as the measured contexts minus the share of their multiprocessors, 40 (T4) and 108 (A100).
+"""
 MULTIPROCESSORS = {(7, 5): 72, (8, 6): 84, (8, 9): 142, (9, 0): 132, (12, 0): 188}
-"""Most multiprocessors of a GPU with this compute capability (TITAN RTX, RTX 3090 Ti, RTX 6000 Ada, H100 SXM,
-RTX PRO 6000), for GPUs that do not say how many they have."""
+"""Largest number of multiprocessors of GPUs with this compute capability, for GPUs that do not report it.
+
+The GPUs are TITAN RTX, RTX 3090 Ti, RTX 6000 Ada, H100 SXM and RTX PRO 6000.
+"""
 UNKNOWN_CONTEXT_BYTES = 400 * MIB
 """Additional bytes that other GPUs may take."""
 
 
 def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
-    """Return the least, the expected and the most bytes of the CUDA context with its kernels.
+    """Return the smallest, expected and largest bytes of the CUDA context with its kernels.
 
-    Measured on a T4 and an A100. Others get the middle of what is calculated from their multiprocessors;
-    if these are unknown, a T4's, and at most that of the largest GPU of the compute capability.
+    These are measured on a T4 and an A100. For other GPUs they are calculated from the number of
+    multiprocessors, with the middle as the expected value. If the number is unknown, a T4's context is
+    expected, and at most that of the largest GPU of the compute capability.
     """
     count, capability = execution.multiprocessors, execution.capability
     if capability == (8, 0):
@@ -212,31 +233,43 @@ def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
 
 
 RUNTIME_BYTES = 535 * MIB
-"""Memory of a trainer on the CPU without tensors and tokenizer. Measured, with torch's CPU build: 482 MiB
-once torch, transformers (which brings pandas and pyarrow), peft and bitsandbytes are imported, of which 126
-are library files; 29 of library files that are loaded later, with weights and first kernel calls; the rest
-are Python objects for data, modules and optimizer."""
+"""Memory of a trainer on the CPU without tensors and tokenizer.
+
+Measured with torch's CPU build: 482 MiB once torch, transformers (which imports pandas and pyarrow), peft and
+bitsandbytes are imported, of which 126 are library files; 29 for library files that are loaded later, with
+weights and first kernel calls. The rest are Python objects for data, modules and optimizer.
+"""
 TOKENIZER_BYTES_PER_TOKEN = 500
-"""Bytes per vocabulary token. Measured with tokenizers 0.23, after returning the memory that reading left
-free: 472 bytes for 49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3): it holds the words twice, the merges,
-and the JSON text itself."""
+"""Bytes per vocabulary token.
+
+Measured with tokenizers 0.23, after returning the memory that reading left free: 472 bytes for 49,152 tokens
+(SmolLM2), 511 for 262,144 (Gemma 3). The tokenizer holds the words twice, the merges, and the JSON text
+itself.
+"""
 CUDA_LIBRARIES_BYTES = 640 * MIB
-"""Additional memory with a CUDA build of torch, with or without a GPU: its libraries are loaded and their
-kernels registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB instead of 221 once torch is imported,
-1,117 instead of 475 with the rest (and Triton)."""
+"""Additional memory with a CUDA build of torch, with or without a GPU.
+
+Its libraries are loaded and their kernels registered. Measured with torch 2.15 for CUDA 13.2: 725 MiB instead
+of 221 once torch is imported, and 1,117 instead of 475 with the other libraries and Triton.
+"""
 RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
 """Uncertainty for other versions and builds of the libraries."""
 HEAP_HOLES = 6
-"""Divisor: one part in this many of the memory that moves with each step remains in gaps of the heap, because
-rows and samples of other lengths leave holes too small for the next. glibc returns only the memory at the
-heap's top. Measured over the demo, in float32 and in bfloat16."""
+"""Divisor: one part in this many of the memory that each step allocates and frees remains as gaps in the
+heap.
+
+Rows and samples of other lengths leave holes that are too small for the next ones, and glibc returns only the
+memory at the heap's top. Measured over the demo, in float32 and in bfloat16.
+"""
 CHECKPOINT_HOLES = 2
-"""Bytes of gaps for each byte of layer inputs kept. Each lies in the heap among larger tensors of its layer,
-which are freed soon after, and the next layer's do not fit between two of them. Measured with
-``mallinfo2`` on models of 10 to 30 layers in float32: 1.8 to 2.6. By 8 layers with inputs of 8, 24 and
-40 MiB, of which the last are mapped separately, a process grew by 541, 1,632 and 1,813 MiB; predicted were
-424, 1,274 and 1,538. Allocations that are returned at once
-(``M_MMAP_THRESHOLD``) have none, and make a step a fifth slower."""
+"""Bytes of gaps in the heap for each byte of kept layer inputs.
+
+Each input lies in the heap among larger tensors of its layer, which are freed soon after it; the next layer's
+tensors do not fit between two inputs. Measured with ``mallinfo2`` on models of 10 to 30 layers in float32:
+1.8 to 2.6. With 8 layers and inputs of 8, 24 and 40 MiB, of which the last are mapped separately, a process
+grew by 541, 1,632 and 1,813 MiB; predicted were 424, 1,274 and 1,538. Allocations that are returned at once
+(``M_MMAP_THRESHOLD``) leave no gaps, but make a step a fifth slower.
+"""
 MAPPED_BYTES = 32 * MIB
 """Size from which glibc maps a block separately and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
 
@@ -245,7 +278,7 @@ def _on_cpu(allocated: int, doubt: _Doubt, checkpoint_bytes: int, layout: Layout
     architecture, execution = layout.architecture, layout.execution
     moving_bytes = doubt.moving_bytes
     kernels = kernel_bytes(layout) if moving_bytes else 0
-    # Larger layer inputs are mapped separately, and have no such gaps.
+    # Larger layer inputs are mapped separately, and leave no such gaps.
     gaps_bytes = checkpoint_bytes if layer_input_bytes(layout) < MAPPED_BYTES else 0
     slack = max(0, moving_bytes - gaps_bytes - _mapped_bytes(layout)) // HEAP_HOLES
     slack += CHECKPOINT_HOLES * gaps_bytes
@@ -268,7 +301,7 @@ def _on_cpu(allocated: int, doubt: _Doubt, checkpoint_bytes: int, layout: Layout
 
 
 def _mapped_bytes(layout: Layout) -> int:
-    """Return the bytes of the chunked loss's tensors that are mapped separately and leave no holes."""
+    """Return the bytes of the chunked loss's tensors that are mapped separately and leave no gaps."""
     execution = layout.execution
     if execution.loss != "chunked":
         return 0
@@ -282,18 +315,24 @@ def _mapped_bytes(layout: Layout) -> int:
 KEPT_BYTES = 300 * 1024
 KERNEL_BYTES = 268 * 1024
 TOKEN_MULTIPLE = 32
-"""Multiple of tokens to which rows, samples and loss chunks are padded (training/compute_device.py): a kernel
-takes milliseconds to generate, and without padding there would be some 10 for each new length of a sample,
-some 25 for each of a row."""
+"""Multiple to which rows, samples and loss chunks are padded, in tokens (training/compute_device.py).
+
+A kernel takes milliseconds to generate. Without padding there would be about 10 kernels for each new sample
+length, and about 25 for each new row length.
+"""
 ATTENTION_PRODUCTS = 5
-"""Products for each sample length: those of attention's backward (training/fused/cpu_attention.py). The
-forward generates no kernel."""
+"""Number of products for each sample length, which are those of attention's backward.
+
+The backward is in training/fused/cpu_attention.py. The forward generates no kernel.
+"""
 FULL_ROWS = 4
-"""Number of lengths that packed sequences have: all are nearly full."""
+"""Number of different lengths of packed sequences, which are all nearly full."""
 
 
 def kernel_bytes(layout: Layout) -> int:
-    """Return the heap bytes after a run with samples of every length; 0 except for bfloat16 on a CPU."""
+    """Return the heap bytes of kernels after a run with samples of every length; 0 except for bfloat16 on
+    a CPU.
+    """
     execution = layout.execution
     if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
         return 0
@@ -305,7 +344,9 @@ def kernel_bytes(layout: Layout) -> int:
 
 
 def _products(layout: Layout) -> int:
-    """Count the product shapes over one row: two with each weight, three with each half of an adapter."""
+    """Count the product shapes over one row: two with each weight, and three with each matrix of an
+    adapter.
+    """
     linears = {module for layer in layout.layers for module in layer.modules}
     weights = {(linear.inputs, linear.outputs) for linear in linears}
     halves = {(linear.inputs, "A") for linear in linears if linear.rank}
@@ -321,7 +362,10 @@ def corrected(
     *,
     traced: bool = False,
 ) -> MemoryLevels:
-    """Apply the correction from past runs on the machine. Allocated bytes are counted and stay."""
+    """Apply the correction from past runs on the machine.
+
+    Allocated bytes are counted exactly and do not change.
+    """
     allocated = levels.allocated_bytes
     reserved = max(allocated, int(levels.reserved_bytes * correction.factor))
     added = dict(levels.added)
@@ -357,7 +401,7 @@ BYTES_PER_TOKEN = 920
 
 @dataclass(frozen=True)
 class Conversion:
-    """A pending conversion."""
+    """A conversion that is still to be done."""
 
     file: str
     """Name of the GGUF file."""
@@ -365,8 +409,11 @@ class Conversion:
     """Largest resident set of the conversion process."""
 
     def words(self, run_bytes: int | None) -> str:
-        """Return one sentence. ``run_bytes`` is the peak of a run on the CPU, with which the conversion's is
-        compared; None for a run on a GPU, whose memory it does not use."""
+        """Return one sentence on the conversion's memory.
+
+        ``run_bytes`` is the peak of a run on the CPU, with which the conversion's peak is compared; None for
+        a run on a GPU, whose memory the conversion does not use.
+        """
         beside = "of the machine's memory"
         if run_bytes is not None:
             beside = "more than the run" if self.peak_bytes > run_bytes else "less than the run"
@@ -377,8 +424,9 @@ class Conversion:
 
 
 def peak_bytes(*, file_bytes: int, vocabulary: int) -> int:
-    """Return the largest resident set. The whole GGUF file is mapped, and counts as it is read.
+    """Return the largest resident set of a conversion, in bytes.
 
-    Measured: 472 MiB for SmolLM2 135M in Q4_1, 805 for Gemma 3 270M in Q4_K_M.
+    The whole GGUF file is mapped, and counts as it is read. Measured: 472 MiB for SmolLM2 135M in Q4_1, 805
+    for Gemma 3 270M in Q4_K_M.
     """
     return LIBRARIES_BYTES + file_bytes + vocabulary * BYTES_PER_TOKEN

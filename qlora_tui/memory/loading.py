@@ -1,13 +1,14 @@
-"""What loading a base allocates on a GPU, and which free blocks it leaves for the step.
+"""Replays the allocations of loading a base on a GPU, which leave free blocks for the step.
 
 With quantization transformers first allocates one tensor of the size of the whole model and frees it, so that
 the weights are split from one segment (``caching_allocator_warmup`` in modeling_utils.py). It then reads them
 in the natural order of their names, and quantizes each before it reads the next
 (``convert_and_load_state_dict_in_model`` in core_model_loading.py).
 
-Before version 5.4 four threads read (``GLOBAL_WORKERS``), far ahead where the first weight is a large
-embedding: while one thread reads that, three read the layers. Packed weights then lie between others that are
-freed later, and peft kept these segments (since 0.20 ``prepare_model_for_kbit_training`` releases them).
+Before version 5.4 four threads read weights (``GLOBAL_WORKERS``), far ahead if the first weight is a large
+embedding: while one thread reads the embedding, three read the layers. Packed weights then lie between
+weights that are freed later, and peft kept these segments (since 0.20 ``prepare_model_for_kbit_training``
+releases them).
 """
 
 from __future__ import annotations
@@ -23,33 +24,40 @@ from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, ExecutionConfig
 READ_BYTES = 2
 """Bytes per weight as read from the file."""
 READERS = 4
-"""Threads that read weights, in versions that read in threads."""
+"""Number of threads that read weights, in versions that read in threads."""
 QUANTIZING_BYTES = 16 * 1024
-"""Bytes that one of them reads while a weight is quantized: about 10 µs at 1 GB/s, what a launch of a kernel
-takes. From 10 KiB to 100 KiB every row of ``docs/measured.md`` stays within 5 %."""
+"""Bytes that one thread reads while a weight is quantized.
+
+About 10 µs at 1 GB/s, which is the time of a kernel launch. From 10 KiB to 100 KiB every row of
+``docs/measured.md`` stays within 5 %.
+"""
 _NUMBERS = re.compile(r"(\d+)")
 
 
 @dataclass(frozen=True)
 class LoadedWeight:
-    """A frozen weight, as it is read and as it is stored."""
+    """A frozen weight, with its sizes as read and as stored."""
 
     name: str
     count: int
-    """Elements."""
+    """Number of elements."""
     packed: tuple[int, ...] = ()
-    """Bytes of each tensor that it is quantized to; empty if it stays as read."""
+    """Bytes of each tensor of the quantized weight; empty if the weight stays as read."""
     matrices: int = 1
-    """Parts that are read and quantized in turn, in the same memory (training/experts/loading.py)."""
+    """Number of parts that are read and quantized in turn, in the same memory
+    (training/experts/loading.py).
+    """
 
     @property
     def read_bytes(self) -> int:
-        """Return the bytes of what is read at a time."""
+        """Return the bytes that are read at a time."""
         return self.count // self.matrices * READ_BYTES
 
     @property
     def announced_bytes(self) -> int:
-        """Return the bytes that transformers expects it to take: half a byte in 4 bits, without scales."""
+        """Return the bytes that transformers expects the weight to take: in 4 bits half a byte per
+        element, without scales.
+        """
         if not self.packed:
             return self.count * READ_BYTES
         return self.count if self.count in self.packed else self.count // 2
@@ -62,7 +70,7 @@ def load(
     execution: ExecutionConfig,
 ) -> None:
     """Load and quantize weights, given in the model's order, and cast those that are not quantized."""
-    if slot_sizes:  # loaded to host memory
+    if slot_sizes:  # streamed layers are loaded to host memory
         allocator.keep(slot_sizes)
         for weight in weights:
             allocator.keep(weight.packed or (weight.count * execution.compute_itemsize,))
@@ -90,7 +98,7 @@ def load(
 def _reading_order(
     weights: Sequence[LoadedWeight], *, in_threads: bool
 ) -> Iterator[tuple[LoadedWeight, bool]]:
-    """Yield each weight twice: where its read begins, and where it is read and would be quantized."""
+    """Yield each weight twice: when its read begins, and when it has been read and would be quantized."""
     ordered = sorted(weights, key=_natural)
     moments: list[tuple[int, bool, int]] = []
     readers, now = [0] * (READERS if in_threads else 1), 0
@@ -100,13 +108,13 @@ def _reading_order(
         heapreplace(readers, end)
         now = max(now, end) + (QUANTIZING_BYTES if weight.packed else 0)
         moments += [(begin, False, place), (now, True, place)]
-    # At the same moment one thread reads on before another's weight is quantized; alone it waits.
+    # One thread reads on until another's weight is quantized; a single thread waits.
     for _, is_read, place in sorted(moments) if in_threads else moments:
         yield ordered[place], is_read
 
 
 def _natural(weight: LoadedWeight) -> list[int | str]:
-    """Return a key for the natural order of names: numbers in names compare as numbers."""
+    """Return a sort key for the natural order of names, in which numbers compare as numbers."""
     parts: list[int | str] = [*_NUMBERS.split(weight.name)]
     parts[1::2] = map(int, parts[1::2])
     return parts

@@ -1,6 +1,7 @@
-"""What quantizing a base changes in its predictions for the user's own rows, measured in a child process.
+"""Measures, in a child process, how quantizing a base changes its predictions for the user's own rows.
 
-The measurement is ``training/quantization_quality.py``. Read by ``estimate --quality`` and the Memory screen.
+The measurement is ``training/quantization_quality.py``. ``estimate --quality`` and the Memory screen use this
+module.
 """
 
 from __future__ import annotations
@@ -15,58 +16,58 @@ from qlora_tui.remote.calls import changes_box
 from qlora_tui.worker import Progress, run_job
 
 NOTABLE_GAIN = 0.1
-"""Share of the divergence by which leaving layers in 16 bits must lower it to be worth a mention."""
+"""Share by which keeping layers in 16 bits must lower the divergence to be mentioned."""
 
 
 class LayerError(Struct, frozen=True):
-    """What quantizing one decoder layer changes in its own output."""
+    """How quantizing one decoder layer changes the layer's output."""
 
     layer: int
     error: float
-    """Mean over tokens of the change of the hidden state, as a share of its length."""
+    """Mean relative change of the hidden state's norm, over tokens."""
     kept_bytes: int
-    """Bytes more that the layer takes in 16 bits."""
+    """Additional bytes that the layer takes in 16 bits."""
 
 
 class Difference(Struct, frozen=True):
-    """How far the predictions of two forms of a model are from each other."""
+    """The difference between the predictions of two forms of a model."""
 
     divergence: float
     """Mean Kullback-Leibler divergence from the 16-bit model's next-token distribution, in nats per token."""
     changed: float
-    """Share of tokens for which another next token is the most likely one."""
+    """Share of tokens after which the most likely next token differs."""
 
 
 class Quality(Struct, frozen=True):
-    """What a quantization changes in the predictions of a base."""
+    """How a quantization changes the predictions of a base."""
 
     method: str
     """``nf4``, ``fp4`` or ``int8``."""
     rows: int
     tokens: int
-    """Tokens in the loss of these rows, for which the predictions were compared."""
+    """Number of tokens in the loss of these rows, for which predictions were compared."""
     all_layers: Difference
-    """With every layer quantized."""
+    """The difference with every layer quantized."""
     layers: tuple[LayerError, ...]
-    """In the order of the model."""
+    """Errors of the layers, in the order of the model."""
     kept_layers: tuple[int, ...]
     """The layers with the largest errors, in the order of the model."""
     with_kept: Difference
-    """With all layers quantized but these."""
+    """The difference with all layers quantized except ``kept_layers``."""
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes more that the model takes with these layers in 16 bits."""
+        """Additional bytes that the model takes with ``kept_layers`` in 16 bits."""
         return sum(each.kept_bytes for each in self.layers if each.layer in self.kept_layers)
 
     @property
     def skip(self) -> str:
-        """Target pattern of these layers, for ``quantization.skip``."""
+        """Return the target pattern of ``kept_layers``, for ``quantization.skip``."""
         return f"{','.join(map(str, self.kept_layers))}.{ALL_LINEAR}"
 
     @property
     def gain(self) -> float:
-        """Share of the divergence that is gone with these layers in 16 bits."""
+        """Return the share by which keeping ``kept_layers`` in 16 bits lowers the divergence."""
         whole = self.all_layers.divergence
         return 1 - self.with_kept.divergence / whole if whole > 0 else 0.0
 
@@ -78,7 +79,7 @@ def measure_in_child(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Quality:
-    """Measure what the recipe's quantization changes for rows of its data.
+    """Measure how the recipe's quantization changes predictions for rows of its data.
 
     Raises:
         JobStopped: ``should_stop`` returned true.

@@ -1,11 +1,10 @@
-"""What a run with a traced step allocates and frees, in order, and what that takes on a GPU.
+"""Replays the allocations of a run with a traced step, in order, to find the memory that they take on a GPU.
 
-A run loads its model and then makes steps that are equal but for the optimizer's states, which are created at
-the end of the first and lie between the tensors of the second. The bytes alive at the peak do not give the
-reserved bytes: a freed block serves another tensor only if it is large enough, and for logits, or the scores
-of eager attention, there is often none.
-
-The step's tensors use the blocks that :mod:`.loading` leaves free.
+A run loads its model and then makes equal steps, except that the optimizer's states are created at the end of
+the first step and lie between the tensors of the second. The reserved bytes do not follow from the bytes
+alive at the peak: a freed block serves another tensor only if it is large enough, and often no block is large
+enough for logits or the scores of eager attention. The step's tensors use the blocks that :mod:`.loading`
+leaves free.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from qlora_tui.memory.weights import round_to_block
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a part of the step begins."""
+    """The beginning of a part of the step."""
 
     phase: Phase
     name: str
     """Name of the moment, as in :attr:`.step.Moment.name`."""
     at: int
-    """Number of events before it."""
+    """Number of events before the part."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,18 @@ class MicroStep:
 
     events: Sequence[Event]
     items: Sequence[str]
-    """What each storage is, by its number."""
+    """Item of each storage, by the storage's index."""
     marks: Sequence[Mark]
     backward_at: int
     """Number of events before the backward."""
     gradients: frozenset[int]
-    """Storages of the gradients that it leaves."""
+    """Storages of the gradients that the micro-step leaves."""
     layers: Mapping[int, int] = field(default_factory=dict)
-    """Layer of each copy of adapter weights that is made before the layers."""
+    """Layer of each copy of adapter weights that is made before the layers run."""
 
     @property
     def lasting(self) -> frozenset[int]:
-        """Return the storages that the step leaves: gradients, and copies of the adapter."""
+        """Return the storages that the micro-step leaves: gradients, and copies of the adapter."""
         alive: set[int] = set()
         for number, size in self.events:
             (alive.add if size > 0 else alive.discard)(number)
@@ -62,7 +61,7 @@ class MicroStep:
 
     @property
     def lasting_items(self) -> Counter[str]:
-        """Return the bytes that the step leaves, by item."""
+        """Return the bytes that the micro-step leaves, by item."""
         items: Counter[str] = Counter()
         for number, size in self.events:
             items[self.items[number]] += size
@@ -70,7 +69,7 @@ class MicroStep:
 
 
 def step_moments(micro_steps: Sequence[MicroStep]) -> list[Moment]:
-    """Return the fullest moment of each part of the last micro-step, without what was there before a step."""
+    """Return the fullest moment of each part of the last micro-step, without tensors from before the step."""
     step = micro_steps[-1]
     totals = [0, *accumulate(size for _, size in step.events)]
     ends = [mark.at for mark in step.marks[1:]] + [len(step.events)]
@@ -99,14 +98,15 @@ def run_pool(
     """Load the model on a GPU, run two steps, and return the allocator's totals.
 
     Args:
-        weights: those on the device, in the model's order.
-        micro_steps: the first of a step, and another one if it has several, which adds to the gradients.
-        adapter_shapes: of each trained tensor.
+        weights: weights on the device, in the model's order.
+        micro_steps: the first micro-step of a step and, if the step has several, a later one, which adds to
+            the gradients.
+        adapter_shapes: shape of each trained tensor.
         input_sizes: bytes of each tensor of the micro-batch.
         execution: the code that runs.
-        adapters: copies of the adapter, of which one is trained.
-        slot_sizes: bytes of the buffers of streamed layers, whose weights are not among ``weights``.
-        room_bytes: what the allocator can take; at that it releases free segments before it takes more,
+        adapters: number of copies of the adapter, of which one is trained.
+        slot_sizes: bytes of the buffers of streamed layers, whose weights are not in ``weights``.
+        room_bytes: the most that the allocator can take; before it takes more, it releases free segments,
             unless its segments grow.
     """
     allocator = CachingAllocator(expandable=execution.expandable_segments, capacity_bytes=room_bytes)
@@ -125,7 +125,7 @@ def _run_steps(
     execution: ExecutionConfig,
 ) -> None:
     copies: list[MemoryBlock] = []
-    """Those of the adapter in the compute dtype, which the first forward makes."""
+    """Copies of the adapter in the compute dtype, which the first forward makes."""
     for is_first in (True, False):
         gradients: list[MemoryBlock] = []
         for place, micro_step in enumerate(micro_steps):
@@ -145,12 +145,12 @@ def _run_steps(
 def _run_micro_step(
     allocator: CachingAllocator, micro_step: MicroStep, execution: ExecutionConfig, *, is_start: bool
 ) -> Mapping[int, MemoryBlock]:
-    """Replay forward and backward; return the blocks that are left."""
+    """Replay forward and backward; return the blocks that remain."""
     blocks: dict[int, MemoryBlock] = {}
     skipped = frozenset[int]() if is_start else micro_step.lasting - micro_step.gradients
     for place, (number, size) in enumerate(micro_step.events):
         if is_start and place in (0, micro_step.backward_at):
-            # With the first product of each thread: this one, and autograd's.
+            # The first product of each thread allocates a workspace: in this thread and in autograd's.
             allocator.malloc(workspace_bytes(execution))
         if number in skipped:
             continue
@@ -168,7 +168,7 @@ def _optimize(
     *,
     is_first: bool,
 ) -> None:
-    """Create the optimizer's states in the first step, and take what its step takes."""
+    """Create the optimizer's states in the first step, and allocate the temporary tensors of its step."""
     if is_first and not execution.pages_states:
         allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
     counts = [prod(shape) for shape in shapes]
@@ -183,8 +183,11 @@ def _optimize(
 def optimizer_moment(
     shapes: Sequence[tuple[int, ...]], copies_bytes: int, execution: ExecutionConfig
 ) -> Moment:
-    """Return the moment of the optimizer's step: torch's multi-tensor AdamW takes a square root of all second
-    moments at once (``_foreach_sqrt``), others one tensor after another."""
+    """Return the moment of the optimizer's step.
+
+    torch's multi-tensor AdamW takes a square root of all second moments at once (``_foreach_sqrt``); other
+    optimizers process one tensor after another.
+    """
     sizes = [round_to_block(prod(shape) * ADAPTER_ITEMSIZE) for shape in shapes]
     if execution.optimizer == "adamw" and execution.device == "cuda":
         taken = sum(sizes)
@@ -195,12 +198,12 @@ def optimizer_moment(
 
 
 class StepTrace(Struct, frozen=True, kw_only=True):
-    """The exact form of a step: what the code of the run allocated, and what that takes."""
+    """A step as the run's code allocated it, and the memory that it takes."""
 
     transformers: str
-    """Version of the library that ran."""
+    """Version of transformers that ran."""
     resident: dict[str, int]
-    """Bytes by item of what is there through a step."""
+    """Bytes by item of the tensors that exist throughout a step."""
     moments: tuple[Moment, ...]
     """The fullest moment of each part of a step, without ``resident``."""
     pool: Pool | None
@@ -210,7 +213,7 @@ class StepTrace(Struct, frozen=True, kw_only=True):
 
     @property
     def step_bytes(self) -> int:
-        """Return the bytes of the fullest moment of forward and backward, beyond what is resident."""
+        """Return the bytes of the fullest moment of forward and backward, beyond resident tensors."""
         return max(moment.total_bytes for moment in self.moments if moment.phase != "optimizer")
 
     def figures(self) -> dict[str, int]:

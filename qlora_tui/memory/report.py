@@ -31,8 +31,8 @@ def as_json(
 ) -> dict[str, Any]:
     """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
-    Without ``available_bytes`` verdicts and ``largest_settings`` are null. ``minimum_bytes`` is the result of
-    all changes together, if even that does not fit.
+    Without ``available_bytes`` verdicts and ``largest_settings`` are null. ``minimum_bytes`` is set if even
+    all changes together do not fit, and is the memory with all of them.
     """
     compared = compare(recipe, architecture, device=device)
     fitting: dict[str, Any] | None = None
@@ -91,7 +91,9 @@ def as_json(
 def trace_as_json(
     traced: StepTrace, recipe: Recipe, architecture: Architecture, device: Device
 ) -> dict[str, Any]:
-    """Return the bytes by item, traced and by the closed form, with its :attr:`.estimate.Estimate.exact`."""
+    """Return the bytes by item, traced and by the closed form, with :attr:`.estimate.Estimate.exact` of
+    the latter.
+    """
     closed = closed_form(recipe, architecture, trainer_execution(recipe, device, architecture))
     return {
         "precision": precision_of(recipe),
@@ -105,7 +107,7 @@ def trace_as_json(
 
 
 def describe_trace(traced: StepTrace) -> str:
-    """Return what a step was traced with."""
+    """Return a description of the libraries with which a step was traced."""
     text = f"exact: traced with transformers {traced.transformers}"
     if traced.uncertain:
         text += f", whose own code stands for the kernels of {join_words(list(traced.uncertain))}"

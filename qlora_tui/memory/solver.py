@@ -1,5 +1,5 @@
-"""What fits: the largest value of each setting, the cheapest change for a recipe that does not fit, and the
-largest model of a kind.
+"""Finds what fits: the largest value of each setting, the cheapest change to a recipe that does not fit,
+and the largest model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SMALLER_STATES = {
 
 @dataclass(frozen=True)
 class WhatFits:
-    """Largest value of each setting that fits with the others unchanged; 0 if none does."""
+    """Largest value of each setting that fits if the others are unchanged; 0 if none fits."""
 
     sequence_length: int
     micro_batch: int
@@ -54,7 +54,7 @@ class MemorySaving:
     label: str
     """Label of the change: ``Recompute activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
     cost: str
-    """Cost of the change in a few words: ``about a third slower``; empty if there is none."""
+    """Cost of the change in a few words, such as ``about a third slower``; empty if it has none."""
     settings: dict[str, Any]
     """Dotted keys and values, in the form of ``--set``."""
     recipe: Recipe
@@ -69,9 +69,9 @@ class MemorySaving:
 def what_if(
     variants: Iterable[tuple[Key, Recipe]], architecture: Architecture, budget: MemoryBudget
 ) -> dict[Key, Verdict]:
-    """Estimate variants of a recipe, some 10 ms each: other lengths, ranks, targets, precisions or presets.
+    """Estimate variants of a recipe: other lengths, ranks, targets, precisions or presets.
 
-    Those are left out whose targets the model does not have.
+    Each takes about 10 ms. Variants whose targets the model does not have are left out.
     """
     verdicts = {}
     for key, recipe in variants:
@@ -100,7 +100,9 @@ def largest_settings(
 
 
 def largest_fitting(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number from 1 to ``most`` that fits, by bisection; 0 if not even 1 does."""
+    """Return the largest number from 1 to ``most`` for which ``fits`` is true, by bisection; 0 if even 1
+    does not fit.
+    """
     if most < 1 or not fits(1):
         return 0
     low, high = 1, 2
@@ -121,8 +123,8 @@ def cheapest_changes(
 ) -> tuple[MemorySaving, ...]:
     """Return single changes that make the recipe fit, the least costly first.
 
-    Where no single change is enough, changes are combined, cheapest first, into one :class:`MemorySaving`.
-    Empty if the recipe already fits, or nothing helps.
+    If no single change is enough, changes are combined, cheapest first, into one :class:`MemorySaving`. Empty
+    if the recipe already fits, or nothing helps.
     """
     whole = estimate(recipe, architecture, device=device)
     if check_fit(whole, available_bytes).fits_even_if_tight:
@@ -135,7 +137,7 @@ def cheapest_changes(
 
 
 def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
-    """Return the least memory in which this model can be trained, with every saving change made."""
+    """Return the least memory in which this model can be trained, with every saving change applied."""
     result = estimate(recipe, architecture, device=device)
     for change in _together(recipe, architecture, 0, device or Device()):
         result = change.estimate
@@ -145,7 +147,9 @@ def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device 
 def _together(
     recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device
 ) -> Iterator[MemorySaving]:
-    """Yield all changes so far after each one that saves memory, until the recipe fits."""
+    """Yield the combination of all changes so far after each change that saves memory, until the recipe
+    fits.
+    """
     taken: list[MemorySaving] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
     for offer in _offers(recipe, architecture, device):
@@ -164,10 +168,10 @@ def _together(
 
 @dataclass(frozen=True)
 class SavingOption:
-    """One setting that can change, with its values from mildest to strongest."""
+    """One setting that can change, with its values from the mildest to the strongest."""
 
     cost: str | None
-    """None if it is the time of copies, which depends on the value."""
+    """Cost in words; None if it is the time of copies, which depends on the value."""
     steps: tuple[tuple[str, dict[str, Any]], ...]
 
 
@@ -178,7 +182,7 @@ def _gentlest(
     device: Device,
     offer: SavingOption,
 ) -> MemorySaving:
-    """Return the first value of the option that fits, or its last."""
+    """Return the first value of the option that fits, or its last value if none fits."""
     for label, settings in offer.steps:
         changed = recipe
         for key, value in settings.items():
@@ -260,7 +264,7 @@ def _more_streamed_layers(
     if device.host_bytes is not None and sum(base.values()) > device.host_bytes:
         return
     for count in range(now + 1, most + 1):
-        # In sixteenths of the model: each is an estimate.
+        # Try multiples of a sixteenth of the model, because each takes an estimate.
         if count % -(-most // _STREAMING_STEPS) and count != most:
             continue
         settings: dict[str, Any] = {"quantization.streamed_layers": count}
@@ -289,9 +293,9 @@ _SHAPES = (
 
 
 def largest_model_size(recipe: Recipe, available_bytes: int, *, device: Device | None = None) -> str | None:
-    """Return the largest class of models that fits, such as ``7B``; None when not even the smallest does.
+    """Return the largest class of models that fits, such as ``7B``; None if even the smallest does not fit.
 
-    Target modules are assumed ``all-linear``, because another model has other modules.
+    Target modules are assumed to be ``all-linear``, because another model has other modules.
     """
     all_linear = replace_setting(recipe, "lora.target_modules", (ALL_LINEAR,))
     largest = None

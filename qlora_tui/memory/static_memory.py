@@ -1,4 +1,4 @@
-"""Memory that is there through a step: weights, adapter, optimizer states, batch, workspaces.
+"""Memory that is constant throughout a step: weights, adapter, optimizer states, batch, workspaces.
 
 Sources: bitsandbytes ``optim/optimizer.py`` (8-bit states from 4,096 elements on, ``min_8bit_size``), QLoRA
 (arXiv 2305.14314, section 3).
@@ -14,22 +14,26 @@ from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.weights import frozen_weights, round_to_block, streamed_weights
 
 SMALL_TENSOR = 4096
-"""Elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
+"""Number of elements below which bitsandbytes uses 32-bit optimizer states for a tensor."""
 STATE_BLOCK = 256
 STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12}
-"""Bytes per element of a tensor during its step: AdamW's square root; Adafactor's squared gradient and the
-two factors of its update."""
+"""Temporary bytes per element of a tensor during its optimizer step.
+
+AdamW takes a square root; Adafactor takes the squared gradient and the two factors of its update.
+"""
 
 CPU_STEP_ITEMSIZE: dict[str, int] = {
     **dict.fromkeys(("adamw_8bit", "paged_adamw_8bit", "lion_8bit"), 20),
     **dict.fromkeys(("paged_adamw_32bit", "lion"), 12),
 }
-"""``STEP_ITEMSIZE`` on a CPU, where bitsandbytes 0.50 computes in torch: 8-bit states are dequantized.
-Measured as the growth of the process at the step of a matrix with 28 million elements."""
+"""``STEP_ITEMSIZE`` on a CPU, where bitsandbytes 0.50 computes with torch and dequantizes 8-bit states.
+
+Measured as the growth of the process in the step of a matrix with 28 million elements.
+"""
 
 
 def step_itemsize(execution: ExecutionConfig) -> int:
-    """Return the bytes per element of a tensor during its optimizer step."""
+    """Return the temporary bytes per element of a tensor during its optimizer step."""
     itemsizes = STEP_ITEMSIZE | CPU_STEP_ITEMSIZE if execution.device == "cpu" else STEP_ITEMSIZE
     return itemsizes.get(execution.optimizer, 0)
 
@@ -49,10 +53,10 @@ def optimizer_bytes(layout: Layout) -> int:
 
 
 def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int, ...]:
-    """Return the bytes of each state of one trained tensor: moments, and the scales of 8-bit ones.
+    """Return the bytes of each state of one trained tensor: moments, and the scales of 8-bit moments.
 
-    AdamW has two moments; Lion (bitsandbytes ``lion.py``) has one; of Adafactor's second moment transformers
-    keeps the means of rows and columns, and a scalar.
+    AdamW has two moments, and Lion (bitsandbytes ``lion.py``) has one. For Adafactor's second moment,
+    transformers keeps the means of rows and columns, and a scalar.
     """
     count, optimizer = prod(shape), execution.optimizer
     moments = 1 if optimizer in ("lion", "lion_8bit") else 2
@@ -64,9 +68,12 @@ def state_sizes(shape: tuple[int, ...], execution: ExecutionConfig) -> tuple[int
 
 
 def optimizer_step_bytes(layout: Layout) -> int:
-    """Return the temporary bytes of one optimizer step: torch's multi-tensor AdamW takes a square root of all
-    second moments at once (``_foreach_sqrt``); fused and bitsandbytes kernels need none on a GPU. Others take
-    one tensor after the other."""
+    """Return the temporary bytes of one optimizer step.
+
+    torch's multi-tensor AdamW takes a square root of all second moments at once (``_foreach_sqrt``). Fused
+    and bitsandbytes kernels need no temporary memory on a GPU. Other optimizers process one tensor after
+    another.
+    """
     execution = layout.execution
     if execution.optimizer == "adamw" and execution.device == "cuda":
         return adapter_bytes(layout)
@@ -77,8 +84,11 @@ def optimizer_step_bytes(layout: Layout) -> int:
 FROZEN = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "slots")
 """Items that belong to the base model."""
 CUBLAS_WORKSPACE_BYTES = 8_519_680
-"""torch's default ``CUBLAS_WORKSPACE_CONFIG``, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB
-(``parseChosenWorkspaceSize`` in aten/src/ATen/cuda/CublasHandlePool.cpp), taken from the allocator."""
+"""torch's default ``CUBLAS_WORKSPACE_CONFIG``, ``:4096:2:16:8``: 2 × 4,096 KiB + 8 × 16 KiB.
+
+The workspace is taken from the allocator (``parseChosenWorkspaceSize`` in
+aten/src/ATen/cuda/CublasHandlePool.cpp).
+"""
 HOPPER_WORKSPACE_BYTES = 32 * 2**20
 """cuBLAS workspace for compute capability 9.0 and 10.0, ``:4096:8``."""
 CUBLAS_HANDLES = 2
@@ -112,14 +122,16 @@ def workspace_bytes(execution: ExecutionConfig) -> int:
 
 
 def input_bytes(layout: Layout) -> int:
-    """Return the bytes of ids, labels, shifted labels and positions, 8 each, and of the rotary tables."""
+    """Return the bytes of ids, labels, shifted labels and positions, 8 per token each, and of the rotary
+    tables.
+    """
     architecture, execution = layout.architecture, layout.execution
     tables = 2 * layout.length * architecture.head_dim * execution.residual_itemsize
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)
 
 
 def mask_bytes(layout: Layout) -> int:
-    """Return the bytes of eager attention's mask, in the hidden states' dtype."""
+    """Return the bytes of eager attention's mask, in the dtype of the hidden states."""
     execution = layout.execution
     if execution.attention == "eager":
         return round_to_block(layout.length * layout.length * execution.residual_itemsize)

@@ -1,8 +1,8 @@
-"""One training step: the profile of each kind of layer and of the loss, and the moments that may be the peak.
+"""Models one training step: the profile of each kind of layer and of the loss, and the possible peak moments.
 
-In layer ``l`` the bytes alive are those that earlier layers keep, the gradients of later layers, and the
-layer's own. The first two are sums over layers, so one profile of each kind is enough. A step traced on the
-meta device (``engine/trace_worker.py``) can take the place of these.
+The bytes alive in layer ``l`` are those that earlier layers keep, the gradients of later layers, and the
+layer's own. The first two are sums over layers, so one profile for each kind of layer is enough. A step
+traced on the meta device (``engine/trace_worker.py``) can replace the profiles.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qlora_tui.memory.weights import round_to_block
 from qlora_tui.recipe.schema import Data, Quantization, Recipe, Training
 
 ANSWER_TOKENS = 48
-"""Most tokens of an answer to a general prompt, for the forgetting curve."""
+"""Largest number of tokens of an answer to a general prompt, for the forgetting curve."""
 PROMPT_TOKENS = 64
-"""Tokens that the longest general prompt takes at most, with what most chat templates put around it."""
+"""Largest number of tokens of a general prompt, including the text that most chat templates add."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class PartProfile:
     """Memory of one part of the step, by item."""
 
     retained: Items
-    """Bytes between its forward and its backward, with its input."""
+    """Bytes between the part's forward and its backward, including its input."""
     forward: Items
-    """Bytes at the peak of its forward, including its input."""
+    """Bytes at the peak of the part's forward, including its input."""
     backward: Items
-    """Bytes at the peak of its backward, including its input."""
+    """Bytes at the peak of the part's backward, including its input."""
     held: Items = field(default_factory=Counter)
-    """Bytes still alive after its backward, because the caller refers to them."""
+    """Bytes still alive after the part's backward, because the caller refers to them."""
     gradient_bytes: int = 0
-    """Gradient bytes of its parameters, after its backward."""
+    """Bytes of the gradients of the part's parameters, after its backward."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ PHASES: tuple[Phase, ...] = ("loading", "forward", "loss", "backward", "optimize
 
 @dataclass(frozen=True)
 class Moment:
-    """Memory at one time: in a step, of what is not there all the time, or of the whole process."""
+    """Memory at one time: in a step, of temporary tensors only; or of the whole process."""
 
     phase: Phase
     name: str
@@ -78,12 +78,13 @@ class Moment:
 
 
 def step_moments(step_profile: StepProfile, layout: Layout, *, every_layer: bool = False) -> list[Moment]:
-    """Return the moments that may be the peak, in order of time, without what is there all the time.
+    """Return the moments that may be the peak, in order of time, without constant tensors.
 
-    With ``every_layer`` there is one for the forward of each layer, not only of the first and the last.
+    With ``every_layer`` there is one moment for the forward of each layer, instead of only the first and
+    last.
     """
     moments = peak_candidates(step_profile, layout, every_layer=every_layer)
-    # Accumulated gradients are there all the time.
+    # Accumulated gradients exist all the time.
     optimizer = {
         "gradients": 0 if layout.execution.accumulates else adapter_bytes(layout),
         "optimizer_step": optimizer_step_bytes(layout),
@@ -94,7 +95,7 @@ def step_moments(step_profile: StepProfile, layout: Layout, *, every_layer: bool
 def answers_moment(layout: Layout) -> Moment:
     """Return the moment when all general prompts are being answered, for the forgetting curve.
 
-    They are answered together, between two steps and without gradients, so what counts are their keys and
+    They are answered together, between two steps and without gradients, so their memory is that of keys and
     values. Comparing the answers takes less than a step of the same tokens.
     """
     execution = layout.execution
@@ -110,7 +111,7 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
     order, head, last = step_profile.layers, step_profile.head, len(step_profile.layers) - 1
     persistent = Counter(
         adapter=sum(adapter_copies(layout)),
-        # One more than that of the layer at work: on its way to or from the host.
+        # One input more than the computed layer's, which is being copied to or from the host.
         checkpoints=layer_input_bytes(layout) if execution.offloads_inputs else 0,
     )
     cast = _autocast_copies(layout)
@@ -124,11 +125,11 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
             candidates.append(Moment("forward", f"forward of layer {index}", dict(items)))
         before.update(profile.retained)
         if not index:
-            # The embedding's output requires gradients, so the graph holds it as a leaf; where something is
-            # added to it, it is separate from the first layer's input.
+            # The embedding's output requires gradients, so the graph holds it as a leaf; if something is
+            # added to it, the first layer's input is a separate tensor.
             if layout.modifies_embedding:
                 before["activations"] += layer_input_bytes(layout)
-            before["activations"] += layout.tokens * layout.token_rows  # trained row index of each token
+            before["activations"] += layout.tokens * layout.token_rows  # index of each token's trained row
     candidates.append(Moment("loss", "loss forward", dict(before + cast + Counter(head.forward))))
     candidates.append(Moment("loss", "loss backward", dict(before + Counter(head.backward))))
     held = Counter(head.held)
@@ -146,8 +147,10 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
 
 
 def _embedding_gradient(layout: Layout) -> Counter[str]:
-    """Return the bytes of the backward of a trained embedding (``training/embeddings.py``): the
-    gradients of the rows as looked up, in fp32, sorted and summed, and a matrix where there is none yet."""
+    """Return the bytes of the backward of a trained embedding (``training/embeddings.py``).
+
+    They are the gradients of the looked-up rows, in fp32, sorted and summed, and a matrix if none exists yet.
+    """
     execution = layout.execution
     looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * ADAPTER_ITEMSIZE)
     is_first = layout.own_head and not execution.accumulates
@@ -156,7 +159,8 @@ def _embedding_gradient(layout: Layout) -> Counter[str]:
 
 
 def _autocast_copies(layout: Layout) -> Counter[str]:
-    """Return the bytes of autocast's copies of trained float32 weights, kept until the loss is computed.
+    """Return the bytes of autocast's copies of trained float32 weights, which are kept until the loss is
+    computed.
 
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
@@ -207,7 +211,7 @@ def _profile_layer(layout: Layout, rules: Rules, layer: Layer, *, checkpointed: 
     )
     if rules.norm_shares_input and layer.norms:
         norms["activations"] -= min(hidden_bytes, norms["activations"])
-    # Half of the norms, at least those over heads, come before or in attention.
+    # Half of the norms, and at least those over heads, come before or in attention.
     below = Items({key: size // 2 for key, size in (norms + dropped).items()})
     saved = Items()
     for part in (norms, dropped, first.saved, second.saved):
@@ -242,13 +246,13 @@ def _profile_layer(layout: Layout, rules: Rules, layer: Layer, *, checkpointed: 
 
 
 def beyond_rules(architecture: Architecture, saved_bytes: Sequence[int], tokens: int) -> float:
-    """Return the share by which what a layer saves differs most from what the rules say of its modules.
+    """Return the largest relative difference between a layer's saved bytes and those that the rules give.
 
     Args:
         architecture: the model.
-        saved_bytes: what each layer was seen to save, in transformers' code, 16 bits and without adapter;
-            0 is not compared.
-        tokens: of the text that it was given.
+        saved_bytes: observed saved bytes of each layer, in transformers' code, 16 bits and without adapter;
+            layers with 0 are not compared.
+        tokens: number of tokens in the observed forward.
     """
     recipe = Recipe(
         data=Data(max_length=tokens),
@@ -295,7 +299,9 @@ def _profile_head(layout: Layout, rules: Rules) -> PartProfile:
 
 
 def _stock(layout: Layout, norm: Items) -> PartProfile:
-    """Return transformers' loss: all logits, a copy in float32, log-softmax, and the gradients of both."""
+    """Return the profile of transformers' loss: all logits, a copy in float32, log-softmax, and their
+    gradients.
+    """
     execution, architecture = layout.execution, layout.architecture
     size, numel = execution.residual_itemsize, layout.tokens * layout.vocabulary
     if execution.autocast:
@@ -315,7 +321,7 @@ def _stock(layout: Layout, norm: Items) -> PartProfile:
     source = shifted or wide
     # The caller's logits, the model's copy, the loss's shifted copy, and log-softmax.
     forward = (0 if rebound and copy else narrow) + copy + shifted + source
-    # Log-softmax, its gradient and that of the logits in float32; later theirs in the model's dtype.
+    # Log-softmax, its gradient and the logits' gradient in float32; later the latter in the model's dtype.
     backward = 3 * source
     entering = {"activations": layout.tokens * layout.hidden * size}
     return PartProfile(
@@ -327,10 +333,10 @@ def _stock(layout: Layout, norm: Items) -> PartProfile:
 
 
 def _chunked(layout: Layout, norm: Items) -> PartProfile:
-    """Return our loss (``training/loss.py``): the positions in the loss are copied out, and their gradient is
-    computed one chunk of logits at a time, in place.
+    """Return the profile of our loss (``training/loss.py``).
 
-    The gradient of a trained head is held after the backward unless it is added to that of earlier
+    The positions in the loss are copied out, and their gradient is computed in place, one chunk of logits at
+    a time. The gradient of a trained head exists after the backward, unless it is added to that of earlier
     micro-steps.
     """
     execution, architecture = layout.execution, layout.architecture
@@ -340,7 +346,7 @@ def _chunked(layout: Layout, norm: Items) -> PartProfile:
     narrow = size if size != FLOAT else 0
     rows = min(LOSS_CHUNK_ROWS, layout.tokens)
     block = min(LOSS_BLOCK_ROWS[execution.device], rows) * layout.vocabulary * FLOAT
-    # In float32 the logits of a block, scaled or capped in further copies, and their softmax.
+    # The float32 logits of a block, in further copies if they are scaled or capped, and their softmax.
     tensors = 1 + bool(narrow or architecture.logit_scale)
     if architecture.final_logit_softcapping:
         tensors = 3

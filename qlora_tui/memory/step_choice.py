@@ -1,11 +1,11 @@
-"""What a run does with free memory: more rows at a time, faster optimizer states, fewer layers recomputed.
+"""Chooses how a run uses free memory: more rows at a time, faster optimizer states, fewer recomputed layers.
 
-A recipe is estimated with the least that it needs: every layer recomputed, and with ``optimizer = "auto"``
-the smallest states. What is free beyond that buys speed:
+A recipe is estimated with the least memory that it needs: with every layer recomputed, and with ``optimizer =
+"auto"`` with the smallest states. Free memory beyond that is used for speed:
 
-* With ``gradient_checkpointing = "auto"`` only as many layers are recomputed as must be, which otherwise
-  makes a step about a third slower. The layers that keep their activations are the last ones: their backward
-  comes first, so that their memory is free again when the others are recomputed.
+* With ``gradient_checkpointing = "auto"`` only as many layers are recomputed as necessary; recomputing all of
+  them makes a step about a third slower. The layers that keep their activations are the last ones: their
+  backward comes first, so that their memory is free again when earlier layers are recomputed.
 * With ``auto_micro_batch`` more rows pass at a time, and a step has fewer passes over the same rows.
 * With ``optimizer = "auto"`` AdamW's states are in 32 bits, in one kernel, instead of 8 bits and paged.
 
@@ -13,10 +13,10 @@ All three compete for the same memory, so the fastest combination is chosen by t
 The trainer chooses rows and optimizer before it loads the model, and layers for its longest batch. After an
 out-of-memory error ``runs.retry`` lowers both.
 
-How much slower streamed layers or offloaded inputs make a run follows from the same times: copies run during
-the computation, so a step takes the longer of the two. Of S streamed layers, a micro-batch
-copies each twice, forward and backward, but for the two that are still in the buffers at either turn:
-2 (S - 2) copies.
+The slowdown by streamed layers or offloaded inputs follows from the same times: copies run during the
+computation, so a step takes the longer of the two. A micro-batch copies each of S streamed layers twice, in
+forward and backward, except the two that are still in the buffers when the direction changes: 2 (S - 2)
+copies.
 """
 
 from __future__ import annotations
@@ -35,64 +35,77 @@ from qlora_tui.memory.weights import SLOTS, frozen_weights, streamed_weights
 from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
 
 CPU_SHARE = 0.5
-"""Share of the free memory of a machine without a GPU that a run may take: other programs run there too."""
+"""Share of a machine's free memory that a run without a GPU may take, because other programs run there
+too.
+"""
 _ATTENTION_BACKWARD = 2.5
-"""FLOPs of attention's backward relative to its forward: five matrix products instead of two, one of which
-recomputes the scores (FlashAttention-2, section 3.1)."""
+"""FLOPs of attention's backward relative to its forward.
+
+The backward has five matrix products instead of two; one of them recomputes the scores (FlashAttention-2,
+section 3.1).
+"""
 
 
 _MULTIPLICATIONS_PER_S = 30e12
-"""Speed of a GPU that was not measured: between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as
-calculated from their specifications."""
+"""Assumed multiplications per second of a GPU that was not measured.
+
+The value is between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as calculated from their
+specifications.
+"""
 _LAUNCH_S = 4e-3
-"""Time in which a CPU launches the kernels of a recomputed layer for one micro-batch, however few tokens it
-has: calculated for a desktop, from 7.2 ms on a slow server."""
+"""Seconds in which a CPU launches the kernels of a recomputed layer for one micro-batch of any size.
+
+Calculated for a desktop, from 7.2 ms on a slow server.
+"""
 _UNPACK_S = 4e-12
-"""Time to dequantize a 4-bit weight: 2.5 bytes read and written, at 0.6 TB/s (calculated)."""
+"""Seconds to dequantize a 4-bit weight: 2.5 bytes read and written, at 0.6 TB/s (calculated)."""
 _LEAN_TENSOR_S = 8e-5
-"""Time that bitsandbytes' optimizers wait for the GPU after each tensor (calculated: 30 to 45 ms for 448)."""
+"""Seconds that bitsandbytes' optimizers wait for the GPU after each tensor.
+
+Calculated from 30 to 45 ms for 448 tensors.
+"""
 _FUSED_OPTIMIZER_S = 1e-3
 _NOTICEABLE = 1.01
-"""How much faster more rows at a time must be to be worth their memory."""
+"""Speedup that more rows at a time must give to be worth their memory."""
 
 
 @dataclass(frozen=True)
 class StepChoice:
-    """What a run does with the memory that is free."""
+    """How a run uses the memory that is free."""
 
     given: Recipe
     recipe: Recipe
     """``given`` with the chosen rows at a time, accumulation and optimizer."""
     kept: KeptLayersPlan | None
-    """None if the recipe does not leave open which layers are recomputed."""
+    """The layers that keep their activations; None if the recipe fixes them."""
     estimate: Estimate
     """Memory of the run."""
     speedup: float
-    """Predicted speed relative to the recipe with nothing but what it needs: 1.2 is 20 % faster."""
+    """Predicted speed relative to the recipe with its least memory: 1.2 is 20 % faster."""
 
     @property
     def least_free_bytes(self) -> int:
-        """Free memory from which on this is chosen."""
+        """Free memory from which this choice is made."""
         share = CPU_SHARE if self.estimate.execution.device == "cpu" else 1
         return int(self.estimate.band.high_bytes / (1 - TIGHT_SHARE) / share)
 
     @property
     def kept_layers(self) -> int:
-        """Layers that keep their activations although the recipe would allow to recompute them."""
+        """Number of layers that keep their activations although the recipe would allow to recompute them."""
         return self.kept.kept_layers if self.kept else 0
 
 
 @dataclass(frozen=True)
 class KeptLayersPlan:
-    """How many layers keep their activations."""
+    """The number of layers that keep their activations."""
 
     kept_layers: int
     total_layers: int
-    """Layers of the model."""
+    """Number of layers of the model."""
     available_bytes: int
     """Memory that the run may take."""
     estimate: Estimate
-    """Memory of the run with them."""
+    """Memory of the run with these layers."""
 
 
 def choose_step(
@@ -102,14 +115,14 @@ def choose_step(
     *,
     device: Device | None = None,
 ) -> StepChoice:
-    """Return the fastest of what the recipe leaves open and the memory allows.
+    """Return the fastest choice that the recipe allows and the memory suffices for.
 
-    Only what leaves 5 % of the memory free at the upper end of the estimate's uncertainty range is chosen;
-    without such a choice, the recipe with the least memory. Nothing is chosen in a family whose layers the
-    estimate only approximates, nor with streamed layers: a run that lacks memory for its weights saves it.
+    A choice must leave 5 % of the memory free at the upper end of the estimate's uncertainty range; if none
+    does, the recipe with the least memory is returned. Nothing is chosen for a family whose layers the
+    estimate only approximates, nor with streamed layers, because such a run lacks memory for its weights.
 
     Args:
-        free_bytes: memory of the device that nothing else uses, what this run already holds included.
+        free_bytes: memory of the device that no other process uses, including the memory of this run.
 
     Raises:
         UserError: the estimate does not support the model.
@@ -145,9 +158,9 @@ def choose_step(
 
 
 def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
-    """Return the micro-batch sizes to try, the recipe's first: the larger divisors of a step's rows follow.
+    """Return the micro-batch sizes to try, the recipe's first, then the larger divisors of a step's rows.
 
-    On a CPU a step computes no faster with more rows.
+    On a CPU only the recipe's size is tried, because more rows are not faster there.
     """
     least, rows = recipe.training.micro_batch_size, recipe.effective_batch
     if device.kind == "cpu" or not recipe.training.auto_micro_batch:
@@ -158,7 +171,7 @@ def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
 
 
 def with_micro_batch(recipe: Recipe, rows: int) -> Recipe:
-    """Return the recipe with so many rows at a time and as many rows in a step as before."""
+    """Return the recipe with ``rows`` rows at a time, and the same number of rows in a step as before."""
     accumulation = recipe.effective_batch // rows
     training = structs.replace(
         recipe.training, micro_batch_size=rows, gradient_accumulation=accumulation, auto_micro_batch=False
@@ -188,15 +201,14 @@ def plan_kept_layers(
 ) -> KeptLayersPlan | None:
     """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
 
-    Also None with streamed layers: a run that lacks memory for its weights recomputes every layer.
-
-    The most that still fit at the upper end of the estimate's uncertainty range. No layer is kept in a family
+    None also with streamed layers, because such a run lacks memory for its weights. The result is the largest
+    number that still fits at the upper end of the estimate's uncertainty range. No layer is kept in a family
     whose layers the estimate only approximates.
 
     Args:
-        free_bytes: memory of the device that nothing else uses, what this run already holds included.
-        execution: what the run executes, if that is not what the recipe leads to expect.
-        limit: maximum number of layers to keep.
+        free_bytes: memory of the device that no other process uses, including the memory of this run.
+        execution: the code that the run executes, if it differs from that expected from the recipe.
+        limit: largest number of layers to keep.
     """
     if recipe.training.gradient_checkpointing != "auto" or recipe.quantization.streamed_layers:
         return None
@@ -212,7 +224,7 @@ def plan_kept_layers(
     if not (best.exact and check_fit(best, available_bytes).fits_even_if_tight):
         high = 1
     while high - low > 1:
-        # The most at first: in many runs they fit.
+        # The largest number is tried first, because it fits in many runs.
         count = most if high > most else (low + high) // 2
         result = estimated(count)
         if check_fit(result, available_bytes).fits_with_margin:
@@ -225,7 +237,7 @@ def plan_kept_layers(
 def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kept_layers: int = 0) -> float:
     """Return the predicted time of an optimizer step, to compare settings of one recipe with each other.
 
-    On a GPU a micro-batch takes the longer of computing and of launching its kernels; 4-bit weights are
+    On a GPU, a micro-batch takes the longer of computing and launching its kernels, and 4-bit weights are
     dequantized in each pass. On a CPU only the products count. Several GPUs share the passes.
     """
     training, layers = recipe.training, architecture.layers
@@ -238,7 +250,7 @@ def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kep
     if device.kind == "cpu":
         return count * seconds
     modules = [module for module in architecture.modules if module.layer is not None]
-    # Forward and backward, and what is recomputed.
+    # Forward and backward, and the recomputation.
     passes = 2 + recomputed / max(layers, 1)
     if recipe.quantization.method in ("nf4", "fp4"):
         seconds += _UNPACK_S * passes * sum(module.weight_params for module in modules)
@@ -249,7 +261,7 @@ def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kep
 
 
 def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[float, float]:
-    """Return the multiplications per token of forward and backward, and of the recomputation of one layer.
+    """Return the multiplications per token of forward and backward, and of recomputing one layer.
 
     A frozen weight takes part in the forward, in its recomputation, and in the gradient of its input. The
     recomputation ends before the down projection.
@@ -279,11 +291,11 @@ def _norms_of_a_layer(architecture: Architecture) -> int:
 
 
 _NORMS_BEFORE_HALVES = 2
-"""Norms of a layer that has one before each half, and none after it."""
+"""Number of norms of a layer that has one before each half, and none after it."""
 _FLOPS_PER_PRODUCT = 2
 """A multiplication and an addition."""
 _PASSES = 2
-"""Times that a layer is needed in a micro-batch: forward, and recomputation with backward."""
+"""Number of times that a micro-batch needs a layer: in the forward, and in recomputation with backward."""
 _NOTICEABLE_SLOWDOWN = 1.05
 
 
@@ -306,7 +318,7 @@ def _input_bytes(recipe: Recipe, architecture: Architecture, execution: Executio
 def slowdown(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed
 ) -> float:
-    """Return the time of a step with streamed layers, relative to one with all of them on the device."""
+    """Return the time of a step with streamed layers, relative to a step with all of them on the device."""
     once, again = products_per_token(recipe, architecture)
     tokens = recipe.rows_per_pass * recipe.data.max_length
     flops = _FLOPS_PER_PRODUCT * tokens * (once + architecture.layers * again)
@@ -316,7 +328,7 @@ def slowdown(
 
 
 def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Describe what copies cost: ``about 1.6× slower``, or what measures it."""
+    """Return the slowdown by copies, ``about 1.6× slower``, or how to measure it."""
     if device.speed is None:
         return "slower: `qlora-tui doctor` measures how much"
     execution = trainer_execution(recipe, device, architecture)
@@ -325,9 +337,11 @@ def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device
 
 
 def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Describe what a recipe keeps in host memory next to a GPU, and its cost; empty if it keeps nothing.
+    """Describe what a recipe keeps in host memory besides a GPU's, and its cost; empty if it keeps nothing
+    there.
 
-    ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6× slower.``
+    Example: ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6×
+    slower.``
     """
     execution = trainer_execution(recipe, device, architecture)
     streamed = streamed_weights(recipe, architecture, execution)

@@ -1,8 +1,8 @@
-"""The steps that this process has traced, which replace the formula wherever the same step is estimated.
+"""The steps that this process has traced, which replace the formula in every estimate of the same step.
 
-They are a part of each :class:`.execution.Device` that :func:`.budget.budget_for` returns, so that no two
-places show different figures for one recipe, and what was computed for a device without a trace is out of
-date once there is one. :mod:`qlora_tui.runs.exact_memory` traces.
+They are a part of each :class:`.execution.Device` that :func:`.budget.budget_for` returns. So all screens
+show the same figures for a recipe, and results computed for a device without a trace are invalid once there
+is a trace. :mod:`qlora_tui.runs.exact_memory` makes the traces.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from qlora_tui.memory.recording import StepTrace
 
 _MAX = 64
-"""Traces that are remembered, of some 20 KB each."""
+"""Number of traces that are kept, of about 20 KB each."""
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class KnownTraces:
-    """Traced steps; two objects are never equal, as an estimate is cached for one of them."""
+    """Traced steps. Two objects are never equal, because estimates are cached for each object."""
 
     def __init__(self, steps: Mapping[object, StepTrace] = MappingProxyType({})) -> None:
         self._steps = steps
 
     @staticmethod
     def read_there() -> KnownTraces:
-        """Return those of the process that is asked, for a call on another machine."""
+        """Return the traces of the process that receives the call, for a call on another machine."""
         return known_traces()
 
     def find(
@@ -48,7 +48,7 @@ class KnownTraces:
     def with_step(
         self, recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, traced: StepTrace
     ) -> KnownTraces:
-        """Return these and another; itself if it has that one already."""
+        """Return these traces with another one; the same object if it already has that trace."""
         key = _key(recipe, architecture, execution)
         if self._steps.get(key) == traced:
             return self
@@ -69,21 +69,21 @@ def known_traces() -> KnownTraces:
 def remember(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, traced: StepTrace
 ) -> None:
-    """Use a traced step in all estimates of it from now on."""
+    """Use a traced step in all later estimates of the same step."""
     global _known
     with _lock:
         _known = _known.with_step(recipe, architecture, execution, traced)
 
 
 def forget() -> None:
-    """Use the formula for every step again."""
+    """Discard all traces, so that estimates use the formula again."""
     global _known
     with _lock:
         _known = NO_TRACES
 
 
 def traced_settings(recipe: Recipe) -> Recipe:
-    """Return a recipe with those settings alone that change the memory of a step's tensors."""
+    """Return a recipe with only the settings that change the memory of a step's tensors."""
     plain, data, training, lora = Recipe(), recipe.data, recipe.training, recipe.lora
     return Recipe(
         model=structs.replace(plain.model, attention=recipe.model.attention, kernels=recipe.model.kernels),
@@ -105,7 +105,7 @@ def traced_settings(recipe: Recipe) -> Recipe:
 
 
 def traced_execution(execution: ExecutionConfig) -> ExecutionConfig:
-    """Return the code that runs without what changes only the process, and not its tensors."""
+    """Return the execution without the fields that change only the process and not its tensors."""
     return replace(execution, general_prompts=0, multiprocessors=None, cuda_libraries=False)
 
 

@@ -1,7 +1,8 @@
-"""The frozen weights: which are in 4 bits, the sizes of their tensors, and which layers are streamed.
+"""The frozen weights: which of them are in 4 bits, the sizes of their tensors, and the streamed layers.
 
-Streamed layers wait in host memory and pass through two buffers of the device (``training/streaming``), each
-as large as the largest of them. Norms, biases, adapters, embeddings and head stay on the device.
+Streamed layers are kept in host memory and copied in turn to two buffers of the device
+(``training/streaming``), each as large as the largest layer. Norms, biases, adapters, embeddings and head
+stay on the device.
 
 Sources: bitsandbytes ``functional.py`` (``quantize_4bit`` with blocks of 64, ``quantize_blockwise`` with
 blocks of 256 for the scales of a double quantization), and ``training/experts/storage.py``.
@@ -25,16 +26,16 @@ from qlora_tui.recipe.targets import matches
 ALLOCATION_BYTES = 512
 """Granularity to which the CUDA caching allocator rounds blocks up (``kMinBlockSize``)."""
 BLOCK = 64
-"""Weights that share one scale (``blocksize`` of Linear4bit)."""
+"""Number of weights that share one scale (``blocksize`` of Linear4bit)."""
 NESTED_BLOCK = 256
-"""Scales that share one scale, with double quantization."""
+"""Number of scales that share one scale, with double quantization."""
 CODE_BYTES = 16 * 4
-"""The sixteen values of NF4 or FP4, stored by each module."""
+"""Bytes of the sixteen values of NF4 or FP4, which each module stores."""
 NESTED_CODE_BYTES = 256 * 4
 
 
 def quantizes(settings: Quantization, module: LinearModule) -> bool:
-    """Return whether a method of quantization changes this module's weight."""
+    """Return whether a quantization method changes this module's weight."""
     return module.quantizable and not (settings.skip and matches(settings.skip, module))
 
 
@@ -50,7 +51,7 @@ def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
 def expert_method(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
 ) -> Literal["nf4", "fp4", "none"]:
-    """Return how the trainer stores fused experts; only this project's quantizes them."""
+    """Return how the trainer stores fused experts; only this project's trainer quantizes them."""
     return quantized_experts(recipe.quantization, architecture) if execution.own_fused else "none"
 
 
@@ -67,15 +68,17 @@ def expert_tensor_sizes(shape: tuple[int, ...], nested: bool) -> tuple[int, ...]
 
 
 PACKED_EXPERTS = ("gate_up_proj", "down_proj")
-"""Parameters of the experts that our function computes in 4 bits. Others stay in 16 bits: those of Nemotron H
-have no gate."""
+"""Parameters of the experts that our function computes in 4 bits.
+
+Other experts stay in 16 bits, such as those of Nemotron H, which have no gate.
+"""
 
 
 def quantized_experts(settings: Quantization, architecture: Architecture) -> Literal["nf4", "fp4", "none"]:
     """Return how the fused experts of a mixture are quantized.
 
-    ``none`` also for a model without experts, and for files that bitsandbytes quantized already: these hold
-    the experts as it left them.
+    ``none`` also for a model without experts, and for files that bitsandbytes has already quantized: these
+    hold the experts as bitsandbytes left them.
     """
     if (
         settings.method not in ("nf4", "fp4")
@@ -89,7 +92,7 @@ def quantized_experts(settings: Quantization, architecture: Architecture) -> Lit
 
 
 def require_4_bit_experts(settings: Quantization, architecture: Architecture) -> None:
-    """Raise UserError if experts that are stored in MXFP4 would be read in 16 bits."""
+    """Raise UserError if experts that are stored in MXFP4 would be loaded in 16 bits."""
     if architecture.quantized_as != "mxfp4" or quantized_experts(settings, architecture) != "none":
         return
     is_method = settings.method not in ("nf4", "fp4")
@@ -110,11 +113,11 @@ def round_to_block(size: int) -> int:
 
 
 def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
-    """Return the bytes of the whole base model, in the dtypes it has during training, by item.
+    """Return the bytes of the whole base model by item, in the dtypes that it has during training.
 
-    ``weights`` are the quantized ones, with their ``scales`` and code tables; ``linear``, weights and biases
-    that stay as they are; ``experts``, fused ones with their scales; ``norms``, also routers, convolutions
-    and others.
+    The items are ``weights``, quantized, with their ``scales`` and code tables; ``linear``, weights and
+    biases that are not quantized; ``experts``, fused ones with their scales; and ``norms``, which includes
+    routers, convolutions and other parameters.
     """
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     itemsize = execution.residual_itemsize
@@ -125,7 +128,7 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
     def add(item: str, count: int, *sizes: int) -> None:
         items[item] += count * sum(map(round_to_block, sizes))
 
-    # A model has hundreds of modules and parameters, but few that differ.
+    # A model has hundreds of modules and parameters, but few different ones.
     kinds: dict[tuple[object, ...], tuple[LinearModule, int]] = {}
     for module in architecture.modules:
         is_vision = module.part == "vision"
@@ -164,9 +167,9 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
 
 
 SLOTS = 2
-"""Buffers of the device that streamed layers pass through in turn."""
+"""Number of device buffers to which streamed layers are copied in turn."""
 _MIN_DIMENSIONS = 2
-"""Dimensions from which a parameter moves: norms have one."""
+"""Number of dimensions from which a parameter moves; norms have one."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +179,9 @@ class StreamedWeights:
     indices: tuple[int, ...]
     """The streamed layers, in order."""
     host_bytes: int
-    """Host memory that holds them."""
+    """Bytes of host memory that hold the layers."""
     slot_bytes: int
-    """Buffers of the device that they pass through."""
+    """Bytes of the device buffers to which the layers are copied."""
     items: dict[str, int]
     """Bytes of each item of the estimate that are in host memory instead of on a GPU."""
 
@@ -186,7 +189,7 @@ class StreamedWeights:
 def streamed_indices(layers: int, count: int) -> tuple[int, ...]:
     """Return ``count`` of ``layers`` layers, at equal distances.
 
-    Between two of them a copy has the time in which the layers between compute.
+    A copy can then run while the layers between two streamed ones compute.
     """
     count = min(count, layers)
     return tuple((2 * number + 1) * layers // (2 * count) for number in range(count))
