@@ -10,12 +10,12 @@ gpu       GPU metrics through the driver of a vendor, such as NVML
 memory    memory estimates of a recipe, and the largest settings that fit
 data      conversations from files
 runs      run directories, events, queue, runner, control requests, retries
-sweeps    many runs of one recipe with other settings, and whether the best is better than chance
+sweeps    many runs of one recipe with varied settings, and whether the best is better than chance
 training  the trainer process
-adapters  what an adapter changes, and the base's weights with it merged in
+adapters  the weight updates of an adapter, and the base's weights with an adapter merged in
 chat      answers of base and adapter
 export    merged models and GGUF files, and their comparison
-engine    a child process that runs what the app needs torch for
+engine    a child process for work of the app that needs torch
 demo      the whole workflow on a small real model
 tui       the terminal app; the only package that imports textual
 cli       the commands
@@ -25,14 +25,14 @@ Modules that every package may import:
 settings       the user's ``config.toml``: theme, keymap, folders, notifications
 paths          the folders of runs, presets, drafts and caches
 errors         UserError with its codes, and exit codes
-files          files that a kill or a power cut leaves whole; checksums: folders that can be verified
+files          crash-safe files; checksums: folders that can be verified
 publishing     temporary folders with a marker, moved into place, and all deleting; locks: file locks
-decoding       JSON that may be damaged; answer_cache: answers kept by what they depend on
-hours          hours of the week, and the clock that says whether they are now
+decoding       JSON that may be damaged; answer_cache: results that are cached by their inputs
+hours          hours of the week, and the clock
 formatting     numbers, sizes and times as text; visible: text without control characters
-glossary       the words that the app explains
+glossary       the terms that the app explains
 installation   how packages are installed into the environment of this program
-worker         runs functions of this program in processes of their own
+worker         runs functions of this program in separate processes
 
 torch is imported only by gguf_format, training, adapters, chat, export and the engine process.
 """

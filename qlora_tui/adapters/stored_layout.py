@@ -126,7 +126,7 @@ class StoredLayout:
         """Return the parameter that an adapter names, by its module or directly; None if there is none.
 
         Names in a text model differ from those in the same model with a vision tower. A name is therefore
-        also found by its ending, if only one parameter has this ending.
+        also found by its part from ``layers.`` on, if only one parameter shares this part.
         """
         for known in (name, f"{name}.weight"):
             if known in self.by_parameter:

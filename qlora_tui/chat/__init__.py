@@ -3,19 +3,19 @@
 chat_types          sampling settings, results, and what an adapter changes, as a sentence; no torch
 chat_sources        the available adapters, and whether a chat fits into the free memory; no torch
 session             the base model and its adapters in memory
-adapters            loads adapters, and computes them in place of peft
-decoding            keys and values of a conversation; on a GPU, a step recorded as a CUDA graph
+adapters            loads adapters, and computes them without peft's overhead
+decoding            keys and values of a conversation; on a GPU, decoding steps recorded as CUDA graphs
 cpu                 faster decoding on a CPU
 logits              the output layer; compares the first logits with those of transformers and peft
-session_check       turns off what makes a session's logits differ from the libraries'
+session_check       turns off features that make a session's logits differ from the libraries' logits
 generation          one answer, token by token, with its thoughts separated
-completion_types    what programs ask for, and what they get; no torch
+completion_types    requests of programs for completions, and their results; no torch
 completion          one completion for a program: stop texts, log probabilities, echo
 batches             completions of one adapter, computed together
-constraints         answers that satisfy a JSON schema
+constraints         answers that satisfy a JSON schema or call a function
 effect_measurement  measures an adapter on validation conversations
-decide              how probable each option is as the answer to a conversation
+decide              the probability of each option as the answer to a conversation
 prediction          decisions on every row of a file, as a job
-task_answers        what base and adapter answer to validation prompts, as a job
+task_answers        answers of base and adapter to validation prompts, as a job
 repl                the command line's chat
 """

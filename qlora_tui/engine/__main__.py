@@ -11,7 +11,7 @@ from qlora_tui.gpu.torch_env import configure_torch_env
 
 
 def main() -> None:
-    """Serve until stdin closes."""
+    """Serve requests until stdin closes."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     questions = os.fdopen(os.dup(0), "rb")

@@ -21,7 +21,7 @@ from qlora_tui.training.host import release_gpu_memory
 
 
 class ChatService:
-    """Holds at most one session."""
+    """Serves chat requests with at most one loaded session."""
 
     def __init__(self) -> None:
         self._session: ChatSession | None = None
@@ -46,11 +46,11 @@ class ChatService:
         )
 
     def offer(self, adapters: dict[str, str]) -> None:
-        """Replace the list of adapters. Raises UserError if no model is loaded."""
+        """Replace the available adapters. Raises UserError if no model is loaded."""
         self._loaded().offer(adapters)
 
     def generate(self, request: Generate, stop: Event) -> Generator[TextChunk, None, GenerationResult]:
-        """Yield an answer piece by piece, and return it. Raises UserError."""
+        """Yield an answer in pieces, and return its result. Raises UserError."""
         session = self._loaded()
         reply: AnswerStream[PrefixCache] | AnswerStream[GgufDecoder]
         if request.adapter_name in session.source.gguf_files:
@@ -73,14 +73,14 @@ class ChatService:
             yield from reply
         assert reply.outcome is not None
         if reply.outcome.note:
-            # For the engine's log: the user need not act on it.
+            # This is for the engine's log, because the user need not act on it.
             print(reply.outcome.note, file=sys.stderr)
         return reply.outcome
 
     def complete(
         self, completion: Completion, stop: Event
     ) -> Generator[CompletionPart | None, None, CompletionResult]:
-        """Yield a completion piece by piece, and return its result. Raises UserError.
+        """Yield a completion in pieces, and return its result. Raises UserError.
 
         Yields None between the pieces, so that other requests can continue.
         """
@@ -92,12 +92,12 @@ class ChatService:
         return result
 
     def decide(self, request: Decide) -> Decided:
-        """Say how probable each option is. Raises UserError."""
+        """Return the probability of each option. Raises UserError."""
         return decide_one(self._loaded(), request.adapter_name, request.messages)
 
     def measure(self, request: MeasureEffect, on_status: Callable[[str], None], stop: Event) -> Effect:
         """Compare an adapter with the base. Raises UserError."""
-        # It imports peft, which takes seconds.
+        # Imported here because it imports peft, which takes seconds.
         from qlora_tui.chat.effect_measurement import measure_effect
 
         session = self._loaded()
@@ -116,7 +116,7 @@ class ChatService:
         return self._loaded().count_tokens(request.text)
 
     def unload(self) -> None:
-        """Free the memory of the model."""
+        """Unload the model and free its memory."""
         self._session = None
         for decoder in self._gguf_decoders.values():
             decoder.close()

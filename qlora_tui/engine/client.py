@@ -41,20 +41,20 @@ from qlora_tui.worker import Failure, Progress, Result
 
 _LONGEST_LINE_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 3.0
-"""Seconds that a child may take to exit by itself."""
+"""Seconds within which a child must exit by itself."""
 _KILLED_TIMEOUT_S = 0.5
-"""Seconds that leaving the app waits for a killed child. A GPU driver may free its memory for longer."""
+"""Seconds that closing the app waits for a killed child. A GPU driver may need longer to free its memory."""
 
 
 class EngineClosedError(UserError):
-    """The caller closed the engine before it replied: not a failure, and not shown to the user."""
+    """The caller closed the engine before it replied. This is not a failure, and is not shown to the user."""
 
     def __init__(self) -> None:
         super().__init__("The engine was closed", what="It had not answered.", fix="Ask again.")
 
 
 class EngineClient:
-    """One child process, started when first needed and restarted after it was lost."""
+    """A client with one child process, which is started on demand and restarted after it was lost."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -73,7 +73,7 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        """PID of the child; None without one."""
+        """PID of the child; None if there is none."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
     def ask(self, request: EngineRequest[PartT, ResultT]) -> ReplyStream[PartT, ResultT]:
@@ -87,8 +87,8 @@ class EngineClient:
                 await self._start()
 
     async def close(self) -> None:
-        """Stop the child and free all it held; the next request starts another."""
-        # The next child starts after the end of this one, whose listener ends every request.
+        """Stop the child and free its resources. The next request starts another child."""
+        # The next child starts after this one has ended, because its listener ends every request.
         async with self._starting:
             process, self._process = self._process, None
             if process is None:
@@ -106,7 +106,7 @@ class EngineClient:
                 self._listener = None
 
     async def kill(self) -> None:
-        """End the child without waiting for it to exit by itself: it has nothing to save."""
+        """Kill the child without waiting for it to exit. It has nothing to save."""
         process, self._process = self._process, None
         if process is None or process.stdin is None or self._listener is None:
             return
@@ -114,7 +114,7 @@ class EngineClient:
             process.kill()
         process.stdin.close()
         with suppress(TimeoutError):
-            # It ends once the pipes are closed too.
+            # The listener ends once the pipes are closed.
             await asyncio.wait_for(self._listener, _KILLED_TIMEOUT_S)
 
     async def _start(self) -> None:
@@ -126,7 +126,7 @@ class EngineClient:
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
                     stderr=log,
-                    # Ctrl-C in the terminal is for the app, not for the engine.
+                    # Ctrl-C in the terminal is meant for the app, not for the engine.
                     start_new_session=True,
                     limit=_LONGEST_LINE_BYTES,
                     env=worker.subprocess_env(),
@@ -170,7 +170,7 @@ class EngineClient:
         return number
 
     def _write(self, envelope: RequestEnvelope) -> None:
-        # _listen detects a child that has just died, and reports it in more detail.
+        # _listen detects a child that has just ended, and reports it in more detail.
         if self._process is not None and self._process.stdin is not None:
             line, link = encode(envelope), current()
             self._process.stdin.write(line if link is None else bytes(link.there(line)) + b"\n")
@@ -179,7 +179,7 @@ class EngineClient:
 class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, ResultT]):
     """Replies as they arrive: status lines and parts, then the result.
 
-    A Failure is raised as its UserError; so is a lost engine. If the task that waits is cancelled, the engine
+    A Failure and the loss of the engine are raised as UserError. If the waiting task is cancelled, the engine
     stops too.
     """
 
@@ -212,20 +212,20 @@ class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, Resu
         return reply if isinstance(reply, Progress) else decode_value(reply, self._request)
 
     async def result(self) -> ResultT:
-        """Wait for the result."""
+        """Wait for the result and return it."""
         replies: list[Any] = [reply async for reply in self]
         result: ResultT = replies[-1]
         return result
 
     def stop(self) -> None:
-        """Stop this answer at once; text generated so far, and the result, still arrive."""
+        """Stop this answer at once. The text generated so far and the result still arrive."""
         if self._number is None:
             self._over = True
         elif not self._over:
             self._client._write(RequestEnvelope(0, Stop(request_number=self._number)))
 
     def close(self) -> None:
-        """Stop, and drop what still arrives."""
+        """Stop the answer, and drop the remaining replies."""
         self.stop()
         self._end()
 

@@ -28,7 +28,7 @@ _NICENESS = 10
 
 
 class DataService:
-    """Reads data for the app; caches the last tokenizer, since rows are requested one after the other."""
+    """Reads data for the app. Caches the last tokenizer, because rows are requested one after another."""
 
     def __init__(self) -> None:
         self._cached: tuple[tuple[str, str], ChatTokenizer] | None = None
@@ -51,7 +51,8 @@ class DataService:
         return show(request.source, request.row, tokenizer, request.data, request.path)
 
     def fields(self, request: ShowFields) -> dict[str, str]:
-        """Return the columns of the first rows, whatever their format. Raises UserError."""
+        """Return the columns of the first rows, with the beginning of a value each, in any format. Raises
+        UserError."""
         path = paths_of(request.source)[0][0]
         first_values: dict[str, str] = {}
         for row in islice(rows(path), SNIFFED_ROWS):
@@ -61,7 +62,7 @@ class DataService:
         return first_values
 
     def formats(self, request: ShowFormats) -> tuple[FormatChoice, ...]:
-        """Return what each format reads of the first rows. Raises UserError."""
+        """Return what each format reads from the first rows. Raises UserError."""
         path = paths_of(request.source)[0][0]
         formats = source_fields()["format"].choices
         return format_choices(path, request.source, formats, request.preferences)
@@ -74,7 +75,7 @@ class DataService:
 
 
 def count_data(recipe: Recipe, report: Progress) -> bool:
-    """Count the samples of a recipe for :mod:`qlora_tui.runs.expected_time`, as a job. Raises UserError."""
+    """Count the samples of a recipe, as a job for :mod:`qlora_tui.runs.expected_time`. Raises UserError."""
     os.nice(_NICENESS)  # a run may be training
     tokenizer = ChatTokenizer.from_folder(tokenizer_folder(recipe.model.id), recipe.model.chat_template)
     count_samples(
@@ -87,9 +88,9 @@ def count_data(recipe: Recipe, report: Progress) -> bool:
 
 
 def tokenizer_folder(model: str) -> Path:
-    """Return the folder with a model's tokenizer, which is read from the header of a GGUF file.
+    """Return a folder with a model's tokenizer; for a GGUF file, the tokenizer is read from its header.
 
-    Weights are not needed. Raises ``UserError`` if the tokenizer is not on this machine.
+    Weights are not needed. Raises UserError if the tokenizer is not on this machine.
     """
     try:
         files = find_files(model)
@@ -108,14 +109,14 @@ def tokenizer_folder(model: str) -> Path:
         raise
     if files.gguf_file is None:
         return files.folder
-    # A third of the engine's imports, which few models need.
+    # This takes a third of the engine's import time, and few models need it.
     from qlora_tui.training.gguf_conversion import tokenizer_folder as of_gguf
 
     return of_gguf(files.folder / files.gguf_file)
 
 
 def _as_read(request: ShowRow) -> Shown:
-    """Show a row without a tokenizer: its turns, with the answers marked as trained."""
+    """Return a row without tokenizing it: its turns, with the answers marked as trained."""
     file, row = row_of(request.source, request.row, request.data, request.path)
     one = conversation_of(row, file)
     if isinstance(one, RowRejectedError):

@@ -1,11 +1,11 @@
-"""Choices that torch and this project make by device, made on the meta device as a GPU or CPU makes them.
+"""Device-dependent choices of torch and of this project, made on the meta device as on a GPU or CPU.
 
-On ``meta`` nothing is computed, so every operation takes the path without a kernel of its own, and some have
-none. Here attention, dropout, fused kernels and autocast allocate and save what they do on the device of the
-run. Workspaces inside kernels are in :meth:`.recorder.StorageRecorder`.
+Nothing is computed on ``meta``, so every operation takes its fallback path, and some operations have none.
+Here attention, dropout, fused kernels and autocast allocate and save the same tensors as on the device of the
+run. Workspaces inside kernels are handled in :meth:`.recorder.StorageRecorder`.
 
-Not imitated: cuDNN's attention and convolutions, whose workspaces depend on what it measures, and kernels of
-``flash-linear-attention`` and ``mamba-ssm``; layers that use those take transformers' own code in a trace.
+Not imitated: cuDNN's attention and convolutions, whose workspaces depend on its measurements, and kernels of
+``flash-linear-attention`` and ``mamba-ssm``. Layers that use these run transformers' own code in a trace.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from qlora_tui.memory.execution import (
 from qlora_tui.training import loss, packed_attention
 
 WIDEST_FLASH = 256
-"""Widest head of FlashAttention (``check_head_dim_size_flash`` in aten's ``sdp_utils.cpp``)."""
+"""Largest head size of FlashAttention (``check_head_dim_size_flash`` in aten's ``sdp_utils.cpp``)."""
 DTYPES = {(2, False): torch.bfloat16, (2, True): torch.float16}
-"""Compute dtypes by their bytes and whether they are float16; others are float32."""
+"""Compute dtypes, by their size in bytes and whether they are float16. Others are float32."""
 
 
 def compute_dtype(execution: ExecutionConfig) -> torch.dtype:
-    """Return the dtype of the products."""
+    """Return the dtype in which products are computed."""
     return DTYPES.get((execution.compute_itemsize, execution.float16), torch.float32)
 
 
 @contextmanager
 def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
-    """Let torch and our code choose their kernels as on the run's device inside the block."""
+    """Make torch and this project choose kernels as on the run's device inside the block."""
     on_gpu = execution.device == "cuda"
     attention = _Attention(execution)
     autocast = _Autocast(compute_dtype(execution) if execution.autocast else None)
@@ -58,7 +58,7 @@ def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
         (torch, "is_autocast_enabled", autocast.is_enabled),
         (torch, "get_autocast_dtype", lambda device: autocast.dtype or torch.float32),
         (loss, "block_rows", lambda _: LOSS_BLOCK_ROWS[execution.device]),
-        # A mask has no values, and nothing is masked.
+        # A mask on ``meta`` has no values, so treat it as hiding nothing.
         (masking_utils, "fast_all", lambda mask: True),
         (moe, "_grouped_mm", _grouped_product(execution)),
     ]
@@ -88,14 +88,14 @@ def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
 
 
 class _Attention:
-    """SDPA and FlashAttention for packed samples, with the kernel that the device chooses."""
+    """SDPA and FlashAttention for packed samples, with the kernel that the run's device would choose."""
 
     def __init__(self, execution: ExecutionConfig) -> None:
         self._execution = execution
         self._unfused = functional.scaled_dot_product_attention
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Replace ``scaled_dot_product_attention``: torch's own on ``meta`` is its fallback on a GPU."""
+        """Replace ``scaled_dot_product_attention``, which on ``meta`` is what a GPU uses as a fallback."""
         if self._execution.autocast and torch.is_autocast_enabled("cuda"):
             dtype = compute_dtype(self._execution)
             query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -114,7 +114,7 @@ class _Attention:
         return _fused(query, key, value, mask=mask)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
-        """Return the mask that SDPA gets; the library of FlashAttention needs none for a window."""
+        """Return the mask that SDPA receives. The library of FlashAttention needs none for a window."""
         return mask if self._execution.own_fused else None
 
     def _runs_flash(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -185,7 +185,7 @@ class _FusedAttention(torch.autograd.Function):
         rows = row_sums.numel() + SAMPLE_PADDING_ROWS * ctx.samples * query.shape[1]
         delta = row_sums.new_empty(rows)
         # The gradient of q is summed over key blocks in float32 (dq_accum in flash_api.cpp, workspace_gq in
-        # the CUTLASS kernel), unless everything is float32 already.
+        # the CUTLASS kernel), unless all tensors are float32 already.
         summed = rows * accumulator_width(query.shape[-1]) if ctx.samples else query.numel()
         sums = row_sums.new_empty(summed) if query.element_size() == 2 else None
         gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
@@ -197,9 +197,9 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _Autocast(TorchFunctionMode):
-    """``torch.autocast`` of a GPU on the meta device, which has none.
+    """``torch.autocast`` of a GPU, for the meta device, which has no autocast.
 
-    Casts what torch's own casts (``AT_FORALL_LOWER_PRECISION_FP`` and ``AT_FORALL_FP32`` in
+    Casts the same operations as torch (``AT_FORALL_LOWER_PRECISION_FP`` and ``AT_FORALL_FP32`` in
     aten/src/ATen/autocast_mode.h), and keeps the copies of trained weights until the forward ends
     (``cached_cast`` in autocast_mode.cpp).
     """
@@ -273,7 +273,7 @@ class _Autocast(TorchFunctionMode):
         before, self._enabled = self._enabled, enabled
         self._depth += 1
         try:
-            # Entered here: autograd leaves out function modes that were entered before the backward.
+            # Entered here because autograd ignores function modes that were entered before the backward.
             with self if self._depth == 1 else nullcontext():
                 yield
         finally:
@@ -314,9 +314,9 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _grouped_product(execution: ExecutionConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the product of all experts, each with its rows, which torch's own computes from Ampere on."""
+    """Return the grouped product of all experts, which torch computes with its own kernel from Ampere on."""
     if execution.device == "cuda" and execution.capability < BFLOAT16_CAPABILITY:
-        # It also allocates gradients of the frozen weights.
+        # This fallback also allocates gradients of the frozen weights.
         return lambda rows, weights, offs: torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
 
     def product(rows: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
@@ -326,7 +326,7 @@ def _grouped_product(execution: ExecutionConfig) -> Callable[[Tensor, Tensor, Te
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """``torch.nn.functional.grouped_mm`` in any dtype, which on ``meta`` takes bfloat16 alone."""
+    """``torch.nn.functional.grouped_mm`` in any dtype. On ``meta``, torch's own supports only bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
@@ -346,14 +346,15 @@ _library_softmax = torch.softmax
 def _softmax(
     input: Tensor, dim: int = -1, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any
 ) -> Tensor:
-    """A GPU widens float16 inside the kernel (``softmax`` in aten/src/ATen/native/SoftMax.cpp)."""
+    """Compute softmax like a GPU, which widens float16 inside the kernel
+    (aten/src/ATen/native/SoftMax.cpp)."""
     if input.dtype == torch.float16 and dtype == torch.float32:
         return torch._softmax(input, dim, True)
     return _library_softmax(input, dim, dtype=dtype)
 
 
 def liger_loss(head: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a stand-in for Liger's loss with this head, which allocates what Liger's does."""
+    """Return a stand-in for Liger's loss with this head, which makes the same allocations."""
 
     def summed(states: Tensor, targets: Tensor) -> Tensor:
         scaled = states if head.multiplier == 1.0 else states * head.multiplier
@@ -377,5 +378,5 @@ class _LigerLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # Multiplied by the gradient of the loss in place (element_mul_kernel).
+        # Liger multiplies it by the gradient of the loss in place (element_mul_kernel).
         return ctx.saved_tensors[0], None

@@ -1,11 +1,11 @@
 """Messages between the app and the engine: JSON lines, one envelope each. Loads no torch.
 
-A request is sent as :class:`RequestEnvelope` on the engine's stdin; its class names the types of its parts
-and of its result. Each reply is a :data:`Message` with the request's number: any number of status lines and
-parts, then the result or a failure. The engine handles one request at a time, except for chat answers and
-completions, which are generated concurrently.
+A request is sent as :class:`RequestEnvelope` on the engine's stdin. Its class determines the types of its
+parts and of its result. Each reply is a :data:`Message` with the number of the request: any number of status
+lines and parts, then the result or a failure. The engine handles one request at a time, except for chat
+answers and completions, which are generated concurrently.
 
-The engine's log, which both sides name, is here too.
+This module also has the path of the engine's log, which both sides use.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class ChatReady(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     adapter_names: tuple[str, ...]
     device: str
-    """``NVIDIA GeForce RTX 4090``, or the CPU's name."""
+    """Name of the GPU, such as ``NVIDIA GeForce RTX 4090``, or of the CPU."""
     dtype: str
     context_tokens: int
     seconds: float
     memory_bytes: int
-    """Memory used by the model: of the GPU, or of the host without one."""
+    """Memory used by the model, on the GPU if there is one, otherwise on the host."""
     thinking: ThinkingSupport = ThinkingSupport()
     decides: bool = False
-    """Whether answers of its adapters are decisions."""
+    """Whether the adapters answer with decisions."""
     writes_tools: bool = False
-    """Whether the chat template writes tools; otherwise they are described in the system prompt."""
+    """Whether the chat template writes tools. If not, the system prompt describes them."""
 
 
 class EngineRequest(
@@ -62,30 +62,30 @@ class LoadChat(EngineRequest[Never, ChatReady], frozen=True, kw_only=True, tag="
 
 
 class OfferAdapters(EngineRequest[Never, None], frozen=True, kw_only=True, tag="offer_adapters"):
-    """Replace the list of adapters that the loaded model can be asked with."""
+    """Replace the adapters that can be used with the loaded model."""
 
     adapters: dict[str, str]
-    """Folder of each by name."""
+    """Folder of each adapter, by name."""
 
 
 class Generate(EngineRequest[TextChunk, GenerationResult], frozen=True, kw_only=True, tag="generate"):
-    """Answer a conversation with the loaded model, piece by piece."""
+    """Answer a conversation with the loaded model, in pieces."""
 
     messages: tuple[ChatMessage, ...]
     adapter_name: str
-    """One of the source's adapters: ``base``, ``adapter``, ``step-120``."""
+    """Name of one of the source's adapters, such as ``base``, ``adapter`` or ``step-120``."""
     sampling: Sampling = Sampling()
     thinking: Thinking = "auto"
 
 
 class Complete(EngineRequest[CompletionPart, CompletionResult], frozen=True, kw_only=True, tag="complete"):
-    """Answer a program. Requests to one adapter are computed together."""
+    """Compute a completion for a program. Completions by the same adapter are computed together."""
 
     completion: Completion
 
 
 class Decide(EngineRequest[Never, Decided], frozen=True, kw_only=True, tag="decide"):
-    """Say how probable each option is as the answer to a conversation, if answers are decisions."""
+    """Return the probability of each option as the answer to a conversation, if answers are decisions."""
 
     messages: tuple[ChatMessage, ...]
     adapter_name: str
@@ -94,33 +94,33 @@ class Decide(EngineRequest[Never, Decided], frozen=True, kw_only=True, tag="deci
 class MeasureEffect(EngineRequest[Never, Effect], frozen=True, kw_only=True, tag="measure_effect"):
     """Compare an adapter with its base on held-out data.
 
-    A Stop ends it early, with the samples compared so far.
+    A Stop ends the comparison early, with the samples compared so far.
     """
 
     adapter_name: str
 
 
 class CountTokens(EngineRequest[Never, int], frozen=True, kw_only=True, tag="count_tokens"):
-    """Count the tokens of a text, without those of a chat template, by the loaded model's tokenizer."""
+    """Count the tokens of a text with the loaded model's tokenizer, without a chat template."""
 
     text: str
 
 
 class Unload(EngineRequest[Never, None], frozen=True, kw_only=True, tag="unload"):
-    """Free the memory of the model."""
+    """Unload the model and free its memory."""
 
 
 class InspectData(EngineRequest[Report, Report | None], frozen=True, kw_only=True, tag="inspect_data"):
-    """Inspect a data file, in reports that are each more complete than the last.
+    """Inspect a data file, in reports that become more complete.
 
     The result is None if the request was stopped before the first report.
     """
 
     source: Source
     data: Data
-    """Settings that decide what is truncated and trained."""
+    """Data settings, which determine what is truncated and trained."""
     model: str = ""
-    """Model whose tokens are counted; empty counts characters."""
+    """Model whose tokens are counted. If empty, characters are counted."""
     template: str = "auto"
 
 
@@ -130,10 +130,10 @@ class ShowRow(EngineRequest[Never, Shown], frozen=True, kw_only=True, tag="show_
     source: Source
     row: int
     path: str = ""
-    """File of the source; empty is its first."""
+    """File of the source; empty for its first file."""
     data: Data
     model: str = ""
-    """Model whose tokenizer and template are used; empty shows the row as in the file."""
+    """Model whose tokenizer and template are used. If empty, the row is shown as in the file."""
     template: str = "auto"
 
 
@@ -146,7 +146,7 @@ class ShowFields(EngineRequest[Never, dict[str, str]], frozen=True, kw_only=True
 class ShowFormats(
     EngineRequest[Never, tuple[FormatChoice, ...]], frozen=True, kw_only=True, tag="show_formats"
 ):
-    """Try the first rows of a source's first file in every format."""
+    """Read the first rows of a source's first file in every format."""
 
     source: Source
     preferences: str
@@ -154,7 +154,7 @@ class ShowFormats(
 
 
 class Stop(EngineRequest[Never, Never], frozen=True, kw_only=True, tag="stop"):
-    """Stop an earlier request at once, whose result is the reply."""
+    """Stop an earlier request at once. Its result is the reply."""
 
     request_number: int
     """Number of the request to stop."""
@@ -187,14 +187,14 @@ Message: TypeAlias = Progress | Part | Result | Failure
 
 
 class RequestEnvelope(Struct, frozen=True):
-    """A numbered request: one line."""
+    """A request with its number, as one line."""
 
     number: int
     request: AnyRequest
 
 
 class ReplyEnvelope(Struct, frozen=True):
-    """A reply to the request of that number: one line."""
+    """A reply with the number of its request, as one line."""
 
     number: int
     reply: Message
@@ -206,17 +206,17 @@ _reply_decoder = msgspec.json.Decoder(ReplyEnvelope)
 
 
 def encode(envelope: RequestEnvelope | ReplyEnvelope) -> bytes:
-    """Encode an envelope as one line, newline included."""
+    """Encode an envelope as one line, including the newline."""
     return _encoder.encode(envelope) + b"\n"
 
 
 def decode_request(line: bytes) -> RequestEnvelope:
-    """Decode a request; raises msgspec.MsgspecError if it is not valid."""
+    """Decode a request. Raises msgspec.MsgspecError if it is invalid."""
     return _request_decoder.decode(line)
 
 
 def decode_reply(line: bytes) -> ReplyEnvelope:
-    """Decode a reply; raises msgspec.MsgspecError if it is not valid."""
+    """Decode a reply. Raises msgspec.MsgspecError if it is invalid."""
     return _reply_decoder.decode(line)
 
 
@@ -226,7 +226,7 @@ def encode_value(value: object) -> msgspec.Raw:
 
 
 def decode_value(message: Part | Result, request: EngineRequest[Any, Any]) -> Any:
-    """Decode the value of a part or a result, which has the type that the request's class names."""
+    """Decode the value of a part or a result, whose type the request's class determines."""
     (base,) = type(request).__orig_bases__  # type: ignore[attr-defined]  # of each class with a generic base
     part, result = get_args(base)
     return msgspec.json.decode(message.value, type=part if isinstance(message, Part) else result)
@@ -236,7 +236,7 @@ _ENOUGH_BYTES = 1 << 20
 
 
 def log_path() -> Path:
-    """Path of the output of the engine and its libraries."""
+    """Return the path of the log of the engine and its libraries."""
     return state_dir() / "engine.log"
 
 
@@ -249,7 +249,8 @@ def truncated_log() -> Path:
 
 
 def open_log() -> IO[bytes]:
-    """Open the log for appending, or the null device: an unwritable log must not stop the engine."""
+    """Open the log for appending. If it cannot be written, open the null device, so that the engine still
+    starts."""
     try:
         return truncated_log().open("ab")
     except OSError:

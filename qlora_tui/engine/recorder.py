@@ -1,7 +1,7 @@
-"""Records when each storage of a step is allocated and freed, and what it is.
+"""Records when each storage of a step is allocated and freed, and what it contains.
 
-A dispatch mode sees each tensor that is created, and a weak reference reports when its storage is freed, so
-the order of both is the one that the step has on a device.
+A dispatch mode sees each new tensor, and a weak reference reports when its storage is freed. The order of
+both is therefore the order of the step on a device.
 """
 
 from __future__ import annotations
@@ -24,49 +24,55 @@ from qlora_tui.memory.weights import round_to_block
 
 ACTIVATIONS = "activations"
 MOST_OPERATIONS = 250_000
-"""Operations of one micro-step: some 30 s of processor time. Layers of many experts need 100,000; those
-that compute one token after another need a hundred for each token (RWKV)."""
+"""Maximum number of operations of one micro-step, which take about 30 s of CPU time.
+
+Layers of many experts need 100,000. Layers that compute one token after another need a hundred per token
+(RWKV).
+"""
 
 
 class TooManyOperations(Exception):
-    """A step has more than ``MOST_OPERATIONS``."""
+    """A step has more than ``MOST_OPERATIONS`` operations."""
 
 
 class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Records storages created under this mode until they are freed; earlier ones do not count."""
+    """Records storages that are created under this mode, until they are freed. Earlier storages are
+    ignored."""
 
     def __init__(self, vocabulary: int = 0, tokens: int = 0, *, device: str = "meta") -> None:
         """Record tensors on ``device``.
 
-        ``vocabulary`` and ``tokens`` (of a sequence) tell logits and attention scores by their shapes.
+        ``vocabulary`` and ``tokens`` (per sequence) identify logits and attention scores by their shapes.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.items: list[str] = [""]
-        """What each storage is, by its number."""
+        """Content of each storage, by its number."""
         self.marks: list[Mark] = []
         self.copied_from: dict[int, int] = {}
-        """The tensor, by its id, that a storage was last filled from together with others."""
+        """Id of the source tensor from which a multi-tensor copy last filled a storage, by the storage's
+        number."""
         self.live_bytes = 0
         self.peak_bytes = 0
         self._vocabulary, self._tokens, self._device = vocabulary, tokens, device
         self._item = ""
         self._operations = 0
         self._known: dict[int, tuple[int, int]] = {}
-        """Number and bytes of each storage that is alive, by its address; 0 for an earlier one."""
+        """Number and bytes of each live storage, by its address; 0 for a storage that is older than the
+        recording."""
 
     def restart(self) -> None:
-        """Reset the peak to the bytes that are allocated now."""
+        """Reset the peak to the bytes that are currently allocated."""
         gc.collect()
         self.peak_bytes = self.live_bytes
 
     def mark(self, phase: Phase, name: str) -> None:
-        """Note that a part of the step begins here."""
+        """Record that a part of the step begins here."""
         self.marks.append(Mark(phase, name, len(self.events)))
 
     @contextmanager
     def attribute_to(self, item: str) -> Iterator[None]:
-        """Record what is allocated inside as this item."""
+        """Record allocations inside the block under this item."""
         before, self._item = self._item, item
         try:
             yield
@@ -74,13 +80,13 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
             self._item = before
 
     def relabel(self, tensor: Tensor, item: str) -> None:
-        """Record a tensor that exists as another item."""
+        """Change the recorded item of an existing tensor."""
         number, _ = self._known.get(tensor.untyped_storage()._cdata, (0, 0))
         if number:
             self.items[number] = item
 
     def number_of(self, tensor: Tensor) -> int:
-        """Return the number of a tensor's storage; 0 for an earlier one."""
+        """Return the number of a tensor's storage; 0 if the storage is older than the recording."""
         return self._known.get(tensor.untyped_storage()._cdata, (0, 0))[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -101,19 +107,19 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         return result
 
     def _unknown(self, values: Any) -> Iterator[Tensor]:
-        """Yield the tensors of the device with a storage that was not seen yet."""
+        """Yield the tensors on the device whose storage was not seen yet."""
         for value in tree_iter(values):
             is_there = isinstance(value, Tensor) and value.device.type == self._device
             if is_there and value.untyped_storage()._cdata not in self._known:
                 yield value
 
     def _workspace(self, name: str, args: Any, kwargs: Any) -> list[Tensor]:
-        """Return the workspaces that a device's kernel allocates and the meta kernel does not.
+        """Return the workspaces that a kernel of the device allocates but the meta kernel does not.
 
         A 4-bit product dequantizes the weight. An 8-bit product is summed in int32 and scaled to float16
-        before it gets its dtype (``int8_mm_dequant`` in bitsandbytes). ``logsumexp`` takes the exponentials
-        of all its input (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp); a GPU's softmax
-        backward multiplies gradient and result first (``softmax_backward_cuda_out`` in
+        before it is converted to its dtype (``int8_mm_dequant`` in bitsandbytes). ``logsumexp`` computes the
+        exponentials of its whole input (``logsumexp_out_impl`` in aten/src/ATen/native/ReduceOps.cpp). A
+        GPU's softmax backward first multiplies gradient and result (``softmax_backward_cuda_out`` in
         aten/src/ATen/native/cuda/SoftMax.cu).
         """
         if name.startswith("bitsandbytes.gemm_4bit"):

@@ -1,11 +1,13 @@
-"""Traces a few layers of each kind, and repeats what they allocated for the others.
+"""Traces a few layers of each kind, and repeats their allocations for the other layers.
 
-The layers of a model are equal, or of a few kinds in turn: 48 equal ones, or one of full attention after
-three of another mixer. So a model of four such periods is built and run, and the events of its second period
-are repeated as often as the whole model has more. Where the second and the third period differ in a single
-event, nothing is repeated and the whole model is traced: :func:`repeat_step` says so.
+The layers of a model are equal or alternate between a few kinds: for example 48 equal layers, or one layer of
+full attention after every three of another mixer. Therefore a model of four such periods is built and run,
+and the events of its second period are repeated for the remaining periods of the whole model. If the second
+and the third period differ in a single event, nothing is repeated and the whole model is traced, which
+:func:`repeat_step` reports.
 
-In a copy, frees refer to the same storage of the layer as far away: the layer itself, or the ones next to it.
+In a copy, a free refers to the same storage of a layer at the same distance: of the layer itself or of its
+neighbors.
 """
 
 from __future__ import annotations
@@ -23,29 +25,30 @@ from qlora_tui.training.model_class import read_config
 
 LONGEST_PERIOD = 12
 PERIODS = 4
-"""Periods that are traced: the first and the last, which have other neighbors, and two to compare."""
+"""Number of traced periods: the first and the last, which have other neighbors, and two to compare."""
 LEAST_SAVED = 4
-"""Layers that must be saved to be worth it."""
+"""Fewest layers that a repetition must save."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """A model of ``built`` layers, of which ``period`` ones from ``first`` on occur more often."""
+    """A shortened model of ``built`` layers, in which the ``period`` layers from ``first`` on are to be
+    repeated."""
 
     built: int
     first: int
     period: int
     times: int
-    """Copies that the whole model has in addition."""
+    """Number of additional copies of the period in the whole model."""
 
     @property
     def added(self) -> int:
-        """Return the number of layers that are not built."""
+        """Number of layers of the whole model that are not built."""
         return self.times * self.period
 
     def repeats(self, layer: int | None) -> bool:
-        """Return whether a built layer occurs more often."""
+        """Return whether a built layer is repeated in the whole model."""
         return layer is not None and self.first <= layer < self.first + self.period
 
     def source(self, layer: int) -> int:
@@ -58,15 +61,15 @@ class Repetition:
         return layer - self.added
 
     def place(self, layer: int) -> int:
-        """Return where a built layer is in the whole model."""
+        """Return the index in the whole model of a built layer."""
         return layer if layer < self.first + self.period else layer + self.added
 
     def spread(
         self, values: Sequence[T], layer_of: Callable[[T], int | None], moved: Callable[[T, int], T]
     ) -> list[T]:
-        """Return values of layers in order, repeated as often as their layers are.
+        """Return values in the order of layers, repeated together with their layers.
 
-        ``moved`` returns a value for the layer of that number.
+        ``moved`` returns a value changed to belong to the layer with the given index.
         """
         end = self.first + self.period
         start = next((at for at, value in enumerate(values) if (layer_of(value) or 0) >= end), len(values))
@@ -81,7 +84,8 @@ class Repetition:
 
 
 def find_repetition(kinds: Sequence[Hashable]) -> Repetition | None:
-    """Return the repetition that leaves the fewest layers, by the kind of each; None without a good one."""
+    """Return the repetition that builds the fewest layers, given the kind of each layer; None if none is
+    worthwhile."""
     best: Repetition | None = None
     count = len(kinds)
     for period in range(1, LONGEST_PERIOD + 1):
@@ -96,7 +100,7 @@ def find_repetition(kinds: Sequence[Hashable]) -> Repetition | None:
 
 
 def layer_kinds(values: Mapping[str, Any], architecture: Architecture, recipe: Recipe) -> list[Hashable]:
-    """Return what each layer is: its modules with their ranks, its parameters, and its settings."""
+    """Return the kind of each layer: its modules with their ranks, its parameters, and its settings."""
     ranks = {m.name: rank_of(recipe.lora, m) for m in resolve_targets(recipe.lora, architecture.targets)}
     kinds: list[list[Hashable]] = [[] for _ in range(architecture.layers)]
     for module in (*architecture.modules, *architecture.expert_modules):
@@ -114,7 +118,7 @@ def layer_kinds(values: Mapping[str, Any], architecture: Architecture, recipe: R
 
 
 def shortened(values: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """Return a config with only its first layers."""
+    """Return a config with only the first ``layers`` layers."""
     config = read_config(values)
     text = config.get_text_config()
     settings = list(_layer_settings(text, text.num_hidden_layers))
@@ -133,7 +137,8 @@ def _layer_settings(text: Any, layers: int) -> Iterable[tuple[str, list[Any]]]:
 
 
 Key = tuple[str, int, int]
-"""A storage: the part that allocates it, its layer (-1 for other parts), and its number in that part."""
+"""A storage: the part that allocates it, its layer (-1 for parts outside layers), and its number in the
+part."""
 
 
 def repeat_step(step: MicroStep, repetition: Repetition) -> MicroStep | None:
@@ -156,7 +161,7 @@ def repeat_step(step: MicroStep, repetition: Repetition) -> MicroStep | None:
             near.update((kind, part, away) for part, away, _, _ in pair[0] if away is not None)
     try:
         return _Writer(step, repetition, keys, near).write(parts)
-    except KeyError:  # a storage that lives longer than in its neighbors
+    except KeyError:  # a storage that lives longer than in the neighboring layers
         return None
 
 
@@ -164,7 +169,7 @@ _Part = tuple[str, int]
 
 
 def _parts(step: MicroStep) -> dict[_Part, tuple[Mark, Sequence[Event]]]:
-    """Return the events of each part of the step, in its order."""
+    """Return the events of each part of the step, in order."""
     parts: dict[_Part, tuple[Mark, Sequence[Event]]] = {}
     ends = [mark.at for mark in step.marks[1:]] + [len(step.events)]
     for mark, end in zip(step.marks, ends, strict=True):
@@ -177,7 +182,7 @@ def _parts(step: MicroStep) -> dict[_Part, tuple[Mark, Sequence[Event]]]:
 def _relative(
     events: Sequence[Event], layer: int, keys: Mapping[int, Key]
 ) -> list[tuple[str, int | None, int, int]]:
-    """Return each event's storage by the part that allocates it, how many layers away, and its number."""
+    """Return each event's storage as the part that allocates it, the distance in layers, and its number."""
     relative: list[tuple[str, int | None, int, int]] = []
     for number, size in events:
         part, of_layer, place = keys[number]
@@ -186,7 +191,7 @@ def _relative(
 
 
 class _Writer:
-    """Writes the events of the whole model, whose storages get numbers of their own."""
+    """Writes the events of the whole model, with new storage numbers."""
 
     def __init__(
         self,
@@ -195,13 +200,14 @@ class _Writer:
         keys: Mapping[int, Key],
         near: Collection[tuple[str, str, int]],
     ) -> None:
-        """``near`` has the parts of a layer, and those of which layer away, whose storages they free."""
+        """Start with an empty step. ``near`` has the part and the distance in layers of storages that a
+        layer's part frees."""
         self._step, self._repetition, self._keys, self._near = step, repetition, keys, near
         self._events: list[Event] = []
         self._items = [""]
         self._marks: list[Mark] = []
         self._alive: dict[Key, int] = {}
-        """Numbers of the storages that are alive, by their key with the layer of the whole model."""
+        """Numbers of the live storages, by their key with the layer index in the whole model."""
         self._gradients: set[int] = set()
         self._backward_at = 0
 
@@ -245,7 +251,7 @@ class _Writer:
         kind, layer, place = self._keys[number]
         copies = [whole]
         if layer < 0 and self._repetition.repeats(self._step.layers.get(number)):
-            # A layer's, allocated before the layers.
+            # A layer's storage that is allocated before the layers.
             copies = [-1 - copy for copy in range(self._repetition.times + 1)]
         for copy in copies:
             new = len(self._items)
@@ -261,7 +267,7 @@ class _Writer:
             copies = [-1]
         elif (part[0], kind, of_layer - part[1]) in self._near:
             copies = [whole + of_layer - part[1]]
-        else:  # what lives until the end in every layer
+        else:  # storages that live until the end in every layer
             copies = [repetition.place(of_layer)]
             if repetition.repeats(of_layer):
                 copies += [of_layer + copy * repetition.period for copy in range(1, repetition.times + 1)]

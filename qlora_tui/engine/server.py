@@ -1,7 +1,7 @@
-"""The engine's side: reads requests, writes replies, holds one model.
+"""The engine's side: reads requests, writes replies, and holds one model.
 
-The main thread does the work. A second one reads requests, so that a stop, or the client's exit, takes
-effect in the middle of an answer.
+The main thread does the work. A second thread reads requests, so that a stop request or the client's exit
+takes effect during an answer.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Server:
         self._data_service = DataService()
 
     def run(self) -> None:
-        """Work until the client is gone; the reading thread then ends the process."""
+        """Work until the client exits, when the reading thread ends the process."""
         threading.Thread(target=self._read, daemon=True).start()
         with suppress(BrokenPipeError):
             while True:
@@ -79,8 +79,7 @@ class Server:
                 self._dispatch(decode_request(line))
         except msgspec.MsgspecError:
             traceback.print_exc()
-        # The client is gone, or sends invalid messages: nothing waits for the result of
-        # the main thread any more.
+        # The client has exited or sends invalid messages, so nothing waits for the main thread's result.
         os._exit(0)
 
     def _dispatch(self, envelope: RequestEnvelope) -> None:
@@ -96,7 +95,7 @@ class Server:
             case LoadChat() | Unload():
                 self._end_answers(list(self._active))
             case Generate(adapter_name=adapter_name):
-                # One answer at a time per adapter.
+                # Each adapter has one answer at a time.
                 self._end_answers([n for n in self._active if self._adapter_names.get(n) == adapter_name])
                 self._adapter_names[envelope.number] = adapter_name
         self._active[envelope.number] = self._work(envelope)
@@ -112,7 +111,7 @@ class Server:
         reply: Message
         try:
             value = next(self._active[number])
-            if value is None:  # there is nothing to tell yet
+            if value is None:  # there is nothing to send yet
                 return
             reply = Part(encode_value(value))
         except StopIteration as end:
@@ -125,7 +124,7 @@ class Server:
             is_gpu_lost = breaks_process(error)
         self._send(number, reply)
         if is_gpu_lost:
-            # The client starts another for its next request.
+            # The client starts another engine for its next request.
             os._exit(EXIT_FAILURE)
         if not isinstance(reply, Part):
             del self._active[number]
@@ -137,9 +136,10 @@ class Server:
         self._replies.flush()
 
     def _work(self, envelope: RequestEnvelope) -> Generator[Any, None, Any]:
-        """Yield the parts of the reply to a request, and return its result; each ``next`` does a little.
+        """Yield the parts of the reply to a request, and return its result. Each step does a small part of
+        the work.
 
-        None is no part: the generator only lets others have their turn.
+        None is not a part. It only lets other requests continue.
         """
         number, request = envelope.number, envelope.request
 

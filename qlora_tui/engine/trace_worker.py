@@ -1,10 +1,9 @@
-"""A training step run on torch's ``meta`` device with every storage recorded: the exact form of the estimate.
+"""A training step on torch's ``meta`` device with every storage recorded: the exact form of the estimate.
 
-Nothing is computed and no weight is read, but the code is the real one: transformers' model, peft's adapter,
-bitsandbytes' 4-bit product, this project's loss and attention. :mod:`.recorder` records what it allocates and
-frees, :mod:`.device_kernels` makes it choose as on the device of the run, and
-:mod:`qlora_tui.memory.recording` puts loading and two such steps through the allocator.
-
+Nothing is computed and no weight is read, but the code is real: transformers' model, peft's adapter,
+bitsandbytes' 4-bit product, this project's loss and attention. :mod:`.recorder` records allocations and
+frees, :mod:`.device_kernels` selects kernels as on the device of the run, and
+:mod:`qlora_tui.memory.recording` replays loading and two such steps in the allocator.
 :mod:`qlora_tui.runs.exact_memory` calls :func:`trace` in a child process.
 """
 
@@ -58,11 +57,12 @@ from qlora_tui.training.model_class import checkpointing_layers, reason_of
 
 INDEX_BYTES = 8
 BATCH_TENSORS = 4
-"""Tensors of a micro-batch with an integer per token: ids, labels, shifted labels and positions."""
+"""Number of tensors of a micro-batch with an integer per token: ids, labels, shifted labels and positions."""
 
 
 def trace(request: TraceRequest) -> StepTrace:
-    """Do the job. Raises UserError for a model that the libraries cannot build or run without values."""
+    """Run the job of tracing a step. Raises UserError if the libraries cannot build the model or run it
+    without values."""
     try:
         with faster_imports():
             import peft  # noqa: F401
@@ -91,27 +91,27 @@ def _untraced(what: str, why: str) -> UserError:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a model without weights allocated."""
+    """Allocations of a model without weights."""
 
     weights: tuple[LoadedWeight, ...]
-    """The frozen weights, in the model's order."""
+    """The frozen weights, in the order of the model."""
     frozen: Counter[str]
-    """Their bytes by item."""
+    """Bytes of the frozen weights by item."""
     shapes: tuple[tuple[int, ...], ...]
     """Shape of each trained tensor."""
     steps: tuple[MicroStep, ...]
-    """The first micro-step, and one that adds to its gradients if a step has several."""
+    """The first micro-step and, with gradient accumulation, one that adds to its gradients."""
     mixers: tuple[str, ...]
-    """Classes of layers with a convolution: recurrent ones, for which a GPU has other kernels."""
+    """Classes of recurrent layers with a convolution, for which a GPU has other kernels."""
 
 
 def record(request: TraceRequest) -> Recorded:
-    r"""Build the model and run one or two micro-steps; equal layers are built only as often as is needed.
+    r"""Build the model and run one or two micro-steps. Equal layers are built only as often as necessary.
 
-    What fails is tried in the other :class:`_Way`\ s. The last error says what none of them gets past.
+    If this fails, the other :class:`_Way` values are tried. The last error is raised if none works.
     """
     gc.collect()
-    gc.freeze()  # What is there already is left out of later collections.
+    gc.freeze()  # Exclude existing objects from later collections.
     padded = structs.replace(request, execution=replace(request.execution, segments=False, varlen=False))
     last: Exception | None = None
     with kernels_of(request.execution):
@@ -125,18 +125,19 @@ def record(request: TraceRequest) -> Recorded:
 
 
 class _Way(NamedTuple):
-    """How a model is run."""
+    """Options for running a model."""
 
     input_gradients: bool = True
-    """False for one that changes its embeddings in place, of which the trainer then needs no gradients
-    (``training/checks/base.py``)."""
+    """Whether the embeddings' outputs get gradients. False for a model that changes these outputs in
+    place, where the trainer does not request them either (``training/checks/base.py``)."""
     mask_device: str = "cpu"
-    """Device of a padded batch's mask: where code can read that nothing is masked, or ``meta`` for code that
-    multiplies by it (Mamba)."""
+    """Device of a padded batch's mask. On the CPU, code can read that nothing is masked; code that
+    multiplies by the mask needs ``meta`` (Mamba)."""
 
 
 _PADDED_WAYS = (_Way(), _Way(mask_device="meta"), _Way(input_gradients=False))
-"""How a model that takes no several samples in one sequence is run, in the order in which they are tried."""
+"""Options for a model that does not support several samples per sequence, in the order in which they are
+tried."""
 
 
 def _record_layers(request: TraceRequest, way: _Way) -> Recorded:
@@ -152,7 +153,7 @@ def _record_layers(request: TraceRequest, way: _Way) -> Recorded:
             recorded = _record(short, architecture_of(config), repetition, way)
         except TooManyOperations:
             raise
-        except Exception:  # settings of single layers, which name layers that are left out
+        except Exception:  # settings of single layers name layers that are left out
             recorded = None
     recorded = recorded or _record(request, architecture, None, way)
     assert recorded is not None
@@ -162,7 +163,7 @@ def _record_layers(request: TraceRequest, way: _Way) -> Recorded:
 def _record(
     request: TraceRequest, architecture: Architecture, repetition: Repetition | None, way: _Way
 ) -> Recorded | None:
-    """Record a model; None where what its layers allocate does not repeat."""
+    """Record a model; return None if the allocations of its layers do not repeat."""
     model, weights = build(request, architecture)
     base = model.get_base_model()
     if not way.input_gradients:
@@ -216,7 +217,7 @@ class _Trained(NamedTuple):
 
 
 def _layer_in(name: str, prefixes: Sequence[str]) -> int | None:
-    """Return the layer whose parameter has this name."""
+    """Return the index of the layer whose parameter has this name; None if it is outside the layers."""
     return next((layer for layer, prefix in enumerate(prefixes) if prefix in name), None)
 
 
@@ -237,7 +238,7 @@ def _weights_of_all(
 def record_micro_step(
     model: Any, request: TraceRequest, layer_of_copy: Mapping[int, int | None], mask_device: str = "cpu"
 ) -> MicroStep:
-    """Run forward and backward of one micro-batch; the gradients stay."""
+    """Run forward and backward of one micro-batch, and keep the gradients."""
     execution, recipe = request.execution, request.recipe
     is_packed = packed_attention.packed_attention_of(model.get_base_model()) is not None
     batch = _inputs(request, None if is_packed else mask_device)
@@ -262,7 +263,7 @@ def record_micro_step(
     gradients = set()
     for parameter in model.parameters():
         if parameter.grad is not None and id(parameter) not in before:
-            # Gradients that were computed together are the rows of one tensor.
+            # Gradients that were computed together are rows of one tensor.
             recorder.relabel(parameter.grad, "gradients")
             gradients.add(recorder.number_of(parameter.grad))
     step = MicroStep(
@@ -278,7 +279,7 @@ def record_micro_step(
         },
     )
     for number in step.lasting - step.gradients:
-        recorder.items[number] = "adapter"  # its copies in the compute dtype
+        recorder.items[number] = "adapter"  # copies of the adapter in the compute dtype
     return step
 
 
@@ -287,7 +288,7 @@ def _vocabulary(model: Any) -> int:
 
 
 def _mark_layers(model: Any, recorder: StorageRecorder, *, checkpointing: bool) -> list[Any]:
-    """Mark where each layer's forward and backward begin, and the loss."""
+    """Record where each layer's forward and backward begin, and where the loss begins."""
     layers = checkpointing_layers(model.get_base_model())
     hooks = []
     state = {"forward": True}
@@ -331,7 +332,7 @@ def _mark_layers(model: Any, recorder: StorageRecorder, *, checkpointing: bool) 
 
 
 def trace_request(request: TraceRequest) -> StepTrace:
-    """Build the model on ``meta``, run a step, and put it through the allocator."""
+    """Build the model on ``meta``, run a step, and replay its allocations in the allocator."""
     recorded = record(request)
     recipe, execution, shapes = request.recipe, request.execution, recorded.shapes
     architecture = architecture_of(request.config)
@@ -344,7 +345,7 @@ def trace_request(request: TraceRequest) -> StepTrace:
         count = min(SLOTS, len(streamed.indices))
         slots = [streamed.slot_bytes // count] * count
         resident["slots"] = streamed.slot_bytes
-        if execution.device == "cuda":  # On a CPU host memory is the memory of the device.
+        if execution.device == "cuda":  # On a CPU, host memory is the memory of the device.
             resident.subtract(streamed.items)
     resident["adapter"] = adapters * sum(round_to_block(prod(shape) * ADAPTER_ITEMSIZE) for shape in shapes)
     resident["inputs"] = sum(inputs)
@@ -378,13 +379,13 @@ def trace_request(request: TraceRequest) -> StepTrace:
 def _inputs(request: TraceRequest, mask_device: str | None) -> dict[str, Any]:
     """Build one micro-batch with every token in the loss.
 
-    ``mask_device``: where the mask of a padded batch is; None: all samples are packed into one sequence.
+    ``mask_device`` is the device of the mask of a padded batch; None packs all samples into one sequence.
     """
     recipe, execution = request.recipe, request.execution
     rows, length = recipe.rows_per_pass, recipe.data.max_length
     shape = (rows, length) if mask_device else (1, rows * length)
     chunked = execution.own_fused and execution.loss != "stock"
-    # The positions in the loss are looked for on the CPU.
+    # The positions in the loss are determined on the CPU.
     labels = torch.zeros(shape, dtype=torch.long, device="cpu" if chunked else "meta")
     batch: dict[str, Any] = {
         "input_ids": torch.zeros(shape, dtype=torch.long, device="meta"),

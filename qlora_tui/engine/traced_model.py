@@ -32,7 +32,8 @@ _EXPERT_DIMENSIONS = 3
 
 
 def build(request: TraceRequest, architecture: Architecture) -> tuple[Any, tuple[LoadedWeight, ...]]:
-    """Build the model of the run with its adapter, without weights; return it and what is loaded for it."""
+    """Build the model of the run with its adapter, without weights; return it with the weights that are
+    loaded for it."""
     execution, recipe = request.execution, request.recipe
     dtype = compute_dtype(execution)
     attention = "eager" if execution.attention == "eager" else "sdpa"
@@ -74,7 +75,7 @@ def _as_trainer(model: Any, request: TraceRequest, architecture: Architecture) -
 
 
 class _NoCopies(Copies):
-    """Copies to host memory and back, of tensors without values."""
+    """A replacement for copies to and from host memory, for tensors without values."""
 
     def copy(self, target: Tensor, source: Tensor, after: Any) -> None:
         """Do nothing."""
@@ -116,7 +117,7 @@ def _as_peft(model: Any, request: TraceRequest, architecture: Architecture) -> A
 
 
 def _loss_of_shifted_logits(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
-    """``ForCausalLMLoss`` as it was before transformers 4.49."""
+    """Compute ``ForCausalLMLoss`` as in transformers before 4.49."""
     logits = logits.float()  # alive until the loss is returned
     shifted = logits[..., :-1, :].contiguous().view(-1, vocab_size)
     return nn.functional.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
@@ -131,7 +132,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
         parent, _, leaf = module.name.rpartition(".")
         try:
             holder = model.get_submodule(parent)
-        except AttributeError:  # text model extracted from a multimodal one
+        except AttributeError:  # a text model extracted from a multimodal one
             continue
         shape = (module.out_features, module.in_features)
         layer = (
@@ -142,7 +143,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         setattr(holder, leaf, layer)
-    # What model code goes by that reads weights itself, and peft.
+    # Model code that reads weights directly, and peft, check this.
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.config._is_quantized = True
@@ -150,7 +151,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
 
 
 def _eight_bits(outputs: int, inputs: int, bias: bool) -> Any:
-    """Return an 8-bit layer without outliers, whose number depends on values; their columns are few."""
+    """Return an 8-bit layer without outliers. Their number depends on values, and their columns are few."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     layer = Linear8bitLt(inputs, outputs, bias=bias, has_fp16_weights=False, threshold=0.0, device="meta")
@@ -200,7 +201,7 @@ def _four_bits(outputs: int, inputs: int, bias: bool, recipe: Recipe, dtype: tor
 
 
 def loaded_weights(model: nn.Module, counts: dict[str, int]) -> tuple[LoadedWeight, ...]:
-    """Return the weights of a base that was quantized, which had so many elements before."""
+    """Return the weights of a quantized base. ``counts`` has the numbers of elements before quantization."""
     modules = dict(model.named_modules())
     stored = dict(model.named_parameters(remove_duplicate=False))
     weights = []
@@ -253,7 +254,7 @@ def _item_of(module: nn.Module, tensor: Tensor, head: nn.Module) -> str:
 
 
 def _scale_sizes(tensor: Tensor) -> tuple[int, ...]:
-    """Return the bytes of the scales of a quantized weight, and of its code tables."""
+    """Return the bytes of a quantized weight's scales and of its code tables."""
     if tensor.dtype == torch.int8:
         return (tensor.shape[0] * ADAPTER_ITEMSIZE,)
     sizes = []

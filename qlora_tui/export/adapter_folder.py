@@ -1,7 +1,7 @@
 """``export adapter``: a run's adapter in peft's format, within the limits of vLLM.
 
-The limits are those of vLLM's ``PEFTHelper`` (vllm/lora/peft_helper.py), which also reads one rank and one
-alpha for all modules, whatever ``rank_pattern`` and ``alpha_pattern`` say.
+The limits are in vLLM's ``PEFTHelper`` (vllm/lora/peft_helper.py), which also reads a single rank and alpha
+for all modules and ignores ``rank_pattern`` and ``alpha_pattern``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlora_tui.files import size_of
 from qlora_tui.training.adapter import MISREAD_REMEDY, misread_by_peft
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's ``--max-lora-rank``."""
+"""Possible values of vLLM's ``--max-lora-rank``."""
 _DEFAULT_RANK = 16
 _MERGE_MEASURES = " `qlora-tui export merge` measures that, and merges it into the weights that are closer."
 
@@ -35,18 +35,18 @@ class AdapterFolder(Struct, frozen=True, kw_only=True):
     bytes: int
     rank: int
     command: str
-    """Serves it with vLLM."""
+    """Command that serves the adapter with vLLM."""
     notes: tuple[str, ...] = ()
-    """What is special about it, in sentences."""
+    """Anything unusual about the adapter, in sentences."""
 
     @property
     def summary(self) -> str:
-        """Say its rank and what is special, a sentence a line."""
+        """Rank of the adapter and the notes, with a line for each sentence."""
         return "\n".join((f"Rank {self.rank}.", *self.notes))
 
 
 def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> AdapterFolder:
-    """Copy an adapter that vLLM can serve. Raises UserError, and leaves nothing under the name ``out``."""
+    """Copy an adapter that vLLM can serve. After a UserError, nothing exists under the name ``out``."""
     refuse_existing(out)
     adapter = Path(source.adapters[adapter_name])
     check_unchanged(adapter)
@@ -68,7 +68,7 @@ def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> A
 def _module(folder: Path) -> str:
     """Return a folder as a value of vLLM's ``--lora-modules``.
 
-    ``name=path`` may have no comma and no other ``=``: ``LoRAParserAction`` in
+    In the form ``name=path``, neither part may contain a comma or another ``=``: ``LoRAParserAction`` in
     vllm/entrypoints/openai/cli_args.py, commit 005223338608.
     """
     if any(mark in str(folder) for mark in ",="):
@@ -92,7 +92,7 @@ def _notes(source: ChatSource, adapter: Path) -> tuple[str, ...]:
 
 
 def _misread(model_id: str, adapter: Path) -> list[str]:
-    """Return the adapter's targets that plain peft misreads; none for a base that is not on this machine."""
+    """Return the adapter's targets that plain peft misreads; empty if the base is not on this machine."""
     try:
         model_type = load_model_config(model_id).get("model_type")
         return misread_by_peft(str(model_type), load_adapter_config(adapter)["target_modules"])
@@ -101,7 +101,7 @@ def _misread(model_id: str, adapter: Path) -> list[str]:
 
 
 def _is_mxfp4(model_id: str) -> bool:
-    """Return whether the base stores experts in MXFP4; False also for one that is not on this machine."""
+    """Return whether the base stores experts in MXFP4; False also if the base is not on this machine."""
     try:
         return resolve_model(model_id).architecture.quantized_as == MXFP4
     except UserError:
@@ -109,7 +109,7 @@ def _is_mxfp4(model_id: str) -> bool:
 
 
 def _served_rank(adapter: Path) -> int:
-    """Return the value of ``--max-lora-rank`` for an adapter. Raises UserError for one vLLM cannot serve."""
+    """Return the value of ``--max-lora-rank`` for an adapter. Raises UserError if vLLM cannot serve it."""
     from safetensors import safe_open
 
     config = load_adapter_config(adapter)

@@ -1,7 +1,8 @@
-"""Which base weights to merge an adapter into: the original 16-bit ones, or the 4-bit ones.
+"""The base weights to merge an adapter into: the original 16-bit weights, or the 4-bit weights of training.
 
-An adapter trained on 4-bit weights also learned to make up for their rounding errors. On the 16-bit weights
-it then answers differently, for better or worse. Both are measured, and the nearer one is chosen.
+An adapter trained on 4-bit weights also learned to compensate for their rounding errors. On the 16-bit
+weights, it answers differently, for better or worse. Both variants are measured, and the one closer to the
+trained model is chosen.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
     """The base weights that an adapter is merged into."""
 
     chosen: Literal["original", "dequantized"]
-    """``dequantized``: quantized to 4 bits and back."""
+    """Kind of base weights. ``dequantized``: quantized to 4 bits and dequantized."""
     original_divergence: float | None = None
-    """Mean KL divergence on the original weights from what was trained, in nats; None if not measured."""
+    """Mean KL divergence from the trained model on the original weights, in nats; None if not measured."""
     dequantized_divergence: float | None = None
-    """KL divergence on the weights quantized to 4 bits and back."""
+    """Mean KL divergence from the trained model on the dequantized weights, in nats; None if not measured."""
     unmeasured_because: str = ""
 
     @property
     def sentence(self) -> str:
-        """Describe the choice; empty if there was none."""
+        """Description of the choice; empty if there was none."""
         if self.unmeasured_because:
             return (
                 "Merged into the dequantized 4-bit base weights of the training. Not compared with the "
@@ -76,7 +77,8 @@ def choice_named(
     on_status: Callable[[str], None] = lambda words: None,
     compared_tokens: int = COMPARED_TOKENS,
 ) -> BaseChoice:
-    """Return the choice of base weights; ``best`` measures at up to ``compared_tokens``. Raises UserError."""
+    """Return the choice of base weights; ``best`` measures up to ``compared_tokens`` tokens. Raises
+    UserError."""
     if name != "best":
         return BaseChoice(chosen=name)
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
@@ -86,7 +88,7 @@ def choice_named(
 
 
 def unquantized(source: ChatSource) -> ChatSource:
-    """Return a source whose base is loaded as it is stored."""
+    """Return a source whose base is loaded as stored, without quantization."""
     settings = replace(source.recipe.quantization, method="none")
     return replace(source, recipe=replace(source.recipe, quantization=settings))
 
@@ -97,10 +99,11 @@ def choose_base(
     reference: Reference | str,
     on_status: Callable[[str], None] = lambda words: None,
 ) -> BaseChoice:
-    """Compare the adapter on both kinds of base weights with what was trained.
+    """Compare the adapter on both kinds of base weights with the trained model.
 
-    ``reference`` is why there is none if it is a text. Where the 16-bit base cannot be loaded or computed,
-    nothing is compared, and the choice says why. Raises UserError for a model that is not on this machine.
+    ``reference`` is a text if there is no reference, which says why. If the 16-bit base cannot be loaded or
+    computed, nothing is compared, and the choice says why. Raises UserError for a model that is not on this
+    machine.
     """
     recipe = source.recipe
     requantize = requantizer(resolve_model(recipe.model.id).architecture, recipe.quantization)
@@ -134,7 +137,7 @@ def choose_base(
 
 
 def lacking_memory(folder: Path) -> str:
-    """Return why the weights of a model folder cannot be loaded on the CPU; empty if they can."""
+    """Return why the weights in a model folder cannot be loaded on the CPU; empty if they can."""
     needed = sum((folder / name).stat().st_size for name in weight_files(folder)) + _SPARE_BYTES
     free = psutil.virtual_memory().available
     if needed <= free:
@@ -143,7 +146,7 @@ def lacking_memory(folder: Path) -> str:
 
 
 def base_requantizer(source: ChatSource, choice: BaseChoice) -> Requantizer | None:
-    """Return what rounds the base weights for a choice; None if they stay as they are stored."""
+    """Return a function that rounds the base weights as chosen; None if they stay as stored."""
     if choice.chosen == "original":
         return None
     return requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization)

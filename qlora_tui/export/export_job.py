@@ -1,6 +1,6 @@
-"""The job of a background export, in a process that outlives the one that starts it.
+"""The process of a background export, which outlives the process that starts it.
 
-Its folder is described in :mod:`qlora_tui.runs.exports`. SIGTERM cancels the export.
+:mod:`qlora_tui.runs.exports` describes its folder. SIGTERM cancels the export.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from qlora_tui.runs.process import process_identity
 
 
 class _Canceled(BaseException):
-    """SIGTERM arrived. Not an Exception, so that nothing on the way handles it."""
+    """SIGTERM arrived. Not a subclass of Exception, so that no handler on the way catches it."""
 
 
 def run_job(folder: Path) -> None:
-    """Do the export in a folder and record how it ends."""
+    """Perform the export in a folder, and record how it ends."""
     with locked(lock_path(folder), patience_s=PATIENCE_S) as lock:
         if lock is None:
             print("Another process is already running this export.")
@@ -51,10 +51,10 @@ def run_job(folder: Path) -> None:
                 signal.signal(signal.SIGTERM, _cancel)
                 status = _export(request, folder)
             finally:
-                # What follows says how it ended, and must not be interrupted.
+                # The rest records how the export ended and must not be interrupted.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
         except _Canceled:
-            # The file or folder is there if the cancel came too late for it.
+            # If the file or folder exists, the cancel came too late to prevent it.
             paths = (str(out),) if out is not None and not existed and os.path.lexists(out) else ()
             status = ExportStatus(state="canceled", at=time.time(), paths=paths)
         except UserError as error:
@@ -78,7 +78,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
     )
     write_export_status(folder, status)
     configure_torch_env()
-    # Imported here because it loads torch, which takes seconds: a cancel must not wait for it.
+    # Imported here because loading torch takes seconds, and a cancel must not wait for it.
     with faster_imports():
         from qlora_tui.export.forms import export_form
 
@@ -104,7 +104,7 @@ def _export(request: ExportRequest, folder: Path) -> ExportStatus:
 def _reporter(folder: Path, status: ExportStatus) -> Callable[[str], None]:
     def report(words: str) -> None:
         print(words, flush=True)
-        # Where the run's disk is full or the run was deleted, the export itself may still succeed.
+        # If the run's disk is full or the run was deleted, the export itself may still succeed.
         with suppress(OSError):
             write_export_status(folder, replace(status, at=time.time(), activity=words))
 

@@ -22,32 +22,32 @@ from qlora_tui.runs.exports import ExportRequest, output_path
 
 
 class Written(Struct, frozen=True, kw_only=True):
-    """What an export wrote."""
+    """Result of an export."""
 
     result: Struct
-    """All that is known of it, for programs."""
+    """The full result, for programs."""
     sizes: dict[str, int]
-    """Bytes of each file, folder or repository."""
+    """Size in bytes of each file, folder or repository."""
     summary: str
-    """How it was checked, in sentences."""
+    """How the result was checked, in sentences."""
     command: str
-    """The command that runs it; empty for a repository."""
+    """Command that runs the result; empty for a repository."""
     verdict: str = ""
-    """How near a GGUF file is to the adapter, in a few words; empty if nothing was compared."""
+    """How close a GGUF file is to the adapter, in a few words; empty if nothing was compared."""
     command_does: Literal["Run", "Serve", "Create"] = "Run"
     file_type: str = ""
     """GGUF type of a single file."""
     problem: str = ""
-    """What was requested in addition and could not be written, and why."""
+    """What was requested in addition but could not be written, and why."""
 
     @property
     def bytes(self) -> int:
-        """Return the size of it all."""
+        """Total size of the result."""
         return sum(self.sizes.values())
 
     @property
     def text(self) -> str:
-        """Return what is printed in a terminal."""
+        """Text to print in a terminal."""
         lines = [f"{path}: {format_bytes(size)}" for path, size in self.sizes.items()]
         command = f"{self.command_does} it: {self.command}" if self.command else ""
         return "\n".join(filter(None, (*lines, self.summary, command)))
@@ -60,7 +60,7 @@ def export_form(
     adapter_name: str,
     on_status: Callable[[str], None],
 ) -> Written:
-    """Do an export of a run. Raises UserError."""
+    """Perform an export of a run. Raises UserError."""
     out = Path(request.out)
     match request.form:
         case "merge":

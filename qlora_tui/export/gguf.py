@@ -1,6 +1,6 @@
 """``export gguf``: GGUF files of a run's base with its adapter merged in, each checked by llama.cpp.
 
-Types, names of the files and disk space are checked before anything is computed.
+Types, file names and disk space are checked before anything is computed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from qlora_tui.formatting import format_nats, format_number, short_model_name
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
-"""Types whose rounding hides no mistake; of the others a 16-bit file is proved first."""
+"""Types whose rounding hides no mistake. For other types, a 16-bit file is checked first."""
 _SPARE_BYTES = 64 << 20
 
 
@@ -51,9 +51,9 @@ class GgufFile(Struct, frozen=True, kw_only=True):
     file_type: str
     bytes: int
     types: StoredTypes
-    """Types of its matrices."""
+    """Types of the matrices in the file."""
     proof: Proof | None = None
-    """None if llama.cpp did not check it."""
+    """Comparison by llama.cpp; None if the file was not checked."""
 
 
 class GgufExport(Struct, frozen=True, kw_only=True):
@@ -63,19 +63,20 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     base: BaseChoice
     notes: tuple[str, ...] = ()
     unchecked_because: str = ""
-    """Why llama.cpp did not check the files, and how to check them; empty if it did."""
+    """Why llama.cpp did not check the files, and how to check them; empty if it checked them."""
     refused: tuple[str, ...] = ()
-    """Requested types that could not be written, each with its reason."""
+    """Requested types that could not be written, each with the reason."""
 
     @property
     def summary(self) -> str:
-        """Say how the files were checked and what was merged, a sentence a line."""
+        """How the files were checked and what was merged, with a line for each sentence."""
         lines = [f"{file.proof.prompts_sentence}." for file in self.files[:1] if file.proof]
         return "\n".join([*self.sentences, *lines])
 
     @property
     def sentences(self) -> list[str]:
-        """Return the summary without what only programs with llama.cpp's own prompts are concerned with."""
+        """Return the sentences of the summary, without the one about programs that render prompts with
+        llama.cpp."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
         lines += [
             _turn_ends_warning(file.file_type)
@@ -89,12 +90,12 @@ class GgufExport(Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> str:
-        """Return how near the first file is to the adapter, in a few words; empty if it was not compared."""
+        """How close the first file is to the adapter, in a few words; empty if it was not compared."""
         return self.files[0].proof.verdict if self.files[0].proof else ""
 
     @property
     def command(self) -> str:
-        """Return the command that runs the first file."""
+        """Command that runs the first file."""
         return f"llama-server -m {shlex.quote(self.files[0].path)}"
 
 
@@ -108,20 +109,20 @@ def export_gguf(
     compared_tokens: int = COMPARED_TOKENS,
     on_status: StatusFn = lambda words: None,
 ) -> GgufExport:
-    """Write one GGUF file per type; a file that differs from the adapter's answers is deleted.
+    """Write one GGUF file per type. A file whose answers differ from the adapter's is deleted.
 
     Args:
         source: The base and its adapters.
         adapter_name: The adapter to merge.
-        out: A file ending in ``.gguf`` for one type, or a folder for any number.
+        out: A file ending in ``.gguf`` for one type, or a folder for any number of types.
         file_types: Types of :mod:`qlora_tui.catalog.gguf`, or ``auto`` alone.
-        within: Largest mean KL divergence to accept, in nats.
-        compared_tokens: Most tokens whose answers are compared.
+        within: Largest acceptable mean KL divergence, in nats.
+        compared_tokens: Maximum number of tokens whose answers are compared.
         on_status: Called with the current activity.
 
     Raises:
-        UserError: nothing is left under the names asked for. Where some types pass and others do not, those
-            that pass are kept, and the result says which were refused.
+        UserError: No type passed; nothing exists under the requested names. If only some types pass, their
+            files are kept, and the result says which types were refused.
     """
     is_auto = tuple(file_types) == (AUTO,)
     kinds = LADDER if is_auto else tuple(dict.fromkeys(file_types))
@@ -157,7 +158,10 @@ def export_gguf(
 
 
 def needs_bf16(file_type: str, *, is_checked: bool) -> bool:
-    """Return whether a type is made from a 16-bit file, or one is checked before it."""
+    """Return whether exporting a type requires a 16-bit GGUF file first.
+
+    llama.cpp quantizes K types from this file. For other inexact types, the check needs it if ``is_checked``.
+    """
     return file_type in K_QUANTS or (is_checked and file_type not in _PROVED_ALONE)
 
 
@@ -168,13 +172,14 @@ def require_file_space(
     kinds: Sequence[str],
     is_auto: bool,
 ) -> None:
-    """Raise UserError if the disk lacks space for the files and what they are made and checked with."""
+    """Raise UserError if the disk lacks space for the files and for the files needed to write and check
+    them."""
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
         estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]
         for kind in kinds
     ]
-    # auto keeps one file at a time.
+    # ``auto`` keeps one file at a time.
     needed = max(sizes) if is_auto else sum(sizes)
     is_checked = not unavailable_because()
     if "BF16" not in kinds and any(needs_bf16(kind, is_checked=is_checked) for kind in kinds):
@@ -183,7 +188,7 @@ def require_file_space(
 
 
 def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
-    """Raise UserError for an unknown type, and for one that needs llama.cpp if it cannot be used."""
+    """Raise UserError for an unknown type, or for one that needs llama.cpp while llama.cpp is unavailable."""
     known = (*FILE_TYPES, *K_QUANTS)
     if AUTO in kinds:
         raise UserError(
@@ -214,7 +219,7 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
 def final_paths(
     source: ChatSource, adapter_name: str, out: Path, kinds: Sequence[str], is_auto: bool
 ) -> dict[str, Path]:
-    """Return the final path of each type. Raises UserError if one exists."""
+    """Return the final path of each type. Raises UserError if a file exists there."""
     if out.suffix == ".gguf":
         if len(kinds) > 1 and not is_auto:
             raise UserError(
@@ -234,29 +239,29 @@ def final_paths(
 
 
 DEFAULT_WITHIN = 0.03
-"""Largest mean KL divergence, in nats, of the file that ``auto`` keeps."""
+"""Largest mean KL divergence, in nats, of the file that ``auto`` selects."""
 
 StatusFn = Callable[[str], None]
 
 
 class _RefusedError(UserError):
-    """A written file did not pass."""
+    """A written file failed its check."""
 
 
 @dataclass
 class _Export:
-    """Writes files of one content to a folder."""
+    """Writes files with the same content in different types to a folder."""
 
     content: FileContent
     folder: Path
     reference: Reference | str
-    """A text if the files are not checked."""
+    """Reference of the comparison; a text with the reason if the files are not checked."""
     within: float | None
     on_status: StatusFn
     _bf16: GgufFile | None = None
 
     def write_all(self, kinds: Sequence[str]) -> tuple[tuple[GgufFile, ...], tuple[str, ...]]:
-        """Write files; return those that pass, and why the others were refused.
+        """Write files; return those that pass, and why others were refused.
 
         Raises UserError if none passes.
         """
@@ -281,7 +286,7 @@ class _Export:
         return file
 
     def _require(self, file_type: str, proof: Proof | None) -> None:
-        """Raise _RefusedError for a file that does not pass."""
+        """Raise _RefusedError if a file fails its check."""
         if proof is not None and proof.problem:
             raise _refused(file_type, proof.problem)
         if proof is not None and self.within is not None and not proof.divergence <= self.within:
@@ -296,8 +301,8 @@ class _Export:
             )
 
     def smallest_within(self, kinds: Sequence[str]) -> tuple[GgufFile]:
-        """Write files from the smallest up, and keep the first within the bound. Raises UserError."""
-        # export_gguf has set a bound, and refused one that cannot be checked.
+        """Write files from the smallest type up, and keep the first within the bound. Raises UserError."""
+        # export_gguf has set a bound, and has rejected a bound that cannot be checked.
         assert self.within is not None
         nearest: Proof | None = None
         for number, kind in enumerate(kinds, 1):
@@ -320,7 +325,8 @@ class _Export:
         if file_type == "BF16":
             return self._write_bf16()
         if needs_bf16(file_type, is_checked=isinstance(self.reference, Reference)):
-            # It shows mistakes that the rounding of few bits would hide, and llama.cpp quantizes it.
+            # The 16-bit file shows mistakes that rounding to few bits would hide, and llama.cpp quantizes
+            # from it.
             unquantized = self._write_bf16()
             if unquantized.proof and unquantized.proof.problem:
                 raise _refused("BF16", unquantized.proof.problem)

@@ -1,6 +1,7 @@
 """Answers of an exported GGUF file in the chat: llama.cpp computes the logits, the chat samples from them.
 
-So the same prompt, template, sampling and seed apply to the file and to the adapter next to it.
+The same prompt, template, sampling and seed therefore apply to the file and to the adapter it is compared
+with.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from qlora_tui.export.llama_cpp.client import LlamaFile
 from qlora_tui.recipe.schema import Thinking
 
 _MAX_CONTEXT_TOKENS = 8192
-"""Longest conversation, which bounds the memory of llama.cpp's cache."""
+"""Maximum length of a conversation, which bounds the memory of llama.cpp's cache."""
 
 
 class GgufDecoder:
-    """What an answer needs of a model, by a GGUF file, and the tokens that the file has processed."""
+    """A GGUF file as the model of a chat: computes logits with llama.cpp, and holds the tokens processed
+    so far."""
 
     def __init__(self, session: ChatSession, path: str) -> None:
-        """Start llama.cpp with a file of the session's model. Raises UserError."""
+        """Start llama.cpp with a GGUF file of the session's model. Raises UserError."""
         self._session = session
         self.device = torch.device("cpu")
         self.context_length = min(session.context_length, _MAX_CONTEXT_TOKENS)
@@ -47,12 +49,12 @@ class GgufDecoder:
         stop: Event,
         thinking: Thinking = "auto",
     ) -> AnswerStream[GgufDecoder]:
-        """Start the answer to a conversation, as :meth:`ChatSession.ask` does. Raises UserError."""
+        """Start the answer to a conversation, like :meth:`ChatSession.ask`. Raises UserError."""
         prompt = self._session.prompt(messages, thinking)
         return AnswerStream(self, name, prompt, self, sampling, stop, self._session.splitter(prompt))
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the common prefix with ``prompt``, without its last token; return its length."""
+        """Keep the common prefix with ``prompt``, excluding its last token; return its length in tokens."""
         known = reusable_prefix(self._tokens, prompt)
         if known < len(self._tokens):
             if not self._file.call("truncate", known):
@@ -69,13 +71,13 @@ class GgufDecoder:
     def next_logits_ahead(
         self, adapter_name: str, token: Tensor, prefix_cache: GgufDecoder
     ) -> tuple[int, Tensor] | None:
-        """Return None: there is no CUDA graph."""
+        """Return None, because there is no CUDA graph."""
         return None
 
     def take_note(self) -> str:
-        """Return an empty text."""
+        """Return an empty text, because there is nothing to note."""
         return ""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of the ids without special tokens."""
+        """Return the text of token ids, without special tokens."""
         return self._session.decode(token_ids)

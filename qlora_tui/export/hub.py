@@ -1,7 +1,7 @@
 """``export hub``: adapter, merged model or GGUF file in a repository of the Hub, with a model card.
 
-What can be checked is checked first. Then the repository is created, so that a missing permission is known
-before minutes of work. The jobs of ``hub_upload`` do what needs the network. Nothing that is sent names a
+First, everything that can be checked is checked. Then the repository is created, so that a missing permission
+is known before minutes of work. The jobs in ``hub_upload`` use the network. Nothing that is uploaded names a
 path of this machine.
 """
 
@@ -45,9 +45,11 @@ _ADAPTER_FILES = (WEIGHTS, CONFIG, "generation_config.json")
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", CONFIG)
 _BASE = "base_model_name_or_path"
 _PATH_KEYS = ("name_or_path", "_file")
-"""Ends of keys in which transformers notes where a model or tokenizer was read from; nothing reads them."""
+"""Suffixes of keys in which transformers records the source path of a model or tokenizer. Nothing reads
+them."""
 _CREATION_S = 120.0
-"""Most seconds for the creation of the repository: while another is created, the client asks without end."""
+"""Maximum seconds for creating the repository. If another client is creating it, the library retries
+forever."""
 
 StatusFn = Callable[[str], None]
 T = TypeVar("T")
@@ -60,22 +62,23 @@ class HubExport(Struct, frozen=True, kw_only=True):
     repo: str
     form: CardForm
     is_public: bool
-    """Whether everybody can read it, as the Hub says."""
+    """Whether everybody can read the repository, according to the Hub."""
     files: tuple[str, ...]
     bytes: int
     commit: str
     stays_private: bool = False
-    """Whether it is private although it was to be public."""
+    """Whether the repository is private although a public one was requested."""
     checked: str = ""
-    """How the files were compared with the trained model, in sentences; empty for an adapter, a copy."""
+    """How the files were compared with the trained model, in sentences; empty for an adapter, which is a
+    copy."""
     effect: str = ""
     """What the adapter changes, in a sentence."""
     unmeasured_because: str = ""
-    """Why that was not measured."""
+    """Why the effect was not measured."""
 
     @property
     def summary(self) -> str:
-        """Say what was uploaded and how it was checked, a sentence a line."""
+        """What was uploaded and how it was checked, with a line for each sentence."""
         who = "public" if self.is_public else "private"
         lines = [f"Uploaded {len(self.files):,} files, {format_bytes(self.bytes)}; the repository is {who}."]
         if self.stays_private:
@@ -101,18 +104,19 @@ def export_hub(
     """Upload an adapter, its merged model or a GGUF file.
 
     Args:
-        run: Whose events the card describes.
+        run: The run whose events the card describes.
         source: The run's base and adapters.
         adapter_name: The adapter to upload or merge.
         repo: ``owner/name``, or ``name`` for the account of the token.
         form: What to upload.
         file_type: GGUF file type, or ``auto``.
-        is_public: Whether everybody may read it.
-        compared_tokens: Most tokens whose answers are compared.
+        is_public: Whether everybody may read the repository.
+        compared_tokens: Maximum number of tokens whose answers are compared.
         on_status: Called with the current activity.
 
     Raises:
-        UserError: files already sent stay on the Hub, and are not sent again by the next call.
+        UserError: The upload failed. Files already uploaded stay on the Hub, and the next call does not
+            upload them again.
     """
     validate_model_id(repo)
     _require_token()
@@ -122,7 +126,7 @@ def export_hub(
         on_status(f"Creating {repo} on the Hub")
         base = source.recipe.model.id if from_hub else ""
         prepared = _run("prepare", repo, is_public, base, result=Prepared, deadline_s=_CREATION_S)
-        # Before minutes of work; exactly once the names are known.
+        # Check before minutes of work, and again once the exact names are known.
         _refuse_other_files(prepared, {name for name in prepared.files if _may_hold(form, name)})
         files = draft / "files"
         written = _write(files, source, adapter_name, form, file_type, on_status, compared_tokens)
@@ -132,7 +136,7 @@ def export_hub(
             session = load_session(source, on_status)
             effect = measure_effect(session, adapter_name, on_status=on_status).sentence
         except UserError as problem:
-            # Such as without the run's data, or without memory for the model.
+            # For example, if the run's data is missing or memory is too small for the model.
             unmeasured = f"{problem.title}: {problem.what}".rstrip(".")
         license_id = base_license(model_folder(source.recipe)) or prepared.base_license
         rows = run_rows(run)
@@ -184,7 +188,7 @@ def _require_token() -> None:
 def _check_form(
     source: ChatSource, adapter_name: str, form: CardForm, file_type: str, on_status: StatusFn
 ) -> None:
-    """Raise UserError for what cannot be written, as far as that is known before anything is computed."""
+    """Raise UserError if the form cannot be written, as far as this is known before anything is computed."""
     adapter = Path(source.adapters[adapter_name])
     if form == "adapter":
         check_unchanged(adapter)
@@ -201,7 +205,7 @@ def _check_form(
 
 
 def _may_hold(form: CardForm, name: str) -> bool:
-    """Return whether an upload of this form may hold a file of this name."""
+    """Return whether an upload of this form may contain a file with this name."""
     if name == _CARD:
         return True
     match form:
@@ -246,14 +250,14 @@ def _run(
 
 @dataclass(frozen=True)
 class _Written:
-    """What was found out while the files were written."""
+    """What was measured while the files were written."""
 
     checked: tuple[str, ...] = ()
-    """How the files were compared with the trained model, in sentences for whoever exports."""
+    """How the files were compared with the trained model, in sentences for the user who exports."""
     card: tuple[str, ...] = ()
-    """How they were compared, for readers of the model card."""
+    """How the files were compared with the trained model, for readers of the model card."""
     is_dequantized: bool = False
-    """Whether the base weights that the adapter was merged into are those of the training, dequantized."""
+    """Whether the adapter was merged into the dequantized base weights of training."""
 
 
 def _write(
@@ -265,12 +269,12 @@ def _write(
     on_status: StatusFn,
     compared_tokens: int,
 ) -> _Written:
-    """Write everything but the model card. Raises UserError."""
+    """Write everything except the model card. Raises UserError."""
     match form:
         case "adapter":
             adapter = Path(source.adapters[adapter_name])
             files.mkdir()
-            # What loads the adapter, without the recipe and other files of the run.
+            # Upload the files that load the adapter, without the recipe and other files of the run.
             names = [name for name in _ADAPTER_FILES if (adapter / name).is_file()]
             copy_files(adapter, files, [*names, *tokenizer_files(adapter)])
             return _Written()
@@ -292,7 +296,7 @@ def _write(
                 on_status=on_status,
             )
             proofs = [f"{file.proof.sentence}." for file in written.files if file.proof]
-            # Whoever reads the card has not trained the adapter.
+            # Readers of the card have not trained the adapter themselves.
             proofs = [proof.replace("your adapter", "the adapter") for proof in proofs]
             compared = " ".join(proofs) or "The file was not compared with the trained model."
             return _Written(
@@ -303,7 +307,7 @@ def _write(
 
 
 def _remove_paths(files: Path, source: ChatSource) -> None:
-    """Rewrite the configs without paths of this machine, and name the base without one."""
+    """Remove paths of this machine from the configs, and name the base without a path."""
     base = source.recipe.model.id
     name = base if find_files(base).source == "hub cache" else short_model_name(base)
     for path in filter(Path.is_file, (files / config for config in _CONFIGS)):

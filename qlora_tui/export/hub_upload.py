@@ -1,13 +1,13 @@
-"""Upload to the Hub, by jobs that :mod:`qlora_tui.export.hub` starts.
+"""Upload to the Hub, in jobs that :mod:`qlora_tui.export.hub` starts.
 
-The process that exports is offline, and holds torch and the model; that of a job has neither. The token is
-read as ``huggingface_hub`` does (``HF_TOKEN``, or the file of ``hf auth login``), and never written: messages
-hold no text of the client, which has signed addresses in it.
+The exporting process holds torch and the model and is offline; the process of a job uses the network and
+holds neither. The token is read as in ``huggingface_hub`` (``HF_TOKEN``, or the file of ``hf auth login``)
+and never written. Messages contain no text of the client, because it may include signed addresses.
 
-Requests go through ``HfApi``: LFS files that the Hub has already are not sent again, each request is retried
-five times with growing waits (23 s), and all files are committed together at the end. ``hf_xet`` is off
-unless the user sets ``HF_HUB_DISABLE_XET=0``: its waits have no bound here (hf_xet 1.8 had not given up after
-150 s on a hub that answers 404), and it keeps logs of its own.
+Requests go through ``HfApi``: LFS files that the Hub already has are not uploaded again, each request is
+retried five times with growing waits (23 s), and all files are committed together at the end. ``hf_xet`` is
+off unless the user sets ``HF_HUB_DISABLE_XET=0``, because its waits are unbounded (hf_xet 1.8 had not given
+up after 150 s on a hub that answers 404), and it writes logs of its own.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from qlora_tui.worker import Report
 
 NO_XET = {"HF_HUB_DISABLE_XET": "1"}
 TAG = "qlora-tui"
-"""Tag of every model card that this program writes."""
+"""Tag on every model card that this program writes."""
 _LEFT_BY_THE_HUB = ".gitattributes"
 _TIMEOUT_S, _CONNECT_TIMEOUT_S = 120, 15
 _AGAIN = "Run the same command again: files already sent are not sent again."
 
 
 class Prepared(Struct, frozen=True):
-    """A repository that can be written to."""
+    """A repository that this program may write to."""
 
     repo: str
-    """``owner/name``."""
+    """Full name, ``owner/name``."""
     files: tuple[str, ...]
-    """What it holds already."""
+    """Files that the repository already has."""
     is_public: bool
     base_license: str = ""
 
@@ -53,15 +53,15 @@ class Uploaded(Struct, frozen=True):
 
 
 def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
-    """Create the repository unless it exists, and see what it holds.
+    """Create the repository unless it exists, and list its content.
 
     Args:
         repo_name: ``name`` or ``owner/name``.
-        is_public: Whether everybody may read it.
-        base: Hub id of the base model, whose license is looked up; empty if it is not from the Hub.
+        is_public: Whether everybody may read the repository.
+        base: Hub id of the base model, whose license is looked up; empty if the base is not from the Hub.
 
     Raises:
-        UserError: it cannot be written to, or holds something else.
+        UserError: The repository cannot be written to, or has other content.
     """
     from huggingface_hub import HfApi
 
@@ -87,7 +87,7 @@ def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
         )
     base_license = ""
     if base:
-        # The card then names none: the upload does not need it.
+        # If this fails, the card names no license, which the upload does not need.
         with suppress(UserError), _translated(base):
             tags = api.model_info(base).tags or ()
             base_license = next((tag[8:] for tag in tags if tag.startswith("license:")), "")
@@ -95,7 +95,7 @@ def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
 
 
 def upload(repo: str, folder: Path, message: str, report: Report) -> Uploaded:
-    """Send every file of a folder in one commit. Raises UserError; sent files stay on the Hub."""
+    """Upload every file in a folder in one commit. After a UserError, uploaded files stay on the Hub."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     _configure_client()
@@ -126,7 +126,7 @@ def _translated(repo: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # The client wraps what it meets while it sends a file.
+        # The client wraps errors that occur while it uploads a file.
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, HfHubHTTPError) and (problem := _refusal(cause.response.status_code, repo)):
             raise problem from None
@@ -136,7 +136,7 @@ def _translated(repo: str) -> Iterator[None]:
         except UserError as problem:
             raise problem from None
         except Exception:
-            # Not its text: it may hold a signed address.
+            # The client's text is omitted because it may contain a signed address.
             raise UserError(
                 "The upload failed",
                 what=f"The Hub's client ended with {type(cause).__name__}.",
@@ -146,7 +146,7 @@ def _translated(repo: str) -> Iterator[None]:
 
 
 def _refusal(status: int, repo: str) -> UserError | None:
-    """Return the error for a status that means something else to who writes than to who reads."""
+    """Return the error for a status whose meaning for writers differs from its meaning for readers."""
     match status:
         case 401:
             return UserError(
@@ -180,7 +180,7 @@ def _refusal(status: int, repo: str) -> UserError | None:
 
 
 def _configure_client() -> None:
-    """Bound the waits of the client, and silence its log, which names signed addresses."""
+    """Bound the waits of the client, and silence its log, which contains signed addresses."""
     from huggingface_hub import get_session, set_client_factory
     from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -1,6 +1,6 @@
 """Exports a recipe as a job for another scheduler: a folder with the recipe, its data and a job file.
 
-The templates of job files are in ``job_files/``: install, download the model, train, keep the run.
+The templates of job files in ``job_files/`` install the program, download the model, train, and keep the run.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def write_job(recipe: Recipe, scheduler: Scheduler, gpu: str, folder: Path) -> N
     """Write the recipe, its data and the scheduler's job file into an empty folder.
 
     Args:
-        recipe: what the job trains.
-        scheduler: the scheduler of the job file.
-        gpu: kind of GPU to rent: ``L4``; Slurm takes any.
-        folder: where to write.
+        recipe: Recipe that the job trains.
+        scheduler: Scheduler of the job file.
+        gpu: Kind of GPU to rent, such as ``L4``. Not used for Slurm.
+        folder: Output folder.
 
     Raises:
-        UsageError: the recipe needs files that are only on this machine.
-        OSError: data cannot be read, or the folder not written.
+        UsageError: The recipe needs files that exist only on this machine.
+        OSError: Data cannot be read, or the folder cannot be written.
     """
-    if scheduler != "slurm":  # whose nodes share the files of the login node
+    if scheduler != "slurm":  # Slurm nodes share the files of the login node
         _require_portable(recipe)
     if not _GPU.fullmatch(gpu):
         raise UsageError(
@@ -62,7 +62,7 @@ def write_job(recipe: Recipe, scheduler: Scheduler, gpu: str, folder: Path) -> N
         )
     copied = _with_copied_data(with_absolute_paths(recipe), folder)
     (folder / "recipe.toml").write_text(dump(copied), encoding="utf-8")
-    # Python and YAML read a JSON string as a shell reads a quoted word.
+    # Python and YAML read a JSON string like a shell reads a quoted word.
     quote = json.dumps if scheduler == "modal" else shlex.quote
     text = _Template((_TEMPLATES / f"{scheduler}.txt").read_text(encoding="utf-8")).substitute(
         name=_name(recipe),
@@ -93,7 +93,7 @@ def _require_portable(recipe: Recipe) -> None:
 
 
 def _with_copied_data(recipe: Recipe, folder: Path) -> Recipe:
-    """Copy the local data next to the recipe; return the recipe with the copies' paths."""
+    """Copy the local data next to the recipe; return the recipe with the paths of the copies."""
     places: dict[str, str] = {}
     for number, source in enumerate(every_source(recipe.data), 1):
         path = Path(source.path).expanduser()
@@ -113,7 +113,8 @@ def _with_copied_data(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _name(recipe: Recipe) -> str:
-    """Return a name that every scheduler takes: small letters, digits and hyphens, a letter first."""
+    """Return a name that every scheduler accepts: lowercase letters, digits and hyphens, starting with a
+    letter."""
     words = recipe.name or recipe.model.id.rpartition("/")[2]
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return f"train-{slug}"[:_LONGEST_NAME].strip("-")

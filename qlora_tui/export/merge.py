@@ -1,13 +1,13 @@
 """The adapter merged into its base: an ordinary model folder that any program loads.
 
 The base's weight files are copied, and the weights that the adapter changes are then modified in the copy,
-one at a time: this takes the memory of one weight, not of the model. Where ``base_choice`` finds that the
-adapter answers nearer to its training on the weights it was trained on, every weight that training quantizes
-is rounded to 4 bits and back first; the merged model is stored in 16 bits either way.
+one at a time. This takes the memory of one weight instead of the whole model. If ``base_choice`` finds that
+the adapter is closer to the trained model on the dequantized weights, every weight that training quantizes is
+first rounded to 4 bits and dequantized. The merged model is stored in 16 bits in both cases.
 
 The merged model is then compared with its 16-bit base plus adapter, as peft computes it. Both read the same
 prompt, one after the other, so that one model is in memory at a time. Merging rounds each changed weight once
-more; next-token logits may differ by as much as rounding changes peft's own.
+more, so next-token logits may differ by as much as rounding changes peft's own.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ _DRAWS = 3
 
 
 class MergeCheck(Struct, frozen=True, kw_only=True):
-    """Next-token logits of the merged model compared with those of base and adapter."""
+    """Comparison of the merged model's next-token logits with those of base and adapter."""
 
     tokens: int
     """Number of positions compared."""
     difference: float
-    """Difference relative to the logits' spread: root mean square over positions and vocabulary."""
+    """Root mean square difference over positions and vocabulary, relative to the logits' spread."""
     noise: float
-    """Relative change of the logits of base and adapter due to rounding in the stored dtype."""
+    """Relative change of the logits of base and adapter that rounding in the stored dtype causes."""
     same_choices: int
     """Number of positions at which both rank the same token first."""
     agrees: bool
@@ -80,7 +80,7 @@ class MergeCheck(Struct, frozen=True, kw_only=True):
 
     @property
     def sentence(self) -> str:
-        """Describe the result for users."""
+        """The result as a sentence for users."""
         difference, noise = format_float(self.difference, 2), format_float(self.noise, 2)
         return (
             f"its logits differ from those of base and adapter by {difference} of their "
@@ -97,20 +97,20 @@ class MergeResult(Struct, frozen=True, kw_only=True):
     changed_weights: int
     """Number of weight matrices that the adapter changed."""
     base: BaseChoice
-    """The base weights it was merged into."""
+    """Base weights that the adapter was merged into."""
     check: MergeCheck | None = None
     """Comparison with the logits of base and adapter; None if they were not compared."""
     unchecked_because: str = ""
-    """Why they were not compared."""
+    """Why the logits were not compared."""
 
     @property
     def command(self) -> str:
-        """Return the command that serves it."""
+        """Command that serves the merged model."""
         return f"vllm serve {shlex.quote(self.folder)}"
 
     @property
     def check_sentence(self) -> str:
-        """Say how base and adapter compare, or why they were not compared."""
+        """How the merged model compares with base and adapter, or why they were not compared."""
         return f"Checked: {self.check.sentence}." if self.check else f"Not checked: {self.unchecked_because}."
 
 
@@ -123,18 +123,18 @@ def merge(
     base_name: BaseName = "best",
     compared_tokens: int = COMPARED_TOKENS,
 ) -> MergeResult:
-    """Write the base with an adapter merged into it, and compare it with both before it gets its name.
+    """Write the base with an adapter merged into it, after comparing it with base and adapter.
 
     Args:
         source: The base and its adapters, from :mod:`qlora_tui.chat.chat_sources`.
         adapter_name: The adapter to merge.
-        out: The folder to write, which must not exist yet.
+        out: Output folder, which must not exist yet.
         on_status: Called with the current activity.
-        base_name: The base weights to merge into; ``best`` measures which answers are nearer to the training.
-        compared_tokens: Most tokens whose answers are compared for that.
+        base_name: Base weights to merge into; ``best`` measures which ones are closer to the trained model.
+        compared_tokens: Maximum number of tokens whose answers are compared for ``best``.
 
     Raises:
-        UserError: also if the merged model does not answer like the adapter; nothing is left behind.
+        UserError: The model cannot be merged, or does not answer like the adapter. Nothing is left behind.
     """
     out = out.expanduser().absolute()
     refuse_existing(out)
@@ -184,7 +184,7 @@ def merge(
 
 
 def _copy_tokenizer(base: Path, adapter: Path, folder: Path) -> None:
-    """Copy the adapter's tokenizer over the base's; its chat templates replace all of the base's."""
+    """Replace the base's tokenizer by the adapter's, whose chat templates replace all of the base's."""
     names = tokenizer_files(base)
     if any(own_templates(adapter, read_json_object(adapter / "tokenizer_config.json"))):
         names = [name for name in names if not is_template_file(name)]
@@ -204,9 +204,9 @@ def verify_merge(
     Args:
         source: The base and its adapters.
         adapter_name: The adapter that was merged.
-        merged: The folder that :func:`qlora_tui.export.merge.merge` wrote.
+        merged: Folder that :func:`qlora_tui.export.merge.merge` wrote.
         on_status: Called with the current activity.
-        requantize: Rounds the base's weights, by name, if they were rounded before merging.
+        requantize: Rounds the base's weights, given name and values, if they were rounded before merging.
 
     Returns:
         The comparison, or why nothing was compared.
@@ -245,7 +245,7 @@ def verify_merge(
 
 
 def _load(source: ChatSource, folder: Path) -> Any:
-    """Load the model of a folder in the dtype it is stored in."""
+    """Load the model in a folder in the dtype in which it is stored."""
     quantization = structs.replace(source.recipe.quantization, method="none")
     recipe = structs.replace(source.recipe, quantization=quantization)
     device = ComputeDevice(torch.device("cpu"), "CPU", 0, _stored_dtype(folder))
@@ -271,7 +271,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
 
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits, (tokens, vocabulary), fp32."""
+    """Return the logits, (tokens, vocabulary), in fp32."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
     return logits
 

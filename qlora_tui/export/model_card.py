@@ -1,4 +1,4 @@
-"""A model card: what the model is, what it was trained on and how. Contains no paths of this machine."""
+"""A model card: what the model is, what it was trained on, and how. Contains no paths of this machine."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _FRONT: dict[CardForm, tuple[str, str]] = {
     "merged": ("transformers", "finetune"),
     "gguf": ("gguf", "quantized"),
 }
-"""Library, and relation to the base (the Hub's ``base_model_relation``)."""
+"""Library of each form, and its relation to the base (the Hub's ``base_model_relation``)."""
 
 
 @dataclass(frozen=True)
 class CardResults:
-    """What a card says beyond the recipe; empty if it is not known."""
+    """Results that a card reports in addition to the recipe. Empty fields are unknown."""
 
     rows: tuple[tuple[str, str], ...] = ()
-    """What the run's events say: losses, tokens, energy."""
+    """Losses, tokens and energy from the run's events, as label and text."""
     effect: str = ""
     """What the adapter changes, in a sentence."""
     proof: str = ""
@@ -100,13 +100,13 @@ def render_model_card(
     """Return the README.md of a model.
 
     Args:
-        recipe: Of the training. Its note is the user's own, and stays out.
-        from_hub: Whether the base is named by its Hub id; else by its name alone.
+        recipe: Recipe of the training. Its note is the user's own, and is not included.
+        from_hub: Whether the base is named by its Hub id; otherwise by the last part of its path.
         form: What the card describes.
-        repo: Where it is on the Hub, to say how it is loaded; empty for a folder.
-        results: What is known beyond the recipe.
-        is_dequantized: Whether the adapter was merged into the base weights of the training, dequantized,
-            instead of the stored ones.
+        repo: Repository on the Hub, to say how the model is loaded; empty for a folder.
+        results: Results of the training and checks.
+        is_dequantized: Whether the adapter was merged into the dequantized base weights of training instead
+            of the stored ones.
     """
     results = results or CardResults()
     base = recipe.model.id if from_hub else short_model_name(recipe.model.id)
@@ -166,7 +166,7 @@ def render_model_card(
 
 
 def _use(form: CardForm, repo: str, base: str) -> list[str]:
-    """Return the lines that load what is in ``repo``; ``base`` is empty if it is not on the Hub."""
+    """Return the code that loads the content of ``repo``. ``base`` is empty if it is not on the Hub."""
     match form:
         case "gguf":
             return ["With llama.cpp:", "", "```sh", f"llama-server -hf {repo}", "```"]
@@ -188,7 +188,7 @@ def _use(form: CardForm, repo: str, base: str) -> list[str]:
 
 
 def _adapter_name(folder: str) -> str:
-    """Return the run or the folder of an adapter, without the path to it."""
+    """Return the run or the folder name of an adapter, without its path."""
     path = PurePath(folder)
     return path.parent.name if path.name == "adapter" else path.name
 

@@ -1,6 +1,6 @@
-"""``export ollama``: a GGUF file with its Modelfile, and the model that ``ollama create`` makes of them.
+"""``export ollama``: a GGUF file with its Modelfile, and the model that ``ollama create`` makes from them.
 
-The file holds the merged model: Ollama 0.34 and newer refuse ``ADAPTER`` in a Modelfile.
+The file contains the merged model, because Ollama 0.34 and newer reject ``ADAPTER`` in a Modelfile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qlora_tui.worker import user_env
 MODELFILE = "Modelfile"
 _NAME = re.compile(r"(?:(?:[\w.-]+(?::\d+)?/)?[\w-]+/)?(?P<model>[\w.-]+)(?P<tag>:[\w.-]+)?", re.ASCII)
 _MAX_NAME = 80
-"""Most characters of each part of a name (``types/model/name.go`` of Ollama)."""
+"""Maximum length of each part of a name (``types/model/name.go`` of Ollama)."""
 _MIN_CONTEXT = 4096
 _SHOW_S = 30
 """Seconds to wait for Ollama to look up a name."""
@@ -48,7 +48,7 @@ class OllamaExport(Struct, frozen=True, kw_only=True):
 
     name: str
     folder: str
-    """Holds the GGUF file and the Modelfile."""
+    """Folder with the GGUF file and the Modelfile."""
     gguf: GgufExport
     has_template: bool
     """Whether the Modelfile has a TEMPLATE."""
@@ -58,12 +58,12 @@ class OllamaExport(Struct, frozen=True, kw_only=True):
 
     @property
     def summary(self) -> str:
-        """Say how the file was checked, and what is special about the Modelfile, a sentence a line."""
+        """How the file was checked, and notes on the Modelfile, with a line for each sentence."""
         return "\n".join([*self.gguf.sentences, *self.notes])
 
     @property
     def command(self) -> str:
-        """Return the command that runs the model, or that creates it first."""
+        """Command that runs the model, or that creates it first."""
         if self.created:
             return f"ollama run {self.name}"
         return f"cd {shlex.quote(self.folder)} && ollama create {self.name} -f {MODELFILE}"
@@ -85,15 +85,15 @@ def export_ollama(
     Args:
         source: The base and its adapters.
         adapter_name: The adapter to merge.
-        name: Of the model in Ollama: ``[namespace/]model[:tag]``.
-        folder: Where to write.
+        name: Name of the model in Ollama: ``[namespace/]model[:tag]``.
+        folder: Output folder.
         file_type: A type of ``export gguf``, or ``auto``.
-        replace_model: Whether a model of this name in Ollama is replaced.
-        compared_tokens: Most tokens whose answers are compared.
+        replace_model: Whether to replace an existing model of this name in Ollama.
+        compared_tokens: Maximum number of tokens whose answers are compared.
         on_status: Called with the current activity.
 
     Raises:
-        UserError: nothing was written; or the folder was, and ``ollama create`` failed.
+        UserError: Nothing was written, or the folder was written and ``ollama create`` failed.
     """
     check_name(name)
     refuse_existing(folder)
@@ -130,14 +130,14 @@ def export_ollama(
     if shutil.which("ollama") is None:
         return result
     if not replace_model:
-        # It may have appeared while the file was written.
+        # Another program may have created it while the file was written.
         _refuse_existing_model(name, why=f"{folder} is complete, but was not passed to Ollama.")
     _create(result, on_status)
     return replace(result, created=True)
 
 
 def check_name(name: str) -> None:
-    """Raise UserError for what Ollama takes for no name."""
+    """Raise UserError if Ollama does not accept the name."""
     match = _NAME.fullmatch(name)
     parts = re.split("[/:]", name)
     is_valid = (
@@ -156,7 +156,7 @@ def check_name(name: str) -> None:
 
 
 def context_size(max_length: int, model_limit: int | None) -> int:
-    """Return the tokens of context to allocate: the next power of two that holds a row of the training."""
+    """Return the context size to allocate: the next power of two that holds a row of training, in tokens."""
     wanted = max(_MIN_CONTEXT, 1 << (max_length - 1).bit_length())
     return min(wanted, model_limit or wanted)
 
@@ -188,7 +188,7 @@ def _notes(template: OllamaTemplate, tokenizer: ChatTokenizer) -> tuple[str, ...
 
 
 def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it without asking.") -> None:
-    """Raise UserError if Ollama has a model of this name, as far as it is installed and running."""
+    """Raise UserError if Ollama has a model of this name. Only checked if Ollama is installed and running."""
     if shutil.which("ollama") is None:
         return
     command = ["ollama", "show", name]
@@ -204,7 +204,7 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
             fix="Check whether Ollama is running. To replace an existing model, add --replace.",
         ) from error
     except OSError:
-        # Then it cannot create a model either, and says so.
+        # In this case, Ollama cannot create a model either, and reports it.
         return
     if shown.returncode == 0:
         raise UserError(
@@ -217,7 +217,7 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
 
 
 def _create(result: OllamaExport, on_status: StatusFn) -> None:
-    """Run ``ollama create``. Raises UserError with its last words; the folder stays."""
+    """Run ``ollama create``. Raises UserError with its last messages; the folder is kept."""
     command = ["ollama", "create", result.name, "-f", MODELFILE]
     on_status(f"Running {' '.join(command)}")
     last = "it wrote nothing"
@@ -236,7 +236,7 @@ def _create(result: OllamaExport, on_status: StatusFn) -> None:
                     last = line
                     on_status(f"ollama: {line}")
             except BaseException:
-                # A cancel must not wait for it.
+                # A cancel must not wait for the process.
                 process.kill()
                 raise
         if process.returncode == 0:
@@ -252,11 +252,11 @@ def _create(result: OllamaExport, on_status: StatusFn) -> None:
 
 
 def _status_lines(output: IO[bytes]) -> Iterator[str]:
-    """Yield each line once, without terminal codes: Ollama repeats lines to animate them."""
+    """Yield each line once, without terminal codes, because Ollama repeats lines to animate them."""
     before = ""
     for block in output:
         for part in _ANSI.sub("", block.decode(errors="replace")).replace("\n", "\r").split("\r"):
-            # The animation is a braille sign or a percentage.
+            # Animated parts are braille characters or percentages.
             line = visible(re.sub(r"[\u2800-\u28ff▕█▏ ]+|\b\d+% .*$", " ", part).strip())
             if line and line != before:
                 before = line

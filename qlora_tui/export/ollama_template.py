@@ -1,8 +1,8 @@
-"""A chat template as Ollama's ``TEMPLATE``, if one can be written that renders alike.
+"""Converts a chat template to Ollama's ``TEMPLATE``, if an equivalent one can be found.
 
-Ollama does not run a model's own Jinja template: it compares it with the few it knows, and sends text
-without any turns otherwise. So what the template of the training writes before and after each turn is read
-from renderings, written as a Go template, and compared on other conversations.
+Ollama does not run a model's Jinja template. It compares the template with a few that it knows, and otherwise
+sends text without any turns. Therefore, the text that the training template writes before and after each turn
+is extracted from rendered conversations, written as a Go template, and compared on other conversations.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _TURNS = (
 _TEXTS = ("Why?", "two\nlines\n\nand a third", '<b>"1 & 2"</b> {{ .Content }}', "für 你好 🙂", "a  b")
 """Contents of the conversations that are compared."""
 _OPERANDS = {".System": "system", ".Role": "message.role", ".Content": "message.content"}
-"""Jinja's expressions by those of Go's template."""
+"""Jinja expressions, by the equivalent Go template expressions."""
 
 
 @dataclass(frozen=True)
 class OllamaTemplate:
-    """The Go template of a chat template."""
+    """The Go template that is equivalent to a chat template."""
 
     text: str
-    """Empty if there is none that renders alike."""
+    """Text of the template; empty if no equivalent one was found."""
     reason: str = ""
-    """Why there is none."""
+    """Why there is no template."""
     note: str = ""
-    """A difference that remains."""
+    """A remaining difference, in a sentence."""
 
 
 class _NotExpressible(Exception):
@@ -53,13 +53,13 @@ class _NotExpressible(Exception):
 
 
 def ollama_template(tokenizer: ChatTokenizer, thinking: Thinking, *, adds_bos: bool) -> OllamaTemplate:
-    """Return the Go template that renders conversations as in training.
+    """Return a Go template that renders conversations as in training.
 
     Args:
-        tokenizer: Has the template of the training.
+        tokenizer: Tokenizer with the training template.
         thinking: Whether the model was trained to think.
-        adds_bos: Whether Ollama itself begins each text with the begin token, as ``add_bos_token`` of the
-            file has it; then the template must not write it.
+        adds_bos: Whether Ollama itself begins each text with the begin token, as the file's ``add_bos_token``
+            says. If so, the template must not write it.
     """
     if tokenizer.traits.thinks and thinking != "off":
         return OllamaTemplate("", "the model thinks, and its template handles thoughts in its own way")
@@ -112,12 +112,12 @@ def _turn_begin(tokenizer: ChatTokenizer) -> Callable[[str], str]:
 
 
 def _derived(plain: str, with_system: str, turn_begin: Callable[[str], str]) -> str:
-    """Return the Go template of what is written around each turn. Raises _NotExpressible.
+    """Return the Go template of the text around each turn. Raises _NotExpressible.
 
     Args:
-        plain: The conversation ``_TURNS``, rendered.
-        with_system: The conversation with a system turn before it.
-        turn_begin: Cuts off what belongs to the turn before.
+        plain: The rendered conversation ``_TURNS``.
+        with_system: The rendered conversation with a system turn before it.
+        turn_begin: Removes the part of a text that belongs to the previous turn.
     """
     begin, to_answer, after_answer, again, after_later, end = _around(
         plain, (_FIRST, _ANSWER, _SECOND, _LATER, _THIRD)
@@ -156,7 +156,7 @@ def _derived(plain: str, with_system: str, turn_begin: Callable[[str], str]) -> 
 
 
 def _around(text: str, words: Sequence[str]) -> list[str]:
-    """Return what is before, between and after the words. Raises _NotExpressible."""
+    """Return the text before, between and after the words. Raises _NotExpressible."""
     parts = re.split("|".join(words), text)
     if re.findall("|".join(words), text) != list(words):
         raise _NotExpressible("it repeats, leaves out or moves a message")
@@ -175,9 +175,9 @@ def _common_suffix(first: str, second: str) -> str:
 
 
 def _shared_begin(plain: str, with_system: str) -> tuple[str, str, str]:
-    """Return what both begin with if one has nothing else there, and the rest of each.
+    """Return the common beginning, if one text has nothing else there, and the rest of each text.
 
-    A default system prompt begins as a given one does, and must stay whole.
+    A default system prompt begins like a given one, and must not be split.
     """
     shared = _common_prefix(plain, with_system)
     if shared != plain:
@@ -188,8 +188,8 @@ def _shared_begin(plain: str, with_system: str) -> tuple[str, str, str]:
 def go_literal(text: str) -> str:
     """Return Go template source that writes ``text``.
 
-    Characters that a Modelfile or a template would read otherwise become a constant: quotation marks, braces,
-    and what Go does not print (``parser/parser.go`` of Ollama drops it).
+    Characters with a meaning in a Modelfile or a template become a constant: quotation marks, braces, and
+    characters that Go does not print (``parser/parser.go`` of Ollama drops these).
     """
 
     def is_plain(character: str) -> bool:
@@ -208,14 +208,14 @@ def _escaped(character: str) -> str:
 
 
 def render_go_template(source: str, messages: Sequence[Message]) -> str:
-    """Return what Ollama sends to the model.
+    """Return the text that Ollama sends to the model.
 
     Ollama calls Go's text/template with ``System``, the text of all system messages, and ``Messages``, each
-    with ``Role`` and ``Content`` (``template/template.go``), where messages of one role in a row are joined.
-    Jinja renders what is written here of that language: ``if``, ``else if``, ``else``, ``range .Messages``,
-    string constants, ``eq``, ``not``, and variables that are true or false.
+    with ``Role`` and ``Content`` (``template/template.go``). Consecutive messages of one role are joined.
+    This function supports the subset of the language that is used here, by converting it to Jinja: ``if``,
+    ``else if``, ``else``, ``range .Messages``, string constants, ``eq``, ``not``, and boolean variables.
 
-    Raises ValueError for a construct that is not known here.
+    Raises ValueError for any other construct.
     """
     texts: list[str] = []
     blocks: list[str] = []

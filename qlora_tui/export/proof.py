@@ -1,7 +1,7 @@
-"""Comparison of a written GGUF file with the model as it was trained, by llama.cpp itself.
+"""Comparison of a written GGUF file with the trained model, by llama.cpp itself.
 
-The run's validation rows are split into tokens by llama.cpp, and its next-token logits at trained positions
-are compared with those of base and adapter as they were trained (``reference``).
+llama.cpp tokenizes the run's validation rows, and its next-token logits at trained positions are compared
+with those of base and adapter as they were trained (``reference``).
 """
 
 from __future__ import annotations
@@ -30,61 +30,65 @@ _LIMITS = {"F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q6_K": 0.1, "Q5": 0.5, "Q4"
 _LIMIT_OTHER_TYPES = 2.0
 _EFFECT_DIVISOR = 8
 _FLOORS = {"F16": 0.004, "BF16": 0.02, "Q8_0": 0.03}
-"""KL divergences that rounding alone may cause, so that a smaller effect cannot be seen. The largest that was
-seen of BF16 is 0.011: SmolLM2-135M from a 4-bit file, with an adapter of five steps."""
+"""KL divergences that rounding alone may cause, so that a smaller effect cannot be detected.
+
+The largest observed value for BF16 is 0.011: SmolLM2-135M from a 4-bit file, with an adapter of five steps.
+"""
 _FLOOR_OTHER_TYPES = 0.015
 _DIFFERENT_SHARE = 0.02
-"""Share of rows that may become other tokens for a reason that is not known."""
+"""Share of rows that may be tokenized differently for an unknown reason."""
 _FEWER_ENDS = 3
-"""Turn ends that a file must lose before it is wrong: of few turns, rounding may change one or two."""
+"""Number of turn ends that a file must lose to count as wrong. If there are few turns, rounding may change
+one or two."""
 
 
 class Proof(Struct, frozen=True, kw_only=True):
-    """A file compared with base and adapter as they were trained."""
+    """Comparison of a file with base and adapter as they were trained."""
 
     name: str
-    """What was compared: ``Q4_K_M``."""
+    """Name of what was compared, such as ``Q4_K_M``."""
     rows: int
     """Rows whose tokens were compared."""
     different_rows: int
-    """Rows that llama.cpp splits into other tokens."""
+    """Number of rows that llama.cpp tokenizes differently."""
     effect: float
-    """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
+    """Mean KL(trained model ‖ base) in nats, which measures how much the adapter changes."""
     effect_is_measurable: bool = True
-    """Whether a file without the adapter would be noticed."""
+    """Whether the comparison would detect a file without the adapter."""
     positions: int
     """Trained positions whose logits were compared."""
     trained: int = 0
-    """Trained positions of all rows; 0 if they were not counted."""
+    """Number of trained positions in all rows; 0 if they were not counted."""
     divergence: float
     """Mean KL divergence of the file from the trained model, in nats."""
     top1_matches: int
-    """Positions at which both rank the same token first."""
+    """Number of positions at which both rank the same token first."""
     turns: int
-    """Positions at which a turn ends."""
+    """Number of positions at which a turn ends."""
     turns_ended: int
-    """Those at which the file ends it."""
+    """Number of these positions at which the file ends the turn."""
     turns_ended_by_adapter: int
     prompts: Literal["alike", "different", "not compared"] = "not compared"
-    """Prompts of llama.cpp's built-in renderer, compared with those of the chat template."""
+    """Whether llama.cpp's built-in renderer and the chat template render the same prompts."""
     problem: str = ""
     """Why the file is wrong; empty if it is right."""
 
     @property
     def loses_turn_ends(self) -> bool:
-        """Return whether the file ends clearly fewer turns than the adapter: more than 1, and 1 in 20."""
+        """Whether the file ends clearly fewer turns than the adapter: fewer by more than 1, and by more
+        than 1 in 20."""
         lost = self.turns_ended_by_adapter - self.turns_ended
         return lost > max(1, self.turns_ended_by_adapter // 20)
 
     @property
     def verdict(self) -> str:
-        """``same top token in 97%, KL 0.004``: how near the file is to the adapter."""
+        """How close the file is to the adapter, such as ``same top token in 97%, KL 0.004``."""
         share = format_percent(self.top1_matches / max(self.positions, 1))
         return f"same top token in {share}, KL {format_nats(self.divergence)}"
 
     @property
     def sentence(self) -> str:
-        """Return the result in one sentence."""
+        """The result in one sentence."""
         text = f"{self.name}: {self.verdict} over {self.positions:,} tokens"
         if self.positions < self.trained:
             text += f"; compared at {self.positions:,} of {self.trained:,} trained tokens"
@@ -104,7 +108,7 @@ class Proof(Struct, frozen=True, kw_only=True):
 
     @property
     def prompts_sentence(self) -> str:
-        """Say how llama.cpp renders prompts."""
+        """How llama.cpp renders prompts, in one sentence."""
         if self.prompts == "alike":
             return "llama.cpp's built-in renderer writes prompts as the chat template does"
         if self.prompts == "different":
@@ -130,9 +134,9 @@ def prove(
     Args:
         reference: Rows and the trained model's answers.
         file: The GGUF file.
-        file_type: Its type, whose rounding is allowed for.
-        differences: Texts that may become other tokens.
-        on_progress: Called with the rows compared, and in all; it may raise.
+        file_type: Its type, which determines the allowed rounding.
+        differences: Texts that may be tokenized differently.
+        on_progress: Called with the number of rows compared, and the total. May raise.
 
     Raises:
         UserError: llama.cpp cannot load or compute the file.
@@ -168,7 +172,7 @@ def prove(
 
 
 def judged(proof: Proof, file_type: str) -> Proof:
-    """Return the proof with what is wrong about the answers of a file of a type, and whether that shows."""
+    """Return the proof with the problem of the file's answers, and with whether the effect is measurable."""
     proof = replace(proof, effect_is_measurable=proof.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES))
     return replace(proof, problem=proof.problem or _wrong_answers(proof, file_type))
 
@@ -213,7 +217,7 @@ def _compare_answers(
 
 
 def _splits_alike(llama: LlamaFile, row: ComparedRow) -> bool:
-    """Return whether llama.cpp splits a text into our tokens, also as a server's prompt."""
+    """Return whether llama.cpp tokenizes a text like our tokenizer, alone and as a server's prompt."""
     return bool(list(row.ids) == llama.call("tokenize", row.text) == llama.call("prompt_tokens", row.text))
 
 
@@ -227,7 +231,8 @@ def _compare_prompts(reference: Reference, llama: LlamaFile) -> Literal["alike",
 def _wrong_tokens(
     different: Sequence[str], strange: Sequence[str], rows: int, differences: Sequence[KnownDifference]
 ) -> str:
-    """Return which texts become other tokens for no known reason; empty if no or few rows do."""
+    """Return which texts are tokenized differently for no known reason; empty if few or no rows are
+    affected."""
 
     def is_unexplained(text: str) -> bool:
         return not any(known.applies_to(text) for known in differences)
@@ -240,7 +245,7 @@ def _wrong_tokens(
 
 
 def _wrong_vocabulary(reference: Reference, llama: LlamaFile) -> str:
-    """Return what is wrong with the file's template and special tokens; empty if nothing is."""
+    """Return what is wrong with the file's template and special tokens; empty if nothing is wrong."""
     if llama.call("template") != reference.template:
         return "llama.cpp reads a different chat template from it"
     first_tokens = tuple(llama.call("tokenize", "", True))
@@ -253,11 +258,11 @@ def _wrong_vocabulary(reference: Reference, llama: LlamaFile) -> str:
 
 
 def _wrong_answers(proof: Proof, file_type: str) -> str:
-    """Return how the file's answers differ more than rounding explains; empty if they do not."""
+    """Return how the file's answers differ by more than rounding explains; empty if they do not."""
     limit = next((limit for kind, limit in _LIMITS.items() if file_type.startswith(kind)), _LIMIT_OTHER_TYPES)
     if file_type in _FLOORS:
         limit = min(limit, max(_FLOORS[file_type], proof.effect / _EFFECT_DIVISOR))
-    # Written so that NaN is a problem too.
+    # Written so that NaN counts as a problem.
     if not proof.divergence <= limit:
         return (
             f"its answers differ from the adapter's by a KL divergence of {format_nats(proof.divergence)}, "

@@ -1,8 +1,8 @@
-"""What exported files are compared with: validation rows, and the trained model's answers to them.
+"""The reference for comparing exported files: validation rows, and the trained model's answers to them.
 
-Logits at every compared position would take gigabytes. :class:`Answers` has the inputs of the model's output
-layer, hundredths of that, and the layer's matrix, from which the logits are computed again, some positions at
-a time.
+Logits at every compared position would take gigabytes. :class:`Answers` instead holds the inputs of the
+model's output layer, which are about a hundredth of this size, and the layer's matrix. The logits are
+recomputed from these for some positions at a time.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.host import release_gpu_memory
 
 _MAX_ROWS = 200
-"""Most validation rows whose tokens are compared; docs/export.md states this and the next limit."""
+"""Maximum number of validation rows whose tokens are compared; docs/export.md states this limit and the
+next one."""
 _MAX_TOKENS = 4096
-"""Most tokens of a row."""
+"""Maximum number of tokens of a row."""
 _LOGITS = 1 << 25
-"""Most logits that are in memory at once: 128 MiB."""
+"""Maximum number of logits in memory at once: 128 MiB."""
 _MAX_DIFFERENCE = 0.01
-"""Most by which computed answers may differ from the model's own, as KL divergence in nats: 16-bit
+"""Largest KL divergence, in nats, by which computed answers may differ from the model's own: 16-bit
 rounding."""
 _REPORT_S = 30.0
-"""Longest time without a report of progress, in seconds."""
+"""Maximum seconds without a progress report."""
 _STRANGE_TEXTS = (
     "I'm sure they'll say we've been there; DON'T HE'S you're",
     "1 12 123 1234 12345 3.14 1,000,000 x2y3 v1.2.3",
@@ -49,25 +50,25 @@ _STRANGE_TEXTS = (
     "Привет, мир! École française, straße",
     "🚀 fooBar FooBARBaz_HTTPServer ======= ...!!! https://example.org/a?b=c&d#e",
 )
-"""Texts in which wrong rules of a tokenizer show."""
+"""Texts that reveal wrong rules of a tokenizer."""
 
 StatusFn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One conversation, and where its next-token logits are compared."""
+    """One conversation, and the positions at which its next-token logits are compared."""
 
     text: str
     """The rendered conversation; empty if its tokens are not compared."""
     ids: tuple[int, ...]
-    """Its tokens by our tokenizer."""
+    """Token ids from our tokenizer."""
     positions: tuple[int, ...] = ()
-    """Places in ``ids`` whose logits predict a trained token, ascending."""
+    """Indices in ``ids`` whose logits predict a trained token, ascending."""
 
     @property
     def computed_ids(self) -> tuple[int, ...]:
-        """Return the tokens up to the last position."""
+        """The token ids up to the last compared position."""
         return self.ids[: self.positions[-1] + 1] if self.positions else ()
 
 
@@ -76,7 +77,7 @@ class ComparedPrompt:
     """A conversation and its prompt."""
 
     turns: tuple[tuple[str, str], ...]
-    """Role and content."""
+    """Role and content of each turn."""
     text: str
     """The prompt as the chat template renders it, without the begin token."""
 
@@ -86,24 +87,25 @@ class Answers:
     """The trained model's next-token probabilities at the compared positions, on the CPU.
 
     Logits are ``inputs`` times ``matrix`` times ``scale``, and then capped. Inputs and matrix have the
-    model's own dtype: nothing is rounded.
+    model's own dtype, so nothing is rounded.
     """
 
     inputs: tuple[Tensor, ...]
-    """The output layer's inputs (positions, width) of each row that has positions."""
+    """Inputs (positions, width) of the output layer, for each row with compared positions."""
     matrix: Tensor
-    """The output layer's matrix with the adapter: (width, vocabulary)."""
+    """Matrix (width, vocabulary) of the output layer, including the adapter."""
     scale: float
     softcap: float
-    """Bound c of logits c·tanh(x/c); 0 for none."""
+    """Bound c if the model limits logits to c·tanh(x/c); 0 if it does not."""
 
     @property
     def at_once(self) -> int:
-        """Return at how many positions logits are computed at once."""
+        """Number of positions whose logits are computed at once."""
         return max(1, _LOGITS // self.matrix.shape[1])
 
     def log_probabilities(self, row: int) -> Iterator[Tensor]:
-        """Yield the log-probabilities of a row's positions in order: float32, (``at_once``, vocabulary)."""
+        """Yield the log probabilities at a row's positions, in order, as float32 (``at_once``,
+        vocabulary)."""
         for inputs in torch.split(self.inputs[row], self.at_once):
             blocks = torch.split(self.matrix, max(1, _LOGITS // self.matrix.shape[0]), dim=1)
             logits = torch.cat([inputs.float() @ block.float() for block in blocks], dim=1) * self.scale
@@ -114,11 +116,11 @@ class Answers:
 
 @dataclass(frozen=True)
 class Reference:
-    """Rows, and what base and adapter answer at their trained positions."""
+    """Rows, and the answers of base and adapter at their trained positions."""
 
     rows: tuple[ComparedRow, ...]
     strange: tuple[ComparedRow, ...]
-    """Texts in which wrong rules of a tokenizer show, compared by their tokens only."""
+    """Texts that reveal wrong rules of a tokenizer. Only their tokens are compared."""
     prompts: tuple[ComparedPrompt, ...]
     """Conversations, rendered by the chat template."""
     answers: Answers
@@ -130,17 +132,18 @@ class Reference:
     template: str
     """The chat template that the conversations were rendered with."""
     effect: float
-    """Mean KL(trained model ‖ base), in nats: how much the adapter changes."""
+    """Mean KL(trained model ‖ base) in nats, which measures how much the adapter changes."""
     trained: int
-    """Trained tokens of all rows, of which some may not be compared."""
+    """Number of trained tokens in all rows. Some of them may not be compared."""
 
     @property
     def computed_rows(self) -> list[ComparedRow]:
-        """Return the rows that have positions."""
+        """The rows with compared positions."""
         return [row for row in self.rows if row.positions]
 
     def divergence(self, session: ChatSession, adapter_name: str, on_status: StatusFn, words: str) -> float:
-        """Return the mean KL divergence of another loaded model with the adapter, in nats.
+        """Return the mean KL divergence of another loaded model with the adapter from the trained model, in
+        nats.
 
         Raises UserError if memory is too small.
         """
@@ -161,8 +164,8 @@ class Reference:
 def reference_answers(
     source: ChatSource, adapter_name: str, on_status: StatusFn, tokens: int = COMPARED_TOKENS
 ) -> Reference:
-    """Compute the answers to compare files with, at the trained positions of rows of ``tokens`` tokens
-    together.
+    """Compute the answers that files are compared with, at trained positions of rows with ``tokens`` tokens
+    in total.
 
     Raises UserError if the model or the run's data cannot be read, or memory is too small.
     """
@@ -199,7 +202,7 @@ def reference_answers(
 def reference_or_reason(
     source: ChatSource, adapter_name: str, on_status: StatusFn, tokens: int
 ) -> Reference | str:
-    """Return what the files are compared with, or why there is nothing."""
+    """Return the reference for comparing files, or the reason why there is none."""
     try:
         return reference_answers(source, adapter_name, on_status, tokens)
     except UserError as error:
@@ -207,7 +210,7 @@ def reference_or_reason(
 
 
 def reason_of(error: UserError) -> str:
-    """Return an error as the end of a sentence."""
+    """Return an error as text for the end of a sentence."""
     return f"{error.title}: {error.what}".rstrip(".")
 
 
@@ -239,9 +242,9 @@ def _compute(
 
 
 def _require_same(computed: Tensor, logits: Tensor) -> None:
-    """Raise UserError if computed answers (1, vocabulary) are not those of the model (vocabulary,)."""
+    """Raise UserError if computed answers (1, vocabulary) differ from the model's own (vocabulary,)."""
     expected = logits.float().log_softmax(-1).cpu()[None]
-    # Written so that NaN is a difference too.
+    # Written so that NaN counts as a difference.
     if not float(kl_divergence(expected, computed)) <= _MAX_DIFFERENCE:
         raise UserError(
             "The answers cannot be compared",
@@ -257,7 +260,7 @@ def _effect(
     base, _ = _head_inputs(session, BASE, row)
     total = 0.0
     for ours, theirs in zip(torch.split(trained, at_once), torch.split(base, at_once), strict=True):
-        # The adapter may change the output layer too.
+        # The adapter may also change the output layer.
         session.activate(BASE)
         actual = session.head.logits(theirs).log_softmax(-1)
         session.activate(adapter_name)
@@ -266,21 +269,22 @@ def _effect(
 
 
 def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
-    """Return the output layer's inputs at a row's positions, and the first logits. Raises UserError."""
+    """Return the output layer's inputs at a row's positions, and the logits at the first. Raises
+    UserError."""
     with reported_memory(session.compute_device):
         return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
 
 
 def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
-    """Return KL(expected ‖ actual) of each row, in nats, from log-probabilities (rows, vocabulary).
+    """Return KL(expected ‖ actual) of each row, in nats, from log probabilities (rows, vocabulary).
 
-    With probabilities (1/2, 1/2) expected and (1/4, 3/4) actual, ½·ln 2 + ½·ln ⅔ = 0.144.
+    For example, expected (1/2, 1/2) and actual (1/4, 3/4) give ½·ln 2 + ½·ln ⅔ = 0.144.
     """
     return (expected.exp() * (expected - actual)).sum(-1)
 
 
 def row_progress(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Return what reports the rows done, and in all, with the time left: at each tenth, and every 30 s."""
+    """Return a function that reports rows done, total and remaining time, at each tenth and every 30 s."""
     began = reported_at = time.monotonic()
     tenths = 0
 
@@ -299,16 +303,16 @@ def row_progress(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
 def compared_rows(
     samples: Samples, tokenizer: ChatTokenizer, tokens: int
 ) -> tuple[tuple[ComparedRow, ...], int]:
-    """Return rows from all over the samples, and how many trained tokens they have.
+    """Return rows spread over the samples, and the number of their trained tokens.
 
-    Every trained position of as many rows as have ``tokens`` tokens together is compared; of the others only
-    how their text is split into tokens.
+    Of as many rows as have ``tokens`` tokens in total, every trained position is compared; of the others,
+    only how their text is tokenized.
     """
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]
     ids = [tuple(samples.token_ids(number)[: min(_MAX_TOKENS, tokens)]) for number in numbers]
     masks = [samples.loss_mask(number) for number in numbers]
-    # Places whose next token is trained.
+    # Indices whose next token is trained.
     trained = [[place for place in range(len(mask) - 1) if mask[place + 1]] for mask in masks]
     computed = max(1, min(count, tokens * count // max(1, sum(map(len, ids)))))
     chosen = {place * count // computed for place in range(computed)}
@@ -324,27 +328,27 @@ def compared_rows(
 
 
 def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
-    """Return the run's validation rows; its training rows if it has none."""
+    """Return the run's validation rows, or its training rows if it has none."""
     prepared = prepare_dataset(source.recipe, tokenizer)
     return (prepared.validation if len(prepared.validation) else prepared.train).of_side(GOOD)
 
 
 def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
-    """Return the text that has these tokens; empty if there is none.
+    """Return a text that is tokenized to these ids; empty if there is none.
 
-    There is none if text that looks like a special token is no special token in training.
+    There is none if text that looks like a special token was not one in training.
     """
     text = tokenizer.decode(ids)
     if tokenizer.encode(text) == list(ids):
         return text
-    # Some decoders drop the space that the tokenizer adds to the first word, but not after a special token.
+    # Some decoders drop the space that the tokenizer adds to the first word, except after a special token.
     runs = groupby(ids, tokenizer.special_ids.__contains__)
     text = "".join(tokenizer.decode(list(run)) for _, run in runs)
     return text if tokenizer.encode(text) == list(ids) else ""
 
 
 def _prompts(source: ChatSource, tokenizer: ChatTokenizer) -> Iterator[ComparedPrompt]:
-    """Yield the conversations that the template accepts."""
+    """Yield the conversations that the chat template accepts."""
     writes_begin = "bos_token" in tokenizer.template.names
     begin = tokenizer.special_tokens.get("bos_token", "") if writes_begin else ""
     for messages in sample_conversations():

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when they are complete, and never replace another."""
+"""Files that appear under their names only when they are complete, and never replace other files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError if there is anything under a name."""
+    """Raise UserError if anything exists under this name."""
     if out.exists() or out.is_symlink():
         raise UserError(
             "The file already exists",
@@ -32,11 +32,11 @@ def refuse_existing(out: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError if fewer than ``needed`` bytes are free; ``what`` begins the sentence."""
+    """Raise UserError if fewer than ``needed`` bytes are free. ``what`` begins the sentence."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     usage = shutil.disk_usage(parent)
     free = usage.free
-    # A file system such as /proc has no size; writing there fails and says why.
+    # A file system such as /proc has no size. Writing there fails with a reason.
     if usage.total and needed > free:
         raise UserError(
             "Not enough disk space",
@@ -47,10 +47,10 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def draft_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden, empty folder next to ``out`` for unfinished files, which is deleted afterwards.
+    """Yield a hidden, empty folder next to ``out`` for unfinished files, and delete it afterwards.
 
-    That of an export that was killed is deleted first. Raises UserError if another export writes ``out``, and
-    for any OSError inside.
+    The draft of a killed export is deleted first. Raises UserError if another export writes ``out``, and for
+    any OSError inside the block.
     """
     with export_problems(out):
         private_dir(out.parent)
@@ -66,13 +66,14 @@ def draft_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def export_problems(out: Path | None = None) -> Iterator[None]:
-    """Convert OSErrors in the block to UserError; the message names ``out`` if they name no file."""
+    """Convert OSErrors inside the block to UserError. The message names ``out`` if the error names no
+    file."""
     try:
         yield
     except OSError as error:
         named = Path(error.filename or out or "A file")
         if out is not None and error.errno in _FULL:
-            # A copy that fails for lack of space names the file that it reads.
+            # If a copy fails for lack of space, the error names the file that is read.
             named = out
         where = final_path(named)
         if where != named and error.errno in _UNWRITABLE:
@@ -87,14 +88,14 @@ def export_problems(out: Path | None = None) -> Iterator[None]:
 
 
 def publish_new(draft: Path, final: Path) -> None:
-    """Give a finished folder its name, durably; never in place of another folder or file.
+    """Give a finished folder its name, durably and without replacing anything.
 
     Raises UserError and OSError.
     """
     sync_tree(draft)
     refuse_existing(final)
     try:
-        # Onto a folder with files that appeared just now, it fails.
+        # This fails for a folder with files that has just appeared there.
         draft.rename(final)
     except OSError:
         refuse_existing(final)
@@ -103,7 +104,7 @@ def publish_new(draft: Path, final: Path) -> None:
 
 
 def publish_files(finals: Mapping[Path, Path]) -> None:
-    """Give each finished file of the keys its name, all of them or none. Raises UserError and OSError."""
+    """Give each finished file (key) its name (value), all of them or none. Raises UserError and OSError."""
     published: list[Path] = []
     try:
         for draft, final in finals.items():
@@ -111,7 +112,8 @@ def publish_files(finals: Mapping[Path, Path]) -> None:
             published.append(final)
     except BaseException:
         for draft, final in finals.items():
-            # Only what was published here: another program may have written a file of that name meanwhile.
+            # Remove only what was published here, because another program may have written a file of this
+            # name.
             with suppress(OSError):
                 if final in published or final.samefile(draft):
                     final.unlink()
@@ -119,7 +121,7 @@ def publish_files(finals: Mapping[Path, Path]) -> None:
 
 
 def publish_file(draft: Path, final: Path) -> None:
-    """Give a finished file its name, durably, and never in place of another. Raises UserError and OSError."""
+    """Give a finished file its name, durably and without replacing anything. Raises UserError and OSError."""
     private_dir(final.parent)
     draft.chmod(0o644)
     sync(draft)

@@ -1,8 +1,8 @@
 """How llama.cpp stores the tensors of a model in a GGUF file, for exports and for bases that are GGUF files.
 
-conventions    llama.cpp's architecture of each model type, and what it has of its own
-computed_keys  keys of its file that are not a setting of the config as it stands
-rewrites       tensors that llama.cpp stores otherwise
+conventions    llama.cpp's architecture for each model type, and its specific conventions
+computed_keys  keys that are computed from several settings of a config
+rewrites       rules for tensors that llama.cpp stores in another form than transformers
 tensors        names, shapes and values of the tensors of a file
-inverse        the way back, by what the functions of ``conventions`` do to a few tensors
+inverse        the conversion back to weight files, found by probing the functions in ``conventions``
 """

@@ -1,7 +1,7 @@
-"""Keys of a GGUF file that are computed from several settings of a config, and models that have no such keys.
+"""Keys of a GGUF file that are computed from several settings of a config, or checked without writing a key.
 
-Each function takes transformers' text config and returns keys, without the name of the architecture, with
-their values. It raises UserError where llama.cpp has something else built in than the config says.
+Each function takes transformers' text config, and returns keys (without the name of the architecture) and
+values. It raises UserError if the config contradicts a value that is built into llama.cpp.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qlora_tui.errors import UserError
 
 
 def cannot_compute(why: str) -> UserError:
-    """Return the error of a model that llama.cpp would compute otherwise."""
+    """Return the error for a model that llama.cpp would compute differently."""
     return UserError(
         "This model cannot be exported as GGUF",
         what=f"llama.cpp cannot compute it: {why}.",
@@ -23,7 +23,8 @@ def cannot_compute(why: str) -> UserError:
 
 
 def no_rope_every_fourth(config: Any) -> dict[str, Any]:
-    """Return no keys: llama.cpp leaves out the rotary embedding of every fourth layer."""
+    """Return no keys: llama.cpp omits the rotary embedding in every fourth layer. Raises UserError
+    otherwise."""
     usual = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
     if list(config.no_rope_layers) != usual:
         raise cannot_compute("the layers without rotary embedding are not exactly every fourth one")
@@ -31,11 +32,11 @@ def no_rope_every_fourth(config: Any) -> dict[str, Any]:
 
 
 _GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-"""Number of layers by which llama.cpp recognizes the 27B, whose attention it scales otherwise."""
+"""Number of layers by which llama.cpp recognizes the 27B models, whose attention it scales differently."""
 
 
 def gemma_scale(architecture: str) -> Callable[[Any], dict[str, Any]]:
-    """Return the function for Gemma 2 or 3, whose scale of attention llama.cpp has built in: no keys."""
+    """Return a function that checks the attention scale of Gemma 2 or 3, which is built into llama.cpp."""
 
     def keys(config: Any) -> dict[str, Any]:
         is_27b = config.num_hidden_layers == _GEMMA_27B[architecture]
@@ -50,7 +51,7 @@ def gemma_scale(architecture: str) -> Callable[[Any], dict[str, Any]]:
 
 
 def _first_shared_layer(config: Any) -> int:
-    """Return the first layer that computes with the keys and values of an earlier one. Raises UserError."""
+    """Return the first layer that uses the keys and values of an earlier layer. Raises UserError."""
     first: int = config.num_hidden_layers - config.num_kv_shared_layers
     if config.layer_types[first - 2 : first] != ["sliding_attention", "full_attention"]:
         raise cannot_compute("its last layers do not share the keys and values of the two before them")
@@ -61,12 +62,13 @@ GEMMA_3N = {"altup_num_inputs": 4, "altup_active_idx": 0, "laurel_rank": 64} | {
     "hidden_size_per_layer_input": 256,
     "final_logit_softcapping": 30.0,
 }
-"""Settings of Gemma 3n that llama.cpp has built in (src/models/gemma3n.cpp, src/llama-hparams.h)."""
+"""Settings of Gemma 3n that are built into llama.cpp (src/models/gemma3n.cpp, src/llama-hparams.h)."""
 _SPARSE_LAYERS, _SPARSITY, _FIRST_SHARED = 10, 0.95, 20
 
 
 def gemma3n(config: Any) -> dict[str, Any]:
-    """Return what Ollama reads of Gemma 3n, whose layers llama.cpp tells apart by their number."""
+    """Return the keys of Gemma 3n that Ollama reads. llama.cpp derives the kinds of layers from their
+    index."""
     sparsity = list(config.activation_sparsity_pattern)
     if [share == _SPARSITY for share in sparsity] != [
         layer < _SPARSE_LAYERS for layer in range(len(sparsity))
@@ -83,7 +85,7 @@ def gemma3n(config: Any) -> dict[str, Any]:
 
 
 def keys_of_shared_layers(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the projections of layers that share keys and values; weight files may not have them."""
+    """Return the shapes of projections in layers that share keys and values, which weight files may lack."""
     rows = config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "attn_k": (rows, config.hidden_size),
@@ -95,7 +97,7 @@ def keys_of_shared_layers(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def gemma4(config: Any) -> dict[str, Any]:
-    """Return the sizes of heads, which differ between layers with a window and those without one."""
+    """Return the head sizes of Gemma 4, which differ between layers with and without a window."""
     if config.use_bidirectional_attention == "all":
         raise cannot_compute("a token attends to those after it")
     if getattr(config, "num_kv_shared_layers", 0):
@@ -115,7 +117,7 @@ def gemma4(config: Any) -> dict[str, Any]:
 
 
 def sections(config: Any) -> dict[str, Any]:
-    """Return how many frequencies rotate by time, height and width, which are one position in a text."""
+    """Return the numbers of frequencies that rotate by time, height and width, which are equal in a text."""
     sections = config.rope_parameters.get("mrope_section") or [11, 11, 10]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies = int(size * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
@@ -134,7 +136,7 @@ def recurrent(config: Any) -> dict[str, Any]:
 
 
 def mla(config: Any) -> dict[str, Any]:
-    """Return the sizes of latent attention, which llama.cpp computes with one key head."""
+    """Return the sizes of multi-head latent attention, which llama.cpp computes with one key head."""
     rank, rotated = config.kv_lora_rank, config.qk_rope_head_dim
     keys = {
         "attention.head_count_kv": 1,
@@ -164,7 +166,7 @@ def temperature(config: Any) -> dict[str, Any]:
 
 
 def mimo2(config: Any) -> dict[str, Any]:
-    """Return what only MiMo 2 has: layers with a window have twice the key heads."""
+    """Return the keys that only MiMo 2 has: layers with a window have twice as many key heads."""
     heads = config.num_key_value_heads
     return {
         "attention.head_count_kv": [
@@ -187,18 +189,18 @@ def minicpm3(config: Any) -> dict[str, Any]:
 
 
 def gating(name: str) -> Callable[[Any], dict[str, Any]]:
-    """Return the function for a mixture whose router weighs experts by a softmax or a sigmoid."""
+    """Return a function for a mixture of experts whose router uses a softmax or a sigmoid."""
     number = {"softmax": 1, "sigmoid": 2}[name]
     return lambda config: {"expert_gating_func": number}
 
 
 def granite_hybrid(config: Any) -> dict[str, Any]:
-    """Return whether attention rotates: llama.cpp reads this from a key of another name."""
+    """Return whether attention uses rotary embeddings, which llama.cpp reads from a key with another name."""
     return {"rope.scaling.finetuned": getattr(config, "position_embedding_type", "rope") == "rope"}
 
 
 def no_dense_layers(config: Any) -> dict[str, Any]:
-    """Return no keys: each layer with a feed-forward network has experts."""
+    """Return no keys: every layer with a feed-forward network has experts. Raises UserError otherwise."""
     if "mlp" in config.layer_types:
         raise cannot_compute("some of its layers have no experts")
     return {}

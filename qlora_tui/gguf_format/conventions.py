@@ -1,8 +1,8 @@
-"""llama.cpp's architecture for each model type, and what it has of its own.
+"""llama.cpp's architecture for each model type, and its specific conventions.
 
-Names of tensors come from the tables of the ``gguf`` package. What is declared here is what no table says:
-rules of ``rewrites``, constants, and settings that llama.cpp has no key for. How each architecture is
-computed: llama.cpp, src/models.
+Names of tensors come from the tables of the ``gguf`` package. This module declares what no table contains:
+rules of ``rewrites``, constants, and settings that llama.cpp has no key for. The computation of each
+architecture is in llama.cpp, src/models.
 """
 
 from __future__ import annotations
@@ -57,36 +57,37 @@ from qlora_tui.gguf_format.rewrites import (
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """What one of llama.cpp's architectures has of its own."""
+    """The conventions of one of llama.cpp's architectures."""
 
     architecture: str
-    """``general.architecture``."""
+    """Value of ``general.architecture``."""
     types: tuple[str, ...] = ()
-    """transformers' model types, if not only the one that is spelled like the architecture."""
+    """Model types of transformers. Empty: only the model type that is spelled like the architecture."""
     when: Callable[[Any], bool] = lambda config: True
-    """Whether it is the one for a config of these types."""
+    """Returns whether the architecture applies to a config of these model types."""
     rewrites: tuple[Rewrite, ...] = ()
     reads: frozenset[str] = frozenset()
-    """Constants that it reads besides those that every architecture reads."""
+    """Constants that the architecture reads in addition to those that every architecture reads."""
     folded: frozenset[str] = frozenset()
-    """Settings of the config that ``rewrites`` or ``keys`` account for."""
+    """Settings of the config that ``rewrites`` or ``keys`` take into account."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that it has no key for, with the value it computes with, if that of the class is another
-    one or is not looked at."""
+    """Settings without a key, with the value that llama.cpp computes with. Needed if this value is not the
+    default of the config's class, or if the setting would otherwise not be checked."""
     windows: bool = False
-    """Whether it computes sliding windows."""
+    """Whether the architecture computes sliding windows."""
     kv_by_layer: bool = False
-    """Whether it recognizes layers without attention by their number of key heads, which is 0."""
+    """Whether the architecture recognizes layers without attention by a number of key heads of 0."""
     dense_layers: Literal["", "first", "any"] = ""
-    """Which layers of a mixture may have no experts."""
+    """Which layers of a mixture of experts may have no experts."""
     yarn_multiplier: float = 0.0
-    """What ``mscale_all_dim`` is multiplied by in ``yarn_log_multiplier``; 0 if it does not read that."""
+    """Factor of ``mscale_all_dim`` in ``yarn_log_multiplier``; 0 if the architecture does not read this
+    key."""
     keys: Callable[[Any], dict[str, Any]] = lambda config: {}
-    """Constants that are not a setting as it stands; may raise UserError."""
+    """Returns constants that are computed from several settings. May raise UserError."""
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
-    """Shapes of tensors that it loads and does not compute with, by name in the file."""
+    """Returns shapes of tensors that llama.cpp loads but does not compute with, by name in the file."""
     scalars: Mapping[str, str] = field(default_factory=dict)
-    """Ends of names of tensors that hold one number in each layer, with the key that has all of them."""
+    """Suffixes of the names of tensors with one number per layer, and the key that has all these numbers."""
 
 
 def _has(kind: str) -> Callable[[Any], bool]:
@@ -100,7 +101,7 @@ _ROUTING = frozenset({"expert_weights_scale", "expert_weights_norm"})
 _GROUPS = frozenset({"expert_group_count", "expert_group_used_count"})
 
 _EXAONE_32B = 64
-"""Number of layers by which llama.cpp recognizes the one with windows, whose other layers do not rotate."""
+"""Number of layers by which llama.cpp recognizes the model with windows, whose other layers do not rotate."""
 
 _EXPERTS_EVERYWHERE = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 
@@ -426,11 +427,12 @@ CONVENTIONS: tuple[Convention, ...] = (
 COMPUTED_OTHERWISE = {
     "phimoe": "it weighs experts by a sparse mixer, but llama.cpp weighs them by a softmax",
 }
-"""Model types that llama.cpp has an architecture for, which computes something else."""
+"""Model types for which llama.cpp's architecture computes something else, with the difference."""
 
 
 def convention_of(config: Any) -> Convention:
-    """Return how llama.cpp stores a model, from its text config. Raises UserError if it is not supported."""
+    """Return llama.cpp's conventions for a model, given its text config. Raises UserError if it is not
+    supported."""
     model_type = config.model_type.removesuffix("_text")
     if (why := COMPUTED_OTHERWISE.get(model_type)) is not None:
         raise cannot_compute(why)

@@ -1,9 +1,9 @@
-"""From the tensors of a GGUF file back to those of weight files, by what the forward direction does.
+"""Converts the tensors of a GGUF file back to tensors of weight files, by inverting the forward conversion.
 
-How llama.cpp stores a tensor is declared once, as functions from transformers' values to its own
-(:mod:`qlora_tui.gguf_format.conventions`). All of them move elements, and multiply and add
-constants or take -exp. So a function is known by what it makes of a few tensors: of the numbers of rows and
-columns, where each element of the file comes from; of zeros, ones and twos, what was done to it.
+The forward conversion is declared once, as functions from transformers' values to llama.cpp's values
+(:mod:`qlora_tui.gguf_format.conventions`). All of them only move elements, multiply and add constants, or
+compute -exp. A function is therefore determined by its results for a few tensors: row and column numbers show
+where each element comes from, and zeros, ones and twos show the arithmetic.
 """
 
 from __future__ import annotations
@@ -24,35 +24,38 @@ from qlora_tui.gguf_format.tensors import SourceTensor, gguf_tensors
 _LAYER = re.compile(r"\.\d+\.")
 _OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+\.weight)")
 _MAX_PROBE = 1 << 26
-"""Largest number of elements of which a function is asked where they come from; larger tensors are cut."""
+"""Maximum number of elements of a tensor that is used to probe a function. Larger tensors are cut."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the elements of a stored tensor come from, and how they were changed."""
+    """The origin of the elements of a stored tensor, and the arithmetic applied to them."""
 
     index: Tensor | None
-    """For each element, without the axis that is kept, its place in the original; None for the same."""
+    """Place of each element in the original tensor, not counting the axis in ``kept``; None if nothing
+    moves."""
     factor: Tensor | None
-    """Divides each element after ``shift`` was taken from it; None for 1."""
+    """Divisor of each element after ``shift`` was subtracted; None for 1."""
     shift: Tensor | None
     is_negative_exp: bool
     kept: int | None
-    """Axis of the original that the function leaves alone, if any, and the axis of the stored tensor."""
+    """Axis of the original tensor along which the function treats all slices alike; None if there is none."""
     kept_as: int | None
 
     @property
     def keeps_first(self) -> bool:
-        """Whether the function treats all of the first dimension alike, and leaves it where it is."""
+        """Whether the function treats all slices along the first dimension alike, and leaves this
+        dimension in place."""
         return self.kept == 0 and self.kept_as == 0
 
     @property
     def is_same(self) -> bool:
-        """Whether the stored tensor is the original."""
+        """Whether the stored tensor equals the original."""
         return self.index is None and self.factor is None and self.shift is None and not self.is_negative_exp
 
     def restore(self, stored: Tensor, original: Tensor) -> None:
-        """Write the elements of ``stored`` into ``original``, float32 both, to where they come from."""
+        """Undo the function: write the elements of ``stored`` to their places in ``original``. Both are
+        float32."""
         values = stored
         if self.kept is not None:
             assert self.kept_as is not None
@@ -78,11 +81,14 @@ class Origin:
 def origin_of(
     forward: Callable[[Tensor], Tensor], shape: Sequence[int], stored_shape: Sequence[int]
 ) -> Origin:
-    """Find what ``forward`` does to a tensor of ``shape``. Raises ValueError if it cannot be undone."""
+    """Return the origin of a stored tensor, by probing ``forward`` on tensors of ``shape``.
+
+    Raises ValueError if the function cannot be undone.
+    """
     kept = kept_as = None
     probe = tuple(shape)
     if len(shape) > 1:
-        # Experts are all treated alike, and so, mostly, are columns.
+        # All experts are treated alike, and in most tensors all columns are.
         axis = 0 if len(shape) > 2 else len(shape) - 1
         cut = tuple(1 if i == axis else size for i, size in enumerate(shape))
         try:
@@ -126,38 +132,38 @@ def origin_of(
 
 
 def stored_is_original(index: Tensor, count: int) -> bool:
-    """Return whether an index names all of ``count`` elements in their order."""
+    """Return whether ``index`` is 0, 1, …, ``count`` - 1, so that no element moves."""
     return len(index) == count and bool((index == torch.arange(count)).all())
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the model, or those of all experts for one projection, and what a file stores of it."""
+    """A tensor of the model (or one projection of all experts), and how a file stores it."""
 
     names: tuple[str, ...]
-    """Names in weight files: one, or one for each expert."""
+    """Name in weight files, or one name for each expert."""
     shape: tuple[int, ...]
-    """With the experts as first dimension."""
+    """Shape of the tensor, with experts as the first dimension."""
     stored: tuple[SourceTensor, ...]
-    """Names and shapes in the file; ``read`` is of no use."""
+    """Names and shapes in the file. ``read`` is not used."""
     origins: tuple[Origin, ...]
-    """For each of ``stored``."""
+    """Origin of each tensor in ``stored``."""
 
 
 def sources_of(shapes: Mapping[str, tuple[int, ...]], architecture: str, config: Any) -> list[Source]:
     """Return how a file stores each tensor of a model.
 
     Args:
-        shapes: by name in weight files.
+        shapes: Shape of each tensor, by its name in weight files.
         architecture: ``general.architecture`` of the file.
         config: transformers' config of the text model.
 
     Raises:
-        ValueError: for a tensor whose elements the file would not hold all.
-        UserError: for a tensor that the architecture lacks.
+        ValueError: The file would not hold all elements of a tensor.
+        UserError: The architecture lacks a tensor.
     """
     config = copy(config)
-    # What differs between layers is read for each; elsewhere the value of most layers is meant.
+    # Values that differ between layers are read per layer. Other code wants the value of most layers.
     config.allow_global_per_layer_attribute_access = True
     convention = convention_of(config)
     if convention.architecture != architecture:

@@ -23,20 +23,21 @@ import torch
 from torch import Tensor
 
 Change: TypeAlias = Callable[[Tensor, Any], Tensor]
-"""Returns llama.cpp's values of a tensor, from transformers' and the text config. Also for a meta tensor."""
+"""Returns llama.cpp's values of a tensor, given transformers' values and the text config. Works on meta
+tensors."""
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """How llama.cpp stores the tensors whose names match."""
+    """A rule for tensors with matching names: how llama.cpp stores them."""
 
     pattern: str
-    """Regular expression that is searched in the name in the weight files."""
+    """Regular expression that is searched for in the name in weight files."""
     into: tuple[tuple[str, Change], ...]
-    """For each tensor of the GGUF file, what replaces the matched part of the name, and its values."""
+    """For each tensor in the GGUF file: the replacement of the matched part of the name, and its values."""
 
     def names(self, name: str) -> list[str] | None:
-        """Return the names of the tensors that are stored; None if the rule is not for this tensor."""
+        """Return the names of the stored tensors; None if the rule does not apply to this name."""
         if not re.search(self.pattern, name):
             return None
         return [re.sub(self.pattern, target, name) for target, _ in self.into]
@@ -47,12 +48,12 @@ def _same(values: Tensor, config: Any) -> Tensor:
 
 
 def renamed(pattern: str, target: str) -> Rewrite:
-    """Return the rule of tensors that only have another name."""
+    """Return a rule for tensors that differ only in their names."""
     return Rewrite(pattern, ((target, _same),))
 
 
 def changed(pattern: str, change: Change) -> Rewrite:
-    """Return the rule of tensors that only have other values."""
+    """Return a rule for tensors that differ only in their values."""
     return Rewrite(rf"(?P<whole>{pattern})", ((r"\g<whole>", change),))
 
 
@@ -65,10 +66,10 @@ def _halves(pattern: str, first: str, second: str) -> Rewrite:
 
 
 def permute_for_interleaved_rope(values: Tensor, heads: int, rotated: float = 1.0) -> Tensor:
-    """Order the rows of q or k, (rows, …), for a rotary embedding of neighboring rows.
+    """Reorder the rows of q or k, (rows, …), for a rotary embedding of neighboring rows.
 
-    With one head of four rows, ``0 1 2 3`` become ``0 2 1 3``. ``rotated`` is the share of a head's rows
-    that are rotated, from the first; the others stay where they are.
+    With one head of four rows, ``0 1 2 3`` become ``0 2 1 3``. ``rotated`` is the share of a head's rows that
+    rotate, starting with the first row; other rows are not moved.
     """
     by_head = values.reshape(heads, values.shape[0] // heads, *values.shape[1:])
     count = int(by_head.shape[1] * rotated)
@@ -78,7 +79,8 @@ def permute_for_interleaved_rope(values: Tensor, heads: int, rotated: float = 1.
 
 
 def _pairs(heads: str) -> Change:
-    """Return what orders the rows of a projection whose number of heads is the named setting."""
+    """Return a function that reorders the rows of a projection whose number of heads is the setting
+    ``heads``."""
 
     def change(values: Tensor, config: Any) -> Tensor:
         share = (config.rope_parameters or {}).get("partial_rotary_factor") or 1.0
@@ -96,13 +98,13 @@ EVERYWHERE = (
     changed(r"\.A_log$", lambda values, config: -values.float().exp()),
     changed(r"conv(1d|\.conv)\.weight$", lambda values, config: values.squeeze(1)),
 )
-"""Rules of all architectures; those of an architecture come before them."""
+"""Rules of all architectures. Rules of a single architecture precede them."""
 
 PAIRS = (
     changed(r"\.q_proj\.(weight|bias)$", _pairs("num_attention_heads")),
     changed(r"\.k_proj\.(weight|bias)$", _pairs("num_key_value_heads")),
 )
-"""For architectures whose rotary embedding rotates neighboring rows."""
+"""Rules of architectures whose rotary embedding rotates neighboring rows."""
 
 
 def _offset(pattern: str) -> Rewrite:
@@ -121,14 +123,14 @@ MAMBA2 = (
     changed(r"\.(A_log|D)$", lambda values, config: values[:, None]),
     changed(r"(mamba|mixer)\.norm\.weight$", _by_groups),
 )
-"""State-space layers of the second kind (Mamba 2)."""
+"""Rules of state-space layers of the second kind (Mamba 2)."""
 
 
 def _tiled(values: Tensor, config: Any, size: int, dim: int = 0, start: int = 0) -> Tensor:
-    """Order the value heads of linear attention, of ``size`` rows each, as llama.cpp repeats key heads.
+    """Reorder the value heads of linear attention, of ``size`` rows each, to match llama.cpp's key heads.
 
-    transformers stores the value heads of one key head next to each other; llama.cpp repeats all key heads
-    one after another. ``dim`` is the dimension with the heads, which begin at ``start``.
+    transformers stores the value heads of one key head next to each other, but llama.cpp repeats all key
+    heads one after another. ``dim`` is the dimension with the heads, which begin at ``start``.
     """
     keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
     order = torch.arange(heads * size, device=values.device)
@@ -164,7 +166,8 @@ QWEN35 = (
 
 
 def _every_second(first: int) -> Change:
-    """Return every second output of all experts, which are stored as (experts, inputs, outputs)."""
+    """Return a function that takes every second output of all experts, stored as (experts, inputs,
+    outputs)."""
     return lambda values, config: values.transpose(1, 2)[:, first::2]
 
 
@@ -207,7 +210,7 @@ INPUTS_FIRST = (
         lambda values, config: values if values.shape[2] == config.moe_intermediate_size else values.mT,
     ),
 )
-"""For experts that are published as (experts, inputs, outputs), and that transformers also writes as it
+"""Rules for experts that are published as (experts, inputs, outputs), and that transformers writes as it
 computes with them."""
 
 
@@ -216,7 +219,7 @@ def _times(pattern: str, factor: Callable[[Any], float]) -> Rewrite:
 
 
 def _ssm_in(values: Tensor, config: Any) -> Tensor:
-    """Multiply the five parts of a state space's input by their factors."""
+    """Multiply the five parts of a state-space layer's input by their factors."""
     inner, states = config.mamba_d_ssm, config.mamba_n_groups * config.mamba_d_state
     sizes = torch.tensor([inner, inner, states, states, config.mamba_n_heads])
     factors = torch.tensor(config.ssm_multipliers).repeat_interleave(sizes) * config.ssm_in_multiplier
@@ -245,7 +248,7 @@ GEMMA4 = (
 
 
 def _with_every_token(values: Tensor, config: Any) -> Tensor:
-    """Give tokens of images and audio the row of token 0, which transformers computes with."""
+    """Give image and audio tokens the row of token 0, which transformers computes with."""
     missing = config.vocab_size - values.shape[0]
     return torch.cat([values, values[:1].expand(missing, -1)]) if missing > 0 else values
 
@@ -254,7 +257,8 @@ GEMMA3N = (changed(r"embed_tokens_per_layer\.weight$", _with_every_token),)
 
 
 def _of_each_head(part: int) -> Change:
-    """Return the key (0) or value part (1) of each head of latent attention's second projection."""
+    """Return a function that takes the key part (0) or value part (1) of each head in latent attention's
+    second projection."""
 
     def change(values: Tensor, config: Any) -> Tensor:
         heads = values.reshape(config.num_attention_heads, -1, values.shape[-1])
@@ -272,19 +276,22 @@ MLA = (
 
 
 def _heads_apart(values: Tensor, config: Any) -> Tensor:
-    """Return the rows of q, k and v after each other, which each head has next to each other."""
+    """Return first all rows of q, then of k, then of v. The input has them next to each other for each
+    head."""
     heads = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
     return heads.transpose(0, 1).reshape(values.shape)
 
 
 def falcon_key_heads(config: Any) -> int:
-    """Return the number of key heads of a Falcon, which its config may name and not use."""
+    """Return the number of key heads of a Falcon model. Its config may name a number that the model does
+    not use."""
     many: int = config.num_kv_heads
     return many if config.new_decoder_architecture or not config.multi_query else 1
 
 
 def _groups_apart(values: Tensor, config: Any) -> Tensor:
-    """Return the rows of q, k and v after each other, which each key head has next to each other."""
+    """Return first all rows of q, then of k, then of v. The input has them next to each other for each key
+    head."""
     keys, size = falcon_key_heads(config), config.hidden_size // config.num_attention_heads
     groups = values.reshape(keys, -1, size, *values.shape[1:])
     parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]

@@ -1,7 +1,7 @@
-"""The tensors of a GGUF file, from those of weight files: names, shapes and values.
+"""The tensors of a GGUF file, derived from those of weight files: names, shapes and values.
 
-llama.cpp stores the experts of a layer as one tensor per projection, and Gemma 3n's streams likewise. Names
-are those of the tables in the ``gguf`` package; what else differs is declared in ``architectures``.
+llama.cpp stores the experts of a layer as one tensor per projection, and likewise Gemma 3n's streams. Names
+come from the tables of the ``gguf`` package; other differences are declared in ``conventions``.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from qlora_tui.gguf_format.conventions import Convention
 from qlora_tui.gguf_format.rewrites import EVERYWHERE, Change, Rewrite
 
 _IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")
-"""The beginning of the names of the part of a composite model that reads text."""
+"""Prefix of names in the text part of a multimodal model."""
 _OUTER_NAMES = ("backbone.", "transformer.", "model.")
 _NOT_READ = re.compile(r"(.*\.)?(rotary_emb|mtp)\.|(model\.)?(visual|vision_\w+|audio_\w+)\.")
-"""Tables that are computed, predictors of later tokens, and towers next to a text model without a name."""
+"""Tensors that are not read: computed tables, predictors of later tokens, and towers outside the text
+model."""
 _OF_ONE = re.compile(r"(?P<holder>.+\.(experts|altup_\w+))\.(?P<number>\d+)\.(?P<matrix>(\w+\.)?weight)")
-"""A matrix of one of several experts, or of one of several streams."""
+"""A matrix that belongs to one of several experts or streams."""
 _HEAD = "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a weight file, or of a GGUF file."""
+    """A tensor of a weight file or of a GGUF file."""
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Returns its values, of ``shape``."""
+    """Returns the values of the tensor, of shape ``shape``."""
 
 
 def gguf_tensors(tensors: Iterable[SourceTensor], convention: Convention, config: Any) -> list[SourceTensor]:
-    """Return the tensors of the file. Raises UserError for one that the architecture lacks."""
+    """Return the tensors of the GGUF file. Raises UserError for a tensor that the architecture lacks."""
     names = _Names(convention.architecture, config)
     every = list(tensors)
     of_text = [tensor for tensor in every if _IN_TEXT_MODEL.match(tensor.name)]
@@ -65,7 +66,7 @@ def gguf_tensors(tensors: Iterable[SourceTensor], convention: Convention, config
 
 
 def _rewritten(tensor: SourceTensor, rule: Rewrite, config: Any) -> list[SourceTensor]:
-    """Return what a rule makes of a tensor; the tensor itself if the rule is for others."""
+    """Return the tensors that a rule produces from a tensor; the tensor itself if the rule does not apply."""
     names = rule.names(tensor.name)
     if names is None:
         return [tensor]
@@ -80,9 +81,9 @@ def _changed(tensor: SourceTensor, name: str, change: Change, config: Any) -> So
 
 
 def text_name(tensor: str, config: Any) -> str | None:
-    """Return a tensor's name as in a text model; None for one that GGUF leaves out.
+    """Return a tensor's name as in a text model; None if GGUF files omit the tensor.
 
-    Left out are a tied head, which llama.cpp takes from the embedding, and layers that predict later tokens.
+    Omitted are a tied head, which llama.cpp takes from the embedding, and layers that predict later tokens.
     """
     if _NOT_READ.match(tensor) or (tensor.endswith(_HEAD) and config.tie_word_embeddings):
         return None
@@ -96,7 +97,7 @@ def text_name(tensor: str, config: Any) -> str | None:
 
 
 class _Names:
-    """The names of an architecture's tensors in the ``gguf`` package."""
+    """Names of an architecture's tensors in the ``gguf`` package."""
 
     def __init__(self, architecture: str, config: Any) -> None:
         import gguf
@@ -106,8 +107,8 @@ class _Names:
         self._map = gguf.get_tensor_name_map(by_name[architecture], config.num_hidden_layers)
 
     def of(self, tensor: str) -> str:
-        """Return the name of a tensor. Raises UserError for an unknown one."""
-        if tensor.startswith("blk."):  # a rule says it
+        """Return the GGUF name of a tensor. Raises UserError if it is unknown."""
+        if tensor.startswith("blk."):  # already a GGUF name, given by a rule
             return tensor
         for known in _spellings(tensor):
             if (name := self._map.get_name(known, try_suffixes=(".weight", ".bias", ".scale"))) is not None:
@@ -120,8 +121,11 @@ class _Names:
 
 
 def _spellings(tensor: str) -> Iterator[str]:
-    """Yield how the tables of the ``gguf`` package may spell a tensor: a parameter without a module of its
-    own, or one of a model whose layers they know by another name."""
+    """Yield possible spellings of a tensor in the tables of the ``gguf`` package.
+
+    They differ for a parameter without a module of its own, and for models whose layers have another name
+    there.
+    """
     names = [tensor]
     if tensor.endswith("_bias"):
         module = tensor.removesuffix("_bias")
@@ -134,10 +138,10 @@ def _spellings(tensor: str) -> Iterator[str]:
 
 
 def stack_experts(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
-    """Yield all tensors, with the matrices of experts as one tensor (experts, rows, columns).
+    """Yield all tensors, with the matrices of experts stacked to one tensor (experts, rows, columns).
 
     ``mlp.experts.0.up_proj.weight`` to ``mlp.experts.127.up_proj.weight`` become
-    ``mlp.experts.up_proj.weight``, in the place of the first.
+    ``mlp.experts.up_proj.weight``, in the place of the first one.
     """
     stacks: dict[str, dict[int, SourceTensor]] = {}
     order: list[SourceTensor | str] = []
@@ -160,7 +164,7 @@ def stack_experts(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
 
 
 def _stacked(members: Sequence[SourceTensor]) -> Tensor:
-    """Return the values of the members, (members, rows, columns)."""
+    """Return the stacked values of the members, (members, rows, columns)."""
     stack: Tensor | None = None
     for number, member in enumerate(members):
         values = member.read()

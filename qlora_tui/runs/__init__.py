@@ -5,42 +5,42 @@ events          the events of a run, one JSON line each
 event_log       writes, follows and samples these lines
 telemetry       GPU and host metrics during a run, and its energy
 view            a run as its events describe it: the one reader behind every screen and command
-status          a run's current state, and whether the process behind it is still working
+status          a run's current state, and whether its process is still working
 process         identifies processes, and starts those that outlive their parent
 describe        events and states as sentences, and a run's events as they arrive
-run_summary     a run in one line, for lists: whether its result is usable, and whether it worked
+run_summary     one-line summaries for lists: whether the result is usable, and whether the run worked
 actions         submits, resumes, renames and deletes runs, and restores them from the trash
 control         sends a request to a running trainer
 preflight       checks a recipe before a launch; data_checks its data, and counts the run's steps
-exact_memory    the exact form of the memory estimate, traced by a child and kept
-expected_time   how long a run will be: its steps, and their time by the speed of earlier runs
-step_probe      what three steps of a recipe take, trained in a child and discarded
+exact_memory    the exact form of the memory estimate, traced by a child process and cached
+expected_time   the expected number of steps of a run, and their duration from the speed of earlier runs
+step_probe      time and memory of three steps of a recipe, trained in a child process and discarded
 suggestions     settings with reasons, derived from facts that suggestion_facts gathers
 evidence        publications and earlier runs that suggestions rest on
 doctor          checks GPU, memory, disks, queue and libraries
-suggested_fix   a fix for a warning that one key applies
+suggested_fix   a fix for a warning or failure, which one key applies
 run_queue       the waiting runs
-devices         which devices runs may use and have, and their locks
-gate            says whether a run may train now: by the hours, and by other programs on its GPU
-holds           the reasons to wait, decided from readings
+devices         the devices that runs may use or are using, and their locks
+gate            decides whether a run may train now, given the hours and other programs on its GPU
+holds           reasons for a run to wait, derived from readings
 runner          starts each run's trainer when its devices are free
 supervision     supervises a run from attempt to attempt
 outcomes        how an attempt ended
-slurm           what the jobs of a cluster ask for, and its commands
+slurm           the options of a cluster's jobs, and the commands of Slurm
 slurm_runs      submits, cancels and watches the jobs of runs
 slurm_time      proposes the time limit of a job
-slurm_job       what a job does: trains one run, and lets a time limit be a pause
-retry           what the next attempt changes after memory ran out, and what the user can change
+slurm_job       the program of a job: trains one run, and turns a time limit into a pause
+retry           changes of the next attempt after memory ran out, and changes that the user can make
 notify          reports a run's end to a command or a webhook
 check           verifies runs, and repairs them
 damage          whether a checkpoint or an adapter is intact
-leftovers       deletes what killed processes left behind, wherever this program writes
-measuring       measures a run in a process of its own, with the run's lock held
+leftovers       deletes files that killed processes left behind, wherever this program writes
+measuring       measures a run in a separate process that holds the run's lock
 row_losses      the loss of each training row before and after a run, and its class
-task_metrics    what base and adapter answer to validation prompts, and whether the difference is chance
+task_metrics    answers of base and adapter to validation prompts, and whether they differ by more than chance
 metrics_table   the steps of a run as a CSV or Parquet table, and how a table or picture is saved
 length_costs    memory and time at other sequence lengths
 chat_choices    answers that the user chose or edited in the chat, as data to train on
-servers         running servers, as their state files say
+servers         running servers, read from their state files
 exports         exports of adapters that run in the background
 """

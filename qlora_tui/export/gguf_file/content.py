@@ -1,4 +1,4 @@
-"""What the GGUF file of a base with a merged adapter holds."""
+"""The content of the GGUF file of a base with a merged adapter."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from qlora_tui.gguf_format.tensors import SourceTensor, gguf_tensors
 from qlora_tui.training.clean_files import model_view
 
 _PHI3 = re.compile("(phi)-?3", re.IGNORECASE)
-"""What llama.cpp looks for in a model's name."""
+"""Pattern that llama.cpp looks for in a model's name."""
 _LICENSE = re.compile(r"^license:\s*([\w.\-]+)\s*$", re.MULTILINE)
 
 
 def text_config(folder: Path) -> Any:
-    """Return transformers' config of the text model in a folder, with every default filled in."""
+    """Return transformers' config of the text model in a folder, including all defaults."""
     from transformers import AutoConfig
 
     with model_view(folder) as view:
@@ -35,11 +35,11 @@ def text_config(folder: Path) -> Any:
     config = whole.get_text_config()
     if config is not whole and hasattr(config, "logit_scale"):
         config.logit_scale = (
-            1.0  # the classes with a vision tower do not scale (Aya Vision, Command A Vision)
+            1.0  # classes with a vision tower do not scale the logits (Aya Vision, Command A Vision)
         )
-    # The class of the whole model ties its head or does not, whatever its text config says.
+    # The class of the whole model decides whether the head is tied, not the text config.
     config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
-    # What differs between layers is read for each; elsewhere the value of most layers is meant.
+    # Values that differ between layers are read per layer. Other code wants the value of most layers.
     config.allow_global_per_layer_attribute_access = True
     return config
 
@@ -71,7 +71,7 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
 
 
 def _scalars(weights: MergedWeights, convention: Convention) -> dict[str, list[float]]:
-    """Return the numbers that the file has as keys, and the weight files as a tensor in each layer."""
+    """Return the numbers that the file stores as keys, but the weight files as one tensor in each layer."""
     layers: dict[str, dict[int, float]] = {key: {} for key in convention.scalars.values()}
     for tensor in weights:
         for ending, key in convention.scalars.items():
@@ -92,7 +92,7 @@ def _general(source: ChatSource, folder: Path, vocabulary: Vocabulary) -> dict[s
 
 
 def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
-    """Return the ``general.*`` keys of everything that a run exports: its name, its base, the license."""
+    """Return the ``general.*`` keys of all exports of a run: name, base and license."""
     recipe = source.recipe
     base = short_model_name(recipe.model.id)
     general: dict[str, str | int] = {
@@ -112,14 +112,15 @@ def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
 
 
 def _name(name: str, vocabulary: Vocabulary) -> str:
-    """Return the name, changed where llama.cpp would take Phi-3's tokenizer for another or another for it."""
+    """Return the model's name, changed if llama.cpp would select Phi-3's tokenizer only because of the
+    name, or would not select it for Phi-3."""
     if not vocabulary.strips_after_special:
         return _PHI3.sub(r"\1 3", name)
     return name if _PHI3.search(name) else f"{name} (Phi-3)"
 
 
 def base_license(folder: Path) -> str:
-    """Return the license that a model's README.md names in its front matter; empty if it names none."""
+    """Return the license in the front matter of a model's README.md; empty if it has none."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")[:10_000]
     except OSError:

@@ -1,8 +1,8 @@
-"""The sizes and constants of a model as GGUF keys, and what llama.cpp cannot compute about it.
+"""The sizes and constants of a model as GGUF keys, and checks for settings that llama.cpp cannot compute.
 
-Sizes are read from the shapes of the tensors, constants from transformers' config. A setting that llama.cpp
-has no key for must have the value that its architecture computes with: that of the config's class, unless
-``architectures`` declares another.
+Sizes are read from the shapes of the tensors, constants from transformers' config. If llama.cpp has no key
+for a setting, the setting must have the value that llama.cpp's architecture computes with: the default of the
+config's class, unless ``conventions`` declares another value.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SETTINGS = {
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
     **{key: names for key, names in FIELDS.items() if key not in ("expert_count", "ssm.conv_kernel")},
 }
-"""Keys of all architectures that shapes do not show: the config's settings that may have the value."""
+"""Keys of all architectures that shapes do not determine, each with the config settings that may hold the
+value."""
 
 _FLOATS = re.compile(r"scale|softcapping|epsilon|clamp")
 _IS_SEEN = re.compile(
@@ -38,21 +39,22 @@ _IS_SEEN = re.compile(
     r"|rope_parameters|tie_word_embeddings|(use_)?sliding_window|max_window_layers|is_decoder|bias"
     r"|first_k_dense_replace|moe_layer_(start|end)_index"
 )
-"""Settings that need no key: they show in shapes and presence of tensors, are written by rules of their own,
-or take no part in computing an answer."""
+"""Settings that need no key: shapes or presence of tensors determine them, separate rules write them, or
+answers do not depend on them."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Keys without the architecture's prefix, and what to tell the user."""
+    """GGUF keys without the architecture's prefix, and notes for the user."""
 
     values: dict[str, Value]
     notes: tuple[str, ...] = ()
-    """Sentences about what llama.cpp computes differently, and what was done about it."""
+    """Sentences about what llama.cpp computes differently, and how the export handles it."""
 
 
 def hyperparameters(config: Any, convention: Convention, tensors: Iterable[SourceTensor]) -> Hyperparameters:
-    """Return the keys of a transformers text config. Raises UserError for what llama.cpp cannot compute."""
+    """Return the keys for a transformers text config. Raises UserError for settings that llama.cpp cannot
+    compute."""
     rope = rope_parameters(config)
     context, notes = _context_length(config, convention)
     head_size = _head_size(config)
@@ -76,7 +78,7 @@ def hyperparameters(config: Any, convention: Convention, tensors: Iterable[Sourc
     values |= _rope(config, rope, convention)
     values |= _windows(config, convention)
     values |= _from_shapes(tensors, config, convention)
-    # Sizes of a kind of layer that the model could have and has not.
+    # Remove sizes of a kind of layer that the model class supports but this model lacks.
     for kind, evidence in (("expert_", "expert_count"), ("ssm.", "ssm.inner_size")):
         if evidence not in values:
             values = {key: value for key, value in values.items() if not key.startswith(kind)}
@@ -88,9 +90,10 @@ def _first(config: Any, names: Iterable[str]) -> Any:
 
 
 def _constant(key: str, value: Any) -> Any:
-    """Return a constant as llama.cpp reads it; None if it shall use its own, which takes no effect."""
+    """Return a constant in the form that llama.cpp reads; None to leave llama.cpp's default, which has no
+    effect."""
     if value is None:
-        # Its own is a bound, where the class has none.
+        # llama.cpp's default is a bound, although the class has none.
         return 0.0 if key.endswith("softcapping") else None
     return float(value) if _FLOATS.search(key) and not isinstance(value, bool) else value
 
@@ -101,7 +104,7 @@ def _head_size(config: Any) -> int:
 
 
 def require_computed(config: Any, convention: Convention) -> None:
-    """Raise UserError for a setting with a value that llama.cpp does not compute with."""
+    """Raise UserError for a setting whose value differs from what llama.cpp computes with."""
     written = {
         name
         for key, names in (SETTINGS | CONSTANTS).items()
@@ -128,7 +131,8 @@ _ALIKE = {
     "swish": "silu",
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"), "gelu"),
 }
-"""Activations that llama.cpp computes alike: GELU by its tanh, which differs by less than 0.0005."""
+"""Activations that llama.cpp computes in the same way. It computes GELU by tanh, which differs by less
+than 0.0005."""
 
 
 def _plain(value: Any) -> Any:
@@ -136,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Convention) -> dict[str, Value]:
-    """Return the sizes that shapes show, and what differs between layers."""
+    """Return the sizes that shapes determine, and the values that differ between layers."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     layers = range(config.num_hidden_layers)
 
@@ -150,7 +154,7 @@ def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Conve
     dense, experts = by_layer("ffn_down.weight"), by_layer("ffn_down_exps.weight", 0)
     widths = set(dense) - {0}
     if convention.kv_by_layer:
-        # No feed-forward layer is told by its width too.
+        # The width also shows which layers have no feed-forward network.
         dense = [one or other for one, other in zip(dense, by_layer("ffn_down_exps.weight"), strict=True)]
         widths = set(dense)
     if len(widths) == 1:
@@ -181,10 +185,10 @@ def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Conve
 
 
 def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str, ...]]:
-    """Return the context length, less if llama.cpp computes the rest otherwise, and notes on that.
+    """Return the context length with notes. It is shorter if llama.cpp computes longer texts differently.
 
-    llama.cpp uses longrope's long factors for every text once its context is longer than the original one
-    (src/llama-model.cpp, ``get_rope_factors``); transformers only for a text that is longer itself.
+    llama.cpp uses longrope's long factors for every text if its context is longer than the original context
+    (src/llama-model.cpp, ``get_rope_factors``). transformers uses them only if the text itself is longer.
     """
     length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
     notes = []
@@ -213,7 +217,7 @@ def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str
 
 
 def _window(config: Any) -> int:
-    """Return the sliding window; 0 if no layer has one."""
+    """Return the sliding window in tokens; 0 if no layer has one."""
     window: int = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
     return window if not kinds or "sliding_attention" in kinds else 0
@@ -230,13 +234,13 @@ def _windows(config: Any, convention: Convention) -> dict[str, Value]:
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
-    """Return the rotary embedding's parameters of the layers with full attention; empty without one."""
+    """Return the rotary embedding's parameters of layers with full attention; empty if there is none."""
     parameters: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     return dict(parameters.get("full_attention", parameters))
 
 
 def _rope(config: Any, rope: Mapping[str, Any], convention: Convention) -> dict[str, Value]:
-    """Return the keys of the rotary embedding, of the layers with windows too."""
+    """Return the keys of the rotary embedding, including layers with windows."""
     values: dict[str, Value] = {}
     if (base := rope.get("rope_theta")) is not None:
         values["rope.freq_base"] = float(base)
@@ -246,7 +250,7 @@ def _rope(config: Any, rope: Mapping[str, Any], convention: Convention) -> dict[
             raise cannot_compute("the rotary embedding of its sliding layers is scaled")
         values["rope.freq_base_swa"] = float(sliding["rope_theta"])
     kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3", "proportional"):  # the factors of the last two are a tensor
+    if kind in ("default", "llama3", "proportional"):  # the factors of the last two kinds are a tensor
         return values
     if kind == "linear":
         return values | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
@@ -277,7 +281,7 @@ def _rope(config: Any, rope: Mapping[str, Any], convention: Convention) -> dict[
 
 
 def _rope_init(kind: str, config: Any) -> Any:
-    """Return transformers' frequencies and attention factor of the layers with full attention."""
+    """Return transformers' frequencies and attention factor for layers with full attention."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     layers = {"layer_type": "full_attention"} if "full_attention" in config.rope_parameters else {}
@@ -285,11 +289,12 @@ def _rope_init(kind: str, config: Any) -> Any:
 
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
-    """Return tensors that only GGUF has: factors that divide the rotary embedding's frequencies, float32.
+    """Return tensors that only GGUF files have: float32 factors that divide the rotary embedding's
+    frequencies.
 
-    For ``llama3`` scaling: one factor per frequency, (head size / 2), of which transformers computes the
-    scaled frequencies itself. For ``proportional``: 1, and for those that do not rotate a factor that stops
-    them. For ``longrope``: the config's two lists.
+    ``llama3`` scaling has one factor per frequency, (head size / 2); transformers computes the scaled
+    frequencies itself. ``proportional`` has 1 for frequencies that rotate, and for the others a factor that
+    stops their rotation. ``longrope`` has the two lists of the config.
     """
     rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")

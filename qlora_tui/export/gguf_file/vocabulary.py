@@ -1,14 +1,14 @@
 """A model's tokenizer as GGUF keys: tokens, their types, merges or scores, special tokens, chat template.
 
-llama.cpp knows two kinds among the supported families. ``gpt2``: byte-level BPE with merges. ``llama``:
-SentencePiece's BPE, where the pair with the best score is merged first; transformers stores such a tokenizer
-as BPE with ``byte_fallback``, whose merges in order are the scores.
+For the supported families, llama.cpp has two kinds of tokenizer. ``gpt2`` is byte-level BPE with merges.
+``llama`` is SentencePiece's BPE, which merges the pair with the best score first. transformers stores the
+latter as BPE with ``byte_fallback``; the order of its merges gives the scores.
 
-Which of llama.cpp's pre-tokenizers splits text as a ``tokenizer.json`` does (``tokenizer.ggml.pre``) is read
-from the regular expression that splits text before the merges, or from the words that it makes of hard texts.
-llama.cpp's converter recognizes a published
-tokenizer by a hash of what it makes of one text, so that a tokenizer with added tokens is unknown to it. The
-rules of each name: :mod:`qlora_tui.catalog.gguf_tokenizers`.
+The key ``tokenizer.ggml.pre`` selects the pre-tokenizer of llama.cpp that splits text like
+``tokenizer.json``. It is derived from the regular expression that splits text before the merges, or from the
+words that this expression makes of difficult texts. llama.cpp's own converter recognizes published tokenizers
+by a hash of their output for one text, so it does not recognize a tokenizer with added tokens. The rules of
+each pre-tokenizer are in :mod:`qlora_tui.catalog.gguf_tokenizers`.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ _NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN_PUBLISHED,), True): "tekken",
     ((GPT4O_PUBLISHED,), False): "gpt-4o",
 }
-"""By the rules that split text, and whether a word in the vocabulary is taken whole (``ignore_merges``)."""
+"""Pre-tokenizers by the rules that split text, and by whether words in the vocabulary skip the merges
+(``ignore_merges``)."""
 for _name, _splitter in PRE_TOKENIZERS.items():
     _NAMES.setdefault((_splitter.rules, _splitter.takes_words), _name)
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
-    """Return the name for a byte-level BPE tokenizer, the content of ``tokenizer.json``.
+    """Return the pre-tokenizer for a byte-level BPE tokenizer, given the content of ``tokenizer.json``.
 
     Raises UserError if llama.cpp has no such pre-tokenizer.
     """
     rules = tuple(_rules(tokenizer.get("pre_tokenizer") or {}))
     takes_words = bool(tokenizer["model"].get("ignore_merges"))
-    # Where llama.cpp knows a rule only with words taken whole, or only without, merges give the same tokens
-    # for nearly all words. The check of the written file compares the tokens.
+    # llama.cpp may have a rule only with or only without ``ignore_merges``. Merges give the same tokens for
+    # nearly all words, and the check of the written file compares the tokens.
     name = (
         _NAMES.get((rules, takes_words))
         or _NAMES.get((rules, not takes_words))
@@ -79,11 +80,12 @@ _PROBES = (
     'print("x"); // c\n#!/bin/sh\n    def f(a, b):\n\t\treturn a**b-1\n<div class="k">1</div>\n',
     "🚀 😶\u200d🌫️ 👩\u200d👩\u200d👧 ✅🦙🦙 →∑√ \u2028\u2029\x85 \ufeff ''' ``` ---===",
 )
-"""Texts that the rules of published tokenizers split into different words."""
+"""Texts that the rules of published tokenizers split differently."""
 
 
 def _name_by_words(node: Any, takes_words: bool) -> str | None:
-    """Return the name whose rules split hard texts into the same words, however they are written."""
+    """Return the pre-tokenizer that splits difficult texts into the same words, whatever its rules look
+    like."""
     own = _words(node)
     names = (name for name, each in PRE_TOKENIZERS.items() if own == _words(splits(each.rules)))
     alike = sorted(names, key=lambda name: PRE_TOKENIZERS[name].takes_words != takes_words)
@@ -91,16 +93,17 @@ def _name_by_words(node: Any, takes_words: bool) -> str | None:
 
 
 def _words(node: Any) -> list[Any]:
-    """Return where a pre-tokenizer, as in ``tokenizer.json``, splits each of the probes."""
+    """Return where a pre-tokenizer from ``tokenizer.json`` splits each of the probes."""
     content = json.loads(Tokenizer(models.BPE()).to_str()) | {"pre_tokenizer": node}
     split = Tokenizer.from_str(json.dumps(content)).pre_tokenizer
     return [] if split is None else [[place for _, place in split.pre_tokenize_str(text)] for text in _PROBES]
 
 
 def is_split_otherwise(text: str) -> bool:
-    """Return whether llama.cpp's ``tekken`` and ``gpt-4o`` may split a text unlike the tokenizer's rule.
+    """Return whether llama.cpp's ``tekken`` and ``gpt-4o`` may split a text differently than the tokenizer's
+    rule.
 
-    They take every letter beyond ASCII as both upper and lower case, and no combining mark as a letter:
+    They treat every letter outside ASCII as both uppercase and lowercase, and no combining mark as a letter:
     ``aÉ`` stays one word, and ``ÉA`` becomes two.
     """
     following = text[1:] + " "
@@ -131,17 +134,17 @@ def _rules(node: Mapping[str, Any]) -> Iterator[str]:
 
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Token types of GGUF."""
+"""Token types in GGUF files."""
 _SPACE = "▁"
 _UNMERGED_SCORE = -1e6
-"""Score of tokens that no merge makes, below that of every merge."""
+"""Score of tokens that no merge produces, lower than the score of every merge."""
 _PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-"""Tokens that llama.cpp requires of a model that it recognizes as Phi-3."""
+"""Tokens that llama.cpp requires in a model that it recognizes as Phi-3."""
 
 
 @dataclass(frozen=True)
 class KnownDifference:
-    """Texts that llama.cpp splits into other tokens because it lacks a rule of the tokenizer."""
+    """Texts that llama.cpp tokenizes differently because it lacks a rule of the tokenizer."""
 
     note: str
     applies_to: Callable[[str], bool]
@@ -152,7 +155,7 @@ class Vocabulary:
     """The tokenizer of a GGUF file."""
 
     model: str
-    """``gpt2`` or ``llama``."""
+    """Kind of tokenizer: ``gpt2`` or ``llama``."""
     pre: str
     tokens: list[str]
     types: list[int]
@@ -163,13 +166,13 @@ class Vocabulary:
     adds_bos: bool
     adds_space: bool
     strips_after_special: bool
-    """Whether white space after a special token is dropped, as in Phi-3."""
+    """Whether white space after a special token is dropped, as for Phi-3."""
     template: str
     tool_template: str = ""
-    """Template for conversations with tools, if it is another one."""
+    """Chat template for conversations with tools, if it differs."""
     differences: tuple[KnownDifference, ...] = ()
     prompt_notes: tuple[str, ...] = ()
-    """Sentences about prompts that llama.cpp renders otherwise from the same template."""
+    """Sentences about prompts that llama.cpp renders differently from the same template."""
 
 
 def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:
@@ -224,7 +227,8 @@ def _tokens(
     is_byte_level: bool,
     ranks: Mapping[str, int],
 ) -> tuple[list[str], list[int]]:
-    """Return text and type of each row of the embedding; rows without a token get a name and are unused."""
+    """Return text and type for each row of the embedding. Rows without a token get a name and are marked
+    unused."""
     added = tokenizer.backend.get_added_tokens_decoder()
     last = max([*vocab.values(), *added])
     if last >= rows:
@@ -241,10 +245,11 @@ def _tokens(
         if is_byte_level or token.special:
             continue
         if set(token.content) == {_SPACE} and token.content in ranks:
-            # transformers looks for it before spaces become ▁, and so makes it by merges. This is Gemma.
+            # transformers looks for it before spaces become ▁, so merges produce it. This is the case for
+            # Gemma.
             types[number] = NORMAL
         else:
-            # llama.cpp looks for these in the text before it writes spaces as ▁.
+            # llama.cpp looks for these tokens in the text before it replaces spaces by ▁.
             tokens[number] = token.content.replace(_SPACE, " ")
     if (unknown := vocab.get(tokenizer.special_tokens.get("unk_token", ""))) is not None:
         types[unknown] = CONTROL if is_byte_level else UNKNOWN
@@ -255,7 +260,7 @@ def _tokens(
 
 
 def _ranks(merges: list[str]) -> dict[str, int]:
-    """Return for each token that merges make the number of the first."""
+    """Return the index of the first merge that produces each token."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")
@@ -264,16 +269,16 @@ def _ranks(merges: list[str]) -> dict[str, int]:
 
 
 def adds_bos(tokenizer: ChatTokenizer) -> bool:
-    """Return whether llama.cpp shall begin every text with the begin token.
+    """Return whether llama.cpp must begin every text with the begin token.
 
-    Only if the tokenizer itself does, and the conversations of the training began with it: llama-server
-    then removes the one that the template writes, and Ollama's templates write none.
+    This is the case if the tokenizer does so, and the training conversations began with this token.
+    llama-server then removes the begin token that the template writes, and Ollama's templates write none.
     """
     return tokenizer.begins_with_bos and prompt_ids([Message("user", "a")], tokenizer)[0] == tokenizer.bos_id
 
 
 def _adds_space(tokenizer: ChatTokenizer) -> bool:
-    """Return whether text after a special token gets a space before it."""
+    """Return whether the tokenizer adds a space before text that follows a special token."""
     begin = next((t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special), "")
     first = tokenizer.encode(f"{begin}a")[1 if begin else 0]
     return (tokenizer.backend.id_to_token(first) or "").startswith(_SPACE)
@@ -313,7 +318,7 @@ def _differences(tokenizer: Mapping[str, Any]) -> Iterator[KnownDifference]:
 
 
 _NORMALIZERS = {"Sequence", "NFC", "Prepend", "Replace"}
-"""What may come before the rules: composed characters, and ▁ for spaces."""
+"""Normalizers that may precede the rules: they compose characters, or write ▁ for spaces."""
 
 
 def _kinds(node: Mapping[str, Any]) -> set[str]:

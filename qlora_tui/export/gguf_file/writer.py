@@ -1,7 +1,7 @@
-"""Writes a GGUF file one tensor at a time, each encoded a block of rows at a time; reads the types of one.
+"""Writes a GGUF file one tensor at a time, encoding blocks of rows; reads the types of a written file.
 
-Norms, biases, rotary factors and routers stay float32, as llama.cpp expects. In a file of a 4- or 5-bit type
-the embedding and the head are Q8_0: they are the weights that suffer most from few bits.
+Norms, biases, rotary factors and routers stay float32, as llama.cpp expects. In a file of a 4- or 5-bit type,
+the embedding and the head are Q8_0, because few bits harm these weights most.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _ALWAYS_WIDE = (
     ".shortconv.conv.",
     "_norm.",
 )
-"""Parts of names of matrices that llama.cpp computes with in float32 only."""
+"""Parts of names of matrices that llama.cpp reads only in float32."""
 _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
 
 
 def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
-    """Return the ``GGMLQuantizationType`` of a tensor in a file of a type."""
+    """Return the ``GGMLQuantizationType`` of a tensor in a file of this type."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     is_wide = (
@@ -46,12 +46,12 @@ def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
         file_type = "Q8_0"
     kind = GGMLQuantizationType[file_type]
     block, _ = GGML_QUANT_SIZES[kind]
-    # A row that is not made of whole blocks cannot be quantized.
+    # A row whose length is not a multiple of the block size cannot be quantized.
     return kind if shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
 def encoded_bytes(shape: tuple[int, ...], kind: Any) -> int:
-    """Return the size of a tensor in the file."""
+    """Return the size of a tensor in the file, in bytes."""
     from gguf import GGML_QUANT_SIZES
 
     block, size = GGML_QUANT_SIZES[kind]
@@ -59,7 +59,7 @@ def encoded_bytes(shape: tuple[int, ...], kind: Any) -> int:
 
 
 def encode(values: Tensor, kind: Any) -> bytes:
-    """Encode a tensor, or a block of its rows. Raises UserError for a weight beyond float16's range."""
+    """Encode a tensor or a block of its rows. Raises UserError for a weight outside float16's range."""
     from gguf import GGMLQuantizationType, quantize
 
     if kind == GGMLQuantizationType.BF16:
@@ -78,14 +78,14 @@ def encode(values: Tensor, kind: Any) -> bytes:
 
 
 _ALIGNMENT = 32
-"""Tensors begin at multiples of so many bytes (gguf, GGUF_DEFAULT_ALIGNMENT)."""
+"""Number of bytes that the offset of each tensor is a multiple of (gguf, GGUF_DEFAULT_ALIGNMENT)."""
 _BLOCK_WEIGHTS = 1 << 24
 """Number of weights that are encoded at once."""
 
 
 @dataclass(frozen=True)
 class FileContent:
-    """Everything that a GGUF file holds."""
+    """The complete content of a GGUF file."""
 
     architecture: str
     hyperparameters: Hyperparameters
@@ -96,12 +96,12 @@ class FileContent:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return sentences about what llama.cpp does differently."""
+        """Sentences about what llama.cpp does differently."""
         differences = (each.note for each in self.vocabulary.differences)
         return (*self.hyperparameters.notes, *self.vocabulary.prompt_notes, *differences)
 
     def size(self, file_type: FileType) -> int:
-        """Return the bytes of the tensors in a file of a type."""
+        """Return the size of the tensors in a file of this type, in bytes."""
         return sum(encoded_bytes(t.shape, tensor_type(t.name, t.shape, file_type)) for t in self.tensors)
 
 
@@ -111,9 +111,9 @@ def write_gguf(
     file_type: FileType,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write ``path``. ``on_progress`` is called with bytes of tensors written, and in all; it may raise.
+    """Write ``path``. ``on_progress`` is called with written and total bytes of tensors, and may raise.
 
-    Raises OSError and UserError; what was written is then left for the caller to delete.
+    Raises OSError and UserError. In this case, the caller must delete the incomplete file.
     """
     types = [tensor_type(tensor.name, tensor.shape, file_type) for tensor in content.tensors]
     sizes = [encoded_bytes(t.shape, kind) for t, kind in zip(content.tensors, types, strict=True)]
@@ -130,7 +130,7 @@ def write_gguf(
 
 
 def _header(content: FileContent, types: Sequence[Any], path: Path, file_type: FileType) -> bytes:
-    """Return everything before the tensors; writes it to ``path`` and deletes that."""
+    """Return all bytes before the tensors. Uses ``path`` as a temporary file, which is deleted."""
     from gguf import GGUFWriter, LlamaFileType
 
     writer = GGUFWriter(path, content.architecture)
@@ -202,7 +202,7 @@ def _add_tensor_info(writer: Any, tensor: SourceTensor, kind: Any) -> None:
     import numpy as np
     from gguf.quants import quant_shape_to_byte_shape
 
-    # The package takes the shape of a quantized tensor in bytes.
+    # The package expects the shape of a quantized tensor in bytes.
     shape = quant_shape_to_byte_shape(tensor.shape, kind)
     writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), encoded_bytes(tensor.shape, kind), kind)
 
@@ -215,26 +215,26 @@ def _blocks(values: Tensor) -> Iterator[Tensor]:
 
 
 _NOT_BLOCKS_OF_256 = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "F16", "BF16")
-"""Types that llama.cpp writes in place of a K type (src/llama-quant.cpp, ``tensor_type_fallback``)."""
+"""Types that llama.cpp uses instead of a K type (src/llama-quant.cpp, ``tensor_type_fallback``)."""
 _K_BLOCK, _BLOCK = 256, 32
 
 
 class StoredTypes(Struct, frozen=True):
-    """Types of a file's matrices."""
+    """Types of the matrices in a file."""
 
     counts: dict[str, int]
     """Number of matrices by type, the most frequent first."""
     replaced: tuple[str, ...] = ()
-    """Types that stand in for smaller ones whose blocks do not fit the rows."""
+    """Types that replace smaller ones whose blocks do not fit the rows."""
     replaced_count: int = 0
     row_lengths: tuple[int, ...] = ()
-    """Lengths of the rows that do not fit."""
+    """Lengths of the rows that the blocks do not fit."""
     block: int = _K_BLOCK
     """Number of weights in a block of the file's type."""
 
     @property
     def sentence(self) -> str:
-        """Say why the file is larger than its type suggests; empty if it is not."""
+        """Why the file is larger than its type suggests; empty if it is not."""
         if not self.replaced:
             return ""
         lengths = " and ".join(f"{length:,}" for length in self.row_lengths)
@@ -246,7 +246,7 @@ class StoredTypes(Struct, frozen=True):
 
 
 def stored_types(path: Path, file_type: str) -> StoredTypes:
-    """Read the types of a written file of a type. Raises UserError for a file that is not GGUF."""
+    """Read the types in a written file. Raises UserError if the file is not GGUF."""
     from gguf import GGMLQuantizationType
 
     header = read_gguf(path)

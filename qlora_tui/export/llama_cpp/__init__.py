@@ -1,5 +1,5 @@
 """llama.cpp, from the optional package ``llama-cpp-py-sync`` (``pip install "qlora-tui[export]"``).
 
-It runs in a process of its own, and loads no torch: ``client`` starts ``worker`` and says whether the package
-is there; only ``bindings`` uses it.
+It runs in a separate process that does not load torch. ``client`` starts ``worker`` and reports whether the
+package is installed. Only ``bindings`` imports the package.
 """

@@ -1,7 +1,7 @@
 """llama.h through the package ``llama-cpp-py-sync``, whose wheel contains the library.
 
-Uses the package's generated bindings, which are private to it: ``tests/export/test_llama_cpp.py`` fails when
-they change. What each function does: llama.cpp, include/llama.h.
+Uses the package's generated bindings, which are private to it; ``tests/export/test_llama_cpp.py`` fails if
+they change. The functions are documented in llama.cpp, include/llama.h.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_tui.export.llama_cpp.client import Floats
 
 _F32 = 0
-"""``GGML_TYPE_F32``."""
+"""Value of ``GGML_TYPE_F32``."""
 
 
 def thread_count() -> int:
@@ -33,7 +33,7 @@ class LlamaCppError(Exception):
 
 
 class LlamaCpp:
-    """The library, loaded once per process."""
+    """The library, which is loaded once per process."""
 
     def __init__(self) -> None:
         """Load the library. Raises LlamaCppError."""
@@ -92,27 +92,27 @@ class LlamaModel:
     """A loaded model."""
 
     def __init__(self, ffi: Any, lib: Any, model: Any, state: Any) -> None:
-        """Take what :meth:`LlamaCpp.open` created."""
+        """Wrap the objects that :meth:`LlamaCpp.open` created."""
         self._ffi, self._lib, self._model, self._state = ffi, lib, model, state
         self._vocabulary = lib.llama_model_get_vocab(model)
         self.vocabulary_size: int = lib.llama_vocab_n_tokens(self._vocabulary)
 
     def template(self) -> str:
-        """Return the file's chat template."""
+        """Chat template of the file."""
         text = self._lib.llama_model_chat_template(self._model, self._ffi.NULL)
         return str(self._ffi.string(text).decode()) if text else ""
 
     def render_prompt(self, turns: Sequence[tuple[str, str]]) -> str | None:
-        """Return the prompt of role and content by the renderer that is built into llama.cpp.
+        """Return the prompt for turns of (role, content), rendered by llama.cpp's built-in renderer.
 
-        It writes the turns of the family that it recognizes by words in the file's template, and does not
-        run the template. None if it recognizes none.
+        The renderer does not run the file's template. It recognizes a family by words in the template, and
+        writes turns in this family's format. Returns None if it recognizes none.
         """
         ffi = self._ffi
         texts = [ffi.new("char[]", text.encode()) for turn in turns for text in turn]
         pairs = list(zip(texts[::2], texts[1::2], strict=True))
         chat = ffi.new("struct llama_chat_message[]", pairs)
-        # As llama.h recommends; every template writes little around a turn.
+        # llama.h recommends this size; every template adds little text to a turn.
         size = 2 * sum(map(len, texts)) + 4096
         buffer = ffi.new("char[]", size)
         template = self.template().encode()
@@ -122,7 +122,7 @@ class LlamaModel:
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens are written out.
 
-        ``add_special`` adds the begin token if the file says so.
+        ``add_special`` adds the begin token if the file requests it.
         """
         data = text.encode()
         size = len(data) + 16
@@ -135,8 +135,8 @@ class LlamaModel:
     def prompt_tokens(self, prompt: str) -> list[int]:
         """Return the tokens of a rendered prompt as llama-server computes them.
 
-        Where the file asks for a begin token, the server removes one that the template wrote, and then
-        tokenizes with ``add_special`` (common/chat.cpp, ``common_chat_template_direct_apply``).
+        If the file requests a begin token, the server removes one that the template wrote, and then tokenizes
+        with ``add_special`` (common/chat.cpp, ``common_chat_template_direct_apply``).
         """
         if self._lib.llama_vocab_get_add_bos(self._vocabulary):
             begin = self._lib.llama_vocab_get_text(
@@ -146,11 +146,11 @@ class LlamaModel:
         return self.tokenize(prompt, add_special=True)
 
     def ends_answer(self, token: int) -> bool:
-        """Return whether llama.cpp stops at a token."""
+        """Return whether llama.cpp stops at this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocabulary, token))
 
     def truncate(self, tokens: int) -> bool:
-        """Keep only the first ``tokens``; False, and none are kept, if the model cannot."""
+        """Keep only the first ``tokens``. If the model cannot do this, drop all and return False."""
         memory = self._lib.llama_get_memory(self._state)
         if tokens and self._lib.llama_memory_seq_rm(memory, 0, tokens, -1):
             return True
@@ -158,7 +158,8 @@ class LlamaModel:
         return tokens == 0
 
     def compute(self, ids: Sequence[int], positions: Sequence[int], start: int) -> Floats:
-        """Add tokens after the first ``start``; return the logits at positions of them, (…, vocabulary).
+        """Append ``ids`` after the first ``start`` tokens; return the logits (…, vocabulary) at ``positions``
+        of ``ids``.
 
         Raises LlamaCppError.
         """

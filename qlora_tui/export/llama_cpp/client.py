@@ -1,7 +1,7 @@
-"""llama.cpp in a process of its own: it may crash, and its memory is freed with it.
+"""llama.cpp in a separate process, which may crash and frees its memory when it ends.
 
-:class:`LlamaProcess` starts ``worker``, which runs the functions of ``bindings``; errors become UserError.
-Imports neither the optional package that contains llama.cpp nor its library.
+:class:`LlamaProcess` starts ``worker``, which runs the functions of ``bindings``. Errors become UserError.
+This module imports neither the optional package that contains llama.cpp nor its library.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _TITLE = "llama.cpp could not run the GGUF file"
 
 
 def is_installed() -> bool:
-    """Return whether the package is installed; imports nothing."""
+    """Return whether the package is installed, without importing anything."""
     return find_spec(_MODULE) is not None
 
 
 def install_hint() -> str:
-    """Return how to install the package, in a sentence, or that there is none for this machine."""
-    # The marker of the extra in pyproject.toml.
+    """Return how to install the package, in a sentence, or that it does not exist for this machine."""
+    # The same condition as the marker of the extra in pyproject.toml.
     if sys.platform == "linux" and platform.machine() != "x86_64":
         return f"{PACKAGE}, which contains it, has no wheel for this machine (Linux {platform.machine()})."
     return f"Install it with `{install_command('qlora-tui[export]')}`."
@@ -49,7 +49,7 @@ def install_hint() -> str:
 
 @cache
 def unavailable_because() -> str:
-    """Return why llama.cpp cannot be used, without a period at the end; empty if it can.
+    """Return why llama.cpp cannot be used, without a period at the end; empty if it can be used.
 
     Loads the library once, in a separate process.
     """
@@ -75,23 +75,23 @@ def quantize(source: str, target: str, file_type: str) -> None:
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What the process writes after a call, as a line of JSON; floats follow it."""
+    """A reply of the process: a line of JSON, optionally followed by floats."""
 
     value: Any = None
     floats: int = 0
     """Number of 32-bit floats that follow the line."""
     failure: str = ""
-    """Why llama.cpp did not do it; empty if it did."""
+    """The error of llama.cpp; empty if the call succeeded."""
 
 
 _REPLIES = msgspec.json.Decoder(Reply)
 
 
 class LlamaProcess:
-    """The process. It ends with :meth:`close`, and with this one."""
+    """A process that runs llama.cpp. It ends with :meth:`close`, or with this process."""
 
     def __init__(self, title: str) -> None:
-        """Start it; ``title`` is that of its errors. Raises UserError."""
+        """Start the process. ``title`` is the title of its errors. Raises UserError."""
         self._title = title
         if not is_installed():
             raise UserError(title, what="llama.cpp is not installed.", fix=install_hint())
@@ -102,18 +102,20 @@ class LlamaProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            # A separate session, because Ctrl-C in a terminal is for this process, which then ends the child.
+            # A separate session, because Ctrl-C in a terminal is meant for this process, which then ends the
+            # child.
             start_new_session=True,
         )
         self.close = weakref.finalize(self, _end, self._process)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Return what a function of ``worker`` returns. Raises UserError."""
+        """Call a function of ``worker`` in the process, and return its result. Raises UserError."""
         return self._call(function, arguments).value
 
     def call_for_floats(self, function: str, *arguments: Any) -> Floats:
-        """Return the floats that a function of ``worker`` computes. Raises UserError."""
-        import numpy as np  # the app loads this module, and not numpy
+        """Call a function of ``worker`` in the process, and return the float32 values it computes. Raises
+        UserError."""
+        import numpy as np  # the app loads this module and does not need numpy
 
         count = self._call(function, arguments).floats
         assert self._process.stdout is not None
@@ -128,7 +130,7 @@ class LlamaProcess:
             self._process.stdin.write(msgspec.json.encode((function, arguments)) + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
-        except (OSError, ValueError):  # a broken pipe, or one that was closed
+        except (OSError, ValueError):  # the pipe is broken or closed
             line = b""
         if not line.endswith(b"\n"):
             raise self._ended()
@@ -146,12 +148,12 @@ class LlamaProcess:
 
 
 class LlamaFile:
-    """A GGUF file that llama.cpp has loaded, on the CPU."""
+    """A GGUF file loaded by llama.cpp on the CPU."""
 
     def __init__(self, path: str, context: int, *, exact: bool = False) -> None:
         """Load a file for rows of at most ``context`` tokens. Raises UserError.
 
-        ``exact`` computes attention in float32 throughout instead of by llama.cpp's defaults.
+        ``exact`` computes attention in float32 throughout instead of with llama.cpp's defaults.
         """
         self._process = LlamaProcess(_TITLE)
         self.close = self._process.close
@@ -159,14 +161,15 @@ class LlamaFile:
         self.vocabulary: int = self._process.call("open", path, context, exact)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Return what a method of :class:`~qlora_tui.export.llama_cpp.bindings.LlamaModel` returns.
+        """Call a method of :class:`~qlora_tui.export.llama_cpp.bindings.LlamaModel`, and return its result.
 
         Raises UserError.
         """
         return self._process.call(function, *arguments)
 
     def logits(self, ids: Sequence[int], positions: Sequence[int], at_once: int) -> Iterator[Floats]:
-        """Yield the next-token logits at the positions in their order, (at most ``at_once``, vocabulary).
+        """Yield the next-token logits at ``positions``, in order, in blocks of shape (at most ``at_once``,
+        vocabulary).
 
         Raises UserError.
         """
@@ -178,7 +181,8 @@ class LlamaFile:
             start = end
 
     def extend(self, ids: Sequence[int], *, start: int, positions: Sequence[int]) -> Floats:
-        """Add tokens after the first ``start``; return the logits at positions of them, (…, vocabulary).
+        """Append ``ids`` after the first ``start`` tokens; return the logits (…, vocabulary) at ``positions``
+        of ``ids``.
 
         Raises UserError.
         """

@@ -1,7 +1,7 @@
 """The process that runs llama.cpp for ``client``: calls on stdin, replies on stdout, its log on stderr.
 
-A call is a line of JSON: the name of a function and its arguments. The reply is a line of JSON, and the
-floats that it announces.
+A call is a line of JSON with the name of a function and its arguments. The reply is a line of JSON, followed
+by as many floats as it announces.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CALLS = msgspec.json.Decoder(tuple[str, tuple[Any, ...]])
 
 
 class _Worker:
-    """Has the file that is open."""
+    """Holds the open file."""
 
     def __init__(self) -> None:
         self._llama = LlamaCpp()
@@ -44,8 +44,8 @@ class _Worker:
 
 
 def main() -> NoReturn:
-    """Serve until stdin ends, which ends the process."""
-    # llama.cpp prints to stdout too: give it stderr.
+    """Serve calls until stdin closes, then end the process."""
+    # llama.cpp prints to stdout too, so its stdout must be stderr.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     calls: SimpleQueue[bytes] = SimpleQueue()
@@ -68,7 +68,7 @@ def main() -> NoReturn:
 
 
 def _read(calls: SimpleQueue[bytes]) -> None:
-    """Read calls. The process ends with stdin, and so with who started it, also in the middle of a call."""
+    """Read calls. When stdin closes, end the process, even during a call, because the parent has ended."""
     for line in sys.stdin.buffer:
         calls.put(line)
     os._exit(1)
