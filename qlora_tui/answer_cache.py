@@ -1,4 +1,4 @@
-"""Answers that take seconds to find, kept in the cache folder by what they depend on."""
+"""Results that take seconds to compute, stored in the cache folder under a key of their inputs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ T = TypeVar("T")
 
 
 class AnswerCache(Generic[T]):
-    """Answers of one kind, a JSON file each. A damaged file counts as missing."""
+    """A cache for results of one kind, with a JSON file each. A damaged file counts as missing."""
 
     def __init__(self, kind: str, answer: type[T], *, max_bytes: int) -> None:
-        """``kind``: folder within the cache folder; ``max_bytes``: of the largest file that is read."""
+        """Open the cache in the folder ``kind`` of the cache folder. Files larger than ``max_bytes`` are
+        not read."""
         self._kind = kind
         self._decoder = msgspec.json.Decoder(answer)
         self._max_bytes = max_bytes
 
     def find(self, key: bytes) -> T | None:
-        """Return the answer under a key; None without one. Read once while its file stays as it is."""
+        """Return the result under a key; None if there is none. An unchanged file is read only once."""
         file = self._file(key)
         try:
             status = file.stat()
@@ -37,9 +38,10 @@ class AnswerCache(Generic[T]):
         return found
 
     def keep(self, key: bytes, answer: T, max_files: int) -> None:
-        """Keep an answer; of more than ``max_files`` the oldest are deleted.
+        """Store a result, and delete the oldest ones beyond ``max_files``.
 
-        Without room it is not kept, and neither is one with half a character, which JSON cannot hold.
+        A result is not stored if the disk is full, or if it contains lone surrogates, which JSON cannot
+        represent.
         """
         with suppress(OSError, UnicodeEncodeError):
             file = self._file(key)
@@ -50,7 +52,7 @@ class AnswerCache(Generic[T]):
                 old.unlink()
 
     def forget(self, key: bytes) -> None:
-        """Delete the answer under a key, if there is one."""
+        """Delete the result under a key, if there is one."""
         with suppress(OSError):
             self._file(key).unlink()
 
@@ -60,5 +62,5 @@ class AnswerCache(Generic[T]):
 
 @lru_cache(maxsize=64)
 def _read(file: Path, state: tuple[int, int], decoder: msgspec.json.Decoder[Any], max_bytes: int) -> Any:
-    """Read a file, whose time and size are ``state``; None if it is damaged."""
+    """Read a file whose time and size are ``state``; return None if it is damaged."""
     return read_json(file, decoder, max_bytes)

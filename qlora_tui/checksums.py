@@ -1,4 +1,4 @@
-"""Folders published atomically, with a ``SHA256SUMS`` file to verify them later.
+"""Folders that are published atomically, with a ``SHA256SUMS`` file for later verification.
 
 ``sha256sum -c SHA256SUMS`` verifies such a folder without this program.
 """
@@ -18,10 +18,10 @@ NAME = "SHA256SUMS"
 
 @contextmanager
 def checked_folder(final: Path) -> Iterator[Path]:
-    """Fill a draft inside the ``with`` block; on exit it is published as ``final``, with checksums.
+    """Yield a draft to fill inside the block; at the end, publish it as ``final`` with checksums.
 
-    Raises OSError if it cannot be written, or another process writes it. After any exception the draft is
-    deleted and the previous content of ``final`` is back in place.
+    Raises OSError if the folder cannot be written, or if another process writes it. After any exception, the
+    draft is deleted and the previous content of ``final`` is restored.
     """
     with held_draft(draft_path(final)) as draft:
         if draft is None:
@@ -32,19 +32,20 @@ def checked_folder(final: Path) -> Iterator[Path]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Hash every file in ``folder`` and its subfolders."""
+    """Write the hash of every file in ``folder`` and its subfolders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / NAME).write_text("".join(lines), "utf-8")
 
 
 def digest(folder: Path) -> str:
-    """Return the hash of ``SHA256SUMS`` itself, which covers every file it lists. Raises OSError."""
+    """Return the hash of ``SHA256SUMS`` itself, which covers every file listed in it. Raises OSError."""
     return sha256(folder / NAME)
 
 
 def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] = ()) -> str | None:
-    """Describe how the folder differs from ``SHA256SUMS``, in a clause; None if it matches or has no list.
+    """Describe how the folder differs from ``SHA256SUMS``, in a clause; None if it matches or has no such
+    file.
 
     Args:
         folder: The folder that contains the file.
@@ -82,7 +83,7 @@ def mismatch(folder: Path, only: Collection[str] = (), listed: Collection[str] =
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
-    import hashlib  # imports OpenSSL, which a start that verifies nothing does not need
+    import hashlib  # imports OpenSSL, which a start without verification does not need
 
     with open_to_read(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,16 +13,16 @@ from qlora_tui.files import read_regular
 T = TypeVar("T")
 
 UnixTime: TypeAlias = Annotated[float, Meta(ge=-62_135_596_800, le=253_402_300_799)]
-"""Seconds since 1970, within the years 1 to 9999: calendar functions fail outside them."""
+"""Seconds since 1970, within the years 1 to 9999, because calendar functions fail outside this range."""
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 """A count, or a number of bytes, that fits a 64-bit integer and converts to a float."""
 
 
 def decode_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """Decode JSON; raises msgspec.DecodeError for anything that cannot be decoded.
+    """Decode JSON. Raises msgspec.DecodeError for anything that cannot be decoded.
 
-    msgspec itself raises UnicodeDecodeError for bytes that are not UTF-8 and RecursionError for deep nesting,
-    neither of which is a DecodeError.
+    msgspec itself raises UnicodeDecodeError for bytes that are not UTF-8 and RecursionError for deep nesting.
+    Neither is a DecodeError.
     """
     try:
         return decoder.decode(content)
@@ -33,7 +33,7 @@ def decode_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def try_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
-    """Decode JSON; None for anything that cannot be decoded."""
+    """Decode JSON; return None for anything that cannot be decoded."""
     try:
         return decode_json(content, decoder)
     except msgspec.MsgspecError:
@@ -41,7 +41,7 @@ def try_json(content: bytes, decoder: msgspec.json.Decoder[T]) -> T | None:
 
 
 def read_json(path: Path, decoder: msgspec.json.Decoder[T], max_bytes: int = 1 << 24) -> T | None:
-    """Decode a file; None if it is missing, cannot be read, is damaged, or longer than ``max_bytes``."""
+    """Decode a file; return None if it is missing, unreadable, damaged, or longer than ``max_bytes``."""
     try:
         return decode_json(read_regular(path, max_bytes), decoder)
     except (OSError, msgspec.MsgspecError):

@@ -1,6 +1,6 @@
-"""The one exception that users see.
+"""The exception that users see.
 
-The same object becomes a modal in the app, lines on stderr, and a ``failed`` event.
+The same object becomes a dialog in the app, lines on stderr, and a ``failed`` event.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 """Exit code: the call itself was invalid (a bad argument, an invalid recipe)."""
 EXIT_DISK = 74
-"""Exit code of a trainer that the disk failed (``EX_IOERR`` of sysexits.h): its events may not say so."""
+"""Exit code of a trainer after a disk error (``EX_IOERR`` of sysexits.h), which its events may lack."""
 INTERNAL_ERROR = "Internal error"
-"""Title of an exception that is a bug in this program."""
+"""Title of an exception that indicates a bug in this program."""
 
 
 _FIELDS = ("title", "what", "why", "fix", "code", "exit_code")
@@ -40,19 +40,20 @@ class UserError(Exception):
     ):
         super().__init__(title)
         self.title = title
-        """A few words: ``Out of GPU memory``."""
+        """Title in a few words, such as ``Out of GPU memory``."""
         self.what = what
-        """One sentence: what happened, naming the file, key or model."""
+        """What happened, in one sentence that names the file, key or model."""
         self.why = why
-        """One sentence: why, if known."""
+        """Why it happened, in one sentence; empty if unknown."""
         self.fix = fix
-        """One sentence: what to do about it."""
+        """What to do about it, in one sentence."""
         self.code = code
-        """Kind of the error, as ``preference-pairs``, for code that decides by it: texts may be reworded."""
+        """Kind of the error, such as ``preference-pairs``, for code that handles it. Texts may be
+        reworded."""
         self.exit_code = exit_code
 
     def __str__(self) -> str:
-        """Return the full message as stderr shows it: what happened, why, what to do."""
+        """Return the full message for stderr: what happened, why, and what to do."""
         parts = [f"{self.title}: {self.what}", self.why, self.fix]
         return "\n  ".join(part for part in parts if part)
 
@@ -62,11 +63,11 @@ class UserError(Exception):
 
     @staticmethod
     def of(record: object) -> UserError:
-        """Return the error that a record with the same fields stands for."""
+        """Return an error with the fields of ``record``."""
         return UserError(**{name: getattr(record, name) for name in _FIELDS})
 
     def replace(self, **changes: Any) -> UserError:
-        """Return a copy with other texts, as a plain UserError."""
+        """Return a copy with changed fields, as a plain UserError."""
         return UserError(**self.fields() | changes)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -74,7 +75,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """An error of the call itself: a bad argument, an invalid recipe."""
+    """An error in the call itself, such as a bad argument or an invalid recipe."""
 
     def __init__(self, title: str, *, what: str, why: str = "", fix: str = "", code: str = ""):
         super().__init__(title, what=what, why=why, fix=fix, code=code, exit_code=EXIT_USAGE)
@@ -115,15 +116,15 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.ENFILE: ("Too many open files", "Close other programs."),
     errno.ESTALE: ("A network folder is gone", "Mount it again."),
 }
-"""Title and remedy of each errno; ``{elsewhere}`` is where the files could go instead."""
+"""Title and remedy by errno. ``{elsewhere}`` is replaced by a way to use another disk."""
 
 
 def disk_problem(
     error: OSError, path: Path | None = None, *, elsewhere: str = _USE_ANOTHER_DISK
 ) -> UserError | None:
-    """Describe a disk error as a UserError; None if the error is not about the disk.
+    """Return a disk error as a UserError; None if the error does not concern the disk.
 
-    ``path``: the file to name if the error names none. ``elsewhere``: what moves the files to another disk.
+    ``path`` is named if the error names no file. ``elsewhere`` says how to move the files to another disk.
     """
     if error.errno not in _DISK:
         return None
@@ -143,9 +144,10 @@ def disk_problem(
 
 @contextmanager
 def disk_problems(title: str = "", path: Path | None = None, fix: str = "") -> Iterator[None]:
-    """Convert disk errors raised in the block to UserError.
+    """Convert disk errors inside the block to UserError.
 
-    With a ``title`` that is every OSError: about ``path``, or about the file that the error names.
+    With a ``title``, every OSError is converted. Its message names ``path``, or the file that the error
+    names.
     """
     try:
         yield

@@ -3,9 +3,9 @@
 atomic_write     replaces one file
 sync             flushes what was written so far to disk
 open_regular     opens a file, and refuses a pipe instead of waiting for it
-write_new        writes a file that the user named, if there is none yet
-open_foreign     opens a file of another program: a regular one, of limited size
-walk_files       lists a folder of the user's, with linked subfolders
+write_new        writes a file that the user named, without replacing one
+open_foreign     opens a regular file of another program
+walk_files       lists a folder of the user, including linked subfolders
 
 A rename alone is not enough: a file's content and a folder's list of names reach the disk only when
 synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files on btrfs.
@@ -26,12 +26,12 @@ from pathlib import Path
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 TEMPORARY = re.compile(r"\.qlora-tui-\w{8}\.tmp")
-"""Names of files that :func:`atomic_write` has not finished."""
+"""Names of temporary files of :func:`atomic_write`."""
 _MIB = 1 << 20
 
 
 def private_dir(path: Path) -> Path:
-    """Create ``path`` and its parents, readable by the owner only, and return it."""
+    """Create ``path`` and its parents, accessible only by the owner, and return it."""
     missing = list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -44,13 +44,13 @@ def atomic_write(
     """Replace ``path`` in one step.
 
     With ``durable``, content and name are on disk on return, so a power cut neither empties the file nor
-    restores the previous one. ``keep`` is where the previous file is saved, synced before the replacement.
-    Raises OSError and leaves the previous file unchanged.
+    restores the previous one. The previous file is saved as ``keep``, if given, and synced before the
+    replacement. If this raises OSError, the previous file is unchanged.
     """
-    import tempfile  # takes 15 ms, which a start that writes nothing avoids
+    import tempfile  # takes 15 ms, which a start without writing avoids
 
     data = content.encode() if isinstance(content, str) else content
-    # Without the file's own name, which may be as long as a name can be.
+    # The file's own name is not included, because it may already have the maximum length.
     handle, name = tempfile.mkstemp(prefix=".qlora-tui-", suffix=".tmp", dir=path.parent)
     try:
         try:
@@ -70,7 +70,7 @@ def atomic_write(
 
 
 def _keep(path: Path, keep: Path) -> None:
-    """Give a file a second name, durably; a copy if the file system has no hard links."""
+    """Give a file a second name, durably; copy the file if the file system has no hard links."""
     try:
         os.link(path, keep)
     except OSError as error:
@@ -82,14 +82,16 @@ def _keep(path: Path, keep: Path) -> None:
 
 
 def write_all(handle: int, data: bytes) -> None:
-    """Write every byte: a single call may write only some, as on a nearly full disk. Raises OSError."""
+    """Write all bytes. A single call may write only some, for example on a nearly full disk. Raises
+    OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file; refuse a pipe, a device and a file of ``/proc``, which may block a reader forever.
+    """Open a regular file. Pipes, devices and files in ``/proc`` are rejected, because reading them may
+    block.
 
     Raises OSError, with EISDIR for a folder and ENXIO for the others.
     """
@@ -106,9 +108,8 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def _is_made_up(handle: int, flags: int) -> bool:
-    """Return whether the kernel makes up what is read, as in ``/proc``: a file without a size that has
-    content.
-    """
+    """Return whether the kernel generates the content, as in ``/proc``, where files have content but no
+    size."""
     if flags & os.O_ACCMODE != os.O_RDONLY or os.fstat(handle).st_size:
         return False
     try:
@@ -118,28 +119,28 @@ def _is_made_up(handle: int, flags: int) -> bool:
 
 
 def read_regular(path: Path, max_bytes: int = 1 << 24) -> bytes:
-    """Return up to ``max_bytes`` from the start of a file. Raises OSError, as :func:`open_regular` does."""
+    """Return up to ``max_bytes`` from the start of a file. Raises OSError, like :func:`open_regular`."""
     with open_to_read(path) as file:
         return file.read(max_bytes)
 
 
 def open_to_read(path: Path) -> BufferedReader:
-    """Open a file for reading. Raises OSError, as :func:`open_regular` does."""
+    """Open a file for reading. Raises OSError, like :func:`open_regular`."""
     return os.fdopen(open_regular(path), "rb")
 
 
 def open_append(path: Path) -> BufferedWriter:
-    """Open a file for appending, creating it if needed. Raises OSError, as :func:`open_regular` does."""
+    """Open a file for appending, creating it if needed. Raises OSError, like :func:`open_regular`."""
     return os.fdopen(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk. Raises OSError."""
+    """Wait until the content of a file, or the list of names in a folder, is on disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems cannot sync folders; nothing more can be done on them.
+        # Some network file systems cannot sync folders, and there is no alternative.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -147,7 +148,7 @@ def sync(path: Path) -> None:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return what a folder holds, sorted by name; nothing if it cannot be listed."""
+    """Return the entries of a folder, sorted by name; empty if it cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except OSError:
@@ -155,13 +156,13 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder. Raises OSError."""
+    """Return the size of a file, or of all files in a folder, in bytes. Raises OSError."""
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync every file and folder in ``folder``, then ``folder`` itself."""
+    """Sync every file and folder inside ``folder``, then ``folder`` itself."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             sync_tree(entry)
@@ -190,7 +191,7 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def write_new(file: Path, content: bytes) -> None:
-    """Write a file that does not exist yet. Raises UserError."""
+    """Write a new file. Raises UserError if the file exists or cannot be written."""
     try:
         with file.open("xb") as created:
             created.write(content)
@@ -208,11 +209,11 @@ def write_new(file: Path, content: bytes) -> None:
 
 
 def walk_files(folder: Path) -> list[Path]:
-    """Return all files in a folder and its subfolders, relative to it and sorted.
+    """Return all files in a folder and its subfolders, as sorted relative paths.
 
-    Linked subfolders are searched, each once; hidden ones, and links to a folder around this one, are
-    returned in place of their files.
-    Raises OSError for a subfolder that cannot be searched. One that disappears meanwhile is skipped.
+    Linked subfolders are searched once. Hidden subfolders, and links to parents of this folder, are returned
+    as they are, without the files in them. Raises OSError for a subfolder that cannot be searched. A
+    subfolder that disappears during the search is skipped.
     """
 
     def refuse(error: OSError) -> None:
@@ -225,7 +226,8 @@ def walk_files(folder: Path) -> list[Path]:
     for place, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         relative = Path(place).relative_to(folder)
         state = Path(place).stat()
-        if (state.st_dev, state.st_ino) in searched:  # a link to a folder that was searched, or around it
+        # a link to a folder that was searched, or to one of its parents
+        if (state.st_dev, state.st_ino) in searched:
             subfolders.clear()
             continue
         searched.add((state.st_dev, state.st_ino))

@@ -1,4 +1,4 @@
-"""Human-readable numbers, the same on every screen and in the command line's tables."""
+"""Numbers, sizes and times as text, in the same format on every screen and in tables of the command line."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 GIB = 1 << 30
 MIB = 1 << 20
 _GGUF_ENDING = re.compile(r"(?:[.-](?:i?q\d\w*|b?f\d+))?(?:-[0-9a-f]{12}|\.gguf)$", re.IGNORECASE)
-"""What the name of a GGUF file or of its conversion has after the model's: precision, hash or suffix."""
+"""Suffix that a GGUF file or its conversion adds to the model's name: precision, hash or file extension."""
 _NAME_PARTS = re.compile(r"[^\W_]+(?:\.\d[^\W_]*)*|.", re.DOTALL)
 """Words and numbers, such as ``Qwen2.5`` and ``14B``, and single characters between them."""
 _MODEL_SIZE = re.compile(r"\d.*[BMKbmk]")
 _CODE_NAME = re.compile(r"[a-z]\w*[._]\w")
 _NAME = re.compile(r"\w+[A-Z0-9]")
-"""A first word that has a capital or a digit after its first letter."""
+"""A word with a capital letter or a digit after its first letter."""
 
 
 def format_bytes(bytes_: int | None) -> str:
-    """``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA if unknown."""
+    """Format a size in bytes: ``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA if unknown."""
     if bytes_ is None:
         return "NA"
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
@@ -31,33 +31,33 @@ def format_bytes(bytes_: int | None) -> str:
 
 
 def format_gib(bytes_: int | None) -> str:
-    """``18.2``: a size in GiB without the unit; NA if unknown."""
+    """Format a size in bytes as GiB, without the unit: ``18.2``; NA if unknown."""
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
 def format_delta(bytes_: int) -> str:
-    """``+1.2 GiB``, ``-102 MiB``."""
+    """Format a difference in bytes with its sign: ``+1.2 GiB``, ``-102 MiB``."""
     return f"{'-' if bytes_ < 0 else '+'}{format_bytes(abs(bytes_))}"
 
 
 def format_sizes(first_bytes: int, word: str, second_bytes: int) -> str:
-    """``6.3 of 12.0 GiB``, ``443 MiB of 12.0 GiB``: two sizes with a word between them."""
+    """Format two sizes with a word between them: ``6.3 of 12.0 GiB``, ``443 MiB of 12.0 GiB``."""
     first, second = format_bytes(first_bytes), format_bytes(second_bytes)
     unit = second.rpartition(" ")[2]
     return f"{first.removesuffix(f' {unit}')} {word} {second}"
 
 
 def pluralize(number: int, word: str) -> str:
-    """``1 row``, ``4,812 rows``."""
+    """Format a number with its noun: ``1 row``, ``4,812 rows``."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 def format_count(number: int | None) -> str:
-    """``7.62B``, ``135M``, ``107K``, ``4,812``; NA if unknown."""
+    """Format a count with three digits: ``7.62B``, ``135M``, ``107K``, ``4,812``; NA if unknown."""
     if number is None:
         return "NA"
     for unit, letter, least in ((10**9, "B", 10**9), (10**6, "M", 10**6), (1000, "K", 10_000)):
-        # What would round up to 1000 of a unit is 1.00 of the next one.
+        # A value that would round up to 1000 of a unit is 1.00 of the next unit.
         if number >= least - least // 2000:
             amount = number / unit
             return f"{amount:.2f}{letter}" if amount < 9.995 else f"{amount:.0f}{letter}"
@@ -65,7 +65,7 @@ def format_count(number: int | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """``41 min``, ``3 h 12 min``, ``25 s``; NA if unknown."""
+    """Format a duration in seconds: ``41 min``, ``3 h 12 min``, ``25 s``; NA if unknown."""
     if seconds is None:
         return "NA"
     whole = round(seconds)
@@ -81,17 +81,18 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_wait(seconds: float) -> str:
-    """Format a short time with its tenths, ``0.4 s``; from ten seconds on as :func:`format_duration` does."""
+    """Format a short time with tenths of a second, ``0.4 s``; from ten seconds on, like
+    :func:`format_duration`."""
     return f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
 
 
 def format_progress(done: int, total: int) -> str:
-    """``20 of 1,081``: steps, rows or files that are done, of how many."""
+    """Format the number of steps, rows or files that are done, and their total: ``20 of 1,081``."""
     return f"{done:,} of {total:,}"
 
 
 def format_float(value: float | None, digits: int = 3) -> str:
-    """Format a measured number without a kind of its own by its significant digits; NA without a value."""
+    """Format a measured number with ``digits`` significant digits; NA without a value."""
     if value is None:
         return "NA"
     return "NaN" if value != value else f"{value:.{digits}g}"
@@ -118,9 +119,9 @@ def format_loss_change(change: float) -> str:
 
 
 def format_nats(nats: float | None) -> str:
-    """Format a KL divergence or a margin by two significant digits: ``0.004``, ``1.3``, ``<0.0001``.
+    """Format a KL divergence or a margin with two significant digits: ``0.004``, ``1.3``, ``<0.0001``.
 
-    Rounding may leave a divergence just below 0.
+    Rounding may have made a divergence slightly negative.
     """
     if nats is None:
         return "NA"
@@ -128,7 +129,7 @@ def format_nats(nats: float | None) -> str:
 
 
 def format_rate(rate: float | None) -> str:
-    """Format a learning rate by three significant digits, written as in recipes: ``0.0002``, ``5.73e-5``."""
+    """Format a learning rate with three significant digits, as in recipes: ``0.0002``, ``5.73e-5``."""
     return "NA" if rate is None else format_number(float(f"{rate:.3g}"))
 
 
@@ -140,22 +141,22 @@ def format_speed(per_s: float | None) -> str:
 
 
 def format_kwh(kwh: float) -> str:
-    """``0.24 kWh``."""
+    """Format an energy in kWh: ``0.24 kWh``."""
     return f"{kwh:.2f} kWh"
 
 
 def format_power(watts: float | None) -> str:
-    """Format watts without the unit: ``320``; NA if unknown."""
+    """Format a power in watts, without the unit: ``320``; NA if unknown."""
     return "NA" if watts is None else f"{watts:.0f}"
 
 
 def format_percent(part: float | None, decimals: int = 0) -> str:
-    """Format a share between 0 and 1 in whole percent, or with decimals: ``97%``, ``98.4%``."""
+    """Format a share between 0 and 1 in percent, by default without decimals: ``97%``, ``98.4%``."""
     return "NA" if part is None else f"{part * 100:.{decimals}f}%"
 
 
 def format_small_percent(part: float) -> str:
-    """Format a share that is usually small, such as of parameters: ``3.6%``, ``0.05%``, ``12%``."""
+    """Format a share that is usually small, such as a share of parameters: ``3.6%``, ``0.05%``, ``12%``."""
     percent = part * 100
     return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
 
@@ -177,23 +178,22 @@ def format_path(path: Path) -> str:
 
 
 def abbreviate_home(text: str) -> str:
-    """Write ``~`` for the home folder in every path of a text, as :func:`format_path` does."""
+    """Replace the home folder by ``~`` in every path in a text, like :func:`format_path`."""
     home = str(Path.home())
     return text if home == "/" else re.sub(rf"(?<![\w/.~-]){re.escape(home)}(?=/)", "~", text)
 
 
 def short_model_name(model_id: str) -> str:
-    """Return the last part of a model's id or path; of a GGUF file or its conversion, the model's
-    name alone.
-    """
+    """Return the last part of a model's id or path. For a GGUF file or its conversion, return only the
+    model's name."""
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 
 def cut_range(name: str, length: int) -> tuple[int, int]:
-    """Return the range that ``…`` replaces to leave ``length`` characters: what tells names apart least.
+    """Return the range of ``name`` to replace by ``…`` to leave ``length`` characters.
 
-    That is the owner of a model and the ending of a file, then letters within words. A number goes as a
-    whole, and the size of a model, such as ``14B``, last.
+    The range covers the least distinctive part: first the owner of a model and the file extension, then
+    letters within words, then whole numbers. The size of a model, such as ``14B``, is removed last.
     """
     weights: list[int] = []
     owner, ending = name.rfind("/"), name.rfind(".")
@@ -220,7 +220,7 @@ def cut_range(name: str, length: int) -> tuple[int, int]:
 
 
 def shorten_name(name: str, length: int) -> str:
-    """``Ministral-3-14B-I…2512``: the name in at most ``length`` characters."""
+    """Return the name in at most ``length`` characters: ``Ministral-3-14B-I…2512``."""
     if len(name) <= length or length < 2:
         return name[:length]
     start, stop = cut_range(name, length)
@@ -228,32 +228,30 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def capitalize(text: str) -> str:
-    """Return the text with a capital first letter; a name with a dot or underscore, such as
-    llama.cpp, stays.
-    """
+    """Return the text with a capital first letter. Names with a dot or underscore, such as llama.cpp, are
+    unchanged."""
     return text if _CODE_NAME.match(text) else f"{text[:1].upper()}{text[1:]}"
 
 
 def uncapitalize(text: str) -> str:
-    """Return the text for the middle of a sentence, its first letter small; a name such as GGUF or LoRA
-    stays.
-    """
+    """Return the text with a lowercase first letter, for the middle of a sentence. Names such as GGUF are
+    unchanged."""
     return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 
 def join_words(words: Sequence[str], last: str = "and") -> str:
-    """Join the items of a sentence: ``a``, ``a and b``, ``a, b and c``."""
+    """Join words as in a sentence: ``a``, ``a and b``, ``a, b and c``."""
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def name_some(names: Sequence[str], most: int = 6) -> str:
-    """Return the first names, and how many more there are: ``a, b and 30 more``."""
+    """Return the first ``most`` names, and the number of others: ``a, b and 30 more``."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def truncate_middle(text: str, width: int) -> str:
-    """Shorten text in the middle: run names often begin alike and differ at the end."""
+    """Shorten text in the middle, because run names often begin alike and differ at the end."""
     if len(text) <= width:
         return text
     end = width // 2

@@ -1,4 +1,4 @@
-"""Hours of the week, such as ``23:00-07:00, sat-sun``, and the clock that says whether they are now."""
+"""Hours of the week, such as ``23:00-07:00, sat-sun``, and the clock that they refer to."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "su
 _DAY_GROUPS = {"weekdays": range(5), "weekends": range(5, 7)}
 _DAY_MINUTES = 24 * 60
 _LONGEST_S = 8 * _DAY_MINUTES * 60.0
-"""Seconds of open hours without a gap after which there is none: hours repeat every week."""
+"""Seconds of open hours without a gap after which they count as endless, because hours repeat every week."""
 _TIMES = re.compile(r"(?<![:\d])(\d{1,2})(?::(\d\d))?-(\d{1,2})(?::(\d\d))?(?![:\d])")
 _LOCAL_ZONE = Path("/etc/localtime")
 
 
 class Clock:
-    """The machine's clock. Tests play it."""
+    """The machine's clock. Tests replace it."""
 
     def __init__(self) -> None:
         self._zone: tzinfo | None = None
         self._zone_file = (0, 0)
-        """Time and number of the file that the zone was read from."""
+        """Modification time and inode of the file that the time zone was read from."""
 
     def now(self) -> float:
-        """Unix time, seconds; it may be set."""
+        """Return the Unix time in seconds, by a clock that may be set."""
         return time.time()
 
     def elapsed(self) -> float:
-        """Seconds since some moment, whatever the clock is set to."""
+        """Return the seconds since an arbitrary moment, by a clock that is never set."""
         return time.monotonic()
 
     def zone(self) -> tzinfo | None:
-        """The time zone of this machine now; None for the one in which this process started.
+        """Return the current time zone of this machine; None for the zone in which this process started.
 
-        The C library reads it once in a process, and a laptop travels.
+        The C library reads the zone once per process, but a laptop may travel.
         """
         if os.environ.get("TZ"):
             return None
@@ -59,21 +59,21 @@ class Clock:
 
 @dataclass(frozen=True)
 class _Window:
-    """Hours that begin on some days of the week."""
+    """A window of hours that begins on certain days of the week."""
 
     days: frozenset[int]
-    """0 is Monday."""
+    """Days of the week; 0 is Monday."""
     start: int
-    """Minutes after the midnight with which such a day begins."""
+    """Start in minutes after midnight of such a day."""
     end: int
-    """Minutes after the same midnight: more than a day for hours that end on the next."""
+    """End in minutes after the same midnight. Exceeds a day if the window ends on the next day."""
 
 
 @dataclass(frozen=True)
 class Hours:
-    """Hours of the week by the local clock. Without a window they are always.
+    """Hours of the week by the local clock. Without windows, they are always open.
 
-    On the day on which the clock is changed, a window begins and ends at the first moment with its time.
+    On a day on which the clock changes, a window begins and ends at the first moment with its time.
     """
 
     text: str = ""
@@ -82,7 +82,7 @@ class Hours:
 
     @classmethod
     def parse(cls, text: str) -> Hours:
-        """Read ``23:00-07:00, sat-sun``. Raises ValueError with a sentence."""
+        """Parse hours such as ``23:00-07:00, sat-sun``. Raises ValueError with a sentence."""
         parts = [part.strip() for part in text.lower().split(",")]
         if parts == [""]:
             return cls()
@@ -96,19 +96,20 @@ class Hours:
         return cls(text.strip(), tuple(windows))
 
     def is_open(self, now: float, zone: tzinfo | None = None) -> bool:
-        """Return whether ``now``, a Unix time, is in these hours."""
+        """Return whether the Unix time ``now`` is within these hours."""
         return self.opens_at(now, zone) <= now
 
     def opens_at(self, now: float, zone: tzinfo | None = None) -> float:
-        """Return the first Unix time from ``now`` on that is in these hours."""
+        """Return the first Unix time from ``now`` on that is within these hours."""
         return max(now, next(self._spans(now, zone))[0])
 
     def closes_at(self, now: float, zone: tzinfo | None = None) -> float:
-        """Return when the current or the next of these hours end; infinity for hours without an end."""
+        """Return the Unix time at which the current or the next open hours end; infinity if they never
+        end."""
         return next(self._spans(now, zone))[1]
 
     def done_at(self, now: float, seconds: float, zone: tzinfo | None = None) -> float:
-        """Return the Unix time at which ``seconds`` of these hours have passed."""
+        """Return the Unix time at which ``seconds`` of open hours have passed."""
         for opens_at, closes_at in self._spans(now, zone):
             start = max(now, opens_at)
             if seconds <= closes_at - start:
@@ -134,7 +135,7 @@ class Hours:
             opens_at, closes_at = start, end
 
     def _single_spans(self, now: float, zone: tzinfo | None) -> Iterator[tuple[float, float]]:
-        """Yield start and end of each window from yesterday's on, day by day."""
+        """Yield start and end of each window, day by day from yesterday on."""
         midnight = datetime.fromtimestamp(now, zone).replace(
             hour=0, minute=0, second=0, microsecond=0, fold=0
         )
@@ -168,10 +169,10 @@ def _window(part: str) -> _Window:
 
 
 def _days(name: str) -> range | list[int]:
-    """Return the numbers of ``weekends``, ``sat``, or ``fri-mon``."""
+    """Return the day numbers for ``weekends``, ``sat``, ``fri-mon`` and the like."""
     if name in _DAY_GROUPS:
         return _DAY_GROUPS[name]
-    # A name may be shortened to three letters.
+    # Names of days may be shortened to three letters.
     ends = [
         number
         for end in name.split("-", 1)

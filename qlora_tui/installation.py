@@ -1,4 +1,4 @@
-"""The environment that this program is installed in, and the commands that install packages into it."""
+"""The environment that this program is installed in, and commands that install packages into it."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PROGRAM = "qlora-tui"
 _TORCH_INDEX = "https://download.pytorch.org/whl/"
 _TORCH_BUILD = re.compile(r"cpu|xpu|cu\d+|rocm[\d.]+")
 _UV_FOR_TORCH = "0.9.19"
-"""First uv whose ``tool install`` has ``--torch-backend`` (uv pull request 17117); earlier ones ignore the
-variable UV_TORCH_BACKEND there, and refuse the option."""
+"""First version of uv whose ``tool install`` has ``--torch-backend`` (uv pull request 17117). Earlier ones
+reject the option and ignore UV_TORCH_BACKEND."""
 _RECEIPT = "uv-receipt.toml"
 
 
 class Installer(Enum):
-    """What manages the packages of an environment."""
+    """The tool that manages the packages of an environment."""
 
     UV_TOOL = "uv tool"
     PIPX = "pipx"
     PIP = "pip"
     UV = "uv"
-    """An environment without pip, as ``uv venv`` makes it."""
+    """An environment without pip, as ``uv venv`` creates it."""
 
 
 def installer() -> Installer:
-    """Return what manages the environment of this process."""
+    """Return the tool that manages this process's environment."""
     prefix = Path(sys.prefix)
     if (prefix / _RECEIPT).exists():
         return Installer.UV_TOOL
@@ -47,23 +47,23 @@ def installer() -> Installer:
 
 @dataclass(frozen=True)
 class _Package:
-    """A package to install, and where from."""
+    """A package to install, and its source."""
 
     name: str
     extras: tuple[str, ...] = ()
     source: str = ""
-    """What follows the name: a specifier, ``" @ URL"`` or ``" ; marker"``."""
+    """Text after the name: a specifier, ``" @ URL"`` or ``" ; marker"``."""
     editable: str = ""
-    """Its folder, if it is used where it is."""
+    """Folder of the package, if it is installed in editable mode; otherwise empty."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the package of ``name`` or ``name[extra,extra]``."""
+        """Parse ``name`` or ``name[extra,extra]``."""
         name, _, extras = text.partition("[")
         return cls(name, tuple(filter(None, extras.rstrip("]").split(","))))
 
     def words(self, editable_option: str = "--editable", *before: str) -> list[str]:
-        """Return the arguments that name this package; those ``before`` it if it is not editable."""
+        """Return the arguments that name this package. If it is not editable, ``before`` precedes them."""
         extras = f"[{','.join(self.extras)}]" if self.extras else ""
         if self.editable:
             return [editable_option, f"{self.editable}{extras}"]
@@ -72,14 +72,15 @@ class _Package:
 
 @dataclass(frozen=True)
 class _UvTool:
-    """What ``uv tool install`` was asked to install, of its receipt."""
+    """The packages that ``uv tool install`` installed, according to its receipt."""
 
     packages: tuple[_Package, ...]
-    """This program first."""
+    """Packages, beginning with this program."""
     python: str = ""
 
     def command(self, *options: str) -> list[str]:
-        """Return the command that installs all of it; a shorter one would remove what it does not name."""
+        """Return the command that installs all packages. A shorter command would remove the packages it
+        does not name."""
         program, *others = self.packages
         words = ["uv", "tool", "install", *options, *program.words()]
         words += [word for each in others for word in each.words("--with-editable", "--with")]
@@ -91,13 +92,14 @@ def install_command(
 ) -> str:
     """Return the command that installs or upgrades packages, such as ``mlflow`` or ``qlora-tui[export]``.
 
-    An environment of uv or pipx is changed through these, and may have no pip. The program comes from where
-    it was installed from, be it a folder.
+    An environment of uv or pipx is changed through these tools, and may have no pip. This program is
+    reinstalled from its original source, which may be a folder.
 
     Args:
         requirements: Names of packages.
-        options: What pip and uv are told.
-        keep: Packages that stay at their installed versions; a uv tool keeps to what this program needs.
+        options: Options for pip and uv.
+        keep: Packages that keep their installed versions. A uv tool keeps the versions that this program
+            needs.
     """
     packages = [_Package.parse(requirement) for requirement in requirements]
     if tool := _uv_tool():
@@ -111,7 +113,7 @@ def install_command(
 
 
 def torch_command(build: str) -> str:
-    """Return the command that replaces torch by a build of its own package index, such as ``cu126``."""
+    """Return the command that replaces torch by a build from its own package index, such as ``cu126``."""
     if tool := _uv_tool():
         return shlex.join(tool.command("--torch-backend", build, "--reinstall-package", "torch"))
     begin = _begin(["--force-reinstall"], ["--reinstall-package", "torch"])
@@ -130,14 +132,16 @@ def _begin(pip_options: Sequence[str], uv_options: Sequence[str]) -> list[str]:
 
 
 def torch_command_needs() -> str:
-    """Return what the command for torch needs, such as ``uv 0.9.19 or newer``; empty if nothing special."""
+    """Return what the command for torch requires, such as ``uv 0.9.19 or newer``; empty if nothing
+    special."""
     return f"uv {_UV_FOR_TORCH} or newer" if _uv_tool() else ""
 
 
 def _uv_tool() -> _UvTool | None:
-    """Return what the receipt of uv says; None without one, or if it says what cannot be repeated here.
+    """Return the content of uv's receipt; None if there is none, or if it has entries that cannot be
+    repeated.
 
-    Then packages are installed into the environment, of which the receipt does not know.
+    Without a result, packages are installed into the environment, and the receipt does not list them.
     """
     try:
         tool = tomllib.loads((Path(sys.prefix) / _RECEIPT).read_text(encoding="utf-8"))["tool"]
@@ -152,7 +156,7 @@ def _uv_tool() -> _UvTool | None:
 
 
 def _of_receipt(entry: dict[str, Any]) -> _Package:
-    """Return a requirement of a receipt. Raises ValueError if it has what is not known here."""
+    """Convert a requirement in a receipt. Raises ValueError if it has unknown fields."""
     entry = dict(entry)
     name, extras = entry.pop("name"), tuple(entry.pop("extras", ()))
     marker = entry.pop("marker", "")
@@ -177,7 +181,8 @@ def _of_receipt(entry: dict[str, Any]) -> _Package:
 
 
 def _git_url(value: str) -> str:
-    """Return the URL that installs from what a receipt says, as in ``https://host/repository?rev=main``."""
+    """Convert a receipt's git source to a URL to install from, such as
+    ``https://host/repository?rev=main``."""
     parts = urlsplit(value)
     query = dict(parse_qsl(parts.query))
     folder = query.pop("subdirectory", "")
@@ -189,7 +194,7 @@ def _git_url(value: str) -> str:
 
 
 def _with(packages: Iterable[_Package], added: Iterable[_Package]) -> tuple[_Package, ...]:
-    """Return packages with others added, and with their extras if they are there."""
+    """Return packages with others added. For a package that is in both, the extras are combined."""
     merged = {each.name: each for each in packages}
     for each in added:
         there = merged.setdefault(each.name, each)
@@ -198,7 +203,7 @@ def _with(packages: Iterable[_Package], added: Iterable[_Package]) -> tuple[_Pac
 
 
 def _installed_program() -> _Package:
-    """Return this program and where it was installed from (PEP 610)."""
+    """Return this program with the source that it was installed from (PEP 610)."""
     try:
         origin = json.loads(distribution(PROGRAM).read_text("direct_url.json") or "{}")
         url, parts = origin["url"], urlsplit(origin["url"])
@@ -213,7 +218,7 @@ def _installed_program() -> _Package:
 
 
 def _torch_build() -> str:
-    """Return the build of a torch from an index of its own, such as ``cu126``; empty for the usual index."""
+    """Return the build of torch if it is from its own index, such as ``cu126``; empty for the usual index."""
     try:
         build = version("torch").partition("+")[2]
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Locks that the kernel releases no matter how their holder ends."""
+"""File locks, which the kernel releases however their holder ends."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import IO
 from qlora_tui.errors import UserError
 
 PATIENCE_S = 0.5
-"""Seconds to retry, since :func:`is_locked` of another process may hold the lock for a moment."""
+"""Seconds to retry, because :func:`is_locked` in another process may hold the lock for a moment."""
 _RETRY_S = 0.05
 
 
 @contextmanager
 def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
-    """Hold an exclusive lock on a file, created if needed; yields None if another process holds it.
+    """Hold an exclusive lock on a file inside the block; yield None if another process holds it.
 
-    ``patience_s``: seconds to retry before that.
-    Raises UserError if the file system has no locks, OSError if the file cannot be opened.
+    The file is created if needed. ``patience_s`` is the time to retry in seconds. Raises UserError if the
+    file system has no locks, and OSError if the file cannot be opened.
     """
     deadline = time.monotonic() + patience_s
     with path.open("a+") as file:
@@ -41,9 +41,10 @@ def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
 
 
 def hold_folder(folder: Path) -> int | None:
-    """Say that this process uses a folder, until the descriptor is closed; None if that is not possible.
+    """Mark a folder as used by this process until the descriptor is closed; return None if that is
+    impossible.
 
-    Any number of processes may.
+    Any number of processes may use a folder at the same time.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -58,12 +59,12 @@ def hold_folder(folder: Path) -> int | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process says that it uses a folder; False too if the file system cannot tell."""
+    """Return whether a process has marked a folder as used; False also if the file system has no locks."""
     return bool(_is_refused(folder, fcntl.LOCK_EX))
 
 
 def is_locked(path: Path) -> bool | None:
-    """Return whether a process holds the lock, on any machine that shares it; None if unknown."""
+    """Return whether a process on any machine holds the lock; None if unknown."""
     return _is_refused(path, fcntl.LOCK_SH)
 
 
@@ -86,7 +87,7 @@ def _is_refused(path: Path, kind: int) -> bool | None:
 
 
 def no_locks(path: Path, error: OSError) -> UserError:
-    """Return the error for a file system that refuses locks."""
+    """Return the error for a file system without locks."""
     return UserError(
         "File locks do not work",
         what=f"{path} could not be locked: {error.strerror or error}.",

@@ -1,7 +1,7 @@
-"""File locations: the XDG directories, and the files shipped with the program.
+"""File locations: the XDG directories, and the files that are shipped with the program.
 
-``qlora-tui locate`` prints them. Set ``XDG_CONFIG_HOME``, ``XDG_STATE_HOME`` and ``XDG_CACHE_HOME``
-to move them. Each is created on first use, readable by its owner only.
+``qlora-tui locate`` prints them. ``XDG_CONFIG_HOME``, ``XDG_STATE_HOME`` and ``XDG_CACHE_HOME`` move them.
+Each folder is created on first use, accessible only by its owner.
 """
 
 from __future__ import annotations
@@ -17,46 +17,48 @@ _PACKAGE = Path(__file__).parent
 
 
 def config_dir() -> Path:
-    """Folder of the user's presets, themes and ``config.toml``."""
+    """Return the folder of the user's presets, themes and ``config.toml``."""
     return private_dir(Path(platformdirs.user_config_dir(_APP, appauthor=False)))
 
 
 def state_dir() -> Path:
-    """Folder of the runs, and of the runner's lock and log."""
+    """Return the folder of the runs, and of the runner's lock and log."""
     return private_dir(Path(platformdirs.user_state_dir(_APP, appauthor=False)))
 
 
 def cache_dir() -> Path:
-    """Folder of files that can be recreated: converted models, tokenized data, downloads."""
+    """Return the folder of files that can be recreated: converted models, tokenized data, downloads."""
     return private_dir(Path(platformdirs.user_cache_dir(_APP, appauthor=False)))
 
 
 def runs_dir() -> Path:
-    """Folder with one directory per run."""
+    """Return the folder with one directory per run."""
     return private_dir(state_dir() / "runs")
 
 
 def sweeps_dir() -> Path:
-    """Folder with one directory per sweep."""
+    """Return the folder with one directory per sweep."""
     return private_dir(state_dir() / "sweeps")
 
 
 def log_path() -> Path:
-    """Log of errors in processes that own a terminal, and of library output the user need not see."""
+    """Return the log for errors in processes that own a terminal, and for library output that users need
+    not see."""
     return state_dir() / "qlora-tui.log"
 
 
 def user_presets_dir() -> Path:
-    """Folder of presets the user saved."""
+    """Return the folder of the user's presets."""
     return private_dir(config_dir() / "presets")
 
 
 def user_themes_dir() -> Path:
-    """Folder of themes the user wrote."""
+    """Return the folder of the user's themes."""
     return private_dir(config_dir() / "themes")
 
 
 def shipped_dir(kind: str) -> Path:
-    """Folder of the shipped ``presets`` or ``themes``: inside the wheel, or at the top of a checkout."""
+    """Return the folder of the shipped ``presets`` or ``themes``, in the wheel or at the top of a
+    checkout."""
     installed = _PACKAGE / "shipped" / kind
     return installed if installed.is_dir() else _PACKAGE.parent / kind

@@ -1,18 +1,18 @@
-"""Temporary folders, the only ones that this program deletes on its own: ``.NAME.part``, with a marker.
+"""Temporary folders with a marker, ``.NAME.part``, the only folders that this program deletes automatically.
 
-``lock`` in such a folder is its marker, a sentence of ours. The process that uses the folder holds a lock on
-it, which also makes one process at a time write to a name. ``files`` holds what the process writes, and
-``earlier`` what it replaces. A marked folder whose lock is free belongs to a process that was killed or
-canceled. A folder without the marker is somebody else's, whatever its name is, and is never touched.
+``lock`` in such a folder is its marker, a fixed sentence. The process that uses the folder holds a lock on
+it, so that only one process at a time writes to a name. ``files`` has the files that the process writes, and
+``earlier`` the files that it replaces. A marked folder whose lock is free belongs to a process that was
+killed or canceled. A folder without the marker is never touched, whatever its name is.
 
-held_draft    a folder for what gets a certain name: an export, a checkpoint, an adapter
-new_draft     one with a name of its own
-publish       moves what is complete out of it, into place
-discard       deletes something of ours: into such a folder first, so that a kill leaves no half of it
-abandoned_in  what killed processes left in a folder
+held_draft    a draft of something with a given name: an export, a checkpoint, an adapter
+new_draft     a draft with a new name
+publish       moves complete files from a draft into place
+discard       deletes a folder of this program, by way of a draft, so that a kill leaves no incomplete folder
+abandoned_in  drafts that killed processes left in a folder
 
-Drafts of exports are wherever the user wants the result: they are listed in the folder ``unfinished`` of the
-state, so that what a kill leaves is deleted even if nothing is ever written to that name again.
+Drafts of exports are next to the result, wherever the user wants it. They are listed in the folder
+``unfinished`` of the state, so that a draft is deleted after a kill even if its name is never used again.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from qlora_tui.locks import PATIENCE_S, is_locked, locked
 
 _LOCK = "lock"
 _MARK = "A temporary folder of qlora-tui, which deletes it once no process of its own has locked this file.\n"
-"""Content of the lock."""
+"""Content of the lock file."""
 _FILES = "files"
 _EARLIER = "earlier"
 _NAME = re.compile(r"\.(.+)\.part", re.DOTALL)
 _DELETION_S = 0.5
-"""Most seconds between the deletion of a lock and that of its folder."""
+"""Maximum seconds between the deletion of a lock and of its folder."""
 _NEW = re.compile(r"\.qlora-tui-[0-9a-f]{12}\.part")
 
 
@@ -58,12 +58,12 @@ def draft_files(out: Path) -> Path:
 
 
 def earlier_path(final: Path) -> Path:
-    """Return where :func:`publish` keeps the previous ``final`` until the next one is on the disk."""
+    """Return the path at which :func:`publish` keeps the previous ``final`` until the new one is on disk."""
     return draft_path(final) / _EARLIER
 
 
 def final_path(path: Path) -> Path:
-    """Return what is prepared if ``path`` is a draft or in one; other paths as they are."""
+    """Return the final path for a draft or a path inside one; other paths are returned unchanged."""
     for folder in (*reversed(path.parents), path):
         if match := _NAME.fullmatch(folder.name):
             return folder.with_name(match[1])
@@ -72,15 +72,16 @@ def final_path(path: Path) -> Path:
 
 @contextmanager
 def held_draft(draft: Path, *, is_listed: bool = False) -> Iterator[Path | None]:
-    """Create a draft, in a folder that exists, and delete it afterwards, or what a killed process left in it.
+    """Create a draft and delete it after the block. Leftovers of a killed process in it are deleted first.
 
-    With ``is_listed``, :func:`unfinished_drafts` finds it wherever it is.
+    The parent folder must exist. With ``is_listed``, :func:`unfinished_drafts` finds the draft wherever it
+    is.
 
-    Yields the folder for files, otherwise empty; None if another process holds the draft.
-    Raises OSError, and UserError if the file system has no locks or a folder without our marker has the name.
+    Yields the folder for files, which is empty; None if another process holds the draft. Raises OSError, and
+    UserError if the file system has no locks, or a folder without the marker has this name.
     """
     if is_listed:
-        # First, so that no kill leaves one that is not listed.
+        # List the draft first, so that no kill leaves an unlisted draft.
         _list(draft)
     with ExitStack() as stack:
         with _without_interruption():
@@ -88,7 +89,7 @@ def held_draft(draft: Path, *, is_listed: bool = False) -> Iterator[Path | None]
             if is_held:
                 stack.callback(_delete_held, draft)
                 if is_listed:
-                    # Again, because a sweep takes one that is not there yet off the list.
+                    # List it again, because a sweep removes drafts from the list that do not exist yet.
                     _list(draft)
         if not is_held:
             yield None
@@ -97,14 +98,14 @@ def held_draft(draft: Path, *, is_listed: bool = False) -> Iterator[Path | None]
         _empty(draft)
         files.mkdir(mode=0o700)
         if files.lstat().st_uid != draft.lstat().st_uid:
-            # Where everybody may write, as in /tmp, its owner could replace the files.
+            # In a folder that everybody can write to, such as /tmp, its owner could replace the files.
             raise PermissionError(errno.EPERM, "The folder belongs to another user", str(draft))
         yield files
 
 
 @contextmanager
 def new_draft(parent: Path) -> Iterator[Path]:
-    """Create a draft in ``parent`` under a new name; yields the folder for files. Raises OSError."""
+    """Create a draft with a new name in ``parent``; yield the folder for files. Raises OSError."""
     while True:
         with held_draft(draft_path(parent / f"qlora-tui-{secrets.token_hex(6)}")) as files:
             if files is not None:
@@ -113,10 +114,10 @@ def new_draft(parent: Path) -> Iterator[Path]:
 
 
 def publish(files: Path, final: Path) -> None:
-    """Move the finished files of the draft of ``final`` into place, durably.
+    """Move the finished files in the draft of ``final`` into place, durably.
 
-    What they replace is deleted with the draft; a crash in between leaves it where :func:`restore_earlier`
-    finds it. Raises OSError; the previous folder is then still in place.
+    The previous folder is deleted with the draft. After a crash before that, :func:`restore_earlier` finds
+    it. If this raises OSError, the previous folder is in place.
     """
     sync_tree(files)
     earlier = earlier_path(final)
@@ -133,7 +134,7 @@ def publish(files: Path, final: Path) -> None:
 
 
 def restore_earlier(final: Path) -> bool:
-    """Put the previous folder back if nothing is in its place; return whether it was restored."""
+    """Move the previous folder back if nothing has taken its place; return whether it was restored."""
     earlier = kept_earlier(final)
     return earlier is not None and _put_back(earlier, final)
 
@@ -147,14 +148,14 @@ def _put_back(earlier: Path, final: Path) -> bool:
 
 
 def kept_earlier(final: Path) -> Path | None:
-    """Return the kept previous version of ``final`` if ``final`` is missing, else None."""
+    """Return the stored previous version of ``final`` if ``final`` is missing; otherwise None."""
     # Version 1.0 used the second place.
     places = (earlier_path(final), final.with_name(f".{final.name}.earlier"))
     return None if final.exists() else next((place for place in places if place.is_dir()), None)
 
 
 def discard(path: Path) -> None:
-    """Delete a folder of ours; it leaves its name in one step. Raises OSError if any of it is left."""
+    """Delete a folder of this program. Its name is freed in one step. Raises OSError if any of it remains."""
     try:
         with new_draft(path.parent) as files:
             path.rename(files / path.name)
@@ -163,7 +164,7 @@ def discard(path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
             raise
-        # A full disk has no room for another folder, and this is what makes some.
+        # A full disk has no room for another folder, and this deletion frees space.
         shutil.rmtree(path)
 
 
@@ -172,17 +173,17 @@ def abandoned_in(folder: Path) -> list[Path]:
     return [
         path
         for path in list_folder(folder)
-        # In a folder of everybody, such as /tmp, those of other users are theirs.
+        # In a folder that everybody can write to, such as /tmp, skip drafts of other users.
         if _NAME.fullmatch(path.name) and is_abandoned(path) and path.lstat().st_uid == os.getuid()
     ]
 
 
 def unfinished_drafts() -> Iterator[Path]:
-    """Yield every listed draft that a killed process left."""
+    """Yield every listed draft that a killed process left behind."""
     for entry in _listing().glob("*"):
         with suppress(OSError, ValueError):
             draft = Path(os.fsdecode(read_regular(entry)))
-            # An empty folder has no marker yet, or no longer: the list shows whose it is.
+            # An empty folder has no marker (yet or anymore), but the list shows whose it is.
             if is_abandoned(draft) or (is_ours(draft) and not any(draft.iterdir())):
                 yield draft
             elif not draft.exists():
@@ -190,7 +191,7 @@ def unfinished_drafts() -> Iterator[Path]:
 
 
 def delete_unfinished() -> None:
-    """Delete every listed draft that a killed process left, as far as possible."""
+    """Delete every listed draft that a killed process left behind, as far as possible."""
     for draft in unfinished_drafts():
         with suppress(OSError, UserError), held_draft(draft):
             pass
@@ -201,21 +202,21 @@ def _listing() -> Path:
 
 
 def _list(draft: Path) -> None:
-    """Add a draft to the list; if the state cannot be written, it is not deleted later."""
+    """Add a draft to the list. If the list cannot be written, the draft is not deleted later."""
     with suppress(OSError):
         _entry(draft).parent.mkdir(mode=0o700, exist_ok=True)
         _entry(draft).write_bytes(os.fsencode(draft.absolute()))
 
 
 def _entry(draft: Path) -> Path:
-    import hashlib  # imports OpenSSL, which a start that exports nothing avoids
+    import hashlib  # imports OpenSSL, which a start without exports avoids
 
     name = os.fsencode(draft.absolute())
     return _listing() / hashlib.sha256(name).hexdigest()[:16]
 
 
 def is_ours(draft: Path) -> bool:
-    """Return whether a folder of a draft's name has our marker, or has nothing in it yet."""
+    """Return whether a folder with a draft's name has this program's marker, or is still empty."""
     try:
         if not _NAME.fullmatch(draft.name) or not stat.S_ISDIR(draft.lstat().st_mode):
             return False
@@ -224,7 +225,7 @@ def is_ours(draft: Path) -> bool:
         if not names:
             return True
         if _LOCK in names and not os.path.lexists(lock):
-            # Its holder deletes it just now: the lock goes last.
+            # The holder is just deleting it. The lock is deleted last.
             return is_ours(draft)
         if not stat.S_ISREG(lock.lstat().st_mode):
             return False
@@ -235,29 +236,30 @@ def is_ours(draft: Path) -> bool:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Return whether this is a draft of ours that exists and that no process holds."""
-    # Without a lock it is empty: nothing shows whose it is, unless its name does.
+    """Return whether this is an existing draft of this program that no process holds."""
+    # Without a lock the folder is empty, and only its name can show whose it is.
     is_marked = (draft / _LOCK).exists() or _NEW.fullmatch(draft.name) is not None
     return is_marked and is_ours(draft) and is_locked(draft / _LOCK) is False
 
 
 def delete_abandoned(draft: Path) -> None:
-    """Delete a draft unless a process holds it; does nothing if there is none. Raises OSError."""
+    """Delete a draft unless a process holds it. Does nothing if there is none. Raises OSError."""
     if is_abandoned(draft):
         with held_draft(draft):
             pass
 
 
 def _hold(stack: ExitStack, draft: Path) -> bool:
-    """Lock a draft until ``stack`` is closed; False if another process has locked it."""
+    """Lock a draft until ``stack`` is closed; return False if another process has locked it."""
     deadline = time.monotonic() + _DELETION_S
     while True:
-        # Not exist_ok, which fails where the folder is deleted meanwhile.
+        # exist_ok would fail if the folder is deleted at the same time.
         with suppress(FileExistsError):
             draft.mkdir(mode=0o700)
         if not is_ours(draft):
             if not os.path.lexists(draft) or time.monotonic() < deadline:
-                # Its holder deletes it just now: between lock and folder nothing shows whose it is.
+                # The holder is just deleting it. After the lock is deleted, nothing shows whose the folder
+                # is.
                 time.sleep(0.01)
                 continue
             raise UserError(
@@ -271,22 +273,22 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
                 lock = attempt.enter_context(locked(draft / _LOCK, patience_s=PATIENCE_S))
                 if lock is None:
                     return False
-                # Its holder may have deleted this lock, and a third process created another.
+                # The holder may have deleted this lock, and a third process may have created another.
                 if os.path.samestat(os.fstat(lock.fileno()), (draft / _LOCK).stat()):
                     if not os.fstat(lock.fileno()).st_size:
                         _mark(draft / _LOCK, lock)
                     stack.enter_context(attempt.pop_all())
                     return True
         except FileNotFoundError:
-            # Its holder has deleted the folder just now.
+            # The holder has just deleted the folder.
             continue
         except OSError:
-            # Where there was no room for the lock, nothing is in it.
+            # If there was no room for the lock, the folder is empty.
             with suppress(OSError):
                 draft.rmdir()
             raise
         except UserError:
-            # Without locks nobody marks it.
+            # If the file system has no locks, no process marks the folder.
             with suppress(OSError):
                 if not (draft / _LOCK).stat().st_size:
                     (draft / _LOCK).unlink()
@@ -295,11 +297,12 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
 
 
 def _mark(path: Path, lock: IO[str]) -> None:
-    """Write the marker. Raises OSError, and deletes the lock then."""
+    """Write the marker. If this raises OSError, the lock is deleted."""
     try:
         lock.write(_MARK)
         lock.flush()
-        # On the disk before any file, or a power cut would leave a folder that is nobody's.
+        # The marker must be on disk before any file; otherwise a power cut would leave a folder that nobody
+        # owns.
         os.fsync(lock.fileno())
     except OSError:
         path.unlink()
@@ -307,11 +310,12 @@ def _mark(path: Path, lock: IO[str]) -> None:
 
 
 def _delete_held(draft: Path) -> None:
-    """Delete a draft as far as possible: the lock last, and nothing that another process adds after that."""
+    """Delete a draft as far as possible, the lock last, without anything that another process adds after
+    that."""
     with _without_interruption(), suppress(OSError):
         _empty(draft)
         if [path.name for path in draft.iterdir()] != [_LOCK]:
-            # The lock marks what could not be deleted, for the next sweep.
+            # The lock marks the rest for the next sweep.
             return
         (draft / _LOCK).unlink()
         draft.rmdir()
@@ -321,9 +325,10 @@ def _delete_held(draft: Path) -> None:
 
 @contextmanager
 def _without_interruption() -> Iterator[None]:
-    """Deliver Ctrl+C and SIGTERM after the block.
+    """Delay Ctrl+C and SIGTERM until after the block.
 
-    Not by a signal mask: another thread would take the signal, and Python raise it in this one.
+    A signal mask would not work: another thread would take the signal, and Python would raise it in this
+    thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -343,10 +348,11 @@ def _without_interruption() -> Iterator[None]:
 
 
 def _empty(draft: Path) -> None:
-    """Delete everything but the lock, as far as possible; what was to be replaced is put back first."""
+    """Delete everything except the lock, as far as possible, after moving the previous folder back."""
     match = _NAME.fullmatch(draft.name)
     assert match is not None
-    # Not from the place of version 1.0, which in a folder of the user's is not ours.
+    # Do not restore from the location of version 1.0, because in a user's folder it may not be this
+    # program's.
     _put_back(draft / _EARLIER, draft.with_name(match[1]))
     for path in draft.iterdir():
         if path.is_dir() and not path.is_symlink():

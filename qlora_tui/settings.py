@@ -20,7 +20,7 @@ from qlora_tui.formatting import capitalize
 from qlora_tui.hours import Hours
 
 GPU_VARIABLE = "QLORA_TUI_GPU"
-"""Environment variable that ``--gpu`` sets, for a command and its processes; it comes before ``gpu``."""
+"""Environment variable that ``--gpu`` sets for a command and its processes. It overrides ``gpu``."""
 
 
 _PRICE = re.compile(r"([^\d\s.,-]*)\s*(\d+(?:[.,]\d+)?)\s*([^\d]*)")
@@ -61,7 +61,7 @@ class NotificationSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The user's own settings; all are optional. Those with a label are on the settings screen."""
+    """The user's settings, all optional. Settings with a label are on the settings screen."""
 
     theme: Annotated[
         str,
@@ -161,11 +161,11 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def training_hours(self) -> Hours:
-        """The hours in which runs train."""
+        """The hours in which runs may train."""
         return parse_hours(self.hours)
 
     def cost(self, kwh: float | None) -> str:
-        """``0.07 EUR``: what this energy costs; empty if energy or price is unknown."""
+        """Return the cost of an energy, such as ``0.07 EUR``; empty if the energy or the price is unknown."""
         price = parse_price(self.price_per_kwh)
         if kwh is None or price is None:
             return ""
@@ -176,18 +176,18 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.fields(Settings)}
-"""The key in ``config.toml`` by the name of a setting."""
+"""Name of each setting in ``config.toml``, by its field name."""
 
 
 @cache
 def parse_hours(text: str) -> Hours:
-    """Read the value of ``hours``. Raises ValueError with a sentence."""
+    """Parse the value of ``hours``. Raises ValueError with a sentence."""
     return Hours.parse(text)
 
 
 @cache
 def parse_price(text: str | float) -> tuple[str, float, str] | None:
-    """Return the unit before a price, its amount, and the unit after it; None for no price.
+    """Return the unit before a price, its amount, and the unit after it; None if there is no price.
 
     Raises ValueError with a sentence.
     """
@@ -201,11 +201,11 @@ def parse_price(text: str | float) -> tuple[str, float, str] | None:
 
 
 _PARSED: dict[str, Callable[[Any], object]] = {"hours": parse_hours, "price_per_kwh": parse_price}
-"""What reads the text of a setting; its ValueError says what is wrong with it."""
+"""Parsers of settings with a text value. Their ValueErrors say what is wrong."""
 
 
 def setting_problem(name: str, value: Any) -> str:
-    """Return what is wrong with the text of a setting, in a sentence; empty if nothing is."""
+    """Return what is wrong with the text of a setting, in a sentence; empty if nothing is wrong."""
     try:
         _PARSED.get(name, str)(value)
     except ValueError as error:
@@ -214,15 +214,15 @@ def setting_problem(name: str, value: Any) -> str:
 
 
 class LiveSettings:
-    """The settings as they are now, for processes that outlive a change of the file."""
+    """The current settings, for processes that run longer than a version of the file."""
 
     def __init__(self) -> None:
         self._read_from: tuple[Path | None, int | None] = None, None
-        """The file that was read last, and when it had been changed."""
+        """The file that was read last, and its modification time then."""
         self._settings = Settings()
 
     def read(self) -> Settings:
-        """Return the settings; the last valid ones while the file has errors."""
+        """Return the current settings, or the last valid ones while the file has errors."""
         path = changed_at = None
         with suppress(OSError):
             path = config_path()
@@ -238,12 +238,12 @@ _live_settings = LiveSettings()
 
 
 def current_settings() -> Settings:
-    """Return the settings as they are now, the last valid ones while the file has errors."""
+    """Return the current settings, or the last valid ones while the file has errors."""
     return _live_settings.read()
 
 
 def config_path() -> Path:
-    """Path of the settings file, which may not exist."""
+    """Return the path of the settings file, which may not exist."""
     return paths.config_dir() / "config.toml"
 
 
@@ -264,7 +264,7 @@ def load_settings() -> Settings:
 
 
 def settings_problem() -> UserError | None:
-    """Return why the settings cannot be read; None if they can."""
+    """Return the error that prevents reading the settings; None if they can be read."""
     try:
         load_settings()
     except UserError as problem:
@@ -276,7 +276,7 @@ def save_setting(name: str, value: Any) -> Settings:
     """Write one setting and return all of them.
 
     Args:
-        name: Its key in the file, as in ``theme`` or ``notify.bell``.
+        name: Its key in the file, such as ``theme`` or ``notify.bell``.
         value: The new value; None removes the key, which restores the default.
 
     Raises:
@@ -307,6 +307,6 @@ def save_setting(name: str, value: Any) -> Settings:
     fix = "Make the folder writable or free some space, and try again."
     with disk_problems("Setting not saved", path, fix):
         private_dir(path.parent)
-        # A link, as dotfiles are managed, stays one.
+        # Keep a symbolic link, which dotfile managers use.
         atomic_write(path.resolve() if path.exists() else path, text, durable=True)
     return settings

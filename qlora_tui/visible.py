@@ -1,7 +1,7 @@
-"""Text from files, models, runs and servers, made safe for a terminal.
+"""Makes text from files, models, runs and servers safe for a terminal.
 
 A terminal obeys control characters wherever they come from: they can set the clipboard and the title, clear
-the screen, or make text read in another order than it is stored. Such characters are replaced by symbols.
+the screen, or display text in another order than it is stored. Such characters are replaced by symbols.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import re
 from functools import cache
 
 _JOINERS = "\u180e\u200b-\u200d\u2060-\u2064\ufeff"
-"""Zero-width characters that scripts and emoji need, but that can hide in ASCII."""
+"""Zero-width characters that scripts and emoji need, but that can hide in ASCII text."""
 _FLAG = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f"
-"""A black flag and the tag characters that name a region, as in the flag of Scotland."""
+"""A black flag followed by tag characters that name a region, as in the flag of Scotland."""
 _CONTROLS = (
     # C0 except tab and line end, DEL and C1; lone surrogates, which no terminal can encode.
     "\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff"
@@ -26,15 +26,15 @@ _HIGHEST_BMP = 0xFFFF
 
 @cache
 def _unsafe() -> re.Pattern[str]:
-    # Compiled on first use: it takes some milliseconds, and most text never needs it.
+    # Compiled on first use: this takes milliseconds, and most processes never need it.
     return re.compile(f"(?P<flag>{_FLAG})|[{_CONTROLS}]|(?<![^\x00-\x7f{_JOINERS}{_CONTROLS}])[{_JOINERS}]")
 
 
 def visible(text: str) -> str:
     """Return ``text`` with a symbol in place of each character that a terminal would obey or hide.
 
-    ESC becomes ``␛``, U+202E ``⟨U+202E⟩``. Line ends and tabs stay, as do joiners after a character
-    that is not ASCII: emoji, Persian and Thai text need them.
+    ESC becomes ``␛``, and U+202E ``⟨U+202E⟩``. Line ends and tabs are unchanged. Joiners after a character
+    outside ASCII are unchanged too, because emoji, Persian and Thai text need them.
     """
     return text if _is_plain(text) else _unsafe().sub(_symbol, text)
 

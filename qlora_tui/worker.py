@@ -1,13 +1,13 @@
-"""Jobs in processes of their own: ``python -m qlora_tui.worker MODULE:FUNCTION``.
+"""Jobs in separate processes: ``python -m qlora_tui.worker MODULE:FUNCTION``.
 
-A job is a plain function of this package, named by its import path, with annotated arguments. They arrive as
-one line of JSON on stdin; a job with a parameter ``report`` may say how far it is. Each line on stdout is a
-:data:`Message`: any number of :class:`Progress`, then a :class:`Result` or a :class:`Failure`. What libraries
-print goes to stderr.
+A job is a plain function of this package with annotated arguments, named by its import path. The arguments
+arrive as one line of JSON on stdin. A job with a parameter ``report`` may report its progress. Each line on
+stdout is a :data:`Message`: any number of :class:`Progress`, then a :class:`Result` or a :class:`Failure`.
+Output of libraries goes to stderr.
 
-:func:`run_job` starts a job, follows it to its end, and kills it if it is interrupted. The job also ends with
-the process that started it, however that ends, because its stdin does. A job of :func:`start_detached`
-outlives that process. Other programs, such as the trainer, are started by :func:`module_argv`.
+:func:`run_job` starts a job, waits for its end, and kills it if interrupted. The job also ends with the
+process that started it, however that process ends, because its stdin closes. A job of :func:`start_detached`
+outlives that process. Other programs, such as the trainer, are started with :func:`module_argv`.
 """
 
 from __future__ import annotations
@@ -39,55 +39,58 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def module_argv(module: str, *arguments: str) -> list[str]:
-    """Command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the working directory."""
+    """Return the command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the working
+    directory."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def subprocess_env() -> dict[str, str]:
-    """This process's environment, extended so that a child finds this package and prints unbuffered."""
+    """Return this process's environment, extended so that a child finds this package and prints
+    unbuffered."""
     paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PYTHONPATH, "").split(os.pathsep))))
     return {**os.environ, PYTHONPATH: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def user_env() -> dict[str, str]:
-    """Environment for the user's own programs, without the variables :func:`subprocess_env` adds."""
+    """Return an environment for the user's own programs, without the variables of :func:`subprocess_env`."""
     return {name: value for name, value in os.environ.items() if name not in (PYTHONPATH, "PYTHONUNBUFFERED")}
 
 
 PROGRESS_INTERVAL_S = 0.2
-"""Shortest time between two messages that differ only in numbers, and how often ``should_stop`` is asked."""
+"""Minimum seconds between two messages that differ only in numbers, and interval of calls of
+``should_stop``."""
 PROGRAM = "qlora_tui.worker"
 DETACHED = "--detached"
-"""Flag of a job that goes on when its stdin ends."""
+"""Flag of a job that continues when its stdin closes."""
 _LAST_BYTES = 65_536
 _EXIT_S = 5.0
-"""Seconds that a job may take to exit once its output has ended; it is killed then."""
+"""Seconds within which a job must exit once its output has ended. After that, it is killed."""
 
 T = TypeVar("T")
 
 
 class Progress(Struct, frozen=True, tag="progress", omit_defaults=True):
-    """How far a job is."""
+    """Progress of a job."""
 
     done: int = 0
     total: int = 0
-    """In the unit of the job: bytes, rows, passes over samples."""
+    """Total amount of work in the unit of the job, such as bytes, rows or passes over samples."""
     text: str = ""
-    """Current activity: the file, or a sentence."""
+    """Current activity: a file name or a sentence."""
 
 
 class Result(Struct, frozen=True, tag="result"):
-    """What the function returned."""
+    """The result of the function."""
 
     value: msgspec.Raw
 
     def decode(self, kind: type[T]) -> T:
-        """Return the value, which has this type."""
+        """Return the value, decoded as ``kind``."""
         return _decode(self.value, kind)
 
 
 class Failure(Struct, frozen=True, tag="failure", omit_defaults=True):
-    """The fields of the UserError that ended the job."""
+    """The job ended with a UserError, whose fields this message has."""
 
     title: str
     what: str
@@ -97,7 +100,7 @@ class Failure(Struct, frozen=True, tag="failure", omit_defaults=True):
     exit_code: int = 1
 
     def error(self) -> UserError:
-        """Return it as the exception."""
+        """Return the exception."""
         return UserError.of(self)
 
 
@@ -106,14 +109,14 @@ _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 
 
 class Report(Protocol):
-    """What a job calls to say how far it is."""
+    """Function that a job calls to report its progress."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """Send a :class:`Progress`."""
 
 
 class JobStopped(Exception):
-    """``should_stop`` ended a job."""
+    """A job ended because ``should_stop`` returned true."""
 
 
 def run_job(
@@ -129,24 +132,24 @@ def run_job(
     shows_stderr: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> T:
-    """Run a job to its end in a process of its own, and return its result.
+    """Run a job to its end in a separate process, and return its result.
 
     Args:
-        job: ``qlora_tui.module:function``.
-        arguments: of the function: paths, or what JSON can hold.
-        result: type that the function returns.
-        title: of the error if the process ends without a result.
-        subject: what the process is, in that error: ``The process that converted x.gguf``.
-        fix: of that error.
-        on_progress: called with each message; what it raises ends the job.
-        should_stop: asked several times a second, also while the job is silent.
-        deadline_s: seconds after which the job is killed.
-        shows_stderr: whether its stderr is this process's, for progress bars of a library.
-        environ: its environment, by default that of this process.
+        job: The function, as ``qlora_tui.module:function``.
+        arguments: Its arguments: paths, or values that JSON can represent.
+        result: Type of the function's result.
+        title: Title of the error if the process ends without a result.
+        subject: Name of the process in this error, such as ``The process that converted x.gguf``.
+        fix: What the user can do about this error.
+        on_progress: Called with each message. An exception that it raises ends the job.
+        should_stop: Called several times per second, even while the job is silent.
+        deadline_s: Seconds after which the job is killed.
+        shows_stderr: Whether the job uses this process's stderr, for progress bars of a library.
+        environ: Environment of the job; by default, that of this process.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: the job reported it, or it died, or took too long.
+        UserError: The job raised it, died, or took too long.
     """
     died = UserError(title, what=f"{subject} ended early.", fix=fix)
     outcome: Message | None = None
@@ -164,7 +167,7 @@ def run_job(
             try:
                 code = child.wait(_EXIT_S)
             except subprocess.TimeoutExpired:
-                # It has said how it ended, and a thread of a library keeps it.
+                # The job has reported how it ended, but a library's thread keeps the process alive.
                 code = 0
         except TimeoutError:
             raise died.replace(what=f"{subject} did not end within {deadline_s:,.0f} seconds.") from None
@@ -202,7 +205,7 @@ def start_detached(
 
 
 def decode_message(line: bytes) -> Message | None:
-    """Decode one line of a job's stdout; None if it is not a message."""
+    """Decode one line of a job's stdout; return None if it is not a message."""
     return try_json(line, _DECODER)
 
 
@@ -221,7 +224,7 @@ def _start(
         stdin=subprocess.PIPE,
         stdout=stdout,
         stderr=stderr,
-        # Ctrl-C in a terminal is for this process, which then ends the job.
+        # Ctrl-C in a terminal is meant for this process, which then ends the job.
         start_new_session=True,
     )
     assert child.stdin is not None
@@ -255,12 +258,12 @@ def _messages(
 
 
 def error_file() -> IO[bytes]:
-    """Create a file for the errors of a child. In memory: a full disk has no room for them."""
+    """Create a file in memory for the errors of a child, because a full disk has no room for it."""
     return os.fdopen(os.memfd_create("errors"), "w+b")
 
 
 def last_lines(errors: IO[bytes], count: int) -> str:
-    """Return the last lines of a file that a child writes its errors to, on one line."""
+    """Return the last lines of a child's error file, joined to one line."""
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
     return " ".join(errors.read().decode(errors="replace").strip().splitlines()[-count:])
 
@@ -281,7 +284,7 @@ def _decode_path(kind: type, value: str) -> Path:
 
 
 class _Messages:
-    """The worker's side of stdout. Also the ``report`` of its job."""
+    """The worker's side of stdout, which is also the ``report`` of its job."""
 
     def __init__(self, output: IO[bytes]) -> None:
         self._output: IO[bytes] | None = output
@@ -295,7 +298,7 @@ class _Messages:
             self.send(progress)
 
     def send(self, message: Message) -> None:
-        """Write a line, unless the reader has gone: a detached job goes on without it."""
+        """Write a message unless the reader has gone. A detached job continues without it."""
         if self._output is not None:
             try:
                 self._output.write(msgspec.json.encode(message) + b"\n")
@@ -305,7 +308,7 @@ class _Messages:
 
 
 def main(job: str, *flags: str) -> int:
-    """Run the job on the arguments from stdin; return the exit code."""
+    """Run the job with the arguments from stdin; return the exit code."""
     messages = _Messages(os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
     arguments = sys.stdin.buffer.readline()
@@ -316,7 +319,7 @@ def main(job: str, *flags: str) -> int:
     except UserError as error:
         messages.send(Failure(**error.fields()))
         if DETACHED in flags:
-            print(error, file=sys.stderr)  # for a log: nobody may be reading the messages
+            print(error, file=sys.stderr)  # for a log, because nobody may be reading the messages
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -338,7 +341,7 @@ def _call(job: str, encoded: bytes, report: Report) -> Any:
     parameters = list(inspect.signature(function).parameters)
     hints = typing.get_type_hints(function)
     typed = [hints[parameter] for parameter in parameters if parameter != "report"]
-    # By Python's own JSON: configs of models have infinite numbers, of which msgspec makes null.
+    # Use Python's json, because configs of models contain infinite numbers, which msgspec converts to null.
     given = json.loads(encoded)
     arguments = [
         msgspec.convert(value, kind, dec_hook=_decode_path) for value, kind in zip(given, typed, strict=False)
