@@ -1,7 +1,8 @@
-"""Errors of CUDA that are no bug of a program: what they mean, and what the user can do about them.
+"""CUDA errors that are not bugs of a program: their meaning, and what the user can do about them.
 
-CUDA names an error by a code and by a sentence that has not changed between its versions. torch gives the
-code from 2.8 on (``torch.AcceleratorError``); older versions, Triton and bitsandbytes give the sentence.
+CUDA identifies an error by a code and by a sentence, which has not changed between CUDA versions. torch
+reports the code since 2.8 (``torch.AcceleratorError``); older versions, Triton and bitsandbytes report the
+sentence.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _MEMORY = 2
 """Code of ``cudaErrorMemoryAllocation``."""
 _SENTENCE = re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]|Error \d+): (.+)")
 _BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
-"""What bitsandbytes writes before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
+"""Pattern of bitsandbytes' output before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
 _TERMINATED = re.compile(r"\s*what\(\):\s+CUDA (?:driver )?error: (.+)")
-"""What C++ writes before it aborts, if an error of CUDA is thrown while another one is handled."""
+"""Pattern of C++'s output before it aborts because a CUDA error is thrown while another one is handled."""
 _SUSPENSION_S = 1.0
-"""Time that the two clocks of the kernel may differ by without a suspension."""
+"""Largest difference of the kernel's two clocks without a suspension, in seconds."""
 _MEMORY_WORDS = (
     "out of memory",
     "DefaultCPUAllocator: can't allocate memory",
@@ -36,7 +37,9 @@ _MEMORY_WORDS = (
     "Cannot allocate memory",
 )
 ONEDNN_MEMORY = ("could not create a primitive", "could not create a memory object")
-"""oneDNN's whole messages when memory is missing; longer ones of the same beginning mean something else."""
+"""oneDNN's complete messages when memory is missing; longer messages with the same beginning mean
+something else.
+"""
 
 
 class CudaFailure(Enum):
@@ -49,7 +52,7 @@ class CudaFailure(Enum):
     LIBRARY = "library"
     LOST = "lost"
     UNKNOWN = "unknown"
-    """The GPU is lost; under WSL2 the driver of Windows failed."""
+    """The GPU is lost; or, under WSL2, the Windows driver failed."""
 
 
 _FAILURES = {
@@ -76,21 +79,25 @@ _FAILURES = {
     804: (CudaFailure.DRIVER, "forward compatibility was attempted on non supported HW"),
     999: (CudaFailure.UNKNOWN, "unknown error"),
 }
-"""Kind and sentence of each code, ``cudaError_t`` in ``driver_types.h``. Wrong addresses and assertions are
-left out: they are bugs."""
+"""Kind and sentence of each code, ``cudaError_t`` in ``driver_types.h``.
+
+Wrong addresses and assertions are left out, because they are bugs.
+"""
 _WITHOUT_CODE = (
     (CudaFailure.BUSY, "all CUDA-capable devices are busy or unavailable"),
     (CudaFailure.LIBRARY, "CUBLAS_STATUS_NOT_INITIALIZED"),
 )
-"""Kind and sentence of what has no code in torch: code 46 in CUDA before 12, and cuBLAS's own error."""
+"""Kind and sentence of errors that have no code in torch: code 46 in CUDA before 12, and cuBLAS's own
+error.
+"""
 
 
 class CudaError(NamedTuple):
-    """An error of CUDA that the user can do something about."""
+    """A CUDA error that the user can do something about."""
 
     failure: CudaFailure
     sentence: str
-    """CUDA's own."""
+    """CUDA's own sentence."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,7 +113,7 @@ def says_out_of_memory(message: str) -> bool:
 
 
 def cuda_error(error: BaseException) -> CudaError | None:
-    """Return what an exception says of CUDA; None if it is no such error, or one for a bug report."""
+    """Return the CUDA error in an exception; None if there is none, or one for a bug report."""
     code = getattr(error, "error_code", None)
     if isinstance(code, int) and code in _FAILURES:
         return CudaError(*_FAILURES[code])
@@ -115,7 +122,7 @@ def cuda_error(error: BaseException) -> CudaError | None:
 
 
 def breaks_process(error: BaseException) -> bool:
-    """Return whether every later call of CUDA fails in this process, as after an error of a kernel."""
+    """Return whether every later CUDA call in this process fails, as after an error of a kernel."""
     if getattr(error, "error_code", _MEMORY) != _MEMORY:
         return True
     match = _SENTENCE.search(str(error))
@@ -123,18 +130,20 @@ def breaks_process(error: BaseException) -> bool:
 
 
 def sentence_in_log(line: str) -> str:
-    """Return CUDA's sentence in a line that a library wrote before it ended the process; or an empty text."""
+    """Return CUDA's sentence in a line that a library wrote before it ended the process; empty if there is
+    none.
+    """
     match = _BITSANDBYTES.fullmatch(line) or _TERMINATED.fullmatch(line)
     return match[1] if match else ""
 
 
 def error_in_log(line: str) -> CudaError | None:
-    """Return the error in a line that a library wrote before it ended the process; None without one."""
+    """Return the error in a line that a library wrote before it ended the process; None if there is none."""
     return _by_sentence(sentence_in_log(line))
 
 
 def describe(error: CudaError) -> UserError:
-    """Return the error in words, without how to go on with a run."""
+    """Return the user's error for a CUDA error, without advice on how to continue a run."""
     in_windows = error.failure is CudaFailure.UNKNOWN and is_wsl2()
     kind = CudaFailure.LOST if error.failure is CudaFailure.UNKNOWN else error.failure
     text = error_texts().windows_driver if in_windows else error_texts().cuda[kind.value]
@@ -156,7 +165,7 @@ def describe(error: CudaError) -> UserError:
 
 
 def cuda_problem(error: BaseException) -> UserError | None:
-    """Return an exception that CUDA raised in words; None if it is a bug, or not of CUDA."""
+    """Return the user's error for an exception of CUDA; None if it is a bug, or not from CUDA."""
     reported = cuda_error(error)
     return None if reported is None else describe(reported)
 
@@ -167,7 +176,9 @@ def _by_sentence(sentence: str) -> CudaError | None:
 
 
 def _suspended_s() -> float:
-    """Return how long the machine was suspended so far: one clock of the kernel counts it, one does not."""
+    """Return how long the machine has been suspended, in seconds: only one of the kernel's two clocks
+    counts it.
+    """
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock) - time.monotonic()
 

@@ -1,4 +1,4 @@
-"""``GpuUnavailableError``: why no GPU can be read, in sentences for the user.
+"""``GpuUnavailableError``, which says in sentences for the user why no GPU can be read.
 
 Every NVML failure is mapped to this exception, so that callers need not know NVML.
 """
@@ -27,7 +27,7 @@ class GpuUnavailableReason(StrEnum):
     """Library and kernel module have different versions."""
     NO_PERMISSION = "no_permission"
     NO_DEVICE = "no_device"
-    """The driver runs and finds no GPU, or not the requested one."""
+    """The driver runs but finds no GPU, or not the requested one."""
     HIDDEN = "hidden"
     """CUDA_VISIBLE_DEVICES hides every GPU from torch."""
     CPU_CHOSEN = "cpu_chosen"
@@ -35,20 +35,22 @@ class GpuUnavailableReason(StrEnum):
     NOT_PRESENT = "not_present"
     """The machine has no GPU of the number, UUID or name that the user chose."""
     SETTING = "setting"
-    """Which GPU the user chose cannot be read."""
+    """The user's choice of GPU cannot be read."""
     MIG = "mig"
-    """torch uses a slice of a GPU (MIG), of which the driver reports little."""
+    """torch uses a slice of a GPU (MIG), about which the driver reports little."""
     NO_LIBRARY = "no_library"
-    """The driver runs, and its library that reports GPUs is not installed, as in some containers."""
+    """The driver runs, but its library that reports GPUs is not installed, as in some containers."""
     LOST = "lost"
-    """The GPU was available and no longer responds."""
+    """The GPU was available but no longer responds."""
     OTHER = "other"
 
     @property
     def device(self) -> Literal["cpu", "unknown", "none"]:
-        """Return where a run would train: on the CPU, as meant; where torch decides; or nowhere.
+        """Return where a run would train.
 
-        ``none``: there is a GPU that cannot be used, and training on the CPU instead would surprise the user.
+        ``cpu``: on the CPU, because the user chose it or there is no GPU. ``unknown``: torch decides.
+        ``none``: nowhere, because the machine has a GPU that cannot be used, and training on the CPU instead
+        would surprise the user.
         """
         if self.value in ("no_driver", "no_device", "hidden", "cpu_chosen"):
             return "cpu"
@@ -56,7 +58,7 @@ class GpuUnavailableReason(StrEnum):
 
 
 class ErrorText(Struct, frozen=True):
-    """The words of an error: title, what happened, why, and what to do."""
+    """The parts of an error's text: title, what happened, why, and what to do."""
 
     title: str
     what: str
@@ -72,7 +74,7 @@ class _Texts(Struct, frozen=True):
 
 @cache
 def error_texts() -> _Texts:
-    """Return what ``error_texts.toml`` says."""
+    """Return the content of ``error_texts.toml``."""
     return msgspec.toml.decode(Path(__file__).with_name("error_texts.toml").read_bytes(), type=_Texts)
 
 
@@ -87,13 +89,15 @@ _REASON_BY_NVML_CODE = {
     18: GpuUnavailableReason.MISMATCH,
     28: GpuUnavailableReason.NO_DEVICE,
 }
-"""Reasons by NVML return code, ``nvmlReturn_t`` in ``nvml.h``: 4 no permission, 6 not found, 9 driver not
-loaded, 12 library not found, 15 GPU is lost, 16 reset required, 17 blocked by the operating system, 18
-mismatch of library and module, 28 GPU not found."""
+"""Reasons keyed by NVML return code, ``nvmlReturn_t`` in ``nvml.h``.
+
+4 no permission, 6 not found, 9 driver not loaded, 12 library not found, 15 GPU is lost, 16 reset required, 17
+blocked by the operating system, 18 mismatch of library and module, 28 GPU not found.
+"""
 
 
 class GpuUnavailableError(UserError):
-    """No GPU can be read; ``what``, ``why`` and ``fix`` are sentences for the user."""
+    """Raised if no GPU can be read; ``what``, ``why`` and ``fix`` are sentences for the user."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
         reason = GpuUnavailableReason(reason)  # which is a text in JSON

@@ -1,7 +1,7 @@
 """Properties and metrics of a GPU, for display, messages and ``telemetry.jsonl``.
 
-``None`` always means that the GPU does not report the value (WSL2, laptops, containers, old drivers): it is
-shown as NA, never as 0.
+``None`` always means that the GPU does not report the value (WSL2, laptops, containers, old drivers). Such
+values are shown as NA, never as 0.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class GpuDevice(msgspec.Struct, frozen=True):
     """Properties of a GPU that do not change while the machine runs."""
 
     index: int
-    """Number in NVML and ``nvidia-smi``. Torch's number may differ: see ``visible_devices``."""
+    """The GPU's number in NVML and ``nvidia-smi``. torch's number may differ: see ``visible_devices``."""
     name: str
-    """The name the driver reports: ``NVIDIA GeForce RTX 4090``."""
+    """Name that the driver reports: ``NVIDIA GeForce RTX 4090``."""
     uuid: str | None
-    """``GPU-`` and 36 characters; CUDA_VISIBLE_DEVICES accepts it."""
+    """``GPU-`` and 36 characters; CUDA_VISIBLE_DEVICES accepts this ID."""
     total_bytes: int | None
     """Total memory of the GPU, including the driver's share."""
     compute_capability: str | None
@@ -31,15 +31,15 @@ class GpuDevice(msgspec.Struct, frozen=True):
     driver: str | None
     """Version of the driver: ``550.54.14``."""
     reserved_bytes: int | None = None
-    """Memory reserved by driver and firmware; no program can use it."""
+    """Memory reserved by driver and firmware, which no program can use."""
     cuda_version: str | None = None
     """Newest CUDA that the driver supports: ``12.4``."""
     compute_mode: ComputeMode | None = None
-    """How many programs may compute on it at a time (``nvidia-smi -c``)."""
+    """How many programs may compute on the GPU at a time (``nvidia-smi -c``)."""
     is_sliced: bool = False
-    """Whether it is divided into slices (MIG), of which torch uses one."""
+    """Whether the GPU is divided into slices (MIG), of which torch uses one."""
     cores: int | None = None
-    """CUDA cores: 64 or 128 in each multiprocessor."""
+    """Number of CUDA cores: 64 or 128 per multiprocessor."""
 
     @property
     def short_name(self) -> str:
@@ -58,7 +58,9 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def multiprocessors(self) -> int | None:
-        """Return their number: Turing and the A100 have 64 cores in each, later chips 128."""
+        """Return the number of multiprocessors: Turing and the A100 have 64 cores in each, later chips
+        128.
+        """
         if self.cores is None or self.capability is None:
             return None
         return self.cores // (64 if self.capability <= (8, 0) else 128)
@@ -76,12 +78,12 @@ class GpuProcess(msgspec.Struct, frozen=True, omit_defaults=True):
     """A process that holds memory of the GPU."""
 
     pid: int
-    """The host's process id; inside a container it may mean nothing."""
+    """The host's process ID, which may be meaningless inside a container."""
     memory_bytes: int | None = None
     computes: bool = True
-    """False if it only draws, as a desktop does."""
+    """False if the process only draws, as a desktop does."""
     busy_percent: Count | None = None
-    """Share of the last seconds in which its kernels ran; None also when it was not requested."""
+    """Share of the last seconds in which the process's kernels ran; None also if it was not requested."""
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -92,9 +94,12 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     index: Count
     """``GpuDevice.index``."""
     utilization_percent: Count | None = None
-    """Share of the last sample period in which any kernel ran, 0 to 100; not the share of the GPU in use."""
+    """Share of the last sample period in which any kernel ran, 0 to 100.
+
+    This is not the share of the GPU that is used.
+    """
     memory_used_bytes: Count | None = None
-    """Bytes used by all processes, as in ``nvidia-smi``; without ``GpuDevice.reserved_bytes`` if known."""
+    """Bytes used by all processes, as in ``nvidia-smi``; excludes ``GpuDevice.reserved_bytes`` if known."""
     memory_total_bytes: Count | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
@@ -104,6 +109,6 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_clock_mhz: Count | None = None
     fan_percent: Count | None = None
     throttle: tuple[str, ...] | None = None
-    """Why the clocks are reduced, as names; empty when they are not."""
+    """Names of the reasons why the clocks are reduced; empty if they are not."""
     processes: tuple[GpuProcess, ...] | None = None
-    """Processes, largest first. ``None`` also when they were not requested."""
+    """Processes, largest first; ``None`` also if they were not requested."""

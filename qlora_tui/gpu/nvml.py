@@ -1,8 +1,8 @@
-"""What NVIDIA's driver says of the GPUs, through NVML (package ``nvidia-ml-py``, module ``pynvml``).
+"""Reads GPUs from NVIDIA's driver through NVML (package ``nvidia-ml-py``, module ``pynvml``).
 
 :class:`Nvml` reads properties and metrics; :class:`MetricsSampler` is a thread that reads one GPU every
-second, which the trainer writes to ``telemetry.jsonl``. A value that the GPU does not report is ``None``; a
-GPU that cannot be read raises ``GpuUnavailableError``.
+second; the trainer writes the readings to ``telemetry.jsonl``. A value that the GPU does not report is
+``None``; a GPU that cannot be read raises ``GpuUnavailableError``.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason, from
 from qlora_tui.gpu.metrics import ComputeMode, GpuDevice, GpuMetrics, GpuProcess
 
 _FATAL = frozenset({1, 9, 15, 16, 18, 28})
-"""Errors after which no other query makes sense: not initialized, driver not loaded, GPU lost, reset
-required, mismatch, GPU not found. Every other error affects only that query."""
+"""Errors after which no other query makes sense; any other error affects only its own query.
+
+Not initialized, driver not loaded, GPU lost, reset required, mismatch, GPU not found.
+"""
 _INVALID_ARGUMENT = 2
 _COMPUTE_MODES: dict[int | None, ComputeMode] = {0: "shared", 1: "exclusive", 2: "prohibited", 3: "exclusive"}
 """``nvmlComputeMode_t`` in ``nvml.h``: default, one thread, prohibited, one process."""
 _CONTROL_DEVICE = Path("/dev/nvidiactl")
-"""There while the kernel module is loaded, also in a container that was given a GPU."""
+"""Exists while the kernel module is loaded, also in a container that was given a GPU."""
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"
-"""NVIDIA's number as a vendor of PCI devices."""
+"""NVIDIA's vendor ID for PCI devices."""
 _THERMAL = "thermal"
 _POWER_BRAKE = "power brake"
 _THROTTLE_WORDS = {
@@ -44,13 +46,19 @@ _THROTTLE_WORDS = {
     0x200: "board limit",
     0x400: "reliability limit",
 }
-"""``nvmlClocksEventReasons`` in ``nvml.h``. Left out: 0x1, the GPU is idle; 0x2 and 0x100,
-application clocks, which data-center GPUs always have. ``describe_throttle`` handles 0x8."""
+"""Names of ``nvmlClocksEventReasons`` in ``nvml.h``.
+
+Left out: 0x1, the GPU is idle; 0x2 and 0x100, application clocks, which data-center GPUs always have.
+``describe_throttle`` handles 0x8.
+"""
 _HARDWARE_SLOWDOWN = 0x8
 PROCESSES_EVERY_S = 5.0
-"""Process lists cost 4.5 ms and a driver lock, everything else together well under one millisecond."""
+"""Seconds between readings of process lists.
+
+A process list takes 4.5 ms and a driver lock; everything else together takes well under one millisecond.
+"""
 _BUSY_S = 2.0
-"""Seconds over which the share of the GPU that a process uses is averaged."""
+"""Seconds over which a process's share of the GPU is averaged."""
 log = logging.getLogger(__name__)
 
 
@@ -61,13 +69,14 @@ def list_gpus() -> list[GpuDevice]:
 
 
 class Nvml:
-    """An open NVML session. Raises ``GpuUnavailableError`` when it cannot be opened.
+    """An open NVML session. Raises ``GpuUnavailableError`` if it cannot be opened.
 
-    Safe in several threads, and may be opened several times: NVML counts its initializations.
+    Sessions are thread-safe, and several can be open, because NVML counts its initializations.
     """
 
     def __init__(self) -> None:
-        # Imported here: it takes longer than everything else the first screen needs of this package.
+        # Imported here: importing takes longer than everything else that the first screen needs of this
+        # package.
         import pynvml
 
         self._lib: Any = pynvml
@@ -92,7 +101,7 @@ class Nvml:
         if not self._open:
             return
         self._open = False
-        # A driver that fails at shutdown changes nothing here.
+        # An error of the driver at shutdown has no consequences here.
         with contextlib.suppress(self._lib.NVMLError):
             self._lib.nvmlShutdown()
 
@@ -117,17 +126,17 @@ class Nvml:
     def read(self, index: int, *, processes: bool = False) -> GpuMetrics:
         """Return the current metrics of GPU ``index``. Raises ``GpuUnavailableError``.
 
-        ``processes`` adds the processes that hold its memory, which costs milliseconds and a lock.
+        ``processes`` adds the processes that use the GPU's memory, which takes milliseconds and a lock.
         """
         lib = self._lib
         handle = self._handle(index)
         utilization = self._query("nvmlDeviceGetUtilizationRates", handle)
         memory = self._memory(handle)
         reasons = self._query("nvmlDeviceGetCurrentClocksEventReasons", handle)
-        if reasons is None:  # Its name before driver 535.
+        if reasons is None:  # its name before driver 535
             reasons = self._query("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
         temperature = self._query("nvmlDeviceGetTemperature", handle, lib.NVML_TEMPERATURE_GPU)
-        if temperature is None:  # The call above is announced for removal with CUDA 14.
+        if temperature is None:  # the call above will be removed with CUDA 14
             temperature = self._query("nvmlDeviceGetTemperatureV", handle, lib.NVML_TEMPERATURE_GPU)
         return GpuMetrics(
             at=time.time(),
@@ -146,13 +155,13 @@ class Nvml:
         )
 
     def busy_processes(self, index: int) -> tuple[GpuProcess, ...] | None:
-        """Return the processes on GPU ``index``, with how busy each keeps it; None if they are not listed.
+        """Return the processes on GPU ``index``, with the share of the GPU that each uses.
 
-        Raises ``GpuUnavailableError``.
+        None if processes are not listed. Raises ``GpuUnavailableError``.
         """
         handle = self._handle(index)
         since_us = round((time.time() - _BUSY_S) * 1e6)
-        # The driver has no sample of an idle GPU, which is an error to it.
+        # If the GPU is idle, the driver has no sample and returns an error.
         samples = self._query("nvmlDeviceGetProcessUtilization", handle, since_us) or ()
         shares: dict[int, list[int]] = {}
         for sample in samples:
@@ -176,7 +185,7 @@ class Nvml:
             total_bytes=getattr(memory, "total", None),
             compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
             driver=self._query("nvmlSystemGetDriverVersion"),
-            # Only the second version of the struct has it.
+            # Only the second version of the struct has this field.
             reserved_bytes=getattr(memory, "reserved", None),
             cuda_version=None if not cuda else f"{cuda // 1000}.{cuda % 1000 // 10}",
             compute_mode=_COMPUTE_MODES.get(self._query("nvmlDeviceGetComputeMode", handle)),
@@ -209,13 +218,17 @@ class Nvml:
             return None
 
     def _memory(self, handle: Any) -> Any:
-        """Return total and used bytes. The struct's first version counts the driver's reserve as used."""
+        """Return total and used bytes. The first version of the struct counts the driver's reserve as
+        used.
+        """
         memory = self._query("nvmlDeviceGetMemoryInfo", handle, version=self._lib.nvmlMemory_v2)
         return self._query("nvmlDeviceGetMemoryInfo", handle) if memory is None else memory
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
-        """Return compute and graphics processes: a desktop or a browser also takes memory from a run."""
-        # The name without _v3 raises something that is not an NVMLError when the driver is old.
+        """Return compute and graphics processes, because a desktop or a browser also takes memory from a
+        run.
+        """
+        # With an old driver, the name without _v3 raises something that is not an NVMLError.
         computing = self._query("nvmlDeviceGetComputeRunningProcesses_v3", handle)
         drawing = self._query("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)
         if computing is None and drawing is None:
@@ -223,7 +236,7 @@ class Nvml:
         computing_pids = {process.pid for process in computing or ()}
         memory_by_pid: dict[int, int | None] = {}
         for process in [*(computing or ()), *(drawing or ())]:
-            # A process that uses both is in both lists with the same total.
+            # A process that computes and draws is in both lists with the same total.
             memory_by_pid[process.pid] = memory_by_pid.get(process.pid) or process.usedGpuMemory
         largest_first = sorted(memory_by_pid.items(), key=lambda item: -(item[1] or 0))
         return tuple(
@@ -233,7 +246,7 @@ class Nvml:
 
 
 def _unavailable(error: Any) -> GpuUnavailableError:
-    """Return the exception for a session that cannot be opened, by what the machine has."""
+    """Return the exception for a session that cannot be opened, depending on the machine's hardware."""
     unavailable = from_nvml_error(error.value, str(error))
     if unavailable.reason is GpuUnavailableReason.NO_DRIVER and _CONTROL_DEVICE.exists():
         return GpuUnavailableError(GpuUnavailableReason.NO_LIBRARY)
@@ -244,7 +257,7 @@ def _unavailable(error: Any) -> GpuUnavailableError:
 
 
 def _has_nvidia_card() -> bool:
-    """Return whether the PCI bus has a device of NVIDIA; also if the bus cannot be read."""
+    """Return whether the PCI bus has a device of NVIDIA; true if the bus cannot be read."""
     try:
         vendors = [(device / "vendor").read_text().strip() for device in _PCI_DEVICES.iterdir()]
     except OSError:
@@ -255,7 +268,7 @@ def _has_nvidia_card() -> bool:
 def describe_throttle(reasons: int) -> tuple[str, ...]:
     """Return the unique names of the throttle reasons in NVML's bit mask."""
     descriptions = dict.fromkeys(word for bit, word in _THROTTLE_WORDS.items() if reasons & bit)
-    # This bit alone says only that the hardware halved the clocks; with it usually comes one that says why.
+    # This bit only says that the hardware halved the clocks; usually another bit says why.
     if reasons & _HARDWARE_SLOWDOWN and not descriptions.keys() & {_THERMAL, _POWER_BRAKE}:
         descriptions["hardware slowdown"] = None
     return tuple(descriptions)
@@ -266,12 +279,12 @@ def _watts(milliwatts: int | None) -> float | None:
 
 
 class MetricsSampler:
-    """Reads GPU ``index`` until stopped.
+    """Reads GPU ``index`` until it is stopped.
 
     ``on_sample`` is called in the sampler's thread: with every reading, and once with a
     ``GpuUnavailableError`` whenever the GPU becomes unavailable or the reason changes. The driver is then
-    reopened every ``retry_s`` until the GPU responds again. An exception in ``on_sample`` is logged and does
-    not stop the sampler.
+    reopened every ``retry_s`` seconds until the GPU responds again. An exception in ``on_sample`` is logged
+    and does not stop the sampler.
     """
 
     def __init__(
@@ -290,7 +303,7 @@ class MetricsSampler:
         self._retry_s = retry_s
         self._callback_fails = False
         self._stopping = threading.Event()
-        # A daemon: a driver that hangs in a call must not keep the process alive.
+        # A daemon thread, because a driver that hangs in a call must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="gpu-sampler", daemon=True)
 
     def __enter__(self) -> Self:
@@ -303,11 +316,11 @@ class MetricsSampler:
         self.stop()
 
     def start(self) -> None:
-        """Take the first reading now, in the thread. A sampler starts once."""
+        """Take the first reading now, in the thread. A sampler can be started only once."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Stop, and wait until no more calls of ``on_sample`` can come, at most ``timeout_s`` seconds.
+        """Stop, and wait at most ``timeout_s`` seconds until ``on_sample`` is no longer called.
 
         May be called twice, before the start, and from ``on_sample`` itself.
         """
@@ -341,7 +354,7 @@ class MetricsSampler:
             self._deliver(reading)
             now_s = time.monotonic()
             due_s += self._period_s
-            if due_s < now_s:  # Late by a period or more: skip the missed samples.
+            if due_s < now_s:  # late by a period or more: skip the missed samples
                 due_s = now_s + self._period_s
             self._stopping.wait(due_s - now_s)
 
@@ -350,7 +363,7 @@ class MetricsSampler:
         try:
             self._on_sample(sample)
         except Exception:
-            if not self._callback_fails:  # A full disk would fail each second; once is enough.
+            if not self._callback_fails:  # a full disk would fail each second; once is enough
                 log.exception("the callback failed on a GPU sample")
             self._callback_fails = True
         else:

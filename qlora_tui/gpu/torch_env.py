@@ -1,7 +1,7 @@
-"""What to set before a process imports torch, and how to import it faster.
+"""Sets up a process before it imports torch, and makes the import faster.
 
-Environment variables and warning filters; whether this is WSL2, where CUDA reaches the GPU through the driver
-of Windows, and what that rules out; :func:`faster_imports` of torch, transformers, peft and bitsandbytes.
+Here are environment variables and warning filters; the detection of WSL2, where CUDA uses the GPU through the
+Windows driver, and its limits; and :func:`faster_imports` of torch, transformers, peft and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from qlora_tui.gpu.visible_devices import set_device_variables
 
 _CPU_SAMPLE_S = 0.3
 _IDLE_MAX_CORES = 0.5
-"""The machine counts as idle up to this CPU load, in cores."""
+"""CPU load, in cores, up to which the machine counts as idle."""
 ONEDNN_CACHE_CAPACITY = 128
-"""Primitives that oneDNN, which multiplies bfloat16 on a CPU, caches. Its default is 1,024, of 0.3 MB each; a
-step uses about 70."""
-FLASH_BEFORE_CUDNN = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "TORCH_CUDNN_SDPA_PREFERRED": "0"}
-"""Variables that keep cuDNN's attention behind flash attention.
+"""Number of primitives that oneDNN caches, which multiplies bfloat16 on a CPU.
 
-On datacenter Hopper and Blackwell torch prefers cuDNN, which builds a plan for each new length: about a
-second for forward and backward, in training for almost every sample. torch 2.9 reads the second variable,
-later versions the first (``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``)."""
+oneDNN's default is 1,024, of 0.3 MB each; a step uses about 70.
+"""
+FLASH_BEFORE_CUDNN = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "TORCH_CUDNN_SDPA_PREFERRED": "0"}
+"""Variables that make torch prefer flash attention to cuDNN's.
+
+On datacenter Hopper and Blackwell torch prefers cuDNN, which builds a plan for each new length. This takes
+about a second for forward and backward, and in training almost every sample has a new length. torch 2.9 reads
+the second variable, later versions the first (``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``).
+"""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -41,29 +44,32 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
-"""Variables for offline mode: a process that loads a model has model and data on this machine."""
+"""Variables for offline mode, for processes whose model and data are on this machine."""
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _CUDA_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-"""The older name. torch reads it first (``c10/cuda/CUDAAllocatorConfig.h``)."""
+"""The older name, which torch reads first (``c10/cuda/CUDAAllocatorConfig.h``)."""
 _READS_ALLOCATOR = (2, 10)
-"""First version of torch that reads ``PYTORCH_ALLOC_CONF`` for CUDA: 2.9 ignores ``expandable_segments`` in
-it (pytorch issue 183387), earlier ones do not know it."""
+"""First version of torch that reads ``PYTORCH_ALLOC_CONF`` for CUDA.
+
+2.9 ignores ``expandable_segments`` in it (pytorch issue 183387), and earlier versions do not know the
+variable.
+"""
 _NEWEST = (1000, 0)
-"""Taken for the version of torch if none is installed."""
+"""Version that is assumed if torch is not installed."""
 _GROWING_SEGMENTS = "expandable_segments:True"
 """Reduces the fragmentation that varying sample lengths cause."""
 offline_variables_set: set[str] = set()
-"""Variables of ``OFFLINE`` that this process set because the user had not set them."""
+"""Variables of ``OFFLINE`` that this process has set because the user had not set them."""
 _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
-    """Set the environment variables that torch and its libraries read, except those the user has set.
+    """Set the environment variables that torch and its libraries read, unless the user has set them.
 
-    Hugging Face libraries are offline from here on.
+    From then on, Hugging Face libraries are offline.
     """
     kernels = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(ONEDNN_CACHE_CAPACITY), **FLASH_BEFORE_CUDNN}
-    # Its warnings are about what this program checks and reports itself.
+    # These warnings are about facts that this program checks and reports itself.
     quiet = {"TRANSFORMERS_VERBOSITY": "error"}
     for name, value in {**openmp_wait_policy(os.environ), **kernels, **quiet, **extra}.items():
         os.environ.setdefault(name, value)
@@ -72,7 +78,7 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
         if name not in os.environ:
             os.environ[name] = value
             offline_variables_set.add(name)
-    # Deprecation warnings concern the libraries' developers, not those who train or chat.
+    # Deprecation warnings are for the libraries' developers, not for users who train or chat.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     _log_bitsandbytes_warnings()
@@ -87,7 +93,7 @@ def _log_bitsandbytes_warnings() -> None:
     import logging
 
     class LogHandler(logging.FileHandler):
-        """Writes to the log; reports an unwritable log once and continues."""
+        """Writes to the log; reports once if the log cannot be written, and continues."""
 
         def emit(self, record: logging.LogRecord) -> None:
             try:
@@ -106,12 +112,12 @@ def _log_bitsandbytes_warnings() -> None:
 
 
 def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables for how OpenMP threads wait, from 0.3 s of measured CPU load.
+    """Return the environment variables for how OpenMP threads wait, after measuring CPU load for 0.3 s.
 
-    On a busy machine threads sleep: spinning makes a step many times slower as soon as another process needs
-    a core. On an idle machine they spin briefly first: two cores then train at 160 to 175 tokens/s instead of
-    94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty if the user has set a wait
-    policy or uses one thread.
+    On a busy machine threads sleep, because spinning makes a step many times slower as soon as another
+    process needs a core. On an idle machine they spin briefly first: two cores then train at 160 to 175
+    tokens/s instead of 94 to 110, but at 30 instead of 88 if the machine becomes busy later. Empty if the
+    user has set a wait policy or uses one thread.
     """
     if environ.get("OMP_NUM_THREADS") == "1" or any(name in environ for name in _USER_WAIT_VARIABLES):
         return {}
@@ -120,17 +126,16 @@ def openmp_wait_policy(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def online_environ() -> dict[str, str]:
-    """Environment of a child process that may use the network even if this process, with a model, is
-    offline."""
+    """Return the environment of a child process that may use the network, even if this process is offline."""
     inherited = worker.subprocess_env()
     return {name: value for name, value in inherited.items() if name not in offline_variables_set}
 
 
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables for torch's CUDA allocator that a trainer is to set.
+    """Return the variables for torch's CUDA allocator that a trainer must set.
 
-    Growing segments except on WSL2, or what the user set under either name; under the older name too if
-    the installed torch reads no other.
+    They request growing segments, except on WSL2, or hold the user's settings under either name. The older
+    name is used too if the installed torch reads no other.
     """
     value = _allocator_settings(environ)
     if _CUDA_ALLOCATOR in environ or not value:
@@ -147,7 +152,9 @@ def grows_segments(environ: Mapping[str, str]) -> bool:
 
 
 def without_growing_segments(environ: Mapping[str, str]) -> str:
-    """Return ``NAME=value`` that ends growing segments a user set; empty if these variables set none."""
+    """Return a ``NAME=value`` that turns off growing segments that the user set; empty if they are not
+    set.
+    """
     name = _CUDA_ALLOCATOR if _CUDA_ALLOCATOR in environ else _ALLOCATOR
     if name not in environ or not grows_segments(environ):
         return ""
@@ -158,15 +165,18 @@ def without_growing_segments(environ: Mapping[str, str]) -> str:
 def _allocator_settings(environ: Mapping[str, str]) -> str:
     """Return the settings of the allocator in a trainer started with these variables.
 
-    The user's, else growing segments. WSL2 has torch's default: mapping them fails there on some drivers with
-    "device not ready" or "unknown error" (pytorch issue 192330).
+    They are the user's, or growing segments by default. WSL2 keeps torch's default, because mapping segments
+    fails there on some drivers with "device not ready" or "unknown error" (pytorch issue 192330).
     """
     own = environ.get(_CUDA_ALLOCATOR, environ.get(_ALLOCATOR))
     return own if own is not None else "" if is_wsl2() else _GROWING_SEGMENTS
 
 
 def torch_version() -> tuple[int, ...]:
-    """Major and minor version of the installed torch, which is not imported; of the newest without torch."""
+    """Return major and minor version of the installed torch, without importing it.
+
+    Without torch, return the newest version.
+    """
     # Imported here because the app does not need it.
     from importlib.metadata import PackageNotFoundError, version
 
@@ -179,11 +189,13 @@ def torch_version() -> tuple[int, ...]:
 
 _KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
 _GPU_OF_WINDOWS = Path("/dev/dxg")
-"""The device of Linux's ``dxgkrnl``, which a kernel that the user built without Microsoft's name has too."""
+"""The device of Linux's ``dxgkrnl``, which also exists in a kernel that the user built without Microsoft's
+name.
+"""
 
 
 def is_wsl2() -> bool:
-    """Return whether this is Linux under Windows, in a container there too.
+    """Return whether this is Linux under Windows, including containers there.
 
     The release of its kernel is like ``5.15.153.1-microsoft-standard-WSL2``.
     """
@@ -197,8 +209,8 @@ def is_wsl2() -> bool:
 def managed_memory_is_safe() -> bool:
     """Return whether the CPU may touch CUDA's managed memory while the GPU computes.
 
-    Paged optimizers keep their states there. Where ``concurrentManagedAccess`` is 0, as on WSL2, a CPU access
-    to any managed memory before the GPU is synchronized is a segmentation fault (CUDA C++ Programming Guide,
+    Paged optimizers keep their states there. If ``concurrentManagedAccess`` is 0, as on WSL2, a CPU access to
+    any managed memory before the GPU is synchronized is a segmentation fault (CUDA C++ Programming Guide,
     "Unified Memory on Windows or devices with compute capability 5.x"; CUDA on WSL User Guide, "Known
     Limitations for Linux CUDA Applications").
     """
@@ -207,14 +219,14 @@ def managed_memory_is_safe() -> bool:
 
 @contextmanager
 def faster_imports() -> Iterator[None]:
-    """Import libraries in the body of ``with`` without two kinds of work that nothing needs then.
+    """Import libraries in the body of ``with`` without two kinds of unnecessary work.
 
-    bitsandbytes passes four functions, of which training on a GPU calls none, to ``torch.compile`` when it is
-    imported. That loads torch's compiler, TorchInductor, which takes over a second. Functions given to
+    bitsandbytes passes four functions, none of which training on a GPU calls, to ``torch.compile`` when it is
+    imported. This loads torch's compiler, TorchInductor, which takes over a second. Functions passed to
     ``torch.compile`` in the body are compiled at their first call instead.
 
-    Garbage collections go over all modules loaded so far and free nothing: they wait until the end, and then
-    leave out what was loaded.
+    Garbage collections visit all modules loaded so far and free nothing. They are postponed to the end of the
+    body, and then skip the loaded modules.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -234,7 +246,7 @@ def faster_imports() -> Iterator[None]:
 def _compile_at_first_call(
     compile_now: Callable[..., Any], model: Callable[..., Any] | None = None, **options: Any
 ) -> Callable[..., Any]:
-    """Return what ``torch.compile`` returns for ``model``; a function is compiled when it is first called."""
+    """Return the result of ``torch.compile`` for ``model``; a function is compiled at its first call."""
     if model is None:
         return functools.partial(_compile_at_first_call, compile_now, **options)
     if not isinstance(model, FunctionType):

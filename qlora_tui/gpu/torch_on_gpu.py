@@ -1,8 +1,8 @@
-"""Whether the installed torch can use a GPU, and if not, why and what to install instead.
+"""Tells whether the installed torch can use a GPU, and if not, why and what to install instead.
 
-Asked before a launch, while torch is not imported, and in the processes that compute. A run on the CPU of a
-machine with a GPU takes weeks instead of hours, so it is never the answer to a GPU that cannot be used:
-only what the user chose.
+Used before a launch, without importing torch, and in the processes that compute. On a machine with a GPU, a
+run on the CPU takes weeks instead of hours. So a run never falls back to the CPU because the GPU cannot be
+used; only the user can choose the CPU.
 """
 
 from __future__ import annotations
@@ -26,20 +26,27 @@ from qlora_tui.installation import torch_command, torch_command_needs
 ON_THE_CPU = 'To train on the CPU, choose it: `--gpu cpu`, or gpu = "cpu" in config.toml.'
 _TITLE = "torch cannot use the GPU"
 _DRIVERS = {11: "450", 12: "525", 13: "580"}
-"""First driver for each major version of CUDA, which runs every build for it (CUDA Toolkit release notes,
-"CUDA minor version compatibility")."""
+"""First driver that runs every build for a major version of CUDA.
+
+See CUDA Toolkit release notes, "CUDA minor version compatibility".
+"""
 _OLDEST_CAPABILITIES = {11: (3, 5), 12: (5, 0), 13: (7, 5)}
 """Lowest compute capability that each major version of CUDA compiles for."""
 _TRIMMED_CUDA = (12, 8)
-"""First CUDA of PyTorch's own builds without code for GPUs that it could still compile for (pytorch issues
-157517 and 172352): they begin at 7.5, those of torch 2.8 to 2.10 at 7.0."""
+"""First CUDA for which PyTorch's own builds lack code for GPUs that this CUDA could still compile for.
+
+These builds begin at 7.5, and those of torch 2.8 to 2.10 at 7.0 (pytorch issues 157517 and 172352).
+"""
 _BUILDS = {
     "cu130": ((13, 0), ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120")),
     "cu126": ((12, 6), ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")),
     "cu128": ((12, 8), ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")),
 }
-"""CUDA and architectures of PyTorch's own builds (``RELEASE.md`` of pytorch, "CUDA Support Matrix"), those to
-prefer first. Each is on a package index of its own (https://download.pytorch.org/whl)."""
+"""CUDA and architectures of PyTorch's own builds, in order of preference.
+
+Source: ``RELEASE.md`` of pytorch, "CUDA Support Matrix". Each build has its own package index
+(https://download.pytorch.org/whl).
+"""
 _BLACKWELL = (10, 0)
 _BLACKWELL_CUDA = (12, 8)
 """First CUDA that compiles for compute capability 10.0 and 12.0 (RTX 50)."""
@@ -54,12 +61,12 @@ class TorchBuild:
     """``2.13.0+cpu``"""
     platform: Literal["cuda", "rocm", "cpu", "unknown"]
     cuda: tuple[int, int] | None = None
-    """The CUDA that it was built with."""
+    """The CUDA version of the build; None for a CPU build."""
 
 
 @cache
 def installed_torch() -> TorchBuild | None:
-    """Return the installed torch, which is not imported; None without one."""
+    """Return the installed torch without importing it; None if it is not installed."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -76,7 +83,7 @@ def installed_torch() -> TorchBuild | None:
 
 
 def torch_problem(gpu: GpuDevice | None) -> UserError | None:
-    """Return why the installed torch cannot use a GPU, as far as it is known before torch is imported.
+    """Return why the installed torch cannot use a GPU, as far as this is known before torch is imported.
 
     Args:
         gpu: None for a GPU that cannot be read.
@@ -118,23 +125,23 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
 def architecture_problem(
     name: str, capability: tuple[int, int], architectures: Sequence[str]
 ) -> UserError | None:
-    """Return why no code of torch runs on a GPU that torch sees; None if some does.
+    """Return why torch has no code for a GPU that it sees; None if it has.
 
     Args:
-        name: of the GPU.
+        name: name of the GPU.
         capability: its compute capability.
-        architectures: what ``torch.cuda.get_arch_list()`` returns; empty if it says nothing.
+        architectures: result of ``torch.cuda.get_arch_list()``; empty if unknown.
     """
     if not architectures or any(_runs_on(architecture, capability) for architecture in architectures):
         return None
     torch = installed_torch()
-    # The driver supports at least the CUDA of this torch.
+    # The driver supports at least the CUDA version of this torch.
     cuda = (torch and torch.cuda) or (12, 0)
     return _no_code(name, capability, f"It has code for {', '.join(architectures)}.", cuda)
 
 
 def why_on_the_cpu() -> UserError | None:
-    """Return why this process must not compute on the CPU, if torch sees no GPU; None if it may.
+    """Return why this process must not compute on the CPU if torch sees no GPU; None if it may.
 
     It may if the machine has no GPU, or the user chose the CPU.
     """
@@ -156,12 +163,12 @@ def why_on_the_cpu() -> UserError | None:
 
 
 def with_cpu_choice(error: GpuUnavailableError) -> UserError:
-    """Return the error that refuses a run for a GPU that cannot be read."""
+    """Return the error that refuses a run because its GPU cannot be read."""
     return error.replace(fix=f"{error.fix} {ON_THE_CPU}")
 
 
 def install_fix(gpu: GpuDevice | None) -> str:
-    """Return which torch to install for a GPU and its driver, in sentences; None: for one not known."""
+    """Return sentences on which torch to install for a GPU and its driver; None is an unknown GPU."""
     build = "" if gpu is None else _build_for(gpu.capability, parse_version(gpu.cuda_version))
     return _install_fix(build)
 
@@ -191,7 +198,7 @@ def _install_fix(build: str) -> str:
 
 
 def _build_for(capability: tuple[int, int] | None, driver_cuda: tuple[int, int] | None) -> str:
-    """Return the build of torch, as in ``cu126``, that driver and GPU run; empty if none is known."""
+    """Return the torch build, such as ``cu126``, that driver and GPU can run; empty if none is known."""
     if driver_cuda is None:
         return ""
     for build, (cuda, architectures) in _BUILDS.items():
@@ -208,7 +215,7 @@ def _why_not_compiled(capability: tuple[int, int], torch: TorchBuild) -> str:
     oldest = _OLDEST_CAPABILITIES.get(torch.cuda[0])
     if oldest is not None and capability < oldest:
         return f"CUDA {torch.cuda[0]} compiles for compute capability {_dotted(oldest)} and newer."
-    # Others compile for what they like: only PyTorch's own builds name CUDA in their version.
+    # Other builds may compile for any GPU; only PyTorch's own builds name CUDA in their version.
     is_pytorchs = torch.version.endswith(f"+cu{torch.cuda[0]}{torch.cuda[1]}")
     if is_pytorchs and torch.cuda >= _TRIMMED_CUDA:
         numbers = parse_version(torch.version)
@@ -224,8 +231,9 @@ def _why_not_compiled(capability: tuple[int, int], torch: TorchBuild) -> str:
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Return whether code for an architecture such as ``sm_86`` or ``compute_90`` runs on a GPU.
 
-    Machine code runs on the same major version and its later minor ones, ``a`` on its own only, ``f`` within
-    its family; intermediate code (``compute``) is compiled for any later GPU (CUDA Programming Guide).
+    Machine code runs on the same major version with the same or a later minor version; with ``a`` only on its
+    own version, and with ``f`` within its family. Intermediate code (``compute``) is compiled for any later
+    GPU (CUDA Programming Guide).
     """
     match = _ARCHITECTURE.fullmatch(architecture)
     if match is None:

@@ -1,8 +1,8 @@
-"""Which GPU torch will use, without importing torch.
+"""Finds the GPU that torch will use, without importing torch.
 
-Of several GPUs it is the one that the user names (``--gpu``, CUDA_VISIBLE_DEVICES, or ``gpu`` in
-``config.toml``, in this order), or else the one with the most memory that is new enough. Several may be
-named, separated by commas: for a run on all of them, or on one of them (:mod:`qlora_tui.runs.devices`).
+If there are several GPUs, torch uses the one that the user names (``--gpu``, CUDA_VISIBLE_DEVICES, or ``gpu``
+in ``config.toml``, in this order), or else the GPU with the most memory among those that are new enough. The
+user can name several, separated by commas, for a run on all or one of them (:mod:`qlora_tui.runs.devices`).
 Every process that loads torch must run with ``PCI_BUS_ORDER_ENV`` and :func:`device_variables` in its
 environment: by default CUDA numbers the fastest GPU first, so its device 0 may differ from NVML's.
 """
@@ -24,24 +24,24 @@ PCI_BUS_ORDER_ENV = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 """Environment that makes CUDA number GPUs like NVML and ``nvidia-smi``."""
 
 CPU = "cpu"
-"""Choice of the CPU, also on a machine with a GPU."""
+"""The choice of the CPU, which is also possible on a machine with a GPU."""
 AUTO = "auto"
 _VARIABLE = "CUDA_VISIBLE_DEVICES"
 _LOCAL_RANK = "LOCAL_RANK"
-"""Set by ``torchrun``: this process is one of several, and computes on the GPU of this number."""
+"""Variable set by ``torchrun``: this process is one of several, and computes on the GPU of this number."""
 _MIN_CAPABILITY = (7, 5)
 """Lowest compute capability that CUDA 13 and all kernels of this program support (RTX 20)."""
 _variables_before: dict[str, str | None] = {}
-"""What the variables were that this process set with :func:`set_device_variables`."""
+"""Earlier values of the variables that this process set with :func:`set_device_variables`."""
 
 
 @dataclass(frozen=True)
 class GpuChoice:
-    """The GPU that this process computes on: ``cuda:0`` of torch, unless it is one of several of a run."""
+    """The GPU that this process computes on: torch's ``cuda:0``, unless the run uses several GPUs."""
 
     gpu: GpuDevice
     why: str = ""
-    """Why this one of several: ``GPU 1, the most memory of 2 GPUs``; empty if there is no other."""
+    """Why this GPU was chosen: ``GPU 1, the most memory of 2 GPUs``; empty if there is only one."""
 
 
 def choose_gpu(environ: Mapping[str, str] = os.environ) -> GpuChoice:
@@ -77,10 +77,10 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> list[GpuDevice]:
 
 
 def requested_gpus(environ: Mapping[str, str] = os.environ) -> str:
-    """Return which GPUs the user chose by ``--gpu`` or CUDA_VISIBLE_DEVICES, for a process that runs later.
+    """Return the user's choice of GPUs by ``--gpu`` or CUDA_VISIBLE_DEVICES, for a process that runs later.
 
     Returns:
-        A choice as ``--gpu`` takes it; empty if there is none, or if torch decides.
+        A choice in the form of ``--gpu``; empty if there is none, or if torch decides.
     """
     if choice := environ.get(GPU_VARIABLE, ""):
         return choice
@@ -94,7 +94,7 @@ def requested_gpus(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that make torch use the chosen GPU, or the CPU; empty if it will anyway."""
+    """Return the variables that make torch use the chosen GPU, or the CPU; empty if none are needed."""
     choice, _ = _requested(environ)
     try:
         if choice == CPU:
@@ -107,13 +107,13 @@ def device_variables(environ: Mapping[str, str]) -> dict[str, str]:
         return {}
     if len(devices) == 1 or gpus[0].is_sliced:
         return {}
-    # By UUID: CUDA would number slices and lost GPUs in another way.
+    # By UUID, because CUDA may number slices and lost GPUs differently.
     names = [gpu.uuid or str(gpu.index) for gpu in gpus]
     return {_VARIABLE: ",".join(names if _LOCAL_RANK in environ else names[:1])}
 
 
 def set_device_variables() -> None:
-    """Set :func:`device_variables` and the order of the PCI bus in this process, before it loads torch."""
+    """Set :func:`device_variables` and the PCI bus order in this process, before it loads torch."""
     for name, value in PCI_BUS_ORDER_ENV.items():
         os.environ.setdefault(name, value)
     for name, value in device_variables(os.environ).items():
@@ -127,13 +127,17 @@ def with_choice(gpu: str) -> dict[str, str]:
 
 
 def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return variables as they were before this process chose: for a process that chooses for itself."""
+    """Return the variables as they were before this process chose a GPU, for a process that makes its own
+    choice.
+    """
     before = {name: value for name, value in _variables_before.items() if value is not None}
     return {name: value for name, value in environ.items() if name not in _variables_before} | before
 
 
 def release_choice() -> None:
-    """Forget the GPUs chosen for this process, which starts others: each of them has its own choice."""
+    """Discard the choice of GPUs for this process, because each process that it starts makes its own
+    choice.
+    """
     os.environ.pop(GPU_VARIABLE, None)
     if _VARIABLE in os.environ and requested_gpus({_VARIABLE: os.environ[_VARIABLE]}):
         del os.environ[_VARIABLE]
@@ -145,7 +149,7 @@ def cuda_device_order(
     """Return ``devices`` in the order of CUDA_VISIBLE_DEVICES, or of the PCI bus; empty if all are hidden.
 
     CUDA's rules (CUDA Programming Guide, "CUDA Environment Variables"): indices or UUIDs, which may be
-    shortened while they stay unique; the first entry that matches no GPU ends the list. As in
+    shortened while they stay unique; the list ends at the first entry that matches no GPU. As in
     ``torch/cuda/__init__.py``, a GPU named twice hides them all.
     """
     value = environ.get(_VARIABLE)
@@ -163,7 +167,9 @@ def cuda_device_order(
 
 
 def _requested(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return which GPU the user names, and where; empty choice and the variable where that decides.
+    """Return the GPU that the user names and the source of the name.
+
+    If a variable decides, the choice is empty and the source is the variable.
 
     Raises:
         GpuUnavailableError: ``config.toml`` cannot be read.
@@ -181,7 +187,9 @@ def _requested(environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _choice(text: str) -> str:
-    """Return a choice without space around it, and the words for CPU and automatic choice in lower case."""
+    """Return a choice without surrounding space, with the words for CPU and automatic choice in lower
+    case.
+    """
     text = text.strip()
     return text.lower() if text.lower() in (CPU, AUTO) else text
 
@@ -189,8 +197,8 @@ def _choice(text: str) -> str:
 def _present(environ: Mapping[str, str]) -> list[GpuDevice]:
     """Return the GPUs of the machine.
 
-    Raises GpuUnavailableError, also if the user chose a GPU and there is none: the CPU instead would be a
-    surprise.
+    Raises GpuUnavailableError, also if the user chose a GPU and there is none: using the CPU instead would be
+    a surprise.
     """
     try:
         return list_gpus()
@@ -203,10 +211,10 @@ def _present(environ: Mapping[str, str]) -> list[GpuDevice]:
 
 
 def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[GpuDevice]:
-    """Return the GPUs that torch is to see, the one to use first: at least one.
+    """Return the GPUs that torch should see, at least one, with the first to use in front.
 
     Raises:
-        GpuUnavailableError: none is visible, or the chosen one is not.
+        GpuUnavailableError: no GPU is visible, or the chosen one is not.
     """
     choice, source = _requested(environ)
     visible = cuda_device_order(devices, environ)
@@ -228,7 +236,7 @@ def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[Gp
 
 
 def _suitability(gpu: GpuDevice) -> tuple[bool, bool]:
-    """Return a sort key: whole GPUs before sliced ones, then new enough ones before others."""
+    """Return a sort key: whole GPUs before sliced ones, then new enough GPUs before older ones."""
     return gpu.is_sliced, gpu.capability is not None and gpu.capability < _MIN_CAPABILITY
 
 
@@ -259,7 +267,7 @@ def _match_entry(entry: str, devices: Sequence[GpuDevice]) -> GpuDevice | None:
 
 
 def _matches(choice: str, devices: Sequence[GpuDevice]) -> list[GpuDevice]:
-    """Return the GPUs that the user may mean: by index, start of the UUID, or part of the name."""
+    """Return the GPUs that match the user's choice: an index, the start of a UUID, or part of a name."""
     by_index = _match_entry(choice, devices)
     if by_index is not None:
         return [by_index]

@@ -1,13 +1,13 @@
-"""Every setting of a run: declared once, read from TOML, checked, and written back.
+"""Every setting of a run, declared once, read from TOML, checked, and written back.
 
 schema          the settings themselves, as frozen structs with their bounds and help
 preference_methods
-                what each method that learns from preferences needs
+                the requirements of each method that learns from preferences
 fields          the settings as data, for forms, ``--set``, comparisons and the reference page
 toml            a file or text to a layer (a partial recipe), a layer to a recipe, a recipe to TOML
 validation      every error in a layer, with its line and the closest valid name
-aliases         other spellings of settings: version 0.1's, other trainers'; what a misspelled one means
-trainers        what the keys of other trainers mean here
+aliases         other spellings of settings: version 0.1's, other trainers'; the meaning of misspelled ones
+trainers        the meaning of other trainers' keys in our settings
 imported        a recipe from axolotl, LLaMA-Factory, TRL, Unsloth or an adapter
 exported        a recipe for axolotl, or as a script of transformers, peft and trl
 script_arguments

@@ -1,7 +1,7 @@
-"""Names that are not those of a setting: other spellings, which are read, and misspellings, for hints.
+"""Other names of settings: spellings that are accepted, and misspellings, for which there are hints.
 
-``aliases.toml`` has the tables: ``RENAMED``, ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` are other
-spellings of a value: those of earlier versions and of other trainers.
+``aliases.toml`` has the tables: ``RENAMED``, ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` has other
+spellings of values, from earlier versions and other trainers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VALUES: dict[str, dict[Any, Any]] = {
     "training.gpus": {"all": 0},
     "format": {"label": "decision"},
 }
-"""Settings by path, and those of a source by name."""
+"""Other spellings of values, keyed by setting path or, for a source's settings, by name."""
 
 
 def resolve(section: str, key: str) -> str | None:
@@ -38,7 +38,9 @@ def resolve(section: str, key: str) -> str | None:
 
 
 def canonical_value(path: str, value: Any) -> Any:
-    """Return our spelling of the value of a setting, ``section.key``; any other value as it is."""
+    """Return our spelling of the value of a setting ``section.key``; any other value is returned
+    unchanged.
+    """
     if isinstance(value, list | tuple):
         return [_canonical_table(each) if isinstance(each, Mapping) else each for each in value]
     spellings = VALUES.get(path, {})
@@ -50,7 +52,7 @@ def _canonical_table(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_ignored(path: str, value: Any) -> bool:
-    """Return whether a removed setting has the value that every run has today."""
+    """Return whether a removed setting has the value that every run uses today."""
     return path not in fields() and isinstance(value, str) and REMOVED.get(path, {}).get(value) == ""
 
 
@@ -72,7 +74,9 @@ def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(layer: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each key of another trainer in the layer, naming the setting it is read as."""
+    """Return a sentence for each key in another trainer's spelling, naming the setting as which it is
+    read.
+    """
     spelled = [(key, resolve(section, key)) for section, key, _ in _entries(layer) if key in ALIASES]
     return [f"{key} is read as {path}." for key, path in spelled if path]
 
@@ -100,7 +104,7 @@ def _entries(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate most similar to ``word``, ignoring case and dashes; None if none is similar."""
-    from difflib import get_close_matches  # only an error needs it, and it takes a tenth of the import time
+    from difflib import get_close_matches  # only errors need it; a tenth of the import time
 
     by_plain = {normalize_key(candidate): candidate for candidate in candidates}
     matches = get_close_matches(normalize_key(word), by_plain, n=1)
@@ -108,13 +112,16 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str], shape: str = "{}") -> str:
-    """``did you mean [lora]?``, or an empty string. ``shape`` is the format of the candidate."""
+    """Return ``did you mean [lora]?``, or an empty string. ``shape`` is the format of the candidate."""
     match = closest(word, candidates)
     return f"did you mean {shape.format(match)}?" if match else ""
 
 
 def hint_for_key(section: str, key: str) -> str:
-    """Hint for ``section.key``, an unknown setting. ``section`` is empty at the top of a file."""
+    """Return a hint for ``section.key``, an unknown setting.
+
+    ``section`` is empty at the top of a file.
+    """
     normalized = normalize_key(key)
     section_keys = [field.key for field in fields().values() if field.section == section]
     homes = [field for field in fields().values() if field.key == normalized]

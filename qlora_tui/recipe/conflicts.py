@@ -1,4 +1,4 @@
-"""Settings that are each valid alone and invalid together."""
+"""Finds settings that are each valid alone but invalid together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Conflict(Struct, frozen=True):
     """Settings that contradict each other."""
 
     paths: tuple[str, ...]
-    """The settings, for the form to mark."""
+    """The settings, which the form marks."""
     what: str
     fix: str
 
@@ -85,7 +85,7 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
 
 
 def _preference_conflicts(recipe: Recipe) -> Iterator[tuple[bool, tuple[str, str], str, str]]:
-    """Yield, for each setting, whether it conflicts with a preference method, and the conflict."""
+    """Yield each setting that may conflict with a preference method: whether it does, and the conflict."""
     method = recipe.preference_method
     settings = (
         (recipe.data.train_on == "everything", "data.train_on", 'is "everything"', '= "assistant"'),

@@ -1,8 +1,8 @@
-"""Recipes written for other trainers: a config of axolotl, and a script of transformers, peft and trl.
+"""Exports recipes to other trainers: a config for axolotl, or a script with transformers, peft and trl.
 
-The keys are those under ``writes`` in ``trainers.toml``, whose rules are followed backwards; this module does
-what takes more than one key. Settings without a counterpart are named. The rows are written as
-:mod:`qlora_tui.data.written_rows` writes them, in files next to the config.
+The keys are those under ``writes`` in ``trainers.toml``, whose rules are applied in reverse; this module
+writes settings that need more than one key. Settings without a counterpart are reported.
+:mod:`qlora_tui.data.written_rows` writes the rows to files next to the config.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.recipe.trainers import TABLES, LeftOut, Rule, nested, rule_of
 
 Target = Literal["axolotl", "script"]
-"""What a recipe can be written as."""
+"""The formats to which a recipe can be exported."""
 _SCRIPT = Path(__file__).with_name("exported_script.txt")
 _TRAINERS = {
     None: ("trl", "SFT"),
@@ -30,7 +30,7 @@ _TRAINERS = {
     "orpo": ("trl.experimental.orpo", "ORPO"),
     "simpo": ("trl.experimental.cpo", "CPO"),
 }
-"""Module and prefix of TRL's trainer for a preference method."""
+"""Module and prefix of TRL's trainer for each preference method."""
 _NOT_LEARNED = {
     "name",
     "note",
@@ -55,7 +55,7 @@ _NOT_LEARNED = {
     "training.task_prompts",
     "training.report_to",
 }
-"""Settings that the rows follow already, or that change nothing of what is learned."""
+"""Settings that the written rows already include, or that do not change what is learned."""
 _AXOLOTL_PAIRS = {"type": "chat_template.default", "field_messages": "prompt"}
 
 
@@ -66,11 +66,11 @@ _IN_SCRIPT = {
     "quantization.compute_dtype",
     "training.warmup_ratio",
 }
-"""Settings that a script has in other places than as a key's value."""
+"""Settings that a script has in other places than a key's value."""
 
 
 class ExportedRecipe(Struct, frozen=True):
-    """A recipe for another trainer."""
+    """A recipe in the format of another trainer."""
 
     name: str
     """``axolotl.yml`` or ``train.py``."""
@@ -80,9 +80,9 @@ class ExportedRecipe(Struct, frozen=True):
 
 
 def export_recipe(recipe: Recipe, target: Target, files: Sequence[str]) -> ExportedRecipe:
-    """Write a recipe for another trainer; ``files`` names the rows of training, and those of validation.
+    """Export a recipe to another trainer; ``files`` are the paths of the training and validation rows.
 
-    Raises UserError for what it cannot train.
+    Raises UserError for a recipe that the trainer cannot train.
     """
     if recipe.model.id.endswith(".gguf"):
         raise UsageError(
@@ -101,7 +101,7 @@ def export_recipe(recipe: Recipe, target: Target, files: Sequence[str]) -> Expor
 
 
 class _Export:
-    """One recipe on its way: settings are written one by one, what is left has no counterpart."""
+    """The export of one recipe: settings are written one by one, and those left over have no counterpart."""
 
     def __init__(self, recipe: Recipe, target: Target) -> None:
         self._recipe = recipe
@@ -111,7 +111,7 @@ class _Export:
             self._written.add("model.chat_template")  # the rows are tokens
 
     def axolotl(self, files: Sequence[str]) -> ExportedRecipe:
-        import yaml  # a tenth of a second
+        import yaml  # importing takes a tenth of a second
 
         recipe = self._recipe
         keys = self._keys("file")
@@ -174,7 +174,7 @@ class _Export:
         self._written.add("data.packing")  # pairs are not packed
         if method == "simpo":
             config |= {"loss_type": "simpo", "cpo_alpha": 0.0}
-        config["warmup_steps"] = recipe.training.warmup_ratio  # below 1: a share of all steps
+        config["warmup_steps"] = recipe.training.warmup_ratio  # a value below 1 is a share of all steps
         config |= self._scheduler_arguments()
         config |= self._interval("training.checkpoint_every", {"save_strategy": "epoch"}, "save_steps")
         at_end = {"eval_strategy": "epoch"}
@@ -186,7 +186,7 @@ class _Export:
     # -- settings
 
     def _keys(self, call: str) -> dict[str, Any]:
-        """Return the keys of one call, each with its value there."""
+        """Return the keys of one call with their values."""
         keys = {}
         for name in self._trainer.writes[call]:
             key = name.rstrip("?")
@@ -194,7 +194,7 @@ class _Export:
             assert rule is not None and rule.to, key
             ours = get_setting(self._recipe, rule.to)
             if (rule.to, ours) == ("training.lr_scheduler", "wsd"):
-                continue  # others want the number of steps in which it decays
+                continue  # other schedulers take the number of decay steps
             if name.endswith("?") and ours == fields()[rule.to].default:
                 self._written.add(rule.to)
             elif (theirs := _theirs(rule, ours)) is not None:
@@ -205,7 +205,7 @@ class _Export:
         return keys
 
     def _method_keys(self, beta: str, simpo: str) -> dict[str, Any]:
-        """Return the keys of a preference method; none for a run on answers alone."""
+        """Return the keys of a preference method; empty for a run on answers alone."""
         recipe = self._recipe
         self._written |= {"training.preference_beta", "training.simpo_gamma"}
         if (traits := recipe.preference_traits) is None:
@@ -226,7 +226,7 @@ class _Export:
         return [name.rpartition(".")[2] for name in lora.target_modules]
 
     def _scheduler_arguments(self) -> dict[str, Any]:
-        """Return what the scheduler is told besides its name."""
+        """Return the scheduler's arguments besides its name."""
         training = self._recipe.training
         match training.lr_scheduler:
             case "polynomial":
@@ -253,7 +253,7 @@ class _Export:
 
 
 def _theirs(rule: Rule, ours: Any) -> Any:
-    """Return a trainer's spelling of our value; None if it has none."""
+    """Return the other trainer's spelling of our value; None if it has none."""
     if not rule.values:
         return list(ours) if isinstance(ours, tuple) else ours
     for written, value in rule.values.items():
@@ -267,7 +267,7 @@ def _arguments(keys: Mapping[str, Any]) -> list[str]:
 
 
 def _literal(value: Any) -> str:
-    """Return a value as Python has it, texts in double quotes."""
+    """Return a value as a Python literal, with strings in double quotes."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
     return json.dumps(value) if isinstance(value, str | list) else repr(value)

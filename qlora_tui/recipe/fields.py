@@ -1,5 +1,6 @@
-"""Settings as data, of a recipe or another struct: the source of forms, ``--set``, comparisons and the
-reference page."""
+"""Settings of a recipe or another struct as data, for forms, ``--set``, comparisons and the reference
+page.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from qlora_tui.formatting import format_number, pluralize
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
-"""``tables`` is a list of :class:`.Source`; ``names`` maps text to text, ``numbers`` maps patterns to
-numbers.
+"""How a value is edited: ``tables`` is a list of :class:`.Source`; ``names`` maps text to text,
+``numbers`` maps patterns to numbers.
 """
 WITHOUT_EFFECT_ON_WEIGHTS = (
     "name",
@@ -35,21 +36,21 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
     "quantization.streamed_layers",
     "training.gpus",
 )
-"""Settings that change no trained step: what a run reports and saves, and how it uses memory."""
+"""Settings that change no trained step: those on reports and saving, and on the use of memory."""
 DESCRIPTIVE = frozenset(("name", "note"))
 """Settings that describe the recipe rather than what it does."""
 
 
 class Field(Struct, frozen=True, kw_only=True):
-    """One setting, as a struct declares it: :mod:`qlora_tui.recipe.schema`, or the settings of the app."""
+    """One setting as a struct declares it, in :mod:`qlora_tui.recipe.schema` or in the app's settings."""
 
     path: str
-    """``lora.rank``: the TOML table and key."""
+    """TOML table and key: ``lora.rank``."""
     kind: Kind
     label: str
     help: str
     memory: str
-    """Effect of the setting on memory; empty without one."""
+    """Effect of the setting on memory; empty if there is none."""
     default: Any
     """``msgspec.NODEFAULT`` for a required setting."""
     type: Any
@@ -61,17 +62,17 @@ class Field(Struct, frozen=True, kw_only=True):
     exclusive_minimum: bool = False
     exclusive_maximum: bool = False
     min_length: int = 0
-    """Minimum length of a text in characters, of a list in items."""
+    """Smallest length, in characters of a text or items of a list."""
     max_length: int | None = None
 
     @property
     def section(self) -> str:
-        """``lora`` for ``lora.rank``; empty for ``name`` and ``note``."""
+        """Return ``lora`` for ``lora.rank``; empty for ``name`` and ``note``."""
         return self.path.rpartition(".")[0]
 
     @property
     def key(self) -> str:
-        """``rank`` for ``lora.rank``."""
+        """Return ``rank`` for ``lora.rank``."""
         return self.path.rpartition(".")[2]
 
     @property
@@ -101,7 +102,7 @@ class Field(Struct, frozen=True, kw_only=True):
 
     @property
     def zero_meaning(self) -> str:
-        """What 0 means, if the help says it: ``no limit``; else empty."""
+        """Return the meaning of 0 if the help states it, such as ``no limit``; else empty."""
         match = re.search(r"\b0: ([^.]+)\.", self.help)
         return match[1] if match else ""
 
@@ -142,7 +143,7 @@ def fields() -> dict[str, Field]:
 
 @cache
 def fields_of(struct: type[Struct]) -> dict[str, Field]:
-    """Return every setting that a struct or a struct in it declares, by its path, in that order.
+    """Return every setting that a struct or a nested struct declares, keyed by path, in order of declaration.
 
     A setting is a field with a ``Meta`` that has a title.
     """
@@ -178,7 +179,10 @@ def get_setting(settings: Struct, path: str) -> Any:
 
 
 def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
-    """Return a copy of the recipe with one setting changed. The value is not checked: see ``validate``."""
+    """Return a copy of the recipe with one setting changed.
+
+    The value is not checked; use ``validate`` for that.
+    """
     section, _, key = path.rpartition(".")
     if not section:
         return msgspec.structs.replace(recipe, **{key: value})
@@ -187,7 +191,9 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
 
 
 def _metas(hint: Any) -> list[Meta]:
-    """Return the declarations of a hint, the outer one first: bounds of an optional number are inside it."""
+    """Return the declarations in a type hint, the outer one first; bounds of an optional number are in an
+    inner one.
+    """
     if get_origin(hint) is Annotated:
         type_, *metas = get_args(hint)
         return [*metas, *_metas(type_)]
@@ -221,8 +227,9 @@ def _field(declared: msgspec.structs.FieldInfo, hint: Any) -> Field:
 
 
 def _kind(type_: Any) -> tuple[Kind, tuple[str, ...]]:
-    """Return how a value is edited, and its choices. An optional number is a number, one or a text
-    is a text.
+    """Return how a value is edited, and its choices.
+
+    An optional number is edited as a number, and a value that may be a number or a text as a text.
     """
     origin, inner = get_origin(type_), get_args(type_)
     if origin is Annotated:
@@ -240,7 +247,7 @@ def _kind(type_: Any) -> tuple[Kind, tuple[str, ...]]:
 
 
 class SettingChange(Struct, frozen=True):
-    """One setting in two recipes."""
+    """A setting that differs between two recipes."""
 
     path: str
     before: str

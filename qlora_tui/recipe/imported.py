@@ -1,8 +1,8 @@
-"""Recipes of other trainers, read as ours: of axolotl, LLaMA-Factory, TRL, Unsloth, and adapters of peft.
+"""Imports recipes of other trainers: axolotl, LLaMA-Factory, TRL, Unsloth, and peft adapters.
 
-Files are parsed and never run. ``aliases.toml`` and ``trainers.toml`` say what each key means here; this
-module finds the keys, and does what takes more than one of them: the quantization, the data, the steps. What
-has no counterpart is named with its value, and a file that trains something else is refused.
+Files are parsed and never run. ``aliases.toml`` and ``trainers.toml`` define the meaning of each key; this
+module finds the keys, and converts settings that need more than one key: quantization, data and steps. Keys
+without a counterpart are reported with their values, and a file that trains something else is refused.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qlora_tui.recipe.validation import find_issues
 _DATASETS = TABLES.datasets
 _MAX_BYTES = 4_000_000
 _SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
-"""Ends of keys whose values are never shown."""
+"""Endings of keys whose values are never shown."""
 _LONGEST_VALUE = 60
-"""Characters of a value in an error."""
+"""Largest number of characters of a value in an error."""
 _BITS = ("load_in_8bit", "load_in_4bit", "quantization_bit", "quant_config.quantization_bit")
 _FOUR_BIT_TYPES = (
     "bnb_4bit_quant_type",
@@ -51,20 +51,20 @@ class ImportedRecipe(Struct, frozen=True, kw_only=True):
     """A recipe read from another trainer's file."""
 
     trainer: str
-    """``axolotl``."""
+    """Name of the trainer: ``axolotl``."""
     layer: dict[str, Any]
     """The settings of the file and the trainer's defaults, as a layer."""
     taken: tuple[Taken, ...]
     left_out: tuple[LeftOut, ...]
     unneeded: tuple[str, ...]
-    """Keys that change nothing of what is learned."""
+    """Keys that do not change what is learned."""
 
 
 def import_recipe(path: Path) -> ImportedRecipe:
     """Read a recipe from a YAML file, a Python script, or an adapter's folder or ``adapter_config.json``.
 
-    Raises UserError if the file cannot be read, is not of a known trainer, or trains something that a recipe
-    cannot describe.
+    Raises UserError if the file cannot be read, is not from a known trainer, or trains something that a
+    recipe cannot describe.
     """
     if path.is_dir():
         path = path / "adapter_config.json"
@@ -86,15 +86,15 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
         if path.suffix == ".json":
             value = json.loads(text)
         else:
-            import yaml  # a tenth of a second
+            import yaml  # importing takes a tenth of a second
 
-            # A few lines of aliases of aliases can stand for more than fits in memory.
+            # A few lines of nested aliases can expand to more than fits in memory.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
                 raise ValueError("YAML aliases (*name) are not read")
             value = yaml.safe_load(text)
     except RecursionError:
         raise _unknown_file(path, "it is nested too deeply") from None
-    except Exception as error:  # YAML's errors are of several classes
+    except Exception as error:  # PyYAML raises several classes
         place = getattr(error, "problem_mark", None)
         line = f"line {place.line + 1}: " if place is not None else ""
         raise _unknown_file(path, f"{line}{getattr(error, 'problem', None) or error}") from None
@@ -104,7 +104,7 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
 
 
 def _flattened(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys that are set; of a table whose keys have rules, each as ``table.key``."""
+    """Yield the keys that are set; keys in a table that has rules for them as ``table.key``."""
     for key, value in mapping.items():
         if value is None:
             continue
@@ -116,13 +116,16 @@ def _flattened(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _trainer_state(folder: Path) -> dict[str, Any]:
-    """Read what a checkpoint says of its training. ``training_args.bin`` is a pickle, and never read."""
+    """Read a checkpoint's state of training.
+
+    ``training_args.bin`` is a pickle, and is never read.
+    """
     state = _json_table(folder / "trainer_state.json")
     return {name: state[name] for name in ("num_train_epochs", "train_batch_size") if state.get(name)}
 
 
 def _json_table(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if there is none."""
+    """Read a JSON object; empty if there is no file."""
     try:
         table = json.loads(read_regular(path, _MAX_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -131,7 +134,7 @@ def _json_table(path: Path) -> dict[str, Any]:
 
 
 def _script_keys(text: str, path: Path) -> dict[str, Any]:
-    """Read the arguments of the calls that configure a training."""
+    """Read the arguments of the calls that configure training."""
     script = TABLES.trainers["script"]
     keys: dict[str, Any] = {}
     implied: dict[str, Any] = {}
@@ -155,7 +158,7 @@ def _script_keys(text: str, path: Path) -> dict[str, Any]:
 
 
 class _Import:
-    """One file on its way to a recipe: keys are taken one by one, what is left has no counterpart."""
+    """The import of one file: keys are taken one by one, and those left over have no counterpart."""
 
     def __init__(self, trainer: Trainer, keys: dict[str, Any], path: Path) -> None:
         self._trainer = trainer
@@ -186,7 +189,7 @@ class _Import:
             unneeded=tuple(self._unneeded),
         )
 
-    # -- keys one by one
+    # -- single keys
 
     def _read(self, key: str) -> None:
         rule = rule_of(self._trainer, key)
@@ -215,7 +218,7 @@ class _Import:
             self._read(key)
 
     def _take(self, key: str, value: Any, setting: str, ours: Any) -> None:
-        """Set a setting, unless it cannot have the value."""
+        """Set a setting to the value of a key, or record why the setting cannot have this value."""
         section, _, name = setting.rpartition(".")
         if find_issues({section: {name: ours}}, ""):
             self._leave_out(key, value, f"{setting} cannot have this value")
@@ -230,10 +233,10 @@ class _Import:
     def _pop(self, key: str) -> Any:
         return self._keys.pop(key, None)
 
-    # -- what takes several keys
+    # -- settings that need several keys
 
     def _read_quantization(self) -> None:
-        """Find how the base is stored: in 4 or 8 bits, and for 4 bits which type."""
+        """Determine how the base is stored: in 4 or 8 bits, and for 4 bits the type."""
         for key in _BITS:
             self._read_if_set(key)
         for key in _FOUR_BIT_TYPES:
@@ -242,7 +245,7 @@ class _Import:
             self._pop(key)
 
     def _read_targets(self) -> None:
-        """Find what LoRA adapts: names of modules; a regular expression has no counterpart."""
+        """Determine the modules that LoRA adapts; a regular expression has no counterpart."""
         self._read_if_set("lora_target_linear")
         for key in ("lora_target_modules", "lora_target", "target_modules", "peft_config.target_modules"):
             if not (value := self._pop(key)):
@@ -268,7 +271,7 @@ class _Import:
                 self._leave_out(key, value, why)
 
     def _read_steps(self) -> None:
-        """Find batch, warmup and intervals, some of which are counted in another unit."""
+        """Determine batch, warmup and intervals, some of which are counted in other units."""
         if total := self._pop("batch_size"):
             rows = self._keys.get("micro_batch_size")
             if isinstance(total, int) and isinstance(rows, int) and rows > 0:
@@ -309,7 +312,7 @@ class _Import:
                 self._leave_out(key, self._pop(key), why)
 
     def _read_data(self) -> None:
-        """Find the data: axolotl's list, the registry of LLaMA-Factory, what a script loads."""
+        """Determine the data: axolotl's list, LLaMA-Factory's registry, or the data that a script loads."""
         sources: list[dict[str, Any]] = []
         datasets = self._pop("datasets")
         if datasets is not None:
@@ -335,7 +338,7 @@ class _Import:
         self._read_objective()
 
     def _read_objective(self) -> None:
-        """Find what is learned of the data, if a stage or a loss says it."""
+        """Determine the training objective, if a stage or a loss names it."""
         stage, loss = self._pop("stage"), self._pop("pref_loss") or "sigmoid"
         if stage in ("rm", "ppo"):
             raise self._refused(
@@ -354,7 +357,7 @@ class _Import:
             self._take("loss_type", self._pop("loss_type"), "data.preferences", "simpo")
 
     def _axolotl_source(self, dataset: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the source of one dataset of axolotl; None if it names no path."""
+        """Return the source for one dataset of axolotl; None if the dataset has no path."""
         given = {key: value for key, value in dataset.items() if value is not None}
         path = self._path_of(given.pop("path", None), given)
         if path is None:
@@ -408,7 +411,7 @@ class _Import:
         return sources
 
     def _script_source(self, path: Any) -> list[dict[str, Any]]:
-        """Return the source that a script loads; none if it is not a plain value."""
+        """Return the source that a script loads; empty if it is not a plain value."""
         prefix = "load_dataset."
         keys = [key for key in self._keys if key.startswith(prefix)]
         given = {key.removeprefix(prefix): self._pop(key) for key in keys}
@@ -436,7 +439,7 @@ class _Import:
             if key not in _DATASETS.unneeded and (key, value) != ("split", "train"):
                 self._leave_out(f"{where}.{key}", value, _DATASETS.why.get(key, ""))
 
-    # -- the whole
+    # -- the complete recipe
 
     def _add_defaults(self) -> None:
         for setting, value in self._trainer.defaults.items():
@@ -462,7 +465,7 @@ def _unknown_file(path: Path, why: str) -> UserError:
 
 
 def _names(value: Any) -> list[str] | None:
-    """Return the names in a list, or between commas; None of anything else."""
+    """Return the names in a list or a comma-separated text; None for any other value."""
     names = value.split(",") if isinstance(value, str) and not isinstance(value, Expression) else value
     if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
         return None
@@ -475,29 +478,29 @@ def _list(value: Any) -> list[Any]:
 
 
 def _written(value: Any) -> str:
-    """Return a value as the table writes it: ``true``, ``adamw_torch``."""
+    """Return a value as the table spells it: ``true``, ``adamw_torch``."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it; one of another kind as text."""
+    """Return a value as JSON represents it; a value of another kind becomes text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(item) for item in value]
     if isinstance(value, str):
-        return str(value)  # of an expression too, which msgspec does not encode
+        return str(value)  # also for an expression, which msgspec does not encode
     return value if isinstance(value, int | float | bool | None) else repr(value)
 
 
 def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
-    """Return a value as JSON of at most so many characters, for people."""
+    """Return a value as JSON of at most ``longest`` characters, for display."""
     text = json.dumps(_plain(value), ensure_ascii=False)
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _as_kind(value: Any, setting: str) -> Any:
-    """Return a number as the setting's kind of number. YAML reads ``2e-5`` as text."""
+    """Return a number in the setting's number type. YAML reads ``2e-5`` as text."""
     kind = fields()[setting].kind
     if kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:

@@ -1,5 +1,6 @@
-"""Building a recipe from its layers: defaults < preset < the user's file < ``--set``; and absolute paths in
-it."""
+"""Builds a recipe from its layers, defaults < preset < the user's file < ``--set``, and makes its paths
+absolute.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError, RecipeIssue, find_issues
 
 _MAX_SHOWN_CHARS = 200
-"""Maximum number of characters of an argument that a message repeats."""
+"""Largest number of characters of an argument that a message repeats."""
 
 
 def build_recipe(
@@ -31,15 +32,15 @@ def build_recipe(
 ) -> Recipe:
     """Build the recipe of a command line and check it, conflicts included.
 
-    ``layer``: what was read and checked already, over the file. ``sets`` are ``section.key=value``; ``model``
-    and ``data`` set ``model.id`` and ``data.sources``, which ``--set`` overrides. Each layer is checked
-    against its own origin, so that an error names the file or the argument. ``on_note`` gets a sentence for
-    each key in another trainer's spelling. Raises UserError, exit code 2. See also
-    ``conflicts.require_runnable``.
+    ``layer`` is a layer that has already been checked; it overrides the file. ``sets`` are
+    ``section.key=value``; ``model`` and ``data`` set ``model.id`` and ``data.sources``, which ``--set``
+    overrides. Each layer is checked against its own origin, so that an error names the file or the argument.
+    ``on_note`` is called with a sentence for each key in another trainer's spelling. Raises UserError, exit
+    code 2. See also ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
-        from qlora_tui.recipe.presets import find_preset  # half of the import time
+        from qlora_tui.recipe.presets import find_preset  # importing it takes half of the import time
 
         recipe = merge_layers(recipe, find_preset(preset).settings())
     if file is not None:
@@ -52,7 +53,9 @@ def build_recipe(
 
 
 def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a layer over another: sections key by key; lists and other values are replaced."""
+    """Merge a layer over another: sections are merged key by key, while lists and other values are
+    replaced.
+    """
     result = dict(below)
     for key, value in above.items():
         under = result.get(key)
@@ -66,7 +69,7 @@ def parse_override(argument: str) -> dict[str, Any]:
 
     The value is TOML, but needs no quotes: ``training.lr_scheduler=linear``. A list of target modules may be
     comma-separated, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets,
-    or is read as its one item. Raises InvalidRecipeError.
+    or is read as a single item. Raises InvalidRecipeError.
     """
     layer, issues = _parse_set(argument)
     if issues:
@@ -86,7 +89,7 @@ def _argument_layer(
     if model is not None:
         layer = {"model": {"id": model}}
         if below.get("model", {}).get("id") != model:
-            layer["model"]["revision"] = "main"  # the file's is of another model
+            layer["model"]["revision"] = "main"  # the file's revision belongs to another model
         issues += _check_text("--model", "model.id", model)
     if data:
         sources = {"data": {"sources": [{"path": path} for path in data]}}
@@ -112,7 +115,7 @@ def _check_text(origin: str, path: str, text: str) -> list[RecipeIssue]:
 
 
 def _check_utf8(origin: str, path: str, text: str) -> list[RecipeIssue]:
-    """Report text from the shell that is not valid UTF-8, which a recipe cannot hold."""
+    """Report shell arguments that are not valid UTF-8, which a recipe cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -198,9 +201,9 @@ def _parse_toml_value(raw: str) -> Any:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with absolute paths of local files: a run trains in another working directory.
+    """Return the recipe with absolute paths of local files, because a run has another working directory.
 
-    Values that are not local files (such as a hub id) stay unchanged.
+    Values that are not local files (such as a Hub ID) stay unchanged.
     """
     data = recipe.data
     return msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""The methods that learn from better and worse answers: what each needs, one row a method.
+"""The methods that learn from better and worse answers, with their requirements.
 
 The losses are in :mod:`qlora_tui.training.preferences`.
 """
@@ -14,24 +14,30 @@ PreferenceMethod = Literal["orpo", "dpo", "simpo", "kto"]
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceTraits:
-    """What a preference method compares, and with what."""
+    """What a preference method compares, and its requirements."""
 
     label: str
     """``SimPO``."""
     effect: str
     """What the model learns, for a list of methods."""
     default_beta: float
-    """β of its paper."""
+    """The β of the method's paper."""
     rates_answers: bool = False
-    """Whether a sample is one answer that is good or bad; else a pair, the chosen and the rejected answer."""
+    """Whether a sample is a single answer that is good or bad, instead of a pair of a chosen and a
+    rejected answer.
+    """
     uses_reference: bool = False
-    """Whether rewards are relative to the model before training, which the step computes too. All rewards are
-    0 before training then."""
+    """Whether rewards are relative to the model before training, which each step computes too.
+
+    All rewards are then 0 before training.
+    """
     has_margin: bool = False
     """Whether ``training.simpo_gamma`` separates the rewards of a pair."""
     learns_answers: bool = False
-    """Whether it makes the better answers likelier; others may learn which are better while all become less
-    likely."""
+    """Whether the method makes the better answers more likely.
+
+    Other methods may learn which answers are better while all become less likely.
+    """
 
 
 PREFERENCE_TRAITS: dict[PreferenceMethod, PreferenceTraits] = {

@@ -1,8 +1,8 @@
-"""Presets: named layers in TOML files, shipped ones and the user's.
+"""Presets, which are named layers in TOML files: those shipped with the program and the user's.
 
 A user's preset hides the shipped one of the same name. A preset that cannot be read is listed with its
-problem. A file the app writes starts with a line that holds a hash of the rest, which distinguishes it from
-files that a person wrote or edited: the app replaces those only with ``overwrite``.
+problem. A file that the app writes starts with a line that has a hash of the rest. This distinguishes it from
+files that a person wrote or edited, which the app replaces only with ``overwrite``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HEADER = re.compile(
     rb"# Written by qlora-tui(?:, which asks before it replaces an edit: "
     rb"|\. Edit it freely: a checksum tells the app that you did, )([0-9a-f]{64})\n"
 )
-"""The first line of a file that the app wrote; earlier versions worded it otherwise."""
+"""First line of a file that the app wrote; earlier versions used another wording."""
 _MAX_NAME_BYTES = 60
 _CHECK_DISK = "Check free disk space and write permission there."
 
@@ -42,14 +42,14 @@ class Preset(Struct, frozen=True, kw_only=True):
     """The preset's ``note``: its purpose."""
     path: Path
     shipped: bool
-    """Whether it is shipped with the program; False for one of the user's."""
+    """Whether the preset is shipped with the program; False for one of the user's."""
     layer: dict[str, Any]
-    """Content of the file; empty if there is a problem."""
+    """Content of the file; empty if the preset has a problem."""
     problem: UserError | None = None
-    """Why it cannot be used; None for a valid preset."""
+    """Why the preset cannot be used; None for a valid preset."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the layer without the preset's own name and note. Raises its problem."""
+        """Return the layer without the preset's own name and note. Raises the preset's problem."""
         if self.problem:
             raise self.problem
         return {key: value for key, value in self.layer.items() if key not in DESCRIPTIVE}
@@ -66,11 +66,13 @@ class Preset(Struct, frozen=True, kw_only=True):
 
 
 class OverwriteError(UserError):
-    """Saving would replace a file that the app did not write, or that was edited since: ask first."""
+    """Raised if saving would replace a file that the app did not write, or that was edited: ask the user
+    first.
+    """
 
 
 class PresetSnapshot(Struct, frozen=True):
-    """Content of a user's preset file, to undo a save or a deletion with :func:`restore`."""
+    """Content of a user's preset file, for undoing a save or a deletion with :func:`restore`."""
 
     name: str
     content: bytes | None
@@ -104,9 +106,11 @@ def find_preset(name: str) -> Preset:
 def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) -> Path:
     """Save the settings in which ``recipe`` differs from the defaults as a preset; return its path.
 
-    Model id, revision, first adapter and data files are left out: a preset applies to any. The file is
-    replaced in one step. Raises OverwriteError, without ``overwrite``, if the existing file is not as the
-    app wrote it; UserError if the name is not a valid file name, the recipe is not valid, or on a disk error.
+    Model ID, revision, first adapter and data files are left out, because a preset applies to any model and
+    data. The file is replaced in one step.
+
+    Raises OverwriteError, without ``overwrite``, if the existing file is not as the app wrote it. Raises
+    UserError if the name is not a valid file name or the recipe is not valid, and for a disk error.
     """
     path = _user_path(name)
     body = toml.dump_overrides(_of_model(recipe, Recipe(), "", note), Recipe())
@@ -120,7 +124,10 @@ def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) 
 
 
 def delete(name: str) -> PresetSnapshot:
-    """Delete the user's preset ``name``, revealing a shipped one of that name. Undo with ``restore``."""
+    """Delete the user's preset ``name``; a shipped preset of this name becomes visible again.
+
+    Undo with ``restore``.
+    """
     snapshot = take_snapshot(name)
     if snapshot.content is None:
         shipped = any(preset.name == name for preset in list_presets())
@@ -141,13 +148,13 @@ def take_snapshot(name: str) -> PresetSnapshot:
 
 
 def _content(path: Path) -> bytes | None:
-    """Return what is in a preset's file; None without one."""
+    """Return the content of a preset's file; None if there is no file."""
     with disk_problems("Cannot read preset", path, _CHECK_DISK):
         return path.read_bytes() if path.exists() else None
 
 
 def restore(snapshot: PresetSnapshot, *, overwrite: bool = False) -> None:
-    """Restore a user's preset to a snapshot, byte for byte. Raises as ``save`` does."""
+    """Restore a user's preset to a snapshot, byte for byte. Raises the same errors as ``save``."""
     path = _user_path(snapshot.name)
     if not overwrite:
         _check_overwrite(path)
@@ -172,7 +179,7 @@ def _read_preset(path: Path, shipped: bool) -> Preset:
 
 
 def _of_model(recipe: Recipe, other: Recipe, name: str, note: str) -> Recipe:
-    """Return the recipe with model, first adapter and data of another one."""
+    """Return the recipe with model, first adapter and data of another recipe."""
     replace = msgspec.structs.replace
     model, data = other.model, other.data
     return replace(
@@ -186,7 +193,9 @@ def _of_model(recipe: Recipe, other: Recipe, name: str, note: str) -> Recipe:
 
 
 def _user_dir() -> Path | None:
-    """Return the user's presets folder; None if the home cannot be written, and so holds no presets."""
+    """Return the user's presets folder; None if the home folder cannot be written, so that it has no
+    presets.
+    """
     try:
         return paths.user_presets_dir()
     except OSError:

@@ -1,8 +1,8 @@
 """Every setting of a run, declared once.
 
-From these declarations come the TOML keys, ``--set section.key=value``, the forms of the app,
-validation and ``qlora-tui presets reference``. A setting's ``Meta`` holds its label (``title``), its
-one-line help (``description``), its bounds, and what it does to memory (``extra["memory"]``).
+From these declarations come the TOML keys, ``--set section.key=value``, the forms of the app, validation and
+``qlora-tui presets reference``. A setting's ``Meta`` holds its label (``title``), its one-line help
+(``description``), its bounds, and its effect on memory (``extra["memory"]``).
 """
 
 from typing import Annotated, Any, Literal
@@ -17,10 +17,13 @@ from qlora_tui.recipe.preference_methods import (
 )
 
 ALL_LINEAR = "all-linear"
-"""Target pattern: every linear module of the language model but the output head. See :mod:`.targets`."""
+"""Target pattern of every linear module of the language model except the output head. See :mod:`.targets`."""
 
 Thinking = Literal["auto", "on", "off"]
-"""Thinking mode. ``auto``: on for a training row that has reasoning; for a prompt, the template's default."""
+"""Thinking mode.
+
+``auto`` turns thinking on for a training row that has reasoning; for a prompt it is the template's default.
+"""
 RecipeOptimizer = Literal[
     "auto",
     "adamw",
@@ -32,13 +35,16 @@ RecipeOptimizer = Literal[
     "adafactor",
 ]
 Preferences = Literal["refuse", "chosen", PreferenceMethod]
-"""What a run does with preference data; a method trains on it."""
+"""How a run uses preference data; a method trains on it."""
 Checkpointing = Literal["auto", "on", "off", "offload"]
-"""Gradient checkpointing. ``auto``: only the layers whose activations do not fit in the free memory.
-``offload``: every layer, whose input waits in host memory."""
+"""Gradient checkpointing.
+
+``auto`` recomputes only layers whose activations do not fit in the free memory. ``offload`` recomputes every
+layer, and keeps the layers' inputs in host memory.
+"""
 
 _MANY_STEPS = 10_000_000
-"""A bound no run reaches, so that a typo is an error and not an endless run."""
+"""A bound that no run reaches, so that a typo is an error instead of an endless run."""
 
 
 def _about(label: str, help_: str, memory: str = "", **bounds: Any) -> Meta:
@@ -129,7 +135,7 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The adapter: what is trained."""
+    """The adapter, which is trained."""
 
     rank: Annotated[
         int,
@@ -635,7 +641,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def split_seed(self) -> int:
-        """Seed that chooses the validation rows."""
+        """Seed that selects the validation rows."""
         return self.data.validation_seed or self.training.seed
 
     @property
@@ -651,19 +657,19 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def preference_traits(self) -> PreferenceTraits | None:
-        """What the preference method needs; None if the run trains on answers alone."""
+        """The requirements of the preference method; None if the run trains on answers alone."""
         method = self.preference_method
         return None if method is None else PREFERENCE_TRAITS[method]
 
     @property
     def learns_answers(self) -> bool:
-        """Whether the run makes the answers of its data likelier."""
+        """Whether the run makes the answers in its data more likely."""
         traits = self.preference_traits
         return traits is None or traits.learns_answers
 
     @property
     def keeps_starting_adapter(self) -> bool:
-        """Whether the run compares its answers with those of an adapter that it trains further."""
+        """Whether the run compares its answers with those of the adapter from which it started."""
         traits = self.preference_traits
         return bool(self.lora.init_from) and traits is not None and traits.uses_reference
 

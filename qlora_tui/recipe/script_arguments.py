@@ -1,4 +1,4 @@
-"""The arguments with which a Python script calls functions, read from its text. The script is never run."""
+"""Reads the arguments of function calls from the text of a Python script. The script is never run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 
 
 class Expression(str):
-    """The text of a value that only running the script would give."""
+    """The source text of a value that would be known only by running the script."""
 
     __slots__ = ()
 
 
 class Call(NamedTuple):
-    """One call of a script."""
+    """A function call in a script."""
 
     owner: str
-    """What is before the last dot: ``FastLanguageModel``."""
+    """Text before the last dot: ``FastLanguageModel``."""
     name: str
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
-    """Values: plain ones, with the script's constants put in, or an :class:`Expression`."""
+    """The arguments: plain values, with the script's constants substituted, or an :class:`Expression`."""
 
 
 def calls_of(text: str, names: Collection[str]) -> Iterator[Call]:
-    """Yield the calls of functions with these names, whatever module they are of.
+    """Yield the calls of functions with these names, from any module.
 
     Raises SyntaxError, ValueError, RecursionError or MemoryError if the text is not Python.
     """

@@ -1,15 +1,15 @@
-"""Which linear modules LoRA adapts, and at which rank: parsing and writing of ``lora.target_modules``.
+"""Parses and writes ``lora.target_modules``: the linear modules that LoRA adapts, and their ranks.
 
 A pattern is one of
 
-* ``all-linear``: every linear module of the language model but the head;
+* ``all-linear``: every linear module of the language model except the head;
 * a kind, the last part of a module's name: ``q_proj``;
 * a projection of all routed experts of a layer: ``experts.gate_up_proj``, ``experts.down_proj``, which
   ``all-linear`` does not include;
-* any of them in some layers, counted from 0: ``8-23.q_proj``, ``0-3,7.all-linear``;
-* one module's full dotted name.
+* any of these in some layers, counted from 0: ``8-23.q_proj``, ``0-3,7.all-linear``;
+* the full dotted name of a single module.
 
-Modules of a vision tower are matched by their full name only: fine-tuning on text gives them no
+Modules of a vision tower are matched only by their full name, because fine-tuning on text gives them no
 gradient, and their layers are numbered separately.
 
 The LoRA screen turns check boxes into patterns (:func:`to_patterns`) and back (:func:`match_modules`); memory
@@ -33,7 +33,7 @@ from qlora_tui.recipe.schema import ALL_LINEAR, Lora
 SETTINGS = ("lora.target_modules", "lora.rank_pattern", "lora.alpha_pattern")
 """Settings of the adapter that hold patterns."""
 SKIP = "quantization.skip"
-"""Setting whose patterns name modules that stay in 16 bits."""
+"""Setting whose patterns select modules that stay in 16 bits."""
 _SYNTAX = "write all-linear, a module name (q_proj), layers and a name (8-23.q_proj), or a full module path"
 
 _PATTERN = re.compile(
@@ -45,7 +45,7 @@ _ONLY_LAYERS = re.compile(r"\s*\d+(?:-\d+)?\s*")
 
 
 class Module(Protocol):
-    """Attributes that a pattern matches on, as in ``catalog.architecture_types.LinearModule``."""
+    """The attributes that a pattern matches, as in ``catalog.architecture_types.LinearModule``."""
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Module(Protocol):
 
     @property
     def kind(self) -> str:
-        """The last part of the name; of the experts' projections, with ``experts.`` before it."""
+        """The last part of the name; for projections of experts, preceded by ``experts.``."""
 
     @property
     def layer(self) -> int | None:
@@ -61,8 +61,10 @@ class Module(Protocol):
 
     @property
     def part(self) -> str:
-        """``vision`` for a module of a vision tower, ``expert`` for a projection of routed experts; any other
-        value is a linear module of the language model."""
+        """``vision`` for a module of a vision tower, ``expert`` for a projection of routed experts.
+
+        Any other value is a linear module of the language model.
+        """
 
 
 ModuleT = TypeVar("ModuleT", bound=Module)
@@ -71,7 +73,7 @@ NumberT = TypeVar("NumberT", int, float)
 
 class _Pattern(Struct, frozen=True):
     kind: str = ""
-    """A kind or ``all-linear``; empty for one module by name."""
+    """A kind or ``all-linear``; empty for a single module by name."""
     layers: tuple[tuple[int, int], ...] = ()
     """First and last layer of each range; empty for every layer."""
     name: str = ""
@@ -99,7 +101,7 @@ class _PatternError(Exception):
 
 
 def syntax_error(pattern: str) -> tuple[str, str] | None:
-    """Return what is wrong with a pattern, for any model, and what to write; None if it parses."""
+    """Return the error in a pattern, regardless of model, and the fix; None if the pattern parses."""
     try:
         _parse(pattern)
     except _PatternError as error:
@@ -126,7 +128,8 @@ def match_modules(
 def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
     """Return the modules that get an adapter.
 
-    Raises UserError if a pattern matches nothing, or if experts are to have an adapter that peft has not.
+    Raises UserError if a pattern matches nothing, or if it selects experts with an adapter that peft does not
+    support for them.
     """
     for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
         for pattern in patterns:
@@ -149,18 +152,18 @@ def _check_settings_of_experts(lora: Lora) -> None:
 
 
 def rank_of(lora: Lora, module: Module) -> int:
-    """Rank that a module's adapter has if it gets one."""
+    """Return the rank that a module's adapter has if the module gets one."""
     return _pattern_value(lora.rank_pattern, lora.rank, module)
 
 
 def format_rank(lora: Lora) -> str:
-    """``r16``; ``r8-32`` if patterns set other ranks."""
+    """Return ``r16``, or ``r8-32`` if patterns set other ranks."""
     ranks = {lora.rank, *lora.rank_pattern.values()}
     return f"r{lora.rank}" if len(ranks) == 1 else f"r{min(ranks)}-{max(ranks)}"
 
 
 def alpha_of(lora: Lora, module: Module) -> float:
-    """Alpha that a module's adapter has if it gets one."""
+    """Return the alpha that a module's adapter has if the module gets one."""
     return _pattern_value(lora.alpha_pattern, lora.alpha, module)
 
 
@@ -175,7 +178,8 @@ def assign_pattern_values(
     number: NumberT,
     modules: Sequence[Module],
 ) -> dict[str, NumberT]:
-    """Short patterns that assign ``number`` to the named modules and keep ``table``'s values for the others.
+    """Return short patterns that assign ``number`` to the named modules and keep all other values of
+    ``table``.
 
     ``default`` is the value of a module without a pattern.
     """
@@ -199,8 +203,8 @@ def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tup
     """Return short patterns that select exactly the named modules; empty if none is named.
 
     Whole kinds and ranges of layers become one pattern each; only modules that share kind and layer with an
-    unselected one are named in full. Returns the shorter of two forms, with and without ``all-linear`` over
-    the layers that are selected completely.
+    unselected module are written with their full name. Returns the shorter of two forms, with and without
+    ``all-linear`` over the layers that are selected completely.
     """
     chosen = set(selected_names)
     language = [module for module in modules if module.part not in ("vision", "expert")]
@@ -215,7 +219,9 @@ def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tup
 
 
 def split_patterns(text: str) -> list[str]:
-    """Split a comma-separated list: ``0-3,7.q_proj,k_proj`` is two, as layers alone are not a pattern."""
+    """Split a comma-separated list: ``0-3,7.q_proj,k_proj`` has two items, because layers alone are not a
+    pattern.
+    """
     patterns: list[str] = []
     for piece in text.split(","):
         if patterns and _ONLY_LAYERS.fullmatch(patterns[-1].rpartition(",")[2]):
@@ -226,7 +232,7 @@ def split_patterns(text: str) -> list[str]:
 
 
 class _Grid:
-    """The language model's modules by kind and layer, and which of these cells are fully selected."""
+    """The language model's modules by kind and layer, and which of these cells are completely selected."""
 
     def __init__(self, modules: Sequence[Module], chosen: set[str]):
         self._cells: dict[str, dict[int | None, list[Module]]] = {}
@@ -242,7 +248,7 @@ class _Grid:
         self.whole_layers = frozenset(set(self._layers) - broken)
 
     def patterns(self, covered: frozenset[int]) -> tuple[str, ...]:
-        """Patterns for the selection; layers in ``covered`` are covered by one ``all-linear``."""
+        """Return patterns for the selection; one ``all-linear`` covers the layers in ``covered``."""
         patterns = [f"{_format_ranges(covered, self._layers)}.{ALL_LINEAR}"] if covered else []
         for kind, row in self._cells.items():
             full = self._full[kind]
@@ -257,9 +263,9 @@ class _Grid:
         return tuple(patterns)
 
     def _layer_patterns(self, kind: str, full: set[int | None], uncovered: set[int | None]) -> list[str]:
-        """Patterns of one kind that match at least the ``uncovered`` layers and at most the ``full`` ones.
+        """Return patterns of one kind that match at least the ``uncovered`` and at most the ``full`` layers.
 
-        Of the two, the one that is shorter to write.
+        Of these two sets, the one with the shorter patterns is used.
         """
         places = sorted(layer for layer in self._cells[kind] if layer is not None)
         patterns = [module.name for module in self._cells[kind][None]] if None in uncovered else []
@@ -272,7 +278,7 @@ class _Grid:
 
 
 def _format_ranges(layers: Iterable[int], places: Sequence[int]) -> str:
-    """``0-3,7``. ``places`` are the existing layers: a range may skip numbers that do not exist."""
+    """Return ``0-3,7``. ``places`` are the existing layers: a range may skip numbers that do not exist."""
     included = set(layers)
     ranges: list[list[int]] = []
     joined = False

@@ -1,7 +1,7 @@
-"""Recipes as TOML: a file or text to a layer, a layer to a recipe, a recipe to text.
+"""Reads and writes recipes as TOML: from a file or text to a layer, from a layer to a recipe, and to text.
 
-A layer is a partial recipe as nested dicts, as ``tomllib`` returns it. ``load`` checks what it reads;
-:mod:`.layering` merges layers.
+A layer is a partial recipe as nested dicts, as ``tomllib`` returns it. ``load`` checks the layer that it
+reads; :mod:`.layering` merges layers.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError, find_issues, key_lines
 
 _MAX_BYTES = 1_000_000
-"""Maximum size of a recipe, normally a few KB; a larger file is a model or data given by mistake."""
+"""Largest size of a recipe in bytes.
+
+Recipes have a few KB; a larger file is a model or data given by mistake.
+"""
 
 BEFORE: dict[str, Any] = {"quantization.experts": False, "training.auto_micro_batch": False}
-"""What a setting was, in runs of versions that did not have it, if that is not its default."""
+"""Values of settings in runs of versions that did not have the setting, if they are not its default."""
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
@@ -37,9 +40,9 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Load and check the layer in a file, in our spelling of every key.
 
-    ``on_note`` gets a sentence for each key in another trainer's spelling (:mod:`.aliases`). Raises
-    UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with every
-    error and its line.
+    ``on_note`` is called with a sentence for each key in another trainer's spelling (:mod:`.aliases`). Raises
+    UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with every error
+    and its line otherwise.
     """
     text = read_text(path)
     layer = parse(text, str(path))
@@ -51,7 +54,10 @@ def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[st
 
 
 def read_text(path: Path) -> str:
-    """Read a small UTF-8 file. Raises UserError, exit code 2: missing, a directory, too large, not UTF-8."""
+    """Read a small UTF-8 file.
+
+    Raises UserError, exit code 2, if it is missing, a directory, too large, or not UTF-8.
+    """
     try:
         content = read_regular(path, _MAX_BYTES + 1)
     except FileNotFoundError:
@@ -74,7 +80,10 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, origin: str) -> dict[str, Any]:
-    """Parse a text into a layer, unchecked. Raises UserError, exit code 2, with the line that is not TOML."""
+    """Parse a text into a layer without checking its settings.
+
+    Raises UserError, exit code 2, with the line that is not TOML.
+    """
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -95,7 +104,7 @@ def parse(text: str, origin: str) -> dict[str, Any]:
 def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> None:
     """Raise InvalidRecipeError with every error in the layer.
 
-    ``origin`` is the file or argument to name; with the ``text`` that was parsed, lines are named too.
+    ``origin`` is the file or argument that messages name; with the parsed ``text``, they name lines too.
     """
     issues = find_issues(layer, origin)
     if issues:
@@ -109,9 +118,9 @@ def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
 
 
 def to_frozen_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """Build the recipe of a run from its file, which has every setting of the version that wrote it.
+    """Build the recipe of a run from its file, which has every setting of the version that wrote the file.
 
-    A setting that is missing had no effect then: :data:`BEFORE` has the value that means the same. Raises
+    If a setting is missing, that version did not have it; :data:`BEFORE` has the equivalent value. Raises
     InvalidRecipeError.
     """
     complete = dict(layer)
@@ -130,7 +139,9 @@ def to_layer(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe, comments: bool = False) -> str:
-    """Write every setting as TOML; with ``comments``, each below its help, bounds and memory effect."""
+    """Write every setting as TOML; with ``comments``, after a comment with its help, bounds and memory
+    effect.
+    """
     text = tomli_w.dumps(to_layer(recipe))
     return _commented(text) if comments else text
 

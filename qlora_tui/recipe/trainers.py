@@ -1,4 +1,6 @@
-"""What the keys of other trainers mean here, by ``trainers.toml``: imports read it, exports backwards."""
+"""The meaning of other trainers' keys, from ``trainers.toml``; imports apply its rules, and exports
+reverse them.
+"""
 
 from __future__ import annotations
 
@@ -15,46 +17,47 @@ from qlora_tui.recipe.aliases import ALIASES
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a key of another trainer means."""
+    """The meaning of another trainer's key."""
 
     to: str = ""
-    """The setting it sets, ``section.key``; empty if there is none."""
+    """The setting that the key sets, ``section.key``; empty if there is none."""
     values: dict[str, Any] = {}
-    """Our spelling of their values, each written as text; empty if they are ours."""
+    """Our spelling of the trainer's values, which are keyed by their text; empty if the spelling is the
+    same.
+    """
     off: list[Any] = []
-    """Values that mean that the feature is off."""
+    """Values that turn the feature off."""
     why: str = ""
     """Why the key, or a value outside ``values``, has no counterpart."""
     refuse: str = ""
     """What a file with this key trains instead; such a file is not imported."""
     same_as: str = ""
-    """Another key whose rule this one has."""
+    """Another key with the same rule."""
 
 
 class Trainer(Struct, frozen=True, forbid_unknown_fields=True):
-    """Another trainer: its keys, and what it does if a file says nothing."""
+    """Another trainer: its keys, and its behavior if a file does not set a key."""
 
     label: str
     keys: dict[str, str | Rule]
     required: str
     """The key without which a file trains every weight, or nothing."""
     marks: list[str] = []
-    """Keys by which its files are recognized."""
+    """Keys that identify the trainer's files."""
     alpha_per_rank: float = 0.0
-    """Alpha of a file that names none, for each rank; 0: our default."""
+    """Alpha per rank if a file sets no alpha; 0 for our default."""
     defaults: dict[str, Any] = {}
-    """Its defaults, in our settings."""
+    """The trainer's defaults, as our settings."""
     calls: list[str] = []
-    """Functions and classes of a script whose arguments are settings."""
+    """Functions and classes whose arguments in a script are settings."""
     classes: dict[str, dict[str, Any]] = {}
     """Keys that a script sets by calling a class."""
     writes: dict[str, list[str]] = {}
-    """Keys with which a recipe is written for it, by the call whose arguments they are (see
-    :mod:`.exported`)."""
+    """Keys to write when exporting a recipe, by the call whose arguments they are (see :mod:`.exported`)."""
 
 
 class Datasets(Struct, frozen=True, forbid_unknown_fields=True):
-    """How other trainers name data: loaders, formats, columns, and what each option of a dataset means."""
+    """How other trainers specify data: loaders, formats, columns, and the meaning of each dataset option."""
 
     loaders: list[str]
     formats: dict[str, str]
@@ -75,7 +78,7 @@ class _Tables(Struct, frozen=True, forbid_unknown_fields=True):
 TABLES = msgspec.convert(
     tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")), _Tables
 )
-"""What the keys of other trainers mean: ``trainers.toml``."""
+"""The content of ``trainers.toml``."""
 
 
 class LeftOut(Struct, frozen=True):
@@ -84,11 +87,11 @@ class LeftOut(Struct, frozen=True):
     key: str
     value: Any
     why: str
-    """Empty if the key is not known."""
+    """Why it has none; empty if the key is unknown."""
 
 
 def rule_of(trainer: Trainer, key: str) -> Rule | None:
-    """Return what a key means to a trainer; None if it is not known."""
+    """Return the rule for a trainer's key; None if the key is unknown."""
     rules = TABLES.keys | trainer.keys
     rule = rules.get(key)
     if rule is None:
@@ -103,7 +106,7 @@ def rule_of(trainer: Trainer, key: str) -> Rule | None:
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys with a dot as tables."""
+    """Return keys that contain a dot as nested tables."""
     tables: dict[str, Any] = {}
     for key, value in keys.items():
         table, _, inner = key.rpartition(".")
@@ -115,5 +118,5 @@ def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_unneeded(key: str) -> bool:
-    """Return whether a key changes nothing of what is learned."""
+    """Return whether a key does not change what is learned."""
     return any(fnmatchcase(key, pattern) for pattern in TABLES.unneeded["patterns"])

@@ -1,8 +1,7 @@
-"""Every error in a layer, with its line: unknown keys, wrong types, values out of bounds, patterns that do
-not parse.
+"""Finds every error in a layer, with its line: unknown keys, wrong types, bad values and bad patterns.
 
-``tomllib`` reads values only. For line numbers this scans for table headers and ``key =`` in texts that
-``tomllib`` has already accepted; a key it misses merely has no line.
+``tomllib`` does not report line numbers. To find them, this module scans texts that ``tomllib`` has accepted
+for table headers and ``key =``; if the scan misses a key, its errors have no line.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from qlora_tui.recipe import aliases, targets
 from qlora_tui.recipe.fields import Field, fields, sections, source_fields
 
 _MAX_SHOWN = 20
-"""Maximum number of issues shown: a file with more is probably not a recipe."""
+"""Largest number of issues shown, because a file with more is probably not a recipe."""
 Key = tuple[str | int, ...]
 """``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
 _OPAQUE = re.compile(
@@ -39,22 +38,22 @@ _PATHS = frozenset(("id", "path", "validation_path", "init_from"))
 """Last path components of settings that may name a file."""
 _MAX_PATH_BYTES = 4000
 _MAX_NAME_BYTES = 255
-"""Maximum length of a Linux file name; looking up a longer one raises an error."""
+"""Largest length of a Linux file name in bytes; looking up a longer name raises an error."""
 _RawIssue = tuple[Key, str, str, str]
-"""Key in the layer, path of the setting, what is wrong, what to do."""
+"""Key in the layer, path of the setting, the error, and the fix."""
 
 
 class RecipeIssue(Struct, frozen=True):
-    """One error in a recipe: its place, and what was probably meant."""
+    """One error in a recipe: its place, and the probable fix."""
 
     origin: str
-    """The file, or the argument: ``--set lora.rank=x``."""
+    """The file, or the argument such as ``--set lora.rank=x``."""
     path: str
     """``lora.rank``; empty if the error is not in a single setting."""
     message: str
     """``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
     hint: str = ""
-    """What to do: ``did you mean lora.rank?``"""
+    """The fix: ``did you mean lora.rank?``"""
     line: int | None = None
     """Line number, from 1; None if unknown."""
 
@@ -67,7 +66,7 @@ class RecipeIssue(Struct, frozen=True):
 
 
 class InvalidRecipeError(UsageError):
-    """A recipe, a preset or a ``--set`` that is invalid."""
+    """Raised for an invalid recipe, preset or ``--set``."""
 
     def __init__(self, issues: Sequence[RecipeIssue]):
         self.issues = tuple(issues)
@@ -114,7 +113,7 @@ def key_lines(text: str) -> dict[Key, int]:
 
 
 def line_of(lines: Mapping[Key, int], key: Key) -> int | None:
-    """Line of ``key``, or of the closest enclosing table; None if unknown."""
+    """Return the line of ``key``, or of the closest enclosing table; None if unknown."""
     while key:
         if key in lines:
             return lines[key]
@@ -132,7 +131,9 @@ def _parts(dotted: str) -> Key:
 
 
 def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
-    """Insert array indices: ``data.sources.columns`` after ``[[data.sources]]`` is in the last source."""
+    """Insert array indices: ``data.sources.columns`` after ``[[data.sources]]`` belongs to the last
+    source.
+    """
     key: Key = ()
     for position, part in enumerate(parts):
         key = (*key, part)
@@ -144,7 +145,7 @@ def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
 def find_issues(
     layer: Mapping[str, Any], origin: str, lines: Mapping[Key, int] | None = None
 ) -> list[RecipeIssue]:
-    """Return all errors in file order; with ``lines`` of ``key_lines``, each with its line."""
+    """Return all errors in file order; with ``lines`` from ``key_lines``, each error has its line."""
     issues = []
     for key, path, message, hint in _check_layer(layer):
         issues.append(
@@ -194,7 +195,7 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
 
 
 def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_RawIssue]:
-    """Check one value; ``path`` is the key as written, which may be another spelling of the field's."""
+    """Check one value; ``path`` is the key as written, which may be another spelling of the field's path."""
     if field.kind == "tables" and isinstance(value, list | tuple):
         yield from _check_sources(key, path, value)
         return
@@ -262,7 +263,7 @@ def _hint_for_value(field: Field, value: Any) -> str:
 
 
 def _unquoted(text: str) -> Any:
-    """Return the value that ``text`` would be without quotes; None if it is not valid TOML then."""
+    """Return the value of ``text`` without quotes; None if it would not be valid TOML."""
     try:
         table = tomllib.loads(f"value = {text.lower()}")
     except (ValueError, RecursionError):
