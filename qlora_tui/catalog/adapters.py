@@ -1,4 +1,4 @@
-"""A LoRA adapter's config, checked before peft or torch reads it, and whether it fits a recipe.
+"""Checks a LoRA adapter's config before peft or torch reads it, and whether the adapter fits a recipe.
 
 peft does not check most values: a rank of twenty million is allocated, and module names are regular
 expressions, some of which take years. So types and bounds are checked here, patterns may not repeat, and the
@@ -29,17 +29,19 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 """An adapter's files, under their names in peft."""
 MAX_PATTERNS = 20_000
-"""Most patterns: one for each expert's projection in large mixtures."""
+"""Largest number of patterns: one for each expert's projection in large mixtures."""
 _Rank = Annotated[int, Meta(ge=1, le=1024)]
 _Alpha = Annotated[float, Meta(ge=0, le=1e6)]
 _Names = list[str] | None
 _PLAIN_PATTERN = re.compile(r"\^?(?:\\?[\w.\-]|\[[\w\-]+\])*\$?")
-"""Patterns that are matched in one pass: characters, escaped ones and sets of them."""
+"""Pattern of patterns that are matched in one pass: characters, escaped ones and sets of them."""
 _LORA_KEY = re.compile(r"base_model\.model\.(.+?)\.lora_\w+(?:\.\w+)*")
 
 
 class _Schema(Struct):
-    """The keys of an adapter's config that reach peft, by type; ``adapter_without_code`` drops all others."""
+    """The keys of an adapter's config that reach peft, by type; ``adapter_without_code`` drops all other
+    keys.
+    """
 
     peft_type: str | None = None
     task_type: str | None = None
@@ -72,10 +74,10 @@ class _Schema(Struct):
 
 
 def load_adapter_config(folder: Path) -> dict[str, Any]:
-    """Load the config of the adapter in ``folder``. Raises UserError if it cannot be used."""
+    """Load the config of the adapter in ``folder``. Raises UserError if the config cannot be used."""
     file = folder / CONFIG
     values = load_config(file)
-    adapter_without_code(values, str(file))  # refuses what changes the base
+    adapter_without_code(values, str(file))  # refuses settings that change the base
     try:
         config = msgspec.convert(values, _Schema)
     except (msgspec.ValidationError, OverflowError) as error:
@@ -135,9 +137,9 @@ def _problem(file: Path, what: str) -> UserError:
 
 _FACTOR_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 _EXPERTS = ("experts", "experts.base_layer")
-"""Ends of the names of peft's wrappers of parameters, which are no linear modules."""
+"""Ends of the names of peft's wrappers of parameters, which are not linear modules."""
 _ALPHA = 8
-"""peft's default, if a config names none."""
+"""peft's default if a config sets no alpha."""
 
 
 def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
@@ -152,7 +154,9 @@ def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
 
 
 def misfit(folder: Path, what: str) -> UserError:
-    """Return the error for an adapter that differs in ``what`` from a new one of the recipe."""
+    """Return the error for an adapter that differs from a new one of the recipe; ``what`` is the
+    difference.
+    """
     return UserError(
         "The adapter does not match the recipe",
         what=f"{folder} cannot be trained further: {what}.",
@@ -163,9 +167,9 @@ def misfit(folder: Path, what: str) -> UserError:
 
 
 def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) -> list[str]:
-    """Return how the adapter differs from a new one: one clause each; empty if it does not.
+    """Return how the adapter differs from a new one, one clause for each difference; empty if it does not.
 
-    Raises UserError if it is no LoRA adapter in safetensors, or cannot be read.
+    Raises UserError if the adapter is not a LoRA adapter in safetensors, or cannot be read.
     """
     config = load_adapter_config(folder)
     if config.get("peft_type") != "LORA":
@@ -205,7 +209,9 @@ def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) ->
 
 
 class _Alphas:
-    """The alpha of each module, by the patterns of an adapter's config, which peft matches from its end."""
+    """The alpha of each module, from the patterns of an adapter's config, which peft matches at the end of
+    names.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._patterns: dict[str, float] = config.get("alpha_pattern") or {}
@@ -213,7 +219,7 @@ class _Alphas:
         self._default: float = config.get("lora_alpha", _ALPHA)
 
     def of(self, name: str) -> float:
-        # This program writes full names, escaped: no pattern needs to be tried.
+        # This program writes full, escaped names, so no pattern needs to be matched.
         if (exact := self._patterns.get(re.escape(name))) is not None:
             return exact
         if self._compiled is None:
@@ -224,7 +230,7 @@ class _Alphas:
 
 
 def _ranks_of(folder: Path) -> dict[str, int]:
-    """Rank of each adapted linear module, by its name from ``layers.`` on."""
+    """Return the rank of each adapted linear module, keyed by its name from ``layers.`` on."""
     try:
         entries = read_header(folder / WEIGHTS)[1]
         return {
@@ -248,5 +254,5 @@ def _ranks_of(folder: Path) -> dict[str, int]:
 
 
 def trained_on(folder: Path) -> str:
-    """Return the base model that the adapter names: a Hub id or a folder; empty if it names none."""
+    """Return the base model that the adapter names: a Hub ID or a folder; empty if it names none."""
     return str(load_adapter_config(folder).get("base_model_name_or_path") or "")

@@ -10,8 +10,11 @@ from msgspec import Struct
 from qlora_tui.errors import UserError
 
 Part = Literal["attention", "mixer", "mlp", "shared_expert", "expert", "router", "vision", "other"]
-"""Purpose of a linear module. ``mixer`` replaces attention in the other layers of a hybrid; ``expert`` is a
-projection of all routed experts of a layer."""
+"""Purpose of a linear module.
+
+``mixer`` replaces attention in some layers of a hybrid model; ``expert`` is a projection of all routed
+experts of a layer.
+"""
 
 Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
 """The role of a parameter outside linear modules and embeddings."""
@@ -20,8 +23,8 @@ Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
 def inner_name(name: str) -> str:
     """Return a module's name from ``layers.`` on: ``layers.0.self_attn.q_proj``.
 
-    A text model has the same with and without the multimodal model around it. A name without ``layers.``
-    stays as it is.
+    A text model has the same inner names with and without the multimodal model around it. A name without
+    ``layers.`` is returned unchanged.
     """
     _, separator, tail = name.partition("layers.")
     return separator + tail if separator else name
@@ -41,18 +44,24 @@ class LinearModule(Struct, frozen=True):
     out_features: int
     bias: bool
     quantizable: bool
-    """Whether it is quantized; if not, it stays in the compute dtype. transformers decides it, except for
-    what is ``read_directly``."""
+    """Whether the weight is quantized; if not, it stays in the compute dtype.
+
+    transformers decides this, except for weights that are ``read_directly``.
+    """
     read_directly: bool = False
-    """Whether the model's code reads its weight itself, which it cannot in 4 or 8 bits."""
+    """Whether the model's code itself reads the weight, which it cannot do in 4 or 8 bits."""
     conv1d: bool = False
-    """Whether it is GPT-2's ``Conv1D``, whose weight is stored transposed; quantized like a Linear."""
+    """Whether the module is GPT-2's ``Conv1D``, whose weight is stored transposed; it is quantized like a
+    Linear.
+    """
     copies: int = 1
-    """Matrices of this shape: one, or one per expert."""
+    """Number of matrices of this shape: one, or one per expert."""
     adaptable: bool = True
-    """Whether LoRA can adapt it: not if it computes more than a product (Llama 4's router), nor if code reads
-    its weight in place of calling it (Jamba's ``dt_proj``), or kernels do, which peft refuses (Mamba's
-    ``out_proj``)."""
+    """Whether LoRA can adapt the module.
+
+    It cannot if the module computes more than a product (Llama 4's router), if code reads its weight instead
+    of calling it (Jamba's ``dt_proj``), or if kernels read it, which peft refuses (Mamba's ``out_proj``).
+    """
 
     @property
     def weight_params(self) -> int:
@@ -64,7 +73,7 @@ class LinearModule(Struct, frozen=True):
 
 
 class Embedding(Struct, frozen=True):
-    """A table of the language model: tokens or learned positions. Never quantized."""
+    """A table of the language model, for tokens or learned positions. Never quantized."""
 
     name: str
     rows: int
@@ -83,7 +92,7 @@ class OutputHead(Struct, frozen=True):
     out_features: int
     bias: bool
     tied: bool
-    """Whether it shares its weight with the token embedding, which then counts once."""
+    """Whether the head shares its weight with the token embedding, so that the weight counts once."""
 
     @property
     def weight_params(self) -> int:
@@ -96,7 +105,7 @@ class OutputHead(Struct, frozen=True):
 
     @property
     def own_params(self) -> int:
-        """Return the parameters it adds to the model: no weight when tied."""
+        """Return the parameters that the head adds to the model: without the weight if it is tied."""
         return (0 if self.tied else self.weight_params) + self.bias_params
 
 
@@ -114,24 +123,24 @@ class Parameter(Struct, frozen=True):
 
     @property
     def is_expert_matrices(self) -> bool:
-        """Return whether it holds a matrix of each expert, and not their biases."""
+        """Return whether the parameter holds a matrix of each expert, rather than their biases."""
         return self.role == "expert" and len(self.shape) == 3
 
 
 class Experts(Struct, frozen=True):
-    """The routed experts of a mixture, which are fused parameters of three dimensions."""
+    """The routed experts of a mixture, which are fused three-dimensional parameters."""
 
     count: int
     per_token: int
     intermediate_size: int
     shared_intermediate_size: int | None
-    """Width of the expert for all tokens; None without one."""
+    """Width of the shared expert, which computes all tokens; None without one."""
     see_all_tokens: bool = False
-    """Whether each expert computes all tokens, of which routing leaves few (Llama 4)."""
+    """Whether each expert computes all tokens, of which routing selects a few (Llama 4)."""
 
 
 class Architecture(Struct, frozen=True):
-    """One model, to the last parameter, as transformers builds it for causal language modeling."""
+    """One model with all of its parameters, as transformers builds it for causal language modeling."""
 
     model_type: str
     layers: int
@@ -155,7 +164,7 @@ class Architecture(Struct, frozen=True):
     """Share of the attention weights that the model itself drops in training (GPT-2, Granite 3); mostly 0."""
     final_logit_softcapping: float | None
     logit_scale: float | None
-    """Factor of the logits after the head; None for 1."""
+    """Factor on the logits after the head; None for 1."""
     dtype: str | None
     """Dtype of the weights in the file: ``bfloat16``."""
     quantized_as: str | None
@@ -168,37 +177,51 @@ class Architecture(Struct, frozen=True):
     parameters: tuple[Parameter, ...]
     """All other parameters."""
     is_outline: bool = False
-    """Whether it is an approximation from common keys of the config, until transformers' class is read."""
+    """Whether this is an approximation from common keys of the config, until transformers' class is read."""
     attention_softcap: bool = False
-    """Whether attention scores are capped before the softmax, which no fused kernel does (Gemma 2)."""
+    """Whether attention scores are capped before the softmax, which no fused kernel supports (Gemma 2)."""
     own_attention: bool = False
-    """Whether the class does not call transformers' interface for attention: it computes all scores in its
-    own code (Falcon, Bloom), or has no attention."""
+    """Whether the class does not call transformers' interface for attention.
+
+    Such a class computes all scores in its own code (Falcon, Bloom), or has no attention.
+    """
     index_heads: int = 0
-    """Heads with which each token chooses those that it attends to (DeepSeek V3.2); 0 if it sees all."""
+    """Number of heads with which each token selects the tokens to attend to (DeepSeek V3.2).
+
+    0 if each token attends to all earlier ones.
+    """
     own_norms: bool = False
-    """Whether its norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
+    """Whether the norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
     whole_logits: bool = False
-    """Whether the logits of all tokens are computed at once: its decoder cannot be run without its head, or
-    the head is not a linear module (Llama 4)."""
+    """Whether the logits of all tokens must be computed at once.
+
+    They must if the decoder cannot be run without its head, or the head is not a linear module (Llama 4).
+    """
     state_size: int = 0
-    """Width of the state of each head of its recurrent layers (Mamba); 0 without one."""
+    """Width of the state of each head of the recurrent layers (Mamba); 0 without recurrent layers."""
     chunk_size: int = 0
-    """Tokens that its recurrent layers compute at a time; 0 if that is unknown."""
+    """Number of tokens that the recurrent layers compute at a time; 0 if it is unknown."""
     layer_runs: tuple[int, ...] = ()
-    """How often a forward runs each layer and keeps it for the backward, if some run in a loop (HRM)."""
+    """How often a forward runs each layer and saves its tensors for the backward, if some layers run in a
+    loop (HRM).
+    """
     own_code: bool = False
-    """Whether the class passes more tensors to attention (Inkling: a bias for each pair of tokens), or
-    cannot be tried without values of tensors (DBRX)."""
+    """Whether the class passes more tensors to attention than usual, or cannot be tried without tensor
+    values.
+
+    Inkling passes a bias for each pair of tokens; DBRX needs values.
+    """
     keeps_activations: bool = False
     """Whether the class does not support gradient checkpointing (CTRL)."""
     saves_beyond_rules: float = 0.0
-    """Share by which what a layer saves for its backward differs most from what the rules of
-    :mod:`qlora_tui.memory` say of its modules, in a trial of the class (``training/class_trial.py``)."""
+    """Largest relative difference between a layer's saved bytes and the rules of :mod:`qlora_tui.memory`.
+
+    Measured in a trial of the class (``training/class_trial.py``).
+    """
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:
-        """Return each projection of the experts of a layer, as a module that LoRA can adapt."""
+        """Return each projection of a layer's experts, as a module that LoRA can adapt."""
         if self.experts is None:
             return ()
         widths = {"gate_up_proj": (self.hidden_size, 2 * self.experts.intermediate_size)}
@@ -221,7 +244,7 @@ class Architecture(Struct, frozen=True):
 
     @property
     def targets(self) -> tuple[LinearModule, ...]:
-        """Return everything that LoRA can adapt: linear modules, then the experts."""
+        """Return all targets that LoRA can adapt: linear modules, then experts."""
         return (*(module for module in self.modules if module.adaptable), *self.expert_modules)
 
     @property
@@ -252,7 +275,7 @@ class Architecture(Struct, frozen=True):
 
     @property
     def quantizable_params(self) -> int:
-        """Return the weights that become 4-bit (or 8-bit) when the model is loaded quantized."""
+        """Return the number of weights that become 4-bit (or 8-bit) when the model is loaded quantized."""
         return sum(module.weight_params for module in self.modules if module.quantizable)
 
     @property
@@ -274,7 +297,7 @@ _LEARNED_POSITION_TABLES = ("wpe", "embed_positions")
 
 
 def context_length_warning(length: int, architecture: Architecture) -> UserError | None:
-    """Return the warning if samples may have ``length`` tokens; None if they fit the context."""
+    """Return a warning if samples of ``length`` tokens exceed the model's context; None if they fit."""
     limit = architecture.max_positions
     if limit is None or length <= limit:
         return None

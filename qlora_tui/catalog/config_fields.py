@@ -1,4 +1,4 @@
-"""Typed reading of ``config.json``: every error names the field, its value and the expected values."""
+"""Typed reading of ``config.json``; every error names the field, its value and the expected values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from qlora_tui.errors import UserError
 
 MAX_SIZE = 1 << 31
-"""Far above any size in a real config."""
+"""Largest size, which is far above any size in a real config."""
 _MAX_COUNT = {
     **dict.fromkeys(("layer", "layers", "depth", "depths", "blocks"), 1000),
     **dict.fromkeys(("head", "heads", "experts"), 100_000),
 }
-"""Tighter bounds for sizes that count modules, by the last word of the key."""
+"""Lower bounds for sizes that count modules, keyed by the last word of the config's key."""
 
 
 def size_bound(key: str) -> int:
@@ -22,7 +22,7 @@ def size_bound(key: str) -> int:
 
 
 MISSING = "missing-field"
-"""Code of the error for a field that a config needs and lacks."""
+"""Error code for a required field that a config lacks."""
 
 
 def config_problem(where: str, what: str, code: str = "") -> UserError:
@@ -37,9 +37,9 @@ def config_problem(where: str, what: str, code: str = "") -> UserError:
 
 
 def no_text_generator(what: str) -> UserError:
-    """Build the error for a model that does not continue a text token by token.
+    """Build the error for a model that does not generate text token by token.
 
-    ``what``: the model and the reason, without a period.
+    ``what`` names the model and the reason, without a period.
     """
     return UserError(
         "This model does not generate text",
@@ -50,15 +50,15 @@ def no_text_generator(what: str) -> UserError:
 
 
 UNNAMED_METHOD = "an unnamed method"
-"""Stands for how weights are quantized if a config has settings of it and no name."""
+"""Stands for the quantization method if a config has quantization settings but no method name."""
 
 
 def stored_as(config: Mapping[str, Any]) -> Any:
-    """Return how a config, or one within it, says that the weights are quantized; None if it does not.
+    """Return the quantization of the weights according to a config or a nested config; None if there is none.
 
-    The name of a method (``awq``), or what stands in its place.
+    The result is the name of the method (``awq``), or the value in its place.
     """
-    # Within it too: a library reads the weights of a model's parts by the settings of the whole.
+    # Nested configs count too: a library loads the weights of a model's parts by the settings of the whole.
     places = [config]
     while places:
         place = places.pop()
@@ -103,7 +103,7 @@ class ConfigFields:
         return config_problem(self.where, f"{key} is missing", MISSING)
 
     def size(self, keys: tuple[str, ...], *, minimum: int = 1) -> int | None:
-        """Return an integer from ``minimum`` up; None when absent or null. Raises UserError otherwise."""
+        """Return an integer of at least ``minimum``; None if absent or null. Raises UserError otherwise."""
         entry = self.first(keys)
         if entry is None or entry[1] is None:
             return None
@@ -130,7 +130,7 @@ class ConfigFields:
         return entry[1]
 
     def number(self, key: str) -> float | None:
-        """Return a number above 0 and up to 1e6; None when absent or null. Raises UserError otherwise."""
+        """Return a number above 0 and up to 1e6; None if absent or null. Raises UserError otherwise."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -139,7 +139,7 @@ class ConfigFields:
         return float(value)
 
     def indices(self, key: str) -> frozenset[int]:
-        """Return a list of layer indices as a set; empty when absent or null. Raises UserError otherwise."""
+        """Return a list of layer indices as a set; empty if absent or null. Raises UserError otherwise."""
         value = self.values.get(key)
         if value is None:
             return frozenset()
@@ -148,7 +148,7 @@ class ConfigFields:
         return frozenset(value)
 
     def names(self, key: str, length: int) -> tuple[str, ...] | None:
-        """Return a list of ``length`` strings; None when absent or null. Raises UserError otherwise."""
+        """Return a list of ``length`` strings; None if absent or null. Raises UserError otherwise."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -159,7 +159,7 @@ class ConfigFields:
         return tuple(value[:length])
 
     def child(self, key: str) -> ConfigFields:
-        """Return a nested object. Raises UserError when absent or not an object."""
+        """Return a nested object. Raises UserError if it is absent or not an object."""
         if self.values.get(key) is None:
             raise self.missing(key)
         value = self.values[key]
@@ -169,11 +169,13 @@ class ConfigFields:
 
 
 _MAX_VALUES = 200_000
-"""Most values in a config. The longest real lists name each module that is not quantized."""
+"""Largest number of values in a config. The longest real lists name every module that is not quantized."""
 
 
 def check_bounds(config: Mapping[str, Any], where: str = "config.json") -> None:
-    """Raise UserError for a number that no model has, at any depth, before a library allocates by it."""
+    """Raise UserError for an impossibly large number at any depth, before a library allocates memory for
+    it.
+    """
     places: list[tuple[str, object]] = [("", config)]
     seen = 0
     while places:

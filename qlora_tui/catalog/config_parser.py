@@ -1,7 +1,7 @@
-"""From a ``config.json`` to an ``Architecture``: no weights, no torch, a few milliseconds.
+"""Converts a ``config.json`` to an ``Architecture`` in a few milliseconds, without weights or torch.
 
-What a process has read of it from transformers (:mod:`.described`), or else an outline. Read by the estimate,
-the LoRA screen, the model list and the trainer.
+The result is the architecture that a process has read from transformers (:mod:`.described`), or else an
+outline. The estimate, the LoRA screen, the model list and the trainer use this module.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from qlora_tui.files import read_bounded
 from qlora_tui.installation import install_command
 
 MAX_CONFIG_BYTES = 4 << 20
-"""Largest config file in bytes. Real ones are kilobytes; those that list all unquantized modules are up to a
-megabyte."""
+"""Largest size of a config file in bytes.
+
+Real ones have kilobytes; those that list all unquantized modules have up to a megabyte.
+"""
 
 
 def parse_architecture(config: Mapping[str, Any] | Path) -> Architecture:
@@ -80,12 +82,12 @@ def _parse(fields: ConfigFields) -> Architecture:
     except UserError as unclear:
         if unclear.code != MISSING or not config_classes():
             raise
-        # The class has it under another name, or says why it has not. Few types need this process.
+        # The class has this field under another name, or explains why not. Few types need this process.
         return described.describe(fields.values)
 
 
 def _check_stored(fields: ConfigFields) -> None:
-    """Raise UserError if a config says in an unknown form how its weights are quantized."""
+    """Raise UserError if a config specifies the quantization of its weights in an unknown form."""
     method = stored_as(fields.values)
     if method is not None and not isinstance(method, str):
         raise fields.invalid("quantization_config", "an object with quant_method, the name of a method")
@@ -94,7 +96,7 @@ def _check_stored(fields: ConfigFields) -> None:
 def type_problem(fields: ConfigFields) -> UserError | None:
     """Return why the installed transformers loads no language model of a config's type; None if it may.
 
-    The process that builds the model (:mod:`.described`) has the last word.
+    The process that builds the model (:mod:`.described`) decides finally.
     """
     model_type = fields.text(("model_type",)) or ""
     types, generators = config_classes(), text_generators()

@@ -1,8 +1,8 @@
-"""Architectures that a process read from transformers' own classes, kept on disk.
+"""Architectures that a process has read from transformers' own classes, stored on disk.
 
 A description takes seconds, most of them imports, and depends only on the config and the versions of
-transformers and of this program. What a process has found is kept in the cache folder, refusals included; a
-damaged file is made again.
+transformers and of this program. Descriptions, including refusals, are stored in the cache folder; a damaged
+file is replaced.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from qlora_tui.worker import Failure, run_job
 
 JOB = "qlora_tui.training.description:describe_all"
 DEADLINE_S = 90.0
-"""Seconds after which a process that describes one config is ended; imports take most of the usual 4."""
+"""Seconds after which a process that describes one config is ended. It usually takes 4, mostly for
+imports.
+"""
 _FORMAT = 5
 MAX_FILES = 400
-"""Most descriptions that are kept, of some 20 to 200 KB each."""
+"""Largest number of descriptions that are stored, of about 20 to 200 KB each."""
 
 
 class Description(Struct, frozen=True, omit_defaults=True):
-    """What transformers' class says about a config: one of the two."""
+    """The result of describing a config with transformers' class: an architecture or a refusal."""
 
     architecture: Architecture | None = None
     refusal: Failure | None = None
     missing: tuple[str, ...] = ()
-    """Packages without which it is refused."""
+    """Packages whose absence is the reason for the refusal."""
 
     def result(self) -> Architecture:
-        """Return the architecture. Raises the refusal."""
+        """Return the architecture, or raise the refusal."""
         if self.architecture is not None:
             return self.architecture
         assert self.refusal is not None
@@ -50,7 +52,7 @@ _CACHE = AnswerCache("descriptions", Description, max_bytes=64 << 20)
 
 
 def stored(config: Mapping[str, Any]) -> Description | None:
-    """Return what an earlier process found about a config; None if none did, or it lacked a package."""
+    """Return the stored description of a config; None if there is none, or if packages were missing then."""
     found = _CACHE.find(_key(config))
     if found is None or not (found.architecture or found.refusal) or any(map(_is_installed, found.missing)):
         return None
@@ -60,7 +62,8 @@ def stored(config: Mapping[str, Any]) -> Description | None:
 def describe(config: Mapping[str, Any], should_stop: Callable[[], bool] = lambda: False) -> Architecture:
     """Return the exact architecture of a config, from the cache or from a process that takes seconds.
 
-    Raises JobStopped, and UserError when the installed transformers cannot build a language model of it.
+    Raises JobStopped, and UserError if the installed transformers cannot build a language model of the
+    config.
     """
     description = stored(config) or _describe([config], should_stop)[0]
     return description.result()
@@ -69,7 +72,7 @@ def describe(config: Mapping[str, Any], should_stop: Callable[[], bool] = lambda
 def describe_all(
     configs: Iterable[Mapping[str, Any]], should_stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Describe all configs that are not in the cache, in one process if that survives them.
+    """Describe all configs that are not in the cache, in a single process unless that process dies.
 
     Raises JobStopped.
     """
@@ -100,7 +103,7 @@ def _describe(configs: list[Mapping[str, Any]], should_stop: Callable[[], bool])
 
 
 def keep(config: Mapping[str, Any], description: Description) -> None:
-    """Keep what was found about a config."""
+    """Store the description of a config."""
     _CACHE.keep(_key(config), description, MAX_FILES)
 
 

@@ -1,9 +1,10 @@
-"""Download of a model from the Hub, as a job that outlives the process that starts it.
+"""Downloads a model from the Hub, as a job that outlives the process that starts it.
 
-Safetensors, configuration and tokenizer: no files that can execute code when opened, so never ``.bin``,
-``.pt`` or ``.py``. The files go to the paths that ``huggingface_hub`` uses (``blobs``, ``snapshots``,
-``refs``), so that every program that reads its cache finds them. ``huggingface_hub`` 2 restarts a file after
-its process has died; here partial files are kept and resumed, and checked against their hash when complete.
+It downloads safetensors, configuration and tokenizer, but no files that can execute code when opened, such as
+``.bin``, ``.pt`` or ``.py``. The files go to the paths that ``huggingface_hub`` uses (``blobs``,
+``snapshots``, ``refs``), so that every program that reads its cache finds them. ``huggingface_hub`` 2
+restarts a file after its process has died; here partial files are kept and resumed, and checked against their
+hash when complete.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ from qlora_tui.worker import Report, start_detached
 
 CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
-"""Bytes left free on the disk."""
+"""Number of bytes that are left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Delays between attempts after a connection error without progress."""
 MAX_REQUESTS = 1000
-"""Most requests for one file. Each resumes where the previous one stopped."""
+"""Largest number of requests for one file. Each resumes where the previous one stopped."""
 
 
 def download(
@@ -74,8 +75,8 @@ def download(
 ) -> Path:
     """Download a revision of ``model_id`` into the Hugging Face cache; return the folder to load.
 
-    Resumes an earlier attempt. ``report`` gets bytes, and the name of the current file. Raises UserError on
-    failure; downloaded data is kept.
+    Resumes an earlier attempt. ``report`` is called with bytes and the name of the current file. Raises
+    UserError on failure; downloaded data is kept.
     """
     plan = plan_download(model_id, revision)
     check_space(plan)
@@ -97,7 +98,7 @@ def download(
 
 
 def check_space(plan: DownloadPlan) -> None:
-    """Raise UserError when the missing files do not fit on the disk."""
+    """Raise UserError if the missing files do not fit on the disk."""
     existing_parent = next(folder for folder in plan.folder.parents if folder.exists())
     free = shutil.disk_usage(existing_parent).free
     missing = plan.total_bytes - plan.done_bytes
@@ -113,9 +114,9 @@ def check_space(plan: DownloadPlan) -> None:
 
 
 def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
-    """Return whether the cache has all of ``file``, by size and hash. A damaged blob is deleted.
+    """Return whether the cache has all of ``file``, by size and hash. Deletes a damaged blob.
 
-    What stands in the snapshot in place of a link may be the user's own version: it is moved aside.
+    If the snapshot has another file in place of a link, it may be the user's own version, and is moved aside.
     """
     blob, pointer = plan.blob(file), plan.snapshot / file.name
     present = [path for path in (blob, pointer) if path.is_file()]
@@ -157,7 +158,7 @@ def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
 
 
 def _fetch(plan: DownloadPlan, file: HubFile, report: Report, retry_delays_s: tuple[float, ...]) -> None:
-    """Download all of ``file``, through any number of disconnects, as long as each request makes progress."""
+    """Download all of ``file``, despite disconnects, as long as each request makes progress."""
     before = plan.done_bytes - min(file.size_bytes, _size(plan.partial(file)))
 
     def on_bytes(size: int) -> None:
@@ -187,7 +188,7 @@ def _fetch(plan: DownloadPlan, file: HubFile, report: Report, retry_delays_s: tu
         partial.flush()
         if _size(plan.partial(file)) != file.size_bytes or _hash(plan.partial(file), file) != file.etag:
             raise _damaged(plan, file, partial, "does not match the hash on the Hub")
-        # Before the rename: a power cut must not leave an empty file under the blob's name.
+        # Sync before the rename: a power cut must not leave an empty file under the blob's name.
         os.fsync(partial.fileno())
         plan.partial(file).replace(plan.blob(file))
         sync(plan.blob(file).parent)
@@ -224,13 +225,13 @@ def _append(plan: DownloadPlan, file: HubFile, partial: IO[bytes], on_bytes: Cal
                     plan, file, partial, f"is longer than the {file.size_bytes:,} bytes it should have"
                 )
             partial.write(chunk)
-            # The next download continues from here, however this process ends.
+            # The next download continues from this position, however this process ends.
             partial.flush()
             on_bytes(size)
 
 
 def _hash(path: Path, file: HubFile) -> str:
-    """Return the hash by which the Hub names ``path``: SHA-256, or git's blob hash."""
+    """Return the Hub's hash of ``path``: SHA-256, or git's blob hash."""
     if len(file.etag) == 64:
         hashed = hashlib.sha256()
     else:
@@ -249,7 +250,7 @@ def _size(path: Path) -> int:
 
 
 def start_download(model_id: str) -> subprocess.Popen[bytes]:
-    """Start a download that outlives this process and its terminal. Its messages are on ``stdout``."""
+    """Start a download that outlives this process and its terminal. Its messages are on its ``stdout``."""
     job = "qlora_tui.catalog.download:download"
     if (link := current()) is not None:
         return link.start_job(job, model_id)
@@ -287,11 +288,11 @@ class HubFile(Struct, frozen=True):
     name: str
     size_bytes: int
     etag: str
-    """Its hash, and its name in the cache: SHA-256 for a large file, git's for a small one."""
+    """Hash of the file, which is its name in the cache: SHA-256 for a large file, git's for a small one."""
 
 
 class DownloadPlan(Struct, frozen=True):
-    """Files and folder of one model download."""
+    """The files and the folder of one model download."""
 
     id: str
     commit: str
@@ -305,7 +306,7 @@ class DownloadPlan(Struct, frozen=True):
 
     @property
     def done_bytes(self) -> int:
-        """Return the bytes already on disk, of complete and partial files."""
+        """Return the number of bytes already on disk, in complete and partial files."""
         return sum(min(file.size_bytes, self._downloaded_bytes(file)) for file in self.files)
 
     def _downloaded_bytes(self, file: HubFile) -> int:
@@ -331,10 +332,10 @@ class DownloadPlan(Struct, frozen=True):
 
 @at_box
 def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
-    """Plan the download of ``model_id``. Nothing is written yet.
+    """Plan the download of ``model_id`` without writing anything.
 
-    Raises UserError when the Hub does not respond, the model is gated, or it cannot be trained here (known
-    from its config and file list, before gigabytes are downloaded).
+    Raises UserError if the Hub does not respond, the model is gated, or it cannot be trained here, which its
+    config and file list show before gigabytes are downloaded.
     """
     page = f"api/models/{validate_model_id(model_id)}/revision/{quote(validate_revision(revision), safe='')}"
     info = get_json(page, {"blobs": "true"}, model_id)
@@ -361,7 +362,7 @@ def validate_revision(revision: str) -> str:
 
 
 def _parse_listing(info: Any) -> tuple[str, dict[str, HubFile]]:
-    """Return the commit and the files on the model's page; of those in subfolders only chat templates."""
+    """Return the commit and the files on the model's page; from subfolders only chat templates."""
     try:
         page = msgspec.convert(info, _ModelPage)
     except msgspec.ValidationError:

@@ -1,8 +1,8 @@
-"""GGUF files: their header, and the types that are exported.
+"""GGUF files: reading their header, and the file types of exports.
 
 This parser exists because the ``gguf`` package imports numpy, which the app must start without. Format:
-github.com/ggml-org/ggml, docs/gguf.md. Of arrays, only short ones of numbers are read, such as a value for
-each layer. What the metadata means: :mod:`qlora_tui.catalog.gguf_config`.
+github.com/ggml-org/ggml, docs/gguf.md. Only short arrays of numbers are read, such as a value for each layer.
+:mod:`qlora_tui.catalog.gguf_config` interprets the metadata.
 """
 
 from __future__ import annotations
@@ -34,20 +34,22 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 8
 MAX_TEXT_BYTES = 4 << 20
-"""Longest text that is read; the longest chat templates have a hundred thousand characters. Others count as
-arrays of their length."""
+"""Size of the longest text that is read, in bytes; of longer texts only the length is known.
+
+The longest chat templates have a hundred thousand characters.
+"""
 MAX_TEXTS_BYTES = 16 << 20
-"""Longest texts of one file together. No file comes near, so a longer one is not read at all."""
+"""Total size of the texts in one file, in bytes. No real file comes near it, so a larger file is refused."""
 MAX_ARRAY = 4096
-"""Longest array of numbers that is read; those about a model's layers have some hundred."""
+"""Length of the longest array of numbers that is read; arrays about a model's layers have a few hundred."""
 MAX_TOKENS = 1 << 22
-"""Longest array of a vocabulary that is read; the largest ones have 262,144 tokens and 580,000 merges."""
+"""Length of the longest vocabulary array that is read; the largest have 262,144 tokens and 580,000 merges."""
 _F32 = 0
 """``GGML_TYPE_F32``."""
 _ROPE_FACTORS = "rope_"
-"""Begins the names of the vectors that divide frequencies of the rotary embedding (``rope_freqs.weight``)."""
+"""Prefix of the names of vectors that divide frequencies of the rotary embedding (``rope_freqs.weight``)."""
 _ALIGNMENT = 32
-"""Alignment of tensors in bytes, if the file does not say (ggml, GGUF_DEFAULT_ALIGNMENT)."""
+"""Alignment of tensors in bytes if the file does not set one (ggml, GGUF_DEFAULT_ALIGNMENT)."""
 
 QUANTIZATION_NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
@@ -64,15 +66,17 @@ class GgufHeader:
     values: dict[str, Any]
     """Metadata by key: numbers, booleans, strings, and tuples of short arrays of numbers."""
     lengths: dict[str, int]
-    """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``, and of texts too long to read."""
+    """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``, and of texts that are too long to
+    read.
+    """
     tensors: dict[str, tuple[int, ...]]
-    """Dimensions by tensor name, the fastest-moving first: (in, out) for a linear weight."""
+    """Dimensions by tensor name, the fastest-changing first: (in, out) for a linear weight."""
     tensor_types: dict[str, int] = field(default_factory=dict)
     """Type of each tensor, numbered as ggml's ``ggml_type``."""
     offsets: dict[str, int] = field(default_factory=dict)
     """First byte of each tensor in the file."""
     rope_factors: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """Values of the float32 vectors about the rotary embedding, by tensor name."""
+    """Values of the float32 vectors of the rotary embedding, by tensor name."""
 
     @property
     def architecture(self) -> str | None:
@@ -81,7 +85,7 @@ class GgufHeader:
 
     @property
     def quantization(self) -> str | None:
-        """Return the quantization, such as ``Q4_1``; None if the file does not say."""
+        """Return the quantization, such as ``Q4_1``; None if the file does not name it."""
         kind = self.values.get("general.file_type")
         return QUANTIZATION_NAMES.get(kind) if isinstance(kind, int) else None
 
@@ -92,11 +96,11 @@ class GgufHeader:
 
 
 class _CorruptFileError(Exception):
-    """The bytes do not follow the format."""
+    """Raised if the bytes do not follow the format."""
 
 
 class _Cursor:
-    """Reads forward through the file's bytes; never past their end."""
+    """Reads forward through the file's bytes, never past their end."""
 
     def __init__(self, data: mmap.mmap, longest_array: int = MAX_ARRAY):
         self.data = data
@@ -116,7 +120,7 @@ class _Cursor:
         return struct.unpack_from(layout, self.data, self.skip(struct.calcsize(layout)))[0]
 
     def text(self) -> str | int:
-        """Return a text, or only its length in bytes if that is too long to read."""
+        """Read a text; return only its length in bytes if it is too long to read."""
         length = int(self.number("<Q"))
         start = self.skip(length)
         if length > MAX_TEXT_BYTES:
@@ -130,16 +134,16 @@ class _Cursor:
             raise _CorruptFileError from None
 
     def name(self) -> str:
-        """Return a key, or a tensor's name."""
+        """Read a key or a tensor's name."""
         name = self.text()
         if not isinstance(name, str):
             raise _CorruptFileError
         return name
 
     def array(self, *, texts: bool = False) -> tuple[int, tuple[Any, ...] | None]:
-        """Return the length of an array of scalars or strings, and the values of a short one.
+        """Return the length of an array of scalars or strings, and the values if it is short.
 
-        Those of strings only with ``texts``.
+        Values of strings are returned only with ``texts``.
         """
         kind, length = self.number("<I"), int(self.number("<Q"))
         is_short = length <= self.longest_array
@@ -170,9 +174,9 @@ class _Cursor:
 
 
 def read_gguf(path: Path, *, vocabulary: bool = False) -> GgufHeader:
-    """Read the header of ``path``, and with ``vocabulary`` also the long arrays of its tokenizer.
+    """Read the header of ``path``; with ``vocabulary`` also the long arrays of its tokenizer.
 
-    Raises UserError when it cannot be read or is not GGUF.
+    Raises UserError if the file cannot be read or is not GGUF.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -248,13 +252,13 @@ def _read(cursor: _Cursor, vocabulary: bool) -> GgufHeader:
 
 FileType: TypeAlias = Literal["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 FILE_TYPES: tuple[FileType, ...] = ("BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""Types that the ``gguf`` package writes, the largest first."""
+"""File types that the ``gguf`` package writes, the largest first."""
 K_QUANTS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
-"""Types that llama.cpp itself writes, the largest first."""
+"""File types that llama.cpp itself writes, the largest first."""
 AUTO = "auto"
-"""The smallest type whose answers are near enough to the adapter's."""
+"""Selects the smallest file type whose answers are close enough to the adapter's."""
 LADDER = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-"""Types that ``auto`` tries, the smallest first."""
+"""File types that ``auto`` tries, the smallest first."""
 
 _BITS_PER_WEIGHT = {
     "F16": 16.0,
@@ -274,14 +278,18 @@ _BITS_PER_WEIGHT = {
     "Q3_K_S": 3.64,
     "Q2_K": 3.16,
 }
-"""K types: measured on Llama 3.1 8B (llama.cpp, tools/quantize/README.md); others: from their blocks."""
+"""Bits per weight of each file type.
+
+K types are measured on Llama 3.1 8B (llama.cpp, tools/quantize/README.md), and other types calculated from
+their blocks.
+"""
 _Q8_0_BITS = 8.5
 _K_BLOCK = 256
 _CONTEXT = 4096
 
 
 def estimated_bytes(architecture: Architecture, file_type: str) -> int:
-    """Return the approximate size of the GGUF file of a model, without what reads images.
+    """Return the approximate size of a model's GGUF file in bytes, without the vision part.
 
     An 8.03 B model in Q4_K_M: 8.03e9 · 4.89 / 8 = 4.9 GB. A model whose rows are not made of whole K blocks
     of 256 weights gets larger types, about one step up.
@@ -298,27 +306,29 @@ def estimated_bytes(architecture: Architecture, file_type: str) -> int:
 
 
 def spelled(name: str) -> str:
-    """Return a type as it is spelled here, such as ``Q4_K_M`` for ``q4_k_m``; an unknown one as it is."""
+    """Return a type in our spelling, such as ``Q4_K_M`` for ``q4_k_m``; an unknown type is returned
+    unchanged.
+    """
     names = {kind.lower(): kind for kind in (*FILE_TYPES, *K_QUANTS, AUTO)}
     return names.get(name.lower(), name)
 
 
 def next_larger(file_type: str) -> str:
-    """Return the next larger type that ``auto`` tries, or F16; empty for the largest."""
+    """Return the next larger type that ``auto`` tries, or F16; empty for the largest type."""
     bits = _BITS_PER_WEIGHT[file_type]
     return next((kind for kind in (*LADDER, "F16") if _BITS_PER_WEIGHT[kind] > bits), "")
 
 
 def rows_without_k_blocks(architecture: Architecture) -> tuple[int, ...]:
-    """Return the lengths of rows that llama.cpp cannot store as K types, in ascending order."""
+    """Return the row lengths that llama.cpp cannot store as K types, in ascending order."""
     text = (module.in_features for module in architecture.modules if module.part != "vision")
     return tuple(sorted({length for length in text if length % _K_BLOCK}))
 
 
 def bytes_to_run(architecture: Architecture, file_type: str) -> int:
-    """Return the approximate memory that llama.cpp needs at a context of 4,096 tokens.
+    """Return the approximate memory that llama.cpp needs at a context of 4,096 tokens, in bytes.
 
-    The file, and keys and values of every layer in float16.
+    The memory holds the file, and keys and values of every layer in float16.
     """
     cache = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * _CONTEXT * 2
     return estimated_bytes(architecture, file_type) + cache

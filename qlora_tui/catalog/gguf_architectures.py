@@ -1,9 +1,8 @@
-"""Architectures of GGUF files that can be a base: which fields of a config their metadata becomes.
+"""The GGUF architectures that can be a base, with the conversion of their metadata to config fields.
 
-Each reader below takes what one kind of layer has of its own. What is the same everywhere is in
-:mod:`qlora_tui.catalog.gguf_config`; how tensors are stored, in :mod:`qlora_tui.gguf_format`.
-
-What llama.cpp reads of each architecture, and its defaults: llama.cpp, src/models (``load_arch_hparams``).
+Each reader below converts the metadata of one kind of layer. Metadata that all architectures share are
+converted in :mod:`qlora_tui.catalog.gguf_config`, and tensors in :mod:`qlora_tui.gguf_format`. Source of the
+keys and defaults of each architecture: llama.cpp, src/models (``load_arch_hparams``).
 """
 
 from __future__ import annotations
@@ -23,26 +22,30 @@ _ROPE_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """What one ``general.architecture`` has beyond what all have in common."""
+    """The properties of one ``general.architecture`` beyond those that all share."""
 
     model_type: str
-    """transformers' name of it."""
+    """transformers' name of the architecture."""
     constants: tuple[str, ...] = ()
-    """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that it computes with."""
+    """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that the architecture computes with."""
     computes: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of what is computed without a key, since transformers' class may do otherwise."""
+    """Config fields for computations that have no key in the file, because transformers' default may
+    differ.
+    """
     partial_rotation: bool = False
-    """Whether transformers' class can rotate a part of a head only."""
+    """Whether transformers' class can rotate only a part of a head."""
     by_layer: tuple[str, ...] = ()
     """Keys that ``read`` reads, because they may differ between layers."""
     reads_factors: bool = False
     """Whether ``read`` reads the factors of the rotary embedding's frequencies."""
     read: tuple[Reader, ...] = ()
-    """What reads the rest."""
+    """Readers of all other metadata."""
 
 
 def _scaled_attention(data: Metadata, config: Config) -> None:
-    """Read Gemma's attention scale. The 27B are known by their number of layers (src/models/gemma2.cpp)."""
+    """Read Gemma's attention scale. 27B models are identified by their number of layers
+    (src/models/gemma2.cpp).
+    """
     layers_27b = {"gemma2": 46, "gemma3": 62}[data.architecture]
     width: int = config["head_dim"]
     if config["num_hidden_layers"] == layers_27b:
@@ -51,9 +54,10 @@ def _scaled_attention(data: Metadata, config: Config) -> None:
 
 
 def _windows(period: int, window: int | None = None) -> Reader:
-    """Return a reader of the window and of the layers that have one.
+    """Return a reader of the window, and of the layers that have one.
 
-    The last of each ``period`` layers has none, if the file names no pattern. ``window`` is llama.cpp's own.
+    If the file has no pattern, the last of each ``period`` layers has no window. ``window`` is llama.cpp's
+    default.
     """
 
     def read(data: Metadata, config: Config) -> None:
@@ -82,7 +86,7 @@ def _windows(period: int, window: int | None = None) -> Reader:
 def _rope_by_window(base: float | None = _ROPE_BASE) -> Reader:
     """Return a reader of the rotary embedding of layers with a window, which is never scaled.
 
-    ``base`` is its base, if the file names none; None for that of the other layers.
+    ``base`` is its base if the file sets none; None means the base of the other layers.
     """
 
     def read(data: Metadata, config: Config) -> None:
@@ -100,23 +104,23 @@ def _one_window(data: Metadata, config: Config) -> None:
 
 
 def _softcaps(data: Metadata, config: Config) -> None:
-    """Read Gemma 2's caps; llama.cpp's defaults are those of the published models."""
+    """Read Gemma 2's soft caps; llama.cpp's defaults are those of the published models."""
     for key, cap in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
         config[key] = data.positive(key) or cap
 
 
 def _last_softcap(data: Metadata, config: Config) -> None:
-    """Read the cap of the logits, of which 0 means none."""
+    """Read the soft cap of the logits; 0 means none."""
     config["final_logit_softcapping"] = data.positive("final_logit_softcapping")
 
 
 def _routing(gate: int | None = _SOFTMAX, normalized: bool | None = None, scale: str = "") -> Reader:
-    """Return a reader of how a token's experts are chosen and weighed.
+    """Return a reader of how a token's experts are selected and weighted.
 
     Args:
-        gate: what is computed of the router's logits, if that was not read before.
-        normalized: whether their weights are divided by their sum, if no field says it.
-        scale: field of the factor of the experts' sum, if there is one.
+        gate: function of the router's logits, if it was not read before.
+        normalized: whether the weights are divided by their sum, if no field says so.
+        scale: field of the factor on the experts' sum, if there is one.
     """
 
     def read(data: Metadata, config: Config) -> None:
@@ -138,7 +142,7 @@ def _routing(gate: int | None = _SOFTMAX, normalized: bool | None = None, scale:
 
 
 def _widths(own: str, shared: str = "") -> Reader:
-    """Return a reader of the width of an expert, and of that of all shared ones together."""
+    """Return a reader of the width of an expert, and of all shared experts together."""
 
     def read(data: Metadata, config: Config) -> None:
         used = max(1, config.get("num_experts_per_tok", 1))
@@ -158,12 +162,14 @@ def _widths(own: str, shared: str = "") -> Reader:
 
 
 def _unrotated_layers(data: Metadata, config: Config) -> None:
-    """SmolLM3 has no rotary embedding in each fourth layer (src/models/smollm3.cpp)."""
+    """Set that every fourth layer of SmolLM3 has no rotary embedding (src/models/smollm3.cpp)."""
     config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
 
 
 def _olmo3(data: Metadata, config: Config) -> None:
-    """Olmo 3 is an Olmo 2 with windows, and scales the rotary embedding of the other layers only."""
+    """Read Olmo 3, which is Olmo 2 with windows; only layers without a window have a scaled rotary
+    embedding.
+    """
     if not data.header.values.get("olmo2.attention.sliding_window"):
         data.count("attention.sliding_window")
         return
@@ -173,7 +179,7 @@ def _olmo3(data: Metadata, config: Config) -> None:
 
 
 def _ministral(data: Metadata, config: Config) -> None:
-    """Read Ministral 3's factors on YaRN and on queries far from the beginning."""
+    """Read Ministral 3's factors for YaRN, and for queries far from the beginning."""
     rope = config["rope_parameters"]
     multiplier = data.positive("rope.scaling.yarn_log_multiplier")
     rope["llama_4_scaling_beta"] = data.number("attention.temperature_scale") or 0.0
@@ -198,7 +204,8 @@ def _linear_attention(data: Metadata, config: Config) -> None:
     config["layer_types"] = ["linear_attention" if each else "full_attention" for each in kinds]
     sections = data.value("rope.dimension_sections")
     if isinstance(sections, tuple) and any(sections):
-        # Parts of the rotated pairs for time, height and width: of a text, all three are its positions.
+        # Shares of the rotated pairs for time, height and width; for text, all three are the token's
+        # position.
         config["rope_parameters"] |= {"mrope_section": list(sections[:3]), "mrope_interleaved": True}
 
 
@@ -220,7 +227,9 @@ def _dense_first(field_name: str) -> Reader:
 
 
 def _kinds_by_key_heads(without: str) -> Reader:
-    """Return a reader of the layers that have attention: those with key heads. The others are ``without``."""
+    """Return a reader of the kinds of layers: those with key heads have attention, all others are
+    ``without``.
+    """
 
     def read(data: Metadata, config: Config) -> None:
         heads = data.value("attention.head_count_kv")
@@ -235,12 +244,12 @@ def _kinds_by_key_heads(without: str) -> Reader:
 
 
 def _are_counts(values: tuple[Any, ...]) -> bool:
-    """Return whether all are whole numbers of at least zero."""
+    """Return whether all values are integers of at least zero."""
     return all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values)
 
 
 def _by_layer(data: Metadata, key: str, layers: int) -> tuple[int, ...]:
-    """Return a number for each layer, which may be one for all. Raises UserError."""
+    """Return a number for each layer; the file may have one number for all. Raises UserError."""
     value = data.value(key)
     values = value[:layers] if isinstance(value, tuple) else (value,) * layers
     if len(values) < layers or not _are_counts(values):
@@ -249,7 +258,7 @@ def _by_layer(data: Metadata, key: str, layers: int) -> tuple[int, ...]:
 
 
 def _mamba2(data: Metadata, config: Config) -> None:
-    """Read the sizes of state-space layers of the second kind."""
+    """Read the sizes of Mamba-2 layers."""
     inner, heads = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
     if inner is None or heads is None:
         raise data.problem(f"{data.architecture}.ssm.inner_size or ssm.time_step_rank is missing")
@@ -272,7 +281,7 @@ def _granite_hybrid(data: Metadata, config: Config) -> None:
 
 
 def _granite_shared(data: Metadata, config: Config) -> None:
-    """Read Granite's experts; with shared ones it is another type of transformers'."""
+    """Read Granite's experts; with shared experts transformers has another type."""
     shared = data.count("expert_shared_feed_forward_length")
     if shared is not None:
         config |= {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
@@ -281,7 +290,7 @@ def _granite_shared(data: Metadata, config: Config) -> None:
 
 
 def _gemma4(data: Metadata, config: Config) -> None:
-    """Read Gemma 4: heads of layers without a window, shared keys, embeddings of each layer."""
+    """Read Gemma 4: heads of layers without a window, shared keys, and embeddings of each layer."""
     layers: int = config["num_hidden_layers"]
     full, sliding = config["head_dim"], data.count("attention.key_length_swa") or config["head_dim"]
     data.expect("attention.value_length_swa", sliding)
@@ -330,7 +339,9 @@ def _gemma4(data: Metadata, config: Config) -> None:
 
 
 def _proportional(data: Metadata, base: float, width: int) -> Config:
-    """Return a rotary embedding of a part of the pairs: the others have factors that stop them."""
+    """Return a rotary embedding of a part of the pairs; factors in the file stop the rotation of the
+    others.
+    """
     factors = data.header.rope_factors.get("rope_freqs.weight", ())
     rotated = sum(factor == 1.0 for factor in factors)
     ends = factors[rotated:]
@@ -340,7 +351,7 @@ def _proportional(data: Metadata, base: float, width: int) -> Config:
 
 
 def _fixed_epsilon(data: Metadata, config: Config) -> None:
-    """Refuse another epsilon of norms without weights, which transformers' class has built in."""
+    """Refuse another epsilon for norms without weights, because transformers' class has a fixed one."""
     data.expect("attention.layer_norm_epsilon", 1e-5)
 
 
@@ -350,16 +361,16 @@ def _dense_width(data: Metadata, config: Config) -> None:
 
 
 def _parallel_residual(data: Metadata, config: Config) -> None:
-    """Read whether attention and MLP of a layer have the same input; it shows in the norms, if not named."""
+    """Read whether attention and MLP of a layer have the same input; if no key says so, the norms show it."""
     named = data.value("use_parallel_residual")
     both = data.has_in_a_layer("ffn_norm.weight")
     config["use_parallel_residual"] = not both if named is None else bool(named)
 
 
 def _latent_attention(data: Metadata, config: Config) -> None:
-    """Read DeepSeek's attention, which is stored with one key head; its three generations compute alike.
+    """Read DeepSeek's attention, which is stored with one key head and is the same in three generations.
 
-    The second one chooses experts by a softmax, the third by a sigmoid.
+    The second generation selects experts by a softmax, and the third by a sigmoid.
     """
     heads, rotated = config["num_attention_heads"], data.count("rope.dimension_count")
     key, value = data.count("attention.key_length_mla"), data.count("attention.value_length_mla")
@@ -385,7 +396,7 @@ def _latent_attention(data: Metadata, config: Config) -> None:
 
 
 def _blocks(data: Metadata, config: Config) -> None:
-    """Read which of four kinds each of Nemotron H's layers is, by its tensors."""
+    """Read which of four kinds each layer of Nemotron H is, from its tensors."""
     kinds = {
         "ssm_in.weight": "linear_attention",
         "attn_q.weight": "full_attention",
@@ -413,7 +424,9 @@ def _blocks(data: Metadata, config: Config) -> None:
 
 
 def _folded_factors(data: Metadata, config: Config) -> None:
-    """Falcon H1 has twelve factors, which its weights were multiplied by when the file was made."""
+    """Set Falcon H1's twelve factors to 1, because its weights were multiplied by them when the file was
+    made.
+    """
     names = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_in", "ssm_out")
     config |= {f"{name}_multiplier": 1.0 for name in names}
     config |= {"mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5}
@@ -421,7 +434,9 @@ def _folded_factors(data: Metadata, config: Config) -> None:
 
 
 def _gpt_oss(data: Metadata, config: Config) -> None:
-    """Read gpt-oss. Its YaRN does not round the borders of its ramp to whole pairs, and no key says so."""
+    """Read gpt-oss, whose YaRN does not round the limits of its ramp to whole pairs, although no key says
+    so.
+    """
     if config["rope_parameters"]["rope_type"] == "yarn":
         config["rope_parameters"]["truncate"] = False
 
@@ -578,7 +593,9 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "hunyuan-dense": GgufArchitecture("hunyuan_v1_dense"),
     "starcoder2": GgufArchitecture("starcoder2", computes={"hidden_act": "gelu_pytorch_tanh"}),
 }
-"""By ``general.architecture``, those whose weights become transformers' exactly. Each one is compared with
-llama.cpp (tests/export/test_gguf_architectures.py)."""
+"""The architectures whose weights convert exactly to transformers', keyed by ``general.architecture``.
+
+Each one is compared with llama.cpp (tests/export/test_gguf_architectures.py).
+"""
 MIXTRAL = GgufArchitecture("mixtral", read=(_routing(normalized=True), _widths("intermediate_size")))
-"""A ``llama`` with experts."""
+"""A ``llama`` architecture with experts."""

@@ -1,14 +1,14 @@
-"""From the header of a GGUF file to the ``config.json`` of the model that it describes.
+"""Converts the header of a GGUF file to the ``config.json`` of the model that it describes.
 
-llama.cpp computes a model from metadata, from the presence of tensors, and from what its code does for an
-architecture without being told (:mod:`qlora_tui.catalog.gguf_architectures`). Each of these becomes a field
-of the config. A key that nothing here reads, or whose value transformers' class cannot compute with, refuses
-the file by name: a scale or a window that is left out raises no error, only another model, and the check of
-the first training step would compare two equally wrong ones. That the tensors are exactly those of
-transformers' class is checked when they are converted (:mod:`qlora_tui.training.gguf_weights`).
+llama.cpp computes a model from metadata, from the presence of tensors, and from fixed rules in its code for
+an architecture (:mod:`qlora_tui.catalog.gguf_architectures`). Each of these becomes a field of the config. If
+a key is not read here, or transformers' class does not support its value, the file is refused and the key
+named: a missing scale or window would not raise an error but give a different model, and the check of the
+first training step would compare two equally wrong models. The conversion checks that the tensors are exactly
+those of transformers' class (:mod:`qlora_tui.training.gguf_weights`).
 
-Names of keys: github.com/ggml-org/ggml, docs/gguf.md. What llama.cpp reads of each architecture, and its
-defaults: llama.cpp, src/models and src/llama-model.cpp (``load_hparams``).
+Source of the names of keys: github.com/ggml-org/ggml, docs/gguf.md. Source of the keys and defaults of each
+architecture: llama.cpp, src/models and src/llama-model.cpp (``load_hparams``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COUNTS: Mapping[str, str] = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
-"""Keys of every architecture that count something, and the field that each one becomes."""
+"""Keys of every architecture that are counts, and the field for each."""
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
@@ -44,7 +44,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
 }
-"""Keys of every architecture, and the fields of which a config class has one."""
+"""Keys of every architecture, and the fields for each, of which a config class has one."""
 CONSTANTS: dict[str, tuple[str, ...]] = {
     "attention.scale": ("attention_multiplier",),
     "attention.clamp_kqv": ("clip_qkv",),
@@ -60,7 +60,7 @@ CONSTANTS: dict[str, tuple[str, ...]] = {
     "residual_scale": ("residual_multiplier",),
     "use_parallel_residual": ("use_parallel_residual",),
 }
-"""Keys that some architectures compute with, and the fields likewise."""
+"""Keys that some architectures compute with, and the fields for each, of which a config class has one."""
 _PRESENT = {
     "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
     "attention_out_bias": ("attn_output.bias",),
@@ -74,22 +74,24 @@ _PRESENT = {
 }
 """Fields that are true if a layer has one of the tensors."""
 _IGNORED = ("tensor_data_layout", "rope.scaling.finetuned")
-"""Keys that change nothing that is computed."""
+"""Keys that do not affect the computation."""
 _MAX_LAYERS = 1000
 _READ_BY_LLAMA_CPP = ("xielu.", "diffusion.", "adapter.", "clip.")
-"""Begins keys without the name of an architecture that llama.cpp reads. What publishers of files add besides
-has no effect."""
+"""Prefixes of keys without an architecture's name that llama.cpp reads.
+
+Other such keys, which publishers add to files, have no effect.
+"""
 _TOKENIZER = {
     *("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token"),
     *("add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"),
 }
-"""Keys of tokenizers that are read, or change nothing for those that are read."""
+"""Keys of tokenizers that are read, or that do not affect the supported tokenizers."""
 _CLOSE = 1e-4
-"""Relative difference up to which a factor of Llama 3.1's scaling is what its parameters give."""
+"""Largest relative difference at which a factor of Llama 3.1's scaling agrees with its parameters."""
 
 
 def architecture_of(header: GgufHeader, path: Path) -> GgufArchitecture:
-    """Return how the file's architecture is stored. Raises UserError naming one that is unknown."""
+    """Return how the file's architecture is stored. Raises UserError naming an unknown architecture."""
     name = header.architecture
     architecture = ARCHITECTURES.get(name or "")
     if architecture is None:
@@ -104,7 +106,7 @@ def architecture_of(header: GgufHeader, path: Path) -> GgufArchitecture:
 def to_hf_config(header: GgufHeader, path: Path) -> Config:
     """Convert the header to the form of ``config.json``, for ``parse_architecture`` and for transformers.
 
-    Raises UserError for an architecture that cannot be converted, and for a file with something that the
+    Raises UserError for an architecture that cannot be converted, and for a file with properties that the
     converted model would not have.
     """
     architecture = architecture_of(header, path)
@@ -132,7 +134,7 @@ def to_hf_config(header: GgufHeader, path: Path) -> Config:
     epsilons = [key for key in FIELDS if key.endswith("epsilon")]
     known = [config[name] for key in epsilons for name in FIELDS[key] if name in config]
     for key in epsilons if known else ():
-        # Only one of them is computed with, and some files have both, which must be equal.
+        # llama.cpp computes with only one of the two keys, and some files have both, which must be equal.
         data.expect(key, *known)
     for config_field, parts in _PRESENT.items():
         if config_field in fields:
@@ -154,7 +156,7 @@ def to_hf_config(header: GgufHeader, path: Path) -> Config:
 
 
 def _check_file(data: Metadata) -> None:
-    """Raise UserError for one of several files, for an unknown tokenizer, and for one without sizes."""
+    """Raise UserError for one of several files, for an unknown tokenizer, and for a file without sizes."""
     files = data.header.values.get("split.count")
     if isinstance(files, int) and files > 1:
         raise data.problem(f"the rest of the model is in other files (split.count is {files})")
@@ -188,11 +190,12 @@ def _check_needed(data: Metadata, config: Config) -> None:
 
 
 def _read_heads(data: Metadata, config: Config, architecture: GgufArchitecture) -> None:
-    """Read the width of a head, and refuse another width of values or another scale of attention."""
+    """Read the width of a head, and refuse a different width of values or another scale of attention."""
     usual = config["hidden_size"] // config["num_attention_heads"]
     width = data.count("attention.key_length") or usual
     if data.architecture == "llama" and "llama.attention.key_length" not in data.header.values:
-        # Files of 2024 name the width of a head only so (src/llama-model.cpp requires the two to be equal).
+        # Files of 2024 have the width of a head only under this key (src/llama-model.cpp requires both to be
+        # equal).
         width = data.count("rope.dimension_count") or usual
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config["head_dim"] = width
@@ -203,7 +206,7 @@ def _read_heads(data: Metadata, config: Config, architecture: GgufArchitecture) 
 
 
 def _no_windows(data: Metadata, config: Config) -> None:
-    """Refuse a window shorter than the context if transformers' class or llama.cpp has none."""
+    """Refuse a window shorter than the context if transformers' class or llama.cpp does not support it."""
     if "sliding_window" in config or "layer_types" in config:
         return
     window = data.count("attention.sliding_window")
@@ -212,7 +215,7 @@ def _no_windows(data: Metadata, config: Config) -> None:
 
 
 _ROPE_BASE = 10_000.0
-"""Base of llama.cpp's rotary embedding, if a file names none."""
+"""Base of llama.cpp's rotary embedding if a file sets none."""
 
 
 def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Config:
@@ -228,7 +231,7 @@ def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Con
     if rotated != width and (not architecture.partial_rotation or rotated > width or rotated % 2):
         data.expect("rope.dimension_count", width)
     if architecture.partial_rotation:
-        # Also if it is 1: some classes rotate a part by default.
+        # Set even if it is 1, because some classes rotate only a part by default.
         parameters["partial_rotary_factor"] = rotated / width
     kind = data.text("rope.scaling.type")
     factor = data.positive("rope.scaling.factor") or data.positive("rope.scale_linear") or 1.0
@@ -259,7 +262,7 @@ def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Con
 
 
 def _yarn(data: Metadata, factor: float, original: int, attention: float) -> Config:
-    """Return the parameters of YaRN. llama.cpp multiplies its attention factor with the paper's."""
+    """Return the parameters of YaRN. llama.cpp multiplies its attention factor with that of the paper."""
     data.expect("rope.scaling.yarn_ext_factor", 1.0, -1.0)
     data.expect("rope.scaling.yarn_attn_factor", 1.0, 0.0)
     parameters: Config = {
@@ -298,10 +301,10 @@ def _longrope(
 def _llama3(data: Metadata, factors: Mapping[str, Sequence[float]], base: float, rotated: int) -> Config:
     """Find the parameters of Llama 3.1's scaling that give the file's factors.
 
-    A wavelength below ``original / high`` is divided by 1, one above ``original / low`` by ``factor``, and in
-    between the frequency is interpolated: 1 / divisor = (1 - s) / factor + s with
-    s = (original / wavelength - low) / (high - low) (transformers, modeling_rope_utils.py). So s is a line
-    over 1 / wavelength, whose two coefficients follow from the factors; ``low`` is 1 in all published models.
+    The divisor of a frequency is 1 for a wavelength below ``original / high``, and ``factor`` above
+    ``original / low``. In between it is interpolated: 1 / divisor = (1 - s) / factor + s with s = (original /
+    wavelength - low) / (high - low) (transformers, modeling_rope_utils.py). So s is linear in 1 / wavelength,
+    and its two coefficients follow from the factors; ``low`` is 1 in all published models.
     """
     values = factors.get("rope_freqs.weight", ())
     if len(values) != rotated // 2 or not all(math.isfinite(v) and v >= 1 for v in values):
@@ -341,7 +344,7 @@ def _llama3(data: Metadata, factors: Mapping[str, Sequence[float]], base: float,
 
 
 def llama3_factor(wavelength: float, factor: float, low: float, high: float, original: int) -> float:
-    """Return what Llama 3.1's scaling divides the frequency of a wavelength by."""
+    """Return the divisor of a frequency in Llama 3.1's scaling, given its wavelength."""
     share = (original / wavelength - low) / (high - low)
     share = min(1.0, max(0.0, share))
     return 1 / ((1 - share) / factor + share)

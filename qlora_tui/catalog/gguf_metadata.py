@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file that defines a model: read value by value, and nothing may be left unread."""
+"""Reads the metadata of a GGUF file that define a model, value by value, and detects values left unread."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from qlora_tui.catalog.gguf import GgufHeader, gguf_problem
 from qlora_tui.errors import UserError
 
 _MAX_COUNT = 1 << 24
-"""Larger than any size of a model, and small enough that no product of two overflows."""
+"""Upper bound of a count, larger than any size of a model; no product of two such counts overflows."""
 _TOLERANCE = 1e-5
-"""Relative difference up to which two numbers are one, of which one went through float32."""
+"""Largest relative difference at which two numbers are the same if one was stored in float32."""
 
 
 _OFF_AT_ZERO = {
@@ -25,13 +25,13 @@ _OFF_AT_ZERO = {
     *("final_logit_softcapping", "leading_dense_block_count", "logit_scale", "n_deepstack_layers"),
     *("nextn_predict_layers", "pooling_type", "residual_scale", "router_logit_softcapping"),
 }
-"""Keys of which 0 means, in every architecture, that there is no such thing (llama.cpp, llama-hparams.h)."""
+"""Keys for which 0 means, in every architecture, that the feature is absent (llama.cpp, llama-hparams.h)."""
 
 
 class Metadata:
-    """The metadata of one architecture, which remembers what was read.
+    """The metadata of one architecture, which records the keys that were read.
 
-    Its methods raise UserError for a value of a wrong kind, out of bounds, or not finite.
+    Its methods raise UserError for a value that has the wrong type, is out of bounds, or is not finite.
     """
 
     def __init__(self, header: GgufHeader, path: Path, architecture: str):
@@ -53,7 +53,7 @@ class Metadata:
         return self.header.values.get(f"{self.architecture}.{key}")
 
     def count(self, key: str) -> int | None:
-        """Return a whole number above zero, or None. One for each layer must be the same everywhere."""
+        """Return an integer above zero, or None. If there is one for each layer, all must be equal."""
         value = self.value(key)
         if isinstance(value, tuple) and value:
             if len(set(value)) > 1:
@@ -77,7 +77,7 @@ class Metadata:
         return shortest(value) if isinstance(value, float) else float(value)
 
     def positive(self, key: str) -> float | None:
-        """Return a finite number above zero, or None, also for 0, which stands for a missing value."""
+        """Return a finite number above zero; None if it is absent or 0, which stands for a missing value."""
         number = self.number(key)
         if number is not None and number < 0:
             raise self._invalid(key, number, "a number above 0")
@@ -91,9 +91,9 @@ class Metadata:
         return value
 
     def expect(self, key: str, *expected: Any) -> None:
-        """Read a key that has no field, because only the first of ``expected`` is computed.
+        """Read a key that has no config field, because only the value ``expected[0]`` is supported.
 
-        The others mean the same. Raises UserError naming the key for a different value.
+        The other values in ``expected`` mean the same. Raises UserError naming the key for a different value.
         """
         value = self.value(key)
         if value is None or any(is_same(value, each) for each in expected):
@@ -108,11 +108,11 @@ class Metadata:
         return tensor in self.header.tensors
 
     def has_in_a_layer(self, part: str) -> bool:
-        """Return whether a layer has the named tensor: ``attn_q.bias``."""
+        """Return whether any layer has the named tensor: ``attn_q.bias``."""
         return any(name.startswith("blk.") and name.endswith(f".{part}") for name in self.header.tensors)
 
     def finish(self) -> None:
-        """Raise UserError for a key that was not read, unless it says that something is off."""
+        """Raise UserError for a key that was not read, unless its value turns a feature off."""
         for name in sorted(self._unread):
             value = self.header.values.get(name)
             if value != 0 or name.removeprefix(f"{self.architecture}.") not in _OFF_AT_ZERO:
@@ -120,7 +120,7 @@ class Metadata:
                 raise self.problem(f"{name} ({said}) is not understood", lost=True)
 
     def problem(self, what: str, *, lost: bool = False) -> UserError:
-        """Build the error; ``lost`` if the model would be computed differently without the value."""
+        """Build the error; ``lost`` says that without the value the model would be computed differently."""
         why = "Without it, training would use a different model than the one in the file." if lost else ""
         return gguf_problem(self.path, what, why=why)
 
@@ -129,7 +129,7 @@ class Metadata:
 
 
 def shortest(value: float) -> float:
-    """Return the number with the fewest digits that is the same in float32: 1e-05 for 9.99999974e-06."""
+    """Return the number with the fewest digits that is equal in float32: 1e-05 for 9.99999974e-06."""
     for digits in range(1, 10) if abs(value) < 3e38 else ():
         rounded = float(f"{value:.{digits}g}")
         if struct.pack("<f", rounded) == struct.pack("<f", value):
@@ -138,7 +138,7 @@ def shortest(value: float) -> float:
 
 
 def is_same(value: Any, expected: Any) -> bool:
-    """Return whether a value of a file is the expected one, to the precision of float32."""
+    """Return whether a value of a file equals the expected one, to the precision of float32."""
     both = (value, expected)
     if all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in both):
         return math.isclose(value, expected, rel_tol=_TOLERANCE)
@@ -146,6 +146,6 @@ def is_same(value: Any, expected: Any) -> bool:
 
 
 def in_words(value: Any) -> str:
-    """Return a value of a file for a message, cut short."""
+    """Return a value of a file for a message, shortened."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:60]}…"

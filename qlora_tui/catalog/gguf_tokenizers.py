@@ -1,10 +1,10 @@
-r"""How llama.cpp splits text before the merges, by the name that a GGUF file has (``tokenizer.ggml.pre``).
+r"""The rules by which llama.cpp splits text before merging, keyed by ``tokenizer.ggml.pre`` of GGUF files.
 
-Each name stands for regular expressions that are applied one after the other; every match, and what is
-between two, becomes a word. They are those of llama.cpp (src/llama-vocab.cpp, ``llm_tokenizer_bpe``), written
-for the ``tokenizers`` library. llama.cpp's engine does not know ``\p{Lu}``, so for ``tekken`` and ``gpt-4o``
-it takes every letter beyond ASCII as both upper and lower case, and so does a tokenizer that is read from a
-file: it gives the tokens that llama.cpp will give.
+Each name stands for regular expressions that are applied one after the other; every match, and every text
+between two matches, becomes a word. The expressions are those of llama.cpp (src/llama-vocab.cpp,
+``llm_tokenizer_bpe``), written for the ``tokenizers`` library. llama.cpp's engine does not know ``\p{Lu}``,
+so for ``tekken`` and ``gpt-4o`` it treats every letter beyond ASCII as both upper and lower case. A tokenizer
+read from a file does the same, so that its tokens equal llama.cpp's.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ _FALCON = (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2_SPLIT, "[0-9][0-9][0-9]")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is split into words, and what else follows from the name."""
+    """How text is split into words, and other consequences of the name."""
 
     rules: tuple[str, ...]
     """Regular expressions, ``GPT2`` or ``DIGITS``, in order."""
     takes_words: bool = False
-    """Whether a word that is in the vocabulary is taken whole (``ignore_merges``)."""
+    """Whether a word that is in the vocabulary becomes a single token (``ignore_merges``)."""
     adds_begin: bool = False
-    """Whether a text begins with the begin token, if the file does not say."""
+    """Whether a text begins with the begin token if the file does not say so."""
 
 
 _LLAMA3 = PreTokenizer((GPT4,), takes_words=True, adds_begin=True)
@@ -99,5 +99,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "seed-coder": PreTokenizer((_SEED_CODER,)),
     **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), PreTokenizer((_BAILING,))),
 }
-"""By ``tokenizer.ggml.pre``. The first of equal ones is the name that is written. A file without a name is
-refused: llama.cpp itself warns that it guesses."""
+"""Pre-tokenizers keyed by ``tokenizer.ggml.pre``. Of several equal ones, exports write the first name.
+
+A file without a name is refused, because llama.cpp itself warns that it guesses.
+"""

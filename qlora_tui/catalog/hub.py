@@ -1,9 +1,9 @@
-"""Search on the Hub, and configs of its models, read within bounds. Uses the server in ``HF_ENDPOINT``.
+"""Searches the Hub, and reads configs of its models with limits. Uses the server in ``HF_ENDPOINT``.
 
 Requests go through ``huggingface_hub``'s session and errors, but not through its ``HfApi``, which reports a
 refused connection or a status of 500 after 23 s (here 0.2 s), waits forever for a server that never responds
 (here 15 s), and reads a response of any length, also of an error or a redirection (huggingface_hub 2.4;
-measured at commit 7720e8a0). ``translate_hub_errors`` says in words what went wrong.
+measured at commit 7720e8a0). ``translate_hub_errors`` converts exceptions to errors for the user.
 
 ``huggingface_hub`` takes 0.12 s to import, so every function here imports it when called; it reads
 ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` once, at that import.
@@ -30,7 +30,7 @@ from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import UserError
 
 MAX_BYTES = 16 << 20
-"""Most bytes of a list of results or files: some hundred thousand entries."""
+"""Largest size of a list of results or files in bytes: a few hundred thousand entries."""
 _ANY_JSON = msgspec.json.Decoder[Any](Any)
 EXPANDED_FIELDS = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
 
@@ -56,23 +56,23 @@ class HubModel(Struct, frozen=True):
 
     id: str
     parameters: int | None
-    """Parameter count on the Hub: a tied head that is stored twice counts twice."""
+    """Number of parameters on the Hub, where a tied head that is stored twice counts twice."""
     downloads: int
-    """Downloads in the last month."""
+    """Number of downloads in the last month."""
     gated: bool
-    """Whether its license must be accepted on the Hub first, which needs a token."""
+    """Whether the user must first accept the model's license on the Hub, which requires a token."""
     license: str | None
     model_type: str | None
     modified: str
     """ISO date, or empty."""
     refusal: UserError | None
-    """Why it cannot be trained here, as far as the Hub's data shows; None if it can."""
+    """Why the model cannot be trained here, as far as the Hub's data shows; None if it can."""
 
 
 def search_models(query: str, limit: int = 30) -> list[HubModel]:
     """Return models with ``query`` in the name and safetensors weights, most downloaded first.
 
-    Raises UserError when the Hub does not respond.
+    Raises UserError if the Hub does not respond.
     """
     params = {
         "search": query,
@@ -91,7 +91,7 @@ def search_models(query: str, limit: int = 30) -> list[HubModel]:
 
 
 def _parse_model(entry: Any) -> HubModel | None:
-    """Return one result; None for an invalid entry, so that it does not hide the others."""
+    """Return one result; None for an invalid entry, which must not hide the others."""
     try:
         result = msgspec.convert(entry, _Result)
     except msgspec.ValidationError:
@@ -113,7 +113,7 @@ def _parse_model(entry: Any) -> HubModel | None:
 def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
     """Download the model's ``config.json`` without writing to the cache.
 
-    Raises UserError when it does not exist, is gated, or the Hub does not respond.
+    Raises UserError if it does not exist, is gated, or the Hub does not respond.
     """
     path = f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}"
     config = get_json(path, model_id=model_id, max_bytes=MAX_CONFIG_BYTES)
@@ -127,7 +127,7 @@ def get_json(
 ) -> Any:
     """Request ``path`` and return its JSON response.
 
-    Raises UserError when the request fails, or the response is not JSON or longer than ``max_bytes``.
+    Raises UserError if the request fails, or the response is not JSON or longer than ``max_bytes``.
     """
     with (
         translate_hub_errors(model_id),
@@ -143,7 +143,7 @@ def get_json(
 def request_headers() -> dict[str, str]:
     """Return the headers of every request: the user agent, and the token if there is one.
 
-    ``huggingface_hub.utils.build_hf_headers`` sends a request of its own for a list of coding agents, and
+    ``huggingface_hub.utils.build_hf_headers`` is not used, because it requests a list of coding agents and
     reads a response of any length.
     """
     from huggingface_hub import constants, get_token
@@ -154,7 +154,7 @@ def request_headers() -> dict[str, str]:
 
 
 def endpoint() -> str:
-    """Return the base URL of the Hub. Raises UserError when ``HF_ENDPOINT`` is not a web address."""
+    """Return the base URL of the Hub. Raises UserError if ``HF_ENDPOINT`` is not a web address."""
     from huggingface_hub import constants
 
     address: str = constants.ENDPOINT
@@ -168,7 +168,7 @@ def endpoint() -> str:
 
 
 def validate_model_id(model_id: str) -> str:
-    """Return ``model_id`` if it is a valid Hub id. Raises UserError otherwise."""
+    """Return ``model_id`` if it is a valid Hub ID. Raises UserError otherwise."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
@@ -197,10 +197,10 @@ def not_a_hub_problem() -> UserError:
 TIMEOUT_S = 15
 """Seconds for connecting, and for each wait for data."""
 _HEADERS_S = 60.0
-"""Seconds for a response to begin, however often a piece of its headers arrives."""
+"""Seconds for a response to begin, even if parts of its headers keep arriving."""
 _WINDOW_S = 30.0
 _LEAST_BYTES = 30 << 10
-"""A server that sends less than this in a window of time is given up: at a byte a second nothing ends."""
+"""Number of bytes below which, within a window of time, a response counts as too slow to end."""
 _MAX_REDIRECTS = 10
 T = TypeVar("T")
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
@@ -208,20 +208,20 @@ _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after
 
 
 class TooLong(Exception):
-    """A body is longer than its bound."""
+    """Raised if a body is longer than its limit."""
 
 
 class TooSlow(ConnectionError):
-    """A response begins or goes on so slowly that it would not end."""
+    """Raised if a response begins or continues too slowly to end in reasonable time."""
 
 
 @contextmanager
 def open_response(
     url: str, headers: Mapping[str, str], params: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """Open the response for ``url`` after redirections, its body unread and uncompressed.
+    """Open the response for ``url`` after redirections; its body is unread and uncompressed.
 
-    Raises the client's exceptions, and ConnectionError for a response that cannot be read within bounds.
+    Raises the client's exceptions, and ConnectionError for a response that exceeds the limits.
     """
     from huggingface_hub import get_session
 
@@ -272,7 +272,9 @@ def pieces(response: Any) -> Iterator[bytes]:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what a call returns, in another thread. Raises TooSlow if it takes longer."""
+    """Run a call in another thread and return its result. Raises TooSlow if it takes longer than
+    ``seconds``.
+    """
     done: Future[T] = Future()
 
     def run() -> None:
@@ -301,7 +303,7 @@ def read_body(response: Any, max_bytes: int) -> bytes:
 
 @contextmanager
 def translate_hub_errors(model_id: str = "") -> Iterator[None]:
-    """Convert the client's exceptions inside the block to UserError."""
+    """Convert the client's exceptions in this context to UserError."""
     import huggingface_hub.errors as hub_errors
 
     try:
@@ -332,7 +334,7 @@ def network_error() -> type[Exception]:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Return whether retrying is useless: an HTTP error other than 429 or 5xx."""
+    """Return whether retrying is useless, as after an HTTP error other than 429 or 5xx."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -353,7 +355,7 @@ def unreachable(reason: str) -> UserError:
 
 
 def _http_problem(error: Any, model_id: str) -> UserError:
-    """Build the error for an HfHubHTTPError. Its response has the status and, from the Hub, a code."""
+    """Build the error for an HfHubHTTPError, whose response has the status and, from the Hub, a code."""
     import huggingface_hub.errors as hub_errors
 
     status = error.response.status_code

@@ -1,8 +1,8 @@
-"""What the installed transformers knows about a ``model_type``, read from its source without importing it.
+"""Reads facts about a ``model_type`` from the source of the installed transformers, without importing it.
 
-Importing transformers takes seconds; parsing the few files with its tables and the defaults of a config
-class takes milliseconds. A file of an unexpected form answers nothing, and the model is then described by a
-process that imports the library (:mod:`.described`).
+Importing transformers takes seconds; parsing the few files with its tables and the defaults of a config class
+takes milliseconds. A file with an unexpected form gives no facts; a process that imports the library then
+describes the model (:mod:`.described`).
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ _GENERATES_TEXT = (
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 )
 _MAX_DEPTH = 8
-"""Most config classes in a chain of inheritance."""
+"""Largest number of config classes in a chain of inheritance."""
 _PARSER = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ConfigClass:
-    """A config class of transformers, by its source."""
+    """A config class of transformers, as read from its source."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Values of keys that a ``config.json`` leaves out."""
     attribute_map: Mapping[str, str] = field(default_factory=dict)
-    """The class's own key by the usual one: ``hidden_size`` to ``n_embd``."""
+    """The class's own name of each standard key, such as ``n_embd`` for ``hidden_size``."""
     modules: frozenset[str] = frozenset()
-    """Modules of the model that the class's plan for several GPUs names: ``layers.*.self_attn.q_proj``."""
+    """Modules of the model that are named in the class's plan for several GPUs:
+    ``layers.*.self_attn.q_proj``.
+    """
     text: str | None = None
-    """``model_type`` of the nested config of the language model, if the file leaves it out."""
+    """``model_type`` of the language model's nested config if the file leaves it out."""
 
 
 @lru_cache(maxsize=1)
 def config_classes() -> Mapping[str, str]:
-    """Return the name of the config class of every ``model_type``; empty if that cannot be read."""
+    """Return the name of the config class of every ``model_type``; empty if the source cannot be read."""
     names: dict[str, str] = {}
     for file in ("auto_mappings.py", "configuration_auto.py"):
         names |= _tables(file).get("CONFIG_MAPPING_NAMES", {})
@@ -51,7 +53,7 @@ def config_classes() -> Mapping[str, str]:
 
 @lru_cache(maxsize=1)
 def text_generators() -> Mapping[str, frozenset[str]]:
-    """Return the classes that generate text of every ``model_type`` that has one."""
+    """Return the classes that generate text, for every ``model_type`` that has one."""
     tables = _tables("modeling_auto.py")
     classes: dict[str, frozenset[str]] = {}
     for table in _GENERATES_TEXT:
@@ -61,13 +63,13 @@ def text_generators() -> Mapping[str, frozenset[str]]:
 
 
 def is_encoder(model_type: str) -> bool:
-    """Return whether models of a type fill in masked tokens, and so see later tokens too."""
+    """Return whether models of a type fill in masked tokens, and therefore attend to later tokens."""
     return model_type in _tables("modeling_auto.py").get("MODEL_FOR_MASKED_LM_MAPPING_NAMES", {})
 
 
 @lru_cache(maxsize=64)
 def config_class(model_type: str) -> ConfigClass:
-    """Return what the source says about the config class of a type; nothing if it cannot be read."""
+    """Return the facts about a type's config class that the source states; empty if it cannot be read."""
     name = config_classes().get(model_type)
     modules = _tables("auto_mappings.py").get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
     modules = modules | _tables("configuration_auto.py").get("SPECIAL_MODEL_TYPE_TO_MODULE_NAME", {})
@@ -79,7 +81,9 @@ def config_class(model_type: str) -> ConfigClass:
 
 @lru_cache(maxsize=4)
 def _tables(file: str) -> dict[str, dict[str, str]]:
-    """Return the tables from strings to strings in a file of ``transformers/models/auto``, by their name."""
+    """Return the tables from strings to strings in a file of ``transformers/models/auto``, keyed by their
+    name.
+    """
     tables: dict[str, dict[str, str]] = {}
     for node in _body(f"models/auto/{file}"):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -99,7 +103,7 @@ def _tables(file: str) -> dict[str, dict[str, str]]:
 
 
 def _entries(value: ast.expr) -> Iterator[tuple[str, str]]:
-    """Yield the entries of a table that are written out, as pairs or as a dict."""
+    """Yield the literal entries of a table, which are pairs or a dict."""
     for node in ast.walk(value):
         if isinstance(node, ast.Tuple) and len(node.elts) == 2:
             pairs = [(node.elts[0], node.elts[1])]
@@ -188,7 +192,7 @@ def parse_source(source: str | bytes) -> ast.Module:
 
 @lru_cache(maxsize=16)
 def _body(path: str) -> list[ast.stmt]:
-    """Return the statements of a file of transformers; none if it is not installed or of another form."""
+    """Return the statements of a file of transformers; empty if it is not installed or cannot be parsed."""
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
         return []

@@ -1,9 +1,10 @@
-"""The models on this machine, lookup by name, and architectures without weights.
+"""Finds the models on this machine, looks them up by name, and reads architectures without weights.
 
 Four places are searched: the Hugging Face cache, the folders the user names, models converted by this
-program, and GGUF files in those folders. The cache is walked here rather than through ``huggingface_hub``,
-whose import alone takes longer than walking a hundred models. ``load_architecture`` is enough for an
-estimate before any download: it also reads a ``config.json`` alone, or one fetched from the Hub and stored.
+program, and GGUF files in those folders. The cache is searched here rather than through ``huggingface_hub``,
+whose import alone takes longer than searching a hundred models. ``load_architecture`` is enough for an
+estimate before any download: it also reads a single ``config.json``, or a stored one that was fetched from
+the Hub.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from qlora_tui.remote.calls import at_box
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
-"""From so many characters the beginning of a name counts as a close match."""
+"""Number of characters from which the beginning of a name counts as a close match."""
 _UNCHECKED_CONVERSION = re.compile(r".+-(?:[0-9a-f]{12}|[0-9a-f]{16})")
-"""Names of conversions before all of what a GGUF file says about model and tokenizer was read or refused."""
+"""Pattern of the names of conversions by versions that did not check all metadata of a GGUF file."""
 MAX_DEPTH = 3
-"""Levels searched below a named folder: publisher, model, file."""
+"""Number of levels searched below a user's folder: publisher, model, file."""
 
 
 class LocalModel(Struct, frozen=True):
@@ -63,7 +64,7 @@ class LocalModel(Struct, frozen=True):
     size_bytes: int
     architecture: Architecture | None
     refusal: UserError | None
-    """Why it cannot be trained; None if it can."""
+    """Why the model cannot be trained; None if it can."""
 
 
 class ModelFiles(Struct, frozen=True):
@@ -73,13 +74,13 @@ class ModelFiles(Struct, frozen=True):
     """Value of ``LocalModel.id``, valid in every working directory."""
     folder: Path
     gguf_file: str | None
-    """Name of the GGUF file in ``folder`` that has to be converted first; None for other models."""
+    """Name of the GGUF file in ``folder`` that must first be converted; None for other models."""
     source: ModelSource
     architecture: Architecture
 
 
 def hub_cache_dir() -> Path:
-    """Return the model folder of ``huggingface_hub``, by its ``constants.py``, without importing it."""
+    """Return the model folder of ``huggingface_hub``, following its ``constants.py`` without importing it."""
     environ = os.environ
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(variable):
@@ -108,12 +109,11 @@ def list_local_models(folders: Sequence[Path] = ()) -> list[LocalModel]:
 
 @at_box
 def resolve_model(model_id: str) -> ModelFiles:
-    """Return the files of a recipe's model: a cached Hub id, a converted model, a folder or a GGUF file.
+    """Return the files of a recipe's model: a cached Hub ID, a converted model, a folder or a GGUF file.
 
-    Its architecture is exact, which takes seconds if nobody has asked for it before
-    (:mod:`qlora_tui.catalog.described`).
-
-    Raises UserError when it is not on this machine (with close matches), cannot be trained, or is truncated.
+    The architecture is exact, which takes seconds at the first request (:mod:`qlora_tui.catalog.described`).
+    Raises UserError if the model is not on this machine (with close matches), cannot be trained, or is
+    truncated.
     """
     files = find_files(model_id)
     if not files.architecture.is_outline:
@@ -123,7 +123,7 @@ def resolve_model(model_id: str) -> ModelFiles:
 
 @at_box
 def find_files(model_id: str) -> ModelFiles:
-    """Return the files of a model, with what is known of its architecture without waiting."""
+    """Return the files of a model, with the architecture as far as it is known without waiting."""
     model = _find_model(model_id)
     if model is None:
         raise model_not_found(model_id)
@@ -149,22 +149,23 @@ def find_files(model_id: str) -> ModelFiles:
 
 @at_box
 def training_refusal(model_id: str) -> UserError | None:
-    """Return why a model cannot be trained, by the names and headers of its files; None if it can.
+    """Return why a model cannot be trained, from the names and headers of its files; None if it can.
 
-    Also if its architecture is known, and so its estimate: of a Hub model that was not downloaded, or of a
-    folder without weights. A GGUF file whose architecture is known can be trained.
+    A model may have a known architecture, and therefore an estimate, and still not be trainable: a Hub model
+    that was not downloaded, or a folder without weights. A GGUF file whose architecture is known can be
+    trained.
     """
     if model_id.endswith(".gguf"):
         return None
     model = _find_model(model_id)
     if model is None:
-        # Without suggestions, which would look through all models.
+        # Without suggestions, which would search all models.
         return ModelNotFoundError(model_id, fix="Download it on the Model screen.")
     return model.refusal
 
 
 class ModelNotFoundError(UserError):
-    """No model on this machine has the name."""
+    """Raised if no model on this machine has the name."""
 
     def __init__(self, model_id: str, *, why: str = "", fix: str) -> None:
         what = f"The model {model_id!r} is not on this machine."
@@ -240,7 +241,9 @@ def _hub_models() -> Iterator[LocalModel]:
 
 
 def _read_cached_model(folder: Path) -> LocalModel:
-    """Read the model of one ``models--org--name`` folder: the snapshot of its ``main``, else the newest."""
+    """Read the model of one ``models--org--name`` folder: the snapshot of its ``main``, or else the newest
+    one.
+    """
     name = folder.name.removeprefix("models--").replace("--", "/")
     snapshot = _snapshot(folder)
     if snapshot is None or not (snapshot / CONFIG).is_file():
@@ -318,7 +321,7 @@ def _folder_models(folders: Iterable[Path]) -> Iterator[LocalModel]:
 
 
 def _walk(folder: Path, depth: int) -> Iterator[LocalModel]:
-    """Yield models in and below ``folder``. A folder that is a model is not searched further."""
+    """Yield models in and below ``folder``. A folder that is itself a model is not searched further."""
     if (refusal := _unsearchable(folder)) is not None:
         yield LocalModel(str(folder), folder.name, folder, "folder", 0, None, refusal)
         return
@@ -334,7 +337,7 @@ def _walk(folder: Path, depth: int) -> Iterator[LocalModel]:
 
 
 def _unsearchable(folder: Path) -> UserError | None:
-    """Return why a folder cannot be searched for models; None if it can, or is none."""
+    """Return why a folder cannot be searched for models; None if it can, or if it is not a folder."""
     try:
         os.scandir(folder).close()
     except (FileNotFoundError, NotADirectoryError):
@@ -407,12 +410,12 @@ def store_config(model_id: str, config: dict[str, Any]) -> None:
 
 
 def stored_config(model_id: str) -> Path | None:
-    """Return the file with the config of a Hub model; None if it was never fetched."""
+    """Return the file with the stored config of a Hub model; None if it was never fetched."""
     path = _path(model_id)
     try:
         return path if path.is_file() else None
     except (OSError, ValueError):
-        # A name too long for the file system, or with a NUL.
+        # The name may be too long for the file system, or contain a NUL.
         return None
 
 
@@ -427,10 +430,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def load_architecture(model_id: str) -> Architecture:
     """Load the architecture of a local model, of a folder with only a ``config.json``, or of such a file.
 
-    Of a Hub model whose weights are not here, the config that :func:`fetch_architecture` stored is used. An
-    outline stands for one that has to be waited for (:func:`describe_model`).
-
-    Raises UserError if the model is not on this machine, or cannot be trained by its config.
+    For a Hub model whose weights are not on this machine, the config that :func:`fetch_architecture` stored
+    is used. If the exact architecture would take time (:func:`describe_model`), an outline is returned.
+    Raises UserError if the model is not on this machine, or its config shows that it cannot be trained.
     """
     return _trainable(load_model_config(model_id), model_id)
 
@@ -446,9 +448,9 @@ def _trainable(config: dict[str, Any], model_id: str) -> Architecture:
 
 @at_box
 def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: False) -> Architecture:
-    """Return the exact architecture of a model, a folder or a file; takes seconds for the first time.
+    """Return the exact architecture of a model, a folder or a file; takes seconds the first time.
 
-    Raises JobStopped, and UserError if it cannot be found or trained, or transformers does not build it.
+    Raises JobStopped, and UserError if the model cannot be found or trained, or transformers cannot build it.
     """
     config = load_model_config(model_id)
     architecture = _trainable(config, model_id)
@@ -457,9 +459,9 @@ def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: Fals
 
 @at_box
 def describe_models(models: Sequence[LocalModel], should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Read the exact architectures of all models that have an outline and could be trained.
+    """Read the exact architectures of all trainable models that have only an outline.
 
-    Returns whether there was one. Raises JobStopped.
+    Returns whether there was such a model. Raises JobStopped.
     """
     configs = []
     for model in models:
@@ -471,12 +473,12 @@ def describe_models(models: Sequence[LocalModel], should_stop: Callable[[], bool
 
 
 def is_fetchable(model_id: str) -> bool:
-    """Return whether the name has the form of a Hub id, publisher/model."""
+    """Return whether the name has the form of a Hub ID, publisher/model."""
     return _HUB_ID.fullmatch(model_id) is not None
 
 
 def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
-    """Fetch the ``config.json`` of a Hub model, and nothing else of it, and store it for later estimates.
+    """Fetch only the ``config.json`` of a Hub model, and store it for later estimates.
 
     Raises UserError if the Hub cannot be reached or has no such model.
     """
@@ -496,7 +498,7 @@ def fetch_architecture(model_id: str, revision: str = "main") -> Architecture:
 
 @at_box
 def load_model_config(model_id: str) -> dict[str, Any]:
-    """Load the ``config.json`` of a model, a folder or a file, or what the header of a GGUF file says.
+    """Load the ``config.json`` of a model, a folder or a file, or the config of a GGUF file's header.
 
     Raises UserError if it cannot be read.
     """

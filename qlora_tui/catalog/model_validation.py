@@ -1,10 +1,10 @@
-"""Whether the model in a folder can be trained, and why not: its files, and configs that choose code.
+"""Checks whether the model in a folder can be trained: its files, and configs that select code.
 
-Keys of configs that would choose which code runs are rejected, or removed before a library reads them:
-``trust_remote_code=False`` does not cover all of them. Transformers loads a kernel from the Hub when
+Config keys that would select code are rejected, or removed before a library reads them, because
+``trust_remote_code=False`` does not cover all of them. transformers loads a kernel from the Hub when
 ``attn_implementation`` names a repository (CVE-2026-4372 in versions before 5.3), peft imports the module
-that ``megatron_core`` names, and both read further files that a config names. Weights are read from
-safetensors (format: https://github.com/huggingface/safetensors), by their header, without torch.
+that ``megatron_core`` names, and both read further files that a config names. The headers of safetensors
+files are read without torch (format: https://github.com/huggingface/safetensors).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20
-"""Most bytes of an index: some 280,000 tensors, a mixture of a trillion parameters."""
+"""Largest size of an index in bytes: about 280,000 tensors, as in a mixture of a trillion parameters."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""Files of a tokenizer and its chat template; a model has some of them."""
+"""Files of a tokenizer and its chat template, of which a model has some."""
 UNUSABLE_TOKENIZER = "unusable-tokenizer"
-"""Code of the error for a model folder without a tokenizer that can be loaded."""
+"""Error code for a model folder without a tokenizer that can be loaded."""
 _TEMPLATES = "additional_chat_templates"
-"""Folder of the templates other than the default one, such as ``tool_use.jinja``."""
+"""Folder of chat templates other than the default one, such as ``tool_use.jinja``."""
 TOOL_TEMPLATE = f"{_TEMPLATES}/tool_use.jinja"
 """Template for conversations with tools, as transformers saves it."""
 _TEMPLATE_FILE = re.compile(rf"chat_template\.(?:jinja|json)|{_TEMPLATES}/\w[\w.-]*\.jinja")
@@ -47,11 +47,11 @@ CAUSAL_LM_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 MXFP4 = "mxfp4"
 """``quant_method`` of gpt-oss, whose experts are stored in 4-bit floats."""
 _TRAINABLE_AS_STORED = {"bitsandbytes": None, MXFP4: "gpt_oss"}
-"""``quant_method``: the only ``model_type`` of which it is read; None for any."""
+"""The only ``model_type`` that is supported with a ``quant_method``; None for any."""
 
 
 class MissingFilesError(UserError):
-    """Files of the model are missing that a download brings."""
+    """Raised if files of the model are missing that a download would provide."""
 
 
 def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
@@ -76,7 +76,7 @@ def check_folder(folder: Path, name: str) -> tuple[Architecture | None, UserErro
 
 
 def check_config(config: Mapping[str, Any], name: str) -> tuple[Architecture | None, UserError | None]:
-    """Return the architecture a config describes, and why such a model cannot be trained here."""
+    """Return the architecture that a config describes, and why such a model cannot be trained here."""
     refusal = check_model_type(config, name)
     try:
         return parse_architecture(config), refusal
@@ -163,7 +163,9 @@ def _no_config(files: set[str], name: str) -> UserError:
 
 
 def weights_problem(folder: Path, name: str) -> UserError | None:
-    """Return what is wrong with the weights in ``folder``: pickled, missing or incomplete; else None."""
+    """Return the problem with the weights in ``folder``: pickled, missing or incomplete; None if there is
+    none.
+    """
     try:
         weight_names = weight_files(folder)
     except UserError as problem:
@@ -220,7 +222,7 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 
 def copy_files(origin: Path, destination: Path, names: Iterable[str]) -> None:
-    """Copy files by their names relative to a model folder. Raises ``OSError``."""
+    """Copy files, given by their names relative to a model folder. Raises ``OSError``."""
     for name in names:
         (destination / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(origin / name, destination / name)
@@ -229,9 +231,9 @@ def copy_files(origin: Path, destination: Path, names: Iterable[str]) -> None:
 def weight_files(folder: Path) -> tuple[str, ...]:
     """Return the model's safetensors files, existing or not; empty if none are named.
 
-    Raises UserError when the index cannot be read.
+    Raises UserError if the index cannot be read.
     """
-    # A link into the cache without its blob is a missing file, not a model without weights.
+    # A link into the cache without its blob is a missing file; the model still has weights.
     if (folder / SINGLE).is_file() or (folder / SINGLE).is_symlink():
         return (SINGLE,)
     if not (folder / INDEX).is_file():
@@ -242,7 +244,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
 def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """Return the files that an index names.
 
-    Raises UserError when it is not an index, or names a file outside the folder.
+    Raises UserError if the file is not an index, or names a file outside the folder.
     """
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -265,11 +267,15 @@ def _index_problem(where: str, what: str) -> UserError:
 
 
 MAX_HEADER_BYTES = 16 << 20
-"""Most bytes of a header: some 130,000 tensors. The library allows 100 MB, which parses to gigabytes."""
+"""Largest size of a header in bytes: about 130,000 tensors.
+
+The library allows 100 MB, which take gigabytes once parsed.
+"""
 
 
 def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Return the start of the data, and each tensor's entry: dtype, shape, ``data_offsets`` from there.
+    """Return the start of the data, and each tensor's entry: dtype, shape, and ``data_offsets`` from that
+    start.
 
     Raises OSError if the file cannot be read, and ValueError if its header is damaged or too large.
     """
@@ -289,7 +295,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
-    """Return each tensor's entry in the header of a file that is as long as the header says.
+    """Return each tensor's entry in the header of a file whose length matches its header.
 
     Raises OSError if the file cannot be read, and ValueError, with the reason, if it is damaged.
     """
@@ -306,7 +312,7 @@ def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def safetensors_damage(file: Path) -> str | None:
-    """Return why a file is damaged, by its header and its length; None if it is not.
+    """Return why a file is damaged, judged by its header and its length; None if it is not.
 
     Raises OSError if the file cannot be read.
     """
@@ -318,14 +324,15 @@ def safetensors_damage(file: Path) -> str | None:
 
 
 _MATRIX_DIMENSIONS = (2, 3)
-"""Dimensions of weights; masks that some files have (GPT-Neo) have four."""
+"""Numbers of dimensions that weights have; masks in some files have four (GPT-Neo)."""
 _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 
 def quantized_refusal(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> UserError | None:
-    """Return why weights cannot be read of a model whose config says nothing of their quantization.
+    """Return why weights cannot be loaded if the config does not describe their quantization; None if they
+    can.
 
-    Of matrices in 8 bits a library would take the integers for the weights, and leave out their scales.
+    A library would take matrices of 8-bit integers for weights, and ignore their scales.
     """
     for entry in entries.values():
         shape, dtype = entry.get("shape"), str(entry.get("dtype"))
@@ -350,7 +357,7 @@ _MODEL_KEYS = IMPLEMENTATIONS | {
     # Other files and repositories.
     "configuration_files", "transformers_weights", "adapter_kwargs", "peft_config", "base_model_name_or_path",
     "_name_or_path", "name_or_path", "_adapter_model_path", "_commit_hash", "use_pretrained_backbone",
-    # What torch compiles.
+    # Settings of torch's compiler.
     "compile_config",
 }  # fmt: skip
 _QUANTIZATION_KEYS = frozenset(
@@ -372,25 +379,30 @@ _ADAPTER_KEYS = frozenset(
         "use_qalora", "qalora_group_size", "alora_invocation_tokens", "use_bdlora", "peft_version",
     )
 )  # fmt: skip
-"""Keys that decide the values an adapter computes."""
+"""Keys that affect the values that an adapter computes."""
 _REMOVED_KEYS = frozenset(
     (
         "megatron_core", "megatron_config", "corda_config", "lora_ga_config", "eva_config", "loftq_config",
         "runtime_config",
     )
 )  # fmt: skip
-"""Modules to import, files of statistics and where to compute: an adapter is the same without them."""
+"""Keys of modules to import, files of statistics and places of computation, which do not change an
+adapter.
+"""
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
-"""Keys on an adapter's origin, which every adapter has and nothing here reads."""
+"""Keys about an adapter's origin, which every adapter has and which are not read here."""
 _PEFT_DEFAULTS = {"megatron_core": "megatron.core"}
 """Values that peft writes into every adapter."""
 _BASE_UNCHANGED = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Initializations that set the matrices of an adapter alone, which its own weights then replace. All others
-of peft (``olora``, ``pissa``, ``corda``, ``loftq`` …) write into the weights of the base."""
+"""Initializations that set only the matrices of an adapter, which its own weights then replace.
+
+All other initializations of peft (``olora``, ``pissa``, ``corda``, ``loftq`` …) change the weights of the
+base.
+"""
 
 
 def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a model's or generation config without the keys that choose code, and the removed keys.
+    """Return a model's or generation config without the keys that select code, and the removed keys.
 
     Nested configs are included; their keys are named like ``text_config.auto_map``.
     """
@@ -433,7 +445,9 @@ def _without_code_entries(values: list[Any], place: str) -> tuple[list[Any], lis
 
 
 def named_kernels(config: Mapping[str, Any]) -> str | None:
-    """Return ``key = 'owner/name'`` of the first key at any depth that names a kernel repository, or None."""
+    """Return ``key = 'owner/name'`` for the first key at any depth that names a kernel repository, or
+    None.
+    """
     for key, value in config.items():
         if key in IMPLEMENTATIONS:
             for name in value.values() if isinstance(value, dict) else (value,):
@@ -445,9 +459,9 @@ def named_kernels(config: Mapping[str, Any]) -> str | None:
 
 
 def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """Return a LoRA adapter's config with only the keys that decide its values, and the removed keys.
+    """Return a LoRA adapter's config with only the keys that affect its values, and the removed keys.
 
-    Raises UserError if the adapter in ``where`` changes the base, or has a setting that is unknown here.
+    Raises UserError if the adapter in ``where`` changes the base, or has an unknown setting.
     """
     if not_understood := _not_understood(config):
         raise UserError(
@@ -468,7 +482,9 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
 
 
 def _not_understood(config: Mapping[str, Any]) -> str | None:
-    """Return the first setting with which peft would change the base, or which is unknown here, in words."""
+    """Return a description of the first setting that changes the base or is unknown; None if there is
+    none.
+    """
     init_method = config.get("init_lora_weights")
     if not any(init_method is known or init_method == known for known in _BASE_UNCHANGED):
         return f"init_lora_weights is {str(init_method)[:40]!r}, which changes the weights of the base"

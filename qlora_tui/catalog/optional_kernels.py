@@ -1,9 +1,8 @@
-"""Kernels that transformers runs a model with if their packages are installed, and plain PyTorch if not.
+"""Finds kernels that transformers uses for a model if their packages are installed, instead of plain PyTorch.
 
 Linear attention, state space and short convolution layers have kernels in packages that neither transformers
-nor this program requires. Which of them a model looks for is read from the source of its class in the
-installed transformers, without importing it. Read by the checks before a launch, ``doctor`` and the Model
-screen.
+nor this program requires. The source of a model's class in the installed transformers, which is not imported,
+shows which packages it can use. The checks before a launch, ``doctor`` and the Model screen use this module.
 """
 
 from __future__ import annotations
@@ -22,14 +21,17 @@ from qlora_tui.formatting import join_words
 from qlora_tui.installation import install_command
 
 _DECORATOR, _LOADER = "use_kernel_func_from_hub_with_fallback", "lazy_load_kernel"
-"""Functions of ``transformers.integrations.hub_kernels``: a decorator whose second argument is the package to
-import (transformers 5.24), and a function whose argument is the name of a package (5.5)."""
+"""Functions of ``transformers.integrations.hub_kernels`` that load kernels.
+
+One is a decorator whose second argument is the package to import (transformers 5.24); the other takes the
+name of a package (5.5).
+"""
 _GUARD = re.compile(r"is_\w+_available")
 """Function that guards the import of an optional package (5.5); ``else`` says what is used instead."""
 _HINT = re.compile(rf"{_DECORATOR}|{_LOADER}|^if {_GUARD.pattern}\(", re.MULTILINE)
 _MODEL_TYPE = r"""^\s+model_type\s*(?::[^=]+)?=\s*["']{}["']"""
 _KEEP = ("torch", "transformers")
-"""Packages whose installed versions an installation of kernels must not change."""
+"""Packages whose installed versions must not change when kernels are installed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class KernelPackage:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether it has no wheels on the package index, but code for ``nvcc``."""
+        """Whether the package has no wheels on the package index, but code for ``nvcc``."""
         return self.module in _COMPILED
 
     @property
@@ -57,26 +59,29 @@ class KernelPackage:
 
 _DISTRIBUTIONS = {"fla": "flash-linear-attention"}
 _EXTRAS = {"fla": "[cuda]"}
-"""Extra that chooses a version for the installed torch and Triton (0.6.0 needs 2.7 and 3.3)."""
+"""Extras that select a version for the installed torch and Triton (0.6.0 needs 2.7 and 3.3)."""
 _COMPILED = frozenset({"causal_conv1d", "mamba_ssm"})
-"""Their setup.py (causal-conv1d 1.7.0, mamba-ssm 2.3.2) downloads a wheel for the installed torch from their
-releases on GitHub if there is one, and otherwise compiles. Without nvcc it ends with a NameError first."""
+"""Packages that may have to be compiled.
+
+Their setup.py (causal-conv1d 1.7.0, mamba-ssm 2.3.2) downloads a wheel for the installed torch from their
+releases on GitHub if there is one, and otherwise compiles. Without nvcc it ends with a NameError before that.
+"""
 
 
 @cache
 def kernel_packages(model_type: str) -> tuple[KernelPackage, ...]:
-    """Return the packages that the class of a ``model_type`` looks for; empty for an unknown one."""
+    """Return the packages that the class of a ``model_type`` can use; empty for an unknown type."""
     folder = _source_folder(model_type)
     return _of_source(folder) if folder else ()
 
 
 def missing_kernels(model_type: str) -> tuple[KernelPackage, ...]:
-    """Return those of :func:`kernel_packages` that are not installed."""
+    """Return the packages of :func:`kernel_packages` that are not installed."""
     return tuple(package for package in kernel_packages(model_type) if not package.is_installed)
 
 
 def types_by_kernel() -> dict[KernelPackage, tuple[str, ...]]:
-    """Return all packages with kernels, and the folders of transformers' text models that look for each."""
+    """Return all packages with kernels, with the folders of transformers' text models that can use each."""
     found: dict[KernelPackage, list[str]] = {}
     folders = {folder for model_type in text_generators() if (folder := _source_folder(model_type))}
     for folder in sorted(folders):
@@ -86,7 +91,7 @@ def types_by_kernel() -> dict[KernelPackage, tuple[str, ...]]:
 
 
 def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
-    """Return what it means that these packages are missing, and how to install them."""
+    """Return the consequence of missing these packages, and how to install them."""
     names = join_words([package.distribution for package in packages])
     are = "are" if len(packages) > 1 else "is"
     text = f"Some layers run as plain PyTorch, much slower: {names} {are} not installed."
@@ -127,7 +132,8 @@ def _models_folder() -> Path | None:
 def _source_folder(model_type: str) -> Path | None:
     """Return the folder of the model whose config class has this ``model_type``.
 
-    A part of a model (``qwen3_5_text``) is in the folder of the whole, whose name begins its own.
+    A part of a model (``qwen3_5_text``) is in the folder of the whole model, whose name is a prefix of the
+    part's.
     """
     root, name = _models_folder(), model_type.replace("-", "_")
     if root is None or not re.fullmatch(r"[\w.]+", name):
@@ -167,6 +173,6 @@ def _packages_in(source: str) -> Iterator[str]:
                 for statement in body:
                     if isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
                         package = statement.module.partition(".")[0]
-                        # A setting of the config asks for it, off by default: ``use_mambapy``.
+                        # A setting of the config enables it, and is off by default: ``use_mambapy``.
                         if package not in ("torch", "transformers") and f"use_{package}" not in source:
                             yield package

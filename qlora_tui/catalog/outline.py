@@ -1,8 +1,9 @@
-"""An approximate architecture of any model, from the keys that configs share: no torch, milliseconds.
+"""Derives an approximate architecture of any model from the keys that configs share, without torch.
 
-It stands in until the exact one is read from transformers' class (:mod:`.described`). Sizes are those of the
-file, or the defaults of the config class; which modules a layer has follows from the keys that are there.
-Biases and parameters of unusual blocks may be missing, and modules that LoRA adapts may have other names.
+This takes milliseconds. The outline is used until the exact architecture is read from transformers' class
+(:mod:`.described`). Sizes are those of the file, or the defaults of the config class; the modules of a layer
+follow from the keys that exist. Biases and parameters of unusual blocks may be missing, and modules that LoRA
+adapts may have other names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from qlora_tui.catalog.config_fields import ConfigFields, size_bound, stored_as
 from qlora_tui.catalog.library_types import ConfigClass, config_class, text_generators
 
 NESTED = ("text_config", "language_config", "llm_config", "decoder", "generator")
-"""Keys of the language model's config within that of a model of several parts."""
+"""Keys of the language model's config inside the config of a model of several parts."""
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
@@ -53,7 +54,9 @@ _ONE_BLOCK = {
     }.items()
     for kind in kinds
 }
-"""What a layer of one block has (Nemotron-H), by its letter in a pattern or its name in a list."""
+"""The parts of a layer with a single block (Nemotron-H), keyed by the block's letter in a pattern or name
+in a list.
+"""
 _ALL = frozenset(("attention", "mlp", "experts"))
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")
 
@@ -61,7 +64,7 @@ _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")
 def read_outline(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """Return the approximate architecture of a parsed ``config.json``.
 
-    Raises UserError naming the field, for a size that is missing or invalid.
+    Raises UserError, naming the field, for a size that is missing or invalid.
     """
     return _Outline(config, where).architecture()
 
@@ -89,7 +92,7 @@ class _Outline:
         self.parameters: list[Parameter] = []
 
     def size(self, keys: tuple[str, ...]) -> int | None:
-        """Return the first of these keys that the file has, or else that the class has."""
+        """Return the size under the first of these keys in the file, or else in the class's defaults."""
         own = tuple(self.known.attribute_map[key] for key in keys if key in self.known.attribute_map)
         for fields in (self.file, self.fields):
             for key in (*own, *keys):
@@ -188,7 +191,7 @@ class _Outline:
         inner = self.size(_INNER) or 4 * hidden
         if self.fields.values.get("block_auto_adjust_ff_dim") is not True:
             return inner
-        # LFM2 rounds two thirds of the width in the file up to a multiple.
+        # LFM2 uses two thirds of the width in the file, rounded up to a multiple.
         inner = int((self.fields.number("block_ffn_dim_multiplier") or 1.0) * (2 * inner // 3))
         multiple = self.size(("block_multiple_of",)) or 256
         return -(-inner // multiple) * multiple
@@ -209,7 +212,7 @@ class _Outline:
         return min(self.size(_KV_HEADS) or heads, heads or 1)
 
     def _kinds(self) -> list[frozenset[str]]:
-        """Return what each layer has: attention (wide too, if full), mixer, mlp, experts."""
+        """Return the parts of each layer: attention (wide too, if full), mixer, mlp, experts."""
         values = self.fields.values
         pattern = self.file.values.get("hybrid_override_pattern")
         if isinstance(pattern, str) and 0 < len(pattern) <= size_bound("layers"):
@@ -242,7 +245,7 @@ class _Outline:
         return [feed_forward | {"attention"}] * layers
 
     def _is_gated(self, activation: str) -> bool:
-        """Return whether the MLP multiplies two projections, by its modules or its activation."""
+        """Return whether the MLP multiplies two projections, judged by its modules or its activation."""
         named = {name.rpartition(".")[2] for name in self.known.modules if "attn" not in name}
         if named & {"up_proj", "down_proj", "gate_up_proj", "fc1", "c_fc", "w1"}:
             return bool(named & {"gate_proj", "gate_up_proj", "w1", "w3"})
@@ -311,7 +314,7 @@ class _Outline:
         if rank := self.size(("kv_lora_rank",)):
             rope, nope = self.size(("qk_rope_head_dim",)) or 0, self.size(("qk_nope_head_dim",)) or 0
             value = self.size(("v_head_dim",)) or head_dim
-            # Null means none here, and not the default.
+            # Null means none here, not the default.
             is_low_rank = self.file.values.get("q_lora_rank", 1) is not None
             if is_low_rank and (query_rank := self.size(("q_lora_rank",))):
                 self._add(index, "self_attn.q_a_proj", "attention", hidden, query_rank, bias)
@@ -363,7 +366,7 @@ class _Outline:
         self._add(index, f"{name}.down_proj", part, inner, hidden, bias)
 
     def _add_tower(self, hidden: int) -> None:
-        """Add the matrices of a vision tower by its own width, depth and MLP."""
+        """Add the matrices of a vision tower from its own width, depth and MLP."""
         tower = self.outer.get("vision_config")
         if not self.is_nested or not isinstance(tower, dict) or self.loads_text_alone:
             return

@@ -1,6 +1,6 @@
-"""Good first models, from ``starter_models.toml``: the Model screen lists those that fit.
+"""Good first models, from ``starter_models.toml``; the Model screen lists those that fit.
 
-Each has the keys of its ``config.json`` that decide its shapes, so that its memory is estimated before
+Each has the keys of its ``config.json`` that determine its shapes, so that its memory is estimated before
 anything is downloaded.
 """
 
@@ -19,25 +19,25 @@ from qlora_tui.catalog.config_parser import parse_architecture
 
 
 class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
-    """A model on the Hub."""
+    """A good first model on the Hub."""
 
     id: str
     license: str
     """Name of the license, as on the Hub."""
     billions: float
-    """Parameters that are loaded for training on text, in billions."""
+    """Number of parameters that are loaded for training on text, in billions."""
     good_for: str
-    """What it is good for, in a few words."""
+    """What the model is good for, in a few words."""
     source: str
-    """Where its sizes were read."""
+    """Where the model's sizes were read."""
     config: dict[str, Any]
     gated: bool | None = None
-    """Whether its license must be accepted on the Hub; None if that was not confirmed."""
+    """Whether the user must accept the license on the Hub; None if that was not confirmed."""
     layer_types: tuple[str, ...] = ()
-    """Kinds of its layers, repeated to their number."""
+    """Kinds of the layers, repeated up to their number."""
 
     def full_config(self) -> dict[str, Any]:
-        """Return its ``config.json``, as far as it decides shapes."""
+        """Return the model's ``config.json``, as far as it determines shapes."""
         if not self.layer_types:
             return self.config
         text = self.config.get("text_config", self.config)
@@ -47,7 +47,9 @@ class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def architecture(self) -> Architecture:
-        """Return its modules and parameters. Raises UserError if this version cannot train it."""
+        """Return the model's modules and parameters. Raises UserError if this version cannot train the
+        model.
+        """
         return parse_architecture(self.full_config())
 
 
@@ -55,11 +57,11 @@ class StarterFile(Struct, frozen=True, forbid_unknown_fields=True):
     """The content of ``starter_models.toml``."""
 
     checked: datetime.date
-    """Day on which its facts were last compared with their sources."""
+    """Day on which these facts were last compared with their sources."""
     demo: StarterModel
     """The demo's model, which comes from the Python package index."""
     models: tuple[StarterModel, ...]
-    """From the smallest to the largest."""
+    """The models, from the smallest to the largest."""
 
 
 @cache
