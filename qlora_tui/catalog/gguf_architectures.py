@@ -99,7 +99,7 @@ def _rope_by_window(base: float | None = _ROPE_BASE) -> Reader:
 
 
 def _one_window(data: Metadata, config: Config) -> None:
-    """Read the window of all layers, which Phi-3 has."""
+    """Read the window of all layers, as in Phi-3."""
     config["sliding_window"] = data.count("attention.sliding_window")
 
 

@@ -28,6 +28,6 @@ From the file to the report:
   themselves or contradict each other. ``row_writers``: rows written to files. ``written_rows``:
   samples written for other trainers.
 
-Nothing here imports torch or transformers: the Data screen and the trainer share this code, so what the
-screen shows is what is trained.
+Nothing here imports torch or transformers: the Data screen and the trainer share this code, so the screen
+shows exactly the tokens that are trained.
 """

@@ -74,8 +74,8 @@ class Confined:
 
         Args:
             module: imported by the child before its memory is limited.
-            cpu_s: most processor seconds of one call.
-            memory_bytes: most memory, in addition to what a child uses at its start.
+            cpu_s: largest processor time of one call, in seconds.
+            memory_bytes: largest memory in addition to that of a child at its start.
             prepare: called in each child at its start, without limits; it is pickled.
         """
         self.cpu_s = cpu_s

@@ -294,7 +294,7 @@ def _on_effort(switch: Switch, data: Data) -> str:
 def prompt_thinking(setting: Thinking, notes: Mapping[str, int]) -> Thinking:
     """Return the thinking setting of prompts for a model trained on this data.
 
-    It is the set one or, with ``auto``, that of most rows.
+    It is ``setting`` unless that is ``auto``, which selects the mode of most rows.
     """
     on, off = notes.get("thinking-on", 0), notes.get("thinking-off", 0)
     if setting != "auto" or not (on or off):

@@ -180,10 +180,10 @@ def sides_problem(
 def ratings_problem(
     name: str, ratings: tuple[str, int, int] | None, preference_choice: str
 ) -> UserError | None:
-    """Return why answers are not used for training.
+    """Return why answers are not used for training; None if they are.
 
-    Either the answers are rated and there is no opt-in, or a method for pairs; or they are not rated and the
-    method compares answers.
+    Rated answers are not used without opt-in, or by a method for pairs. Answers without ratings are not used
+    by a method that compares answers.
     """
     if ratings is not None and preference_choice == "refuse":
         column, good, bad = ratings

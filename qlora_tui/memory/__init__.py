@@ -1,27 +1,27 @@
-"""The memory estimate: what a recipe will need, item by item, and what would fit instead.
+"""The memory estimate: the memory that a recipe will need, item by item, and settings that would fit.
 
-Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), :func:`check_fit` it against the
-available memory, and call :func:`largest_settings` or :func:`cheapest_changes`; :func:`as_json` is what
-``--json`` prints.
+Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), compare the result with the available
+memory by :func:`check_fit`, and call :func:`largest_settings` or :func:`cheapest_changes`. :func:`as_json`
+returns the output of ``--json``.
 
 ``estimate``       items, levels and uncertainty of one recipe; its verdict for a memory; its timeline
-``execution``      which trainer's code runs, and what the versions of transformers do
-``weights``        bytes of the frozen weights, in 4 bits, streamed from host memory, or as they are
-``static_memory``  all that is there through a step: weights, adapter, optimizer states, batch, workspaces
-``layout``         each layer by the shapes of its modules and norms, and what is trained
-``activations``    what a layer of these shapes keeps for its backward, and takes beyond that
+``execution``      the code that a trainer runs, and the differences between versions of transformers
+``weights``        bytes of the frozen weights, in 4 bits, streamed from host memory, or unquantized
+``static_memory``  constant memory of a step: weights, adapter, optimizer states, batch, workspaces
+``layout``         each layer as the shapes of its modules and norms, and the trained tensors
+``activations``    memory that a layer of these shapes saves for its backward, and takes beyond that
 ``step``           one training step: each kind of layer once, the loss, and the moments of both
-``loading``        what loading a base allocates, in the order of the version that loads
-``recording``      the exact form: loading and two traced steps on the model of CUDA's ``allocator``
-``traces``         the steps that this process has traced, in every estimate of them
-``levels``         from tensors to what the GPU sees, or the system of a CPU; converting a GGUF file
-``calibration``    measurements of past runs and of copies on this machine, and the correction from them
+``loading``        allocations of loading a base, in the order of the loading version of transformers
+``recording``      the exact form: loading and two traced steps, replayed on the ``allocator`` of CUDA
+``traces``         the steps that this process has traced, which replace the formula in estimates
+``levels``         from tensor bytes to those that the GPU or the system counts; converting a GGUF file
+``calibration``    measurements of past runs and of copies on this machine, and the resulting correction
 ``explain``        a sentence for each item; ``report``: the JSON output
 ``budget``         the memory of the device, and its CPU or GPU
-``solver``         what fits: settings, changes, sizes of models; what variants of a recipe need
-``quality``        what quantization changes in the predictions, measured in a child
-``step_choice``    the rows at a time, optimizer states and recomputed layers for which memory is free; time
-                   that streaming costs
+``solver``         settings, changes and model sizes that fit; the memory of a recipe's variants
+``quality``        how quantization changes the predictions, measured in a child process
+``step_choice``    rows at a time, optimizer states and recomputed layers for the free memory; the time
+                   that streaming takes
 """
 
 from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for, record_run

@@ -82,7 +82,7 @@ class _Pool:
 
 
 class CachingAllocator:
-    """Used and free blocks, in segments that are kept."""
+    """The used and free blocks of a GPU, in segments that are kept."""
 
     __slots__ = (
         "_address",

@@ -1,9 +1,9 @@
 """Describes the code that a run executes, as far as it affects memory.
 
-:func:`trainer_execution` returns what this project's trainer runs for a recipe and a :class:`Device`. The
-same recipe costs different amounts under different trainers: whether the frozen weights were cast to float32,
-which logits the loss keeps, which attention kernel runs. ``tests/memory/test_published.py`` has the execution
-of transformers 4.45 to 5.17 with peft, and measurements; the differences between versions are from
+:func:`trainer_execution` returns the execution of this project's trainer for a recipe and a :class:`Device`.
+The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
+float32, which logits the loss keeps, which attention kernel runs. ``tests/memory/test_published.py`` has the
+execution of transformers 4.45 to 5.17 with peft, and measurements; the differences between versions are from
 ``models/*/modeling_*.py`` and ``loss/loss_utils.py``.
 """
 

@@ -38,7 +38,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
 )
 """Settings that change no trained step: those on reports and saving, and on the use of memory."""
 DESCRIPTIVE = frozenset(("name", "note"))
-"""Settings that describe the recipe rather than what it does."""
+"""Settings that describe the recipe without affecting the run."""
 
 
 class Field(Struct, frozen=True, kw_only=True):
@@ -268,7 +268,7 @@ def diff_recipes(a: Recipe, b: Recipe) -> list[SettingChange]:
 
 
 def format_value(value: Any) -> str:
-    """Format a setting's value for people: ``on``, ``1,024``, ``q_proj, k_proj``, ``none``."""
+    """Format a setting's value for display: ``on``, ``1,024``, ``q_proj, k_proj``, ``none``."""
     match value:
         case bool():
             return "on" if value else "off"

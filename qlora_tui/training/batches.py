@@ -1,10 +1,10 @@
 """The sequences of a planned step (:mod:`qlora_tui.data.step_plan`) as micro-batches of tensors.
 
-How the sequences of a step are split into micro-batches, and over how many processes, does not change what it
-learns, so a run can resume at any step, even with a smaller micro-batch.
+The result of a step does not depend on how its sequences are split into micro-batches or over processes, so a
+run can resume at any step, even with a smaller micro-batch.
 
-A micro-batch is one long sequence without padding if samples can be isolated, else padded sequences.
-Samples ``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 sequences::
+A micro-batch is one long sequence without padding if samples can be isolated, else padded sequences. Samples
+``a a a``, ``b b`` and ``c`` with packing, ``data.max_length`` 4 and a micro-batch of 2 sequences::
 
     sequences      (0, 2) and (1,)      3 + 1 and 2 of 4 tokens
     input_ids      [[a a a c b b]]      (1, 6): both sequences end to end, without padding
@@ -58,7 +58,7 @@ class RowShape:
     max_length: int
     """Tokens of the run's own rows."""
     multiple: int = 1
-    """Number of tokens of which a packed row's length is padded to a multiple."""
+    """A packed row is padded to a multiple of this number of tokens."""
     pad_id: int = 0
 
 
@@ -192,7 +192,7 @@ def _samples_of(sequences: Sequence[PackedSamples]) -> Iterator[int]:
 
 def _labels(i: int, tokens: Tensor, samples: TokenizedDataset) -> Tensor:
     labels = tokens.masked_fill(_tensor(samples.loss_mask(i)) == 0, IGNORED)
-    # In a packed sequence the first token would be predicted from the last token of the sample before.
+    # In a packed sequence the first token would be predicted from the last token of the previous sample.
     labels[0] = IGNORED
     return labels
 

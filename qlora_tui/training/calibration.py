@@ -33,7 +33,7 @@ FOLDS = 5
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of right decisions for which a confidence threshold is searched."""
 _MIN_DECIDED = 10
-"""Fewest rows above a threshold with which the threshold is reported."""
+"""Smallest number of rows above a threshold with which the threshold is reported."""
 _ROUNDING = 1e-9
 """Largest difference at which two confidences count as equal."""
 _BINS = 15

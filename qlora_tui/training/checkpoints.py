@@ -60,7 +60,7 @@ _BATCH_SPLIT = frozenset(
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):
-    """What a resumed run needs beyond the files of the trainer."""
+    """The state that a resumed run needs in addition to the trainer's files."""
 
     step: int
     tokens: int

@@ -48,7 +48,7 @@ class ComputeDevice:
 
     @property
     def row_multiple(self) -> int:
-        """Number of tokens of which sequence lengths are padded to a multiple."""
+        """Sequences are padded to a multiple of this number of tokens."""
         return token_multiple(self.torch_device, self.dtype)
 
     @property

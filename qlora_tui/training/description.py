@@ -68,7 +68,7 @@ _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "atten
 MEMORY_BYTES = 4 << 30
 """Largest memory for a description, besides the libraries. Real models take some megabytes."""
 CPU_S = 20.0
-"""Most processor seconds for one description. The largest real models take one second."""
+"""Limit of processor time for one description, in seconds. The largest real models take one second."""
 
 
 _LARGEST_TRIAL = 1 << 28

@@ -15,7 +15,7 @@ one matrix if the head is tied. The copies are in fp32, like the matrices of LoR
     :func:`add_gradient` and :func:`add_row_gradients`:
 autograd would allocate the whole matrix for the few rows of a batch, and a second one to sum the gradients of
     a tied head.
-Hooks on the gradient, such as those of distributed training, do not see them.
+Gradient hooks, such as those of distributed training, are not called for them.
 
 Shapes with a vocabulary of 49,152 and a hidden size of 576::
 
@@ -165,7 +165,7 @@ def active_rows(module: Any) -> TokenRows | None:
 
 
 def with_rows(base: nn.Module, x: Tensor, rows: TokenRows | None) -> Tensor:
-    """Return the output of embedding or head ``base`` for ``x``, with these rows in place of its own."""
+    """Return the output of embedding or head ``base`` for ``x``, with ``rows`` in place of its own rows."""
     if rows is None:
         plain: Tensor = base(x)
         return plain

@@ -1,8 +1,8 @@
 """Turns an exception into the event that ends a run, and finds the OSError behind a failed write.
 
 torch writes files in C++ and reports a failed write as an unexpected position; safetensors writes in Rust and
-has the error number in its message. Both become the OSError that caused them. Imports no torch, because torch
-may be what failed.
+has the error number in its message. Both become the OSError that caused them. This module does not import
+torch, because torch may be the cause of the failure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures how far a run's model has moved from its base on general prompts, which it was not trained on.
 
 The base's answers are greedy and short (:mod:`.answers`). At each position of an answer the base's
-:data:`TOP_TOKENS` most likely tokens are stored with their log-probabilities, so that later comparisons need
+:data:`TOP_TOKENS` most likely tokens are stored with their log probabilities, so that later comparisons need
 no forward pass of the base. Both depend on the base only, and are cached for the next run.
 
 For a prompt of 3 tokens with an answer of 2, of which the second ends the turn::

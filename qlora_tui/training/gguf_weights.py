@@ -59,7 +59,7 @@ class Weight:
 def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     """Write config, tokenizer, chat template and bfloat16 safetensors of a GGUF file.
 
-    Raises UserError and ValueError for a file of which the model would not contain everything.
+    Raises UserError and ValueError if the model would lack anything that the file has.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

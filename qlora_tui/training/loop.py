@@ -218,7 +218,7 @@ class Loop:
             trainer.tokens = self._tokens_before = checkpoint.state.tokens
             self.progress = RunProgress.restored_from(checkpoint.state)
             if self.progress.ends_with_epoch:
-                # The screens already show what the user requested for this attempt.
+                # Show the request on the screens, because it was made in an earlier attempt.
                 self._reporter.emit(RequestReceived(request="finish_epoch"))
                 planned = self._run.step_plan.steps[trainer.step - 1]
                 if planned.ends_epoch and trainer.step < self._total_steps:

@@ -272,8 +272,8 @@ def stock_loss(
     Args:
         logits: (batch, tokens, vocabulary); position t - 1 predicts token t.
         labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
-        num_items_in_batch: divides the sum; None: the number of tokens in the loss.
-        loss_weights: (batch, tokens); None where each token counts 1.
+        num_items_in_batch: divisor of the sum; None for the number of tokens in the loss.
+        loss_weights: (batch, tokens); None if each token counts 1.
     """
     targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous().view(-1)
     rows = logits.float().view(-1, logits.shape[-1])

@@ -113,7 +113,7 @@ def _log_odds(log_probability: Tensor) -> Tensor:
 
 
 def logistic_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tensor:
-    """Return -log σ(chosen - rejected - margin), the loss of DPO, and with a margin that of SimPO.
+    """Return -log σ(chosen - rejected - margin), which is DPO's loss, and SimPO's with a margin.
 
     Args:
         chosen: rewards of the chosen answers, (pairs,): β times the log-ratio to the reference, or in SimPO β

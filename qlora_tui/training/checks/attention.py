@@ -34,8 +34,8 @@ _ROUNDINGS = 64.0
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
 """Largest error of an output, as a multiple of the error of the library's eager attention in the run's dtype.
 
-Both errors are those of each head's worst token. If eager attention has no error, the limit is as many thirds
-of a unit in the last place.
+Both errors are taken at each head's worst token. If eager attention has no error there, the limit is this
+number of thirds of a unit in the last place.
 """
 
 

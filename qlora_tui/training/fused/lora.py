@@ -1,8 +1,8 @@
 """Frozen linear modules and their adapters as one autograd function, in place of peft's forward.
 
 peft copies the base's output, casts the input of each target to the adapter's fp32, saves that copy (and with
-dropout a second one), and multiplies in fp32. Here the input is saved as it is, so that targets that read the
-same hidden state share it; dropout saves one byte per element; the products are in the compute dtype, as
+dropout a second one), and multiplies in fp32. Here the input is saved unchanged, so that targets that read
+the same hidden state share it; dropout saves one byte per element; the products are in the compute dtype, as
 under autocast; and the backward adds both gradients of the input in place.
 
 Shapes of SmolLM2-135M's ``gate_proj`` at rank 16, for a packed sequence of 100 tokens::

@@ -1,7 +1,7 @@
 """RMSNorm and rotary positions, as one autograd function each.
 
 transformers computes a norm in several operations and saves an fp32 copy of its input; here the input is
-saved as it is, with one number per row. Queries and keys are rotated by one Triton kernel in each direction:
+saved unchanged, with one number per row. Queries and keys are rotated by one Triton kernel in each direction:
 transformers' attention modules call a function ``apply_rotary_pos_emb`` of their own file. Families differ:
 most rotate the halves of a head, some its even and odd columns, some only a part of its columns. So each
 family's function is compared with the kernel, in both directions, before the kernel replaces it.
