@@ -1,1 +1,1 @@
-"""Measurements: each script prints figures beside a named baseline; with ``--json`` as data."""
+"""Measurements: each script prints figures next to a named baseline; with ``--json``, as data."""

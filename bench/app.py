@@ -1,11 +1,11 @@
-"""The app against the budgets of ``docs/architecture.md``: its start and its live screen.
+"""The app compared with the budgets in ``docs/architecture.md``: its start and its live screen.
 
     python -m bench.app [--only PART]… [--seconds N] [--keys N] [--repeats N] [--json]
 
-start         first frame and memory compared with an empty Textual app, in turns; medians
-leave         time from `q` to the end of the process, and from the start to its end, compared in the same way
-quiet, live   bytes, repaints and processor time a second, memory; live: a step a second of a fake trainer
-keys          from key to paint while every core is taken by an empty loop
+start         first frame and memory, compared with an empty Textual app in turns; medians
+leave         time from `q` to the end of the process, and from start to end, compared in the same way
+quiet, live   bytes, repaints and CPU time per second, and memory; live: one step per second of a fake trainer
+keys          time from key to paint while an empty loop occupies every core
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ Empty().run()
 """
 _SETTLED_S = 4.0
 _READ_S = 1.5
-"""How long an app that has just started is looked at."""
+"""Seconds for which an app that has just started is observed."""
 MAX_FIRST_FRAME_RATIO = 1.5
 MAX_START_TO_EXIT_RATIO = 1.25
 MAX_BYTES_PER_S, MAX_CPU_PERCENT, MAX_MEMORY_MB = 3000.0, 5.0, 100.0
 MAX_KEY_MS = 100.0
 _MILESTONE = 200
-"""Steps between evaluations, checkpoints and samples of the fake trainer."""
+"""Number of steps between evaluations, checkpoints and samples of the fake trainer."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing measured."""
+    """One measured figure."""
 
     where: str
     what: str
     value: float
     at_most: float | None = None
-    """The budget; None where there is none."""
+    """The budget; None if there is none."""
 
     @property
     def is_missed(self) -> bool:
@@ -83,7 +83,7 @@ class Figure:
 
 
 PROGRAMS = {"empty Textual app": ([sys.executable, "-c", EMPTY], "ready"), "qlora-tui": (APP, "Train")}
-"""Commands, and what their first frame shows."""
+"""Command of each program, and a text that its first frame shows."""
 
 
 def start(options: argparse.Namespace) -> Iterator[Figure]:
@@ -96,7 +96,7 @@ def start(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def leave(options: argparse.Namespace) -> Iterator[Figure]:
-    """Measure how long both apps take to be gone."""
+    """Measure how long both apps take to end."""
 
     def measure(terminal: Terminal, first_frame: float) -> tuple[float, ...]:
         pressed = time.perf_counter()
@@ -117,13 +117,14 @@ def _of_both(
     most: float,
     repeats: int,
 ) -> Iterator[Figure]:
-    """Medians of what ``measure`` returns, given a terminal and the seconds to the first frame.
+    """Yield medians of the figures that ``measure`` returns, given a terminal and the seconds to the first
+    frame.
 
-    ``most`` bounds the first of them as a multiple of the empty app's.
+    ``most`` bounds the first figure as a multiple of the empty app's.
     """
     measured: dict[str, list[tuple[float, ...]]] = {program: [] for program in PROGRAMS}
     with private_home() as home:
-        # Byte code is kept, as where it is installed, or only ours would be compiled each time.
+        # Store byte code, as in an installation. Otherwise only our modules would be compiled each time.
         env = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{home}/bytecode"}
         for repeat in range(-1, repeats):
             for program in in_turn(PROGRAMS, repeat):
@@ -132,7 +133,7 @@ def _of_both(
                     first_frame = terminal.wait_for(marker)
                     terminal.watch(_READ_S)
                     figures = measure(terminal, first_frame)
-                    if repeat >= 0:  # the first warms disk and byte code
+                    if repeat >= 0:  # the first repeat warms up disk and byte code
                         measured[program].append(figures)
     medians = {
         program: [statistics.median(column) for column in zip(*rows, strict=True)]
@@ -146,12 +147,12 @@ def _of_both(
 
 
 def quiet(options: argparse.Namespace) -> Iterator[Figure]:
-    """Measure what a run costs that does nothing."""
+    """Measure the cost of watching a run that does nothing."""
     yield from _costs(options, "quiet")
 
 
 def live(options: argparse.Namespace) -> Iterator[Figure]:
-    """Measure what a run costs that takes a step a second."""
+    """Measure the cost of watching a run that takes a step per second."""
     yield from _costs(options, "live")
 
 
@@ -174,7 +175,8 @@ def _costs(options: argparse.Namespace, name: str) -> Iterator[Figure]:
 
 
 def keys(options: argparse.Namespace) -> Iterator[Figure]:
-    """Open the help, a page of text over the screen, at odd moments; measure how long until it is seen."""
+    """Open the help, a page of text over the screen, at irregular times, and measure how long it takes to
+    appear."""
     with private_home(), FakeTrainer(1200, 3000).at_work(), every_core_taken():
         for size in SIZES:
             with watching(size) as terminal:
@@ -200,7 +202,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Figure]]] = {
 
 @contextlib.contextmanager
 def watching(size: tuple[int, int]) -> Iterator[Terminal]:
-    """The app on its live screen, settled."""
+    """Yield a terminal with the app on its live screen, after it has settled."""
     with Terminal(APP, columns=size[0], rows=size[1]) as terminal:
         terminal.wait_for("Train")
         terminal.watch(_SETTLED_S)
@@ -211,7 +213,7 @@ def watching(size: tuple[int, int]) -> Iterator[Terminal]:
 
 @contextlib.contextmanager
 def private_home() -> Iterator[str]:
-    """A private home, so that only our run is shown."""
+    """Yield a private home folder, so that only our run is shown."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CONFIG", "STATE", "CACHE")}
@@ -224,7 +226,7 @@ def private_home() -> Iterator[str]:
 
 @contextlib.contextmanager
 def every_core_taken() -> Iterator[None]:
-    """Processes that never wait, and end with this one, however it ends."""
+    """Run processes that use every core inside the block. They end with this process, however it ends."""
     spin = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
     spinning = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(os.cpu_count() or 1)]
     try:
@@ -236,7 +238,7 @@ def every_core_taken() -> Iterator[None]:
 
 
 class FakeTrainer:
-    """A run of ``total`` steps, ``done`` of which lie behind it. Its own clock goes a second a step."""
+    """A run of ``total`` steps, of which ``done`` are over. Its own clock advances by one second per step."""
 
     def __init__(self, done: int, total: int) -> None:
         self.step = 0
@@ -253,7 +255,7 @@ class FakeTrainer:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """A step a second meanwhile."""
+        """Take one step per second inside the block."""
         stop = threading.Event()
 
         def play() -> None:
@@ -317,7 +319,7 @@ class FakeTrainer:
 
 
 def main() -> int:
-    """Measure; print each figure with its budget. 1 where one is missed."""
+    """Measure, and print each figure with its budget; return 1 if one is missed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
-"""Speed and memory of the chat, beside plain ``generate`` with the same adapter unmerged.
+"""Speed and memory of the chat, compared with plain ``generate`` with the same adapter unmerged.
 
     python -m bench.chat MODEL [--adapter FOLDER] [--tokens 48] [--rounds 7] [--json]
 
-Both hold the same NF4 base, each in a separate process; without --adapter a random LoRA of rank 16 on all
-linear modules is made. They answer in turns whose order is reversed every round, so that a busy machine slows
-both: a short question, and one of some 600 tokens. Medians count. Processor time is what other work on the
-machine disturbs least (with OMP_NUM_THREADS=1, or threads that wait count too). Plain ``generate`` looks for
-no end of its turn, and its threads wait for each other as ours do.
+Both use the same NF4 base, each in a separate process. Without --adapter, a random LoRA of rank 16 on all
+linear modules is created. They answer in turns whose order is reversed every round, so that a busy machine
+slows down both: a short question, and one of about 600 tokens. Medians are reported. CPU time is the figure
+that other load on the machine disturbs least (with OMP_NUM_THREADS=1; otherwise it includes waiting threads).
+Plain ``generate`` does not look for the end of its turn, and its threads wait for each other like ours.
 
-On a GPU the table says how many tokens a CUDA graph gave, or why none.
+On a GPU, the table says how many tokens a CUDA graph computed, or why it computed none.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ WAYS = ("plain", "ours")
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer: its tokens after the first are counted a second."""
+    """One answer. Tokens after the first count for its speed."""
 
     prompt_tokens: int
     first_token_s: float
     tokens_per_s: float
     cpu_s: float
-    """Of processors, for all of it."""
+    """CPU time of the whole answer."""
     peak_bytes: int
-    """The process's so far, libraries and all."""
+    """Peak memory of the process so far, including libraries."""
     text: str
     recorded_tokens: int = 0
-    """Tokens that a CUDA graph gave."""
+    """Number of tokens that a CUDA graph computed."""
     note: str = ""
-    """Why none did."""
+    """Why a CUDA graph computed none."""
 
 
 Answer = Callable[[str, int], Answered]
@@ -63,7 +63,7 @@ Answer = Callable[[str, int], Answered]
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--adapter")
@@ -73,7 +73,8 @@ def main() -> int:
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
-        # Both: threads that spin on a busy machine would make plain ``generate`` many times slower.
+        # For both processes: on a busy machine, spinning threads would make plain ``generate`` many times
+        # slower.
         configure_torch_env()
         with faster_imports():
             import peft  # noqa: F401
@@ -88,7 +89,7 @@ def main() -> int:
 
 
 def answered(model: str, adapter: str, tokens: int, rounds: int) -> dict[str, dict[str, list[Answered]]]:
-    """Answers by way and question length; one warm-up first."""
+    """Return the answers by method and length of the question, after one warm-up."""
     command = [sys.executable, "-m", "bench.chat", model, "--adapter", adapter, "--way"]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with contextlib.ExitStack() as ends:
@@ -115,7 +116,7 @@ def _in_turns(
 
 
 def summary(answers: dict[str, dict[str, list[Answered]]]) -> dict[str, Any]:
-    """Medians by length of question and way, and whether both said the same."""
+    """Return medians by length of the question and method, and whether both gave the same answers."""
     report: dict[str, Any] = {}
     for name in QUESTIONS:
         report[name] = {way: _medians(answers[way][name]) for way in answers}
@@ -126,7 +127,7 @@ def summary(answers: dict[str, dict[str, list[Answered]]]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """In Markdown."""
+    """Return the report as a Markdown table."""
     lines = ["| | plain `generate` | qlora-tui | |", "| --- | ---: | ---: | ---: |"]
     for name in QUESTIONS:
         plain, ours = (report[name][way] for way in WAYS)
@@ -161,7 +162,7 @@ def serve(answer: Answer) -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory this process has held: of the GPU, where there is one."""
+    """Return the peak memory of this process, on the GPU if there is one."""
     import torch
 
     if torch.cuda.is_available():
@@ -170,7 +171,7 @@ def peak_bytes() -> int:
 
 
 def random_adapter(recipe: Recipe, folder: Path) -> str:
-    """An adapter that changes little."""
+    """Create a random adapter with small changes, and return its folder."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -191,7 +192,7 @@ def random_adapter(recipe: Recipe, folder: Path) -> str:
 
 
 def by_generate(recipe: Recipe, adapter: str) -> Answer:
-    """As a script would: peft's model and ``generate``, streaming."""
+    """Return a function that answers with peft's model and ``generate``, streaming, like a typical script."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -209,7 +210,7 @@ def by_generate(recipe: Recipe, adapter: str) -> Answer:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=device.dtype,
     )
-    # Not by our own loading, which keeps CPUs from the layout of 4-bit weights that answers fastest.
+    # Our own loading would prevent the 4-bit layout with which CPUs answer fastest.
     base = AutoModelForCausalLM.from_pretrained(
         str(folder),
         dtype=device.dtype,
@@ -233,7 +234,7 @@ def by_generate(recipe: Recipe, adapter: str) -> Answer:
             use_cache=True,
             streamer=clock,
         )
-        # The first is the prompt.
+        # The first time belongs to the prompt.
         began, first, *_, last = clock.times_s
         return Answered(
             prompt_tokens=ids.shape[1],
@@ -248,7 +249,7 @@ def by_generate(recipe: Recipe, adapter: str) -> Answer:
 
 
 class _Clock:
-    """Takes tokens as a streamer does, and notes when."""
+    """Receives tokens as a streamer, and records their times."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
@@ -261,15 +262,15 @@ class _Clock:
 
 
 def by_chat(recipe: Recipe, adapter: str) -> Answer:
-    """As this program does."""
+    """Return a function that answers with this program's chat."""
     from qlora_tui.chat.session import load_session
 
     session = load_session(ChatSource(recipe=recipe, adapters={ADAPTER: adapter}))
     session.end_ids = frozenset()
 
     def answer(question: str, tokens: int) -> Answered:
-        # Each question is processed again, though it was asked before. The first token stays, and with it
-        # what was recorded, as from turn to turn.
+        # Process each question again, even if it was asked before. The first token stays in the cache, with
+        # the recorded steps, as between turns.
         for prefix_cache in session._caches.values():
             prefix_cache.reuse(prefix_cache.token_ids[:1] * 2)
         cpu_began = time.process_time()

@@ -1,13 +1,13 @@
-"""Tokenizing rows for training: ours beside TRL's own preparation of the same rows.
+"""Tokenizing rows for training: this program compared with TRL's own preparation of the same rows.
 
     python -m bench.data --model FOLDER [--rows 200000] [--repeats 3] [--skip-trl]
 
-Writes ``--rows`` conversations to a JSONL file, then runs the sides in turn from that file to samples with
-an assistant mask, each time cold and in a separate process. Prints rows a second, seconds of processor
-time, and the most memory the process tree held (the sum of resident sizes, sampled); of all repeats the
-median. The model folder gives the tokenizer; both use the chat template of Qwen2.5 from ``trl``. TRL runs
-as it does by default and with a worker a core; the faster of the two counts. Only ours holds rows back to
-validate on.
+Writes ``--rows`` conversations to a JSONL file, then runs both sides in turns from this file to samples with
+an assistant mask, each time without caches and in a separate process. Prints rows per second, CPU seconds,
+and the peak memory of the process tree (the sum of resident sizes, sampled), as medians of all repeats. The
+model folder provides the tokenizer; both use the chat template of Qwen2.5 from ``trl``. TRL runs with its
+defaults and with one worker per core, and the faster of the two is reported. Only this program holds rows out
+for validation.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _WORDS = [
 
 
 class Clock:
-    """Seconds, and seconds of processor time of this process and its finished children."""
+    """Measures elapsed seconds, and CPU seconds of this process and its finished children."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self._cpu = sum(os.times()[:4])
 
     def read(self) -> dict[str, float]:
-        """Since it was made."""
+        """Return the seconds since the clock was created."""
         cpu_s = sum(os.times()[:4]) - self._cpu
         return {"seconds": round(time.perf_counter() - self._began, 2), "cpu_s": round(cpu_s, 2)}
 
 
 def write_rows(path: Path, count: int) -> None:
-    """Conversations of one to three exchanges, some 200 tokens each."""
+    """Write conversations of one to three exchanges, with about 200 tokens each."""
     chance = random.Random(5)
 
     def text(low: int, high: int) -> str:
@@ -72,7 +72,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def qwen_template() -> str:
-    """Qwen2.5's published template, as the installed trl ships it."""
+    """Return Qwen2.5's published template from the installed trl."""
     trl_spec = importlib.util.find_spec("trl")
     if trl_spec is None or trl_spec.origin is None:
         raise SystemExit("trl is not installed: pip install --no-deps trl")
@@ -80,7 +80,7 @@ def qwen_template() -> str:
 
 
 def ours(path: Path, model: Path) -> dict[str, Any]:
-    """From the file to a mapped set, cold."""
+    """Run this program from the file to a memory-mapped data set, without caches."""
     from qlora_tui.data.dataset import prepare_dataset
     from qlora_tui.data.tokenizer import ChatTokenizer
     from qlora_tui.recipe.schema import Data, Recipe, Source
@@ -94,7 +94,7 @@ def ours(path: Path, model: Path) -> dict[str, Any]:
 
 
 def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
-    """From the file to what SFTTrainer would train on, cold."""
+    """Run TRL from the file to the data that SFTTrainer would train on, without caches."""
     import datasets
     import transformers
 
@@ -132,7 +132,8 @@ def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
 
 
 def measured(words: list[str], home: Path) -> dict[str, Any]:
-    """Run this file with ``words`` in its own process; return its result and its tree's peak memory."""
+    """Run this file with ``words`` in a separate process; return its result and the peak memory of its
+    tree."""
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(home),
@@ -168,7 +169,7 @@ def measured(words: list[str], home: Path) -> dict[str, Any]:
 
 
 def compare(results: dict[str, list[dict[str, Any]]], rows: int) -> None:
-    """Print the medians, and the ratios to the faster of TRL's ways."""
+    """Print the medians, and the ratios to the faster variant of TRL."""
     middle = {
         side: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_s", "peak_mib")}
         for side, runs in results.items()
@@ -189,7 +190,7 @@ def compare(results: dict[str, list[dict[str, Any]]], rows: int) -> None:
 
 
 def main() -> None:
-    """Print the comparison, or be one side of it."""
+    """Print the comparison, or run one side of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,19 +1,19 @@
-"""Decisions on public labeled text, with wrong labels planted, next to logistic regression on TF-IDF.
+"""Decisions on public labeled text with some wrong labels, compared with logistic regression on TF-IDF.
 
     python -m bench.decide train_5500.label rt-polarity ori_pqal.json [--seeds 2] [--state FOLDER] [--json]
 
-Reads what the authors publish: questions of TREC in six classes (Li and Roth 2002, a line ``CLASS:fine
-question``); sentences of film reviews (Pang and Lee 2005, the folder with ``rt-polarity.pos`` and ``.neg``);
-questions of PubMedQA, answered yes, no or maybe from a paper's conclusion (Jin et al. 2019,
+Reads files as their authors publish them: questions of TREC in six classes (Li and Roth 2002, lines of
+``CLASS:fine question``); sentences of film reviews (Pang and Lee 2005, the folder with ``rt-polarity.pos``
+and ``.neg``); questions of PubMedQA, answered yes, no or maybe from a paper's conclusion (Jin et al. 2019,
 ``ori_pqal.json``); or a CSV file of text and label, such as BANKING77 (PolyAI).
 
-For each file and seed: draws training, validation and test rows, gives a share of the training rows another
-label, and trains SmolLM2-135M-Instruct on them as a user would: ``train``, ``evaluate`` and ``predict``, this
-on the test rows and on the training rows. scikit-learn's logistic regression on TF-IDF gets the same training
-rows and picks its strength on the same validation rows; its own training rows are judged in five folds.
-Figures are those of the test rows of all seeds together.
+For each file and seed, this script draws training, validation and test rows, replaces the labels of some
+training rows by others, and trains SmolLM2-135M-Instruct like a user: with ``train``, ``evaluate`` and
+``predict``, the last on both test and training rows. scikit-learn's logistic regression on TF-IDF gets the
+same training rows, selects its regularization on the same validation rows, and judges its own training rows
+in five folds. Figures cover the test rows of all seeds together.
 
-With ``--state`` runs stay in a folder, and what is there already is not done again.
+With ``--state``, runs are kept in a folder, and existing results are reused.
 """
 
 from __future__ import annotations
@@ -61,28 +61,28 @@ Rows = list[tuple[str, str]]
 
 
 class Judged(NamedTuple):
-    """Probabilities of test rows by one way, and how suspicious training rows are to it."""
+    """Probabilities of one method for test rows, and its suspicion of training rows."""
 
     probabilities: list[dict[str, float]]
-    """By label, of each test row."""
+    """Probability of each label, for each test row."""
     own: list[float]
-    """Probability of the label that each training row was given."""
+    """Probability of the given label, for each training row."""
 
 
 class Trial(NamedTuple):
-    """One draw of one task."""
+    """One draw of rows for one task."""
 
     wanted: list[str]
     """Labels of the test rows."""
     wrong: set[int]
-    """Numbers of the training rows with another label."""
+    """Indices of the training rows with a wrong label."""
     ways: dict[str, Judged]
     notes: dict[str, float]
     """Figures of this draw by name."""
 
 
 def main() -> int:
-    """Train, decide, compare; print a table for each task."""
+    """Train, decide and compare; print a table for each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path, help="labeled texts")
     parser.add_argument(
@@ -125,7 +125,7 @@ def labeled(path: Path) -> Rows:
 
 
 def trial(args: argparse.Namespace, rows: Rows, state: Path, seed: int) -> Trial:
-    """Draw rows, train on them, and let both ways decide."""
+    """Draw rows, train on them, and let both methods decide."""
     from bench.training import say
 
     state.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def by_tuning(
     runs = json.loads(command(state, "runs", "--json"))
     if not any(run["state"] == "finished" for run in runs["runs"]):
         model = ensure_model(say)
-        # Two or three rows in each step, whatever their length.
+        # Use two or three rows per step, whatever their length.
         words = statistics.mean(len(text.split()) for text, _ in train)
         settings = [
             f"data.max_length={128 if words < 30 else 256}",
@@ -194,28 +194,28 @@ def by_tuning(
 
 
 def sharpened(row: dict[str, float], power: float) -> dict[str, float]:
-    """Return probabilities raised to a power: the temperature of a calibration taken back."""
+    """Return probabilities raised to a power, which undoes the temperature of a calibration."""
     raised = {label: value**power for label, value in row.items()}
     total = sum(raised.values())
     return {label: value / total for label, value in raised.items()}
 
 
 def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Write rows as JSONL, unless they are there: a changed time would be other data."""
+    """Write rows as JSONL unless the file exists, because a changed time would count as other data."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 def command(state: Path, *arguments: str) -> str:
-    """Return the output of a command of this program, whose runs are in ``state``."""
+    """Run a command of this program with the runs in ``state``; return its output."""
     environment = {**os.environ, "XDG_STATE_HOME": str(state), "XDG_DATA_HOME": str(state)}
     argv = [sys.executable, "-m", "qlora_tui", *arguments]
     return subprocess.run(argv, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def by_regression(train: Rows, validation: Rows, test: Rows, labels: Sequence[str]) -> Judged:
-    """Return what scikit-learn's logistic regression decides."""
+    """Return the decisions of scikit-learn's logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
@@ -249,7 +249,7 @@ def by_regression(train: Rows, validation: Rows, test: Rows, labels: Sequence[st
 
 
 def summary(trials: Sequence[Trial]) -> dict[str, Any]:
-    """Return the figures of one task by name: by way, or of each draw."""
+    """Return the figures of one task by name, for each method or each draw."""
     import torch
 
     from qlora_tui.training.calibration import calibration_error
@@ -296,7 +296,7 @@ def _confidence(trials: Sequence[Trial], way: str, labels: Sequence[str]) -> tup
 
 
 def _figures(trials: Sequence[Trial], way: str, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the figures of one way over some draws together: the value, and the interval if there is one."""
+    """Return the figures of one method over several draws: the value, and the interval if there is one."""
     from qlora_tui.training.calibration import judge_probabilities
 
     quality = judge_probabilities(*_logs(trials, way, labels))
@@ -318,20 +318,20 @@ def _figures(trials: Sequence[Trial], way: str, labels: Sequence[str]) -> dict[s
 
 
 def _area(own: Sequence[float], wrong: set[int]) -> float:
-    """Return how often a row with a wrong label is less probable than one with a right one."""
+    """Return how often a row with a wrong label is less probable than a row with the right label."""
     others = [value for number, value in enumerate(own) if number not in wrong]
     pairs = [(own[number] < other) + 0.5 * (own[number] == other) for number in wrong for other in others]
     return sum(pairs) / len(pairs)
 
 
 def _share_found(own: Sequence[float], wrong: set[int], share: float) -> float:
-    """Return the share of the wrong labels in the least probable share of the rows."""
+    """Return the share of the wrong labels that are among the least probable ``share`` of the rows."""
     ranked = sorted(range(len(own)), key=own.__getitem__)
     return len(wrong & set(ranked[: round(share * len(own))])) / len(wrong)
 
 
 def table(name: str, report: dict[str, Any]) -> str:
-    """Return the figures of a task in lines: of all draws together, then of each, and their spread."""
+    """Return the figures of a task in lines: over all draws, then for each draw, with their spread."""
     from qlora_tui.formatting import align_columns
 
     def shown(figure: dict[str, Any]) -> str:

@@ -1,13 +1,13 @@
-"""Everything that only a GPU can prove: for a checkout on a machine with CUDA, without the Hub.
+"""All checks that require a GPU: for a checkout on a machine with CUDA, without the Hub.
 
     python -m bench.gpu_acceptance --first                      (the first five minutes on a GPU)
     python -m bench.gpu_acceptance [--size 0.5b|1.5b|8b] [--model FOLDER] [--only CHECK…] [--out FILE.json]
     python -m bench.gpu_acceptance --size tiny                  (a dry run, on a CPU)
 
-A Llama of that size with random weights is made on the spot, or in FOLDER, where a later call finds it. Each
-check runs in a separate process, within its own deadline and within --seconds for all of them; then all of
-its processes are ended, those of its runs too. The JSON file is written after each check. Exit code 1 where a
-check failed or was cut.
+Creates a Llama of the given size with random weights, in FOLDER if given, where a later call finds it. Each
+check runs in a separate process, within its own deadline and within --seconds for all checks. After each
+check, all its processes are ended, including those of its runs, and the JSON file is written. The exit code
+is 1 if a check failed or met its deadline.
 
 * machine, doctor
 * parts: context (GPU memory of a process), four_bit, triton_kernels, varlen_attention, out_of_memory (whether
@@ -17,9 +17,9 @@ check failed or was cut.
   offload (losses and memory with layers, or their inputs, in host memory)
 * chat (speed compared with plain generate, by a CUDA graph), grid (the estimate against torch's count)
 
-Within calls of ten minutes: for 0.5b all but grid, then grid; for 8b ``machine doctor loop nvml float16``,
-then ``resume memory``, then ``grid``, each with the same --model. :mod:`bench.gpu_baselines` compares speed
-and memory with other trainers.
+If calls are limited to ten minutes: for 0.5b, run all checks except grid, then grid; for 8b, run ``machine
+doctor loop nvml float16``, then ``resume memory``, then ``grid``, each with the same --model.
+:mod:`bench.gpu_baselines` compares speed and memory with other trainers.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from bench.support.random_model import SIZES, make_rows, random_model
 from qlora_tui.gpu.visible_devices import set_device_variables
 
 _MIN_S = 2.0
-"""Seconds that must be left for a check to be started."""
+"""Seconds that must be left to start a check."""
 
 
 def main() -> int:
-    """Make the model, make the checks, write the report; returns the exit code."""
+    """Create the model, run the checks and write the report; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="0.5b")
     parser.add_argument("--model", type=Path, help="folder of the model; made there if it is missing")
@@ -61,7 +61,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_acceptance.json"))
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
-    # For all processes, those of other trainers too, and before the user's settings are out of reach.
+    # These apply to all processes, including other trainers. Set them before the user's settings are
+    # unreachable.
     set_device_variables()
     adopt_orphans()
     end_descendants_on_sigterm()
@@ -79,7 +80,7 @@ def main() -> int:
         )
         report: dict[str, Any] = {"size": args.size, "checks": {}}
         names = args.only or (FIRST if args.first else CHECKS)
-        # What this machine is decides what the other checks do.
+        # The outcome of the machine check determines what the other checks do.
         for name in dict.fromkeys(("machine", *names)):
             began = time.monotonic()
             outcome = make_check(name, context, until, scratch)
@@ -93,7 +94,7 @@ def main() -> int:
 
 
 def make_check(name: str, context: CheckContext, until: float, scratch: Path) -> Outcome:
-    """Make one check within its deadline; ``until`` is the moment at which all of them end."""
+    """Run one check within its deadline. ``until`` is the time at which all checks end."""
     now = time.monotonic()
     seconds = min(deadline_s(name, context.size), until - now)
     if seconds < _MIN_S:
@@ -110,7 +111,7 @@ def make_check(name: str, context: CheckContext, until: float, scratch: Path) ->
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:
-    """Replace the report, so that a reader never sees half of one."""
+    """Replace the report, so that a reader never sees an incomplete one."""
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(report, indent=1, default=str) + "\n")
     draft.replace(path)

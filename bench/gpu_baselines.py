@@ -1,12 +1,13 @@
-"""The same rows by several trainers in turns on a GPU, within a deadline.
+"""The same rows trained by several trainers in turns on a GPU, within a deadline.
 
     python -m bench.gpu_baselines [--size 8b] [--models FOLDER] [--row-tokens 2048] [--samples 48]
         [--ways qlora_tui_run unsloth_trainer hf_trainer trl_trainer] [--checkpointing on off]
         [--data ALPACA.json] [--seconds 540] [--out FILE.json]
 
-Without --data every sample fills a row, so that packing plays no part: Unsloth is compared so. With it about
-eight samples fill a row. The order is reversed every turn. A way is not begun where its last run took longer
-than what is left; at the deadline all processes are ended. The file is written after each run.
+Without --data, every sample fills a row, so that packing does not matter; compare with Unsloth in this way.
+With --data, about eight samples fill a row. The order is reversed every turn. A trainer is not started if its
+last run took longer than the time left. At the deadline, all processes are ended. The file is written after
+each run.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from qlora_tui.gpu.visible_devices import set_device_variables
 
 WAYS = ("qlora_tui_run", "unsloth_trainer", "hf_trainer", "trl_trainer")
 _FIRST_RUN_S = 60.0
-"""Seconds that a run is expected to take before one of its kind was measured."""
+"""Seconds that a run is expected to take before another one of its kind was measured."""
 _LOG_CHARACTERS = 1500
 _PACKED_SAMPLES = 8
-"""Conversations taken for each row, where several share one."""
+"""Number of conversations per row, if several share one."""
 
 
 def main() -> int:
-    """Measure in turns; returns 1 where no run of a way was measured."""
+    """Measure in turns; return 1 if no run of a trainer was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="8b")
     parser.add_argument("--models", type=Path, help="folder of the random models, for a later call too")
@@ -57,7 +58,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_baselines.json"))
     args = parser.parse_args()
     until = time.monotonic() + args.seconds
-    # For all processes, those of other trainers too, and before the user's settings are out of reach.
+    # These apply to all processes, including other trainers. Set them before the user's settings are
+    # unreachable.
     set_device_variables()
     adopt_orphans()
     end_descendants_on_sigterm()
@@ -71,7 +73,7 @@ def main() -> int:
             out="",
             dtype=args.dtype,
             row_tokens=args.row_tokens,
-            # One sample is a row, or as many as fill one.
+            # One sample is a row, or several fill one.
             samples_per_step=_PACKED_SAMPLES if args.data else 1,
         )
         variants = [(way, checkpointing) for way in args.ways for checkpointing in args.checkpointing]
@@ -81,7 +83,7 @@ def main() -> int:
 
 
 def conversations(args: argparse.Namespace, scratch: Path) -> list[dict[str, str]]:
-    """Return Alpaca rows: given ones, or samples that are each longer than a row."""
+    """Return Alpaca rows: from the given file, or samples that are each longer than a row."""
     if args.data:
         given: list[dict[str, str]] = json.loads(args.data.read_text())
         return given[: args.samples * _PACKED_SAMPLES]
@@ -93,7 +95,7 @@ def conversations(args: argparse.Namespace, scratch: Path) -> list[dict[str, str
 def take_turns(
     job: TrainingJob, variants: list[tuple[str, str]], turns: int, until: float, out: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of each way and setting; written to ``out`` after each."""
+    """Return the runs of each trainer and setting, which are written to ``out`` after each run."""
     runs: dict[str, list[dict[str, Any]]] = {name_of(*variant): [] for variant in variants}
     took_s = dict.fromkeys(runs, _FIRST_RUN_S)
     for turn in range(turns):
@@ -111,12 +113,12 @@ def take_turns(
 
 
 def name_of(way: str, checkpointing: str) -> str:
-    """Return the name of a way with its setting, in the report."""
+    """Return the name of a trainer with its setting, for the report."""
     return f"{way}, checkpointing {checkpointing}"
 
 
 def run_once(job: TrainingJob, way: str, name: str, until: float) -> dict[str, Any]:
-    """Train once; a way that fails or meets the deadline says so. Its processes are ended."""
+    """Train once; report a failure or the deadline in the result. Processes of the trainer are ended."""
     scratch = Path(job.rows).parent
     try:
         with deadline(until):
@@ -139,7 +141,7 @@ def run_once(job: TrainingJob, way: str, name: str, until: float) -> dict[str, A
 
 @contextmanager
 def deadline(until: float) -> Iterator[None]:
-    """Raise TimeoutError at this moment of ``time.monotonic`` where the block has not ended."""
+    """Raise TimeoutError if the block has not ended at this value of ``time.monotonic``."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise TimeoutError("the deadline passed")
@@ -154,7 +156,7 @@ def deadline(until: float) -> Iterator[None]:
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Return medians for people."""
+    """Return the medians as text."""
     lines = []
     for name, each in runs.items():
         measured = [run for run in each if "tokens_per_s" in run]

@@ -2,13 +2,15 @@
 
     python -m bench.gpu_wheels FOLDER [--with trl unsloth liger tui test] [--python 3.12]
 
-For a machine that has torch for CUDA 13.0, transformers, peft and accelerate already. Without --with, only
-what trainer, chat and :mod:`bench.gpu_acceptance` import besides. bitsandbytes keeps its libraries for CUDA
-13.0 and for CPUs alone (43 MB become 4), Unsloth loses its web app (29 MB become 2). There, for each command:
+For a machine that already has torch for CUDA 13.0, transformers, peft and accelerate. Without --with,
+includes only additional imports of trainer, chat and :mod:`bench.gpu_acceptance`. bitsandbytes keeps only its
+libraries for CUDA 13.0 and for CPUs (4 of 43 MB), and Unsloth loses its web app (2 of 29 MB). On that
+machine, run before each command:
 
     python3 -m pip install --no-index --no-deps --target scratch FOLDER/*.whl && export PYTHONPATH=scratch
 
-``trl`` and ``unsloth`` exclude each other: Unsloth needs an older TRL and datasets, which come with it.
+``trl`` and ``unsloth`` exclude each other: Unsloth needs older versions of TRL and datasets, which are
+included.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ _UNSLOTH_PROGRAMS = ("studio", "unsloth_cli")
 
 
 def main() -> int:
-    """Download and repack; prints the size of each wheel."""
+    """Download and repack wheels, and print the size of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--with", dest="extras", nargs="*", choices=list(EXTRAS), default=[])
@@ -49,7 +51,7 @@ def main() -> int:
         parser.error("trl and unsloth exclude each other")
     args.folder.mkdir(parents=True, exist_ok=True)
     for wheel in args.folder.glob("*.whl"):
-        # Two versions of one package stop the installation.
+        # Two versions of one package prevent the installation.
         wheel.unlink()
     wanted = [*BASE, *(package for extra in args.extras for package in EXTRAS[extra])]
     subprocess.run(download_command(args.folder, args.python, wanted), check=True)
@@ -63,7 +65,8 @@ def main() -> int:
 
 
 def download_command(folder: Path, python: str, wanted: list[str]) -> list[str]:
-    """Return pip's command for exactly these packages as wheels of another Python, for Linux on x86-64."""
+    """Return pip's command to download exactly these packages as wheels of another Python, for Linux on
+    x86-64."""
     options = ["--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
     return [
@@ -81,9 +84,9 @@ def download_command(folder: Path, python: str, wanted: list[str]) -> list[str]:
 
 
 def repack(wheel: Path) -> None:
-    """Write a wheel again without what is not needed there, with a RECORD that matches.
+    """Write a wheel again without unnecessary files, with a matching RECORD.
 
-    Raises SystemExit where bitsandbytes lacks a library that is needed.
+    Raises SystemExit if bitsandbytes lacks a required library.
     """
     package = wheel.name.split("-")[0]
     if package not in ("bitsandbytes", "unsloth"):

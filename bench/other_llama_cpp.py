@@ -1,11 +1,11 @@
-"""An exported file in another build of llama.cpp: ik_llama.cpp, a fork with kernels of its own.
+"""An exported file in another build of llama.cpp: ik_llama.cpp, a fork with its own kernels.
 
     python -m bench.other_llama_cpp FILE.gguf PYTHON
 
 ``PYTHON`` is an interpreter with ``ik-llama-cpp-python``. The fork answers a question greedily; then both
 builds compute the logits at every position of question and answer. Prints the largest and the mean KL
-divergence, and at how many positions both rank the same token first. How the file differs from the trained
-model is what ``qlora-tui export gguf`` prints.
+divergence, and the number of positions at which both rank the same token first. ``qlora-tui export gguf``
+prints how the file differs from the trained model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONTEXT = 256
 
 
 def main() -> None:
-    """Ask both builds, print how they differ."""
+    """Run both builds, and print how they differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("python", help="interpreter that has ik-llama-cpp-python")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def ask(file: str, question: list[int], saved: str) -> None:
-    """Answer greedily with the fork; save all tokens, and the logits at each."""
+    """Answer greedily with the fork; save all tokens, and the logits at each of them."""
     import ik_llama_cpp._ctypes_api as api
     from ik_llama_cpp._internals import IkContext, IkModel
 

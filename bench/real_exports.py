@@ -1,10 +1,10 @@
-"""Exports of a really trained model, compared by llama.cpp with the model as it was trained.
+"""Exports of a really trained model, which llama.cpp compares with the trained model.
 
     python -m bench.real_exports [RUN] [--json]        (make real-exports: of the demo's run)
 
-Exports a finished run, by default the last, as F16, Q8_0 and Q4_K_M into a temporary folder. The exit
-code is 1 where a file diverges more from base and adapter as they were trained than its limit here allows, or
-ranks too few tokens alike. The limits are for SmolLM2-135M with the demo's adapter; larger models are nearer.
+Exports a finished run, by default the last, as F16, Q8_0 and Q4_K_M into a temporary folder. The exit code is
+1 if a file diverges from base and adapter as they were trained by more than its limit here, or ranks too few
+tokens alike. The limits are for SmolLM2-135M with the demo's adapter; larger models are closer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIMITS = {"F16": (0.006, 0.93), "Q8_0": (0.02, 0.88), "Q4_K_M": (0.3, 0.6)}
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """How near a file answers."""
+    """How close a file's answers are to the trained model's."""
 
     name: str
     divergence: float
@@ -37,7 +37,7 @@ class ExportedFile:
 
     @property
     def is_within_limits(self) -> bool:
-        """Whether both figures are; NaN is not."""
+        """Whether both figures are within the limits. NaN is not."""
         most, least = LIMITS[self.name]
         return self.divergence <= most and self.top1_share >= least
 
@@ -51,7 +51,7 @@ class ExportedFile:
 
 
 def main() -> int:
-    """Export, print a line for each file."""
+    """Export, and print a line for each file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", nargs="?", default="last")
     parser.add_argument("--json", action="store_true")
@@ -63,13 +63,13 @@ def main() -> int:
 
 
 def export_all(run: str, out: Path, types: Iterable[str] = LIMITS) -> list[ExportedFile]:
-    """Export ``run`` as these types into the folder ``out``. Ends this program where an export fails."""
+    """Export ``run`` as these types into the folder ``out``. Ends this program if an export fails."""
     written = _export("gguf", run, str(out), "--quant", ",".join(types))
     return [_compared(file["file_type"], file["proof"]) for file in written["files"]]
 
 
 def _export(form: str, *arguments: str) -> Any:
-    """Run the command; return its JSON."""
+    """Run the export command; return its JSON output."""
     command = [sys.executable, "-m", "qlora_tui", "export", form, *arguments, "--json"]
     done = subprocess.run(command, env=subprocess_env(), stdout=subprocess.PIPE)
     if done.returncode:

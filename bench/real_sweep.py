@@ -1,9 +1,9 @@
-"""A sweep over the learning rate on the demo's model and data, halved once, and its verdict.
+"""A sweep over the learning rate on the demo's model and data, halved once, with its verdict.
 
     python -m bench.real_sweep      (make real-sweep)
 
-The base has the default rate of a recipe. Prints the table of the sweep, and the processor time of all its
-trainers. The exit code is 1 if the winner is not better than the base beyond the noise between seeds.
+The base has a recipe's default rate. Prints the table of the sweep, and the CPU time of all its trainers. The
+exit code is 1 if the winner is not better than the base by more than the noise between seeds.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def main() -> int:
 
 
 def _measure(view: SweepView, seconds: dict[int, float]) -> None:
-    """Note the processor time of each trainer so far, by its process number."""
+    """Record the CPU time of each trainer so far, by process id."""
     for trial in view.trials:
         if trial.outcome != "training" or trial.run is None:
             continue
         process = read_status(trial.run).process
-        # It may have ended meanwhile; before it has begun, its runner is named.
+        # The trainer may have ended meanwhile. Before it has started, the status names its runner.
         with suppress(OSError):
             if (
                 process is not None

@@ -1,17 +1,17 @@
-"""Tokens per second of the server for one client and for eight, next to the chat and other ways.
+"""Tokens per second of the server for one client and for eight, compared with the chat and other methods.
 
     python -m bench.serve [RUN] [--tokens 48] [--rounds 3] [--transformers PYTHON] [--json]
 
-Serves a run, by default the last that has an adapter. The Chat screen is that of the app, in a terminal of
-80×24 characters. Plain ``generate`` (eager, peft's adapter unmerged) and the chat's session are those of
-``bench.chat``, each in a process of its own that gives its tokens to nobody. A server that takes one request
-after another gives the speed of plain ``generate`` to all its clients together. All take turns, whose order
-is reversed every round. Medians count, of the tokens after the first; those of eight clients are added up.
-The last column is the processor time per token outside the engine: of the app, or of server and clients.
+Serves a run, by default the last one with an adapter. The Chat screen is the app's, in a terminal of 80×24
+characters. Plain ``generate`` (eager, peft's adapter unmerged) and the chat's session come from
+``bench.chat``, each in a separate process that passes its tokens to nobody. A server that takes one request
+after another gives all its clients together the speed of plain ``generate``. All methods take turns, whose
+order is reversed every round. Medians over the tokens after the first are reported, and for eight clients
+their sum. The last column is the CPU time per token outside the engine: of the app, or of server and clients.
 
-With the Python of an environment that has fastapi, ``transformers serve`` is asked as the server is. It knows
-no adapters on a base that is quantized while it is read: it serves the base alone, in the dtype of the run,
-and so the server is asked for its base too. The threads of all processes wait in the same way.
+With the Python of an environment that has fastapi, ``transformers serve`` answers the same requests. It
+supports no adapters on a base that is quantized while loading, so it serves only the base, in the dtype of
+the run, and the server is asked for its base too. The threads of all processes wait in the same way.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ from qlora_tui.training.compute_device import find_device
 CLIENTS = 8
 _TYPED_S = 0.7
 _ERASE = "\x05\x15"
-"""Keys that empty a field."""
+"""Keys that clear a field."""
 TOPICS = ("Paris", "Rome", "the Moon", "bread", "trains", "rivers", "music", "chess")
 
 
 class Speed(NamedTuple):
-    """How fast an answer came."""
+    """Speed of an answer."""
 
     tokens_per_s: float
     delivery_s: float = 0.0
-    """Processor time per token of what asks the engine; 0: there is no engine, or not ours."""
+    """CPU time per token outside the engine; 0 if there is no engine, or not ours."""
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", nargs="?")
     parser.add_argument("--tokens", type=int, default=48)
@@ -74,7 +74,7 @@ def main() -> int:
         return _app(args.screen)
     run = run_to_serve(args.run)
     recipe = run.recipe()
-    # Each process would choose by the load that the others make.
+    # Otherwise each process would choose by the load that the others cause.
     os.environ.update(openmp_wait_policy(os.environ))
     command = [sys.executable, "-m", "bench.chat", recipe.model.id, "--adapter", str(run.adapter_dir)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -115,7 +115,7 @@ def main() -> int:
 
 
 class ChatScreen:
-    """The app on a terminal, whose Chat screen answers as the run's adapter, greedily."""
+    """The app in a terminal, whose Chat screen answers greedily with the run's adapter."""
 
     def __init__(self, run: RunDir, tokens: int) -> None:
         self._run, self._tokens = run, tokens
@@ -123,7 +123,7 @@ class ChatScreen:
 
     def __enter__(self) -> Self:
         folder = Path(self._ends.enter_context(tempfile.TemporaryDirectory()))
-        # The only run: that which is opened.
+        # The only run, which is therefore the one that is opened.
         runs = folder / "qlora-tui" / "runs"
         runs.mkdir(parents=True)
         (runs / self._run.id).symlink_to(self._run.path)
@@ -136,7 +136,7 @@ class ChatScreen:
             (("7",), "One answer"),
             (("a",), "only adapter answers"),
             (("o",), "cumulative probability limit"),
-            # Temperature and the most tokens are the first and the fifth field.
+            # Temperature and the maximum number of tokens are the first and the fifth field.
             ((f"{_ERASE}0", *"\t\t\t\t", f"{_ERASE}{self._tokens}", "\r"), f"≤ {self._tokens} tokens"),
         ):
             self._type(*keys)
@@ -147,13 +147,13 @@ class ChatScreen:
         self._ends.close()
 
     def _type(self, *keys: str) -> None:
-        """Press keys one after another: each may move the focus."""
+        """Press keys one after another, because each may move the focus."""
         for each in keys:
             self._terminal.press(each)
             self._terminal.watch(_TYPED_S)
 
     def ask(self) -> Speed:
-        """Ask in a new conversation."""
+        """Ask in a new conversation, and return the speed."""
         self._type("\x1b", "x", "i", QUESTION)
         self._terminal.press("\r")
         known, before = len(self._speeds.read_text().splitlines()), self._terminal.cpu_s()
@@ -164,7 +164,8 @@ class ChatScreen:
 
 
 def _app(speeds: Path) -> int:
-    """Run the app, and append tokens and exact speed of each answer to a file: its screen rounds."""
+    """Run the app, and append tokens and exact speed of each answer to a file, because the screen rounds
+    them."""
     from qlora_tui.cli import main as app
     from qlora_tui.tui.screens.chat.turn import AdapterAnswer
 
@@ -181,7 +182,7 @@ def _app(speeds: Path) -> int:
 
 @contextmanager
 def _transformers(python: str, model: str, dtype: str) -> Iterator[str]:
-    """Serve a folder with ``transformers serve`` meanwhile; the address of the server."""
+    """Run ``transformers serve`` on a folder inside the block; yield its address."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -208,7 +209,7 @@ def _transformers(python: str, model: str, dtype: str) -> Iterator[str]:
 
 
 def by_clients(url: str, model: str, clients: int, tokens: int, pid: int) -> Speed:
-    """Return the tokens per second that clients get together, from when all have their first one."""
+    """Return the total tokens per second of all clients, from the time at which each has its first token."""
     before = _cpu_s(pid)
     each = asyncio.run(_times(url, model, clients, tokens))
     delivery_s = (_cpu_s(pid) - before) / sum(map(len, each))
@@ -217,7 +218,7 @@ def by_clients(url: str, model: str, clients: int, tokens: int, pid: int) -> Spe
 
 
 def _cpu_s(pid: int) -> float:
-    """Return the processor time of this process, in which the clients are, and of a server; 0 without one."""
+    """Return the CPU time of this process, which runs the clients, plus the server's; 0 without a server."""
     if not pid:
         return 0.0
     times = psutil.Process(pid).cpu_times()
@@ -225,7 +226,7 @@ def _cpu_s(pid: int) -> float:
 
 
 async def _times(url: str, model: str, clients: int, tokens: int) -> list[list[float]]:
-    """Return when each token of each client arrived."""
+    """Return the time at which each token of each client arrived."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
 
         async def times(topic: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal: its output, with times, and its memory and processor time."""
+"""A program on a pseudo-terminal: its output with times, its memory and its CPU time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ import psutil
 
 _CAN_YOU_HOLD_FRAMES = b"\x1b[?2026$p"
 _YES = b"\x1b[?2026;2$y"
-"""Synchronized output, as newer terminals and tmux have it: each repaint comes between two marks."""
+"""Reply that supports synchronized output, as in newer terminals and tmux: each repaint is between two
+marks."""
 _SILENCE_S = 0.02
-"""What comes after so long without anything is another repaint; not every program marks its own."""
+"""Seconds of silence after which output belongs to another repaint, because not every program marks its
+own."""
 
 
 class Terminal:
-    """Starts ``command`` on a terminal of ``columns`` × ``rows``; ends it on leaving the ``with`` block."""
+    """Starts ``command`` in a terminal of ``columns`` × ``rows``, and ends it at the end of the ``with``
+    block."""
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class Terminal:
         env: Mapping[str, str] | None = None,
         controls: bool = False,
     ) -> None:
-        """Start it; with ``controls`` the terminal's end is a signal for all of its session."""
+        """Start the program. With ``controls``, closing the terminal sends a signal to its whole session."""
         self.started = time.perf_counter()
         self._screen, side = pty.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -65,17 +68,17 @@ class Terminal:
         self.hang_up()
 
     def hang_up(self) -> None:
-        """Close the terminal, like a lost connection."""
+        """Close the terminal, as a lost connection does."""
         if self._screen >= 0:
             os.close(self._screen)
         self._screen = -1
 
     def press(self, keys: str) -> None:
-        """Type."""
+        """Send key presses."""
         os.write(self._screen, keys.encode())
 
     def read(self, seconds: float) -> bytes:
-        """What is painted in the next ``seconds``, or as soon as anything is."""
+        """Return the output of the next ``seconds``, or of as long as anything arrives."""
         if not select.select([self._screen], [], [], max(0.0, seconds))[0]:
             return b""
         with contextlib.suppress(OSError):
@@ -90,7 +93,7 @@ class Terminal:
         return b""
 
     def wait_for(self, text: str, seconds: float = 60.0) -> float:
-        """Seconds from the start until ``text`` has been painted; raises TimeoutError."""
+        """Return the seconds from the start until ``text`` has been painted. Raises TimeoutError."""
         deadline = time.perf_counter() + seconds
         while text.encode() not in self.painted:
             if time.perf_counter() > deadline:
@@ -99,7 +102,7 @@ class Terminal:
         return time.perf_counter() - self.started
 
     def watch(self, seconds: float) -> int:
-        """Read for so long; the bytes painted meanwhile."""
+        """Read for ``seconds``; return the number of bytes painted."""
         before = len(self.painted)
         deadline = time.perf_counter() + seconds
         while (left := deadline - time.perf_counter()) > 0:
@@ -107,7 +110,7 @@ class Terminal:
         return len(self.painted) - before
 
     def answer_s(self, key: str, shows: str, seconds: float = 10.0) -> float | None:
-        """Return seconds from a key until ``shows`` is painted; None: never."""
+        """Return the seconds from a key press until ``shows`` is painted; None if it never is."""
         before, pressed = len(self.painted), time.perf_counter()
         self.press(key)
         while time.perf_counter() < pressed + seconds:

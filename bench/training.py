@@ -1,13 +1,14 @@
-"""Speed, memory and loss of training: the usual script and TRL compared with this program.
+"""Speed, memory and loss of training: a typical script and TRL compared with this program.
 
     python -m bench.training --model FOLDER --data ALPACA.json [--repeats 3] [--settings …] [--json]
 
-The same rows, model in NF4, targets, rank, dtype and effective batch for (a) ``Trainer`` as most scripts use
-it, (b) TRL, in the environment that ``make bench-deps`` makes, and (c) a run of this program: conversations,
-which TRL's ``SFTTrainer`` packs, or for ``orpo`` and ``dpo`` pairs of answers, which only TRL trains besides.
-Each trains in a separate process, in turns whose order is reversed every time; medians count. Real tokens a
-second are taken from the end of the first step to the end of the last; memory is what training adds to the
-loaded model. Adapters of conversations are judged by plain peft on the same held-out conversations.
+Trains the same rows with the same NF4 model, targets, rank, dtype and effective batch with (a) ``Trainer`` as
+in typical scripts, (b) TRL, in the environment that ``make bench-deps`` creates, and (c) a run of this
+program. The rows are conversations, which TRL's ``SFTTrainer`` packs, or for ``orpo`` and ``dpo`` pairs of
+answers, which only TRL trains too. Each trainer runs in a separate process, in turns whose order is reversed
+every time; medians are reported. Tokens per second (without padding) are measured from the end of the first
+step to the end of the last. Memory is the amount that training adds to the loaded model. Plain peft evaluates
+adapters of conversations on the same held-out conversations.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"preferences": "dpo", "row_tokens": 512},
 }
 _WORDS = 60
-"""Of a prompt and of an answer of a pair, at most."""
+"""Maximum number of words of a prompt and of an answer in a pair."""
 
 
 def main() -> int:
@@ -69,7 +70,7 @@ def main() -> int:
 
 
 def shared_job(args: argparse.Namespace, scratch: Path) -> TrainingJob:
-    """Return the job of every way, on conversations drawn once."""
+    """Return the job of all trainers, on conversations that are drawn once."""
     rows = shuffled_rows(args)
     train = write_rows(rows[: args.samples], scratch / "train.jsonl")
     held_out = write_rows(rows[args.samples : args.samples + args.validation], scratch / "validation.jsonl")
@@ -107,7 +108,7 @@ def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
 
 
 def write_pairs(args: argparse.Namespace, path: Path) -> Path:
-    """Write pairs: a row's answer is chosen, that of the next row rejected."""
+    """Write pairs, in which a row's answer is chosen, and the next row's answer is rejected."""
 
     def cut(text: str) -> str:
         return " ".join(text.split()[:_WORDS])
@@ -121,7 +122,7 @@ def write_pairs(args: argparse.Namespace, path: Path) -> Path:
 
 
 def quickest_dtype() -> str:
-    """As this program chooses it."""
+    """Return the dtype that this program chooses."""
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.training.compute_device import find_device
 
@@ -189,7 +190,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def say(line: str) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 

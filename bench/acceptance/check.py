@@ -1,6 +1,6 @@
-"""The checks by name, and the program that makes one.
+"""The checks by name, and the program that runs one.
 
-``python -m bench.acceptance.check NAME CONTEXT OUTCOME``; CONTEXT and OUTCOME are files of JSON.
+``python -m bench.acceptance.check NAME CONTEXT OUTCOME``, where CONTEXT and OUTCOME are JSON files.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from bench.acceptance.context import CheckContext, CheckSkipped, Outcome
 
 @dataclass(frozen=True)
 class Check:
-    """A check and the seconds that it may take."""
+    """A check, with the seconds that it may take."""
 
     make: Callable[[CheckContext], Outcome]
     seconds: float
-    """Deadline for a model of up to 2 billion parameters."""
+    """Deadline in seconds for a model of up to 2 billion parameters."""
     large_seconds: float
-    """Deadline for a larger one, which takes a minute to load."""
+    """Deadline in seconds for a larger model, which takes a minute to load."""
 
 
 CHECKS = {
@@ -52,9 +52,9 @@ FIRST = (
     *("machine", "doctor", "context", "four_bit", "triton_kernels", "varlen_attention", "out_of_memory"),
     *("loop", "float16", "resume"),
 )
-"""What to know of a GPU before anything else, in about five minutes with a model of 0.5b."""
+"""Checks to run first on an unknown GPU. They take about five minutes with a model of 0.5b."""
 _DRY_RUN_S = 560.0
-"""Deadline on a CPU, where the load of the machine decides."""
+"""Deadline in seconds on a CPU, where the load of the machine determines the time."""
 
 
 def deadline_s(name: str, size: str) -> float:
@@ -66,7 +66,7 @@ def deadline_s(name: str, size: str) -> float:
 
 
 def main() -> int:
-    """Make the check and write its outcome; returns 0 whatever the outcome is."""
+    """Run the check and write its outcome; return 0 whatever the outcome is."""
     name, context_file, outcome_file = sys.argv[1:]
     outcome = outcome_of(CHECKS[name], CheckContext.read(Path(context_file)))
     draft = Path(f"{outcome_file}.draft")
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def outcome_of(check: Check, context: CheckContext) -> Outcome:
-    """Make a check; whatever it raises is its failure."""
+    """Run a check and return its outcome. Any exception is a failure."""
     try:
         return check.make(context)
     except CheckSkipped as why:

@@ -1,4 +1,4 @@
-"""What a check works with, and its outcome. Standard library only."""
+"""The input of a check, and its outcome. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = Literal["ok", "failed", "skipped", "out of time"]
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What a check works with."""
+    """The input of a check."""
 
     model: str
     """Folder of the model."""
@@ -24,7 +24,7 @@ class CheckContext:
     size: str
     has_gpu: bool
     deadline: float = float("inf")
-    """Moment of ``time.monotonic`` at which the check is killed."""
+    """Value of ``time.monotonic`` at which the check is killed."""
 
     @property
     def seconds_left(self) -> float:
@@ -32,13 +32,13 @@ class CheckContext:
         return self.deadline - time.monotonic()
 
     def write(self, path: Path) -> Path:
-        """Write it to a file, for another process."""
+        """Write the context to a file, for another process."""
         path.write_text(json.dumps(asdict(self)))
         return path
 
     @classmethod
     def read(cls, path: Path) -> CheckContext:
-        """Read what :meth:`write` wrote."""
+        """Read a file that :meth:`write` wrote."""
         return cls(**json.loads(path.read_text()))
 
 
@@ -52,9 +52,9 @@ class Outcome:
 
     @classmethod
     def of(cls, ok: bool, summary: str, figures: dict[str, Any]) -> Outcome:
-        """Return the outcome of a check that came to its end."""
+        """Return the outcome of a check that ran to its end."""
         return cls("ok" if ok else "failed", summary, figures)
 
 
 class CheckSkipped(Exception):
-    """This machine cannot make the check, and why."""
+    """This machine cannot run the check. The message says why."""

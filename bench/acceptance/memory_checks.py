@@ -18,12 +18,12 @@ from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.runs.events import Environment, Failed, Finished, LayersKept, MemoryMeasured, Started
 
 _MEAN_ERROR, _WORST_ERROR = 0.02, 0.05
-"""Relative errors of the allocated memory that the estimate claims."""
+"""Mean and largest relative error of the allocated memory that the estimate claims."""
 _TOO_MUCH = 1.3
-"""Times the GPU's memory that a run is estimated to need, to be sure that it does not fit."""
+"""Multiple of the GPU's memory that a run must be estimated to need, to be sure that it does not fit."""
 _MAX_MICRO_BATCH = 4096
 LONGEST = 2048
-"""Tokens of the longest sequence of the grid."""
+"""Number of tokens of the longest sequence of the grid."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ GRID = [
 
 
 def estimated_device(triton: bool = True) -> Device:
-    """Return the device as the estimate knows it, without corrections from earlier runs.
+    """Return the device that estimates use, without corrections from earlier runs.
 
-    ``triton``: whether its kernels are used.
+    ``triton`` says whether Triton kernels are used.
     """
     device = local_budget().device
     return replace(device, correction=None, triton=device.triton and triton)
 
 
 def grid(context: CheckContext) -> Outcome:
-    """The estimate beside torch's count of allocated memory; on a CPU, beside the resident set."""
+    """Compare the estimate with torch's count of allocated memory; on a CPU, with the resident set."""
     architecture = resolve_model(context.model).architecture
     rows: list[dict[str, Any]] = []
     longest_s = 0.0
-    # Without a GPU the grid is a dry run.
+    # Without a GPU, the grid is a dry run.
     cells = GRID if context.has_gpu else GRID[::6]
     for cell in cells:
-        # What a cut check measured would be lost: it ends before its deadline.
+        # A killed check would lose its measurements, so end before the deadline.
         if context.seconds_left < 1.5 * longest_s:
             break
         began = time.monotonic()
@@ -84,7 +84,7 @@ def grid(context: CheckContext) -> Outcome:
 
 
 def _measured(context: CheckContext, cell: Cell, architecture: Any) -> dict[str, Any]:
-    """Estimate and measurement of one cell; empty where it ran out of memory."""
+    """Return estimate and measurement of one cell; empty if it ran out of memory."""
     if cell.compute_dtype == "float16" and not context.has_gpu:
         return {}
     recipe = _long_recipe(
@@ -105,7 +105,7 @@ def _measured(context: CheckContext, cell: Cell, architecture: Any) -> dict[str,
         estimated = estimate(recipe, architecture, device=device).allocated_bytes
         counted = measured.allocated_bytes
     else:
-        # How many layers are kept depends on the free memory, which the trainer knows.
+        # The number of kept layers depends on the free memory, which only the trainer knows.
         estimated, counted = measured.estimated_bytes, measured.measured_bytes
     return {
         "kept_layers": max((event.kept_layers for event in ended.events_of(LayersKept)), default=0),
@@ -119,7 +119,8 @@ def _measured(context: CheckContext, cell: Cell, architecture: Any) -> dict[str,
 
 
 def memory(context: CheckContext) -> Outcome:
-    """A micro-batch that cannot fit is halved until it fits, with as many rows a step."""
+    """Check that a micro-batch that is too large is halved until it fits, with the same number of rows per
+    step."""
     if not context.has_gpu:
         raise CheckSkipped("memory runs out for real on a GPU only")
     recipe = _too_large(context)
@@ -151,7 +152,7 @@ def _too_large(context: CheckContext) -> Recipe:
 
 
 def _long_recipe(context: CheckContext, **settings: Any) -> Recipe:
-    """Return the recipe of two steps on samples that are all as long as ``data.max_length``."""
+    """Return a recipe of two steps on samples that are all as long as ``data.max_length``."""
     common: dict[str, Any] = {
         "data__sources": (Source(path=context.long_rows),),
         "data__validation_fraction": 0.0,

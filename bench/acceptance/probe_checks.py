@@ -1,6 +1,6 @@
-"""Checks of single parts on this GPU: torch, NVML, bitsandbytes, Triton's kernels, attention, a full memory.
+"""Checks of single parts on this GPU: torch, NVML, bitsandbytes, Triton kernels, attention, a full memory.
 
-Each imports torch when it is made, so that the program that starts the checks holds no GPU memory.
+Each check imports torch when it runs, so that the program that starts the checks holds no GPU memory.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _WEIGHT_SIZE = 4096
 _FILL_BYTES = 1 << 31
 _ROW_TOKENS = 2048
 _HEADS, _KEY_HEADS, _HEAD_WIDTH = 32, 8, 128
-"""Attention of an 8B Llama."""
+"""Attention heads, key heads and head size of an 8B Llama."""
 
 
 def machine(context: CheckContext) -> Outcome:
-    """Versions, and whether torch's allocator grows its segments as the trainer requests."""
+    """Report versions, and check that torch's allocator grows its segments as the trainer requests."""
     torch = _torch()
     facts: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
     for package in _PACKAGES:
@@ -74,7 +74,7 @@ def machine(context: CheckContext) -> Outcome:
 
 
 def context_memory(context: CheckContext) -> Outcome:
-    """GPU memory of a process besides torch's pool, with cuBLAS at work, and what NVML reads."""
+    """Measure a process's GPU memory outside torch's pool while cuBLAS works, and compare it with NVML."""
     torch = _torch_on_gpu(context)
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()
@@ -109,7 +109,7 @@ def context_memory(context: CheckContext) -> Outcome:
 
 
 def four_bit(context: CheckContext) -> Outcome:
-    """NF4 compared with the CPU's, the speed of unpacking and of products, and whether products repeat."""
+    """Compare NF4 with the CPU, measure unpacking and products, and check that products are reproducible."""
     torch = _torch()
     with faster_imports():
         import bitsandbytes as bnb
@@ -122,7 +122,7 @@ def four_bit(context: CheckContext) -> Outcome:
     on_cpu = dequantize_4bit(*quantize_4bit(weight, **nf4))
     unpack_ms = _milliseconds(context, lambda: dequantize_4bit(packed, state))
     difference = _relative_difference(dequantize_4bit(packed, state).cpu(), on_cpu)
-    # Half a byte is read and two are written for each weight.
+    # For each weight, half a byte is read and two bytes are written.
     gb_s = weight.numel() * 2.5 / unpack_ms / 1e6
     times, not_repeated = {}, []
     for rows in (1, 16, 512, 2048) if context.has_gpu else (1,):
@@ -141,7 +141,7 @@ def four_bit(context: CheckContext) -> Outcome:
 
 
 def triton_kernels(context: CheckContext) -> Outcome:
-    """Triton's kernels compile and compute what torch does; the speed of a norm, ours and torch's."""
+    """Check that Triton kernels compile and agree with torch; compare the speed of our norm with torch's."""
     torch = _torch_on_gpu(context)
     from qlora_tui.training.fused.kernel_choice import find_kernels, refusal_of_kernels, verify_kernels
 
@@ -163,7 +163,7 @@ def triton_kernels(context: CheckContext) -> Outcome:
 
 
 def varlen_attention(context: CheckContext) -> Outcome:
-    """Forward and backward of a packed sequence, with a call a sample and in one call."""
+    """Compare forward and backward of a packed sequence with one call per sample and in one call."""
     torch = _torch()
     tokens = _ROW_TOKENS if context.has_gpu else 32
     device = "cuda" if context.has_gpu else "cpu"
@@ -215,7 +215,7 @@ def varlen_attention(context: CheckContext) -> Outcome:
 
 
 def out_of_memory(context: CheckContext) -> Outcome:
-    """What torch raises on a full GPU is recognized, for a tensor and for a product."""
+    """Check that torch's exceptions on a full GPU are recognized, for a tensor and for a product."""
     torch = _torch_on_gpu(context)
     from qlora_tui.gpu.cuda_errors import is_out_of_memory
 
@@ -226,7 +226,7 @@ def out_of_memory(context: CheckContext) -> Outcome:
             held.append(torch.empty(_FILL_BYTES, dtype=torch.uint8, device="cuda"))
 
     def multiply() -> None:
-        # Nearly full: a product may find no memory for its workspace.
+        # Leave the GPU nearly full, so that a product may find no memory for its workspace.
         held.pop()
         matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         while True:
@@ -253,7 +253,7 @@ def out_of_memory(context: CheckContext) -> Outcome:
 
 
 def step(context: CheckContext) -> Outcome:
-    """Speed and peak of a micro-batch with few and with many samples, every layer checkpointed."""
+    """Measure speed and peak of a micro-batch with few and with many samples, every layer checkpointed."""
     torch = _torch()
     from qlora_tui.training import model as loading
     from qlora_tui.training.adapter import add_lora
@@ -286,12 +286,12 @@ def step(context: CheckContext) -> Outcome:
 
 
 def _micro_batch(model: Any, lengths: list[int], device: Any) -> None:
-    """Compute loss and gradients of a row of samples of these lengths, every second token of it trained."""
+    """Compute loss and gradients for a row of samples of these lengths, with every second token trained."""
     torch = _torch()
     from qlora_tui.training.batches import on_device
     from qlora_tui.training.loss import IGNORED, loss_positions
 
-    # Of token ids that every vocabulary has.
+    # Use token ids that every vocabulary has.
     ids = torch.randint(3, 500, (1, sum(lengths)))
     labels = ids.clone()
     labels[:, ::2] = IGNORED
@@ -315,7 +315,7 @@ def _torch_on_gpu(context: CheckContext) -> Any:
 
 
 def _milliseconds(context: CheckContext, call: Callable[[], object], *, repeats: int = 20) -> float:
-    """Return the median time of a call, after some that warm up."""
+    """Return the median time of a call, after a few warm-up calls."""
     synchronize = _torch().cuda.synchronize if context.has_gpu else lambda: None
     repeats, warmup = (repeats, 3) if context.has_gpu else (2, 1)
     times = []

@@ -1,4 +1,4 @@
-"""Checks of the loop from recipe to adapter: does it run on this GPU, and exactly?"""
+"""Checks of the loop from recipe to adapter: whether it runs on this GPU, and exactly."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ from qlora_tui.runs.events import (
 from qlora_tui.runs.telemetry import TelemetryTail
 
 _PAUSED_STEPS = 40
-"""Steps of a run that is paused: on a fast GPU eight are over before the pause arrives."""
+"""Steps of a run that is to be paused. On a fast GPU, eight are over before the pause arrives."""
 _CPU_STEPS = 12
 _CHAT_RATIO = 2.0
-"""Tokens a second of the chat, as a multiple of plain ``generate``'s, that a model of 8B must reach."""
+"""Multiple of plain ``generate``'s tokens per second that the chat must reach with a model of 8B."""
 _PAUSED_STEP = 3
 _DETERMINISTIC = str(Path(__file__).with_name("deterministic"))
-"""On its path a trainer computes the same bits twice; FlashAttention's backward does not by default."""
+"""Folder that makes a trainer deterministic if it is on its path. FlashAttention's backward is not by
+default."""
 
 
 def doctor(context: CheckContext) -> Outcome:
-    """``qlora-tui doctor`` finds nothing that keeps this machine from training."""
+    """Check that ``qlora-tui doctor`` finds nothing that prevents this machine from training."""
     command = python_module("qlora_tui", "doctor", "--json")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     report = json.loads(done.stdout or "{}")
@@ -51,7 +52,7 @@ def doctor(context: CheckContext) -> Outcome:
 
 
 def loop(context: CheckContext) -> Outcome:
-    """A recipe becomes an adapter that plain peft loads and that generates."""
+    """Check that a recipe becomes an adapter that plain peft loads and generates with."""
     with faster_imports():
         import torch
         from peft import PeftModel
@@ -85,25 +86,25 @@ def loop(context: CheckContext) -> Outcome:
 
 
 def _require_fast_step(context: CheckContext, ended: EndedRun) -> None:
-    """Raise AssertionError where the run is right, but not as fast as it should be, or not recorded."""
+    """Raise AssertionError if a correct run is not as fast as it should be, or its speed was not recorded."""
     environment, verified = ended.events_of(Environment)[-1], ended.events_of(StepVerified)[-1]
     warnings = [f"{event.kind}: {event.evidence}" for event in ended.events_of(Health)]
     assert environment.kernels == "triton", f"the Triton kernels are not used: {warnings}"
     assert verified.agrees and not verified.replaced, f"the first step differs: {verified}"
     (layers,) = ended.events_of(LayersKept)
-    # Of an 8B model a small GPU keeps some.
+    # Of an 8B model, a small GPU keeps some layers.
     least = 1 if context.size == "8b" else layers.layers
     assert layers.kept_layers >= least, f"{layers.kept_layers} of {layers.layers} layers keep activations"
     assert (state_dir() / "memory.jsonl").exists(), f"the run's memory was not recorded: {warnings}"
 
 
 def resume(context: CheckContext) -> Outcome:
-    """A run that was paused and resumed has, bit by bit, the losses of one that was never paused."""
+    """Check that a paused and resumed run has bit-identical losses to a run that was never paused."""
     return _resume(context, "adamw")
 
 
 def resume_8bit(context: CheckContext) -> Outcome:
-    """A resumed run has the same losses with the paged states of the 8-bit optimizer."""
+    """Check that a resumed run has the same losses with the paged states of the 8-bit optimizer."""
     return _resume(context, "paged_adamw_8bit")
 
 
@@ -115,13 +116,13 @@ def _resume(context: CheckContext, optimizer: str) -> Outcome:
         training__optimizer=optimizer,
     )
     paths = filter(None, (_DETERMINISTIC, os.environ.get("PYTHONPATH")))
-    # cuBLAS sums in one order only with this workspace.
+    # cuBLAS has a fixed order of summation only with this workspace.
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     whole = train(recipe).require_finished().losses
 
     def pause(run: RunDir, event: AnyEvent) -> None:
         if isinstance(event, Step) and event.step == _PAUSED_STEP:
-            # The run may be over already: then there is nothing to resume, and the check says so.
+            # The run may be over already. Then there is nothing to resume, and the check reports it.
             with suppress(UserError):
                 control.send_request(run, "pause")
 
@@ -139,7 +140,7 @@ def _resume(context: CheckContext, optimizer: str) -> Outcome:
 
 
 def sigterm(context: CheckContext) -> Outcome:
-    """SIGTERM to a trainer between two steps: it saves a checkpoint and the adapter, and ends."""
+    """Check that after SIGTERM between two steps, a trainer saves a checkpoint and the adapter, and ends."""
     pids: list[int] = []
 
     def terminate(run: RunDir, event: AnyEvent) -> None:
@@ -161,7 +162,8 @@ def sigterm(context: CheckContext) -> Outcome:
 
 
 def float16(context: CheckContext) -> Outcome:
-    """In float16, as GPUs before Ampere compute, every loss is finite, and the last below the first."""
+    """Check that in float16, as on GPUs before Ampere, every loss is finite, and the last is below the
+    first."""
     if not context.has_gpu:
         raise CheckSkipped("float16 is for GPUs")
     ended = train(
@@ -176,7 +178,7 @@ def float16(context: CheckContext) -> Outcome:
 
 
 def nvml(context: CheckContext) -> Outcome:
-    """The telemetry of a run has utilization and memory of the GPU."""
+    """Check that the telemetry of a run has utilization and memory of the GPU."""
     if not context.has_gpu:
         raise CheckSkipped("there is no GPU")
     ended = train(short_recipe(context, training__max_steps=_PAUSED_STEPS)).require_finished()
@@ -194,7 +196,7 @@ def nvml(context: CheckContext) -> Outcome:
 
 
 def chat(context: CheckContext) -> Outcome:
-    """The chat answers on a GPU by a CUDA graph, and at 8B in half the time of plain ``generate``."""
+    """Check that the chat answers by a CUDA graph, and at 8B in half the time of plain ``generate``."""
     rounds = 3 if context.has_gpu else 1
     command = python_module("bench.chat", context.model, "--rounds", rounds, "--json")
     done = subprocess.run(command, capture_output=True, text=True, check=False)

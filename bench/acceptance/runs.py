@@ -1,4 +1,4 @@
-"""Training runs as the app would start them: queued, trained by a runner, followed to their end."""
+"""Training runs as the app starts them: queued, trained by a runner, and followed to their end."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ class EndedRun:
 
     @property
     def losses(self) -> list[float]:
-        """Training loss by step; of a step that was repeated, the last."""
+        """Training loss by step. For a repeated step, the last loss."""
         losses = {step.step: step.loss for step in self.events_of(Step)}
         return [float("nan") if loss is None else loss for loss in losses.values()]
 
     def require_finished(self) -> EndedRun:
-        """Return the run. Raises AssertionError with its last event where it did not finish."""
+        """Return the run itself. Raises AssertionError with its last event if it did not finish."""
         if not self.events_of(Finished):
             raise AssertionError(f"{self.run.path}: {self.events[-1] if self.events else 'no event'}")
         return self
 
 
 def short_recipe(context: CheckContext, **settings: Any) -> Recipe:
-    """Return the recipe of a run of 6 steps; ``settings`` are setting paths with ``__`` for the dot."""
+    """Return the recipe of a run of 6 steps. ``settings`` are setting paths with ``__`` in place of the
+    dot."""
     recipe = Recipe(
         model=Model(id=context.model),
         lora=Lora(rank=16, dropout=0.05),
@@ -64,7 +65,7 @@ def train(recipe: Recipe, on_event: OnEvent | None = None) -> EndedRun:
 
 
 def follow(run: RunDir, on_event: OnEvent | None = None) -> EndedRun:
-    """Wait for the end of a run; ``on_event`` gets each event as it arrives."""
+    """Wait for the end of a run. ``on_event`` is called with each event as it arrives."""
     ended = EndedRun(run, [])
     for event in follow_events(RunView(run)):
         ended.events.append(event)

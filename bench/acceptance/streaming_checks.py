@@ -1,4 +1,5 @@
-"""Checks of what waits in host memory: the same losses as with all of it on the GPU, the estimated memory."""
+"""Checks of weights and inputs in host memory: losses equal to those with all on the GPU, and the
+estimate."""
 
 from __future__ import annotations
 
@@ -15,19 +16,20 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import MemoryMeasured, Step
 
 _LOSS_TOLERANCE = 2e-3
-"""Relative difference of a loss: kernels of a GPU sum in any order."""
+"""Allowed relative difference of a loss, because kernels of a GPU sum in any order."""
 _MEMORY_TOLERANCE = 0.05
 _OVERLAP = 1.15
-"""Times the longer of copying and computing that a step may take."""
+"""Allowed time of a step, as a multiple of the longer of copying and computing."""
 
 
 def streaming(context: CheckContext) -> Outcome:
-    """A run with streamed layers beside one without: losses, allocated memory, and time of a step."""
+    """Compare a run with streamed layers to a run without: losses, allocated memory, and time of a step."""
     return _beside_resident(context, quantization__streamed_layers=1024)
 
 
 def offload(context: CheckContext) -> Outcome:
-    """A run whose layer inputs wait in host memory beside one that keeps them: losses, and memory."""
+    """Compare a run with layer inputs in host memory to a run that keeps them on the GPU: losses and
+    memory."""
     return _beside_resident(context, training__gradient_checkpointing="offload")
 
 
@@ -56,7 +58,7 @@ def _beside_resident(context: CheckContext, **changes: Any) -> Outcome:
 
 
 def _figures(context: CheckContext, recipe: Recipe, resident: EndedRun, changed: EndedRun) -> dict[str, Any]:
-    """The estimate of the memory, and the slowdown, measured and predicted."""
+    """Return the estimated memory, and the measured and predicted slowdown."""
     architecture, device = resolve_model(context.model).architecture, local_budget().device
     execution = trainer_execution(recipe, device, architecture)
     speeds = [median([s.tokens_per_s for s in run.events_of(Step)][2:]) for run in (resident, changed)]

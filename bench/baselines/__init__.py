@@ -1,7 +1,7 @@
-"""Programs that fine-tune the same rows, to compare: ours and three baselines.
+"""Programs that fine-tune the same rows, for comparison: this program and three baselines.
 
 ``python -m bench.baselines.PROGRAM JOB.json`` trains once over the rows of a
-:class:`~bench.baselines.job.TrainingJob` and leaves an adapter; :mod:`.job` has the lines that it prints.
-:mod:`.hf_trainer`, :mod:`.step_by_step` and :mod:`.trl_trainer` use nothing of the project's, so that they
-run in the environment their users would have; :mod:`.qlora_tui_run` is the program itself.
+:class:`~bench.baselines.job.TrainingJob`, and leaves an adapter. :mod:`.job` describes the lines that it
+prints. :mod:`.hf_trainer`, :mod:`.step_by_step` and :mod:`.trl_trainer` use nothing of this project, so that
+they run in their users' environments. :mod:`.qlora_tui_run` is this program.
 """

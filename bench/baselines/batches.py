@@ -1,8 +1,8 @@
-"""What a run of this program learns from, step by step, written to a file for other ways to train on.
+"""Writes the training data of a run of this program, step by step, to a file that other trainers use.
 
 ``python -m bench.baselines.batches JOB.json`` renders and lays out the rows as the run will, and writes
-``job.batches``. It prints ``data`` with the digest that the run prints too, so that a caller knows that both
-read the same tokens and labels.
+``job.batches``. It prints ``data`` with the digest that the run prints too, which shows that both read the
+same tokens and labels.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from qlora_tui.data.step_plan import PlannedStep, TokenizedDataset, plan_steps
 from qlora_tui.data.tokenizer import ChatTokenizer
 
 IGNORED = -100
-"""Label of a token that is not learned from."""
+"""Label of a token that is not trained."""
 
 
 def main() -> None:
-    """Write the steps of the job named on the command line."""
+    """Write the steps of the job that the command line names."""
     job = read_job()
     use_private_home(job)
     tell("data", hash=write_batches(job))
 
 
 def write_batches(job: TrainingJob) -> str:
-    """Render and lay out the rows, and write ``job.batches``; returns the digest."""
+    """Render and lay out the rows, and write ``job.batches``; return the digest."""
     wanted = recipe(job)
     tokenizer = ChatTokenizer.from_folder(resolve_model(job.model).folder, wanted.model.chat_template)
     data = prepare_dataset(wanted, tokenizer)
@@ -39,7 +39,7 @@ def write_batches(job: TrainingJob) -> str:
 
 
 def write_steps(steps: tuple[PlannedStep, ...], samples: TokenizedDataset, path: Path) -> None:
-    """One line of JSON a step: its samples in order, each with ``input_ids`` and ``labels``."""
+    """Write one line of JSON per step: its samples in order, each with ``input_ids`` and ``labels``."""
     with path.open("w") as lines:
         for step in steps:
             rows = [sample(samples, i) for sequence in step.sequences for i in sequence]
@@ -47,7 +47,7 @@ def write_steps(steps: tuple[PlannedStep, ...], samples: TokenizedDataset, path:
 
 
 def sample(samples: TokenizedDataset, i: int) -> dict[str, list[int]]:
-    """Token ids and labels of one sample."""
+    """Return token ids and labels of one sample."""
     ids = list(samples.token_ids(i))
     loss_mask = samples.loss_mask(i)
     return {

@@ -1,6 +1,7 @@
-"""Validation loss of any adapters: plain peft, one sample at a time, the model's own loss.
+"""Validation loss of any adapters, with plain peft, one sample at a time and the model's own loss.
 
-``python -m bench.baselines.evaluate_adapters JOB.json ADAPTER…`` prints one line an adapter, ``base`` first.
+``python -m bench.baselines.evaluate_adapters JOB.json ADAPTER…`` prints one line per adapter, starting with
+``base``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from bench.baselines.job import conversations, read_job, tell
 
 
 def main() -> None:
-    """Judge the base and every adapter named."""
+    """Evaluate the base and every named adapter."""
     job = read_job()
     model = load_quantized(job)
     for module in model.modules():
-        # bitsandbytes would otherwise repack weights for inference on some CPUs, and round differently.
+        # Otherwise, bitsandbytes would repack weights for inference on some CPUs, and round differently.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     tokenizer = AutoTokenizer.from_pretrained(job.model)
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def mean_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
-    """Mean over all trained tokens."""
+    """Return the mean loss over all trained tokens."""
     model.eval()
     total, count = 0.0, 0
     device = next(model.parameters()).device
@@ -57,7 +58,7 @@ def mean_loss(model: Any, rows: list[dict[str, list[int]]]) -> float:
 
 
 def name_of(folder: str) -> str:
-    """peft's names may hold no dots or slashes."""
+    """Return a name without dots and slashes, which peft does not allow."""
     return json.dumps(folder).translate({ord(c): "_" for c in './"\\'})
 
 

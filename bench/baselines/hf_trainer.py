@@ -1,7 +1,7 @@
-"""The script most people write: ``Trainer``, one sample at a time, four of them a step.
+"""A typical training script: ``Trainer`` with one sample per pass and four samples per step.
 
-``prepare_model_for_kbit_training``, ``get_peft_model``, padding to the longest of a batch, the model's own
-loss. Prompts are masked, as in the better of such scripts.
+It uses ``prepare_model_for_kbit_training``, ``get_peft_model``, padding to the longest sample of a batch, and
+the model's own loss. Prompts are masked, as in the better scripts of this kind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def main() -> None:
 
 
 def train(job: TrainingJob, model: Any, **changes: Any) -> None:
-    """Train a model on padded sequences, one sample each; ``changes`` go to ``TrainingArguments``."""
+    """Train a model on padded sequences of one sample each. ``changes`` are passed to
+    ``TrainingArguments``."""
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     trainer = Trainer(
         model=model,
@@ -62,7 +63,7 @@ def train_counted(trainer: Trainer, job: TrainingJob) -> None:
 
 
 def samples(job: TrainingJob, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """What is learned from, as the model takes it."""
+    """Return the training samples in the model's format."""
     if job.batches:
         every = [sample for step in steps_of(job) for sample in step]
         return [sample | {"attention_mask": [1] * len(sample["input_ids"])} for sample in every]
@@ -70,7 +71,7 @@ def samples(job: TrainingJob, tokenizer: Any) -> list[dict[str, list[int]]]:
 
 
 def load_quantized(job: TrainingJob) -> Any:
-    """The base model in 4 bits, as its documentation says."""
+    """Return the base model in 4 bits, loaded as its documentation says."""
     dtype = getattr(torch, job.dtype)
     return AutoModelForCausalLM.from_pretrained(
         job.model,
@@ -86,7 +87,7 @@ def load_quantized(job: TrainingJob) -> Any:
 
 
 def lora(job: TrainingJob) -> LoraConfig:
-    """All linear modules."""
+    """Return a LoRA config for all linear modules."""
     return LoraConfig(
         r=job.rank,
         lora_alpha=job.alpha,
@@ -97,7 +98,7 @@ def lora(job: TrainingJob) -> LoraConfig:
 
 
 def common(job: TrainingJob) -> dict[str, Any]:
-    """Arguments that ``TrainingArguments`` and what is built on it share."""
+    """Return arguments that ``TrainingArguments`` and classes derived from it share."""
     return {
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",
@@ -115,7 +116,7 @@ def common(job: TrainingJob) -> dict[str, Any]:
 
 
 def tokenized(messages: list[dict[str, str]], tokenizer: Any, limit: int) -> dict[str, list[int]]:
-    """Return the rows through the chat template, cut at ``limit`` tokens; the prompt has no loss."""
+    """Return a conversation in token ids, truncated to ``limit`` tokens, with no loss on the prompt."""
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
     whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"][:limit]
     masked = min(len(prompt["input_ids"]), len(whole))
@@ -145,7 +146,7 @@ class TellSteps(TrainerCallback):
 
 
 def start_counting() -> None:
-    """The model is there; what is held from now on is training's."""
+    """Report that the model is loaded, and reset the memory peak, so that it only includes training."""
     held = 0
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -154,7 +155,7 @@ def start_counting() -> None:
 
 
 def tell_peak() -> None:
-    """The most that was allocated on a GPU."""
+    """Report the peak of allocated memory on a GPU."""
     if torch.cuda.is_available():
         tell("peak", allocated=torch.cuda.max_memory_allocated())
 

@@ -1,4 +1,4 @@
-"""This program: a run as the app would start it, in a private home."""
+"""This program: a run as the app starts it, in a private home folder."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def main() -> None:
 
 
 def use_private_home(job: TrainingJob) -> None:
-    """Keep runs, settings and caches of this process away from the user's."""
+    """Move runs, settings and caches of this process to a private folder."""
     for kind in ("CONFIG", "STATE", "CACHE"):
         os.environ[f"XDG_{kind}_HOME"] = str(Path(f"{job.out}-home") / kind.lower())
 
 
 def recipe(job: TrainingJob) -> Recipe:
-    """The same job in this program's words: packed sequences, one a step."""
+    """Return a recipe for the job, with one packed sequence per step."""
     return Recipe(
         model=Model(id=job.model),
         quantization=Quantization(
@@ -79,7 +79,7 @@ def recipe(job: TrainingJob) -> Recipe:
 
 
 def relay(run: RunDir) -> AnyEvent | None:
-    """Tell the run's events as lines of :mod:`.job`; return the last one."""
+    """Print the run's events as lines of :mod:`.job`; return the last event."""
     pid, share = 0, 0.0
     view = RunView(run)
     for event in follow_events(view):
@@ -113,7 +113,7 @@ def relay(run: RunDir) -> AnyEvent | None:
 
 
 def _number(value: float | None) -> float:
-    """Events write None for what is not finite."""
+    """Return NaN for None, which events write for values that are not finite."""
     return math.nan if value is None else value
 
 

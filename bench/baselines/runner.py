@@ -1,4 +1,4 @@
-"""One way, watched from outside: its speed, its memory, its losses."""
+"""Measures one trainer from outside: its speed, its memory, its losses."""
 
 from __future__ import annotations
 
@@ -18,47 +18,49 @@ from bench.baselines.job import TrainingJob
 
 T = TypeVar("T")
 LOOK_EVERY_S = 0.01
-"""Between two looks at a process's memory."""
+"""Seconds between two measurements of a process's memory."""
 
 
 @dataclass
 class Measurement:
-    """What one training took."""
+    """Figures of one training."""
 
     tokens: int = 0
-    """Real tokens trained."""
+    """Trained tokens, without padding."""
     tokens_per_s: float = 0.0
-    """Real tokens a second from the end of the first step to the end of the last."""
+    """Tokens per second (without padding) from the end of the first step to the end of the last."""
     tokens_per_cpu_s: float = 0.0
-    """The same by processor time, which other load on the machine hardly changes."""
+    """Tokens per second of CPU time, which other load on the machine hardly changes."""
     trained_per_s: float = 0.0
-    """The same of supervised tokens."""
+    """Tokens in the loss per second, from the end of the first step to the end of the last."""
     losses: list[float] = field(default_factory=list)
     """Training loss by step."""
     grad_norms: list[float] = field(default_factory=list)
-    """Norm of the whole gradient by step, before clipping, where the way tells it."""
+    """Norm of the whole gradient by step, before clipping, if the trainer reports it."""
     data_hash: str = ""
-    """Digest of every token and label, where the way tells it."""
+    """Digest of all tokens and labels, if the trainer reports it."""
     growth_bytes: int = 0
-    """Most memory held in training above what the loaded model held."""
+    """Peak memory in training, minus the memory of the loaded model."""
     peak_bytes: int = 0
-    """On a GPU: the most allocated, the model included."""
+    """On a GPU: peak of allocated memory, including the model."""
     estimated_bytes: int = 0
-    """Where the way itself estimates its memory."""
+    """Estimated memory, if the trainer estimates it."""
     process_bytes: int = 0
-    """On a CPU, beside ``estimated_bytes``: the largest resident set of the process, the model included."""
+    """On a CPU, for comparison with ``estimated_bytes``: largest resident set of the process, including
+    the model."""
     evaluated: dict[int, float] = field(default_factory=dict)
-    """Validation loss by step, where the way itself evaluates."""
+    """Validation loss by step, if the trainer evaluates."""
 
 
 def in_turn(ways: Iterable[T], repeat: int) -> list[T]:
-    """Return the ways, reversed in every second repeat: what drifts meanwhile affects all of them alike."""
+    """Return the trainers, reversed in every second repeat, so that gradual changes affect all of them
+    alike."""
     forward = list(ways)
     return forward if repeat % 2 == 0 else forward[::-1]
 
 
 class Growth:
-    """The most a process holds above what it held when this began, by its resident set."""
+    """Measures by how much a process's resident set grows beyond its size at the beginning."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -73,14 +75,14 @@ class Growth:
                 self._most = max(self._most, self._process.memory_info().rss)
 
     def end(self) -> int:
-        """Bytes."""
+        """Stop measuring; return the largest growth in bytes."""
         self._ended.set()
         self._thread.join()
         return self._most - self._base
 
 
 def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> Iterator[dict[str, Any]]:
-    """Yield a program's events as it prints them. Raises SystemExit where it fails."""
+    """Yield a program's events as it prints them. Raises SystemExit if it fails."""
     with log.open("ab") as errors:
         process = subprocess.Popen(
             [python, "-m", module, *arguments],
@@ -99,13 +101,13 @@ def lines_of(python: str, module: str, arguments: Sequence[str], log: Path) -> I
 
 
 def measure(python: str, way: str, job: TrainingJob, scratch: Path) -> Measurement:
-    """Train once by a way (a module of :mod:`bench.baselines`)."""
+    """Train once with a trainer, which is a module of :mod:`bench.baselines`, and return the figures."""
     result = Measurement()
     first = last = None
     growth: Growth | None = None
     process: psutil.Process | None = None
     cpu_s: list[tuple[int, float]] = []
-    """Tokens and processor seconds at a step."""
+    """Tokens and CPU seconds at a step."""
     held = 0
     name = Path(job.out).name
     file = job.write(scratch / f"{name}.json")

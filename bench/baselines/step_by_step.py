@@ -1,7 +1,7 @@
-"""The training loop as people write it by hand: transformers and peft, one sample a pass, nothing fused.
+"""A hand-written training loop: transformers and peft, one sample per pass, nothing fused.
 
-``python -m bench.baselines.step_by_step JOB.json`` trains on the steps of ``job.batches``. A step sums up
-the gradients of its samples, whose losses count by the token. Loss and attention are transformers' defaults.
+``python -m bench.baselines.step_by_step JOB.json`` trains on the steps of ``job.batches``. A step sums the
+gradients of its samples, with losses weighted by token. Loss and attention are transformers' defaults.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def adapted(job: TrainingJob) -> Any:
-    """The base model in 4 bits with a fresh adapter on every linear module."""
+    """Return the base model in 4 bits with a new adapter on every linear module."""
     dtype = getattr(torch, job.dtype)
     model = AutoModelForCausalLM.from_pretrained(
         job.model,
@@ -63,13 +63,13 @@ def adapted(job: TrainingJob) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    # In training mode before the first forward: bitsandbytes repacks 4-bit weights in eval mode on some CPUs,
-    # and computes wrong gradients from then on.
+    # Switch to training mode before the first forward: in eval mode, bitsandbytes repacks 4-bit weights on
+    # some CPUs, and then computes wrong gradients.
     return get_peft_model(model, config).train()
 
 
 def train(model: Any, steps: list[list[Sample]], job: TrainingJob) -> Iterator[tuple[float, float]]:
-    """Loss and gradient norm before clipping of each step, as it is done."""
+    """Train, and yield loss and gradient norm before clipping after each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0)
     device = parameters[0].device
@@ -90,13 +90,15 @@ def train(model: Any, steps: list[list[Sample]], job: TrainingJob) -> Iterator[t
 
 
 def predictions(samples: list[Sample]) -> int:
-    """Tokens that are learned from; the first of a sample is predicted from nothing."""
+    """Return the number of trained tokens. The first token of a sample is not predicted."""
     return sum(label != -100 for sample in samples for label in sample["labels"][1:])
 
 
 def share_of_rate(job: TrainingJob, step: int, steps: int) -> float:
-    """Share of the learning rate at ``step``, from 0: a linear warm-up that does not begin at zero, then
-    constant or half a cosine."""
+    """Return the share of the learning rate at ``step``, counted from 0.
+
+    A linear warm-up, which does not begin at zero, is followed by a constant rate or half a cosine.
+    """
     warmup = math.ceil(job.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup

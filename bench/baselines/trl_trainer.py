@@ -1,4 +1,4 @@
-"""TRL's trainers: ``SFTTrainer`` with packing, or for pairs of answers ``DPOTrainer`` and ``ORPOTrainer``."""
+"""TRL's trainers: ``SFTTrainer`` with packing, or ``DPOTrainer`` and ``ORPOTrainer`` for pairs of answers."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def samples(job: TrainingJob) -> list[dict[str, Any]]:
-    """Conversations, as TRL's prompts and completions."""
+    """Return conversations as TRL's prompts and completions."""
     return [{"prompt": messages[:-1], "completion": messages[-1:]} for messages in conversations(job)]
 
 
 def pairs(job: TrainingJob) -> list[dict[str, Any]]:
-    """Pairs of answers, as TRL's conversational format."""
+    """Return pairs of answers in TRL's conversational format."""
     rows = [json.loads(line) for line in Path(job.rows).read_text().splitlines()]
     return [
         {"prompt": [{"role": "user", "content": row["prompt"]}]}
@@ -58,7 +58,8 @@ def pairs(job: TrainingJob) -> list[dict[str, Any]]:
 
 
 class TellPairs(TellSteps):
-    """Reports after each step how many real tokens have been trained, without those of the reference."""
+    """Reports after each step how many tokens have been trained, without padding and without the
+    reference's."""
 
     def _count(self, model: Any, args: Any, batch: dict[str, Any]) -> None:
         if torch.is_grad_enabled():

@@ -1,7 +1,7 @@
-"""Unsloth's fast path under plain ``Trainer``, one sample a step.
+"""Unsloth's fast path under plain ``Trainer``, with one sample per step.
 
-Unsloth packs samples only with flash-attention or xformers: compare where every sample fills a row. Needs
-``unsloth``, which patches transformers and peft when it is imported, so it comes first.
+Unsloth packs samples only with flash-attention or xformers, so compare with samples that fill a row each.
+Requires ``unsloth``, which patches transformers and peft when it is imported and is therefore imported first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         use_gradient_checkpointing="unsloth" if job.checkpointing else False,
         random_state=job.seed,
     )
-    # Its checkpointing is Unsloth's own.
+    # Unsloth uses its own checkpointing.
     train(job, model, gradient_checkpointing=False)
 
 

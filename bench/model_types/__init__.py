@@ -1,7 +1,8 @@
-"""Every type of model that transformers builds, tried on a tiny random one: ``python -m bench.model_types``.
+"""Every model type that transformers builds, tested with a tiny random model: ``python -m
+bench.model_types``.
 
-* ``tiny_config``: a config of any type, made from the defaults of its class and shrunk by rule.
-* ``walk``: trains, resumes, merges and asks one model, each compared with the libraries.
+* ``tiny_config``: a config of any type, made from the defaults of its class and shrunk by rules.
+* ``walk``: trains, resumes, merges and queries one model, each compared with the libraries.
 * ``estimates``: compares the instant estimate of its memory with a traced step.
-* ``processes``: walks many. ``outcome``: what came of it, for the docs.
+* ``processes``: tests many types. ``outcome``: the results, for the docs.
 """

@@ -1,4 +1,4 @@
-"""``python -m bench.model_types [TYPE…]``: walk every type, and write what came of it for the docs."""
+"""``python -m bench.model_types [TYPE…]``: test every model type, and write the outcome for the docs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.model_types.processes import all_types, walk_all
 
 
 def main() -> int:
-    """Walk, print a line for each type, and write the outcome."""
+    """Test the types, print a line for each, and write the outcome."""
     parser = argparse.ArgumentParser(prog="python -m bench.model_types", description=__doc__)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="walk only these")
     parser.add_argument("--method", choices=["none", "nf4"], default="none")
@@ -53,7 +53,7 @@ def _line(walked: Walked) -> str:
 
 
 def _known(file: Path | None, every: Collection[str]) -> dict[str, Walked]:
-    """Return what an earlier walk has seen of ``every`` type."""
+    """Return the results of an earlier call for the types in ``every``."""
     if file is None or not file.is_file():
         return {}
     outcome = msgspec.json.decode(file.read_bytes(), type=Outcome)
@@ -61,7 +61,7 @@ def _known(file: Path | None, every: Collection[str]) -> dict[str, Walked]:
 
 
 def _write(by_type: Mapping[str, Walked], file: Path) -> None:
-    """Write the outcome after each type, so that a walk that is stopped keeps what it has seen."""
+    """Write the outcome after each type, so that an interrupted call keeps its results."""
     types = [by_type[name] for name in sorted(by_type)]
     outcome = Outcome(transformers=version("transformers"), types=types)
     file.write_bytes(msgspec.json.format(msgspec.json.encode(outcome)) + b"\n")

@@ -1,6 +1,7 @@
-"""The instant estimate of one type against its traced step: whether it takes more than its range has.
+"""Compares the instant estimate of one model type with a traced step, to see if the estimate's range holds.
 
-On a model with heads as wide as real ones: in smaller ones what has the width of a head or less weighs more.
+The model has heads of realistic width, because in smaller ones, tensors as wide as a head or narrower weigh
+too much.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ _CHECKPOINTING: tuple[Checkpointing, ...] = ("on", "off")
 
 
 def compare_estimate(model_type: str) -> Estimated:
-    """Trace a step of a type in NF4 on a GPU, with and without checkpointing.
+    """Trace a step of a model type in NF4 on a GPU, with and without checkpointing.
 
-    Returns the one that takes more of the range of its instant estimate.
+    Returns the comparison that uses more of the range of its instant estimate.
     """
     from transformers import AutoConfig
 
@@ -32,7 +33,7 @@ def compare_estimate(model_type: str) -> Estimated:
     try:
         config = AutoConfig.for_model(model_type, **settings_of(model_type, _HEAD_WIDTH)).to_dict()
         architecture = architecture_of(config)
-    except Exception as error:  # sizes that do not go together with wider heads
+    except Exception as error:  # sizes that are invalid with wider heads
         return Estimated(untraced=_reason(error))
     compared = []
     for checkpointing in _CHECKPOINTING:

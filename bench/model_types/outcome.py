@@ -1,4 +1,4 @@
-"""What came of walking the types of models, as the docs keep it. Imports no torch."""
+"""Results of testing model types, as the docs store them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ VERDICTS: tuple[Verdict, ...] = ("trained", "refused", "wrong")
 
 
 class Estimated(Struct, kw_only=True, omit_defaults=True):
-    """How the instant estimate of a type compares with its traced step."""
+    """Comparison of a model type's instant estimate with its traced step."""
 
     ratio: float = 0.0
-    """Bytes of the traced step's tensors, as a share of the instant estimate's."""
+    """Bytes of tensors in the traced step divided by bytes in the instant estimate."""
     uncertainty: float = 0.0
-    """Share by which that estimate says that it may be off."""
+    """Share by which the estimate says that it may be off."""
     untraced: str = ""
     """Why there is no trace."""
 
     @property
     def is_outside(self) -> bool:
-        """Return whether the traced step takes more than the range of the instant estimate has."""
+        """Return whether the traced step exceeds the range of the instant estimate."""
         return not self.untraced and self.ratio - 1 > self.uncertainty
 
 
 class Walked(Struct, kw_only=True, omit_defaults=True):
-    """What came of one type."""
+    """Result for one model type."""
 
     model_type: str
     verdict: Verdict
@@ -38,19 +38,20 @@ class Walked(Struct, kw_only=True, omit_defaults=True):
     attention: str = ""
     loss: str = ""
     replaced: tuple[str, ...] = ()
-    """Faster parts that the check of the first step took out."""
+    """Fast code paths that the check of the first step replaced."""
     chat: str = ""
     """How answers are computed, if not with a cache of keys and values."""
     merge: str = ""
-    """Why its adapter is not merged."""
+    """Why the adapter was not merged."""
     largest_difference: float = 0.0
-    """Of loss or gradient norm from the plain loop's."""
+    """Largest difference of loss or gradient norm from the plain loop."""
     estimate: Estimated | None = None
-    """What came of its memory estimate; None where it was not compared."""
+    """Comparison of the memory estimate; None if it was not compared."""
 
     @property
     def is_wrong(self) -> bool:
-        """Return whether it computes other than the libraries, or takes more memory than its range has."""
+        """Return whether results differ from the libraries' results, or memory exceeds the estimate's
+        range."""
         return self.verdict == "wrong" or (self.estimate is not None and self.estimate.is_outside)
 
     @property
@@ -72,9 +73,9 @@ class Walked(Struct, kw_only=True, omit_defaults=True):
 
 
 class Outcome(Struct, kw_only=True):
-    """What came of all types."""
+    """Results for all model types."""
 
     transformers: str
-    """Its version."""
+    """Version of transformers."""
     types: list[Walked]
-    """In alphabetical order."""
+    """Results in alphabetical order."""

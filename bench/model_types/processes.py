@@ -1,4 +1,4 @@
-"""Walks types in processes of their own, which start with their imports behind them."""
+"""Tests model types in separate processes, which are forked after the imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.model_types.walk import walk
 
 _PROCESSES = 2
 _LIMIT_S = 600
-"""On a machine that others use too."""
+"""Seconds that a type may take, on a machine with other load."""
 _PRELOAD = [
     "torch", "peft", "bitsandbytes", "datasets", "transformers.models.auto.modeling_auto",
     "qlora_tui.training.attempt", "qlora_tui.training.supervisor", "qlora_tui.export.merge",
@@ -28,7 +28,8 @@ _PRELOAD = [
 
 
 def all_types() -> list[str]:
-    """Every type for which transformers builds a causal language model, or one that reads images too."""
+    """Return every model type for which transformers builds a causal language model, possibly with image
+    input."""
     from transformers.models.auto import modeling_auto
 
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -36,12 +37,12 @@ def all_types() -> list[str]:
 
 
 def walk_all(types: Sequence[str], method: str, only: str | None = None) -> Iterator[Walked]:
-    """Walk types in processes of their own, which start with their imports behind them.
+    """Test model types in separate processes, which are forked after the imports; yield the results.
 
     Args:
-        types: the types, in order.
-        method: quantization of the models that are trained.
-        only: ``walk`` or ``estimate``, to leave out the other.
+        types: The model types, in order.
+        method: Quantization of the models that are trained.
+        only: ``walk`` or ``estimate``, to omit the other.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -72,7 +73,7 @@ def walk_all(types: Sequence[str], method: str, only: str | None = None) -> Iter
 
 
 def describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
-    """Describe configs in this process, which has its imports behind it, and not in another."""
+    """Describe configs in this process, which has done its imports, instead of in another one."""
     from qlora_tui.catalog import described
     from qlora_tui.training import description
 
@@ -83,7 +84,7 @@ def describe_here(configs: Sequence[Any], should_stop: Any) -> list[Any]:
 
 
 def _walk_in(model_type: str, method: Any, only: str | None, connection: Connection) -> None:
-    """Walk one type in its own folders."""
+    """Test one model type in its own folders."""
     import torch
     from transformers.utils import logging
 

@@ -1,8 +1,8 @@
-"""Tiny configs of every type of model: the defaults of transformers' own classes, shrunk by rule.
+"""Tiny configs of every model type: the defaults of transformers' own classes, shrunk by rules.
 
-Sizes shrink by three factors, so that their products and ratios stay valid: counts of heads by one, widths of
-heads by another, and everything that is a multiple of the hidden size by the product of both. Of the layers
-one of each kind is kept; a kind is what the lists of the config say of a layer. What no rule derives is in
+Sizes shrink by three factors, so that their products and ratios stay valid: numbers of heads by one, widths
+of heads by another, and all multiples of the hidden size by the product of both. One layer of each kind is
+kept, where the config's lists of layer properties determine the kind. Values that no rule derives are in
 :data:`SETTINGS`, with the reason.
 """
 
@@ -14,15 +14,16 @@ from itertools import zip_longest
 from typing import Any
 
 VOCABULARY = 384
-"""Tokens of every model: more than the tokenizer of the walk has, so that images have tokens of their own."""
+"""Vocabulary size of every model. It exceeds the test tokenizer's, so that images have tokens of their
+own."""
 _LAYERS, _SAME_LAYERS = 4, 2
-"""Layers of a model whose layers differ, and of one whose layers do not."""
+"""Number of layers of a model whose layers differ, and of a model with equal layers."""
 _HEADS, _HEAD_WIDTH = 4, 16
 _INDEX_HEADS = 32
-"""Heads that select keys. A key's score is a sum over them in which half of the terms are zero: with few,
-several keys score zero, and which of equal keys is selected depends on how many there are."""
+"""Number of heads that select keys. A key's score is a sum over these heads in which half of the terms are
+zero. With few heads, several keys score zero, and which of them is selected depends on their number."""
 _WINDOW, _CHUNK = 8, 16
-"""Tokens that a window reaches back, and of a chunk of linear attention: fewer than a sample has."""
+"""Tokens that a window reaches back, and tokens of a chunk of linear attention. A sample has more of both."""
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "dim_model")
 _HEAD_COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "attention_heads",
@@ -31,11 +32,11 @@ _HEAD_COUNTS = (
 _HEAD_WIDTHS = ("head_dim", "attention_head_dim", "kv_channels", "dim_head", "d_kv", "qk_nope_head_dim")
 _TEXT = ("text_config", "llm_config", "language_config")
 _TEXT_WIDTHS = ("out_hidden_size", "text_hidden_size", "output_dim", "adapter_out_dim")
-"""Names of the hidden size of the text model in the configs of other parts."""
+"""Names of the text model's hidden size in the configs of other parts."""
 _NOT_SETTINGS = ("model_type", "transformers_version", "architectures", "dtype", "_name_or_path")
 
 _MROPE = [2, 3, 3]
-"""Rotary frequencies of time, height and width, for heads of 16."""
+"""Rotary frequencies of time, height and width, for heads of width 16."""
 _MROPE_UNSET = {"text_config.rope_parameters.mrope_section": _MROPE}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _LOOP = {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2}
@@ -48,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config.rope_parameters.mrope_section": [2, 1, 1]},
     "cohere_compass": {"text_config.rope_parameters": {"full_attention": {**_ROPE, "mrope_section": _MROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {**_ROPE, "mrope_section": _MROPE}}},
-    # The defaults of these classes leave out what their model needs.
+    # The defaults of these classes lack settings that their models need.
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "chameleon": {"vocabulary_map": {"<image>": 380}},
@@ -66,10 +67,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True},
     "step3p7": {"text_config.sliding_window": _WINDOW},
     "xmod": {"default_language": "en_XX"},
-    # By default these have none of the layers that select blocks of keys.
+    # By default, these have no layers that select blocks of keys.
     "minimax_m3_vl_text": {"layer_types": _SPARSE},
     "minimax_m3_vl": {"text_config.layer_types": _SPARSE},
-    # Numbers that belong together, which shrink in other ways.
+    # Numbers that belong together but shrink differently.
     "gemma4_assistant": {"text_config.num_kv_shared_layers": 4},
     "apertus1p5": {
         "image_token_offset": 100, "audio_token_offset": 200,
@@ -85,7 +86,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inkling2_loop": {f"text_config.{name}": value for name, value in _LOOP.items()},
     "molmo2": {"adapter_config.vision_feature_layer": [1, 0]},
 }  # fmt: skip
-"""By type: settings that no rule derives, by their path in the config."""
+"""Settings that no rule derives, by model type and path in the config."""
 
 
 _NO_DEFAULT = {
@@ -104,8 +105,8 @@ def settings_of(model_type: str, head_width: int = _HEAD_WIDTH) -> dict[str, Any
     """Return the arguments of ``AutoConfig.for_model`` for a tiny model of a type.
 
     Args:
-        model_type: the type.
-        head_width: most elements of a head of attention.
+        model_type: The model type.
+        head_width: Maximum width of an attention head.
     """
     from transformers import AutoConfig
 
@@ -133,9 +134,10 @@ def shrink(
     """Return a config with small sizes.
 
     Args:
-        values: a config, or one within it.
-        text: the hidden size of the model's text part, and what it becomes; None: it is within ``values``.
-        head_width: most elements of a head.
+        values: A config, or one nested in it.
+        text: Hidden size of the model's text part, before and after; None if the text part is within
+            ``values``.
+        head_width: Maximum width of a head.
     """
     return _Shrinking(values, text, head_width).settings()
 
@@ -166,7 +168,8 @@ class _Shrinking:
         return {name: self._value(name, value) for name, value in self._values.items()}
 
     def _kept_layers(self) -> list[int]:
-        """The layers that stay: the first of each kind, then the second of each, the rarest kinds first."""
+        """The layers to keep: the first of each kind, then the second of each, beginning with the rarest
+        kinds."""
         lists = [v for v in self._values.values() if self._is_of_layers(v)]
         kinds: dict[tuple[str, ...], list[int]] = {}
         for layer in range(self._count):
@@ -177,7 +180,7 @@ class _Shrinking:
         return sorted(order[: max(len(kinds), _LAYERS) if differ else _SAME_LAYERS])
 
     def _is_of_layers(self, value: Any) -> bool:
-        """Whether a value says something of each layer, other than its own number."""
+        """Return whether a value describes each layer, other than by the layer's number."""
         is_list = isinstance(value, list | tuple) and len(value) == self._count
         return is_list and list(value) != list(range(self._count))
 
@@ -191,7 +194,7 @@ class _Shrinking:
         if isinstance(value, float):
             if _SPREAD.search(name):
                 return min(0.1, 5 * value) if value < 1 else value
-            return 0.0 if "drop" in name or "jitter" in name else value  # what a random number decides
+            return 0.0 if "drop" in name or "jitter" in name else value  # settings of random behavior
         if not _is_size(value) or value <= 0:
             return value
         if name.endswith(("token_id", "token_index")):
@@ -204,7 +207,7 @@ class _Shrinking:
         return value
 
     def _filled(self, name: str) -> Any:
-        """A value for what a class leaves out although its model needs it."""
+        """Return a value for a setting that a class omits although its model needs it."""
         if name == "head_dim" and _first(self._values, _HEAD_COUNTS):
             return self._width_to
         return {
@@ -225,7 +228,7 @@ class _Shrinking:
         return shrink(value, self._text, self._most)
 
     def _nested(self, value: Any) -> Any:
-        """A part of this config, with the factors of the whole."""
+        """Return a nested config, shrunk with the factors of the whole."""
         return {k: self._value(k, v) for k, v in value.items()} if isinstance(value, dict) else value
 
     def _rope(self, value: dict[str, Any]) -> dict[str, Any]:
@@ -263,26 +266,26 @@ class _Shrinking:
         return value
 
     def layers(self, value: int) -> int:
-        """The number of layers, of the model or of a part of it."""
+        """Shrink the number of layers of the model or of a part of it."""
         return len(self._kept) if value == self._count else min(value, _SAME_LAYERS)
 
     def last_layer(self, value: int) -> int:
-        """The number of a layer near the end."""
+        """Shrink the number of a layer near the end."""
         return min(value, len(self._kept) - 1)
 
     def heads(self, value: int) -> int:
-        """A count of heads, which divides the heads of attention where it did."""
+        """Shrink a number of heads so that it still divides the number of attention heads."""
         small = max(1, value * self._heads_to // self._heads)
         while self._heads % value == 0 and self._heads_to % small:
             small -= 1
         return small
 
     def head_width(self, value: int) -> int:
-        """The width of a head, or a part of it."""
+        """Shrink the width of a head, or a part of it."""
         return min(value, max(4, round(value * self._width_to / self._width / 4) * 4))
 
     def size(self, value: int) -> int:
-        """A width that is a multiple of the hidden size, or near one."""
+        """Shrink a width that is a multiple of the hidden size, or close to one."""
         return min(value, max(8, round(value * self._hidden_to / self._hidden / 8) * 8))
 
 

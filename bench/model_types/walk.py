@@ -1,8 +1,8 @@
-"""What one type of model does here: trained, resumed, merged and asked, each compared with the libraries.
+"""Tests one model type: it is trained, resumed, merged and queried, each compared with the libraries.
 
-The model is a tiny random one in float32, so that two ways to compute the same agree to rounding. A run takes
-a few steps on packed conversations, longer than the windows and chunks of the model. It is compared with a
-plain loop over transformers and peft on the same samples, and with itself, resumed.
+The model is a tiny random one in float32, so that two ways of computing agree to rounding. A run takes a few
+steps on packed conversations that are longer than the windows and chunks of the model. It is compared with a
+plain loop over transformers and peft on the same samples, and with its resumed copy.
 """
 
 from __future__ import annotations
@@ -42,21 +42,24 @@ _ROWS, _STEPS = 12, 4
 _LEARNING_RATE = 2e-3
 _ANSWER_TOKENS, _TURNS = 12, 2
 _READ_TOKENS = 40
-"""Tokens of a prompt that the chat reads at once, fewer than a prompt has."""
+"""Tokens of a prompt that the chat reads at once. A prompt has more."""
 _ROUNDING = 1e-4
-"""Largest difference of a loss from the plain loop's, and of a gradient norm as a share of it. Of 213 types,
-210 differ by less than 2e-5 in each of the steps."""
+"""Largest allowed difference of a loss from the plain loop, and of a gradient norm relative to it.
+
+Of 213 types, 210 differ by less than 2e-5 in each step.
+"""
 _PERTURBATION, _DRAWS, _SENSITIVE = 2e-7, 16, 10
-"""Rounding of the base's weights as a share of them, how often it is drawn, and how many times its effect on
-the plain loop a difference may be: a token that rounding sends to another expert shows in all later steps."""
+"""Relative rounding of the base's weights, number of draws, and factor by which a difference may exceed
+the effect of this rounding on the plain loop. A token that rounding sends to another expert affects all
+later steps."""
 
 
 class WalkError(Exception):
-    """Something computes other than the libraries."""
+    """A result differs from the libraries' result."""
 
 
 def walk(model_type: str, folder: Path, method: Literal["none", "nf4"] = "none") -> Walked:
-    """Train, resume, merge and ask a tiny model of a type; write everything below ``folder``."""
+    """Train, resume, merge and query a tiny model of a type; write everything below ``folder``."""
     walked = Walked(model_type=model_type, verdict="wrong")
     stage = "config"
     try:
@@ -89,9 +92,9 @@ def walk(model_type: str, folder: Path, method: Literal["none", "nf4"] = "none")
 
 
 def write_model(model_type: str, folder: Path, walked: Walked) -> None:
-    """Write a random model with its tokenizer. Raises UserError where transformers builds none.
+    """Write a random model with its tokenizer. Raises UserError if transformers builds none.
 
-    A type with parts is written whole, as it is published, even if the trained part has its own class.
+    A multimodal type is written as a whole, as it is published, even if the trained part has its own class.
     """
     import transformers
     from transformers import AutoConfig
@@ -121,14 +124,16 @@ def write_model(model_type: str, folder: Path, walked: Walked) -> None:
 
 @torch.no_grad()
 def _make_uneven(model: nn.Module) -> None:
-    """Add noise to what initialization left at one value: norms, biases and gates that hide a mistake."""
+    """Add noise to norms, biases and gates that initialization left at one value, which would hide a
+    mistake."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() > 1 and parameter.std() < 1e-4:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def recipe_for(model: Path, method: Literal["none", "nf4"]) -> Recipe:
-    """A short run on packed conversations, whose rows are written into the model's folder."""
+    """Return the recipe of a short run on packed conversations, whose rows are written to the model's
+    folder."""
     rows = random.Random(0)
     path = model.parent / "rows.jsonl"
 
@@ -162,7 +167,7 @@ def recipe_for(model: Path, method: Literal["none", "nf4"]) -> Recipe:
 
 
 def _train(recipe: Recipe, walked: Walked) -> Any:
-    """Train, and note what was used. Raises UserError where the run was refused."""
+    """Train, and record what was used. Raises UserError if the run was refused."""
     from qlora_tui.runs.directory import create_run
     from qlora_tui.runs.event_log import EventTail
     from qlora_tui.runs.events import Environment, Failed, Finished, StepVerified
@@ -212,7 +217,8 @@ def _compare_with_plain_loop(run: Any, model_folder: Path, walked: Walked) -> No
 
 
 def _largest_difference(steps: list[tuple[float, float]], plain: list[tuple[float, float]]) -> float:
-    """Of losses, and of gradient norms as a share; nan where one is."""
+    """Return the largest difference of losses, and of gradient norms relative to ``plain``; NaN if one is
+    NaN."""
     return max(
         max(abs(loss - other), abs(norm - other_norm) / max(other_norm, 1e-6))
         for (loss, norm), (other, other_norm) in zip(steps, plain, strict=True)
@@ -220,7 +226,8 @@ def _largest_difference(steps: list[tuple[float, float]], plain: list[tuple[floa
 
 
 def _plain_steps(run: Any, model_folder: Path, seed: int = 0) -> Iterator[tuple[float, float]]:
-    """Loss and gradient norm of each step, sample by sample; with a ``seed`` from perturbed weights."""
+    """Yield loss and gradient norm of each step, computed sample by sample; with ``seed``, from perturbed
+    weights."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -263,7 +270,7 @@ def _perturb(model: nn.Module, seed: int) -> None:
 
 
 def _samples_of_steps(run: Any) -> list[list[tuple[Tensor, Tensor]]]:
-    """Token ids and labels of the samples of each step."""
+    """Return token ids and labels of the samples of each step."""
     from qlora_tui.data.dataset import prepare_dataset
     from qlora_tui.data.step_plan import plan_steps
     from qlora_tui.data.tokenizer import ChatTokenizer
@@ -283,7 +290,7 @@ def _samples_of_steps(run: Any) -> list[list[tuple[Tensor, Tensor]]]:
 
 
 def _plain_model(folder: Path) -> Any:
-    """The whole model as transformers loads it, in float32 and with its own attention."""
+    """Return the whole model as transformers loads it, in float32 and with its default attention."""
     from transformers import AutoConfig
 
     from qlora_tui.training.model_class import auto_class
@@ -293,7 +300,8 @@ def _plain_model(folder: Path) -> Any:
 
 
 def _compare_resumed(run: Any) -> None:
-    """Compare the adapter of a run with that of its copy, which is resumed from the first checkpoint."""
+    """Compare the adapter of a run with the adapter of its copy, which is resumed from the first
+    checkpoint."""
     from qlora_tui.runs.directory import RunDir
 
     copy = RunDir(run.path.with_name(f"{run.path.name}-resumed"))
@@ -311,12 +319,11 @@ def _compare_resumed(run: Any) -> None:
 
 
 def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: bool) -> None:
-    """Compare greedy answers of a chat, without and with the adapter, with those of transformers and peft.
+    """Compare greedy answers of a chat, with and without the adapter, with those of transformers and peft.
 
-    The second question extends the first, so that what the chat keeps of a conversation is compared too. If
-    transformers answers otherwise with its cache than without, either answer is right.
-
-    ``compared``: False only asks, since the libraries' model is not quantized.
+    The second question extends the first, so that the cache of a conversation is compared too. If
+    transformers answers differently with and without its cache, either answer is right. With ``compared``
+    False, only asks, because the libraries' model is not quantized.
     """
     from qlora_tui.chat import generation
     from qlora_tui.chat.chat_sources import run_source
@@ -340,7 +347,8 @@ def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: 
             alone = _greedy(plain, prompt, _ANSWER_TOKENS)
             cached = _generated(plain, prompt, _ANSWER_TOKENS)
             if cached and cached != alone:
-                # Which of equal scores count may depend on the tokens of a pass: read as ``generate`` reads.
+                # The selection among equal scores may depend on the tokens of a pass, so read like
+                # ``generate``.
                 session.reads_in_parts = False
                 walked.chat = "as transformers with a cache, not as without one"
             splitter = session.splitter(prompt)
@@ -358,7 +366,7 @@ def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: 
 
 
 def _generated(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The greedy answer of transformers' ``generate``, which keeps a cache; empty where it raises."""
+    """Return the greedy answer of transformers' ``generate``, which uses a cache; empty if it raises."""
     ids = torch.tensor([prompt])
     try:
         answer = model.generate(
@@ -375,7 +383,7 @@ def _generated(model: Any, prompt: list[int], count: int) -> list[int]:
 
 @torch.no_grad()
 def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The most likely tokens after a prompt, each computed from the whole text before it."""
+    """Return the most likely tokens after a prompt, each computed from the whole text before it."""
     tokens = torch.tensor([prompt])
     for _ in range(count):
         likely = model(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)
@@ -384,7 +392,7 @@ def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def _with_adapter(plain: Any, adapter: Path) -> Any:
-    """The model with the adapter by peft, which reads the names of its targets as they are."""
+    """Return the model with the adapter, loaded by peft without changing the names of its targets."""
     from peft import PeftConfig, PeftModel
 
     from qlora_tui.training.adapter import exact_target_names
@@ -397,7 +405,7 @@ def _with_adapter(plain: Any, adapter: Path) -> Any:
 
 
 def _merge(run: Any, folder: Path, walked: Walked) -> None:
-    """Merge the adapter, which compares the logits of the result. Raises WalkError where it could not."""
+    """Merge the adapter, which compares the logits of the result. Raises WalkError if it was not merged."""
     from qlora_tui.chat.chat_sources import run_source
     from qlora_tui.export.merge import merge
 

@@ -1,1 +1,1 @@
-"""What the benchmarks, the screenshots and the tests share."""
+"""Code that benchmarks, screenshots and tests share."""

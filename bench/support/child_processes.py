@@ -1,7 +1,8 @@
 """Runs a program within a deadline, and leaves none of its processes behind.
 
-A run's processes start sessions of their own, so that they outlive a terminal: killing a process group does
-not reach them. After :func:`adopt_orphans` they stay descendants of this process, whatever their parents do.
+A run's processes start sessions of their own, so that they outlive a terminal. Killing a process group
+therefore does not reach them. After :func:`adopt_orphans`, they stay descendants of this process whatever
+their parents do.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 """The repository, in which ``python -m bench.…`` works."""
 POLL_S = 0.05
 _PR_SET_CHILD_SUBREAPER = 36
-"""``linux/prctl.h``."""
+"""Constant in ``linux/prctl.h``."""
 
 
 def adopt_orphans() -> None:
@@ -36,7 +37,7 @@ def adopt_orphans() -> None:
 def end_descendants() -> None:
     """Kill every descendant of this process, and wait until none is left."""
     looks = 0
-    # One look may miss a process whose parent has just ended.
+    # A single scan may miss a process whose parent has just ended.
     while looks < 2:
         descendants = psutil.Process().children(recursive=True)
         looks = 0 if descendants else looks + 1
@@ -50,7 +51,7 @@ def end_descendants() -> None:
 
 
 def end_descendants_on_sigterm() -> None:
-    """Have SIGTERM and SIGINT kill every descendant, and raise SystemExit here."""
+    """On SIGTERM and SIGINT, kill every descendant and raise SystemExit."""
 
     def end(number: int, frame: FrameType | None) -> None:
         end_descendants()
@@ -74,7 +75,7 @@ def run_within(
         environ: Its environment.
 
     Returns:
-        Its exit code, negative for a signal; None where the deadline passed.
+        Its exit code, negative for a signal; None after the deadline.
     """
     until = time.monotonic() + seconds
     with log.open("ab") as output:

@@ -20,15 +20,16 @@ def float32_copy(
     metadata: Mapping[str, Any] = _NONE,
     vectors: Mapping[str, Sequence[float]] = _NONE,
 ) -> Path:
-    """Write ``file`` to ``target`` with float32 weights: with others, llama.cpp rounds activations too.
+    """Write ``file`` to ``target`` with float32 weights, because with others llama.cpp also rounds
+    activations.
 
-    Weights that were not float32 are rounded to bfloat16 first, as a conversion rounds them.
+    Weights that are not float32 are first rounded to bfloat16, as in a conversion.
 
     Args:
-        file: the GGUF file.
-        target: where to write.
-        metadata: values by key, which replace those of the file or are added.
-        vectors: further float32 tensors by name.
+        file: The GGUF file.
+        target: Output file.
+        metadata: Values by key, which replace those of the file or are added.
+        vectors: Additional float32 tensors by name.
     """
     reader = GGUFReader(file)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())

@@ -27,10 +27,10 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def random_model(folder: Path, size: str) -> Path:
-    """Return ``folder`` with the model in it, made in another process if it is missing.
+    """Return ``folder`` with the model in it, which another process creates if it is missing.
 
-    A process that makes the model on a GPU holds GPU memory until it ends. Raises SystemExit with
-    that process's output where it fails.
+    A process that creates a model on a GPU holds GPU memory until it ends. Raises SystemExit with that
+    process's output if it fails.
     """
     if not folder.exists():
         draft = folder.with_name(f".{folder.name}.draft")
@@ -53,7 +53,8 @@ def make_model(folder: Path, size: str) -> Path:
 
 
 def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
-    """An Alpaca file: the demo's conversations repeated, their answers lengthened to ``long_words`` words."""
+    """Write an Alpaca file: the demo's conversations, repeated, with answers lengthened to ``long_words``
+    words."""
     turns = [json.loads(line)["messages"] for line in CONVERSATIONS.read_text().splitlines()]
     rows = []
     for number in range(count):
