@@ -34,7 +34,7 @@ class LinearModule(Struct, frozen=True):
     """A linear layer that LoRA can adapt."""
 
     name: str
-    """The model's own full dotted name: ``model.layers.0.self_attn.q_proj``."""
+    """Full dotted name in the model: ``model.layers.0.self_attn.q_proj``."""
     kind: str
     """Last part of the name, which LoRA targets use: ``q_proj``."""
     part: Part
@@ -96,7 +96,7 @@ class OutputHead(Struct, frozen=True):
 
     @property
     def weight_params(self) -> int:
-        """Return the parameters of the weight, tied or not."""
+        """Return the number of parameters of the weight, tied or not."""
         return self.in_features * self.out_features
 
     @property
@@ -150,7 +150,7 @@ class Architecture(Struct, frozen=True):
     heads: int
     kv_heads: int
     head_dim: int
-    """Width of a head of queries and keys."""
+    """Width of one head of queries and keys."""
     vocab_size: int
     max_positions: int | None
     tied_head: bool
@@ -260,13 +260,13 @@ class Architecture(Struct, frozen=True):
 
     @property
     def vision_params(self) -> int:
-        """Return the parameters of the modules that read images."""
+        """Return the number of parameters of the modules that read images."""
         modules = sum(m.weight_params + m.bias_params for m in self.modules if m.part == "vision")
         return modules + sum(parameter.params for parameter in self.parameters if parameter.role == "vision")
 
     @property
     def linear_params(self) -> int:
-        """Return the weights of all linear modules except the head."""
+        """Return the number of weights of all linear modules except the head."""
         return sum(module.weight_params for module in self.modules)
 
     @property
@@ -284,7 +284,7 @@ class Architecture(Struct, frozen=True):
 
     @property
     def expert_params(self) -> int:
-        """Return the parameters of the fused experts, including biases."""
+        """Return the number of parameters of the fused experts, including biases."""
         return sum(parameter.params for parameter in self.parameters if parameter.role == "expert")
 
     def kinds(self) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
 """Number of bytes that are left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
-"""Delays between attempts after a connection error without progress."""
+"""Seconds between attempts after a connection error without progress."""
 MAX_REQUESTS = 1000
 """Largest number of requests for one file. Each resumes where the previous one stopped."""
 
@@ -130,7 +130,9 @@ def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
 
 
 def _link(plan: DownloadPlan, file: HubFile) -> None:
-    """Put ``file`` into the snapshot: a link to its blob, or the blob itself if links are unsupported."""
+    """Put ``file`` into the snapshot as a link to its blob, or as the blob itself if links are
+    unsupported.
+    """
     pointer = plan.snapshot / file.name
     if pointer.is_file():
         return
@@ -259,7 +261,7 @@ def start_download(model_id: str) -> subprocess.Popen[bytes]:
 
 _CONFIGS = (CONFIG, "generation_config.json")
 HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
-"""Hash of a git blob or commit, or SHA-256."""
+"""Pattern of the hash of a git blob or commit, or of SHA-256."""
 REVISION = re.compile(r"\w[\w-]*(?:[./]\w[\w-]*)*")
 
 
@@ -326,7 +328,7 @@ class DownloadPlan(Struct, frozen=True):
         return self.folder / "blobs" / file.etag
 
     def partial(self, file: HubFile) -> Path:
-        """Return the path of a file until it is complete."""
+        """Return the path of a file until its download is complete."""
         return self.folder / "blobs" / f"{file.etag}.incomplete"
 
 

@@ -49,7 +49,7 @@ class Metadata:
         return self.header.values.get(name)
 
     def peek(self, key: str) -> Any:
-        """Return the value as it is in the file, or None, without counting it as read."""
+        """Return the value as it is in the file, or None, without marking it as read."""
         return self.header.values.get(f"{self.architecture}.{key}")
 
     def count(self, key: str) -> int | None:

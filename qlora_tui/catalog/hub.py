@@ -64,7 +64,7 @@ class HubModel(Struct, frozen=True):
     license: str | None
     model_type: str | None
     modified: str
-    """ISO date, or empty."""
+    """Date of the last change in ISO format; empty if unknown."""
     refusal: UserError | None
     """Why the model cannot be trained here, as far as the Hub's data shows; None if it can."""
 
@@ -195,7 +195,7 @@ def not_a_hub_problem() -> UserError:
 
 
 TIMEOUT_S = 15
-"""Seconds for connecting, and for each wait for data."""
+"""Seconds allowed for connecting, and for each wait for data."""
 _HEADERS_S = 60.0
 """Seconds for a response to begin, even if parts of its headers keep arriving."""
 _WINDOW_S = 30.0
@@ -204,7 +204,7 @@ _LEAST_BYTES = 30 << 10
 _MAX_REDIRECTS = 10
 T = TypeVar("T")
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
-"""Headers that ``huggingface_hub`` uses to distinguish errors, and that messages here use."""
+"""Headers with which ``huggingface_hub`` distinguishes errors, and that error messages use."""
 
 
 class TooLong(Exception):

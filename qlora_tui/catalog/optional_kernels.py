@@ -39,11 +39,11 @@ class KernelPackage:
     """A package with kernels."""
 
     module: str
-    """Name to import: ``fla``."""
+    """Name of the module to import: ``fla``."""
 
     @property
     def distribution(self) -> str:
-        """Name to install."""
+        """Return the name to install."""
         return _DISTRIBUTIONS.get(self.module, self.module.replace("_", "-"))
 
     @property
@@ -53,7 +53,7 @@ class KernelPackage:
 
     @property
     def is_installed(self) -> bool:
-        """Whether this Python can find it."""
+        """Whether this Python can import the package."""
         return find_spec(self.module) is not None
 
 

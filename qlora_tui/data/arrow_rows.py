@@ -24,7 +24,7 @@ _ROWS = 256
 _PIECE_BYTES = 16 * MIB
 _LARGEST_ROW_BYTES = 4 * LARGEST_ROW_BYTES
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""Last bytes of an Arrow stream: the marker of a message, and a length of 0."""
+"""Last bytes of an Arrow stream, which are the marker of a message and a length of 0."""
 _MEMORY_BYTES = 448 * MIB
 """Largest number of bytes that reading a piece may take."""
 _reader = Confined(__name__, cpu_s=60.0, memory_bytes=_MEMORY_BYTES)
@@ -60,7 +60,8 @@ def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
 
     Raises ``ValueError`` with the library's message, ``MemoryError`` and ``TooLarge``.
     """
-    # The default pool reserves a gigabyte, which would count as used and could be filled past the bound.
+    # The default pool reserves a gigabyte, which would count as used memory and could be filled beyond the
+    # limit.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     import pyarrow
 

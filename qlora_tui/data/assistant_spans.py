@@ -107,7 +107,7 @@ class _SpanFinder:
         return [*separate, _with_weights(self._end_turn(whole, marked), *span_weights)]
 
     def everything(self) -> SampleText:
-        """Render the whole conversation as one span in the loss."""
+        """Render the whole conversation, all of which is in the loss."""
         whole = self._template.render(self._turns, self._tools)
         sample = self._end_turn(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
         sample = sample or SampleText(whole, ((0, len(whole)),))
@@ -196,7 +196,7 @@ class _SpanFinder:
         return self._separate_sample(prompt + ended[begin + len(header) :], len(prompt), reasoning)
 
     def _prompt_for(self, i: int) -> str:
-        """Return the prompt that the model gets before turn ``i``; empty if there is none."""
+        """Return the prompt that the model receives before turn ``i``; empty if there is none."""
         if i not in self._prompts:
             try:
                 text = self._template.render(self._turns[:i], self._tools, prompt=True) if i else ""

@@ -55,7 +55,7 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAIN_KEYS = ("train", "weight", "loss_weight", "loss")
 _FLAGS = {"": 0.0, "false": 0.0, "no": 0.0, "true": 1.0, "yes": 1.0}
 _SPAN_KEYS = ("train_detail",)
-"""Keys under which axolotl marks parts of a turn's text for training."""
+"""Keys with which axolotl marks parts of a turn's text for training."""
 _LARGEST_WEIGHT = 1000
 
 
@@ -96,7 +96,7 @@ class Cell(Struct, frozen=True):
 
     @classmethod
     def of(cls, value: Any) -> Cell:
-        """Return the facts of a value."""
+        """Determine the kinds of a value."""
         keys, whole = turn_keys(value), decoded(value)
         turns: Literal["", "messages", "sharegpt", "pairs", "texts"] = "texts" if are_alternate(whole) else ""
         if keys is not None:
@@ -343,7 +343,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     content, reasoning, part_calls = _content_of(
         next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}"
     )
-    if len(turn) > 2 and (medium := media_column(turn)):  # more than a role and a content
+    if len(turn) > 2 and (medium := media_column(turn)):  # more keys than role and content
         raise RowRejectedError("media", f"Turn {number}: {uncapitalize(medium)}")
     calls = part_calls + _declared_calls(turn, number)
     if calls and role != "assistant":
@@ -413,7 +413,7 @@ def _joined(first: Message, second: Message) -> Message:
 
 
 Cells = Mapping[str, Any]
-"""The value of each part that the row has."""
+"""The values of the parts that a row has."""
 
 
 def alpaca(cells: Cells) -> tuple[Message, ...]:

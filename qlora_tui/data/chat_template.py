@@ -115,7 +115,7 @@ class _CompiledTemplate:
         self.literals = "\0".join(_literals(tree))
         """All text that the template itself can write, joined."""
         self.names = frozenset(name.name for name in tree.find_all(jinja2.nodes.Name))
-        """Every variable that the template reads or sets."""
+        """Names of all variables that the template reads or sets."""
         self.template = jinja2.Template.from_code(environment, code, environment.globals)
 
 

@@ -262,7 +262,7 @@ def limit_memory(more_bytes: int) -> None:
 
 
 def main() -> None:
-    """Serve the connection whose number is the first argument."""
+    """Serve the connection whose file descriptor is the first argument."""
     from multiprocessing.connection import Connection
 
     # Pickled functions refer to this module by name, not to __main__.

@@ -21,7 +21,7 @@ class ToolCall(Struct, frozen=True):
 
     name: str
     arguments: Any = {}
-    """The parsed JSON arguments: an object in a row of data, any value in a generated answer."""
+    """The parsed JSON arguments: an object in data, but any value in a generated answer."""
     id: str = ""
 
 
@@ -48,13 +48,13 @@ class Conversation(Struct, frozen=True):
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
-    """Functions offered to the assistant, as JSON schemas in OpenAI's wrapping."""
+    """Functions offered to the assistant, as JSON schemas in OpenAI's format."""
     text: str = ""
     """Plain text to learn; there are then no messages."""
     source: int = 0
     """Index of the recipe's source."""
     row: int = 0
-    """Row number in the file, from 1; the line number in JSONL and text files."""
+    """Row number in the file, from 1; in JSONL and text files the line number."""
     rejected: tuple[Conversation, ...] = ()
     """This conversation with each rejected answer instead, if a run trains on both sides."""
     rated_good: bool | None = None

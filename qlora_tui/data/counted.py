@@ -27,7 +27,7 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 
 RENDERING = 9
-"""Version of the rendering; increased when the same data and settings give different tokens or splits."""
+"""Version of the rendering, increased when the same data and settings give different tokens or splits."""
 _KEPT = 200
 """Number of stored counts, one for each state of data and settings."""
 _MAX_BYTES = 64 << 20
@@ -64,7 +64,7 @@ class Counted(Struct, frozen=True):
 
     counts: Counts
     lengths: bytes
-    """Tokens of each training sample, 32-bit unsigned."""
+    """Number of tokens of each training sample, 32-bit unsigned."""
     sources: bytes
     """Index of each sample's source, 16-bit unsigned."""
 

@@ -122,7 +122,7 @@ class Counts(Struct):
     conversations: int = 0
     """Rows that gave at least one sample."""
     samples: int = 0
-    """Samples, or pairs under a method that compares two answers."""
+    """Number of samples, or of pairs with a method that compares two answers."""
     tokens: int = 0
     trained_tokens: int = 0
     left_out: int = 0
@@ -131,9 +131,9 @@ class Counts(Struct):
     """Samples or pairs that are dropped because they are too long or have no tokens left to learn."""
     cut: int = 0
     split: int = 0
-    """Samples split into several rows."""
+    """Number of samples that were split into several rows."""
     excluded: int = 0
-    """Rows that the source excludes (``excluded_rows``); no other count includes them."""
+    """Number of rows that the source excludes (``excluded_rows``), which no other count includes."""
 
     def add(self, other: Counts) -> None:
         """Add the counts of ``other`` to these."""
@@ -165,7 +165,7 @@ class FileReport(Struct, frozen=True):
 
 
 class Report(Struct, frozen=True):
-    """Report on one source. JSON-ready through msgspec."""
+    """The report on one source, which msgspec can encode as JSON."""
 
     files: tuple[FileReport, ...]
     complete: bool
@@ -196,10 +196,10 @@ class Shown(Struct, frozen=True):
     samples: tuple[tuple[Piece, ...], ...]
     """Pieces of each sample, nearly always one sample; without the text that truncation removed."""
     token_counts: tuple[int, ...]
-    """Tokens of each sample before truncation."""
+    """Number of tokens of each sample before truncation."""
     trained_counts: tuple[int, ...]
     refused: str = ""
-    """Why the row gives no sample; empty if it does."""
+    """Why the row gives no sample; empty if it gives one."""
     notes: tuple[str, ...] = ()
     findings: tuple[tuple[str, str], ...] = ()
     """Kind and example of each finding on this row."""

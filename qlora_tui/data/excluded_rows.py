@@ -89,7 +89,7 @@ def parse_excluded_rows(text: str) -> Excluded:
 
 
 def format_excluded_rows(excluded: Excluded) -> str:
-    """Return the text of a recipe for these rows."""
+    """Return the recipe's text for these rows."""
     named = sorted(excluded.items())
     return "; ".join(f"{_prefix(name)}{format_row_numbers(numbers)}" for name, numbers in named if numbers)
 

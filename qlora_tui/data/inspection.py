@@ -87,7 +87,7 @@ def row_of(source: Source, row: int, data: Data, path: str = "") -> tuple[Source
 
 
 class _Inspection:
-    """Counts of an inspection in progress."""
+    """The state of an inspection in progress."""
 
     def __init__(
         self,

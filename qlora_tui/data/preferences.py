@@ -278,7 +278,10 @@ def compared_columns(mapping: Mapping[str, str], columns: Columns, name: str, wa
 def rating_of(
     format_: str, columns: Columns, parts: Mapping[str, str], by_hand: str
 ) -> tuple[str, int, int] | None:
-    """Return the column that rates the answers, with the counts of good and bad ones in the first rows."""
+    """Return the column that rates the answers, with the counts of good and bad answers in the first rows.
+
+    None if there is no such column.
+    """
     if format_ not in RATABLE:
         return None
     if by_hand:

@@ -261,5 +261,5 @@ def _key(source: Source, path: Path, stamp: Stamp, tokens: Tokens | None, *, ski
         skips_bad_rows,
         source.excluded_rows,
     )
-    # In a name that is not UTF-8, bytes become surrogates.
+    # In names that are not UTF-8, bytes become surrogates.
     return repr(what).encode(errors="surrogateescape")

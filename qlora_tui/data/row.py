@@ -94,7 +94,7 @@ def too_large(path: Path, error: TooLarge) -> DamagedFileError:
 
 
 def row_too_large(place: str) -> TooLarge:
-    """Build the error for a row over the size bound; ``place`` names the line or row."""
+    """Build the error for a row over the size limit; ``place`` names the line or row."""
     return TooLarge(f"{place} is larger than {LARGEST_ROW_BYTES // MIB} MiB")
 
 

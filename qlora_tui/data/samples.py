@@ -44,7 +44,7 @@ class TokenizedSample(Struct, frozen=True):
 
     @property
     def trained_count(self) -> int:
-        """Return the number of tokens in the loss."""
+        """Number of tokens in the loss."""
         return self.loss_mask.count(1)
 
 

@@ -274,7 +274,7 @@ _EFFORTS = ("reasoning_effort", "reasoning_strength")
 """Names of variables that are ``low``, ``medium`` or ``high``; some templates accept ``none``."""
 
 THOUGHT_TAGS = ("<think>", "</think>")
-"""Tokens of an answer, whether or not the tokenizer calls them special."""
+"""Tags around thoughts in an answer, whether or not the tokenizer declares them as special tokens."""
 OPENED = re.compile(r"<think>(\s*)\Z")
 """Pattern of a prompt that opens a thought, with the white space after the tag."""
 

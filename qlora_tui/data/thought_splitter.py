@@ -13,7 +13,7 @@ from typing import Literal
 from msgspec import Struct
 
 SplitterState = Literal["start", "thought", "answer"]
-"""Before any text; in a thought; in the answer."""
+"""State before any text, in a thought, or in the answer."""
 
 
 class TextChunk(Struct, frozen=True):

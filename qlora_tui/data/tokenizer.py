@@ -130,7 +130,7 @@ class ChatTokenizer:
         return tokenizer
 
     def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[str, dict[str, str], str, str, str]]:
-        """Pickle with the chosen template as the tokenizer's own template."""
+        """Pickle the tokenizer with its chosen template as the own template."""
         tools = "" if self.tool_template is self.template else self.tool_template.text
         return (ChatTokenizer, (self._json.decode(), self.special_tokens, self.template.text, "auto", tools))
 

@@ -196,7 +196,7 @@ def call_format(tokenizer: ChatTokenizer) -> CallFormat | None:
             )
         except RowRejectedError:
             return None
-        # Some templates write only one call.
+        # Some templates can write only one call.
         several = f"{one}{one.replace(_NAME, _OTHER)}"
         single = True
     else:

@@ -32,7 +32,7 @@ _IGNORED = -100
 
 
 class WrittenRows(Struct, frozen=True):
-    """Number of lines in each file."""
+    """The number of lines in each file."""
 
     train: int
     validation: int

@@ -33,7 +33,7 @@ class GpuUnavailableReason(StrEnum):
     CPU_CHOSEN = "cpu_chosen"
     """The user chose the CPU."""
     NOT_PRESENT = "not_present"
-    """The machine has no GPU of the number, UUID or name that the user chose."""
+    """The machine has no GPU with the number, UUID or name that the user chose."""
     SETTING = "setting"
     """The user's choice of GPU cannot be read."""
     MIG = "mig"
@@ -100,7 +100,7 @@ class GpuUnavailableError(UserError):
     """Raised if no GPU can be read; ``what``, ``why`` and ``fix`` are sentences for the user."""
 
     def __init__(self, reason: GpuUnavailableReason, why: str = ""):
-        reason = GpuUnavailableReason(reason)  # which is a text in JSON
+        reason = GpuUnavailableReason(reason)  # decoded from JSON, it is a str
         text = error_texts().unavailable[reason]
         is_wrong_call = reason is GpuUnavailableReason.NOT_PRESENT
         super().__init__(
@@ -117,7 +117,7 @@ class GpuUnavailableError(UserError):
 
 
 def from_nvml_error(code: int, message: str) -> GpuUnavailableError:
-    """Return the exception for an NVML error ``code``; ``message`` is shown for an unknown code."""
+    """Return the exception for the NVML error ``code``; ``message`` is shown for an unknown code."""
     reason = _REASON_BY_NVML_CODE.get(code, GpuUnavailableReason.OTHER)
     return GpuUnavailableError(
         reason, f"NVML says: {message}." if reason is GpuUnavailableReason.OTHER else ""

@@ -27,7 +27,7 @@ class GpuDevice(msgspec.Struct, frozen=True):
     total_bytes: int | None
     """Total memory of the GPU, including the driver's share."""
     compute_capability: str | None
-    """``8.9``; bf16 needs 8.0."""
+    """Compute capability, such as ``8.9``; bf16 requires 8.0."""
     driver: str | None
     """Version of the driver: ``550.54.14``."""
     reserved_bytes: int | None = None
@@ -103,7 +103,7 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     memory_total_bytes: Count | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
-    """The enforced limit, which may be below the GPU's default."""
+    """The enforced power limit in watts, which may be below the GPU's default."""
     temperature_c: int | None = None
     sm_clock_mhz: Count | None = None
     memory_clock_mhz: Count | None = None

@@ -57,7 +57,7 @@ variable.
 _NEWEST = (1000, 0)
 """Version that is assumed if torch is not installed."""
 _GROWING_SEGMENTS = "expandable_segments:True"
-"""Reduces the fragmentation that varying sample lengths cause."""
+"""Allocator setting that reduces the fragmentation caused by varying sample lengths."""
 offline_variables_set: set[str] = set()
 """Variables of ``OFFLINE`` that this process has set because the user had not set them."""
 _USER_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -87,7 +87,8 @@ def configure_torch_env(extra: Mapping[str, str] = {}) -> None:
 def _log_bitsandbytes_warnings() -> None:
     """Send the warnings of bitsandbytes' CPU backend to the log instead of the terminal.
 
-    On import it warns that an optional kernel from the Hub is missing. ``doctor`` reports it in a sentence.
+    On import bitsandbytes warns that an optional kernel from the Hub is missing; ``doctor`` reports this in a
+    sentence.
     """
     # Imported here because commands that start without logging import this module.
     import logging

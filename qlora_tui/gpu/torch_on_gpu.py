@@ -58,7 +58,7 @@ class TorchBuild:
     """The installed torch."""
 
     version: str
-    """``2.13.0+cpu``"""
+    """Version with the build: ``2.13.0+cpu``."""
     platform: Literal["cuda", "rocm", "cpu", "unknown"]
     cuda: tuple[int, int] | None = None
     """The CUDA version of the build; None for a CPU build."""

@@ -229,7 +229,7 @@ def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[Gp
             chosen += matches
         return chosen
     if _VARIABLE in environ:
-        return visible  # in the order that the user gave
+        return visible  # in the order of the user's choice
     most_suitable = min(map(_suitability, visible))
     suitable = [gpu for gpu in visible if _suitability(gpu) == most_suitable]
     return sorted(suitable, key=lambda gpu: -(gpu.usable_bytes or 0))

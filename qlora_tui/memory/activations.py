@@ -141,7 +141,7 @@ class Rules:
 
     @property
     def narrow(self) -> int:
-        """Return the bytes per element of the inputs times A."""
+        """Return the bytes per element of the product of inputs and A."""
         if self.own or self._execution.autocast:
             return self.compute
         return FLOAT
@@ -504,9 +504,9 @@ def attention_kernel(layout: Layout, heads: Heads) -> Kernel:
     if kernel == "eager":
         return kernel
     if execution.own_fused and (heads.softcap or heads.sinks):
-        return "eager"  # No fused kernel caps scores or has sinks.
+        return "eager"  # no fused kernel supports capped scores or sinks
     if layout.architecture.own_attention or (execution.device == "cpu" and heads.key != heads.value):
-        return "math"  # A CPU's kernel needs values as wide as keys.
+        return "math"  # a CPU's kernel requires values as wide as keys
     narrow = execution.device == "cuda" and not flash_trains(
         execution.capability, heads.query // max(heads.heads, 1)
     )

@@ -58,11 +58,11 @@ class _Pool:
 
     def __init__(self, step: int) -> None:
         self.step = step
-        """Bytes by which a growing segment grows."""
+        """Number of bytes by which a growing segment grows."""
         self.free: list[tuple[int, int, MemoryBlock]] = []
         """Free blocks by size, then by address, which is unique."""
         self.last: MemoryBlock | None = None
-        """Block at the end of the growing segment."""
+        """The block at the end of the growing segment."""
 
     def put(self, block: MemoryBlock) -> None:
         block.free = True

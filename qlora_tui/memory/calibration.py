@@ -32,7 +32,7 @@ from qlora_tui.paths import state_dir
 MIN_RUNS = 2
 """Number of runs from which a correction applies: a single run could be an accident."""
 MAX_RUNS = 20
-"""Number of latest runs used; a driver or library may have changed since earlier ones."""
+"""Number of latest runs that are used, because drivers and libraries may have changed since earlier ones."""
 MIN_FACTOR, MAX_FACTOR = 0.8, 1.5
 """Range of the factor; values outside mean that something else is wrong."""
 
@@ -184,7 +184,7 @@ def speed_file() -> Path:
 
 
 def record_speed(gpu: str, speed: TransferSpeed) -> None:
-    """Replace the measurement of one GPU. Raises OSError."""
+    """Replace the measured speeds of one GPU. Raises OSError."""
     speeds = dict(_load()) | {gpu: speed}
     atomic_write(speed_file(), msgspec.json.encode(speeds))
 

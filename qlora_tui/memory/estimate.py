@@ -186,7 +186,7 @@ def cached_estimate(
     device: Device,
     capacity_bytes: int | None,
 ) -> Estimate:
-    """Return the estimate of :func:`estimate` for complete arguments."""
+    """Compute :func:`estimate` for complete arguments, and cache the result."""
     return _calculate(key.recipe, architecture, execution, device, None, capacity_bytes)
 
 

@@ -117,7 +117,7 @@ together.
 """
 
 BFLOAT16_CAPABILITY = (8, 0)
-"""Compute capability from which bfloat16 is computed natively (Ampere)."""
+"""Compute capability from which GPUs compute bfloat16 natively (Ampere)."""
 
 
 CONSUMER_CAPABILITIES = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
@@ -314,7 +314,7 @@ def _loss(recipe: Recipe, device: Device, architecture: Architecture | None, *, 
 def flash_obstacle(
     *, cuda: bool, compute_itemsize: int, ampere: bool, torch_has_varlen: bool
 ) -> FlashObstacle | None:
-    """Return what prevents FlashAttention over a packed sequence in one call; None if it runs."""
+    """Return the obstacle to FlashAttention over a packed sequence in one call; None if there is none."""
     if not cuda:
         return "no GPU"
     if compute_itemsize != 2:

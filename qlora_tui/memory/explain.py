@@ -1,4 +1,4 @@
-"""The label of each item, and one sentence with the formula that explains its size."""
+"""The label of each item, and a sentence with the formula of its size."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ Its libraries are loaded and their kernels registered. Measured with torch 2.15 
 of 221 once torch is imported, and 1,117 instead of 475 with the other libraries and Triton.
 """
 RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
-"""Uncertainty for other versions and builds of the libraries."""
+"""Uncertainty of ``RUNTIME_BYTES`` for other versions and builds of the libraries."""
 HEAP_HOLES = 6
 """Divisor: one part in this many of the memory that each step allocates and frees remains as gaps in the
 heap.

@@ -92,7 +92,7 @@ def load(
                 allocator.malloc(weight.count * ADAPTER_ITEMSIZE)
                 allocator.free(as_read[weight.name])
     if execution.cast_to_float32 and not execution.reads_in_threads:
-        allocator.empty_cache()  # peft/utils/other.py, after its casts
+        allocator.empty_cache()  # as in peft/utils/other.py, after its casts
 
 
 def _reading_order(

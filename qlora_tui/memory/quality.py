@@ -98,7 +98,7 @@ def measure_in_child(
 
 
 def describe_quality(quality: Quality) -> list[str]:
-    """Return the result in sentences."""
+    """Describe the result in sentences."""
     bits = {"int8": "8 bits"}.get(quality.method, "4 bits")
     whole, kept = quality.all_layers, quality.with_kept
     lines = [

@@ -96,7 +96,7 @@ CUBLAS_HANDLES = 2
 
 
 def static_items(layout: Layout) -> dict[str, int]:
-    """Return the bytes by item."""
+    """Return the bytes of these tensors, by item."""
     recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     items = frozen_weights(recipe, architecture, execution) | {
         "adapter": adapter_bytes(layout) * (2 if recipe.keeps_starting_adapter else 1),
@@ -106,7 +106,7 @@ def static_items(layout: Layout) -> dict[str, int]:
     streamed = streamed_weights(recipe, architecture, execution) if execution.streamed_layers else None
     if streamed is not None:
         items["slots"] = streamed.slot_bytes
-        if execution.device == "cuda":  # On a CPU host memory is the memory of the device.
+        if execution.device == "cuda":  # On a CPU, host memory is the memory of the device.
             for key, size in streamed.items.items():
                 items[key] -= size
     if execution.device == "cuda":

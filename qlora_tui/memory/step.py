@@ -68,8 +68,11 @@ class Moment:
 
     phase: Phase
     name: str
-    """``forward of layer 0``, ``loss forward``, ``loss backward``, ``backward of layer 31``,
-    ``backward of the embedding``, ``optimizer step``, ``loading``."""
+    """Name of the moment, such as ``forward of layer 0`` or ``optimizer step``.
+
+    The others are ``loss forward``, ``loss backward``, ``backward of layer 31``, ``backward of the
+    embedding`` and ``loading``.
+    """
     items: Mapping[str, int]
 
     @property

@@ -293,7 +293,7 @@ def _norms_of_a_layer(architecture: Architecture) -> int:
 _NORMS_BEFORE_HALVES = 2
 """Number of norms of a layer that has one before each half, and none after it."""
 _FLOPS_PER_PRODUCT = 2
-"""A multiplication and an addition."""
+"""FLOPs of a product: a multiplication and an addition."""
 _PASSES = 2
 """Number of times that a micro-batch needs a layer: in the forward, and in recomputation with backward."""
 _NOTICEABLE_SLOWDOWN = 1.05

@@ -73,7 +73,7 @@ class ExportedRecipe(Struct, frozen=True):
     """A recipe in the format of another trainer."""
 
     name: str
-    """``axolotl.yml`` or ``train.py``."""
+    """File name: ``axolotl.yml`` or ``train.py``."""
     text: str
     left_out: tuple[LeftOut, ...]
     """Settings without a counterpart."""
@@ -201,7 +201,7 @@ class _Export:
                 keys[key] = theirs
                 self._written.add(rule.to)
             elif ours == "auto":
-                self._written.add(rule.to)  # the trainer chooses too
+                self._written.add(rule.to)  # the other trainer chooses a value too
         return keys
 
     def _method_keys(self, beta: str, simpo: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Field(Struct, frozen=True, kw_only=True):
 
     @property
     def expected(self) -> str:
-        """Describe valid values: ``a whole number from 1 to 1,024``."""
+        """Return a description of valid values: ``a whole number from 1 to 1,024``."""
         match self.kind:
             case "choice":
                 return "one of " + ", ".join(self.choices)
@@ -161,7 +161,7 @@ def fields_of(struct: type[Struct]) -> dict[str, Field]:
 
 @cache
 def sections() -> tuple[str, ...]:
-    """Return ``model``, ``quantization``, ``lora``, ``data``, ``training``."""
+    """Return the names of the sections: ``model``, ``quantization``, ``lora``, ``data``, ``training``."""
     return tuple(dict.fromkeys(field.section for field in fields().values() if field.section))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 PreferenceMethod = Literal["orpo", "dpo", "simpo", "kto"]
-"""How a run learns from both the better and the worse answers of preference data."""
+"""A method to learn from both the better and the worse answers of preference data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class PreferenceTraits:
     """What a preference method compares, and its requirements."""
 
     label: str
-    """``SimPO``."""
+    """Name of the method, such as ``SimPO``."""
     effect: str
     """What the model learns, for a list of methods."""
     default_beta: float

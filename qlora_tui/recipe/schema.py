@@ -342,7 +342,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The optimization."""
+    """The settings of the optimization."""
 
     micro_batch_size: Annotated[
         int,
@@ -631,7 +631,7 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def has_model_and_data(self) -> bool:
-        """Whether both were chosen, so that there is something to train."""
+        """Whether a model and data have been chosen, so that there is something to train."""
         return bool(self.model.id and self.data.sources)
 
     @property

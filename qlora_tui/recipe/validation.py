@@ -23,12 +23,12 @@ from qlora_tui.recipe.fields import Field, fields, sections, source_fields
 _MAX_SHOWN = 20
 """Largest number of issues shown, because a file with more is probably not a recipe."""
 Key = tuple[str | int, ...]
-"""``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
+"""Key as a path of names and indices: ``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
 _OPAQUE = re.compile(
     r'"""(?:\\.|[^\\])*?"""+' r"|'''.*?'''+" r'|"(?:\\.|[^"\\\n])*"' r"|'[^'\n]*'" r"|#[^\n]*",
     re.DOTALL,
 )
-"""Strings and comments, in which brackets and equals signs have no meaning."""
+"""Pattern of strings and comments, in which brackets and equals signs have no meaning."""
 _SYNTAX = re.compile(r"[\[\]{}=#.,\"']")
 _NAME = r"[\w-]+(?:\s*\.\s*[\w-]+)*"
 _HEADER = re.compile(rf"\s*(\[\[?)\s*({_NAME})\s*\]")
@@ -49,9 +49,9 @@ class RecipeIssue(Struct, frozen=True):
     origin: str
     """The file, or the argument such as ``--set lora.rank=x``."""
     path: str
-    """``lora.rank``; empty if the error is not in a single setting."""
+    """Path of the setting, ``lora.rank``; empty if the error is not in a single setting."""
     message: str
-    """``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
+    """The error: ``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
     hint: str = ""
     """The fix: ``did you mean lora.rank?``"""
     line: int | None = None

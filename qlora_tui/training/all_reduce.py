@@ -16,7 +16,7 @@ _REPEATS = 5
 
 
 def main() -> None:
-    """Sum numbers over all processes, several times, and check the sums."""
+    """Sum numbers over all processes several times, and check the sums."""
     end_with_launcher()
     configure_torch_env()
     import torch

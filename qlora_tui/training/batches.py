@@ -56,7 +56,7 @@ class RowShape:
     packed: bool
     """Whether a row may hold several samples, each attending only to itself."""
     max_length: int
-    """Tokens of the run's own rows."""
+    """Largest number of tokens of a row in this run."""
     multiple: int = 1
     """A packed row is padded to a multiple of this number of tokens."""
     pad_id: int = 0
@@ -106,7 +106,7 @@ def count_tokens(sequences: Sequence[PackedSamples], samples: TokenizedDataset) 
 
 
 def sum_loss_weights(sequences: Sequence[PackedSamples], samples: TokenizedDataset) -> float:
-    """Return the sum of the loss weights of the tokens in ``sequences``: the divisor of a summed loss.
+    """Return the sum of the loss weights of the tokens in ``sequences``, which divides a summed loss.
 
     The first token of a sample does not count, because it is predicted from nothing.
     """
@@ -281,9 +281,9 @@ class StepData(TypedDict):
 
     micro_batches: list[dict[str, Any]]
     loss_weight_sum: float
-    """Sum of the loss weights of the whole step, over all processes: the divisor of the summed loss."""
+    """Sum of the loss weights of the whole step over all processes, which divides the summed loss."""
     tokens: int
-    """Real tokens of the whole step, over all processes."""
+    """Number of tokens of the whole step over all processes, without padding."""
     token_share: NotRequired[float]
     """Number of comparisons of a preference method, divided by the number of trained tokens in good
     answers.

@@ -42,7 +42,7 @@ _LOG_RANGE = (math.log(0.05), math.log(50.0))
 """Range of the logarithm of the temperature."""
 _SEARCHES = 60
 _RIDGE = 1.0
-"""Weight of the squared biases, in rows."""
+"""Weight of the squared biases relative to the loss of one row."""
 _RESAMPLES = 1000
 _HONEST_DRAWS = 200
 
@@ -52,10 +52,10 @@ class _Fit(NamedTuple):
 
     temperature: float
     bias: Tensor
-    """(options,)"""
+    """Bias of each option, (options,)."""
 
     def logs(self, scores: Tensor) -> Tensor:
-        """Return the log probabilities (rows, options) of options with these scores (rows, options)."""
+        """Return the log probabilities (rows, options) of options with scores (rows, options)."""
         return (scores / self.temperature + self.bias).log_softmax(-1)
 
 

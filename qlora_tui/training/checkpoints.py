@@ -64,7 +64,7 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
 
     step: int
     tokens: int
-    """Real tokens trained on so far."""
+    """Number of tokens trained on so far, without padding."""
     data_hash: str
     padding_free: bool = msgspec.field(name="kept_apart")
     """Whether each micro-batch was one sequence of isolated samples, which determines the contents of a

@@ -32,7 +32,7 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """The device that a run computes on."""
+    """The device of a run."""
 
     torch_device: torch.device
     name: str
@@ -43,7 +43,7 @@ class ComputeDevice:
 
     @property
     def kind(self) -> Literal["cuda", "cpu"]:
-        """``cuda`` or ``cpu``, as in the events."""
+        """Return ``cuda`` or ``cpu``, as in the events."""
         return "cuda" if self.torch_device.type == "cuda" else "cpu"
 
     @property
@@ -106,8 +106,8 @@ def _limit_memory(index: int) -> None:
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
-    """Return the attention path to try first; ``model.prepare_base`` falls back to the next if it fails its
-    check.
+    """Return the attention path to try first; ``model.prepare_base`` falls back to the next path if this one
+    fails its check.
 
     Raises:
         UserError: flash is requested but not available.

@@ -88,7 +88,7 @@ def _describe_within_limits(values: dict[str, Any]) -> Description:
         return Description(architecture=describe(values))
     except UserError as error:
         refusal = error
-    except Exception as error:  # a module tree that no rule here expects
+    except Exception as error:  # a module tree that no rule expects
         refusal = unbuildable(str(values.get("model_type")), reason_of(error))
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -438,7 +438,7 @@ class _Tree:
             return "router"
         return "other"
 
-    # Facts of the whole model.
+    # Properties of the whole model.
 
     def _attention(self) -> nn.Module | None:
         """Return the first attention module of the language model."""
@@ -508,7 +508,9 @@ class _Tree:
             return getattr(self.config.per_layer_config[0], key, None)
 
     def _value(self, keys: Iterable[str], kind: type) -> Any:
-        """Return the first value of the language model's config under one of ``keys`` that has this type."""
+        """Return the first value in the language model's config that is under one of ``keys`` and has type
+        ``kind``.
+        """
         for key in keys:
             value = self._read(key)
             if kind is float and type(value) is int:

@@ -27,7 +27,7 @@ _TOKENS = 8
 
 
 class DirectReads(NamedTuple):
-    """Names of linear modules whose weights a model's code reads itself."""
+    """Names of linear modules whose weights are read by the model's own code."""
 
     quantized: frozenset[str] = frozenset()
     """Modules of a quantized model."""

@@ -60,7 +60,7 @@ class DistributedContext(Struct, frozen=True):
         return self.rank == 0
 
     def initialize(self, *, on_cpu: bool) -> None:
-        """Connect the processes; does nothing for a single one."""
+        """Connect the processes; does nothing for a single process."""
         if self.world_size > 1:
             from accelerate import PartialState
 

@@ -113,7 +113,7 @@ _REFUSAL_CHARACTERS = 80
 
 @dataclass(frozen=True)
 class GeneralAnswer:
-    """One answer as text."""
+    """One answer to a general prompt, as text."""
 
     prompt: str
     text: str
@@ -412,7 +412,7 @@ def compare_with_base(
     shape: RowShape,
     device: torch.device,
 ) -> DivergenceSums:
-    """Run a model over the base's answers without gradients."""
+    """Run a model over the base's answers without gradients, and sum its divergence from the base."""
     divergence, places, turns, turns_ended = 0.0, 0, 0, 0
     with no_grad_eval(model):
         for number, logits in answer_logits(model, answers, shape, device):

@@ -48,7 +48,7 @@ class Weight:
     name: str
     shape: Shape
     blocks: Callable[[], Iterator[Any]]
-    """Yields its elements in order, as arrays of float32."""
+    """Yields the tensor's elements in order, as arrays of float32."""
 
     @property
     def size(self) -> int:

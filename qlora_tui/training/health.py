@@ -40,7 +40,9 @@ _FORGETTING = 2.0
 The demo, which teaches a style, reaches 1.4.
 """
 _MANY_ANSWERS = 0.25
-"""Share of the general answers that must differ from the base's in how they end, loop or refuse."""
+"""Share of general answers that must differ from the base's in how they end, loop or refuse to be a
+finding.
+"""
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30
@@ -51,7 +53,7 @@ _HOT = frozenset(("thermal", "power brake", "hardware slowdown"))
 
 @dataclass(frozen=True)
 class Finding:
-    """Something wrong or unusual, with evidence and remedy."""
+    """A problem or an unusual observation, with evidence and remedy."""
 
     kind: str
     evidence: str

@@ -92,7 +92,7 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
         totals.append(total.detach().float())
         gradients.append(gradient.float() / _LOSS_FACTOR)
     loss, exact, scale = _exact(states, targets, head)
-    # Written so that NaN counts as a difference.
+    # This form of the comparison counts NaN as a difference.
     if not (totals[0] - loss).abs() <= _TOLERANCES[bits] * loss:
         return "loss"
     noise = (gradients[1] - exact).square().mean(-1, keepdim=True).sqrt()

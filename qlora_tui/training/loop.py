@@ -191,7 +191,7 @@ class Loop:
 
     @property
     def trained_tokens(self) -> int:
-        """Real tokens that this attempt trained on, over all processes."""
+        """Number of tokens that this attempt trained on, over all processes and without padding."""
         return self.trainer.tokens - self._tokens_before
 
     def _planned_steps(self) -> Steps:

@@ -173,7 +173,7 @@ IGNORED = -100
 _GRADIENT_ROWS = 4096
 """Number of rows of a trained head whose gradient from one chunk is in memory at a time."""
 LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Computes the summed cross-entropy, fp32, of states (tokens, hidden) against targets (tokens,)."""
+"""Computes the summed cross-entropy, fp32, of states (tokens, hidden) for targets (tokens,)."""
 
 
 def chunks_obstacle(model: Any) -> str:

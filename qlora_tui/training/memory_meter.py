@@ -69,7 +69,7 @@ class MemoryMeter:
             self.estimate = self._estimate(self._recipe, corrected=True)
 
     def measure(self, when: Literal["probe", "end"]) -> MemoryMeasured:
-        """Return the peak so far and the estimate."""
+        """Return the peak so far and the estimate; ``when`` names the time of the measurement."""
         allocated = reserved = 0
         if self._device.kind == "cuda":
             allocated = torch.cuda.max_memory_allocated(self._device.torch_device)

@@ -464,7 +464,7 @@ _NOT_WEIGHTED = "this data has token weights, which Liger does not support"
 
 @dataclass(frozen=True)
 class PreparedBase:
-    """The frozen base model, and which loss and attention it uses."""
+    """The frozen base model, with the loss and attention that it uses."""
 
     model: Any
     folder: Path

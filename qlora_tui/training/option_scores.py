@@ -68,15 +68,15 @@ class _Part(NamedTuple):
     """Some options of one of several choices."""
 
     number: int
-    """Number of the choice."""
+    """Index of the choice."""
     options: tuple[int, ...]
-    """Numbers of the options in the choice."""
+    """Indices of these options in the choice."""
     choice: Choice
-    """The prompt with these options."""
+    """The prompt with only these options."""
 
     @classmethod
     def of(cls, number: int, choice: Choice, options: Sequence[int]) -> _Part:
-        """Return these options of a choice."""
+        """Build the part of a choice that has the options with these indices."""
         some = Choice(choice.prompt, tuple(choice.options[option] for option in options))
         return cls(number, tuple(options), some)
 

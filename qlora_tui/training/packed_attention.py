@@ -156,7 +156,7 @@ def register() -> None:
 
     for kind, function in _functions().items():
         AttentionInterface.register(NAMES[kind], function)
-        # For calls without packed samples, such as generating a sample.
+        # Used for calls without packed samples, such as generating a sample.
         AttentionMaskInterface.register(NAMES[kind], sdpa_mask)
 
 

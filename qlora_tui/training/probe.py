@@ -1,4 +1,4 @@
-"""The job of :mod:`qlora_tui.runs.step_probe`: a run's first steps, with nothing written."""
+"""The job of :mod:`qlora_tui.runs.step_probe`, which trains a run's first steps and writes no files."""
 
 from __future__ import annotations
 

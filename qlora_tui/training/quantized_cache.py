@@ -49,7 +49,7 @@ safetensors copies all tensors of a file from the GPU to host memory before it w
 
 
 def quantized_dir() -> Path:
-    """Return the folder that holds one folder per quantized base."""
+    """Return the folder with one subfolder for each quantized base."""
     return private_dir(paths.cache_dir() / "quantized")
 
 

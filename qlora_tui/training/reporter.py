@@ -102,7 +102,7 @@ class Reporter:
             self.emit(Progress(phase=phase, done=done, total=total))
 
     def health(self, kind: str, evidence: str, remedy: str, *, step: int = 0, error: bool = False) -> None:
-        """Report that something is wrong or unusual, with evidence and remedy."""
+        """Report a problem or an unusual observation, with evidence and remedy."""
         self.log(f"{kind}: {evidence} {remedy}")
         self.emit(
             Health(
@@ -153,7 +153,7 @@ class Reporter:
             self._status = msgspec.structs.replace(self._status, hold=hold)
 
     def log(self, line: str) -> None:
-        """Write a line to the trainer's log."""
+        """Append a line to the trainer's log."""
         if not self.is_mute:
             # The log may be on a full disk too.
             with suppress(OSError):

@@ -72,7 +72,7 @@ class Run:
     """The adapter that the run started from, if the run compares answers with that adapter's."""
 
     def between_batches(self) -> None:
-        """Rest if the GPU needs it, and raise StepAbandoned if the run is to end at once."""
+        """Rest if the GPU requires it, and raise StepAbandoned if the run must end at once."""
         self.rest.take(self.reporter, self.requests)
         self.requests.raise_if_stop_now()
 
@@ -89,5 +89,5 @@ class Run:
 
     @property
     def thinking(self) -> Thinking:
-        """The thinking switch of the chat template for sample prompts."""
+        """Thinking setting of the chat template for sample prompts."""
         return prompt_thinking(self.recipe.data.thinking, self.data.notes)

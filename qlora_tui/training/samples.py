@@ -15,9 +15,9 @@ class Sample(NamedTuple):
     loss_mask: Sequence[int]
     """1 for each token in the loss, else 0."""
     weights: Sequence[float] | None = None
-    """Weight of each token in the loss; None: all have weight 1."""
+    """Weight of each token in the loss; None if all have weight 1."""
     side: int = GOOD
-    """``GOOD`` or ``BAD``."""
+    """``GOOD`` or ``BAD``, the side of the sample in a preference."""
 
 
 class SampleList:

@@ -64,7 +64,7 @@ def run_trainer(run: RunDir, plan: RetryPlan) -> int:
         if isinstance(end_event, Failed):
             end_event = failures.report(end_event)
             if dist.world_size > 1 and end_event.kind == "bug" and requests.is_terminated:
-                # torchrun ends this process because another one was killed: the runner records that.
+                # torchrun ends this process because another one was killed, which the runner records.
                 return EXIT_FAILURE
         _record_end(run, reporter, end_event)
     return (end_event.exit_code or EXIT_FAILURE) if isinstance(end_event, Failed) else 0

@@ -67,14 +67,14 @@ class Trainer:
         self.step = 0
         """Number of finished optimizer steps, over all attempts."""
         self.tokens = 0
-        """Real tokens trained on so far, over all attempts and processes."""
+        """Number of tokens trained on so far, over all attempts and processes and without padding."""
         self.uses_fp16 = device.kind == "cuda" and device.dtype == torch.float16
         self._training = training
         self._steps = steps
         self._device = device.torch_device
         self._noise = EmbeddingNoise(model, training.neftune_alpha)
         self._step_start: RandomNumberState | None = None
-        """Random numbers at the start of the step in progress."""
+        """Random state at the start of the current step."""
         self._accelerator = Accelerator(
             mixed_precision="fp16" if self.uses_fp16 else "no",
             cpu=device.kind == "cpu",

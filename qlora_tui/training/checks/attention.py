@@ -44,7 +44,7 @@ AttentionFn: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionMismatchError(RuntimeError):
-    """The attention of a layer differs from the library's."""
+    """Raised if the attention of a layer differs from the library's."""
 
 
 def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def reference_logits(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
         Logits (tokens, vocabulary).
 
     Raises:
-        AttentionMismatchError: our attention computes something else in a layer.
+        AttentionMismatchError: our attention differs in a layer.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask

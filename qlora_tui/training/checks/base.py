@@ -179,7 +179,7 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
     size = _rms(alone)
     share = (_rms(alone - expected[:_SECOND]) / size).max().clamp(min=_MIN_NOISE[alone.dtype])
     leak, difference = _rms(packed - packed_after_other), _rms(packed - alone)
-    # Written so that NaN counts as a difference.
+    # This form of the comparison is false for NaN, which must count as a difference.
     if not share <= _MAX_NOISE:
         return False
     return bool(
@@ -296,7 +296,7 @@ def _longest_context(model: Any) -> int:
     positions.
     """
     if not any(hasattr(module, "rope_type") for module in model.modules()):
-        return 0  # learned positions end there
+        return 0  # learned positions end at this position
     return max(_contexts(model.config.get_text_config().to_dict()), default=0)
 
 

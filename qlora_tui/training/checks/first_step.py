@@ -54,11 +54,11 @@ DESCRIPTIONS: dict[FastPath, str] = {
     "token rows": "the trained token rows",
     "embeddings": "the trained embedding",
 }
-"""Names of the paths in messages."""
+"""Names of the fast paths in messages."""
 
 
 class FastPaths:
-    """The fast paths that a model with its adapter uses, each of which can be switched."""
+    """The fast paths of a model with its adapter, each of which can be switched off."""
 
     def __init__(self, model: Any, base: PreparedBase) -> None:
         """Find the fast paths in ``model``, the base's model with its adapter."""
@@ -102,9 +102,11 @@ _MAX_TOKENS = {"cpu": 128, "cuda": 512}
 _MIN_TOKENS = 8
 _MORE_DRAWS = 3
 _LIBRARY_LOGITS_BYTES = 20
-"""Bytes per token and vocabulary entry at the peak of the library's step: logits in 16 bits and
-their gradient, log-softmax and two gradients of it in fp32; the rest is for activations. Measured: 16 to 20
-on Gemma-3-270M, whose vocabulary is 262,144."""
+"""Bytes per token and vocabulary entry at the peak of the library's step.
+
+They hold logits in 16 bits and their gradient, and log-softmax and two gradients of it in fp32; the rest is
+for activations. Measured: 16 to 20 on Gemma-3-270M, whose vocabulary is 262,144.
+"""
 
 
 _REPORT = "Please report the model and the versions of transformers and peft."
@@ -265,7 +267,7 @@ def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) ->
 
 
 def _in_every_process(dist: DistributedContext, compute: Callable[[], T]) -> T:
-    """Compute in each process of the run. Raises StepNotComputedError in all of them if one fails."""
+    """Run ``compute`` in each process of the run. Raises StepNotComputedError in all of them if one fails."""
     try:
         value, failure, cause = compute(), None, None
     except Exception as error:

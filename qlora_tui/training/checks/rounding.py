@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 NOISE_FACTOR = 3.0
 """Multiple of the measured rounding noise by which the first step, a merged model or a chat's scores may
-differ. Right steps stay below 1.7 on SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with
-Llama's form of RMSNorm is above 25."""
+differ. Correct steps stay below 1.7 on SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with
+Llama's form of RMSNorm is above 25.
+"""
 _MAX_DRAWS = 4
 _ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
 """Rounding error by which each module's output is perturbed, in machine epsilons.

@@ -67,7 +67,7 @@ def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *,
 
 @dataclass(frozen=True)
 class StepComparison:
-    """How far our step is from the library's, and the library's own rounding noise."""
+    """The distance of our step from the library's, and the library's own rounding noise."""
 
     loss: float
     reference_loss: float
@@ -156,7 +156,7 @@ class StepReference:
         differences = {
             name: float((gradients[name] - expected).norm()) for name, expected in self._gradients.items()
         }
-        # Written so that NaN counts as the largest difference.
+        # This form of the comparison makes NaN the largest difference.
         exceeded = {name: differences[name] / self._noise_of(name) for name in differences}
         worst = max(exceeded, key=lambda name: exceeded[name] if math.isfinite(exceeded[name]) else math.inf)
         size = self._size(worst)
@@ -170,7 +170,7 @@ class StepReference:
         )
 
     def failure(self, reason: str) -> StepComparison:
-        """Return the comparison for a step of ours that could not be computed."""
+        """Return the comparison for a step of ours that could not be computed, with the reason."""
         return StepComparison(math.nan, self.loss, self.loss_noise, math.nan, math.nan, "", reason)
 
     def _size(self, name: str) -> float:

@@ -99,7 +99,9 @@ class Projection:
         return out
 
     def input_gradient(self, grad: Tensor, expert: int, memory: Tensor | None) -> Tensor:
-        """Return the gradient (n, inputs) of an expert's inputs, from that of its outputs (n, outputs)."""
+        """Return the gradient (n, inputs) of an expert's inputs, given the gradient of its outputs (n,
+        outputs).
+        """
         matrix = self.read(expert, grad.dtype, memory)
         out = grad @ (matrix.t() if self.transposed else matrix)
         if self.adapter is not None:
@@ -110,14 +112,14 @@ class Projection:
 
 @dataclass(frozen=True)
 class Routes:
-    """Which tokens go to which expert: slots sorted by expert."""
+    """The experts of each token, as slots sorted by expert."""
 
     order: Tensor
     """(slots,): the number of each sorted slot, token · per_token + position among the token's experts."""
     tokens: Tensor
-    """(slots,): the token of each sorted slot."""
+    """(slots,): the token of each slot in sorted order."""
     counts: Tensor
-    """(experts,): slots of each expert."""
+    """(experts,): the number of slots of each expert."""
 
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Yield each expert that has slots, with the range of its slots. Waits for the GPU once.
@@ -156,7 +158,7 @@ class RoutedLayer:
     second: Projection
     """Down projection."""
     gate: Callable[[Tensor], Tensor]
-    """The activation: (n, first.outputs) to (n, second.inputs)."""
+    """The activation, from (n, first.outputs) to (n, second.inputs)."""
     experts: int
 
     is_packed: bool = True
@@ -330,7 +332,7 @@ class _Backward:
 
 
 PROJECTIONS = ("gate_up_proj", "down_proj")
-"""Names of the parameters, in the order in which they are computed."""
+"""Names of the two parameters, in the order of computation."""
 _KINDS = 3
 
 

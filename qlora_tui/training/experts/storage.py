@@ -157,7 +157,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
     Args:
         blocks: (outputs, blocks, 16), uint8, or another type that holds the same integers.
-        scales: (outputs, blocks), likewise.
+        scales: (outputs, blocks), of the same types.
     """
     values = torch.tensor((*_MAGNITUDES, *(-each for each in _MAGNITUDES)), dtype=dtype, device=blocks.device)
     packed = blocks.to(torch.uint8)

@@ -38,7 +38,7 @@ from qlora_tui.training.fused.patching import patch_forward, temporary_forwards
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _PARTS = {*GATED_MLP, "act_fn"}
 _TOKENS = 4
-"""Rows of the input of a check."""
+"""Number of rows in the input of a check."""
 
 
 def fuse_gated_mlp(model: nn.Module, casts: AdapterCasts) -> None:

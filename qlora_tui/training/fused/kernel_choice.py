@@ -83,7 +83,7 @@ def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType |
     # Triton's interpreter runs on a CPU, in tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, ""
-    # On older GPUs LLVM may end the process.
+    # On older GPUs LLVM may terminate the process.
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _OLDEST_GPU:
         return None, ""
     if find_spec("triton") is None:

@@ -73,9 +73,9 @@ class AdapterCasts:
     def __init__(self) -> None:
         self._stacks: list[Stack] = []
         self._stacked_copies: list[Tensor] = []
-        """One tensor for each stack."""
+        """One tensor for each stack, with the copies of its parameters as rows."""
         self._copies: list[Tensor] = []
-        """Views of them, one for each parameter."""
+        """Views of the stacked copies, one for each parameter."""
         self._by_parameter: dict[int, tuple[Tensor, int]] = {}
         """The copy of each parameter, keyed by its id, with the parameter's version at the time of the
         copy.
@@ -152,7 +152,7 @@ _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32:
 
 
 WeightLoader: TypeAlias = Callable[[], Tensor]
-"""Returns the frozen weight, (outputs, inputs), dequantized to 16 or 32 bits."""
+"""Returns the frozen weight (outputs, inputs), dequantized to 16 or 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def plain_weight(module: Any) -> WeightLoader | None:
 
 def _weight_of(base: Any) -> WeightLoader | None:
     if type(base).__name__ != "Linear4bit":
-        # Some families subclass nn.Linear (Falcon); bitsandbytes' 8-bit weights are integers.
+        # Some families subclass nn.Linear (Falcon), and bitsandbytes' 8-bit weights are integers.
         known = isinstance(base, nn.Linear) and base.weight.is_floating_point()
         return (lambda: base.weight) if known else None
     from bitsandbytes.functional import dequantize_4bit

@@ -83,7 +83,7 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
         return None
     if weight.requires_grad or sum(1 for _ in norm.parameters()) != 1:
         return None
-    if weight.is_meta:  # every variant saves the same for the backward
+    if weight.is_meta:  # the saved tensors are the same for every variant
         return _VARIANTS[0]
     x = _example_rows(len(weight), eps).to(weight.device, weight.dtype)
     matching = set(_distinguishable_variants(weight.dtype))
@@ -128,7 +128,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, variant: RmsNormVariant) ->
     if variant.multiply_in_fp32:
         return wide.mul_(_factor(weight, variant)).to(x.dtype), inv_rms
     narrow = wide.to(x.dtype)
-    # A weight with more bits than the input gives an output with more bits.
+    # If the weight has more bits than the input, so has the output.
     return narrow.mul_(weight) if weight.dtype == x.dtype else narrow * weight, inv_rms
 
 

@@ -259,7 +259,10 @@ def gated_product(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tens
 def gated_product_backward(
     grad: Tensor, gate: Tensor, up: Tensor, activation: GatedActivation
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of gate and up. The first is written into ``grad``, which must be contiguous."""
+    """Return the gradients of gate and up.
+
+    The gradient of gate overwrites ``grad``, which must be contiguous.
+    """
     assert grad.is_contiguous()
     gate, up = gate.contiguous(), up.contiguous()
     grad_up = torch.empty_like(up)

@@ -93,7 +93,7 @@ def _needs_gradient(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 class StreamedLayers:
-    """The streamed layers of a model that was placed."""
+    """The streamed layers of a model after its placement."""
 
     def __init__(self, layers: Sequence[Any], slots: LayerSlots, host_bytes: int, not_pinned: str) -> None:
         self._layers = layers
@@ -110,7 +110,7 @@ class StreamedLayers:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of the device through which the layers pass."""
+        """Size of the device buffers that layers are copied to, in bytes."""
         return self._slots.size_bytes
 
     def use_checkpoints(self) -> None:

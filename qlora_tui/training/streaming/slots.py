@@ -102,14 +102,14 @@ def all_tensors(model: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Extent:
-    """The memory that a tensor reads."""
+    """The memory range that a tensor reads."""
 
     address: int
     size_bytes: int
 
 
 def extent_of(tensor: Tensor) -> Extent:
-    """Return the memory from the first to the last element of a tensor, which is not empty."""
+    """Return the range from the first to the last element of a tensor, which must not be empty."""
     return Extent(tensor.data_ptr(), _span(tensor) * tensor.element_size())
 
 
@@ -249,7 +249,7 @@ class LayerSlots:
 
     @property
     def held(self) -> tuple[int | None, ...]:
-        """The layer in each slot; None before the first."""
+        """The layer in each slot; None before a slot's first layer."""
         return tuple(self._held)
 
     def receives(self, place: int) -> bool:
