@@ -175,8 +175,7 @@ def _costs(options: argparse.Namespace, name: str) -> Iterator[Figure]:
 
 
 def keys(options: argparse.Namespace) -> Iterator[Figure]:
-    """Open the help, a page of text over the screen, at irregular times, and measure how long it takes to
-    appear."""
+    """Open the help, a page of text, at irregular times, and measure how long it takes to appear."""
     with private_home(), FakeTrainer(1200, 3000).at_work(), every_core_taken():
         for size in SIZES:
             with watching(size) as terminal:

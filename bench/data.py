@@ -132,8 +132,7 @@ def theirs(path: Path, model: Path, workers: int | None) -> dict[str, Any]:
 
 
 def measured(words: list[str], home: Path) -> dict[str, Any]:
-    """Run this file with ``words`` in a separate process; return its result and the peak memory of its
-    tree."""
+    """Run this file with ``words`` in a process; return its result and the peak memory of its tree."""
     environment = {
         **os.environ,
         "XDG_CACHE_HOME": str(home),

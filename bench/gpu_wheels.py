@@ -65,8 +65,7 @@ def main() -> int:
 
 
 def download_command(folder: Path, python: str, wanted: list[str]) -> list[str]:
-    """Return pip's command to download exactly these packages as wheels of another Python, for Linux on
-    x86-64."""
+    """Return pip's command to download these packages as wheels for another Python on Linux x86-64."""
     options = ["--no-deps", "--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     platforms = [word for platform in _PLATFORMS for word in ("--platform", platform)]
     return [

@@ -46,8 +46,7 @@ llama.cpp looks up in a float16 table. With this rounding, our own answers diffe
 ENDS = 100
 """Number of positions at either end that are compared."""
 HEAD_DIM, BASE, ORIGINAL = 64, 100_000.0, 256
-"""Head size and base of SmolLM2's rotary embedding, and the original context that the scaled variants
-declare."""
+"""Head size and base of SmolLM2's rotary embedding, and the original context of its scaled variants."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,7 @@ def main() -> int:
 
 
 def train_and_export(name: str, file: Path, folder: Path) -> bool:
-    """Train five steps on a file, export the run, and print how close its files are; return whether all
-    are."""
+    """Train five steps on a file, export the run, and print its files' closeness; return if all pass."""
     for kind in ("CONFIG", "STATE"):
         os.environ[f"XDG_{kind}_HOME"] = str(folder / kind.lower())
     command = [sys.executable, "-m", "qlora_tui", "train", "--model", str(file), "--data", str(CONVERSATIONS)]
@@ -119,8 +117,7 @@ def train_and_export(name: str, file: Path, folder: Path) -> bool:
 
 
 def compare(case: Case, original: Path, folder: Path) -> bool:
-    """Compare the model read from the case's file with llama.cpp; return whether the difference is within
-    limits."""
+    """Compare the model read from the case's file with llama.cpp; return whether it is within limits."""
     file = float32_copy(original, folder / "model.gguf", case.metadata, case.vectors)
     convert_in_child(file, folder / "model")
     tokenizer = ChatTokenizer.from_folder(folder / "model")

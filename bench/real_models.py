@@ -204,8 +204,7 @@ def run_one(name: str, job: TrainingJob, scratch: Path) -> Measurement:
 
 
 def agreements(pairs: dict[str, Pair]) -> list[Agreement]:
-    """Return the agreement in both dtypes, for losses, and for gradient norms relative to the plain
-    script's in float32."""
+    """Return the agreement in both dtypes, for losses, and for gradient norms relative to float32's."""
     plain = {dtype: pair.plain for dtype, pair in pairs.items()}
     norms = plain["float32"].grad_norms
     noises = [

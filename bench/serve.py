@@ -164,8 +164,7 @@ class ChatScreen:
 
 
 def _app(speeds: Path) -> int:
-    """Run the app, and append tokens and exact speed of each answer to a file, because the screen rounds
-    them."""
+    """Run the app, and append tokens and exact speed of each answer to a file; its screen rounds them."""
     from qlora_tui.cli import main as app
     from qlora_tui.tui.screens.chat.turn import AdapterAnswer
 

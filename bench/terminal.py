@@ -19,16 +19,13 @@ import psutil
 
 _CAN_YOU_HOLD_FRAMES = b"\x1b[?2026$p"
 _YES = b"\x1b[?2026;2$y"
-"""Reply that supports synchronized output, as in newer terminals and tmux: each repaint is between two
-marks."""
+"""Reply that supports synchronized output, as newer terminals do: repaints are between two marks."""
 _SILENCE_S = 0.02
-"""Seconds of silence after which output belongs to another repaint, because not every program marks its
-own."""
+"""Seconds of silence after which output is another repaint; not every program marks its own."""
 
 
 class Terminal:
-    """Starts ``command`` in a terminal of ``columns`` × ``rows``, and ends it at the end of the ``with``
-    block."""
+    """Starts ``command`` in a terminal of ``columns`` × ``rows``; ends it with the ``with`` block."""
 
     def __init__(
         self,

@@ -21,8 +21,7 @@ class AnswerCache(Generic[T]):
     """A cache for results of one kind, with a JSON file each. A damaged file counts as missing."""
 
     def __init__(self, kind: str, answer: type[T], *, max_bytes: int) -> None:
-        """Open the cache in the folder ``kind`` of the cache folder. Files larger than ``max_bytes`` are
-        not read."""
+        """Open the cache in the folder ``kind``. Files larger than ``max_bytes`` are not read."""
         self._kind = kind
         self._decoder = msgspec.json.Decoder(answer)
         self._max_bytes = max_bytes

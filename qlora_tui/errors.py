@@ -48,8 +48,7 @@ class UserError(Exception):
         self.fix = fix
         """What to do about it, in one sentence."""
         self.code = code
-        """Kind of the error, such as ``preference-pairs``, for code that handles it. Texts may be
-        reworded."""
+        """Kind of the error, such as ``preference-pairs``, for code that handles it."""
         self.exit_code = exit_code
 
     def __str__(self) -> str:

@@ -82,8 +82,7 @@ def _keep(path: Path, keep: Path) -> None:
 
 
 def write_all(handle: int, data: bytes) -> None:
-    """Write all bytes. A single call may write only some, for example on a nearly full disk. Raises
-    OSError."""
+    """Write all bytes, which may take several calls on a nearly full disk. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(handle, view) :]
@@ -108,8 +107,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def _is_made_up(handle: int, flags: int) -> bool:
-    """Return whether the kernel generates the content, as in ``/proc``, where files have content but no
-    size."""
+    """Return whether the kernel generates the content, as in ``/proc``: files without a size."""
     if flags & os.O_ACCMODE != os.O_RDONLY or os.fstat(handle).st_size:
         return False
     try:

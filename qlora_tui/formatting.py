@@ -81,8 +81,7 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_wait(seconds: float) -> str:
-    """Format a short time with tenths of a second, ``0.4 s``; from ten seconds on, like
-    :func:`format_duration`."""
+    """Format a short time with tenths, ``0.4 s``; from ten seconds on, like :func:`format_duration`."""
     return f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
 
 
@@ -184,8 +183,7 @@ def abbreviate_home(text: str) -> str:
 
 
 def short_model_name(model_id: str) -> str:
-    """Return the last part of a model's id or path. For a GGUF file or its conversion, return only the
-    model's name."""
+    """Return the last part of a model's id or path; for a GGUF file or its conversion, the model's name."""
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 
@@ -228,14 +226,12 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def capitalize(text: str) -> str:
-    """Return the text with a capital first letter. Names with a dot or underscore, such as llama.cpp, are
-    unchanged."""
+    """Return the text with a capital first letter, unless it is a name such as llama.cpp."""
     return text if _CODE_NAME.match(text) else f"{text[:1].upper()}{text[1:]}"
 
 
 def uncapitalize(text: str) -> str:
-    """Return the text with a lowercase first letter, for the middle of a sentence. Names such as GGUF are
-    unchanged."""
+    """Return the text with a lowercase first letter, unless it is a name such as GGUF or LoRA."""
     return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 

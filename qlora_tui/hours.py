@@ -104,8 +104,7 @@ class Hours:
         return max(now, next(self._spans(now, zone))[0])
 
     def closes_at(self, now: float, zone: tzinfo | None = None) -> float:
-        """Return the Unix time at which the current or the next open hours end; infinity if they never
-        end."""
+        """Return the Unix time at which the current or next open hours end; infinity if never."""
         return next(self._spans(now, zone))[1]
 
     def done_at(self, now: float, seconds: float, zone: tzinfo | None = None) -> float:

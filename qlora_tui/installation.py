@@ -79,8 +79,7 @@ class _UvTool:
     python: str = ""
 
     def command(self, *options: str) -> list[str]:
-        """Return the command that installs all packages. A shorter command would remove the packages it
-        does not name."""
+        """Return the command that installs all packages; it would remove those that it does not name."""
         program, *others = self.packages
         words = ["uv", "tool", "install", *options, *program.words()]
         words += [word for each in others for word in each.words("--with-editable", "--with")]
@@ -132,8 +131,7 @@ def _begin(pip_options: Sequence[str], uv_options: Sequence[str]) -> list[str]:
 
 
 def torch_command_needs() -> str:
-    """Return what the command for torch requires, such as ``uv 0.9.19 or newer``; empty if nothing
-    special."""
+    """Return what the command for torch requires, such as ``uv 0.9.19 or newer``; empty if nothing."""
     return f"uv {_UV_FOR_TORCH} or newer" if _uv_tool() else ""
 
 

@@ -42,8 +42,7 @@ def sweeps_dir() -> Path:
 
 
 def log_path() -> Path:
-    """Return the log for errors in processes that own a terminal, and for library output that users need
-    not see."""
+    """Return the log of errors in processes that own a terminal, and of output of libraries."""
     return state_dir() / "qlora-tui.log"
 
 
@@ -58,7 +57,6 @@ def user_themes_dir() -> Path:
 
 
 def shipped_dir(kind: str) -> Path:
-    """Return the folder of the shipped ``presets`` or ``themes``, in the wheel or at the top of a
-    checkout."""
+    """Return the folder of the shipped ``presets`` or ``themes``, in the wheel or a checkout."""
     installed = _PACKAGE / "shipped" / kind
     return installed if installed.is_dir() else _PACKAGE.parent / kind

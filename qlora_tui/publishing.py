@@ -310,8 +310,7 @@ def _mark(path: Path, lock: IO[str]) -> None:
 
 
 def _delete_held(draft: Path) -> None:
-    """Delete a draft as far as possible, the lock last, without anything that another process adds after
-    that."""
+    """Delete a draft as far as possible, the lock last, except files that another process adds."""
     with _without_interruption(), suppress(OSError):
         _empty(draft)
         if [path.name for path in draft.iterdir()] != [_LOCK]:

@@ -39,14 +39,12 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def module_argv(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the working
-    directory."""
+    """Return the command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the folder."""
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def subprocess_env() -> dict[str, str]:
-    """Return this process's environment, extended so that a child finds this package and prints
-    unbuffered."""
+    """Return this process's environment, in which a child finds this package and prints unbuffered."""
     paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PYTHONPATH, "").split(os.pathsep))))
     return {**os.environ, PYTHONPATH: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
@@ -57,8 +55,7 @@ def user_env() -> dict[str, str]:
 
 
 PROGRESS_INTERVAL_S = 0.2
-"""Minimum seconds between two messages that differ only in numbers, and interval of calls of
-``should_stop``."""
+"""Minimum seconds between messages that differ only in numbers, and between ``should_stop`` calls."""
 PROGRAM = "qlora_tui.worker"
 DETACHED = "--detached"
 """Flag of a job that continues when its stdin closes."""

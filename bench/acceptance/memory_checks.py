@@ -119,8 +119,7 @@ def _measured(context: CheckContext, cell: Cell, architecture: Any) -> dict[str,
 
 
 def memory(context: CheckContext) -> Outcome:
-    """Check that a micro-batch that is too large is halved until it fits, with the same number of rows per
-    step."""
+    """Check that a too large micro-batch is halved until it fits, with as many rows per step."""
     if not context.has_gpu:
         raise CheckSkipped("memory runs out for real on a GPU only")
     recipe = _too_large(context)

@@ -39,8 +39,7 @@ _CHAT_RATIO = 2.0
 """Multiple of plain ``generate``'s tokens per second that the chat must reach with a model of 8B."""
 _PAUSED_STEP = 3
 _DETERMINISTIC = str(Path(__file__).with_name("deterministic"))
-"""Folder that makes a trainer deterministic if it is on its path. FlashAttention's backward is not by
-default."""
+"""Folder that makes a trainer deterministic if it is on its path; FlashAttention's backward is not."""
 
 
 def doctor(context: CheckContext) -> Outcome:
@@ -162,8 +161,7 @@ def sigterm(context: CheckContext) -> Outcome:
 
 
 def float16(context: CheckContext) -> Outcome:
-    """Check that in float16, as on GPUs before Ampere, every loss is finite, and the last is below the
-    first."""
+    """Check that in float16, as on GPUs before Ampere, losses are finite and fall."""
     if not context.has_gpu:
         raise CheckSkipped("float16 is for GPUs")
     ended = train(

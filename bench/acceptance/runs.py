@@ -44,8 +44,7 @@ class EndedRun:
 
 
 def short_recipe(context: CheckContext, **settings: Any) -> Recipe:
-    """Return the recipe of a run of 6 steps. ``settings`` are setting paths with ``__`` in place of the
-    dot."""
+    """Return the recipe of a run of 6 steps. ``settings`` are paths with ``__`` in place of the dot."""
     recipe = Recipe(
         model=Model(id=context.model),
         lora=Lora(rank=16, dropout=0.05),

@@ -1,5 +1,4 @@
-"""Checks of weights and inputs in host memory: losses equal to those with all on the GPU, and the
-estimate."""
+"""Checks of weights and inputs in host memory: losses equal to those without, and the estimate."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def streaming(context: CheckContext) -> Outcome:
 
 
 def offload(context: CheckContext) -> Outcome:
-    """Compare a run with layer inputs in host memory to a run that keeps them on the GPU: losses and
-    memory."""
+    """Compare a run with layer inputs in host memory to a run with all on the GPU: losses and memory."""
     return _beside_resident(context, training__gradient_checkpointing="offload")
 
 

@@ -34,8 +34,7 @@ def main() -> None:
 
 
 def train(job: TrainingJob, model: Any, **changes: Any) -> None:
-    """Train a model on padded sequences of one sample each. ``changes`` are passed to
-    ``TrainingArguments``."""
+    """Train on padded sequences of one sample each. ``changes`` are passed to ``TrainingArguments``."""
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     trainer = Trainer(
         model=model,

@@ -46,15 +46,13 @@ class Measurement:
     estimated_bytes: int = 0
     """Estimated memory, if the trainer estimates it."""
     process_bytes: int = 0
-    """On a CPU, for comparison with ``estimated_bytes``: largest resident set of the process, including
-    the model."""
+    """On a CPU, to compare with ``estimated_bytes``: largest resident set, including the model."""
     evaluated: dict[int, float] = field(default_factory=dict)
     """Validation loss by step, if the trainer evaluates."""
 
 
 def in_turn(ways: Iterable[T], repeat: int) -> list[T]:
-    """Return the trainers, reversed in every second repeat, so that gradual changes affect all of them
-    alike."""
+    """Return the trainers, reversed in every second repeat, so that gradual changes affect all alike."""
     forward = list(ways)
     return forward if repeat % 2 == 0 else forward[::-1]
 

@@ -58,8 +58,7 @@ def pairs(job: TrainingJob) -> list[dict[str, Any]]:
 
 
 class TellPairs(TellSteps):
-    """Reports after each step how many tokens have been trained, without padding and without the
-    reference's."""
+    """Reports after each step how many tokens have been trained, without padding and the reference."""
 
     def _count(self, model: Any, args: Any, batch: dict[str, Any]) -> None:
         if torch.is_grad_enabled():

@@ -50,8 +50,7 @@ class Walked(Struct, kw_only=True, omit_defaults=True):
 
     @property
     def is_wrong(self) -> bool:
-        """Return whether results differ from the libraries' results, or memory exceeds the estimate's
-        range."""
+        """Return whether results differ from the libraries', or memory exceeds the estimate's range."""
         return self.verdict == "wrong" or (self.estimate is not None and self.estimate.is_outside)
 
     @property

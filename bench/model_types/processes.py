@@ -28,8 +28,7 @@ _PRELOAD = [
 
 
 def all_types() -> list[str]:
-    """Return every model type for which transformers builds a causal language model, possibly with image
-    input."""
+    """Return all types that transformers builds as a causal language model, with or without images."""
     from transformers.models.auto import modeling_auto
 
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

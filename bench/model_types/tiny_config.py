@@ -14,8 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 VOCABULARY = 384
-"""Vocabulary size of every model. It exceeds the test tokenizer's, so that images have tokens of their
-own."""
+"""Vocabulary size of every model, larger than the test tokenizer's: images have tokens of their own."""
 _LAYERS, _SAME_LAYERS = 4, 2
 """Number of layers of a model whose layers differ, and of a model with equal layers."""
 _HEADS, _HEAD_WIDTH = 4, 16
@@ -168,8 +167,7 @@ class _Shrinking:
         return {name: self._value(name, value) for name, value in self._values.items()}
 
     def _kept_layers(self) -> list[int]:
-        """The layers to keep: the first of each kind, then the second of each, beginning with the rarest
-        kinds."""
+        """The layers to keep: the first of each kind, then the second of each, rarest kinds first."""
         lists = [v for v in self._values.values() if self._is_of_layers(v)]
         kinds: dict[tuple[str, ...], list[int]] = {}
         for layer in range(self._count):

@@ -124,16 +124,14 @@ def write_model(model_type: str, folder: Path, walked: Walked) -> None:
 
 @torch.no_grad()
 def _make_uneven(model: nn.Module) -> None:
-    """Add noise to norms, biases and gates that initialization left at one value, which would hide a
-    mistake."""
+    """Add noise to norms, biases and gates with a constant initialization, which would hide a mistake."""
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() > 1 and parameter.std() < 1e-4:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def recipe_for(model: Path, method: Literal["none", "nf4"]) -> Recipe:
-    """Return the recipe of a short run on packed conversations, whose rows are written to the model's
-    folder."""
+    """Return the recipe of a short run on packed conversations, which are written next to the model."""
     rows = random.Random(0)
     path = model.parent / "rows.jsonl"
 
@@ -217,8 +215,7 @@ def _compare_with_plain_loop(run: Any, model_folder: Path, walked: Walked) -> No
 
 
 def _largest_difference(steps: list[tuple[float, float]], plain: list[tuple[float, float]]) -> float:
-    """Return the largest difference of losses, and of gradient norms relative to ``plain``; NaN if one is
-    NaN."""
+    """Return the largest difference of losses, and of gradient norms relative to ``plain``; or NaN."""
     return max(
         max(abs(loss - other), abs(norm - other_norm) / max(other_norm, 1e-6))
         for (loss, norm), (other, other_norm) in zip(steps, plain, strict=True)
@@ -226,8 +223,7 @@ def _largest_difference(steps: list[tuple[float, float]], plain: list[tuple[floa
 
 
 def _plain_steps(run: Any, model_folder: Path, seed: int = 0) -> Iterator[tuple[float, float]]:
-    """Yield loss and gradient norm of each step, computed sample by sample; with ``seed``, from perturbed
-    weights."""
+    """Yield loss and gradient norm of each step, by sample; with ``seed``, from perturbed weights."""
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -300,8 +296,7 @@ def _plain_model(folder: Path) -> Any:
 
 
 def _compare_resumed(run: Any) -> None:
-    """Compare the adapter of a run with the adapter of its copy, which is resumed from the first
-    checkpoint."""
+    """Compare the adapter of a run with that of its copy, resumed from the first checkpoint."""
     from qlora_tui.runs.directory import RunDir
 
     copy = RunDir(run.path.with_name(f"{run.path.name}-resumed"))

@@ -53,8 +53,7 @@ def make_model(folder: Path, size: str) -> Path:
 
 
 def make_rows(path: Path, count: int, long_words: int = 0) -> Path:
-    """Write an Alpaca file: the demo's conversations, repeated, with answers lengthened to ``long_words``
-    words."""
+    """Write an Alpaca file of the demo's conversations with answers lengthened to ``long_words`` words."""
     turns = [json.loads(line)["messages"] for line in CONVERSATIONS.read_text().splitlines()]
     rows = []
     for number in range(count):

@@ -45,8 +45,7 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
 
 
 def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Return a function that reports progress every 10 %, because a terminal shows each status on its own
-    line."""
+    """Return a function that reports progress every 10 %: a terminal shows each status on a line."""
     reported = 0
 
     def report(done: int, total: int) -> None:
@@ -61,8 +60,7 @@ def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedDelta:
-    """Update of a stored tensor that transformers converts, together with others, to parameters of the
-    model."""
+    """Update of a stored tensor that transformers converts with others to the model's parameters."""
 
     layout: StoredLayout
     group: TensorGroup
@@ -74,8 +72,7 @@ class ConvertedDelta:
     """Name of the tensor in its file."""
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the merged tensor. ``weight`` is ignored, because all tensors of the group are read from
-        their files."""
+        """Return the merged tensor. ``weight`` is ignored; all tensors of the group are read again."""
         return self.merged(as_stored)[self.name].to(weight.dtype)
 
     def merged(self, round_parameter: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
@@ -168,8 +165,7 @@ def assign_deltas(
 
 
 def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
-    """Raise UserError for a weight that several layers share (Zamba), since an adapter changes each use
-    separately."""
+    """Raise UserError for a weight that layers share (Zamba): an adapter changes each use separately."""
     if (other := layout.shared.get(parameter)) is not None:
         raise UserError(
             "The adapter cannot be merged into this base",

@@ -99,8 +99,7 @@ class MergedWeights:
         return any(map(self.requantize.quantizes, group.parameters))
 
     def write(self, file: Path, target: Path) -> None:
-        """Write a copy of a weight file with merged tensors, one tensor in memory at a time. Raises
-        OSError."""
+        """Write a copy of a weight file with merged tensors, one in memory at a time. Raises OSError."""
         if any(tensor.is_packed for tensor in stored_tensors(file).values()):
             write_unpacked(file, target, partial(self.read, file))
             return
@@ -161,8 +160,7 @@ class Requantizer:
 
 
 def requantizer(architecture: Architecture, settings: Quantization) -> Requantizer | None:
-    """Return a function that rounds a model's weights as in training; None for a method without 4-bit
-    weights."""
+    """Return a function that rounds weights as in training; None for a method without 4-bit weights."""
     if settings.method not in ("nf4", "fp4"):
         return None
     text = [module for module in architecture.modules if module.part != "vision"]

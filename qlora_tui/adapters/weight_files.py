@@ -45,8 +45,7 @@ class StoredTensor:
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a weight file by name, in the order of the file. Raises OSError and
-    ValueError."""
+    """Return the tensors of a weight file by name, in its order. Raises OSError and ValueError."""
     tensors = {}
     for name, entry in read_header(file)[1].items():
         shape = tuple(entry.get("shape", ()))

@@ -42,13 +42,11 @@ from qlora_tui.training.fused.patching import temporary_forwards
 
 _MANY_TOKENS = 64
 _ONE_THREAD_TERMS = 1 << 20
-"""Multiplications below which one thread is faster than several, because a sleeping thread takes 0.1 ms to
-wake up."""
+"""Multiplications below which one thread is faster than several, which take 0.1 ms to wake up."""
 _FP32 = 64 * torch.finfo(torch.float32).eps
 """Largest relative error of an update that is attributed to fp32 arithmetic."""
 _ROUNDINGS = 1.0
-"""Number of rounding steps by which a layer's output may differ from the output that peft computes in
-float64."""
+"""Rounding steps by which a layer's output may differ from peft's output in float64."""
 
 
 class ActiveAdapter:
@@ -82,8 +80,7 @@ class LoraForward:
         return self.forward_with(self._active.adapter_name, x)
 
     def forward_with(self, adapter_name: str, x: Tensor) -> Tensor:
-        """Compute the layer's output with ``adapter_name``; without such an adapter, return the output of
-        the base."""
+        """Compute the layer's output with ``adapter_name``; without such an adapter, the base's output."""
         output: Tensor = self._base(x)
         factors = self._factors.get(adapter_name)
         if factors is not None:
@@ -188,8 +185,7 @@ def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
-    """Add ``adapter_name`` to ``model`` with fused forwards; return False if the adapter is not plain
-    LoRA."""
+    """Add ``adapter_name`` to ``model`` with fused forwards. Return False if it is not plain LoRA."""
     layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
     if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
@@ -240,8 +236,7 @@ def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
 
 
 def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inputs (64, inputs) with massive channels, and base outputs (64, outputs), half of which are
-    0."""
+    """Return inputs (64, inputs) with massive channels, and base outputs (64, outputs), half of them 0."""
     generator = torch.Generator().manual_seed(0)
     x, output = (torch.randn(_MANY_TOKENS, n, generator=generator) for n in (down.shape[1], up.shape[0]))
     x[:, :: max(x.shape[1] // 3, 1)] *= 100
@@ -339,8 +334,7 @@ class AdapterSet:
         self._loaded.remove(adapter_name)
 
     def _expert_adapter(self, wrapper: Any) -> str | None:
-        """Return the name of the adapter that a layer's experts compute with; None if they compute the
-        base alone."""
+        """Return the adapter that a layer's experts compute with; None for the base alone."""
         if self._fused and not self._through_peft:
             return None if self._active.adapter_name == BASE else self._active.adapter_name
         return active_in_peft(wrapper)
@@ -423,8 +417,7 @@ class AdapterSet:
 
 
 def uses_dora(folder: str) -> bool:
-    """Return whether the adapter is DoRA, which computes with the base weights and needs them in their
-    usual layout."""
+    """Return whether the adapter is DoRA, which needs the base weights in their usual layout."""
     try:
         return bool(load_adapter_config(Path(folder)).get("use_dora"))
     except UserError:

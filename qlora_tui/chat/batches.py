@@ -53,8 +53,7 @@ _STACKABLE = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-"""Layers that hold only keys and values, with tokens as the second last dimension, and states of constant
-size."""
+"""Layers that hold only keys and values (tokens are their second last dimension), and constant states."""
 _ROWS_WORTH_LAUNCHING = 4
 """Fewest rows of a common pass on a GPU, if a step of one row can be recorded but a step of several cannot.
 
@@ -80,8 +79,7 @@ class Rows:
 
 
 def stack(parts: Sequence[Rows], size: BufferSize) -> list[Any]:
-    """Return the layers of one cache with the rows of all parts, aligned so that all rows end at the same
-    place."""
+    """Return the layers of one cache with the rows of all parts, aligned at their ends."""
     return [
         _stack_layers([(part.layers[index], part.rows, part.start) for part in parts], size)
         for index in range(len(parts[0].layers))
@@ -128,8 +126,7 @@ def _columns(layer: Any, start: int) -> int:
 
 
 def _right_aligned(tensors: Sequence[Tensor], tokens: int) -> Tensor:
-    """Return one tensor (rows, heads, tokens, width) with all rows aligned at their ends, and zeros before
-    the shorter rows."""
+    """Return one tensor (rows, heads, tokens, width): rows aligned at their ends, after zeros."""
     _, heads, _, width = tensors[0].shape
     longest = max(tensor.shape[-2] for tensor in tensors)
     result = tensors[0].new_zeros((sum(map(len, tensors)), heads, max(tokens, longest), width))
@@ -218,8 +215,7 @@ class Batch:
         self.open_rows = 0
         """Number of rows that have not ended."""
         self.together: list[Row] = []
-        """Rows whose keys and values are in the common cache, in the order of the cache. Some may have
-        ended."""
+        """Rows whose keys and values are in the common cache, in its order. Some may have ended."""
         self._cache: Any = None
         self._length = 0
         """Number of places in the common cache, including padding."""
@@ -381,8 +377,7 @@ class Batches:
         return Row(batch, kept), kept.reuse(prompt)
 
     def may_read(self, tokens: int) -> bool:
-        """Return whether a prompt may process so many tokens before the answers in progress get their next
-        token."""
+        """Return whether a prompt may process so many tokens before answers get their next token."""
         is_generating = any(batch.rows for batch in self._batches.values())
         if is_generating and self.tokens_read and self.tokens_read + tokens > PREFILL_CHUNK_TOKENS:
             return False
@@ -390,8 +385,7 @@ class Batches:
         return True
 
     def _best(self, adapter_name: str, prompt: Sequence[int]) -> PrefixCache | None:
-        """Return the kept conversation with the longest common prefix; None if more than half of it would
-        be lost."""
+        """Return the kept conversation that shares most tokens; None if over half of it would be lost."""
         known = [
             (reusable_prefix(cache.token_ids, prompt), number)
             for number, (name, cache) in enumerate(self._kept)
@@ -412,8 +406,7 @@ class Batches:
             del self._kept[0]
 
     def forget(self, adapter_name: str) -> bool:
-        """Free the kept conversations of an adapter; return False if the adapter has an answer in
-        progress."""
+        """Free the kept conversations of an adapter; return False while an answer is in progress."""
         if (batch := self._batches.get(adapter_name)) is not None and batch.open_rows:
             return False
         self._batches.pop(adapter_name, None)

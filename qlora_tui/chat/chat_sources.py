@@ -23,8 +23,7 @@ _CONFIG = "adapter_config.json"
 
 
 def run_source(run: RunDir) -> ChatSource:
-    """Return the chat source of a run: its final adapter, if there is one, and every checkpoint, newest
-    first."""
+    """Return the chat source of a run: its final adapter, if any, and every checkpoint, newest first."""
     adapters = {}
     if (run.adapter_dir / _CONFIG).is_file():
         adapters[ADAPTER] = str(run.adapter_dir)

@@ -55,8 +55,7 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
     default: Literal["on", "off"] = "off"
 
     def effect_of(self, thinking: Thinking) -> str:
-        """Return the effect of a thinking setting with this template, if it is not what its name says;
-        otherwise an empty text."""
+        """Return the effect of a thinking setting with this template; empty if the name says it."""
         if thinking == "auto" or self.kind == "switch":
             return ""
         if self.kind == "none":
@@ -93,8 +92,7 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     warning: str = ""
     """Warning if the chat's logits differed from those of transformers and peft; empty otherwise."""
     note: str = ""
-    """Why answers of this session are generated without a CUDA graph; only in the first result after this
-    is known."""
+    """Why answers are generated without a CUDA graph; only in the first result after this is known."""
     thought_ended: bool = True
     """Whether the thought was complete when the answer stopped."""
 

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
 
 _SCORED_TOKENS = 128
-"""Prompt tokens of one pass if each prompt token is scored, which needs all their logits in memory, plus a
-copy in float32."""
+"""Prompt tokens of one pass if each is scored, which needs all their logits in memory, twice."""
 
 
 def completion_prompt(session: ChatSession, completion: Completion) -> list[int]:
@@ -128,8 +127,7 @@ class StopTexts:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self.pending = ""
-        """End of the text so far, which may begin a stop text. After a match, the text from the stop text
-        on."""
+        """End of the text so far, which may begin a stop text; after a match, the text from it on."""
         self.matched = ""
 
     def feed(self, text: str) -> str:
@@ -203,8 +201,7 @@ class CompletionText:
         return parts
 
     def rest(self, *, is_cut: bool = False) -> list[CompletionPart]:
-        """Return the parts that are still held back at the end. With ``is_cut``, the last call may be
-        incomplete."""
+        """Return the parts that are still held back. With ``is_cut``, the last call may be incomplete."""
         text = "" if self.stop_text else self._detokenizer.rest()
         self._characters += len(text)
         parts = self._parts([*self._splitter.feed(text), *self._splitter.rest()])

@@ -18,8 +18,7 @@ MAX_ALTERNATIVES = 20
 """Most alternatives to a token; OpenAI's API has the same limit."""
 
 CompletionEnding: TypeAlias = FinishReason | Literal["stop text", "schema satisfied"]
-"""Why a completion ended. In addition to the reasons of a chat: at a stop text, or after a complete JSON
-value or call."""
+"""Why a completion ended: as in a chat, at a stop text, or after a complete JSON value or call."""
 
 
 class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -30,8 +29,7 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     messages: tuple[Message, ...] = ()
     """A conversation to answer, rendered with the chat template."""
     text: str | None = None
-    """A text to continue. Control tokens in the text count as such, and the tokenizer's begin token is
-    added."""
+    """A text to continue. Control tokens in it count as such. The begin token is added."""
     token_ids: tuple[int, ...] = ()
     """Token ids to continue, without changes."""
     tools: tuple[dict[str, Any], ...] = ()
@@ -42,8 +40,7 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether at most one call is allowed."""
     thinking: Thinking = "auto"
     template_variables: dict[str, Any] = {}
-    """Additional variables of the chat template. The template's own thinking variable overrides
-    ``thinking``."""
+    """Additional variables of the chat template. Its own thinking variable overrides ``thinking``."""
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are not part of it. They do not end a thought."""

@@ -122,8 +122,7 @@ class _Rules:
         return f"{before} <[{self._special[word]}]> {after}"
 
     def calls(self, calls: Calls) -> str:
-        """Add rules for one call or, unless ``calls`` is single, for several; return the name of the last
-        rule."""
+        """Add rules for one call, or for several unless ``calls`` is single; return the last rule."""
         shape = calls.shape
         arguments = {
             name: self.json(_closed(schema))
@@ -159,8 +158,7 @@ class _Rules:
         return self.rule(f"{self.text(fields.begin)} {first} {self.text(fields.end)}")
 
     def value(self, schema: Any, fields: Fields, root: Mapping[str, Any]) -> str:
-        """Add rules for a field's value and the text that ends it. Raises UserError for an unsupported
-        schema."""
+        """Add rules for a field's value and the text after it. Raises UserError if unsupported."""
         schema = schema if isinstance(schema, dict) else {}
         if choices := schema.get("anyOf") or schema.get("oneOf"):
             return self.rule(" | ".join(self.value(each, fields, root) for each in choices))
@@ -259,8 +257,7 @@ class Constraint:
         self._matcher.consume_token(token_id)
 
     def applies(self, *, is_outside: bool) -> bool:
-        """Return whether the next token is constrained. ``is_outside``: the text is inside a thought or a
-        mark."""
+        """Return whether the next token is constrained. ``is_outside``: it is in a thought or a mark."""
         return self._has_begun or not is_outside
 
     @property

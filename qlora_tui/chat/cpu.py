@@ -60,8 +60,7 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention from query (batch, heads, tokens, width); return (batch, tokens, heads, width) and
-    None."""
+    """Compute attention of query (batch, heads, tokens, width); return (batch, tokens, heads, width)."""
     settings = {name: value for name, value in kwargs.items() if value is not None}
 
     def by_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,8 +95,7 @@ def _in_groups(
 
 
 _SUPPORTED = re.compile(r"0\.(49|50)\.")
-"""Versions of bitsandbytes whose kernel has the expected signature. With others, the layer's own forward
-runs."""
+"""Versions of bitsandbytes whose kernel has this signature. With others, the layer's forward runs."""
 _CHUNK_ROWS = 1024
 """Number of rows of a weight that are converted to fp32 at a time."""
 _ROUNDINGS = 4.0
@@ -142,8 +140,7 @@ def use_cpu_layout(model: nn.Module) -> None:
 
 
 def _has_the_shape(layer: Any) -> bool:
-    """Return whether the layout supports the layer's shape, which bitsandbytes checks only during
-    conversion."""
+    """Return whether the layout supports the layer's shape. bitsandbytes checks it only while converting."""
     outputs, inputs, blocksize = layer.out_features, layer.in_features, layer.weight.quant_state.blocksize
     return not (outputs % _ROWS or inputs % blocksize)
 
@@ -206,8 +203,7 @@ class DirectForward:
 
 
 def _direct_kernel(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return a function that maps inputs (…, inputs) to outputs (…, outputs); None if the layer has
-    another layout."""
+    """Return a function from inputs (…, inputs) to outputs (…, outputs); None for another layout."""
     from bitsandbytes.cextension import lib
 
     weight, state, bias = layer.weight.data, layer.weight.quant_state, layer.bias
@@ -233,8 +229,7 @@ _SHARE_OF_FREE_MEMORY = 0.25
 
 
 def dequantize_on_cpu(model: Any, device: ComputeDevice) -> bool:
-    """Dequantize the 4-bit weights if this CPU has no fast 4-bit product, and enough memory. Return
-    whether this was done."""
+    """Dequantize 4-bit weights if this CPU has no fast product and enough memory; return whether done."""
     if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False
     # Imported here: it takes a second to load.

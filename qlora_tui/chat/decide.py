@@ -113,8 +113,7 @@ def _choice(session: ChatSession, decider: Decider, conversation: Conversation) 
 
 
 def decided(decider: Decider, probabilities: Sequence[float]) -> Decided:
-    """Return the decision that follows from the options' probabilities. For objects, it includes those of
-    each field."""
+    """Return the decision that follows from the options' probabilities, including fields of objects."""
     decision = decider.decision
     fields = {
         field: _ranked(

@@ -77,8 +77,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
         self.is_sliding = window is not None
         self.buffers: tuple[Tensor, Tensor] | None = None
         self.position: Tensor | None = None
-        """Position (1,) at which a step of fixed shape writes its token; None outside
-        :func:`fixed_shapes`."""
+        """Position (1,) at which a step writes its token; None outside :func:`fixed_shapes`."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -189,8 +188,7 @@ class PrefixCache:
 
     @property
     def depends_on_length(self) -> bool:
-        """Return whether keys depend on the length of the text, so that keys of two texts cannot be
-        combined."""
+        """Return whether keys depend on the text's length, so that those of two texts differ."""
         return self._switch is not None
 
     @property
@@ -232,8 +230,7 @@ class PrefixCache:
             self._cut_windows()
 
     def outdated_by(self, new_tokens: int) -> bool:
-        """Return whether the cached keys have the rotary frequencies of a shorter text than with
-        ``new_tokens`` added."""
+        """Return whether cached keys have the rotary frequencies of a text without ``new_tokens``."""
         count = len(self.token_ids)
         return self._switch is not None and 0 < count <= self._switch < count + new_tokens
 
@@ -302,8 +299,7 @@ def _new_cache(config: Any, size: BufferSize, *, keep_windows: bool) -> Any:
 
 
 def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
-    """Return a buffer for ``tokens`` with a copy of the content, and zeros elsewhere, since masked values
-    must be finite."""
+    """Return a buffer for ``tokens`` with the content, then zeros: masked values must be finite."""
     batch, heads, _, width = sample.shape
     buffer = torch.zeros((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
     if filled is not None:

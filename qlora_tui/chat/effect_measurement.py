@@ -142,8 +142,7 @@ def session_data(session: ChatSession) -> PreparedDataset:
 
 
 def validation_samples(data: PreparedDataset) -> Samples:
-    """Return the validation samples; for preference pairs, the chosen side. Raises UserError if there are
-    none."""
+    """Return the validation samples, of pairs the chosen side. Raises UserError if there are none."""
     samples = data.validation.of_side(GOOD)
     if not len(samples):
         raise UserError(
@@ -156,8 +155,7 @@ def validation_samples(data: PreparedDataset) -> Samples:
 
 
 def _layer_changes(updates: Mapping[Path, PlacedDeltas]) -> tuple[LayerChange, ...]:
-    """Return the change of each layer relative to the 16-bit base weights on disk, one weight in memory at
-    a time."""
+    """Return the change of each layer relative to the 16-bit base, reading one weight at a time."""
     squares: dict[int, tuple[float, float]] = {}
     for file, placed in updates.items():
         with safe_open(file, framework="pt") as content:

@@ -24,8 +24,7 @@ from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter
 
 _SMALLEST_DIVISOR = 1e-5
-"""Smallest temperature and penalty by which logits are divided. Division by smaller ones overflows
-float32."""
+"""Smallest temperature and penalty by which logits are divided. Smaller ones overflow float32."""
 
 
 class TokenSampler:
@@ -84,8 +83,7 @@ class IncrementalDetokenizer:
         self._given = 0
 
     def add(self, token_id: int) -> str:
-        """Add a token id, and return the text that it completes: often a word, and empty within a
-        character."""
+        """Add a token id, and return the text that it completes, which is empty within a character."""
         self._ids.append(token_id)
         piece = self._pending_text()
         unfinished = piece.endswith(_BROKEN) and len(self._ids) - self._given < _LONGEST_CHARACTER
@@ -113,8 +111,7 @@ class Prefix(Protocol):
     """Tokens that a model has already processed."""
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the common prefix with ``prompt``, excluding its last token, and return its length in
-        tokens."""
+        """Keep the common prefix with ``prompt``, except its last token; return its length in tokens."""
 
 
 Prefix_contra = TypeVar("Prefix_contra", bound=Prefix, contravariant=True)
@@ -139,8 +136,7 @@ class DecoderModel(Protocol[Prefix_contra]):
     def next_logits_ahead(
         self, adapter_name: str, token: Tensor, prefix_cache: Prefix_contra
     ) -> tuple[int, Tensor] | None:
-        """Return the id of ``token`` (1, 1) and the logits after it, computed by a CUDA graph; None if
-        there is no graph."""
+        """Return the id of ``token`` (1, 1) and the logits after it from a CUDA graph, or None."""
 
     def take_note(self) -> str:
         """Return a note on how answers are generated, once; otherwise an empty text."""
@@ -271,8 +267,7 @@ class _AnswerParts:
         """Time of the first token."""
 
     def add_text(self, text: str, *, is_last: bool = False) -> Iterator[TextChunk]:
-        """Add the text of one token, and yield the chunks that it completes; with ``is_last``, also all
-        text held back."""
+        """Add the text of one token; yield the chunks that are complete, with ``is_last`` all."""
         was_in_thought = self._splitter.in_thought
         pieces = self._splitter.feed(text) + (self._splitter.rest() if is_last else [])
         if was_in_thought:

@@ -88,8 +88,7 @@ class ModelHead:
 
 
 TOKENS = 16
-"""Number of tokens at the prompt's end that are compared. Processing these costs little more than one
-token of the answer."""
+"""Tokens at the prompt's end that are compared, which costs little more than one token of the answer."""
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     probabilities: bool = False
     """Whether to write the probability of every option."""
     replaces: bool = False
-    """Whether to replace the output, and the rest of an unfinished prediction with other settings, if they
-    exist."""
+    """Whether to replace the output, and an unfinished prediction with other settings, if they exist."""
 
 
 class Predicted(Struct, frozen=True, kw_only=True):

@@ -78,8 +78,7 @@ class ChatSession:
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", 1 << 30))
         self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
-        """Whether layers share keys. With an integer ``logits_to_keep``, such layers compute only the last
-        token."""
+        """Whether layers share keys. They compute one token if ``logits_to_keep`` is an integer."""
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._decoder = AnswerDecoder(tokenizer)
         self._model = model
@@ -626,8 +625,7 @@ def reported_memory(device: ComputeDevice) -> Iterator[None]:
 
 
 def chat_tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
-    """Load the tokenizer that is saved with an adapter, including its training template; otherwise the
-    model's own."""
+    """Load the tokenizer of an adapter with its training template; otherwise the model's own."""
     for adapter in map(Path, source.adapters.values()):
         if (adapter / "tokenizer.json").is_file():
             return ChatTokenizer.from_folder(adapter)

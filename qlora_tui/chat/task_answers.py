@@ -123,8 +123,7 @@ def answer_all(
 
 
 def _batches(prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield batches of prompts with similar lengths, longest first, so that a lack of memory shows at
-    once."""
+    """Yield batches of prompts of similar length, longest first, so that lack of memory shows at once."""
     batch: list[tuple[int, ...]] = []
     for prompt in reversed(prompts):
         longest = len(batch[0]) if batch else len(prompt)
@@ -317,8 +316,7 @@ def _report_done(report: Report, before: int, total: int, done: int) -> None:
 
 
 def _answers_path(session: ChatSession, adapter: str, more: dict[str, Any]) -> Path:
-    """Return the file of answers of this base and adapter. ``adapter`` is the adapter's hash; empty for
-    the base."""
+    """Return the file of answers of this base and adapter hash, which is empty for the base."""
     from qlora_tui import paths
     from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.files import private_dir

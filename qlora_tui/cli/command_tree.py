@@ -12,8 +12,7 @@ from qlora_tui.cli.main import SUBCOMMANDS, command_parser
 
 
 def command_tree() -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
-    """Yield the name, help and parser of each command, followed by those of its actions, such as ``runs
-    delete``."""
+    """Yield name, help and parser of each command, followed by its actions, such as ``runs delete``."""
     for name, (_, help_) in SUBCOMMANDS.items():
         parser = subparsers(command_parser(name))[name]
         yield name, help_, parser
@@ -42,6 +41,5 @@ def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def is_list(action: argparse.Action) -> bool:
-    """Return whether an argument has several values, because it may be repeated or takes all words that
-    follow."""
+    """Return whether an argument has several values: it may be repeated, or takes all words that follow."""
     return isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+")

@@ -184,8 +184,7 @@ def _conversion(model_id: str) -> Conversion | None:
 
 
 def _what_fits(largest: dict[str, Any], *, is_marked: bool) -> list[str]:
-    """Return one line on the largest settings that fit, marked as instant if ``is_marked``; empty if
-    unknown."""
+    """Return one line on the largest settings that fit; with ``is_marked``, it says that it is instant."""
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
     form = " (instant estimate)" if is_marked else ""

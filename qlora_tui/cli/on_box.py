@@ -91,8 +91,7 @@ def _inputs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterat
 
 
 def _with_recipe(box: Box, argv: list[str], args: argparse.Namespace) -> list[str]:
-    """Send the recipe and its data; return the command with the sent recipe in place of the recipe's
-    options."""
+    """Send the recipe and its data; return the command with the sent recipe in place of the options."""
     recipe = recipe_from_args(args)
     local = with_absolute_paths(recipe).data
     sources = tuple(msgspec.structs.replace(source, path=_sent(box, source.path)) for source in local.sources)

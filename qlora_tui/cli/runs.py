@@ -292,8 +292,7 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 
 def _format_validation(view: RunView) -> str:
-    """Return the lowest validation loss and the last share of exact short answers: ``1.29, exact answers
-    97%, base 12%``."""
+    """Return the lowest validation loss and exact answers: ``1.29, exact answers 97%, base 12%``."""
     best = format_loss(None if view.best is None else view.best.loss)
     exact = format_exact(view.accuracy, view.base_accuracy)
     rewards = format_rewards(view.last_evaluation)

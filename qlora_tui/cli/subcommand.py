@@ -95,14 +95,12 @@ def print_json(data: Any) -> None:
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json`` to a subcommand, without a default, because it would override the main command's
-    ``--json``."""
+    """Add ``--json`` to a subcommand, without a default, which would override the main command's."""
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=JSON_HELP)
 
 
 def add_gpu_gib_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add ``--gpu-gib``. A subcommand suppresses the default, so that a value before the subcommand
-    counts."""
+    """Add ``--gpu-gib``. A subcommand suppresses the default, so that an earlier value counts."""
     parser.add_argument(
         "--gpu-gib",
         type=positive_float,
@@ -118,8 +116,7 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def input_path(text: str) -> str:
-    """Return ``text`` unchanged. As an argument's type, it marks the path of an input file, which
-    ``--host`` sends."""
+    """Return ``text``. As an argument's type, it marks an input file, which ``--host`` sends."""
     return text
 
 
@@ -146,8 +143,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
-    """Build a recipe from preset, file and options, in this order of increasing priority. Raises
-    UserError."""
+    """Build a recipe from preset, file and options, of which the last counts most. Raises UserError."""
     # the app loads this module and does not need this import
     from qlora_tui.recipe.layering import build_recipe
 
@@ -222,8 +218,7 @@ class VisibleStream:
 
 
 def open_missing_streams() -> None:
-    """Connect closed standard streams to ``/dev/null``; otherwise the next opened file would take their
-    place."""
+    """Connect closed standard streams to ``/dev/null``, so that no opened file takes their place."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)

@@ -29,8 +29,7 @@ _WIDTH = 100
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Print a suggestion for each setting. The suggested recipe is written only with ``-o``. Raises
-    UserError."""
+    """Print a suggestion for each setting; with ``-o``, write the suggested recipe. Raises UserError."""
     recipe = recipe_from_args(args)
     machine = read_machine(None if args.gpu_gib is None else round(args.gpu_gib * GIB))
     with ProgressLine() as line:

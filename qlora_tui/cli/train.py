@@ -119,8 +119,7 @@ def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int
 
 
 def _count(recipe: Recipe) -> UserError | None:
-    """Count the samples of a recipe, which determine its steps; return the error if this failed, otherwise
-    None."""
+    """Count the samples of a recipe, which determine its steps; return the error if this failed."""
     with ProgressLine() as line:
         try:
             count_data(recipe, lambda progress: line.show(f"{progress.done}% of the samples counted"))

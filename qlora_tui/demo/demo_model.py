@@ -159,8 +159,7 @@ def _download(wheel: Wheel, folder: Path, on_progress: Callable[[str], None]) ->
 
 
 def _bytes_of_wheels(folder: Path) -> int:
-    """Return the total size of the wheels below a folder, including partial ones. pip may move them
-    meanwhile."""
+    """Return the total size of the wheels below a folder, which pip may move meanwhile."""
     total = 0
     for file in folder.rglob("*.whl"):
         with suppress(OSError):

@@ -51,8 +51,7 @@ class DataService:
         return show(request.source, request.row, tokenizer, request.data, request.path)
 
     def fields(self, request: ShowFields) -> dict[str, str]:
-        """Return the columns of the first rows, with the beginning of a value each, in any format. Raises
-        UserError."""
+        """Return the columns of the first rows, each with the beginning of a value. Raises UserError."""
         path = paths_of(request.source)[0][0]
         first_values: dict[str, str] = {}
         for row in islice(rows(path), SNIFFED_ROWS):

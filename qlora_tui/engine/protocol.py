@@ -249,8 +249,7 @@ def truncated_log() -> Path:
 
 
 def open_log() -> IO[bytes]:
-    """Open the log for appending. If it cannot be written, open the null device, so that the engine still
-    starts."""
+    """Open the log for appending, or the null device: an unwritable log must not stop the engine."""
     try:
         return truncated_log().open("ab")
     except OSError:

@@ -36,8 +36,7 @@ class TooManyOperations(Exception):
 
 
 class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Records storages that are created under this mode, until they are freed. Earlier storages are
-    ignored."""
+    """Records storages created under this mode until they are freed. Earlier ones are ignored."""
 
     def __init__(self, vocabulary: int = 0, tokens: int = 0, *, device: str = "meta") -> None:
         """Record tensors on ``device``.
@@ -50,16 +49,14 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """Content of each storage, by its number."""
         self.marks: list[Mark] = []
         self.copied_from: dict[int, int] = {}
-        """Id of the source tensor from which a multi-tensor copy last filled a storage, by the storage's
-        number."""
+        """Id of the tensor from which a multi-tensor copy last filled a storage, by its number."""
         self.live_bytes = 0
         self.peak_bytes = 0
         self._vocabulary, self._tokens, self._device = vocabulary, tokens, device
         self._item = ""
         self._operations = 0
         self._known: dict[int, tuple[int, int]] = {}
-        """Number and bytes of each live storage, by its address; 0 for a storage that is older than the
-        recording."""
+        """Number and bytes of each live storage, by address; 0 if it is older than the recording."""
 
     def restart(self) -> None:
         """Reset the peak to the bytes that are currently allocated."""

@@ -33,8 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Repetition:
-    """A shortened model of ``built`` layers, in which the ``period`` layers from ``first`` on are to be
-    repeated."""
+    """A shortened model of ``built`` layers, whose ``period`` layers from ``first`` on repeat."""
 
     built: int
     first: int
@@ -84,8 +83,7 @@ class Repetition:
 
 
 def find_repetition(kinds: Sequence[Hashable]) -> Repetition | None:
-    """Return the repetition that builds the fewest layers, given the kind of each layer; None if none is
-    worthwhile."""
+    """Return the repetition that builds the fewest layers; None if none is worthwhile."""
     best: Repetition | None = None
     count = len(kinds)
     for period in range(1, LONGEST_PERIOD + 1):
@@ -137,8 +135,7 @@ def _layer_settings(text: Any, layers: int) -> Iterable[tuple[str, list[Any]]]:
 
 
 Key = tuple[str, int, int]
-"""A storage: the part that allocates it, its layer (-1 for parts outside layers), and its number in the
-part."""
+"""A storage: the part that allocates it, its layer (-1 if outside layers), and its number there."""
 
 
 def repeat_step(step: MicroStep, repetition: Repetition) -> MicroStep | None:

@@ -61,8 +61,7 @@ BATCH_TENSORS = 4
 
 
 def trace(request: TraceRequest) -> StepTrace:
-    """Run the job of tracing a step. Raises UserError if the libraries cannot build the model or run it
-    without values."""
+    """Trace a step. Raises UserError if the libraries cannot build the model or run it without values."""
     try:
         with faster_imports():
             import peft  # noqa: F401
@@ -136,8 +135,7 @@ class _Way(NamedTuple):
 
 
 _PADDED_WAYS = (_Way(), _Way(mask_device="meta"), _Way(input_gradients=False))
-"""Options for a model that does not support several samples per sequence, in the order in which they are
-tried."""
+"""Options, in order of trial, for a model that does not support several samples per sequence."""
 
 
 def _record_layers(request: TraceRequest, way: _Way) -> Recorded:

@@ -32,8 +32,7 @@ _EXPERT_DIMENSIONS = 3
 
 
 def build(request: TraceRequest, architecture: Architecture) -> tuple[Any, tuple[LoadedWeight, ...]]:
-    """Build the model of the run with its adapter, without weights; return it with the weights that are
-    loaded for it."""
+    """Build the model of the run with its adapter, without weights; return it and its loaded weights."""
     execution, recipe = request.execution, request.recipe
     dtype = compute_dtype(execution)
     attention = "eager" if execution.attention == "eager" else "sdpa"

@@ -77,8 +77,7 @@ def choice_named(
     on_status: Callable[[str], None] = lambda words: None,
     compared_tokens: int = COMPARED_TOKENS,
 ) -> BaseChoice:
-    """Return the choice of base weights; ``best`` measures up to ``compared_tokens`` tokens. Raises
-    UserError."""
+    """Return the chosen base weights; ``best`` measures ``compared_tokens`` tokens. Raises UserError."""
     if name != "best":
         return BaseChoice(chosen=name)
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:

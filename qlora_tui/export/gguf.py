@@ -75,8 +75,7 @@ class GgufExport(Struct, frozen=True, kw_only=True):
 
     @property
     def sentences(self) -> list[str]:
-        """Return the sentences of the summary, without the one about programs that render prompts with
-        llama.cpp."""
+        """Return the summary without the sentence about programs with llama.cpp's own prompts."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
         lines += [
             _turn_ends_warning(file.file_type)
@@ -172,8 +171,7 @@ def require_file_space(
     kinds: Sequence[str],
     is_auto: bool,
 ) -> None:
-    """Raise UserError if the disk lacks space for the files and for the files needed to write and check
-    them."""
+    """Raise UserError if the disk lacks space for the files, including those to check them with."""
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
         estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]

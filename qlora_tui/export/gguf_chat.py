@@ -25,8 +25,7 @@ _MAX_CONTEXT_TOKENS = 8192
 
 
 class GgufDecoder:
-    """A GGUF file as the model of a chat: computes logits with llama.cpp, and holds the tokens processed
-    so far."""
+    """A GGUF file as a chat model: llama.cpp computes its logits, and the tokens so far are kept."""
 
     def __init__(self, session: ChatSession, path: str) -> None:
         """Start llama.cpp with a GGUF file of the session's model. Raises UserError."""

@@ -45,11 +45,9 @@ _ADAPTER_FILES = (WEIGHTS, CONFIG, "generation_config.json")
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", CONFIG)
 _BASE = "base_model_name_or_path"
 _PATH_KEYS = ("name_or_path", "_file")
-"""Suffixes of keys in which transformers records the source path of a model or tokenizer. Nothing reads
-them."""
+"""Suffixes of keys with the source path of a model or tokenizer, which nothing reads."""
 _CREATION_S = 120.0
-"""Maximum seconds for creating the repository. If another client is creating it, the library retries
-forever."""
+"""Maximum seconds to create the repository. The library retries forever if another client creates it."""
 
 StatusFn = Callable[[str], None]
 T = TypeVar("T")
@@ -69,8 +67,7 @@ class HubExport(Struct, frozen=True, kw_only=True):
     stays_private: bool = False
     """Whether the repository is private although a public one was requested."""
     checked: str = ""
-    """How the files were compared with the trained model, in sentences; empty for an adapter, which is a
-    copy."""
+    """How the files were compared with the trained model, in sentences; empty for an adapter."""
     effect: str = ""
     """What the adapter changes, in a sentence."""
     unmeasured_because: str = ""

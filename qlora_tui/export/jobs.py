@@ -113,8 +113,7 @@ def _with_copied_data(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _name(recipe: Recipe) -> str:
-    """Return a name that every scheduler accepts: lowercase letters, digits and hyphens, starting with a
-    letter."""
+    """Return a name of lowercase letters, digits and hyphens, with a letter first, for any scheduler."""
     words = recipe.name or recipe.model.id.rpartition("/")[2]
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return f"train-{slug}"[:_LONGEST_NAME].strip("-")

@@ -38,8 +38,7 @@ _FLOOR_OTHER_TYPES = 0.015
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may be tokenized differently for an unknown reason."""
 _FEWER_ENDS = 3
-"""Number of turn ends that a file must lose to count as wrong. If there are few turns, rounding may change
-one or two."""
+"""Turn ends that a file must lose to count as wrong. Of few turns, rounding may change one or two."""
 
 
 class Proof(Struct, frozen=True, kw_only=True):
@@ -75,8 +74,7 @@ class Proof(Struct, frozen=True, kw_only=True):
 
     @property
     def loses_turn_ends(self) -> bool:
-        """Whether the file ends clearly fewer turns than the adapter: fewer by more than 1, and by more
-        than 1 in 20."""
+        """Whether the file ends clearly fewer turns than the adapter: by over 1, and by over 1 in 20."""
         lost = self.turns_ended_by_adapter - self.turns_ended
         return lost > max(1, self.turns_ended_by_adapter // 20)
 
@@ -231,8 +229,7 @@ def _compare_prompts(reference: Reference, llama: LlamaFile) -> Literal["alike",
 def _wrong_tokens(
     different: Sequence[str], strange: Sequence[str], rows: int, differences: Sequence[KnownDifference]
 ) -> str:
-    """Return which texts are tokenized differently for no known reason; empty if few or no rows are
-    affected."""
+    """Return which texts are tokenized differently for no known reason; empty if few or none are."""
 
     def is_unexplained(text: str) -> bool:
         return not any(known.applies_to(text) for known in differences)

@@ -30,15 +30,13 @@ from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.host import release_gpu_memory
 
 _MAX_ROWS = 200
-"""Maximum number of validation rows whose tokens are compared; docs/export.md states this limit and the
-next one."""
+"""Maximum number of validation rows with compared tokens; docs/export.md has this limit and the next."""
 _MAX_TOKENS = 4096
 """Maximum number of tokens of a row."""
 _LOGITS = 1 << 25
 """Maximum number of logits in memory at once: 128 MiB."""
 _MAX_DIFFERENCE = 0.01
-"""Largest KL divergence, in nats, by which computed answers may differ from the model's own: 16-bit
-rounding."""
+"""Allowed KL divergence, in nats, of computed answers from the model's own: 16-bit rounding."""
 _REPORT_S = 30.0
 """Maximum seconds without a progress report."""
 _STRANGE_TEXTS = (
@@ -104,8 +102,7 @@ class Answers:
         return max(1, _LOGITS // self.matrix.shape[1])
 
     def log_probabilities(self, row: int) -> Iterator[Tensor]:
-        """Yield the log probabilities at a row's positions, in order, as float32 (``at_once``,
-        vocabulary)."""
+        """Yield log probabilities at a row's positions, in order: float32, (``at_once``, vocabulary)."""
         for inputs in torch.split(self.inputs[row], self.at_once):
             blocks = torch.split(self.matrix, max(1, _LOGITS // self.matrix.shape[0]), dim=1)
             logits = torch.cat([inputs.float() @ block.float() for block in blocks], dim=1) * self.scale
@@ -269,8 +266,7 @@ def _effect(
 
 
 def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
-    """Return the output layer's inputs at a row's positions, and the logits at the first. Raises
-    UserError."""
+    """Return the output layer's inputs at a row's positions, and the first logits. Raises UserError."""
     with reported_memory(session.compute_device):
         return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
 

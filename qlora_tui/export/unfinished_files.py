@@ -66,8 +66,7 @@ def draft_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def export_problems(out: Path | None = None) -> Iterator[None]:
-    """Convert OSErrors inside the block to UserError. The message names ``out`` if the error names no
-    file."""
+    """Convert OSErrors inside the block to UserError, about ``out`` if the error names no file."""
     try:
         yield
     except OSError as error:

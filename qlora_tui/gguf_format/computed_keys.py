@@ -67,8 +67,7 @@ _SPARSE_LAYERS, _SPARSITY, _FIRST_SHARED = 10, 0.95, 20
 
 
 def gemma3n(config: Any) -> dict[str, Any]:
-    """Return the keys of Gemma 3n that Ollama reads. llama.cpp derives the kinds of layers from their
-    index."""
+    """Return the keys of Gemma 3n that Ollama reads. llama.cpp derives kinds of layers from their index."""
     sparsity = list(config.activation_sparsity_pattern)
     if [share == _SPARSITY for share in sparsity] != [
         layer < _SPARSE_LAYERS for layer in range(len(sparsity))

@@ -80,8 +80,7 @@ class Convention:
     dense_layers: Literal["", "first", "any"] = ""
     """Which layers of a mixture of experts may have no experts."""
     yarn_multiplier: float = 0.0
-    """Factor of ``mscale_all_dim`` in ``yarn_log_multiplier``; 0 if the architecture does not read this
-    key."""
+    """Factor of ``mscale_all_dim`` in ``yarn_log_multiplier``; 0 if the key is not read."""
     keys: Callable[[Any], dict[str, Any]] = lambda config: {}
     """Returns constants that are computed from several settings. May raise UserError."""
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
@@ -431,8 +430,7 @@ COMPUTED_OTHERWISE = {
 
 
 def convention_of(config: Any) -> Convention:
-    """Return llama.cpp's conventions for a model, given its text config. Raises UserError if it is not
-    supported."""
+    """Return llama.cpp's conventions for a text config. Raises UserError if it is not supported."""
     model_type = config.model_type.removesuffix("_text")
     if (why := COMPUTED_OTHERWISE.get(model_type)) is not None:
         raise cannot_compute(why)

@@ -32,8 +32,7 @@ class Origin:
     """The origin of the elements of a stored tensor, and the arithmetic applied to them."""
 
     index: Tensor | None
-    """Place of each element in the original tensor, not counting the axis in ``kept``; None if nothing
-    moves."""
+    """Place of each element in the original tensor, without the axis in ``kept``; None if all stay."""
     factor: Tensor | None
     """Divisor of each element after ``shift`` was subtracted; None for 1."""
     shift: Tensor | None
@@ -44,8 +43,7 @@ class Origin:
 
     @property
     def keeps_first(self) -> bool:
-        """Whether the function treats all slices along the first dimension alike, and leaves this
-        dimension in place."""
+        """Whether all slices along the first dimension are treated alike, and stay in place."""
         return self.kept == 0 and self.kept_as == 0
 
     @property
@@ -54,8 +52,7 @@ class Origin:
         return self.index is None and self.factor is None and self.shift is None and not self.is_negative_exp
 
     def restore(self, stored: Tensor, original: Tensor) -> None:
-        """Undo the function: write the elements of ``stored`` to their places in ``original``. Both are
-        float32."""
+        """Undo the function: write elements of ``stored`` to their places in ``original`` (float32)."""
         values = stored
         if self.kept is not None:
             assert self.kept_as is not None

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 Change: TypeAlias = Callable[[Tensor, Any], Tensor]
-"""Returns llama.cpp's values of a tensor, given transformers' values and the text config. Works on meta
-tensors."""
+"""Returns llama.cpp's values of a tensor, given transformers' values and the config; also on meta."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ def permute_for_interleaved_rope(values: Tensor, heads: int, rotated: float = 1.
 
 
 def _pairs(heads: str) -> Change:
-    """Return a function that reorders the rows of a projection whose number of heads is the setting
-    ``heads``."""
+    """Return a function that reorders rows of a projection whose number of heads is the setting ``heads``."""
 
     def change(values: Tensor, config: Any) -> Tensor:
         share = (config.rope_parameters or {}).get("partial_rotary_factor") or 1.0
@@ -166,8 +164,7 @@ QWEN35 = (
 
 
 def _every_second(first: int) -> Change:
-    """Return a function that takes every second output of all experts, stored as (experts, inputs,
-    outputs)."""
+    """Return a function that takes every second output of all experts (experts, inputs, outputs)."""
     return lambda values, config: values.transpose(1, 2)[:, first::2]
 
 
@@ -257,8 +254,7 @@ GEMMA3N = (changed(r"embed_tokens_per_layer\.weight$", _with_every_token),)
 
 
 def _of_each_head(part: int) -> Change:
-    """Return a function that takes the key part (0) or value part (1) of each head in latent attention's
-    second projection."""
+    """Return a function that takes each head's key (0) or value part (1) of latent attention."""
 
     def change(values: Tensor, config: Any) -> Tensor:
         heads = values.reshape(config.num_attention_heads, -1, values.shape[-1])
@@ -276,22 +272,19 @@ MLA = (
 
 
 def _heads_apart(values: Tensor, config: Any) -> Tensor:
-    """Return first all rows of q, then of k, then of v. The input has them next to each other for each
-    head."""
+    """Return all rows of q, then of k, then of v, which the input groups by head."""
     heads = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
     return heads.transpose(0, 1).reshape(values.shape)
 
 
 def falcon_key_heads(config: Any) -> int:
-    """Return the number of key heads of a Falcon model. Its config may name a number that the model does
-    not use."""
+    """Return the number of key heads of a Falcon model, whose config may name an unused number."""
     many: int = config.num_kv_heads
     return many if config.new_decoder_architecture or not config.multi_query else 1
 
 
 def _groups_apart(values: Tensor, config: Any) -> Tensor:
-    """Return first all rows of q, then of k, then of v. The input has them next to each other for each key
-    head."""
+    """Return all rows of q, then of k, then of v, which the input groups by key head."""
     keys, size = falcon_key_heads(config), config.hidden_size // config.num_attention_heads
     groups = values.reshape(keys, -1, size, *values.shape[1:])
     parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]

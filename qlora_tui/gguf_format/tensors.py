@@ -23,8 +23,7 @@ _IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")
 """Prefix of names in the text part of a multimodal model."""
 _OUTER_NAMES = ("backbone.", "transformer.", "model.")
 _NOT_READ = re.compile(r"(.*\.)?(rotary_emb|mtp)\.|(model\.)?(visual|vision_\w+|audio_\w+)\.")
-"""Tensors that are not read: computed tables, predictors of later tokens, and towers outside the text
-model."""
+"""Names that are not read: computed tables, predictors of later tokens, and towers."""
 _OF_ONE = re.compile(r"(?P<holder>.+\.(experts|altup_\w+))\.(?P<number>\d+)\.(?P<matrix>(\w+\.)?weight)")
 """A matrix that belongs to one of several experts or streams."""
 _HEAD = "lm_head.weight"

@@ -30,8 +30,7 @@ def current() -> Link | None:
 
 
 def use(link: Link | None) -> None:
-    """Work on a box from now on, which makes decorated functions run there; with None, on this machine
-    again."""
+    """Call decorated functions on this box from now on; with None, on this machine again."""
     _links[:] = [] if link is None else [link]
 
 
@@ -51,8 +50,7 @@ def refuse_on_box(title: str, command: str) -> None:
 
 
 def at_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that reads the state of the machine that trains: it is called on the box, if
-    there is one."""
+    """Decorate a function that reads the state of the training machine: a box, if there is one."""
     return _marked(function, changes=False)
 
 

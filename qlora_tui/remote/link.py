@@ -41,8 +41,7 @@ _PING_S = 2.0
 _SILENT_S = 20.0
 """Seconds without a message from the box after which the connection is closed."""
 _UNCONFIRMED_S = 5.0
-"""Seconds that a caller waits for a box that went silent after the request. The user's key press waits as
-long."""
+"""Seconds that a caller, such as a key press, waits for a box that fell silent after the request."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 15.0
 """Maximum seconds between two attempts to connect."""
@@ -81,8 +80,7 @@ class Link:
         self._channel: Channel | None = None
         self._requests: dict[str, _Request] = {}
         self._sent: dict[str, tuple[Stamp, str]] = {}
-        """Data that was sent, by its path on this machine: its stamp at that time, and its path on the
-        box."""
+        """Stamp and path on the box of data that was sent, by its path on this machine."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._first_pass = threading.Event()
@@ -231,8 +229,7 @@ class Link:
                 self.sending = ""
 
     def _check_same(self, path: str, local: Path) -> None:
-        """Raise UserError if a path in a run on the box names different data on this machine, which is
-        never sent."""
+        """Raise UserError if a run's path on the box names different data here, which is never sent."""
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
             raise UserError(

@@ -22,8 +22,7 @@ from qlora_tui.errors import UserError
 LONGEST_LINE_BYTES = 64 << 20
 _PACKAGE = "qlora_tui."
 READ_THERE = "read_there"
-"""Name of the method with which the box creates an argument that describes its machine, instead of
-receiving it."""
+"""Method with which the box creates an argument that describes its machine; it is not sent."""
 
 
 class KnownFile(Struct, frozen=True, array_like=True):

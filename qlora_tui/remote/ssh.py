@@ -151,8 +151,7 @@ class Channel:
         raise self.lost_error()
 
     def lost_error(self) -> UserError:
-        """Close the channel; return the error of the connection, with the last message of ssh or the
-        program."""
+        """Close the channel; return its error, with the last message of ssh or the program."""
         if self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.close()

@@ -39,8 +39,7 @@ _MAX_BYTES = 1 << 28
 _PAIR_LEARNING_RATE = 1e-4
 """Highest learning rate for a run on pairs. A higher rate soon makes both answers unlikely."""
 _PAIR_EPOCHS = 3.0
-"""Epochs of a run on pairs. With one packed row per step, 25 pairs give 27 steps; with 16 pairs per step,
-five."""
+"""Epochs of a run on pairs. With one packed row per step, 25 pairs give 27 steps."""
 
 
 class Provenance(Struct, frozen=True, kw_only=True):

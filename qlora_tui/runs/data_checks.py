@@ -1,5 +1,4 @@
-"""Checks of the data before a launch: files, first rows, errors of earlier inspections, and number of
-steps."""
+"""Checks of the data before a launch: files, first rows, errors of inspections, number of steps."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 _MARGIN = 1.25
 """Factor by which Max steps and Epochs must differ before an estimate decides which of them ends the run."""
 _Fingerprint = tuple[Path, int, bytes, int, int]
-"""Identity of a file: path, index of its source, the source as JSON, modification time in ns, size in
-bytes."""
+"""Identity of a file: path, source index, source as JSON, modification time in ns, size in bytes."""
 
 
 _FIXES = dict.fromkeys(BAD_ROWS, SuggestedFix("leave bad rows out", changes={"data.bad_rows": "skip"})) | {
@@ -213,16 +211,14 @@ def known_lengths(recipe: Recipe, model: ModelFiles | None) -> KnownLengths | No
 
 
 def is_padding_free(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Return whether each micro-batch is one sequence of isolated samples, as far as the model's files
-    tell."""
+    """Return whether each micro-batch is one sequence of isolated samples, as far as files tell."""
     return recipe.model.attention != "eager" and not (
         architecture is not None and (architecture.own_attention or architecture.state_size)
     )
 
 
 def run_length(recipe: Recipe, model: ModelFiles | None) -> RunLength | None:
-    """Return the length of a run; None if its data is not on this machine, cannot be read, or has no
-    samples."""
+    """Return the length of a run; None if its data is elsewhere, unreadable, or without samples."""
     known = known_lengths(recipe, model)
     if known is None:
         return None
@@ -259,8 +255,7 @@ def _count(known: KnownLengths, settings: bytes, padding_free: bool) -> StepCoun
 
 
 def _not_held_out(recipe: Recipe, sizes: Sequence[FileSize]) -> tuple[array[int], array[int]]:
-    """Return the lengths and source indices of the estimated samples, without those held out for
-    validation."""
+    """Return lengths and source indices of the estimated samples, except those held out for validation."""
     data = recipe.data
     fraction = 0.0 if data.validation_path else data.validation_fraction
     together = 2 if recipe.trains_pairs else 1
@@ -314,8 +309,7 @@ def _row_warning(problem: DataProblem) -> Check:
 
 
 def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
-    """Return the tokenizer fingerprint that token errors depend on; None without a model or for a GGUF
-    tokenizer."""
+    """Return the tokenizer's fingerprint for token errors; None without a model or for a GGUF file."""
     if files is None or files.gguf_file is not None:
         return None
     return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
@@ -369,8 +363,7 @@ def _local_files(source: Source) -> list[Path] | None:
 
 
 def _source_notes(data: Data) -> list[str]:
-    """Return notes on files that are not read, and on the split that is used of Hub datasets without a
-    train split."""
+    """Return notes on files that are not read, and on splits used in place of a missing train split."""
     notes = []
     for source in every_source(data):
         if not is_hub_dataset(source.path):

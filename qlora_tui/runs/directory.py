@@ -88,8 +88,7 @@ class RunDir:
     replay_path = _Inside("replay.jsonl")
     """Answers of the base that the run trains on; exists only if its recipe replays answers."""
     starting_adapter_path = _Inside("starting_adapter.safetensors")
-    """The adapter that the run started from; exists only if the run compares its answers with this
-    adapter's."""
+    """The adapter that the run started from; exists only if the run compares answers with it."""
     row_losses_path = _Inside("row_losses.json")
     """Loss of each training row before and after the run; exists only if it was computed."""
     task_evaluation_path = _Inside("task_evaluation.json")
@@ -135,8 +134,7 @@ class RunDir:
             return ""
 
     def trial_of(self, sweep: str) -> int | None:
-        """Return the number of the trial that this run is in ``sweep``; None if it is not one of its
-        trials."""
+        """Return the number of the trial that this run is in ``sweep``; None if it is none."""
         try:
             name, _, number = read_regular(self.sweep_path).decode().strip().partition(" ")
             return int(number) if name == sweep else None
@@ -164,8 +162,7 @@ class RunDir:
 
     @property
     def trains_now(self) -> bool:
-        """Whether the run trains even outside the hours and while other programs use the GPU, as the user
-        requested."""
+        """Whether the run trains outside the hours and next to other programs, as the user requested."""
         return self.now_path.exists()
 
     @property
@@ -293,8 +290,7 @@ def all_runs() -> list[RunDir]:
 
 
 def find_run(name: str) -> RunDir:
-    """Return the run with this id or name, or the only run that begins with it; ``last`` is the newest
-    run."""
+    """Return the run with this id or name, or the only one that begins with it; ``last`` is the newest."""
     runs = all_runs()
     if name == LAST and runs:
         return runs[0]
@@ -328,8 +324,7 @@ def find_run(name: str) -> RunDir:
 
 
 def match_runs(runs: Sequence[RunDir], name: str) -> list[RunDir]:
-    """Return the runs with this id; if none, those with this name; if none, those whose id or name begins
-    with it."""
+    """Return the runs with this id; if none, with this name; if none, those that begin with it."""
     return (
         [run for run in runs if run.id == name]
         or [run for run in runs if run.name == name]

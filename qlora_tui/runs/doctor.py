@@ -57,8 +57,7 @@ _EXCHANGE = "GPU exchange"
 _EXCHANGE_S = 90.0
 """Seconds after which an exchange between GPUs counts as hanging. A start takes up to half a minute."""
 _NO_P2P = "NCCL_P2P_DISABLE"
-"""Variable that makes NCCL copy through host memory. Direct copies between consumer GPUs hang on some
-machines."""
+"""Makes NCCL copy through host memory. Direct copies of consumer GPUs hang on some machines."""
 _NAMED_TYPES = 6
 _DISK_BYTES = 5 * 2**30
 """Free space below which a model's download or a few checkpoints can fill the disk."""
@@ -149,8 +148,7 @@ class Machine:
 
     @property
     def trains_on_unknown_gpu(self) -> bool:
-        """Whether a run would use a GPU whose memory is unknown: the driver does not report it, the user
-        gave none."""
+        """Whether a run would use a GPU whose memory neither the driver nor the user states."""
         unknown = self.no_gpu is not None and self.no_gpu.reason.device == "unknown"
         return unknown and not self.budget.is_assumed
 

@@ -113,8 +113,7 @@ class LineTail:
         self._is_skipping = False
 
     def poll(self, max_bytes: int = 0) -> bytes:
-        """Return the complete lines in the next ``max_bytes`` (by default one megabyte); empty if there
-        are none."""
+        """Return the complete lines in the next ``max_bytes`` (default 1 MiB); empty if none."""
         max_bytes = max_bytes or _READ_BYTES
         chunk = read_from(self.path, self.offset, max_bytes)
         end = chunk.rfind(b"\n") + 1
@@ -144,8 +143,7 @@ class JsonLinesTail(Generic[T]):
     """Decoded lines of a :class:`LineTail`."""
 
     def __init__(self, path: Path, decode_line: Callable[[bytes], T | None], offset: int = 0) -> None:
-        """Follow a file from ``offset``. ``decode_line`` returns None for a line that it does not
-        understand."""
+        """Follow a file from ``offset``. ``decode_line`` returns None for an unknown line."""
         self.unknown = 0
         """Number of complete lines that were not understood."""
         self._lines = LineTail(path, offset)
@@ -175,8 +173,7 @@ class EventTail(JsonLinesTail[AnyEvent]):
     """The events of a run."""
 
     def __init__(self, path: Path, offset: int = 0, unknown: int = 0) -> None:
-        """Follow events from ``offset``; ``unknown`` is the number of lines before it that were not
-        understood."""
+        """Follow events from ``offset``; ``unknown`` counts earlier lines that were not understood."""
         super().__init__(path, decode, offset)
         self.unknown = unknown
 
@@ -403,8 +400,7 @@ class _Sampler:
             place = piece.find(_BROKEN, place + 1)
 
     def _facts(self, piece: bytes) -> Iterator[int]:
-        """Yield the offsets of lines that do not belong to a series, including lines that this version
-        does not know."""
+        """Yield the offsets of lines outside any series, including unknown lines."""
         for match in _FACT.finditer(b"\n" + piece, 0, len(piece)):
             start = match.start()
             tag = match[1] if match[1] in _TAGS else b"?"

@@ -159,8 +159,7 @@ class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
 
 
 class LayersStreamed(Event, tag="layers_streamed", frozen=True, kw_only=True):
-    """The frozen weights of some layers stay in host memory and are streamed through two buffers on the
-    device."""
+    """Weights of some layers stay in host memory and are streamed through two device buffers."""
 
     streamed_layers: Count
     layers: Count
@@ -237,8 +236,7 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     before_training: float | None = None
     """Validation loss at step 0, if it was measured."""
     accuracy: float | None = None
-    """Share of greedy answers that match exactly, for short-answer data. At step 0 this is the base's
-    share."""
+    """Share of greedy answers that match exactly, for short-answer data; at step 0, the base's share."""
     forgetting: float | None = None
     """Mean KL(base ‖ model) in nats on the base's answers to general prompts; None if not measured."""
     score: float | None = None
@@ -261,8 +259,7 @@ class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=
     """Loss of the base, or of the adapter that the run started from."""
     after: float
     low: float | None
-    """Lower end of the 95 % interval of after minus before (bootstrap over rows); None for fewer than two
-    rows."""
+    """Lower end of the 95 % interval of after minus before (bootstrap over rows); None for one row."""
     high: float | None
 
 
@@ -326,8 +323,7 @@ class Finished(Event, tag="finished", frozen=True, kw_only=True):
     tokens_per_s: float
     reason: str = ALL_STEPS_DONE
     energy_kwh: float | None = None
-    """Energy that the GPU used over the whole run, including loading and evaluation; None if it reports no
-    power."""
+    """Energy of the GPU over the whole run, with loading and evaluation; None if it reports no power."""
     tokens_per_joule: float | None = None
     """Tokens trained on divided by that energy."""
     checksums: str = ""
@@ -374,8 +370,7 @@ class Paused(Event, tag="paused", frozen=True, kw_only=True):
 
 
 SERIES: tuple[type[Event], ...] = (Step,)
-"""Kinds of events of which a run has any number. Readers sample them in a long run. All other events are
-facts."""
+"""Frequent kinds of events, which readers of a long run sample. All other events are facts."""
 RunEnded: TypeAlias = Finished | Failed | Stopped | Paused
 AnyEvent: TypeAlias = (
     Queued

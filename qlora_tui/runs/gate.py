@@ -65,8 +65,7 @@ class Gate:
         clock: Clock | None = None,
         read_processes: Callable[[int], Iterable[GpuProcess] | None] | None = None,
     ) -> None:
-        """Create a gate. ``read_processes`` returns the processes on the GPU with an index, or None if
-        unlisted."""
+        """Create a gate. ``read_processes`` returns the processes on a GPU, or None if unlisted."""
         self._clock = clock or Clock()
         self._read_processes = read_processes or GpuReader()
         self._settings = LiveSettings()
@@ -77,8 +76,7 @@ class Gate:
         self._lock = threading.Lock()
 
     def hours_hold(self, run: RunDir) -> Hold | None:
-        """Return the hold of a run outside the hours; None within them, or if the user wants the run to
-        train now."""
+        """Return the hold of a run outside the hours; None within them, or if it must train now."""
         with self._lock:
             # Do not read the GPU here, because it may sleep until the hours begin.
             return None if run.trains_now else closed_hours(self._settings.read(), self._clock)
@@ -130,8 +128,7 @@ class Gate:
 
 
 def _held_for(run: RunDir) -> int:
-    """Return the id of the process for which an earlier runner held a run; 0 if it has ended or there is
-    none."""
+    """Return the process for which an earlier runner held a run; 0 if it has ended or there is none."""
     hold = read_status(run).hold
     return hold.pid if hold and hold.cause == "program" and program_name(hold.pid) == hold.program else 0
 

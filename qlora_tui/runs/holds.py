@@ -69,8 +69,7 @@ def time_words(at: float) -> str:
 
 
 class Switch:
-    """A switch with delays: on after a condition has lasted for a while, off after it has been clear for a
-    while."""
+    """A switch with delays: on after a condition has lasted a while, off after it was clear a while."""
 
     def __init__(self, on_after_s: float, off_after_s: float, *, most_off_after_s: float = 0.0) -> None:
         """Create a switch that is off.
@@ -139,8 +138,7 @@ class Sharing:
     """
 
     def __init__(self, waits_for: int = 0) -> None:
-        """Begin without readings. ``waits_for`` is the process for which an earlier runner already holds
-        the run."""
+        """Begin without readings. ``waits_for`` is the process that the run already waits for."""
         self._switch = Switch(_USED_FOR_S, _GONE_FOR_S, most_off_after_s=_MOST_GONE_FOR_S)
         self._at_start = {waits_for: 0}
         """Memory of each process when the run began, or at the first reading."""
@@ -224,8 +222,7 @@ _MEAN_POWER_S = 20.0
 
 
 class Bounds:
-    """Decides whether a run should rest because its GPU's temperature or mean power exceeds the user's
-    limit."""
+    """Decides whether a run should rest: its GPU's temperature or mean power exceeds the user's limit."""
 
     def __init__(self) -> None:
         self._heat = Switch(_HOT_FOR_S, 0.0)

@@ -53,8 +53,7 @@ def moved_aside(run: RunDir) -> list[Path]:
 
 
 def sweep_own(run: RunDir) -> None:
-    """Delete what earlier trainers of this run left incomplete. To be called by the trainer that holds the
-    run."""
+    """Delete what earlier trainers of this run left incomplete. For the trainer that holds the run."""
     for folder in (run.path, run.checkpoints_dir):
         for path in abandoned_in(folder):
             delete(path)

@@ -24,8 +24,7 @@ class LengthCost:
     """The cost of one sequence length."""
 
     name: str
-    """``half``, ``90%``, ``99%`` or ``all``: the share of samples up to this length; ``now``: the recipe's
-    length."""
+    """``half``, ``90%``, ``99%`` or ``all``: the share of samples that fit; ``now``: the recipe's length."""
     length: int
     whole: float
     """Share of the samples that would not be truncated."""
@@ -72,8 +71,7 @@ def length_costs(
 
 
 def share_within(lengths: Lengths, limit: int) -> float:
-    """Return the share of samples with up to ``limit`` tokens: exact at the percentiles, otherwise
-    interpolated."""
+    """Return the share of samples with up to ``limit`` tokens, interpolated between percentiles."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
     at_least = max((count for length, count in lengths.within if length <= limit), default=0)

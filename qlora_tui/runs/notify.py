@@ -152,8 +152,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _command(command: str, notification: RunNotification) -> str:
-    """Run the user's command with the message in its environment; return an error message, or an empty
-    text."""
+    """Run the user's command with the message in its environment; return an error message, if any."""
     if not command:
         return ""
     variables = {

@@ -210,8 +210,7 @@ def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> e
 
 
 def _host_memory(run: RunDir) -> str:
-    """Describe that the kernel's out-of-memory killer ended the trainer, and how much memory the trainer
-    held."""
+    """Return a sentence on the out-of-memory kill of the trainer, with the memory that it held."""
     samples = TelemetryTail(run.telemetry_path).poll()
     held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
     return f"The kernel ran out of host memory and killed it.{held}"

@@ -202,8 +202,7 @@ def _learning_rate(recipe: Recipe) -> list[Check]:
 
 
 def _reference_point(recipe: Recipe) -> list[Check]:
-    """Warn if a step of KTO has a single answer, and therefore no others for estimating the reference
-    point."""
+    """Warn if a step of KTO has a single answer, so that none is left for the reference point."""
     traits = recipe.preference_traits
     if traits is None or not traits.rates_answers or recipe.data.packing or recipe.effective_batch > 1:
         return []
@@ -397,8 +396,7 @@ def _time(expected: Forecast | None) -> list[Check]:
 
 
 def _checkpoint_bytes(recipe: Recipe, estimated: Estimate | None) -> int:
-    """Return the disk space that a run may take. Each checkpoint holds the adapter and its optimizer
-    states."""
+    """Return the disk space that a run may take. Checkpoints hold adapter and optimizer states."""
     one = estimated.bytes_of("adapter") + estimated.bytes_of("optimizer") if estimated else 0
     # Besides the checkpoints that are kept, there are the best one and the result.
     return one * (recipe.training.keep_checkpoints + 2) + _SPARE_BYTES

@@ -61,8 +61,7 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def state(self) -> str:
-        """Return the kernel's state letter (``R``, ``S``, ``D``, ``T``, ``Z``…); empty if the process does
-        not exist."""
+        """Return the kernel's state letter (``R``, ``S``, ``D``, ``T``, ``Z``…); empty if it has ended."""
         if not self.is_from_this_boot:
             return ""
         state, start_ticks = _look_up(self.pid)
@@ -117,8 +116,7 @@ def _real_boot_id() -> str:
 
 
 def _look_up(pid: int) -> tuple[str, int]:
-    """Return the state and start tick of the process that currently has a PID; an empty state if there is
-    none."""
+    """Return state and start tick of the process that currently has a PID; an empty state if none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
         # The second field is the command in parentheses, which may contain any characters.

@@ -66,8 +66,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         )
 
     def after(self, event: events.AnyEvent) -> RetryPlan:
-        """Return the plan updated by an event; an empty plan if the event of an attempt lacks the
-        settings."""
+        """Return the plan updated by an event; empty if the event of an attempt lacks the settings."""
         match event:
             case events.Started():
                 return RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
@@ -102,8 +101,7 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         return structs.replace(recipe, quantization=quantization, training=training)
 
     def to_arguments(self) -> list[str]:
-        """Return the option of ``python -m qlora_tui.training`` with the plan; empty if nothing is
-        overridden."""
+        """Return the option of ``python -m qlora_tui.training`` with the plan; empty without overrides."""
         return ["--plan", msgspec.json.encode(self).decode()] if self != RetryPlan() else []
 
 
@@ -131,8 +129,7 @@ def last_plan(run: RunDir) -> RetryPlan:
 
 
 def plan_resume(run: RunDir) -> RetryPlan:
-    """Return the plan for resuming: the recipe's settings, or those of a retry, so that no failed settings
-    recur."""
+    """Return the plan for resuming: the recipe's settings, or those of a retry that had to change them."""
     drained = EventTail(run.events_path).drain()
     ran_out = any(isinstance(event, events.Failed) and event.kind == "out_of_memory" for event in drained)
     return last_plan(run) if ran_out else RetryPlan()

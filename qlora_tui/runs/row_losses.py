@@ -73,8 +73,7 @@ class RowLoss(Struct, frozen=True, kw_only=True):
 
     @property
     def suspicion(self) -> float:
-        """Loss of the answer after its own prompt minus its loss after another prompt. High for a wrong
-        answer."""
+        """Loss of the answer after its own prompt minus after another; high for a wrong answer."""
         return self.after - self.other_prompt
 
 
@@ -148,8 +147,7 @@ def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[
 
 
 def write_row_losses(run: RunDir, losses: RowLosses, tokens: array[float]) -> None:
-    """Write both files. The records are written last, because they refer to the token losses. Raises
-    OSError."""
+    """Write both files, the records last, because they refer to the token losses. Raises OSError."""
     if sys.byteorder == "big":
         tokens = array("f", tokens)
         tokens.byteswap()
@@ -186,8 +184,7 @@ def read_row_losses(run: RunDir) -> RowLosses | None:
 
 
 def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:
-    """Return the loss before and after training of each trained token of a row; empty if the file lacks
-    them."""
+    """Return the loss before and after training of each trained token of a row; empty if missing."""
     try:
         with run.row_losses_path.with_suffix(".f32").open("rb") as file:
             file.seek(4 * row.start)

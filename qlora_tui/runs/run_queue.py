@@ -113,8 +113,7 @@ def cancel(run: RunDir) -> bool:
 
 @changes_box
 def pause(run: RunDir) -> bool:
-    """Remove a run from the queue until it is resumed; return False if it was no longer queued. Raises
-    OSError."""
+    """Remove a run from the queue until it is resumed; False if it was not queued. Raises OSError."""
     with queue_lock():
         status = read_status(run)
         if status.state != "queued":

@@ -383,8 +383,7 @@ class PreferenceAccuracy:
 
     @property
     def outcome(self) -> Comparison:
-        """Compare ``right`` with ``expected``: better or worse if their 95 % intervals do not touch, else
-        unclear."""
+        """How ``right`` compares with ``expected``; unclear if their 95 % intervals touch."""
         now = self._interval(self.right)
         start = self._interval(self.expected) if self.is_measured else Interval(self.expected, self.expected)
         if self.rows < MIN_ROWS or (now.low <= start.high and now.high >= start.low):
@@ -426,8 +425,7 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
 
 
 def _preference_accuracy(view: RunView, recipe: Recipe) -> PreferenceAccuracy | None:
-    """Return how often the better answer wins at the last evaluation; None if there is nothing to compare
-    with."""
+    """Return how often the better answer wins at the last evaluation; None without a comparison."""
     last, traits = view.trained_evaluation, recipe.preference_traits
     if last is None or view.data is None or traits is None:
         return None

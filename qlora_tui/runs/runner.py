@@ -188,8 +188,7 @@ class _Queue:
             self._start(run, devices, self._supervisor.begin)
 
     def _wanted_by(self, run: RunDir, unavailable: set[str]) -> Wanted:
-        """Return the requirement of a run: the earlier one while too few of its devices are free,
-        otherwise a new one."""
+        """Return a run's requirement: the earlier one while too few of its devices are free."""
         key = run.id, run.gpu
         if (wanted := self._wanted.get(key)) is not None:
             used = self._gate.programs_on(run, wanted.free(unavailable))

@@ -129,8 +129,7 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
 
 @changes_box
 def stop_server(server: ServerStatus) -> None:
-    """Stop a server, which aborts its answers and frees the GPU within seconds. Raises UserError if it
-    continues."""
+    """Stop a server, which frees the GPU within seconds. Raises UserError if it continues."""
     if terminate(server.process):
         server.process.wait(_STOP_S)
     if server.process.is_alive():

@@ -40,8 +40,7 @@ _PROGRAM = "qlora_tui.runs.slurm_job"
 _CALL_S = 30.0
 """Seconds after which a Slurm command is considered unresponsive."""
 SUBMITTING_S = 2 * _CALL_S
-"""Seconds after which a run without a job counts as not submitted, because the submitting process was
-killed."""
+"""Seconds after which a run without a job counts as not submitted: its submitter was killed."""
 _CANCEL_S = 15.0
 """Seconds for which cancelling is repeated if the job still waits."""
 _AGAIN_S = 0.5
@@ -67,8 +66,7 @@ _OWN_OPTIONS = {
     "time",
     "account",
 }
-"""Options of sbatch that ``extra`` of a target must not contain, because other keys or this program set
-them."""
+"""Options of sbatch that a target's ``extra`` must not have: other keys or this program set them."""
 _OWN_SHORT_OPTIONS = re.compile(r"-[oeaNnWptA]")
 _VARIABLES = re.compile(
     r"SBATCH_(SIGNAL|REQUEUE|NO_REQUEUE|OPEN_MODE|OUTPUT|ERROR|TIMELIMIT|EXPORT|ARRAY_INX|WAIT)$"
@@ -121,8 +119,7 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     at: UnixTime
     states: tuple[str, ...] = ()
-    """State and flags as in ``squeue --json``, such as ``RUNNING``; empty if Slurm does not know the job
-    anymore."""
+    """State and flags of ``squeue --json``, such as ``RUNNING``; empty if Slurm forgot the job."""
     reason: str = ""
     """Why the job waits, such as ``Resources``."""
     nodes: str = ""

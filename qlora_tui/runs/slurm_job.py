@@ -84,8 +84,7 @@ class _Job(Supervisor):
             append_event(run.events_path, Paused(step=recorded_status(run).step, hold=Hold(cause="limit")))
 
     def requeue(self, run: RunDir) -> None:
-        """Make Slurm start the job again, or leave the run paused if the job was cancelled or Slurm
-        refuses."""
+        """Make Slurm start the job again; leave the run paused if it was cancelled or Slurm refuses."""
         paused, seen = recorded_status(run), self._seen()
         if seen is not None and "CANCELLED" in seen.states:
             self._leave_paused(run, paused, f"Slurm job {self._job} was cancelled")
@@ -172,8 +171,7 @@ def _wait_for_last_trainer(run: RunDir) -> None:
 
 
 def _is_held(run: RunDir) -> bool:
-    """Return whether the previous job gave up the run for its time limit, and was killed before it could
-    requeue."""
+    """Return whether the previous job left the run at its limit, and was killed before requeueing."""
     ending = last_event(run.events_path)
     return isinstance(ending, Paused) and ending.hold is not None
 

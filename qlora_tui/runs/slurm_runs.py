@@ -172,8 +172,7 @@ class Watch:
         self._asked_at = -ASK_S
 
     def poll(self, runs: Iterable[RunDir]) -> None:
-        """Start asking for the jobs of these runs, unless Slurm was asked recently or a call is in
-        progress."""
+        """Start asking for the jobs of these runs, unless Slurm was asked recently or is being asked."""
         now = time.monotonic()
         if now - self._asked_at < ASK_S or (self._thread is not None and self._thread.is_alive()):
             return

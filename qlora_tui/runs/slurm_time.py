@@ -1,5 +1,4 @@
-"""The time limit of a job: proposed from the measured speed, and rejected if too short for two
-checkpoints."""
+"""The time limit of a job: proposed from measured speed, rejected if too short for two checkpoints."""
 
 from __future__ import annotations
 
@@ -120,8 +119,7 @@ def _time(recipe: Recipe, environment: Environment, length: RunLength) -> Expect
 
 
 def _measured_on(name: str) -> tuple[Environment | None, float]:
-    """Return the environment of the last run on a target, and the seconds from its start to its first
-    step."""
+    """Return the environment of the last run on a target, and its seconds from start to first step."""
     for run in all_runs():
         submission = slurm.submission_of(run)
         if submission is None or submission.target != name:

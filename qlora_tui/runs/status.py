@@ -169,8 +169,7 @@ def held_words(status: Status) -> str:
 
 
 def refuse_other_machines() -> None:
-    """Raise UserError while another machine trains a run of this state folder, since both would take the
-    same runs."""
+    """Raise UserError while another machine trains a run of this state folder: both would take runs."""
     for run in all_runs():
         status = read_status(run)
         mark = status.process

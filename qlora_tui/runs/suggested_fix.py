@@ -103,8 +103,7 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
 
 
 def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
-    """Return settings that need less memory than the last attempt. Samples get shorter only if no retry is
-    left."""
+    """Return settings that need less memory than the last attempt, shorter samples only as a last resort."""
     last_plan = structs.replace(last_plan, kept_layers=None, resident_layers=None)
     plan = reduce_memory(recipe, last_plan)
     changes = {f"training.{name}": value for name, value in (plan or last_plan).overrides().items()}

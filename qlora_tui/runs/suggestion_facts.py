@@ -86,8 +86,7 @@ def read_facts(
 
 
 def _free_bytes(machine: Machine) -> int:
-    """Return the free memory in bytes, or all memory if a run is active, because its memory will be free
-    again."""
+    """Return the free memory in bytes; all memory if a run is active, because it will be free again."""
     if machine.active or machine.budget.is_assumed or machine.free_bytes is None:
         return machine.budget.bytes
     return machine.free_bytes

@@ -74,8 +74,7 @@ _EPOCHS = (1.0, 3.0)
 """Range of epochs that Unsloth's guide recommends. The QLoRA paper's OASST1 runs have 3 epochs: 1,875
 steps of 16 out of 9,209 samples."""
 _EPOCHS_OF_FEW = (3.0, 15.0)
-"""Range of epochs for few samples. LIMA trained 15 epochs on 1,000 samples, and kept a checkpoint of the
-5th to 10th."""
+"""Epochs for few samples. LIMA trained 15 on 1,000 samples, and kept a checkpoint of the 5th to 10th."""
 _FEW_SAMPLES = 1000
 """Number of LIMA's samples."""
 _RATES = ((13.5e9, 2e-4), (math.inf, 1e-4))
@@ -87,8 +86,7 @@ _NO_OTHER_RATE = 0.05
 _LION_SHARE = 1 / 3
 """Lion's rate as a share of AdamW's. Its paper recommends a third to a tenth (section 5)."""
 _LEAST_RATED = 8
-"""Fewest rated answers per step for which the check before a launch does not warn. This program's own
-rule."""
+"""Fewest rated answers per step without a warning before the launch; this program's own rule."""
 _PACKED = 1.05
 """Samples per sequence from which sequences are called packed."""
 _MOST_ROUNDS = 4
@@ -212,8 +210,7 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
 def _suggested(
     facts: SuggestionFacts, topic: Topic, path: str, value: Any, reason: str, *references: Reference
 ) -> Suggestion:
-    """Return a suggestion of ``value`` for one setting, without changes if the recipe already has this
-    value."""
+    """Return a suggestion of ``value`` for one setting, without changes if the recipe already has it."""
     now, label = get_setting(facts.recipe, path), fields()[path].label
     show = format_rate if topic == "rate" else format_number
     changes = {} if now == value else {path: value}
@@ -456,8 +453,7 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
-    """Return the best rate of runs that differ only in the rate, and the reason; None without two such
-    runs."""
+    """Return the best rate of runs that differ only in it, and the reason; None without two of them."""
     groups: dict[bytes, list[PastRun]] = {}
     for run in alike:
         groups.setdefault(_all_but_the_rate(run), []).append(run)
@@ -555,8 +551,7 @@ def _sequences(facts: SuggestionFacts, recipe: Recipe) -> int:
 
 
 def _optimizer_kind(recipe: Recipe) -> str:
-    """Return ``adamw``, ``lion`` or ``adafactor``. The storage of optimizer states does not affect the
-    best rate."""
+    """Return ``adamw``, ``lion`` or ``adafactor``: how states are stored does not affect the best rate."""
     name = recipe.training.optimizer
     return next((kind for kind in ("lion", "adafactor") if kind in name), "adamw")
 

@@ -53,13 +53,11 @@ class Supervisor:
     """Command that starts the trainer, such as srun."""
 
     def __init__(self, hold: Callable[[RunDir, Iterable[RunDevice]], Hold | None]) -> None:
-        """Create a supervisor. ``hold`` returns why a run that trains on these devices must end now, or
-        None."""
+        """Create a supervisor. ``hold`` returns why a run on these devices must end now, or None."""
         self._hold = hold
 
     def begin(self, run: RunDir, devices: Devices) -> None:
-        """Train a run to its end. Raises UserError if another trainer holds the run, or a device is in
-        use."""
+        """Train a run to its end. Raises UserError if another trainer or run holds it or a device."""
         deadline = time.monotonic() + EXITING_S
         # The previous trainer may still be exiting, without a parent that waits for it.
         while is_locked(run.trainer_lock_path):
@@ -107,8 +105,7 @@ class Supervisor:
         *,
         host_out_of_memory: bool = False,
     ) -> RetryPlan | None:
-        """Record how an attempt ended; return a plan for another attempt if less memory can help,
-        otherwise None."""
+        """Record how an attempt ended; return a plan of another one if less memory can help, or None."""
         if run.is_deleted:
             log(f"{run.id}: it was deleted while it was training")
             return None
@@ -161,8 +158,7 @@ class Supervisor:
         return False
 
     def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
-        """Lock the devices of a run inside the block; yield None if one is in use, otherwise descriptors
-        to inherit."""
+        """Lock a run's devices inside the block; yield descriptors to inherit, or None if one is in use."""
         return claimed(devices)
 
     def awake(self) -> AbstractContextManager[None]:
@@ -188,8 +184,7 @@ class Supervisor:
         )
 
     def code_of_trainer(self, exit_code: int) -> int:
-        """Return the trainer's exit code, negative for a signal, given the exit code of the started
-        program."""
+        """Return the trainer's exit code, negative for a signal, given that of the started program."""
         return exit_code
 
     def requeue(self, run: RunDir) -> None:

@@ -171,8 +171,7 @@ class RunView:
 
     @property
     def best(self) -> events.Evaluated | None:
-        """The evaluation with the lowest loss since training began, or with the lowest score if there are
-        scores."""
+        """The evaluation with the lowest loss since training began, or the lowest score if it has one."""
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
 
         def score(event: events.Evaluated) -> float:
@@ -227,8 +226,7 @@ class RunView:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean seconds per step over the last steps, including the time between them; None until two are
-        known."""
+        """Mean seconds per step of the last steps, with the time between them; None before two steps."""
         series = self.series
         n = min(len(series), _RATE_STEPS)
         if n < 2:

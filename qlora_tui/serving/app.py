@@ -223,8 +223,7 @@ class Api:
         completion: Completion,
         arrived: asyncio.Queue[_Arrived | Exception],
     ) -> None:
-        """Put the parts and the result of one answer into the queue, or the exception that ended the
-        answer."""
+        """Put the parts and the result of one answer into the queue, or the exception that ended it."""
         try:
             parts = self.guest.complete(completion)
             async with self._row(admitted), asyncio.timeout(ANSWER_S), aclosing(parts):
@@ -251,8 +250,7 @@ class Api:
 
     @contextmanager
     def _admitted(self) -> Iterator[object]:
-        """Count a request as open inside the block, and yield its token. Raises ApiError if too many are
-        open."""
+        """Count a request as open inside the block; yield its token. Raises ApiError if too many are."""
         if self.figures.open >= MOST_OPEN:
             raise ApiError(
                 429,
@@ -289,8 +287,7 @@ class Guard:
     """Rejects requests from foreign web pages or without the key, before their bodies are read."""
 
     def __init__(self, app: ASGIApp, *, api_key: str, hosts: Sequence[str], figures: Figures) -> None:
-        """Protect ``app``. ``hosts`` are the names by which clients may call this server; empty allows any
-        name."""
+        """Protect ``app``. ``hosts`` are the names by which clients may call it; empty allows any."""
         self._app = app
         self._api_key = api_key
         self._hosts = frozenset(hosts)

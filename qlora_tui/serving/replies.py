@@ -36,8 +36,7 @@ class Choice:
         self.result: CompletionResult | None = None
 
     def take(self, reply: CompletionPart | CompletionResult) -> Iterator[Json]:
-        """Add a part of the answer or its result, and yield the objects to stream if the request asks for
-        a stream."""
+        """Add a part of the answer or its result; yield the objects to stream, if it is streamed."""
         begins = not self._parts
         if isinstance(reply, CompletionPart):
             self._parts.append(reply)

@@ -170,8 +170,7 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Number of alternatives to each token that the client requests; None if it requests no log
-        probabilities."""
+        """Number of alternatives to each token; None if no log probabilities are requested."""
         return self.top_logprobs or 0 if self.logprobs else None
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:
@@ -203,8 +202,7 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
         ]
 
     def _tools(self) -> tuple[tuple[JsonObject, ...], tuple[str, ...]]:
-        """Return the available functions, and the names of those of which one must be called. Raises
-        ApiError."""
+        """Return the available functions, and the names of which one must be called. Raises ApiError."""
         tools, choice = tuple(self.tools or ()), self.tool_choice
         try:
             names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]
@@ -231,8 +229,7 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
 
     @property
     def asked_logprobs(self) -> int | None:
-        """Number of alternatives to each token that the client requests; None if it requests no log
-        probabilities."""
+        """Number of alternatives to each token; None if no log probabilities are requested."""
         return self.logprobs
 
     def prompts(self) -> list[str] | list[Tokens]:

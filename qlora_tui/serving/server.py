@@ -63,8 +63,7 @@ class Server:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
     def run(self, on_change: Callable[[ServerStatus], None] = lambda status: None) -> None:
-        """Answer requests until SIGINT or SIGTERM. ``on_change`` is called with each new state of the
-        model."""
+        """Answer requests until SIGINT or SIGTERM. ``on_change`` gets each new state of the model."""
         try:
             asyncio.run(self._run(on_change))
         finally:
@@ -195,8 +194,7 @@ class TimedConnection(H11Protocol):
 
 
 class _Uvicorn(uvicorn.Server):
-    """A uvicorn server that does not raise the signal again at its end, which would leave state file and
-    key behind."""
+    """A uvicorn server that does not raise the signal again, so that state file and key are deleted."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -31,8 +31,7 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d
 
 
 def parse_duration(text: str) -> float:
-    """Parse a duration such as ``3h``, ``90m``, ``1h30m`` or ``45s`` to seconds. Raises UserError, exit
-    code 2."""
+    """Parse ``3h``, ``90m``, ``1h30m`` or ``45s`` to seconds. Raises UserError, exit code 2."""
     match = _DURATION.fullmatch(text.replace(" ", "").lower())
     seconds = (
         sum(float(part) * unit for part, unit in zip(match.groups(), _UNITS_S.values(), strict=True) if part)

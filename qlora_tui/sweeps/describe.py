@@ -1,5 +1,4 @@
-"""Sentences and tables about a sweep, for screens and commands: state, verdict, trials, effects of
-settings."""
+"""Sentences and tables about a sweep: its state, verdict and trials, and the effects of settings."""
 
 from __future__ import annotations
 
@@ -154,8 +153,7 @@ def round_loss(view: SweepView, number: int, trial: Trial) -> str:
 
 
 def ranked(view: SweepView) -> list[Trial]:
-    """Return the winner's runs, then the runs of the unchanged recipe, then other trials by round and
-    loss."""
+    """Return the winner's runs, then those of the unchanged recipe, then trials by round and loss."""
     winner = view.winner
 
     def rank(trial: Trial) -> tuple[int, int, float]:
@@ -183,8 +181,7 @@ class Bought:
 
 
 def what_settings_bought(view: SweepView) -> list[Bought]:
-    """Return losses at the end of the first round by setting and value, measured after equally many
-    tokens."""
+    """Return the losses of the first round by setting and value, after equally many tokens."""
     bought = []
     trials = [trial for trial in view.trials if trial.role == "trial" and 1 in trial.results]
     for path, values in view.sheet.sweep.vary.items():

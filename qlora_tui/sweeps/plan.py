@@ -44,8 +44,7 @@ class Costs:
     """Number of runs that train at the same time."""
 
     def of_rounds(self, trials: int, rounds: int, first: int = 1) -> float:
-        """Return the seconds that rounds ``first`` to ``rounds`` take, with ``trials`` trials in round
-        ``first``."""
+        """Return the seconds of rounds ``first`` to ``rounds``, with ``trials`` trials in the first."""
         seconds = 0.0
         for number in range(first, rounds + 1):
             seconds += self.of_round(trials, number, rounds)

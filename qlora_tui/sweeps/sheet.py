@@ -48,8 +48,7 @@ class Sweep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rounds: Annotated[int, Meta(ge=0, le=8)] = 0
     """Rounds of successive halving. 1: every trial completes its steps. 0: 1, or planned for the deadline."""
     seeds: Annotated[int, Meta(ge=1, le=16)] = 3
-    """Number of seeds with which the unchanged recipe and the winner are trained; 1 does not measure
-    noise."""
+    """Number of seeds for the unchanged recipe and the winner; 1 does not measure the noise."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     """Random seed of the points."""
     vary: Space = {}

@@ -45,8 +45,7 @@ SweepState: TypeAlias = Literal["running", "waiting", "pausing", "paused", "fini
 Outcome: TypeAlias = Literal[
     "waiting", "training", "paused", "reached", "dropped", "finished", "failed", "stopped"
 ]
-"""``reached``: the trial completed its round with a result. ``dropped``: it was not kept for the next
-round."""
+"""``reached``: the trial completed its round with a result. ``dropped``: it does not continue."""
 _KILLED = ("killed", "lost")
 
 
@@ -164,8 +163,7 @@ class SweepView:
 
     @property
     def winner(self) -> Trial | None:
-        """The trial with the lowest loss among those that completed all their steps; None if there is
-        none."""
+        """The trial with the lowest loss among those with all steps completed; None if there is none."""
         finished = [trial for trial in self.trials if trial.role == "trial" and trial.final is not None]
         return min(finished, key=lambda trial: trial.final.loss if trial.final else math.inf, default=None)
 
@@ -175,8 +173,7 @@ class SweepView:
 
     @property
     def costs(self) -> Costs | None:
-        """Time that a run of this sweep takes, from the first run of the base; None until that run has
-        ended."""
+        """Time that a run of this sweep takes, from the base's first run; None until that has ended."""
         seconds = self.base_trials[0].seconds if self.base_trials else None
         return None if seconds is None else Costs(*seconds)
 
@@ -215,8 +212,7 @@ class SweepView:
         )
 
     def recipe_of(self, trial: Trial) -> Recipe:
-        """Return the recipe with a trial's values, to adopt or compare, with the reports that the recipe
-        requests."""
+        """Return the recipe with a trial's values, to adopt or compare, with the recipe's own reports."""
         return apply_point(self.sheet.recipe, trial.values)
 
     def unequal_tokens(self, tolerance: float = 0.05) -> list[Trial]:

@@ -1,5 +1,4 @@
-"""Makes torch deterministic in a trainer. Python imports this module at its start from a folder on its
-path."""
+"""Makes torch deterministic in a trainer. Python imports it at its start from a folder on its path."""
 
 import sys
 

@@ -28,8 +28,7 @@ SETTINGS = {
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
     **{key: names for key, names in FIELDS.items() if key not in ("expert_count", "ssm.conv_kernel")},
 }
-"""Keys of all architectures that shapes do not determine, each with the config settings that may hold the
-value."""
+"""Keys of all architectures that shapes do not determine, with the settings that may hold the value."""
 
 _FLOATS = re.compile(r"scale|softcapping|epsilon|clamp")
 _IS_SEEN = re.compile(
@@ -53,8 +52,7 @@ class Hyperparameters:
 
 
 def hyperparameters(config: Any, convention: Convention, tensors: Iterable[SourceTensor]) -> Hyperparameters:
-    """Return the keys for a transformers text config. Raises UserError for settings that llama.cpp cannot
-    compute."""
+    """Return the keys for a text config. Raises UserError for settings that llama.cpp cannot compute."""
     rope = rope_parameters(config)
     context, notes = _context_length(config, convention)
     head_size = _head_size(config)
@@ -90,8 +88,7 @@ def _first(config: Any, names: Iterable[str]) -> Any:
 
 
 def _constant(key: str, value: Any) -> Any:
-    """Return a constant in the form that llama.cpp reads; None to leave llama.cpp's default, which has no
-    effect."""
+    """Return a constant as llama.cpp reads it; None to leave its default, which has no effect."""
     if value is None:
         # llama.cpp's default is a bound, although the class has none.
         return 0.0 if key.endswith("softcapping") else None
@@ -131,8 +128,7 @@ _ALIKE = {
     "swish": "silu",
     **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_accurate"), "gelu"),
 }
-"""Activations that llama.cpp computes in the same way. It computes GELU by tanh, which differs by less
-than 0.0005."""
+"""Activations that llama.cpp computes alike. Its GELU uses tanh, which differs by less than 0.0005."""
 
 
 def _plain(value: Any) -> Any:

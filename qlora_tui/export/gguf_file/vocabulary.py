@@ -40,8 +40,7 @@ _NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((TEKKEN_PUBLISHED,), True): "tekken",
     ((GPT4O_PUBLISHED,), False): "gpt-4o",
 }
-"""Pre-tokenizers by the rules that split text, and by whether words in the vocabulary skip the merges
-(``ignore_merges``)."""
+"""Pre-tokenizers by their splitting rules, and by whether known words skip merges (``ignore_merges``)."""
 for _name, _splitter in PRE_TOKENIZERS.items():
     _NAMES.setdefault((_splitter.rules, _splitter.takes_words), _name)
 
@@ -84,8 +83,7 @@ _PROBES = (
 
 
 def _name_by_words(node: Any, takes_words: bool) -> str | None:
-    """Return the pre-tokenizer that splits difficult texts into the same words, whatever its rules look
-    like."""
+    """Return the pre-tokenizer that splits difficult texts into the same words, by any rules."""
     own = _words(node)
     names = (name for name, each in PRE_TOKENIZERS.items() if own == _words(splits(each.rules)))
     alike = sorted(names, key=lambda name: PRE_TOKENIZERS[name].takes_words != takes_words)
@@ -227,8 +225,7 @@ def _tokens(
     is_byte_level: bool,
     ranks: Mapping[str, int],
 ) -> tuple[list[str], list[int]]:
-    """Return text and type for each row of the embedding. Rows without a token get a name and are marked
-    unused."""
+    """Return text and type for each row of the embedding. Rows without a token are marked unused."""
     added = tokenizer.backend.get_added_tokens_decoder()
     last = max([*vocab.values(), *added])
     if last >= rows:

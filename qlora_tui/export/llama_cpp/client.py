@@ -113,8 +113,7 @@ class LlamaProcess:
         return self._call(function, arguments).value
 
     def call_for_floats(self, function: str, *arguments: Any) -> Floats:
-        """Call a function of ``worker`` in the process, and return the float32 values it computes. Raises
-        UserError."""
+        """Call a function of ``worker``, and return the float32 values it computes. Raises UserError."""
         import numpy as np  # the app loads this module and does not need numpy
 
         count = self._call(function, arguments).floats

@@ -30,8 +30,7 @@ _VERSION = 1
 _MAX_BYTES = 1 << 24
 _SHOWN_CONFUSIONS = 10
 _WIDEST_MATRIX = 8
-"""Number of options up to which the whole confusion matrix is shown. For more, only the most frequent
-confusions are."""
+"""Options up to which the whole confusion matrix is shown. Of more, only the most frequent confusions."""
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
@@ -102,8 +101,7 @@ class Quality(Struct, frozen=True, kw_only=True):
     calibration_error: Measured
     """Expected calibration error in 15 bins, 0 to 1."""
     honest_error: float | None = None
-    """Calibration error that perfectly calibrated probabilities have by chance on as many rows; None in
-    earlier files."""
+    """Calibration error of perfect calibration by chance on as many rows; None in earlier files."""
 
 
 class Threshold(Struct, frozen=True):

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MIN_ROWS = 6
-"""Number of rows below which no difference is claimed, whatever its interval. Five equal results may be
-chance."""
+"""Number of rows below which no difference is claimed, because five equal results may be chance."""
 _Z = 1.959964
 """97.5 % quantile of the standard normal distribution."""
 _RESAMPLES = 2000
@@ -42,8 +41,7 @@ def share_interval(successes: int, total: int) -> Interval:
 
 
 def paired_share_interval(first: Sequence[bool], second: Sequence[bool]) -> Interval:
-    """Return Newcombe's interval of the share of ``second`` minus the share of ``first``, on the same
-    rows."""
+    """Return Newcombe's interval of the share of ``second`` minus that of ``first``, on the same rows."""
     total = len(first)
     if not total:
         return Interval(-1.0, 1.0)
@@ -103,8 +101,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
 
 
 def _student_t(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, by the expansion in 1/freedom in Abramowitz and Stegun,
-    26.7.5."""
+    """Return the 97.5 % quantile of Student's t, by its expansion (Abramowitz and Stegun, 26.7.5)."""
     z = _Z
     return (
         z

@@ -95,8 +95,7 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Report on decisions, if the answers are decisions, which are scored instead of generated."""
     seconds: float = 0.0
     is_of_run: bool = False
-    """Whether the loss is over the validation rows at the end of the run, instead of over the references
-    only."""
+    """Whether the loss is over validation rows at the run's end, not over the references only."""
     is_partial: bool = False
     """Whether prompts were omitted for lack of time at the end of a run."""
     warning: str = ""
@@ -168,8 +167,7 @@ def describe_metric(metric: Metric) -> str:
 
 
 def describe_loss(loss: LossChange, name: str) -> str:
-    """Return ``validation loss 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, beginning with
-    ``name``."""
+    """Return ``name 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, where ``name`` is given."""
     values = f"{name} {format_loss(loss.before)} → {format_loss(loss.after)} on {pluralize(loss.rows, 'row')}"
     if loss.rows < MIN_ROWS or loss.interval is None:
         return f"{values}, too few to tell"
