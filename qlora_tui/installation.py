@@ -79,7 +79,7 @@ class _UvTool:
     python: str = ""
 
     def command(self, *options: str) -> list[str]:
-        """Return the command that installs all packages; it would remove those that it does not name."""
+        """Return the command that installs all packages; omitted packages would be removed."""
         program, *others = self.packages
         words = ["uv", "tool", "install", *options, *program.words()]
         words += [word for each in others for word in each.words("--with-editable", "--with")]

@@ -136,11 +136,11 @@ class Requantizer:
 
     settings: Quantization
     tails: frozenset[str]
-    """Names of the text model's weights that training quantizes, from their layer on."""
+    """Names of the text model's weights that training quantizes, from ``layers.`` on."""
     towers: frozenset[str] = frozenset()
     """Names of modules that read images, as they occur between the dots of parameter names."""
     experts: frozenset[str] = frozenset()
-    """Names of the experts' parameters that training quantizes, from their layer on."""
+    """Names of the experts' parameters that training quantizes, from ``layers.`` on."""
 
     def quantizes(self, name: str) -> bool:
         """Return whether a parameter of the model is rounded.

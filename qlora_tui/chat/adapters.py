@@ -1,12 +1,12 @@
 """Adapters on a base model: loaded on first use, switched between tokens, computed without peft's overhead.
 
-peft's layers convert dtypes, apply dropout, scale and copy at every call, which costs more than the adapter's
-arithmetic at one token per step. Here a layer is three matrix products: the scale is folded into one factor
-and the update is added in place. That is for inference only.
+peft's layers convert dtypes, apply dropout, scale and copy at every call. With one token per step, this costs
+more than the adapter's arithmetic. Here a layer is three matrix products: the scale is folded into one
+factor, and the update is added in place, which is possible for inference only.
 
-On a CPU the factors are in fp32: torch computes a thin product in half precision through a library with three
-times the overhead, on all cores, which wait for each other on a busy machine. With many tokens at once that
-does not matter, and half precision saves their conversion.
+On a CPU, the factors are in fp32. For thin products in half precision, torch uses a library with three times
+the overhead and all cores, which wait for each other on a busy machine. With many tokens at once, this
+overhead does not matter, and half precision saves the conversion of these tokens.
 """
 
 from __future__ import annotations

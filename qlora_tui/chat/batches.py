@@ -1,13 +1,14 @@
-"""Completions of one adapter, computed together: one pass of the model for the next token of each.
+"""Completions of one adapter, computed together: one pass of the model computes the next token of each.
 
-A decoding step reads all weights, for one row as for many. A prompt is read alone, then its row joins those
-that are being generated. The rows of a pass end at the same place of the buffers, and padding precedes the
-shorter ones: so a sliding window reaches back equally far in each, and the model's own masks, given which
-places are padding and the position of each row's token, hold for every kind of layer. Recurrent states have
-no places; they are only stacked. An ended row leaves; its keys and values are kept for the next turn.
+A decoding step reads all weights, for one row as well as for many. A prompt is read alone, then its row joins
+those that are being generated. All rows of a pass end at the same place of the buffers, and padding precedes
+the shorter rows. A sliding window therefore reaches back equally far in each row. The model's own masks are
+valid for every kind of layer, given the places with padding and the position of each row's token. Recurrent
+states have no places and are only stacked. A row that has ended leaves the batch; its keys and values are
+kept for the next turn.
 
-Whether a model computes rows together as it computes each alone is compared at the first occasion, with rows
-that join and leave (:meth:`Batches.allows`). If it does not, the requests take turns.
+On the first occasion, a comparison with rows that join and leave shows whether the model computes rows
+together as it computes each row alone (:meth:`Batches.allows`). If it does not, requests take turns.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from qlora_tui.data.tool_calls import CallShape, Fields, named
 from qlora_tui.errors import EXIT_USAGE, UserError
 
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"(\n[ \t]{0,16}|[ ])?"}}
-"""Compact, or in lines with an indent. Without a bound a model may write blanks until it is cut off."""
+"""White space in JSON: compact or indented, and bounded, because a model might write blanks endlessly."""
 
 _BLANK = r"/[ \n]{0,2}/"
 

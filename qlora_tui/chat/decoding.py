@@ -1,26 +1,26 @@
 """The keys and values of a conversation, and the step that adds one token to them.
 
-A conversation grows at its end, so each turn computes only the new tokens. Memory grows in blocks and is
-written in place, where the stock cache copies all its content for every token.
+A conversation grows at its end, so each turn computes only the new tokens. Buffers grow in blocks and are
+written in place, whereas the stock cache copies its whole content for every token.
 
-On a GPU a step works in these buffers with shapes that never change, is recorded as a CUDA graph, and
+On a GPU, a step works in these buffers with shapes that never change, is recorded as a CUDA graph, and is
 replayed for each token. A step launches over a thousand small kernels, which takes Python longer than the GPU
-needs to compute them; a graph launches all of them at once. It repeats the same kernels at the same
-addresses, so whatever changes from token to token is in tensors that stay in place: the token, its position,
-and the keys and values so far. Inside :func:`fixed_shapes` each layer writes at a position that a tensor
-holds, and returns its whole buffer, of which the model's mask hides the rest.
+needs to compute them. A graph launches all of them at once. It repeats the same kernels at the same
+addresses, so everything that changes between tokens is in tensors that stay in place: the token, its
+position, and the keys and values so far. Inside :func:`fixed_shapes`, each layer writes at a position that a
+tensor holds, and returns its whole buffer, of which the model's mask hides the unused part.
 
 The first tokens of an answer are computed by the same step before it is recorded, so that an answer does not
-depend on when that happens. The check of the first prompt compares this step with transformers
-(:mod:`qlora_tui.chat.session_check`), and a recorded step must give the logits of the steps
-before it. Where a step cannot be computed or recorded (a recurrent state, a layer that waits for the GPU),
-tokens are decoded as on a CPU, and ``DecodeSteps.why_not`` has the reason.
+depend on the time of recording. The check of the first prompt compares this step with transformers
+(:mod:`qlora_tui.chat.session_check`), and a recorded step must give the logits of the steps before it. If a
+step cannot be computed or recorded, for example because of a recurrent state or a layer that waits for the
+GPU, tokens are decoded as on a CPU, and ``DecodeSteps.why_not`` has the reason.
 
-Adapters are not merged. Merging into a 4-bit base quantizes it again and merging into a 16-bit base rounds:
-either changes what was trained, and the base has to answer without the adapter too. In a graph the two thin
-products of each layer cost no launches, and their weights are about 2 % of the base's.
+Adapters are not merged. Merging into a 4-bit base quantizes it again, and merging into a 16-bit base rounds.
+Both change what was trained, and the base must be able to answer without the adapter too. In a graph, the two
+thin products of each layer cost no launches, and their weights are about 2 % of the base's.
 
-On a CPU there is no such step: it would attend to the whole buffer, and gain nothing.
+On a CPU there is no such step, because it would attend to the whole buffer without a benefit.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class PrefixCache:
 
     @property
     def depends_on_length(self) -> bool:
-        """Return whether keys depend on the text's length, so that those of two texts differ."""
+        """Return whether the rotary frequencies of keys depend on the length of the text."""
         return self._switch is not None
 
     @property
@@ -230,7 +230,7 @@ class PrefixCache:
             self._cut_windows()
 
     def outdated_by(self, new_tokens: int) -> bool:
-        """Return whether cached keys have the rotary frequencies of a text without ``new_tokens``."""
+        """Return whether adding ``new_tokens`` changes the rotary frequencies of the cached keys."""
         count = len(self.token_ids)
         return self._switch is not None and 0 < count <= self._switch < count + new_tokens
 

@@ -1,9 +1,9 @@
 """Decisions on every row of a file, written into a copy of it: ``qlora-tui predict``, as a job.
 
-Decisions are appended to a hidden file next to the output, a batch at a time and in the order of the rows.
-After a kill, the whole lines in it are kept, and the rows after them follow. When all rows are decided the
-file is read once more and copied row by row, each with its decision, under another hidden name, which then
-takes the place of the output. Memory does not grow with the file.
+Decisions are appended to a hidden file next to the output, in batches and in the order of the rows. After a
+kill, complete lines of this file are kept, and the job continues with the next row. When all rows are
+decided, the input is read once more and copied row by row, each with its decision, to another hidden file,
+which then takes the place of the output. Memory use does not grow with the size of the file.
 """
 
 from __future__ import annotations
@@ -148,10 +148,10 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
 
 
 def predict(request: Prediction, report: Report) -> Predicted:
-    """Decide every row of a file, continuing what an earlier call began.
+    """Decide every row of a file, continuing an earlier call.
 
     Raises:
-        UserError: the run decides nothing, a file cannot be read or written, the output exists, or another
+        UserError: The run decides nothing, a file cannot be read or written, the output exists, or another
             process writes it.
     """
     decider, layout = check_prediction(request)

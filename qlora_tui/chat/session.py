@@ -611,7 +611,7 @@ def _streamed_session(
 
 @contextmanager
 def reported_memory(device: ComputeDevice) -> Iterator[None]:
-    """Raise UserError if the memory of the GPU or the machine becomes full inside."""
+    """Raise UserError if the memory of the GPU or the machine runs out inside the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -70,7 +70,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
 
 
 def _in_terminal(box: Box, argv: list[str]) -> int:
-    """Run a command on the box that uses this terminal; return its exit code."""
+    """Run a command on the box with this terminal; return its exit code."""
     import subprocess
 
     channel = box.open_program("--version")

@@ -95,7 +95,7 @@ class _Attention:
         self._unfused = functional.scaled_dot_product_attention
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Replace ``scaled_dot_product_attention``, which on ``meta`` is what a GPU uses as a fallback."""
+        """Replace ``scaled_dot_product_attention``, which on ``meta`` takes a GPU's fallback path."""
         if self._execution.autocast and torch.is_autocast_enabled("cuda"):
             dtype = compute_dtype(self._execution)
             query, key, value = (x.to(dtype) for x in (query, key, value))

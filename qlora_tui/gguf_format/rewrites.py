@@ -1,4 +1,4 @@
-"""How llama.cpp stores the tensors that it does not store as transformers does.
+"""Rules for tensors that llama.cpp stores in another form than transformers.
 
 Conventions that many families share:
 
@@ -9,7 +9,7 @@ Conventions that many families share:
 * Experts are one tensor per projection and layer, (experts, outputs, inputs).
 * The decay of a state space is stored as −exp(A_log), a depthwise convolution as (channels, kernel).
 
-What llama.cpp's converter does: conversion/. Which architecture uses which rules: ``conventions``.
+They follow llama.cpp's converter (conversion/). ``conventions`` says which architecture uses which rules.
 """
 
 from __future__ import annotations

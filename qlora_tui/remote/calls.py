@@ -50,7 +50,7 @@ def refuse_on_box(title: str, command: str) -> None:
 
 
 def at_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function that reads the state of the training machine: a box, if there is one."""
+    """Decorate a function to be called on the box, if any, because it reads the training machine."""
     return _marked(function, changes=False)
 
 

@@ -214,7 +214,7 @@ def stop(run: RunDir, *, now: bool = False) -> None:
 def pause(run: RunDir) -> None:
     """Make the trainer save a checkpoint and free the GPU; ``resume`` continues the run.
 
-    A run that is on hold has already done this. It then no longer continues by itself.
+    A run on hold has done this already. Pausing it means that it no longer continues by itself.
     """
     if is_on_cluster(run):
         is_taken_back = slurm_runs.cancel(run, pauses=True)

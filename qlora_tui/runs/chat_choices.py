@@ -6,10 +6,10 @@
 * ``MODEL-HASH.edits.jsonl``: a prompt with the answer as the user edited it (``completion``), the only part
   in the loss.
 
-The hash tells models apart whose folders have one name.
+The hash distinguishes models whose folders have the same name.
 
-Each row has its provenance: base, adapters, run, decoding settings, time. A turn that is judged again
-replaces its row.
+Each row has its provenance: base, adapters, run, decoding settings, time. A new judgment of a turn replaces
+its row.
 """
 
 from __future__ import annotations

@@ -8,18 +8,18 @@ runs/<id>/
   heartbeat.json   the trainer's progress, once a second
   name             the run's name, if the user renamed it
   gpu              the GPUs that the user chose for this run, if any
-  devices.json     the devices that it has, or had last (:mod:`qlora_tui.runs.devices`)
-  sweep            the sweep that made the run, if one did
-  pause_at         the share of its steps after which the run pauses, if it is to
-  now              present if the run trains whatever the hours, and next to other programs
+  devices.json     the run's current or last devices (:mod:`qlora_tui.runs.devices`)
+  sweep            the sweep that created the run, if any
+  pause_at         the share of its steps after which the run pauses, if any
+  now              present if the run trains outside the hours and next to other programs
   trainer.log      the trainer's output
-  trainer.lock     locked by the trainer as long as it runs
+  trainer.lock     locked by the trainer while it runs
   untold           present until the runner has handled the run's end
   control/         requests to the trainer (:mod:`qlora_tui.runs.control`)
   slurm.json       the job that trains it on a cluster (:mod:`qlora_tui.runs.slurm`)
-  job.sh           what was submitted
-  slurm.log        the output of that job
-  squeue.json      what Slurm last said of it
+  job.sh           the submitted script
+  slurm.log        the output of this job
+  squeue.json      the last state of the job in Slurm
   checkpoints/     step-N/, to resume from
   adapter/         the result: adapter, tokenizer, chat template, recipe
 """

@@ -34,7 +34,7 @@ Form: TypeAlias = Literal[
 ]
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: an upload to the Hub; ``lora``: only in records."""
 COMPARED_TOKENS = 4_096
-"""Default of the number of tokens whose answers are compared; docs/export.md explains the number."""
+"""Default number of tokens whose answers are compared; docs/export.md explains it."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 

@@ -35,7 +35,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Identity of a process that no other process ever has."""
+    """Permanent identity of a process, unlike its PID, which is reused."""
 
     pid: int
     boot_id: str

@@ -1,4 +1,4 @@
-"""The loss of each training row before and after training, which shows what rows taught and which may harm.
+"""Loss of each training row before and after training, to find rows that taught the run or may harm it.
 
 ``row_losses.json`` in the run's folder has a record for each row, the most suspicious first.
 ``row_losses.f32`` has the loss of each trained token as little-endian floats: for each row, the losses before

@@ -377,7 +377,7 @@ class PreferenceAccuracy:
     unit: str
     """``pair`` or ``answer``."""
     expected: float
-    """Share that a model wins that has not learned."""
+    """Share that an untrained model is expected to win."""
     is_measured: bool = False
     """Whether ``expected`` was measured on the same data, and therefore has an interval too."""
 

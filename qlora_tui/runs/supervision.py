@@ -57,7 +57,7 @@ class Supervisor:
         self._hold = hold
 
     def begin(self, run: RunDir, devices: Devices) -> None:
-        """Train a run to its end. Raises UserError if another trainer or run holds it or a device."""
+        """Train a run to its end. Raises UserError if the run or a device is in use."""
         deadline = time.monotonic() + EXITING_S
         # The previous trainer may still be exiting, without a parent that waits for it.
         while is_locked(run.trainer_lock_path):
@@ -188,7 +188,7 @@ class Supervisor:
         return exit_code
 
     def requeue(self, run: RunDir) -> None:
-        """Return a run that yielded its devices to its place in the queue. Raises OSError."""
+        """Put a run that yielded its devices back in its place in the queue. Raises OSError."""
         run_queue.requeue(run, first=True)
 
     def notify(self, run: RunDir) -> None:

@@ -250,7 +250,7 @@ class Api:
 
     @contextmanager
     def _admitted(self) -> Iterator[object]:
-        """Count a request as open inside the block; yield its token. Raises ApiError if too many are."""
+        """Count a request as open inside the block; yield a mark for it. Raises ApiError if too many are."""
         if self.figures.open >= MOST_OPEN:
             raise ApiError(
                 429,

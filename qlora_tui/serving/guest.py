@@ -34,7 +34,7 @@ class Guest:
     def __init__(
         self, runs: RunsToServe, aliases: Mapping[str, str] | None = None, idle_unload_s: float | None = None
     ) -> None:
-        """Raise UserError for an alias that names no model, or that is itself the name of a model.
+        """Look up the models to serve. Raises UserError for an alias of no model or with a model's name.
 
         ``idle_unload_s``: seconds without a request after which the model is unloaded; None keeps it loaded.
         """

@@ -3,7 +3,7 @@
 The first metric is the one that a verdict names:
 
 * tool calls, if rows offer tools and the reference calls one: whether the call is valid;
-* JSON, if the references are JSON: whether the answer is;
+* JSON, if the references are JSON: whether the answer is valid JSON;
 * short references: exact match (answers of a few options are decisions: :mod:`.decisions`);
 * anything else: the words shared with the reference (token F1).
 

@@ -23,7 +23,7 @@ from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 
 FILE = "decision.json"
 MOST_DECISIONS = 1000
-"""Default of the number of validation rows to decide. More rows hardly change a calibration."""
+"""Default number of validation rows to decide. More rows hardly change a calibration."""
 MIN_FITTED_ROWS = 20
 """Number of rows below which no calibration is fitted and the temperature stays 1."""
 _VERSION = 1

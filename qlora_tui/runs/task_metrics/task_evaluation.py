@@ -32,7 +32,7 @@ from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, mean_inter
 
 _JOB = "qlora_tui.chat.task_answers:evaluate"
 DEFAULT_PROMPTS = 100
-"""Default of the number of validation prompts to answer. For decisions the default is higher."""
+"""Default number of validation prompts to answer. For decisions, the default is higher."""
 _MAX_BYTES = 1 << 26
 _SHOWN_CHARACTERS = 300
 _OF_SIDES = (2, 4)
