@@ -267,7 +267,7 @@ class _AnswerParts:
         """Time of the first token."""
 
     def add_text(self, text: str, *, is_last: bool = False) -> Iterator[TextChunk]:
-        """Add the text of one token; yield the chunks that are complete, with ``is_last`` all."""
+        """Add the text of one token; yield the complete chunks, or all chunks with ``is_last``."""
         was_in_thought = self._splitter.in_thought
         pieces = self._splitter.feed(text) + (self._splitter.rest() if is_last else [])
         if was_in_thought:

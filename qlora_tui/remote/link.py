@@ -196,7 +196,7 @@ class Link:
         )
 
     def there(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
-        """Return JSON with this machine's paths of runs and sent data replaced by those on the box."""
+        """Return JSON in which paths of runs and sent data on this machine become paths on the box."""
         if self._hello is None:
             return msgspec.Raw(encoded)
         pairs = {str(self._state_dir): self._hello.state_dir}
@@ -204,7 +204,7 @@ class Link:
         return _with_paths(encoded, pairs)
 
     def here(self, encoded: bytes | msgspec.Raw) -> msgspec.Raw:
-        """Return JSON with the box's paths of runs and sent data replaced by those on this machine."""
+        """Return JSON in which paths of runs and sent data on the box become paths on this machine."""
         if self._hello is None:
             return msgspec.Raw(encoded)
         pairs = {place: local for local, (_, place) in list(self._sent.items())}

@@ -108,7 +108,7 @@ def resume(run: RunDir) -> None:
 
 
 def _is_compared(run: RunDir) -> bool:
-    """Whether the run is a trial of a sweep that has not ended."""
+    """Return whether the run is a trial of a sweep that has not ended."""
     return bool(run.sweep) and (paths.sweeps_dir() / run.sweep / "active").exists()
 
 

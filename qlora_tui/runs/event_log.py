@@ -113,7 +113,7 @@ class LineTail:
         self._is_skipping = False
 
     def poll(self, max_bytes: int = 0) -> bytes:
-        """Return the complete lines in the next ``max_bytes`` (default 1 MiB); empty if none."""
+        """Return the complete lines in the next ``max_bytes`` (default 1 MiB); empty if there are none."""
         max_bytes = max_bytes or _READ_BYTES
         chunk = read_from(self.path, self.offset, max_bytes)
         end = chunk.rfind(b"\n") + 1

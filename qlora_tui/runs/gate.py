@@ -76,7 +76,7 @@ class Gate:
         self._lock = threading.Lock()
 
     def hours_hold(self, run: RunDir) -> Hold | None:
-        """Return the hold of a run outside the hours; None within them, or if it must train now."""
+        """Return the hold of a run outside the hours; None within them, or if it trains regardless."""
         with self._lock:
             # Do not read the GPU here, because it may sleep until the hours begin.
             return None if run.trains_now else closed_hours(self._settings.read(), self._clock)
