@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -48,12 +49,23 @@ def test_every_setting_that_the_guides_name_exists() -> None:
     assert named - keys == set()
 
 
+def walked_types() -> Outcome:
+    return msgspec.json.decode((ROOT / "docs/reference/models.json").read_bytes(), type=Outcome)
+
+
+def test_the_readme_counts_the_types_that_train() -> None:
+    verdicts = Counter(each.verdict for each in walked_types().types)
+    lines = (ROOT / "README.md").read_text().splitlines()
+    row = next(line for line in lines if "reference/models.md" in line)
+    counts = [int(number) for number in re.findall(r"\d+", row)]
+    assert counts == [verdicts.total(), verdicts["trained"], verdicts["refused"]]
+
+
 @pytest.mark.slow
 def test_no_type_is_missing() -> None:
     from bench.model_types.processes import all_types
 
-    outcome = msgspec.json.decode((ROOT / "docs/reference/models.json").read_bytes(), type=Outcome)
-    assert [each.model_type for each in outcome.types] == all_types()
+    assert [each.model_type for each in walked_types().types] == all_types()
 
 
 def linked_tests() -> list[tuple[str, str]]:
