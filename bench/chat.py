@@ -263,7 +263,7 @@ class _Clock:
 
 def by_chat(recipe: Recipe, adapter: str) -> Answer:
     """Return a function that answers with this program's chat."""
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     session = load_session(ChatSource(recipe=recipe, adapters={ADAPTER: adapter}))
     session.end_ids = frozenset()

@@ -23,7 +23,7 @@ _LIMIT_S = 600
 _PRELOAD = [
     "torch", "peft", "bitsandbytes", "datasets", "transformers.models.auto.modeling_auto",
     "qlora_tui.training.attempt", "qlora_tui.training.supervisor", "qlora_tui.export.merge",
-    "qlora_tui.chat.session", "qlora_tui.engine.trace_worker", "bench.model_types.walk",
+    "qlora_tui.chat.loading", "qlora_tui.engine.trace_worker", "bench.model_types.walk",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import msgspec
 import torch
+from qlora_tui.recipe.training_settings import Training
 from torch import Tensor, nn
 
 from bench.model_types.outcome import Walked
@@ -27,7 +28,7 @@ from bench.model_types.tiny_config import settings_of
 from qlora_tui.adapters.base_weights import SHARED_WEIGHT
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError, first_line
-from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -323,7 +324,7 @@ def _compare_answers(run: Any, model_folder: Path, walked: Walked, *, compared: 
     from qlora_tui.chat import generation
     from qlora_tui.chat.chat_sources import run_source
     from qlora_tui.chat.chat_types import GREEDY
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from qlora_tui.data.conversation import Message
 
     vars(generation)["PREFILL_CHUNK_TOKENS"] = _READ_TOKENS

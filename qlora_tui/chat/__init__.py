@@ -3,6 +3,7 @@
 chat_types          sampling settings, results, and what an adapter changes, as a sentence; no torch
 chat_sources        the available adapters, and whether a chat fits into the free memory; no torch
 session             the base model and its adapters in memory
+loading             loads a session
 adapters            loads adapters, and computes them without peft's overhead
 decoding            keys and values of a conversation; on a GPU, decoding steps recorded as CUDA graphs
 cpu                 faster decoding on a CPU

@@ -255,7 +255,7 @@ def _session(request: Prediction) -> ChatSession:
     configure_torch_env()
     with faster_imports():
         from qlora_tui.chat.chat_sources import run_source
-        from qlora_tui.chat.session import load_session
+        from qlora_tui.chat.loading import load_session
         from qlora_tui.training.host import lower_priority
 
     session = load_session(run_source(RunDir(Path(request.run))), streams=True)

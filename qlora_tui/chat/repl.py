@@ -171,7 +171,7 @@ def run_repl(
 def _load(source: ChatSource, on_status: Callable[[str], None]) -> ChatSession:
     configure_torch_env()
     with faster_imports():
-        from qlora_tui.chat.session import load_session
+        from qlora_tui.chat.loading import load_session
 
     return load_session(source, on_status)
 

@@ -20,14 +20,13 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from qlora_tui.adapters.base_weights import StatusFn, every_tenth, model_folder
-from qlora_tui.chat.adapters import AdapterSet, uses_dora
+from qlora_tui.chat.adapters import AdapterSet
 from qlora_tui.chat.batches import Batches
 from qlora_tui.chat.chat_types import BASE, ChatSource, Sampling, ThinkingSupport
 from qlora_tui.chat.completion import CompletionStream, completion_constraint, completion_prompt
 from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.constraints import Calls, Constraint, Grammars
-from qlora_tui.chat.cpu import dequantize_on_cpu, grouped_heads, use_cpu_layout
+from qlora_tui.chat.cpu import grouped_heads
 from qlora_tui.chat.decoding import (
     DecodeStep,
     DecodeSteps,
@@ -47,19 +46,14 @@ from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
 from qlora_tui.data.tokenizer_files import panics_as_errors
 from qlora_tui.data.tool_calls import CallFormat, call_format
 from qlora_tui.errors import EXIT_USAGE, UserError, first_line
-from qlora_tui.formatting import short_model_name
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
 from qlora_tui.locks import hold_folder
-from qlora_tui.memory.execution import AttentionPath
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.directory import run_of
 from qlora_tui.training.answers import answer_greedily
 from qlora_tui.training.checks.attention import short_windows
-from qlora_tui.training.compute_device import ComputeDevice, find_device, free_host_bytes
-from qlora_tui.training.experts.lora import fuse_experts
-from qlora_tui.training.model import load_base
+from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 from qlora_tui.training.option_scores import Choice, OptionScorer, Scores
-from qlora_tui.training.streaming.placement import place_streamed
 
 _TRIED_CHARACTERS = 16
 """Characters per token of the context beyond which a prompt is too long without being tokenized in full."""
@@ -563,52 +557,6 @@ class ChatSession:
         return self._decoder.decode(token_ids)
 
 
-def load_session(
-    source: ChatSource, on_status: StatusFn = lambda words: None, *, streams: bool = False
-) -> ChatSession:
-    """Load the base model of ``source``. Its adapters are loaded on first use.
-
-    With ``streams``, the layers that the recipe streams stay in host memory and are copied to the GPU for
-    every token. Such a session cannot be used by code that reads the weights.
-
-    Raises UserError if the model cannot be loaded.
-    """
-    recipe = source.recipe
-    folder = model_folder(recipe, on_status)
-    # For a path, only its last part: paths of converted models are long.
-    is_path = Path(recipe.model.id).is_absolute()
-    words = f"Loading {short_model_name(recipe.model.id) if is_path else recipe.model.id}"
-    on_status(words)
-    device = find_device(recipe)
-    tokenizer = chat_tokenizer(source, folder)
-    attention_path: AttentionPath = "eager" if recipe.model.attention == "eager" else "segments"
-    count = recipe.quantization.streamed_layers if streams else 0
-    with reported_memory(device):
-        model = load_base(
-            folder, recipe, device, attention_path, every_tenth(on_status, words), to_host=count > 0
-        )
-        if count:
-            return _streamed_session(source, model, tokenizer, device, on_status)
-    model.eval()
-    fuse_experts(model)
-    on_cpu = device.kind == "cpu"
-    dequantized = on_cpu and dequantize_on_cpu(model, device)
-    if on_cpu and not dequantized and not any(map(uses_dora, source.adapters.values())):
-        use_cpu_layout(model)
-    return ChatSession(source, model, tokenizer, device)
-
-
-def _streamed_session(
-    source: ChatSource, model: Any, tokenizer: ChatTokenizer, device: ComputeDevice, on_status: StatusFn
-) -> ChatSession:
-    streamed = place_streamed(model, source.recipe.quantization.streamed_layers, device.torch_device)
-    on_status(f"{len(streamed)} layers stay in host memory and are copied for every token: answers are slow")
-    session = ChatSession(source, model.eval(), tokenizer, device)
-    if session.steps is not None:
-        session.steps.turn_off(f"{len(streamed)} layers are copied from host memory for every token.")
-    return session
-
-
 @contextmanager
 def reported_memory(device: ComputeDevice) -> Iterator[None]:
     """Raise UserError if the memory of the GPU or the machine runs out inside the block."""
@@ -622,14 +570,6 @@ def reported_memory(device: ComputeDevice) -> Iterator[None]:
             what=f"The model and this conversation need more memory than is free on {device.name}.",
             fix="Close other programs that use it, pause a run, or start a shorter conversation.",
         ) from error
-
-
-def chat_tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
-    """Load the tokenizer of an adapter with its training template; otherwise the model's own."""
-    for adapter in map(Path, source.adapters.values()):
-        if (adapter / "tokenizer.json").is_file():
-            return ChatTokenizer.from_folder(adapter)
-    return ChatTokenizer.from_folder(folder, source.recipe.model.chat_template)
 
 
 def _model_ends(model: Any) -> frozenset[int]:

@@ -168,7 +168,7 @@ def answer_prompts(
         from qlora_tui.chat.chat_sources import run_source
         from qlora_tui.chat.chat_types import ADAPTER
         from qlora_tui.chat.effect_measurement import session_data, validation_samples
-        from qlora_tui.chat.session import load_session
+        from qlora_tui.chat.loading import load_session
         from qlora_tui.training.decisions import find_decisions
         from qlora_tui.training.host import lower_priority
         from qlora_tui.training.task_prompts import TaskRows

@@ -12,7 +12,8 @@ from qlora_tui.chat.completion_types import Completion, CompletionPart, Completi
 from qlora_tui.chat.decide import decide_one, decider_of
 from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import AnswerStream
-from qlora_tui.chat.session import ChatSession, load_session, reported_memory
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession, reported_memory
 from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.engine.protocol import ChatReady, CountTokens, Decide, Generate, LoadChat, MeasureEffect
 from qlora_tui.errors import EXIT_USAGE, UserError

@@ -20,7 +20,7 @@ from qlora_tui.adapters.merged_weights import Requantizer, requantizer
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import load_session
+from qlora_tui.chat.loading import load_session
 from qlora_tui.errors import UserError
 from qlora_tui.export.reference import Reference, reason_of, reference_or_reason
 from qlora_tui.formatting import format_bytes, format_nats

@@ -27,7 +27,7 @@ from qlora_tui.catalog.gguf import (
 )
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import chat_tokenizer
+from qlora_tui.chat.loading import chat_tokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.base_choice import BaseChoice, base_requantizer, choose_base
 from qlora_tui.export.gguf_file.content import gguf_content

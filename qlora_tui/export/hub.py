@@ -26,7 +26,7 @@ from qlora_tui.catalog.local_models import find_files, resolve_model
 from qlora_tui.catalog.model_validation import copy_files, is_tokenizer_file, tokenizer_files
 from qlora_tui.chat.chat_types import ADAPTER, ChatSource
 from qlora_tui.chat.effect_measurement import measure_effect
-from qlora_tui.chat.session import chat_tokenizer, load_session
+from qlora_tui.chat.loading import chat_tokenizer, load_session
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf import check_file_types, export_gguf
 from qlora_tui.export.gguf_file.content import base_license, gguf_content

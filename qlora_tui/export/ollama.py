@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import chat_tokenizer
+from qlora_tui.chat.loading import chat_tokenizer
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.export.gguf import GgufExport, export_gguf

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.chat.chat_types import BASE, ChatSource
-from qlora_tui.chat.session import ChatSession, chat_tokenizer, load_session, reported_memory
+from qlora_tui.chat.loading import chat_tokenizer, load_session
+from qlora_tui.chat.session import ChatSession, reported_memory
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
 from qlora_tui.data.render import prompt_text

@@ -139,7 +139,7 @@ def test_a_too_long_question_does_not_end_the_conversation(
 
 def test_an_adapters_own_tokenizer_and_template_are_used(run: RunDir, tiny_model: Path) -> None:
     from qlora_tui.chat.chat_sources import run_source
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from qlora_tui.data.conversation import Message
 
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -16,7 +16,8 @@ from msgspec.structs import replace
 from qlora_tui.chat import batches, decoding
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
 from qlora_tui.chat.completion_types import Completion, CompletionResult
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Model, Quantization, Recipe

@@ -22,7 +22,7 @@ LONG = msgspec.structs.replace(GREEDY, max_new_tokens=24)
 
 @pytest.fixture(scope="module")
 def session(tiny_source: ChatSource) -> Any:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     return load_session(tiny_source)
 

@@ -19,7 +19,8 @@ from qlora_tui.chat import completion, generation
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, Sampling
 from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.constraints import Calls, Grammars
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError, ToolCall
 from qlora_tui.data.render import render_text
 from qlora_tui.data.tokenizer import ChatTokenizer

@@ -17,7 +17,8 @@ from qlora_tui.chat import decoding
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GREEDY, ChatSource, GenerationResult, Sampling
 from qlora_tui.chat.completion_types import Completion
 from qlora_tui.chat.decoding import DecodeSteps, Function, GrowingLayer, Record
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from tests.chat.adapters import make_adapter

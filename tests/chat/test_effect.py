@@ -58,7 +58,7 @@ def test_the_figures_are_those_of_peft_and_the_definitions(source: ChatSource) -
     from peft import PeftModel
 
     from qlora_tui.chat.effect_measurement import measure_effect
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from qlora_tui.data.dataset import prepare_dataset
     from qlora_tui.data.tokenizer import ChatTokenizer
 
@@ -95,7 +95,7 @@ def test_the_figures_are_those_of_peft_and_the_definitions(source: ChatSource) -
 @pytest.mark.slow
 def test_it_can_be_ended_early_and_needs_held_out_data(source: ChatSource) -> None:
     from qlora_tui.chat.effect_measurement import measure_effect
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     session = load_session(source)
     stop = Event()

@@ -16,8 +16,8 @@ from qlora_tui.chat import prediction
 from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource, Decided
 from qlora_tui.chat.decide import decide, decide_one
+from qlora_tui.chat.loading import load_session
 from qlora_tui.chat.prediction import Prediction, predict
-from qlora_tui.chat.session import load_session
 from qlora_tui.chat.task_answers import answer_prompts
 from qlora_tui.cli import main
 from qlora_tui.data.conversation import Conversation, Message

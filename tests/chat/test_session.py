@@ -33,7 +33,7 @@ SHORT = msgspec.structs.replace(GREEDY, max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def session(tiny_source: ChatSource) -> Any:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     return load_session(tiny_source)
 
@@ -70,7 +70,7 @@ def test_keys_follow_the_frequencies_of_the_whole_conversation(tiny_source: Chat
 
 
 def test_the_trainers_samples_are_the_greedy_answers_of_chat(tiny_source: ChatSource) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from qlora_tui.training.answers import SAMPLE_TOKENS, generate_samples
 
     session = load_session(tiny_source)
@@ -142,7 +142,7 @@ def test_side_by_side_answers_do_not_affect_each_other(session: Any) -> None:
 def test_a_second_turn_reads_only_new_tokens_and_answers_equally(
     session: Any, tiny_source: ChatSource
 ) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     first = said(session)
     longer = (*QUESTION, Message("assistant", first.text), Message("user", "and the dog"))
@@ -222,7 +222,7 @@ def test_an_unknown_adapter_is_rejected_naming_the_known_ones(session: Any) -> N
 def test_an_adapter_of_another_model_is_refused(
     session: Any, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from tests.chat.adapters import make_adapter
     from tests.training.tiny_model import make_tiny_model
 
@@ -236,7 +236,7 @@ def test_an_adapter_of_another_model_is_refused(
 
 
 def test_a_run_is_in_use_while_its_adapter_is_loaded(tiny_source: ChatSource) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     run = create_run(tiny_source.recipe)
     adapter = shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
@@ -250,7 +250,7 @@ def test_a_run_is_in_use_while_its_adapter_is_loaded(tiny_source: ChatSource) ->
 def test_dora_and_plain_adapters_answer_as_in_peft(
     tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from tests.chat.adapters import make_adapter
 
     dora = str(make_adapter(tiny_model, tmp_path / "dora", use_dora=True, use_rslora=True))
@@ -266,7 +266,7 @@ def test_dora_and_plain_adapters_answer_as_in_peft(
 def test_trained_token_rows_answer_as_in_peft_beside_other_adapters(
     tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from tests.chat.adapters import make_adapter
 
     ids = {"model.embed_tokens": [1, 2, 300], "lm_head": [1, 2, 300]}
@@ -289,7 +289,7 @@ def test_trained_token_rows_answer_as_in_peft_beside_other_adapters(
 def test_a_trained_embedding_answers_as_in_peft_beside_other_adapters(
     tiny_model: Path, tiny_source: ChatSource, tmp_path: Path
 ) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from tests.chat.adapters import make_adapter
 
     whole = ["model.embed_tokens", "lm_head"]
@@ -317,7 +317,7 @@ def test_packed_and_dequantized_4_bit_weights_give_the_same_scores(
 ) -> None:
     import torch
 
-    from qlora_tui.chat import session as room
+    from qlora_tui.chat import loading as room
 
     scores = []
     for keep_packed in (True, False):
@@ -331,7 +331,7 @@ def test_packed_and_dequantized_4_bit_weights_give_the_same_scores(
 
 
 def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_path: Path) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     for file in Path(tiny_source.adapters["adapter"]).iterdir():
         name = "adapter_model.bin" if file.suffix == ".safetensors" else file.name
@@ -342,7 +342,7 @@ def test_pickled_adapter_weights_are_never_loaded(tiny_source: ChatSource, tmp_p
 
 
 def test_a_damaged_adapter_is_not_loaded(tiny_source: ChatSource, tmp_path: Path) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     for file in Path(tiny_source.adapters["adapter"]).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -376,7 +376,7 @@ def test_lack_of_memory_names_the_device_and_other_errors_pass(kind: str, title:
 
 
 def test_a_session_with_streamed_layers_answers_like_another(tmp_path: Path) -> None:
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     folder = make_tiny_model(tmp_path / "deep", num_hidden_layers=4)
     adapters = {"adapter": str(make_adapter(folder, tmp_path / "adapter", seed=1))}

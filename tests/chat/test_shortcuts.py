@@ -20,7 +20,8 @@ from qlora_tui.chat import adapters, cpu, decoding, generation, logits
 from qlora_tui.chat.chat_types import ADAPTER, BASE, GREEDY, ChatSource
 from qlora_tui.chat.decoding import PrefixCache
 from qlora_tui.chat.generation import PREFILL_CHUNK_TOKENS, AnswerStream
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.recipe.schema import Model, Quantization, Recipe
 from qlora_tui.training.checks import rounding

@@ -124,7 +124,7 @@ def test_batched_answers_are_those_of_the_chat(
     import torch
 
     from qlora_tui.chat import session as session_module
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     session = load_session(tiny_source)
     session.ensure_loaded("adapter")

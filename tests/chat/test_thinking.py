@@ -150,7 +150,7 @@ def test_an_adapters_recipe_says_how_it_is_asked(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def sessions(tiny_model: Path, tiny_source: ChatSource, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tiny model with the template of each thinking model."""
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
 
     loaded = {}
     for name, template in TEMPLATES.items():

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.export.base_choice import base_requantizer
 from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.merge import MergeCheck, merge, verify_merge
@@ -105,7 +106,7 @@ def test_a_gpu_too_small_for_16_bits_measures_nothing(
             raise torch.OutOfMemoryError
         return compute(self, *arguments)
 
-    monkeypatch.setattr("qlora_tui.chat.session.load_base", load)
+    monkeypatch.setattr("qlora_tui.chat.loading.load_base", load)
     monkeypatch.setattr(ChatSession, "head_inputs", head_inputs)
     choice = merge(inflated, "adapter", tmp_path / "merged", base_name="best").base
     assert choice.chosen == "dequantized" and "Out of memory" in choice.sentence

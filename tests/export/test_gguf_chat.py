@@ -10,7 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from qlora_tui.chat.chat_types import GREEDY
-from qlora_tui.chat.session import ChatSession, load_session
+from qlora_tui.chat.loading import load_session
+from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Message
 from qlora_tui.engine.chat_service import ChatService
 from qlora_tui.engine.protocol import Generate, LoadChat, MeasureEffect

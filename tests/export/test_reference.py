@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from qlora_tui.chat.loading import load_session
 from qlora_tui.chat.logits import ModelHead
-from qlora_tui.chat.session import load_session
 from qlora_tui.errors import UserError
 from qlora_tui.export import reference as reference_module
 from qlora_tui.export.reference import Answers, kl_divergence, reference_answers

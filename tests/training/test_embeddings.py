@@ -254,7 +254,7 @@ def test_only_trained_rows_teach_a_base_model_to_stop(
     from transformers import AutoModelForCausalLM
 
     from qlora_tui.chat.effect_measurement import measure_effect
-    from qlora_tui.chat.session import load_session
+    from qlora_tui.chat.loading import load_session
     from qlora_tui.export.merge import merge
 
     without = answering()
