@@ -24,13 +24,15 @@ from qlora_tui.formatting import (
     format_small_percent,
     format_speed,
     pluralize,
+    short_model_name,
     truncate_middle,
 )
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import key_label
+from qlora_tui.tui.key_names import key_label, key_name
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.plot import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -80,6 +82,17 @@ def loaded_text(ready: ChatReady) -> str:
     return (
         f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
     )
+
+
+def unloaded_text(chat: Conversation, server: ServerStatus | None) -> str:
+    """Return what holds or freed the model that answers here; empty if it is loaded or was never needed."""
+    if server is not None and not chat.ready:
+        return (
+            f"■ The server on port {server.port} holds its own copy of {short_model_name(server.base)} "
+            f"({format_bytes(server.memory_bytes)}). {key_name('chat.serve')} stops it."
+        )
+    because = chat.unloaded_because
+    return f"■ Unloaded: {because}. The next message loads the model again." if because else ""
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:

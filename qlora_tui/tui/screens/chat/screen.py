@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from textual import work
+from textual import on, work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
@@ -19,7 +19,7 @@ from qlora_tui.chat.chat_types import ChatSource, Effect, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import CountTokens
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_bytes, pluralize, short_model_name, truncate_middle
+from qlora_tui.formatting import pluralize, truncate_middle
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
@@ -47,6 +47,7 @@ from qlora_tui.tui.screens.chat.panels import (
     prompt_title,
     sampling_line,
     session_line,
+    unloaded_text,
 )
 from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
 from qlora_tui.tui.screens.chat.start import (
@@ -58,7 +59,7 @@ from qlora_tui.tui.screens.chat.start import (
     recorded_title,
     start_lines,
 )
-from qlora_tui.tui.screens.chat.turn import AdapterAnswer, ChatTurn
+from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ask_search
 from qlora_tui.tui.screens.train.screen import prepare_run
 from qlora_tui.tui.ui_state import add_recent, recent
@@ -71,9 +72,7 @@ if TYPE_CHECKING:
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
 """Actions whose keys do not type text. The footer shows only these while a prompt is written."""
 _SIDE_CELLS = 120
-"""Minimum width, in cells, for a side column next to one answer. Next to two answers, it needs a very wide
-window.
-"""
+"""Minimum width, in cells, for a side column next to one answer; two answers need a very wide window."""
 _HIGH_CELLS = 50
 """Minimum height of the window, in cells, for offering more prompts to begin with."""
 _HINTS = (HINT, UNFOCUSED_HINT)
@@ -452,13 +451,13 @@ class ChatScreen(WorkScreen):
             self.notify("There is no answer to edit yet.")
             return
         answer = [each for each in turn.answers.values() if each.text.strip()][-1]
-        editor = AnswerEditor(answer.adapter_name, answer.text.strip())
-        self.ask(editor, lambda text: self._record_edit(turn, answer, text))
 
-    def _record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        self.conversation.record_edit(turn, answer, text)
-        self._notify_recorded("edits", "the edited answer")
-        answer.show_judgment("edited")
+        def record(text: str) -> None:
+            self.conversation.record_edit(turn, answer, text)
+            self._notify_recorded("edits", "the edited answer")
+            answer.show_judgment("edited")
+
+        self.ask(AnswerEditor(answer.adapter_name, answer.text.strip()), record)
 
     def _notify_recorded(self, kind: ChoiceKind, what: str) -> None:
         """Notify the user how many judgments of this kind have been saved."""
@@ -499,7 +498,8 @@ class ChatScreen(WorkScreen):
             self.call_later(self.show_header)
 
     def on_resize(self) -> None:
-        self.call_after_refresh(self._show_all)
+        self.call_after_refresh(self.show_header)
+        self.call_after_refresh(lambda: self.show_effect(self._effect))
 
     def on_conversation_changed(self, event: Conversation.Changed) -> None:
         """Show the state of the conversation."""
@@ -510,12 +510,8 @@ class ChatScreen(WorkScreen):
         """Show the adapter's effect, or the progress of measuring it."""
         self.show_effect(event.effect)
 
-    def on_chat_turn_resized(self) -> None:
-        self._fit_panel()
-
-    def on_conversation_resized(self) -> None:
-        self._fit_panel()
-
+    @on(ChatTurn.Resized)
+    @on(Conversation.Resized)
     def _fit_panel(self) -> None:
         """Make the panel as high as its conversation, so that the prompt field is directly below the last
         answer until the window is full.
@@ -528,10 +524,6 @@ class ChatScreen(WorkScreen):
         content = max(ends, default=1)
         others = (each.outer_size.height for each in panel.children if each.display and each is not chat)
         panel.styles.max_height = content + panel.gutter.height + sum(others)
-
-    def _show_all(self) -> None:
-        self.show_header()
-        self.show_effect(self._effect)
 
     def show_effect(self, effect: str | Effect) -> None:
         self._effect = effect
@@ -581,14 +573,7 @@ class ChatScreen(WorkScreen):
         self.query_one("#prompt-panel").display = has_source
         self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side
-        because = chat.unloaded_because
-        unloaded = f"■ Unloaded: {because}. The next message loads the model again." if because else ""
-        server = self.app.system_status.loaded_server
-        if server is not None and not chat.ready:
-            unloaded = (
-                f"■ The server on port {server.port} holds its own copy of {short_model_name(server.base)} "
-                f"({format_bytes(server.memory_bytes)}). {key_name('chat.serve')} stops it."
-            )
+        unloaded = unloaded_text(chat, self.app.system_status.loaded_server)
         self.query_one("#unloaded", Lines).show(Content.styled(unloaded, "$warning"))
         self.query_one("#unloaded").display = bool(unloaded)
         panel = self.query_one("#chat-panel", Panel)
