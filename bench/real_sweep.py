@@ -18,7 +18,7 @@ from qlora_tui.cli import main as command
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.demo.demo_model import ensure_model
 from qlora_tui.recipe.layering import build_recipe
-from qlora_tui.recipe.schema import Training
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.status import read_status
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.sheet import Sheet, Sweep

@@ -24,7 +24,8 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.gpu.visible_devices import default_cuda_device
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe
+from qlora_tui.recipe.training_settings import Training
 
 _PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "accelerate"),

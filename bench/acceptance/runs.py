@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from bench.acceptance.context import CheckContext
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import actions
 from qlora_tui.runs.describe import follow_events
 from qlora_tui.runs.directory import RunDir

@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 
 from bench.baselines.job import TrainingJob, read_job, tell
-from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import actions
 from qlora_tui.runs.describe import follow_events
 from qlora_tui.runs.directory import RunDir

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bench.model_types.outcome import Estimated
 from bench.model_types.tiny_config import settings_of
-from qlora_tui.recipe.schema import Checkpointing, Data, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Quantization, Recipe
+from qlora_tui.recipe.training_settings import Checkpointing, Training
 
 _HEAD_WIDTH = 128
 _LENGTH = 512

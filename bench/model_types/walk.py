@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from qlora_tui.recipe.training_settings import Training
 from torch import Tensor, nn
 
 from bench.model_types.outcome import Walked
@@ -29,6 +28,7 @@ from qlora_tui.adapters.base_weights import SHARED_WEIGHT
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.errors import UserError, first_line
 from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

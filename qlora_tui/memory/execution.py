@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_tui.memory.calibration import Correction, TransferSpeed
 from qlora_tui.memory.traces import NO_TRACES, KnownTraces
-from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.training_settings import RecipeOptimizer
 
 if TYPE_CHECKING:
     from qlora_tui.catalog.architecture_types import Architecture

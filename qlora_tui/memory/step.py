@@ -24,7 +24,8 @@ from qlora_tui.memory.execution import (
 from qlora_tui.memory.layout import Layer, Layout, build_layout
 from qlora_tui.memory.static_memory import adapter_bytes, optimizer_step_bytes
 from qlora_tui.memory.weights import round_to_block
-from qlora_tui.recipe.schema import Data, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Quantization, Recipe
+from qlora_tui.recipe.training_settings import Training
 
 ANSWER_TOKENS = 48
 """Largest number of tokens of an answer to a general prompt, for the forgetting curve."""

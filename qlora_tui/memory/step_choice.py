@@ -32,7 +32,8 @@ from qlora_tui.memory.calibration import TransferSpeed
 from qlora_tui.memory.estimate import TIGHT_SHARE, Estimate, check_fit, estimate
 from qlora_tui.memory.execution import LEAN_OPTIMIZER, Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.weights import SLOTS, frozen_weights, streamed_weights
-from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.training_settings import RecipeOptimizer
 
 CPU_SHARE = 0.5
 """Share of a machine's free memory that a run without a GPU may take, because other programs run there

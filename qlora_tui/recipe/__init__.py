@@ -1,6 +1,8 @@
 """Every setting of a run, declared once, read from TOML, checked, and written back.
 
 schema          the settings themselves, as frozen structs with their bounds and help
+training_settings
+                those of the optimization
 preference_methods
                 the requirements of each method that learns from preferences
 fields          the settings as data, for forms, ``--set``, comparisons and the reference page

@@ -45,7 +45,8 @@ from qlora_tui.data.sources import (
 from qlora_tui.data.step_plan import StepCount, count_steps
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import capitalize, format_bytes, format_float, format_number, pluralize
-from qlora_tui.recipe.schema import Data, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 

@@ -41,8 +41,9 @@ from qlora_tui.memory.traces import known_traces, remember
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Lora, Recipe, Training
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import SKIP, match_modules, resolve_targets
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.remote.calls import at_box
 from qlora_tui.runs.actions import initial_adapter, recipe_of_adapter
 from qlora_tui.runs.data_checks import check_data

@@ -23,7 +23,8 @@ from qlora_tui.memory import cheapest_changes, estimate
 from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.aliases import canonical_value
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Checkpointing, Recipe, Training
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.training_settings import Checkpointing, Training
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, append_event, events_backwards

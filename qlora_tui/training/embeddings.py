@@ -38,7 +38,7 @@ from torch.nn import functional
 
 from qlora_tui.data.trainable_tokens import UNTRAINED_NORM_RATIO
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Training
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.fused.patching import patch_forward
 
 _ROWS, _WHOLE = "TrainableTokensWrapper", "ModulesToSaveWrapper"

@@ -15,7 +15,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from qlora_tui.gpu.torch_env import managed_memory_is_safe
-from qlora_tui.recipe.schema import Training
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.embeddings import embedding_rate, trained_matrices
 
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}

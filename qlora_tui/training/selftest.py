@@ -22,7 +22,8 @@ from qlora_tui import worker
 from qlora_tui.data.chat_template import stock_template
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.installation import install_command
-from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import Check, CheckKind, Outcome
 from qlora_tui.runs.event_log import EventTail

@@ -19,7 +19,7 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import safe_globals
 
 from qlora_tui.gpu.cuda_errors import is_out_of_memory
-from qlora_tui.recipe.schema import Training
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.adapter import load_adapter, save_adapter
 from qlora_tui.training.batches import StepData, on_device
 from qlora_tui.training.checkpoints import UnloadableCheckpoint, save_with_torch

@@ -18,7 +18,8 @@ from qlora_tui.data.dataset import PreparedDataset, PrepareProgress, prepare_dat
 from qlora_tui.data.samples import TokenizedSample, truncate
 from qlora_tui.data.store import Store
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Data, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from tests.data.families import family
 from tests.runs.test_check import flip
 

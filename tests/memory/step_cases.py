@@ -15,7 +15,8 @@ from typing import Any
 from qlora_tui.memory import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.recording import StepTrace
-from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.description import architecture_of
 from tests.catalog.configs import CONFIGS
 

@@ -33,7 +33,8 @@ from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
 from qlora_tui.memory.static_memory import optimizer_step_bytes
 from qlora_tui.memory.step import PHASES
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, RecipeOptimizer, Training
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
+from qlora_tui.recipe.training_settings import RecipeOptimizer, Training
 from tests.catalog.configs import config
 from tests.memory.models import device_with_trace, qwen_7b, tinyllama, traced_peaks
 from tests.support.counting import count_estimates

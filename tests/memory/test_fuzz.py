@@ -16,7 +16,8 @@ from qlora_tui.errors import UserError
 from qlora_tui.memory import Correction, Device, as_json, estimate
 from qlora_tui.memory.calibration import MAX_FACTOR, MIN_FACTOR
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
-from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
+from qlora_tui.recipe.training_settings import Training
 from tests.catalog.configs import config as config_of
 from tests.memory.models import tinyllama
 from tests.recipe.strategies import recipes

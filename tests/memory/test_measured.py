@@ -16,7 +16,8 @@ from qlora_tui.catalog.described import describe
 from qlora_tui.memory import Device, estimate, trainer_execution
 from qlora_tui.memory.estimate import closed_form
 from qlora_tui.memory.layout import build_layout
-from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
+from qlora_tui.recipe.training_settings import Training
 from tests.catalog.configs import config
 from tests.memory.step_cases import traced_step
 

@@ -21,7 +21,8 @@ from qlora_tui.memory.step_choice import (
     step_seconds,
 )
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Recipe, Training
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.recipe.training_settings import Training
 from tests.catalog.configs import config
 
 pytestmark = pytest.mark.slow

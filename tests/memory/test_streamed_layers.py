@@ -14,7 +14,8 @@ from qlora_tui.memory.estimate import step_timeline
 from qlora_tui.memory.step_choice import copied_bytes, describe_host_memory, slowdown
 from qlora_tui.memory.weights import streamed_indices, streamed_weights
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Recipe, Training
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.recipe.training_settings import Training
 from tests.catalog.configs import config
 
 GIB = 1 << 30

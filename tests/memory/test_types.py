@@ -18,7 +18,8 @@ from qlora_tui.memory.levels import (
     STEP_UNCERTAINTY,
     step_uncertainty,
 )
-from qlora_tui.recipe.schema import Data, Quantization, Recipe, Training
+from qlora_tui.recipe.schema import Data, Quantization, Recipe
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.description import architecture_of
 from tests.memory.models import device_with_trace
 from tests.memory.step_cases import traced_step

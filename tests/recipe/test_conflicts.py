@@ -7,7 +7,8 @@ import pytest
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.conflicts import check_conflicts, find_conflicts, require_runnable
 from qlora_tui.recipe.fields import fields
-from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 
 STREAMED = Quantization(streamed_layers=4)
 READY = Recipe(model=Model(id="m"), data=Data(sources=(Source(path="a"),)))

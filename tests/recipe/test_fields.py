@@ -20,7 +20,8 @@ from qlora_tui.recipe.fields import (
     get_setting,
     replace_setting,
 )
-from qlora_tui.recipe.schema import Data, Lora, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from tests.recipe.strategies import recipes, values
 
 

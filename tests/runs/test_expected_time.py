@@ -19,7 +19,8 @@ from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for, this_processor
 from qlora_tui.memory.traces import KnownTraces
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import CheckKind, Machine

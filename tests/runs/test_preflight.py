@@ -19,7 +19,8 @@ from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import data_checks
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.doctor import Check, CheckKind, Machine

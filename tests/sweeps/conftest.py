@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from qlora_tui.recipe.fields import get_setting
-from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_tui.recipe.fields import replace_setting
-from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Quantization, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from tests.training.tiny_model import make_tiny_model
 
 MakeRecipe = Callable[..., Recipe]

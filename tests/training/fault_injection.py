@@ -15,7 +15,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from qlora_tui.memory import StepChoice
 from qlora_tui.memory.step_choice import with_micro_batch, with_optimizer
-from qlora_tui.recipe.schema import Recipe, RecipeOptimizer
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.training_settings import RecipeOptimizer
 from qlora_tui.runs import control
 from qlora_tui.runs.control import Kind
 from qlora_tui.runs.directory import RunDir

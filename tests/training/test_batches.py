@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from qlora_tui.data.step_plan import StepPlan, pack, plan_steps
-from qlora_tui.recipe.schema import Data, Recipe, Training
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.batches import (
     RowShape,
     Steps,

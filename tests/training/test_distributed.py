@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from qlora_tui.locks import is_locked
-from qlora_tui.recipe.schema import Recipe, Source, Training
+from qlora_tui.recipe.schema import Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import actions
 from qlora_tui.runs.control import send_request
 from qlora_tui.runs.devices import CPU, is_free

@@ -10,7 +10,8 @@ import torch
 
 from qlora_tui.memory import Device
 from qlora_tui.paths import state_dir
-from qlora_tui.recipe.schema import Data, Recipe, Training
+from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training import memory_meter
 from qlora_tui.training.compute_device import ComputeDevice
 from qlora_tui.training.description import architecture_of

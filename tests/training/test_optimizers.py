@@ -20,7 +20,8 @@ from qlora_tui.gpu import torch_env
 from qlora_tui.memory.execution import Device, trainer_execution
 from qlora_tui.memory.static_memory import state_sizes
 from qlora_tui.recipe.fields import fields
-from qlora_tui.recipe.schema import Recipe, Training
+from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.compute_device import find_device
 from qlora_tui.training.optimizers import SCHEDULES, create_optimizer, create_schedule
 from qlora_tui.training.trainer import Trainer

@@ -16,7 +16,8 @@ from msgspec import structs
 
 from qlora_tui.errors import UserError
 from qlora_tui.installation import install_command
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.events import Evaluated, Finished, Step
 from qlora_tui.training import tracker

@@ -12,8 +12,9 @@ from typing import Any
 from qlora_tui import paths
 from qlora_tui.files import private_dir
 from qlora_tui.gpu.metrics import GpuMetrics
-from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Lora, Model, Recipe, Source
 from qlora_tui.recipe.toml import dump
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import (

@@ -20,7 +20,8 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import ChatReady
-from qlora_tui.recipe.schema import Data, Model, Recipe, Source, Training
+from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
 from qlora_tui.runs.task_metrics.task_evaluation import (
