@@ -39,9 +39,7 @@ _LORA_KEY = re.compile(r"base_model\.model\.(.+?)\.lora_\w+(?:\.\w+)*")
 
 
 class _Schema(Struct):
-    """The keys of an adapter's config that reach peft, by type; ``adapter_without_code`` drops all other
-    keys.
-    """
+    """The keys of an adapter's config that reach peft; ``adapter_without_code`` drops all others."""
 
     peft_type: str | None = None
     task_type: str | None = None
@@ -154,9 +152,7 @@ def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
 
 
 def misfit(folder: Path, what: str) -> UserError:
-    """Return the error for an adapter that differs from a new one of the recipe; ``what`` is the
-    difference.
-    """
+    """Return the error for an adapter that differs from a new one of the recipe in ``what``."""
     return UserError(
         "The adapter does not match the recipe",
         what=f"{folder} cannot be trained further: {what}.",
@@ -209,9 +205,7 @@ def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) ->
 
 
 class _Alphas:
-    """The alpha of each module, from the patterns of an adapter's config, which peft matches at the end of
-    names.
-    """
+    """The alpha of each module, from patterns in an adapter's config that match the ends of names."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._patterns: dict[str, float] = config.get("alpha_pattern") or {}

@@ -51,9 +51,7 @@ class LinearModule(Struct, frozen=True):
     read_directly: bool = False
     """Whether the model's code itself reads the weight, which it cannot do in 4 or 8 bits."""
     conv1d: bool = False
-    """Whether the module is GPT-2's ``Conv1D``, whose weight is stored transposed; it is quantized like a
-    Linear.
-    """
+    """Whether the module is GPT-2's ``Conv1D``, stored transposed and quantized like a Linear."""
     copies: int = 1
     """Number of matrices of this shape: one, or one per expert."""
     adaptable: bool = True
@@ -202,12 +200,9 @@ class Architecture(Struct, frozen=True):
     chunk_size: int = 0
     """Number of tokens that the recurrent layers compute at a time; 0 if it is unknown."""
     layer_runs: tuple[int, ...] = ()
-    """How often a forward runs each layer and saves its tensors for the backward, if some layers run in a
-    loop (HRM).
-    """
+    """How often a forward runs each layer and saves its tensors, if some layers run in a loop (HRM)."""
     own_code: bool = False
-    """Whether the class passes more tensors to attention than usual, or cannot be tried without tensor
-    values.
+    """Whether the class passes unusual tensors to attention, or cannot be tried without tensor values.
 
     Inkling passes a bias for each pair of tokens; DBRX needs values.
     """

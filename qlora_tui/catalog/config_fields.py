@@ -173,9 +173,7 @@ _MAX_VALUES = 200_000
 
 
 def check_bounds(config: Mapping[str, Any], where: str = "config.json") -> None:
-    """Raise UserError for an impossibly large number at any depth, before a library allocates memory for
-    it.
-    """
+    """Raise UserError for an impossibly large number at any depth, before memory is allocated for it."""
     places: list[tuple[str, object]] = [("", config)]
     seen = 0
     while places:

@@ -24,9 +24,7 @@ from qlora_tui.worker import Failure, run_job
 
 JOB = "qlora_tui.training.description:describe_all"
 DEADLINE_S = 90.0
-"""Seconds after which a process that describes one config is ended. It usually takes 4, mostly for
-imports.
-"""
+"""Seconds after which a process that describes one config is ended. It usually takes 4."""
 _FORMAT = 5
 MAX_FILES = 400
 """Largest number of descriptions that are stored, of about 20 to 200 KB each."""

@@ -130,9 +130,7 @@ def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
 
 
 def _link(plan: DownloadPlan, file: HubFile) -> None:
-    """Put ``file`` into the snapshot as a link to its blob, or as the blob itself if links are
-    unsupported.
-    """
+    """Put ``file`` into the snapshot as a link to its blob, or as the blob without links."""
     pointer = plan.snapshot / file.name
     if pointer.is_file():
         return

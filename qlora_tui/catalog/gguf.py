@@ -66,9 +66,7 @@ class GgufHeader:
     values: dict[str, Any]
     """Metadata by key: numbers, booleans, strings, and tuples of short arrays of numbers."""
     lengths: dict[str, int]
-    """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``, and of texts that are too long to
-    read.
-    """
+    """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``, and of texts too long to read."""
     tensors: dict[str, tuple[int, ...]]
     """Dimensions by tensor name, the fastest-changing first: (in, out) for a linear weight."""
     tensor_types: dict[str, int] = field(default_factory=dict)
@@ -306,9 +304,7 @@ def estimated_bytes(architecture: Architecture, file_type: str) -> int:
 
 
 def spelled(name: str) -> str:
-    """Return a type in our spelling, such as ``Q4_K_M`` for ``q4_k_m``; an unknown type is returned
-    unchanged.
-    """
+    """Return a type in our spelling, such as ``Q4_K_M`` for ``q4_k_m``; unknown types stay unchanged."""
     names = {kind.lower(): kind for kind in (*FILE_TYPES, *K_QUANTS, AUTO)}
     return names.get(name.lower(), name)
 

@@ -29,9 +29,7 @@ class GgufArchitecture:
     constants: tuple[str, ...] = ()
     """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that the architecture computes with."""
     computes: Mapping[str, Any] = field(default_factory=dict)
-    """Config fields for computations that have no key in the file, because transformers' default may
-    differ.
-    """
+    """Config fields for computations without a key in the file, if transformers' default may differ."""
     partial_rotation: bool = False
     """Whether transformers' class can rotate only a part of a head."""
     by_layer: tuple[str, ...] = ()
@@ -43,9 +41,7 @@ class GgufArchitecture:
 
 
 def _scaled_attention(data: Metadata, config: Config) -> None:
-    """Read Gemma's attention scale. 27B models are identified by their number of layers
-    (src/models/gemma2.cpp).
-    """
+    """Read Gemma's attention scale; 27B models are known by their layers (src/models/gemma2.cpp)."""
     layers_27b = {"gemma2": 46, "gemma3": 62}[data.architecture]
     width: int = config["head_dim"]
     if config["num_hidden_layers"] == layers_27b:
@@ -167,9 +163,7 @@ def _unrotated_layers(data: Metadata, config: Config) -> None:
 
 
 def _olmo3(data: Metadata, config: Config) -> None:
-    """Read Olmo 3, which is Olmo 2 with windows; only layers without a window have a scaled rotary
-    embedding.
-    """
+    """Read Olmo 3, which is Olmo 2 with windows; layers with windows have unscaled rotary embeddings."""
     if not data.header.values.get("olmo2.attention.sliding_window"):
         data.count("attention.sliding_window")
         return
@@ -227,9 +221,7 @@ def _dense_first(field_name: str) -> Reader:
 
 
 def _kinds_by_key_heads(without: str) -> Reader:
-    """Return a reader of the kinds of layers: those with key heads have attention, all others are
-    ``without``.
-    """
+    """Return a reader of layer kinds: layers with key heads have attention, others are ``without``."""
 
     def read(data: Metadata, config: Config) -> None:
         heads = data.value("attention.head_count_kv")
@@ -339,9 +331,7 @@ def _gemma4(data: Metadata, config: Config) -> None:
 
 
 def _proportional(data: Metadata, base: float, width: int) -> Config:
-    """Return a rotary embedding of a part of the pairs; factors in the file stop the rotation of the
-    others.
-    """
+    """Return a rotary embedding of a part of the pairs; factors in the file stop all others."""
     factors = data.header.rope_factors.get("rope_freqs.weight", ())
     rotated = sum(factor == 1.0 for factor in factors)
     ends = factors[rotated:]
@@ -424,9 +414,7 @@ def _blocks(data: Metadata, config: Config) -> None:
 
 
 def _folded_factors(data: Metadata, config: Config) -> None:
-    """Set Falcon H1's twelve factors to 1, because its weights were multiplied by them when the file was
-    made.
-    """
+    """Set Falcon H1's twelve factors to 1, because the file's weights are already multiplied by them."""
     names = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_in", "ssm_out")
     config |= {f"{name}_multiplier": 1.0 for name in names}
     config |= {"mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5}
@@ -434,9 +422,7 @@ def _folded_factors(data: Metadata, config: Config) -> None:
 
 
 def _gpt_oss(data: Metadata, config: Config) -> None:
-    """Read gpt-oss, whose YaRN does not round the limits of its ramp to whole pairs, although no key says
-    so.
-    """
+    """Read gpt-oss, whose YaRN does not round the limits of its ramp, although no key says so."""
     if config["rope_parameters"]["rope_type"] == "yarn":
         config["rope_parameters"]["truncate"] = False
 

@@ -272,9 +272,7 @@ def pieces(response: Any) -> Iterator[bytes]:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Run a call in another thread and return its result. Raises TooSlow if it takes longer than
-    ``seconds``.
-    """
+    """Run a call in another thread, and return its result. Raises TooSlow after ``seconds``."""
     done: Future[T] = Future()
 
     def run() -> None:

@@ -35,9 +35,7 @@ class ConfigClass:
     attribute_map: Mapping[str, str] = field(default_factory=dict)
     """The class's own name of each standard key, such as ``n_embd`` for ``hidden_size``."""
     modules: frozenset[str] = frozenset()
-    """Modules of the model that are named in the class's plan for several GPUs:
-    ``layers.*.self_attn.q_proj``.
-    """
+    """Modules that the class's plan for several GPUs names, such as ``layers.*.self_attn.q_proj``."""
     text: str | None = None
     """``model_type`` of the language model's nested config if the file leaves it out."""
 
@@ -81,9 +79,7 @@ def config_class(model_type: str) -> ConfigClass:
 
 @lru_cache(maxsize=4)
 def _tables(file: str) -> dict[str, dict[str, str]]:
-    """Return the tables from strings to strings in a file of ``transformers/models/auto``, keyed by their
-    name.
-    """
+    """Return the string tables in a file of ``transformers/models/auto``, keyed by their name."""
     tables: dict[str, dict[str, str]] = {}
     for node in _body(f"models/auto/{file}"):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

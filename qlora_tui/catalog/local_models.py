@@ -241,9 +241,7 @@ def _hub_models() -> Iterator[LocalModel]:
 
 
 def _read_cached_model(folder: Path) -> LocalModel:
-    """Read the model of one ``models--org--name`` folder: the snapshot of its ``main``, or else the newest
-    one.
-    """
+    """Read the model of one ``models--org--name`` folder: the snapshot of ``main``, or the newest one."""
     name = folder.name.removeprefix("models--").replace("--", "/")
     snapshot = _snapshot(folder)
     if snapshot is None or not (snapshot / CONFIG).is_file():

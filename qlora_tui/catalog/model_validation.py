@@ -163,9 +163,7 @@ def _no_config(files: set[str], name: str) -> UserError:
 
 
 def weights_problem(folder: Path, name: str) -> UserError | None:
-    """Return the problem with the weights in ``folder``: pickled, missing or incomplete; None if there is
-    none.
-    """
+    """Return the problem with the weights in ``folder``: pickled, missing or incomplete; else None."""
     try:
         weight_names = weight_files(folder)
     except UserError as problem:
@@ -274,8 +272,7 @@ The library allows 100 MB, which take gigabytes once parsed.
 
 
 def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Return the start of the data, and each tensor's entry: dtype, shape, and ``data_offsets`` from that
-    start.
+    """Return the start of the data, and each tensor's dtype, shape, and ``data_offsets`` from that start.
 
     Raises OSError if the file cannot be read, and ValueError if its header is damaged or too large.
     """
@@ -329,8 +326,7 @@ _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 
 def quantized_refusal(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> UserError | None:
-    """Return why weights cannot be loaded if the config does not describe their quantization; None if they
-    can.
+    """Return why weights whose quantization the config does not describe cannot be loaded; else None.
 
     A library would take matrices of 8-bit integers for weights, and ignore their scales.
     """
@@ -386,9 +382,7 @@ _REMOVED_KEYS = frozenset(
         "runtime_config",
     )
 )  # fmt: skip
-"""Keys of modules to import, files of statistics and places of computation, which do not change an
-adapter.
-"""
+"""Keys of modules to import, files of statistics and places of computation, which adapters do not need."""
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
 """Keys about an adapter's origin, which every adapter has and which are not read here."""
 _PEFT_DEFAULTS = {"megatron_core": "megatron.core"}
@@ -445,9 +439,7 @@ def _without_code_entries(values: list[Any], place: str) -> tuple[list[Any], lis
 
 
 def named_kernels(config: Mapping[str, Any]) -> str | None:
-    """Return ``key = 'owner/name'`` for the first key at any depth that names a kernel repository, or
-    None.
-    """
+    """Return ``key = 'owner/name'`` of the first key at any depth that names a kernel, or None."""
     for key, value in config.items():
         if key in IMPLEMENTATIONS:
             for name in value.values() if isinstance(value, dict) else (value,):
@@ -482,9 +474,7 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
 
 
 def _not_understood(config: Mapping[str, Any]) -> str | None:
-    """Return a description of the first setting that changes the base or is unknown; None if there is
-    none.
-    """
+    """Describe the first setting that changes the base or is unknown; None if there is none."""
     init_method = config.get("init_lora_weights")
     if not any(init_method is known or init_method == known for known in _BASE_UNCHANGED):
         return f"init_lora_weights is {str(init_method)[:40]!r}, which changes the weights of the base"

@@ -54,9 +54,7 @@ _ONE_BLOCK = {
     }.items()
     for kind in kinds
 }
-"""The parts of a layer with a single block (Nemotron-H), keyed by the block's letter in a pattern or name
-in a list.
-"""
+"""The parts of a layer with one block (Nemotron-H), by its letter in a pattern or name in a list."""
 _ALL = frozenset(("attention", "mlp", "experts"))
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")
 

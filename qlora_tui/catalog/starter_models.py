@@ -47,9 +47,7 @@ class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def architecture(self) -> Architecture:
-        """Return the model's modules and parameters. Raises UserError if this version cannot train the
-        model.
-        """
+        """Return the model's modules and parameters. Raises UserError if it cannot be trained here."""
         return parse_architecture(self.full_config())
 
 

@@ -31,8 +31,7 @@ _reader = Confined(__name__, cpu_s=60.0, memory_bytes=_MEMORY_BYTES)
 
 
 def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row]:
-    """Yield the rows of a Parquet file (``kind`` is ``parquet``) or an Arrow stream as ``datasets`` stores
-    it.
+    """Yield the rows of a Parquet file (``kind`` is ``parquet``) or of an Arrow stream of ``datasets``.
 
     Raises ``UserError`` if the file is damaged or not of the kind that its name indicates, and ``TooLarge``.
     """
@@ -92,9 +91,7 @@ def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _pickled(batch: Any, names: dict[str, list[str]]) -> bytes:
-    """Return the pickled rows of a batch; at least as many bytes as a piece if the rows take too much
-    memory.
-    """
+    """Return the pickled rows of a batch; too many bytes for a piece if they take too much memory."""
     try:
         values = batch.to_pylist()
         for column, labels in names.items():

@@ -123,9 +123,7 @@ class _SpanFinder:
         return SampleText(sample.text, (*spans, (at, len(sample.text))))
 
     def _after_its_prompt(self, whole: str) -> str:
-        """Return ``whole`` with the text that the prompt writes before the last answer, and with thoughts
-        closed.
-        """
+        """Return ``whole`` with the text that the last answer's prompt adds, and with thoughts closed."""
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
         start = None if whole.startswith(prompt) else self._start(last, whole)
@@ -143,9 +141,7 @@ class _SpanFinder:
         return self._end_turn(text, [self._trained_part(text, (start, len(text)), reasoning)])
 
     def _trained_part(self, text: str, span: Span, reasoning: str) -> Span:
-        """Return the part of ``span`` that is in the loss: all of it, or only the text after the
-        reasoning.
-        """
+        """Return the part of ``span`` in the loss: all of it, or only the text after the reasoning."""
         start, end = span
         place = text.find(reasoning, start, end) if reasoning and not self._reasoning_in_loss else -1
         return span if place < 0 else (min(after_thought(text, place + len(reasoning)), end), end)
@@ -173,9 +169,7 @@ class _SpanFinder:
         return self._template.render(self._turns[:i], self._tools)
 
     def _header(self, i: int) -> str:
-        """Return the text that the prompt adds before turn ``i``; empty if the prompt also changes earlier
-        text.
-        """
+        """Return the text that the prompt adds before turn ``i``; empty if it also changes earlier text."""
         prompt, before = self._prompt_for(i), self._before(i) if i else ""
         return prompt[len(before) :] if prompt.startswith(before) else ""
 
@@ -232,8 +226,7 @@ class _SpanFinder:
         return begin, core_end + self._closing(after, whole[core_end:])
 
     def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
-        """Find the start of the turn whose core is at ``core_start``, if the text in between can be
-        explained.
+        """Find the start of the turn with its core at ``core_start``, if the text between can be explained.
 
         That text must be everything that the template writes there in a last turn, or the end of it right
         after the header.
@@ -247,8 +240,7 @@ class _SpanFinder:
         return None
 
     def _closing(self, after: str, rest: str) -> int:
-        """Count the characters of ``rest`` that close the turn; ``after`` closes the turn if it is the last
-        one.
+        """Count the characters of ``rest`` that close the turn; ``after`` closes it if it is the last.
 
         Special tokens are compared as a whole, because ``<|end|>`` and ``<|endoftext|>`` share a prefix.
         """

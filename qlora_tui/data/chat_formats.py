@@ -259,9 +259,7 @@ def text_of(content: Any, where: str) -> str:
 
 
 def count_texts(value: Any) -> int:
-    """Count the texts in a list, either plain or in objects without a type; typed parts are one text
-    together.
-    """
+    """Count the texts in a list, plain or in objects without a type; typed parts are one text."""
     if not isinstance(value, list):
         return 0
     return sum(isinstance(one, str) or (isinstance(one, Mapping) and "type" not in one) for one in value)
@@ -469,9 +467,7 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
 
 
 def _choices(value: Any) -> list[tuple[str, str]]:
-    """Return letter and text of each choice, from a list or an object as in ARC and MedQA; otherwise
-    empty.
-    """
+    """Return letter and text of each choice, from a list or an object as in ARC and MedQA; else empty."""
     value = decoded(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         texts, letters = value["text"], value.get("label")

@@ -1,5 +1,4 @@
-"""Bounds the work that untrusted input can cause: child processes with limits, which are killed if they
-exceed them.
+"""Bounds the work that untrusted input can cause, by child processes that are killed at their limits.
 
 A chat template is a third party's program, a table is a memory image whose lengths may be forged, and a
 tokenizer is run by a library without limits. Each call to a ``Confined`` child has a limit of processor time,

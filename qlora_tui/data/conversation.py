@@ -124,9 +124,7 @@ def medium_of(part_type: Any) -> str | None:
 
 
 def media_column(fields: Mapping[str, Any]) -> str:
-    """Return a sentence on the first column of a row that has an image, video or audio; empty if there is
-    none.
-    """
+    """Return a sentence on the first column with an image, video or audio; empty if there is none."""
     suspects = _suspect_columns(tuple(fields))
     for column, value in fields.items():
         if isinstance(value, str):

@@ -77,9 +77,7 @@ _cache = AnswerCache("counted", Counted, max_bytes=_MAX_BYTES)
 
 
 def find_counted(recipe: Recipe, model: ModelFiles) -> Counted | None:
-    """Return the stored counts for this data, model and settings; None if there are none or files have
-    changed.
-    """
+    """Return the stored counts for this data, model and settings; None without counts or after changes."""
     key = counted_key(recipe, model)
     return None if key is None else _cache.find(key)
 
@@ -90,9 +88,7 @@ def keep_counted(key: bytes, counted: Counted) -> None:
 
 
 def counted_key(recipe: Recipe, model: ModelFiles) -> bytes | None:
-    """Return a key of everything that affects a sample or the split; None if a file is not on this
-    machine.
-    """
+    """Return a key of everything that affects a sample or the split; None if a file is not here."""
     replace = msgspec.structs.replace
     sources = tuple(replace(source, weight=1.0) for source in recipe.data.sources)
     data = replace(recipe.data, packing=True, sources=sources)

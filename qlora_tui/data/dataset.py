@@ -79,9 +79,7 @@ class _FileVersion(Struct, frozen=True):
     modified_ns: int
     """Modification time in nanoseconds; detects a change that was reverted."""
     sha256: str
-    """Content hash, which detects changes on file systems with coarse times, or by programs that reset
-    times.
-    """
+    """Content hash, which detects changes on file systems with coarse times, or if times were reset."""
 
     @classmethod
     def of(cls, path: Path) -> _FileVersion:
@@ -303,9 +301,7 @@ def _excluded_key(source: Source) -> list[int] | dict[str, list[int]]:
 
 
 def _layout_key(layout: RowFormat) -> dict[str, object]:
-    """Return the settings that affect how rows are read; without a preference method, as in earlier
-    versions.
-    """
+    """Return the settings that affect how rows are read; in the earlier form without a method."""
     fields: dict[str, object] = msgspec.structs.asdict(layout)
     if not layout.method:
         del fields["method"]

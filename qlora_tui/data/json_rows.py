@@ -185,9 +185,7 @@ class _Values:
             return value
 
     def _need_more(self, reason: str, position: int) -> None:
-        """Read more if the value may only be incomplete so far; otherwise raise the error for a broken
-        value.
-        """
+        """Read more if the value may only be incomplete so far; otherwise raise an error."""
         held, inside = len(self._text) - self._at, position - self._at
         cut_off = position >= len(self._text) - 16 or reason.startswith("Unterminated string")
         if held > _LARGEST_ROW_CHARACTERS or not cut_off or not self._more(held):

@@ -136,9 +136,7 @@ def is_good(rating: Any) -> bool | None:
 def sides_problem(
     name: str, sides: Mapping[str, str], columns: Columns, preference_choice: str
 ) -> UserError | None:
-    """Return why rows that compare answers are not used for training: no opt-in, or an unknown side or
-    prompt.
-    """
+    """Return why rows that compare answers are not used: no opt-in, or an unknown side or prompt."""
     rejected, values = sides["rejected"], columns.values
     if "chosen" not in sides:
         return UserError(

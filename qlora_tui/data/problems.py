@@ -133,9 +133,7 @@ def problem_of(
 
 
 def none_used(rows: int, problems: Sequence[DataProblem]) -> DataProblem | None:
-    """Build the error for ``rows`` rows that are all left out; None if their ``problems`` do not explain
-    that.
-    """
+    """Build the error for ``rows`` rows that are all left out; None if ``problems`` do not explain it."""
     reasons = [problem for problem in problems if is_left_out(problem)]
     if not reasons:
         return None

@@ -1,5 +1,4 @@
-"""Searches for rows that would stop a run before it is queued, in all of a small file or the start of a large
-one.
+"""Searches small files, and the start of large ones, for rows that would stop a run.
 
 Used by ``qlora-tui train`` and the checks of the Train screen. The check needs no tokenizer. Problems that
 show only in tokens, and problems in the rest of a large file, are found by ``dataset`` when the run starts,
@@ -53,9 +52,7 @@ class FileSize(Struct, frozen=True):
     samples: int
     """Number of rows to train on, as far as can be known without a tokenizer."""
     lengths: array[int]
-    """Estimated tokens of each sample within the length limit; for a method for pairs, of both sides
-    together.
-    """
+    """Estimated tokens of each sample within the length limit, or of both sides of a pair together."""
     excluded: int = 0
     """Number of rows that the source leaves out."""
     left_out: int = 0

@@ -282,8 +282,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
 
 
 def _holds_rows(cells: list[str], width: int, delimiter: str) -> bool:
-    """Return whether all lines inside one value would be rows, in which case a stray quote may have opened
-    it.
+    """Return whether all lines inside one value would be rows, so that a stray quote may have opened it.
 
     A line of prose or code rarely has exactly as many separators, with none of them before a space.
     """
@@ -337,9 +336,7 @@ class _TableLines:
         return line
 
     def check_quotes(self) -> None:
-        """Raise ``BrokenFileError`` with the line of an opening quote that is never closed, if there is
-        one.
-        """
+        """Raise ``BrokenFileError`` with the line of an opening quote that is never closed, if any."""
         if place := self._unclosed_quote():
             line, text_follows_on = place
             what = "a quote opens a value here"
@@ -355,8 +352,7 @@ class _TableLines:
             raise BrokenFileError("bad-encoding", self.first_line, "bytes that are not UTF-8 before a quote")
 
     def _unclosed_quote(self) -> tuple[int, int] | None:
-        """Return the line of the quote that is never closed, and the line of text after a closing quote, else
-        0.
+        """Return the line of the unclosed quote, and the line of text after a closing quote, else 0.
 
         None if every quote is closed.
         """

@@ -169,9 +169,7 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
 
 
 def trained_texts(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> tuple[str, ...]:
-    """Return the text of each token in the loss, except the first token of a sample, which is never
-    predicted.
-    """
+    """Return the text of each token in the loss, except a sample's first, which is never predicted."""
     return tuple(
         text_at(tokenizer, token_ids, place, place + 1)
         for place in range(1, len(token_ids))

@@ -16,9 +16,7 @@ from qlora_tui.errors import UserError
 
 
 class Line(Struct, frozen=True):
-    """One unparsed line of a JSONL file, because parsing is most of the work and can run in another
-    process.
-    """
+    """One unparsed line of a JSONL file, because parsing is slow and can run in another process."""
 
     number: int
     text: bytes

@@ -65,9 +65,7 @@ class RowResult(Struct, frozen=True):
     is_rejected: bool = False
     """Whether the row gives no sample; its last finding says why."""
     key: int | None = None
-    """Key that is equal for rows with equal content (see ``split.group_key``); None without a
-    conversation.
-    """
+    """Key, equal for rows with equal content (see ``split.group_key``); None without a conversation."""
     findings: tuple[Finding, ...] = ()
     """Findings on the conversation and its samples, and on how the length limit changed them."""
     notes: tuple[str, ...] = ()
@@ -86,9 +84,7 @@ class RowProcessor:
     """Processes rows with the settings of a recipe. Pickled to the worker processes."""
 
     def __init__(self, data: Data, tokenizer: ChatTokenizer | None, seed: int = 0, keep_samples: bool = True):
-        """Prepare to process rows; without a tokenizer rows are only read and checked, and give no
-        samples.
-        """
+        """Set up the processing; without a tokenizer rows are only read and checked, and give no samples."""
         self._data = data
         self._tokenizer = tokenizer
         self._seed = seed
@@ -345,9 +341,7 @@ def _disorder(conversation: Conversation) -> str:
 
 
 def _calls(message: Message) -> bool:
-    """Return whether a turn calls a tool, including calls in its text as in the Hermes and Glaive data
-    sets.
-    """
+    """Return whether a turn calls a tool, also in its text as in the Hermes and Glaive data sets."""
     return bool(message.tool_calls) or (
         message.role == "assistant" and any(mark in message.content for mark in _CALL_MARKS)
     )

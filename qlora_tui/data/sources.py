@@ -186,8 +186,7 @@ _METADATA = {
     "dataset_dict.json": ("splits",),
     "state.json": ("_data_files", "_fingerprint"),
 }
-"""Files in which ``datasets`` and LLaMA-Factory describe data, with keys of which such a file has at least
-one.
+"""Files in which ``datasets`` and LLaMA-Factory describe data; each has at least one of these keys.
 
 The key is at the top level or one level below. A file of the same name that holds rows is data.
 """
@@ -276,9 +275,7 @@ def _check_regular(path: Path) -> None:
 
 
 def _describes_data(path: Path) -> bool:
-    """Return whether a file describes the data rather than being data, by its name and, if JSON, its
-    content.
-    """
+    """Return whether a file describes data rather than being data, by its name or its JSON content."""
     name = path.name.lower()
     if name.split(".")[0] in _DOCUMENTS:
         return kind_of(path) == "text"

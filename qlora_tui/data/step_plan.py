@@ -194,9 +194,7 @@ def _units(samples: Lengths, recipe: Recipe) -> Lengths:
 def _sequences(
     order: Sequence[int], lengths: Sequence[int], recipe: Recipe, *, padding_free: bool
 ) -> list[PackedSamples]:
-    """Return the sequences of an epoch's samples or pairs, packed if the recipe and ``padding_free`` say
-    so.
-    """
+    """Return the sequences of an epoch's samples or pairs, packed if recipe and ``padding_free`` say so."""
     if not (padding_free and recipe.data.packing):
         return [(i,) for i in order]
     return pack(order, lengths, recipe.data.max_length * (2 if recipe.trains_pairs else 1))

@@ -53,9 +53,7 @@ class Writer:
     """Appends samples to a folder. A context manager; call ``finish`` before leaving the context."""
 
     def __init__(self, folder: Path, file_names: Sequence[str] = ()):
-        """Start a data set in ``folder``; ``file_names`` lists all files in order, empty for a single
-        file.
-        """
+        """Start a data set in ``folder``; ``file_names`` are all files in order, empty for a single file."""
         self.folder = folder
         self._file_names = list(file_names) if any(file_names) else []
         self._hash = hashlib.sha256()

@@ -40,13 +40,9 @@ class TemplateCapabilities(Struct, frozen=True):
     calls_without_content: bool
     """Whether a turn with calls and no text must have no content key."""
     words_hide_calls: bool
-    """Whether the template omits the calls of a turn that also has text, so that the text is left out
-    instead.
-    """
+    """Whether the template omits the calls of a turn with text, so that the text is left out."""
     reasoning: bool
-    """Whether the template writes ``reasoning_content``; otherwise reasoning is put into the content, in
-    ``<think>`` tags.
-    """
+    """Whether the template writes ``reasoning_content``; if not, the content has it in ``<think>`` tags."""
     own_tags: bool
     """Whether the model uses other tags than ``<think>``.
 
@@ -289,9 +285,7 @@ class Switch(Struct, frozen=True):
     default: OnOff
     """Whether the template thinks if the variable is not set."""
     can_turn_off: bool = True
-    """False for an effort whose lowest level is ``low``, with which the model thinks less but still
-    thinks.
-    """
+    """False for an effort whose lowest level is ``low``, with which the model still thinks."""
 
 
 def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
@@ -391,9 +385,7 @@ THINK = ("<think>\n", "\n</think>\n\n")
 _GEMMA = ("<|channel>thought\n", "\n<channel|>")
 TAGS = re.compile("</?think>")
 _ENDS = re.compile(r"\s*(?:</think>|<channel\|>|<\|end\|>|<\|eom\|>|\[/THINK\])\s*")
-"""Pattern of the text between reasoning and answer: Qwen, GLM and DeepSeek; Gemma 4; gpt-oss; Muse;
-Mistral.
-"""
+"""Pattern between reasoning and answer: Qwen, GLM and DeepSeek; Gemma 4; gpt-oss; Muse; Mistral."""
 
 
 def after_thought(text: str, end: int) -> int:

@@ -131,8 +131,7 @@ class Stream:
             yield last
 
     def text_lines(self) -> Iterator[tuple[str, str]]:
-        """Yield the decoded content line by line, each line with the reason why it is not text, or an empty
-        text.
+        """Yield each decoded line with the reason why it is not text, which is empty if it is.
 
         Bytes that are not UTF-8 are replaced, so that later lines can be read.
         """
@@ -203,8 +202,7 @@ def _refuse_binary(path: Path, start: bytes) -> None:
 
 
 def _check_zstd_frames(file: BinaryIO) -> None:
-    """Raise ``EOFError`` if the last frame of a zstd file is truncated, according to the lengths of its
-    blocks.
+    """Raise ``EOFError`` if the last frame of a zstd file is shorter than its blocks' lengths say.
 
     The format is RFC 8878, section 3.1.
     """

@@ -31,9 +31,7 @@ class ThoughtMark(Struct, frozen=True):
 
     text: str
     seen_in: tuple[SplitterState, ...]
-    """States in which the text is a marker; in other states it is ordinary text, such as in an answer
-    about ``<think>``.
-    """
+    """States in which the text is a marker; in other states, such as in an answer, it is ordinary text."""
     next_state: SplitterState
 
 

@@ -136,9 +136,7 @@ class ChatTokenizer:
 
     @property
     def has_own_template(self) -> bool:
-        """Return whether the template came with the tokenizer; if not, the trainer saves it with the
-        adapter.
-        """
+        """Return whether the template is the tokenizer's own; if not, it is saved with the adapter."""
         return self.template_name == OWN
 
     @cached_property
@@ -191,17 +189,14 @@ class ChatTokenizer:
 
     @cached_property
     def said_pattern(self) -> re.Pattern[str]:
-        """Return a pattern of texts that an answer must not contain: special tokens, except the tags of a
-        thought.
-        """
+        """Return a pattern of texts forbidden in answers: special tokens, except the tags of a thought."""
         return _any_of(
             [t.content for t in self._added.values() if t.special and t.content not in THOUGHT_TAGS]
         )
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Return a pattern of texts that a user's text must not produce: special tokens, and words of the
-        template.
+        """Return a pattern of texts forbidden in user turns: special tokens, and words of the template.
 
         White space is not a control token, although Gemma's line ends are added tokens that its template
         writes.

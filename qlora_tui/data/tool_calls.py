@@ -54,16 +54,12 @@ class Fields(Struct, frozen=True):
 
 
 class CallShape(Struct, frozen=True):
-    """The text that a template writes around names and arguments of calls, from the first to the last
-    character.
-    """
+    """The text that a template writes around the names and arguments of calls."""
 
     first: str
     """Text before the arguments of the first call; :func:`named` inserts the function's name."""
     further: str
-    """Text between the arguments of two calls, with the name of the second; empty if only one call is
-    possible.
-    """
+    """Text between the arguments of two calls, with the second's name; empty if only one is possible."""
     last: str
     """Text after the arguments of the last call."""
     fields: Fields | None = None
@@ -131,9 +127,7 @@ class CallText:
     def __init__(
         self, call_format: CallFormat, tools: Sequence[Mapping[str, Any]], *, must_call: bool = False
     ) -> None:
-        """Start without text; with ``must_call`` all text is calls, and text that cannot be parsed is
-        dropped.
-        """
+        """Start without text; with ``must_call`` all text is calls, and any other text is dropped."""
         self._format = call_format
         self._must_call = must_call
         self._mark = call_format.mark
@@ -453,9 +447,7 @@ def _marked_texts(one: str, several: str) -> CallFormat | None:
 
 
 def _marked_value(text: str, place: int, quote: str) -> tuple[Any, int]:
-    """Return a value whose strings are between ``quote`` marks, and where the value ends. Raises
-    ValueError.
-    """
+    """Return a value with strings between ``quote`` marks, and the value's end. Raises ValueError."""
     if text.startswith(quote, place):
         begin = place + len(quote)
         end = text.index(quote, begin)

@@ -169,9 +169,7 @@ class _Embedding:
         return None
 
     def row(self, number: int) -> tuple[float, ...]:
-        """Read one row. Raises ``IndexError`` past the last row, and ``ValueError`` if its width is
-        absurd.
-        """
+        """Read one row. Raises ``IndexError`` past the last row, and ``ValueError`` for an absurd width."""
         if number >= self._rows:
             raise IndexError(number)
         size = self._width * _ITEM_BYTES[self._dtype]

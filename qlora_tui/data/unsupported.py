@@ -17,9 +17,7 @@ from qlora_tui.errors import UserError
 _NUMBERED = re.compile(
     r"(conversation|response|answer|completion|output|human_ref|model_response|chat)s?_?([ab]|[0-3])"
 )
-"""Pattern of columns with alternative answers, such as ``response_0`` and ``response_1``, or
-``conversation_a``.
-"""
+"""Pattern of columns with alternative answers, such as ``response_0``, or ``conversation_a``."""
 _VERDICT = re.compile(
     r"(?:overall_)?(?:prefer|better|best|safer|winner|labels?|choice|chosen|score)(?:_?\w*)"
 )

@@ -37,9 +37,7 @@ _MEMORY_WORDS = (
     "Cannot allocate memory",
 )
 ONEDNN_MEMORY = ("could not create a primitive", "could not create a memory object")
-"""oneDNN's complete messages when memory is missing; longer messages with the same beginning mean
-something else.
-"""
+"""oneDNN's complete messages when memory is missing; longer messages have another meaning."""
 
 
 class CudaFailure(Enum):
@@ -87,9 +85,7 @@ _WITHOUT_CODE = (
     (CudaFailure.BUSY, "all CUDA-capable devices are busy or unavailable"),
     (CudaFailure.LIBRARY, "CUBLAS_STATUS_NOT_INITIALIZED"),
 )
-"""Kind and sentence of errors that have no code in torch: code 46 in CUDA before 12, and cuBLAS's own
-error.
-"""
+"""Kind and sentence of errors without a code in torch: code 46 in CUDA before 12, and cuBLAS's own."""
 
 
 class CudaError(NamedTuple):
@@ -130,9 +126,7 @@ def breaks_process(error: BaseException) -> bool:
 
 
 def sentence_in_log(line: str) -> str:
-    """Return CUDA's sentence in a line that a library wrote before it ended the process; empty if there is
-    none.
-    """
+    """Return CUDA's sentence in a line that a library wrote before it ended the process; else empty."""
     match = _BITSANDBYTES.fullmatch(line) or _TERMINATED.fullmatch(line)
     return match[1] if match else ""
 
@@ -176,9 +170,7 @@ def _by_sentence(sentence: str) -> CudaError | None:
 
 
 def _suspended_s() -> float:
-    """Return how long the machine has been suspended, in seconds: only one of the kernel's two clocks
-    counts it.
-    """
+    """Return how long the machine was suspended, in seconds, which only one of two clocks counts."""
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock) - time.monotonic()
 

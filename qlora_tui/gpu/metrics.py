@@ -58,7 +58,7 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def multiprocessors(self) -> int | None:
-        """Return the number of multiprocessors: Turing and the A100 have 64 cores in each, later chips
+        """Return the number of multiprocessors; Turing and the A100 have 64 cores in each, later chips
         128.
         """
         if self.cores is None or self.capability is None:

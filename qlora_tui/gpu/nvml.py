@@ -106,8 +106,7 @@ class Nvml:
             self._lib.nvmlShutdown()
 
     def list_gpus(self) -> list[GpuDevice]:
-        """Return every GPU that responds. Raises ``GpuUnavailableError`` with the first reason if none
-        does."""
+        """Return every GPU that responds. Raises ``GpuUnavailableError`` if none does."""
         try:
             count: int = self._lib.nvmlDeviceGetCount()
         except self._lib.NVMLError as error:
@@ -218,16 +217,12 @@ class Nvml:
             return None
 
     def _memory(self, handle: Any) -> Any:
-        """Return total and used bytes. The first version of the struct counts the driver's reserve as
-        used.
-        """
+        """Return total and used bytes. The struct's first version counts the driver's reserve as used."""
         memory = self._query("nvmlDeviceGetMemoryInfo", handle, version=self._lib.nvmlMemory_v2)
         return self._query("nvmlDeviceGetMemoryInfo", handle) if memory is None else memory
 
     def _processes(self, handle: Any) -> tuple[GpuProcess, ...] | None:
-        """Return compute and graphics processes, because a desktop or a browser also takes memory from a
-        run.
-        """
+        """Return compute and graphics processes, because a desktop or browser also uses GPU memory."""
         # With an old driver, the name without _v3 raises something that is not an NVMLError.
         computing = self._query("nvmlDeviceGetComputeRunningProcesses_v3", handle)
         drawing = self._query("nvmlDeviceGetGraphicsRunningProcesses_v3", handle)

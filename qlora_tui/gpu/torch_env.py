@@ -153,9 +153,7 @@ def grows_segments(environ: Mapping[str, str]) -> bool:
 
 
 def without_growing_segments(environ: Mapping[str, str]) -> str:
-    """Return a ``NAME=value`` that turns off growing segments that the user set; empty if they are not
-    set.
-    """
+    """Return a ``NAME=value`` that turns off the user's growing segments; empty if they are not set."""
     name = _CUDA_ALLOCATOR if _CUDA_ALLOCATOR in environ else _ALLOCATOR
     if name not in environ or not grows_segments(environ):
         return ""
@@ -190,9 +188,7 @@ def torch_version() -> tuple[int, ...]:
 
 _KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
 _GPU_OF_WINDOWS = Path("/dev/dxg")
-"""The device of Linux's ``dxgkrnl``, which also exists in a kernel that the user built without Microsoft's
-name.
-"""
+"""The device of Linux's ``dxgkrnl``, which kernels without Microsoft's name have too."""
 
 
 def is_wsl2() -> bool:

@@ -127,17 +127,13 @@ def with_choice(gpu: str) -> dict[str, str]:
 
 
 def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables as they were before this process chose a GPU, for a process that makes its own
-    choice.
-    """
+    """Return the variables before this process chose a GPU, for a process that makes its own choice."""
     before = {name: value for name, value in _variables_before.items() if value is not None}
     return {name: value for name, value in environ.items() if name not in _variables_before} | before
 
 
 def release_choice() -> None:
-    """Discard the choice of GPUs for this process, because each process that it starts makes its own
-    choice.
-    """
+    """Discard this process's choice of GPUs, because the processes that it starts make their own."""
     os.environ.pop(GPU_VARIABLE, None)
     if _VARIABLE in os.environ and requested_gpus({_VARIABLE: os.environ[_VARIABLE]}):
         del os.environ[_VARIABLE]
@@ -187,9 +183,7 @@ def _requested(environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _choice(text: str) -> str:
-    """Return a choice without surrounding space, with the words for CPU and automatic choice in lower
-    case.
-    """
+    """Return a choice without surrounding space, with the words ``cpu`` and ``auto`` in lower case."""
     text = text.strip()
     return text.lower() if text.lower() in (CPU, AUTO) else text
 

@@ -76,9 +76,7 @@ class Rules:
         """Bytes per element of the hidden states and of norms' outputs."""
         unquantized = layout.recipe.quantization.method == "none"
         self.size = self.compute if execution.autocast and unquantized else self.hidden_size
-        """Bytes per element of the outputs of linear modules; a packed one casts back to its input's
-        dtype.
-        """
+        """Bytes per element of linear modules' outputs; a packed one casts back to its input's dtype."""
         self.dropout = layout.recipe.lora.dropout > 0
         self.own = execution.own_fused
         self.cuda = execution.device == "cuda"
@@ -90,15 +88,12 @@ class Rules:
         return self.own and bool(module.rank) and not module.dora and module.method != "int8"
 
     def are_grouped(self, modules: Sequence[Linear]) -> bool:
-        """Return whether our function computes these modules together: not with dropout, whose masks
-        differ.
-        """
+        """Return whether our function computes these modules together: not with dropout."""
         names = {module.name for module in modules}
         return not self.dropout and all(map(self.is_fused, modules)) and any(map(names.issubset, GROUPS))
 
     def read(self, modules: Iterable[Linear], width: int, *, is_saved: bool = False) -> tuple[Items, Items]:
-        """Return the bytes saved by modules that read one tensor, and the part that stays despite
-        recomputation.
+        """Return the bytes saved by modules that read one tensor, and the part that recomputation keeps.
 
         Args:
             modules: the modules.
@@ -453,9 +448,7 @@ class Rules:
         return Half(saved + kept, kept, forward + matrix, (backward + matrix, inside + matrix))
 
     def _experts_in_turn(self, mixture: Mixture, routed: Items) -> Half:
-        """Return the bytes of our function, which computes one expert after the other and saves all gates
-        and ups.
-        """
+        """Return the bytes of our function, which computes one expert at a time and saves gate and up."""
         tokens, hidden, size = self.tokens, self.hidden, self.compute
         slots = tokens * mixture.per_token
         rows = -(-slots // mixture.experts)
@@ -521,9 +514,7 @@ def takes_one_call(layout: Layout) -> bool:
 
 
 def _one_after_another(parts: Sequence[Half]) -> Half:
-    """Return several parts of a half as one: the backward begins with the last part, when everything is
-    saved.
-    """
+    """Return several parts of a half as one; the backward begins with the last part."""
     saved, kept, forward = Items(), Items(), Items()
     moments: list[Items] = []
     whole = Items()

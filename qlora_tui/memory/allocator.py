@@ -23,9 +23,7 @@ from qlora_tui.memory.weights import ALLOCATION_BYTES
 SMALL = MIB
 """Largest tensor that comes from the pool of small blocks (``kSmallSize``)."""
 SMALL_SEGMENT = 2 * MIB
-"""Segment size for small tensors, and the multiple to which a large tensor's own segment is rounded
-(``kSmallBuffer``).
-"""
+"""Segment size for small tensors, and rounding of a large tensor's own segment (``kSmallBuffer``)."""
 LARGE_SEGMENT = 20 * MIB
 """Segment size for a tensor of less than 10 MiB, and step by which a segment grows (``kLargeBuffer``)."""
 OWN_SEGMENT = 10 * MIB

@@ -89,17 +89,13 @@ def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
 
 
 def _with_chip(device: Device, gpu: GpuDevice) -> Device:
-    """Return ``device`` with the properties that this GPU's chip determines, as far as its driver reports
-    them.
-    """
+    """Return ``device`` with the properties of this GPU's chip, as far as its driver reports them."""
     capability = gpu.capability or device.capability
     return replace(device, capability=capability, multiprocessors=gpu.multiprocessors)
 
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""CPU flags of which at least one makes bf16 products fast: without any, they are a hundred times slower
-than fp32.
-"""
+"""CPU flags for bf16 products, which are a hundred times slower than fp32 ones without any of them."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +144,5 @@ def triton_is_installed() -> bool:
 
 @cache
 def torch_has_varlen() -> bool:
-    """Return whether the installed torch has variable-length attention with windows, without importing
-    torch.
-    """
+    """Return whether the installed torch has windowed varlen attention, without importing torch."""
     return torch_version() >= (2, 11)

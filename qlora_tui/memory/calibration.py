@@ -38,8 +38,10 @@ MIN_FACTOR, MAX_FACTOR = 0.8, 1.5
 
 
 class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Predicted and measured peaks of one run, in bytes. Predictions are uncorrected, for the longest batch
-    of the run."""
+    """Predicted and measured peaks of one run, in bytes.
+
+    The predictions are uncorrected, for the longest batch of the run.
+    """
 
     at: UnixTime
     """Unix time, in seconds."""
@@ -157,9 +159,7 @@ _DECODER = msgspec.json.Decoder(MeasuredRun)
 
 @lru_cache(maxsize=1)
 def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
-    """Read the file; the result is cached until the file changes, because screens call this at every key
-    press.
-    """
+    """Read the file, cached until it changes, because screens call this at every key press."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError:

@@ -1,5 +1,4 @@
-"""The memory estimate of one recipe on one model: by item, on three levels, over time, and compared with a
-memory.
+"""The memory estimate of one recipe on one model: items, three levels, timeline, and verdict.
 
 The Memory screen, the CLI, the runner and the demo call ``estimate``. Everything is pure Python and takes a
 few milliseconds. The parts of a timeline are in the order of execution; their durations are not known here.
@@ -106,8 +105,7 @@ class Estimate:
     loading_process_bytes: int = 0
     """Peak of the process while the model is loaded."""
     host_bytes: int = 0
-    """Host memory that a GPU run needs for a base with streamed layers or for offloaded layer inputs; mostly
-    0.
+    """Host memory of a GPU run for a base with streamed layers or offloaded layer inputs; mostly 0.
 
     A base with streamed layers is first loaded there as a whole.
     """
@@ -351,9 +349,7 @@ def with_precision(recipe: Recipe, precision: Precision) -> Recipe:
 
 
 def precision_of(recipe: Recipe) -> Precision:
-    """Return which of the compared precisions the recipe uses; fp4 counts as NF4, which takes the same
-    memory.
-    """
+    """Return which of the compared precisions the recipe uses; fp4 counts as NF4."""
     methods: dict[str, Precision] = {"int8": "int8", "none": "fp16"}
     return methods.get(recipe.quantization.method, "nf4")
 

@@ -28,9 +28,7 @@ CURRENT: Version = (5, 24)
 FUSED_EXPERTS: Version = (5, 0)
 """First version in which experts are two 3-D parameters; before, each matrix was a linear module."""
 _THREADED_READING: tuple[Version, Version] = ((5, 0), (5, 4))
-"""First version that reads weights in threads even while quantizing, and first version that no longer
-does.
-"""
+"""First version that reads weights in threads while quantizing, and first that no longer does."""
 _LABELS_SHIFTED: Version = (4, 49)
 """First version in which ``ForCausalLMLoss`` pads the labels."""
 _LOSS_FUNCTION: Version = (4, 48)
@@ -106,16 +104,12 @@ SAMPLE_PADDING_ROWS = 128
 See ``mha_varlen_bwd`` in torch's ``flash_api.cpp``.
 """
 EXTRA_COLUMNS = 3
-"""Extra columns of queries and keys in our CPU backward, for the value subtracted from each score, in
-16-bit parts.
-"""
+"""Extra columns of queries and keys in our CPU backward, for the value subtracted from each score."""
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 """Names of the MLP modules that our function for gated MLPs computes."""
 GROUPS = (("q_proj", "k_proj", "v_proj"), GATED_MLP[:2])
-"""Names of modules that read the same input, in the order of their calls, and that our function computes
-together.
-"""
+"""Names of modules that read one input, in the order of their calls, and are computed together."""
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability from which GPUs compute bfloat16 natively (Ampere)."""
@@ -141,9 +135,7 @@ class Device:
     liger: bool = False
     """Whether Liger's kernels are installed, on a GPU."""
     expandable_segments: bool = True
-    """Whether the CUDA allocator grows its segments, which the trainer requests unless the user does
-    otherwise.
-    """
+    """Whether the CUDA allocator grows its segments, as the trainer requests unless the user objects."""
     managed_memory: bool = True
     """Whether a paged optimizer keeps its states in CUDA's managed memory, which it does except on WSL2."""
     triton: bool = False
@@ -186,13 +178,9 @@ class ExecutionConfig:
     offloads_inputs: bool = False
     """Whether the inputs of checkpointed layers are kept in host memory until their backward, on a GPU."""
     streamed_layers: int = 0
-    """Number of layers whose frozen weights are in host memory and are copied to two buffers of the device
-    in turn.
-    """
+    """Number of layers whose frozen weights are in host memory, and copied to device buffers in turn."""
     reentrant: bool = False
-    """Whether checkpointing is reentrant, in which case it reruns the whole layer and holds its output and
-    gradient.
-    """
+    """Whether checkpointing is reentrant, so that it reruns whole layers and holds their outputs."""
     attention: Kernel = "flash"
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
@@ -218,8 +206,10 @@ class ExecutionConfig:
     (``training/fused``).
     """
     triton: bool = False
-    """Whether norms, rotary positions and gated MLPs are single kernels
-    (``training/fused/triton_kernels.py``)."""
+    """Whether norms, rotary positions and gated MLPs are Triton kernels.
+
+    They are in ``training/fused/triton_kernels.py``.
+    """
     expandable_segments: bool = True
     """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
     managed_memory: bool = True
@@ -337,9 +327,7 @@ def flash_trains(capability: tuple[int, int], head_dim: int) -> bool:
 
 
 def accumulator_width(head_dim: int) -> int:
-    """Return the columns of a head in the float32 sums of the varlen kernel's backward
-    (``head_size_rounded``).
-    """
+    """Return the columns of a head in the sums of the varlen kernel's backward (``head_size_rounded``)."""
     multiple = 32 if head_dim <= 128 else 64
     return -(-head_dim // multiple) * multiple
 
@@ -355,9 +343,7 @@ def attention_path(attention: str, obstacle: FlashObstacle | None) -> AttentionP
 
 
 def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
-    """Return the number of rows of logits that Liger computes at a time
-    (``fused_linear_cross_entropy.py``).
-    """
+    """Return the rows of logits that Liger computes at a time (``fused_linear_cross_entropy.py``)."""
     rows = -(-tokens // -(-vocabulary // hidden))
     return min(1 << (rows - 1).bit_length(), tokens)
 
@@ -393,9 +379,7 @@ def _is_float16(recipe: Recipe, device: Device) -> bool:
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:
-    """Return the kernel that SDPA chooses on a GPU: flash for two-byte dtypes from Ampere on, else
-    memory-efficient.
-    """
+    """Return SDPA's kernel on a GPU: flash for two-byte dtypes from Ampere on, else memory-efficient."""
     if recipe.model.attention == "eager":
         return "eager"
     if device.kind == "cuda" and (compute == 4 or device.capability < BFLOAT16_CAPABILITY):

@@ -18,9 +18,7 @@ from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 USUAL_MLPS = 3
-"""Usual largest number of parts of a layer that transform each token: an MLP, shared experts, and their
-gate.
-"""
+"""Usual largest number of parts that transform each token: an MLP, shared experts, and their gate."""
 USUAL_ACTIVATIONS = frozenset(
     ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "xielu")
 )
@@ -156,9 +154,7 @@ class Layer:
     convolved: int
     """Number of channels of the layer's convolutions."""
     state_width: int
-    """Elements per token of the matrices that a recurrent mixer computes by chunks; 0 without such a
-    mixer.
-    """
+    """Elements per token of the matrices that a recurrent mixer computes by chunks; 0 without one."""
 
     @cached_property
     def modules(self) -> tuple[Linear, ...]:
@@ -183,9 +179,7 @@ class Layout:
     layer_norm: bool
     """Whether norms are LayerNorms, which torch computes in one kernel."""
     modifies_embedding: bool
-    """Whether the first layer's input differs from the embedding's output, for example with learned
-    positions.
-    """
+    """Whether the first layer's input differs from the embedding's output, as with learned positions."""
     token_rows: int
     """Number of tokens whose rows of embedding and head are trained."""
     trained_matrix: int

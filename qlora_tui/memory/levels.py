@@ -1,5 +1,4 @@
-"""Converts tensor bytes to the allocated, reserved and process levels of a GPU or CPU, with their
-uncertainty.
+"""Converts tensor bytes to the allocated, reserved and process levels, with their uncertainty.
 
 On a CPU the process level includes the code that oneDNN generates for each shape of a bfloat16 product (MKL
 computes float32 products and generates no code). Measured with torch 2.13: each new shape adds 0.57 MB to the
@@ -255,8 +254,7 @@ of 221 once torch is imported, and 1,117 instead of 475 with the other libraries
 RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
 """Uncertainty of ``RUNTIME_BYTES`` for other versions and builds of the libraries."""
 HEAP_HOLES = 6
-"""Divisor: one part in this many of the memory that each step allocates and frees remains as gaps in the
-heap.
+"""Divisor: a step's allocations leave one part in this many as gaps in the heap.
 
 Rows and samples of other lengths leave holes that are too small for the next ones, and glibc returns only the
 memory at the heap's top. Measured over the demo, in float32 and in bfloat16.
@@ -330,9 +328,7 @@ FULL_ROWS = 4
 
 
 def kernel_bytes(layout: Layout) -> int:
-    """Return the heap bytes of kernels after a run with samples of every length; 0 except for bfloat16 on
-    a CPU.
-    """
+    """Return the heap bytes of kernels for samples of every length; 0 except for bfloat16 on a CPU."""
     execution = layout.execution
     if execution.device != "cpu" or execution.compute_itemsize != 2 or execution.float16:
         return 0
@@ -344,9 +340,7 @@ def kernel_bytes(layout: Layout) -> int:
 
 
 def _products(layout: Layout) -> int:
-    """Count the product shapes over one row: two with each weight, and three with each matrix of an
-    adapter.
-    """
+    """Count the product shapes over one row: two with each weight, three with each adapter matrix."""
     linears = {module for layer in layout.layers for module in layer.modules}
     weights = {(linear.inputs, linear.outputs) for linear in linears}
     halves = {(linear.inputs, "A") for linear in linears if linear.rank}

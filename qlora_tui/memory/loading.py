@@ -44,8 +44,9 @@ class LoadedWeight:
     packed: tuple[int, ...] = ()
     """Bytes of each tensor of the quantized weight; empty if the weight stays as read."""
     matrices: int = 1
-    """Number of parts that are read and quantized in turn, in the same memory
-    (training/experts/loading.py).
+    """Number of parts that are read and quantized in turn in the same memory.
+
+    See training/experts/loading.py.
     """
 
     @property
@@ -55,9 +56,7 @@ class LoadedWeight:
 
     @property
     def announced_bytes(self) -> int:
-        """Return the bytes that transformers expects the weight to take: in 4 bits half a byte per
-        element, without scales.
-        """
+        """Return the bytes that transformers expects; in 4 bits half a byte per element, without scales."""
         if not self.packed:
             return self.count * READ_BYTES
         return self.count if self.count in self.packed else self.count // 2

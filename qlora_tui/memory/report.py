@@ -91,9 +91,7 @@ def as_json(
 def trace_as_json(
     traced: StepTrace, recipe: Recipe, architecture: Architecture, device: Device
 ) -> dict[str, Any]:
-    """Return the bytes by item, traced and by the closed form, with :attr:`.estimate.Estimate.exact` of
-    the latter.
-    """
+    """Return the bytes by item of the trace and of the closed form, and whether the latter is exact."""
     closed = closed_form(recipe, architecture, trainer_execution(recipe, device, architecture))
     return {
         "precision": precision_of(recipe),

@@ -1,6 +1,4 @@
-"""Finds what fits: the largest value of each setting, the cheapest change to a recipe that does not fit,
-and the largest model.
-"""
+"""Finds the largest settings that fit, the cheapest changes that make a recipe fit, and the largest model."""
 
 from __future__ import annotations
 
@@ -100,9 +98,7 @@ def largest_settings(
 
 
 def largest_fitting(most: int, fits: Callable[[int], bool]) -> int:
-    """Return the largest number from 1 to ``most`` for which ``fits`` is true, by bisection; 0 if even 1
-    does not fit.
-    """
+    """Return the largest number from 1 to ``most`` for which ``fits`` is true, by bisection; 0 for none."""
     if most < 1 or not fits(1):
         return 0
     low, high = 1, 2
@@ -147,9 +143,7 @@ def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device 
 def _together(
     recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device
 ) -> Iterator[MemorySaving]:
-    """Yield the combination of all changes so far after each change that saves memory, until the recipe
-    fits.
-    """
+    """Yield the combined changes after each change that saves memory, until the recipe fits."""
     taken: list[MemorySaving] = []
     now, size = recipe, estimate(recipe, architecture, device=device).process_bytes
     for offer in _offers(recipe, architecture, device):

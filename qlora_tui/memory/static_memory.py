@@ -122,9 +122,7 @@ def workspace_bytes(execution: ExecutionConfig) -> int:
 
 
 def input_bytes(layout: Layout) -> int:
-    """Return the bytes of ids, labels, shifted labels and positions, 8 per token each, and of the rotary
-    tables.
-    """
+    """Return the bytes of ids, labels, shifted labels and positions, 8 per token, and of rotary tables."""
     architecture, execution = layout.architecture, layout.execution
     tables = 2 * layout.length * architecture.head_dim * execution.residual_itemsize
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)

@@ -163,8 +163,7 @@ def _embedding_gradient(layout: Layout) -> Counter[str]:
 
 
 def _autocast_copies(layout: Layout) -> Counter[str]:
-    """Return the bytes of autocast's copies of trained float32 weights, which are kept until the loss is
-    computed.
+    """Return the bytes of autocast's copies of trained float32 weights, which are kept until the loss.
 
     A LoRA projection fused into one function casts separately and keeps nothing.
     """
@@ -182,8 +181,10 @@ def layer_input_bytes(layout: Layout) -> int:
 
 
 def adapter_copies(layout: Layout) -> list[int]:
-    """Return the bytes of each of our copies of the LoRA weights in the compute dtype
-    (``training/fused/lora.py``)."""
+    """Return the bytes of each of our copies of LoRA weights in the compute dtype.
+
+    The copies are made in ``training/fused/lora.py``.
+    """
     execution = layout.execution
     if not execution.own_fused or execution.compute_itemsize >= ADAPTER_ITEMSIZE:
         return []
@@ -303,9 +304,7 @@ def _profile_head(layout: Layout, rules: Rules) -> PartProfile:
 
 
 def _stock(layout: Layout, norm: Items) -> PartProfile:
-    """Return the profile of transformers' loss: all logits, a copy in float32, log-softmax, and their
-    gradients.
-    """
+    """Return the profile of transformers' loss: logits, a float32 copy, log-softmax, and gradients."""
     execution, architecture = layout.execution, layout.architecture
     size, numel = execution.residual_itemsize, layout.tokens * layout.vocabulary
     if execution.autocast:

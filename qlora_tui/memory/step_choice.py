@@ -36,9 +36,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.training_settings import RecipeOptimizer
 
 CPU_SHARE = 0.5
-"""Share of a machine's free memory that a run without a GPU may take, because other programs run there
-too.
-"""
+"""Share of free memory that a run without a GPU may take, because other programs run there too."""
 _ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward relative to its forward.
 
@@ -338,8 +336,7 @@ def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device
 
 
 def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Describe what a recipe keeps in host memory besides a GPU's, and its cost; empty if it keeps nothing
-    there.
+    """Describe what a GPU run keeps in host memory, and its cost; empty if it keeps nothing there.
 
     Example: ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6×
     slower.``

@@ -38,9 +38,7 @@ def resolve(section: str, key: str) -> str | None:
 
 
 def canonical_value(path: str, value: Any) -> Any:
-    """Return our spelling of the value of a setting ``section.key``; any other value is returned
-    unchanged.
-    """
+    """Return our spelling of the value of a setting ``section.key``; other values stay unchanged."""
     if isinstance(value, list | tuple):
         return [_canonical_table(each) if isinstance(each, Mapping) else each for each in value]
     spellings = VALUES.get(path, {})
@@ -74,9 +72,7 @@ def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(layer: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each key in another trainer's spelling, naming the setting as which it is
-    read.
-    """
+    """Return a sentence for each key in another trainer's spelling, which names our setting."""
     spelled = [(key, resolve(section, key)) for section, key, _ in _entries(layer) if key in ALIASES]
     return [f"{key} is read as {path}." for key, path in spelled if path]
 

@@ -1,6 +1,4 @@
-"""Settings of a recipe or another struct as data, for forms, ``--set``, comparisons and the reference
-page.
-"""
+"""Settings of a recipe or another struct as data, for forms, ``--set``, comparisons and reference."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from qlora_tui.formatting import format_number, pluralize
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
-"""How a value is edited: ``tables`` is a list of :class:`.Source`; ``names`` maps text to text,
-``numbers`` maps patterns to numbers.
+"""How a value is edited.
+
+``tables`` is a list of :class:`.Source`; ``names`` maps text to text, ``numbers`` maps patterns to numbers.
 """
 WITHOUT_EFFECT_ON_WEIGHTS = (
     "name",
@@ -191,8 +190,8 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
 
 
 def _metas(hint: Any) -> list[Meta]:
-    """Return the declarations in a type hint, the outer one first; bounds of an optional number are in an
-    inner one.
+    """Return the declarations in a type hint, the outer first; optional numbers have bounds in an inner
+    one.
     """
     if get_origin(hint) is Annotated:
         type_, *metas = get_args(hint)

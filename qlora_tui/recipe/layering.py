@@ -1,6 +1,4 @@
-"""Builds a recipe from its layers, defaults < preset < the user's file < ``--set``, and makes its paths
-absolute.
-"""
+"""Builds a recipe from layers, defaults < preset < the user's file < ``--set``, with absolute paths."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def build_recipe(
 
 
 def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a layer over another: sections are merged key by key, while lists and other values are
-    replaced.
-    """
+    """Merge a layer over another: sections are merged key by key, other values are replaced."""
     result = dict(below)
     for key, value in above.items():
         under = result.get(key)

@@ -23,9 +23,7 @@ class PreferenceTraits:
     default_beta: float
     """The β of the method's paper."""
     rates_answers: bool = False
-    """Whether a sample is a single answer that is good or bad, instead of a pair of a chosen and a
-    rejected answer.
-    """
+    """Whether a sample is one answer that is good or bad, instead of a pair of answers."""
     uses_reference: bool = False
     """Whether rewards are relative to the model before training, which each step computes too.
 

@@ -66,9 +66,7 @@ class Preset(Struct, frozen=True, kw_only=True):
 
 
 class OverwriteError(UserError):
-    """Raised if saving would replace a file that the app did not write, or that was edited: ask the user
-    first.
-    """
+    """Raised if saving would replace an edited file, or one that the app did not write: ask first."""
 
 
 class PresetSnapshot(Struct, frozen=True):
@@ -193,9 +191,7 @@ def _of_model(recipe: Recipe, other: Recipe, name: str, note: str) -> Recipe:
 
 
 def _user_dir() -> Path | None:
-    """Return the user's presets folder; None if the home folder cannot be written, so that it has no
-    presets.
-    """
+    """Return the user's presets folder; None if the home folder cannot be written."""
     try:
         return paths.user_presets_dir()
     except OSError:

@@ -139,9 +139,7 @@ def to_layer(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe, comments: bool = False) -> str:
-    """Write every setting as TOML; with ``comments``, after a comment with its help, bounds and memory
-    effect.
-    """
+    """Write every setting as TOML; with ``comments``, after its help, bounds and memory effect."""
     text = tomli_w.dumps(to_layer(recipe))
     return _commented(text) if comments else text
 

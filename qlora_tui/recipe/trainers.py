@@ -1,6 +1,4 @@
-"""The meaning of other trainers' keys, from ``trainers.toml``; imports apply its rules, and exports
-reverse them.
-"""
+"""The meaning of other trainers' keys, from ``trainers.toml``, for imports and exports."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     to: str = ""
     """The setting that the key sets, ``section.key``; empty if there is none."""
     values: dict[str, Any] = {}
-    """Our spelling of the trainer's values, which are keyed by their text; empty if the spelling is the
-    same.
-    """
+    """Our spelling of the trainer's values, keyed by their text; empty if the spelling is the same."""
     off: list[Any] = []
     """Values that turn the feature off."""
     why: str = ""

@@ -131,9 +131,7 @@ def _parts(dotted: str) -> Key:
 
 
 def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
-    """Insert array indices: ``data.sources.columns`` after ``[[data.sources]]`` belongs to the last
-    source.
-    """
+    """Insert array indices; ``data.sources.columns`` after ``[[data.sources]]`` is in the last source."""
     key: Key = ()
     for position, part in enumerate(parts):
         key = (*key, part)

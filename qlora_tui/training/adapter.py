@@ -309,8 +309,7 @@ def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) 
 def write_adapter(
     run: RunDir, model: Any, recipe: Recipe, model_folder: Path, tokenizer: ChatTokenizer, *, from_hub: bool
 ) -> str:
-    """Write adapter, tokenizer, chat template and recipe, flushed to disk, and return the hash of their
-    checksums.
+    """Write adapter, tokenizer, chat template and recipe to disk, and return the hash of their checksums.
 
     An earlier adapter is deleted only after the new one is in place. Raises OSError if the adapter cannot be
     written. With ``from_hub``, the config names the base by its Hub ID, so that other machines find it.

@@ -178,9 +178,7 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the micro-batch without labels, for a process that has no micro-batch left while others have
-    one.
-    """
+    """Return the micro-batch without labels, for a process that has none left while others have one."""
     labels = torch.full_like(batch["labels"], IGNORED)
     no_answers: dict[str, Any] = {"sides": [], "answer_tokens": []} if "sides" in batch else {}
     return batch | {"labels": labels, "loss_positions": loss_positions(labels)} | no_answers
@@ -285,9 +283,7 @@ class StepData(TypedDict):
     tokens: int
     """Number of tokens of the whole step over all processes, without padding."""
     token_share: NotRequired[float]
-    """Number of comparisons of a preference method, divided by the number of trained tokens in good
-    answers.
-    """
+    """Comparisons of a preference method divided by the number of trained tokens in good answers."""
     mismatched: NotRequired[list[dict[str, Any]]]
     """For KTO: this process's micro-batches of answers paired with other samples' prompts."""
 

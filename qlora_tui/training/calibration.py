@@ -113,9 +113,7 @@ def calibrate(
 
 
 def _cross_fitted(fitter: _Fitter, scores: Tensor, truth: Tensor) -> Tensor:
-    """Return log probabilities (rows, options), computed for each row by a fit to the rows of the other
-    folds.
-    """
+    """Return log probabilities (rows, options), each row's computed by a fit to the other folds."""
     logs = torch.empty_like(scores)
     for inside in _folds(len(truth)):
         logs[inside] = fitter(scores[~inside], truth[~inside]).logs(scores[inside])
@@ -221,8 +219,7 @@ def _macro_f1(chosen: Tensor, truth: Tensor, options: int) -> float:
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Return the expected calibration error: the mean distance between confidence and the share of right
-    rows.
+    """Return the expected calibration error: the mean distance of confidence from the share of right rows.
 
     Args:
         confidence: probability of the chosen option (rows,).

@@ -50,9 +50,7 @@ _STATE = "state.json"
 _HEADER = 1 << 20
 _SAMPLE = _END = 1 << 12
 _SAMPLES = 64
-"""Number of places in a weight file that are hashed to recognize the file, besides its beginning and its
-end.
-"""
+"""Number of places in a weight file that are hashed to recognize it, besides its beginning and end."""
 _BATCH_SPLIT = frozenset(
     {"training.micro_batch_size", "training.gradient_accumulation", "training.auto_micro_batch"}
 )
@@ -67,9 +65,7 @@ class CheckpointState(Struct, frozen=True, kw_only=True):
     """Number of tokens trained on so far, without padding."""
     data_hash: str
     padding_free: bool = msgspec.field(name="kept_apart")
-    """Whether each micro-batch was one sequence of isolated samples, which determines the contents of a
-    step.
-    """
+    """Whether each micro-batch was one sequence of isolated samples, which determines a step's contents."""
     recipe: str
     """The recipe as TOML."""
     base_hash: str = ""
@@ -182,9 +178,7 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
 
 
 def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
-    """Raise UserError if another number of processes wrote the checkpoint: their random numbers would
-    differ.
-    """
+    """Raise UserError if another number of processes wrote the checkpoint, with other random numbers."""
     saved = len(list(checkpoint.folder.glob("rng_state*.pth")))
     if saved not in (0, processes):
         raise UserError(

@@ -23,9 +23,7 @@ TOKENS = 64
 """Length of the text: the number of tokens that most recurrent layers compute at a time."""
 _NAME = "qlora_tui_trial"
 _USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
-"""Tensors that models pass to attention besides queries, keys, values and mask: positions, and sink
-logits.
-"""
+"""Tensors that models pass to attention besides queries, keys, values and mask."""
 _MASK = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
 _ARGUMENTS: tuple[dict[str, Any], ...] = ({**_MASK, "use_cache": False}, {"use_cache": False}, {})
 """Arguments with which a model may be called, in the order of trial.
@@ -83,9 +81,7 @@ class _Forward:
         self._model = model
         self._layer = ""
         self._storages: dict[int, Any] = {}
-        """Storages that were counted, keyed by address; kept alive, because a freed address would be
-        reused.
-        """
+        """Counted storages, keyed by address; kept alive, because a freed address would be reused."""
         AttentionInterface.register(_NAME, self._attend)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         set_attention(model, _NAME)

@@ -100,9 +100,7 @@ PUBLISHER = "kernels-community"
 
 
 def pin_publisher() -> None:
-    """Make transformers load kernels only from :data:`PUBLISHER`; some model families name other
-    publishers.
-    """
+    """Make transformers load kernels only from :data:`PUBLISHER`; some families name other publishers."""
     if find_spec("kernels") is None:
         return
     from transformers.integrations import hub_kernels

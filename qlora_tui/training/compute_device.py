@@ -106,8 +106,7 @@ def _limit_memory(index: int) -> None:
 
 
 def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
-    """Return the attention path to try first; ``model.prepare_base`` falls back to the next path if this one
-    fails its check.
+    """Return the attention path to try first; ``model.prepare_base`` may fall back to the next path.
 
     Raises:
         UserError: flash is requested but not available.
@@ -147,9 +146,7 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
 
 
 def free_host_bytes() -> int:
-    """Return the memory that is free for this process: the machine's, or the container's limit if that is
-    lower.
-    """
+    """Return the memory that is free on the machine or, if lower, in the container, in bytes."""
     return min(int(psutil.virtual_memory().available), host_memory_bytes())
 
 

@@ -129,9 +129,7 @@ def _with_ids(
 
 
 def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions) -> tuple[int, ...]:
-    """Return the token ids of an answer with its turn end, as in training; empty if the answer has no
-    tokens.
-    """
+    """Return the token ids of an answer with its turn end, as in training; empty without tokens."""
     conversation = Conversation((Message("user", "?"), Message("assistant", text)))
     prompt = answer_prompt(conversation, tokenizer, options)
     return prompt[1] if prompt is not None else ()
@@ -140,9 +138,7 @@ def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions)
 def answer_prompt(
     conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return the token ids of a conversation before its last answer, and of that answer; None if it has
-    none.
-    """
+    """Return the token ids before a conversation's last answer, and of the answer; None without one."""
     try:
         sample = render(conversation, tokenizer, options)[-1]
     except RowRejectedError:

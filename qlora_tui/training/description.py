@@ -299,9 +299,7 @@ class _Tree:
 
     @cached_property
     def _refused(self) -> frozenset[str]:
-        """Return the kinds of modules that peft does not adapt in this model, because kernels read their
-        weights.
-        """
+        """Return the kinds of modules that peft does not adapt here, because kernels read their weights."""
         if not any(isinstance(module, nn.Conv1d) for module in self.modules.values()):
             return frozenset()
         from peft import LoraConfig
@@ -508,9 +506,7 @@ class _Tree:
             return getattr(self.config.per_layer_config[0], key, None)
 
     def _value(self, keys: Iterable[str], kind: type) -> Any:
-        """Return the first value in the language model's config that is under one of ``keys`` and has type
-        ``kind``.
-        """
+        """Return the language model config's first value under one of ``keys`` that has type ``kind``."""
         for key in keys:
             value = self._read(key)
             if kind is float and type(value) is int:

@@ -119,9 +119,7 @@ class _Reads(TorchFunctionMode):
         return forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Record which modules' weights a function takes; reading an attribute, such as the dtype, does
-        not count.
-        """
+        """Record the modules whose weights a function takes; reading an attribute does not count."""
         reads_values = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
         if getattr(func, "__name__", "") != "__get__" or func == reads_values:
             for value in (*args, *(kwargs or {}).values()):

@@ -37,8 +37,7 @@ _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpe
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.5
 _LONGEST_WAIT = timedelta(hours=4)
-"""Time for which processes wait for the main one, which alone converts a GGUF file and answers replay
-prompts.
+"""Time that processes wait for the main one, which alone converts a GGUF file and answers replay prompts.
 
 By default torch ends waiting processes after 10 minutes.
 """
@@ -71,9 +70,7 @@ class DistributedContext(Struct, frozen=True):
             assert distributed.get_world_size() == self.world_size
 
     def disband(self) -> DistributedContext:
-        """Disconnect the processes, once all of them have called this; return the main process's new
-        context.
-        """
+        """Disconnect the processes, once all have called this; return the main process's new context."""
         if self.world_size > 1:
             from torch import distributed
 
@@ -114,9 +111,7 @@ class DistributedContext(Struct, frozen=True):
 
 
 def distributed_context() -> DistributedContext:
-    """Read the launcher's environment variables; without a launcher, return the context of a single
-    process.
-    """
+    """Read the launcher's environment variables, which describe a single process if there are none."""
     environ = os.environ
     return DistributedContext(
         rank=int(environ.get("RANK", 0)),
@@ -140,8 +135,7 @@ def require_whole_model() -> None:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this process when torchrun ends, because a killed torchrun cannot end its
-    processes.
+    """Have the kernel kill this process when torchrun ends, because a killed torchrun cannot do so.
 
     torchrun starts each process in its own session, which signals to torchrun's process group do not reach.
     """
@@ -154,9 +148,7 @@ def end_with_launcher() -> None:
 
 
 class ProcessFailures:
-    """Failures of a run's processes, exchanged as files: their connection may hang after one process
-    fails.
-    """
+    """Failures of a run's processes, exchanged as files, because their connection may hang."""
 
     def __init__(self, run: RunDir, dist: DistributedContext) -> None:
         self._dist = dist
@@ -207,9 +199,7 @@ class ProcessFailures:
             os._exit(EXIT_FAILURE)
 
     def _first_of_others(self) -> Failed | None:
-        """Return the failure of another process: the earliest that need not be a consequence of an earlier
-        one.
-        """
+        """Return the earliest failure of another process that need not be a consequence of an earlier one."""
         ranks = (rank for rank in range(self._dist.world_size) if rank != self._dist.rank)
         failures = [found for rank in ranks if (found := read_json(self._path(rank), _DECODER)) is not None]
         return min(failures, key=lambda each: (each.kind == "bug", each.at), default=None)

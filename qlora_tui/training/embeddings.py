@@ -66,9 +66,7 @@ class EmbeddingNoise:
 
     @contextmanager
     def scaled_for(self, batch: dict[str, Any]) -> Iterator[None]:
-        """Add noise scaled for the lengths of these samples; see
-        :func:`qlora_tui.training.batches.collate`.
-        """
+        """Add noise scaled for the lengths of these samples (:func:`qlora_tui.training.batches.collate`)."""
         if self._alpha:
             self._magnitude = self._alpha / _lengths(batch).float().sqrt()
         try:
@@ -157,9 +155,7 @@ def rows_of(wrapper: Any, adapter: str) -> TokenRows:
 
 
 def active_rows(module: Any) -> TokenRows | None:
-    """Return the active adapter's rows in a module that ``use_trained_rows`` has patched; None without
-    any.
-    """
+    """Return the active adapter's rows in a module patched by ``use_trained_rows``; None without any."""
     known = getattr(module, "active_token_rows", None)
     return known() if known else None
 
@@ -286,9 +282,7 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
 
 
 def active_weight(module: Any) -> nn.Parameter | None:
-    """Return the trained matrix (vocabulary, hidden) of embedding or head; None without one, or if it is
-    disabled.
-    """
+    """Return the trained matrix (vocabulary, hidden) of embedding or head; None if there is none active."""
     find = getattr(module, "active_trained_weight", None)
     return find() if find else None
 
@@ -305,9 +299,7 @@ def embedding_rate(training: Training) -> float:
 
 
 def add_gradient(weight: Tensor, gradient: Tensor) -> None:
-    """Add ``gradient`` to the gradient of ``weight``, of the same shape; the caller must not use it
-    afterwards.
-    """
+    """Add ``gradient`` to that of ``weight``, in the same shape; the caller must not use it afterwards."""
     if weight.grad is None:
         weight.grad = gradient
     else:

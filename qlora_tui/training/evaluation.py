@@ -250,9 +250,7 @@ def compare_validation(run: Run) -> LossChange | None:
 
 @contextmanager
 def _as_before_training(run: Run) -> Iterator[None]:
-    """Turn the adapter off in this context, or replace it permanently with the one that the run started
-    from.
-    """
+    """Turn the adapter off in this context, or replace it permanently with the starting adapter."""
     lora = run.recipe.lora
     if lora.init_from:
         load_initial_adapter(run.model, lora, run.files.architecture)

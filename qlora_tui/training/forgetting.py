@@ -185,9 +185,7 @@ class BaseAnswer(PromptAndAnswer):
 
 
 def cache_path(folder: Path, recipe: Recipe, device: ComputeDevice, prompts: Sequence[Sequence[int]]) -> Path:
-    """Return the cache file for answers to these tokenized prompts by a base in one state and
-    quantization.
-    """
+    """Return the cache file for the answers of a base, in one state and quantization, to these prompts."""
     state = base_state(_FORMAT, folder, recipe, device) | {"prompts": prompts}
     return private_dir(paths.cache_dir() / "base-answers") / f"{cache_name(recipe, state)}.safetensors"
 
@@ -261,9 +259,7 @@ def compute(
 
 
 def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the most likely tokens, int32, and their log probabilities, fp32; both (positions,
-    TOP_TOKENS).
-    """
+    """Return the most likely tokens, int32, and their log probabilities, fp32; (positions, TOP_TOKENS)."""
     parts = []
     for block in torch.split(logits, block_rows(logits.device)):
         top = block.float().topk(min(TOP_TOKENS, block.shape[-1]))
@@ -345,8 +341,7 @@ class BaseDivergence:
         )
 
     def measure(self) -> tuple[float, float | None]:
-        """Return the mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model
-        keeps.
+        """Return the mean KL(base ‖ model) in nats, and the share of the base's turn ends that remain.
 
         The base's answers are computed at the first use, or read from the cache. Each process of the run
         compares its share of them. Before training the model equals its base, and nothing is computed.
@@ -426,9 +421,7 @@ def compare_with_base(
 
 
 def divergence_of_top(logits: Tensor, answer: BaseAnswer) -> Tensor:
-    """Return KL(base ‖ model) at each position (positions,) for the model's logits (positions,
-    vocabulary).
-    """
+    """Return KL(base ‖ model) at each position (positions,), for logits (positions, vocabulary)."""
     base = answer.top_log_probabilities.to(logits.device)
     top_ids = answer.top_ids.to(logits.device, torch.int64)
     rows = block_rows(logits.device)

@@ -30,8 +30,7 @@ def convert_cached(
     progress: ProgressCallback = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path:
-    """Return the folder of 16-bit safetensors for a GGUF file, converting the file if this was not done
-    before.
+    """Return the folder of 16-bit safetensors for a GGUF file, converting the file if necessary.
 
     Raises:
         JobStopped: ``should_stop`` returned true; the partial conversion has been deleted.
@@ -51,9 +50,7 @@ def model_folder(files: ModelFiles, progress: ProgressCallback = lambda done, to
 
 
 def cached_conversion(file: Path) -> Path | None:
-    """Return the folder of an earlier conversion; None if the file has not been converted. Raises
-    UserError.
-    """
+    """Return the folder of an earlier conversion; None if there is none. Raises UserError."""
     folder = folder_of(file)
     return folder if (folder / "config.json").exists() else None
 
@@ -127,8 +124,7 @@ def convert_in_child(
 
 
 def folder_of(file: Path) -> Path:
-    """Return the folder of a file's conversion, which differs for a changed file or another one of the same
-    name.
+    """Return the folder of a file's conversion, which is another one if the file changes.
 
     Folders of earlier versions, named with 12 or 16 digits, are refused by
     :mod:`qlora_tui.catalog.local_models`.

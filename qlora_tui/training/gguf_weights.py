@@ -105,9 +105,7 @@ def write_description(header: GgufHeader, file: Path, folder: Path) -> dict[str,
 
 
 def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
-    """Raise ValueError if the config has more layers or experts than the file has tensors, before they are
-    built.
-    """
+    """Raise ValueError if the config has more layers or experts than the file has tensors."""
     layers = config["num_hidden_layers"]
     if layers > len(header.tensors):
         raise ValueError(f"it declares {layers:,} layers but has {len(header.tensors):,} tensors")
@@ -154,9 +152,7 @@ def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], conf
 
 
 def _later_tokens(header: GgufHeader, layers: int) -> set[str]:
-    """Return the tensors of the last layers that predict later tokens; predicting the next token does not
-    need them.
-    """
+    """Return the tensors of the last layers, which only predict tokens after the next one."""
     if not header.values.get(f"{header.architecture}.nextn_predict_layers"):
         return set()
     matches = ((name, _LAYER.match(name)) for name in header.tensors)

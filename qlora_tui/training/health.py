@@ -40,9 +40,7 @@ _FORGETTING = 2.0
 The demo, which teaches a style, reaches 1.4.
 """
 _MANY_ANSWERS = 0.25
-"""Share of general answers that must differ from the base's in how they end, loop or refuse to be a
-finding.
-"""
+"""Share of general answers that must be worse than the base's to be a finding."""
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30
@@ -110,9 +108,7 @@ class OverflowMonitor:
         self._in_a_row = 0
 
     def check(self, step: int, *, is_skipped: bool) -> Finding | None:
-        """Return a finding that ends the run if too many consecutive steps were skipped: no smaller scale
-        helps.
-        """
+        """Return a finding that ends the run if too many steps in a row were skipped."""
         self.skipped += is_skipped
         self._in_a_row = self._in_a_row + 1 if is_skipped else 0
         if self._in_a_row < _SKIPPED_STEPS:
@@ -131,9 +127,7 @@ class ValidationMonitor:
         self._is_worse = False
 
     def check(self, step: int, loss: float, before: float | None) -> Finding | None:
-        """Return a finding if the loss is clearly worse than ``before``, and again only after it has
-        recovered.
-        """
+        """Return a finding if the loss is clearly worse than ``before``; again only after a recovery."""
         if not step or before is None:
             return None
         was_worse, self._is_worse = self._is_worse, not loss <= before * (1 + _WORSE)
@@ -147,9 +141,7 @@ class ValidationMonitor:
 
 
 class ForgettingMonitor:
-    """Compares each divergence from the base on general prompts with the divergence that learning a style
-    causes.
-    """
+    """Compares each divergence from the base on general prompts with that of learning a style."""
 
     def __init__(self) -> None:
         self._reported = False
@@ -175,9 +167,7 @@ class ForgettingMonitor:
 
 
 def check_general_answers(answers: GeneralAnswers) -> Finding | None:
-    """Return a finding if many general answers do not end, loop, refuse or lack JSON while the base's do
-    not.
-    """
+    """Return a finding if many more general answers than the base's run on, loop, refuse or lack JSON."""
     lost = [
         f"{count} {verb} (the base: {base})"
         for count, base, verb, worse in (

@@ -104,9 +104,7 @@ def _patch(module: Any, lengths: _SampleLengths) -> None:
 
 
 def _forget_lengths(module: Any) -> None:
-    """Restore the frequencies of short sequences, because transformers keeps those of an earlier longer
-    one.
-    """
+    """Restore the frequencies of short sequences, which a longer one has replaced in transformers."""
     # A buffer, or an attribute in earlier versions of transformers.
     names = [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
     for name in names:

@@ -19,9 +19,7 @@ from qlora_tui.training.checks.rounding import within_noise
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
 
 _TOKENS = 256
-"""Number of tokens of the check: enough for Liger to use several chunks, of several rows each in most
-models.
-"""
+"""Number of tokens of the check, for which Liger uses several chunks of several rows in most models."""
 _LOSS_FACTOR = 0.125
 """Factor on the loss before its backward, similar to the division by a step's tokens."""
 _LOGIT_STD = 4.0
@@ -30,13 +28,9 @@ _LOGIT_STD = 4.0
 A few logits then dominate the softmax, and their part of the gradient is as large as the target's.
 """
 _TOLERANCES = {32: 1e-4, 16: 2e-3}
-"""Largest relative difference of the summed loss from the exact one, keyed by the bits of the head's
-dtype.
-"""
+"""Largest relative difference of the summed loss from the exact one, keyed by the head's bits."""
 _NOISE = 6.0
-"""Largest error of an element of Liger's gradient, as a multiple of our own loss's error at the same
-token.
-"""
+"""Largest error of an element of Liger's gradient, as a multiple of our error at the same token."""
 _ROUNDINGS = {32: 64.0, 16: 1.0}
 """Lower bound of our error, in roundings of the summed terms, keyed by the bits of the head's dtype.
 
@@ -48,8 +42,7 @@ _CHUNK_ROWS = 8192
 
 
 def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | str:
-    """Return Liger's loss for this head, or the reason why it is not used: it fails here or differs from
-    ours.
+    """Return Liger's loss for this head, or the reason why it is not used: it fails or differs from ours.
 
     Triton compiles the kernel at the first call, with the C compiler that it finds, so any exception may
     occur.

@@ -57,9 +57,7 @@ _EPOCH_DONE = "finished at the end of the epoch, as requested"
 
 @dataclass
 class RunProgress:
-    """The state that changes from step to step and is saved in a checkpoint, in addition to the trainer's
-    state.
-    """
+    """The state that changes from step to step and is saved in addition to the trainer's state."""
 
     best_step: int | None = None
     best_score: float | None = None
@@ -373,9 +371,7 @@ class Loop:
             self.progress.checkpoint_step = -1
 
     def _is_due(self, every: int, epoch_ends: bool) -> bool:
-        """Return whether an action is due that is done every ``every`` steps, or with 0 at the end of each
-        epoch.
-        """
+        """Return whether an action is due, every ``every`` steps or, with 0, at the end of each epoch."""
         step = self.trainer.step
         return epoch_ends if not every else step % every == 0 or step == self._total_steps
 
@@ -397,9 +393,7 @@ class Loop:
         self.outcome = "paused" if kind == "pause" else "stopped"
 
     def _report_step(self, result: StepResult, rewards: RewardSums, *, force: bool) -> bool:
-        """Report every ``log_every``-th step and non-finite ones, or with ``force`` any step; True if
-        reported.
-        """
+        """Report every ``log_every``-th step and non-finite ones, or any with ``force``; True if reported."""
         loss, grad_norm, learning_rate = result
         step = self.trainer.step
         self._reporter.update(step=step, loss=_finite(loss), micro_batch=0)

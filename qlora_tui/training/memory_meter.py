@@ -44,9 +44,7 @@ class MemoryMeter:
         self._architecture = architecture
         self._device = device
         self.execution = trainer_execution(recipe, _as_estimated(device), architecture)
-        """The execution that the estimate assumes: the one expected from the recipe until :meth:`use`
-        replaces it.
-        """
+        """The execution that the estimate assumes: at first the expected one, later that of :meth:`use`."""
         self.is_modelled = False
         """Whether loss and code paths are known and the estimate models them."""
         self.estimate = self._estimate(recipe, corrected=True)
@@ -127,8 +125,7 @@ class MemoryMeter:
     def plan_kept_layers(
         self, limit: int | None, least: Callable[[int], int] = lambda free_bytes: free_bytes
     ) -> KeptLayersPlan | None:
-        """Return how many layers can keep their activations for the longest batch, and include them in all
-        estimates.
+        """Return how many layers can keep their activations in the longest batch, and estimate with them.
 
         Call :meth:`set_longest_batch` first. No layers are kept if the run's code is not modeled.
 
@@ -207,9 +204,7 @@ class MemoryMeter:
         return replace(_as_estimated(self._device), correction=correction_for(self._device.name))
 
     def free_bytes(self) -> int:
-        """Return the device memory that no other process uses, in bytes: free memory, and memory of this
-        process.
-        """
+        """Return the device memory that no other process uses: free memory, and this process's, in bytes."""
         if self._device.kind == "cuda":
             free, _ = torch.cuda.mem_get_info(self._device.torch_device)
             held = torch.cuda.memory_reserved(self._device.torch_device) + self._context_bytes()
@@ -217,9 +212,7 @@ class MemoryMeter:
         return free_host_bytes() + int(psutil.Process().memory_info().rss)
 
     def _context_bytes(self) -> int:
-        """Return this process's GPU memory outside torch's pool; estimated if the driver does not report
-        it.
-        """
+        """Return this process's GPU memory outside torch's pool; estimated if the driver has no figure."""
         gpu_bytes = _gpu_memory_used()
         if gpu_bytes is None:
             return self.estimate.bytes_of("context") if self.estimate else 0

@@ -71,9 +71,7 @@ def dropout_settings(model: nn.Module) -> list[DropoutSetting]:
 
 
 def draws_random_numbers(model: nn.Module) -> bool:
-    """Return whether a forward in training mode may draw random numbers, which a recomputation must
-    repeat.
-    """
+    """Return whether a forward in training mode may draw random numbers that recomputation must repeat."""
     jitters = any("jitter" in name for _, name, _ in _floats(model))
     return jitters or bool(dropout_settings(model))
 
@@ -312,8 +310,7 @@ def _layers_in_files(model: Any, unused: Iterable[str]) -> tuple[int, int]:
 
 
 def _quantized_mismatches(model: nn.Module) -> Iterator[tuple[str, Iterable[int], Iterable[int]]]:
-    """Yield name, shape and expected shape of mismatched quantized weights, which transformers does not
-    compare.
+    """Yield name, shape and expected shape of quantized weights whose shapes do not match.
 
     If config.json declares a weight to be in 4 bits and it is not, it does not have the packed shape.
     """
@@ -486,9 +483,7 @@ class PreparedBase:
 
     @property
     def padding_free(self) -> bool:
-        """Whether a micro-batch is one sequence of isolated samples, which it is with ``data.packing`` off
-        too.
-        """
+        """Whether a micro-batch is one sequence of isolated samples, with or without ``data.packing``."""
         return self.packed is not None
 
     @property

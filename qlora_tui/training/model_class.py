@@ -281,9 +281,7 @@ def _failed(config: Any, error: Exception) -> UserError:
 
 
 def _setting_with(values: Mapping[str, Any], wanted: tuple[Any, ...]) -> str:
-    """Return the name of the first setting with the value ``wanted``, with its parents; empty if there is
-    none.
-    """
+    """Return the dotted name of the first setting with the value ``wanted``; empty without one."""
     for name, value in values.items():
         if isinstance(value, str) and (value,) == wanted:
             return name
@@ -332,9 +330,7 @@ def _is_on_purpose(error: Exception) -> bool:
 
 
 def _statements(frame: FrameType, line: int) -> tuple[ast.AST | None, ast.AST | None]:
-    """Return the code of a frame and its innermost statement at a line; None if the source is not
-    available.
-    """
+    """Return the code of a frame and its innermost statement at a line; None without the source."""
     try:
         source, first = inspect.getsourcelines(frame.f_code)
         tree = ast.parse(textwrap.dedent("".join(source)))
@@ -380,9 +376,7 @@ def _fields_in(code: ast.AST, local: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the setting that ``config.x``, or a module's copy ``self.x``, reads, with its value; empty if
-    none.
-    """
+    """Return the setting, with its value, that ``config.x`` or a module's ``self.x`` reads; or nothing."""
     from transformers import PreTrainedConfig
 
     path, place = [], node.value

@@ -175,9 +175,7 @@ class OptionScorer:
             count += 1
 
     def _agrees(self, row: Choice) -> bool:
-        """Return whether rounding explains the difference between packed scores and those of separate
-        options.
-        """
+        """Return whether rounding explains how packed scores differ from those of separate options."""
         # Compare only some options, spread over all of them: each takes several forwards.
         count = min(len(row.options), _COMPARED)
         numbers = [number * len(row.options) // count for number in range(count)]
@@ -324,8 +322,6 @@ def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterato
 
 
 def _largest_difference(scores: Tensor, expected: Tensor) -> float:
-    """Return the largest difference of log probabilities over whole options; infinite if one is not
-    a number.
-    """
+    """Return the largest difference of log probabilities of whole options; infinite if one is NaN."""
     difference = float((scores.log_softmax(0) - expected.log_softmax(0)).abs().max())
     return difference if difference == difference else float("inf")

@@ -167,8 +167,9 @@ def packed_attention_of(model: Any) -> AttentionFunction | None:
 
 
 def segment_mask(lengths: list[int]) -> Tensor:
-    """Return the attention mask that holds ``cu_seqlens``, (1, 1, 1, samples + 1), int32: [3, 1] gives 0, 3,
-    4.
+    """Return the attention mask that holds ``cu_seqlens``, (1, 1, 1, samples + 1), int32.
+
+    For example, [3, 1] gives 0, 3, 4.
     """
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
@@ -330,9 +331,7 @@ def _eager_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Compute attention with soft-capped scores (Gemma 2) or sinks (gpt-oss), which no fused kernel
-    supports.
-    """
+    """Compute attention with soft-capped scores (Gemma 2) or sinks (gpt-oss), without a fused kernel."""
     key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:

@@ -36,9 +36,7 @@ class AnswerScores(NamedTuple):
     log_probabilities: Tensor
     """Weighted sum over the tokens of each answer, in nats, fp32 (answers,)."""
     weights: Tensor
-    """Sum of the weights of each answer's tokens, fp32 (answers,); their number if the data has no
-    weights.
-    """
+    """Sum of the weights of each answer's tokens, fp32 (answers,); without weights their number."""
 
     @property
     def means(self) -> Tensor:
@@ -125,8 +123,7 @@ def logistic_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tens
 
 
 def prospect_loss(rewards: Tensor, is_good: Tensor, moved: Tensor) -> Tensor:
-    """Return KTO's loss with both weights 1: good answers should be above the reference point, bad ones
-    below.
+    """Return KTO's loss with both weights 1: good answers should exceed the reference point, bad ones not.
 
     Args:
         rewards: β times the log-ratio of each answer to the reference, (answers,).
@@ -141,9 +138,7 @@ class RewardSums(NamedTuple):
     """Sums over answers, which can be added over micro-batches and processes."""
 
     right: float = 0.0
-    """Number of pairs whose chosen answer has the higher reward, or of rated answers on the right side of
-    the reference point.
-    """
+    """Number of pairs, or of rated answers, whose rewards are on the right side."""
     compared: float = 0.0
     """Number of pairs, or of rated answers."""
     good_reward: float = 0.0

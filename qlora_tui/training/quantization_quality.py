@@ -340,9 +340,7 @@ class StreamedModel:
 
 
 def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return a weight as rows of output features; ``Conv1D`` of GPT-2 stores the transpose, which is
-    viewed.
-    """
+    """Return a weight as rows of output features; for GPT-2's ``Conv1D`` a transposed view."""
     return weight.T if hasattr(module, "nf") else weight
 
 

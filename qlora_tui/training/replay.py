@@ -1,5 +1,4 @@
-"""Replay: adds the base's own answers to the training samples, which keeps a model near its base on other
-tasks.
+"""Replay: trains on the base's own answers too, which keeps a model near its base on other tasks.
 
 Answers are greedy and of at most :data:`REPLAY_TOKENS` tokens. The first attempt of a run computes them and
 writes them to its folder, so that a resume trains on the same answers::

@@ -284,9 +284,7 @@ class TelemetryRecorder:
     def _on_reading(
         self, monitor: GpuMonitor, reading: GpuMetrics | GpuUnavailableError, *, is_first: bool
     ) -> None:
-        """Check a reading. A reading of the first GPU is written, with the last readings of the other
-        GPUs.
-        """
+        """Check a reading. Readings of the first GPU are written, each with the others' last readings."""
         if isinstance(reading, GpuUnavailableError):
             if reading.reason is GpuUnavailableReason.LOST:
                 self._reporter.health(GPU_LOST, f"{reading.what} {reading.why}", reading.fix, error=True)

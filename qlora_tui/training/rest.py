@@ -1,5 +1,4 @@
-"""Rests of a run: while its GPU exceeds the user's bounds, the next micro-batch waits, with everything in
-memory.
+"""Rests of a run, whose next micro-batch waits while the GPU exceeds the user's bounds.
 
 Resting does not change results, because nothing is computed between two micro-batches.
 """

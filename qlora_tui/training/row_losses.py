@@ -67,9 +67,7 @@ class OtherPrompts(Sequence[Sample]):
         return ids[cut:][: self._max_length], mask[cut:][: self._max_length]
 
     def _other_prompt(self, i: int, number: int) -> list[int]:
-        """Return the tokens of the prompt from another sample that replaces prompt ``number`` of sample
-        ``i``.
-        """
+        """Return the tokens of another sample's prompt that replace prompt ``number`` of sample ``i``."""
         if number == 0:
             other = (i + 1) % len(self)
             turns = self._turns[other]
@@ -93,9 +91,7 @@ class _TurnBounds(NamedTuple):
 
 
 def _turn_bounds(loss_mask: Sequence[int]) -> list[_TurnBounds]:
-    """Return the bounds of each answer in the loss and its prompt; tokens after the last answer are left
-    out.
-    """
+    """Return the bounds of each answer in the loss and its prompt, without tokens after the last one."""
     bounds: list[_TurnBounds] = []
     start, place = 0, 0
     for in_loss, stretch in groupby(loss_mask, key=bool):

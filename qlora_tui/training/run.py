@@ -26,14 +26,13 @@ from qlora_tui.training.rest import Rest
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Run:
-    """Everything that training, validation and saving read. ``setup`` sets the fields without initial
-    values.
-    """
+    """Everything that training, validation and saving read. ``setup`` sets the remaining fields."""
 
     directory: RunDir
     recipe: Recipe
-    """The recipe as this attempt trains it: with the retry plan, and with the settings that ``setup``
-    chooses for the free memory.
+    """The recipe as this attempt trains it.
+
+    It includes the retry plan, and the settings that ``setup`` chooses for the free memory.
     """
     checkpoint: Checkpoint | None
     """The checkpoint from which the attempt resumes; None at the beginning of a run."""
@@ -41,9 +40,7 @@ class Run:
     requests: ControlRequests
     dist: DistributedContext
     max_kept_layers: int | None = None
-    """Largest number of layers that may keep their activations; a retry after running out of memory lowers
-    it.
-    """
+    """Largest number of layers that may keep their activations, lowered after running out of memory."""
     has_run_out: bool = False
     """Whether an earlier attempt ran out of memory."""
     keeps_files: bool = True

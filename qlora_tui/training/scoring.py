@@ -35,8 +35,7 @@ def no_grad_eval(model: Any) -> Iterator[None]:
 
 @contextmanager
 def frozen_eval(model: Any) -> Iterator[None]:
-    """Use eval mode with all parameters frozen in this context, so that nothing is saved; restore both on
-    exit.
+    """Use eval mode with frozen parameters in this context, so that nothing is saved; restore both.
 
     Gradients stay enabled: the model computes as in a training step, while without gradients the last bits
     would differ (norms, gated MLPs, the padding of attention).

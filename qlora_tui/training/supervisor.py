@@ -89,9 +89,7 @@ def _record_end(run: RunDir, reporter: Reporter, end_event: RunEnded) -> None:
 def _run_attempts(
     run: RunDir, plan: RetryPlan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
 ) -> RunEnded:
-    """Attempt the run, repeating from an earlier checkpoint if one does not load; every error becomes an
-    event.
-    """
+    """Attempt the run, from an earlier checkpoint if one does not load; every error becomes an event."""
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None

@@ -144,8 +144,7 @@ class Trainer:
         return total
 
     def summed_loss(self, batch: dict[str, Any], token_share: float = 1.0) -> torch.Tensor:
-        """Return the summed losses of a micro-batch, which the caller divides by the loss weights of its
-        step.
+        """Return the summed losses of a micro-batch, which the caller divides by the step's loss weights.
 
         Args:
             token_share: the weight of a token of ORPO's cross-entropy relative to a pair.

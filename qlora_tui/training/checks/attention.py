@@ -164,9 +164,7 @@ def _reference(
 
 
 def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
-    """Return factors (1, heads, 1, 1) by which to scale queries, so that each head has scores of a typical
-    size.
-    """
+    """Return factors (1, heads, 1, 1) for the queries that give each head scores of a typical size."""
     keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.double() @ keys.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     return _SCORES / scores.std((-1, -2), keepdim=True).clamp(min=1e-9)

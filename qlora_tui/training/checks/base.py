@@ -32,9 +32,7 @@ _UNTRAINED = 3
 _ROUNDINGS = 16.0
 """Number of fp32 rounding errors by which the loss and the gradient of a token's logits may differ."""
 _MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Lower bound of the noise, as a share of a token's logits, because a short sample may show too little by
-chance.
-"""
+"""Lower bound of the noise, as a share of a token's logits: a short sample may show too little."""
 _NOISE = 4.0
 """Multiple of the noise by which a token's logits in a packed sequence may differ from the sample's alone."""
 _MAX_NOISE = 0.25
@@ -107,8 +105,7 @@ def _refused_by(model: Any, title: str) -> Iterator[None]:
 
 @torch.no_grad()
 def prepare_for_text(model: Any, device: torch.device) -> None:
-    """Let a model take text alone in training mode, in which some models require more inputs than for
-    inference.
+    """Let a model take text alone in training mode, in which some models require more inputs.
 
     * Token types, if the model requires them, are those of text: 0.
     * If the model changes its embeddings in place, no gradients are computed for them, because none are
@@ -258,9 +255,7 @@ def _example_logits(head: ChunkedHead) -> Tensor:
 
 
 def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: ChunkedHead) -> bool:
-    """Return whether a loss and its gradient at the raw logits (tokens, vocabulary) are mean
-    cross-entropy.
-    """
+    """Return whether a loss and its gradient at raw logits (tokens, vocabulary) are mean cross-entropy."""
     trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
     targets = labels[1:][trained, None]
     losses, logit_grads = losses_and_grads(raw[trained], targets, head, needs_grad=True)
@@ -280,9 +275,7 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
 
 
 def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids of two variants of a first sample, which differ at every position, and of a second
-    sample.
-    """
+    """Return token ids of two variants of a first sample, different at every position, and of a second."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a config
     first = torch.randint(vocabulary, (1, _FIRST), generator=generator)
@@ -292,9 +285,7 @@ def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 def _longest_context(model: Any) -> int:
-    """Return the largest position that the config names as the end of a context; 0 without rotary
-    positions.
-    """
+    """Return the largest context end, as a position, in the config; 0 without rotary positions."""
     if not any(hasattr(module, "rope_type") for module in model.modules()):
         return 0  # learned positions end at this position
     return max(_contexts(model.config.get_text_config().to_dict()), default=0)

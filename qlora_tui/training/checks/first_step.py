@@ -211,9 +211,7 @@ def verify_step(
     paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
     def compare(names: Collection[FastPath]) -> tuple[StepComparison, bool]:
-        """Return the comparison in this process with the fast paths ``names``, and whether all processes
-        agree.
-        """
+        """Return this process's comparison with the fast paths ``names``, and whether all processes agree."""
         paths.use(names)
         comparison = _in_every_process(
             dist, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
@@ -253,9 +251,7 @@ def verify_step(
 
 
 def _compare_or_blame(reference: StepReference, *, packed: bool, pad_id: int) -> StepComparison:
-    """Compare our step with the reference; an exception that the library's step does not raise counts as
-    wrong.
-    """
+    """Compare our step with the reference; an exception that only our step raises counts as wrong."""
     try:
         return reference.compare(packed=packed, pad_id=pad_id)
     except Exception as error:
@@ -291,9 +287,7 @@ def _describe_error(error: Exception) -> str:
 def _first_sequences(
     step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int
 ) -> Sequence[PackedSamples]:
-    """Return the first micro-batch with two samples, which reveals leaks between samples; else the first
-    one.
-    """
+    """Return the first micro-batch with two samples, which can reveal leaks, or else the first one."""
     every = (
         sequences for step in step_plan.steps for sequences in micro_batches(step.sequences, micro_batch)
     )
@@ -304,8 +298,7 @@ def _first_sequences(
 
 
 def _affordable_tokens(longest: list[PackedSamples], samples: TokenizedDataset, device: ComputeDevice) -> int:
-    """Return the largest excerpt, in tokens, for which the library's step fits in the memory of the run's
-    longest step.
+    """Return the tokens of the largest excerpt whose step by the library fits in the run's memory.
 
     The library keeps the logits of a whole sample while our loss keeps one chunk of them, and up to twice the
     activations per token.

@@ -1,5 +1,4 @@
-"""Tells whether two computations of the same values differ only by rounding; every check of a shortcut uses
-it.
+"""Tells whether two computations of the same values differ only by rounding; all checks use it.
 
 Each element is compared relative to its own magnitude, never to the largest value in its tensor: trained
 models have outlier channels, which would make an error in all other channels look small.
@@ -19,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 NOISE_FACTOR = 3.0
-"""Multiple of the measured rounding noise by which the first step, a merged model or a chat's scores may
-differ. Correct steps stay below 1.7 on SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with
-Llama's form of RMSNorm is above 25.
+"""Multiple of the rounding noise by which the first step, a merged model or a chat's scores may differ.
+
+Correct steps stay below 1.7 on SmolLM2-135M and Gemma-3-270M in float32 and bfloat16; Gemma with Llama's form
+of RMSNorm is above 25.
 """
 _MAX_DRAWS = 4
 _ROUNDING = {torch.float32: 2.0, torch.bfloat16: 0.5, torch.float16: 0.5}
@@ -66,8 +66,7 @@ def equal_up_to_rounding(actual: Tensor, expected: Tensor) -> bool:
 
 
 def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: float) -> bool:
-    """Return whether every element differs by at most ``roundings`` rounding errors of a value of its
-    ``scale``.
+    """Return whether every element differs by at most ``roundings`` rounding errors at its ``scale``.
 
     ``scale`` has one value per element: the magnitude of the terms from which the element was computed, which
     exceeds the element itself if terms cancel. A rounding error is ``eps`` of the dtype of ``actual``,
@@ -104,8 +103,7 @@ def outputs_and_gradients(
 
 
 def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
-    """Return normally distributed values (…, columns), equal in every process, with every third column
-    massive.
+    """Return normal values (…, columns), equal in every process, with every third column massive.
 
     ``outlier`` is the factor of the massive columns, which trained models have too.
     """
@@ -121,9 +119,7 @@ def rounding_error_of(dtype: torch.dtype) -> float:
 
 @contextmanager
 def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
-    """Perturb each element of all module outputs, and of their gradients, up or down by the relative
-    ``size``.
-    """
+    """Perturb each element of all module outputs, and of their gradients, by the relative ``size``."""
     generators: dict[torch.device, torch.Generator] = {}
 
     def error(x: Tensor) -> Tensor:

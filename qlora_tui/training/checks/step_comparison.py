@@ -34,13 +34,9 @@ Gradients: TypeAlias = dict[str, Tensor]
 _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
 """Relative change of a float32 loss that the order of its sums over vocabulary and tokens can cause."""
 _ADAPTER_SHARE = 0.05
-"""Approximate size of the adapter's output relative to its frozen module's, which makes A's gradient
-meaningful.
-"""
+"""Approximate relative size of the adapter's output, which makes A's gradient meaningful."""
 _LARGE = 2**24
-"""Number of elements above which only some rows of a gradient are compared: a trained embedding has
-gigabytes.
-"""
+"""Number of elements above which only some rows of a gradient are compared, to save memory."""
 _COMPARED_ROWS = 4096
 """Number of compared rows of such a gradient, besides those of the excerpt's tokens."""
 _FP16_LOSS_SCALE = 1024.0
@@ -79,9 +75,7 @@ class StepComparison:
     tensor: str
     """Name of that tensor."""
     failure: str = ""
-    """Why our step could not be computed, in which case loss and gradients are NaN; empty if it was
-    computed.
-    """
+    """Why our step could not be computed, with NaN as loss and gradients; empty if it was computed."""
 
     @property
     def agrees(self) -> bool:
@@ -130,14 +124,13 @@ class StepReference:
 
     @property
     def is_finite(self) -> bool:
-        """Return whether loss and gradients of the library's step are finite; otherwise nothing can be
+        """Return whether loss and gradients of the library's step are finite, so that they can be
         compared.
         """
         return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
 
     def compare(self, *, packed: bool, pad_id: int) -> StepComparison:
-        """Run one step as the trainer does, on the model in its current state, and compare it with the
-        library's.
+        """Run one step as the trainer does, with the current model, and compare it with the library's.
 
         Args:
             packed: put the samples into one packed sequence instead of padded sequences.
@@ -190,9 +183,7 @@ class StepReference:
         return max(noise, self._size(name), self._matters)
 
     def _reference_step(self) -> tuple[Tensor, Gradients]:
-        """Compute the weighted loss of each token (tokens,), sample by sample, and the gradients of the
-        mean.
-        """
+        """Compute each token's weighted loss (tokens,), sample by sample, and the gradients of the mean."""
         excerpt, device = self._excerpt, self._device.torch_device
         losses: list[Tensor] = []
         self._model.zero_grad()
@@ -260,9 +251,7 @@ def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
 
 @contextmanager
 def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability to 0, but stay in training mode, which activation checkpointing
-    requires.
-    """
+    """Set every dropout probability to 0, but stay in training mode, which checkpointing requires."""
     modes = {module: module.training for module in model.modules()}
     probabilities = dropout_settings(model)
     try:

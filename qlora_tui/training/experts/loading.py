@@ -29,9 +29,7 @@ _QUANTIZER = "bitsandbytes_4bit"
 
 @contextmanager
 def experts_in_4_bits() -> Iterator[None]:
-    """Make models that are loaded with bitsandbytes' 4-bit quantization in this context have 4-bit experts
-    too.
-    """
+    """Give models that are loaded in this context with 4-bit quantization by bitsandbytes 4-bit experts."""
     original, spawn = auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER], core_model_loading.spawn_materialize
     auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER] = ExpertQuantizer
     core_model_loading.spawn_materialize = _deferred(spawn)
@@ -72,9 +70,7 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         return float(super().param_element_size(model, param_name, param))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """Wrap the family's converters with :class:`ExpertConverter`, and add converters of fused
-        parameters.
-        """
+        """Wrap the family's converters with :class:`ExpertConverter`, and add those of fused parameters."""
         updated: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]  # its own
             weight_conversions, *args
         )
@@ -201,9 +197,7 @@ def _for_experts(converter: Any) -> Any:
 
 
 def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | None:
-    """Return the 4-bit experts and the projection that a full parameter name refers to; None for other
-    names.
-    """
+    """Return 4-bit experts and projection for a full parameter name; None for any other name."""
     path, _, name = parameter.rpartition(".")
     if name not in PROJECTIONS:
         return None
@@ -212,9 +206,7 @@ def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | 
 
 
 def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
-    """Yield each expert's matrix with the rows of all sources appended, in memory that is reused for every
-    expert.
-    """
+    """Yield each expert's matrix, with the rows of all sources appended, in reused memory."""
     matrix: Tensor | None = None
     for expert in range(layout.experts):
         row = 0
@@ -272,8 +264,6 @@ def _deferred(spawn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read(job: Any) -> Tensor:
-    """Return the tensor of a deferred read, which is a function, or a future if transformers reads in
-    threads.
-    """
+    """Return the tensor of a deferred read, which is a function or, in a thread, a future."""
     tensor: Tensor = job.result() if hasattr(job, "result") else job()
     return tensor

@@ -196,9 +196,7 @@ def _routed(active: ActiveName) -> Callable[..., Tensor]:
 
 
 def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return the output (tokens, hidden) of the family's own forward, for 4-bit experts with their
-    adapters.
-    """
+    """Return the output (tokens, hidden) of the family's own forward, on 4-bit experts with adapters."""
     adapters = _adapters(module, active_in_peft)
     factors = [factor for adapter in adapters.values() for factor in (adapter.a, adapter.b)]
     arguments = (_base(module), adapters, x, chosen, weights, *factors)

@@ -99,9 +99,7 @@ class Projection:
         return out
 
     def input_gradient(self, grad: Tensor, expert: int, memory: Tensor | None) -> Tensor:
-        """Return the gradient (n, inputs) of an expert's inputs, given the gradient of its outputs (n,
-        outputs).
-        """
+        """Return the gradient (n, inputs) of an expert's inputs for that of its outputs (n, outputs)."""
         matrix = self.read(expert, grad.dtype, memory)
         out = grad @ (matrix.t() if self.transposed else matrix)
         if self.adapter is not None:
@@ -171,9 +169,7 @@ class RoutedLayer:
         return [factor for each in adapters for factor in ((each.a, each.b) if each else (None, None))]
 
     def memory(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return a buffer for one matrix at a time; None on a CPU, where bitsandbytes allocates each
-        matrix.
-        """
+        """Return a buffer for one matrix; None on a CPU, where bitsandbytes allocates each matrix."""
         if x.device.type == "cpu" or not self.is_packed:
             return None
         numel = max(each.inputs * each.outputs for each in (self.first, self.second))
@@ -194,9 +190,7 @@ def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, layer: RoutedLaye
 
 
 class RoutedExperts(torch.autograd.Function):
-    """Autograd function from x (tokens, hidden) and routing weights (tokens, per_token) to (tokens,
-    hidden).
-    """
+    """Autograd function from x (tokens, hidden) and routing weights to the outputs (tokens, hidden)."""
 
     @staticmethod
     def forward(
@@ -230,9 +224,7 @@ class RoutedExperts(torch.autograd.Function):
 def _forward(
     x: Tensor, weights: Tensor, routes: Routes, layer: RoutedLayer, dtype: torch.dtype, *, keeps_both: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the weighted sums, and the gate and up projections of all slots if the backward
-    needs them.
-    """
+    """Return the weighted sums, and the gate and up projections of all slots if they must be saved."""
     rows = x.to(dtype)
     by_slot = weights.reshape(-1)
     slots = routes.order.numel()
@@ -282,9 +274,7 @@ class _Backward:
         self._memory = layer.memory(x, dtype)
 
     def compute(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of each argument of the function, given the gradient of its output (tokens,
-        hidden).
-        """
+        """Return the gradient of each argument of the function for that of its output (tokens, hidden)."""
         grad = grad.to(self._rows.dtype)
         for expert, span in self._routes.spans():
             self._add_expert(expert, span, grad)
@@ -379,9 +369,7 @@ class Experts4bit(nn.Module):
         return {suffix: getattr(self, name + suffix) for suffix in self._layouts[name].suffixes}
 
     def matrix(self, name: str, expert: int, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
-        """Return one expert's matrix of a projection, dequantized; (rows, columns) as the family stores
-        it.
-        """
+        """Return one expert's dequantized matrix of a projection, (rows, columns) as the family stores it."""
         return dequantize(self.tensors(name), expert, self._layouts[name], dtype, memory)
 
     def _apply_gate(self, both: Tensor) -> Tensor:
@@ -433,9 +421,7 @@ def _stored_matrix(
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Return whether a module holds its experts in two fused parameters and uses each expert's matrix
-    separately.
-    """
+    """Return whether a module has two fused expert parameters whose matrices are used separately."""
     return (
         hasattr(module, "is_transposed")
         and getattr(module, "has_gate", False)

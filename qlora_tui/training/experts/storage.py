@@ -41,9 +41,7 @@ class ExpertLayout:
     experts: int
     rows: int
     columns: int
-    """The matrix has the shape in which the model stores it: (outputs, inputs), or (inputs, outputs) in
-    gpt-oss.
-    """
+    """Columns of a matrix, which is stored as (outputs, inputs), or in gpt-oss as (inputs, outputs)."""
     method: str
     """``nf4`` or ``fp4``."""
     nested: bool

@@ -77,9 +77,7 @@ class AdapterCasts:
         self._copies: list[Tensor] = []
         """Views of the stacked copies, one for each parameter."""
         self._by_parameter: dict[int, tuple[Tensor, int]] = {}
-        """The copy of each parameter, keyed by its id, with the parameter's version at the time of the
-        copy.
-        """
+        """The copy of each parameter, keyed by its id, with the parameter's version when it was copied."""
         self._by_stack: dict[tuple[int, ...], Tensor] = {}
         """The copies of each stack, keyed by the ids of its parameters."""
 
@@ -205,9 +203,7 @@ class AdaptedModule:
 
 
 def plain_weight(module: Any) -> WeightLoader | None:
-    """Return the function that reads the frozen weight under a plain adapter; None without an accessible
-    weight.
-    """
+    """Return the function that reads the frozen weight under a plain adapter; None if there is none."""
     if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
         return None
     return _weight_of(module.get_base_layer())
@@ -281,9 +277,7 @@ def adapted_outputs(x: Tensor, adapters: list[LoraParameters]) -> tuple[Tensor, 
 
 
 def adapter_inputs(x: Tensor, adapters: Sequence[LoraParameters]) -> tuple[Tensor | None, Tensor]:
-    """Return the dropout mask, None without dropout, and dropout(x) · Aᵀ (rows, all ranks), of x (…,
-    inputs).
-    """
+    """Return the dropout mask or None, and dropout(x) · Aᵀ (rows, all ranks), for x (…, inputs)."""
     device = x.device.type
     dtype = product_dtype(x)
     with without_autocast(device):

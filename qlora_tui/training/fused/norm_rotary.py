@@ -36,9 +36,7 @@ class RmsNormVariant:
     offset: float = 0.0
     """Value that is added to the weight: 1 in Gemma, else 0."""
     multiply_in_fp32: bool = False
-    """Whether the product is in fp32 and cast last (Gemma, OLMo-2); otherwise the input is cast first
-    (Llama).
-    """
+    """Whether the product is in fp32 and cast last (Gemma, OLMo-2), not the input first (Llama)."""
 
 
 _VARIANTS = (
@@ -98,9 +96,7 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
 
 
 def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
-    """Return the variants that differ in ``dtype``; in float32 the order of product and cast makes no
-    difference.
-    """
+    """Return the variants that differ in ``dtype``; in float32 the time of the cast does not matter."""
     return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
 
@@ -180,9 +176,7 @@ _NAME = "apply_rotary_pos_emb"
 _TOKENS = 5
 """Number of tokens of the check."""
 _ROUNDINGS = 2.0
-"""Number of roundings of the terms of a sum by which an element may differ: those of both products and the
-sum.
-"""
+"""Number of roundings of a sum's terms by which an element may differ: of both products and the sum."""
 
 
 def fuse_rotary(model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -249,9 +243,7 @@ def _fuse_attention(
 
 
 def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kinds: frozenset[CallKind]) -> bool:
-    """Return whether the kernel can compute a call of the family's function, because its kind was
-    compared.
-    """
+    """Return whether the kernel can compute a call of the family's function, by the call's kind."""
     return (
         q.dtype == k.dtype
         and cos.dtype == sin.dtype

@@ -25,9 +25,7 @@ def patch_forward(module: nn.Module, forward: Callable[..., Any], part: PatchedP
 
 
 class PatchedForwards:
-    """The modules of a model with a replaced forward of one kind, which can be switched in both
-    directions.
-    """
+    """The modules of a model with a replaced forward of one kind, which can be switched both ways."""
 
     def __init__(self, model: nn.Module, part: PatchedPart) -> None:
         self._part = part

@@ -31,9 +31,7 @@ class HostMemory:
     """Allocates the buffers of streamed layers, or of offloaded inputs, for a device."""
 
     def __init__(self, device: torch.device, on_refused: Callable[[str], None] = lambda why: None) -> None:
-        """Allocate for ``device``; ``on_refused`` is called once, with the reason, if memory cannot be
-        pinned.
-        """
+        """Allocate for ``device``; ``on_refused`` gets the reason, once, if memory cannot be pinned."""
         self._device = device
         self._pins = device.type == "cuda"
         self._on_refused = on_refused
@@ -141,8 +139,7 @@ _MS_PER_S = 1000
 
 
 def measure_speed(device: ComputeDevice) -> TransferSpeed:
-    """Measure copies from pinned memory, and products with a dequantized NF4 weight; the best of a few
-    repeats.
+    """Measure copies from pinned memory and products with a dequantized NF4 weight; the best of a few.
 
     Takes half a second and 0.7 GiB of the GPU. Needs CUDA.
     """

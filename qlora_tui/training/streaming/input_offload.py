@@ -30,9 +30,7 @@ class KeptInput:
         self.shape, self.stride, self.dtype = hidden.shape, hidden.stride(), hidden.dtype
         self.requires_grad = hidden.requires_grad
         self.previous = None if previous is None else weakref.ref(previous)
-        """Weak reference to the input of the previous layer, which is needed next; None for the first
-        layer.
-        """
+        """Weak reference to the previous layer's input, which is needed next; None for the first layer."""
 
 
 class InputOffload:

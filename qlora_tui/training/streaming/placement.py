@@ -35,9 +35,7 @@ from qlora_tui.training.streaming.slots import (
 
 
 class StreamedLayerError(RuntimeError):
-    """Raised if a streamed layer runs with gradients but without checkpointing, which would make them
-    wrong.
-    """
+    """Raised if a streamed layer runs with gradients but without checkpointing: they would be wrong."""
 
 
 class StreamedCheckpoint:
@@ -59,9 +57,7 @@ class StreamedCheckpoint:
         return outputs
 
     def _before_backward(self, gradient: Tensor) -> None:
-        """Fetch the weights; called with the gradient of the layer's output, once the later layers are
-        done.
-        """
+        """Fetch the weights; called with the gradient of the layer's output, after the later layers."""
         self._enter("backward")
 
 

@@ -90,9 +90,7 @@ def movable_tensors(layer: nn.Module) -> list[Tensor]:
 
 
 def all_tensors(model: nn.Module) -> list[Tensor]:
-    """Return every tensor object of a model: parameters, buffers, attributes of modules,
-    quantization states.
-    """
+    """Return every tensor object of a model: parameters, buffers, attributes, quantization states."""
     by_id: dict[int, Tensor] = {}
     for module in model.modules():
         for tensor in (*_owned_tensors(module), *_state_tensors(module)):
@@ -270,8 +268,7 @@ class LayerSlots:
         return True
 
     def enter(self, place: int, purpose: Pass) -> None:
-        """Copy the layer into its slot before the next computation, and start to copy the layer that runs
-        next.
+        """Copy the layer into its slot before the next computation, and start to copy the following one.
 
         All computation of the layers that ran before must have ended, or be queued on the device.
         """
