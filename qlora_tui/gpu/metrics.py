@@ -58,9 +58,7 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def multiprocessors(self) -> int | None:
-        """Return the number of multiprocessors; Turing and the A100 have 64 cores in each, later chips
-        128.
-        """
+        """Return the number of multiprocessors, of 64 cores each on Turing and the A100, later 128."""
         if self.cores is None or self.capability is None:
             return None
         return self.cores // (64 if self.capability <= (8, 0) else 128)

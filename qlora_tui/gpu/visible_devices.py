@@ -127,7 +127,7 @@ def with_choice(gpu: str) -> dict[str, str]:
 
 
 def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables before this process chose a GPU, for a process that makes its own choice."""
+    """Return the variables from before this process chose a GPU, for a process with its own choice."""
     before = {name: value for name, value in _variables_before.items() if value is not None}
     return {name: value for name, value in environ.items() if name not in _variables_before} | before
 

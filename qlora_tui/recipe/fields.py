@@ -190,9 +190,7 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
 
 
 def _metas(hint: Any) -> list[Meta]:
-    """Return the declarations in a type hint, the outer first; optional numbers have bounds in an inner
-    one.
-    """
+    """Return the declarations in a type hint, from the outer one to the inner ones."""
     if get_origin(hint) is Annotated:
         type_, *metas = get_args(hint)
         return [*metas, *_metas(type_)]

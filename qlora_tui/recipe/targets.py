@@ -178,7 +178,7 @@ def assign_pattern_values(
     number: NumberT,
     modules: Sequence[Module],
 ) -> dict[str, NumberT]:
-    """Return short patterns that assign ``number`` to the named modules, with ``table`` for the others.
+    """Return short patterns that assign ``number`` to the named modules and otherwise keep ``table``.
 
     ``default`` is the value of a module without a pattern.
     """
@@ -218,7 +218,7 @@ def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tup
 
 
 def split_patterns(text: str) -> list[str]:
-    """Split a comma-separated list, in which layers alone are no item: ``0-3,7.q_proj,k_proj`` has two."""
+    """Split a comma-separated list; layers alone are not an item: ``0-3,7.q_proj,k_proj`` has two."""
     patterns: list[str] = []
     for piece in text.split(","):
         if patterns and _ONLY_LAYERS.fullmatch(patterns[-1].rpartition(",")[2]):

@@ -282,7 +282,7 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
 
 
 def active_weight(module: Any) -> nn.Parameter | None:
-    """Return the trained matrix (vocabulary, hidden) of embedding or head; None if there is none active."""
+    """Return the trained matrix (vocabulary, hidden) of embedding or head; None without an active one."""
     find = getattr(module, "active_trained_weight", None)
     return find() if find else None
 

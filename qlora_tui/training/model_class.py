@@ -376,7 +376,7 @@ def _fields_in(code: ast.AST, local: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the setting, with its value, that ``config.x`` or a module's ``self.x`` reads; or nothing."""
+    """Return the setting, with its value, that ``config.x`` or a module's ``self.x`` reads; else empty."""
     from transformers import PreTrainedConfig
 
     path, place = [], node.value

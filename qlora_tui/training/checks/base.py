@@ -285,7 +285,7 @@ def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Ten
 
 
 def _longest_context(model: Any) -> int:
-    """Return the largest context end, as a position, in the config; 0 without rotary positions."""
+    """Return the config's largest context length, in positions; 0 without rotary positions."""
     if not any(hasattr(module, "rope_type") for module in model.modules()):
         return 0  # learned positions end at this position
     return max(_contexts(model.config.get_text_config().to_dict()), default=0)

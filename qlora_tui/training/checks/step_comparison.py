@@ -124,9 +124,7 @@ class StepReference:
 
     @property
     def is_finite(self) -> bool:
-        """Return whether loss and gradients of the library's step are finite, so that they can be
-        compared.
-        """
+        """Return whether loss and gradients of the library's step are finite, and can be compared."""
         return math.isfinite(self.loss + self.loss_noise + sum(self._noise.values()))
 
     def compare(self, *, packed: bool, pad_id: int) -> StepComparison:

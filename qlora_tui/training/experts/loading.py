@@ -29,7 +29,7 @@ _QUANTIZER = "bitsandbytes_4bit"
 
 @contextmanager
 def experts_in_4_bits() -> Iterator[None]:
-    """Give models that are loaded in this context with 4-bit quantization by bitsandbytes 4-bit experts."""
+    """Quantize experts to 4 bits too when bitsandbytes quantizes a model to 4 bits in this context."""
     original, spawn = auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER], core_model_loading.spawn_materialize
     auto.AUTO_QUANTIZER_MAPPING[_QUANTIZER] = ExpertQuantizer
     core_model_loading.spawn_materialize = _deferred(spawn)

@@ -36,7 +36,7 @@ class RmsNormVariant:
     offset: float = 0.0
     """Value that is added to the weight: 1 in Gemma, else 0."""
     multiply_in_fp32: bool = False
-    """Whether the product is in fp32 and cast last (Gemma, OLMo-2), not the input first (Llama)."""
+    """Whether the product is in fp32 and cast last (Gemma, OLMo-2); in Llama the input is cast first."""
 
 
 _VARIANTS = (
