@@ -265,7 +265,7 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
             raise UserError(
                 "A folder of another program is in the way",
                 what=f"{draft} exists, but nothing in it shows that qlora-tui made it.",
-                why="qlora-tui replaces or deletes only folders that it can prove to have made.",
+                why="qlora-tui replaces or deletes only folders that it created.",
                 fix="Move it away, or delete it if you know that you do not need it.",
             )
         try:

@@ -115,7 +115,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Hours",
             "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of them "
-            "a run saves, frees the GPU, and goes on by itself. Empty: always.",
+            "a run saves, frees the GPU, and continues by itself. Empty: always.",
         ),
     ] = ""
     yields: Annotated[
@@ -123,7 +123,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Yield",
             "Pause a run while another program uses its GPU, such as a game or Ollama: it saves, frees the "
-            "memory, and goes on when that program is gone.",
+            "memory, and continues when that program has ended.",
         ),
     ] = msgspec.field(default=False, name="yield")
     max_temperature_c: Annotated[

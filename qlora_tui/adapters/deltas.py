@@ -221,7 +221,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         if match is None:
             raise UserError(
                 "This adapter cannot be merged",
-                what=f"It holds {key}, which is neither a LoRA of a linear module nor a token row.",
+                what=f"It contains {key}, which is neither a LoRA of a linear module nor a token row.",
                 fix="Load it with peft and use merge_and_unload instead.",
             )
         parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor

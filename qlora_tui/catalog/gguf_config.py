@@ -98,7 +98,7 @@ def architecture_of(header: GgufHeader, path: Path) -> GgufArchitecture:
         raise gguf_problem(
             path,
             f"its architecture {in_words(name)!r} cannot be trained from GGUF",
-            why=f"Those that can: {', '.join(sorted(ARCHITECTURES))}.",
+            why=f"Supported architectures: {', '.join(sorted(ARCHITECTURES))}.",
         )
     return MIXTRAL if name == "llama" and header.values.get("llama.expert_count") else architecture
 

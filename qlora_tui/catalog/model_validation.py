@@ -150,7 +150,7 @@ def _no_config(files: set[str], name: str) -> UserError:
     if "adapter_config.json" in files:
         return model_problem(
             "This is an adapter, not a model",
-            f"{name} holds a LoRA adapter.",
+            f"{name} contains a LoRA adapter.",
             "Training needs a base model, not an adapter.",
             "Choose the base model that adapter_config.json names.",
         )
@@ -459,7 +459,7 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
         raise UserError(
             "Cannot read the adapter",
             what=f"{where}: {not_understood}.",
-            why="It would silently change the base, or compute something else than it should.",
+            why="It would silently change the base, or compute something different from its training.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}

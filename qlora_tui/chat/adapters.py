@@ -387,8 +387,8 @@ class AdapterSet:
         ):
             raise UserError(
                 "The model must be loaded again",
-                what="A DoRA adapter needs base weights in their usual layout; these are in a faster one.",
-                fix="Start the chat or the server again: it then keeps the usual layout.",
+                what="A DoRA adapter needs base weights in the standard layout; these are in a faster one.",
+                fix="Start the chat or the server again, which then keeps the standard layout.",
             )
         check_unchanged(folder)
         _check_fits(folder, self._model)
@@ -429,7 +429,7 @@ def _check(folder: Path) -> None:
     if kind != "LORA":
         raise UserError(
             "Not a LoRA adapter",
-            what=f"{folder} holds a {kind} adapter.",
+            what=f"{folder} contains a {kind} adapter.",
             fix="Only LoRA adapters are supported.",
         )
     if not (folder / WEIGHTS).is_file():

@@ -434,7 +434,7 @@ class Batches:
             return not self.why_not
         comparison = self.session.checked.get(adapter_name)
         if not self.session.keeps_keys:
-            self.turn_off("it is asked without a cache of keys and values")
+            self.turn_off("it is run without a cache of keys and values")
         elif self.session.new_cache().depends_on_length:
             self.turn_off("its rotary frequencies depend on the length of the text")
         elif comparison is None:

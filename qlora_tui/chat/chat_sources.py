@@ -64,7 +64,7 @@ def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
         raise UserError(
             "Which base model?",
             what=f"{folder} has no recipe.toml that names the model it was trained on.",
-            fix="Name its base model too.",
+            fix="Specify its base model too.",
             exit_code=EXIT_USAGE,
         )
     if model is not None:
@@ -104,7 +104,7 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
         raise UserError(
             "No such checkpoint",
             what=f"The run has no checkpoint at step {checkpoint}.",
-            fix=f"Available: {', '.join(steps)}." if steps else "This run has none.",
+            fix=f"Available: {', '.join(steps)}." if steps else "This run has no checkpoint.",
             exit_code=EXIT_USAGE,
         )
     for adapter_name in source.adapters:
@@ -112,7 +112,7 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
     raise UserError(
         "No adapter yet",
         what="The run has neither an adapter nor a checkpoint.",
-        why="It has not saved its first checkpoint, or ended before that.",
+        why="It has not saved a checkpoint yet, or it ended before its first one.",
         fix="Wait for a checkpoint; until then chat with the base model (--base).",
     )
 

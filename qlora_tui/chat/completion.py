@@ -85,7 +85,7 @@ def completion_constraint(session: ChatSession, completion: Completion) -> Const
     elif completion.must_call:
         raise UserError(
             "tool_choice cannot be followed",
-            what="The chat template of this model writes calls in a form that is not known here.",
+            what="The chat template of this model writes tool calls in an unknown format.",
             fix="Use auto or none.",
             exit_code=EXIT_USAGE,
         )

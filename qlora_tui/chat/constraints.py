@@ -40,7 +40,7 @@ class Grammars:
         except ImportError as error:
             raise UserError(
                 "A library is missing",
-                what="Answers by a JSON schema, and calls that must be made, need llguidance.",
+                what="Answers that follow a JSON schema, and required tool calls, need llguidance.",
                 fix="Install it: pip install 'qlora-tui[serve]'",
             ) from error
         added = tokenizer.backend.get_added_tokens_decoder()

@@ -46,7 +46,7 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
         raise UserError(
             "No decisions",
             what=f"No decisions were measured for {adapter_name}.",
-            why="The answers of its run must be labels or objects of enumerated fields, and the run needs "
+            why="The answers of its run must be labels or objects with enumerated fields, and the run needs "
             "validation rows.",
             fix="Measure them with `qlora-tui evaluate RUN --again`, or choose another run.",
             exit_code=EXIT_USAGE,
@@ -101,7 +101,7 @@ def _choice(session: ChatSession, decider: Decider, conversation: Conversation) 
         if prompt is None:
             raise UserError(
                 "The chat template refuses this conversation",
-                what="It ends in an answer, or has a turn that the template does not know.",
+                what="It ends with an answer, or has a turn that the template does not support.",
                 fix="End it with the user's turn, or omit the system prompt.",
                 exit_code=EXIT_USAGE,
             )

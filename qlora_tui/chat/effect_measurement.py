@@ -69,7 +69,7 @@ def measure_effect(
     if not sums.tokens:
         raise UserError(
             "Nothing was compared",
-            what="No validation conversation was read to its answer.",
+            what="The measurement ended before a validation conversation was compared.",
             fix="Try again and let it finish.",
         )
     on_status("Comparing the weights")
@@ -148,7 +148,7 @@ def validation_samples(data: PreparedDataset) -> Samples:
         raise UserError(
             "No validation conversations",
             what="This run has no validation data.",
-            why="On its training data an adapter always looks good.",
+            why="An adapter always looks good on its own training data.",
             fix="Set data.validation_fraction or data.validation_path in the next run.",
         )
     return samples

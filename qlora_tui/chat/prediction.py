@@ -105,7 +105,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         raise UserError(
             "The run makes no decisions",
             what=f"{run.id} has no measured decisions.",
-            why="Its answers must be labels or objects of enumerated fields, and it needs validation rows.",
+            why="Its answers must be labels or objects with enumerated fields, and it needs validation rows.",
             fix=f"Measure them with `qlora-tui evaluate {run.id} --again`, or choose another run.",
             exit_code=EXIT_USAGE,
         )
@@ -132,7 +132,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         if seen and layout.columns[part] not in columns:
             raise UserError(
                 "No such column",
-                what=f"{file} has no column {layout.columns[part]!r}, which held the {part} in training.",
+                what=f"{file} has no column {layout.columns[part]!r}, which had the {part} in training.",
                 why=f"Its columns are {', '.join(columns)}.",
                 fix=f"Name it: --column {part}=COLUMN.",
                 exit_code=EXIT_USAGE,

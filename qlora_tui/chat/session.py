@@ -241,7 +241,7 @@ class ChatSession:
     def _too_long(self, tokens: str) -> UserError:
         return UserError(
             "The conversation is too long",
-            what=f"It is {tokens} tokens; this model reads at most {self.context_length:,}.",
+            what=f"It has {tokens} tokens; the model's context is at most {self.context_length:,}.",
             fix="Start a new conversation, or shorten the question.",
             exit_code=EXIT_USAGE,
         )

@@ -120,7 +120,7 @@ class SessionCheck:
         """
         session = self._session
         if session.steps is not None:
-            session.steps.turn_off("This model is asked without a cache of keys and values.")
+            session.steps.turn_off("This model is run without a cache of keys and values.")
         if not self._agrees_without("keeps_keys", adapter_name, compare):
             return False
         session.warning = (

@@ -76,7 +76,7 @@ def _format_result(result: DemoResult) -> str:
         f"time             {format_duration(result.seconds)} in total",
         f"adapter          {result.adapter_dir}",
         "",
-        f"Talk to it: qlora-tui chat {result.run}        Open the app: qlora-tui",
+        f"Chat with it: qlora-tui chat {result.run}        Open the app: qlora-tui",
     ]
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> CommandResult:
         raise UserError(
             "No format given",
             what="`qlora-tui export` needs the format to write.",
-            fix="Choose one of those that `qlora-tui export --help` explains.",
+            fix="Choose a format from `qlora-tui export --help`.",
             exit_code=EXIT_USAGE,
         )
     if args.form == "recipe":

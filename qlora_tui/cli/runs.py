@@ -132,7 +132,7 @@ def _trash(*, empty: bool) -> CommandResult:
     ]
     table = format_table(rows, ["run", "size", "deleted", "erased in"])
     total = format_bytes(sum(sizes.values()))
-    fix = "`qlora-tui runs restore RUN` brings one back; `qlora-tui runs trash --empty` erases all."
+    fix = "`qlora-tui runs restore RUN` restores one; `qlora-tui runs trash --empty` erases all."
     return CommandResult(data, f"{table}\n\n{total} in total. {fix}")
 
 
@@ -233,7 +233,7 @@ def stop(args: argparse.Namespace) -> CommandResult:
     run = find_run(args.run_id)
     actions.stop(run, now=args.now)
     return _state_result(
-        run, f"{run.id} will stop after saving. `qlora-tui attach {run.id}` shows when it has."
+        run, f"{run.id} will stop after saving. `qlora-tui attach {run.id}` shows when it has stopped."
     )
 
 
@@ -321,7 +321,7 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
         "trash", help="list the runs that the app deleted, with size and age; they can be restored for a week"
     )
     trashed.add_argument("--empty", action="store_true", help="delete them permanently now")
-    restored = changes.add_parser("restore", help="bring a run back from the trash")
+    restored = changes.add_parser("restore", help="restore a run from the trash")
     restored.add_argument("run_id", metavar="RUN", help="its id or name, or the beginning of one")
     save = changes.add_parser(
         "save",

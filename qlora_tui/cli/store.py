@@ -121,7 +121,9 @@ class _Stream:
             reply = _once(call, self._ended) if call.changes else _reply(call)
         except (OSError, ValueError) as error:
             what = f"The request could not be recorded on {os.uname().nodename}: {error}."
-            problem = UserError("The request was not carried out", what=what, fix="Check its disk.")
+            problem = UserError(
+                "The request was not carried out", what=what, fix="Check the disk of that machine."
+            )
             reply = Reply(call.id, error=messages.to_json(problem))
         self._send(reply)
 

@@ -330,7 +330,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parsers = [start, commands.add_parser("list", help="list all sweeps")]
     for name, help_ in (
-        ("show", "show trials, verdict and what each setting bought"),
+        ("show", "show trials, verdict and the effect of each setting"),
         ("pause", "pause a sweep: its run saves and frees the GPU"),
         ("resume", "continue a paused sweep"),
         ("stop", "stop a sweep; its results are kept"),

@@ -46,7 +46,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
     except (KilledError, ValueError, MemoryError) as error:
         says = str(error)
         if isinstance(error, MemoryError):
-            says = f"a piece of it takes more than {_MEMORY_BYTES // MIB} MiB"
+            says = f"a part of it takes more than {_MEMORY_BYTES // MIB} MiB"
         raise UserError(
             "Cannot read the Parquet file" if kind == "parquet" else "Cannot read the Arrow file",
             what=f"{path}, after row {number:,}: {says}",
@@ -139,7 +139,7 @@ def _stream(path: Path, position: Position | None) -> tuple[Iterator[Any], dict[
         # The reader takes the end of the file for the end of the stream.
         source.seek(max(0, source.size() - len(_END_OF_STREAM)))
         if source.read() != _END_OF_STREAM:
-            raise ValueError("it has no end mark, so its writer or a copy of it was cut off")
+            raise ValueError("it has no end-of-stream marker, so the file is incomplete")
 
     return batches(), label_names(reader.schema.metadata or {})
 

@@ -39,8 +39,8 @@ def parse_row_numbers(text: str) -> frozenset[int]:
         if not 1 <= first <= last or rows + last - first >= _MOST_ROWS:
             raise UsageError(
                 "No row numbers",
-                what=f"{part!r} in excluded_rows is neither a row number nor a range of them.",
-                fix='Write numbers and ranges, "3, 17, 40-45"; rows of a file in a folder, "a.jsonl: 3, 17".',
+                what=f"{part!r} in excluded_rows is neither a row number nor a range of row numbers.",
+                fix='Write numbers and ranges: "3, 17, 40-45". For a file in a folder: "a.jsonl: 3, 17".',
             )
         ranges.append(range(first, last + 1))
         rows += len(ranges[-1])
@@ -142,8 +142,8 @@ def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozen
         if name and name not in known:
             raise UsageError(
                 "No such file in the source",
-                what=f"excluded_rows names {name!r}, and {source.path} has no such data file.",
-                why="It was renamed or deleted, or its name says validation or test.",
+                what=f"excluded_rows names {name!r}, but {source.path} has no such data file.",
+                why="It was renamed or deleted, or its name marks it as validation or test data.",
                 fix="Rename it back, or correct excluded_rows of the source in the recipe.",
             )
     everywhere = excluded.get(EVERY_FILE, frozenset())
@@ -162,8 +162,8 @@ def _groups(text: str) -> Iterator[tuple[str, str]]:
         if group is None or name is None or ((group[1] or group[2]) and not name):
             raise UsageError(
                 "No row numbers",
-                what=f"{text[place:].strip()!r} in excluded_rows is neither a row number nor rows of a file.",
-                fix='Write "3, 17, 40-45", or with files "a.jsonl: 3, 17; b.jsonl: 40-45".',
+                what=f"{text[place:].strip()!r} in excluded_rows is neither a row number nor rows in a file.",
+                fix='Write numbers and ranges: "3, 17, 40-45". For files: "a.jsonl: 3, 17; b.jsonl: 40-45".',
             )
         yield name, group[3]
         place = group.end()

@@ -340,7 +340,7 @@ def parse_question(row: Row, layout: RowFormat, answer: str) -> Conversation:
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
     if not turns:
-        raise RowRejectedError("empty-row", "The row asks nothing.")
+        raise RowRejectedError("empty-row", "The row has no question.")
     return Conversation(turns, conversation.tools, source=conversation.source, row=conversation.row)
 
 
@@ -512,7 +512,7 @@ def _turn_a_row(name: str, why: str) -> UserError:
     return UserError(
         "Conversations in pieces",
         what=f"{name}: {why}",
-        why="One row does not show which column is which.",
+        why="A conversation must be in one row, with all of its turns.",
         fix="Join the turns of each conversation into a list of messages, or use a file with joined turns; "
         'to train on every turn as plain text, set format = "text".',
     )
@@ -548,7 +548,7 @@ def _nothing_fits(name: str, wanted: str, columns: Columns) -> UserError:
         return UserError(
             "Not in that format",
             what=f"{name} is not in the format {wanted}, which needs {needs}.",
-            why=f"Searched {what}.",
+            why=f"The format was looked for {what}.",
             fix='Map the columns by hand, or let format = "auto" choose.',
             code=NOT_IN_FORMAT,
         )

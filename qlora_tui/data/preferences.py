@@ -211,7 +211,7 @@ def ratings_problem(
         "No preferences in the data",
         what=f'data.preferences = "{preference_choice}" needs {needs}, and {name} has neither a rejected '
         "side nor ratings.",
-        why="Nothing says which answers are better.",
+        why="The file does not say which answers are better.",
         fix='Choose a file with preferences, name its columns, or set data.preferences = "refuse" to train '
         "on the answers as they are.",
         code=NOTHING_COMPARED,
@@ -266,7 +266,7 @@ def compared_columns(mapping: Mapping[str, str], columns: Columns, name: str, wa
         raise UserError(
             _PAIRS_TITLE,
             what=f"{name} compares answers, but columns names parts of another format: {', '.join(mapping)}.",
-            why=f"{compared['rejected']!r} holds rejected answers.",
+            why=f"{compared['rejected']!r} contains rejected answers.",
             fix='Name the sides, as in columns = { chosen = "…", rejected = "…" }, or leave columns out.',
             code=UNMAPPED_SIDES,
         )

@@ -109,7 +109,7 @@ def line_over_bound(line: bytes) -> str:
     if len(line) > LARGEST_ROW_BYTES:
         return f"it is larger than {LARGEST_ROW_BYTES // MIB} MiB"
     if len(line) > MAX_VALUES_IN_LINE and sum(map(line.count, (b",", b"[", b"{"))) > MAX_VALUES_IN_LINE:
-        return f"it holds more than {MAX_VALUES_IN_LINE:,} values"
+        return f"it contains more than {MAX_VALUES_IN_LINE:,} values"
     return ""
 
 

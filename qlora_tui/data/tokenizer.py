@@ -104,7 +104,7 @@ class ChatTokenizer:
             raise UserError(
                 "No tokenizer",
                 what=f"{folder} has no tokenizer.json.",
-                why="It holds only an older form of tokenizer." if has_old else "",
+                why="It has only a tokenizer in an older format." if has_old else "",
                 fix="Load it with transformers' AutoTokenizer and save_pretrained it to the folder."
                 if has_old
                 else "Download the model again, with its tokenizer files.",

@@ -55,15 +55,15 @@ def without_text(name: str, values: _Values) -> UserError | None:
     if _mostly(values, lambda v: _is_numbers(v.get("input_ids"))):
         return UserError(
             "Tokens instead of text",
-            what=f"{name} holds the token ids of some tokenizer in 'input_ids'.",
+            what=f"{name} contains token ids of an unknown tokenizer in 'input_ids'.",
             why="They fit only that tokenizer, with a fixed template and length.",
             fix="Use the original text.",
         )
     if _mostly(values, lambda v: _is_segments(v.get("segments"))):
         return UserError(
             "Text in segments",
-            what=f"{name} holds axolotl's template-free format: texts in 'segments', each trained on or not.",
-            why="Here a chat template decides what is trained on.",
+            what=f"{name} is in axolotl's template-free format, where each of 'segments' is trained or not.",
+            why="qlora-tui lets a chat template decide which parts are trained on.",
             fix="Convert it to messages, or join the segments into one text to train on all of it.",
         )
     if problem := _batch(name, values):
@@ -77,7 +77,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
         return None  # one of them may be the answer
     return UserError(
         "Prompts without answers",
-        what=f"{name} holds prompts and no answers, in the columns {', '.join(sorted(columns))}.",
+        what=f"{name} contains prompts without answers, in the columns {', '.join(sorted(columns))}.",
         why="Prompts alone are for reinforcement learning (PPO, GRPO), which is not supported.",
         fix='Choose a file with answers, or name the column with them: columns = { completion = "…" }.',
     )
@@ -121,13 +121,13 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
             fields = f"{{input: .{prompt_key}, output: .{key}}}"
             return UserError(
                 "Examples inside rows",
-                what=f"{name} holds the examples of each row in the list {column!r}.",
-                why="A row is one conversation.",
+                what=f"{name} has several examples per row, in the list {column!r}.",
+                why="Each row must be one conversation.",
                 fix=f"Write a row for each: jq -c '{{instruction: .{prompt}}} + (.{column}[] | {fields})'.",
             )
         return UserError(
             "Compared answers",
-            what=f"{name} holds a list of answers in each row, in {column!r}.",
+            what=f"{name} has a list of answers in each row, in {column!r}.",
             why="Some of them may be worse answers, which must not be learned.",
             fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "
             "better and a worse one, as prompt, chosen and rejected.",
@@ -168,7 +168,7 @@ def _side_by_side(columns: Sequence[str]) -> str:
     if not answers or not verdict:
         return ""
     both = " and ".join(map(repr, answers[:2]))
-    return f"holds several answers a row, in {both}; {verdict!r} says which is better."
+    return f"has several answers per row, in {both}; {verdict!r} says which is better."
 
 
 def _ranked(columns: Sequence[str], values: _Values, mapping: Mapping[str, str]) -> str:
@@ -181,7 +181,7 @@ def _ranked(columns: Sequence[str], values: _Values, mapping: Mapping[str, str])
             if _is_named_answer(column) and _scores_differ(items):
                 rank = rank or "score"
             if rank and not turn_keys(items) and column not in mapping.values():
-                return f"holds several answers a row in {column!r}; {rank!r} says how good each of them is."
+                return f"has several answers per row, in {column!r}; {rank!r} says how good each of them is."
     return ""
 
 

@@ -104,9 +104,9 @@ class ChatService:
         session = self._loaded()
         if request.adapter_name in session.source.gguf_files:
             raise UserError(
-                "A GGUF file has no effect to measure here",
-                what="The effect compares an adapter with the base.",
-                fix="Choose the adapter; the export has compared the file with it.",
+                "The effect of a GGUF file cannot be measured",
+                what="The effect is measured by comparing an adapter with its base.",
+                fix="Choose the adapter. The export has already compared the file with the adapter.",
                 exit_code=EXIT_USAGE,
             )
         with reported_memory(session.compute_device):

@@ -50,7 +50,9 @@ class EngineClosedError(UserError):
     """The caller closed the engine before it replied. This is not a failure, and is not shown to the user."""
 
     def __init__(self) -> None:
-        super().__init__("The engine was closed", what="It had not answered.", fix="Ask again.")
+        super().__init__(
+            "The engine was closed", what="It was closed before it answered.", fix="Send the request again."
+        )
 
 
 class EngineClient:

@@ -153,6 +153,6 @@ def export_form(
         case "lora":
             raise UserError(
                 "This format is no longer written",
-                what="The adapter as a GGUF file of its own (export lora).",
+                what="`export lora`, which wrote the adapter as a separate GGUF file, was removed.",
                 fix="Export the merged GGUF file, or the adapter's folder for vLLM.",
             )

@@ -351,7 +351,7 @@ class _Export:
     def _checked(self, path: Path, file_type: str) -> GgufFile:
         proof = None
         if isinstance(self.reference, Reference):
-            words = f"Asking llama.cpp what the {file_type} file answers"
+            words = f"Asking llama.cpp for the answers of the {file_type} file"
             self.on_status(words)
             differences = self.content.vocabulary.differences
             proof = prove(self.reference, path, file_type, differences, row_progress(self.on_status, words))
@@ -368,7 +368,7 @@ def _turn_ends_warning(file_type: str) -> str:
 
 def _refused(file_type: str, problem: str) -> _RefusedError:
     return _RefusedError(
-        "The GGUF file does not answer as the adapter does",
+        "The GGUF file does not answer like the adapter",
         what=f"{file_type}: {problem}.",
         fix="Choose a larger type, such as Q8_0."
         if file_type not in ("F16", "BF16", "Q8_0")

@@ -82,7 +82,7 @@ class HubExport(Struct, frozen=True, kw_only=True):
             lines.append("--public does not change an existing repository; its settings page does.")
         lines += [self.checked, self.effect]
         if self.unmeasured_because:
-            lines.append(f"What the adapter changes was not measured: {self.unmeasured_because}.")
+            lines.append(f"The effect of the adapter was not measured: {self.unmeasured_because}.")
         return "\n".join(filter(None, lines))
 
 
@@ -178,7 +178,7 @@ def _require_token() -> None:
         raise UserError(
             "No Hugging Face token",
             what="Uploads need a token, and there is none on this machine.",
-            fix="Create one that can write, then log in with: hf auth login",
+            fix="Create a token with write access, then log in with: hf auth login",
         )
 
 

@@ -140,7 +140,7 @@ def _translated(repo: str) -> Iterator[None]:
             raise UserError(
                 "The upload failed",
                 what=f"The Hub's client ended with {type(cause).__name__}.",
-                why="The Hub gave an answer that the client does not understand, or refused a file.",
+                why="The Hub sent a response that the client does not understand, or it refused a file.",
                 fix=_AGAIN,
             ) from None
 
@@ -164,7 +164,7 @@ def _refusal(status: int, repo: str) -> UserError | None:
             )
         case 409 | 412:
             return UserError(
-                "The repository is being changed by something else",
+                "The repository is being changed by another upload",
                 what=f"The Hub reports a conflict on {repo}.",
                 why="Another upload to it, or to this account, is in progress.",
                 fix=f"Wait until it ends. {_AGAIN}",

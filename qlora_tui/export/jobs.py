@@ -56,7 +56,7 @@ def write_job(recipe: Recipe, scheduler: Scheduler, gpu: str, folder: Path) -> N
         _require_portable(recipe)
     if not _GPU.fullmatch(gpu):
         raise UsageError(
-            "Not a kind of GPU",
+            "Unknown GPU name",
             what=f"{gpu!r} is not a name such as L4 or H100.",
             fix="Name a GPU that the scheduler offers.",
         )

@@ -209,7 +209,7 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
     if shown.returncode == 0:
         raise UserError(
             "Ollama has a model of this name",
-            what=f"Ollama has a model {name} already.",
+            what=f"Ollama already has a model {name}.",
             why=why,
             fix="Choose another name, or replace it with: qlora-tui export ollama … --replace",
             exit_code=EXIT_USAGE,

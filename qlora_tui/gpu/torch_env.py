@@ -102,7 +102,9 @@ def _log_bitsandbytes_warnings() -> None:
             except OSError as error:
                 logger.handlers[:] = [logging.NullHandler()]
                 reason = error.strerror or error
-                print(f"{self.baseFilename}: {reason}. What libraries say is not logged.", file=sys.stderr)
+                print(
+                    f"{self.baseFilename}: {reason}. Messages of libraries are not logged.", file=sys.stderr
+                )
 
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.propagate = False

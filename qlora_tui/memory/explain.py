@@ -136,7 +136,11 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
         case _:
             moments = f"Two 32-bit moments: {trained} × 8 bytes"
     paged = ", in managed memory that can move to the host" if execution.pages_states else ""
-    start = ", twice: the adapter that it starts from too" if layout.recipe.keeps_starting_adapter else ""
+    start = (
+        ", twice, because the adapter that it starts from is kept too"
+        if layout.recipe.keeps_starting_adapter
+        else ""
+    )
     return {
         "adapter": (
             f"{trained} trained parameters × {ADAPTER_ITEMSIZE} bytes{_copies(execution)}{start}: "
@@ -171,16 +175,16 @@ def _activation_sentences(layout: Layout) -> dict[str, str]:
         "activations": (
             f"Activations of one layer while it is recomputed and differentiated: {tokens} × its widths."
             if execution.checkpointing
-            else f"What all {layers} layers save for the backward pass: {tokens} × their widths."
+            else f"Tensors that all {layers} layers save for the backward pass: {tokens} × their widths."
         ),
         "adapter_inputs": (
-            f"What passes between an adapter's two matrices: {tokens} × rank × {compute} bytes."
+            f"Intermediate results between an adapter's two matrices: {tokens} × rank × {compute} bytes."
             if execution.own_fused
             else f"A target's input in the adapter's dtype: {tokens} × width × {adapter} bytes."
         ),
         "int8_inputs": f"The int8 product keeps its input, which is not recomputed: {tokens} × width.",
         "dropout": (
-            f"What is kept of each target's input: {tokens} × width × 1 byte."
+            f"The dropout mask of each target's input: {tokens} × width × 1 byte."
             if execution.own_fused
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
@@ -221,13 +225,13 @@ def _process_sentences(layout: Layout) -> dict[str, str]:
         ),
         "inputs": "Token ids, labels, positions and rotary tables.",
         "loading": (
-            "What loading takes beyond a training step: weights in 16 bits, before they are quantized."
+            "Memory for loading, beyond that of a training step: 16-bit weights before they are quantized."
         ),
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
         "unsplit": "Up to 1 MiB per tensor, not split off without expandable segments.",
         "kernels": "Code that oneDNN compiles and caches for each shape of a product.",
         "fragmentation": (
-            "What the allocator holds in addition to the tensors: free blocks too small for the next tensor, "
+            "Memory of the allocator in addition to the tensors: free blocks too small for the next tensor, "
             + (
                 "as left by loading and two steps."
                 if layout.execution.device == "cuda"

@@ -108,7 +108,7 @@ def describe_trace(traced: StepTrace) -> str:
     """Return a description of the libraries with which a step was traced."""
     text = f"exact: traced with transformers {traced.transformers}"
     if traced.uncertain:
-        text += f", whose own code stands for the kernels of {join_words(list(traced.uncertain))}"
+        text += f", with its own code in place of the kernels of {join_words(list(traced.uncertain))}"
     return text
 
 

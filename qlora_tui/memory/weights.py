@@ -100,7 +100,7 @@ def require_4_bit_experts(settings: Quantization, architecture: Architecture) ->
     remedy = 'method = "nf4"' if is_method else "experts = true"
     raise UserError(
         "This model's experts need 4 bits",
-        what=f"quantization.{setting}, and the model stores its experts in 4-bit floats (MXFP4).",
+        what=f"quantization.{setting}, but the model stores its experts in 4-bit floats (MXFP4).",
         why="They are read into 4 bits, one by one; in 16 bits they would take four times the memory.",
         fix=f"Set quantization.{remedy}.",
         exit_code=EXIT_USAGE,

@@ -93,8 +93,8 @@ def export_recipe(recipe: Recipe, target: Target, files: Sequence[str]) -> Expor
     if target == "axolotl" and recipe.preference_method in ("orpo", "kto"):
         raise UsageError(
             "No recipe for axolotl",
-            what=f"axolotl reads the rows of {recipe.preference_method} in a form of its own.",
-            fix="Write a script: --as script.",
+            what=f"axolotl reads the rows of {recipe.preference_method} only in its own format.",
+            fix="Export a script instead: --as script.",
         )
     export = _Export(recipe, target)
     return export.axolotl(files) if target == "axolotl" else export.script(files)

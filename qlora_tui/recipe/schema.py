@@ -87,7 +87,7 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         about(
             "Skip",
             "Linear modules that stay in 16 bits, by target pattern: o_proj, or all of some layers "
-            "(0,29.all-linear). estimate --quality finds layers worth it.",
+            "(0,29.all-linear). estimate --quality finds layers for which 16 bits matter.",
             "Two bytes per weight of these modules.",
         ),
     ] = ()

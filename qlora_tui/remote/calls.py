@@ -44,7 +44,7 @@ def refuse_on_box(title: str, command: str) -> None:
     if (link := current()) is not None:
         raise UserError(
             title,
-            what=f"This app shows {link.box.name}, and the result belongs to that machine.",
+            what=f"This app works on {link.box.name}, and the result must be written there.",
             fix=f"Use the command: `qlora-tui --host {link.box.name} {command}`.",
         )
 

@@ -233,10 +233,10 @@ class Link:
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
             raise UserError(
-                "These data are not the run's",
-                what=f"A run on {self.box.name} names {path}, which has other content on this machine.",
+                "The file is not the run's data",
+                what=f"A run on {self.box.name} names {path}, whose content on this machine is different.",
                 why="A box must not choose which files are sent to it.",
-                fix="To send this file, name it by another path, such as that of a copy or of a link to it.",
+                fix="To send this file, use another path, such as the path of a copy or of a link.",
             )
 
     def _progress_of(self, local: Path) -> Callable[[int, int], None]:
@@ -361,9 +361,9 @@ class Link:
 
 def _not_understood(box: str, why: str) -> UserError:
     return UserError(
-        f"{box} gives an answer that is not understood",
+        f"The response of {box} cannot be read",
         what=why,
-        fix="Do not work on this box if you do not trust it; else report it, as a bug in qlora-tui.",
+        fix="If you do not trust this box, do not work on it. Otherwise report a bug in qlora-tui.",
     )
 
 

@@ -142,9 +142,9 @@ def _inside(path: str) -> PurePosixPath:
     inside = PurePosixPath(path)
     if not inside.parts or inside.is_absolute() or ".." in inside.parts or path.startswith(("..", _COMING)):
         raise UserError(
-            "The box names a file that is not a run's",
-            what=f"{path!r} leads out of the folder of runs.",
-            fix="Do not work on this box: its qlora-tui is not what it says.",
+            "The box sent a path outside its runs",
+            what=f"{path!r} leads outside the folder of runs.",
+            fix="Do not work on this box: its qlora-tui may have been manipulated.",
         )
     return inside
 

@@ -67,7 +67,7 @@ class Box:
             raise UserError(
                 "No host",
                 what=f"{self.name!r} is not the name of a host.",
-                fix="Pass what `ssh` takes: `qlora-tui --host user@box`.",
+                fix="Use a name that `ssh` accepts: `qlora-tui --host user@box`.",
                 exit_code=EXIT_USAGE,
             )
 

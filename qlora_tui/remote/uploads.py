@@ -106,7 +106,7 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
 
 def _changed(file: Path) -> UserError:
     return UserError(
-        "The data changed while they were sent",
+        "The data changed while it was sent",
         what=f"{file} changed between the first reading and the transfer.",
         fix="Try again when no program writes to this file.",
     )
@@ -148,9 +148,9 @@ def files_of(path: Path) -> list[Path]:
             raise UserError(
                 "The data cannot be sent",
                 what=f"{str(file)!r} is not a file." if is_utf8 else f"{str(file)!r} is not UTF-8.",
-                why="Data are read more than once, which a pipe or a broken link does not allow."
+                why="Data is read more than once, which a pipe or a broken link does not allow."
                 if is_utf8
-                else "Names of files are sent as UTF-8.",
+                else "File names are sent as UTF-8.",
                 fix="Save the content to a file, or delete the link." if is_utf8 else "Rename the file.",
             )
     return files

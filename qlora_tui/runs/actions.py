@@ -115,7 +115,7 @@ def _is_compared(run: RunDir) -> bool:
 def _instead_of_resuming(run: RunDir, state: State) -> str:
     if state == "finished":
         return (
-            f"All its steps are done. Talk to it: `qlora-tui chat {run.id}`. "
+            f"All its steps are done. Chat with it: `qlora-tui chat {run.id}`. "
             f"To train its adapter further: `qlora-tui train {shlex.quote(str(run.recipe_path))} "
             f"--init-from {run.id}`."
         )
@@ -189,7 +189,7 @@ def _missing(init_from: str, what: str) -> UserError:
     for each in trashed_runs():
         if each.run.id in (init_from, *Path(init_from).parts):
             what = f"{what} {each.run.name} is in the trash."
-            fix = f"`qlora-tui runs restore {each.run.id}` brings it back."
+            fix = f"`qlora-tui runs restore {each.run.id}` restores it."
     return UsageError(
         "No adapter to start from",
         what=f"Start from (lora.init_from) is {init_from!r}: {what}",
@@ -234,7 +234,7 @@ def train_now(run: RunDir) -> None:
     if is_on_cluster(run):
         raise UsageError(
             "Slurm decides when it trains",
-            what=f"{run.id} is on a cluster, whose hours and other jobs this program does not know.",
+            what=f"{run.id} is on a cluster, where Slurm chooses the time of each job.",
             fix=f"`qlora-tui resume {run.id}` submits it again once it has ended.",
         )
     run.now_path.touch(mode=0o600)
@@ -404,7 +404,9 @@ def restore_run(run_id: str) -> RunDir:
     trashed = _find(run_id)
     run = RunDir(paths.runs_dir() / trashed.id)
     if os.path.lexists(run.path):
-        raise UserError("The run was not restored", what=f"{run.path} exists.", fix="Rename that folder.")
+        raise UserError(
+            "The run was not restored", what=f"{run.path} already exists.", fix="Rename that folder."
+        )
     with disk_problems("The run was not restored", run.path, _CHECK_PERMISSION):
         trashed.path.rename(run.path)
         sync(run.path.parent)

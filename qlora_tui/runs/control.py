@@ -65,7 +65,7 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None, *, hold: H
     if status.state not in ACTIVE:
         raise UsageError(
             "The run is not running",
-            what=f"{run.id} is {status.state}, so it has no trainer to {kind.replace('_', ' ')}.",
+            what=f"{run.id} is {status.state}, so no trainer can carry out the request.",
             fix="`qlora-tui runs` shows what is running.",
         )
     if kind == "sample" and not run.recipe().training.sample_prompts:

@@ -216,15 +216,17 @@ def check_gpu(machine: Machine, needed_bytes: int = 0) -> Check:
     if free is not None and free < needed_bytes:
         fix = f"Close these programs: the run needs {format_gib(needed_bytes)} GiB."
         return Check(CheckKind.GPU, "error", text, fix)
-    return Check(CheckKind.GPU, "warning", text, "Memory they allocate later is not available to this run.")
+    return Check(
+        CheckKind.GPU, "warning", text, "Memory that they allocate later is not available to this run."
+    )
 
 
 def check_gpus(gpus: Sequence[GpuDevice]) -> Check:
     """Report the GPUs that a run on several GPUs uses, and the effects of differences between them."""
     names = join_words([str(RunDevice.of_gpu(gpu)) for gpu in gpus])
     if len({(gpu.name, gpu.usable_bytes) for gpu in gpus}) == 1:
-        return Check(CheckKind.GPU, "ok", f"A run on several uses {names}.", name="GPUs")
-    pace = "a run on several goes at the pace of the slowest, and its batch fits the smallest"
+        return Check(CheckKind.GPU, "ok", f"A run on several GPUs uses {names}.", name="GPUs")
+    pace = "a run on several GPUs is as fast as the slowest, and its batch must fit the smallest"
     text = f"{names} differ: {pace}."
     return Check(CheckKind.GPU, "note", text, name="GPUs")
 
@@ -242,7 +244,7 @@ def check_exchange() -> list[Check]:
         return []
     checks = [check_gpus(gpus)]
     if busy := [str(device) for device in map(RunDevice.of_gpu, gpus) if not is_free(device.key)]:
-        text = f"Not tried: a run has {join_words(busy)}."
+        text = f"Not tested: a run uses {join_words(busy)}."
         return [*checks, Check(CheckKind.GPU, "note", text, name=_EXCHANGE)]
     rate, problem = _exchange(len(gpus))
     if rate is not None:
@@ -250,7 +252,7 @@ def check_exchange() -> list[Check]:
         return [*checks, Check(CheckKind.GPU, "ok", text, name=_EXCHANGE)]
     if _NO_P2P not in os.environ and _exchange(len(gpus), {_NO_P2P: "1"})[0] is not None:
         text = f"GPUs can exchange gradients only through host memory ({problem})."
-        fix = f"Set {_NO_P2P}=1 before runs on several: `export {_NO_P2P}=1`."
+        fix = f"Set {_NO_P2P}=1 before runs on several GPUs: `export {_NO_P2P}=1`."
         return [*checks, Check(CheckKind.GPU, "warning", text, fix, name=_EXCHANGE)]
     text = f"GPUs cannot exchange gradients: {problem}."
     fix = "Train on one GPU per run. `NCCL_DEBUG=INFO qlora-tui doctor` shows what NCCL tries."
@@ -377,7 +379,7 @@ def check_settings() -> list[Check]:
     problem = settings_problem()
     if problem is None:
         return []
-    text = f"The hours, and what runs give way to, cannot be read. {problem.what}"
+    text = f"The training hours and the setting for other programs cannot be read. {problem.what}"
     return [Check(CheckKind.SETTINGS, "warning", text, problem.fix)]
 
 
@@ -431,8 +433,8 @@ def check_yielding(machine: Machine) -> list[Check]:
         # Process ids of another namespace match no process here.
         if listed is not None and (not listed or any(is_own(each.pid) is not None for each in listed)):
             return [Check(CheckKind.YIELDING, "ok", "a run gives way to other programs on its GPU")]
-    text = "Runs do not give way to other programs: the driver lists no processes that can be told apart."
-    fix = "Pause the run yourself. WSL2 lists none, a container those of the machine."
+    text = "Runs do not give way to other programs: the driver does not list their processes."
+    fix = "Pause the run yourself. WSL2 and containers hide which programs use the GPU."
     return [Check(CheckKind.YIELDING, "warning", text, fix)]
 
 

@@ -68,7 +68,7 @@ class ExpectedTime:
             case "run":
                 return f"judging by {self.run}"
             case "another model":
-                return f"judging by {self.run}, another model"
+                return f"judging by {self.run}, which trains another model"
             case "measured speed":
                 return "calculated from this card's measured speed"
             case "typical card":

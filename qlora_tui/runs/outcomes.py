@@ -96,7 +96,7 @@ def determine_outcome(
     if exit_code == 0:
         return events.Failed(
             title="The end of the run was not recorded",
-            what="The trainer exited without an error, but how the run ended is not in its events.",
+            what="The trainer exited without an error, but its events do not record how the run ended.",
             why="The disk may have been full.",
             fix=resume,
             kind="lost",
@@ -105,7 +105,7 @@ def determine_outcome(
     if exit_code == EXIT_DISK:
         return events.Failed(
             title="The disk failed",
-            what=f"The trainer could not record its end either. Its log ends: {quote_log_end(run)}",
+            what=f"The trainer could not even record how the run ended. Its log ends: {quote_log_end(run)}",
             fix=f"Check free space and `dmesg`. {resume}",
             kind="problem",
             exit_code=exit_code,

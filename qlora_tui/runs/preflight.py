@@ -207,7 +207,7 @@ def _reference_point(recipe: Recipe) -> list[Check]:
     traits = recipe.preference_traits
     if traits is None or not traits.rates_answers or recipe.data.packing or recipe.effective_batch > 1:
         return []
-    text = f"A step has one answer: {traits.label} has no others to estimate its reference point from."
+    text = f"A step has one answer, but {traits.label} needs other answers for its reference point."
     fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
     more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
@@ -360,7 +360,7 @@ def _memory(
             fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
             if machine.gpu_choice:
                 fix += (
-                    " Each GPU of a run on several holds the whole model: streamed layers "
+                    " Each GPU of a run on several GPUs holds the whole model: streamed layers "
                     "(quantization.streamed_layers) train one that is larger than a GPU."
                 )
             changes = cheapest_changes(recipe, files.architecture, budget.bytes, device=budget.device)
@@ -370,7 +370,7 @@ def _memory(
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
             fix = (
                 f"It may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
-                "cheapest change that is sure to make it fit."
+                "cheapest change that certainly makes it fit."
             )
             check = Check(CheckKind.MEMORY, "warning", text, fix, verdict=verdict)
     return check, estimated

@@ -231,7 +231,7 @@ def _fix_for_model(recipe: Recipe | None) -> str:
     elif recipe is not None and not recipe.quantization.double_quantization:
         choices.append("turn on double quantization (quantization.double_quantization)")
     if recipe is not None and not recipe.lora.use_dora and local_budget().device.kind == "cuda":
-        choices.append("stream layers of it from host memory (quantization.streamed_layers)")
+        choices.append("stream some of its layers from host memory (quantization.streamed_layers)")
     return f"{', '.join(choices)}, or choose a smaller model. A smaller micro-batch does not help."
 
 

@@ -195,8 +195,8 @@ def load_target(name: str) -> Target:
         raise UsageError(
             "No such target",
             what=f"There is no {path}.",
-            why=f"The targets are {known}." if known else "A target says what the jobs of a cluster ask for.",
-            fix=f"Write that file; each line may be left out:\n{example}",
+            why=f"The targets are {known}." if known else "A target defines what a cluster's jobs request.",
+            fix=f"Create that file. Each line is optional:\n{example}",
         )
     try:
         target = msgspec.convert(tomllib.loads(read_regular(path).decode()), Target)
@@ -295,8 +295,8 @@ def submit(script: Path) -> str:
     match = re.search(r"^(\d+)(;.*)?$", printed, re.MULTILINE)
     if match is None:
         raise UserError(
-            "The job's number is not known",
-            what=f"sbatch printed {printed.strip()!r}, and no number.",
+            "The job's number is unknown",
+            what=f"sbatch printed {printed.strip()!r}, which has no job number.",
             fix="Run `squeue --me` to see whether the job was submitted; if not, try again.",
         )
     return match[1]
@@ -319,7 +319,9 @@ def cancel(job: str) -> None:
             return
         if time.monotonic() > deadline:
             raise UserError(
-                "The job was not cancelled", what=seen.words(job), fix="Try again when its node has left it."
+                "The job was not canceled",
+                what=seen.words(job),
+                fix="Try again once the job has left its node.",
             )
         time.sleep(_AGAIN_S)
 
@@ -381,9 +383,9 @@ def list_jobs() -> dict[str, SeenJob]:
         jobs = msgspec.json.decode(output, type=_Listing).jobs
     except msgspec.MsgspecError as error:
         raise UserError(
-            "Slurm's answer cannot be read",
-            what=f"squeue --json printed what this version does not understand: {error}.",
-            fix="`squeue --me` shows the jobs.",
+            "The output of squeue cannot be read",
+            what=f"This version of qlora-tui cannot read the output of `squeue --json`: {error}.",
+            fix="`squeue --me` lists your jobs.",
         ) from error
     return {str(job.job_id): job.seen() for job in jobs}
 
@@ -399,7 +401,7 @@ def require_installed() -> None:
         raise UserError(
             "Slurm is not installed here",
             what="There is no command sbatch.",
-            why="A run is submitted to a cluster by its own commands.",
+            why="Runs are submitted with Slurm's own commands.",
             fix="Use a login node of the cluster. To make this machine one: `sudo apt install slurm-client`, "
             "then copy slurm.conf and the key from a login node.",
         )
@@ -430,7 +432,7 @@ def _call(command: str, *arguments: str) -> str:
         raise UserError(
             f"{command} failed",
             what=_last_lines(done.stderr.splitlines()) or f"It exited with code {done.returncode}.",
-            fix=f"Correct what it names; the command was `{shlex.join([command, *arguments])}`.",
+            fix=f"Correct the problem. The command was `{shlex.join([command, *arguments])}`.",
         )
     return done.stdout
 

@@ -87,7 +87,7 @@ class _Job(Supervisor):
         """Make Slurm start the job again; leave the run paused if it was cancelled or Slurm refuses."""
         paused, seen = recorded_status(run), self._seen()
         if seen is not None and "CANCELLED" in seen.states:
-            self._leave_paused(run, paused, f"Slurm job {self._job} was cancelled")
+            self._leave_paused(run, paused, f"Slurm job {self._job} was canceled")
             return
         # Record this before the request, which ends this process.
         append_event(run.events_path, Queued())
@@ -113,7 +113,7 @@ class _Job(Supervisor):
 
     def _leave_paused(self, run: RunDir, paused: Status, why: str) -> None:
         append_event(run.events_path, Paused(step=paused.step))
-        detail = f"{why}: `qlora-tui resume {run.id}` submits it anew."
+        detail = f"{why}: `qlora-tui resume {run.id}` submits it again."
         write_status(run, structs.replace(paused, at=time.time(), detail=detail))
 
     def _seen(self) -> SeenJob | None:

@@ -88,7 +88,7 @@ def resubmit(run: RunDir) -> None:
     submission = slurm.submission_of(run)
     if submission is None:
         raise UserError(
-            "The run's cluster is not known",
+            "The run's cluster is unknown",
             what=f"{run.slurm_path} cannot be read.",
             fix="Delete this file, then resume the run: it trains on this machine.",
         )
@@ -125,7 +125,7 @@ def cancel(run: RunDir, *, pauses: bool) -> bool:
             run, structs.replace(ended_status(ending), total_steps=status.total_steps, loss=status.loss)
         )
     else:
-        run_queue.mark_not_queued(run, f"Slurm job {submission.job} was cancelled before it started.")
+        run_queue.mark_not_queued(run, f"Slurm job {submission.job} was canceled before it started.")
     return True
 
 

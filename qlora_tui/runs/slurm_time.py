@@ -101,7 +101,7 @@ def _check_limit(
     raise UsageError(
         "The time limit is too short",
         what=f"A job may take {format_duration(limit_s)}.",
-        why=f"{why}, and the last {format_duration(SIGNAL_S)} are for saving.",
+        why=f"{why}, and the last {format_duration(SIGNAL_S)} are reserved for saving.",
         fix=f"Set time in the target to {slurm.format_limit(-(-round(least_s) // 60) * 60)} or more, or save "
         "more often (training.checkpoint_every).",
     )

@@ -38,7 +38,7 @@ class StepProbe(Struct, frozen=True, kw_only=True):
         """The result in words: ``measured in three steps: 1.2 s a step, peak 1.3 GiB``."""
         count = "three steps" if self.steps == STEPS else "one step" if self.steps == 1 else "two steps"
         each = format_duration(self.seconds / self.steps)
-        return f"measured in {count}: {each} a step, peak {format_bytes(self.peak_bytes)}"
+        return f"measured in {count}: {each} per step, peak {format_bytes(self.peak_bytes)}"
 
 
 @changes_box

@@ -239,9 +239,7 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         limits[_multiple(context, math.floor)] = (f"the model was trained for {context:,} tokens", ())
     if recipe.data.packing and is_padding_free(recipe, facts.architecture):
         most = _multiple(_TOO_MANY_PER_STEP * sum(lengths) / count, lambda steps: math.ceil(steps) - 1)
-        too_many = (
-            f"a longer packed sequence holds {_TOO_MANY_PER_STEP} samples and more, too many for a step"
-        )
+        too_many = f"a longer packed sequence has {_TOO_MANY_PER_STEP} samples or more, too many for a step"
         limits[most] = (too_many, (WITHOUT_REGRET, TRL))
     suggested = min(limits)
     why, references = limits[suggested]
@@ -252,7 +250,9 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         return _left(facts, "length", path, f"no length fits in {facts.memory_words}. See Memory.")
     below = lengths[math.ceil(0.95 * count) - 1]
     what = (
-        f"{pluralize(count // 2, 'pair')} with sides" if recipe.trains_pairs else pluralize(count, "sample")
+        f"{pluralize(count // 2, 'pair')} with sequences"
+        if recipe.trains_pairs
+        else pluralize(count, "sample")
     )
     seen = f"{what} of at most {pluralize(longest, 'token')} (95% up to {below:,}), "
     seen += "counted" if facts.known.is_exact else "estimated from the text"
@@ -264,7 +264,9 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     longer = sum(length > suggested for length in lengths)
     fate = "dropped" if recipe.data.overflow == "drop" else "split" if _splits(recipe) else "cut"
     verb = "is" if longer == 1 else "are"
-    reason = f"{seen}: {longer:,} {verb} longer than {suggested:,} and {verb} {fate} (Overflow): {why}."
+    reason = (
+        f"{seen}: {longer:,} {verb} longer than {suggested:,} and {verb} {fate} (Overflow), because {why}."
+    )
     return _suggested(facts, "length", path, suggested, reason, *references)
 
 
@@ -272,7 +274,7 @@ def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     """Suggest a rank whose parameters can store the information in the data."""
     path, now = "lora.rank", recipe.lora.rank
     if recipe.lora.init_from:
-        return _left(facts, "rank", path, "the run continues an adapter, whose rank it has to have.")
+        return _left(facts, "rank", path, "the run continues an adapter, and must keep its rank.")
     bits = _BITS_PER_TOKEN * sum(facts.lengths)
 
     def parameters(rank: int) -> int:
@@ -299,7 +301,7 @@ def _rank(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     )
     if room < bits:
         return _suggested(facts, "rank", path, suggested, f"{holds}{limit}", WITHOUT_REGRET, CAPACITY)
-    alike = f"With room to spare, ranks {lowest} to {highest} on all linear layers did equally well."
+    alike = f"With capacity to spare, ranks {lowest} to {highest} on all linear layers did equally well."
     reason = f"{holds} {alike}{limit}"
     return _suggested(facts, "rank", path, suggested, reason, WITHOUT_REGRET, CAPACITY, QLORA)
 
@@ -322,7 +324,9 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         )
         return _suggested(facts, "epochs", path, then, f"{result} {when} epochs.")
     if recipe.preference_method is not None:
-        why = f"the sources here are about answers, not {recipe.data.preferences}, and no run of yours tells."
+        why = (
+            f"the papers cited here do not cover {recipe.data.preferences}, and no earlier run of yours does."
+        )
         return _left(facts, "epochs", path, why)
     few = samples <= _FEW_SAMPLES
     lowest, highest = _EPOCHS_OF_FEW if few else _EPOCHS
@@ -338,13 +342,15 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     if few and lowest > _EPOCHS_OF_FEW[0]:
         usual += f"; fewer than {format_number(lowest)} make a short run even with 1 sample per step"
     kept = (
-        "the best checkpoint of them is kept"
+        "the best checkpoint is kept"
         if recipe.data.validation_path or recipe.data.validation_fraction
         else ""
     )
     references = (QLORA, LIMA) if few else (QLORA, UNSLOTH)
     if best is not None:
-        at_end = f"at its end, after {format_number(round(best.last_epoch, 1))} epochs: fewer are not enough."
+        at_end = (
+            f"at its end, after {format_number(round(best.last_epoch, 1))} epochs, so fewer are not enough."
+        )
         then = max(then, float(math.ceil(round(best.last_epoch, 2))))
         return _suggested(facts, "epochs", path, then, f"{usual}. {result} {at_end}", *references)
     return _suggested(facts, "epochs", path, then, "; ".join(filter(None, (usual, kept))) + ".", *references)
@@ -377,11 +383,11 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     steps = max(1, round(seen / per_step))
     if rows == gpus and per_step > 1.5 * wanted:
         of_each = "a step has one sequence" if gpus == 1 else f"each of {gpus} GPUs computes a sequence"
-        why = f"{step} are the fewest, as {of_each}"
+        why = f"{step} are the minimum, because {of_each}"
         if per_sequence > _PACKED:
             why += ", packed (data.packing)"
         if per_step >= _TOO_MANY_PER_STEP:
-            why += f"; {_TOO_MANY_PER_STEP} and more are worse"
+            why += f"; {_TOO_MANY_PER_STEP} or more are worse"
     elif traits is not None and wanted == least > 1:
         why = f"{step}: {traits.label} estimates its reference point from the other answers of a step"
     elif wanted < _SAMPLES_PER_STEP:
@@ -391,7 +397,7 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
             f"{max(1, round(seen / _SAMPLES_PER_STEP)):,}"
         )
     else:
-        why = f"{step}, near the QLoRA paper's {_SAMPLES_PER_STEP}; {_TOO_MANY_PER_STEP} and more are worse"
+        why = f"{step}, near the QLoRA paper's {_SAMPLES_PER_STEP}; {_TOO_MANY_PER_STEP} or more are worse"
     verdict = check_fit(choice.estimate, facts.available_bytes)
     if not verdict.fits_even_if_tight:
         memory = f"even 1 at a time {'may not fit' if verdict.word == 'uncertain' else 'does not fit'} in"
@@ -426,10 +432,10 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         best = min(alike, key=lambda run: run.best_loss)
         own = (
             f" Your run {best.name} with {format_rate(_rate_of(best))} had a validation loss of "
-            f"{format_loss(best.best_loss)}: a run with another rate would tell more."
+            f"{format_loss(best.best_loss)}: compare it with a run at another rate."
         )
     elif facts.outdated:
-        own = f" {pluralize(facts.outdated, 'earlier run')} left out: the data has changed since."
+        own = f" {pluralize(facts.outdated, 'earlier run')} not considered: the data has changed since."
     if why := _beyond_sources(recipe):
         return _left(facts, "rate", path, f"{why}.{own}")
     size = facts.architecture.total_params
@@ -442,7 +448,7 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         "is about ten times that of full fine-tuning, whatever the rank."
     )
     if size < _SMALLEST_MEASURED:
-        text += " It has no smaller ones, which may take more."
+        text += " The paper has no smaller models, which may need a higher rate."
     if _optimizer_kind(recipe) == "lion":
         rate = float(f"{rate * _LION_SHARE:.2g}")
         references.append(LION)
@@ -567,18 +573,18 @@ def _beyond_sources(recipe: Recipe) -> str:
     """Return why the published rates do not apply to a recipe, in a clause; empty if they do."""
     lora, training = recipe.lora, recipe.training
     if recipe.preference_method is not None:
-        return f"the sources here are about answers, not {recipe.data.preferences}"
+        return f"the papers cited here do not cover {recipe.data.preferences}"
     if _optimizer_kind(recipe) == "adafactor":
-        return "no source here has a rate for adafactor"
+        return "no paper cited here has a rate for adafactor"
     if lora.use_rslora:
         return "the published rates are for alpha / rank, not rsLoRA's alpha / √rank"
     if not _ALPHAS[0] <= lora.alpha <= _ALPHAS[1]:
         alphas = " and ".join(map(format_number, _ALPHAS))
         return f"the published rates are for alpha {alphas}, not {format_number(lora.alpha)}"
     if training.lora_plus_ratio > 1:
-        return "LoRA+ divides the rate between A and B, for which no source here has a figure"
+        return "LoRA+ divides the rate between A and B, for which no paper cited here has a figure"
     if lora.init_from:
-        return "the run continues an adapter, for which no source here has a rate"
+        return "the run continues an adapter, for which no paper cited here has a rate"
     return ""
 
 

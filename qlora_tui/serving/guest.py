@@ -70,7 +70,9 @@ class Guest:
             if run:
                 if not self._is_yielded:
                     await self._unload("yielded")
-                self.detail = f"{run} needs the memory of {self._device}. After it the model is loaded again."
+                self.detail = (
+                    f"{run} needs the memory of {self._device}. After the run, the model is loaded again."
+                )
             elif self._is_yielded:
                 self.state, self.detail = "unloaded", ""
                 self._start_loading()

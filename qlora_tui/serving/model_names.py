@@ -154,7 +154,7 @@ def check_aliases(models: ServedModels, aliases: Mapping[str, str]) -> None:
         if models.find(alias) is not None:
             raise UsageError(
                 "The alias is taken",
-                what=f"{alias} already is the name of a model of this server.",
+                what=f"{alias} is already the name of a model of this server.",
                 fix="Choose another alias.",
             )
         if models.find(name) is None:

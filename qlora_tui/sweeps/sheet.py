@@ -188,6 +188,6 @@ def build_sheet(
         sweep = msgspec.convert(msgspec.to_builtins(sweep), Sweep, strict=True)
     except msgspec.ValidationError as error:
         raise UsageError(
-            "Invalid sweep", what=f"{error}.", fix="`qlora-tui sweep start --help` has the bounds."
+            "Invalid sweep", what=f"{error}.", fix="`qlora-tui sweep start --help` lists the bounds."
         ) from None
     return Sheet(recipe=with_absolute_paths(recipe), sweep=sweep)

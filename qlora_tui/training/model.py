@@ -272,7 +272,7 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         raise UserError(
             "The model's files lack weights",
-            what=f"{folder} has no {lacking[0]}{more}, as {type(model).__name__} names its weights.",
+            what=f"{folder} lacks {lacking[0]}{more}, which {type(model).__name__} needs.",
             why="transformers fills in random numbers for them.",
             fix="Download the model again, or choose another copy of it.",
         )

@@ -77,4 +77,6 @@ class Rest:
         if hold.cause not in self._reported:
             self._reported.add(hold.cause)
             evidence = f"The GPU is {hold_words(hold)}."
-            reporter.health("resting", evidence, "The run rests between micro-batches until it is below.")
+            reporter.health(
+                "resting", evidence, "The run rests between micro-batches until the GPU is below the limit."
+            )

@@ -207,6 +207,6 @@ def describe_failure(report_to: str, error: Exception) -> tuple[str, str]:
         if len(value) >= _SECRET_LENGTH and variable.endswith(("_KEY", "_TOKEN", "_PASSWORD", "_SECRET")):
             text = text.replace(value, "…")
     return (
-        f"{TRACKER_NAMES[report_to]} failed: {text[:_LONGEST_TEXT].rstrip('.')}. The run goes on without it.",
+        f"{TRACKER_NAMES[report_to]} failed: {text[:_LONGEST_TEXT].rstrip('.')}. The run continues.",
         "Everything is in the run's own events: see Runs, or `qlora-tui runs save`.",
     )

@@ -497,7 +497,7 @@ def tell_of_change(app: QloraApp) -> None:
     if app.screen_stack and not is_asking and app.draft.is_changed_elsewhere():
         app.notify(
             f"Another window changed the recipe. Press {key_name('app.reload')} to load it; your next edit "
-            "asks which one stays.",
+            "asks which recipe to keep.",
             severity="warning",
             timeout=10,
         )

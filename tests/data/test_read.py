@@ -113,7 +113,7 @@ def test_an_arrow_stream_without_its_end_is_refused(tmp_path: Path) -> None:
         stream.write_table(table)
     assert values(path) == [{"a": 1}, {"a": 2}]
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match="no end mark"):
+    with pytest.raises(UserError, match="no end-of-stream marker"):
         list(rows(path))
 
 

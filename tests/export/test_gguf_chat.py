@@ -79,6 +79,6 @@ def test_the_engine_answers_by_file_and_by_adapter(session: ChatSession) -> None
         request = Generate(messages=messages, adapter_name=name, sampling=SHORT)
         answers.append("".join(chunk.text for chunk in service.generate(request, Event())))
     assert answers[0] == answers[1]
-    with pytest.raises(UserError, match="no effect to measure"):
+    with pytest.raises(UserError, match="cannot be measured"):
         service.measure(MeasureEffect(adapter_name="F16.gguf"), lambda words: None, Event())
     service.unload()

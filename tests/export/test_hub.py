@@ -211,7 +211,7 @@ def test_the_same_repository_takes_a_later_upload(hub: FakeHub, run: RunDir) -> 
         ("/repos/create", 500, "Hub server error"),
         ("/repos/create", 429, "Rate limited by the Hub"),
         ("/preupload/", 403, "No permission to write to the repository"),
-        ("/commit/", 409, "The repository is being changed by something else"),
+        ("/commit/", 409, "The repository is being changed by another upload"),
         ("/commit/", 413, "Too large for the Hub"),
         ("/objects/batch", 413, "Too large for the Hub"),
     ],

@@ -90,7 +90,7 @@ def test_a_job_of_slurm_starts_again_after_its_limit_and_not_once_it_is_cancelle
 @pytest.mark.parametrize(
     ("options", "title"),
     [
-        (["--accelerator", "L4\nrun: x"], "Not a kind of GPU"),
+        (["--accelerator", "L4\nrun: x"], "Unknown GPU name"),
         ([], "The job could not fetch the model"),
     ],
 )

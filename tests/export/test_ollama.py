@@ -177,7 +177,7 @@ def test_a_failed_export_leaves_no_folder(
     tiny_source: ChatSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **settings: object) -> GgufExport:
-        raise UserError("The GGUF file does not answer as the adapter does", what="Q2_K: KL.")
+        raise UserError("The GGUF file does not answer like the adapter", what="Q2_K: KL.")
 
     monkeypatch.setattr(ollama, "export_gguf", fail)
     with pytest.raises(UserError):

@@ -216,7 +216,7 @@ def test_a_type_of_few_bits_without_the_adapter_is_refused(
 ) -> None:
     source = source_of("smollm2")
     monkeypatch.setattr(LoraDelta, "apply_to", lambda self, weight: weight)
-    with pytest.raises(UserError, match="does not answer as the adapter does"):
+    with pytest.raises(UserError, match="does not answer like the adapter"):
         export_gguf(source, "adapter", tmp_path / "out", ["Q4_0"])
     assert not (tmp_path / "out").exists()
 

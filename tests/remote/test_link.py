@@ -129,7 +129,7 @@ def test_a_box_chooses_no_files_of_this_machine(
     secret.write_text("private, changed")
     with monkeypatch.context() as patch:
         patch.setattr(link, "call", lambda *_, **__: uploads.data_hash(str(rows)))
-        with pytest.raises(UserError, match="other content"):
+        with pytest.raises(UserError, match="is different"):
             link.send_data(taken)
     assert not list(box.state_home.rglob("id_ed25519"))
     link.send_data(Source(path=str(rows)))
@@ -227,7 +227,7 @@ def test_an_outcome_that_is_not_known_is_said(private_home: Path, monkeypatch: p
 
 @pytest.mark.parametrize("path", ["../x", "/etc/x", "run/../../x", ".coming-x/y"])
 def test_a_box_cannot_write_out_of_the_copy(path: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a run's"):
+    with pytest.raises(UserError, match="outside its runs"):
         Mirror(tmp_path).apply(Piece(path, 0, b"x", 0, 1))
 
 

@@ -136,7 +136,7 @@ def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.Monke
     """By torchrun with two processes, which here use gloo."""
     install_nvml_stub(monkeypatch, "two_gpus")
     unlike, sums = check_exchange()
-    assert unlike.outcome == "note" and "at the pace of the slowest" in unlike.text
+    assert unlike.outcome == "note" and "as fast as the slowest" in unlike.text
     assert sums.outcome == "ok" and "2 GPUs sum gradients at" in sums.text
     monkeypatch.setattr(doctor, "_EXCHANGE_S", 0.01)
     hangs = check_exchange()[1]
@@ -148,4 +148,4 @@ def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor, "_exchange", by_host)
     assert "NCCL_P2P_DISABLE=1" in check_exchange()[1].fix
     with claimed(Devices((RunDevice(GPU_0),))):
-        assert check_exchange()[1].text == "Not tried: a run has GPU 0 (RTX 4090)."
+        assert check_exchange()[1].text == "Not tested: a run uses GPU 0 (RTX 4090)."

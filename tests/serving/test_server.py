@@ -106,7 +106,11 @@ def test_runs_of_two_bases_are_refused_with_what_to_do(runs: list[RunDir]) -> No
 
 @pytest.mark.parametrize(
     ("alias", "name", "words"),
-    [("gpt", "c", "gpt refers to c"), ("base", "a-1.0", "base already"), ("last", "base", "last already")],
+    [
+        ("gpt", "c", "gpt refers to c"),
+        ("base", "a-1.0", "base is already"),
+        ("last", "base", "last is already"),
+    ],
 )
 def test_an_alias_that_cannot_work_is_refused_at_the_start(
     runs: list[RunDir], alias: str, name: str, words: str

@@ -63,4 +63,4 @@ def test_what_was_measured_decides_the_time(private_home: Path, recipe: MakeReci
     probe = StepProbe(steps=3, seconds=6.0, tokens=3_000, peak_bytes=1 << 30)
     known = measured_forecast(expected, probe)
     assert known.time is not None and known.time.seconds == pytest.approx(expected.length.tokens / 500)
-    assert known.time.source == "measured in three steps: 2 s a step, peak 1.0 GiB"
+    assert known.time.source == "measured in three steps: 2 s per step, peak 1.0 GiB"

@@ -162,7 +162,7 @@ def test_a_job_that_does_not_start_again_leaves_its_run_paused_or_lost(
     assert main(["resume", run.id]) == 0
     reaches(run, last_step(run) + 1)
     cluster.call("scancel", job_of(run))
-    wait_for(lambda: "was cancelled" in read_status(run).detail, saying="the cancellation")
+    wait_for(lambda: "was canceled" in read_status(run).detail, saying="the cancellation")
     assert is_(run, "paused") and events_of(run, CheckpointSaved)[-1].step == last_step(run)
 
     # A job whose processes are all killed can say nothing: Slurm does.

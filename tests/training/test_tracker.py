@@ -101,7 +101,7 @@ def test_a_tracker_that_fails_is_left_alone(
     assert "loss" not in tracked(integration.file)[1] and len(tracked(integration.file)) == 2
     monkeypatch.setenv("OWL_API_KEY", "abcdefgh12")
     evidence, _ = describe_failure("trackio", failures[0])
-    assert evidence == "Trackio failed: no answer from http://…@host, key …. The run goes on without it."
+    assert evidence == "Trackio failed: no answer from http://…@host, key …. The run continues."
 
 
 def test_numbers_that_are_not_finite_are_not_sent() -> None:

@@ -240,7 +240,7 @@ async def test_a_key_measures_three_steps_until_it_is_pressed_again(
             await pilot.press(*filter(None, [end]))
             ready.set() if not end else None
             await wait_until(pilot, lambda: "measuring" not in text_of(app))
-        await wait_for_text(pilot, "measured in three steps: 2 s a step, peak 1.0 GiB", "on this machine")
+        await wait_for_text(pilot, "measured in three steps: 2 s per step, peak 1.0 GiB", "on this machine")
         app.edit("lora.rank", 8)
         await wait_until(pilot, lambda: "measured in three steps" not in text_of(app))
 

@@ -57,7 +57,7 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(
             "not kept",
             "loss 2",
         )
-        assert ("what each setting bought" in text_of(app)) == (size[1] > 24)
+        assert ("effect of each setting" in text_of(app)) == (size[1] > 24)
         await pilot.press("s")
         await pilot.press(*"mine", "enter")
         await wait_until(pilot, lambda: "mine" in [preset.name for preset in list_presets()])

@@ -351,7 +351,7 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
 
 def _difference(comparison: StepComparison) -> str:
     if comparison.failure:
-        return f"Our step could not be computed ({comparison.failure})."
+        return f"The step of qlora-tui could not be computed ({comparison.failure})."
     return (
         f"Loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding accounts for "
         f"about {comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "

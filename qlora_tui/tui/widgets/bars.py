@@ -92,7 +92,7 @@ class TopBar(Widget):
 def _silence_texts(system_status: SystemStatus) -> list[str]:
     """Return texts, longest first, that a box has not responded for some time and that its runs continue."""
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
-    return [f"{option} " for option in (f"{silence}; its runs go on", silence, "no answer", "")]
+    return [f"{option} " for option in (f"{silence}; its runs continue", silence, "no answer", "")]
 
 
 def _run_texts(system_status: SystemStatus) -> list[str]:

@@ -328,7 +328,7 @@ def _length_words(expected: Forecast | None) -> str:
         return "not known yet"
     length = expected.length
     time = f", {expected.duration}" if expected.time else ""
-    return f"{length.about}{length.steps_per_epoch:,} an epoch, {length.steps:,} in all{time}"
+    return f"{length.about}{length.steps_per_epoch:,} per epoch, {length.steps:,} in total{time}"
 
 
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:

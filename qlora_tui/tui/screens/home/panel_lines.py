@@ -75,10 +75,10 @@ _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
 _WAY = (
-    ("go.models", "pick a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
+    ("go.models", "choose a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
     ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
     ("go.memory", "see what fills the GPU, and what would fit", "one key applies the cheapest change"),
-    ("go.train", "launch; the run goes on when you leave", "pause, stop or resume it at any step"),
+    ("go.train", "launch; the run continues when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
 """(command of the screen, what the screen is for, an additional fact) for each screen on the way to an

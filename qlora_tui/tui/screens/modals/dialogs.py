@@ -243,10 +243,10 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
         text = (
-            f"Both recipes stay on disk: yours is in {format_path(aside)} until you choose; after that, "
-            "the one you did not choose is there. Changes from yours to theirs:"
+            f"Both recipes stay on disk. Until you choose, yours is in {format_path(aside)}; after that, the "
+            "recipe that you did not choose is there. Changes from yours to theirs:"
         )
-        listed = "\n".join(shown) or "Only the preset it started from differs."
+        listed = "\n".join(shown) or "Only the preset that it started from differs."
         super().__init__(
             "Another app changed the recipe", Static(text, markup=False), Static(listed, markup=False)
         )

@@ -377,7 +377,7 @@ def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int)
         return text(one.path) if one is first[one.path] else ""
 
     columns = [
-        Column[Bought](text=partial(once, str), title="what each setting bought"),
+        Column[Bought](text=partial(once, str), title="effect of each setting"),
         Column[Bought](text=lambda one: one.value, title="value"),
         Column[Bought](text=lambda one: str(one.trials), title="trials", right=True),
         Column[Bought](text=lambda one: format_loss(one.best), title="lowest loss", right=True),

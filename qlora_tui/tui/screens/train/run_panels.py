@@ -223,7 +223,7 @@ def facts(snapshot: RunSnapshot, now: float) -> list[str]:
         return ["waiting in the queue"]
     if state == "queued":
         done_at = done_at_words(snapshot.seconds_left)
-        return ["goes on by itself", *([f"done {done_at}"] if done_at else [])]
+        return ["continues by itself", *([f"done {done_at}"] if done_at else [])]
     if state in ACTIVE:
         return _active_facts(snapshot, now)
     return _ended_facts(snapshot, now)
