@@ -68,11 +68,10 @@ class Guest:
         while True:
             run = await asyncio.to_thread(run_on, self._device.key)
             if run:
+                detail = f"{run} needs the memory of {self._device}. After the run, the model is loaded again."
                 if not self._is_yielded:
-                    await self._unload("yielded")
-                self.detail = (
-                    f"{run} needs the memory of {self._device}. After the run, the model is loaded again."
-                )
+                    await self._unload("yielded", detail)
+                self.detail = detail
             elif self._is_yielded:
                 self.state, self.detail = "unloaded", ""
                 self._start_loading()
@@ -199,8 +198,9 @@ class Guest:
             and time.monotonic() - self._used_at > self._idle_unload_s
         )
 
-    async def _unload(self, state: GuestState) -> None:
-        self.state, self.ready, self.detail = state, None, ""
+    async def _unload(self, state: GuestState, detail: str = "") -> None:
+        """End the engine; requests that it answers are told ``detail``."""
+        self.state, self.ready, self.detail = state, None, detail
         await self._engine.kill()
 
     def _unavailable(self) -> ApiError:

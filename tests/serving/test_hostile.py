@@ -164,8 +164,14 @@ def test_a_killed_engine_is_a_503_and_comes_back(served: Served) -> None:
 
 def test_a_run_gets_the_card_and_clients_a_503(served: Served) -> None:
     (served.state_dir / "devices").mkdir(exist_ok=True)
-    with locked(served.state_dir / "devices" / "cpu.lock"):
+    with (
+        served.client() as client,
+        client.stream("POST", CHAT, json={**ENDLESS, "stream": True}) as answer,
+        locked(served.state_dir / "devices" / "cpu.lock"),
+    ):
         served.wait_for("yielded")
+        *_, last = (line for line in answer.iter_lines() if line)
+        assert "needs the memory of the CPU" in json.loads(last.removeprefix("data: "))["error"]["message"]
         # The process that held the GPU is gone.
         assert served.state["engine_pid"] == 0
         response = served.post(CHAT, **ASK)
