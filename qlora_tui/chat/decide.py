@@ -12,7 +12,7 @@ from qlora_tui.chat.session import ChatSession
 from qlora_tui.data.conversation import Conversation, Message
 from qlora_tui.data.render import RenderOptions
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.runs.directory import run_of
+from qlora_tui.runs.directory import RunDir, run_of
 from qlora_tui.runs.task_metrics.decisions import Calibration, Decider, read_decider
 from qlora_tui.training.decisions import answer_prompt
 from qlora_tui.training.option_scores import Choice
@@ -27,12 +27,18 @@ def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
     folder = source.adapters.get(adapter_name, "")
     if folder and (own := read_decider(Path(folder))) is not None:
         return own
-    run = run_of(Path(folder)) if folder else None
+    run = _run_of(source, adapter_name)
     folders = [run.adapter_dir] if run is not None else [Path(each) for each in source.adapters.values()]
     found = [decider for each in folders if (decider := read_decider(each)) is not None]
     if len({decider.option_ids for decider in found}) != 1:
         return None
     return msgspec.structs.replace(found[0], calibration=Calibration())
+
+
+def _run_of(source: ChatSource, adapter_name: str) -> RunDir | None:
+    """Return the run of an adapter; None for the base, or an adapter of no run."""
+    folder = source.adapters.get(adapter_name)
+    return run_of(Path(folder)) if folder else None
 
 
 def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Message]) -> Decided:
@@ -43,12 +49,14 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
     """
     decider = decider_of(session.source, adapter_name)
     if decider is None:
+        run = _run_of(session.source, adapter_name)
         raise UserError(
             "No decisions",
-            what=f"No decisions were measured for {adapter_name}.",
+            what=f"No decisions were measured for {run.id if run else 'this model'}.",
             why="The answers of its run must be labels or objects with enumerated fields, and the run needs "
             "validation rows.",
-            fix="Measure them with `qlora-tui evaluate RUN --again`, or choose another run.",
+            fix=f"Measure them with `qlora-tui evaluate {run.id if run else 'RUN'} --again`, or choose "
+            "another run.",
             exit_code=EXIT_USAGE,
         )
     (decision,) = decide(session, decider, adapter_name, [Conversation(tuple(messages))])
