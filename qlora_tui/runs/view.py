@@ -205,8 +205,9 @@ class RunView:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of exact answers at the last evaluation; None for data without short answers."""
-        return self.evaluations[-1].accuracy if self.evaluations else None
+        """Share of exact answers at the last evaluation after training began; None without one, or for data
+        without short answers."""
+        return self.trained_evaluation.accuracy if self.trained_evaluation else None
 
     @property
     def last_evaluation(self) -> events.Evaluated | None:
