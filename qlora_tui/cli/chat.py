@@ -109,7 +109,6 @@ def run_evaluate(args: argparse.Namespace) -> CommandResult:
     lines = [
         *report_lines(evaluation, args.rows),
         "",
-        "For benchmarks, with lm-eval (model=base for the base):",
         *_lm_eval_lines(run),
     ]
     return CommandResult(data=_with_differences(evaluation), text="\n".join(lines))

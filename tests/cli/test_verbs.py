@@ -235,7 +235,9 @@ def test_evaluate_prints_the_commands_of_lm_eval_for_the_adapter(call: Call) -> 
     run = create_run(Recipe(name="owls"))
     loss = LossChange(rows=0, before=0.0, after=0.0, interval=None)
     put_evaluation(run, [a_row("red", "blue", "red")], loss)
-    serve, harness = map(shlex.split, call("evaluate", run.id).out.splitlines()[-2:])
+    *_, blank, heading, serve_line, harness_line = call("evaluate", run.id).out.splitlines()
+    assert not blank and heading.startswith("For benchmarks")
+    serve, harness = map(shlex.split, (serve_line, harness_line))
     served = command_parser("serve").parse_args(serve[1:])
     assert served.runs == [run.id] and served.background
     url = f"http://{served.listen_on}:{served.port}/v1/completions"
