@@ -298,6 +298,9 @@ def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Thresho
         if found and (not threshold or (found[-1].rows, found[-1].right) == (count, of_these)):
             # A lower target has the same threshold.
             found.pop()
+        if found and of_these * found[-1].rows <= found[-1].right * count:
+            # Fewer rows, and not more often right.
+            continue
         found.append(Threshold(target, threshold, count, of_these))
     return tuple(found)
 

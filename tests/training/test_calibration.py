@@ -50,7 +50,7 @@ def test_a_temperature_makes_an_overconfident_model_honest() -> None:
     assert before is not None and after is not None and after.high < before.low
     assert report.after.accuracy == report.before.accuracy
     lines = "\n".join(decision_lines(report))
-    assert "temperature of 3" in lines and "Decide alone above 0." in lines and "to a person" in lines
+    assert "temperature of 3." in lines and "Decide alone above 0." in lines and "to a person" in lines
 
 
 def test_a_bias_is_kept_where_it_helps_rows_it_has_not_seen() -> None:
@@ -114,6 +114,11 @@ def test_thresholds_decide_rows_they_were_not_chosen_on() -> None:
         assert each.rows < 1000
     lines = [line for line in decision_lines(report) if line.startswith("Decide alone")]
     assert len(lines) == len(report.thresholds) > 1
+
+
+def test_a_higher_threshold_is_listed_only_if_it_decides_better() -> None:
+    shares = [each.right / each.rows for each in judged(*decided(160, sharpness=1.0, seed=2)).thresholds]
+    assert len(shares) > 1 and shares == sorted(set(shares))
 
 
 def test_a_threshold_takes_all_rows_of_one_confidence() -> None:

@@ -17,7 +17,7 @@ from qlora_tui.data.decisions import Decision
 from qlora_tui.data.formats import RowFormat
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write
-from qlora_tui.formatting import align_columns, format_float, format_percent, pluralize
+from qlora_tui.formatting import align_columns, format_loss, format_percent, pluralize
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 
@@ -146,7 +146,7 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     if calibration.rows:
         bias = " and a bias for each label" if calibration.bias else ""
         yield (
-            f"Probabilities are calibrated by a temperature of {format_float(calibration.temperature, 2)}"
+            f"Probabilities are calibrated by a temperature of {calibration.temperature:.2f}"
             f"{bias}, fitted on {pluralize(calibration.rows, 'validation row')}."
         )
         yield (
@@ -165,7 +165,7 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
         ("", *columns),
         ("accuracy", *(_percent(each.accuracy) for each in columns.values())),
         ("macro F1", *(_percent(each.macro_f1) for each in columns.values())),
-        ("log loss", *(_float(each.log_loss) for each in columns.values())),
+        ("log loss", *(_loss(each.log_loss) for each in columns.values())),
         ("calibration error", *(_percent(each.calibration_error) for each in columns.values())),
     ]
     honest = [each.honest_error for each in columns.values() if each.honest_error is not None]
@@ -221,10 +221,8 @@ def _percent(measured: Measured) -> str:
     return _with_interval(format_percent(measured.value, 1), measured.interval, format_percent)
 
 
-def _float(measured: Measured) -> str:
-    return _with_interval(
-        format_float(measured.value, 2), measured.interval, lambda edge: format_float(edge, 2)
-    )
+def _loss(measured: Measured) -> str:
+    return _with_interval(format_loss(measured.value), measured.interval, format_loss)
 
 
 def _with_interval(value: str, interval: Interval | None, formatted: Callable[[float], str]) -> str:
