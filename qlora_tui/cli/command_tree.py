@@ -26,6 +26,12 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
     return dict(actions[0].choices) if actions else {}
 
 
+def needs_action(parser: argparse.ArgumentParser) -> bool:
+    """Return whether a command does nothing without one of its actions."""
+    actions = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return any(action.required for action in actions)
+
+
 def help_of(parser: argparse.ArgumentParser, name: str) -> str:
     """Return the help of a parser's subcommand."""
     for action in parser._actions:

@@ -15,6 +15,7 @@ from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
     Subcommand,
+    add_gpu_argument,
     add_json_argument,
     add_run_argument,
     format_table,
@@ -44,20 +45,13 @@ def run(args: argparse.Namespace) -> CommandResult | int:
             return _show(args)
         if args.action == "inspect":
             return _inspect(args)
-        if args.action == "blame":
-            return _blame(args)
+        return _blame(args)
     except UserError as problem:
         if not args.json:
             raise
         print(f"qlora-tui: {problem}", file=sys.stderr)
         error = {name: value for name, value in problem.fields().items() if name != "exit_code"}
         return CommandResult(data={"error": error}, text="", exit_code=problem.exit_code)
-    raise UserError(
-        "Missing subcommand",
-        what="`data` needs a subcommand: inspect, show or blame.",
-        fix="Use `qlora-tui data inspect FILE` or `qlora-tui data show FILE`.",
-        exit_code=EXIT_USAGE,
-    )
 
 
 def _inspect(args: argparse.Namespace) -> CommandResult:
@@ -212,7 +206,7 @@ def _format_report(report: Report, data: Data) -> str:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="inspect|show|blame")
+    actions = parser.add_subparsers(dest="action", metavar="inspect|show|blame", required=True)
     inspect_parser = actions.add_parser("inspect", help="format, counts, lengths and problems of a file")
     blame_parser = actions.add_parser(
         "blame", help="which training rows of a run were learned, and which may be wrong"
@@ -225,6 +219,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--again", action="store_true", help="measure again even if the rows were measured before"
     )
     add_json_argument(blame_parser)
+    add_gpu_argument(blame_parser)
     show_parser = actions.add_parser(
         "show", help="one row as the model sees it, with the tokens to learn marked"
     )

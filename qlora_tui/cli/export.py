@@ -16,6 +16,7 @@ from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
     Subcommand,
+    add_gpu_argument,
     add_json_argument,
     add_run_argument,
     positive_float,
@@ -34,13 +35,6 @@ _DEFAULT_TYPE = "Q8_0"
 
 def run(args: argparse.Namespace) -> CommandResult:
     """Export a run's adapter in the requested form."""
-    if args.form is None:
-        raise UserError(
-            "No format given",
-            what="`qlora-tui export` needs the format to write.",
-            fix="Choose a format from `qlora-tui export --help`.",
-            exit_code=EXIT_USAGE,
-        )
     if args.form == "recipe":
         return export_recipe.run(args)
     if args.form == "job":
@@ -116,7 +110,7 @@ def _types(text: str) -> str:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     from qlora_tui.runs.exports import COMPARED_TOKENS
 
-    forms = parser.add_subparsers(dest="form", metavar=_FORMS)
+    forms = parser.add_subparsers(dest="form", metavar=_FORMS, required=True)
     gguf = forms.add_parser("gguf", help="adapter and base as a GGUF file, for llama.cpp and LM Studio")
     ollama = forms.add_parser("ollama", help="a model in Ollama: GGUF file, Modelfile, `ollama create`")
     merge = forms.add_parser("merge", help="adapter and base as one 16-bit model folder")
@@ -195,6 +189,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             f"(default: {COMPARED_TOKENS:,})",
         )
         add_json_argument(form)
+        add_gpu_argument(form)
 
 
 def _add_one_type(parser: argparse.ArgumentParser) -> None:

@@ -286,13 +286,13 @@ def command_parser(name_called: str | None) -> argparse.ArgumentParser:
     for name, (_, help_) in SUBCOMMANDS.items():
         sub = verbs.add_parser(name, help=help_, description=help_)
         if name == name_called:
-            from qlora_tui.cli.subcommand import JSON_HELP
+            from qlora_tui.cli.subcommand import JSON_HELP, add_gpu_argument
 
             sub.add_argument("--json", action="store_true", help=JSON_HELP)
             verb = subcommand(name)
             verb.arguments(sub)
             if verb.uses_gpu:
-                sub.add_argument("--gpu", metavar="GPU", default=argparse.SUPPRESS, help=GPU_HELP)
+                add_gpu_argument(sub)
             sub.set_defaults(run=verb.run)
     return parser
 

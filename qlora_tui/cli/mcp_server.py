@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qlora_tui import __version__, worker
-from qlora_tui.cli.command_tree import arguments_of, command_tree, is_list
+from qlora_tui.cli.command_tree import arguments_of, command_tree, is_list, needs_action
 from qlora_tui.cli.main import subcommand
 from qlora_tui.cli.subcommand import Subcommand
 from qlora_tui.errors import UsageError
@@ -39,8 +39,9 @@ _CONFIRM = "confirm"
 _INSTRUCTIONS = (
     "qlora-tui fine-tunes language models with QLoRA on this machine's GPU. `doctor` says whether it can "
     "train, `estimate` whether a recipe fits. A tool that changes something first replies with a plan: show "
-    "it to the user, and call the tool again with the same arguments and the plan's `confirm`. Start runs "
-    "with `train` and `detach`, and watch them with `runs`."
+    "it to the user, and call the tool again with the same arguments and the plan's `confirm`. A command ends "
+    "with its call: start runs with `train` and `detach`, watch them with `runs`, and start servers with "
+    "`serve` and `background`."
 )
 
 
@@ -150,11 +151,11 @@ def _property(action: argparse.Action) -> dict[str, Any]:
 
 
 def command_tools() -> Iterator[CommandTool]:
-    """Yield each command that is useful for programs, and each of its actions."""
+    """Yield each command that is useful for programs on its own, and each action."""
     for name, help_, parser in command_tree():
         words = tuple(name.split())
         command = subcommand(words[0])
-        if command.for_programs:
+        if command.for_programs and not needs_action(parser):
             yield CommandTool(words, help_, parser, command.changes)
 
 

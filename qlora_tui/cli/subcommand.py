@@ -110,6 +110,11 @@ def add_gpu_gib_argument(parser: argparse.ArgumentParser, default: str | None = 
     )
 
 
+def add_gpu_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--gpu`` to a subcommand, with no default, which would override the command's ``--gpu``."""
+    parser.add_argument("--gpu", metavar="GPU", default=argparse.SUPPRESS, help=GPU_HELP)
+
+
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument ``RUN``."""
     parser.add_argument("run_id", metavar="RUN", help="a run's id or name, the beginning of one, or `last`")

@@ -13,6 +13,7 @@ from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
     Subcommand,
+    add_gpu_argument,
     add_json_argument,
     add_recipe_arguments,
     checks_as_data,
@@ -349,6 +350,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             )
     for one in parsers:
         add_json_argument(one)
+    add_gpu_argument(start)
 
 
 SUBCOMMANDS = {

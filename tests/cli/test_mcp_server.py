@@ -119,6 +119,10 @@ def test_no_value_carries_out_a_change_without_a_plan(name: str, argument: str, 
 def test_each_command_for_programs_is_a_tool() -> None:
     left_out = SUBCOMMANDS.keys() - {tool.words[0] for tool in TOOLS.values()}
     assert left_out == {"mcp", "completion", "demo", "store"}
+    # They do nothing without an action, and each action that computes takes their GPU.
+    assert TOOLS.keys().isdisjoint({"data", "export"})
+    using_gpu = {name for name, tool in TOOLS.items() if "gpu" in tool.schema()["properties"]}
+    assert using_gpu >= {"data_blame", "export_gguf", "export_hub", "sweep_start", "evaluate"}
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
