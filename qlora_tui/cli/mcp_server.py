@@ -39,9 +39,9 @@ _CONFIRM = "confirm"
 _INSTRUCTIONS = (
     "qlora-tui fine-tunes language models with QLoRA on this machine's GPU. `doctor` says whether it can "
     "train, `estimate` whether a recipe fits. A tool that changes something first replies with a plan: show "
-    "it to the user, and call the tool again with the same arguments and the plan's `confirm`. A command ends "
-    "with its call: start runs with `train` and `detach`, watch them with `runs`, and start servers with "
-    "`serve` and `background`."
+    "it to the user, and call the tool again with the same arguments and the plan's `confirm`. A command "
+    "ends with its call: start runs with `train` and `detach`, watch them with `runs`, and start servers "
+    "with `serve` and `background`."
 )
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 from functools import partial
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -25,6 +26,7 @@ from qlora_tui.installation import install_command
 from qlora_tui.runs.directory import RunDir, find_run
 from qlora_tui.runs.exports import read_exports
 from qlora_tui.runs.servers import (
+    LOOPBACK,
     ServerStatus,
     running_servers,
     start_in_background,
@@ -81,25 +83,32 @@ def _start_result(status: ServerStatus, run: RunDir) -> CommandResult:
     """Return how clients reach a running server. The key is never printed, because output may go to a log."""
     key = f' -H "Authorization: Bearer $(cat {shlex.quote(status.key_file)})"' if status.key_file else ""
     body = json.dumps({"model": status.default_model, "messages": [{"role": "user", "content": "Hello"}]})
+    url = shlex.quote(f"{status.address}/chat/completions")
     lines = [
         f"Serving {name_some(status.models)} on {status.address}",
         *([f"  {run.id} has no adapter yet: only its base answers."] if len(status.models) == 1 else []),
-        f"  curl {status.address}/chat/completions{key} -H 'Content-Type: application/json' \\",
+        f"  curl {url}{key} -H 'Content-Type: application/json' \\",
         f"    -d {shlex.quote(body)}",
     ]
+    address = urlsplit(status.address)
     if status.is_local:
-        lines.append(f"  From a laptop: {_ssh_forward(status.port)}, then the same address there.")
+        tunnel = f"{status.port}:{address.netloc}"
+        lines.append(
+            f"  From a laptop: ssh -N -L {tunnel} {getpass.getuser()}@{_own_host()}, "
+            "then the same address there."
+        )
+    elif address.hostname == LOOPBACK:
+        lines.append(f"  From other machines: http://{_own_host()}:{status.port}{address.path}, without TLS")
     if status.key_file:
         lines.append(f"  The API key is in {status.key_file}.")
     lines.append(f"  For vLLM or llama.cpp: qlora-tui serve {run.id} --print-commands")
     return CommandResult(msgspec.to_builtins(status), "\n".join(lines))
 
 
-def _ssh_forward(port: int) -> str:
-    # The address through which this ssh session reached the machine, if it is one.
+def _own_host() -> str:
+    """Return the address by which this session was reached, or else the name of this machine."""
     connection = os.environ.get("SSH_CONNECTION", "").split()
-    host = connection[2] if len(connection) == 4 else os.uname().nodename
-    return f"ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{host}"
+    return connection[2] if len(connection) == 4 else os.uname().nodename
 
 
 def _stop(port: int | None) -> CommandResult:

@@ -65,6 +65,7 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
         return self.models[1] if len(self.models) > 1 else self.models[0]
 
 
+LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
 _START_S = 30.0
 """Seconds within which a server in the background must listen."""

@@ -68,7 +68,9 @@ class Guest:
         while True:
             run = await asyncio.to_thread(run_on, self._device.key)
             if run:
-                detail = f"{run} needs the memory of {self._device}. After the run, the model is loaded again."
+                detail = (
+                    f"{run} needs the memory of {self._device}. After the run, the model is loaded again."
+                )
                 if not self._is_yielded:
                     await self._unload("yielded", detail)
                 self.detail = detail

@@ -19,12 +19,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qlora_tui.errors import UsageError, disk_problems
 from qlora_tui.files import atomic_write
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.servers import ServerStatus, key_path, server_on, state_path
+from qlora_tui.runs.servers import LOOPBACK, ServerStatus, key_path, server_on, state_path
 from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import RunsToServe
 
-LOOPBACK = "127.0.0.1"
 REQUEST_S = 5.0
 """Seconds for which a connection may stay open without a request."""
 _STATE_S = 1.0

@@ -165,6 +165,7 @@ def test_other_machines_need_a_key_that_is_printed_nowhere(
 ) -> None:
     started: list[Server] = []
     monkeypatch.setattr(Server, "run", lambda server, on_change: started.append(server))
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
     said = call("serve", "a-1.0", "--host", "0.0.0.0", "--port", "0")
     (server,) = started
     key_file = Path(server.status.key_file)
@@ -174,6 +175,7 @@ def test_other_machines_need_a_key_that_is_printed_nowhere(
     assert len(server.api_key) > 30
     assert server.api_key not in said.out + said.err + str(server.status)
     assert f"$(cat {key_file})" in said.out
+    assert f"http://{os.uname().nodename}:{server.port}/v1" in said.out
     server.close()
     assert not key_file.exists()
 
@@ -185,7 +187,10 @@ def test_a_local_server_needs_no_key_and_says_how_a_laptop_reaches_it(
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.1 22")
     said = call("serve", "a-1.0", "b", "--port", "0")
     assert "Authorization" not in said.out
-    assert "@192.0.2.1" in said.out and "ssh -N -L" in said.out
+    assert "@192.0.2.1," in said.out and "ssh -N -L" in said.out
+    # The port is forwarded to the address that the server has.
+    port, target = call("serve", "a-1.0", "--host", "::1", "--port", "0").out.split(" -L ")[1].split(":", 1)
+    assert target.startswith(f"[::1]:{port} ")
 
 
 @pytest.mark.parametrize(
