@@ -90,7 +90,7 @@ class QloraApp(TerminalApp):
         self._monitor: BoxMonitor | SystemMonitor | None = None
         self.disk_faults = DiskFaults()
         self.deleted_runs: list[str] = []
-        """Ids of the runs that were deleted in this app and not restored, the last one last."""
+        """Ids of the runs that were deleted in this app and not restored, in order of deletion."""
         self.counts = 0
         """How many times samples were counted. A higher number means that estimates can be replaced by
         counts.
@@ -403,7 +403,7 @@ class QloraApp(TerminalApp):
             self.preview_theme("")
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy in every way the terminal offers, and notify the user which one worked."""
+        """Copy in every way that the terminal offers, and notify the user which way worked."""
         self.remember_copied(text)
         self._copy(text)
 

@@ -1,4 +1,4 @@
-"""Window sizes, in cells: the smallest usable one, and those at which screens show more."""
+"""Window sizes, in cells: the minimum usable size, and the sizes at which screens show more."""
 
 from textual.geometry import Size
 
@@ -6,7 +6,7 @@ MIN_SIZE = Size(80, 24)
 WIDE_CELLS = 100
 VERY_WIDE_CELLS = 160
 TALL_CELLS = 30
-"""Height from which panels have borders, if the window is also wide enough."""
+"""Minimum height at which panels have borders, if the window is also wide enough."""
 
 
 def is_too_small(size: Size) -> bool:

@@ -68,7 +68,7 @@ def _printable(text: str) -> str:
 
 
 async def copy(app: QloraApp, text: str) -> None:
-    """Copy in every available way, and notify the user which one worked."""
+    """Copy in every available way, and notify the user which way worked."""
     app.write_escape(set_clipboard(text))
     if tool := await asyncio.to_thread(copy_locally, text):
         title = f"Copied with {tool}, and sent to the terminal (OSC 52)"

@@ -149,7 +149,7 @@ class DiskFaults:
     def handle(self, app: App[Any], error: Exception) -> bool:
         """Report a disk error; return False for any other error.
 
-        A disk error in a worker becomes a notification; one in a message handler ends the app.
+        A disk error in a worker becomes a notification. A disk error in a message handler ends the app.
         """
         if isinstance(error, WorkerFailed):
             return self.notify(app, error.error)

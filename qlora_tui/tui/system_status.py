@@ -68,14 +68,14 @@ class SystemStatus:
     gpu_problem: UserError | None = None
     """Why torch cannot use the GPU."""
     active: RunDir | None = None
-    """The run that is training; of several, on a machine with several GPUs, the newest."""
+    """The run that is training. If several runs train, on a machine with several GPUs, it is the newest."""
     active_status: Status | None = None
     also_active: tuple[RunDir, ...] = ()
     """The other runs that are training."""
     has_free_device: bool = False
     """Whether a device that runs may use is free."""
     active_or_last: RunDir | None = None
-    """The active run, or else the one that ended last."""
+    """The active run, or else the run that ended last."""
     active_or_last_status: Status | None = None
     waiting_ids: tuple[str, ...] = ()
     """Ids in the queue, next one first."""

@@ -1,4 +1,4 @@
-"""Base class of the app: what is sent to the terminal, and when.
+"""Base class of the app, which decides what is sent to the terminal, and when.
 
 Textual sends the whole screen whenever a screen opens, closes or is laid out again. A page of help on a
 160×50 terminal is 100 kB, which takes two seconds on a slow link, and most of it is unchanged. This class

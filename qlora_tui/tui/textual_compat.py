@@ -126,7 +126,7 @@ class HookedApp(App[None]):
             self._unnotify(notification, refresh=False)
 
     def _display(self, screen: Screen[Any], renderable: Any) -> None:
-        # While updates are batched (PR 1832), Textual drops what it is given here.
+        # While updates are batched (PR 1832), Textual drops updates that are passed to it here.
         if self._batch_count:
             super()._display(screen, renderable)
             return

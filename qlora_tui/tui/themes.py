@@ -202,7 +202,7 @@ def of_terminal(foreground: Color, background: Color) -> Theme:
 
 
 def load_themes() -> tuple[list[Theme], list[UserError]]:
-    """Return every theme that can be read, and the errors of the others.
+    """Return all themes that can be read, and an error for each theme file that cannot.
 
     A user's theme replaces a built-in one of the same name.
     """

@@ -38,7 +38,7 @@ class Column(Generic[Row]):
     gap: int = 2
     """Spaces before it, unless it is the first."""
     shown_from: int = 0
-    """Width of the line, in cells, from which the column is shown."""
+    """Minimum width of the line, in cells, for showing the column."""
     dropped: int = 0
     """Position in the order in which columns are left out if the table is too wide; 0 means never."""
     shown_if_empty: bool = True

@@ -201,7 +201,7 @@ def refusal_words(refusal: UserError) -> str:
 
 
 class FitLine:
-    """A recipe's memory against what is available: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
+    """A recipe's memory, compared with the available memory: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
 
     ``is_assumed``: whether the available memory is a size that the user entered.
     """

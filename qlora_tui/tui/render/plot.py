@@ -42,7 +42,7 @@ _MIN_BAR = 6
 _APART = 3
 """Minimum distance between two marks of the same kind, in cells, so that they do not merge into a line."""
 _LONG_LOSS = 1000.0
-"""Loss from which labels are abbreviated, to leave room for the chart."""
+"""Minimum loss at which labels are abbreviated, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
 
 

@@ -29,7 +29,7 @@ from qlora_tui.visible import visible
 
 _ROWS_SHOWN = 100
 _WIDE_COLUMNS = 110
-"""Terminal width, in columns, from which a dialog fits the whole table."""
+"""Minimum terminal width, in columns, at which a dialog fits the whole table."""
 
 
 class EvaluationActions(WorkScreen):

@@ -99,8 +99,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     @property
     def help_state(self) -> str:
-        """The state that help explains: a table of this screen in ``help.toml``; empty for the
-        default one.
+        """The state that help explains: a table of this screen in ``help.toml``; empty for the default
+        state.
         """
         return ""
 

@@ -1,5 +1,5 @@
-"""The recipe in one line below the top bar; a second line shows its memory, except on screens that show it
-anyway.
+"""The recipe in one line below the top bar; a second line shows its memory, except on screens that have their
+own panel for memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A form for settings of a recipe or of the app: label, value, and help for the selected one.
 
-The form changes nothing itself. It posts :class:`SettingEdited`, the screen makes the change, and
+The form does not change settings itself. It posts :class:`SettingEdited`, the screen makes the change, and
 :meth:`SettingsForm.show` shows the new values.
 """
 
@@ -339,7 +339,7 @@ class SettingList(LineView):
 
 
 class SettingsForm(Vertical):
-    """The list of settings, with help on the one under the cursor below it.
+    """The list of settings, with help on the setting under the cursor below it.
 
     Values are typed in their own row.
     """
@@ -384,7 +384,7 @@ class SettingsForm(Vertical):
         Args:
             groups: The settings, in groups.
             base_name: What the settings are compared with.
-            validate: Returns what is wrong with a typed value for a path; empty if nothing is.
+            validate: Returns the error in a typed value for a path; empty if it is valid.
             picked: Paths of settings whose values the screen lists when Enter is pressed.
         """
         super().__init__(id=id)
@@ -524,7 +524,7 @@ def _parsed(field: Field, typed: str) -> Any:
 
 
 def _problem(field: Field, problem: Exception) -> str:
-    """Return what is wrong with a typed value, with the setting's label instead of its path."""
+    """Return the error in a typed value, with the setting's label instead of its path."""
     if isinstance(problem, InvalidRecipeError):
         return "; ".join(issue.message.replace(issue.path, field.label, 1) for issue in problem.issues)
     return f"{field.label} must be {field.expected}"

@@ -199,9 +199,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self.action_apply()
 
     def action_earlier_prompt(self) -> None:
-        """Insert the next of the previously used system prompts; after the last one, the current one
-        again.
-        """
+        """Insert the next previously used system prompt. After the last, insert the current prompt again."""
         if self._earlier_prompts:
             field = self.query_one(TextArea)
             self._earlier_prompts.append(field.text.strip())

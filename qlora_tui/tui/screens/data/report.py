@@ -65,7 +65,7 @@ class TotalsPanel(Panel):
 
 
 class LengthsPanel(Panel):
-    """The distribution of lengths, and what other sequence lengths would cost."""
+    """The distribution of lengths, and the costs of other sequence lengths."""
 
     def __init__(self) -> None:
         self._parts = [Lines(id=name) for name in ("lengths-line", "histogram", "costs")]

@@ -325,7 +325,7 @@ def _learned_words(shown: Shown, data: Data) -> str:
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
-    """Return the next or previous row, or the same one at either end.
+    """Return the place of the next (1) or previous (-1) row; at either end, return the same place.
 
     The last row of a file is known only once the file has been read.
     """

@@ -300,7 +300,7 @@ class HomeScreen(WorkScreen):
         self.on_descendant_focus()
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Select a model on this machine, or open one on the Model screen to download it."""
+        """Select a model on this machine, or open a model of the Hub on the Model screen to download it."""
         from qlora_tui.tui.screens.models.model_list import DEMO_LINE, LOCAL, STARTER
         from qlora_tui.tui.screens.models.screen import show_download
 

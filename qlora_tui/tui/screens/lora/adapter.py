@@ -98,7 +98,7 @@ class SettingsList(ViList):
             self.action_step(direction)
 
     def on_blur(self, event: Blur) -> None:
-        """Forget what was clicked last."""
+        """Forget the option that was clicked last."""
         self._clicked = None
 
     def action_step(self, direction: int) -> None:

@@ -269,7 +269,7 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Replace the instant estimate with an exact one once a step of the real model has been traced."""
+        """Trace a step of the real model, then replace the instant estimate with the exact estimate."""
         tell = self.app.watch_verdict()
         await asyncio.sleep(TRACE_SETTLED_S)
         try:

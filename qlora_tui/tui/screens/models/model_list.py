@@ -277,7 +277,7 @@ def _hub_lines(
 
 
 def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
-    """Return (title, cells, width from which it is shown) for the columns that depend on the architecture."""
+    """Return (title, cells, minimum width of the list) for the columns that depend on the architecture."""
     return (
         ("params", 7, 0),
         (bytes_title, 9, 0),

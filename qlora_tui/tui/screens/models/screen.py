@@ -156,7 +156,7 @@ class ModelsScreen(WorkScreen):
         self._show_facts()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Select a local model, or load the details of one on the Hub."""
+        """Select a local model, or load the details of a model on the Hub."""
         match self._models.find(event.option.id):
             case LocalModel() as model:
                 self._choose(model)

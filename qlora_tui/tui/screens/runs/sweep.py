@@ -250,7 +250,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))
 
     def action_next(self) -> None:
-        """Show the next older sweep, or after the oldest one the newest."""
+        """Show the next older sweep; after the oldest, show the newest."""
         self._number = (self._number + 1) % len(self._sweeps)
         self._shown = None
         self._refresh()
@@ -284,7 +284,9 @@ def verdict_lines(view: SweepView) -> list[Content]:
 
 
 def sweep_plot(view: SweepView) -> Plot:
-    """Return the validation losses of all trials by the share of their steps, the best one brightest."""
+    """Return the chart of all trials' validation losses by the share of their steps. The best trial is
+    brightest.
+    """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
     curves = []
