@@ -210,7 +210,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
             ids = _ids_of(match[1], config)
             if len(ids) != len(tensor) or not ids:
                 raise _unreadable(
-                    folder, f"{len(tensor)} rows of {match[1]}, and {len(ids)} named in {CONFIG}."
+                    folder, f"{match[1]} has {len(tensor)} rows, but {CONFIG} names {len(ids)}."
                 )
             rows[match[1]] = EmbeddingRowDelta(ids, tensor)
             continue

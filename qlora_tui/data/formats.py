@@ -442,7 +442,7 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
         yield (
             f"{layout.method} compares both sides, from the first turn in which they differ"
             if layout.method
-            else "rejected answers are not trained on, nor turns that both sides share"
+            else "neither rejected answers nor turns that both sides share are trained on"
         )
     if RATING in layout.columns:
         column = layout.columns[RATING]

@@ -378,7 +378,7 @@ def _has_answer(messages: Sequence[Message]) -> bool:
 
 
 def _trained_from(messages: Sequence[Message], first: int) -> tuple[Message, ...]:
-    """Return the turns with those before index ``first`` taken out of the loss."""
+    """Return ``messages`` with the turns before index ``first`` excluded from the loss."""
     return tuple(
         msgspec.structs.replace(m, train=m.train and number >= first) for number, m in enumerate(messages)
     )
