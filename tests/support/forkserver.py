@@ -30,7 +30,10 @@ import traceback
 import warnings
 from typing import Any
 
+from qlora_tui.catalog import library_types
+
 TRAINER = "qlora_tui.training"
+TORCHRUN = "torch.distributed.run"
 _REQUEST_S = 30.0
 """Seconds in which a client sends its request."""
 
@@ -49,6 +52,11 @@ def main() -> None:
             importlib.import_module(module)
     if "qlora_tui.training.attempt" in sys.argv:
         _prepare_training()
+    # Parsed from the source of transformers, once in each process.
+    library_types.config_classes()
+    library_types.text_generators()
+    # What a power cut would take: see ``skip_fsync`` in tests/conftest.py.
+    os.fsync = os.fstat  # type: ignore[assignment]
     # What is here now is in every child: a collection there need not go over it, and copy its pages.
     gc.freeze()
     while True:
@@ -124,7 +132,8 @@ def _reply(client: socket.socket, number: int) -> None:
 
 def _become(request: dict[str, Any], streams: list[int]) -> None:
     environment = request["environment"]
-    before = environment.pop("BEFORE_TRAINER", "")
+    # Torchrun passes it on to its trainers.
+    before = "" if request["module"] == TORCHRUN else environment.pop("BEFORE_TRAINER", "")
     # No child of that process.
     environment.pop("QLORA_TUI_LAUNCHER", None)
     os.environ.clear()

@@ -29,6 +29,7 @@ TRAINING_IMPORTS = (
     "qlora_tui.engine.server",
     "transformers.models.llama.modeling_llama",
     "qlora_tui.training.attempt",
+    "torch.distributed.run",
 )
 TRAINING_MODULES = (
     "qlora_tui.training",
@@ -36,6 +37,7 @@ TRAINING_MODULES = (
     "qlora_tui.export.export_job:run_job",
     "qlora_tui.training.description:describe_all",
     "qlora_tui.training.gguf_weights:convert",
+    "qlora_tui.training.probe:probe",
     "qlora_tui.training.quantization_quality:measure_quality",
     "qlora_tui.training.row_losses:measure",
     "qlora_tui.training.selftest:check_training",
@@ -46,6 +48,7 @@ TRAINING_MODULES = (
     "bench.support.random_model",
     "tests.training.fake_cuda_steps",
     "tests.training.managed_states",
+    "torch.distributed.run",
 )
 """Modules and jobs that need torch, if no test is about the start of their process."""
 WORKER_IMPORTS = (

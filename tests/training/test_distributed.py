@@ -94,7 +94,7 @@ def test_processes_end_with_torchrun_and_a_resume_repeats_the_losses(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**EVERY_STEP, "training.gpus": 2, "lora.dropout": 0.1, "training.epochs": 50.0}
-    short = recipe({**settings, "training.max_steps": 30})
+    short = recipe({**settings, "training.max_steps": 20})
     with monkeypatch.context() as real:
         # Forked processes are no children of torchrun.
         real.setenv("FORK_SERVERS", "")

@@ -24,6 +24,7 @@ def files_of_runs() -> list[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
@@ -44,6 +45,7 @@ def test_a_probe_measures_steps_and_leaves_no_files(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_stopped_probe_leaves_no_files(private_home: Path, recipe: MakeRecipe) -> None:
     said = list[Progress]()
     with pytest.raises(JobStopped):

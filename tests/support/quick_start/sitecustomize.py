@@ -29,8 +29,8 @@ if f'"{_served}"' in _servers:
     from fork_request import ForkRequest  # type: ignore[import-not-found]  # beside this file, on the path
 
     _request = ForkRequest(json.loads(_servers)[_served], _module, _arguments, [0, 1, 2])
-    if _module == "qlora_tui.training":
-        # As Slurm does, which does not see the forked process.
+    if _module in ("qlora_tui.training", "torch.distributed.run"):
+        # As Slurm and torchrun do, which do not see the forked process.
         signal.signal(signal.SIGTERM, lambda number, _: os.kill(_request.pid, number))
     code = _request.wait()
     if code < 0:
