@@ -134,9 +134,8 @@ def session(tiny_source: ChatSource) -> ChatSession:
     return loaded
 
 
-@pytest.mark.parametrize("rows", [8, 32])
-def test_adapters_do_not_leak_into_each_other(session: ChatSession, rows: int) -> None:
-    names = ("base", "adapter", "step-2")
+def test_adapters_do_not_leak_into_each_other(session: ChatSession) -> None:
+    rows, names = 32, ("base", "adapter", "step-2")
     asked = [
         replace(each, adapter_name=names[number % 3])
         for number, each in enumerate(requests(rows, (9, 30, 17, 12), (16, 9)))
@@ -239,7 +238,7 @@ def test_rows_that_exceed_the_memory_go_on_alone(
     assert calls[:3] == [4, 4, 4] and set(calls[3:]) == {2}
 
 
-@pytest.mark.parametrize("failing", range(1, 7))
+@pytest.mark.parametrize("failing", [1, 4, 6])
 def test_rows_whose_arrangement_exceeds_the_memory_keep_their_own_keys(
     session: ChatSession, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +340,7 @@ def nothing(patch: pytest.MonkeyPatch) -> None:
     pass
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3_next"])
 @pytest.mark.parametrize(
     ("plant", "together"),
     [

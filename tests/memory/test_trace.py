@@ -31,6 +31,8 @@ from tests.memory.step_cases import (
 
 pytestmark = pytest.mark.slow
 
+TRACED_ELSEWHERE = ("Llama 3", "Mistral", "Mixtral", "Gemma 3")
+"""Families that other tests here trace, and whose layers are otherwise those of another family."""
 FEW_EXPERTS = 8
 """A trace runs an expert after the other. All of them are in the test of adapters on experts."""
 
@@ -41,7 +43,7 @@ def test_each_pair_of_settings_is_counted(method: str) -> None:
         assert abs(compare(case).error_pct) < 3, case
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TRACED_ELSEWHERE])
 def test_the_layers_of_a_family_are_counted(family: str) -> None:
     """Biases, experts, windows, caps, fused projections, norms, a latent of keys and values, a tied head."""
     for case in two_cases(family):
@@ -145,7 +147,7 @@ def test_a_tensor_saved_without_need_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert added == 2 * 512 * config["hidden_size"] * 2  # in each of two layers, in bfloat16
 
 
-@pytest.mark.parametrize(("family", "layers"), [("gpt-oss", 13), ("DeepSeek-V2", 10)])
+@pytest.mark.parametrize(("family", "layers"), [("gpt-oss", 13), ("DeepSeek-V2", 9)])
 def test_repeated_layers_take_what_all_of_them_take(
     family: str, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import cycle
 from typing import Literal
 
 import pytest
@@ -37,24 +37,15 @@ TYPES = {
     "deepseek_v32": 0.35,
     "falcon_h1": 0.35,
     "got_ocr2": 0.35,
-    "kimi_linear": 0.35,
     "qwen3_5_text": 0.35,
+    "kimi_linear": 0.35,
 }
 """Share by which the instant step may differ. What has the width of a head or less weighs more in these tiny
 models than in real ones, whose steps are within 8 % without recurrent layers. Llama 4 repeats its hidden
 states for each expert."""
 
 
-RECURRENT = ("bamba", "deepseek_v32", "falcon_h1", "kimi_linear", "qwen3_5_text")
-"""Traces of their layers, token by token or for each choice of keys, take seconds: one of each."""
-CASES = [
-    (model_type, checkpointing)
-    for model_type, checkpointing in product(TYPES, ("on", "off"))
-    if model_type not in RECURRENT or RECURRENT.index(model_type) % 2 == (checkpointing == "off")
-]
-
-
-@pytest.mark.parametrize(("model_type", "checkpointing"), CASES)
+@pytest.mark.parametrize(("model_type", "checkpointing"), zip(TYPES, cycle(("on", "off")), strict=False))
 def test_a_step_of_any_type_is_within_its_uncertainty(model_type: str, checkpointing: str) -> None:
     from transformers import AutoConfig
 
@@ -103,7 +94,7 @@ def test_what_is_known_of_a_class_decides_how_sure_its_estimate_is(
     assert step_uncertainty(layout, traced=True) < STEP_UNCERTAINTY
 
 
-@pytest.mark.parametrize("model_type", ["chameleon", "minimax", "nanochat"])
+@pytest.mark.parametrize("model_type", ["chameleon", "nanochat"])
 def test_layers_that_save_other_than_the_rules_say_make_the_range_wider(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +111,7 @@ def test_a_step_is_traced_however_its_class_is_to_be_called(model_type: str) -> 
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(model_type, **settings_of(model_type)).to_dict()
-    recipe = Recipe(data=Data(max_length=32), training=Training(micro_batch_size=2))
+    recipe = Recipe(data=Data(max_length=16), training=Training(micro_batch_size=2))
     execution = trainer_execution(recipe, Device(), architecture_of(config))
     assert traced_step(config, recipe, execution).step_bytes > 0
 

@@ -18,11 +18,9 @@ from qlora_tui.training import attempt
 pytestmark = pytest.mark.slow
 
 TRAINED = {
-    "smollm3": "fast",  # dense, layers without positions
     "gpt2": "fast",  # transposed matrices, learned positions
     "gpt_oss": "fast",  # fused experts, sliding windows, sinks
     "gemma4": "fast",  # images and text, inputs for each layer
-    "mistral3": "fast",  # images and text, another type of text model
     "emu3": "fast",  # images and text, a text class that does not find its weights
     "deepseek_v3": "fast",  # latent attention, routed and shared experts
     "qwen3_next": "padded",  # linear attention, experts
