@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from weakref import WeakKeyDictionary
 
 import pyte
 from pyte import graphics
@@ -51,15 +52,25 @@ class TerminalScreen:
         return isinstance(other, TerminalScreen) and self._cells() == other._cells()
 
 
+_Looks = dict[tuple[int, tuple[int, int]], tuple[TerminalScreen, int]]
+_looks: WeakKeyDictionary[Terminal, _Looks] = WeakKeyDictionary()
+"""Of each terminal, by the first byte of a screen and its size: the screen, and how much it has received."""
+
+
+def screen_of(terminal: Terminal, since: int = 0, size: tuple[int, int] = (80, 24)) -> TerminalScreen:
+    """The screen with all that was painted from byte ``since`` on."""
+    looks = _looks.setdefault(terminal, {})
+    screen, received = looks.get((since, size)) or (TerminalScreen(b"", *size), since)
+    screen.feed(bytes(terminal.painted[received:]))
+    looks[since, size] = screen, len(terminal.painted)
+    return screen
+
+
 def see(terminal: Terminal, *texts: str, since: int = 0, size: tuple[int, int] = (80, 24)) -> str:
     """Wait until ``texts`` are on the screen, as painted from byte ``since`` on; return its text."""
     deadline = time.monotonic() + DEADLINE_S
-    screen, received = TerminalScreen(b"", *size), since
     while True:
-        painted = bytes(terminal.painted[received:])
-        received += len(painted)
-        screen.feed(painted)
-        shown = screen.text
+        shown = screen_of(terminal, since, size).text
         missing = [text for text in texts if text not in shown]
         if not missing:
             return shown

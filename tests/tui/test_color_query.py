@@ -18,7 +18,7 @@ from qlora_tui.tui.color_query import (
     is_light_by_environment,
 )
 from tests.support.polling import wait_for
-from tests.tui.terminal_emulator import TerminalScreen, see
+from tests.tui.terminal_emulator import screen_of, see
 
 APP = [sys.executable, "-m", "qlora_tui"]
 SOLARIZED = "\x1b]10;rgb:8383/9494/9696\x1b\\", "\x1b]11;rgb:00/2b/36\x07"
@@ -91,7 +91,7 @@ def test_a_terminal_gets_its_own_colors(
 
         def grounds() -> set[str]:
             terminal.read(0)
-            screen = TerminalScreen(bytes(terminal.painted))
+            screen = screen_of(terminal)
             return {screen.style_of(text).bg for text in ("Next step", "Next run")}
 
         wait_for(lambda: grounds() == {background})

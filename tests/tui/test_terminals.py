@@ -19,7 +19,7 @@ from qlora_tui.tui.app import QloraApp
 from tests.support.polling import wait_for
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text
-from tests.tui.terminal_emulator import DEADLINE_S, TerminalScreen, see
+from tests.tui.terminal_emulator import DEADLINE_S, screen_of, see
 
 pytestmark = pytest.mark.slow
 
@@ -53,8 +53,8 @@ def test_incremental_output_equals_a_full_repaint() -> None:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             terminal.read(0.2)
-            pieces = TerminalScreen(bytes(terminal.painted), *size)
-            whole = TerminalScreen(bytes(terminal.painted[before:]), *size)
+            pieces = screen_of(terminal, size=size)
+            whole = screen_of(terminal, before, size)
             if pieces == whole:
                 break
             if time.monotonic() > deadline:
