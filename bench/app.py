@@ -214,7 +214,7 @@ def watching(size: tuple[int, int]) -> Iterator[Terminal]:
 def private_home() -> Iterator[str]:
     """Yield a private home folder, so that only our run is shown."""
     before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         os.environ |= {f"XDG_{kind}_HOME": f"{home}/{kind.lower()}" for kind in ("CONFIG", "STATE", "CACHE")}
         try:
             yield home

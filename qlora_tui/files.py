@@ -32,6 +32,8 @@ _MIB = 1 << 20
 
 def private_dir(path: Path) -> Path:
     """Create ``path`` and its parents, accessible only by the owner, and return it."""
+    if path.exists():
+        return path
     missing = list(takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
     for folder in reversed(missing):
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -88,6 +88,10 @@ class Gate:
 
         ``is_training`` says whether the run trains on these devices.
         """
+        devices = list(devices)
+        if not devices:
+            # Of a long queue, most runs wait for a device.
+            return {}
         with self._lock:
             if run.trains_now or not self._settings.read().yields:
                 return {}

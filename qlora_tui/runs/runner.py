@@ -131,7 +131,8 @@ class _Queue:
 
     def waiting(self) -> list[RunDir]:
         """Return the runs to start, the next one first."""
-        return [RunDir(paths.runs_dir() / name) for name in run_queue.waiting() if name not in self._skipped]
+        folder = paths.runs_dir()
+        return [RunDir(folder / name) for name in run_queue.waiting() if name not in self._skipped]
 
     def _start_runs(self) -> None:
         """Start the runs whose devices are free. Devices that a run waits for are not given to later runs."""
