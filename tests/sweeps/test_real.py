@@ -1,18 +1,21 @@
-"""A sweep with real trainers and a real runner, killed again and again."""
+"""A sweep with real trainers, a real runner and the app, killed again and again."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.terminal import Terminal
 from qlora_tui import paths
-from qlora_tui.runs.process import ensure_runner, runner_lock_path
+from qlora_tui.runs.process import runner_lock_path
 from qlora_tui.runs.status import read_status
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.sheet import Sheet, Sweep
@@ -49,7 +52,28 @@ class DriverKiller(threading.Thread):
                         self.killed.add(int(folder.name))
 
 
-def test_a_sweep_survives_kills_of_runner_trainers_and_its_own_process(
+@contextmanager
+def app_on_the_sweep(says: str) -> Iterator[Terminal]:
+    """The app on a terminal, showing the sweep; killed at the end of the block."""
+    with Terminal([sys.executable, "-m", "qlora_tui"], columns=120, rows=40) as terminal:
+        terminal.wait_for("Train")
+        terminal.press("6")
+        terminal.wait_for("newest")
+        terminal.press("W")
+        terminal.wait_for(says)
+        yield terminal
+
+
+def runner_pid() -> int:
+    return int(runner_lock_path().read_text() or 0)
+
+
+def watched(terminal: Terminal, what: Callable[[], object], seconds: float) -> None:
+    """Wait for a true value while the app goes on painting."""
+    wait_for(lambda: (terminal.read(0.0), what())[1], seconds=seconds)
+
+
+def test_a_sweep_survives_kills_of_app_runner_trainers_and_its_own_process(
     recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     news = tmp_path / "news"
@@ -72,16 +96,18 @@ def test_a_sweep_survives_kills_of_runner_trainers_and_its_own_process(
         statuses = [(t.run, read_status(t.run)) for t in read_sweep(sweep).trials if t.run]
         return [each for each in statuses if each[1].state == "running" and each[1].step]
 
-    for kills_trainer in (False, True):
-        wait_for(training, seconds=120)
-        os.kill(int(runner_lock_path().read_text()), signal.SIGKILL)
-        if kills_trainer:
-            with suppress(ProcessLookupError, IndexError):
-                os.kill(training()[0][1].process.pid, signal.SIGKILL)
-            # As the app and `sweep show` do.
-            wait_for(lambda: not training())
-            ensure_runner()
-    wait_for(lambda: read_sweep(sweep).ended, seconds=300)
+    with app_on_the_sweep("Running") as app:
+        watched(app, training, 120)
+        os.kill(first := runner_pid(), signal.SIGKILL)
+        watched(app, lambda: runner_pid() != first and training(), 120)
+    os.kill(runner_pid(), signal.SIGKILL)
+    with suppress(ProcessLookupError, IndexError):
+        os.kill(training()[0][1].process.pid, signal.SIGKILL)
+    wait_for(lambda: not training())
+    # Only the app is there to start a runner.
+    with app_on_the_sweep("Running") as app:
+        watched(app, lambda: read_sweep(sweep).ended, 300)
+        app.wait_for("Better")
     killer.over.set()
     view = read_sweep(sweep)
     assert view.state == "finished" and killer.killed
