@@ -156,7 +156,7 @@ def _probe(recipe: Recipe) -> CommandResult:
     machine = read_machine()
     _report_checks(preflight(recipe, machine))
     with ProgressLine() as line:
-        probe = probe_steps(recipe, machine, lambda progress: line.show(progress_words(progress)))
+        probe = probe_steps(recipe, lambda progress: line.show(progress_words(progress)))
     expected = forecast(recipe, machine)
     known = None if expected is None else measured_forecast(expected, probe)
     return CommandResult(

@@ -6,6 +6,7 @@ converts or quantizes goes to the caches that the launch uses too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from msgspec import Struct
@@ -13,9 +14,11 @@ from msgspec import Struct
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.recipe.conflicts import require_runnable
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import changes_box
-from qlora_tui.runs.doctor import Machine
+from qlora_tui.runs.devices import Devices, choose, run_on, taken_keys, wanted_devices
+from qlora_tui.settings import GPU_VARIABLE
 from qlora_tui.worker import Progress, run_job
 
 STEPS = 3
@@ -44,24 +47,19 @@ class StepProbe(Struct, frozen=True, kw_only=True):
 @changes_box
 def probe_steps(
     recipe: Recipe,
-    machine: Machine,
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StepProbe:
     """Train three steps of a recipe, discard them, and return their cost. Takes as long as starting a run.
 
+    They are trained on the device that a launch would take, in one process also if the recipe has several.
+
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: Another run uses the device, or the recipe cannot be trained here.
+        UserError: Runs have all devices, or the recipe cannot be trained here.
     """
     require_runnable(recipe)
-    if machine.active:
-        raise UserError(
-            "Another run is training",
-            what=f"{machine.active} uses the device.",
-            why="Both would be slower, and may run out of memory.",
-            fix="Wait until it has ended, or pause it.",
-        )
+    device = _free_device(recipe)
     return run_job(
         "qlora_tui.training.probe:probe",
         recipe,
@@ -72,7 +70,23 @@ def probe_steps(
         fix="Launch the run to see where it fails.",
         on_progress=on_progress,
         should_stop=should_stop,
+        environ=os.environ | ({GPU_VARIABLE: device.devices[0].key} if device.is_choice else {}),
     )
+
+
+def _free_device(recipe: Recipe) -> Devices:
+    """Return the one device that a launch would take first. Raises UserError if runs have all of them."""
+    wanted = wanted_devices(replace_setting(recipe, "training.gpus", 1), os.environ)
+    device = choose(wanted, taken_keys())
+    if device is None:
+        first = wanted.devices[0]
+        raise UserError(
+            "Another run is training",
+            what=f"{run_on(first.key)} uses {first}.",
+            why="Both would be slower, and may run out of memory.",
+            fix="Wait until it has ended, or pause it.",
+        )
+    return device
 
 
 def progress_words(progress: Progress) -> str:

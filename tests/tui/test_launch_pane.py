@@ -222,7 +222,7 @@ async def test_a_key_measures_three_steps_until_it_is_pressed_again(
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 40)
     ready = Event()
 
-    def probe(recipe: Recipe, machine: object, say: Any, should_stop: Callable[[], bool]) -> StepProbe:
+    def probe(recipe: Recipe, say: Any, should_stop: Callable[[], bool]) -> StepProbe:
         say(Progress(1, 3, "training"))
         while not ready.wait(0.01):
             if should_stop():

@@ -212,7 +212,7 @@ class TrainScreen(EvaluationActions):
             self._follow(run)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "probe" and (self.app.system_status.active is not None or errors(self.checks)):
+        if action == "probe" and (self._has_to_wait or errors(self.checks)):
             return False
         if action == "fix" and self.run is None:
             return first_fix(self.checks) is not None
@@ -229,9 +229,14 @@ class TrainScreen(EvaluationActions):
         return action not in _STATES or self.state in _STATES[action]
 
     def command_label(self, command_id: str) -> str:
-        status = self.app.system_status
-        waits = (status.active is not None and not status.has_free_device) or bool(status.waiting_ids)
+        waits = self._has_to_wait or bool(self.app.system_status.waiting_ids)
         return "Queue" if command_id == "train.launch" and waits else ""
+
+    @property
+    def _has_to_wait(self) -> bool:
+        """Whether runs have all devices."""
+        status = self.app.system_status
+        return status.active is not None and not status.has_free_device
 
     def on_setting_edited(self, event: SettingEdited) -> None:
         """Change the recipe."""
@@ -340,7 +345,7 @@ class TrainScreen(EvaluationActions):
     @work(exclusive=True, group="probe")
     async def _probe(self, recipe: Recipe, machine: Machine) -> None:
         def measure(say: Callable[[str], None], should_stop: Callable[[], bool]) -> StepProbe:
-            return probe_steps(recipe, machine, lambda progress: say(progress_words(progress)), should_stop)
+            return probe_steps(recipe, lambda progress: say(progress_words(progress)), should_stop)
 
         try:
             probe = await self._probing.run(measure, "starting")
