@@ -393,6 +393,7 @@ def trashed_runs() -> list[TrashedRun]:
     )
 
 
+@at_box
 def trash_bytes() -> int:
     """Return the disk space of all runs in the trash, in bytes."""
     return sum(trashed.size_bytes for trashed in trashed_runs())

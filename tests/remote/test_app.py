@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 
 import pytest
 
+from qlora_tui.locks import hold_folder
 from qlora_tui.remote.link import Link
+from qlora_tui.runs import actions, control
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.process import process_identity
+from qlora_tui.runs.status import Status, write_status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.modals.dialogs import ErrorScreen
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.remote.sshd import FakeBox
-from tests.remote.test_link import link, run_there
+from tests.remote.test_link import link, on_box, run_there
+from tests.tui.screen_assertions import wait_for_text, wait_until
 
 __all__ = ["link", "run_there"]
 pytestmark = pytest.mark.slow
@@ -44,3 +51,36 @@ async def test_the_app_shows_the_box_and_says_when_it_is_silent(
         assert "has not answered for" in TopBar.status_options(app.system_status)[0]
         box.cut(signal.SIGCONT)
         await until(lambda: not app.has_class("-away"))
+
+
+async def test_stop_and_delete_ask_here_and_act_on_the_box(
+    link: Link, run_there: RunDir, box: FakeBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = on_box(box, monkeypatch)
+    write_status(training, Status(state="running", at=time.time(), process=process_identity()))
+    app = QloraApp()
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_until(pilot, lambda: app.system_status.active is not None)
+        await pilot.press("5")
+        await wait_until(pilot, lambda: getattr(app.screen, "state", "") == "running")
+        await pilot.press("s")
+        await wait_for_text(pilot, "Stop the run?")
+        await pilot.press("y")
+        await wait_until(pilot, lambda: control.pending_ending(training) == "stop")
+        await pilot.press("6", "down")
+        await wait_for_text(pilot, run_there.id)
+        handle = hold_folder(run_there.path)
+        assert handle is not None
+        await pilot.press("D")
+        await wait_for_text(pilot, "Delete the run?", "its adapter is loaded")
+        assert run_there.path.exists()
+        await pilot.press("y")
+        await wait_until(pilot, lambda: not run_there.path.exists())
+        os.close(handle)
+        assert [each.run.id for each in actions.trashed_runs()] == [run_there.id]
+        assert actions.trash_bytes() > 1000
+        await pilot.press("u")
+        await wait_until(pilot, run_there.path.exists)
+        await pilot.press("up", "D")
+        await wait_for_text(pilot, "The run has not ended")
+    assert training.path.exists()
