@@ -240,10 +240,10 @@ def join_words(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
-def name_some(names: Sequence[str], most: int = 6) -> str:
-    """Return the first ``most`` names, and the number of others: ``a, b and 30 more``."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def name_some(names: Sequence[str]) -> str:
+    """Return the first six names, and the number of others: ``a, b and 30 more``."""
+    more = len(names) - 6
+    return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
 
 
 def truncate_middle(text: str, width: int) -> str:

@@ -269,11 +269,6 @@ class Architecture(Struct, frozen=True):
         return sum(module.bias_params for module in self.modules)
 
     @property
-    def quantizable_params(self) -> int:
-        """Return the number of weights that become 4-bit (or 8-bit) when the model is loaded quantized."""
-        return sum(module.weight_params for module in self.modules if module.quantizable)
-
-    @property
     def embedding_params(self) -> int:
         return sum(embedding.params for embedding in self.embeddings)
 

@@ -183,12 +183,17 @@ def _ministral(data: Metadata, config: Config) -> None:
         rope |= {"mscale": 1.0, "mscale_all_dim": multiplier}
 
 
-def _linear_attention(data: Metadata, config: Config) -> None:
-    """Read the layers with a state (gated delta net) of Qwen3-Next and Qwen3.5."""
-    layers: int = config["num_hidden_layers"]
+def _inner_size_and_heads(data: Metadata) -> tuple[int, int]:
     inner, heads = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
     if inner is None or heads is None:
         raise data.problem(f"{data.architecture}.ssm.inner_size or ssm.time_step_rank is missing")
+    return inner, heads
+
+
+def _linear_attention(data: Metadata, config: Config) -> None:
+    """Read the layers with a state (gated delta net) of Qwen3-Next and Qwen3.5."""
+    layers: int = config["num_hidden_layers"]
+    inner, heads = _inner_size_and_heads(data)
     config["linear_num_value_heads"], config["linear_value_head_dim"] = heads, inner // heads
     every = data.count("full_attention_interval") or 4
     recurrent = data.value("attention.recurrent_layers")
@@ -251,9 +256,7 @@ def _by_layer(data: Metadata, key: str, layers: int) -> tuple[int, ...]:
 
 def _mamba2(data: Metadata, config: Config) -> None:
     """Read the sizes of Mamba-2 layers."""
-    inner, heads = data.count("ssm.inner_size"), data.count("ssm.time_step_rank")
-    if inner is None or heads is None:
-        raise data.problem(f"{data.architecture}.ssm.inner_size or ssm.time_step_rank is missing")
+    inner, heads = _inner_size_and_heads(data)
     config |= {"mamba_n_heads": heads, "mamba_d_head": inner // heads}
     config["mamba_expand"] = inner // config["hidden_size"]
 

@@ -47,11 +47,6 @@ class KernelPackage:
         return _DISTRIBUTIONS.get(self.module, self.module.replace("_", "-"))
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether the package has no wheels on the package index, but code for ``nvcc``."""
-        return self.module in _COMPILED
-
-    @property
     def is_installed(self) -> bool:
         """Whether this Python can import the package."""
         return find_spec(self.module) is not None
@@ -104,7 +99,7 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
         [
             each.distribution + _EXTRAS.get(each.module, "")
             for each in packages
-            if each.is_compiled is compiles
+            if (each.module in _COMPILED) is compiles
         ]
         for compiles in (False, True)
     )

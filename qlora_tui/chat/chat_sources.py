@@ -10,7 +10,6 @@ from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Thinking
-from qlora_tui.recipe.toml import load, to_frozen_recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import DataReady
@@ -41,37 +40,6 @@ def _gguf_files(run: RunDir) -> dict[str, str]:
         for export in reversed(read_exports(run))
         if export.request.form == "gguf" and export.status.paths and Path(export.status.paths[0]).is_file()
     }
-
-
-def adapter_source(folder: Path, model: str | None = None) -> ChatSource:
-    """Return the chat source of an adapter's folder: with its own recipe, or with ``model`` as the base.
-
-    Raises UserError if the folder cannot be used.
-    """
-    if not (folder / _CONFIG).is_file():
-        raise UserError(
-            "No adapter in the folder",
-            what=f"{folder} has no {_CONFIG}.",
-            fix="Use the adapter folder of a run: runs/<id>/adapter.",
-            exit_code=EXIT_USAGE,
-        )
-    recipe_path = folder / "recipe.toml"
-    if recipe_path.is_file():
-        recipe = to_frozen_recipe(load(recipe_path), origin=str(recipe_path))
-    elif model is not None:
-        recipe = Recipe()
-    else:
-        raise UserError(
-            "Which base model?",
-            what=f"{folder} has no recipe.toml that names the model it was trained on.",
-            fix="Specify its base model too.",
-            exit_code=EXIT_USAGE,
-        )
-    if model is not None:
-        from msgspec.structs import replace
-
-        recipe = replace(recipe, model=replace(recipe.model, id=model))
-    return ChatSource(recipe=recipe, adapters={ADAPTER: str(folder)}, thinking=recipe.data.thinking)
 
 
 def _trained_thinking(run: RunDir) -> Thinking:

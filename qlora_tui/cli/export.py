@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf import spelled
-from qlora_tui.cli import export_job, export_recipe
+from qlora_tui.cli import export_recipe
 from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
@@ -23,6 +23,8 @@ from qlora_tui.cli.subcommand import (
     positive_int,
 )
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
+from qlora_tui.export.jobs import FILES, write_job
+from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
 from qlora_tui.locks import hold_folder
 from qlora_tui.runs.directory import find_run
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     if args.form == "recipe":
         return export_recipe.run(args)
     if args.form == "job":
-        return export_job.run(args)
+        return _run_job(args)
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
     from qlora_tui.export.unfinished_files import export_problems
     from qlora_tui.gpu.torch_env import configure_torch_env, faster_imports
@@ -62,6 +64,41 @@ def run(args: argparse.Namespace) -> CommandResult:
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
+
+
+def _run_job(args: argparse.Namespace) -> CommandResult:
+    """Write the job's folder; return the command that starts the job. Raises UserError."""
+    out: Path = args.out.expanduser().absolute()
+    refuse_existing(out)
+    recipe = export_recipe.recipe_or_run(args.recipe)
+    with draft_folder(out) as draft:
+        folder = draft / "job"
+        folder.mkdir(mode=0o755)
+        write_job(recipe, args.scheduler, args.accelerator, folder)
+        publish_new(folder, out)
+    file, command = FILES[args.scheduler]
+    data = {"path": str(out), "file": str(out / file), "command": command}
+    return CommandResult(data, f"Wrote {out}. Read {file}, then run in this folder: {command}")
+
+
+def _add_job_arguments(form: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export job`."""
+    form.add_argument("recipe", metavar="RECIPE", help="a recipe.toml, or a run")
+    form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    form.add_argument(
+        "--as",
+        dest="scheduler",
+        choices=tuple(FILES),
+        required=True,
+        help="the scheduler of the job; for Slurm, `train --on` submits a job directly",
+    )
+    form.add_argument(
+        "--accelerator",
+        metavar="GPU",
+        default="L4",
+        help="kind of GPU to rent (default: L4)",
+    )
+    add_json_argument(form)
 
 
 def _form_request(args: argparse.Namespace) -> ExportRequest:
@@ -119,7 +156,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     recipe = "the recipe and its rows for axolotl, or as a script of transformers, peft and trl"
     export_recipe.add_arguments(forms.add_parser("recipe", help=recipe))
     job = "the recipe and its data as a job for Slurm, SkyPilot, dstack or Modal"
-    export_job.add_arguments(forms.add_parser("job", help=job))
+    _add_job_arguments(forms.add_parser("job", help=job))
     all_forms = (gguf, ollama, merge, adapter, hub)
     for form in all_forms:
         add_run_argument(form)

@@ -43,7 +43,6 @@ class ChatService:
             memory_bytes=session.memory_bytes,
             thinking=session.thinking,
             decides=decider_of(session.source, BASE) is not None,
-            writes_tools=session.tokenizer.tool_traits.tools,
         )
 
     def offer(self, adapters: dict[str, str]) -> None:

@@ -45,8 +45,6 @@ class ChatReady(Struct, frozen=True, kw_only=True, omit_defaults=True):
     thinking: ThinkingSupport = ThinkingSupport()
     decides: bool = False
     """Whether the adapters answer with decisions."""
-    writes_tools: bool = False
-    """Whether the chat template writes tools. If not, the system prompt describes them."""
 
 
 class EngineRequest(

@@ -221,13 +221,18 @@ class Rules:
             parts.append(self._mixer(layer))
         return _one_after_another(parts)
 
-    def _attention(self, block: Block, heads: Heads) -> Half:
-        size, execution = self.size, self._execution
-        kernel = attention_kernel(self._layout, heads)
+    def _read_inner(self, block: Block) -> tuple[Items, Items]:
+        """Return the bytes that all modules of a block but the last one save, and those kept for them."""
         saved, kept = self.read(block.first, self.hidden)
         for module in block.middle:
             more, pinned = self.read((module,), module.inputs)
             saved, kept = saved + more, kept + pinned
+        return saved, kept
+
+    def _attention(self, block: Block, heads: Heads) -> Half:
+        size, execution = self.size, self._execution
+        kernel = attention_kernel(self._layout, heads)
+        saved, kept = self._read_inner(block)
         scores = self._scores(heads, kernel)
         saved += scores.saved
         if block.middle:  # values are a view of the output that also has the keys
@@ -336,10 +341,7 @@ class Rules:
         """Return the bytes of a mixer, whose projections are saved, convolved, and combined in float32."""
         size, block = self.size, layer.mixer
         assert block
-        saved, kept = self.read(block.first, self.hidden)
-        for module in block.middle:
-            more, pinned = self.read((module,), module.inputs)
-            saved, kept = saved + more, kept + pinned
+        saved, kept = self._read_inner(block)
         if block.last:
             more, pinned = self.read((block.last,), block.last.inputs)
             saved, kept = saved + more, kept + pinned

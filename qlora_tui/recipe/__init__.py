@@ -12,8 +12,6 @@ aliases         other spellings of settings: version 0.1's, other trainers'; the
 trainers        the meaning of other trainers' keys in our settings
 imported        a recipe from axolotl, LLaMA-Factory, TRL, Unsloth or an adapter
 exported        a recipe for axolotl, or as a script of transformers, peft and trl
-script_arguments
-                the arguments of calls in a Python script, which is never run
 layering        defaults < preset < the user's file < ``--set``; absolute paths
 conflicts       settings that are valid alone and invalid together
 presets         named layers: bundled ones, and the user's to save, delete and restore

@@ -7,11 +7,12 @@ without a counterpart are reported with their values, and a file that trains som
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -19,7 +20,6 @@ from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import read_regular
 from qlora_tui.recipe.fields import fields
 from qlora_tui.recipe.schema import ALL_LINEAR
-from qlora_tui.recipe.script_arguments import Expression, calls_of
 from qlora_tui.recipe.toml import read_text, to_recipe
 from qlora_tui.recipe.trainers import TABLES, LeftOut, Trainer, is_unneeded, nested, rule_of
 from qlora_tui.recipe.validation import find_issues
@@ -36,6 +36,61 @@ _FOUR_BIT_TYPES = (
     "bnb_config_kwargs.bnb_4bit_quant_type",
     "quantization_type",
 )
+
+
+class Expression(str):
+    """The source text of a value that would be known only by running the script."""
+
+    __slots__ = ()
+
+
+class _Call(NamedTuple):
+    """A function call in a script."""
+
+    owner: str
+    """Text before the last dot: ``FastLanguageModel``."""
+    name: str
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+    """The arguments: plain values, with the script's constants substituted, or an :class:`Expression`."""
+
+
+def _calls_of(text: str, names: Collection[str]) -> Iterator[_Call]:
+    """Yield the calls of functions with these names, from any module.
+
+    Raises SyntaxError, ValueError, RecursionError or MemoryError if the text is not Python.
+    """
+    tree = ast.parse(text)
+    constants = {
+        target.id: _literal(node.value, {})
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        if name in names:
+            yield _Call(
+                owner,
+                name,
+                tuple(_literal(argument, constants) for argument in node.args),
+                {a.arg: _literal(a.value, constants) for a in node.keywords if a.arg is not None},
+            )
+
+
+def _literal(node: ast.expr, constants: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name) and node.id in constants:
+        return constants[node.id]
+    text = ast.unparse(node)
+    if text.startswith("torch.") and isinstance(node, ast.Attribute):
+        return node.attr
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return Expression(text)
 
 
 class Taken(Struct, frozen=True):
@@ -139,7 +194,7 @@ def _script_keys(text: str, path: Path) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     implied: dict[str, Any] = {}
     try:
-        calls = list(calls_of(text, script.calls))
+        calls = list(_calls_of(text, script.calls))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _unknown_file(path, f"it is not Python: {error}") from None
     for call in calls:

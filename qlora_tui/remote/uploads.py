@@ -54,11 +54,6 @@ _OFFERS = msgspec.json.Decoder(Offer)
 _WANTED = msgspec.json.Decoder(Wanted)
 
 
-def uploads_dir() -> Path:
-    """Return the folder for files that were sent to this machine."""
-    return paths.state_dir() / "uploads"
-
-
 def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambda sent, size: None) -> str:
     """Send a file or folder to the box, unless the box has it; return its path there.
 
@@ -203,7 +198,7 @@ def _place(offer: Offer) -> Path:
     inside = PurePosixPath(offer.folder, offer.name)
     if not offer.folder.isalnum() or inside.is_absolute() or ".." in inside.parts:
         raise ValueError(offer.name)
-    return uploads_dir() / inside
+    return paths.state_dir() / "uploads" / inside
 
 
 def _answer(answers: IO[bytes], wanted: Wanted) -> None:

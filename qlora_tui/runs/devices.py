@@ -51,13 +51,8 @@ class RunDevice(Struct, frozen=True, omit_defaults=True):
         """Return the device of a GPU."""
         return cls(gpu.uuid or str(gpu.index), gpu.index, gpu.short_name)
 
-    @property
-    def is_known_gpu(self) -> bool:
-        """Whether it is a GPU that the driver lists."""
-        return self.index is not None
-
     def __str__(self) -> str:
-        return f"GPU {self.index} ({self.name})" if self.is_known_gpu else self.name
+        return f"GPU {self.index} ({self.name})" if self.index is not None else self.name
 
 
 class Devices(Struct, frozen=True, omit_defaults=True):
@@ -158,10 +153,10 @@ def wanted_devices(
     return Wanted(devices, tuple(gpus), count, count, is_choice=len(present) > 1)
 
 
-def own_device(environ: Mapping[str, str] = os.environ) -> RunDevice:
-    """Return the device that torch selects in a process with these environment variables."""
+def own_device() -> RunDevice:
+    """Return the device that torch selects in this process."""
     try:
-        return RunDevice.of_gpu(default_cuda_device(environ))
+        return RunDevice.of_gpu(default_cuda_device())
     except GpuUnavailableError as error:
         return _unnamed(error)
 

@@ -23,7 +23,7 @@ from qlora_tui.runs.event_log import append_event
 from qlora_tui.runs.events import Paused, Queued, Stopped
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import ProcessIdentity
-from qlora_tui.runs.status import ACTIVE, ended_status, read_status, write_status
+from qlora_tui.runs.status import ACTIVE, Status, ended_status, read_status, write_status
 
 __all__ = ["waiting"]
 
@@ -118,12 +118,15 @@ def pause(run: RunDir) -> bool:
         status = read_status(run)
         if status.state != "queued":
             return False
-        ending = Paused(step=status.step)
-        append_event(run.events_path, ending)
-        write_status(
-            run, structs.replace(ended_status(ending), total_steps=status.total_steps, loss=status.loss)
-        )
+        mark_paused(run, status)
         return _remove(run)
+
+
+def mark_paused(run: RunDir, status: Status) -> None:
+    """Mark a queued run as paused at the step of ``status``. Raises OSError."""
+    ending = Paused(step=status.step)
+    append_event(run.events_path, ending)
+    write_status(run, structs.replace(ended_status(ending), total_steps=status.total_steps, loss=status.loss))
 
 
 def mark_not_queued(run: RunDir, why: str) -> None:

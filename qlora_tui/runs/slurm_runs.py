@@ -21,9 +21,9 @@ from qlora_tui.locks import locked
 from qlora_tui.runs import run_queue, slurm
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import append_event
-from qlora_tui.runs.events import Paused, Queued
+from qlora_tui.runs.events import Queued
 from qlora_tui.runs.slurm import SeenJob, Submission, Target
-from qlora_tui.runs.status import ACTIVE, ended_status, read_status, recorded_status, write_status
+from qlora_tui.runs.status import ACTIVE, read_status, recorded_status, write_status
 
 ASK_S = 15.0
 """Minimum seconds between two calls of ``squeue``, over all processes that share the state folder."""
@@ -119,11 +119,7 @@ def cancel(run: RunDir, *, pauses: bool) -> bool:
         )
     slurm.cancel(submission.job)
     if pauses:
-        ending = Paused(step=status.step)
-        append_event(run.events_path, ending)
-        write_status(
-            run, structs.replace(ended_status(ending), total_steps=status.total_steps, loss=status.loss)
-        )
+        run_queue.mark_paused(run, status)
     else:
         run_queue.mark_not_queued(run, f"Slurm job {submission.job} was canceled before it started.")
     return True

@@ -155,10 +155,6 @@ class SweepDir:
         return self.path.name
 
     @property
-    def sheet_path(self) -> Path:
-        return self.path / "sweep.toml"
-
-    @property
     def records_path(self) -> Path:
         return self.path / "trials.jsonl"
 
@@ -176,7 +172,7 @@ class SweepDir:
 
     def sheet(self) -> Sheet:
         """Read the recipe and the settings that the sweep was started with. Raises UserError."""
-        return Sheet.load(self.sheet_path)
+        return Sheet.load(self.path / "sweep.toml")
 
     def records(self) -> list[AnyRecord]:
         """Return every record, without incomplete and unknown lines."""

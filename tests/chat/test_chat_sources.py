@@ -10,12 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_tui.catalog.described import describe
-from qlora_tui.chat.chat_sources import adapter_source, chat_bytes, choose_adapter, run_source
+from qlora_tui.chat.chat_sources import chat_bytes, choose_adapter, run_source
 from qlora_tui.errors import UserError
 from qlora_tui.memory import Device
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.recipe.toml import dump
 from qlora_tui.runs.directory import RunDir, create_run
 from tests.tui.workstation import config_of
 
@@ -65,25 +64,6 @@ def test_an_unknown_checkpoint_is_rejected_naming_the_known_ones(run: RunDir) ->
     put_checkpoint(run, 10)
     with pytest.raises(UserError, match="Available: 10"):
         choose_adapter(run_source(run), checkpoint=11)
-
-
-def test_an_adapter_folder_brings_the_recipe_it_was_trained_with(tmp_path: Path) -> None:
-    put_adapter(tmp_path)
-    (tmp_path / "recipe.toml").write_text(dump(RECIPE))
-    assert adapter_source(tmp_path).recipe == RECIPE
-    assert adapter_source(tmp_path, model="/elsewhere").recipe.model.id == "/elsewhere"
-
-
-def test_an_adapter_folder_without_a_recipe_needs_the_model_named(tmp_path: Path) -> None:
-    put_adapter(tmp_path)
-    with pytest.raises(UserError, match="Which base model"):
-        adapter_source(tmp_path)
-    assert adapter_source(tmp_path, model="org/model").recipe.model.id == "org/model"
-
-
-def test_a_folder_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No adapter in the folder"):
-        adapter_source(tmp_path)
 
 
 def test_terms_sources_and_protocol_load_no_torch() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_tui.chat.chat_sources import adapter_source, run_source
+from qlora_tui.chat.chat_sources import run_source
 from qlora_tui.chat.chat_types import GREEDY, ChatSource, GenerationResult, ThinkingSupport
 from qlora_tui.data.conversation import Message
 from qlora_tui.data.render import RenderOptions, prompt_ids, render
@@ -139,12 +139,6 @@ def test_a_run_of_before_is_asked_as_its_template_does() -> None:
             b'"rows":1,"steps_per_epoch":1,"total_steps":1,"data_hash":"x"}\n'
         )
     assert run_source(run).thinking == "auto"
-
-
-def test_an_adapters_recipe_says_how_it_is_asked(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "recipe.toml").write_text('[data]\nthinking = "off"\n')
-    assert adapter_source(tmp_path).thinking == "off"
 
 
 @pytest.fixture(scope="module")

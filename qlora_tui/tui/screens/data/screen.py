@@ -132,7 +132,7 @@ class DataScreen(SourceActions):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
-            return self._can_fix
+            return bool(self._refused_preferences) or has_fix(self.report, self.problems)
         # Without data, no other panel can have the focus.
         return not self.has_command(action) or action == "open" or self.source is not None
 
@@ -388,11 +388,6 @@ class DataScreen(SourceActions):
     def problems(self) -> tuple[DataProblem, ...]:
         """The report's problems, except those that the recipe already fixes."""
         return unfixed_problems(self.report, self.app.workbench.recipe.lora.trainable_tokens)
-
-    @property
-    def _can_fix(self) -> bool:
-        """Whether changing a setting fixes any of the problems."""
-        return bool(self._refused_preferences) or has_fix(self.report, self.problems)
 
     def action_fix(self) -> None:
         """Change the setting that fixes the first problem with such a fix."""
