@@ -78,10 +78,12 @@ def main() -> None:
 def _prepare_training() -> None:
     from transformers import conversion_mapping
 
-    from qlora_tui.training import attempt
+    from qlora_tui.training import answers, attempt
 
     # A trainer gives way to other programs, which here are the tests that wait for it.
     vars(attempt)["lower_priority"] = lambda: None
+    # Tiny models seldom end an answer: with 96 tokens, a sample takes as long as thirty steps.
+    answers.SAMPLE_TOKENS = 16
     # Built at the first load of a model, from hundreds of regular expressions.
     conversion_mapping.get_checkpoint_conversion_mapping("llama")  # type: ignore[no-untyped-call]
 
