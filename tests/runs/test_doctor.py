@@ -132,6 +132,7 @@ def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_trainers")
 def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torchrun with two processes, which here use gloo."""
     install_nvml_stub(monkeypatch, "two_gpus")
