@@ -35,7 +35,7 @@ from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events_of, losses
 from tests.training.test_faults import inject_fault
 from tests.training.test_preferences import write_pairs
-from tests.training.test_resume import EVERY_STEP, interrupted_at
+from tests.training.test_resume import interrupted_at
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +93,12 @@ def test_two_processes_give_the_losses_of_one(
 def test_processes_end_with_torchrun_and_a_resume_repeats_the_losses(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**EVERY_STEP, "training.gpus": 2, "lora.dropout": 0.1, "training.epochs": 50.0}
+    settings = {
+        "training.checkpoint_every": 4,
+        "training.gpus": 2,
+        "lora.dropout": 0.1,
+        "training.epochs": 50.0,
+    }
     short = recipe({**settings, "training.max_steps": 20})
     with monkeypatch.context() as real:
         # Forked processes are no children of torchrun.
