@@ -181,11 +181,7 @@ async def test_search_shows_only_exchanges_with_the_text() -> None:
 
 
 async def test_an_answer_that_repeats_itself_is_stopped_with_a_word() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        screen = chat_of(app)
+    async with chatting() as (pilot, screen):
         with_fake_engine(screen)
         await pilot.press("i", *"Hello", "enter")
         await rest(pilot, screen)
@@ -226,34 +222,20 @@ def test_an_unreadable_conversation_is_left_out() -> None:
     assert list_conversations(run) == []
 
 
-async def test_tokens_of_a_prompt_are_estimated_then_counted() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        screen = chat_of(app)
+async def test_tokens_of_a_prompt_are_estimated_and_counted_once_the_model_is_loaded() -> None:
+    async with chatting() as (pilot, screen):
+        engine = with_fake_engine(screen)
         await pilot.press("i", *"one two three")
+        screen.conversation.ready = None
+        await pilot.app.workers.wait_for_complete()
+        assert not engine.asked
         await wait_for_text(pilot, "Message · about 3 tokens")
-        with_fake_engine(screen)
+        screen.conversation.ready = READY
         await pilot.press("space", *"four")
         await wait_for_text(pilot, "Message · 4 tokens")
 
 
-async def test_counting_tokens_does_not_start_an_unloaded_engine() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        screen = chat_of(app)
-        engine = with_fake_engine(screen)
-        await pilot.press("i", *"one two")
-        screen.conversation.ready = None
-        await app.workers.wait_for_complete()
-        assert not engine.asked
-
-
-@pytest.mark.parametrize(("key", "text"), [("y", "The light turns."), ("Y", "A calm day.")])
-async def test_one_key_copies_the_last_answer(key: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_key_each_copies_the_last_answer_of_adapter_and_base(monkeypatch: pytest.MonkeyPatch) -> None:
     finished(ADAPTER)
     copied: list[str] = []
     monkeypatch.setattr(QloraApp, "copy_to_clipboard", lambda app, text: copied.append(text))
@@ -262,12 +244,13 @@ async def test_one_key_copies_the_last_answer(key: str, text: str, monkeypatch: 
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
         with_fake_engine(screen)
-        await pilot.press("escape", key)
+        await pilot.press("escape", "y", "Y")
         await wait_for_text(pilot, "There is no answer of")
+        assert not copied
         await pilot.press("i", *"Hello", "enter")
         await rest(pilot, screen)
-        await pilot.press("escape", key)
-        assert len(copied) == 1 and copied[0].startswith(text)
+        await pilot.press("escape", "y", "Y")
+        assert [text.partition(".")[0] for text in copied] == ["The light turns", "A calm day"]
 
 
 WHY = "I look at the ticket:\n\n1. It was sorted on Sunday.\n2. It left **Oslo** on Monday."
