@@ -115,7 +115,10 @@ class ChatSession:
         self._takes_positions = "position_ids" in takes
 
     def offer(self, adapters: Mapping[str, str]) -> None:
-        """Replace the available adapters (name to folder). Others are freed when the next one is loaded."""
+        """Replace the available adapters (name to folder).
+
+        Adapters that are no longer available stay in memory until another adapter is loaded.
+        """
         self.source = replace(self.source, adapters=dict(adapters))
         self._adapters.folders = adapters
         # Whoever deletes a run is warned while its adapter can be loaded here.

@@ -102,7 +102,7 @@ def _add_job_arguments(form: argparse.ArgumentParser) -> None:
 
 
 def _form_request(args: argparse.Namespace) -> ExportRequest:
-    """Return the request from those arguments that only one form has. Raises UserError."""
+    """Return the request, from the arguments of the chosen form (``hub``, ``gguf``, …). Raises UserError."""
     from qlora_tui.runs.exports import ExportRequest, ollama_folder
 
     match args.form:

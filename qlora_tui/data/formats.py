@@ -345,7 +345,11 @@ def parse_question(row: Row, layout: RowFormat, answer: str) -> Conversation:
 
 
 def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: RowFormat) -> None:
-    """Raise ``RowRejectedError`` for an answer that is rated bad, or for an undeclared rejected answer."""
+    """Raise ``RowRejectedError`` for an answer that is not to be learned.
+
+    Its rating is bad where the recipe has no use for bad answers, or the row has a column of rejected answers
+    that the first rows of the file did not have.
+    """
     if RATING in layout.columns:
         column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
         if good is None:

@@ -230,8 +230,8 @@ _EMPTY = 0xFFFFFFFF
 _MIXES = tuple(random.Random(number).getrandbits(32) | 1 for number in range(12))
 """Multipliers that each reorder the hashes.
 
-Two rows that share 0.8 of their triples have the same first two hashes in one of these orders, except in 5
-cases of a million.
+Two rows with 80 % of their triples in common have the same first two hashes in at least one of these orders,
+except in 5 cases in a million.
 """
 _NEIGHBORS = 8
 """Number of rows with the same first two hashes with which each row is compared."""

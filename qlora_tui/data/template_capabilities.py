@@ -330,7 +330,8 @@ def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
 def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
     """Return the setting for one conversation: ``auto`` becomes on if an answer has reasoning, else off.
 
-    If an effort cannot be turned off, ``auto`` stays, which is the template's default.
+    If the template has effort levels but cannot turn thinking off, the result stays ``auto``, the template's
+    default.
     """
     if thinking != "auto":
         return thinking

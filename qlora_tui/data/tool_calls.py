@@ -240,7 +240,14 @@ def _written(tokenizer: ChatTokenizer, *calls: ToolCall) -> str:
 
 
 def _shape(one: str, several: str, arguments: str, fields: Fields | None = None) -> CallShape | None:
-    """Return the shape of calls whose ``arguments`` follow the name."""
+    """Return the shape of calls, or None if ``arguments`` do not follow the name.
+
+    Args:
+        one: Text with one call.
+        several: Text with several calls.
+        arguments: The arguments as they are written in both texts.
+        fields: How arguments are written; None for a JSON object.
+    """
     first, found, last = one.partition(arguments)
     if not found or _NAME not in first or _NAME in last:
         return None

@@ -140,10 +140,9 @@ class Reference:
         return [row for row in self.rows if row.positions]
 
     def divergence(self, session: ChatSession, adapter_name: str, on_status: StatusFn, words: str) -> float:
-        """Return the mean KL divergence of another loaded model with the adapter from the trained model, in
-        nats.
+        """Return the mean KL divergence, in nats, between the trained model and the session's model.
 
-        Raises UserError if memory is too small.
+        The adapter is active in both. Raises UserError if memory is too small.
         """
         total, positions = 0.0, 0
         rows = self.computed_rows

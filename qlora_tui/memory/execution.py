@@ -133,7 +133,7 @@ class Device:
     cuda_libraries: bool = False
     """Whether torch is a CUDA build, whose libraries a process loads even on a CPU."""
     liger: bool = False
-    """Whether Liger's kernels are installed, on a GPU."""
+    """Whether the device is a GPU and Liger's kernels are installed."""
     expandable_segments: bool = True
     """Whether the CUDA allocator grows its segments, as the trainer requests unless the user objects."""
     managed_memory: bool = True

@@ -134,7 +134,7 @@ class Mixture:
 
     @property
     def is_one_at_a_time(self) -> bool:
-        """Return whether our function computes the experts one after another."""
+        """Return whether qlora-tui's own forward computes the experts, one after another."""
         return not self.separate and (self.method != "none" or any(self.ranks))
 
 

@@ -37,7 +37,7 @@ MAX_FILES = 500
 """Maximum number of stored traces, which take about 20 KB each."""
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _CPU_S = 120.0
-"""CPU time limit of a trace. A model of 100 layers takes 5 s, one of many experts several times that."""
+"""CPU time limit of a trace. A model with 100 layers takes 5 s; many experts take several times as long."""
 _MEMORY_BYTES = 4 << 30
 _WORKER = "qlora_tui.engine.trace_worker"
 _NICENESS = 10

@@ -64,7 +64,7 @@ class MissingPackageError(UserError):
 
 
 def read_config(values: Mapping[str, Any]) -> Any:
-    """Return transformers' config object for a parsed ``config.json``, without the keys that select code.
+    """Return transformers' config object for a parsed ``config.json``, without the keys that load code.
 
     Raises UserError when the installed transformers does not know the type or rejects a value.
     """

@@ -84,8 +84,8 @@ def within_rounding(actual: Tensor, expected: Tensor, scale: Tensor, roundings: 
 def within_noise(actual: Tensor, exact: Tensor, noise: Tensor, factor: float) -> bool:
     """Return whether every element's distance from its exact value is at most ``factor`` times the noise.
 
-    NaN counts as farther. ``noise`` is the error of another way to compute the same values; rounding alone
-    gives its lower bound.
+    NaN counts as too far. ``noise`` is the error of a second way to compute the same values, and at least the
+    rounding error.
     """
     return bool(((actual.double() - exact).abs() <= factor * noise).all())
 

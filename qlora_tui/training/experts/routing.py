@@ -274,7 +274,7 @@ class _Backward:
         self._memory = layer.memory(x, dtype)
 
     def compute(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of each argument of the function for that of its output (tokens, hidden)."""
+        """Return the gradients of the function's arguments, given ``grad`` of its output (tokens, hidden)."""
         grad = grad.to(self._rows.dtype)
         for expert, span in self._routes.spans():
             self._add_expert(expert, span, grad)
