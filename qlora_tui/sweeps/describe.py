@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from statistics import mean
 
-from qlora_tui.formatting import format_duration, format_float, format_loss, pluralize
+from qlora_tui.formatting import format_duration, format_float, format_loss, format_progress, pluralize
 from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps.plan import Costs, Plan, plan_group
 from qlora_tui.sweeps.sheet import Sheet
@@ -119,26 +119,44 @@ def outcome_words(trial: Trial) -> str:
     return f"{words}: {trial.failure}" if trial.failure else words
 
 
+def trial_name(trial: Trial) -> str:
+    """Return ``unchanged`` for the unchanged recipe, and the trial's number otherwise."""
+    return "unchanged" if trial.role == "base" else str(trial.number)
+
+
+def trial_value(trial: Trial, path: str) -> str:
+    """Return a trial's value of a setting that varies; a dash if the trial does not vary it."""
+    return value_text(trial.values[path]) if path in trial.values else "–"
+
+
+def trial_progress(trial: Trial) -> str:
+    """Return ``20 of 1,081``, in steps; empty if the number of steps is unknown."""
+    return format_progress(trial.step, trial.total_steps) if trial.total_steps else ""
+
+
+def trial_words(view: SweepView, trial: Trial) -> str:
+    """Return a trial's outcome, with its seed if others differ only in that, or whether it is the winner."""
+    words = outcome_words(trial)
+    if trial.role != "trial":
+        return f"seed {trial.seed}, {words}"
+    return f"{words}, winner" if trial.number == view.verdict.winner else words
+
+
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
     """Return the header of a table, and a row for each run in the order of :func:`ranked`."""
-    rounds = view.rounds
-    paths = list(view.sheet.sweep.vary)
+    paths, rounds = list(view.sheet.sweep.vary), range(1, view.rounds + 1)
     names = [path.rpartition(".")[2] for path in paths]
-    header = ["trial", *names, *(f"loss {number}" for number in range(1, rounds + 1)), "steps", ""]
-    rows = []
-    for trial in ranked(view):
-        values = [value_text(trial.values[path]) if path in trial.values else "-" for path in paths]
-        losses = [round_loss(view, number, trial) for number in range(1, rounds + 1)]
-        words = outcome_words(trial)
-        if trial.role == "confirmation":
-            words = f"{words}, the winner with seed {trial.seed}"
-        elif trial.role == "base":
-            words = f"{words}, seed {trial.seed}"
-        elif trial.number == view.verdict.winner:
-            words = f"{words}, winner"
-        name = "unchanged" if trial.role == "base" else str(trial.number)
-        steps = f"{trial.step}/{trial.total_steps}" if trial.total_steps else ""
-        rows.append([name, *values, *losses, steps, words])
+    header = ["trial", *names, *(f"loss {number}" for number in rounds), "steps", ""]
+    rows = [
+        [
+            trial_name(trial),
+            *(trial_value(trial, path) for path in paths),
+            *(round_loss(view, number, trial) for number in rounds),
+            trial_progress(trial),
+            trial_words(view, trial),
+        ]
+        for trial in ranked(view)
+    ]
     return header, rows
 
 

@@ -18,17 +18,20 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_loss, format_percent, format_progress
+from qlora_tui.formatting import format_loss, format_percent
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
     Bought,
-    outcome_words,
     ranked,
     round_loss,
     state_sentence,
+    trial_name,
+    trial_progress,
+    trial_value,
+    trial_words,
     verdict_sentence,
     what_settings_bought,
 )
@@ -323,9 +326,9 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
     rounds = view.rounds
     columns = [
         Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
-        Column[Trial](text=_trial_name, title="trial", gap=1),
+        Column[Trial](text=trial_name, title="trial", gap=1),
         *(
-            Column[Trial](text=partial(_value, path), title=path.rpartition(".")[2], max_width=24)
+            Column[Trial](text=partial(trial_value, path=path), title=path.rpartition(".")[2], max_width=24)
             for path in view.sheet.sweep.vary
         ),
         *(
@@ -337,8 +340,13 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
             )
             for number in range(1, rounds + 1)
         ),
-        Column[Trial](text=_steps, title="steps", right=True, dropped=1),
-        Column[Trial](text=partial(_words, view), fills=True, min_width=16, is_sentence=True),
+        Column[Trial](text=trial_progress, title="steps", right=True, dropped=1),
+        Column[Trial](
+            text=lambda trial: Content.styled(trial_words(view, trial), _STYLES[trial.outcome]),
+            fills=True,
+            min_width=16,
+            is_sentence=True,
+        ),
     ]
     rows = ranked(view)
     if not rows:
@@ -348,27 +356,6 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         (f"{HEADING}trials", heading),
         *((str(trial.number), line) for trial, line in zip(rows, lines, strict=True)),
     ]
-
-
-def _trial_name(trial: Trial) -> str:
-    return "unchanged" if trial.role == "base" else str(trial.number)
-
-
-def _value(path: str, trial: Trial) -> str:
-    return value_text(trial.values[path]) if path in trial.values else "–"
-
-
-def _steps(trial: Trial) -> str:
-    return format_progress(trial.step, trial.total_steps) if trial.total_steps else ""
-
-
-def _words(view: SweepView, trial: Trial) -> Content:
-    words = outcome_words(trial)
-    if trial.role != "trial":
-        words = f"seed {trial.seed}, {words}"
-    elif trial.number == view.verdict.winner:
-        words += ", winner"
-    return Content.styled(words, _STYLES[trial.outcome])
 
 
 def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
