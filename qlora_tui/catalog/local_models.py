@@ -32,7 +32,6 @@ from qlora_tui.catalog.model_validation import (
     MissingFilesError,
     check_config,
     check_folder,
-    model_problem,
     quantized_refusal,
     tensor_entries,
     weight_files,
@@ -136,11 +135,11 @@ def find_files(model_id: str) -> ModelFiles:
         try:
             entries = tensor_entries(file)
         except ValueError as damage:
-            raise model_problem(
+            raise UserError(
                 "Damaged weights",
-                f"{file}: {damage}.",
-                "A copy or download that was interrupted is the usual cause.",
-                "Delete the file and download or copy it again.",
+                what=f"{file}: {damage}.",
+                why="A copy or download that was interrupted is the usual cause.",
+                fix="Delete the file and download or copy it again.",
             ) from None
         if not model.architecture.quantized_as and (refusal := quantized_refusal(file, entries)):
             raise refusal
@@ -299,11 +298,11 @@ def _converted_models() -> Iterator[LocalModel]:
 def _read_converted(folder: Path) -> LocalModel:
     model = _read_folder(folder, "converted", folder.name, folder.name)
     if _UNCHECKED_CONVERSION.fullmatch(folder.name) and model.refusal is None:
-        refusal = model_problem(
+        refusal = UserError(
             "Converted by an earlier version",
-            f"{folder} was made from a GGUF file without checking what would be lost.",
-            "Such a model may lack a scaling of positions or of attention, or split text differently.",
-            "Choose the GGUF file: it is checked, and converted again. Then delete this folder.",
+            what=f"{folder} was made from a GGUF file without checking what would be lost.",
+            why="Such a model may lack a scaling of positions or of attention, or split text differently.",
+            fix="Choose the GGUF file: it is checked, and converted again. Then delete this folder.",
         )
         return msgspec.structs.replace(model, refusal=refusal)
     return model
@@ -368,17 +367,17 @@ def _read_gguf_model(file: Path) -> LocalModel:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     if isinstance(error, OSError):
-        return model_problem(
+        return UserError(
             "The model cannot be read",
-            f"{error.filename or path}: {error.strerror or error}.",
-            "",
-            "Check that you may read the model's folder and everything in it.",
+            what=f"{error.filename or path}: {error.strerror or error}.",
+            why="",
+            fix="Check that you may read the model's folder and everything in it.",
         )
-    return model_problem(
+    return UserError(
         "The model cannot be read",
-        f"{path}: {type(error).__name__}: {error}.",
-        "One of its files is damaged or malicious.",
-        "Download the model again, or move it away.",
+        what=f"{path}: {type(error).__name__}: {error}.",
+        why="One of its files is damaged or malicious.",
+        fix="Download the model again, or move it away.",
     )
 
 

@@ -54,11 +54,6 @@ class MissingFilesError(UserError):
     """Raised if files of the model are missing that a download would provide."""
 
 
-def model_problem(title: str, what: str, why: str, fix: str) -> UserError:
-    """Build the error for a model that cannot be used."""
-    return UserError(title, what=what, why=why, fix=fix)
-
-
 def check_folder(folder: Path, name: str) -> tuple[Architecture | None, UserError | None]:
     """Return the architecture of the model in ``folder``, and why it cannot be trained.
 
@@ -91,19 +86,20 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
         return ConfigFields(config, name).invalid("model_type", "a string")
     if model_type and (unknown := type_problem(ConfigFields(config, "config.json"))) is not None:
         if config.get("auto_map") and model_type not in config_classes():
-            return model_problem(
+            return UserError(
                 "This model needs its own code",
-                f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
-                "That would run the author's Python on this machine, which qlora-tui never does.",
-                "Choose a model whose type is part of transformers.",
+                what=f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
+                why="That would run the author's Python on this machine, which qlora-tui never does.",
+                fix="Choose a model whose type is part of transformers.",
             )
         return _with_model_name(unknown, name)
     if kernels := named_kernels(config):
-        return model_problem(
+        return UserError(
             "This model chooses its own kernels",
-            f"{name}: its config.json sets {kernels}.",
-            "That would run compiled code of that repository on this machine; qlora-tui chooses the kernels.",
-            "Remove the key from config.json, or choose another copy of the model.",
+            what=f"{name}: its config.json sets {kernels}.",
+            why="That would run compiled code of that repository on this machine; qlora-tui chooses the "
+            "kernels.",
+            fix="Remove the key from config.json, or choose another copy of the model.",
         )
     classes = config.get("architectures")
     if (
@@ -112,11 +108,11 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
         and not str(classes[0]).endswith(CAUSAL_LM_SUFFIXES)
         and str(classes[0]) not in text_generators().get(str(model_type), ())
     ):
-        return model_problem(
+        return UserError(
             "This model does not generate text",
-            f"{name} is a {classes[0]}.",
-            "Fine-tuning here needs a causal language model, with its output head.",
-            "Choose the model it was made from.",
+            what=f"{name} is a {classes[0]}.",
+            why="Fine-tuning here needs a causal language model, with its output head.",
+            fix="Choose the model it was made from.",
         )
     method = stored_as(config)
     if method is not None and not _is_trainable_as_stored(method, model_type):
@@ -125,11 +121,11 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
 
 
 def _already_quantized(what: str) -> UserError:
-    return model_problem(
+    return UserError(
         "This model is already quantized",
-        what,
-        "Weights that are quantized with another method cannot be loaded as NF4.",
-        "Choose the 16-bit version of the model.",
+        what=what,
+        why="Weights that are quantized with another method cannot be loaded as NF4.",
+        fix="Choose the 16-bit version of the model.",
     )
 
 
@@ -148,17 +144,17 @@ def _with_model_name(problem: UserError, name: str) -> UserError:
 
 def _no_config(files: set[str], name: str) -> UserError:
     if "adapter_config.json" in files:
-        return model_problem(
+        return UserError(
             "This is an adapter, not a model",
-            f"{name} contains a LoRA adapter.",
-            "Training needs a base model, not an adapter.",
-            "Choose the base model that adapter_config.json names.",
+            what=f"{name} contains a LoRA adapter.",
+            why="Training needs a base model, not an adapter.",
+            fix="Choose the base model that adapter_config.json names.",
         )
-    return model_problem(
+    return UserError(
         "This model has no config.json",
-        f"{name} has no config.json.",
-        "It describes the model's layers and sizes.",
-        "Copy the model's config.json into the folder of its weights, or download the model again.",
+        what=f"{name} has no config.json.",
+        why="It describes the model's layers and sizes.",
+        fix="Copy the model's config.json into the folder of its weights, or download the model again.",
     )
 
 
@@ -185,11 +181,11 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
 def no_weights_problem(files: Iterable[str], name: str) -> UserError:
     """Build the error for ``files`` without loadable weights."""
     if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
-        return model_problem(
+        return UserError(
             "This model has only pickled weights",
-            f"{name} has {pickled[0]} and no safetensors.",
-            "Opening a pickle can run any code; qlora-tui reads safetensors only.",
-            "Choose a copy of the model that is saved as safetensors.",
+            what=f"{name} has {pickled[0]} and no safetensors.",
+            why="Opening a pickle can run any code; qlora-tui reads safetensors only.",
+            fix="Choose a copy of the model that is saved as safetensors.",
         )
     return MissingFilesError(
         "This model has no weights",
@@ -256,11 +252,11 @@ def indexed_files(index: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def _index_problem(where: str, what: str) -> UserError:
-    return model_problem(
+    return UserError(
         "Invalid weight index",
-        f"{where}: {what}.",
-        "The index maps each weight to its file.",
-        "Download the model again.",
+        what=f"{where}: {what}.",
+        why="The index maps each weight to its file.",
+        fix="Download the model again.",
     )
 
 
