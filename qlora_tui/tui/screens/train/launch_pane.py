@@ -89,16 +89,16 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Data", ("data.",)),
     ("Model", ("model.",)),
 )
-"""Paths, or prefixes of paths, of the settings in each group except the main group. The first match
-decides.
+"""(title, names of settings) for each group except the main group. A name is the path of a setting, or the
+prefix of several paths, with a dot at its end. A setting belongs to the first group with a match.
 """
 _LARGE_HEIGHT = 5
-"""Minimum height of the first panel, in lines, for large figures."""
+"""Minimum height of the first panel, in lines, at which its figures are drawn large."""
 _LEAST_TEXT = 20
-"""Minimum width of the text after a check's sign, word and name, in cells."""
+"""Minimum width of the text after a check's outcome and name, in cells."""
 _SEPARATOR = " · "
 _SHORT_HEAD = 10
-"""Width of a check's sign and word, in cells."""
+"""Width of a check's outcome, such as ``✗ error``, in cells."""
 QUESTIONS: dict[CheckKind, str] = {
     CheckKind.MODEL: "Are the weights on this machine?",
     CheckKind.DATA: "Can every row be trained on?",
@@ -129,7 +129,7 @@ _RECIPE_TITLE = Content("  ").join(("Recipe", key_hint("Enter", "edit"), key_hin
 
 @cache
 def form_groups() -> tuple[SettingGroup, ...]:
-    """Return the main settings, then all others in folded groups."""
+    """Return the group of the main settings, followed by folded groups with all other settings."""
     left = {path: field for path, field in fields().items() if path not in _NOT_IN_FORM}
     groups = [SettingGroup("", tuple(left.pop(path) for path in _MAIN))]
     for title, wanted in _GROUPS:
@@ -145,7 +145,7 @@ def _is_in(path: str, section: str) -> bool:
 
 
 def _compares(recipe: Struct) -> bool:
-    """Return whether the recipe trains on preferences."""
+    """Return whether the recipe accepts preference data."""
     return isinstance(recipe, Recipe) and recipe.data.preferences != "refuse"
 
 
@@ -154,8 +154,8 @@ def _always(recipe: Struct) -> bool:
 
 
 def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
-    """Return notes that explain values, such as the resulting number of steps, by the path of their
-    setting.
+    """Return a note for some settings, such as the resulting number of steps, by the path of the setting.
+    ``expected``: the forecast of the run; None if unknown.
     """
     training = recipe.training
     rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
@@ -176,7 +176,9 @@ class LaunchPane(Vertical):
         super().__init__(id="launch")
         self._checks: tuple[Check, ...] = ()
         self._shows_all = False
-        """Whether the user has switched between showing passed checks in full and in one line."""
+        """Whether the user has reversed the default, by which passed checks are listed one by one in a very
+        wide window, and share one line in others.
+        """
 
     def compose(self) -> ComposeResult:
         verdict = Drawing(partial(verdict_lines, (), None, None, ""), id="verdict")
@@ -192,10 +194,10 @@ class LaunchPane(Vertical):
         self.on_setting_list_moved()
 
     def on_setting_list_moved(self) -> None:
-        """Explain the setting under the cursor, and other settings of its group."""
+        """Show help for the setting under the cursor, and for neighboring settings if there is room."""
         list_ = self.query_one(SettingsForm).list
         groups = form_groups()
-        # On a group's title, the settings of the group come first.
+        # If the cursor is on a group's title, the help begins with the settings of that group.
         first = 0 if list_.field is not None else groups.index(list_.group)
         fields = [field for group in groups[first:] for field in group.fields]
         self.query_one("#notes", Drawing).show(partial(note_page, fields, list_.field))
@@ -203,8 +205,13 @@ class LaunchPane(Vertical):
     def show_checks(
         self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None, probing: str = ""
     ) -> None:
-        """Show the results of the checks, the expected time of the run, and whether it can start.
-        ``probing``: progress of the measurement of steps; empty if nothing is being measured.
+        """Show the results of the checks, the expected time of the run, and whether the run can start.
+
+        Args:
+            checks: The results.
+            recipe: The recipe that was checked.
+            expected: The forecast of the run; None if unknown.
+            probing: Progress of the measurement of steps; empty if nothing is being measured.
         """
         self._checks = checks
         verdict = self.query_one("#verdict", Drawing)
@@ -219,7 +226,7 @@ class LaunchPane(Vertical):
 
     def _show_check_lines(self) -> None:
         def lines(width: int) -> list[Content]:
-            # In a small window, the questions are left out. The help has them.
+            # A small window has no room for the questions.
             small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
             return check_lines(self._checks, width, with_questions=not small, shows_all=shows_all)
 
@@ -230,8 +237,10 @@ class LaunchPane(Vertical):
 
 
 def note_page(fields: Sequence[Field], selected: Field | None, width: int, height: int) -> list[Content]:
-    """Return help for as many settings as fit, with the selected setting marked. The text changes page by
-    page instead of scrolling, so that moving the cursor usually changes only two entries.
+    """Return the page of help that has ``selected``, or the first page if ``selected`` is None.
+
+    A page has as many settings as fit. Pages are replaced instead of scrolled, so that a move of the cursor
+    usually changes only two entries.
     """
     page: list[Content] = []
     has_selected = selected is None
@@ -265,9 +274,17 @@ def verdict_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return time, steps and memory of the run, whether it can start, the key to press now, and a summary of
-    the plan. In at least five lines, the three figures of a run that can start are large. ``probing``:
-    progress of the measurement of steps.
+    """Return the lines of the first panel: the expected time, steps and memory; whether the run can start,
+    with the key to press now; and a summary of the plan. If the run can start and ``height`` is at least five
+    lines, time, steps and memory are drawn large.
+
+    Args:
+        checks: Results of the checks.
+        recipe: The recipe that was checked; None before the first check.
+        expected: The forecast of the run; None if unknown.
+        probing: Progress of the measurement of steps; empty if nothing is being measured.
+        width: Width of the panel, in cells.
+        height: Height of the panel, in lines.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -284,7 +301,7 @@ def verdict_lines(
 
 
 def _figures(expected: Forecast | None, verdict: Verdict | None) -> list[Figure]:
-    """Return time, steps and memory as far as they are known."""
+    """Return figures for time, steps and memory, without the figures that are not known yet."""
     figures = []
     if expected is not None and expected.time is not None:
         figures.append(Figure("on this machine", format_duration(expected.time.seconds)))
@@ -300,7 +317,9 @@ def _figures(expected: Forecast | None, verdict: Verdict | None) -> list[Figure]
 
 
 def _headline(expected: Forecast | None, verdict: Verdict | None, probing: str, width: int) -> list[Content]:
-    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``, cut to fit."""
+    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``, without the
+    last parts if the line is too long. The list is empty if nothing is known yet.
+    """
     parts = []
     if expected is not None:
         known = capitalize(expected.duration) if expected.time else "Time unknown"
@@ -315,7 +334,9 @@ def _headline(expected: Forecast | None, verdict: Verdict | None, probing: str, 
 
 
 def _source(expected: Forecast | None, probing: str) -> list[Content]:
-    """Return the source of the expected time, or the key that measures it."""
+    """Return the progress of the measurement of steps if ``probing`` is not empty; otherwise the source of
+    the expected time or, if the time is unknown, the key that measures it.
+    """
     key = key_name("train.probe")
     if probing:
         measuring = Content.styled(f"measuring three steps: {probing}   ", "$primary")
@@ -328,7 +349,14 @@ def _source(expected: Forecast | None, probing: str) -> list[Content]:
 def check_lines(
     checks: tuple[Check, ...], width: int, *, with_questions: bool, shows_all: bool
 ) -> list[Content]:
-    """Return lines for each check, with problems first. Passed checks share one line unless ``shows_all``."""
+    """Return lines for each check, with problems first.
+
+    Args:
+        checks: Results of the checks.
+        width: Available width, in cells.
+        with_questions: Whether each check begins with the question that it answers.
+        shows_all: Whether passed checks have lines of their own; otherwise they share one line.
+    """
     lines: list[Content] = []
     offered = first_fix(checks)
     for check in worst_first(checks):
@@ -351,7 +379,9 @@ def check_lines(
 
 
 def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
-    """Return ``✓ 7 checks ok  model, data, memory, disk, queue``, wrapped if it is too long."""
+    """Return ``✓ 7 checks ok  model, data, memory, disk, queue``, wrapped if it is too long. The list is
+    empty if no check passed.
+    """
     names = [check.label for check in checks if check.outcome == "ok"]
     if not names:
         return []
@@ -361,17 +391,19 @@ def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
 
 
 def worst_first(checks: tuple[Check, ...]) -> list[Check]:
-    """Return the checks in display order, worst first."""
+    """Return the checks in display order, the worst outcome first."""
     return sorted(checks, key=lambda check: list(OUTCOME_SIGNS).index(check.outcome), reverse=True)
 
 
 def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
-    """Return the fix that a single key applies: that of the first displayed check that has one."""
+    """Return the fix that a key applies: in display order, the fix of the first check that has a fix. None if
+    no check has a fix.
+    """
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
 def conclusion(checks: tuple[Check, ...]) -> Content:
-    """Return whether the run can start, with the key to press now."""
+    """Return a line that says whether the run can start, and which key to press now."""
     wrong = errors(checks)
     if wrong:
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
@@ -386,7 +418,9 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
-    """Return the key that fixes the first error, or the key that opens the screen where it is fixed."""
+    """Return a key and what it does about the first error: apply the fix if the check has a fix, otherwise
+    open the screen where the error can be corrected. If there is no such screen, the key checks again.
+    """
     first = worst_first(checks)[0]
     if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):
         return f"▸ {key_name('train.fix')} {first.suggested_fix.label}"
@@ -410,8 +444,8 @@ def _plan(recipe: Recipe) -> list[str]:
 
 
 async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> RunDir | None:
-    """Queue a recipe. If checks failed, ask first, and return None if the user declines. Raises UserError if
-    the recipe cannot run at all.
+    """Queue a recipe, and return its run. If any check has an error, ask first, and return None if the user
+    declines. Raises UserError if the recipe cannot run at all.
     """
     require_runnable(recipe)
     for check in checks:
@@ -421,6 +455,6 @@ async def launch(app: QloraApp, recipe: Recipe, checks: tuple[Check, ...]) -> Ru
     if failed and not await app.push_screen_wait(ConfirmScreen("Launch anyway?", failed, "Launch")):
         return None
     if current() is not None:
-        # In a thread, since with --host the data may have changed and is then sent again over a slow link.
+        # In a thread: with --host, data that has changed is sent again, perhaps over a slow link.
         return await asyncio.to_thread(run_actions.submit, recipe)
     return run_actions.submit(recipe)

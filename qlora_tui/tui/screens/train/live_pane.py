@@ -56,24 +56,24 @@ SIGNS: dict[Level, tuple[str, str]] = {
     "warning": ("!", "$warning"),
     "error": ("✗", "$error"),
 }
-"""(sign, color) by level."""
+"""(sign, color) of a log entry, by level."""
 LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),
     ("warnings only", frozenset(("warning", "error"))),
     ("errors only", frozenset(("error",))),
 )
 _ENDED_WELL = ("finished", "stopped", "paused")
-"""States in which the machine's last readings do not help to explain how the run ended."""
+"""States of ended runs that the machine's last readings do not help to explain, so that they are hidden."""
 _TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
 _LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "warnings"))
 _MAX_NAME = 70
-"""Maximum width of a run's name in a title, in cells; a window has at least 80."""
+"""Maximum width of a run's name in a panel's title, in cells. The app needs a window of at least 80 cells."""
 _LEAST_TEXT = 8
-"""Minimum width of an entry after its time, in cells."""
+"""Minimum width of a log entry's text after the time, in cells."""
 _TITLE_FRAME = 4
-"""Cells around a panel's title."""
+"""Width of the border to the left and right of a panel's title, in cells."""
 _NO_EVENTS = "No events yet."
 _EMPTY = {
     "answers": "No answers yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
@@ -121,9 +121,9 @@ class LivePane(Vertical):
 
         Args:
             snapshot: The run's current state.
-            from_step: The first step to draw.
-            active: Id of another run that is training now.
-            answers: Progress of comparing this run's answers; empty if that is not being measured.
+            from_step: The step at which the graphs begin.
+            active: Id of another run that is training now; empty if there is none.
+            answers: Progress of comparing this run's answers; empty if they are not being compared.
         """
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
@@ -161,7 +161,7 @@ class LivePane(Vertical):
         )
         self._draw("setup", partial(setup_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
-        # Panels without contents are hidden, and other panels get their lines.
+        # Panels without contents are hidden, so that the remaining panels have more lines.
         health = health_lines(snapshot)
         self._draw("health", partial(wrapped, health))
         self._draw("samples", partial(sample_lines, snapshot))
@@ -175,7 +175,9 @@ class LivePane(Vertical):
         self.query_one(f"#{name}", Drawing).show(draw)
 
     def show_tab(self, name: str) -> None:
-        """Bring a tab to the front."""
+        """Show the tab with this name below the graph, or the log if the run has no such tab. Before the
+        first snapshot, do nothing.
+        """
         snapshot = self._snapshot
         if snapshot is None:
             return
@@ -193,7 +195,8 @@ class LivePane(Vertical):
         log = self.query_one(LogTail)
         filters = " ".join(filter(None, (f"/{log.search}" if log.search else "", LEVELS[log.level][0])))
         notes = {"answers": str(len(snapshot.samples) or ""), "health": _health_note(snapshot)}
-        # A small window has no lower border, which would show the keys.
+        # In a small window, the panel's lower border, which has the keys, is left out. The title then has the
+        # keys.
         has_border = panel.styles.border_bottom[0] not in ("", "none")
         keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
         width = panel.outer_size.width - _TITLE_FRAME
@@ -206,18 +209,18 @@ class LivePane(Vertical):
         self.call_after_refresh(self._show_log_title)
 
     def next_tab(self, places: int) -> None:
-        """Move ``places`` tabs to the right."""
+        """Show the tab ``places`` to the right of the current tab. The first tab follows the last."""
         if self._snapshot is not None:
             names = _tabs(self._snapshot)
             self.show_tab(names[(names.index(self._front) + places) % len(names)])
 
     def filter_log(self, search: str, level: int) -> None:
-        """Show only lines that contain this text and have this level."""
+        """Show only lines that contain ``search`` and have one of the levels of ``LEVELS[level]``."""
         self.query_one(LogTail).filter(search, level)
         self.show_tab(self._front)
 
     def begin(self) -> None:
-        """Reset the tabs for another run."""
+        """Prepare for another run: reset the filters of the log, follow its end, and focus it."""
         log = self.query_one(LogTail)
         log.filter("", 0)
         log.anchor()
@@ -242,9 +245,7 @@ class LivePane(Vertical):
 
 
 def _tabs(snapshot: RunSnapshot) -> tuple[str, ...]:
-    """Return the names of the tabs. There is a tab for the trainer's own output only if it has written
-    any.
-    """
+    """Return the names of the tabs. The tab with the trainer's own output is left out while it is empty."""
     return _TABS if snapshot.output else _TABS[:-1]
 
 
@@ -267,7 +268,9 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
-    """Return the warnings, with consecutive equal ones merged into one entry."""
+    """Return the warnings, with consecutive equal warnings merged into one entry, followed by a warning about
+    other programs and the key for a fix, where these apply.
+    """
     entries = []
     for _, group in groupby(
         snapshot.health, key=lambda health: (health.kind, health.severity, health.remedy)
@@ -294,7 +297,7 @@ def _health_note(snapshot: RunSnapshot) -> str:
 
 
 class LogTail(LineView):
-    """A log that follows its end until the user scrolls away from it."""
+    """Shows the end of a growing log, until the user scrolls away from the end."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*SCROLL_KEYS]
 
@@ -308,12 +311,13 @@ class LogTail(LineView):
         self._wrapped_at = 0
         self.search = ""
         self.level = 0
-        """Index in :data:`LEVELS`: which levels are shown."""
+        """Index in :data:`LEVELS` of the levels that are shown."""
 
     def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
-        """Show these entries. If the sequence only grew at its end, only the new entries are processed.
+        """Show these entries. If ``entries`` is the list of the last call, to which entries were appended,
+        only the appended entries are processed.
 
-        ``empty``: the text to show if there are no entries.
+        ``empty``: the text to show if there are no entries; None to keep the last such text.
         """
         if empty is not None and empty != self._empty:
             self._empty = empty
@@ -327,7 +331,7 @@ class LogTail(LineView):
             self._append_new()
 
     def filter(self, search: str, level: int) -> None:
-        """Show only lines that contain this text and have this level."""
+        """Show only lines that contain ``search`` and have one of the levels of ``LEVELS[level]``."""
         self.search, self.level = search, level
         self._rebuild()
 
@@ -346,7 +350,7 @@ class LogTail(LineView):
             self._rebuild()
 
     def watch_show_vertical_scrollbar(self) -> None:
-        # A scroll bar takes a column when it appears, without a resize event.
+        # A scroll bar that appears takes a column, but there is no resize event.
         self._rewrap()
 
     def render_line(self, y: int) -> Strip:
@@ -396,11 +400,13 @@ def tabs_title(
     """Return ``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
 
     Args:
-        names: The tabs.
-        front: The tab that is shown.
-        notes: Text that follows a name.
-        filters: What currently hides lines. It is always shown, shortened if necessary.
-        keys: Hints for keys that the lower border does not show. They are left out first.
+        names: The names of the tabs.
+        front: The name of the tab that is shown.
+        notes: The text after a tab's name, such as a count, by name.
+        filters: The search text and level by which lines are hidden; empty if all lines are shown. This text
+            is always included, shortened if necessary.
+        keys: Hints for keys that the lower border does not show. The hints are left out if they do not fit,
+            or if there are filters.
         width: Available width, in cells.
     """
     parts = []

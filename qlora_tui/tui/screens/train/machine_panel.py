@@ -1,7 +1,7 @@
-"""The machine of a run: GPU utilization, memory, power and temperature, and the processor.
+"""The panel of the machine that trains a run: its GPUs or, for a run without a GPU, its CPU and RAM.
 
-Utilization is always drawn from 0 to 100, memory up to the GPU's size, with the estimate as a tick. A value
-that the GPU does not report is NA, never 0.
+Utilization is always drawn on a scale from 0 to 100 %, and memory on a scale up to the GPU's size, with a
+tick at the estimate. A value that the GPU does not report is NA, never 0.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ _LABEL = 8
 """Width of the label before a chart, in cells."""
 _MIN_CHART = 6
 _CHARTS_FROM = 3
-"""If a run has several GPUs, a GPU with more lines than this shows utilization and power as charts."""
+"""If a run has several GPUs, utilization and power are drawn as charts only if each GPU has more lines than
+this.
+"""
 _SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
-"""Maximum height, in rows, of a panel with only two lines, and minimum height for charts of two rows."""
+"""Maximum height of the panel, in rows, at which it has only two lines, and minimum height at which each
+chart has two rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,17 +37,19 @@ class MachineState:
     """The data that the panel shows."""
 
     device: str = ""
-    """``RTX 4090``, or the processor's name."""
+    """Name of the GPU, such as ``RTX 4090``, or of the processor if the run uses no GPU; ``2 GPUs`` for a run
+    on several GPUs.
+    """
     readings: tuple[Reading, ...] = ()
-    """Readings, the newest last, at which the charts end."""
+    """Readings, newest last. The charts end at the newest reading."""
     gpu_names: Mapping[int, str] = field(default_factory=dict)
-    """Names such as ``GPU 0 (RTX 4090)`` by number, for a run on several GPUs."""
+    """Names such as ``GPU 0 (RTX 4090)`` by GPU number; empty unless the run uses several GPUs."""
     estimate_bytes: int | None = None
     host_bytes: int | None = None
-    """RAM of the machine in bytes, for a run without a GPU."""
+    """RAM of the machine in bytes, shown for a run without a GPU; None if unknown."""
     cores: int = 1
     is_over: bool = False
-    """Whether the run has ended, so that these are its last readings."""
+    """Whether the run has ended, so that ``readings`` are its last readings."""
 
     @property
     def has_no_gpu(self) -> bool:
@@ -60,7 +66,9 @@ class MachineState:
 
 
 def machine_lines(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Return one or two lines for each reading, or two lines in total."""
+    """Return the lines of the panel. With several GPUs, each has an equal share of the height. Otherwise each
+    meter has one or more lines, or, at a height of at most two, the main meters share two lines.
+    """
     if not machine.readings:
         return [Content.styled("No readings yet.", "dim")]
     if len(machine.readings[-1].gpus) > 1:
@@ -72,8 +80,8 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
 
 
 def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Return the lines of each GPU of a run: all of its meters, or the main figures and memory if there is
-    little room.
+    """Return a line with the name of each GPU of a run, followed by the GPU's meters. If there is little
+    room, utilization and power are next to the name, and only the memory meter follows.
     """
     gpus = machine.readings[-1].gpus
     share = height // len(gpus)
@@ -87,7 +95,7 @@ def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Conte
         util, power = _percent(gpu.utilization_percent), format_power(gpu.power_w)
         figures = "" if has_charts else f"  {util}  {power} W"
         lines.append(Content.assemble((name, "bold"), figures, "  ", _temperature(gpu)))
-        # One line has the GPU's name.
+        # The GPU's name takes one of the GPU's lines.
         shown = meters[: share - 1] if has_charts else meters[: min(1, share - 1)]
         lines += _lines(alone, shown, width, rows=1) if shown else []
     return lines
@@ -105,13 +113,13 @@ class _Meter:
     name: str
     value: str | Content
     line: int | None = None
-    """Index of its line in a small window; None to leave it out there."""
+    """If the panel has only two lines, index of the line that includes this meter; None to leave it out."""
     history: tuple[float | None, ...] = ()
-    """A value for each reading; if present, a chart is drawn."""
+    """A value for each reading, to be drawn as a chart; empty for no chart."""
     top: float = 1.0
     """Value at the top of the chart."""
     bar: tuple[int | None, int | None] | None = None
-    """(used, total) in bytes; if present, a bar is drawn with the estimate below it."""
+    """(used, total) in bytes, to be drawn as a bar with the estimate below it; None for no bar."""
 
 
 def _meters(machine: MachineState) -> tuple[_Meter, ...]:
@@ -144,7 +152,8 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
 
 
 def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
-    """Return one or two lines for each meter.
+    """Return the lines of each meter: its value, with a chart of ``rows`` lines or a bar if the meter has
+    one.
 
     All charts end in the same column, with their values next to them.
     """
@@ -167,14 +176,15 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
             text = f"estimate {format_gib(machine.estimate_bytes)}"
             place = round(machine.estimate_bytes / meter.bar[1] * cells) - 1
             place = min(max(place, 0), max(0, cells - 1))
-            # This text is shorter than a value next to the bar, so it always fits.
+            # A tick at the end of the bar leaves room for this text, which is shorter than the value next to
+            # the bar.
             tick = " " * place + f"▲ {text}" if cells else text
             lines.append(Content.assemble(" " * _LABEL, (tick, "dim")))
     return lines
 
 
 def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) -> list[Content]:
-    """Return the most important meters in one or two lines, the first of them with a small chart."""
+    """Return the most important meters in one or two lines, with small charts in the first line."""
     cells = max(0, min(24, width - 60))
     lines: list[list[Content]] = [[], []]
     for meter in meters:
@@ -191,7 +201,7 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
 
 
 def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
-    """Return a chart with one column per second, newest at the right end."""
+    """Return a chart of ``rows`` lines with one column per second, the newest reading in the last column."""
     slots: list[float | None] = [None] * width
     end = readings[-1].at
     for value, reading in zip(meter.history, readings, strict=True):
@@ -199,7 +209,7 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         if 0 <= slot < width:
             slots[slot] = value
     for place in range(1, len(slots) - 1):
-        # A single second without a reading lies between two readings.
+        # Fill a gap of a single second, since two readings may be slightly more than a second apart.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
     return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows, is_apart=True)]

@@ -1,7 +1,7 @@
-"""Follows one run for the screen: each poll reads its files and returns a :class:`RunSnapshot`.
+"""Follows one run for the screen: each poll reads the run's files and returns a :class:`RunSnapshot`.
 
-:class:`RunFollower` is used in a thread, one call at a time. The follower keeps all data that grows with the
-run; a snapshot has only the data to show.
+:class:`RunFollower` is called in a thread, one call at a time. The follower keeps all data that grows with
+the run; a snapshot has only the data to show.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envel
 LONG_BYTES = 8 << 20
 """Size of an event log, about 40,000 steps, above which only a sample of the steps is read."""
 _SAMPLE_STEPS = 10_000
-"""Number of steps in that sample."""
+"""Number of steps that are read from an event log of more than :data:`LONG_BYTES`."""
 _RECENT_STEPS = 100
-"""Number of steps that the view keeps, which is more than the computation of its pace needs. Earlier steps
-are decimated.
+"""Number of steps that the :class:`RunView` keeps, which is more than it needs to compute the pace. Earlier
+steps are kept only in a decimated series.
 """
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
 _MAX_STAGES = 12
-"""Maximum number of phases kept per attempt, which is more than an attempt has before its first step."""
+"""Maximum number of phases that are kept of an attempt. There are fewer phases before the first step."""
 _MAX_ANSWERS = 60
 """Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
-"""Bytes at the end of the output that the first read takes."""
+"""Number of bytes, at the end of the trainer's output, with which the first read begins."""
 _MAX_CHARACTERS = 10_000
-"""Maximum length of a line of output that is shown, in characters."""
+"""Maximum length of a displayed line of output, in characters."""
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -70,14 +70,14 @@ class LogEntry:
     """A line of the log."""
 
     at: float | None
-    """Unix time, if known."""
+    """Unix time of the event; None for a line without a time."""
     level: Level
     text: str
 
 
 @dataclass(frozen=True)
 class StepEnvelopes:
-    """Curves to draw over the steps."""
+    """The curves of a run's quantities over its steps, for drawing."""
 
     loss: Envelope
     mean_loss: Envelope
@@ -101,13 +101,14 @@ class RunSnapshot:
     step: int
     epoch: float
     loss: float | None
-    """Loss of the last step. The next five fields also refer to the last step."""
+    """Loss of the last step; None if there is no step yet. The next five fields also refer to the last step.
+    """
     mean_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_s: float | None
     reward_margin: float
-    """Margin of the rewards; NaN if there is no preference method."""
+    """Margin of the rewards; NaN before the first step, and if there is no preference method."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
@@ -115,7 +116,7 @@ class RunSnapshot:
     entries: Sequence[LogEntry]
     """The log so far. Entries are only appended."""
     output: Sequence[LogEntry]
-    """The end of the trainer's own output."""
+    """Lines from the end of the trainer's own output."""
     telemetry: tuple[Reading, ...]
     """Readings of the machine, newest last."""
     energy_kwh: float | None
@@ -123,13 +124,15 @@ class RunSnapshot:
     """Training time over all steps, without evaluations and pauses."""
     seconds_left: float | None
     seconds_per_step: float | None
-    """Recent pace; None until it is known."""
+    """Duration of a recent step in seconds; None until it is known."""
     fix: SuggestedFix | None
-    """A fix for the latest warning that a single key can apply."""
+    """The fix, which a single key applies, for the latest warning or failure that has a fix; None if there is
+    none.
+    """
     step_stride: int
-    """Distance between two drawn steps, in steps; more than 1 in a very long run."""
+    """Distance between two steps of the graph, in steps; more than 1 only in a very long run."""
     stages: tuple[PhaseChanged, ...] = ()
-    """The first phases of this attempt."""
+    """The first phases of the current attempt."""
     recipe: Recipe | None = None
     """The run's recipe; None if it cannot be read."""
     ending_request: str = ""
@@ -139,48 +142,54 @@ class RunSnapshot:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the run will stop, as requested, after the current step or evaluation."""
+        """Whether the run has been asked to stop, and has not yet ended its current step, evaluation or
+        checkpoint.
+        """
         is_asked = self.ending_request in ("stop", "stop_now")
         return is_asked and self.status.state in ACTIVE and self.view.phase in STEP_PHASES
 
     @property
     def is_best_saved(self) -> bool:
-        """Whether the best evaluation's step has a checkpoint, which the trainer then keeps."""
+        """Whether the step with the best evaluation has a checkpoint. The trainer keeps that checkpoint."""
         return self.best is not None and any(saved.step == self.best.step for saved in self.view.checkpoints)
 
     @property
     def has_validation(self) -> bool:
-        """Whether validation loss is measured. True if it is not known."""
+        """Whether the run has validation data. True if that is not known yet."""
         return self.view.data is None or bool(self.view.data.validation_samples)
 
 
 class _DecimatedRun:
-    """A view of a run, with its steps decimated to what a graph can show."""
+    """The view of a run, with recent steps, and a decimated series of all steps for the graphs."""
 
     def __init__(self, view: RunView) -> None:
         self.view = view
         self.steps = DecimatedSeries(columns=6)
-        """Loss, its mean, learning rate, gradient norm, tokens per second and the margin of rewards."""
+        """Columns: loss, running mean of the loss, learning rate, gradient norm, tokens per second, reward
+        margin.
+        """
         self.smoother = BiasCorrectedEma()
         self.last_step = 0
         """The last step that was read."""
         self.seconds_trained = 0.0
         """Training time of all steps that were read."""
         self.step_stride = 1
-        """Distance from one kept step to the next, in steps. Steps with a loss that is not finite are always
-        kept.
+        """Minimum distance from one kept step to the next, in steps. Steps with a loss that is not finite are
+        always kept.
         """
         self._due = 0
         self._drawn: tuple[object, StepEnvelopes] | None = None
 
     def read(self) -> list[AnyEvent]:
-        """Read new events. Return all except steps, which are too many to keep."""
+        """Read new events. Add the steps to the decimated series, and return all other events."""
         events = _without_steps(self.view.iter_new())
         self.add_steps()
         return events
 
     def add_steps(self) -> None:
-        """Add the view's new steps, and drop all but the recent ones from the view."""
+        """Add the view's new steps to the decimated series. Keep only recent steps and answers in the
+        view.
+        """
         view, series = self.view, self.view.series
         first = bisect_right(series.step, self.last_step)
         self.seconds_trained += series.seconds(first)
@@ -202,7 +211,9 @@ class _DecimatedRun:
         del view.samples[:-_MAX_ANSWERS]
 
     def _select(self, first: int) -> list[int]:
-        """Return indices of the view's steps, from ``first`` on, that are to be added."""
+        """Return indices in the view's series, from ``first`` on, of the steps to add to the decimated
+        series.
+        """
         series = self.view.series
         taken = []
         for at in range(first, len(series)):
@@ -212,7 +223,7 @@ class _DecimatedRun:
         return taken
 
     def envelopes(self, from_step: float) -> StepEnvelopes:
-        """Return the envelopes from ``from_step`` on, cached until a step is added."""
+        """Return the curves from step ``from_step`` on. The result is cached until a step is added."""
         drawn_for = (len(self.steps), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
             self._drawn = (drawn_for, StepEnvelopes(*self.steps.envelopes(from_step)))
@@ -225,11 +236,11 @@ class RunFollower:
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.from_step = 0.0
-        """Step at which the graphs begin; more than 0 if the user has zoomed in to the end of the run."""
+        """Step at which the graphs begin; 0 unless the user has zoomed in to the end of the run."""
         self._decimated_run: _DecimatedRun | None = None
         self._entries: list[LogEntry] = []
         self._event_count = 0
-        """Number of events read so far, except steps."""
+        """Number of events read so far, not counting steps."""
         self._unknown_count = 0
         self._phases = PhaseFilter()
         self._stages: list[PhaseChanged] = []
@@ -240,7 +251,7 @@ class RunFollower:
         self._output = OutputTail(run.log_path, _MAX_ENTRIES)
 
     def poll(self) -> RunSnapshot:
-        """Return the run's current state."""
+        """Read what was appended to the run's files, and return the run's current state."""
         self._readings.extend(self._telemetry.poll())
         self._energy.read()
         self._output.read()
@@ -258,25 +269,28 @@ class RunFollower:
         if view.unknown_events > self._unknown_count:
             self._unknown_count = view.unknown_events
             self._entries.append(LogEntry(view.status.at, "warning", unknown_lines(view.unknown_events)))
-        # A new list, so that a widget that shows the old list notices the replacement.
+        # Replace the list instead of shortening it, so that a widget that shows the old list notices the
+        # change.
         if len(self._entries) > 2 * _MAX_ENTRIES:
             self._entries = self._entries[-_MAX_ENTRIES:]
         return self._snapshot(decimated_run)
 
     def _read(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
-        """Read the run. Return it and its new events except steps."""
+        """Read the run's new events. Return the run, and the new events without steps."""
         if self._decimated_run is None:
             return self._open()
         before = self._decimated_run.last_step
         events = self._decimated_run.read()
         if any(isinstance(event, Started) and event.resumed_from_step < before for event in events):
-            # This attempt repeats steps that have already been decimated.
+            # The new attempt repeats steps that are already in the decimated series: read the run again.
             decimated_run, all_events = self._open()
             return decimated_run, all_events[self._event_count :]
         return self._decimated_run, events
 
     def _open(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
-        """Read the run from the beginning. Return it and its events except steps."""
+        """Read the run from the beginning, or a sample of its steps if the event log is long. Return the run,
+        and its events without steps.
+        """
         path = self.run.events_path
         if not path.exists() or path.stat().st_size <= LONG_BYTES:
             decimated_run = _DecimatedRun(RunView(self.run))
@@ -284,7 +298,7 @@ class RunFollower:
         view, events = RunView.from_sample(self.run, _SAMPLE_STEPS)
         decimated_run = _DecimatedRun(view)
         decimated_run.add_steps()
-        # Draw later steps at the same density as the sampled ones.
+        # Keep later steps at the same density as the steps of the sample.
         decimated_run.step_stride = max(1, round(decimated_run.last_step / max(1, len(decimated_run.steps))))
         return decimated_run, _without_steps(events)
 
@@ -328,7 +342,9 @@ def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
 
 
 def _entries(events: Sequence[AnyEvent], total_steps: int) -> list[LogEntry]:
-    """Return log lines. Samples, progress, and the reason for a final failure are shown elsewhere."""
+    """Return the log entries of events. Samples, progress, and the reason for a final failure are left out,
+    since other panels show them.
+    """
     entries = []
     for event in events:
         if isinstance(event, SampleGenerated | Progress):
@@ -349,19 +365,19 @@ def _level(event: AnyEvent) -> Level:
 class OutputTail:
     """Reads a growing text file, continuing where the last read stopped.
 
-    The first read takes only the end.
+    The first read begins near the end of the file.
     """
 
     def __init__(self, path: Path, max_lines: int) -> None:
         self.entries: list[LogEntry] = []
-        """The lines read so far. The list is appended to, and replaced by a shorter list when it becomes too
-        long.
+        """The lines read so far. New lines are appended. When the list becomes too long, a new list with its
+        last lines replaces it.
         """
         self._lines = LineTail(path, end_offset(path, _OUTPUT_BYTES))
         self._max_lines = max_lines
 
     def read(self) -> None:
-        """Read the complete new lines."""
+        """Add the file's new complete lines to ``entries``."""
         lines = self._lines.poll(_OUTPUT_BYTES * 4).decode("utf-8", "replace").split("\n")[:-1]
         self.entries += [LogEntry(None, "info", strip_escapes(line)) for line in lines]
         if len(self.entries) > 2 * self._max_lines:
@@ -369,9 +385,9 @@ class OutputTail:
 
 
 def strip_escapes(line: str) -> str:
-    """Remove colors and cursor movements.
+    """Return a line of terminal output without colors and cursor movements.
 
-    A progress bar is reduced to its last state, a long line to its beginning.
+    A progress bar is reduced to its last state, and a long line to its beginning.
     """
     shown = _ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
     return _CONTROLS.sub("", shown[:_MAX_CHARACTERS].expandtabs(4))

@@ -1,4 +1,4 @@
-"""Panels of the live pane, except graph, log and machine: the header with state, progress and outcome, the
+"""Panels of the live pane except graph, log and machine: the header with state, progress and outcome, the
 stages before the first step, warnings, setup, evaluations and answers.
 """
 
@@ -60,9 +60,7 @@ _MIN_BAR = 8
 _STEP_BAR = 8
 """Width of the progress bar within a step, in cells."""
 _LONG_STEP_S = 5.0
-"""Minimum duration of a step, in seconds, for showing its micro-batches. In shorter steps they would only
-flicker.
-"""
+"""Minimum duration of a step, in seconds, for showing its micro-batches, which otherwise only flicker."""
 _MAX_DETAIL = 48
 """Maximum width of a phase's detail, such as a model's path, in cells."""
 _ENDINGS = {
@@ -72,25 +70,25 @@ _ENDINGS = {
     "pause_now": ("Pausing", ""),
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
-"""(verb, timing) for each request to end a run."""
+"""(action, time) for each request to end a run. The time is shown only during training."""
 
 
 _LARGE_ROWS = 3
-"""Minimum height of the header, in lines, for large figures."""
+"""Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
 """Indent of answers and, by :func:`.wrapped`, of continuation lines, in cells."""
 _ROWS_OF_FIRST = 2
-"""Maximum number of lines of the first answer, which the current answer is compared with."""
+"""Number of lines that a prompt's first answer may take in a small panel. A larger panel allows more."""
 _GAP = "     "
 """Gap between the large figures and the other facts."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""Uses of an adapter: verb by name of the command."""
+"""Uses of an adapter: the text for a command, by the name of the command."""
 _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
-"""Minimum fraction of the CPU used by other programs at which a slowdown is reported."""
+"""Smallest fraction of the CPU, used by other programs, that is reported as a cause of slow training."""
 _ROWS_WITH_HEADS = 4
-"""Minimum number of lines of the evaluations at which the columns have titles."""
+"""Minimum height of the evaluations panel, in lines, at which the columns always have titles."""
 _TO_COME: dict[Phase, str] = {
     "loading": "the model's weights",
     "tokenizing": "the rows of the data",
@@ -98,7 +96,7 @@ _TO_COME: dict[Phase, str] = {
     "evaluating": "validation loss before training",
     "training": "the first step",
 }
-"""The work of each stage, in the order in which a run reaches the stages."""
+"""What each stage works on, in the order in which a run reaches the stages."""
 _STAGE_CELLS = 13
 """Width of a stage's sign and name, in cells."""
 _MAX_BAR = 30
@@ -107,8 +105,8 @@ _row = partial(labeled, cells=_LABEL)
 
 
 def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Return two lines: state and progress, then the two key figures and other facts. In at least three
-    lines, the figures are large and come first.
+    """Return two lines: state and progress, then key figures and other facts. If ``height`` is at least three
+    and figures are known, return three lines that begin with large figures. ``now``: Unix time.
     """
     edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " "
     return [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
@@ -128,7 +126,7 @@ def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) ->
 
 
 def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
-    """Return ``● training  ██████░░░  86%  step 70/81``."""
+    """Return ``● training  ██████░░░  86%  step 70/81``, without a bar if there is little room or no step."""
     first, share = state_line(snapshot), progress_share(snapshot)
     progress = "  ".join(progress_facts(snapshot))
     cells = width - first.cell_length - len(progress) - 4
@@ -137,8 +135,8 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
-    """Return as many texts, from the first on, as fit ``rows`` lines of ``width`` cells, with their keys in
-    color.
+    """Return ``rows`` lines of at most ``width`` cells that have as many of the texts, from the first on, as
+    fit. Keys in the texts are colored.
     """
     lines = [""]
     for text in texts:
@@ -154,7 +152,9 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
 
 
 def key_figures(snapshot: RunSnapshot) -> list[Figure]:
-    """Return the key figures of a run: its loss and, while it is active, the time left."""
+    """Return the key figures of a run, as far as they are known: the mean loss and the time left of an active
+    run, the best validation loss of any other run.
+    """
     if snapshot.status.state in ACTIVE:
         return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
     if snapshot.best is None or snapshot.best.loss is None:
@@ -163,7 +163,7 @@ def key_figures(snapshot: RunSnapshot) -> list[Figure]:
 
 
 def state_line(snapshot: RunSnapshot) -> Content:
-    """Return ``● training  ! 2 warnings  attempt 2``: the run's state with warnings, attempt and requests."""
+    """Return ``● training  ! 2 warnings  attempt 2``: state, warnings, attempt and pending request."""
     status, view = snapshot.status, snapshot.view
     defect = find_defect(view)
     sign, word, style = result_label(status, defect)
@@ -186,7 +186,8 @@ def state_line(snapshot: RunSnapshot) -> Content:
     if status.state in ACTIVE and status.hold is not None:
         parts.append((f"  {held_words(status)}", "$warning"))
     elif status.hold is None and status.state in ("queued", *ACTIVE) and status.detail:
-        # A note such as suspended, not responding, or on another machine comes first, as the most important.
+        # A note such as suspended, not responding, or on another machine matters more than the phase's
+        # detail.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail and not snapshot.ending_request:
         parts.append((f"  {truncate_middle(view.phase_detail, _MAX_DETAIL)}", "dim"))
@@ -194,8 +195,8 @@ def state_line(snapshot: RunSnapshot) -> Content:
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:
-    """Return the fraction of steps done, 0 to 1; None before the first step, since stages show their own
-    progress.
+    """Return the fraction of steps done, 0 to 1; None before the first step, when the stages show their own
+    progress, and if the run is queued or finished.
     """
     if snapshot.status.state in ("finished", "queued") or not snapshot.step:
         return None
@@ -204,7 +205,7 @@ def progress_share(snapshot: RunSnapshot) -> float | None:
 
 
 def progress_facts(snapshot: RunSnapshot) -> list[str]:
-    """Return texts on the progress, such as the step, for the line of the progress bar."""
+    """Return texts on the progress, such as the step, that follow the progress bar."""
     view, state = snapshot.view, snapshot.status.state
     facts = []
     if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:
@@ -217,7 +218,7 @@ def progress_facts(snapshot: RunSnapshot) -> list[str]:
 
 
 def facts(snapshot: RunSnapshot, now: float) -> list[str]:
-    """Return other facts, most important first. The header drops facts that do not fit."""
+    """Return further facts, most important first. The header drops what does not fit. ``now``: Unix time."""
     state = snapshot.status.state
     if state == "queued" and snapshot.status.hold is None:
         return ["waiting in the queue"]
@@ -251,7 +252,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _checkpoints(snapshot: RunSnapshot) -> str:
-    """Return ``checkpoints 60 ★, 70``: the best and the newest; empty before the first."""
+    """Return ``checkpoints 60 ★, 70``: the steps of the best and the newest checkpoint; empty without any."""
     if not snapshot.view.checkpoints:
         return ""
     newest = snapshot.view.checkpoints[-1].step
@@ -262,14 +263,14 @@ def _checkpoints(snapshot: RunSnapshot) -> str:
 
 
 def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
-    """Return ``running 21 min, 13 min in steps``: the time since the start, and the total time of
-    the steps.
+    """Return ``running 21 min, 13 min in steps``: the time since the start and the total time of the steps.
+    If the two cannot be compared, only the time of the steps is included.
     """
     trained = snapshot.seconds_trained
     if not trained:
         return f"running {format_duration(since_start)}"
-    # Time in steps includes earlier attempts, while the start is that of the last attempt; the clock may also
-    # be changed.
+    # The time in steps includes earlier attempts, while ``since_start`` counts from the start of the last
+    # attempt. Also, the system clock may have been changed.
     is_comparable = snapshot.view.attempt == 1 and trained <= since_start
     if not is_comparable:
         return f"{format_duration(trained)} in steps"
@@ -277,7 +278,9 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """Return ``this step ███░░░░░ 3 of 8``: its micro-batches if the step is long; otherwise empty."""
+    """Return ``this step ███░░░░░ 3 of 8``: the finished micro-batches of a long step. The text is empty in
+    short steps, in steps with one micro-batch, and in any phase except training.
+    """
     status = snapshot.status
     if snapshot.view.phase != "training" or status.micro_batches < 2:
         return ""
@@ -312,11 +315,11 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> Content | None:
-    """Return the outcome of a run, the reason, and what to do; None while the run is active.
+    """Return the outcome of a run, the reason, and what to do; None while the run is active or queued.
 
     Args:
         snapshot: The run.
-        active: Id of the run that is now training.
+        active: Id of another run that is training now; empty if there is none.
         answers: Progress of comparing this run's answers; empty if they are not being compared.
     """
     status, view = snapshot.status, snapshot.view
@@ -369,7 +372,9 @@ def _uses_of_adapter() -> list[str]:
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return the latest warning of each kind, newest first; empty if there are none."""
+    """Return the run's failure, the latest warning of each kind, newest first, a warning about other
+    programs, and the key for a fix, where these apply. The list is empty if none does.
+    """
     latest = {health.kind: health for health in snapshot.health}
     lines = []
     if isinstance(snapshot.view.ending, Failed):
@@ -385,7 +390,7 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
 
 
 def contention(snapshot: RunSnapshot) -> str:
-    """Return a warning that other programs slow down a run without a GPU; empty if they do not."""
+    """Return a warning that other programs slow down a run on the CPU; empty if they use little of it."""
     last = snapshot.telemetry[-1] if snapshot.telemetry else None
     if last is None or last.gpu is not None or snapshot.status.state not in ACTIVE:
         return ""
@@ -398,8 +403,8 @@ def contention(snapshot: RunSnapshot) -> str:
 
 
 def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return the last answers to the sample prompts, each followed by the beginning of the first answer to
-    the same prompt, from the start of training.
+    """Return the last answers to the sample prompts. If a prompt was answered at an earlier step too, the
+    beginning of the first answer follows the last answer.
     """
     step = _sample_step(snapshot)
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
@@ -421,7 +426,7 @@ def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content
 
 
 def _start(text: str, width: int, rows: int) -> list[Content]:
-    """Return the first lines of a text, indented and dim."""
+    """Return the first ``rows`` lines of a text, wrapped to ``width`` cells, indented and dim."""
     lines = Content(text).wrap(max(1, width))
     if len(lines) > rows:
         lines = [*lines[: rows - 1], Content(f"{lines[rows - 1].plain[: width - 1].rstrip()}…")]
@@ -429,7 +434,7 @@ def _start(text: str, width: int, rows: int) -> list[Content]:
 
 
 def samples_title(snapshot: RunSnapshot) -> str:
-    """Return the title of the answers panel."""
+    """Return the title of the answers panel, with the step of the last answers."""
     step = _sample_step(snapshot)
     return "Answers" if step is None else f"Answers at step {step:,}"
 
@@ -477,7 +482,9 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
 
 
 def _batch(view: RunView, recipe: Recipe) -> str:
-    """Return ``1,024 tok · batch 2 × 4, chosen``, as in the current attempt."""
+    """Return ``1,024 tok · batch 2 × 4, chosen``: the length and batch of the current attempt. ``chosen``
+    means that the trainer chose a micro-batch size other than the recipe's.
+    """
     words = batch_words(view.plan.apply_to(recipe))
     chosen = view.step_chosen
     return (
@@ -488,8 +495,8 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 
 
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return a line for each evaluation, newest first: its loss, the change of the loss, and exact or correct
-    answers.
+    """Return a line for each evaluation that fits, newest first: the loss, its change since the previous
+    evaluation, and the percentage of exact answers or of correct comparisons if it was measured.
     """
     evaluations = snapshot.evaluations
     lines: list[Content] = []
@@ -526,7 +533,7 @@ def is_starting(snapshot: RunSnapshot) -> bool:
 
 def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
     """Return a line for each stage, such as ``✓ loading libraries 4 s``: finished stages, the current stage
-    with its progress, and later stages.
+    with its progress, and the stages to come. ``now``: Unix time.
     """
     stages = snapshot.stages
     if snapshot.status.state == "queued":
@@ -546,11 +553,11 @@ def stage_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> l
         lines += _current(snapshot, now, width)
     seen = {stage.phase for stage in stages}
     for phase, what in _TO_COME.items():
-        # Without validation data, there is no evaluation.
+        # The evaluation before training is left out if there is no validation data, or if training has begun.
         skipped = phase == "evaluating" and ("training" in seen or not snapshot.has_validation)
         if phase not in seen and not skipped:
             lines.append(_stage_line("·", phase_label(phase), what, "", width, "dim"))
-    # In a small window, finished stages are dropped first.
+    # If not all lines fit, the stages that finished first are left out.
     return lines[-height:]
 
 

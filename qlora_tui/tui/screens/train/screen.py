@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 
 
 _NAME_WIDTH = 38
-"""Width of a run's name in the list of runs, in cells. With state and steps, it fills the dialog."""
+"""Width of a run's name in the list of runs, in cells. Name, state and steps together fill the dialog."""
 _MAX_LISTED = 30
-"""Maximum number of runs listed; the Runs screen lists all."""
+"""Maximum number of runs in the list of runs. The Runs screen lists all runs."""
 _MAX_ZOOM = 6
 _REQUEST_NOTICES: dict[control.Kind, str] = {
     "checkpoint": "The run will save a checkpoint after this step.",
@@ -91,7 +91,7 @@ _STATES: Mapping[str, Collection[State]] = {
 
 
 class TrainScreen(EvaluationActions):
-    """The recipe with its checks, or a run being watched."""
+    """Shows the run that is being watched or, if there is none, the recipe with its checks."""
 
     MODE = "train"
     ANSWERS_COMMAND = "train.answers"
@@ -103,24 +103,24 @@ class TrainScreen(EvaluationActions):
         super().__init__()
         self._probing = Measurement(self._show_launch)
         self._probed: tuple[Recipe, StepProbe] | None = None
-        """The recipe whose steps were measured last, and the result."""
+        """The recipe whose steps were measured last, and the result; None if no steps were measured."""
         self.checks: tuple[Check, ...] = ()
         """Results of the last checks of the recipe."""
         self._expected: Forecast | None = None
         """Expected steps and time of the run; None if unknown."""
         self.snapshot: RunSnapshot | None = None
-        """State of the watched run at the last read."""
+        """State of the watched run at the last read; None before the first read, and if no run is watched."""
         self._zoom = 0
-        """Number of times that the range of steps is halved."""
+        """How many times the range of steps in the graphs has been halved."""
         self._follower: RunFollower | None = None
         self._polling = False
         self._is_pinned = False
-        """Whether the shown run or pane stays: because the user chose it, or because the run became
-        active.
+        """Whether the screen must not switch to another run by itself, because the user chose the run or the
+        pane, or because the screen has already switched to an active run.
         """
         self._ended_at: float | None = None
-        """Unix time at which the last run ended, if the screen shows that run because the user has not chosen
-        anything else; otherwise None.
+        """Unix time at which the watched run ended, if the screen shows this run only because it was the last
+        run; None if the user chose the run or the pane.
         """
         self._checks_key: object = None
         self._stamps: object = None
@@ -159,19 +159,19 @@ class TrainScreen(EvaluationActions):
 
     @property
     def _watched(self) -> RunDir:
-        """The run being watched. Raises SkipAction if there is none."""
+        """The run being watched. Raises SkipAction if no run is being watched."""
         if self.run is None:
             raise SkipAction
         return self.run
 
     @property
     def state(self) -> State | None:
-        """State of the run being watched."""
+        """State of the run being watched; None if no run is watched, or if it has not been read yet."""
         return self.snapshot.status.state if self.snapshot else None
 
     @property
     def _is_held(self) -> bool:
-        """Whether the run being watched waits for the hours, or for another program."""
+        """Whether the run being watched gave up its GPU because of the permitted hours or another program."""
         hold = self.snapshot.status.hold if self.snapshot else None
         return hold is not None and hold.has_left
 
@@ -188,7 +188,7 @@ class TrainScreen(EvaluationActions):
 
     def show_recipe(self, recipe: Recipe) -> None:
         if self._ended_at is not None and draft_written_at() > self._ended_at:
-            # A user who edits the recipe is about to launch it.
+            # A user who has edited the recipe since the run ended is about to launch another run.
             self._stop_watching()
         self._show_form(recipe)
         self._stamps = [source_stamps(source) for source in every_source(recipe.data)]
@@ -203,7 +203,7 @@ class TrainScreen(EvaluationActions):
         self._check()
 
     def _show_last(self, system_status: SystemStatus) -> None:
-        """Show how the last run ended, unless the recipe has been edited since."""
+        """Show how the last run ended, unless the recipe has been edited since then."""
         run, status = system_status.active_or_last, system_status.active_or_last_status
         if run is None or status is None or status.state not in ("finished", *RESUMABLE):
             return
@@ -234,16 +234,16 @@ class TrainScreen(EvaluationActions):
 
     @property
     def _has_to_wait(self) -> bool:
-        """Whether runs have all devices."""
+        """Whether a run that is launched now has to wait, because other runs use all devices."""
         status = self.app.system_status
         return status.active is not None and not status.has_free_device
 
     def on_setting_edited(self, event: SettingEdited) -> None:
-        """Change the recipe."""
+        """Apply the edit of a setting to the recipe."""
         self.app.edit(event.path, event.value)
 
     def _stop_watching(self) -> None:
-        """Stop watching until a run becomes active."""
+        """Stop watching the run, and show the recipe until a run becomes active."""
         self._follower = self.snapshot = self._ended_at = None
         self._is_pinned = False
         self._show_pane()
@@ -282,7 +282,9 @@ class TrainScreen(EvaluationActions):
             self.refresh_bindings()
 
     def _check(self) -> None:
-        """Run the checks again if anything they depend on has changed."""
+        """If no run is being watched, and anything that the checks depend on has changed, run the checks
+        again.
+        """
         if self.run is not None:
             return
         system_status, recipe = self.app.system_status, self.app.workbench.recipe
@@ -309,7 +311,7 @@ class TrainScreen(EvaluationActions):
         if expected is not None and self._probed is not None and self._probed[0] == recipe:
             expected = measured_forecast(expected, self._probed[1])
         self._expected = expected
-        # At first, do not wait for an exact estimate of the memory.
+        # Show the checks first without an exact estimate of the memory, then with it.
         for exact_within_s in (0.0, EXACT_WITHIN_S):
             checks = await asyncio.to_thread(preflight, recipe, machine, exact_within_s, expected)
             self._show_checks(recipe, with_count(checks, self.app.count_problem))
@@ -338,7 +340,7 @@ class TrainScreen(EvaluationActions):
         start_sweep(self)
 
     def action_probe(self) -> None:
-        """Measure three steps of the recipe, or stop measuring."""
+        """Stop measuring if a measurement is in progress; otherwise measure three steps of the recipe."""
         if not self._probing.stop():
             self._probe(self.app.workbench.recipe, self.app.system_status.machine)
 
@@ -358,7 +360,7 @@ class TrainScreen(EvaluationActions):
 
     @work(exclusive=True, group="launch")
     async def action_launch(self) -> None:
-        # The run and the measurement would compete for memory.
+        # Otherwise, the run and the measurement would compete for memory.
         self._probing.stop()
         recipe, machine = self.app.workbench.recipe, self.app.system_status.machine
         checks = await asyncio.to_thread(preflight, recipe, machine, EXACT_WITHIN_S, self._expected)
@@ -395,9 +397,7 @@ class TrainScreen(EvaluationActions):
 
     @property
     def _when_it_ends(self) -> str:
-        """Return when a run ends after a request: after the current step if a step has started, otherwise an
-        empty text.
-        """
+        """When a run ends after a request: `` after this step`` if it has begun to train; otherwise empty."""
         has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
         return " after this step" if has_begun else ""
 
@@ -415,7 +415,7 @@ class TrainScreen(EvaluationActions):
         self._act_on_run(self._watched, run_actions.resume, f"Queued. The run will {origin}.")
 
     def action_request(self, kind: control.Kind) -> None:
-        """Send a request to the trainer."""
+        """Send a request of this kind to the trainer of the run being watched."""
         self._act_on_run(self._watched, lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
 
     def action_learning_rate(self) -> None:
@@ -486,7 +486,9 @@ class TrainScreen(EvaluationActions):
         self.show_recipe(self.app.workbench.recipe)
 
     def action_next_tab(self, places: int) -> None:
-        """Show the next tab below the graph. While a run is prepared, switch between recipe and checks."""
+        """Show the tab ``places`` to the right of the current tab. While a run is prepared, move the focus
+        between the recipe and the checks instead.
+        """
         if self.run is not None:
             self.query_one(LivePane).next_tab(places)
         elif places > 0:
@@ -495,11 +497,11 @@ class TrainScreen(EvaluationActions):
             self.focus_previous()
 
     def action_show_tab(self, name: str) -> None:
-        """Show a tab by its name."""
+        """Show the tab with this name below the graph."""
         self.query_one(LivePane).show_tab(name)
 
     def action_zoom(self, direction: int) -> None:
-        """Zoom in to the last half of the steps (1), or zoom out (-1)."""
+        """Halve (1) or double (-1) the range of steps in the graphs, which ends at the last step."""
         self._zoom = min(max(self._zoom + direction, 0), _MAX_ZOOM)
         self.poll_now()
 
@@ -521,7 +523,10 @@ class TrainScreen(EvaluationActions):
         self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self._watched.id)}")
 
     def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
-        """Ask, then act. The question closes when the run is no longer active."""
+        """Ask whether to act on the run being watched. The question closes by itself if the run is no longer
+        active. ``outcome``: what will happen, as text that follows the run's id. ``done``: the notification
+        afterwards.
+        """
         run = self._watched
         question = ConfirmScreen(
             title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
@@ -537,7 +542,9 @@ class TrainScreen(EvaluationActions):
 
 
 def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
-    """Return a dialog that returns a run other than ``now``, the one being shown."""
+    """Return a dialog in which the user chooses a run. ``now``: the run being watched, which is not listed;
+    None if there is none.
+    """
     choices = []
     for run in [run for run in all_runs() if run != now][:_MAX_LISTED]:
         status = read_status(run)
@@ -550,7 +557,9 @@ def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
 
 
 def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) -> str:
-    """Return the sentence of the confirmation on what happens to the run if it is stopped or paused."""
+    """Return text that follows the run's id in a confirmation: what will happen to the run if it is paused
+    (if ``pauses``) or stopped.
+    """
     if snapshot is None or snapshot.view.phase in STEP_PHASES:
         if pauses:
             return "will save a checkpoint after this step and free its memory."
@@ -564,7 +573,7 @@ def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) 
 
 
 def _rate_problem(text: str) -> str:
-    """Return the error in a typed learning rate, or an empty string if it is valid."""
+    """Return what is wrong with a typed learning rate; empty if it is valid."""
     try:
         rate = float(text)
     except ValueError:
@@ -573,14 +582,14 @@ def _rate_problem(text: str) -> str:
 
 
 async def show_run(app: QloraApp, run: RunDir) -> None:
-    """Switch to the Train screen and watch a run."""
+    """Switch to the Train screen and watch this run."""
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
         app.screen.attach(run)
 
 
 async def prepare_run(app: QloraApp) -> None:
-    """Switch to the Train screen and prepare a run."""
+    """Switch to the Train screen and show the recipe, to prepare the next run."""
     await app.switch_mode("train")
     if isinstance(app.screen, TrainScreen):
         app.screen.action_prepare()

@@ -1,7 +1,7 @@
 """Charts of a run: its loss, and below it learning rate, gradients and speed on the same x axis.
 
-A step is in the same column of the graph and of all charts. Each chart goes from zero to a round maximum: if
-it were scaled to its own range, a constant 98 % would look like 0 %. Values that are not finite are marked.
+A step has the same column in the graph and in all charts. Each chart goes from zero to a round maximum: if it
+were scaled to its own range, a constant 98 % would look like 0 %. Values that are not finite are marked.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_ROWS, _TALL_ROWS = 12, 28
-"""Minimum heights, in rows, for showing charts, and for charts of two rows."""
+"""Minimum height, in rows, at which charts are drawn below the graph, and at which each chart has two rows.
+"""
 _MIN_VALUE_CELLS = 7
-"""Width of a value such as ``1.27e-4``, in cells, fixed so that the graph does not move with the number of
-digits.
+"""Minimum width of a chart's value, such as ``1.27e-4``, in cells, so that the graph does not move when the
+number of digits changes.
 """
 
 
@@ -78,7 +79,16 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
 def _chart_lines(
     chart: StepChart, x: Axis, names: int, gutter: int, columns: int, rows: int
 ) -> list[Content]:
-    """Return the chart as columns of blocks, with its name and value before the last row."""
+    """Return the chart as ``rows`` lines of blocks, with its name and value to the left of the last line.
+
+    Args:
+        chart: The quantity to draw.
+        x: The axis of steps.
+        names: Width of the names of all charts, in cells.
+        gutter: Width of everything to the left of the blocks, in cells.
+        columns: Width of the blocks, in cells.
+        rows: Height of the chart, in lines.
+    """
     drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top, rows, is_apart=True)
     head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
     heads = [Content(" " * gutter)] * (rows - 1) + [head]
@@ -88,8 +98,9 @@ def _chart_lines(
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """Return a value for each column: the middle value of the column, or the previous column's value if it
-    has none.
+    """Return a value for each column: the middle of the column's values or, if it has none, the value of the
+    previous column. The value is NaN if the column has a value that is not finite, and None after the last
+    step.
     """
     values: list[float | None] = [None] * columns
     for place, low, high, broken in zip(
@@ -109,7 +120,7 @@ def _values(charts: tuple[StepChart, ...]) -> Content:
 
 
 def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
-    """Return the chart of a run's loss from a step on."""
+    """Return the graph of a run's loss from step ``from_step`` on."""
     view, best = snapshot.view, snapshot.best
     last = snapshot.evaluations[-1] if snapshot.evaluations else None
     exact = format_exact(None if last is None else last.accuracy, view.base_accuracy)
@@ -133,7 +144,9 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
 
 
 def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
-    """Return the axis for the whole run so far, or for its end from a step on."""
+    """Return the axis of the steps of a run so far, beginning at ``from_step``. ``total``: the planned number
+    of steps.
+    """
     whole = so_far(step, total, "step")
     if from_step <= 0:
         return whole
@@ -142,8 +155,8 @@ def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
 
 
 def zoom_start(step: int, zoom: int) -> float:
-    """Return the step, a round number, at which a graph begins that is zoomed to the last half, quarter,
-    eighth…
+    """Return the step at which graphs begin: 0 if ``zoom`` is 0; otherwise a round number, so that about the
+    last half, quarter, eighth… of the steps is shown if ``zoom`` is 1, 2, 3….
     """
     if zoom <= 0 or step < 4:
         return 0.0
@@ -153,9 +166,7 @@ def zoom_start(step: int, zoom: int) -> float:
 
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
-    """Return the charts, each from zero to a round maximum. Quantities that only some runs have come
-    first.
-    """
+    """Return the charts, each from zero to a round maximum. Charts that only some runs have come first."""
     envelopes = snapshot.envelopes
     points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
     forgetting = Envelope.of_points(tuple(points), tuple(points.values()))

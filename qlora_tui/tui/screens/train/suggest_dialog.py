@@ -34,7 +34,7 @@ _READING = "Reading the data, the memory and earlier runs…"
 
 
 class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFirst, OnQloraApp):
-    """Dialog that returns the suggestions to apply, at least one; None if closed with Escape."""
+    """Dialog that returns the ticked suggestions; None if it is closed, or if none is ticked."""
 
     CSS_PATH = Path(__file__).parents[1] / "modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -50,8 +50,8 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         self._suggestions: tuple[Suggestion, ...] = ()
         self._under_cursor: str | None = None
         self._kept: frozenset[Topic] = frozenset()
-        """Topics that the user unticked. These settings keep the recipe's values, and the other suggestions
-        are derived for those values.
+        """Topics of the suggestions that the user has unticked. Their settings keep the recipe's values, and
+        the other suggestions are derived for those values.
         """
         self._derived_for: frozenset[Topic] = self._kept
         """The unticked topics for which ``_suggestions`` were derived."""
@@ -91,7 +91,7 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         self.query_one("#suggest-progress").display = False
         self.query_one(ViList).display = True
         self.query_one(ViList).focus()
-        # The width of the list is known only after its layout.
+        # Draw after the layout, which sets the width of the list.
         self.call_after_refresh(self._show)
 
     def _show(self) -> None:
@@ -114,13 +114,15 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
         ]
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        """Show the reason for the setting under the cursor if the window is too short for all reasons."""
+        """Draw the list again: in a short window, only the suggestion under the cursor has its reason."""
         if event.option_id != self._under_cursor:
             self._under_cursor = event.option_id
             self._show()
 
     def action_tick(self) -> None:
-        """Tick or untick the suggestion under the cursor, and derive the other suggestions again."""
+        """Toggle the tick of the suggestion under the cursor, and derive the other suggestions again. A
+        suggestion that changes nothing has no tick.
+        """
         topic = cast("Topic | None", self.query_one(ViList).current)
         if any(suggestion.topic == topic and suggestion.changes for suggestion in self._suggestions):
             self._kept ^= {cast("Topic", topic)}
@@ -128,7 +130,9 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
             self._derive()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Apply the ticked suggestions, after they have been derived for the current ticks."""
+        """Close the dialog with the ticked suggestions. If ticks have changed, derive the suggestions again
+        first.
+        """
         event.stop()
         if self._derived_for == self._kept:
             self._answer()
@@ -178,7 +182,9 @@ def suggestion_line(suggestion: Suggestion, width: int, *, is_ticked: bool, with
 
 
 def suggest_settings(screen: WorkScreen) -> None:
-    """Open the dialog for the recipe that is being edited, and apply the ticked suggestions, with undo."""
+    """Open the dialog for the recipe that is being edited, and apply the suggestions that the user ticks. The
+    change can be undone.
+    """
     app = screen.app
 
     def apply(chosen: tuple[Suggestion, ...]) -> None:

@@ -36,12 +36,12 @@ from qlora_tui.tui.screens.runs.sweep import SweepScreen
 from qlora_tui.tui.widgets.controls import TextField
 
 _RATES = (1 / 4, 4.0)
-"""Ends of the proposed range of learning rates, relative to the recipe's."""
+"""Ends of the proposed range of learning rates, as multiples of the recipe's learning rate."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """The sweep that the user typed."""
+    """The sweep that the text in the dialog describes."""
 
     sheet: Sheet
     deadline: float | None
@@ -49,12 +49,12 @@ class Draft:
 
 
 def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
-    """Parse and check the fields of the dialog. Raises UserError.
+    """Parse and check the fields of the dialog. Raises UserError if a field is not valid.
 
     Args:
         recipe: The recipe that the trials start from.
-        vary: ``FIELD=VALUES``, several separated by semicolons.
-        end: ``8 trials``, ``3h`` or ``until 07:00``.
+        vary: One or more ``FIELD=VALUES``, separated by semicolons.
+        end: When the sweep ends: ``8 trials``, ``3h`` or ``until 07:00``.
     """
     words, deadline, trials = end.split(), None, 0
     if len(words) == 2 and words[0] == "until":
@@ -85,7 +85,9 @@ def _rounds(trials: int) -> int:
 
 
 def draft_sentence(draft: Draft, costs: Costs | None) -> str:
-    """Return sentences on the runs that the sweep would train, and their expected time."""
+    """Return sentences on the runs that the sweep would train and their expected time, or on why they are
+    unknown. ``costs``: the time that a run takes; None if unknown.
+    """
     sheet = draft.sheet
     why = "" if sheet.is_safe_to_halve else " Several rounds need training.lr_scheduler wsd or constant."
     plan = plan_ahead(sheet, draft.deadline, costs)
@@ -139,7 +141,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
             self._show_plan()
 
     def on_input_changed(self) -> None:
-        """Show the sentences on the sweep, or the error in a field."""
+        """Show the sentences on the sweep or, if a field has an error, the error."""
         self._show_plan()
 
     def _show_plan(self) -> None:
@@ -154,7 +156,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
         return parse_draft(self._recipe, vary, end)
 
     def on_input_submitted(self) -> None:
-        """Return the sweep, unless a field has an error."""
+        """Close the dialog with the sweep if both fields are valid; otherwise show the error."""
         try:
             self.dismiss(self._draft())
         except UserError:
@@ -162,7 +164,9 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
 
 
 def start_sweep(screen: OnQloraApp) -> None:
-    """Open the dialog, start the sweep, and show it. Raises UserError."""
+    """Open the dialog, start the sweep that the user describes, and show it. Raises UserError if the app is
+    connected to a box.
+    """
     refuse_on_box("Sweeps are started on the box", "sweep start RECIPE --vary …")
     app, machine = screen.app, screen.app.system_status.machine
     recipe = with_absolute_paths(app.workbench.recipe)
