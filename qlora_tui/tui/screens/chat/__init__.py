@@ -1,6 +1,8 @@
-"""Chat: ``screen`` has the keys; ``conversation`` has the engine, its requests, and the turns.
+"""The Chat screen. ``screen`` carries out the commands; ``conversation`` owns the engine, sends requests to
+it, and holds the turns.
 
-``turn`` shows a prompt and its answers, ``panels`` the information around them, ``start`` the screen before
-the first message. ``dialogs`` has the prompt field and the screen's dialogs, ``server_dialog`` the server for
-other programs. ``saved`` writes transcripts and conversations.
+``turn`` shows a prompt and its answers, ``panels`` the information around the turns, and ``start`` what is on
+the screen before the first message. ``dialogs`` has the prompt field and the screen's dialogs, except the
+dialog in ``server_dialog``, which runs a server for other programs. ``saved`` writes transcripts and
+conversations.
 """

@@ -1,4 +1,4 @@
-"""A conversation through the engine: loading the model, sending requests, and showing the answers in
+"""A conversation with a model: loads the model in the engine, sends requests to it, and shows the answers in
 turns.
 """
 
@@ -53,7 +53,7 @@ _WARNING_S = 20.0
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """Which adapters of a run answer: two side by side, or one of them.
+    """Two adapters of a run, left and right, and whether both of them or only one answers prompts.
 
     The base model counts as an adapter.
     """
@@ -62,11 +62,13 @@ class AdapterPair:
     left: str
     right: str
     shown: str = "both"
-    """``both``, ``left`` or ``right``."""
+    """Which adapters answer: ``both``, ``left`` or ``right``."""
 
     @classmethod
     def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
-        """Return the base with the newest adapter, or the base alone if there is no adapter."""
+        """Return the pair of the base (left) and the newest adapter (right). Without an adapter, both sides
+        are the base. ``adapter_names``: the adapters of a run, newest first; may include the base.
+        """
         adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
         return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
 
@@ -78,25 +80,29 @@ class AdapterPair:
 
     @property
     def single(self) -> bool:
-        """Whether there is only one adapter, so that there is nothing to compare."""
+        """Whether both sides have the same adapter, so that there is nothing to compare."""
         return self.left == self.right
 
     def split(self) -> AdapterPair:
-        """Return the pair with both adapters shown, or only the right one if both are shown now."""
+        """If both adapters answer, return the pair with only the right adapter answering; otherwise with both
+        answering. The pair is unchanged if it is :attr:`single`.
+        """
         if self.single:
             return self
         return replace(self, shown="right" if self.shown == "both" else "both")
 
     def switched(self) -> AdapterPair:
-        """Return the pair with only the right adapter shown, or only the left one if the right one is shown
-        alone now.
+        """If only the right adapter answers, return the pair with only the left adapter answering; otherwise
+        with only the right adapter answering. The pair is unchanged if it is :attr:`single`.
         """
         if self.single:
             return self
         return replace(self, shown="left" if self.shown == "right" else "right")
 
     def next(self, side: str) -> AdapterPair:
-        """Return the pair with the next adapter on one side, skipping the adapter of the other side."""
+        """Return the pair with the run's next adapter on this side, ``left`` or ``right``. The adapter of the
+        other side is skipped. If there is no further adapter, the pair is unchanged.
+        """
         own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
         free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
         if len(free) < 2:
@@ -106,18 +112,18 @@ class AdapterPair:
 
 
 class Conversation(VerticalScroll, OnQloraApp):
-    """The turns of a conversation, answered by one or two adapters. Owns the engine."""
+    """The turns of a conversation, each answered by one or two adapters. Owns the engine."""
 
     @dataclass
     class Changed(message.Message):
-        """The model, its activity, or the turns have changed."""
+        """Posted when the model, its activity, or the turns have changed."""
 
         doing: str = ""
-        """The current activity if it takes a while, else empty."""
+        """The current activity, such as loading the model; empty if the activity is not to be shown."""
 
     @dataclass
     class EffectChanged(message.Message):
-        """The adapter's effect was measured, or the measurement has made progress."""
+        """Posted when the measurement of the adapter's effect has made progress or has ended."""
 
         effect: str | Effect
 
@@ -138,25 +144,25 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.unfolded = False
         """Whether thoughts are shown."""
         self.path: Path | None = None
-        """Where the conversation is saved; None before its first answer."""
+        """File in which the conversation is saved; None before the first answer."""
         self._asking: Worker[None] | None = None
-        """The worker that answers the last prompt or measures the effect. Only this worker adds turns and
-        writes into them.
+        """The latest worker that answers a prompt or measures the effect, also after it has ended. Only this
+        worker adds turns, and writes into them.
         """
         self._open_requests: list[ReplyStream[Any, Any]] = []
         """Requests that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
-        """Runs and servers that may be in memory together with the chat's model, because both fit or the user
-        allowed it.
+        """Ids of runs and addresses of servers that may be in memory together with the chat's model, because
+        both fit or because the user allowed it.
         """
         self.unloaded_because = ""
-        """Why the model was unloaded, until it is loaded again; empty if the user unloaded it."""
+        """Why the model was unloaded; empty if the user unloaded it, and once it is loaded again."""
         self.choice_counts: dict[ChoiceKind, int] = {}
         """Number of judgments of this model's answers, by kind."""
 
     class Resized(message.Message):
-        """The size of the conversation has changed."""
+        """Posted when the size of the conversation has changed."""
 
     def on_resize(self) -> None:
         self.post_message(self.Resized())
@@ -165,8 +171,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 
     async def on_unmount(self) -> None:
-        """Free the model's memory when the screen is removed."""
-        # Workers that wait for answers have no widgets left to write to.
+        """End the engine, which frees the model's memory, when the screen is removed."""
+        # Without this, workers that wait for answers would write into widgets that no longer exist.
         self.workers.cancel_node(self)
         await self.engine.kill()
 
@@ -176,7 +182,10 @@ class Conversation(VerticalScroll, OnQloraApp):
         return self._asking is not None and not self._asking.is_finished
 
     async def set_source(self, source: ChatSource | None, run: RunDir | None) -> None:
-        """Switch to another run or model, which is loaded when the first prompt is sent."""
+        """Switch to another run or model, and start a new conversation. The model is loaded when the first
+        prompt is sent. ``source``: None if there is nothing to chat with. ``run``: None for a model without a
+        run.
+        """
         before = self.source
         same_base = before is not None and source is not None and before.recipe.model == source.recipe.model
         self.source, self.run_dir = source, run
@@ -186,23 +195,23 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.choice_counts = {} if source is None else await asyncio.to_thread(_choice_counts, source)
         await self.clear()
         if not same_base and self.engine.pid is not None:
-            # The model loaded before is no longer needed.
+            # The loaded model is not the base of the new source, so free its memory.
             await self.engine.close()
 
     async def clear(self) -> None:
-        """Start a new conversation, and stop any activity in this one."""
+        """Stop any activity, remove all turns, and start a new conversation."""
         turns, self.turns, self.path = self.turns, [], None
         for request in self._open_requests:
             request.stop()
         for worker in self.workers.cancel_group(self, "answers"):
-            # The worker writes into the turns until it has ended.
+            # The worker writes into the turns until the worker has ended.
             with suppress(WorkerError):
                 await worker.wait()
         await self.remove_children(turns)
         self.post_message(self.Changed())
 
     async def open_saved(self, path: Path, saved: SavedConversation) -> None:
-        """Show a saved conversation. The next prompt continues it."""
+        """Show the saved conversation in file ``path``. The next prompt continues the conversation."""
         await self.clear()
         self.path, self.system_prompt = path, saved.system_prompt
         for exchange in saved.turns:
@@ -213,42 +222,44 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.post_message(self.Changed())
 
     async def remove_last_turn(self) -> ChatTurn:
-        """Remove the last prompt and its answers, and return them."""
+        """Remove the last turn, and return it. There must be at least one turn."""
         turn = self.turns.pop()
         await turn.remove()
         return turn
 
     async def unfold(self, unfolded: bool) -> None:
-        """Unfold all thoughts, or fold each into one line."""
+        """Show all thoughts in full if ``unfolded``; otherwise fold each thought into one line."""
         self.unfolded = unfolded
         for turn in self.turns:
             for answer in turn.answers.values():
                 await answer.unfold(unfolded)
 
     def send(self, prompt: str, cancel: Callable[[], object] = lambda: None) -> None:
-        """Send a prompt to be answered. ``cancel`` is called if the user decides not to load the model."""
+        """Start answering a prompt, if there is a model. ``cancel`` is called if the user decides not to load
+        the model.
+        """
         if self.source is not None:
             self._asking = self._answer(prompt, cancel)
             self.post_message(self.Changed())
 
     def measure(self) -> None:
-        """Measure the effect of the right adapter."""
+        """Start measuring the effect of the right adapter."""
         self._asking = self._measure()
         self.post_message(self.Changed())
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
-        """Show the result of a worker that has finished."""
+        """When the worker that answers or measures has ended, post ``Changed``."""
         if event.worker is self._asking and event.worker.is_finished:
             if self.engine.pid is None:
                 self.ready = None
             self.post_message(self.Changed())
 
     async def stop(self) -> None:
-        """Stop the current activity."""
+        """Stop the current activity. Answers keep the text generated so far."""
         for request in self._open_requests:
             request.stop()
         if not self._open_requests:
-            # A model that is loading cannot be interrupted, so its process is ended.
+            # Loading a model cannot be interrupted, so the engine's process is ended instead.
             self.post_message(self.Changed("Stopping"))
             await self.engine.close()
 
@@ -260,29 +271,36 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.post_message(self.Changed())
 
     def last_answered(self, answers: int) -> ChatTurn | None:
-        """Return the last turn if it has this many complete answers."""
+        """Return the last turn if it has at least ``answers`` answers with text; otherwise, and during an
+        activity, return None.
+        """
         if not self.turns or self.busy:
             return None
         complete = [answer for answer in self.turns[-1].answers.values() if answer.text.strip()]
         return self.turns[-1] if len(complete) >= answers else None
 
     def record_choice(self, turn: ChatTurn, chosen: AdapterAnswer, rejected: AdapterAnswer) -> None:
-        """Record which answer is better, and count the choice. Raises UserError."""
+        """Save the user's choice between two answers of a turn, and count the choice. Raises UserError if it
+        cannot be saved.
+        """
         names = {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
         prompt = self.messages(turn, chosen.adapter_name)
         answers = {"chosen": chosen.text.strip(), "rejected": rejected.text.strip()}
         self.choice_counts["pairs"] = add_choice("pairs", prompt, answers, self._provenance(turn, names))
 
     def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        """Record how an answer should read, and count the edit. Raises UserError."""
+        """Save the user's corrected ``text`` of an answer, and count the edit. Raises UserError if it cannot
+        be saved.
+        """
         provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
         prompt = self.messages(turn, answer.adapter_name)
         self.choice_counts["edits"] = add_choice("edits", prompt, {"completion": text}, provenance)
 
     def messages(self, turn: ChatTurn, adapter_name: str) -> tuple[Message, ...]:
-        """Return the messages that this adapter has seen so far.
+        """Return the messages for answering a turn with this adapter: system prompt, earlier turns, and the
+        prompt.
 
-        Turns that it did not answer are left out.
+        Earlier turns that the adapter did not answer are left out.
         """
         messages = [Message("system", self.system_prompt)] if self.system_prompt else []
         earlier = self.turns[: self.turns.index(turn)] if turn in self.turns else []
@@ -308,11 +326,13 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether to load the model. If it may not fit into memory, ask the user."""
+        """Return whether the model may be loaded. The user is asked if it may not fit into memory together
+        with a run or a server.
+        """
         if self.ready is not None:
             return True
         active, loaded = self.app.system_status.active, self.app.system_status.loaded_server
-        # The app's last poll may be a second old.
+        # Read the status again, since the app's last poll may be a second old.
         if active is not None and (status := read_status(active)).state in ACTIVE:
             may_load = await self._may_share(
                 active.id,
@@ -337,9 +357,15 @@ class Conversation(VerticalScroll, OnQloraApp):
     async def _may_share(
         self, who: str, status: Status | None, *, title: str, what: str, is_over: Callable[[], bool]
     ) -> bool:
-        """Return whether the chat's model may be in memory together with a run or a server. If both may not
-        fit, ask the user once. ``status``: the run's status; None for a server, which has already allocated
-        its memory.
+        """Return whether the chat's model may be in memory together with a run or a server. If the two may
+        not fit, ask the user; a yes is remembered.
+
+        Args:
+            who: Id of the run, or address of the server.
+            status: Status of the run; None for a server, which has already allocated its memory.
+            title: Title of the question.
+            what: The reason for the question, as the beginning of a sentence.
+            is_over: Returns whether the run or server has ended, so that the question can be closed.
         """
         if who in self._shares_with:
             return True
@@ -357,8 +383,9 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Return whether the free memory is enough for what the chat and the active run have yet to allocate.
 
         Args:
-            status: the run's status; None without a run. From its first step on, a run's memory is allocated.
-            is_loaded: whether the chat's model is already in memory.
+            status: Status of the run; None without a run. From its first step on, a run has allocated its
+                memory.
+            is_loaded: Whether the chat's model is already in memory.
         """
         source, machine = self.source, self.app.system_status
         active, device = machine.active, budget_for(machine.gpu).device
@@ -382,7 +409,9 @@ class Conversation(VerticalScroll, OnQloraApp):
         return free_bytes is not None and None not in sizes and sum(filter(None, sizes)) <= free_bytes
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
-        """Give the chat's memory to a run that is starting."""
+        """If a run has become active, find out whether it fits into memory with the model, and unload the
+        model if not.
+        """
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
             self._shares_with.add(active.id)  # while the app finds out whether both fit
@@ -413,7 +442,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.anchor()
         sampling = self.sampling
         if sampling.seed is None:
-            # Use the same seed for both, so that the answers differ only by the adapter.
+            # Use the same seed for both adapters, so that their answers differ only because of the adapters.
             sampling = msgspec.structs.replace(sampling, seed=random.randrange(1 << 32))
         try:
             await self._load()
@@ -440,13 +469,13 @@ class Conversation(VerticalScroll, OnQloraApp):
                     if effect := reply.thinking.effect_of(self.thinking):
                         self.notify(effect)
         except asyncio.CancelledError:
-            # Otherwise a model that is no longer needed would hold memory.
+            # Otherwise, the engine would keep a model in memory that is no longer needed.
             await self.engine.close()
             raise
         self.post_message(self.Changed())
 
     async def _generate(self, turn: ChatTurn, adapter_name: str, sampling: Sampling) -> None:
-        """Stream one adapter's answer. An error is shown in its place."""
+        """Stream one adapter's answer into the turn. If there is an error, show it in place of the answer."""
         request = self.engine.ask(
             Generate(
                 messages=self.messages(turn, adapter_name),
@@ -479,7 +508,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             self._open_requests.remove(request)
 
     async def _decide(self, turn: ChatTurn, answer: AdapterAnswer) -> None:
-        """Show the probability of each label if the adapter was trained to choose between labels."""
+        """Show the probability of each label below the answer. For adapters in GGUF files, do nothing."""
         name = answer.adapter_name
         if self.source is None or name not in self.source.adapter_names:
             return  # llama.cpp answers
@@ -512,8 +541,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer: the reason why the model was unloaded, or that ``what`` was
-        stopped.
+        """Return the note for a stopped answer. It has the reason why the model was unloaded or, if there is
+        none, ``what``: what was stopped, or why.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")
@@ -533,6 +562,6 @@ class Conversation(VerticalScroll, OnQloraApp):
 
 
 def _choice_counts(source: ChatSource) -> dict[ChoiceKind, int]:
-    """Return the number of judgments of this model's answers, by kind."""
+    """Return the number of saved judgments of this model's answers, by kind."""
     kinds: tuple[ChoiceKind, ...] = get_args(ChoiceKind)
     return {kind: count_choices(source.recipe.model.id, kind) for kind in kinds}

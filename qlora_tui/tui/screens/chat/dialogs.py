@@ -62,15 +62,17 @@ class PromptBox(OwnKeysFirst, TextArea):
 
     @dataclass
     class Sent(Message):
-        """Enter was pressed in a field with text."""
+        """Posted when Enter is pressed in a field with text."""
 
         text: str
 
     class Recalled(Message):
-        """Up was pressed in the empty field."""
+        """Posted when Up is pressed in the empty field."""
 
     def __init__(self, hint: Content, unfocused_hint: Content, *, id: str) -> None:
-        """Create the field. Its hints are shown while it is empty."""
+        """Create the field. While it is empty, it shows ``hint`` if it has the focus, and ``unfocused_hint``
+        otherwise.
+        """
         self._hint, self._unfocused_hint = hint, unfocused_hint
         super().__init__(
             id=id,
@@ -89,18 +91,18 @@ class PromptBox(OwnKeysFirst, TextArea):
         self.placeholder = self._unfocused_hint
 
     def action_send(self) -> None:
-        """Post ``Sent`` and clear the field."""
+        """If the field has text, clear the field and post ``Sent``."""
         text = self.text.strip()
         if text:
             self.text = ""
             self.post_message(self.Sent(text))
 
     def action_new_line(self) -> None:
-        """Start a new line."""
+        """Insert a line break at the cursor."""
         self.insert("\n")
 
     def put(self, text: str) -> None:
-        """Replace the text, and move the cursor to its end."""
+        """Replace the text, move the cursor to the end of the text, and focus the field."""
         self.text = text
         self.move_cursor(self.document.end)
         self.focus()
@@ -113,7 +115,7 @@ class PromptBox(OwnKeysFirst, TextArea):
 
 
 class AnswerArea(OwnKeysFirst, TextArea):
-    """A field of several lines, in which Enter starts a new line."""
+    """A field with several lines, in which Enter starts a new line and Ctrl+S saves."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+s", "screen.save", show=False)]
 
@@ -154,13 +156,13 @@ class AnswerEditor(ModalScreen[str | None]):
         area.move_cursor(area.document.end)
 
     def action_save(self) -> None:
-        """Return the text if it was changed."""
+        """Close the dialog with the text if it was changed and is not empty; otherwise with None."""
         text = self.query_one(AnswerArea).text.strip()
         self.dismiss(text if text and text != self._answer else None)
 
 
 class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
-    """Dialog that returns sampling settings and system prompt; None if closed with Escape."""
+    """Dialog that returns the sampling settings and the system prompt; None if closed with Escape."""
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -195,18 +197,20 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self.query_one(Input).focus()
 
     def on_input_submitted(self) -> None:
-        """Apply the settings when Enter is pressed in a number field."""
+        """Apply the settings: Enter was pressed in a number field."""
         self.action_apply()
 
     def action_earlier_prompt(self) -> None:
-        """Insert the next previously used system prompt. After the last, insert the current prompt again."""
+        """Replace the text of the system prompt with the next earlier prompt. After the last earlier prompt,
+        the text that was in the field at first appears again.
+        """
         if self._earlier_prompts:
             field = self.query_one(TextArea)
             self._earlier_prompts.append(field.text.strip())
             field.text = self._earlier_prompts.pop(0)
 
     def action_apply(self) -> None:
-        """Apply the fields if they are valid; otherwise show what is wrong."""
+        """Close the dialog with the settings if all fields are valid; otherwise show what is wrong."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         try:
             numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}
@@ -228,7 +232,9 @@ def _number(name: str, text: str) -> float | int | None:
 
 
 def _words(error: Exception) -> str:
-    """Return a message for users from msgspec's ``Expected `float` <= 5.0 - at `$.temperature` ``."""
+    """Return a readable message for an error in a field. msgspec's errors look like ``Expected `float` <= 5.0
+    - at `$.temperature` ``.
+    """
     text = str(error)
     what, _, where = text.partition(" - at `$.")
     if not where:
@@ -245,7 +251,9 @@ def chat_runs() -> list[RunDir]:
 
 
 def source_picker(runs: list[RunDir], model: str) -> ListPicker[str]:
-    """Return a dialog that returns the id of the selected run, or of the recipe's model."""
+    """Return a dialog for choosing what to chat with. The dialog returns the id of a run, or ``model``, the
+    id of the recipe's model, which is listed only if it is not empty.
+    """
     choices = [Choice(run.id, _line(run), run.id) for run in runs]
     if model:
         name = model.rstrip("/").rpartition("/")[2]
@@ -265,9 +273,9 @@ def _line(run: RunDir) -> Content:
 
 
 def conversation_picker(conversations: Sequence[tuple[Path, SavedConversation]]) -> ListPicker[Path]:
-    """Return a dialog that returns the file of the selected conversation.
+    """Return a dialog for choosing a saved conversation. The dialog returns the file of the conversation.
 
-    Its filter also searches the messages.
+    The dialog's filter also searches the messages.
     """
     now, choices = clock.now(), []
     for path, saved in conversations:

@@ -1,4 +1,4 @@
-"""Panels around a conversation: the adapters that answer and their settings, the adapter's effect, the side
+"""Panels around a conversation: which adapters answer with which settings, the adapter's effect, and the side
 column.
 """
 
@@ -50,20 +50,20 @@ UNFOCUSED_HINT = "{chat.write} writes a message"
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
-"""Minimum number of columns for drawing the layers, however narrow the window."""
+"""Minimum number of columns of the chart of layers, however narrow the window is."""
 _LABEL = 12
 _AGE = 10
 """Width of a conversation's age, in cells."""
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
-"""Approximate value for English text."""
+"""Approximate number of characters per token in English text."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
-    """Return a line with the run, its adapters (active ones reversed), and the state.
+    """Return a line with the name of the run or model, its adapters (reversed if they answer), and the state.
 
-    A long name is cut in the middle.
+    If the line is too long, the middle of the name is left out.
     """
     parts: list[Content | str | tuple[str, str]] = ["  "]
     for number, adapter_name in enumerate(dict.fromkeys((pair.left, pair.right))):
@@ -78,14 +78,18 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
 
 
 def loaded_text(ready: ChatReady) -> str:
-    """Return ``RTX 4090 bfloat16, 5.2 GiB, context 32,768``."""
+    """Return ``RTX 4090 bfloat16, 5.2 GiB, context 32,768``: the device, dtype, memory and context of a
+    loaded model.
+    """
     return (
         f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
     )
 
 
 def unloaded_text(chat: Conversation, server: ServerStatus | None) -> str:
-    """Return what holds or freed the model that answers here; empty if it is loaded or was never needed."""
+    """Return a note that a server holds a model in memory while the chat does not, or on why the chat's model
+    was unloaded. The text is empty if neither applies. ``server``: None if no server holds a model.
+    """
     if server is not None and not chat.ready:
         return (
             f"■ The server on port {server.port} holds its own copy of {short_model_name(server.base)} "
@@ -96,8 +100,8 @@ def unloaded_text(chat: Conversation, server: ServerStatus | None) -> str:
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
-    """Return the thinking mode, such as ``thinking on``; empty if the mode is unknown or the model cannot
-    think.
+    """Return the thinking mode, such as ``thinking on``. The text is empty if the model cannot think, or if
+    no model is loaded and the mode is ``auto``.
     """
     if ready is None:
         return "" if setting == "auto" else f"thinking {setting}"
@@ -114,17 +118,15 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
 
 
 def answering_text(pair: AdapterPair) -> str:
-    """Return which adapters answer, in words, for terminals without color; empty if there is only one
-    adapter.
-    """
+    """Return which adapters answer, for terminals without color; empty if there is only one adapter."""
     if pair.single:
         return ""
     return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
 
 
 def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
-    """Return (label, value, short value) rows for the adapters that answer and the sampling settings. Default
-    settings have no short value.
+    """Return (label, value, short value) rows on the adapters that answer, judgments and sampling settings.
+    Most settings with the default value have an empty short value.
     """
     sampling, greedy = chat.sampling, not chat.sampling.temperature
     answering, thinks = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
@@ -156,8 +158,8 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
-    """Return a line with the adapters that answer, thinking, the sampling settings, and where the
-    conversation is saved.
+    """Return a line with the short values of :func:`session_rows` and the path of the transcript.
+    ``transcript``: None if nothing was saved; then the line has the key that changes the settings.
     """
     parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)
@@ -175,8 +177,8 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
 
 
 def effect_text(measured: Effect, width: int) -> Content:
-    """Return the verdict on the adapter's effect, and below it the mean KL divergence and the relative change
-    of each layer, drawn relative to the largest change.
+    """Return the verdict on the adapter's effect. A line below it has the mean KL divergence, and a chart of
+    the relative change of each layer, scaled to the largest change.
     """
     figures = f"KL {format_nats(measured.mean_kl)} nats"
     if measured.layers:
@@ -192,7 +194,7 @@ def effect_text(measured: Effect, width: int) -> Content:
 
 
 class ChatSide(Vertical):
-    """The column next to the conversation: run, sampling, tokens, saved conversations."""
+    """The column next to the conversation: run, sampling settings, tokens, and saved conversations."""
 
     def __init__(self) -> None:
         super().__init__(id="chat-side")
@@ -205,7 +207,13 @@ class ChatSide(Vertical):
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
     def show(self, chat: Conversation, start: ChatStart, transcript: Path | None) -> None:
-        """Show the run, the state of a conversation, and the path of its transcript."""
+        """Show a conversation and its run.
+
+        Args:
+            chat: The conversation.
+            start: Facts about the run.
+            transcript: Path of the conversation's transcript; None if nothing was saved.
+        """
         width = max(20, self.query_one("#side-settings").content_size.width)
         if chat.source is not None:
             self.query_one("#chat-run-panel", Panel).show_title("Run" if chat.run_dir else "Recipe")
@@ -235,8 +243,8 @@ class ChatSide(Vertical):
 
 
 def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
-    """Return lines with each adapter's use of the context after its last answer, and the speed of that
-    answer.
+    """Return lines on the loaded model, on how much of its context each adapter's last answer used, and on
+    the speed of that answer. ``outcomes``: the result of each adapter's last answer, by adapter.
     """
     lines = [
         labeled("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}", _LABEL),
@@ -255,7 +263,9 @@ def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, widt
 def history_lines(
     conversations: Sequence[tuple[Path, SavedConversation]], transcript: Path | None, now: float, width: int
 ) -> list[Content]:
-    """Return the path of the transcript, and this run's saved conversations, newest first."""
+    """Return lines with the transcript's path, if there is a transcript, and the given conversations.
+    ``now``: the current Unix time.
+    """
     lines = [conversation_line(saved, now, width) for _, saved in conversations]
     if transcript is not None:
         lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))
@@ -263,7 +273,9 @@ def history_lines(
 
 
 def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
-    """Return ``4 min ago  Where is my parcel? (3)``: age, first prompt, number of prompts."""
+    """Return ``4 min ago  Where is my parcel? (3)``: age, first prompt, and number of prompts if there are
+    several.
+    """
     seconds = now - saved.at
     age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
     prompt = " ".join(saved.turns[0].prompt.split())
@@ -274,9 +286,14 @@ def conversation_line(saved: SavedConversation, now: float, width: int) -> Conte
 
 
 def prompt_title(text: str, tokens: int | None, *, has_suggestions: bool) -> Content:
-    """Return ``Message · 12 tokens``, counted by the tokenizer, or estimated if no model is loaded.
+    """Return ``Message · 12 tokens``, the title of the prompt field with the length of ``text``.
 
-    With suggestions above an empty field, the title names them.
+    If ``text`` is empty, the title names the suggested messages, if there are any, instead.
+
+    Args:
+        text: The text in the field.
+        tokens: Number of tokens, counted by the tokenizer; None to estimate it.
+        has_suggestions: Whether suggested messages are shown above the field.
     """
     if not text:
         return Content("Suggested messages" if has_suggestions else "Message")

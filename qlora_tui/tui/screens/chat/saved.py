@@ -1,5 +1,5 @@
-"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. They are in the
-run's folder, or next to the runs' folders for a base model without a run.
+"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. They are saved
+in the run's folder or, for a base model without a run, next to the runs' folders.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ _CONVERSATIONS = msgspec.json.Decoder(SavedConversation)
 
 
 def transcript_path(run: RunDir | None) -> Path:
-    """Return the path of today's transcript: in the run's folder, or a shared file for a base model without a
-    run or a deleted run. Transcripts of a run on another box are saved on this machine, next to the copy of
-    the box's runs.
+    """Return the path of today's transcript.
+
+    The transcript is in the folder of the run. For a base model without a run, and for a deleted run, it is
+    in a folder for all such chats. For a run on another box, it is on this machine, next to the copies of the
+    box's runs.
     """
     if run is not None and current() is not None:
         folder = paths.state_dir() / "chats" / run.id
@@ -66,8 +68,8 @@ def transcript_path(run: RunDir | None) -> Path:
 
 
 def format_setting(value: float) -> str:
-    """Format a setting with all of its digits, so that it can be typed again. A seed, for example, must not
-    be rounded.
+    """Return a setting with all of its digits, so that the user can type the text again. A seed, for example,
+    must not be rounded.
     """
     return str(value) if isinstance(value, int) else format_number(value)
 
@@ -80,10 +82,10 @@ def append_exchange(
     system_prompt: str = "",
     thoughts: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Append a prompt, its sampling settings and its answers to today's transcript. Returns its path; raises
-    OSError.
+    """Append a prompt, its sampling settings and its answers to today's transcript, and return the path of
+    the transcript. Raises OSError.
 
-    ``answers`` and ``thoughts`` are by adapter.
+    ``answers`` and ``thoughts`` are texts by name of the adapter.
     """
     path = transcript_path(run)
     private_dir(path.parent)
@@ -107,7 +109,7 @@ def append_exchange(
 
 
 def new_conversation_path(run: RunDir | None) -> Path:
-    """Return an unused path for a conversation, in the folder of the run's transcripts."""
+    """Return an unused path for a conversation file, in the folder of the run's transcripts."""
     folder = transcript_path(run).parent
     stem = time.strftime("%Y%m%d-%H%M%S", time.localtime(clock.now()))
     path, number = folder / f"{stem}.json", 2
@@ -118,7 +120,7 @@ def new_conversation_path(run: RunDir | None) -> Path:
 
 
 def save_conversation(path: Path, turns: Sequence[ChatTurn], system_prompt: str) -> None:
-    """Write the turns that have an answer. Raises OSError."""
+    """Write the turns with at least one answer to a conversation file. Raises OSError."""
     saved = []
     for turn in turns:
         answers = {
@@ -134,7 +136,9 @@ def save_conversation(path: Path, turns: Sequence[ChatTurn], system_prompt: str)
 
 
 def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation]]:
-    """Return the saved conversations with a run, newest first. Unreadable files are left out."""
+    """Return (path, conversation) for the newest saved conversations with a run, newest first. Unreadable
+    files are left out. ``run``: None for conversations with a base model without a run.
+    """
     try:
         paths = sorted(transcript_path(run).parent.glob("*.json"), reverse=True)[:_MAX_LISTED]
     except OSError:

@@ -1,4 +1,4 @@
-"""Chat: base and adapter answer the same prompt from one copy of the model."""
+"""The Chat screen: base and adapter answer the same prompt, computed from one copy of the base's weights."""
 
 from __future__ import annotations
 
@@ -70,24 +70,24 @@ if TYPE_CHECKING:
     from qlora_tui.tui.system_status import SystemStatus
 
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
-"""Actions whose keys do not type text. The footer shows only these while a prompt is written."""
+"""Actions with keys that do not type text. The footer shows only these while a prompt is being written."""
 _SIDE_CELLS = 120
 """Minimum width, in cells, for a side column next to one answer; two answers need a very wide window."""
 _HIGH_CELLS = 50
-"""Minimum height of the window, in cells, for offering more prompts to begin with."""
+"""Minimum height of the window, in cells, at which more starter prompts are offered."""
 _HINTS = (HINT, UNFOCUSED_HINT)
 _COUNT_AFTER_S = 0.3
 """Seconds to wait after the last key press before the tokens of a prompt are counted."""
 _MAX_SEARCH = 24
 """Maximum width of the search text in the title, in cells."""
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
-"""Cells that a panel takes around its title, and around its contents with and without a border."""
+"""Cells around a panel's title, and around its contents with and without a border."""
 _CHOICES: dict[ChoiceKind, str] = {"edits": "edit", "pairs": "choice"}
-"""Noun for each kind of judgment. If both kinds have enough judgments, a run is prepared on the first."""
+"""Noun for each kind of judgment. If there are enough of both kinds, a run is trained on the first kind."""
 
 
 class ChatScreen(WorkScreen):
-    """The Chat screen: one prompt, answered by one or two adapters."""
+    """The Chat screen: a conversation, in which one or two adapters answer each prompt."""
 
     MODE = "chat"
     CSS_PATH = "chat.tcss"
@@ -96,16 +96,16 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
-            # As high as the view, since Textual would align shorter content with the bottom.
+            # As high as the view, since Textual would otherwise align short contents with the bottom.
             Static(id="chat-floor"),
         )
         self.source_name = ""
         self.search = ""
-        """Only exchanges that contain this text are shown; all if it is empty."""
+        """Text that an exchange must contain to be shown; empty to show all exchanges."""
         self._start = ChatStart()
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
-        """Port and memory of the server that is known to hold a model."""
+        """Port of the server that holds a model, and that model's memory in bytes; None if there is none."""
 
     @property
     def help_state(self) -> str:
@@ -128,7 +128,7 @@ class ChatScreen(WorkScreen):
     # Which model
 
     def on_screen_resume(self) -> None:
-        """Select the newest run if none was selected or the selected one was deleted."""
+        """If nothing is selected, or the selected run was deleted, select the newest run."""
         chat = self.conversation
         deleted = chat.run_dir is not None and not chat.run_dir.path.exists() and not chat.busy
         if deleted:
@@ -141,9 +141,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """Update the header when a server loads or unloads a model, because the chat would load a second
-        copy.
-        """
+        """Update the header, which names a server that holds a model, when a server loads or unloads one."""
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None
         if held != self._held_by_server and not self.conversation.busy:
@@ -151,12 +149,12 @@ class ChatScreen(WorkScreen):
             self.show_header()
 
     async def chat_with(self, run: RunDir) -> None:
-        """Switch to a run that the user selected, and focus the prompt field."""
+        """Switch to this run, and focus the prompt field."""
         await self._show_run(run)
         self.action_write()
 
     async def _show_run(self, run: RunDir) -> None:
-        """Switch to another run. Its model is loaded when the first prompt is sent."""
+        """Switch to this run. Its model is loaded when the first prompt is sent."""
         try:
             source = run_source(run)
         except UserError as problem:
@@ -185,7 +183,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_choose_source(self) -> None:
-        """Select another run, or the recipe's model."""
+        """Ask for another run or the recipe's model, and switch to it."""
         recipe = self.app.workbench.recipe
 
         async def chat(chosen: str) -> None:
@@ -207,7 +205,7 @@ class ChatScreen(WorkScreen):
             )
 
     def action_serve(self) -> None:
-        """Show the server for other programs, and start or stop it."""
+        """Open the dialog that starts and stops a server for other programs."""
         from qlora_tui.tui.screens.chat.server_dialog import ServerScreen
 
         refuse_on_box("A server runs on the box", "serve RUN --background")
@@ -220,15 +218,15 @@ class ChatScreen(WorkScreen):
     # Which adapters, and how they answer
 
     def action_toggle_adapter(self) -> None:
-        """Switch between the adapter and the base."""
+        """Let only the base answer if only the adapter answers now; otherwise only the adapter."""
         self._choose(self.conversation.pair.switched())
 
     def action_split(self) -> None:
-        """Switch between two columns and one."""
+        """Let only the adapter answer if both answer now; otherwise both, in two columns."""
         self._choose(self.conversation.pair.split())
 
     def action_next_adapter(self, side: str) -> None:
-        """Select another of the run's checkpoints."""
+        """Select the next adapter or checkpoint of the run for this side, ``left`` or ``right``."""
         self._choose(self.conversation.pair.next(side))
 
     def _choose(self, pair: AdapterPair) -> None:
@@ -238,7 +236,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_thinking(self) -> None:
-        """Turn thinking on or off, or notify the user that the model has no thinking mode."""
+        """Turn thinking off if it is on, otherwise on. If the model cannot do that, notify the user."""
         chat = self.conversation
         if chat.source is None:
             return
@@ -253,11 +251,11 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_unfold(self) -> None:
-        """Unfold all thoughts, or fold each into one line."""
+        """Fold each thought into one line if thoughts are shown in full; otherwise show them in full."""
         await self.conversation.unfold(not self.conversation.unfolded)
 
     def action_settings(self) -> None:
-        """Ask for the sampling settings and the system prompt."""
+        """Ask for the sampling settings and the system prompt, and use them from the next prompt on."""
 
         def apply(given: tuple[Sampling, str]) -> None:
             self.conversation.sampling, self.conversation.system_prompt = given
@@ -270,7 +268,9 @@ class ChatScreen(WorkScreen):
     # Prompts and answers
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Disable keys that type text while the field has the focus, and most keys if there is no model."""
+        """Return whether an action is available: few are without a model, and none whose key types text while
+        the prompt field has the focus.
+        """
         is_own = self.has_command(action)
         if self.conversation.source is None and is_own:
             return action in ("choose_source", "settings", "serve")
@@ -294,39 +294,37 @@ class ChatScreen(WorkScreen):
         self._focus_starters()
 
     def _focus_starters(self) -> None:
-        """Put the cursor on the prompts to begin with, if they are shown and nothing else has the focus."""
+        """Focus the starter prompts if they are shown and no other widget has the focus."""
         starters = self.query_one(Starters)
         if starters.display and self.is_current and self.focused is None:
             starters.focus()
 
     def on_option_list_option_selected(self, event: Starters.OptionSelected) -> None:
-        """Send one of the prompts to begin with."""
+        """Send the selected starter prompt."""
         box = self.query_one(PromptBox)
         box.focus()
         box.post_message(PromptBox.Sent(self.query_one(Starters).prompt(event.option)))
 
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
-        """Send the prompt."""
+        """Send the prompt or, while the model is still answering, put it back into the field."""
         box = self.query_one(PromptBox)
         if self.conversation.busy:
             box.put(event.text)
             self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
             return
-        # The new exchange is shown even if it does not match the search.
+        # End the search, so that the new exchange is shown.
         self._search_for("")
         self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
-        """When Up is pressed in the empty field, restore the last prompt, or move to the prompts to begin
-        with.
-        """
+        """Put the last prompt back into the field or, before the first prompt, focus the starter prompts."""
         if self.conversation.turns:
             await self.action_edit_last()
         else:
             self.query_one(Starters).focus()
 
     def on_text_area_changed(self, event: TextArea.Changed) -> None:
-        """Show the length of the prompt in tokens."""
+        """Show the prompt's estimated length in tokens; the exact length follows if a model is loaded."""
         self._show_prompt_length(None)
         if self.conversation.ready is not None and event.text_area.text:
             self._count_tokens(event.text_area.text)
@@ -335,13 +333,12 @@ class ChatScreen(WorkScreen):
     async def _count_tokens(self, text: str) -> None:
         await asyncio.sleep(_COUNT_AFTER_S)
         if self.conversation.ready is None or text != self.query_one(PromptBox).text:
-            # The model was unloaded in the meantime, and a request would start the engine again; or the
-            # prompt was sent.
+            # The prompt has changed, or the model was unloaded and a request would start the engine.
             return
         try:
             tokens = await self.conversation.engine.ask(CountTokens(text=text)).result()
         except (EngineClosedError, UserError):
-            # The model was unloaded in the meantime, so the estimate stays.
+            # The title keeps the estimate, because the tokens could not be counted.
             return
         if text == self.query_one(PromptBox).text:
             self._show_prompt_length(tokens)
@@ -356,17 +353,17 @@ class ChatScreen(WorkScreen):
         await self.conversation.stop()
 
     async def action_retry(self) -> None:
-        """Answer the last prompt again with the adapters that are selected now."""
+        """Answer the last prompt again, with the adapters selected now, and remove its old answers."""
         if self.conversation.turns and not self.conversation.busy:
             self.conversation.send((await self.conversation.remove_last_turn()).prompt)
 
     async def action_edit_last(self) -> None:
-        """Put the last prompt back into the field, and remove its answers."""
+        """Move the last prompt from the conversation back into the field, and remove its answers."""
         if self.conversation.turns and not self.conversation.busy:
             self.query_one(PromptBox).put((await self.conversation.remove_last_turn()).prompt)
 
     def action_copy(self, side: str) -> None:
-        """Copy one side's last answer."""
+        """Copy the last answer of the adapter on this side, ``left`` or ``right``."""
         pair = self.conversation.pair
         name = pair.left if side == "left" else pair.right
         answers = [turn.answers[name] for turn in self.conversation.turns if name in turn.answers]
@@ -376,11 +373,11 @@ class ChatScreen(WorkScreen):
         self.app.copy_to_clipboard(answers[-1].text.strip())
 
     def action_scroll_conversation(self, by: int) -> None:
-        """Scroll by this many lines, up or down."""
+        """Scroll down by three lines times ``by``, or up if ``by`` is negative."""
         self.conversation.scroll_relative(y=3 * by, animate=False)
 
     def action_effect(self) -> None:
-        """Measure the adapter's effect."""
+        """Measure the effect of the right adapter."""
         if self.conversation.pair.single:
             self.notify("This chat has no adapter to measure.")
         elif not self.conversation.busy:
@@ -389,12 +386,12 @@ class ChatScreen(WorkScreen):
     # Earlier exchanges
 
     async def action_clear(self) -> None:
-        """Start a new conversation."""
+        """Start a new conversation, and end the search."""
         self.search = ""
         await self.conversation.clear()
 
     def action_history(self) -> None:
-        """Select a saved conversation to continue."""
+        """Ask for a saved conversation, and continue it."""
         conversations = list_conversations(self.conversation.run_dir)
         if not conversations:
             self.notify("No conversation with this run has been saved yet.")
@@ -408,11 +405,11 @@ class ChatScreen(WorkScreen):
         self.ask(conversation_picker(conversations), open_saved)
 
     def action_search(self) -> None:
-        """Ask for a text to search the exchanges for."""
+        """Ask for a text, and show only the exchanges that contain it."""
         ask_search(self, "exchanges", self.search, self._search_for)
 
     def _search_for(self, text: str) -> None:
-        """Show only the exchanges that contain this text."""
+        """Show only the exchanges that contain this text, or all if it is empty."""
         self.search = text
         for turn in self.conversation.turns:
             turn.display = turn.contains(text)
@@ -421,7 +418,7 @@ class ChatScreen(WorkScreen):
     # Judgments
 
     def action_prefer(self, side: str) -> None:
-        """Record that the answer on this side, ``left`` or ``right``, is the better of the last two."""
+        """Record that, of the last two answers, the answer on this side (``left`` or ``right``) is better."""
         turn = self.conversation.last_answered(2)
         if turn is None:
             self.notify("There are not two answers to choose from. Show base and adapter side by side first.")
@@ -445,7 +442,7 @@ class ChatScreen(WorkScreen):
             rejected.show_judgment("")
 
     def action_edit_answer(self) -> None:
-        """Let the user edit the adapter's last answer, and record the edited answer as training data."""
+        """Let the user edit the adapter's last answer, and save the edited answer as training data."""
         turn = self.conversation.last_answered(1)
         if turn is None:
             self.notify("There is no answer to edit yet.")
@@ -460,7 +457,7 @@ class ChatScreen(WorkScreen):
         self.ask(AnswerEditor(answer.adapter_name, answer.text.strip()), record)
 
     def _notify_recorded(self, kind: ChoiceKind, what: str) -> None:
-        """Notify the user how many judgments of this kind have been saved."""
+        """Notify the user that ``what`` was saved, and how many judgments there are of its kind."""
         count = self.conversation.choice_counts[kind]
         if count < ENOUGH:
             self.notify(f"Saved: {what} ({count} of the {ENOUGH} needed to train).")
@@ -470,7 +467,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_train_on_choices(self) -> None:
-        """Prepare a run on the saved edits or choices, whichever kind has enough."""
+        """Prepare a run on the saved edits or, if only the choices are enough, on the saved choices."""
         source, run = self.conversation.source, self.conversation.run_dir
         if source is None:
             return
@@ -493,7 +490,7 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_descendant_focus(self) -> None:
-        """Update the header, which says what Enter does."""
+        """Before the first message, update the header, because it says what Enter does."""
         if self.has_class("-start"):
             self.call_later(self.show_header)
 
@@ -502,20 +499,18 @@ class ChatScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_effect(self._effect))
 
     def on_conversation_changed(self, event: Conversation.Changed) -> None:
-        """Show the state of the conversation."""
+        """Show the new state of the conversation."""
         self.show_header(event.doing)
         self.refresh_bindings()
 
     def on_conversation_effect_changed(self, event: Conversation.EffectChanged) -> None:
-        """Show the adapter's effect, or the progress of measuring it."""
+        """Show the adapter's effect, or the progress of its measurement."""
         self.show_effect(event.effect)
 
     @on(ChatTurn.Resized)
     @on(Conversation.Resized)
     def _fit_panel(self) -> None:
-        """Make the panel as high as its conversation, so that the prompt field is directly below the last
-        answer until the window is full.
-        """
+        """Limit the panel's height to its contents, so that the prompt field follows the last answer."""
         chat, panel = self.conversation, self.query_one("#chat-panel")
         if not chat.turns or not chat.display:
             panel.styles.max_height = None
@@ -538,20 +533,20 @@ class ChatScreen(WorkScreen):
 
     @property
     def _room(self) -> int:
-        """Width of a line inside the panel, in cells."""
+        """Width of a line inside the chat panel, in cells."""
         has_border = self.has_class("-tall") and not self.has_class("-narrow")
         return self._main_width - (_FRAME if has_border else _SHORT_FRAME)
 
     def show_header(self, doing: str = "") -> None:
-        """Show the model, its adapters, and the current state."""
+        """Update everything around the turns. ``doing``: the current activity; empty if there is none."""
         chat, has_source = self.conversation, self.conversation.source is not None
-        # Two answers take the whole width, unless the window is wide enough for the side column too.
+        # Two answers take the whole width, unless the window is wide enough for the side column as well.
         starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
         side_from = _SIDE_CELLS if is_start or len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
         if starters.has_focus and not is_start:
-            # Otherwise Textual would focus the field, and keys would be typed into it.
+            # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
             self.set_focus(None)
         self.set_class(has_source and is_start, "-start")
         self.query_one("#chat-start").display = starters.display = has_source and is_start
@@ -596,6 +591,6 @@ class ChatScreen(WorkScreen):
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:
-    """Switch to the Chat screen with ``run``."""
+    """Switch to the Chat screen, and chat with this run."""
     await app.switch_mode("chat")
     await cast("ChatScreen", app.screen).chat_with(run)

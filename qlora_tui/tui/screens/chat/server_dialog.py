@@ -1,4 +1,6 @@
-"""The server dialog: starts and stops the server, and shows its address and activity."""
+"""The dialog that starts and stops a server for other programs, and shows the server's address and
+activity.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
 _NARROW_CELLS = 66
 _NAMES = 6
-"""Maximum number of models to list by name; the rest are counted."""
+"""Maximum number of models that are listed by name. The number of further models is shown."""
 _WHAT = (
     "A server lets other programs use base, runs and checkpoints through an OpenAI-compatible API: scripts, "
     "editors, Open WebUI. It outlives this app, and gives the GPU to each run that starts."
@@ -40,7 +42,9 @@ _NOTHING = "No run has an adapter to serve yet."
 
 
 class ServerScreen(TextDialog[None], OnQloraApp):
-    """Shows the running server, or offers to start one for the runs with the same base as the chat."""
+    """Shows the running server or, if no server is running, offers to start one for all runs on the chat's
+    base.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [_TOGGLE, _COPY, _CLOSE]
 
@@ -69,7 +73,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
     @property
     def _keys(self) -> list[Binding]:
-        """Keys that are available now, except the key that closes the dialog."""
+        """Keys that are available now, without the key that closes the dialog."""
         if self._doing:
             return []
         if self._server is not None:
@@ -92,7 +96,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         return self.query_one("#server-status", Lines).content_size.width or _NARROW_CELLS
 
     def action_start_or_stop(self) -> None:
-        """Start or stop the server."""
+        """Stop the server if one is running. Otherwise, start a server if the chat has a run."""
         run, server = self._conversation.run_dir, self._server
         if server is not None:
             self._do("Stopping…", partial(asyncio.to_thread, stop_server, server))
@@ -100,13 +104,13 @@ class ServerScreen(TextDialog[None], OnQloraApp):
             self._do("Starting…", partial(self._start, run))
 
     async def _start(self, run: RunDir) -> None:
-        # Free the chat's memory for the server.
+        # Free the chat's memory, which the server needs.
         await self._conversation.unload()
         await asyncio.to_thread(start_in_background, [run.id, "--all"])
 
     @work(exclusive=True)
     async def _do(self, doing: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Await ``work``, and show ``doing`` meanwhile."""
+        """Await ``work``, show ``doing`` in the meantime, and then show the servers that are running."""
         self._doing = doing
         self._show()
         try:
@@ -123,7 +127,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
 
 def server_lines(server: ServerStatus, width: int) -> list[Content]:
-    """Return a server's state as labeled facts, in lines of ``width`` cells."""
+    """Return a server's state as labeled facts, in lines of at most ``width`` cells."""
     names, more = server.models[:_NAMES], len(server.models) - _NAMES
     speed = f" · {server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else ""
     states = {"ready": "ready", "loading": "loading", "unloaded": "unloaded: the next request loads it"}

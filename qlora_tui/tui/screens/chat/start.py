@@ -1,5 +1,5 @@
-"""The Chat screen before the first message: prompts to begin with, time and memory for loading, and facts
-about the run.
+"""What the Chat screen shows before the first message: starter prompts, time and memory for loading the
+model, and facts about the run.
 """
 
 from __future__ import annotations
@@ -36,25 +36,27 @@ _WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions
 _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
-"""Number of prompts offered, as (of each kind, in total): in a low window, and in a high one."""
+"""Maximum numbers of starter prompts, as (of each kind, in total): in a low window, and in a high window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000
-"""Number of rows at the beginning of a file that are searched for validation questions, so that the user need
-not wait.
+"""Number of rows at the beginning of a file in which validation questions are looked up. A limit keeps the
+wait short.
 """
 _MAX_RECORDED = 12
 _LEAST_ROWS = 3
-"""Minimum number of lines that a cut recorded answer keeps."""
+"""Minimum number of lines of a recorded answer that is shortened."""
 _ENOUGH_WHOLE = 2
-"""If this many recorded answers fit uncut, no answer is cut to show more of them."""
+"""If at least this many prompts fit with their whole recorded answers, no answer is shortened to show
+more.
+"""
 _COLUMN_GAP, _INDENT = 3, 2
 _LABEL = 10
 
 
 @dataclass(frozen=True)
 class RecordedAnswers:
-    """A prompt that was answered before and after training."""
+    """A prompt, with an answer from before training and an answer from after training."""
 
     prompt: str
     before: str
@@ -63,22 +65,26 @@ class RecordedAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatStart:
-    """Contents of the screen before the first message."""
+    """Contents of the Chat screen before the first message."""
 
     prompts: tuple[tuple[str, str], ...] = ()
-    """(prompt, kind), such as ``sample prompt``."""
+    """(prompt, kind) of the starter prompts, except the unrelated prompts. A kind is, for example, ``sample
+    prompt``.
+    """
     recorded: tuple[RecordedAnswers, ...] = ()
     columns: tuple[str, str] = ("", "")
     """Titles of the two columns of answers: ``base`` and ``adapter``, or ``step 0`` and ``step 60``."""
     load_s: float | None = None
-    """Seconds that the run took to load the model on this machine; None if there is no run."""
+    """Seconds that the run's last attempt took to load the model; None if unknown."""
     load_bytes: int | None = None
     """Upper estimate of the chat's memory, in bytes; None if unknown."""
     summary: RunSummary | None = None
 
 
 def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
-    """Read the contents of the screen for a recipe, or for a run. Call it in a thread."""
+    """Read the contents of the screen for a run or, if ``run`` is None, for the model of a recipe. Reads
+    files, so call it in a thread. ``device``: the device for which memory is estimated.
+    """
     questions = _validation_answers(recipe, run) if run is not None else []
     samples, load_s = _events(run) if run is not None else ([], None)
     kinds = dict.fromkeys((each.prompt for each in questions[:_MAX_OF_KIND]), "validation question")
@@ -100,7 +106,7 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
 
 
 def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
-    """Return the first validation questions that the run's evaluation answered."""
+    """Return the answers of the run's evaluation to the first validation questions."""
     evaluation = read_task_evaluation(run)
     recorded: list[RecordedAnswers] = []
     for row in evaluation.rows if evaluation is not None else ():
@@ -112,7 +118,9 @@ def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
 
 
 def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
-    """Return the answers to the sample prompts, and the seconds that the last attempt spent loading."""
+    """Return the answers to the sample prompts, and the seconds that the last attempt spent loading, None if
+    unknown.
+    """
     samples: list[SampleGenerated] = []
     began_at, load_s = None, 0.0
     with suppress(OSError):
@@ -129,7 +137,9 @@ def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
 
 
 def _before_and_after(samples: Sequence[SampleGenerated]) -> tuple[list[RecordedAnswers], tuple[str, str]]:
-    """Return the first and the last answer to each sample prompt, and the titles of their columns."""
+    """Return the answers to the sample prompts at the first and the last step that have answers, and the
+    titles of the two columns. Without answers at two different steps, the list and the titles are empty.
+    """
     if not samples or samples[0].step == samples[-1].step:
         return [], ("", "")
     before, after = samples[0].step, samples[-1].step
@@ -140,7 +150,7 @@ def _before_and_after(samples: Sequence[SampleGenerated]) -> tuple[list[Recorded
 
 
 class Starters(ViList):
-    """Prompts to begin with: questions from the validation data, sample prompts of the run, and unrelated
+    """The starter prompts: questions from the validation data, sample prompts of the recipe, and unrelated
     prompts.
     """
 
@@ -162,7 +172,9 @@ class Starters(ViList):
 
 
 def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str], ...]:
-    """Return the (prompt, kind) pairs to offer, unrelated prompts last. A high window gets more of them."""
+    """Return (prompt, kind) for the starter prompts to offer, the unrelated prompts last. ``is_high``:
+    whether the window has room for more prompts.
+    """
     of_kind, of_all = _MANY if is_high else _FEW
     offered: list[tuple[str, str]] = []
     for prompt, kind in start.prompts:
@@ -172,7 +184,7 @@ def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str]
 
 
 def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
-    """Return a line for each (prompt, kind), with the kind at the right."""
+    """Return (id, line) for each (prompt, kind), with the kind at the right end of the line."""
     lines = []
     for number, (prompt, kind) in enumerate(offered):
         room = max(0, width - len(kind) - 4)
@@ -184,11 +196,11 @@ def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple
 def start_lines(
     start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_writing: bool
 ) -> list[Content]:
-    """Return lines that say which keys to press, and how much time and memory the first message takes to load
-    the model.
+    """Return lines that say which keys to press and, unless the model is loaded, how much time and memory
+    loading the model takes.
 
     Args:
-        start: The contents that were read.
+        start: The contents of the screen.
         recipe: The recipe whose model answers.
         width: Width of a line, in cells.
         is_loaded: Whether the model is loaded.
@@ -205,13 +217,15 @@ def start_lines(
 
 
 def recorded_title(start: ChatStart) -> Content:
-    """Return the title of the recorded answers."""
+    """Return the title of the panel of recorded answers."""
     before, after = start.columns
     return Content.assemble("Recorded answers", (f" · {before} and {after}", "not bold $text-muted"))
 
 
 def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
-    """Return each prompt, with the answers before and after training in two columns."""
+    """Return each prompt that fits, with its answers before and after training in two columns. If fewer than
+    :data:`_ENOUGH_WHOLE` prompts fit with their whole answers, answers are shortened.
+    """
     whole: list[Content] = []
     for number, each in enumerate(start.recorded):
         lines = _answer_lines(each, start.columns, width, None)
@@ -232,7 +246,9 @@ def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
 def _answer_lines(
     answers: RecordedAnswers, names: tuple[str, str], width: int, rows: int | None
 ) -> list[Content]:
-    """Return a prompt and its two answers side by side, cut to ``rows`` lines; uncut if ``rows`` is None."""
+    """Return a line with a prompt, and lines with its two answers side by side. ``names``: the titles of the
+    columns. ``rows``: maximum number of lines of an answer; None for whole answers.
+    """
     cells = max(1, (width - _COLUMN_GAP) // 2)
     lines = [Content.styled(f"▸ {' '.join(answers.prompt.split())}", "bold").truncate(width, ellipsis=True)]
     columns = (
@@ -245,7 +261,9 @@ def _answer_lines(
 
 
 def _column(answer: str, name: str, cells: int, rows: int | None, style: str) -> list[Content]:
-    """Return an answer after its column's title, cut to ``rows`` lines; uncut if ``rows`` is None."""
+    """Return lines of ``cells`` cells with the title of the column and an answer. ``rows``: maximum number of
+    lines; None for the whole answer.
+    """
     head = Content.styled(f"{name}: ", "dim")
     wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)
     if rows is not None and len(wrapped) > rows:

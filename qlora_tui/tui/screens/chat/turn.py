@@ -1,4 +1,6 @@
-"""One turn of a chat: the prompt, and the answers of all adapters side by side, each with its thought."""
+"""One turn of a chat: the prompt, and the answers of all adapters side by side, each with the thought before
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,20 +28,20 @@ from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
-"""Seconds between repaints of an answer, and of a folded thought's line. They are chosen for slow links."""
+"""Seconds between repaints of an answer, and of the line of a folded thought, long enough for slow links."""
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
     "context full": "Cut off: the context is full.",
     "stopped": "Stopped.",
 }
-"""Note below an answer that did not end by itself, by finish reason."""
+"""Note below an answer that the model did not end itself, by finish reason."""
 _STILL_THINKING = {
     "most tokens": "Still thinking at the token limit. Press {chat.settings} to raise it, or {chat.thinking} "
     "to turn thinking off.",
     "context full": "Still thinking when the context was full. Press {chat.thinking} to turn thinking off.",
     "stopped": "Stopped while thinking.",
 }
-"""Note for generation that ended before the answer began, by finish reason."""
+"""Note for generation that ended before the thought was complete, by finish reason."""
 _LOOP = (
     "Stopped: it kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or {{chat.settings}} to "
     "set a repetition penalty."
@@ -48,7 +50,7 @@ _MAX_PHRASE = 60
 _MOST_BARS, _MAX_BAR = 6, 30
 """Maximum number of options with a bar, and maximum width of a bar in cells."""
 _LEAST_SHOWN = 0.005
-"""Minimum probability of an option with a bar; the first two options always have a bar."""
+"""Minimum probability of an option with a bar. The two most probable options always have a bar."""
 _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
     "{chat.edit_answer} edits the adapter's."
@@ -56,8 +58,8 @@ _QUESTION = (
 
 
 class StreamingMarkdown(Markdown):
-    """Markdown that grows piece by piece: call :meth:`append_text` for each piece and :meth:`finish` at the
-    end.
+    """Markdown that grows piece by piece. Call :meth:`append_text` for each piece, and :meth:`finish` after
+    the last.
     """
 
     DEFAULT_CSS = """
@@ -78,13 +80,15 @@ class StreamingMarkdown(Markdown):
         self._painted_at = 0.0
 
     async def append_text(self, piece: str) -> None:
-        """Append a piece. It appears with the next repaint, which is not delayed by further pieces."""
+        """Append a piece. The piece is painted at once, or with a later piece if the last repaint was very
+        recent.
+        """
         self._waiting += piece
         if time.monotonic() - self._painted_at >= _ANSWER_EVERY_S:
             await self.finish()
 
     async def finish(self) -> None:
-        """Paint the rest."""
+        """Paint the pieces that have not been painted yet."""
         if self._waiting:
             waiting, self._waiting = self._waiting, ""
             await self.append(waiting)
@@ -92,7 +96,7 @@ class StreamingMarkdown(Markdown):
 
 
 def _parser() -> MarkdownIt:
-    """Return a parser for GitHub's Markdown that keeps single line breaks, since models use them as line
+    """Return a parser for GitHub's Markdown that keeps single line breaks, because models mean them as line
     breaks.
     """
     parser = MarkdownIt("gfm-like")
@@ -109,10 +113,12 @@ def _keep_line_ends(state: object) -> None:
 
 
 class ThoughtLine(Static):
-    """``Thought for 12 s, 340 tokens``, and the key that unfolds all thoughts. A click unfolds this one."""
+    """``Thought for 12 s, 340 tokens``, and the key that unfolds all thoughts. A click unfolds only this
+    thought.
+    """
 
     async def on_click(self, event: events.Click) -> None:
-        """Unfold or fold the thought."""
+        """Fold the thought if it is unfolded; otherwise unfold it."""
         event.stop()
         view = self.parent
         assert isinstance(view, ThoughtView)
@@ -120,9 +126,9 @@ class ThoughtLine(Static):
 
 
 class ThoughtView(Vertical):
-    """An answer's thought, hidden until it begins.
+    """The thought before an answer, hidden while there is no thought.
 
-    While it is folded, its text is stored but not laid out.
+    While the thought is folded, its text is stored but not laid out.
     """
 
     DEFAULT_CSS = """
@@ -154,13 +160,13 @@ class ThoughtView(Vertical):
         super().__init__(classes="-unfolded" if unfolded else "")
         self.text = ""
         self._appended = 0
-        """Number of characters of the text that the Markdown widget already has."""
+        """Number of characters of ``text`` that have been given to the Markdown widget."""
         self._tokens = 0
         self._began_at = 0.0
         self._painted_at = 0.0
         self._is_over = False
         self._ending: tuple[float, bool] = (0.0, True)
-        """Seconds that the thought took, and whether it was completed."""
+        """Seconds that the thought took, and whether the thought was completed."""
 
     def compose(self) -> ComposeResult:
         yield ThoughtLine("")
@@ -185,8 +191,8 @@ class ThoughtView(Vertical):
             self._show_line()
 
     async def end(self, outcome: GenerationResult | None = None) -> None:
-        """End the thought, because the answer begins or generation has ended. ``outcome`` has the exact
-        figures.
+        """End the thought, because the answer begins or generation has ended. ``outcome``: the result of the
+        generation, with exact figures for the thought; None if it is not known yet.
         """
         if not self.text:
             return
@@ -202,7 +208,7 @@ class ThoughtView(Vertical):
         self._show_line()
 
     async def unfold(self, unfolded: bool) -> None:
-        """Show the text, or fold it into one line."""
+        """Show the text if ``unfolded``; otherwise fold it into one line."""
         self.set_class(unfolded, "-unfolded")
         if unfolded:
             await self._append_pending()
@@ -228,8 +234,8 @@ class ThoughtView(Vertical):
 
 
 def decision_content(decided: Decided, width: int) -> Content:
-    """Return a bar for each probable option, or for each probable value of each field, in lines of ``width``
-    cells.
+    """Return bars with the probabilities of the options or, if the decision has fields, of the values of each
+    field. Improbable options are left out. Lines have at most ``width`` cells.
     """
     groups = decided.fields or {"": decided.options}
     shown = [
@@ -254,7 +260,7 @@ def decision_content(decided: Decided, width: int) -> Content:
 
 
 class DecisionBars(Static):
-    """Bars with the probability of each label; hidden until the probabilities are known."""
+    """Bars with the probabilities of labels; hidden until the probabilities are known."""
 
     DEFAULT_CSS = """
     DecisionBars {
@@ -266,7 +272,7 @@ class DecisionBars(Static):
     _decided: Decided | None = None
 
     def show(self, decided: Decided) -> None:
-        """Show the bars of a decision."""
+        """Show the probabilities of this decision."""
         self._decided = decided
         self.display = True
         self._draw()
@@ -281,7 +287,7 @@ class DecisionBars(Static):
 
 
 class AdapterAnswer(Panel):
-    """One adapter's answer while it is generated and after."""
+    """One adapter's answer, both during and after its generation."""
 
     DEFAULT_CSS = """
     AdapterAnswer {
@@ -298,7 +304,9 @@ class AdapterAnswer(Panel):
         self.text = ""
         self._thought = ThoughtView(unfolded=unfolded)
         self.loop = ""
-        """The phrase that the answer repeated, if generation was stopped for that reason; otherwise empty."""
+        """The phrase that the model kept repeating when generation was stopped for that reason; otherwise
+        empty.
+        """
         self.outcome: GenerationResult | None = None
 
     def compose(self) -> ComposeResult:
@@ -311,16 +319,16 @@ class AdapterAnswer(Panel):
 
     @property
     def was_cut(self) -> bool:
-        """Whether generation stopped before the model ended its turn."""
+        """Whether generation ended before the model ended its turn."""
         return self.outcome is not None and self.outcome.ending in _ENDINGS
 
     @property
     def thought(self) -> str:
-        """The thought before the answer."""
+        """The thought before the answer; empty if there is none."""
         return self._thought.text.strip()
 
     async def append_text(self, chunk: TextChunk) -> None:
-        """Append a piece of the thought or the answer."""
+        """Append a piece of the thought or of the answer, as ``chunk.thought`` says."""
         if chunk.thought:
             await self._thought.append_text(chunk)
             return
@@ -347,7 +355,7 @@ class AdapterAnswer(Panel):
         self.show_title(answer_title(self.adapter_name, "saved"))
 
     async def unfold(self, unfolded: bool) -> None:
-        """Show the thought, or fold it into one line."""
+        """Show the thought if ``unfolded``; otherwise fold it into one line."""
         await self._thought.unfold(unfolded)
 
     @property
@@ -355,7 +363,7 @@ class AdapterAnswer(Panel):
         return self.query_one("#answer", StreamingMarkdown)
 
     async def end(self, outcome: GenerationResult) -> None:
-        """Show how the answer ended, and its speed."""
+        """Complete the answer, and show its speed and why it ended."""
         await self._answer.finish()
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
@@ -369,24 +377,26 @@ class AdapterAnswer(Panel):
             self._show_note(name_keys(under))
 
     def show_decision(self, decided: Decided) -> None:
-        """Show the probabilities of the options below the answer."""
+        """Show the probabilities of this decision below the answer."""
         self.query_one(DecisionBars).show(decided)
 
     def show_judgment(self, judgment: str) -> None:
-        """Show the user's judgment, ``better`` or ``edited``, in the title; empty removes it."""
+        """Show the user's judgment, ``better`` or ``edited``, in the title. An empty text removes the
+        judgment.
+        """
         words = "" if self.outcome is None else outcome_words(self.outcome)
         self.set_class(bool(judgment), "-judged")
         self.show_title(answer_title(self.adapter_name, f"✓ {judgment}" if judgment else words))
 
     async def stop(self, words: str) -> None:
-        """Mark the answer as stopped, with a note. The text so far stays."""
+        """Mark the answer as stopped, with the note ``words``. The text so far is kept."""
         await self._answer.finish()
         await self._thought.end()
         self.show_title(answer_title(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
-        """Show why there is no answer, or why it is incomplete."""
+        """Show the error because of which there is no answer, or only a part of it."""
         await self._answer.finish()
         await self._thought.end()
         self.show_title(answer_title(self.adapter_name, "no answer"))
@@ -402,19 +412,23 @@ class AdapterAnswer(Panel):
 
 
 def answer_title(adapter_name: str, words: str) -> Content:
-    """Return the title of an answer: the adapter, followed by ``words``."""
+    """Return the title of an answer: the name of its adapter, followed by ``words``."""
     return Content.assemble(
         (adapter_name, adapter_style(adapter_name)), (f" · {words}", "not bold $text-muted")
     )
 
 
 def adapter_style(adapter_name: str) -> str:
-    """Return the color of an adapter's name: the hue of training for an adapter, none for the base."""
+    """Return the style of an adapter's name: the color of training or, for the base, the normal text
+    color.
+    """
     return "$foreground" if adapter_name == BASE else "$training"
 
 
 def outcome_words(outcome: GenerationResult) -> str:
-    """Return ``34 tok, 12/s, wait 0.4 s``: tokens, tokens per second, time to the first token."""
+    """Return ``34 tok, 12/s, wait 0.4 s``: new tokens, tokens per second, time to the first token. If there
+    are no new tokens, return ``nothing``.
+    """
     per_s = outcome.tokens_per_s
     speed = f", {format_speed(per_s)}/s" if per_s else ""
     first = format_wait(outcome.first_token_s)
@@ -422,7 +436,7 @@ def outcome_words(outcome: GenerationResult) -> str:
 
 
 class ChatTurn(Vertical):
-    """A prompt and its answers."""
+    """A prompt and the answers of the adapters."""
 
     DEFAULT_CSS = """
     ChatTurn {
@@ -445,13 +459,13 @@ class ChatTurn(Vertical):
     """
 
     class Resized(Message):
-        """The size of the turn has changed."""
+        """Posted when the size of the turn has changed."""
 
     def __init__(self, prompt: str, adapter_names: tuple[str, ...], *, unfolded: bool = False) -> None:
         super().__init__()
         self.prompt = prompt
         self.key = uuid4().hex
-        """Id of this turn in recorded judgments."""
+        """Id of this turn in saved judgments."""
         self.answers = {
             adapter_name: AdapterAnswer(adapter_name, beside=number > 0, unfolded=unfolded)
             for number, adapter_name in enumerate(dict.fromkeys(adapter_names))
@@ -475,6 +489,8 @@ class ChatTurn(Vertical):
         yield Static(highlight_keys(name_keys(_QUESTION), "dim"), classes="question")
 
     def show_question(self, visible: bool) -> None:
-        """Show the keys that select the better of two answers, or remove them."""
+        """Show the keys that select the better answer if ``visible`` and there are two different answers;
+        otherwise hide them.
+        """
         texts = {answer.text.strip() for answer in self.answers.values()} - {""}
         self.query_one(".question").display = visible and len(texts) > 1
