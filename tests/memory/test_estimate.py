@@ -91,7 +91,7 @@ def test_fewer_bits_need_less_memory() -> None:
 
 def test_weights_of_a_7b_model_follow_the_formula() -> None:
     estimated = estimate(Recipe(quantization=Quantization(double_quantization=False)), qwen_7b())
-    linear = qwen_7b().quantizable_params
+    linear = qwen_7b().linear_params
     assert estimated.bytes_of("weights") == linear // 2
     assert estimated.bytes_of("scales") == pytest.approx(linear / 64 * 4, rel=0.001)
 
