@@ -1,4 +1,6 @@
-"""Dialogs of the Data screen: columns, formats, preferences, and rows by how their loss changed in a run."""
+"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows by how their loss changed in
+a run.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,12 @@ from qlora_tui.tui.widgets.controls import TextField, ViList
 from qlora_tui.visible import visible
 
 _LINE_WIDTH = 200
-"""Width of a line, in cells; the dialog cuts it."""
+"""Width of a line of a list, in cells. The dialog cuts off what does not fit."""
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
-    """Dialog with a field for each part of a format. Returns the mapping of columns; None if closed with
-    Escape.
+    """Dialog in which the user types a column of the file for each part of a format, such as the answer.
+    Returns the column by part; None if closed with Escape.
     """
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
@@ -72,13 +74,15 @@ class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
                     )
 
     def on_input_submitted(self) -> None:
-        """Apply the fields. An empty field leaves its part out."""
+        """Close the dialog with the columns that were typed. A part with an empty field is left out."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         self.dismiss({part: column for part, column in given.items() if column})
 
 
 def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
-    """Return a dialog that returns the selected format. ``now`` is the current one."""
+    """Return a dialog for choosing the format of a source. ``choices``: what each format can read of the
+    source. ``now``: the current format.
+    """
 
     def name(choice: FormatChoice) -> Content:
         name = f"{AUTO}: {choice.detected}" if choice.detected else choice.format
@@ -106,16 +110,16 @@ def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
 
 
 def _reads(choice: FormatChoice) -> Content:
-    """Return a sign and words for how many rows a format can read: all, some, or none."""
+    """Return a sign for whether a format can read all, some, or none of the rows."""
     if not choice.read:
         return Content.styled("✗", "$error")
     return Content.styled("✓", "$success") if choice.read == choice.rows else Content.styled("!", "$warning")
 
 
 def preference_picker(*, rated: bool) -> ListPicker[str]:
-    """Return a dialog that returns a value for ``data.preferences``.
+    """Return a dialog for choosing a value of ``data.preferences``.
 
-    ``rated``: the answers are rated individually, not compared in pairs.
+    ``rated``: whether the answers are rated one by one, instead of being compared in pairs.
     """
     better_only = (
         ("good only", "ignore the bad answers") if rated else ("chosen only", "ignore the rejected answers")
@@ -139,14 +143,16 @@ _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
     "memorized": ("=", "$primary"),
     "learned": ("✓", "$success"),
 }
-"""Sign and style of each class of rows. The sign distinguishes them on terminals without color."""
+"""(sign, style) of each class of rows. The sign distinguishes the classes on terminals without color."""
 _MAX_PLACE_WIDTH = 22
-"""Maximum width of a row's number with its file's name if the source has several files, in cells."""
+"""Maximum width of the text that identifies a row, in cells: its number, with the name of its file if the
+source has several files.
+"""
 
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The losses of the rows of one source, as measured for a run."""
+    """Losses of the rows of one source, measured before and after the training of a run."""
 
     run: RunDir
     number: int
@@ -154,12 +160,16 @@ class MeasuredRows:
     losses: RowLosses
 
     def token_changes(self, place: RowPlace) -> tuple[tuple[float, float], ...]:
-        """Return (loss before, loss after) for each token in the loss of a row; empty if not measured."""
+        """Return (loss before, loss after) for each token in the loss of this row; empty if it was not
+        measured.
+        """
         row = self.losses.row_of(self.number, place)
         return () if row is None else token_changes(self.run, row)
 
     def queue_without(self, rows: tuple[RowPlace, ...]) -> tuple[RunDir, Source]:
-        """Queue the run again without some rows; return the new run and its source. Raises UserError."""
+        """Queue the run again without these rows. Return the new run, and its source without the rows. Raises
+        UserError if the run cannot be queued.
+        """
         recipe = self.run.recipe()
         sources = list(recipe.data.sources)
         sources[self.number] = without_rows(sources[self.number], rows)
@@ -168,7 +178,9 @@ class MeasuredRows:
 
 
 def newest_run_on(source: Source) -> tuple[RunDir, int] | None:
-    """Return the newest run with an adapter that trained on a source, and the source's index in that run."""
+    """Return the newest run with an adapter that trained on a source, and the index of the source in that
+    run's recipe; None if there is no such run.
+    """
     path = Path(source.path).expanduser().absolute()
     for run in all_runs():
         if not (run.adapter_dir / "adapter_config.json").is_file():
@@ -184,14 +196,16 @@ def newest_run_on(source: Source) -> tuple[RunDir, int] | None:
 
 
 class RowChoice(NamedTuple):
-    """The user's selection: a row to show, or rows to leave out."""
+    """What the user selected: a row to show or, if ``excluded`` is not empty, rows to leave out."""
 
     place: RowPlace
     excluded: tuple[RowPlace, ...] = ()
 
 
 class RowLossScreen(ListPicker[RowChoice]):
-    """Dialog that returns the row to show or the rows to leave out; None if closed with Escape."""
+    """Dialog that lists the measured rows of a source. Returns the row to show or the rows to leave out; None
+    if closed with Escape.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "mark", "Mark"),
@@ -199,7 +213,9 @@ class RowLossScreen(ListPicker[RowChoice]):
     ]
 
     def __init__(self, losses: RowLosses, source: int, excluded: Excluded) -> None:
-        """Create the dialog for the rows of ``source``. Rows in ``excluded`` are already left out."""
+        """Create the dialog for source ``source`` of the measured run. ``excluded``: rows that the recipe
+        already leaves out.
+        """
         self._rows = [row for row in losses.rows if row.source == source]
         self._marked: set[RowPlace] = set()
         self._excluded = excluded
@@ -232,7 +248,7 @@ class RowLossScreen(ListPicker[RowChoice]):
         return [Choice(RowChoice(row.place), line.rstrip()) for row, line in rows]
 
     def action_mark(self) -> None:
-        """Mark or unmark the row under the cursor."""
+        """Mark the row under the cursor, or remove its mark if it has one. Then move the cursor down."""
         if self.current is not None:
             self._marked ^= {self.current.place}
             self.choices = self._listed()
@@ -240,7 +256,9 @@ class RowLossScreen(ListPicker[RowChoice]):
             self.query_one(ViList).action_cursor_down()
 
     def action_exclude(self) -> None:
-        """Leave out the marked rows, or the row under the cursor if none is marked."""
+        """Close the dialog with the rows to leave out: the marked rows or, if no row is marked, the row under
+        the cursor.
+        """
         places = self._marked or ({self.current.place} if self.current is not None else set())
         if places:
             self.dismiss(RowChoice(min(places), tuple(sorted(places))))

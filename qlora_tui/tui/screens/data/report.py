@@ -1,4 +1,6 @@
-"""The Data screen's report on a whole source: totals, lengths with their costs, and problems."""
+"""The report on a whole source on the Data screen: totals, the lengths of samples with the costs of other
+maximum lengths, and problems.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ _LABEL = 10
 """Width of the column of labels, in cells."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAX_HISTOGRAM = 72
-"""Maximum number of columns; more would only make the bars wider."""
+"""Maximum number of columns of the histogram. More columns would only make the bars wider."""
 _HATCHED = str.maketrans("▄▅▆▇█", "▒▒▒▒▒")
 _TIMED_WIDTH = 46
-"""Minimum width of a table with a column of times, in cells. A narrower table does without it, since the time
-at the recipe's length is shown above.
+"""Minimum width of the table of costs, in cells, for a column of times. A narrower table has no times, since
+the time at the recipe's length is also among the totals.
 """
 
 
@@ -55,7 +57,7 @@ class TotalsPanel(Panel):
         brief: bool,
         evidence: bool,
     ) -> None:
-        """Show a report's totals; see :func:`totals`."""
+        """Show the totals of a report; :func:`totals` describes the arguments."""
         width = self.content_size.width
         self.show_text(totals(report, recipe, width, expected, fit, brief=brief, evidence=evidence))
 
@@ -65,14 +67,16 @@ class TotalsPanel(Panel):
 
 
 class LengthsPanel(Panel):
-    """The distribution of lengths, and the costs of other sequence lengths."""
+    """The distribution of the lengths of samples, and the costs of other maximum lengths."""
 
     def __init__(self) -> None:
         self._parts = [Lines(id=name) for name in ("lengths-line", "histogram", "costs")]
         super().__init__("Lengths", *self._parts, keys=_LENGTH_KEYS, id="lengths-panel")
 
     def show(self, report: Report | None, data: Data, costs: list[LengthCost], height: int) -> None:
-        """Show a report with a histogram of this many lines, or nothing without a report."""
+        """Show the lengths of a report, with a histogram of ``height`` lines. If ``report`` is None, clear
+        the panel.
+        """
         texts = [Content("")] * len(self._parts)
         if report is not None:
             width = self.content_size.width
@@ -87,7 +91,7 @@ class LengthsPanel(Panel):
 
 
 class ProblemsPanel(Panel):
-    """List of the kinds of problems in the data, with their effect on the rows."""
+    """A list of the kinds of problems in the data, with their effect on the rows."""
 
     def __init__(self) -> None:
         self._list = ViList(id="problems", classes="quiet")
@@ -102,13 +106,13 @@ class ProblemsPanel(Panel):
         *,
         brief: bool,
     ) -> None:
-        """Show a report's problems, or nothing without a report.
+        """Show the problems of a report.
 
         Args:
-            report: The report.
-            problems: The problems that the recipe does not already fix.
+            report: The report; None to show an empty list.
+            problems: The problems of the report that the recipe does not already fix.
             recipe: The recipe that uses the rows.
-            expected: The length of the run, if known.
+            expected: The forecast of the run; None if unknown.
             brief: Whether each problem takes only one line.
         """
         if report is None:
@@ -127,10 +131,11 @@ class ProblemsPanel(Panel):
             lines.append((f"{problem.kind} {problem.path}", line))
         if few_steps := few_steps_line(expected, recipe, brief=brief):
             lines.append(("steps", few_steps))
-        # Errors found later are inserted above the option under the cursor.
+        # Unless the user is in the list, keep the cursor on the first line, since errors that are found later
+        # are inserted above.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
-        # In a low window, a single problem without a key is shown in the title.
+        # If problems are brief, a single problem without a key is shown in the title.
         is_title = brief and len(lines) == 1 and not has_fix(report, problems)
         self._list.display = not is_title
         if is_title:
@@ -150,7 +155,9 @@ class ProblemsPanel(Panel):
 
 
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
-    """Return the report's problems, except those that the recipe's trained tokens fix."""
+    """Return the report's problems, except problems with tokens that the recipe already trains. If no row
+    would remain without the bad rows, the fix of their problems is changed to say so.
+    """
     if report is None:
         return ()
     trained = set(trained_tokens)
@@ -161,12 +168,14 @@ def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> 
 
 
 def _has_usable_rows(report: Report) -> bool:
-    """Return whether any row remains if bad rows are left out. True if only part of the source was read."""
+    """Return whether at least one row remains if bad rows are left out. True until the whole source has been
+    read.
+    """
     return bool(report.counts.conversations) or not report.complete
 
 
 def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> int:
-    """Return the number of bad rows that prevent a run from starting and that could be left out; 0 if no row
+    """Return the number of bad rows that prevent a run from starting, and that can be left out; 0 if no row
     would remain.
     """
     if report is None or not _has_usable_rows(report):
@@ -175,7 +184,7 @@ def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> in
 
 
 def has_fix(report: Report | None, problems: Sequence[DataProblem]) -> bool:
-    """Return whether changing a setting fixes any of these problems."""
+    """Return whether any of these problems can be fixed with a key, which changes a setting."""
     can_change = any(problem.split_rows or problem.tokens for problem in problems)
     return can_change or skippable_rows(report, problems) > 0
 
@@ -192,8 +201,14 @@ def totals(
 ) -> Content:
     """Return the detected format, the resulting samples and tokens, and the run's length and memory if known.
 
-    ``evidence``: how the format was recognized. ``brief`` leaves out all sentences about reasoning except the
-    first.
+    Args:
+        report: The report on the source.
+        recipe: The recipe that uses the source.
+        width: Available width, in cells.
+        expected: The forecast of the run; None if unknown.
+        fit: The memory that the run needs, as text; None if unknown.
+        brief: Whether only the first of the sentences about reasoning is included.
+        evidence: Whether to say how the format was recognized; otherwise, the columns are named.
     """
     counts, data = report.counts, recipe.data
     facts: list[Fact] = []
@@ -246,14 +261,14 @@ def _rules(data: Data, formats: set[str]) -> str:
 
 
 def lengths_line(report: Report, data: Data, width: int) -> Content:
-    """Return the line above the histogram: percentiles of the lengths, and the number of samples that are too
-    long.
+    """Return the text above the histogram: a line with percentiles of the lengths and, if samples are too
+    long, a line with their number and what happens to them.
     """
     lengths = report.lengths
     points = f"median {lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
     most = f"  all ≤{lengths.longest:,}"
     unit = "tokens" if lengths.unit == "tokens" else "chars"
-    # The maximum is also at the end of the axis.
+    # The maximum can be left out, since it is also at the end of the axis.
     line = next(
         (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
     )
@@ -270,11 +285,15 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
 def problem_line(
     problem: DataProblem, data: Data, *, brief: bool = False, several: bool = False, bad_rows: int = 0
 ) -> Content:
-    """Return the text for one kind of problem: the problem, its effect on the rows, and its fix. It takes one
-    line if ``brief``.
+    """Return the text for one kind of problem: the problem, its effect on the rows, and its fix.
 
-    ``several``: whether the source has several files, so that the problem's file must be named. ``bad_rows``:
-    the number of rows that the fix leaves out, over all problems; 0 if another line states it.
+    Args:
+        problem: The problem.
+        data: The data settings of the recipe.
+        brief: Whether the text must be a single line.
+        several: Whether the source has several files, so that the problem's file must be named.
+        bad_rows: Number of bad rows of all problems, which the fix leaves out; 0 if the text for another
+            problem states this number.
     """
     sign, style = SEVERITY_SIGNS[problem.severity]
     begin, fix = "  " if brief else "\n  ", _fix_label(problem, bad_rows)
@@ -294,7 +313,9 @@ def problem_line(
 
 
 def _fix_label(problem: DataProblem, bad_rows: int) -> str:
-    """Return the label of the fix key for this problem; empty if no setting fixes it."""
+    """Return what the fix key does about this problem; empty if the key does nothing or is named
+    elsewhere.
+    """
     if is_bad_row(problem):
         return f"leave {pluralize(bad_rows, 'bad row')} out" if bad_rows else ""
     if problem.split_rows:
@@ -303,8 +324,8 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
-    """Return a warning and its fix if the run has too few steps, otherwise None. It takes one line if
-    ``brief``.
+    """Return a warning, with its fix, that the run has too few steps. None if it has enough steps, or if
+    their number is not known yet. ``brief``: whether the text must be a single line.
     """
     if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
@@ -314,7 +335,7 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
     accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
     lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
     less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
-    # If Max steps ends the run, neither more epochs nor smaller batches make it longer.
+    # If Max steps ends the run, more epochs or smaller batches do not make it longer.
     change = "raise Max steps" if length.steps < length.all_steps else "raise Epochs"
     if brief:
         return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}", "dim")
@@ -323,7 +344,7 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
 
 
 def _length_words(expected: Forecast | None) -> str:
-    """Return ``57 an epoch, 114 in all, about 25 min``."""
+    """Return ``57 per epoch, 114 in total, about 25 min``, or ``not known yet`` if there is no forecast."""
     if expected is None:
         return "not known yet"
     length = expected.length
@@ -332,10 +353,10 @@ def _length_words(expected: Forecast | None) -> str:
 
 
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
-    """Draw the lengths of samples as bars in ``height`` lines, with the highest count and an axis.
+    """Return the lengths of samples as bars in ``height`` lines, with the highest count and an axis.
 
-    Bars beyond ``cut_at`` are hatched, and the axis labels it. If all samples are shorter, or without
-    ``cut_at``, nothing is marked.
+    Bars beyond ``cut_at`` are hatched, and the axis has a mark at this length. If no sample is longer, or if
+    ``cut_at`` is None, nothing is hatched or marked.
     """
     bins = lengths.histogram
     most = max((bin_.count for bin_ in bins), default=0)
@@ -356,9 +377,9 @@ def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> 
 
 
 def _column(edges: list[int], length: int, width: int) -> int:
-    """Return the axis column of a length, or ``width`` if it is beyond the end.
+    """Return the column of a length on the axis, or ``width`` if the length is not below the last edge.
 
-    All bins have the same width.
+    Between two edges, there are always equally many columns.
     """
     for number, (low, high) in enumerate(pairwise(edges)):
         if length < high:
@@ -367,14 +388,18 @@ def _column(edges: list[int], length: int, width: int) -> int:
 
 
 def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:
-    """Return ``0────500────✂ 1,024──2,300``: round lengths, the longest, and where samples are cut."""
+    """Return ``0────500────✂ 1,024──2,300``: round lengths, the longest length, and the length at which
+    samples are cut. ``cut``: the column of ``cut_at``.
+    """
     tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
     end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"
     mark = f"✂ {cut_at:,}" if cut_at is not None and cut < width else ""
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:
-        """Write a label at this column unless it would overlap another one. Return whether it was written."""
+        """Write a label from this column on, unless it would overlap another label or the end of the axis.
+        Return whether the label was written.
+        """
         around = line[max(0, at - 1) : at + len(text) + 1]
         is_free = 0 <= at <= width - len(text) and set(around) <= {"─", " "}
         if is_free:
@@ -395,7 +420,9 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:
-    """Return a table with a line for each length. The recipe's length is marked."""
+    """Return a table with a line for each maximum length, in which the recipe's length is marked. The text is
+    empty if there are no costs.
+    """
     if not costs:
         return Content("")
     timed = width >= _TIMED_WIDTH and any(cost.seconds is not None for cost in costs)

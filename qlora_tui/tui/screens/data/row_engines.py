@@ -1,5 +1,5 @@
-"""The engines of the Data screen: one for single rows, so that they appear at once, and one for the whole
-file.
+"""The engines of the Data screen: one for single rows, which therefore appear at once, and one for reports on
+whole sources.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ class PreviewRequest:
     model: str
     template: str
     stamps: tuple[tuple[str, int, int], ...]
-    """Path, modification time and size of each file. The source is read again if a file has changed."""
+    """(path, modification time, size) of each file, so that the request for a changed file is a different
+    request.
+    """
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
-        """Return the request for source ``number`` of the recipe.
+        """Return the request for source ``number``, from 0, of the recipe.
 
-        Settings that do not affect it are left out.
+        Settings that do not affect the rows have default values, so that their changes do not change the
+        request.
         """
         data = Data(
             max_length=recipe.data.max_length,
@@ -49,7 +52,9 @@ class PreviewRequest:
 
 
 class DataPreviews:
-    """Two engines, started one after the other since they would slow each other down. Neither loads torch."""
+    """Two engine processes, for single rows and for reports. The second starts after the first has returned a
+    row, since two engines that start at once slow each other down. Neither loads torch.
+    """
 
     def __init__(self) -> None:
         self._rows = EngineClient()
@@ -57,15 +62,26 @@ class DataPreviews:
         self._first_row_shown = asyncio.Event()
 
     async def start(self) -> None:
-        """Start the engine for rows before it is needed. Raises UserError."""
+        """Start the engine for single rows before a row is needed. Raises UserError if it cannot be
+        started.
+        """
         await self._rows.start()
 
     async def row(
         self, wanted: PreviewRequest, number: int, path: str = ""
     ) -> tuple[Shown, UserError | None]:
-        """Return the row as the model sees it.
+        """Return a row as the model sees it, and None. Without a model, the row is returned as it is in the
+        file.
 
-        Without a tokenizer, return it as it is in the file, with the reason.
+        If the row cannot be rendered for the model, return the row as it is in the file, and the error.
+
+        Args:
+            wanted: The source, and the settings for its rows.
+            number: Number of the row in its file, from 1.
+            path: The row's file; empty for the source's first file.
+
+        Raises:
+            UserError: The row cannot be read.
         """
         request = ShowRow(
             source=wanted.source,
@@ -80,16 +96,18 @@ class DataPreviews:
         except UserError as problem:
             if not wanted.model:
                 raise
-            # If the error is in the file itself, this raises it again.
+            # If the file caused the error, and not the model, this request fails with the same error.
             plain = msgspec.structs.replace(request, model="", template="")
             return await self._rows.ask(plain).result(), problem
         finally:
             self._first_row_shown.set()
 
     async def reports(self, wanted: PreviewRequest) -> AsyncIterator[Report]:
-        """Yield reports on the whole source as it is read. Without a tokenizer, lengths are in characters.
+        """Yield reports on the whole source while it is being read. If the source cannot be rendered for the
+        model, lengths are in characters.
 
-        Waits until the first row has been shown.
+        Reading starts after the first call of :meth:`row` has ended. Raises UserError if the source cannot be
+        read.
         """
         await self._first_row_shown.wait()
         request = InspectData(
@@ -105,7 +123,7 @@ class DataPreviews:
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
-        """Return the columns of a file in an unknown format, each with an example value; empty if no row can
+        """Return an example value by name of the column, for a file in an unknown format; empty if no row can
         be read.
         """
         try:
@@ -114,14 +132,15 @@ class DataPreviews:
             return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:
-        """Return how many rows of a source's first file each format can read.
+        """Return for each format how many rows of the source's first file it can read. ``preferences``: the
+        recipe's ``data.preferences``.
 
         Raises UserError if the file cannot be read.
         """
         return await self._rows.ask(ShowFormats(source=source, preferences=preferences)).result()
 
     async def kill(self) -> None:
-        """Kill both engines at once."""
+        """Kill both engine processes."""
         await asyncio.gather(self._rows.kill(), self._reports.kill())
 
     async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:

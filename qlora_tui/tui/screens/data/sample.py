@@ -1,5 +1,5 @@
-"""One row of the data as the model will see it: its panel, the styles of its tokens, and how to move to other
-rows.
+"""Rows of the data as the model will see them: their panel, the styles of their tokens, and the way from one
+row to another.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 Place: TypeAlias = tuple[str, int]
 """(path, row number) of a row. An empty path means the source's first file."""
 Changes: TypeAlias = Sequence[tuple[float, float]]
-"""(loss before, loss after) of each token in the loss, which determine the token's shade; empty if not
-measured.
+"""(loss before training, loss after training) of each token in the loss, by which the token is shaded; empty
+if the losses were not measured.
 """
 
 _EMPTY = (
@@ -55,35 +55,37 @@ _KEYS = (
     ("data.view", "view"),
 )
 TITLE_FRAME = 6
-"""Cells for a panel's corners and the spaces around its title."""
+"""Width of a panel's corners and of the spaces around its title, in cells."""
 
 _READ = "dim"
 _MOST_BESIDE = 9
 _ROW_CELLS, _ROW_LINES = 62, 12
-"""Minimum width in cells and height in lines of each row if several rows are shown."""
+"""Minimum width, in cells, and height, in lines, of each row if several rows are shown at once."""
 
 
 @dataclass(frozen=True)
 class TokenStyles:
-    """Styles of a row's tokens: tokens to learn are tinted, tokens that are only read are dim, control tokens
-    are in italics.
+    """Styles of tokens: tokens to learn are tinted, tokens that are only read are dim, control tokens are in
+    italics.
     """
 
     learned: str
 
     @classmethod
     def of(cls, app: App[object]) -> TokenStyles:
-        """Return the app's styles, with an underline if the background cannot be tinted."""
+        """Return the styles for the app's theme. If the theme cannot tint the background, tokens to learn are
+        underlined.
+        """
         has_tints = not app.no_color and not app.current_theme.ansi
         return cls("bold on $training 30%" if has_tints else "bold underline")
 
     def of_piece(self, piece: Piece) -> str:
-        """Return the style of a piece of text, whose tokens all have the same role."""
+        """Return the style of a piece of text. All tokens of a piece have the same role."""
         style = self.learned if piece.in_loss else _READ
         return f"{style} italic" if piece.special else style
 
     def legend(self) -> Content:
-        """Return the legend of the styles."""
+        """Return a text that explains the styles."""
         return Content.assemble(
             (" to learn ", self.learned),
             ("  only read", _READ),
@@ -110,7 +112,9 @@ _CHANGES_LEGEND = Content.assemble(
 
 
 class SamplePanel(Panel):
-    """Panel with a row and the legend of its styles, or with the reason why there is no row."""
+    """Shows a row, further rows if there is room, and a legend of the styles; without a row, shows the
+    reason.
+    """
 
     def __init__(self) -> None:
         super().__init__("Sample", keys=_KEYS, id="sample-panel")
@@ -129,9 +133,15 @@ class SamplePanel(Panel):
         changes: Changes,
         no_tokens: UserError | None,
     ) -> None:
-        """Show a row with its legend. If ``shown`` is None, the text that is shown now stays.
+        """Show a row with its legend.
 
-        ``no_tokens``: why the row is shown as it is in the file although a model is selected.
+        Args:
+            shown: The row; None to hide the legend and leave the text as it is.
+            problems: The problems of the source.
+            request: The request for the row.
+            changes: Losses of the row's tokens before and after training; empty if not measured.
+            no_tokens: Why the row is shown as it is in the file although a model is selected; None if it is
+                not.
         """
         styles = TokenStyles.of(self.app)
         self.show_legend(legend(shown, changes, styles))
@@ -147,19 +157,19 @@ class SamplePanel(Panel):
         self.query_one("#sample", Static).update(text)
 
     def show_text(self, text: Content) -> None:
-        """Show a text in place of rows."""
+        """Show a text in place of all rows."""
         self.query_one("#sample", Static).update(text)
         self.show_beside((), Data())
 
     @property
     def room_beside(self) -> int:
-        """Number of further rows that fit."""
+        """Number of rows that fit in addition to the first row."""
         lines = max(1, self.size.height // _ROW_LINES)
         return min(_MOST_BESIDE, self._columns * lines - 1)
 
     @property
     def has_columns(self) -> bool:
-        """Whether rows are shown next to each other, so that each needs a heading."""
+        """Whether there is room for rows next to each other, so that each row needs a heading."""
         return self._columns > 1
 
     @property
@@ -168,7 +178,7 @@ class SamplePanel(Panel):
         return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
-        """Show the following rows next to the first row and below it."""
+        """Show ``rows``, which follow the first row in the file, next to the first row and below it."""
         styles = TokenStyles.of(self.app)
         self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):
@@ -178,11 +188,11 @@ class SamplePanel(Panel):
                 column.update(_heading(row, data) + sample(row, (), data, styles))
 
     def show_empty(self) -> None:
-        """Explain how to open data."""
+        """Show a text on how to open data."""
         self.show_text(highlight_keys(name_keys(_EMPTY)))
 
     def show_legend(self, text: Content) -> None:
-        """Show the legend of the styles. An empty text hides the line."""
+        """Show a legend. An empty text hides the line of the legend."""
         line = self.query_one("#legend", Lines)
         line.display = bool(text)
         line.show(text)
@@ -196,7 +206,16 @@ def _heading(shown: Shown, data: Data) -> Content:
 def sample(
     shown: Shown, problems: Sequence[DataProblem], data: Data, styles: TokenStyles, changes: Changes = ()
 ) -> Content:
-    """Return the row as the model will see it, below its problems."""
+    """Return a row as the model will see it, below the row's problems. If the row cannot be used, the reason
+    takes its place.
+
+    Args:
+        shown: The row.
+        problems: The problems of the source, which include their fixes.
+        data: The data settings of the recipe.
+        styles: The styles of tokens.
+        changes: Losses of the row's tokens before and after training; empty if not measured.
+    """
     parts: list[Content | str | tuple[str, str]] = []
     found = {kind for kind, _ in shown.findings}
     in_file = [p for p in problems if p.path in ("", shown.path)]
@@ -235,21 +254,23 @@ def sample(
 
 
 def legend(shown: Shown | None, changes: Changes, styles: TokenStyles) -> Content:
-    """Return the legend for a row's tokens; empty if there are no tokens."""
+    """Return the legend for a row; empty if there is no row, or if the row has no tokens."""
     if shown is None or shown.refused or not shown.token_counts:
         return Content("")
     return _CHANGES_LEGEND if _shaded_pieces(shown, changes, styles) else styles.legend()
 
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
-    """Return the error for a file that cannot be read, with its columns and the keys that may help."""
+    """Return the error for a source that cannot be read, with the columns of the file, if known, and the keys
+    that may help. ``fields``: an example value by name of the column.
+    """
     keys = [
         (key_name("data.reload"), "read it again"),
         (key_name("data.open"), "open another file"),
         (key_name("data.remove"), "remove this one"),
     ]
     if fields and error.code in (UNMAPPED_COLUMNS, UNMAPPED_SIDES, NOT_IN_FORMAT):
-        # The error's fix refers to the recipe file; on this screen there is a key for it.
+        # The error's fix is to edit the recipe file. On this screen, a key does the same.
         error = error.replace(fix=f"Press {key_name('data.columns')} to map the columns.")
     if kind := refused_preferences(error):
         sides = "chosen or on both answers" if kind == "pairs" else "good or on all answers"
@@ -272,8 +293,8 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
 
 
 def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
-    """Return the kind of preferences that the recipe must set before the file can be used; empty for another
-    error.
+    """Return the kind of preferences because of which a file was refused: the recipe does not say how to
+    train on them. The text is empty for any other error.
     """
     return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
 
@@ -287,8 +308,9 @@ def row_title(
     *,
     has_heading: bool = False,
 ) -> Content:
-    """Return the panel's title: row number, number of tokens to learn, and notes, as far as they fit.
-    ``has_heading``: whether a heading inside the panel shows the number of tokens.
+    """Return the panel's title: the row's number, its number of tokens to learn, and notes, as far as they
+    fit. ``has_heading``: whether a heading inside the panel has the number of tokens, so that the title does
+    not.
     """
     path, row = place
     of = name = ""
@@ -297,11 +319,12 @@ def row_title(
         name = f"{Path(file.path).name} "
         of = f" of {file.last_row:,}" if file.last_row else ""
     elif report and report.complete:
-        # In a JSONL file, rows are numbered by line, so blank lines make the highest number exceed the count.
+        # In a JSONL file, rows are numbered by line. With blank lines, the last number exceeds the number of
+        # rows.
         rows = report.counts.rows + report.counts.excluded
         of = f" of {max(rows, report.files[0].last_row):,}"
     elif report:
-        # The user may jump beyond the part that has been read.
+        # The user may have jumped to a row beyond the part that has been read.
         of = f" of {max(row, report.counts.rows):,} or more"
     parts = [f"{name}row {row:,}{of}"]
     if shown and not has_heading and (words := _learned_words(shown, data)):
@@ -316,7 +339,7 @@ def row_title(
 
 
 def _learned_words(shown: Shown, data: Data) -> str:
-    """Return ``43 of 79 tokens to learn``; empty if there are none."""
+    """Return ``43 of 79 tokens to learn``; empty if the row has no tokens."""
     if not shown.samples or not shown.token_counts:
         return ""
     most = max(shown.token_counts) if data.overflow == "split" else data.max_length
@@ -325,13 +348,16 @@ def _learned_words(shown: Shown, data: Data) -> str:
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
-    """Return the place of the next (1) or previous (-1) row; at either end, return the same place.
+    """Return the place of the next row if ``by`` is 1, and of the previous row if it is -1. At either end of
+    the source, return ``place``.
 
-    The last row of a file is known only once the file has been read.
+    The last row of a file is known only after the file has been read. ``files``: the reports on the files so
+    far.
     """
     path, row = place
     number = _file_number(path, files)
-    # Rows of a JSONL file are numbered by line, and lines may be blank: only the last is certain to exist.
+    # Rows of a JSONL file are numbered by line, and lines may be blank. Only the last row is certain to
+    # exist.
     if by > 0 and files and row >= (files[number].last_row or row + 1):
         return (files[number + 1].path, 1) if number + 1 < len(files) else place
     if by < 0 and row == 1:
@@ -340,9 +366,10 @@ def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
 
 
 def parse_place(text: str, path: str, files: Sequence[FileReport]) -> Place | None:
-    """Parse a row number: ``17``, or ``part-2 17`` with part of a file's name.
+    """Return the place for a typed row number: ``17`` in the file ``path``, or ``part-2 17`` in the first
+    file whose name contains ``part-2``.
 
-    Return None if it is neither.
+    Return None if the text is neither of the two.
     """
     name, _, digits = text.strip().rpartition(" ")
     digits = digits.replace(",", "")
@@ -358,8 +385,8 @@ def parse_place(text: str, path: str, files: Sequence[FileReport]) -> Place | No
 def next_problem(
     problems: Sequence[DataProblem], place: Place, by: int, files: Sequence[FileReport]
 ) -> Place | None:
-    """Return the next row with one of these problems, wrapping around after the last; None if no problem has
-    a row.
+    """Return the place of the next row with one of these problems or, if ``by`` is negative, of the previous
+    one. The first row with a problem follows the last. None if no problem has a row.
     """
     places = sorted({(_file_number(p.path, files), row) for p in problems for row in p.rows})
     if not places:
@@ -379,8 +406,8 @@ def _file_number(path: str, files: Sequence[FileReport]) -> int:
 def _styled(piece: Piece, styles: TokenStyles) -> Content:
     text = piece.text
     if piece.in_loss and not piece.special:
-        # Line breaks are invisible, so those at the edges of the learned text are marked; marks inside would
-        # make it hard to read.
+        # Line breaks are invisible. Marks are put only at the edges of the learned text, since marks inside
+        # would make the text hard to read.
         inner = text.strip("\n")
         before = len(text) - len(text.lstrip("\n"))
         after = len(text) - before - len(inner)
@@ -389,8 +416,8 @@ def _styled(piece: Piece, styles: TokenStyles) -> Content:
 
 
 def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[Content | tuple[str, str]]:
-    """Return the row's only sample with its tokens shaded by their changes; empty if the losses belong to
-    other tokens.
+    """Return the row's only sample with its tokens shaded by their changes. The list is empty if the row has
+    several samples, or if there are no losses for exactly the row's tokens.
     """
     if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
         return []
@@ -410,14 +437,14 @@ def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[
         if here and "".join(text for text, _ in here) == piece.text and not piece.special:
             parts += [_shaded(text, after - before) for text, (before, after) in here]
         else:
-            # A special token, or a character that consists of several tokens.
+            # A special token, or a character that consists of several tokens, is not shaded.
             parts.append(_styled(piece, styles))
     return parts
 
 
 def _shaded(text: str, change: float) -> Content:
-    """Return a token shaded by its change, with a mark for terminals without color."""
-    # The mark goes between a leading space and the word.
+    """Return a token shaded by the change of its loss in nats, with a mark for terminals without color."""
+    # The mark is put between a leading space and the word.
     word = text.lstrip(" ")
     space = text[: len(text) - len(word)]
     word = word.replace("\n", "↵\n")

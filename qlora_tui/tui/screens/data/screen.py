@@ -1,4 +1,6 @@
-"""Data: select files, show each token as the model will see it, and find errors before training."""
+"""The Data screen: select files, show each token as the model will see it, and find errors before
+training.
+"""
 
 from __future__ import annotations
 
@@ -59,17 +61,19 @@ from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
-"""Minimum terminal height, in lines, for a higher histogram."""
+"""Minimum height of the window, in lines, at which the histogram is higher."""
 _COSTS_HEIGHT = 36
-"""Minimum terminal height, in lines, for the table of lengths."""
+"""Minimum height of the window, in lines, at which the table of costs is shown."""
 _SETTLE_S = 0.1
-"""Seconds to wait before reacting, since holding a key down changes the recipe many times."""
+"""Seconds to wait before the whole source is read, since holding down a key changes the recipe many times."""
 _SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
 _VIEWS = ("both", "figures", "sample")
 
 
 class DataScreen(SourceActions):
-    """Sources, one sample at a time, lengths and problems."""
+    """The Data screen: the sources of the recipe, and the rows, lengths and problems of the selected
+    source.
+    """
 
     MODE = "data"
     CSS_PATH = "data.tcss"
@@ -80,19 +84,19 @@ class DataScreen(SourceActions):
         super().__init__()
         self._request: PreviewRequest | None = None
         self.shown: Shown | None = None
-        """The row on the screen; None until one was read."""
+        """The row on the screen; None if no row has been read, or if the row cannot be read."""
         self.row = 1
         self.path = ""
         """Path of the row's file in the source; empty for the source's first file."""
         self._no_tokens: UserError | None = None
-        """Why the row is shown as it is in the file although a model is selected."""
+        """Why the row is shown as it is in the file although a model is selected; None if it is not."""
         self._refused_preferences: Literal["", "pairs", "ratings"] = ""
-        """The kind of preferences in the source that the recipe does not train on yet, for which the source
-        is refused; empty if it is not refused.
+        """Kind of the preferences because of which the source is refused, since the recipe does not say how
+        to train on them; empty if the source is not refused for this reason.
         """
         self._measured: MeasuredRows | None = None
-        """The losses of the rows in a run, by which their tokens are shaded; None until the user lists
-        them.
+        """Losses of the source's rows before and after a run, by which tokens are shaded; None until the user
+        has listed the rows by their losses.
         """
         self._measuring = False
         self._costs: list[LengthCost] = []
@@ -120,11 +124,11 @@ class DataScreen(SourceActions):
         self._start()
 
     async def on_unmount(self) -> None:
-        """Stop the engines with the screen."""
+        """Stop the engines when the screen is removed."""
         await self.previews.kill()
 
     def on_resize(self) -> None:
-        # After the layout, since bars and titles depend on the panels' new widths.
+        # Draw after the layout, since bars and titles depend on the panels' new widths.
         self.call_after_refresh(self._show_report)
         self.call_after_refresh(self._show_row)
         if self._request is not None and self.shown is not None:
@@ -133,7 +137,7 @@ class DataScreen(SourceActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
             return bool(self._refused_preferences) or has_fix(self.report, self.problems)
-        # Without data, no other panel can have the focus.
+        # Without a source, the only command of this screen is the command that opens data.
         return not self.has_command(action) or action == "open" or self.source is not None
 
     # Sources
@@ -160,7 +164,7 @@ class DataScreen(SourceActions):
         self._update_costs()
 
     def on_option_list_option_highlighted(self, event: OptionList.OptionHighlighted) -> None:
-        """Show another source."""
+        """Show the source under the cursor."""
         if event.option_list.id == "sources" and event.option_index != self.source_number:
             self.source_number = event.option_index
             self.show_recipe(self.app.workbench.recipe)
@@ -174,13 +178,13 @@ class DataScreen(SourceActions):
     # Rows
 
     def action_row(self, by: int) -> None:
-        """Show a neighboring row."""
+        """Show the next row if ``by`` is 1, and the previous row if it is -1."""
         place = neighbor((self.path, self.row), by, self.report.files if self.report else ())
         if self.shown is None or place != (self.path, self.row):
             self._go_to_row(*place)
 
     def action_go_to(self) -> None:
-        """Ask for a row's number."""
+        """Ask for a row's number, and show that row."""
         files = self.report.files if self.report else ()
 
         def validate(text: str) -> str:
@@ -196,7 +200,9 @@ class DataScreen(SourceActions):
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
 
     def action_problem(self, by: int) -> None:
-        """Show the next row with a problem, wrapping around after the last."""
+        """Show the next row with a problem or, if ``by`` is negative, the previous one, wrapping around at
+        the end.
+        """
         if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
             self.notify("No row has a problem." if complete else "No problems so far. Still reading.")
@@ -204,7 +210,7 @@ class DataScreen(SourceActions):
             self._go_to_problem(self.problems, by)
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Show the next row with the selected problem."""
+        """Show the next row that has the selected problem."""
         if event.option_list.id == "problems" and event.option_index < len(self.problems):
             self._go_to_problem([self.problems[event.option_index]], 1)
 
@@ -222,12 +228,15 @@ class DataScreen(SourceActions):
 
     @work
     async def _start(self) -> None:
-        # Start the engine before a file is selected. An error is reported once a file is selected.
+        # Start the engine early, so that the first row appears sooner. An error is shown once a file is
+        # selected.
         with suppress(UserError):
             await self.previews.start()
 
     def _set_request(self, wanted: PreviewRequest) -> None:
-        """Show another source, or the same source after a change of settings."""
+        """Read the row and the report for this request. If the source has changed, clear the screen first; if
+        its path has changed, begin at the first row.
+        """
         before, self._request = self._request, wanted
         if before is None or before.source != wanted.source:
             if before is None or before.source.path != wanted.source.path:
@@ -269,7 +278,7 @@ class DataScreen(SourceActions):
 
     @work(exclusive=True, group="rows beside")
     async def _fetch_beside(self, wanted: PreviewRequest) -> None:
-        """Fetch and show the following rows, if they fit."""
+        """Fetch and show as many of the following rows as fit."""
         panel, rows = self.query_one(SamplePanel), list[Shown]()
         place, files = (self.path, self.row), self.report.files if self.report else ()
         with suppress(UserError):
@@ -317,7 +326,9 @@ class DataScreen(SourceActions):
         self._update_costs()
 
     def _update_costs(self) -> None:
-        """Estimate the costs of other sequence lengths once the report is complete."""
+        """Once the report is complete, estimate the costs of other maximum lengths, unless nothing has
+        changed.
+        """
         recipe, budget = self.app.workbench.recipe, self.app.run_budget
         key = (self.report, recipe, budget, self.app.counts)
         if self.report is None or not self.report.complete or key == self._costs_key:
@@ -336,7 +347,7 @@ class DataScreen(SourceActions):
         self._show_report()
 
     def _show_report(self) -> None:
-        """Show lengths and problems for the part of the source that has been read."""
+        """Show the totals, lengths and problems of the part of the source that has been read."""
         report, recipe = self.report, self.app.workbench.recipe
         body = self.query_one("#data-body")
         alone, is_narrow = body.has_class("-figures"), self.has_class("-narrow")
@@ -352,13 +363,14 @@ class DataScreen(SourceActions):
         totals.show(report, recipe, self._forecast, self._fit, brief=narrow, evidence=evidence)
         name = Path(self._request.source.path).name if self._request else ""
         totals.show_title(f"Tokens of {name}" if len(recipe.data.sources) > 1 else "Tokens")
-        # In a narrow window, the fix is shown above a row that has the problem.
+        # In a narrow window, a problem takes one line. Its fix is also shown above the rows that have the
+        # problem.
         self.query_one(ProblemsPanel).show(report, self.problems, recipe, self._forecast, brief=narrow)
         self._show_place()
 
     @property
     def _fit(self) -> Content | None:
-        """Return the memory of the recipe, if known. The header does not show it on this screen."""
+        """The memory that the recipe needs; None if unknown. On this screen, it is not in the header."""
         fit = recipe_fit(self.app.workbench, self.app.run_budget)
         return None if fit is None else fit.draw(0)
 
@@ -375,7 +387,9 @@ class DataScreen(SourceActions):
             panel.show_title("Sample")
 
     def action_view(self) -> None:
-        """Show the sample, the statistics, or both."""
+        """Switch from sample and statistics to the statistics alone, then to the sample alone, then to both
+        again.
+        """
         body = self.query_one("#data-body")
         now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
         body.set_class(False, f"-{now}")
@@ -390,7 +404,10 @@ class DataScreen(SourceActions):
         return unfixed_problems(self.report, self.app.workbench.recipe.lora.trainable_tokens)
 
     def action_fix(self) -> None:
-        """Change the setting that fixes the first problem with such a fix."""
+        """Change the setting that fixes a problem, for the first of these problems that there is: preferences
+        that the recipe refuses (ask how to train on them), bad rows, texts that are too long, and untrained
+        tokens.
+        """
         if self._refused_preferences:
             rated = self._refused_preferences == "ratings"
             self.ask(preference_picker(rated=rated), self._set_preferences)
@@ -410,7 +427,9 @@ class DataScreen(SourceActions):
         self.notify_undoable(chosen if choice == "chosen" else f"Trains with {choice}.")
 
     def action_bad_rows(self) -> None:
-        """Leave out unusable rows, or refuse to train while there are any."""
+        """If bad rows prevent runs from starting, let runs leave them out; otherwise, let them prevent runs
+        from starting.
+        """
         bad_rows = skippable_rows(self.report, self.problems)
         skips = self.app.workbench.recipe.data.bad_rows == "skip"
         self.app.edit("data.bad_rows", "refuse" if skips else "skip")
@@ -424,7 +443,9 @@ class DataScreen(SourceActions):
     # Losses of the rows in a run
 
     def action_row_losses(self) -> None:
-        """List the rows of the source by how their loss changed in the newest run that trained on them."""
+        """List the rows of the source by how their loss changed in the newest run that trained on the
+        source.
+        """
         if self._measuring:
             self.notify("The rows are still being measured. The list opens when that is done.")
         else:
@@ -466,7 +487,7 @@ class DataScreen(SourceActions):
             self._go_to_row(path, choice.place.row)
 
     async def _queue_without(self, measured: MeasuredRows, rows: tuple[RowPlace, ...]) -> None:
-        """Leave rows out of the recipe, and queue the run again without them."""
+        """Queue the measured run again without these rows, and leave the rows out of the recipe too."""
         try:
             queued, trained = await asyncio.to_thread(measured.queue_without, rows)
         except UserError as problem:
@@ -481,7 +502,7 @@ class DataScreen(SourceActions):
         )
 
     def _file_names(self) -> dict[str, str]:
-        """Name of each file of the source, by path; empty until a report has been read."""
+        """Return the name of each file of the source by path; empty until a report has been read."""
         if self.report is None or self.source is None:
             return {}
         paths = [Path(file.path) for file in self.report.files]

@@ -1,4 +1,6 @@
-"""Actions on the recipe's sources: add, remove, change how each is read, choose validation rows."""
+"""Commands for the recipe's sources: add or remove a source, change how it is read, choose validation
+data.
+"""
 
 from __future__ import annotations
 
@@ -30,37 +32,41 @@ _DATA_ENDINGS = (
 
 
 class SourceActions(WorkScreen):
-    """Actions on the sources of the recipe. One source is selected."""
+    """Base of the Data screen, with the commands for the recipe's sources. One of the sources is selected."""
 
     def __init__(self) -> None:
         super().__init__()
         self.previews = DataPreviews()
         self.source_number = 0
-        """Number of the selected source in the recipe."""
+        """Index of the selected source in the recipe."""
         self.report: Report | None = None
         """Report on the part of the selected source that has been read; None before the first report."""
         self._unreadable_source: Source | None = None
-        """The source that was read last, if no row of it could be read."""
+        """The source that was read last if none of its rows could be read; otherwise None."""
         self._fields: dict[str, str] = {}
-        """Columns of a file in an unknown format, each with an example value, for mapping them by hand."""
+        """Example value by name of the column, for a file in an unknown format whose columns the user may
+        map.
+        """
         self._mapping_format = "prompt-completion"
-        """The format to map columns for if the unreadable source has the format ``auto``."""
+        """The format for which columns are mapped if the unreadable source has the format ``auto``."""
 
     @property
     def source(self) -> Source | None:
-        """The selected source."""
+        """The selected source; None if the recipe has no sources."""
         sources = self.app.workbench.recipe.data.sources
         return sources[self.source_number] if sources else None
 
     @property
     def _selected(self) -> Source:
-        """The selected source. Raises SkipAction if there is none."""
+        """The selected source. Raises SkipAction if the recipe has no sources."""
         if self.source is None:
             raise SkipAction
         return self.source
 
     def action_open(self, replaces: bool = False) -> None:
-        """Add a file, a folder or a Hub dataset to the sources, or replace all sources with it."""
+        """Ask for a file, a folder or a Hub dataset. Replace all sources with it if ``replaces``; otherwise
+        add it to the sources.
+        """
         sources = self.app.workbench.recipe.data.sources
         folder = Path(sources[-1].path).expanduser().parent if sources else None
         start = folder if folder is not None and folder.is_dir() else None
@@ -74,7 +80,7 @@ class SourceActions(WorkScreen):
         self.ask(FilePickerScreen(title, "data", _DATA_ENDINGS, start, is_id=is_hub_dataset), opened)
 
     def _replace_sources(self, path: Path) -> None:
-        """Train on this path and nothing else."""
+        """Make this path the only source of the recipe."""
         sources = self.app.workbench.recipe.data.sources
         self._set_only_source(path)
         if sources:
@@ -84,8 +90,8 @@ class SourceActions(WorkScreen):
     def add_source(self, path: Path) -> None:
         """Add a path to the sources, and select it.
 
-        It replaces the selected source if that cannot be read, since no run could start with it. It also
-        replaces the demo's data if that is the only source.
+        Instead of being added, the path replaces the selected source if that source cannot be read, since no
+        run could start with both. The path also replaces the demo's data if they are the only source.
         """
         sources = self.app.workbench.recipe.data.sources
         if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
@@ -111,7 +117,7 @@ class SourceActions(WorkScreen):
         self.app.edit("data.sources", (Source(path=str(path)),))
 
     def _change_source(self, source: Source) -> None:
-        """Replace the selected source in the recipe with ``source``."""
+        """Put ``source`` in the place of the selected source in the recipe."""
         sources = list(self.app.workbench.recipe.data.sources)
         sources[self.source_number] = source
         self.app.edit("data.sources", tuple(sources))
@@ -124,7 +130,7 @@ class SourceActions(WorkScreen):
         self.notify_undoable(f"Removed {Path(source.path).name}.")
 
     def action_weight(self) -> None:
-        """Ask how often to repeat the rows of the source."""
+        """Ask for the weight of the selected source, which says how often its rows are repeated."""
         source = self._selected
         field = source_fields()["weight"]
 
@@ -143,8 +149,8 @@ class SourceActions(WorkScreen):
 
     @work(exclusive=True, group="formats")
     async def action_format(self) -> None:
-        """Let the user select the format for reading the rows, listed with the number of rows that each
-        format can read.
+        """Ask for the format in which the rows are read. The dialog says how many rows each format can
+        read.
         """
         source = self._selected
         preferences = self.app.workbench.recipe.data.preferences
@@ -155,7 +161,7 @@ class SourceActions(WorkScreen):
             self.notify_undoable("Format detected." if format_ == AUTO else f"Read as {format_}.")
 
     def action_columns(self) -> None:
-        """Let the user map the columns to prompt, answer, and so on."""
+        """Ask which columns of the file have the prompt, the answer, and so on."""
         source = self._selected
         if self.report is not None and self.report.files:
             file = self.report.files[0]
@@ -171,7 +177,7 @@ class SourceActions(WorkScreen):
         )
 
     def action_validation(self) -> None:
-        """Ask for a fraction of the rows, or a file, to validate on."""
+        """Ask for what to validate on: a fraction of the rows, or a file."""
         data = self.app.workbench.recipe.data
 
         def validate(text: str) -> str:
@@ -193,7 +199,9 @@ class SourceActions(WorkScreen):
 
 
 def source_line(source: Source, alone: bool) -> Content:
-    """Return a source's line in the list, with its weight unless that is 1 and there are no other sources."""
+    """Return the line of a source in the list: its name, size and weight. ``alone``: whether there is no
+    other source; a weight of 1 is then left out.
+    """
     path = Path(source.path)
     weight = "" if alone and source.weight == 1 else f"  weight {format_number(source.weight)}"
     if is_hub_dataset(source.path):

@@ -1,4 +1,6 @@
-"""Runs: ``screen`` has the keys, ``run_list`` the list of runs and the preview of the run under the cursor.
+"""The Runs screen. ``screen`` carries out the commands, ``run_list`` has the list of runs and the preview of
+the run under the cursor.
 
-``compare`` shows up to four runs side by side. ``export_dialog`` exports a run for other programs.
+``compare`` shows two to four runs side by side, ``sweep`` shows a sweep, and ``export_dialog`` exports a run
+for other programs.
 """

@@ -1,4 +1,4 @@
-"""Comparison of up to four runs: one graph of their losses by tokens trained, a table of results, and the
+"""Comparison of two to four runs: a graph of their losses by tokens trained, a table of results, and the
 settings that differ.
 """
 
@@ -51,27 +51,27 @@ _STYLES = ("$training", "$forgetting", "$validation", "$hardware")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run in one row of the table."""
+    """One result of a run, such as its speed: the run's cell in a row of the table."""
 
     text: str
     """The result as text; empty if there is none."""
     value: float | None = None
     better: Literal["", "lower", "higher"] = ""
-    """Which values are better; empty if neither."""
+    """Whether lower or higher values are better; empty if neither is better."""
     of_data: bool = True
-    """Whether comparing the values requires that the runs used the same data."""
+    """Whether values are comparable only if the runs used the same data."""
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run in the comparison."""
+    """A run to compare with other runs."""
 
     name: str
     recipe: Recipe | None
     envelope: Envelope
-    """Running mean of the training loss by tokens trained."""
+    """Curve of the running mean of the training loss, by tokens trained."""
     outcome: Mapping[str, Outcome]
-    """Outcomes by row label. Rows that are empty for all runs are left out."""
+    """Results by label of their row. A row that is empty for all compared runs is not shown."""
 
 
 _GENERAL_ANSWERS = {
@@ -80,16 +80,18 @@ _GENERAL_ANSWERS = {
     "refusals": "refused",
     "valid JSON": "valid JSON",
 }
-"""(label, name of the count) for rows that count answers to general prompts."""
+"""Rows that count answers to general prompts: name of the count, as in :func:`.general_answer_texts`, by
+label.
+"""
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _BETTER = " ✓"
-"""Marks the better value in a row."""
+"""Mark after the best value in a row."""
 _REASON_LINES = 3
 _WIDE_COLUMN = 26
 
 
 def read(run: RunDir) -> ComparedRun:
-    """Read a run for comparison. Called in a thread."""
+    """Read what is compared of a run. Reads files, so call it in a thread."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     mean_losses = DecimatedSeries()
@@ -129,14 +131,14 @@ def _share(part: float | None) -> Outcome:
 
 
 def _reason(view: RunView) -> str:
-    """Return the reason why the run failed or was lost, in a sentence; empty for other runs."""
+    """Return the sentence on why the run failed or was lost; empty if it has neither failed nor been lost."""
     if isinstance(view.ending, Failed):
         return f"{view.ending.title}: {view.ending.what}"
     return view.status.detail if view.status.state in ("failed", "lost") else ""
 
 
 def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
-    """Return a curve and symbol for each run, by tokens trained."""
+    """Return the plot of the losses by tokens trained, with a curve and a letter for each run."""
     envelopes = [one.envelope for one in compared]
     reach = overall(envelopes)
     most = max((envelope.xs[-1] for envelope in envelopes if envelope.xs), default=1.0)
@@ -161,7 +163,8 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
             continue
         values = tuple("unreadable" if r is None else format_value(get_setting(r, path)) for r in recipes)
         if path == "model.id":
-            # Show a model's folder by its name alone if other runs use a model of the same name.
+            # If another run has a model with the name of this model's folder, show only the name of the
+            # folder.
             values = tuple(name if (name := Path(value).name) in values else value for value in values)
         if len(set(values)) > 1:
             rows.append((field.label, values))
@@ -169,7 +172,7 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
 
 
 def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
-    """Return names, outcomes, and the settings that differ, with one column per run."""
+    """Return a table with one column per run: names, results, and the settings that differ."""
     warning = _incomparable(compared)
     outcomes = [
         (name, texts)
@@ -200,7 +203,7 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
 
 
 def _incomparable(compared: Sequence[ComparedRun]) -> str:
-    """Return the reason why the losses are not comparable; empty if they are comparable."""
+    """Return a sentence on why the losses are not comparable; empty if they are comparable."""
     recipes = [one.recipe for one in compared if one.recipe is not None]
     if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
         return "Trained on different data: don't compare the losses."
@@ -210,8 +213,8 @@ def _incomparable(compared: Sequence[ComparedRun]) -> str:
 
 
 def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
-    """Return the texts of a row. The best values are marked, unless all values are equal or not
-    comparable.
+    """Return the texts of a row. The best values are marked, unless all values are equal, or the values are
+    not comparable. ``same_data``: whether the losses of the runs are comparable.
     """
     values = [each.value for each in outcomes if each.value is not None and math.isfinite(each.value)]
     better = outcomes[0].better
@@ -222,9 +225,10 @@ def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
 
 
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:
-    """Return the lines of a row, with a text for each run.
+    """Return the lines of a row, each as a tuple with a text for each run.
 
-    A reason is wrapped; other values are cut in the middle.
+    If the row has the reasons why runs failed, texts are wrapped; otherwise their middle is left out if they
+    are too long.
     """
     if name != "reason":
         return [tuple(truncate_middle(value, width) for value in values)]
@@ -234,7 +238,7 @@ def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]
 
 
 class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
-    """Covers the whole window. Escape closes it."""
+    """The comparison of runs in the whole window. Escape closes it."""
 
     DEFAULT_CSS = """
     CompareScreen {
@@ -280,7 +284,7 @@ class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
         self._show_table()
 
     def action_scroll_table(self, lines: int) -> None:
-        """Scroll the table."""
+        """Scroll the table down by this many lines, or up if ``lines`` is negative."""
         self.query_one("#compare-table-side").scroll_relative(y=lines, animate=False)
 
     @work(exclusive=True)

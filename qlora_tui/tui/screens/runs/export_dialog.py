@@ -1,5 +1,5 @@
-"""The export dialog: the formats that a run can be exported to, the target, and the progress of earlier
-exports.
+"""The export dialog: the formats to which a run can be exported, the target, and the earlier exports of the
+run with their progress.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ _TYPES = ("Q8_0", "F16", AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
 HUB_FORMS = ("adapter", "merged")
-"""Forms of a run that can be uploaded to the Hub, in addition to GGUF files."""
+"""Forms of a run that can be uploaded to the Hub, besides GGUF files."""
 _LINE_WIDTH = 66
-"""Width of an export's line, in cells, to fit 80 columns."""
+"""Width of the line on an export, in cells, so that it fits a window of 80 columns."""
 
 
 Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
@@ -90,39 +90,41 @@ _NAMES: tuple[Target, ...] = ("Name", "Repository")
 
 @dataclass(frozen=True)
 class ExportChoice:
-    """A format to export to."""
+    """A format to which a run can be exported."""
 
     id: str
     label: str
     bytes: int | None
-    """Size of the export; None if unknown."""
+    """Size of the export in bytes; None if unknown."""
     note: str
-    """Use that the format suits best, in a few words."""
+    """What the format is best for, in a few words."""
     detail: str
     """A description, in sentences."""
     form: Form
     is_estimate: bool = True
-    """Whether the size is computed from the model's parameters rather than read from a file."""
+    """Whether ``bytes`` is computed from the model's parameters. If not, it was read from a file."""
     file_type: str = ""
     suffix: str = ""
     """Ending of the proposed file name."""
     target: Target = "File"
-    """Kind of target to ask for."""
+    """Kind of target that the user is asked for."""
     types: tuple[str, ...] = ()
-    """Options that a key cycles through: types of a GGUF file, or forms to upload; empty if there are
+    """Options that a key selects in turn: types of a GGUF file, or forms of an upload; empty if there are
     none.
     """
 
     @property
     def size(self) -> str:
-        """Return the size to show: an estimate such as ``~7.6 GiB``, or an exact size such as ``155 MiB``."""
+        """Size to show: an estimate such as ``~7.6 GiB``, an exact size such as ``155 MiB``, or why there is
+        none.
+        """
         if self.bytes is None:
             return "varies" if self.file_type == AUTO else "unknown"
         return f"{'~' * self.is_estimate}{format_bytes(self.bytes)}"
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
-    """Open the dialog. Raises UserError if the run cannot be exported."""
+    """Open the export dialog for a run. Raises UserError if the run cannot be exported."""
     refuse_on_box("Exports are written on the box", f"export gguf {shlex.quote(run.id)} OUT.gguf")
     source = run_source(run)
     adapter = Path(source.adapters[choose_adapter(source)])
@@ -144,7 +146,7 @@ def _size(adapter: Path) -> int | None:
 
 
 class ExportScreen(ModalScreen[None]):
-    """Starts exports in the background and shows their progress."""
+    """Dialog that starts exports in the background and shows their progress."""
 
     CSS_PATH = "../modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -164,9 +166,10 @@ class ExportScreen(ModalScreen[None]):
 
         Args:
             run: The run whose adapter is exported.
-            choices: Returns the formats to offer: :func:`export_choices` with a model.
-            steps: Steps of the run's checkpoints in the order in which a key selects them; None is the final
-                adapter.
+            choices: Returns the formats to offer: :func:`export_choices` with its first three arguments
+                already given. The dialog passes the type or form that the user has selected.
+            steps: Steps of the run's checkpoints, in the order in which a key selects them; None stands for
+                the final adapter.
         """
         super().__init__()
         self._run_dir = run
@@ -176,8 +179,8 @@ class ExportScreen(ModalScreen[None]):
         self._steps = list(steps)
         self._exports: dict[str, Export] = {}
         self._proposed = ""
-        """The path that the dialog proposed. If the field has another path, the user typed it, and it is not
-        replaced.
+        """The target that the dialog proposed last. If the field has another text, the user typed it, so that
+        it is kept.
         """
 
     def compose(self) -> ComposeResult:
@@ -198,7 +201,7 @@ class ExportScreen(ModalScreen[None]):
         self.set_interval(_READ_INTERVAL_S, self._refresh_exports)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Describe the line under the cursor, and propose a path."""
+        """Describe the format or export under the cursor, and propose a target for a format."""
         self._show_detail()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
@@ -208,7 +211,7 @@ class ExportScreen(ModalScreen[None]):
         self._start()
 
     def action_type(self) -> None:
-        """Select the next GGUF type, or the next kind of upload."""
+        """Select the next type of the GGUF file or, for an upload, the next form."""
         choice = self._current_choice
         if choice is None or not choice.types:
             self.notify("This format has no types to choose from.", severity="warning")
@@ -221,7 +224,9 @@ class ExportScreen(ModalScreen[None]):
         self._show_detail()
 
     def action_checkpoint(self) -> None:
-        """Select the next older checkpoint; after the oldest, the final adapter."""
+        """Select the next older checkpoint. The final adapter or, if there is none, the newest checkpoint
+        follows the oldest.
+        """
         if len(self._steps) == 1:
             self.notify("The run has no other checkpoint.", severity="warning")
             return
@@ -229,35 +234,33 @@ class ExportScreen(ModalScreen[None]):
         self._show_detail()
 
     def action_cancel(self) -> None:
-        """Cancel the export under the cursor."""
+        """Cancel the running export under the cursor."""
         export = self._export_in("running", "Move to a running export to cancel it.")
         if export is not None:
             self._try(lambda: cancel_export(export))
 
     def action_restart(self) -> None:
-        """Restart the export under the cursor if it failed or was canceled."""
+        """Restart the failed or canceled export under the cursor."""
         export = self._export_in("failed canceled", "Move to a failed or canceled export to start it again.")
         if export is not None:
             self._try(lambda: self._show_started(restart_export(self._run_dir, export)))
 
     def action_delete(self) -> None:
-        """Remove a failed or canceled export from the list, and delete the partial files of an export that
-        was killed.
-        """
+        """Remove the failed or canceled export under the cursor from the list, with any partial files."""
         export = self._export_in("failed canceled", "Move to a failed or canceled export to delete it.")
         if export is not None and self._try(lambda: delete_export(export)):
             self._say("Deleted.")
             self._refresh_exports()
 
     def action_copy(self) -> None:
-        """Copy the command that runs an exported file, or the file's path."""
+        """Copy the command that runs the exported file or, if there is none, the paths of the export."""
         export = self._export_in("finished", "Move to a finished export to copy its command.")
         if export is not None:
             self.app.copy_to_clipboard(export.status.command or shlex.join(export.status.paths))
 
     def _export_in(self, states: str, otherwise: str) -> Export | None:
-        """Return the export under the cursor if it is in one of these states; otherwise show what to do and
-        return None.
+        """Return the export under the cursor if it is in one of these states. Otherwise, show ``otherwise``
+        and return None. ``states``: names separated by spaces.
         """
         export = self._current_export
         if export is not None and export.status.state in states.split():
@@ -266,7 +269,9 @@ class ExportScreen(ModalScreen[None]):
         return None
 
     def _try(self, act: Callable[[], object]) -> bool:
-        """Call ``act``; show an error in the dialog and return False if it fails."""
+        """Call ``act``, and return whether it succeeded. If it raises UserError, show the error in the
+        dialog.
+        """
         try:
             act()
         except UserError as problem:
@@ -335,11 +340,11 @@ class ExportScreen(ModalScreen[None]):
         if field.value == self._proposed:
             self._proposed = proposed_target(choice, self._run_dir.name, step)
             field.value = self._proposed
-            # Scroll to the end, which has the name of the file.
+            # Scroll to the end of the path, since the end has the name of the file.
             field.cursor_position = len(self._proposed)
 
     def _keys(self, choice: ExportChoice | None, export: Export | None) -> Content:
-        """Return the keys that are available for the line under the cursor."""
+        """Return the keys that are available for the format or export under the cursor."""
         if choice is None:
             state = export.status.state if export else ""
             keys = {"": [], "running": [_CANCEL], "finished": [_COPY]}.get(state)
@@ -362,9 +367,14 @@ def export_choices(
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
-    """Return all choices, most useful first. Sizes are unknown without the model's architecture.
-    ``file_type``: the type of GGUF files. ``hub_form``: the form to upload, one of :data:`HUB_FORMS` or a
-    type.
+    """Return the formats, most useful first. Sizes that depend on an unknown architecture are None.
+
+    Args:
+        architecture: Architecture of the base; None if the model is not on this machine.
+        budget: Memory in which a GGUF file is meant to run.
+        adapter_bytes: Size of the adapter; None if unknown.
+        file_type: Type of the GGUF files.
+        hub_form: The form to upload: one of :data:`HUB_FORMS`, or the type of a GGUF file.
     """
     types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
     merged = None if architecture is None else architecture.total_params * 2
@@ -442,13 +452,13 @@ def export_choices(
 
 
 def _size_of_type(kind: str, architecture: Architecture | None) -> int | None:
-    """Return the approximate size of a GGUF file; None if unknown."""
+    """Return the approximate size in bytes of a GGUF file of this type; None if unknown."""
     return None if architecture is None or kind == AUTO else estimated_bytes(architecture, kind)
 
 
 def _free_space(choice: ExportChoice) -> str:
-    """Return the free space on the disk of the proposed folder, with a warning if the export does not fit;
-    empty if unknown, or for an upload.
+    """Return a sentence on the free space on the disk of the proposed folder, as a warning if the export does
+    not fit. The text is empty if the free space is unknown, and for uploads.
     """
     free = disk_free_bytes(_folder())
     if free is None or choice.target == "Repository":
@@ -458,8 +468,8 @@ def _free_space(choice: ExportChoice) -> str:
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
-    """Return sentences on the memory that a file of this type needs, and on special features of the type;
-    empty if unknown.
+    """Return sentences on the memory that a GGUF file of this type needs, and on what is special about the
+    type.
     """
     if kind == AUTO:
         return (
@@ -479,12 +489,14 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
 
 
 def _folder() -> Path:
-    """Return the folder that is proposed for exports."""
+    """Return the folder in which exports are proposed."""
     return Path.home() / "models"
 
 
 def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
-    """Return an unused path in the user's home folder, or a name."""
+    """Return an unused path in the folder for exports or, if the choice needs a name, a name made from the
+    run's. ``checkpoint``: step of the checkpoint; None for the final adapter.
+    """
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
     if checkpoint is not None:
         stem += f"-step-{checkpoint}"
@@ -499,14 +511,16 @@ def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None 
 
 
 def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
-    """Return the request for a choice. ``out``: the target as typed."""
+    """Return the request for an export. ``out``: the target as the user typed it. ``checkpoint``: step of the
+    checkpoint; None for the final adapter.
+    """
     is_name = choice.target in _NAMES
     target = out.strip() if is_name else str(Path(out.strip()).expanduser().absolute())
     return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
 
 
 def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
-    """Return the line of an earlier export, ``width`` cells wide."""
+    """Return a line of at most ``width`` cells with the state and the result of an earlier export."""
     status = export.status
     sign, style = _SIGNS.get(status.state, ("·", "dim"))
     elapsed = f" · {format_duration(time.time() - status.began)}" if status.began else ""
@@ -523,7 +537,7 @@ def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
 
 
 def export_detail(export: Export) -> str:
-    """Return a description of an export in sentences."""
+    """Return sentences on the state and the result of an earlier export."""
     status = export.status
     match status.state:
         case "finished":

@@ -59,15 +59,17 @@ from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
 MARKS = "ABCD"
-"""Marks of runs selected for comparison. They differ from the signs of all states, and the runs' curves have
-the same letters.
+"""Letters that mark the runs selected for comparison, also in the graph of their losses. No state has a
+letter as its sign.
 """
 _CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
 
 
 def when(summary: RunSummary, now: float) -> str:
-    """Return the time of a run: ``03:12`` for today, ``23 Nov 03:12`` for earlier days."""
+    """Return when a run was queued or, if unknown, when its status last changed: ``03:12`` for today, ``23
+    Nov 03:12`` for earlier days. ``now``: the current Unix time.
+    """
     at = summary.queued_at or summary.status.at
     if not at:
         return "NA"
@@ -76,8 +78,8 @@ def when(summary: RunSummary, now: float) -> str:
 
 
 def best_loss(summary: RunSummary) -> str:
-    """Return the best validation loss, such as ``2.78``. If none was measured, return the last training loss
-    as ``2.63*``. Both align in a column.
+    """Return the best validation loss, such as ``2.78``. If there was no validation, return the last training
+    loss, such as ``2.63*``; if there is no loss, an empty text.
     """
     loss, mark = (summary.loss, "*") if summary.best is None else (summary.best[0], "")
     if loss is None:
@@ -88,14 +90,16 @@ def best_loss(summary: RunSummary) -> str:
 _MIN_REASON, _MAX_REASON = 24, 60
 """Minimum and maximum width of the column with the reason why a run ended, in cells."""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
-"""Matches the end of a generated name such as ``owls-20261130-0752-2``."""
+"""Matches the time, and a number after it, at the end of a generated name such as
+``owls-20261130-0752-2``.
+"""
 _HEAD = 15
-"""Width of the mark and the state before the columns, in cells."""
+"""Width of the first column, with mark and state, in cells."""
 
 
 def short_name(name: str, width: int) -> str:
-    """Return a name cut to ``width`` that keeps the time of day at its end, since names of runs on the same
-    day often differ only in the time.
+    """Return a name shortened to ``width`` cells. The time of day at its end is kept, since the names of runs
+    of the same day often differ only in the time.
     """
     time_of_day = _TIME_OF_DAY.search(name)
     kept = time_of_day[0] if time_of_day else ""
@@ -103,8 +107,8 @@ def short_name(name: str, width: int) -> str:
 
 
 def reason(summary: RunSummary) -> Content:
-    """Return, in a few words, the reason why the run ended or is waiting; empty if all steps were
-    completed.
+    """Return, in a few words, the reason why the run ended or is waiting, or the devices of an active run.
+    The text is empty if all steps were completed.
     """
     if summary.failure:
         return Content(summary.failure)
@@ -164,19 +168,19 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         is_sentence=True,
     ),
 )
-"""Columns of the list that follow a run's state."""
+"""Columns of the list, to the right of the mark and the state."""
 
 
 class RunTable(LineView):
-    """One line per run, below a line of titles that does not scroll."""
+    """A list with one line per run, below a line of titles that does not scroll."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*LIST_KEYS]
 
     class Moved(Message):
-        """The cursor has moved to another run."""
+        """Posted when the cursor has moved to another run."""
 
     class Opened(Message):
-        """A run was clicked for the second time."""
+        """Posted when the run under the cursor is clicked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,21 +191,29 @@ class RunTable(LineView):
         self._drawn_at = 0
         self._cursor = 0
         self._is_moved = False
-        """Whether the user moved the cursor off the first run."""
+        """Whether the user has moved the cursor to a run other than the first."""
         self.starts_at_top = True
         """Whether the next call of :meth:`show` moves the cursor to the first run."""
 
     @property
     def current(self) -> RunSummary | None:
-        """The run under the cursor."""
+        """The run under the cursor; None if the list is empty."""
         return self._rows[self._cursor] if self._rows else None
 
     def start_at_top(self) -> None:
-        """Move the cursor to the first run after the next read, unless the user has moved it."""
+        """Let the next call of :meth:`show` move the cursor to the first run, unless the user has moved the
+        cursor.
+        """
         self.starts_at_top = not self._is_moved
 
     def show(self, rows: Sequence[RunSummary], waiting: tuple[str, ...], marked: tuple[str, ...]) -> None:
-        """Show these runs. The cursor stays on its run, and only lines that differ are repainted."""
+        """Show these runs. The cursor stays on its run, and only lines that have changed are repainted.
+
+        Args:
+            rows: The runs, in display order.
+            waiting: Ids of the queued runs, in the order of the queue.
+            marked: Ids of the runs selected for comparison, in the order of :data:`MARKS`.
+        """
         current = self.current
         self._rows, self._waiting, self._marked = tuple(rows), waiting, marked
         names = [row.id for row in self._rows]
@@ -217,13 +229,15 @@ class RunTable(LineView):
         self._redraw()
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        """Return the number of runs plus one line for the titles, so that the panel below gets the remaining
-        height.
+        """Return the number of runs plus one line for the titles. The remaining height is left to the panel
+        below.
         """
         return len(self._rows) + 1
 
     def action_move(self, places: int) -> None:
-        """Move the cursor. It stops at either end."""
+        """Move the cursor down by this many runs, or up if ``places`` is negative. The cursor stops at either
+        end.
+        """
         self._go_to(self._cursor + places)
 
     def on_click(self, event: Click) -> None:
@@ -251,7 +265,7 @@ class RunTable(LineView):
             return
         self._cursor = row
         self._is_moved, self.starts_at_top = row > 0, False
-        # The titles take one line of the window.
+        # The height of the region is 2, because the titles cover one line.
         self.scroll_to_region(Region(0, row, 1, 2), animate=False, force=True)
         self._redraw()
         self.post_message(self.Moved())
@@ -286,16 +300,18 @@ class RunTable(LineView):
 
 
 _LABEL = 10
-"""Width of a label, in cells."""
+"""Width of a label in the preview, in cells."""
 _MAX_EXPORTS = 8
 _MAX_LOG_LINES = 60
 _MAX_EVENTS = 2000
-"""Maximum number of events to search for the lines of the log. Most events are steps."""
+"""Maximum number of events that are searched for lines of the log. Most events are steps, which are left
+out.
+"""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The data that the preview reads from a run's folder."""
+    """What the preview shows of a run's folder."""
 
     recipe: Recipe | None
     """The run's recipe; None if it cannot be read."""
@@ -304,13 +320,13 @@ class RunFiles:
     """Steps of the checkpoints, oldest first."""
     has_adapter: bool
     bytes: int
-    """Total size of the folder."""
+    """Total size of the folder, in bytes."""
     log: tuple[tuple[float, str], ...]
-    """(Unix time, text) of the last events other than steps, progress and answers, newest first."""
+    """(Unix time, text) of the last events, newest first, without steps, progress and answers."""
 
     @classmethod
     def read(cls, summary: RunSummary) -> RunFiles:
-        """Read the folder. Called in a thread."""
+        """Read the run's folder. This may take long, so call it in a thread."""
         recipe = summary.run.readable_recipe()
         return cls(
             recipe,
@@ -323,8 +339,8 @@ class RunFiles:
 
 
 def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
-    """Return whether the run has saved an adapter or checkpoint to chat with, export or compare. True for a
-    finished run, and until the files have been read.
+    """Return whether the run has saved an adapter or checkpoint to chat with, export or compare. ``files``:
+    None if they have not been read yet; the result is then True.
     """
     if files is None or summary.status.state == "finished":
         return True
@@ -332,8 +348,8 @@ def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
 
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
-    """Return the panel's keys, each with a verb. For an active run, chat and export use the last checkpoint.
-    A run that ended without a checkpoint or adapter has no keys for chat and export.
+    """Return (command, verb) for the keys of the run's panel. There are keys for chat and export only if the
+    run can be used. If the run is active, their verbs name the last checkpoint, which they use.
     """
     if not can_be_used(summary, files):
         return (("runs.open", "open"),)
@@ -345,12 +361,12 @@ def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, st
 
 
 def preview_title(summary: RunSummary) -> str:
-    """Return the run's name, and its id if the id differs from the name."""
+    """Return the run's name, followed by its id if the id differs from the name."""
     return summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
 
 
 def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Content]:
-    """Return two lines for a window without a preview: facts about the run, and how it ended."""
+    """Return two lines for a window without room for the preview: facts about the run, and how it ended."""
     facts = [part for part in (summary.model, summary.settings) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
@@ -365,9 +381,9 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
 
 
 def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:
-    """Return lines on why the run ended, the defect of its result, and the fix; empty if there is nothing to
-    report. ``beside_verdict``: whether the verdict, which has the losses before and after training, is shown
-    too.
+    """Return lines on why the run ended, what is wrong with its result, and what to do; empty if there is
+    nothing to report. ``beside_verdict``: whether the verdict is shown too, so that its loss need not be
+    repeated.
     """
     text = summary.status.detail.replace("\n", " ")
     text = "" if text == ALL_STEPS_DONE else capitalize(text)
@@ -387,13 +403,18 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content
 
 
 def result_lines(summary: RunSummary, now: float, width: int, answers: str = "") -> list[Content]:
-    """Return lines with the run's results. ``answers``: progress of comparing its answers; empty if they are
-    not being compared.
+    """Return lines with the run's results.
+
+    Args:
+        summary: The run.
+        now: The current Unix time.
+        width: Available width, in cells.
+        answers: Progress of comparing the run's answers; empty if they are not being compared.
     """
     status = summary.status
     sign, word, style = result_label(status, summary.defect)
     rows: list[tuple[str, Content | str]] = [("state", Content.styled(f"{sign} {word}", style))]
-    # The status of an active run was written at its last heartbeat.
+    # The status of an active run has the time of the last heartbeat, so the start is shown instead.
     is_active = status.state in ACTIVE
     if at := summary.started_at if is_active else status.at:
         since = (
@@ -409,7 +430,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("best", f"validation {format_loss(loss)} at step {step:,}"))
     elif summary.loss is not None:
         rows.append(("last", f"training {format_loss(summary.loss)}"))
-    # The verdict already states the loss before training.
+    # A verdict includes the loss before training.
     if summary.loss_to_beat is not None and summary.verdict is None:
         rows.append(("before", f"{format_loss(summary.loss_to_beat)}, lower than after training"))
     if summary.accuracy is not None:
@@ -432,7 +453,9 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
 
 
 def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
-    """Return the settings that most often differ between runs."""
+    """Return lines with the settings that most often differ between runs. ``recipe``: None if it cannot be
+    read.
+    """
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
     lora, training = recipe.lora, recipe.training
@@ -454,7 +477,7 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
 
 
 def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Content]:
-    """Return checkpoints, size and location of the run, and its exports."""
+    """Return lines with the run's size, number of checkpoints, folder and exports."""
     size = f"{format_bytes(files.bytes)}, {pluralize(len(files.checkpoints), 'checkpoint')}"
     rows = _rows([("size", size), ("folder", format_path(summary.run.path))], width)
     if not files.exports and not files.checkpoints and summary.status.state != "finished":
@@ -465,7 +488,7 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
 
 
 def log_lines(log: Sequence[tuple[float, str]], width: int, height: int) -> list[Content]:
-    """Return the last events of a run in at most ``height`` lines, with the newest event last."""
+    """Return the last events of a run in at most ``height`` lines, the newest event last."""
     if not log:
         return [Content.styled("Nothing has happened yet.", "dim")]
     return [
@@ -475,7 +498,9 @@ def log_lines(log: Sequence[tuple[float, str]], width: int, height: int) -> list
 
 
 def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:
-    """Return a line for each label and value. Long values are cut in the middle."""
+    """Return a line for each (label, value). If a value given as a string is too long, its middle is left
+    out.
+    """
     lines = []
     for label, value in rows:
         text = Content(truncate_middle(value, width - _LABEL)) if isinstance(value, str) else value
@@ -484,7 +509,9 @@ def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:
 
 
 def _size(folder: Path) -> int:
-    """Return the total size of all files in the folder. Files that vanish in the meantime count as 0."""
+    """Return the total size in bytes of all files in the folder. A file that vanishes in the meantime counts
+    as 0.
+    """
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:

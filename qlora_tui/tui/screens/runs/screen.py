@@ -1,4 +1,4 @@
-"""Runs: the queue, all earlier runs, and the actions on a run."""
+"""The Runs screen: the queue, all earlier runs, and the commands for a run."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, TextField
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _LIST_KEYS = (("runs.sort", "sort"), ("runs.filter", "filter"))
 _FILES_INTERVAL_S = 5.0
-"""Seconds between reads of the folder of the run under the cursor."""
+"""Minimum time between two reads of the folder of the run under the cursor, in seconds."""
 _READ_BUDGET_S = 0.3
-"""Approximate time limit of one read, in seconds; hundreds of runs take several reads."""
+"""Approximate time limit of a read, in seconds. To list hundreds of runs, several reads are needed."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """A sort order, with its description in the list's title."""
+    """A sort order, and the label with which the title of the list names it."""
 
     label: str
     key: Callable[[RunSummary], Any] | None
-    """Sort key; None keeps the order of the listing."""
+    """Sort key of the runs that have ended; None to keep the order of the listing."""
 
 
 def _best_loss(summary: RunSummary) -> float:
@@ -97,15 +97,17 @@ class RunsScreen(EvaluationActions):
         self.listing: Listing | None = None
         self.order = ORDERS[0]
         self.marked: tuple[str, ...] = ()
-        """The runs selected for a comparison."""
+        """Ids of the runs selected for a comparison."""
         self._summaries = SummaryCache()
         self._filter = ""
         self._reading = False
         self._files: tuple[str, RunFiles] | None = None
-        """Id of the run whose files were read last, and the files."""
+        """Id of the run whose folder was read last, and what was read; None if the cursor has moved to
+        another run.
+        """
         self._files_read_at = 0.0
         self._files_reading = ""
-        """Id of the run whose files are being read; empty if no files are being read."""
+        """Id of the run whose folder is being read; empty if no folder is being read."""
         self._footer_key: object = None
 
     @property
@@ -142,12 +144,12 @@ class RunsScreen(EvaluationActions):
 
     @property
     def current(self) -> RunSummary | None:
-        """The run under the cursor."""
+        """The run under the cursor; None if the list is empty."""
         return self.query_one(RunTable).current
 
     @property
     def _selected(self) -> RunSummary:
-        """The run under the cursor. Raises SkipAction if there is none."""
+        """The run under the cursor. Raises SkipAction if the list is empty."""
         if self.current is None:
             raise SkipAction
         return self.current
@@ -158,7 +160,7 @@ class RunsScreen(EvaluationActions):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "restore":
-            # If no run was deleted, ``u`` undoes a change of the recipe, as on other screens.
+            # If no run was deleted, the same key undoes a change of the recipe, as on other screens.
             return bool(self.app.deleted_runs)
         if action not in ("filter", "sort", "sweeps") and self.has_command(action):
             current = self.current
@@ -166,7 +168,7 @@ class RunsScreen(EvaluationActions):
         return super().check_action(action, parameters)
 
     def _works_on(self, summary: RunSummary, action: str) -> bool:
-        """Return whether an action is available for a run."""
+        """Return whether an action is available for this run."""
         match action:
             case "withdraw":
                 return summary.status.state == "queued"
@@ -181,23 +183,23 @@ class RunsScreen(EvaluationActions):
         return True
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter the list while typing."""
+        """Show only the runs that match the text typed in the filter."""
         self._filter = event.value.casefold()
         self.show_listing()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Move the focus from the filter to the list."""
+        """Move the focus from the filter to the list, and hide the filter if it is empty."""
         self.set_class(bool(event.value), "-filtering")
         self.query_one(RunTable).focus()
 
     def key_escape(self) -> None:
-        """Clear the filter."""
+        """Clear and hide the filter, and focus the list."""
         self.query_one("#runs-filter", Input).value = ""
         self.remove_class("-filtering")
         self.query_one(RunTable).focus()
 
     def on_resize(self) -> None:
-        # Lines of the preview depend on the panel's width.
+        # The lines of the preview depend on the width of its panels.
         self.call_after_refresh(self._show_detail)
 
     def on_run_table_moved(self) -> None:
@@ -206,14 +208,14 @@ class RunsScreen(EvaluationActions):
         self._refresh_footer()
 
     async def on_run_table_opened(self) -> None:
-        """Open the clicked run, as the key does."""
+        """Open the clicked run, as the command Open does."""
         await self.action_open()
 
     def on_screen_resume(self) -> None:
         self.query_one(RunTable).start_at_top()
 
     def refresh_runs(self) -> None:
-        """Read the runs again, unless a read is in progress."""
+        """Read the runs again, unless they are already being read or another screen is shown."""
         if not self._reading and self.is_current:
             self._reading = True
             self._read_runs()
@@ -233,10 +235,10 @@ class RunsScreen(EvaluationActions):
             self.refresh_runs()
 
     def show_listing(self) -> None:
-        """Show the runs that were read, filtered."""
+        """Show the runs that were read last and match the filter."""
         if self.listing is None:
             return
-        # A listing that was read before a run was deleted still contains the run.
+        # Leave out deleted runs, which a listing from before the deletion still contains.
         summaries = [row for row in self.listing.summaries if row.id not in self.app.deleted_runs]
         matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
@@ -252,7 +254,7 @@ class RunsScreen(EvaluationActions):
         self._refresh_footer()
 
     def _refresh_footer(self) -> None:
-        """Refresh the footer if other keys are available now."""
+        """Refresh the footer if the run under the cursor has other keys than at the last call."""
         current = self.current
         key = (
             None
@@ -322,7 +324,7 @@ class RunsScreen(EvaluationActions):
 
     @property
     def _known_files(self) -> RunFiles | None:
-        """The files of the run under the cursor; None until they have been read."""
+        """The contents of the folder of the run under the cursor; None until they have been read."""
         return self._files[1] if self._files and self.current and self._files[0] == self.current.id else None
 
     def _show(self, name: str, lines: list[Content]) -> None:
@@ -354,7 +356,7 @@ class RunsScreen(EvaluationActions):
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
 
     def action_sweeps(self) -> None:
-        """Open the sweep of the run under the cursor, or the newest."""
+        """Open the sweep of the run under the cursor. If it belongs to no sweep, open the newest sweep."""
         show_sweeps(self, self.current.run.sweep if self.current is not None else "")
 
     def action_sort(self) -> None:
@@ -380,7 +382,9 @@ class RunsScreen(EvaluationActions):
         self.ask_for_card(self._selected.run)
 
     def action_move(self, places: int) -> None:
-        """Move the run within the queue."""
+        """Move the run under the cursor later in the queue by this many places, or earlier if ``places`` is
+        negative.
+        """
         run_queue.move(self._selected.run, places)
         self.refresh_runs()
 
@@ -404,7 +408,7 @@ class RunsScreen(EvaluationActions):
         await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
-        """Load a recipe, and show the checks for its launch."""
+        """Load a recipe, and switch to the Train screen with the checks before its launch."""
         if self.app.load_recipe(recipe):
             self.notify_undoable("Loaded the run's recipe.")
         await prepare_run(self.app)
@@ -425,7 +429,7 @@ class RunsScreen(EvaluationActions):
         self.ask(prompt, lambda name: self._act_on(summary.run, lambda run: run_actions.rename(run, name)))
 
     def action_delete(self) -> None:
-        """Move the run to the trash. Ask first only if something else uses it."""
+        """Move the run to the trash. If something else uses the run, ask first."""
         summary = self._selected
         if uses := run_actions.uses_of(summary.run):
             text = f"{summary.name} is in use: {'; '.join(uses)}."
@@ -453,7 +457,9 @@ class RunsScreen(EvaluationActions):
             self.refresh_runs()
 
     def action_copy(self, verb: str) -> None:
-        """Copy the command that shows the run in a terminal, or that trains it again."""
+        """Copy the command that shows the run in a terminal if ``verb`` is ``attach``; otherwise, the command
+        ``verb`` with the run's recipe, such as ``train``.
+        """
         run = self._selected.run
         words = run.id if verb == "attach" else str(run.recipe_path)
         self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
@@ -462,14 +468,16 @@ class RunsScreen(EvaluationActions):
         open_folder(self.app, self._selected.run.path)
 
     def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> None:
-        """Call ``act``, and reload the list even if it fails."""
+        """Call ``act`` with the run. Then, even after an error, reload the list."""
         try:
             act(run)
         finally:
             self.refresh_runs()
 
     def _act_on_queue(self, act: Callable[[RunDir], None], done: str) -> None:
-        """Call ``act`` with the selected run, reload the list, and notify the user with ``done``."""
+        """Call ``act`` with the run under the cursor, reload the list, and show ``done`` as a
+        notification.
+        """
 
         def then() -> None:
             self.refresh_runs()
@@ -479,7 +487,9 @@ class RunsScreen(EvaluationActions):
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:
-    """Sort the runs that have ended. The active run and the queue stay above them."""
+    """Return the runs in this order. The active runs and the queue, whose ids are ``waiting``, come first and
+    keep their order.
+    """
     if order.key is None:
         return list(summaries)
     first = [row for row in summaries if row.status.state in ACTIVE or row.id in waiting]

@@ -1,4 +1,4 @@
-"""The window that shows a sweep, with its actions."""
+"""The window that shows a sweep, with the commands for the sweep."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from qlora_tui.tui.screens.presets.screen import save_as
 from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 
 _INTERVAL_S = 2.0
-"""Seconds between reads of the sweep that is shown."""
+"""Seconds between two reads of the sweep that is shown."""
 _STYLES: dict[Outcome, str] = {
     "waiting": "$text-muted",
     "training": "bold $primary",
@@ -64,16 +64,20 @@ _STYLES: dict[Outcome, str] = {
 
 @dataclass(frozen=True)
 class _Shown:
-    """A sweep and the figures that the window shows."""
+    """A sweep, and what is computed from it for the window."""
 
     view: SweepView
     bought: tuple[Bought, ...]
     shares: dict[str, float]
-    """Share, 0 to 1, of the differences in loss that each setting explains; empty without Optuna."""
+    """Fraction, 0 to 1, of the differences in loss that each setting explains, by path of the setting; empty
+    if Optuna is not installed.
+    """
 
 
 def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
-    """Read a sweep; return ``before`` if nothing has changed. Call it in a thread. Raises UserError."""
+    """Read a sweep. If nothing has changed, return ``before``. Reads files, so call it in a thread. Raises
+    UserError if the sweep cannot be read.
+    """
     view = read_sweep(sweep)
     if before is not None and before.view == view:
         return before
@@ -126,7 +130,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     ]
 
     def __init__(self, sweeps: Sequence[SweepDir], number: int = 0) -> None:
-        """Create the window for ``sweeps[number]``; there must be at least one sweep."""
+        """Create a window that first shows ``sweeps[number]``. ``sweeps``: at least one sweep, newest
+        first.
+        """
         super().__init__()
         self._sweeps, self._number = sweeps, number
         self._shown: _Shown | None = None
@@ -151,8 +157,8 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read the sweep again. Reads do not overlap, although reading hundreds of trials may take longer
-        than the interval.
+        """Read the sweep again as soon as no read is in progress. A read of hundreds of trials may take
+        longer than the interval between reads.
         """
         self._is_due = True
         if not self._is_reading:
@@ -184,7 +190,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one("#sweep-bought", Lines).show(partial(bought_lines, shown.bought, shown.shares))
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Open the run of the trial under the cursor."""
+        """Open the run of the selected trial on the Train screen."""
         event.stop()
         from qlora_tui.tui.screens.train.screen import show_run
 
@@ -210,14 +216,14 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._refresh()
 
     def action_pause(self) -> None:
-        """Pause the sweep, or continue a paused sweep."""
+        """Pause the sweep if it is running; otherwise resume it."""
         if self._shown is not None and self._shown.view.state == "running":
             self._change(actions.pause, "The sweep pauses once its run has saved.")
         else:
             self._change(actions.resume, "The sweep continues.")
 
     def action_add_time(self) -> None:
-        """Ask for a duration, and extend the sweep by it."""
+        """Ask for a duration, and extend the sweep by that duration."""
         text = "Time to add, such as 2h or 90m. A sweep that has ended continues with further trials."
         prompt = TextPromptScreen("Add time", text, validate=partial(_wrong, actions.parse_duration))
         self.ask(prompt, self._add_time)
@@ -228,7 +234,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._refresh()
 
     def action_adopt(self) -> None:
-        """Save the winner's settings as a preset."""
+        """Ask for a name, and save the winner's settings as a preset with that name."""
         view = self._shown.view if self._shown is not None else None
         winner = view.winner if view is not None else None
         if view is None or winner is None:
@@ -247,13 +253,13 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             self.notify(f"Saved as {name}. Press {key_name('app.presets')} to see your presets.")
 
     def action_stop(self) -> None:
-        """Stop the sweep if the user confirms."""
+        """Ask for confirmation, and stop the sweep."""
         text = "The run in training saves and stops, and the others leave the queue. Results are kept."
         question = ConfirmScreen("Stop the sweep?", text, "Stop", "Continue")
         self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))
 
     def action_next(self) -> None:
-        """Show the next older sweep; after the oldest, show the newest."""
+        """Show the next older sweep. The newest sweep follows the oldest."""
         self._number = (self._number + 1) % len(self._sweeps)
         self._shown = None
         self._refresh()
@@ -264,7 +270,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def verdict_lines(view: SweepView) -> list[Content]:
-    """Return the verdict with the winner and both losses, then the sweep's state and the comparison."""
+    """Return lines with the verdict and the state of the sweep. If there is a winner, the lines have its
+    settings, its loss, and the loss of the unchanged recipe.
+    """
     verdict, winner = view.verdict, view.winner
     word, colon, why = verdict_sentence(view).partition(": ")
     if winner is None or verdict.found is None:
@@ -287,8 +295,8 @@ def verdict_lines(view: SweepView) -> list[Content]:
 
 
 def sweep_plot(view: SweepView) -> Plot:
-    """Return the chart of all trials' validation losses by the share of their steps. The best trial is
-    brightest.
+    """Return the plot of validation losses by percentage of the steps: a curve for each trial and for one run
+    of the unchanged recipe. The winner is drawn brightest.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
@@ -309,7 +317,7 @@ def sweep_plot(view: SweepView) -> Plot:
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         envelope = Envelope.of_points(shares, [loss for _, loss in trial.evaluations])
         curves.append(Curve(envelope, name, style, mark, look="thin" if mark == "·" else "line"))
-    # Later curves are drawn over earlier ones.
+    # The winner comes last, because later curves are drawn over earlier curves.
     curves.sort(key=lambda curve: "·○★".index(curve.glyph))
     reach = overall([curve.envelope for curve in curves])
     return Plot(
@@ -322,7 +330,9 @@ def sweep_plot(view: SweepView) -> Plot:
 
 
 def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
-    """Return a heading, and a line for each run: its values, losses by round, steps and outcome."""
+    """Return (id, line) for a heading, and for each trial: its values, its loss in each round, steps and
+    outcome. The list is empty if there are no trials.
+    """
     rounds = view.rounds
     columns = [
         Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
@@ -359,7 +369,9 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
 
 
 def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
-    """Return a table of the losses that each value of each setting reached at the end of the first round."""
+    """Return a table with a line for each value of each setting: the lowest and the mean loss of the trials
+    with that value at the end of the first round. The list is empty if there are no such losses.
+    """
     first = {one.path: one for one in reversed(bought)}
 
     def once(text: Callable[[str], str], one: Bought) -> str:
@@ -383,7 +395,7 @@ def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int)
 
 
 def _wrong(parse: Callable[[str], object], text: str) -> str:
-    """Return the error in a typed text, in sentences; empty if there is none."""
+    """Return sentences on why ``parse`` rejects a typed text; empty if it accepts the text."""
     try:
         parse(text)
     except UserError as problem:
@@ -392,7 +404,9 @@ def _wrong(parse: Callable[[str], object], text: str) -> str:
 
 
 def show_sweeps(screen: OnQloraApp, sweep_id: str = "") -> None:
-    """Open a sweep, by default the newest. Raises UserError in an app that works on another machine."""
+    """Open the sweep with this id. If there is no such sweep, open the newest; if there are no sweeps, notify
+    the user. Raises UserError if the app is connected to a box.
+    """
     refuse_on_box("Sweeps are shown on the box", "sweep show last")
     sweeps = all_sweeps()
     if not sweeps:
