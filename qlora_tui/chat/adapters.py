@@ -466,7 +466,7 @@ def _check_fits(folder: Path, model: Any) -> None:
                 continue
             rank = ranks.get(get_pattern_key(list(ranks), name), config.get("r", _PEFT_RANK))
             if shape[0 if side == "A" else 1] != rank:
-                raise _unfit(folder, f"the weights of {name} are not of rank {rank}, which {CONFIG} says.")
+                raise _unfit(folder, f"the weights of {name} do not have rank {rank}, unlike {CONFIG}.")
         elif match := ROWS.fullmatch(key):
             name, side = match[1], "rows"
         elif is_whole_matrix(key, config):

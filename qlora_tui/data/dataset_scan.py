@@ -127,7 +127,7 @@ class DatasetScanner:
             if (trained := self._seen.get(key)) is not None:
                 tally.add("overlap", row, f"Row {row} of the validation file is row {trained} of the data.")
         if (earlier := seen.get(key)) is not None:
-            tally.add("duplicate", row, f"Row {row} says the same as row {earlier}.")
+            tally.add("duplicate", row, f"Row {row} has the same text as row {earlier}.")
             return
         seen[key] = row
         if self._near is not None:

@@ -100,7 +100,8 @@ def check_expansion(disk_bytes: int, read_bytes: int) -> None:
     """Raise ``TooLarge`` if ``read_bytes`` is too much for a file of ``disk_bytes``."""
     if read_bytes > UNQUESTIONED_BYTES and read_bytes > MAX_EXPANSION * max(1, disk_bytes):
         raise TooLarge(
-            f"{disk_bytes:,} bytes of it became {read_bytes // MIB:,} MiB, more than {MAX_EXPANSION:,} to 1"
+            f"{disk_bytes:,} bytes of the file expand to {read_bytes // MIB:,} MiB, "
+            f"a ratio of more than {MAX_EXPANSION:,} to 1"
         )
 
 

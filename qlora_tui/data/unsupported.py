@@ -103,7 +103,7 @@ def _batch(name: str, values: _Values) -> UserError | None:
     holder, has_answers = objects[0], objects[0] in ("response", "result")
     return UserError(
         "Answers of a batch" if has_answers else "Requests of a batch",
-        what=f"{name} holds the {'results' if has_answers else 'requests'} of a batch API in {holder!r}, "
+        what=f"{name} contains the {'results' if has_answers else 'requests'} of a batch API in {holder!r}, "
         f"without the {'questions' if has_answers else 'answers'}.",
         why="A row needs both.",
         fix="Join requests and results by 'custom_id', into messages that end with the assistant's answer.",

@@ -308,7 +308,7 @@ class Link:
         channel.write(messages.line(Known(self._mirror.known())))
         while line := channel.output.readline(messages.LONGEST_LINE_BYTES):
             if len(line) == messages.LONGEST_LINE_BYTES:
-                raise _not_understood(self.box.name, "A line of it has no end.")
+                raise _not_understood(self.box.name, "A line of the response has no end.")
             self._heard_at = time.monotonic()
             match messages.from_box_decoder.decode(line):
                 case Hello() as hello:

@@ -360,8 +360,8 @@ def _memory(
             fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
             if machine.gpu_choice:
                 fix += (
-                    " Each GPU of a run on several GPUs holds the whole model: streamed layers "
-                    "(quantization.streamed_layers) train one that is larger than a GPU."
+                    " Each GPU of a run on several GPUs holds the whole model. A model "
+                    "larger than a GPU needs streamed layers (quantization.streamed_layers)."
                 )
             changes = cheapest_changes(recipe, files.architecture, budget.bytes, device=budget.device)
             cheapest = SuggestedFix(changes[0].label, changes=changes[0].settings) if changes else None

@@ -170,13 +170,13 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     ]
     honest = [each.honest_error for each in columns.values() if each.honest_error is not None]
     if honest:
-        table.append(("  if honest", *(format_percent(each, 1) for each in honest)))
+        table.append(("  by chance", *(format_percent(each, 1) for each in honest)))
     for each in report.fields:
         table.append((f"{each.field} right", *[""] * (len(columns) - 1), _percent(each.accuracy)))
     yield ""
     yield from align_columns(table)
     if honest:
-        yield "If honest: the calibration error that right probabilities would show on these rows by chance."
+        yield "By chance: the error that perfectly calibrated probabilities would show on these rows."
     yield ""
     if report.thresholds:
         yield from (threshold_sentence(threshold, report.rows) for threshold in report.thresholds)
