@@ -15,7 +15,7 @@ NOT_LOCKED := torch triton setuptools cuda-bindings cuda-pathfinder cuda-toolkit
 	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 nccl-cu13 \
 	nvjitlink nvshmem-cu13 nvtx)
 
-.PHONY: real-clients real-cluster check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases real-sweep bench-deps lock clean
+.PHONY: check-recipes real-clients real-cluster check-models help demo test test-fast check check-kernels run docs screenshots real-models real-exports real-bases real-sweep bench-deps lock clean
 
 help:
 	@echo "make demo         fine-tune a real small model, and see it work"
@@ -25,6 +25,7 @@ help:
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make check-kernels compile the Triton kernels for each supported GPU, without one (fetches 0.5 GB)"
 	@echo "make check-models train a tiny model of each type that transformers builds, and list what came of it"
+	@echo "make check-recipes let axolotl's schema read exported recipes (fetches 10 MB)"
 	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
 	@echo "make real-models  train two real models beside a plain script, step by step (fetches 0.3 GB)"
@@ -74,6 +75,17 @@ check-kernels: $(addprefix .triton/,$(TRITONS))
 
 check-models: $(INSTALLED)
 	$(BIN)/python -m bench.model_types --out docs/reference/models.json; status=$$?; $(BIN)/python -m docs.generate; exit $$status
+
+# Its schema needs none of axolotl's other dependencies.
+AXOLOTL := axolotl==0.19.0 pillow==13.0.0
+
+.axolotl: | $(INSTALLED)
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@.part $(AXOLOTL)
+	mv $@.part $@
+
+check-recipes: .axolotl
+	AXOLOTL=$(CURDIR)/.axolotl $(BIN)/pytest -q tests/recipe/test_exported.py
 
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.generate
@@ -130,4 +142,4 @@ lock:
 		$(addprefix --no-emit-package ,$(NOT_LOCKED)) --output-file $(LOCK)
 
 clean:
-	rm -rf $(VENV) .triton .slurm .bench-venv .lock-venv .clients-venv .mypy_cache .ruff_cache .pytest_cache build dist
+	rm -rf $(VENV) .triton .axolotl .slurm .bench-venv .lock-venv .clients-venv .mypy_cache .ruff_cache .pytest_cache build dist

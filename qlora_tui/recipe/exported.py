@@ -117,8 +117,12 @@ class _Export:
         keys = self._keys("file")
         if recipe.quantization.method == "fp4":
             keys["load_in_4bit"] = True
+        if recipe.preference_method == "simpo":
+            # axolotl then takes a number of steps only, and how many there are is not known here.
+            del keys["warmup_ratio"]
+            self._written.remove("training.warmup_ratio")
         keys |= self._method_keys("rl_beta", "simpo")
-        keys["adapter"] = "lora" if recipe.quantization.method == "none" else "qlora"
+        keys["adapter"] = "lora" if recipe.quantization.method in ("none", "int8") else "qlora"
         targets = self._targets()
         keys |= {"lora_target_linear": True} if targets == ALL_LINEAR else {"lora_target_modules": targets}
         if recipe.lora.train_embeddings:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from qlora_tui.cli import main
 from qlora_tui.data.dataset import prepare_dataset
@@ -83,9 +87,37 @@ def test_preferences_are_read_back(tmp_path: Path, target: Target, method: str) 
         FULL, {"data": {"preferences": method}, "training": {"preference_beta": 0.3, "simpo_gamma": 0.7}}
     )
     exported = written(layer, target, tmp_path)
+    has_steps_only = (target, method) == ("axolotl", "simpo")
+    assert [one.key for one in exported.left_out] == ["training.warmup_ratio"] * has_steps_only
     back = to_recipe(import_recipe(tmp_path / exported.name).layer)
     assert (back.data.preferences, back.training.preference_beta) == (method, 0.3)
     assert method != "simpo" or back.training.simpo_gamma == 0.7
+
+
+_CHECK_AXOLOTL = """
+import json, sys
+from axolotl.utils.schemas.config import AxolotlInputConfig
+
+for keys in json.load(sys.stdin):
+    unknown = keys.keys() - AxolotlInputConfig.model_fields.keys()
+    assert not unknown, unknown
+    read = AxolotlInputConfig(**keys)
+    changed = {name for name in keys if keys[name] != getattr(read, name)}
+    assert changed <= {"datasets", "test_datasets"}, changed
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("AXOLOTL" not in os.environ, reason="AXOLOTL is the folder that has axolotl")
+def test_axolotl_reads_every_key(tmp_path: Path) -> None:
+    preferences = [{"data": {"preferences": method}} for method in ("dpo", "simpo")]
+    configs = []
+    for changes in (*CHANGES, *preferences):
+        exported = written(merge_layers(FULL, changes), "axolotl", tmp_path, (TRAIN, VALIDATION))
+        configs.append(yaml.safe_load(exported.text))
+    python = [sys.executable, "-c", _CHECK_AXOLOTL]
+    environ = os.environ | {"PYTHONPATH": os.environ["AXOLOTL"]}
+    subprocess.run(python, input=json.dumps(configs), text=True, check=True, env=environ)
 
 
 def test_turns_need_the_template_that_tokens_do_not(tmp_path: Path) -> None:
