@@ -1,6 +1,6 @@
-"""A package for each screen. Its module ``screen`` has the screen's class and actions.
+"""A package for each screen. The module ``screen`` of a package has the class of the screen and its actions.
 
-The keys of every screen, with their texts for help and palette, are in ``tui/commands.toml``; a key's action
-is the method ``action_…`` of its screen. ``base`` is shared by all screens. ``modals`` has the dialogs that
-any screen may open. ``answer_measuring`` lets Runs and Train measure answers.
+The keys of all screens, with their texts for help and palette, are in ``tui/commands.toml``. A key's action
+is the method ``action_…`` of the screen. ``base`` has the base classes of the screens, ``modals`` the dialogs
+that any screen may open, and ``answer_measuring`` the commands that Runs and Train have in common.
 """

@@ -1,4 +1,4 @@
-"""Keys of Runs and Train that show results: answers of adapter and base, and the run card."""
+"""Commands of both Runs and Train: the answers of adapter and base, and the run card."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ from qlora_tui.visible import visible
 
 _ROWS_SHOWN = 100
 _WIDE_COLUMNS = 110
-"""Minimum terminal width, in columns, at which a dialog fits the whole table."""
+"""Minimum width of the terminal, in columns, at which the whole table of answers fits a dialog."""
 
 
 class EvaluationActions(WorkScreen):
-    """A screen that measures answers of its run, one run at a time, and saves the run card."""
+    """A screen with commands that measure the answers of a run, one run at a time, and that save the run
+    card.
+    """
 
     ANSWERS_COMMAND: ClassVar[str]
-    """Id of the command that starts measuring; its key also stops it."""
+    """Id of the screen's command that starts measuring. During a measurement, the same command stops it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,18 +47,18 @@ class EvaluationActions(WorkScreen):
         """Id of the run that is being measured, or that was measured last."""
 
     def evaluate(self, run: RunDir) -> None:
-        """Show the answers of a run. If they were not measured yet, measure them first; if they are being
-        measured, stop.
+        """Stop the measurement if one is in progress. Otherwise, show the answers of a run, and measure them
+        first if that has not been done yet.
         """
         if not self._measurement.stop():
             self._evaluate(run)
 
     def progress_of(self, run_id: str) -> str:
-        """Return the progress of measuring this run's answers; empty if it is not being measured."""
+        """Return the progress of measuring this run's answers; empty if they are not being measured."""
         return self._measurement.progress if run_id == self._measured_id else ""
 
     def ask_for_card(self, run: RunDir) -> None:
-        """Ask where to save the picture of a run, and save it."""
+        """Ask where to save the run card, a picture of the run and its results, and save it."""
         text = (
             "A picture to share: model, data, curve, loss, one question answered before and after, "
             "speed and memory. The file ends in .svg or .png."
@@ -70,7 +72,7 @@ class EvaluationActions(WorkScreen):
         await asyncio.to_thread(card.save_card, run, file)
         self.notify(f"Saved the run card as {format_path(file)}.")
 
-    # Exclusive, so that a second key press does not start a second measurement.
+    # Exclusive, so that pressing the key twice does not start two measurements.
     @work(exclusive=True, group="evaluation")
     async def _evaluate(self, run: RunDir) -> None:
         evaluation = await asyncio.to_thread(read_task_evaluation, run)

@@ -1,4 +1,6 @@
-"""The base of every screen: top bar, recipe strip, body, footer."""
+"""Base classes of all screens. A screen has a top bar, a recipe strip if it edits the recipe, a body, and a
+footer.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,17 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 _FREEZE_AFTER_S = 4.0
-"""Seconds after a screen is first shown until its long-lived objects are assumed to exist."""
+"""Seconds after a screen is first shown at which its long-lived objects exist, and are excluded from garbage
+collection.
+"""
 
 
 class CancelsWorkersFirst(Widget):
-    """A screen whose workers, and those of its widgets, end before the widgets are removed.
+    """A widget that cancels its workers, and the workers of its descendants, before any of these widgets is
+    removed.
 
-    Textual cancels workers after removing the widgets, so a worker that finished as the user quits would
-    query a removed widget.
+    Textual cancels workers only after it has removed the widgets. A worker that finishes while the app quits
+    would then query a widget that no longer exists.
     """
 
     async def on_prune(self, event: Prune) -> None:
@@ -43,7 +48,7 @@ class CancelsWorkersFirst(Widget):
 
 
 class OnQloraApp(Widget):
-    """A screen whose ``app`` is typed as QloraApp."""
+    """A widget of this app, with a typed ``app``."""
 
     @property
     def app(self) -> QloraApp:  # type: ignore[override]  # Textual's is any app, whatever it returns
@@ -51,10 +56,10 @@ class OnQloraApp(Widget):
         return cast("QloraApp", super().app)
 
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
-        """Open a dialog, and call ``then`` with its answer unless it was closed or answered with no.
+        """Open a dialog, and call ``then`` with its answer, unless the dialog was closed or answered with no.
 
-        The dialog opens at once, so that keys typed ahead go into it. ``then`` may be a coroutine function. A
-        UserError that it raises is shown.
+        The dialog opens at once, so that keys typed ahead reach the dialog. ``then`` may be a coroutine
+        function. If ``then`` raises UserError, the error is shown.
         """
 
         async def on_result(answer: Answer | None) -> None:
@@ -70,25 +75,27 @@ class OnQloraApp(Widget):
 
 
 class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
-    """A numbered screen. Subclasses define ``MODE`` and ``compose_body``.
+    """A screen with a command that switches to it, not a dialog. Subclasses define ``MODE`` and
+    ``compose_body``.
 
-    Textual calls ``on_mount`` and ``on_screen_resume`` of every class in the hierarchy, this one's last. A
-    subclass must not call ``super()``: they would run twice, and the screen would be subscribed twice.
+    Textual calls ``on_mount`` and ``on_screen_resume`` of each class in the hierarchy, those of this class
+    last. If a subclass also called them with ``super()``, they would run twice, and the screen would
+    subscribe twice.
     """
 
     MODE: ClassVar[str]
-    """Its name in ``app.MODES``."""
+    """Name of the screen in ``app.MODES`` and in ``commands.toml``."""
     SCREEN_COMMANDS: ClassVar[tuple[Command, ...]] = ()
     """The commands of this screen, from ``commands.toml``."""
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset()
-    """Ids of the app's commands that the footer shows on this screen."""
+    """Ids of the app's commands that the footer includes on this screen."""
     EDITS_RECIPE: ClassVar[bool] = False
-    """Whether the recipe strip is shown below the top bar."""
+    """Whether the recipe strip is shown below the top bar, since the screen edits the recipe."""
     SHOWS_MEMORY: ClassVar[bool] = False
-    """Whether the screen has its own panel for the recipe's memory, so that the strip leaves it out."""
+    """Whether the screen itself shows the memory of the recipe, so that the recipe strip leaves it out."""
     _strip: RecipeStrip
-    # Textual would focus the first field, and a digit pressed before the screen sets its focus would be typed
-    # into it.
+    # Otherwise, Textual would focus the first field, and a digit pressed before the screen sets its own focus
+    # would be typed into that field.
     AUTO_FOCUS = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -99,31 +106,29 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     @property
     def help_state(self) -> str:
-        """The state that help explains: a table of this screen in ``help.toml``; empty for the default
-        state.
-        """
+        """State of the screen that help explains, as named in ``help.toml``; empty for the default state."""
         return ""
 
     @property
     def watched_run(self) -> RunDir | None:
-        """The run that the screen watches, if it watches one."""
+        """The run that the screen watches; None if it watches no run."""
         return None
 
     def command_label(self, command_id: str) -> str:
-        """Return the footer's current label for a command of this screen; empty for the default label."""
+        """Return the label that the footer currently has for a command of this screen; empty for the default
+        label.
+        """
         return ""
 
     def has_command(self, action: str) -> bool:
-        """Return whether an action, given without parameters, belongs to a command of this screen rather than
-        of the app.
-        """
+        """Return whether an action, named without parameters, belongs to a command of this screen."""
         return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
 
     def compose(self) -> ComposeResult:
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
-            # Imported here because Home, which is painted first, has no strip and need not wait for the
-            # memory package.
+            # Imported here because Home, which is painted first, has no recipe strip, so that it need not
+            # wait for the import of the memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             self._strip = RecipeStrip(with_memory=not self.SHOWS_MEMORY)
@@ -132,7 +137,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         yield CommandFooter(self.FOOTER_APP_COMMANDS, self.command_label)
 
     def compose_body(self) -> Iterable[Widget]:
-        """Yield the screen's own widgets."""
+        """Yield the screen's own widgets, between top bar and footer."""
         return ()
 
     def on_mount(self) -> None:
@@ -144,12 +149,14 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self.refresh_now()
 
     def refresh_now(self) -> None:
-        """Show what changed while another screen was in front."""
+        """Show the current recipe and system status, which may have changed while another screen was
+        shown.
+        """
         self._recipe_changed(self.app.workbench.recipe)
         self._system_status_changed(self.app.system_status)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
-        """Step a setting to its next value, up (1) or down (-1)."""
+        """Step a setting up to its next value (1), or down to its previous value (-1)."""
         from qlora_tui.recipe.fields import fields, get_setting  # not needed for Home
         from qlora_tui.tui.setting_stepper import step_value
 
@@ -157,14 +164,18 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.edit(path, step_value(fields()[path], value, direction))
 
     def notify_undoable(self, text: str) -> None:
-        """Notify the user of a change to the recipe, with the key that undoes it."""
+        """Notify the user of a change to the recipe. ``text`` is followed by the key that undoes the
+        change.
+        """
         self.notify(f"{text} Press {key_name('app.undo')} to undo.")
 
     def show_recipe(self, recipe: Recipe) -> None:
-        """Show the recipe after it changed or when this screen becomes current."""
+        """Show the recipe. Called when this screen becomes the current screen, and when the recipe
+        changes.
+        """
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """Show new GPU and run readings, about once a second while this screen is current."""
+        """Show the state of GPU and runs. Called about once a second while this is the current screen."""
 
     def _recipe_changed(self, recipe: Recipe) -> None:
         if self.is_current:

@@ -1,3 +1,3 @@
-"""Home: ``screen`` has the panels, ``reader`` reads their contents, ``panel_lines`` formats them, and
-``next_step`` suggests what to do.
+"""The Home screen. ``screen`` has its panels and commands, ``reader`` reads the contents of the panels,
+``panel_lines`` formats the contents, and ``next_step`` suggests what to do next.
 """

@@ -11,49 +11,49 @@ from qlora_tui.runs.status import ACTIVE, State
 
 @dataclass(frozen=True)
 class HomeState:
-    """The state that the suggestion depends on."""
+    """What the suggestion depends on."""
 
     recipe: Recipe
     local_models: int
     """Number of models on this machine that can be trained."""
     verdict: str = ""
-    """Verdict of the estimate; empty if there is none."""
+    """Verdict on whether the recipe fits into memory, as its ``word``; empty if it is not known."""
     model_error: str = ""
-    """Why the model cannot be trained, in a few words; empty if no reason is known."""
+    """Why the model cannot be trained, in a few words; empty if nothing is known against it."""
     can_download: bool = False
-    """Whether a download would add the files that the model lacks."""
+    """Whether files that the model lacks can be downloaded."""
     data_error: str = ""
-    """Why the data cannot be used, in a few words; empty if no reason is known."""
+    """Why the data cannot be used, in a few words; empty if nothing is known against it."""
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
-    """Whether the last run ended since the app was last used."""
+    """Whether the last run ended after the app was last used."""
     last_checkpoint: int = 0
     """Step of the last run's newest intact checkpoint; 0 if there is none."""
     last_total_steps: int = 0
     """Number of steps of the last run; 0 if unknown."""
     last_fix: str = ""
-    """The fix that the last run's failure suggests."""
+    """How to fix the cause of the last run's failure; empty if there is no known fix."""
     edited_since: bool = False
-    """Whether the recipe was changed after the last run ended, to prepare another one."""
+    """Whether the recipe has been changed since the last run ended."""
     duration: str = ""
-    """Expected time of a run with this recipe, in a few words; empty if unknown."""
+    """Expected time of a run of the recipe, in a few words; empty if unknown."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """A suggestion with its reason, and the command that carries it out."""
+    """A step to suggest, with its reason and its command."""
 
     command: str
-    """Id of the command that does the same as Enter on Home; empty if there is none."""
+    """Id of the command that carries out the step; empty if only Enter on Home does."""
     action: str
-    """The Textual action to run."""
+    """The Textual action that carries out the step."""
     text: str
     why: str
 
 
 Steps: TypeAlias = tuple[NextStep, tuple[NextStep, ...]]
-"""The suggested step, and the alternatives."""
+"""The suggested step, and alternatives to it."""
 
 DEMO = NextStep(
     "home.demo",
@@ -90,8 +90,8 @@ def next_step(now: HomeState) -> NextStep:
 
 
 def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
-    """Return alternatives for new users, for runs that can be resumed, and for adapters that can be
-    exported.
+    """Return alternatives to the suggested step ``chosen``, such as resuming a run, preparing another run,
+    exporting the adapter, or, for new users, the demo.
     """
     if chosen.action in ("resume", "watch") and now.last_state not in ACTIVE:
         resume = (_resume(now),) if now.last_state == "failed" and now.last_checkpoint else ()
@@ -106,7 +106,7 @@ def other_steps(now: HomeState, chosen: NextStep) -> tuple[NextStep, ...]:
 
 
 def _can_resume(now: HomeState) -> bool:
-    """Return whether the last run was stopped or lost rather than failed."""
+    """Return whether the last run was stopped or lost, and has a checkpoint."""
     return now.last_state in ("stopped", "lost") and now.last_checkpoint > 0
 
 

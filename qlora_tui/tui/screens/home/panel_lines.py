@@ -1,5 +1,6 @@
-"""The lines of Home's panels, formatted from the contents that ``reader`` reads. Imported after the first
-frame, because its imports would delay it.
+"""The lines of Home's panels, formatted from what ``reader`` has read.
+
+Import this module only after the first frame has been painted, since its own imports take long.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ _MAX_NAME_WIDTH = 44
 _LABEL = 8
 """Width of the label before a bar, in cells."""
 _MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
-"""Minimum widths, in cells, for the list of runs to show curves, and to show models and settings."""
+"""Minimum width, in cells, at which the list of runs has curves, and at which it also has models and
+settings.
+"""
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
@@ -81,36 +84,36 @@ _WAY = (
     ("go.train", "launch; the run continues when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
-"""(command of the screen, what the screen is for, an additional fact) for each screen on the way to an
+"""(command of the screen, what the screen is for, a further fact) for each screen on the way to an
 adapter.
 """
 
 
 @dataclass(frozen=True)
 class HomeLayout:
-    """Space for the text of each panel, in cells."""
+    """Widths of the text in Home's panels, in cells, and how much room they have."""
 
     wide: int
-    """Width of the panels that are as wide as the window."""
+    """Width of the text in panels that are as wide as the window."""
     left: int
     right: int
     is_compact: bool
-    """Whether panels have no borders and as few lines as possible."""
+    """Whether panels must have no borders, and as few lines as possible."""
     is_large: bool = False
-    """Whether large digits fit."""
+    """Whether there is room for large digits."""
 
 
 def gpu_lines(
     system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
-    """Return the GPU's utilization, or the device that runs use if there is no GPU, and below it the
-    machine's memory and disk.
+    """Return lines on the GPU: its name, utilization and memory. If there is no GPU, the lines say so, and
+    which device runs use. Unless ``is_compact``, lines on the machine's memory and disk follow.
 
     Args:
         system_status: The latest readings.
-        budget: The device that estimates are for.
+        budget: The device that memory estimates are for.
         width: Width of a line, in cells.
-        is_compact: Whether to use as few lines as possible.
+        is_compact: Whether to return as few lines as possible.
     """
     gpu, metrics = system_status.gpu, system_status.gpu_metrics
     problem = system_status.gpu_problem
@@ -148,8 +151,8 @@ def gpu_lines(
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Return one line with the GPU, or the device that runs use if there is no GPU, and the machine's memory
-    and disk.
+    """Return the compact lines of :func:`gpu_lines`, the machine's memory and its disk in one line. Parts at
+    the end are left out if the line is too long.
     """
     lines = gpu_lines(system_status, budget, width, is_compact=True)
     host = system_status.host or read_host()
@@ -163,7 +166,7 @@ def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) 
 
 
 def _host_lines(host: Host, width: int) -> list[Content]:
-    """Return the memory of the machine and the disk that stores the runs."""
+    """Return lines with the memory of the machine, and the free space on the disk that stores the runs."""
     used = host.memory_bytes - host.available_bytes
     disk = "NA" if host.disk_free_bytes is None else f"{format_gib(host.disk_free_bytes)} GiB free"
     text = f"{format_gib(used)} of {format_gib(host.memory_bytes)} GiB"
@@ -171,7 +174,7 @@ def _host_lines(host: Host, width: int) -> list[Content]:
 
 
 def server_line(server: ServerStatus) -> Content:
-    """Return a line with a server's address and activity."""
+    """Return a line with a server's address, and its speed or state."""
     speed = f"{server.tokens_per_s:,.0f} tokens/s" if server.tokens_per_s else server.state
     address = server.address.removeprefix("http://").removesuffix("/v1")
     return labeled("server", f"{address} · {speed}", _LABEL)
@@ -184,15 +187,15 @@ def run_lines(
     layout: HomeLayout,
     waiting: Sequence[str] = (),
 ) -> list[Content]:
-    """Return the active or last run: name and state, progress or outcome, its two key figures, and the next
-    events.
+    """Return lines on the active or last run: its name and state, and then its progress and next events if it
+    is active, or its outcome if it has ended.
 
     Args:
         summary: The run.
-        while_away: Whether it ended since the app was last used.
-        now: Unix time.
-        layout: Space for the lines.
-        waiting: Names of the queued runs, the next one first.
+        while_away: Whether the run ended while the app was not in use.
+        now: The current Unix time.
+        layout: Widths of the panels.
+        waiting: Names of the queued runs, the next run first.
     """
     status, width = summary.status, layout.left
     sign, word, style = result_label(status, summary.defect)
@@ -220,7 +223,7 @@ def run_lines(
 
 
 def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
-    """Return a run's progress bar, its loss, the time left, and the next events, such as an evaluation."""
+    """Return lines with a run's progress bar, loss, time left, and next events, such as an evaluation."""
     means = mean_losses(summary)
     figures = progress_figures(means[-1] if means else None, summary.seconds_left)
     share, steps = 0.0, "preparing"
@@ -239,7 +242,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
 
 
 def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return the best loss of a run that has ended, the steps that it trained, and the time that it took."""
+    """Return lines on a run that has ended: its best loss, its steps, and the time that they took."""
     figures, facts = [], []
     if summary.best is not None:
         loss, step = summary.best
@@ -257,8 +260,8 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
-    """Return figures followed by as many facts as fit. In a large window, the figures are drawn in large
-    digits above the facts.
+    """Return figures, and as many facts as fit. If ``layout.is_large``, the figures are in large digits, with
+    the facts in their last line.
     """
     text = "  ".join(facts)
     if layout.is_large and figures:
@@ -271,7 +274,9 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
 
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
-    """Return a line per run: ``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``."""
+    """Return a line for each run, as many as ``height``: ``✓ finished  qwen2.5-7b-tickets-20261123  best val.
+    1.29  at 03:12``. ``now``: the current Unix time.
+    """
 
     def state(summary: RunSummary) -> Content:
         sign, word, style = result_label(summary.status, summary.defect)
@@ -300,7 +305,9 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
-    """Return the queued runs, next one first."""
+    """Return lines with the names of the first queued runs, and the number of further queued runs.
+    ``waiting``: ids in the order of the queue.
+    """
     named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
     shown = [Content(f"{number}. {name}") for number, name in enumerate(named, 1)]
     if len(waiting) > len(shown):
@@ -317,8 +324,15 @@ def recipe_lines(
     *,
     is_compact: bool,
 ) -> list[Content]:
-    """Return the recipe being edited, its verdict on memory, and its expected time. In a compact layout they
-    take as few lines as possible, otherwise one line per item. ``refusal``: why the model cannot be trained.
+    """Return lines on the recipe being edited, its verdict on memory, and its expected time.
+
+    Args:
+        workbench: The recipe.
+        budget: The memory that the recipe must fit.
+        refusal: Why the model cannot be trained; None if it can be.
+        expected: The forecast of a run; None if unknown.
+        width: Width of a line, in cells.
+        is_compact: Whether to use as few lines as possible, rather than a line for each item.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -360,7 +374,9 @@ def recipe_lines(
 
 
 def _with_note(label: str, value: str | Content, note: str, width: int) -> list[Content]:
-    """Return ``model   SmolLM2-135M   135M parameters``, with the note on its own line if needed."""
+    """Return ``model   SmolLM2-135M   135M parameters``. If the line would be too long, the note is on a line
+    of its own.
+    """
     line = labeled(label, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
     if line.cell_length <= width:
         return [line]
@@ -374,8 +390,8 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
 
 
 def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Content]:
-    """Return a line for each screen on the way from a model to an answer: what the screen is for, or what has
-    been done there. ``done``: what the recipe already has, by the id of the command that opens the screen.
+    """Return lines for each screen on the way from a model to an answer: what has been done there or, if
+    nothing has been done yet, what the screen is for. ``done``: what has been done, by command of the screen.
     """
     lines: list[Content] = []
     was_done = False
@@ -392,7 +408,9 @@ def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Co
 
 
 def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
-    """Return a line for each preset: its name and its purpose. ``current``: name of the recipe's preset."""
+    """Return a line for each readable preset, with its name and purpose. ``current``: name of the recipe's
+    preset, which is marked.
+    """
     cells = max((len(preset.name) for preset in presets), default=0)
     return [
         Content.assemble(
@@ -406,8 +424,8 @@ def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
 
 
 def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return facts about a run, and its validation losses with bars; in a smaller window, only the validation
-    losses.
+    """Return lines with the validation losses of a run. If ``layout.is_large``, facts about the run come
+    first.
     """
     if not layout.is_large:
         return _validation_lines(summary, layout.right, _FEW_EVALUATIONS)
@@ -427,8 +445,8 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
-    """Return ``step 20 3.032 -0.297 ▄▄▄`` for each validation loss: the loss, and its change as a figure and
-    a bar.
+    """Return ``step 20 3.032 -0.297 ▄▄▄`` for each of the last ``count`` evaluations: the loss, and its
+    change since the previous evaluation as a number and a bar.
     """
     evaluations = [(step, round(loss, 3)) for step, loss in summary.evaluations[-count - 1 :]]
     changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]
@@ -450,13 +468,16 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
 
 
 def _none_yet(command: str) -> Content:
-    """Return ``none yet [1]``, with the key that opens the screen for selecting one."""
+    """Return ``none yet``, followed by the key of the command, which opens the screen where something can be
+    selected.
+    """
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
 
 def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:
-    """Return the title of the list of models: ``Models Tab to choose one``, or ``Enter to download it`` while
-    the list has the focus, and the memory that their needs are compared with.
+    """Return the title of the list of models: what Enter does with the model ``selected`` (an id, None if
+    there is none) if the list has the focus, otherwise how to reach the list, and the memory that models must
+    fit.
     """
     verb = "select" if (selected or "").startswith(LOCAL) else "download"
     hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")
@@ -464,13 +485,15 @@ def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) ->
 
 
 def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for each model to choose from, with at most ``most`` of the good first models."""
+    """Return (id, line) for each model on this machine, and for at most ``most`` recommended models of the
+    Hub.
+    """
     return models.lines("", "", max(_LEAST_MODEL_CELLS, width), most)
 
 
 def _time_words(expected: Forecast) -> tuple[str, str]:
-    """Return ``about 25 min`` and ``54 steps, judging by vicuna-1``. The steps are left out until the samples
-    have been counted.
+    """Return (duration, note): ``about 25 min`` and ``54 steps, judging by vicuna-1``. The note has no steps
+    until the samples have been counted.
     """
     source = expected.time.source if expected.time else ""
     note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))
@@ -478,13 +501,15 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:
-    """Return the suggested step with its key and reason, and the alternatives.
+    """Return lines with the suggested step, its key and its reason, followed by the alternatives.
 
     Args:
-        steps: The step and the alternatives.
-        width: Cells of a line.
-        is_large: Whether to add space between them.
-        has_enter: Whether Enter carries out the step now; otherwise the key of its command is shown.
+        steps: The suggested step and the alternatives.
+        width: Width of a line, in cells.
+        is_large: Whether there is room for a line of space between steps, and for reasons on lines of their
+            own.
+        has_enter: Whether Enter carries out the suggested step now. If not, the key of the step's command is
+            shown.
     """
     step, others = steps
     first_key = key_name("home.next" if has_enter or not step.command else step.command)

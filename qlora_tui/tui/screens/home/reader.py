@@ -1,6 +1,6 @@
-"""Reads the state of the app and its runs for Home.
+"""Reads what Home shows: the state of the app, of the machine and of the runs.
 
-Imported and used only in a thread, since its imports would delay the first frame.
+Import and use this module only in a thread, since its own imports would delay the first frame.
 """
 
 from __future__ import annotations
@@ -45,48 +45,50 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
 _MAX_RECENT = 40
-"""Maximum number of recent runs to read; a window of 60 rows shows fewer."""
+"""Maximum number of recent runs to read, more than a window with 60 rows shows."""
 
 
 @dataclass(frozen=True)
 class HomeFacts:
-    """Contents of Home's panels."""
+    """What Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
-    """Lines by panel: run, gpu, queue, recipe, way, presets, numbers."""
+    """Lines by name of the panel: run, gpu, queue, recipe, way, presets, numbers."""
     steps: Steps
     last: RunSummary | None
-    """The active or last run."""
+    """The active run or, if there is none, the last run; None if there are no runs."""
     recent: tuple[RunSummary, ...]
-    """The runs before the last run, newest first."""
+    """The runs before ``last`` that are not queued, newest first."""
     models: ListedModels | None = None
-    """Models to choose from until the recipe has one; then None."""
+    """Models to choose from; None if the recipe already has a model, or if there is a run."""
     is_partial: bool = False
-    """Whether :meth:`HomeReader.look_ahead` would add anything."""
+    """Whether :meth:`HomeReader.look_ahead` has not been called for this state, so that facts are missing."""
     is_estimate: bool = False
-    """Whether the steps of the next run are an estimate because its samples have not been counted."""
+    """Whether the number of steps of the next run is an estimate, because its samples have not been
+    counted.
+    """
 
 
 class HomeReader:
-    """Reads the contents of Home's panels, and caches the parts that did not change since the last read."""
+    """Reads what Home shows. Parts that have not changed since the last read are cached."""
 
     def __init__(self, seen_at: float, started_at: float) -> None:
         self._seen_at = seen_at
-        """Unix time at which the app was last in use before this start; at the first start, the time of the
-        start.
+        """Unix time at which the app was in use before this start; the time of this start if there is no
+        earlier one.
         """
         self._started_at = started_at
         self._summaries = SummaryCache()
         self._local_models: list[LocalModel] | None = None
         self._presets = list_presets()
         self._outlook: tuple[object, Forecast | None, UserError | None] = (None, None, None)
-        """Cache of :meth:`look_ahead`: its key, the expected steps and time of a run, and the error in its
-        data.
+        """Result of the last :meth:`look_ahead`: the state that it was for, the forecast of a run, and the
+        error in its data.
         """
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
-        """List the local models and the presets again at the next read."""
+        """List the presets again now, and the models of this machine at the next read."""
         self._local_models, self._presets = None, list_presets()
 
     def read(
@@ -98,15 +100,16 @@ class HomeReader:
         layout: HomeLayout,
         counts: int = 0,
     ) -> HomeFacts:
-        """Read everything for panels of these widths.
+        """Read everything that Home shows.
 
         Args:
             workbench: The recipe.
-            budgets: The device that a run here would use, and the one that models are chosen for.
+            budgets: The memory of the device that a run on this machine would use, and the memory that models
+                must fit.
             system_status: The latest readings.
-            now: Unix time.
-            layout: Space for the lines.
-            counts: How often samples have been counted.
+            now: The current Unix time.
+            layout: Widths of the panels.
+            counts: How often samples have been counted. A new count invalidates the last :meth:`look_ahead`.
         """
         budget, planned = budgets
         local_models = self._local_models  # the app may reset it in the meantime
@@ -190,8 +193,8 @@ class HomeReader:
         refusal: UserError | None,
         data_problem: UserError | None,
     ) -> dict[str, str | Content]:
-        """Return the parts of a run that the recipe already has, by the id of the command that opens their
-        screen.
+        """Return what the recipe already has for a run (a model, data, enough memory), by the id of the
+        command that opens the screen for it.
         """
         recipe, done = workbench.recipe, dict[str, str | Content]()
         if recipe.model.id and refusal is None:
@@ -204,8 +207,8 @@ class HomeReader:
         return done
 
     def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
-        """Check whether the data can be used, and estimate the time of a run. This takes seconds if the data
-        is large.
+        """Check whether the data can be used, estimate the time of a run, and store both for the next read.
+        This takes seconds if the data is large. ``counts``: how often samples have been counted.
         """
         key, files = self._outlook_key(recipe, system_status, counts), None
         with suppress(UserError):
@@ -215,12 +218,14 @@ class HomeReader:
 
     def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:
         last, stamps = system_status.active_or_last_status, map(source_stamps, every_source(recipe.data))
-        # The first steps of the active run improve the estimate for the next one.
+        # The first steps of the active run improve the forecast for the next run.
         now = (last.state, min(last.step, LEAST_STEPS)) if last else None
         return (recipe, counts, system_status.gpu, now, list(stamps))
 
     def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
-        """Return this machine's models and good first models if the recipe has no model; otherwise None."""
+        """Return the models of this machine and recommended models of the Hub; None if the recipe already has
+        a model.
+        """
         if recipe.model.id:
             return None
         key = (recipe, budget, id(local))
@@ -235,7 +240,7 @@ class HomeReader:
         return self._to_choose[1]
 
     def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
-        """Return the runs before the last one."""
+        """Return the runs that are neither queued nor the active or last run, newest first."""
         shown = {
             *system_status.waiting_ids,
             system_status.active_or_last.id if system_status.active_or_last else "",

@@ -1,4 +1,4 @@
-"""Home: GPU, runs, queue and recipe at a glance, and the suggested next step."""
+"""The Home screen: GPU, runs, queue and recipe at a glance, and the suggested next step."""
 
 from __future__ import annotations
 
@@ -41,18 +41,21 @@ _FRAME = 5
 """Width of a panel's border, padding and scroll bar, in cells."""
 _SHORT_FRAME = 3
 _NUMBERS_HEIGHT = 38
-"""Minimum height of the window, in rows, for the panel with the run in numbers."""
+"""Minimum height of the window, in rows, at which the panel with the run in numbers is shown."""
 _PRESETS_HEIGHT = 50
-"""Minimum height of the window, in rows, for the list of presets, which is shown until there is a run."""
+"""Minimum height of the window, in rows, at which presets are listed while there is no run."""
 _LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 30
-"""Minimum number of good first models in the list, and rows of the window that the other panels need."""
+"""Minimum number of recommended models in the list, and number of rows of the window that other panels
+need.
+"""
 
 
 class HomeScreen(WorkScreen):
-    """GPU, last run, queue, recipe, next step."""
+    """The Home screen: machine, active or last run, queue, recipe, and the suggested next step."""
 
     MODE = "home"
-    # CSS in the class rather than in a .tcss file, since Textual cannot load a file for the first screen.
+    # The CSS is in the class instead of a .tcss file, because Textual cannot load a file for the first
+    # screen.
     DEFAULT_CSS = """
     HomeScreen {
         #home {
@@ -126,7 +129,9 @@ class HomeScreen(WorkScreen):
         super().__init__()
         self._facts_shown: HomeFacts | None = None
         self.downloading_demo = False
-        """Whether the demo model is being downloaded; the next step shows its progress."""
+        """Whether the demo's model is being downloaded. The panel for the next step then shows the
+        progress.
+        """
         self._reader: HomeReader | None = None
         self._started_at = clock.now()
         self._seen_at = load_ui_state().last_seen or self._started_at
@@ -169,7 +174,7 @@ class HomeScreen(WorkScreen):
             self._reader.invalidate_models()
 
     def refresh_now(self) -> None:
-        # The recipe is read together with the rest, so that the first frame does not wait for it.
+        # The recipe is read in the thread with everything else, so that the first frame does not wait for it.
         self._system_status_changed(self.app.system_status)
 
     def show_recipe(self, recipe: Recipe) -> None:
@@ -190,7 +195,8 @@ class HomeScreen(WorkScreen):
         try:
             await app.shown.wait()
             if not app.system_status.is_known:
-                # Before the first poll, the suggestion could be wrong, and Enter would carry it out.
+                # Before the system status is known, a suggestion could be wrong, and Enter would carry it
+                # out.
                 self.query_one("#gpu", Lines).show(Content.styled("looking…", "dim"))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
@@ -215,7 +221,7 @@ class HomeScreen(WorkScreen):
 
     @property
     def _last_run(self) -> RunDir:
-        """The active or last run. Raises SkipAction if there is none."""
+        """The active run or, if there is none, the last run. Raises SkipAction if there are no runs."""
         run = self.app.system_status.active_or_last
         if run is None:
             raise SkipAction
@@ -227,20 +233,20 @@ class HomeScreen(WorkScreen):
             await self.run_action(self.suggestion.action)
 
     async def action_watch(self) -> None:
-        """Watch the active run, or show the last one."""
+        """Switch to the Train screen, with the active run or, if there is none, the last run."""
         from qlora_tui.tui.screens.train.screen import show_run
 
         await show_run(self.app, self._last_run)
 
     async def action_resume(self) -> None:
-        """Queue the last run again, and watch it."""
+        """Queue the last run to be resumed, and watch it."""
         from qlora_tui.runs import actions as run_actions
         from qlora_tui.tui.threads import act_on_run
 
         act_on_run(self, self._last_run, run_actions.resume, lambda: self.call_next(self.action_watch))
 
     async def action_prepare(self) -> None:
-        """Open Train to check and launch the recipe."""
+        """Switch to the Train screen, where the recipe is checked and launched."""
         from qlora_tui.tui.screens.train.screen import prepare_run
 
         await prepare_run(self.app)
@@ -252,19 +258,19 @@ class HomeScreen(WorkScreen):
         await show_chat(self.app, self._last_run)
 
     def action_export(self) -> None:
-        """Export the last run's adapter."""
+        """Open the dialog that exports the last run's adapter."""
         from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 
         show_export_dialog(self.app, self._last_run)
 
     @property
     def suggestion(self) -> NextStep | None:
-        """The suggested step; None until everything has been read."""
+        """The suggested step; None until Home has been read for the first time."""
         return None if self._facts_shown is None else self._facts_shown.steps[0]
 
     def _show_next(self) -> None:
-        """Show the next steps. Enter is shown as the key of the first step unless the list of models has the
-        focus.
+        """Show the suggested step and the alternatives. Unless the list of models has the focus, Enter is the
+        key of the suggested step.
         """
         facts = self._facts_shown
         if facts is None or self.downloading_demo:
@@ -277,7 +283,7 @@ class HomeScreen(WorkScreen):
         self.query_one("#next", Lines).show(lines)
 
     def _show_models(self) -> None:
-        """Show the models to choose from, and the keys for choosing."""
+        """Show the models to choose from, if there are any, and the key that chooses one."""
         facts = self._facts_shown
         if facts is None or facts.models is None:
             return
@@ -300,7 +306,9 @@ class HomeScreen(WorkScreen):
         self.on_descendant_focus()
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Select a model on this machine, or open a model of the Hub on the Model screen to download it."""
+        """Put the selected model into the recipe if it is on this machine; otherwise, offer to download
+        it.
+        """
         from qlora_tui.tui.screens.models.model_list import DEMO_LINE, LOCAL, STARTER
         from qlora_tui.tui.screens.models.screen import show_download
 
@@ -313,7 +321,7 @@ class HomeScreen(WorkScreen):
             await show_download(self.app, chosen.removeprefix(STARTER))
 
     async def action_demo(self) -> None:
-        """Download the demo's model if it is missing, and prepare a run with it."""
+        """Prepare a run with the demo's model. If the model is missing, ask whether to download it first."""
         refuse_on_box("The demo runs on the box", "demo")
         from qlora_tui.demo.demo_model import is_ready, model_folder
         from qlora_tui.tui.screens.models.downloads import ask_for_demo
@@ -384,14 +392,14 @@ class HomeScreen(WorkScreen):
         )
 
     def _show_run(self, facts: HomeFacts) -> None:
-        """Show the charts, titles and keys of the panels that depend on the runs."""
+        """Show the titles, charts and keys that depend on the runs."""
         from qlora_tui.tui.render.loss import summary_lines
         from qlora_tui.tui.screens.home.panel_lines import recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
         self.set_class(is_new, "-first")
         self.query_one("#models-panel").display = facts.models is not None
-        # If there are models to choose from, Tab moves to their list.
+        # If there are models to choose from, Tab must move to their list.
         self.query_one("#home").can_focus = facts.models is None
         self._show_models()
         panel = self.query_one("#run-panel", Panel)
@@ -414,7 +422,7 @@ class HomeScreen(WorkScreen):
 
             title = reload_hint()  # the panel has no room for the preset as well
         self.query_one("#recipe-panel", Panel).show_title(title)
-        # Until there is a run, the rows for it list the presets.
+        # While there is no run, the presets take the rows of the panel for the run.
         has_rows = layout.is_large and self.size.height >= _PRESETS_HEIGHT
         self.query_one("#presets-panel").display = is_new and has_rows
         self.query_one("#recent-panel").display = bool(facts.recent)
@@ -423,5 +431,5 @@ class HomeScreen(WorkScreen):
 
 
 def _save_last_seen() -> None:
-    """Remember when the app was last in use, so that runs that end later are announced at the next start."""
+    """Save that the app is in use now, so that Home announces runs that end before the next start."""
     save_ui_state(last_seen=clock.now())

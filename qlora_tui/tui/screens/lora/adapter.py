@@ -1,9 +1,9 @@
-"""The adapter's settings, with explanations and advice from the papers, and the adapter's costs.
+"""The adapter's settings, with explanations and advice from papers, and the adapter's costs.
 
 LoRA: Hu et al. 2021, arXiv 2106.09685, section 7.2. QLoRA: Dettmers et al. 2023, arXiv 2305.14314, section 4.
 rsLoRA: Kalajdzievski 2023, arXiv 2312.03732. DoRA: Liu et al. 2024, arXiv 2402.09353.
 
-Costs are trained parameters, size on disk and memory. They are also computed for other ranks and targets.
+Costs are trained parameters, size on disk and memory, for the recipe and for other ranks and targets.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from qlora_tui.tui.workbench import Workbench
 
 
 class SettingsList(ViList):
-    """A list of settings. The id of each line is the path of its setting."""
+    """A list of settings. The id of a line is the path of the line's setting."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("right,l", "step(1)", show=False),
@@ -66,16 +66,16 @@ class SettingsList(ViList):
 
     @dataclass
     class Stepped(Message):
-        """The user asked for the next or previous value of a setting."""
+        """Posted to step a setting to its next value (``direction`` 1) or to its previous value (-1)."""
 
         path: str
         direction: int
 
     _clicked: int | None = None
-    """The option that the last click selected; None once the focus has moved elsewhere."""
+    """Index of the option that was clicked last; None if the list has lost the focus since then."""
 
     def on_click(self, event: Click) -> None:
-        """Select a setting. A second click on the same setting steps it."""
+        """Move the cursor to the clicked setting. If the setting was also clicked last, step it up."""
         event.prevent_default()  # the list would step the setting at the first click
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:
@@ -84,11 +84,15 @@ class SettingsList(ViList):
             self.highlighted = self._clicked = at
 
     def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
-        """Step the selected setting up."""
+        """If the mouse is over the setting under the cursor, and the list has the focus, step the setting
+        up.
+        """
         self._scroll(event, 1)
 
     def on_mouse_scroll_down(self, event: MouseScrollDown) -> None:
-        """Step the selected setting down."""
+        """If the mouse is over the setting under the cursor, and the list has the focus, step the setting
+        down.
+        """
         self._scroll(event, -1)
 
     def _scroll(self, event: MouseScrollUp | MouseScrollDown, direction: int) -> None:
@@ -98,20 +102,20 @@ class SettingsList(ViList):
             self.action_step(direction)
 
     def on_blur(self, event: Blur) -> None:
-        """Forget the option that was clicked last."""
+        """Forget which option was clicked last."""
         self._clicked = None
 
     def action_step(self, direction: int) -> None:
-        """Ask the screen to step the setting under the cursor."""
+        """Post :class:`Stepped` for the setting under the cursor."""
         if self.current is not None:
             self.post_message(self.Stepped(self.current, direction))
 
     def action_select(self) -> None:
-        """Step the setting up."""
+        """Step the setting under the cursor up."""
         self.action_step(1)
 
     def select_setting(self, path: str) -> None:
-        """Move the cursor to a setting."""
+        """Move the cursor to the setting with this path, if the list has it."""
         paths = [option.id for option in self.options]
         if path in paths:
             self.highlighted = paths.index(path)
@@ -127,17 +131,20 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
 }
 """Ids of the commands that change each setting on the screen, by the setting's path."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Glossary terms for settings whose glossary entry has another name than the setting. Only little-known
-settings have one.
-"""
+"""Names of the glossary entries of settings whose entry has another name than the setting."""
 
 
 def setting_lines(
     recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, with_meaning: bool = False
 ) -> list[tuple[str, Content]]:
-    """Return (path, line) for each setting with its advice.
+    """Return (path, line) for each setting, with advice on it.
 
-    ``with_meaning`` adds a second line that explains it.
+    Args:
+        recipe: The recipe being edited.
+        base: The preset that the recipe is compared with.
+        dora_cost: The memory that DoRA adds, as text; empty if unknown.
+        width: Width of a line, in cells.
+        with_meaning: Whether a second line explains the setting.
     """
     lines = []
     for path in LORA_CONTROLS:
@@ -152,7 +159,9 @@ def setting_lines(
 
 
 def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> str:
-    """Return advice on a setting of this recipe. ``dora_cost``: the memory that DoRA adds, if known."""
+    """Return advice on the value of a setting in this recipe. ``base``: the preset that the recipe is
+    compared with. ``dora_cost``: the memory that DoRA adds, as text; empty if unknown.
+    """
     lora, now, before = recipe.lora, _scale(recipe.lora), _scale(base.lora)
     is_scaled_by_rank = lora.rank != base.lora.rank and lora.alpha == base.lora.alpha and now != before
     if path == "lora.alpha" and is_scaled_by_rank:
@@ -165,12 +174,14 @@ def setting_advice(path: str, recipe: Recipe, base: Recipe, dora_cost: str) -> s
 
 
 def term_of(path: str) -> str:
-    """Return the setting's term in the glossary."""
+    """Return the name of the setting's entry in the glossary."""
     return _TERMS.get(path, fields()[path].key)
 
 
 def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
-    """Return ``r R rank        16*``: keys, name, value, and a star if it differs from the preset's value."""
+    """Return ``r R rank        16*``: keys, name, value, and a star if the value differs from that in
+    ``base``, the preset.
+    """
     value = get_setting(recipe, path)
     star = "*" if value != get_setting(base, path) else " "
     keys = " ".join(map(bare_key, LORA_CONTROLS[path]))
@@ -185,7 +196,7 @@ def _scale(lora: Lora) -> float:
 
 
 def advice(path: str, lora: Lora) -> str:
-    """Return one line of advice on a setting of this recipe."""
+    """Return one line of advice on the value of a setting of the adapter."""
     match path:
         case "lora.rank" if lora.target_modules == (ALL_LINEAR,):
             return "The QLoRA paper found no effect of rank with all-linear."
@@ -208,8 +219,8 @@ def advice(path: str, lora: Lora) -> str:
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
-    """Return a description of these modules' kind, or of target modules in general, with a finding from a
-    paper if there is room.
+    """Return an explanation of the kind of these modules or, if there are several kinds, of target modules.
+    If ``width`` suffices, a finding of the QLoRA paper follows.
     """
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
@@ -221,7 +232,7 @@ def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> st
 
 
 def one_line(path: str) -> Content:
-    """Return an explanation of a setting in one line."""
+    """Return a line with the name and the explanation of a setting."""
     return Content.assemble((f"{term_title(path)}: ", "bold"), explain(term_of(path)))
 
 
@@ -239,30 +250,32 @@ _TARGETS = {
 }
 _RANK_CELLS = 7
 _CHOICE_CELLS, _DISK_CELLS, _CHOICE_BAR_CELLS = 22, 9, 12
-"""Width of a choice of targets including the gap before it, and width of its size on disk, in cells."""
+"""Widths in cells: of a choice of targets, including the gap before it; of the size on disk; of the bar."""
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
-"""Maximum number of lines for differences from the preset."""
+"""Maximum number of lines on the differences from the preset."""
 _WITH = " with gradients and optimizer"
 
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Memory differences, in bytes, each of which takes another estimate."""
+    """Differences in memory, in bytes. They are computed later than other figures, since they take more
+    estimates.
+    """
 
     dora_bytes: int
-    """Memory of the recipe with DoRA, minus its memory without."""
+    """Memory of the recipe with DoRA, minus memory of the recipe without DoRA."""
     preset_bytes: int
-    """Memory with the recipe's LoRA settings, minus memory with the preset's."""
+    """Memory of the recipe, minus memory of the recipe with the preset's LoRA settings."""
 
 
 def memory_deltas(
     recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
 ) -> MemoryDeltas | None:
-    """Compute three estimates, which takes about 20 ms.
+    """Return the differences in memory, from three estimates, which take about 20 ms. ``base``: the preset.
 
-    Return None if the model lacks the recipe's target modules.
+    Return None if the model lacks target modules of the recipe or of the preset.
     """
 
     def total(of: Recipe) -> int:
@@ -277,7 +290,9 @@ def memory_deltas(
 
 
 def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
-    """Return the number of trained parameters. Raises UserError if the model lacks the target modules."""
+    """Return the number of trained parameters of a recipe. Raises UserError if the model lacks the target
+    modules.
+    """
     chosen = match_modules(recipe.lora.target_modules, architecture.targets)
     return adapter_parameters(chosen, recipe.lora) + sum(
         map(prod, vocabulary_shapes(recipe.lora, architecture))
@@ -285,8 +300,8 @@ def trained_parameters(recipe: Recipe, architecture: Architecture) -> int:
 
 
 def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
-    """Return the size of the saved adapter. peft saves a trained embedding that is tied to the head under
-    both names.
+    """Return the size of the saved adapter, in bytes. If embedding and head are tied and trained, peft saves
+    their weights twice. Raises UserError if the model lacks the target modules.
     """
     twice = recipe.lora.train_embeddings and architecture.head.tied
     saved = trained_parameters(recipe, architecture) + (architecture.head.weight_params if twice else 0)
@@ -296,9 +311,11 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
 def adapter_title(
     workbench: Workbench, budget: MemoryBudget, cpu_budget: MemoryBudget | None, width: int
 ) -> Content:
-    """Return ``Adapter  NF4 6.3 of 12.0 GiB fits``: the recipe's total memory, if its model is known.
+    """Return ``Adapter  NF4 6.3 of 12.0 GiB fits``, with the total memory of the recipe, or only ``Adapter``
+    if the memory is unknown.
 
-    ``cpu_budget``: this machine's CPU, if ``budget`` is a GPU that it does not have.
+    ``cpu_budget``: the memory of this machine's CPU if ``budget`` is of a GPU that the machine does not have;
+    otherwise None.
     """
     fit = recipe_fit(workbench, budget, PRECISION_NAMES[precision_of(workbench.recipe)])
     if fit is None:
@@ -313,10 +330,11 @@ def adapter_title(
 def adapter_text(
     workbench: Workbench, budget: MemoryBudget, known: MemoryDeltas | None, width: int
 ) -> Content:
-    """Return the adapter's parameters and sizes, if the model is known, above the differences from the
-    preset.
+    """Return a line with the adapter's parameters, size on disk and memory, if the model is known, and the
+    differences from the preset.
 
-    "In memory" is what the Memory screen lists under Adapter: the adapter's share of the peak.
+    The memory is the adapter's share of the peak, as the Memory screen lists it. ``known``: the differences
+    in memory; None until they are computed.
     """
     differs = difference_text(workbench, known, width)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -340,7 +358,9 @@ def adapter_text(
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
-    """Return the LoRA settings that differ from the preset, as many as fit, and the memory they add."""
+    """Return as many of the LoRA settings that differ from the preset as fit, and the memory that they add
+    together.
+    """
     changes = [
         c for c in diff_recipes(workbench.preset_recipe, workbench.recipe) if c.path.startswith("lora.")
     ]
@@ -360,7 +380,9 @@ def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int
 
 
 def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) -> Content:
-    """Return a description of the modules that the toggle key would change."""
+    """Return a description of the modules that the toggle key would select or deselect. ``in_block``: whether
+    the user is marking a block of modules.
+    """
     if not modules:
         return Content.styled("No module here.", "$text-muted")
     trained = f"{format_count(adapter_parameters(modules, lora))} trainable{_own(modules, lora)}"
@@ -375,7 +397,9 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
 
 
 def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
-    """Return ``, rank 32, alpha 16 to 64`` if a pattern sets a rank or alpha for any of these modules."""
+    """Return ``, rank 32, alpha 16 to 64``, the ranks and alphas of these modules. Ranks are left out if the
+    recipe has no rank patterns, and alphas if it has no alpha patterns.
+    """
     words = ""
     for name, number_of, own in (
         ("rank", rank_of, lora.rank_pattern),
@@ -391,7 +415,7 @@ def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
 
 @dataclass(frozen=True)
 class ChoiceCost:
-    """The cost of the recipe with another rank and other targets."""
+    """The costs of the recipe with another rank and other target modules."""
 
     rank: int
     targets: str
@@ -402,7 +426,9 @@ class ChoiceCost:
 
 
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
-    """Estimate each rank with each choice of targets that the model has; about 10 ms each."""
+    """Return the costs of each rank with each choice of targets that the model has. Each takes about 10
+    ms.
+    """
     now = recipe.lora.target_modules
     choices = {
         name: targets
@@ -427,7 +453,9 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
-    """Return a line for each rank with parameters, size on disk and memory for each choice of targets."""
+    """Return a heading, a line for each rank, and a legend. A line has parameters, size on disk and memory
+    for each choice of targets, as far as ``width`` allows.
+    """
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:
         by_rank.setdefault(cost.rank, []).append(cost)

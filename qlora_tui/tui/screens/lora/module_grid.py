@@ -1,7 +1,7 @@
-"""A model's linear modules as a table of kinds and layers, and a widget with a check box for each.
+"""A model's linear modules as a table of kinds and layers, and a widget in which modules can be selected.
 
 The widget does not change the recipe: it posts :class:`ModuleGrid.Chosen` with the new selection, and shows
-the selection that the screen passes to it.
+the selection that the screen passes to :meth:`ModuleGrid.show`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ALL, SOME, NONE = "all", "some", "none"
 
 
 def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
-    """Return the number of trained parameters: rank × (in + out) per matrix; with DoRA also a magnitude per
-    output.
+    """Return the number of trained parameters of adapters for these modules: rank × (in + out) for each
+    matrix and, with DoRA, a magnitude for each output.
     """
     return sum(
         rank_of(lora, module) * (module.in_features + module.out_features) * module.copies
@@ -52,19 +52,19 @@ def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """All modules of one kind, or of all kinds, by column."""
+    """All modules of one kind, or of all kinds, grouped by the columns of the table."""
 
     name: str
     cells: tuple[tuple[LinearModule, ...], ...]
 
     @property
     def modules(self) -> list[LinearModule]:
-        """All of its modules, in the model's order."""
+        """All modules of the row, in the model's order."""
         return [module for cell in self.cells for module in cell]
 
     @property
     def shape(self) -> str:
-        """Return ``3584→512``, in → out. If layers differ, this is the first layer's shape."""
+        """Shape ``3584→512``, in → out, of the first module; empty for the row of all kinds."""
         if self.name == "every kind":
             return ""
         first = self.modules[0]
@@ -72,9 +72,9 @@ class ModuleRow:
 
 
 class ModuleTable:
-    """The language model's modules.
+    """The linear modules of a language model, by kind and layer.
 
-    A vision tower gets no gradient from text, so its modules are left out.
+    The modules of a vision tower are left out, since training on text gives them no gradient.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -82,9 +82,9 @@ class ModuleTable:
         layers = sorted({m.layer for m in self.modules if m.layer is not None})
         outside = [None] if any(m.layer is None for m in self.modules) else []
         self.columns: tuple[int | None, ...] = (*layers, *outside)
-        """Numbers of the layers; None comes last, for modules outside layers."""
+        """Numbers of the layers. If there are modules outside layers, None is last."""
         kinds = dict.fromkeys(module.kind for module in self.modules)
-        # Like all-linear, the grid leaves out experts, which are selected by name.
+        # As in all-linear, experts are left out here. They are selected by name.
         every = self._row("every kind", [m for m in self.modules if m.part != "expert"])
         self.rows = (every, *(self._row(k, [m for m in self.modules if m.kind == k]) for k in kinds))
 
@@ -95,15 +95,17 @@ class ModuleTable:
         return ModuleRow(name, tuple(tuple(by_layer[column]) for column in self.columns))
 
     def chosen(self, patterns: tuple[str, ...]) -> frozenset[str]:
-        """Return the names of the modules that these patterns select; none if any pattern selects nothing."""
+        """Return the names of the modules that these patterns select. If any pattern selects no module, the
+        set is empty.
+        """
         try:
             return frozenset(module.name for module in match_modules(patterns, self.modules))
         except UserError:
             return frozenset()
 
     def within(self, rows: tuple[int, int], columns: tuple[int, int] | None) -> list[LinearModule]:
-        """Return the modules in an inclusive range of rows and columns, with ends in any order; None is all
-        columns.
+        """Return the modules in a range of rows and a range of columns. Both ends of a range are included and
+        may be in any order. ``columns``: None for all columns.
         """
         top, bottom = sorted(rows)
         first, last = sorted(columns) if columns else (0, len(self.columns) - 1)
@@ -123,7 +125,9 @@ def state(modules: Sequence[LinearModule], chosen: frozenset[str]) -> str:
 
 
 def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozenset[str]:
-    """Return all of these modules, or none if all are already selected."""
+    """Return ``chosen`` without these modules if all of them are in it; otherwise, ``chosen`` with these
+    modules.
+    """
     names = frozenset(module.name for module in modules)
     return chosen - names if state(modules, chosen) == ALL else chosen | names
 
@@ -131,30 +135,34 @@ def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozense
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "━", SOME: "╌", NONE: "·"}
 CUSTOM = "◆"
-"""Marks a selected module with its own rank or alpha."""
+"""Mark of a selected module with a rank or alpha of its own."""
 HEAD = -1
-"""Column of the cursor on a kind's name, which selects all layers of that kind."""
+"""Column of the cursor when it is on the name of a kind, which stands for all layers of the kind."""
 LONGEST_KIND = 18
 _BOX_CELLS = 4
 """Width of ``[x] `` before a kind's name, in cells."""
 _TRAINED_CELLS = 7
 """Width of the number of trained parameters after a kind's shape, in cells."""
 _SHARE_CELLS, _BAR_CELLS = 6, 16
-"""Width of a kind's share of the trained parameters, and of its bar in a wide window, in cells."""
+"""Width of a kind's share of the trained parameters, and width of its bar, which only a wide window has, in
+cells.
+"""
 _GAP_CELLS = 7
-"""Gap before the layers, in cells; the word ``layer`` is above it."""
+"""Width of the gap before the layers, in cells. In the line of titles, the gap has the word ``layer``."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
-"""Strength of the color at rank 1, in percent, and the lowest rank with the full strength."""
+"""Strength of the color for rank 1, in percent, and the lowest rank whose color has full strength."""
 
 
 def rank_style(rank: int) -> str:
-    """Return the color for this rank, brighter with each doubling."""
+    """Return the color for this rank. The color is brighter for each doubling of the rank."""
     share = min(1.0, log2(rank) / log2(_BRIGHTEST_RANK))
     return f"$primary {_PALEST + (100 - _PALEST) * share:.0f}%"
 
 
 class ModuleGrid(Widget, can_focus=True):
-    """The grid. Arrow keys or h j k l move, Space toggles, x starts and ends a block."""
+    """The grid of modules. Arrow keys or h j k l move the cursor. Commands of the screen toggle modules and
+    mark blocks.
+    """
 
     DEFAULT_CSS = """
     ModuleGrid {
@@ -173,12 +181,12 @@ class ModuleGrid(Widget, can_focus=True):
 
     @dataclass
     class Chosen(Message):
-        """The user selected other modules."""
+        """Posted when the user has changed the selection. ``names``: the modules that are now selected."""
 
         names: frozenset[str]
 
     class Moved(Message):
-        """The cursor has moved."""
+        """Posted when the cursor has moved, or when a block was started or canceled."""
 
     def __init__(self, *, id: str | None = None) -> None:
         super().__init__(id=id)
@@ -186,16 +194,16 @@ class ModuleGrid(Widget, can_focus=True):
         self._chosen: frozenset[str] = frozenset()
         self._lora = Lora()
         self._trained: Sequence[int] = ()
-        """Trained parameters by row; empty until they are counted."""
+        """Trained parameters by row; empty until they have been counted."""
         self._row = 0
         self._column = HEAD
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._starts: Sequence[int] = ()
-        """First cell of each visible layer, counted from the first visible layer."""
+        """First cell of each visible layer, relative to the first visible layer, and the end of the last."""
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
-        """Show this model with these modules selected."""
+        """Show the modules of a model, with the modules in ``chosen`` selected and the ranks of ``lora``."""
         if table is not self._table:
             self._row, self._column, self._block_from = 0, HEAD, None
             self.styles.max_height = len(table.rows) + 1
@@ -209,7 +217,9 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
-        """The modules that Space would toggle: a cell, a kind, a layer, or the block that ``x`` started."""
+        """The modules that would be toggled now: one cell, all of a kind, all of a layer, or the block being
+        marked.
+        """
         if self._table is None:
             return ()
         row, column = self._block_from or (self._row, self._column)
@@ -217,7 +227,9 @@ class ModuleGrid(Widget, can_focus=True):
         return self._table.within((row, self._row), None if whole else (column, self._column))
 
     def action_move(self, rows: int, columns: int = 0) -> None:
-        """Move the cursor within the table."""
+        """Move the cursor down and to the right by this much, or up and to the left if negative. It stops at
+        the edges.
+        """
         if self._table is None:
             return
         self._row = min(max(self._row + rows, 0), len(self._table.rows) - 1)
@@ -226,12 +238,14 @@ class ModuleGrid(Widget, can_focus=True):
         self.post_message(self.Moved())
 
     def toggle(self) -> None:
-        """Select or deselect the modules under the cursor."""
+        """Deselect the modules under the cursor if all are selected; otherwise, select them. This ends the
+        block.
+        """
         self.post_message(self.Chosen(toggled(self.under_cursor, self._chosen)))
         self._block_from = None
 
     def toggle_block_selection(self) -> None:
-        """Start a block at the cursor, or toggle the block that was started."""
+        """If a block is being marked, toggle its modules; otherwise, begin a block at the cursor."""
         if self._block_from is not None:
             self.toggle()
             return
@@ -246,15 +260,15 @@ class ModuleGrid(Widget, can_focus=True):
         return self._block_from is not None
 
     def action_clear_block(self) -> None:
-        """Cancel the block without changing its modules."""
+        """Stop marking a block, and leave its modules as they are."""
         self._block_from = None
         self.refresh()
         self.post_message(self.Moved())
 
     def on_click(self, event: Click) -> None:
-        """Move the cursor to the click.
+        """Move the cursor to the clicked cell.
 
-        A click on the cursor's cell, or on the check box of a kind, toggles it.
+        If the cursor was already there, or if the check box of a kind was clicked, toggle the modules.
         """
         if self._table is None:
             return
@@ -280,7 +294,7 @@ class ModuleGrid(Widget, can_focus=True):
         rows = range(first, min(first + height, len(table.rows)))
         scrolls = len(rows) < len(table.rows)
         width_left = max(1, self.content_size.width - self._head_width - 2 * scrolls)
-        # Keep the cursor's column in view.
+        # Scroll to the side as far as needed to keep the cursor's column in view.
         column, last = max(self._column, 0), max(0, len(table.columns) - width_left)
         self._first_column = min(max(min(self._first_column, column), column - width_left + 1), last)
         shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
@@ -306,11 +320,13 @@ class ModuleGrid(Widget, can_focus=True):
         return _BAR_CELLS if self.app.size.width >= WIDE_CELLS else 0
 
     def _first_row(self) -> int:
-        """Return the first visible row, such that the cursor's row is in view."""
+        """Return the index of the first visible row. The cursor's row is always in view."""
         return max(0, self._row - max(1, self.content_size.height - 1) + 1)
 
     def _axis(self, shown: range) -> Content:
-        """Return every fifth layer's number, with arrows if more layers are out of view."""
+        """Return the line of titles, with the number of every fifth layer, and with arrows toward layers that
+        are out of view. ``shown``: the visible columns.
+        """
         assert self._table is not None
         text = ""
         for place, column in enumerate(shown):
@@ -343,7 +359,7 @@ class ModuleGrid(Widget, can_focus=True):
         return join_cells(pieces)
 
     def _head(self, index: int) -> str:
-        """Return the start of a row: check box, kind, shape, trained parameters, and their share of all
+        """Return the beginning of a row: check box, kind, shape, trained parameters, and their share of all
         trained parameters.
         """
         assert self._table is not None
@@ -358,7 +374,9 @@ class ModuleGrid(Widget, can_focus=True):
         return f"{box} {name:<{names}} {row.shape:>{shapes}} {count:>{_TRAINED_CELLS}}{share:>{_SHARE_CELLS}}"
 
     def _share_bar(self, index: int) -> str:
-        """Return a bar for the trained parameters of a kind, which fills its width for the largest kind."""
+        """Return a bar whose length is a kind's number of trained parameters, relative to the kind with the
+        most. The bar is empty for the row of all kinds.
+        """
         _, *of_kinds = trained = self._trained_by_row()
         most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)
         drawn = bar(trained[index] / most, cells).rstrip("░") if most and index else ""
@@ -373,7 +391,9 @@ class ModuleGrid(Widget, can_focus=True):
         return self._trained
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int, width: int) -> tuple[str, str]:
-        """Return one layer of a kind, in the color of its rank, with a sign if it has its own rank."""
+        """Return (text, style) for one kind in one layer: its selection, in the color of the rank, with a
+        mark if a pattern sets its rank or alpha.
+        """
         text, style = " " * width, ""
         if cell:
             mark = state(cell, self._chosen)

@@ -1,4 +1,4 @@
-"""LoRA: select the modules that get an adapter, set its rank, and see its costs."""
+"""The LoRA screen: select the modules that get an adapter, set the adapter's rank, and see its costs."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
-"""Seconds without a key press before the memory deltas are computed."""
+"""Seconds without a key press after which the differences in memory are computed."""
 _COSTS_HEIGHT, _MEANING_HEIGHT = 32, 50
-"""Minimum window heights, in rows: for the table of other choices, not counting the rows of the modules, and
-for explanations of the settings.
+"""Minimum height of the window, in rows, at which the table of other choices is shown (plus a row for each
+row of the grid), and at which settings are explained.
 """
 
 
@@ -63,7 +63,7 @@ READING = UserError(
 
 
 class LoraScreen(WorkScreen):
-    """The model's modules with check boxes, next to the adapter's settings."""
+    """The LoRA screen: the grid of the model's modules, and the adapter's settings."""
 
     MODE = "lora"
     CSS_PATH = "lora.tcss"
@@ -77,7 +77,7 @@ class LoraScreen(WorkScreen):
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
         self._deltas_key: tuple[Recipe, MemoryBudget, bool] | None = None
         self._explained = ""
-        """The setting that is explained; empty for the modules under the cursor."""
+        """Path of the setting that is explained; empty if the modules under the cursor are described."""
 
     def compose_body(self) -> Iterable[Widget]:
         keys = (
@@ -111,12 +111,13 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """Show the costs of other choices below the modules, if there is room."""
+        """If there is room, show the costs of other choices below the modules."""
         rows = len(self._table.rows) if self._table is not None else 0
         has_costs = self.size.height >= _COSTS_HEIGHT + rows and self.size.width >= WIDE_CELLS
         self.set_class(has_costs, "-costs")
-        # Without costs below them, the modules fill the remaining height. Set this directly, since a style
-        # class would take effect after the texts are written, and Textual would not lay the panel out again.
+        # Without the costs, the modules fill the remaining height. The height is set here, since with a style
+        # class it would change only after the texts have been written, and Textual would not lay out the
+        # panel again.
         for part in ("#modules-panel", "#modules"):
             self.query_one(part).styles.height = "auto" if has_costs else "1fr"
 
@@ -143,23 +144,27 @@ class LoraScreen(WorkScreen):
             self._compute_deltas(recipe, budget, architecture)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
-        """Step a setting to its next value, and explain it."""
+        """Step a setting up to its next value (1) or down to its previous value (-1), and explain the
+        setting.
+        """
         self._explained = path
         self.query_one(SettingsList).select_setting(path)
         super().action_step_setting(path, direction)
         self._show_cursor()
 
     def on_settings_list_stepped(self, message: SettingsList.Stepped) -> None:
-        """Step the setting under the list's cursor."""
+        """Step the setting that the list asks to step."""
         self.action_step_setting(message.path, message.direction)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Explain the setting under the cursor, if the list has the focus."""
+        """If the list of settings has the focus, explain the setting under its cursor."""
         if self.query_one(SettingsList).has_focus:
             self.on_descendant_focus()
 
     def on_descendant_focus(self) -> None:
-        """Explain the setting or modules that have the focus."""
+        """Explain the setting under the cursor if the list of settings has the focus; otherwise, describe the
+        modules under the cursor.
+        """
         settings = self.query_one(SettingsList)
         self._explained = (settings.current or "") if settings.has_focus else ""
         self._show_cursor()
@@ -179,7 +184,9 @@ class LoraScreen(WorkScreen):
         self.app.edit("lora.target_modules", (ALL_LINEAR,))
 
     def action_set_custom_value(self, name: str) -> None:
-        """Ask for a rank or alpha for only the modules under the cursor."""
+        """Ask for a rank or alpha that only the modules under the cursor get. ``name``: ``rank`` or
+        ``alpha``.
+        """
         recipe, modules = self.app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
@@ -206,7 +213,7 @@ class LoraScreen(WorkScreen):
         field.focus()
 
     def on_module_grid_chosen(self, message: ModuleGrid.Chosen) -> None:
-        """Write the selection into the recipe as short patterns."""
+        """Set the recipe's target modules to short patterns for the selected modules."""
         if self._table is None:
             return
         patterns = to_patterns(message.names, self._table.modules)
@@ -221,7 +228,7 @@ class LoraScreen(WorkScreen):
         self._show_cursor()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Preview what the typed patterns would select. Enter changes the recipe."""
+        """Show which modules the typed patterns select. The recipe changes only when Enter is pressed."""
         if not event.input.has_focus or self._table is None:
             return
         try:
@@ -235,7 +242,9 @@ class LoraScreen(WorkScreen):
         self.query_one("#under-cursor", Lines).show(text)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Apply the typed patterns."""
+        """Set the recipe's target modules to the typed patterns if they are valid; otherwise, show the
+        error.
+        """
         modules = self._table.modules if self._table is not None else ()
         try:
             patterns = parse_targets(event.value, modules) if self._table is not None else (event.value,)
@@ -246,11 +255,12 @@ class LoraScreen(WorkScreen):
         self.app.edit("lora.target_modules", patterns)
 
     def key_escape(self) -> None:
-        """Leave the patterns unchanged."""
+        """Close the field for patterns, without changing the recipe."""
         if self.query_one("#targets-input").display:
             self._close_targets_input()
 
-    # Without a description, Textual would format the arguments, thousands of modules, at each key press.
+    # Without a description, Textual would format the arguments at each key press, among them thousands of
+    # modules.
     @work(exclusive=True, group="deltas", description="compute deltas")
     async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
@@ -276,7 +286,9 @@ class LoraScreen(WorkScreen):
 
     @property
     def _known_deltas(self) -> MemoryDeltas | None:
-        """The memory deltas of the current recipe; None until they are computed."""
+        """Differences in memory for the current recipe; None until they have been computed, or if they are
+        unknown.
+        """
         is_known = self._deltas is not None and self._deltas[0] == self.app.workbench.recipe
         return self._deltas[1] if self._deltas is not None and is_known else None
 
@@ -298,8 +310,9 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).show(self._table, self._table.chosen(patterns), recipe.lora)
 
     def _show_cursor(self) -> None:
-        """Explain the setting that was changed last or is under the cursor, or the modules under the
-        cursor.
+        """Show an explanation of the setting that was stepped last or is under the cursor; without such a
+        setting, describe the modules under the cursor. If the target modules have an error, show the error
+        instead.
         """
         recipe = self.app.workbench.recipe
         if self._table is None:
@@ -320,9 +333,9 @@ class LoraScreen(WorkScreen):
 
 
 def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]:
-    """Parse typed patterns, with abbreviated kinds written out.
+    """Return the patterns in a typed text, with abbreviated kinds written out.
 
-    Raises UserError if a pattern is invalid or matches nothing.
+    Raises UserError if there is no pattern, or if a pattern is invalid or selects no module.
     """
     patterns = tuple(_written_out(pattern, modules) for pattern in split_patterns(text) if pattern)
     if not patterns:
@@ -339,7 +352,9 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
 
 
 def validate_number(setting: str, text: str) -> str:
-    """Return the error in a typed number, or an empty string if it is valid. An empty value is valid."""
+    """Return what is wrong with a typed value of a setting; empty if the value is valid. An empty text is
+    valid.
+    """
     field = fields()[setting]
     try:
         if text.strip():
@@ -350,7 +365,9 @@ def validate_number(setting: str, text: str) -> str:
 
 
 def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
-    """Expand ``8-23.q`` to ``8-23.q_proj`` if exactly one kind starts with ``q_`` and none is named ``q``."""
+    """Return ``8-23.q`` as ``8-23.q_proj`` if no kind is named ``q`` and exactly one kind begins with ``q_``,
+    and ``all`` as ``all-linear``. Any other pattern is returned unchanged.
+    """
     layers, dot, kind = pattern.rpartition(".")
     kinds = dict.fromkeys(module.kind for module in modules)
     if kind in kinds or kind == ALL_LINEAR:

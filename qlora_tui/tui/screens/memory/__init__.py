@@ -1,4 +1,5 @@
-"""Memory: ``screen`` has the panels and keys, ``step_panels`` shows the peak of a training step.
+"""The Memory screen. ``screen`` has its panels and commands, ``step_panels`` draws the memory of a training
+step.
 
-``what_fits`` computes and shows the settings that fit, and the changes that make the recipe fit.
+``what_fits`` computes and shows which settings fit, and which changes make the recipe fit.
 """

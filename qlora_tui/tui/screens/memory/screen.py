@@ -1,4 +1,4 @@
-"""Memory: whether the recipe fits, its memory item by item, and changes that make it fit."""
+"""The Memory screen: whether the recipe fits, its memory by item, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ from qlora_tui.tui.widgets.controls import Drawing, Lines, ModelProblem, Panel
 from qlora_tui.worker import Progress
 
 SETTLED_S = 0.15
-"""Seconds without a key press before the slow computations start."""
+"""Seconds without a key press after which the slow computations start."""
 TRACE_SETTLED_S = 0.6
-"""Seconds without a key press before a step is traced, which takes a second or more."""
+"""Seconds without a key press after which a step is traced, which takes a second or more."""
 _ROOMY = 50
-"""Minimum height of the window, in rows, at which all items are in view."""
+"""Minimum height of the window, in rows, at which all items are shown without scrolling."""
 _FRAME = 4
 """Width of a panel's border and padding, in cells."""
 
 
 class QualityDialog(TextDialog[bool]):
-    """Dialog with the result of a measurement, in sentences. Returns whether to keep the worst layers in 16
-    bits.
+    """Dialog with the measured effects of quantization, in sentences. Returns whether to keep the layers with
+    the largest error in 16 bits.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -83,7 +83,7 @@ class QualityDialog(TextDialog[bool]):
 
 
 class MemoryScreen(WorkScreen):
-    """NF4, int8 and 16 bits side by side, compared with the GPU's memory."""
+    """The Memory screen: the estimates for NF4, int8 and 16 bits, compared with the GPU's memory."""
 
     MODE = "memory"
     CSS_PATH = "memory.tcss"
@@ -93,7 +93,7 @@ class MemoryScreen(WorkScreen):
 
     @dataclass
     class Solved(Message):
-        """The slow computations have finished."""
+        """Posted when the slow computations for a recipe have finished."""
 
         recipe: Recipe
         solution: Solution
@@ -103,8 +103,8 @@ class MemoryScreen(WorkScreen):
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
         self._here: Verdict | None = None
-        """Verdict on the recipe on this machine's CPU, if the estimates are for an assumed GPU; otherwise
-        None.
+        """Verdict on whether the recipe fits this machine's CPU, if the estimates are for an assumed GPU;
+        otherwise None.
         """
         self._solution = Solution()
         self._shown_for: tuple[Recipe, MemoryBudget, Architecture | None] | None = None
@@ -116,7 +116,9 @@ class MemoryScreen(WorkScreen):
 
     @property
     def precision(self) -> Precision:
-        """The precision whose breakdown is shown: the recipe's, unless another is selected."""
+        """The precision whose items are shown: the recipe's, unless the user has selected another
+        precision.
+        """
         return self._precision or precision_of(self.app.workbench.recipe)
 
     def compose_body(self) -> Iterable[Widget]:
@@ -138,8 +140,8 @@ class MemoryScreen(WorkScreen):
 
     def show_recipe(self, recipe: Recipe) -> None:
         budget = self.app.memory_budget
-        # The architecture is part of the key, since it changes once an outline is replaced by the model's
-        # exact structure.
+        # The architecture is part of the key, because an outline of the model is later replaced by the exact
+        # structure.
         shown_for = (recipe, budget, self._architecture())
         if self._shown_for == shown_for:
             return
@@ -169,7 +171,7 @@ class MemoryScreen(WorkScreen):
             self._show_bars()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Disable keys that would have no effect."""
+        """Return whether an action is available. Actions that would have no effect are not."""
         if action == "use":
             return self.precision != precision_of(self.app.workbench.recipe)
         if action in ("apply", "choose"):
@@ -180,7 +182,7 @@ class MemoryScreen(WorkScreen):
 
     def on_resize(self) -> None:
         self.set_class(self.size.height >= _ROOMY, "-roomy")
-        # The lists get their new width only after the layout.
+        # The lists have their new width only after the layout.
         self.call_after_refresh(self._show_all)
 
     def action_targets(self) -> None:
@@ -190,7 +192,9 @@ class MemoryScreen(WorkScreen):
         self.app.edit("lora.target_modules", next_targets(now, kinds))
 
     def action_next_bar(self, step: int) -> None:
-        """Show the breakdown of another precision."""
+        """Show the items of the precision ``step`` places below the current one. The first follows the
+        last.
+        """
         self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]
         self._show_all()
 
@@ -206,7 +210,9 @@ class MemoryScreen(WorkScreen):
         (self.query_one("#items") if choices.has_focus else choices).focus()
 
     def action_measure_quality(self) -> None:
-        """Measure how the recipe's quantization changes the model, or stop measuring."""
+        """If a measurement is in progress, stop it; otherwise, measure how the recipe's quantization changes
+        the model.
+        """
         if not self._quality.stop():
             self._measure_quality(self.app.workbench.recipe)
 
@@ -228,11 +234,11 @@ class MemoryScreen(WorkScreen):
             self.notify(f"{change.label}. Press {key_name('app.undo')} to undo.")
 
     def on_fit_panel_chosen(self, message: FitPanel.Chosen) -> None:
-        """Apply the change under the cursor."""
+        """Apply the change that the user has selected."""
         self._apply(message.number)
 
     def on_memory_screen_solved(self, message: Solved) -> None:
-        """Show the solution, unless the recipe has changed in the meantime."""
+        """Show the results of the slow computations, unless the recipe has changed in the meantime."""
         if self._shown_for is None or self._shown_for[0] != message.recipe:
             return
         self._solution = message.solution
@@ -269,7 +275,9 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="trace")
     async def _trace(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace a step of the real model, then replace the instant estimate with the exact estimate."""
+        """Trace a training step of the real model, and replace the instant estimate with the exact
+        estimate.
+        """
         tell = self.app.watch_verdict()
         await asyncio.sleep(TRACE_SETTLED_S)
         try:
@@ -283,13 +291,17 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="changes")
     async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace the effects of keys and offered changes once the recipe itself has been traced."""
+        """If the recipe itself has been traced, also trace it with each offered change and with the change of
+        each key.
+        """
         if self._trace_of(precision_of(recipe)) is not None and not self._solution.is_exact:
             with suppress(UserError, TraceStopped):
                 await self._trace_steps(self._solution.recipes, recipe, budget)
 
     async def _trace_steps(self, recipes: Collection[Recipe], recipe: Recipe, budget: MemoryBudget) -> None:
-        """Trace these recipes' steps, then update all figures. Raises TraceStopped, UserError."""
+        """Trace a training step of each of ``recipes``, and update all figures. Raises TraceStopped if the
+        trace is stopped, and UserError if a step cannot be traced.
+        """
         architecture, config = self._architecture(), load_model_config(recipe.model.id)
         if architecture is not None and await run_stoppable(
             trace_all, config, recipes, architecture, budget.device
@@ -309,8 +321,8 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _exact_words(self) -> str:
-        """Return which precisions have an exact estimate and how it was obtained; empty before the recipe has
-        been traced.
+        """Return for which precisions the estimate is exact, and how it was obtained; empty if the recipe has
+        not been traced.
         """
         own = precision_of(self.app.workbench.recipe)
         traced, name = self._trace_of(own), PRECISION_NAMES[own]
@@ -382,7 +394,7 @@ class MemoryScreen(WorkScreen):
         return None if isinstance(architecture, UserError) else architecture
 
     def _trace_of(self, precision: Precision) -> StepTrace | None:
-        """Return the traced step of the recipe in a precision, if there is one."""
+        """Return the traced step of the recipe in a precision; None if it has not been traced."""
         recipe, architecture = self.app.workbench.recipe, self._architecture()
         if architecture is None or not self._compared:
             return None
@@ -400,7 +412,7 @@ class MemoryScreen(WorkScreen):
         return verdict is not None and verdict.fits_even_if_tight
 
     def _show_timeline(self) -> None:
-        """Draw the timeline of the marked precision, if there is room for it."""
+        """Draw the timeline of the selected precision, if its panel is shown."""
         panel, estimate, known = (
             self.query_one("#timeline-panel", Panel),
             self._estimate,

@@ -1,8 +1,8 @@
-"""Panels on the memory of a training step: the peak of each precision as a bar with the limit, one precision
-item by item, and memory over the step.
+"""Panels on the memory of a training step: a bar for each precision's peak with the limit, the items of one
+precision, and the memory in the course of the step.
 
-The parts of a bar have different textures, so that they can be told apart without color. The graph is divided
-in the same way as the bars.
+The parts of a bar have different textures, so that they can be told apart without color. The graph has the
+same parts as the bars.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 _FRAME = 4
 """Width of a panel's border and padding, in cells."""
 _LIMIT_IN_VIEW = 2.5
-"""Maximum ratio of limit to peak at which an axis includes the limit. Above it, the peak's bar would be too
-short to divide.
+"""Maximum ratio of limit to peak at which the limit is on the axis. At a higher ratio, the peak's bar would
+be too short for its parts.
 """
 _ABOVE_PEAK = 1.25
 _WORDS = 41
-"""Width of a line excluding its bar, in cells."""
+"""Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
 _MIN_ITEM_NAME, _ITEM_NAME, _ITEM_BAR = 22, 24, 24
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
-"""Minimum width for an explanation next to its item, in cells."""
+"""Minimum width of an explanation to the right of its item, in cells."""
 _TERMS = {
     "weights": "NF4",
     "scales": "double quantization",
@@ -55,38 +55,40 @@ _TERMS = {
     "logits": "logits",
     "fragmentation": "allocator slack",
 }
-"""Glossary term for an item."""
+"""Name of the glossary entry for an item, by the item's key."""
 
 
 @dataclass(frozen=True)
 class BarPart:
-    """Items that belong together and are drawn alike."""
+    """Items that belong together, and are drawn in the same way."""
 
     name: str
     glyph: str
     hue: str
     keys: frozenset[str]
     strength: int = 100
-    """Strength of the hue in percent; lower for parts that fill most of a graph."""
+    """Strength of the color in percent, below 100 for a part that fills most of a graph."""
 
     @property
     def style(self) -> str:
-        """The color of the glyph."""
+        """Color of the part's glyph."""
         return f"{self.hue} {self.strength}%"
 
     @property
     def even_style(self) -> str:
-        """Color of a cell that the glyph cannot fill partially; it is as bright as the glyph looks."""
+        """Color of a cell that is filled evenly instead of with the glyph, and looks as bright as the
+        glyph.
+        """
         return f"{self.hue} {self.even_strength}%"
 
     @property
     def even_strength(self) -> int:
-        """Strength of ``even_style``, in percent."""
+        """Strength of the color of ``even_style``, in percent."""
         return self.strength * _DENSITY[self.glyph] // 100
 
 
 _DENSITY = {"█": 100, "▓": 75, "▒": 50, "▚": 50, "░": 25}
-"""Percentage of a cell that each glyph covers."""
+"""Percentage of a cell that a glyph covers, by glyph."""
 _BASE = ("weights", "scales", "linear", "embedding", "head", "norms", "experts", "vision", "loading")
 _ACTIVATIONS = (
     "checkpoints",
@@ -107,16 +109,16 @@ PARTS: tuple[BarPart, ...] = (
     BarPart("loss", "▒", "$forgetting", frozenset(("logits",))),
     BarPart("overhead", "░", "$foreground", frozenset()),
 )
-"""In drawing order. The last part takes every item that no other part lists."""
+"""The parts of a bar from left to right. The last part has each item that no other part has."""
 
 
 def part_of(key: str) -> BarPart:
-    """Return the part that an item belongs to."""
+    """Return the part that has the item with this key."""
     return next((part for part in PARTS if key in part.keys), PARTS[-1])
 
 
 def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
-    """Return the bytes of each part, in drawing order."""
+    """Return (part, bytes) for each part of a bar, from left to right."""
     sums = dict.fromkeys(PARTS, 0)
     for item in estimate.items:
         sums[part_of(item.key)] += item.bytes
@@ -124,14 +126,16 @@ def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
 
 
 def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
-    """Return whether the limit is so far above the peak that the axis ends just above the peak instead of at
+    """Return whether the limit is so far above the peak that the axis ends just above the peak, and not at
     the limit.
     """
     return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
-    """Draw a bar on a scale of ``full_bytes`` for ``width`` cells. A longer bar is cut and marked with ▶."""
+    """Return a bar of ``width`` cells, of which all stand for ``full_bytes``. If the estimate is larger, the
+    bar is cut off and marked with ▶.
+    """
     pieces: list[tuple[str, str]] = []
     drawn = 0
     filled_bytes = 0
@@ -155,10 +159,10 @@ def precision_bars(
     *,
     can_train: bool,
 ) -> list[Content]:
-    """Return ``› NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``: a line of ``width`` cells for each precision.
+    """Return a line for each precision: ``› NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``.
 
-    If there is room, the verdict is followed by how much is left or missing. A limit far above all peaks is
-    shown beyond a break in the axis.
+    If there is room, the memory that is left or missing follows the verdict. If the limit is far above all
+    peaks, the axis is broken before the limit.
     """
     has_spare = width >= WIDE_CELLS - _FRAME
     bar_cells = max(10, width - _WORDS - (_SPARE if has_spare else 0))
@@ -196,8 +200,8 @@ def spare_words(verdict: Verdict) -> str:
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """Return how far the expected memory is from the limit, or how far its upper end is, if the upper end
-    decides the verdict.
+    """Return ``17.0 GiB to spare`` or ``2.1 GiB over``, for the expected memory or, if the verdict is
+    uncertain, for the upper end of the estimate.
     """
     if verdict.word != "uncertain":
         return spare_words(verdict)
@@ -206,7 +210,9 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int) -> Content:
-    """Return the legend of the textures, with the limit's value if the axis is broken."""
+    """Return the legend of the textures. If the axis is broken, the legend has the limit. ``most_bytes``: the
+    highest peak.
+    """
     words = [Content.assemble((part.glyph * 2, part.style), (f" {part.name}", "dim")) for part in PARTS]
     if is_far_above(limit_bytes, most_bytes):
         words.append(Content.styled(f"╱╱ to {format_bytes(limit_bytes)}", "dim"))
@@ -214,8 +220,8 @@ def legend(limit_bytes: int, most_bytes: int) -> Content:
 
 
 def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
-    """Return ``Peak of a training step``, or name the precisions that need the most memory earlier, while
-    loading.
+    """Return ``Peak of a training step``. If precisions need the most memory while the model is being loaded,
+    name these precisions instead.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
@@ -226,7 +232,7 @@ def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
 
 
 def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
-    """Return ``24.0 GiB: RTX 4090, 22.1 free now``: the memory that estimates are compared with."""
+    """Return ``24.0 GiB: RTX 4090, 22.1 free now``: the memory that the estimates are compared with."""
     size = format_bytes(budget.bytes)
     gpu, free = system_status.gpu, system_status.free_bytes
     if gpu is not None and budget.name == gpu.short_name:
@@ -240,9 +246,13 @@ LOADING_TIME = "while loading"
 
 
 def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
-    """Return how much of the peak is held by PyTorch, and how much by tensors. ``layers``: the model's number
-    of layers. ``short``: whether to fit 76 cells, and to name the time of the peak, since there is no
-    timeline.
+    """Return a line on how much of the peak PyTorch holds, and how much of it is in tensors.
+
+    Args:
+        estimate: The estimate.
+        layers: Number of layers of the model.
+        short: Whether the line must fit 76 cells, and name the time of the peak, which is otherwise in the
+            timeline.
     """
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:
@@ -251,14 +261,15 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
 
 
 def fullest_words(peak_time: str) -> str:
-    """Return ``in backward of the last layer``, or ``while loading``."""
+    """Return when memory is fullest: ``in backward of the last layer``, or ``while loading``."""
     return peak_time if peak_time == LOADING_TIME else f"in {peak_time}"
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:
-    """Return ``while loading``, or the part of the step: ``backward of the last layer``.
+    """Return the time of the peak: ``while loading``, or a part of the step, such as ``backward of the last
+    layer``.
 
-    Layers are counted from 0, as on the LoRA screen.
+    Layers other than the first and the last have their number, from 0, as on the LoRA screen.
     """
     if estimate.peak_phase == LOADING:
         return LOADING_TIME
@@ -278,9 +289,18 @@ def peak_lines(
     can_train: bool,
     here: Content | None,
 ) -> list[Content]:
-    """Return the bars, their legend, the composition of the marked precision's peak, and the reason if int8
-    needs more than 16 bits. ``here``: verdict on the recipe on this machine, if the bars are for an assumed
-    GPU.
+    """Return the lines of the panel on the peak: the bars and their legend, what the peak of one precision
+    consists of, and why int8 needs more memory than 16 bits if it does.
+
+    Args:
+        compared: The estimate for each precision.
+        marked: The precision that is selected.
+        of_recipe: The recipe's precision.
+        limit_bytes: The memory that the estimates are compared with.
+        width: Width of a line, in cells.
+        layers: Number of layers of the model.
+        can_train: Whether the model can be trained.
+        here: Verdict for this machine's CPU, if the bars are for an assumed GPU; otherwise None.
     """
     words = [legend(limit_bytes, max(estimate.total_bytes for estimate in compared.values()))]
     if here is not None and words[0].cell_length + 3 + here.cell_length <= width:
@@ -297,9 +317,7 @@ def peak_lines(
 
 
 class ItemsPanel(Panel):
-    """List of the items of a precision, with an explanation below. The list gets the focus when the screen
-    opens.
-    """
+    """The list of the items of a precision, with an explanation of the item under the cursor."""
 
     def __init__(self) -> None:
         self._list = ViList(id="items")
@@ -308,7 +326,7 @@ class ItemsPanel(Panel):
         super().__init__("Items", self._list, self._explanation, id="items-panel")
 
     def show(self, name: str, estimate: Estimate) -> None:
-        """Show the items of the precision ``name``."""
+        """Show the items of an estimate. ``name``: name of the precision."""
         self._estimate = estimate
         self.show_title(f"{name} by item")
         self._list.show(partial(item_lines, estimate))
@@ -328,7 +346,9 @@ class ItemsPanel(Panel):
 
 
 def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
-    """Return (key, line) for each item under its group, largest first. Bars are shares of the peak."""
+    """Return (key, line) for each group and, below it, for its items, the largest first. Bars are relative to
+    the peak.
+    """
     lines = []
     groups = [(part, size) for part, size in parts_of(estimate) if size]
     for part, size in sorted(groups, key=lambda group: -group[1]):
@@ -343,7 +363,9 @@ def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
 def _item_line(
     name: str, part: BarPart, size: int, estimate: Estimate, width: int, item: Item | None = None
 ) -> Content:
-    """Return ``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``; in a wide window, followed by the explanation."""
+    """Return ``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``, followed by the explanation if there is room.
+    ``item``: None for the line of a group.
+    """
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
     figures = f" {format_bytes(size):>9} {format_percent(share):>4} "
@@ -360,7 +382,8 @@ def _item_line(
     return Content.assemble(
         (text[:glyphs], part.style),
         (text[glyphs:], style),
-        # In 16 colors the cursor's line is reversed, which would swap the bar with its background.
+        # With 16 colors, the line under the cursor is reversed, which would swap the colors of bar and
+        # background.
         (part.glyph * full, f"{part.style} not reverse"),
         (text_of_bar[full:], f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
@@ -368,7 +391,7 @@ def _item_line(
 
 
 def explanation_lines(item: Item, *, with_term: bool) -> Content:
-    """Return the formula of an item; ``with_term`` adds its glossary entry."""
+    """Return the explanation of an item and, if ``with_term``, its glossary entry."""
     lines = [Content.assemble((f"{item.label}: ", "bold"), item.explanation)]
     term = _TERMS.get(item.key)
     if with_term and term is not None and not (term == "NF4" and "× 1 byte" in item.explanation):
@@ -378,16 +401,18 @@ def explanation_lines(item: Item, *, with_term: bool) -> Content:
 
 TIMELINE = "Loading and a training step (GiB)"
 _SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 7, "optimizer": 3}
-"""Relative width of each phase in the graph. It does not reflect duration, which is unknown."""
+"""Relative width of each phase in the graph. Widths do not stand for durations, which are unknown."""
 _NAMES: dict[Phase, str] = {"loading": "load"}
 _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
-"""Order of the parts in the graph: parts of constant size are at the bottom, parts that vary on top."""
+"""Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
 
 
 @dataclass(frozen=True)
 class _GraphColumn:
-    """The moment with the most memory among those that share a column of the graph."""
+    """The moment that a column of the graph shows: of all moments in the column, the moment with the most
+    memory.
+    """
 
     phase: Phase
     parts: tuple[tuple[BarPart, int], ...]
@@ -395,8 +420,8 @@ class _GraphColumn:
 
 
 def even_colors(widget: Widget) -> dict[str, str]:
-    """Return the opaque color of each part on a widget's background, by the part's name; empty if the
-    terminal has few colors. A cell that shows two parts needs opaque colors.
+    """Return the opaque color of each part on a widget's background, by the name of the part. Cells with two
+    parts need opaque colors. Without them, on a terminal with few colors, the result is empty.
     """
     app, under = widget.app, widget.background_colors[1]
     if app.no_color or app.current_theme.ansi:
@@ -406,8 +431,8 @@ def even_colors(widget: Widget) -> dict[str, str]:
 
 
 def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
-    """Return the title of the timeline, with the time of the peak. ``peak_time``: ``while loading``, or
-    ``backward of the last layer``.
+    """Return the title of the timeline, with the time of the peak and, if the limit is not in the graph, the
+    limit. ``peak_time``: as :func:`peak_time` returns it.
     """
     when = f", fullest {fullest_words(peak_time)}"
     if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
@@ -422,10 +447,10 @@ def timeline_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return ``height`` lines: the graph with its scale in GiB on the left, and the names of the phases below
-    it.
+    """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
+    phases.
 
-    ``widget`` is the widget that shows the graph.
+    ``widget``: the widget on which the graph is drawn. If there is too little height, the list is empty.
     """
     rows = height - 1
     if rows < 2:
@@ -433,7 +458,7 @@ def timeline_lines(
     peak = max(moment.total_bytes for moment in moments)
     limit_is_shown = not is_far_above(limit_bytes, peak)
     high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK
-    # Labels are evenly spaced in rows, so the axis ends at the top row rather than at a round value.
+    # Labels are an equal number of rows apart, so the axis ends at the top row and not at a round value.
     step_gib = tick_step(0.0, high / GIB, max(2, rows // 2))
     step_rows = max(1, int(step_gib * GIB / high * rows))
     high = rows / step_rows * step_gib * GIB
@@ -456,7 +481,7 @@ def timeline_lines(
 
 
 def _columns(moments: tuple[Moment, ...], width: int) -> list[_GraphColumn]:
-    """Return the graph's columns, divided among the phases."""
+    """Return ``width`` columns of the graph, divided among the phases."""
     total, done = sum(_SHARES.values()), 0
     edges = [0]
     for phase in PHASES:
@@ -484,10 +509,11 @@ def _column(moment: Moment) -> _GraphColumn:
 def _cell(
     column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int, even: Mapping[str, str]
 ) -> tuple[str, str]:
-    """Return (character, style): the part that covers most of the cell; at the top, an eighth block.
+    """Return (character, style) of a cell: the glyph of the part that covers most of it. The highest filled
+    cell of a column has an eighth block.
 
-    If ``even`` has colors, the lowest part is drawn as an eighth block on the color of the largest part above
-    it.
+    If ``even`` has colors, a cell with several parts has an eighth block for the lowest part, on the color of
+    the largest part above it.
     """
     low, high = row * cell_bytes, (row + 1) * cell_bytes
     filled = min(1.0, (column.total_bytes - low) / cell_bytes)
@@ -499,7 +525,7 @@ def _cell(
         covered += [(part, share)] if share > 0 else []
         begin += size
     part, most = max(covered, key=lambda each: each[1])
-    # In a column over the limit, the cell that contains the limit is drawn as over it too.
+    # If a column exceeds the limit, the cell with the limit has the color of an excess too.
     is_over = min(high, column.total_bytes) > limit_bytes
     if filled < 15 / 16:
         return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style
@@ -511,7 +537,7 @@ def _cell(
 
 
 def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
-    """Draw the limit where the graph is empty, with its label on the left."""
+    """Draw the limit into the empty cells of its row, with a label on the left if there is room."""
     text = f" limit {format_bytes(limit_bytes)} "
     for place, (glyph, _) in enumerate(cells):
         if glyph == " ":
@@ -521,7 +547,7 @@ def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
 
 
 def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
-    """Write the peak above its column."""
+    """Write the peak above its column if there is room."""
     text = f" peak {format_bytes(peak)} "
     start = min(max(0, column - len(text) // 2), len(cells) - len(text))
     if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
@@ -529,7 +555,7 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
 
 
 def _foot(columns: list[_GraphColumn], gutter: int, peak_phase: Phase) -> Content:
-    """Return the names of the phases where they begin, with the peak's in bold."""
+    """Return a line with the name of each phase where the phase begins. The phase of the peak is bold."""
     parts: list[tuple[str, str]] = [(f"{'└':>{gutter}}", "dim")]
     for phase in PHASES:
         cells = sum(column.phase == phase for column in columns)

@@ -1,8 +1,7 @@
-"""The settings that fit the memory budget, the changes that make the recipe fit, and the panels that show
-both.
+"""Which settings fit into memory, which changes make the recipe fit, and the panels that show both.
 
-:func:`solve` is slow and runs in a thread. It also reads from the header of a GGUF file whether the model has
-to be converted first; such a header may have hundreds of thousands of tokens.
+:func:`solve` is slow and runs in a thread. From the header of a GGUF file, it also reads whether the model
+has to be converted before its first run; such a header may have hundreds of thousands of tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
-"""Settings that the Memory screen's keys double and halve."""
+"""Settings with two keys on the Memory screen, which double and halve the value."""
 CYCLED_SETTINGS = ("lora.target_modules", "training.gradient_checkpointing")
-"""Settings whose key selects the next of several values."""
+"""Settings with one key on the Memory screen, which selects the next of several values."""
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -58,56 +57,64 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "v_proj"),
 )
-"""Target modules that the key ``t`` steps through: as in the QLoRA paper, as in many recipes, and as in the
-LoRA paper.
+"""Target modules that a key selects in turn: as in the QLoRA paper, as in many recipes, as in the LoRA
+paper.
 """
 _KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8
-"""Widths of the columns before the change, in cells. A long value may use part of the name's column."""
+"""Widths of the columns before the change in memory, in cells. A long value takes a part of the name's
+column.
+"""
 
 
 @dataclass(frozen=True)
 class KeyEffect:
-    """The effect of a key: the setting's next value, and the bytes it adds, usually negative."""
+    """What a key would do: the next value of its setting, and the change in the memory of the recipe, in
+    bytes.
+    """
 
     value: Any
     bytes: int
     is_exact: bool = True
-    """Whether it is the difference of two traced steps."""
+    """Whether the change is the difference between two traced steps."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What fits in the memory budget; empty until it is computed."""
+    """Which settings and changes fit into memory. The default values mean that nothing has been computed
+    yet.
+    """
 
     fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
     """The largest value of each setting that fits, by precision."""
     lowered: Mapping[Precision, Mapping[str, KeyEffect]] = field(default_factory=dict)
-    """Effect of halving a setting or selecting its next value, by precision and the setting's path. Settings
-    at their minimum are left out.
+    """Effect of the key that halves a setting or selects its next value, by precision and path of the
+    setting. A setting that the key would not change is left out.
     """
     changes: tuple[MemorySaving, ...] = ()
-    """Changes that make the recipe fit, cheapest first."""
+    """Changes that make the recipe fit, cheapest first; empty if it fits, or if no change makes it fit."""
     least_bytes: int = 0
-    """Memory that the recipe needs with all changes that save memory, in bytes; 0 if it fits or a change
-    makes it fit.
+    """Memory of the recipe with all changes that save memory, in bytes; 0 if the recipe fits, or if
+    ``changes`` is not empty.
     """
     step: StepChoice | None = None
-    """How the run uses free memory; None if the recipe does not fit."""
+    """How a run would use memory that is free; None if the recipe does not fit."""
     host_memory: str = ""
-    """Sentences on the parts that the recipe keeps in host memory, and their cost in time; empty if there are
-    none.
+    """Sentences on parts of the recipe that are kept in host memory, and on the time that this costs; empty
+    if there are none.
     """
     conversion: Conversion | None = None
-    """The conversion that a GGUF file needs before its first run."""
+    """The conversion of the model's GGUF file that is due before its first run; None if none is due."""
     recipes: tuple[Recipe, ...] = ()
-    """The recipes of ``changes``, and of ``lowered`` in the recipe's precision."""
+    """The recipes with each of ``changes``, and the recipes with each value in ``lowered`` for the recipe's
+    precision.
+    """
     is_exact: bool = False
     """Whether the steps of all ``recipes`` have been traced."""
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
-    """Return the solution for a recipe. Slow, so call it in a thread. ``fits``: whether the recipe fits
-    unchanged.
+    """Return what fits for a recipe. This is slow, so call it in a thread. ``fits``: whether the recipe
+    itself fits.
     """
     device, available = budget.device, budget.bytes
     variants = {precision: with_precision(recipe, precision) for precision in PRECISIONS}
@@ -135,8 +142,8 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
 
 
 def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
-    """Return the next entry of ``TARGETS`` that a model with these kinds of modules has; all-linear after
-    custom targets.
+    """Return the entry of :data:`TARGETS` after ``now``, without entries whose kinds the model lacks. If
+    ``now`` is no entry, return all-linear. ``kinds``: the kinds of the model's modules.
     """
     choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
     index = choices.index(now) + 1 if now in choices else 0
@@ -144,8 +151,8 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Return the value that each setting would get from the key that lowers it, or from its only key, by
-    path.
+    """Return the value that the key for lowering a setting, or the setting's only key, would set, by path of
+    the setting. A setting that the key would not change is left out.
     """
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
@@ -162,9 +169,7 @@ def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
 def _effects(
     recipe: Recipe, values: Mapping[str, Any], architecture: Architecture, budget: MemoryBudget
 ) -> dict[str, KeyEffect]:
-    """Return the effect of each of these values. Either all effects are from traced steps, or all are from
-    the formula.
-    """
+    """Return the effect of setting each of ``values``, by path. Either all effects are exact, or none is."""
     variants = {"": recipe, **{path: replace_setting(recipe, path, value) for path, value in values.items()}}
     verdicts = what_if(variants.items(), architecture, budget)
     if not all(verdict.is_exact for verdict in verdicts.values()):
@@ -191,13 +196,13 @@ def settings_table(
     context_tokens: int | None,
     width: int,
 ) -> Content:
-    """Return a line for each setting. Its largest value and its change assume that the other settings stay as
-    they are.
+    """Return a line for each setting: its value, the largest value that fits, and the change in memory that
+    its key would make. Largest value and change assume that all other settings are unchanged.
 
     Args:
-        recipe: The current settings.
-        fitting: The largest values that fit; None until they are computed.
-        lowered: The effect of the key that lowers a setting, by the setting's path.
+        recipe: The recipe.
+        fitting: The largest values that fit; None until they have been computed.
+        lowered: The effect of the key that lowers a setting, by the path of the setting.
         context_tokens: The length that the model was trained for; None if unknown.
         width: Width of the table in cells, at least 38.
     """
@@ -233,7 +238,7 @@ def settings_table(
 
 def _line(keys: Content, text: str, change: str, width: int) -> Content:
     room = width - _KEYS
-    # In a narrow window, the names of the target modules leave no room for the unit.
+    # In a narrow window, long names of target modules leave no room for the unit.
     if len(text) + len(change) >= room:
         text, change = text.replace(" → ", "→"), change.removesuffix(" GiB")
     if len(text) + len(change) >= room:
@@ -248,18 +253,21 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """Return the change in memory, such as ``-102 MiB``, or ``no change``."""
+    """Return the change in memory, such as ``-102 MiB`` or ``no change``. Without an effect, return ``–`` if
+    effects have been computed (``is_known``), otherwise ``…``.
+    """
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
-        # The values auto and on need the same memory; auto only uses more if more is free.
+        # For gradient checkpointing, the values auto and on need the same memory: auto uses more only if more
+        # is free.
         return "no change"
     return format_delta(change.bytes)
 
 
 def _choice_words(value: Any) -> str:
-    """Return a setting's value in words, with module names abbreviated: ``q,k,v,o`` for ``q_proj`` and so
-    on.
+    """Return a setting's value in words. Names of modules are abbreviated, ``q,k,v,o`` for ``q_proj`` and so
+    on, or counted if there are too many.
     """
     if isinstance(value, str):
         return value
@@ -268,11 +276,15 @@ def _choice_words(value: Any) -> str:
 
 
 class FitPanel(Panel):
-    """The verdict as the title, the changes that make the recipe fit, and notes on the estimate."""
+    """Whether the recipe fits: the verdict as the title, the changes that make the recipe fit, and notes on
+    the estimate.
+    """
 
     @dataclass
     class Chosen(Message):
-        """Enter was pressed on a change, or the change was clicked."""
+        """Posted when the user selects a change. ``number``: index of the change in
+        :attr:`Solution.changes`.
+        """
 
         number: int
 
@@ -283,7 +295,7 @@ class FitPanel(Panel):
         super().__init__("Fit", self._needed, self.choices, self._notes, id="fit-panel")
 
     def offer(self, *, changes: bool) -> None:
-        """Show the keys for changes, or none."""
+        """Show the keys that apply and choose changes if ``changes``; otherwise, hide them."""
         self.show_keys((("memory.apply", "apply ▸"), ("memory.choose", "choose")) if changes else ())
 
     def show(
@@ -297,13 +309,20 @@ class FitPanel(Panel):
         *,
         is_recipe: bool,
     ) -> None:
-        """Show an estimate of the precision ``name``. ``is_recipe``: whether it is the recipe's precision.
+        """Show whether an estimate fits.
 
-        ``refusal``: why the model cannot be trained.
+        Args:
+            name: Name of the precision.
+            estimate: The estimate for this precision.
+            budget: The memory that the estimate is compared with.
+            solution: What fits for the recipe.
+            refusal: Why the model cannot be trained; None if it can be.
+            length_warning: Warning about a sequence length beyond the model's context; None if there is none.
+            is_recipe: Whether the precision is the recipe's.
         """
         verdict = check_fit(estimate, budget.bytes)
         word, style = verdict_words(verdict, can_train=refusal is None)
-        # In a wide window, the bars already say how much memory is left.
+        # In a wide window, the memory that is left or missing is already next to the bars.
         is_said = not self.screen.has_class("-narrow") and verdict.word in ("fits", "does not fit")
         more = "" if is_said else f", {verdict_sentence(verdict)}"
         train = next_step("go.train", "check and launch")
@@ -327,7 +346,7 @@ class FitPanel(Panel):
         self._notes.show(notes)
 
     def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
-        """Post the selected change."""
+        """Post ``Chosen`` for the selected change."""
         event.stop()
         self.post_message(self.Chosen(event.option_index))
 
@@ -356,7 +375,7 @@ def _notes(
         on_cpu = budget.device.kind == "cpu"
         yield Content(conversion.words(estimate.process_bytes if on_cpu else None))
     if length_warning is not None:
-        # The warning's ``what`` is left out, since the table of settings shows the length.
+        # The warning's ``what`` is left out, since the length is in the table of settings.
         yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
     if solution.step is not None and is_recipe:
         yield _step_text(solution.step, estimate.total_bytes)
@@ -366,8 +385,8 @@ def _notes(
 
 
 def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[str, Content]]:
-    """Return (number, text) for each change that makes the recipe fit, cheapest first: the change, its
-    memory, its cost.
+    """Return (number, text) for each change that makes the recipe fit, cheapest first. The text has the
+    change, the memory of the changed recipe, and what the change costs otherwise.
     """
     lines = []
     for number, change in enumerate(changes):
@@ -381,7 +400,7 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
             verdict_words(change.verdict),
             (f", {change.cost}" if change.cost else "", "$text-muted"),
         )
-        # The first four cells have a mark; further lines are indented below it.
+        # The first four cells of a text have a mark and a key. Further lines are indented by four cells.
         pieces = [*head[4:].wrap(width - 4), *details.wrap(width - 4)]
         wrapped = [(Content("    ") if below else head[:4]) + piece for below, piece in enumerate(pieces)]
         lines.append((str(number), Content("\n").join(wrapped)))
@@ -389,8 +408,8 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
 
 
 def _step_text(choice: StepChoice, least_bytes: int) -> Content:
-    """Return how the run uses free memory, and the resulting speed. ``least_bytes``: the memory that the run
-    needs, as shown by the bars.
+    """Return how a run uses memory that is free, and how much faster it is as a result. ``least_bytes``: the
+    memory that the run needs at least, as the bars show it.
     """
     chosen = describe_choice(choice)
     if not chosen:
