@@ -147,7 +147,7 @@ def test_a_tensor_saved_without_need_is_noticed(monkeypatch: pytest.MonkeyPatch)
     assert added == 2 * 512 * config["hidden_size"] * 2  # in each of two layers, in bfloat16
 
 
-@pytest.mark.parametrize(("family", "layers"), [("Gemma 2", 13), ("DeepSeek-V2", 9)])
+@pytest.mark.parametrize(("family", "layers"), [("gpt-oss", 13), ("DeepSeek-V2", 9)])
 def test_repeated_layers_take_what_all_of_them_take(
     family: str, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.locks import is_locked
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.recipe.training_settings import Training
@@ -100,6 +101,7 @@ def test_processes_end_with_torchrun_and_a_resume_repeats_the_losses(
         "training.epochs": 50.0,
     }
     short = recipe({**settings, "training.max_steps": 20})
+    resolve_model(short.model.id)  # Otherwise each process has it described by another that imports torch.
     with monkeypatch.context() as real:
         # Forked processes are no children of torchrun.
         real.setenv("FORK_SERVERS", "")
