@@ -1,5 +1,5 @@
-"""Dialogs that open on top of any screen.
+"""Dialogs that may open over any screen.
 
 ``dialogs`` has confirmations, text prompts, list pickers, errors, and the check of this machine; ``help``
-explains the current screen; ``file_picker`` opens data and models.
+explains the current screen; ``file_picker`` asks for the path of data or of a model.
 """

@@ -1,5 +1,5 @@
-"""Dialogs on top of any screen: confirmations, text prompts, list pickers, errors, and the check of this
-machine.
+"""Dialogs that may open over any screen: confirmations, text prompts, list pickers, errors, and the check of
+this machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 CHECK_INTERVAL_S = 1.0
-"""Seconds between checks for whether a question is outdated."""
+"""Seconds between two checks of whether a question is outdated."""
 _YES = Binding("y", "dismiss(True)", "Yes")
 _ENTER = Binding("enter", "confirm", "Yes")
 _NO = Binding("n,escape", "dismiss(False)", "No")
@@ -52,8 +52,8 @@ Picked = TypeVar("Picked")
 
 
 class TextDialog(ModalScreen[Answer | None]):
-    """Dialog with paragraphs under a title, and the keys that close it below. Returns the answer that belongs
-    to the key.
+    """Dialog with a title, paragraphs, and the keys that close it. Returns the answer of the key that was
+    pressed; None if the key has no answer.
     """
 
     CSS_PATH = Path(__file__).with_name("modal.tcss")
@@ -73,7 +73,9 @@ class TextDialog(ModalScreen[Answer | None]):
 
 
 class ConfirmScreen(ModalScreen[bool | None]):
-    """Confirmation that returns True for yes. Escape means no; Enter means yes only if ``harmless``."""
+    """Question that returns True for yes, and False for no. Escape means no. Enter means yes if ``harmless``;
+    otherwise, Enter does nothing.
+    """
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [_YES, _ENTER, _NO]
@@ -90,7 +92,13 @@ class ConfirmScreen(ModalScreen[bool | None]):
     ) -> None:
         """Create the question.
 
-        ``is_outdated`` is called every second in a thread; once it is true, the answer is no.
+        Args:
+            title: The question.
+            text: The consequences of a yes.
+            yes: What the key for yes does, in a few words.
+            no: What the key for no does, in a few words.
+            harmless: Whether nothing can be lost by a yes, so that Enter means yes.
+            is_outdated: Called every second in a thread. Once it returns True, the answer is no.
         """
         super().__init__()
         self._is_outdated = is_outdated
@@ -117,15 +125,16 @@ class ConfirmScreen(ModalScreen[bool | None]):
             yield Static(self._text, markup=False)
 
     def action_confirm(self) -> None:
-        """Answer yes on Enter if nothing can be lost."""
+        """Answer yes if nothing can be lost."""
         if self._harmless:
             self.dismiss(True)
 
 
 async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
-    """Call ``write(False)``. If it would overwrite something, ask, then call ``write(True)``.
+    """Call ``write(False)``. If that raises OverwriteError, ask whether to replace what is there; if yes,
+    call ``write(True)``. Return whether something was written.
 
-    Raises UserError for other errors. Returns whether it was written. Must be called in a worker.
+    Must be called in a worker. Raises UserError if ``write`` raises any other error.
     """
     try:
         write(False)
@@ -139,8 +148,8 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
 
 
 class TextPromptScreen(ModalScreen[str | None]):
-    """Dialog that returns a typed text; None if canceled. ``validate`` returns the error in the text, or an
-    empty string.
+    """Dialog that returns a typed text; None if it was canceled. ``validate`` returns what is wrong with a
+    text; empty if the text is valid.
     """
 
     CSS_PATH = "modal.tcss"
@@ -172,20 +181,21 @@ class TextPromptScreen(ModalScreen[str | None]):
 
 
 def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str], None]) -> None:
-    """Ask for a text and pass it to ``show``; an empty text shows everything again.
+    """Ask for a text to search for, and call ``show`` with it. An empty text means that everything is to be
+    shown.
 
     Args:
         screen: The screen that asks.
-        things: What is searched, in the plural: ``lines``.
-        before: The previous search text.
-        show: Called unless the question is canceled.
+        things: What is searched, as a plural noun, such as ``lines``.
+        before: The current search text.
+        show: Called with the text, unless the user cancels.
     """
     text = f"Show only {things} that contain this text. Leave empty to show all."
     screen.ask(TextPromptScreen("Search", text, before), show)
 
 
 def ask_gpu_size(app: QloraApp) -> None:
-    """Ask for a GPU size, then compare all estimates with this size."""
+    """Ask for the memory of a GPU, and compare all estimates with it from now on."""
 
     def on_result(text: str | None) -> None:
         if text is None:
@@ -202,7 +212,7 @@ def ask_gpu_size(app: QloraApp) -> None:
 
 
 def _gpu_size_error(text: str) -> str:
-    """Return the error in a typed size, or an empty string if it is valid."""
+    """Return what is wrong with a typed size in GiB; empty if the size is valid. An empty text is valid."""
     if not text.strip():
         return ""
     try:
@@ -213,7 +223,7 @@ def _gpu_size_error(text: str) -> str:
 
 
 class ErrorScreen(TextDialog[None]):
-    """Shows an error. Escape, Enter or q closes it."""
+    """Dialog that shows an error. Escape, Enter or q closes it."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
 
@@ -227,8 +237,8 @@ class ErrorScreen(TextDialog[None]):
 
 
 class DraftChangedScreen(TextDialog[DraftChoice]):
-    """Asks whose recipe to keep, and returns the choice; None if postponed, in which case the next edit asks
-    again.
+    """Asks which of two recipes to keep: this window's (``mine``), or the recipe that another window of the
+    app has saved (``theirs``). Returns the choice; None to decide later, so that the next edit asks again.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -238,7 +248,10 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
     ]
 
     def __init__(self, changes: list[str], aside: Path) -> None:
-        """Create the question. ``aside``: the file with the recipe that was not kept."""
+        """Create the question. ``changes``: the differences, from this window's recipe to the other.
+        ``aside``: the file with this window's recipe and, after the choice, with the recipe that was not
+        chosen.
+        """
         shown = changes[:_MAX_CHANGES]
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
@@ -253,7 +266,7 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
 
 
 class TooSmallScreen(ModalScreen[None]):
-    """Covers any screen until the window is large enough."""
+    """Covers any screen while the window is too small."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,escape", "dismiss", "Show it anyway")]
@@ -262,11 +275,12 @@ class TooSmallScreen(ModalScreen[None]):
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "This window is too small"
             yield Static(markup=False)
-            # The title is a line of text, which wraps; in the border, a narrow window would cut it.
+            # These keys are in a line of text, which wraps. In the border, a narrow window would cut them
+            # off.
             yield Static(dialog_keys(self.BINDINGS), markup=False, classes="fix")
 
     def on_resize(self, event: Resize) -> None:
-        """Show the current size."""
+        """Show the current size of the window, and close if the window is large enough."""
         size = event.size
         self.query(Static).first().update(
             f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
@@ -275,7 +289,7 @@ class TooSmallScreen(ModalScreen[None]):
         self._leave_if_large()
 
     def on_screen_resume(self) -> None:
-        """Close if the window grew while a dialog or another screen was in front."""
+        """Close if the window has become large enough while another dialog or screen covered this one."""
         self._leave_if_large()
 
     def _leave_if_large(self) -> None:
@@ -285,21 +299,21 @@ class TooSmallScreen(ModalScreen[None]):
 
 @dataclass(frozen=True)
 class Choice(Generic[Picked]):
-    """An item of a list to pick from."""
+    """An item of a list from which the user picks."""
 
     value: Picked
-    """The value that picking it returns."""
+    """What the dialog returns if the user picks this item."""
     line: Content
     searched: str = ""
-    """Text that the filter searches in addition to the visible line."""
+    """Text that the filter searches besides the line."""
 
 
 class ListPicker(ModalScreen[Picked | None]):
-    """Dialog with a list that can be filtered. Returns the value of the selected item; None if closed with
-    Escape.
+    """Dialog with a list and a filter. Returns the value of the selected item; None if closed with Escape or
+    q.
     """
 
-    # An absolute path, since a relative one would be resolved in the folder of the subclass.
+    # An absolute path, because a relative path would be resolved in the folder of a subclass.
     CSS_PATH = Path(__file__).with_name("modal.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),
@@ -321,11 +335,11 @@ class ListPicker(ModalScreen[Picked | None]):
 
         Args:
             title: The title.
-            enter: The action of Enter, in one word.
+            enter: What Enter does, in one or two words.
             choices: The items.
             empty: Text to show if there are no items.
-            selected: Value of the item that has the cursor at first; None for the first item.
-            is_wide: Whether the lines are long.
+            selected: Value of the item on which the cursor begins; None for the first item.
+            is_wide: Whether the dialog must be wide, since its lines are long.
         """
         super().__init__()
         self.choices = choices
@@ -347,7 +361,9 @@ class ListPicker(ModalScreen[Picked | None]):
         self.query_one(ViList).focus()
 
     def show_choices(self, select: int | None = None) -> None:
-        """Show the items that match the filter, with the cursor on the item with this index."""
+        """Show the items that match the filter. ``select``: index of the item that gets the cursor; None to
+        leave the cursor on its item.
+        """
         text = self.query_one(TextField).value.casefold()
         matching = [
             (str(number), choice.line)
@@ -361,17 +377,17 @@ class ListPicker(ModalScreen[Picked | None]):
 
     @property
     def current(self) -> Picked | None:
-        """The value of the item under the cursor."""
+        """The value of the item under the cursor; None if no item matches."""
         current = self.query_one(ViList).current
         return None if current is None else self.choices[int(current)].value
 
     def action_filter(self) -> None:
-        """Focus the filter field."""
+        """Show and focus the filter."""
         self.query_one(TextField).display = True
         self.query_one(TextField).focus()
 
     def action_leave(self) -> None:
-        """Show all items again, or close the dialog."""
+        """Clear and hide the filter if it is shown; otherwise, close the dialog."""
         field = self.query_one(TextField)
         if not field.display:
             self.dismiss(None)
@@ -381,22 +397,22 @@ class ListPicker(ModalScreen[Picked | None]):
         self.query_one(ViList).focus()
 
     def on_input_changed(self) -> None:
-        """Filter the list while typing."""
+        """Show only the items that match the text typed in the filter."""
         self.show_choices()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Move the focus from the filter to the list."""
+        """Move the focus from the filter to the list, and hide the filter if it is empty."""
         event.input.display = bool(event.value)
         self.query_one(ViList).focus()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Return the selected item."""
+        """Close the dialog with the value of the selected item."""
         self.dismiss(self.choices[int(event.option_id or 0)].value)
 
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
-    """Dialog with the checks of this machine: the conclusion on the first line, then problems, then passed
-    checks. Quick checks are shown at once, and checks of the libraries when their process has ended.
+    """Dialog with the checks of this machine: first the conclusion, then problems, then passed checks. Checks
+    of the system are shown first. Checks of the libraries follow once the process that runs them has ended.
     """
 
     def __init__(self) -> None:

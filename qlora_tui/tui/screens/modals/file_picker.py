@@ -1,4 +1,4 @@
-"""The file browser: move through folders, type a path with completion, or pick a recent one."""
+"""The file browser: move through folders, type a path with completion, or pick a recent path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from qlora_tui.tui.ui_state import Kind, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _MAX_ENTRIES = 500
-"""Maximum number of entries listed for a folder. Typing part of a name finds the other entries."""
+"""Maximum number of entries that are listed of a folder. To list other entries, the user types a part of a
+name.
+"""
 _MAX_RECENT = 6
 
 
@@ -45,15 +47,16 @@ class FilePickerScreen(ModalScreen[Path | None]):
         is_id: Callable[[str], bool] = lambda text: False,
         is_one: Callable[[Path], bool] = lambda folder: False,
     ) -> None:
-        """Show a folder.
+        """Create the file browser.
 
         Args:
             title: Title of the dialog.
-            kind: The kind of recent paths to offer.
-            endings: File name endings to list.
-            start: The folder to show first; the current one by default.
-            is_id: Returns whether a text is a Hub id rather than a path; ids may be selected too.
-            is_one: Returns whether Enter selects a folder, such as a model's, instead of opening it.
+            kind: Kind of the recent paths that are offered.
+            endings: Endings of the names of files that are listed.
+            start: The folder in which to start; None for the current folder.
+            is_id: Returns whether a text is an id on the Hub, which is then returned as a path.
+            is_one: Returns whether a folder counts as one item, such as a model, so that Enter selects it
+                instead of opening it.
         """
         super().__init__()
         self._is_id = is_id
@@ -68,7 +71,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         with Vertical(id="open-dialog") as dialog:
             dialog.border_title = self._title
             yield TextField(placeholder="A path, or part of a name", id="path-input", compact=True)
-            # Above the list, since notifications may cover the bottom of the screen.
+            # The keys are above the list, since notifications may cover the bottom of the screen.
             yield Static(
                 dialog_keys(self.BINDINGS, "↑↓ select", "Enter open", "Tab complete"),
                 id="keys",
@@ -82,7 +85,9 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self.query_one(Input).focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """List the entries that match the typed path."""
+        """List the entries that match the typed path or part of a name. A text that is an id on the Hub is
+        the only entry.
+        """
         text = event.value
         if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
             self._show_location("Not a local path. Enter loads it from the Hub.")
@@ -100,7 +105,9 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self._list(text)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Return the typed path, or the entry under the cursor."""
+        """Select the typed path if it is a file or counts as one item; otherwise, open or select the entry
+        under the cursor.
+        """
         typed = Path(event.value).expanduser()
         if "/" in event.value and (typed.is_file() or self._is_one(typed)):
             self.dismiss(typed.resolve())
@@ -110,16 +117,20 @@ class FilePickerScreen(ModalScreen[Path | None]):
             self._show_location(f"✗ No name here contains {Path(event.value).name!r}.")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Open the clicked entry."""
+        """Open the selected entry if it is a folder that does not count as one item; otherwise, close with
+        its path.
+        """
         self._open(self._listed[event.option_index])
 
     def action_move(self, by: int) -> None:
-        """Move the list's cursor while the field has the focus."""
+        """Move the cursor of the list down if ``by`` is positive, and up otherwise, while the field has the
+        focus.
+        """
         entries = self.query_one(ViList)
         entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
 
     def action_complete(self) -> None:
-        """Put the path under the cursor into the field."""
+        """Replace the text in the field with the path under the cursor."""
         cursor = self.query_one(ViList).highlighted
         if cursor is not None:
             path = self._listed[cursor]
@@ -128,7 +139,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
-        """Select the current folder, with all its files."""
+        """Close the dialog with the folder that is listed, which stands for all its files."""
         self.dismiss(self._folder)
 
     def _open(self, path: Path) -> None:
@@ -163,7 +174,9 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self.query_one("#location", Static).update(words)
 
     def _entries(self) -> list[Path]:
-        """Return the folder's entries: matching files first, then folders."""
+        """Return the files of the folder with the right endings, followed by its folders. Hidden entries are
+        left out.
+        """
         try:
             entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))
         except OSError as error:
@@ -173,7 +186,9 @@ class FilePickerScreen(ModalScreen[Path | None]):
         return files + [p for p in entries if p.is_dir()]
 
     def _entry_line(self, path: Path) -> Content:
-        """Return a line for an entry. Files, and folders that count as one item, have their size."""
+        """Return the line of an entry: its name, with a slash for a folder to be opened; otherwise, with its
+        size.
+        """
         if path.is_dir() and not self._is_one(path):
             return Content.styled(f"{path.name}/", "bold")
         try:

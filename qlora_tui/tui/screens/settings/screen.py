@@ -1,4 +1,6 @@
-"""Settings of the app: the theme with a live preview, notifications, folders. Saved in config.toml."""
+"""The window for the settings of the app, such as the theme, notifications and folders, which are saved in
+config.toml.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, Set
 
 
 class SettingsScreen(ModalScreen[None], OnQloraApp):
-    """A form for the settings that have a label."""
+    """A form for the settings of the app that have a label."""
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """
@@ -69,11 +71,11 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         form = self.query_one(SettingsForm)
         form.show(self.app.settings, Settings())
         form.focus()
-        # Skip the title of the first group.
+        # Move the cursor from the title of the first group to the first setting.
         self.call_after_refresh(form.list.action_move, 1)
 
     def on_setting_picked(self, message: SettingPicked) -> None:
-        """List the themes, each in its own colors."""
+        """Open a list of the themes, each in its own colors, and apply the theme that the user selects."""
         names = message.field.choices
         choices = [Choice(name, _theme_line(name, self.app.available_themes.get(name))) for name in names]
 
@@ -86,7 +88,9 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
         self.app.push_screen(ThemePicker("Theme", "apply", choices, selected=message.value), on_result)
 
     def on_setting_edited(self, message: SettingEdited) -> None:
-        """Save the setting. A default value is removed from the file."""
+        """Apply the setting, and save it in the file. If the value is the default, remove the setting from
+        the file.
+        """
         app, path, value = self.app, message.path, message.value
         is_default = value == get_setting(Settings(), path)
         try:
@@ -95,7 +99,7 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
             app.show_error(problem)
             return
         if path != "gpu_memory_gib":
-            # A GPU size that was entered by key or on the command line is not in the file, and is kept.
+            # Keep a GPU size that was entered by key or on the command line, since it is not in the file.
             settings = msgspec.structs.replace(settings, gpu_memory_gib=app.settings.gpu_memory_gib)
         app.apply_settings(settings)
         self.query_one(SettingsForm).show(app.settings, Settings())
@@ -117,15 +121,17 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
 
 
 class ThemePicker(ListPicker[str], OnQloraApp):
-    """A list of themes; the app previews the one under the cursor until the dialog closes."""
+    """A list of themes. Until the dialog closes, the app has the theme under the cursor."""
 
     def on_option_list_option_highlighted(self) -> None:
-        """Show the theme."""
+        """Let the app show the theme under the cursor."""
         self.app.preview_theme(self.current or "")
 
 
 def _theme_line(name: str, theme: Theme | None) -> Content:
-    """Return the name of a theme and its colors, or words on how its colors are chosen."""
+    """Return the name of a theme with its colors or, for a theme without colors of its own, with words on how
+    its colors are chosen. ``theme``: None for such a theme.
+    """
     colors = [theme.variables.get(hue) for hue in (*HUES, "key")] if theme is not None else []
     words = {AUTO: "by what the terminal shows", TERMINAL: "made of the terminal's colors"}.get(name, "")
     swatches = [("██ ", color) for color in colors if color]
@@ -136,13 +142,15 @@ _SWATCHES = (*HUES, "key", "warning", "error")
 
 
 def _swatches() -> Content:
-    """Return the current theme's colors with their names. They change with the theme."""
+    """Return the colors of the app's theme with their names. When the theme changes, the colors change
+    too.
+    """
     shown = [Content.assemble(("███ ", f"${name}"), (name, "$text-muted")) for name in _SWATCHES]
     return Content("  ").join(shown)
 
 
 def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
-    """Return the settings grouped by topic."""
+    """Return the settings of the app, grouped by topic."""
     titles = {
         "Appearance": ("theme", "mouse"),
         "GPU": ("gpu_memory_gib", "gpu"),
@@ -158,7 +166,9 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
 
 
 def _problem(path: str, value: Any) -> str:
-    """Return the error in a value, such as a folder that does not exist; empty if it is valid."""
+    """Return what is wrong with the value of a setting, such as a folder that does not exist; empty if the
+    value is valid.
+    """
     folders = value if path == "model_folders" else ()
     missing = [folder for folder in folders if not Path(folder).expanduser().is_dir()]
     return f"There is no folder {missing[0]}." if missing else setting_problem(path, value)
