@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
     from qlora_tui.tui.workbench import Draft, Workbench
 
-# The first frame shows no recipe and no modal, so modules for these are imported where they are
-# first used.
+# The first frame shows neither a recipe nor a modal, so the modules for recipes and modals are imported where
+# they are first used.
 
 SYSTEM_POLL_INTERVAL_S = 1.0
 _HALF = 0.5
@@ -55,7 +55,7 @@ _TELL_AGAIN_S = 20.0
 
 
 def _make_screen(mode: str) -> WorkScreen:
-    """Import the class of a numbered screen and create the screen."""
+    """Return an instance of the numbered screen with the name ``mode``, whose class is imported now."""
     module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
     screen: WorkScreen = getattr(module, f"{mode.title()}Screen")()
     return screen
@@ -90,10 +90,12 @@ class QloraApp(TerminalApp):
         self._monitor: BoxMonitor | SystemMonitor | None = None
         self.disk_faults = DiskFaults()
         self.deleted_runs: list[str] = []
-        """Ids of the runs that were deleted in this app and not restored, in order of deletion."""
+        """Ids of the runs that the user has deleted since the app started and has not restored, in order of
+        deletion.
+        """
         self.counts = 0
-        """How many times samples were counted. A higher number means that estimates can be replaced by
-        counts.
+        """Number of times that the recipe's samples were counted. When it increases, screens replace
+        estimated sample counts with exact ones.
         """
         self.count_problem: UserError | None = None
         """Why the samples of the recipe's data could not be counted."""
@@ -106,16 +108,18 @@ class QloraApp(TerminalApp):
         self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
         self._theme_problems: list[UserError] = []
         self._terminal_colors: dict[bool, Color] = {}
-        """The colors that the terminal has reported: False for the text, True for the background."""
+        """The colors that the terminal has reported: its text color under False, its background color under
+        True.
+        """
         self._is_light = is_light_by_environment()
 
     @cached_property
     def workbench(self) -> Workbench:
-        """The recipe being edited, restored from the last time the app was open."""
+        """The recipe being edited and its undo history, restored from the draft file on first use."""
         from qlora_tui.tui.workbench import open_workbench
 
         workbench = open_workbench(self.draft)
-        workbench.on_outline = partial(self.call_later, self._describe_model)  # a thread may read the model
+        workbench.on_outline = partial(self.call_later, self._describe_model)  # the caller may be in a thread
         for problem in (workbench.draft_error, workbench.preset_error):
             if problem is not None:
                 self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))
@@ -123,15 +127,15 @@ class QloraApp(TerminalApp):
 
     @cached_property
     def draft(self) -> Draft:
-        """The file that stores the workbench between sessions."""
+        """The draft file, which stores the recipe being edited between sessions."""
         from qlora_tui.tui.workbench import Draft
 
         return Draft()
 
     @work(exclusive=True, group="describe")
     async def _describe_model(self, model: str) -> None:
-        """Read the exact architecture of the recipe's model in a separate process, then refresh everything
-        that depends on it.
+        """Read the exact architecture of the model with the id ``model`` in a separate process, then refresh
+        everything that depends on the architecture.
         """
         from qlora_tui.catalog.local_models import describe_model
 
@@ -149,7 +153,10 @@ class QloraApp(TerminalApp):
         tell("The model's structure was read")
 
     def watch_verdict(self) -> Callable[[str], None]:
-        """Return a function that notifies the user, with a reason, if the recipe's verdict has changed."""
+        """Return a function that notifies the user if the recipe's verdict on memory has changed since this
+        call. Its argument is the reason to show. It does nothing if the recipe or the available memory has
+        changed, too.
+        """
         recipe, budget = self.workbench.recipe, self.memory_budget
         before = self.workbench.verdict(budget)
 
@@ -165,7 +172,8 @@ class QloraApp(TerminalApp):
 
     def count_samples(self) -> None:
         """Count the samples in the recipe's data in a separate process, then refresh everything that depends
-        on the count.
+        on the count. Do nothing if the recipe has no model or no data, or if the same samples were counted
+        last.
         """
         from qlora_tui.data.sources import every_source, source_stamps
 
@@ -181,7 +189,7 @@ class QloraApp(TerminalApp):
         from qlora_tui.runs.expected_time import count_data
 
         try:
-            # A key held down changes the recipe many times.
+            # A key that is held down changes the recipe many times, of which only the last is counted.
             await asyncio.sleep(_SETTLE_S)
             is_news = await run_stoppable(count_data, recipe)
         except UserError as problem:
@@ -191,8 +199,9 @@ class QloraApp(TerminalApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def recall_trace(self) -> bool:
-        """Load the stored trace of the recipe's training step, if there is one. Return True if it was not
-        loaded before. Reads files, so call it in a thread.
+        """Load the stored traces of the recipe's training step, one for each device that estimates are shown
+        for. Return whether a trace was loaded that was not in use before. This reads files, so call it in a
+        thread.
         """
         from qlora_tui.runs.exact_memory import recall_trace
 
@@ -205,13 +214,15 @@ class QloraApp(TerminalApp):
 
     @work(exclusive=True, group="recall")
     async def show_exact_memory(self) -> None:
-        """Show the exact memory of the recipe on every screen, if its step was ever traced."""
+        """Show the recipe's exact memory on every screen, if a trace of its training step is stored."""
         if await asyncio.to_thread(self.recall_trace):
             self.recipe_changed.publish(self.workbench.recipe)
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The device to plan for, and its memory: a GPU of the size that the user gave, or this machine."""
+        """The device to plan for, and its memory: a GPU of the size in the user's settings if one is set,
+        otherwise this machine's GPU or CPU.
+        """
         from qlora_tui.memory.budget import budget_for
 
         given = self.settings.gpu_memory_gib
@@ -219,9 +230,10 @@ class QloraApp(TerminalApp):
 
     @property
     def run_budget(self) -> MemoryBudget:
-        """The device that a run here would use, whatever the user plans for.
+        """The device that a run on this machine would use, and its memory, regardless of the GPU size in the
+        user's settings.
 
-        If the driver reports nothing about the GPU, the user's assumed size is used.
+        If runs would use a GPU but its driver reports nothing about it, this equals :attr:`memory_budget`.
         """
         from qlora_tui.memory.budget import budget_for
 
@@ -231,14 +243,14 @@ class QloraApp(TerminalApp):
 
     @property
     def cpu_budget(self) -> MemoryBudget | None:
-        """This machine's CPU, if a run here would use it although the user plans for a GPU; otherwise
-        None.
+        """This machine's CPU and its memory, if a run here would use the CPU although the user's settings
+        have a GPU size; otherwise None.
         """
         here = self.run_budget
         return here if here.device.kind == "cpu" and self.memory_budget.is_assumed else None
 
     async def action_quit(self) -> None:
-        """Exit at once. Nothing is lost: runs and exports continue, and the shell prints how to come back to
+        """Exit at once. Nothing is lost: runs and exports continue, and the app prints how to return to
         them.
         """
         screen = self.screen_stack[0]
@@ -247,8 +259,8 @@ class QloraApp(TerminalApp):
         self.exit()
 
     def on_load(self) -> None:
-        # Set the theme before the first screen is mounted. Later, Textual would parse all style sheets again
-        # and paint the keys twice.
+        # Set the theme before the first screen is mounted. After that, Textual would parse all style sheets
+        # again and paint the keys twice.
         self._load_themes()
         # Textual's default theme lacks variables that the app's style sheets use.
         self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else themes.DEFAULT
@@ -292,7 +304,7 @@ class QloraApp(TerminalApp):
         return self._theme_for(self.settings.theme)
 
     def _theme_for(self, setting: str) -> str:
-        """Return the theme that a value of the setting stands for in this terminal."""
+        """Return the name of the theme to show in this terminal for a value of the setting ``theme``."""
         if self.no_color:
             return TWO_COLORS.name
         return themes.choose(
@@ -310,23 +322,30 @@ class QloraApp(TerminalApp):
         return self.console.color_system in (None, "standard")
 
     def on_terminal_color(self, message: TerminalColor) -> None:
-        """Switch to the terminal's own colors once it has reported both foreground and background."""
+        """Record a color that the terminal has reported, and update the theme. Once text and background
+        colors are both known, a terminal with 24-bit color can show the theme that is derived from them.
+        """
         self._terminal_colors[message.is_background] = message.color
         if message.is_background:
             self._is_light = message.color.brightness > _HALF
-        # With 256 colors, the background would differ from the terminal's.
+        # With 256 colors, the theme's background would be a similar color, and differ from the terminal's
+        # own.
         if len(self._terminal_colors) == 2 and self.console.color_system == "truecolor":
             foreground, background = self._terminal_colors[False], self._terminal_colors[True]
             self.register_theme(themes.of_terminal(foreground, background))
         self._show_theme(self._wanted_theme)
 
     def _show_theme(self, name: str) -> None:
-        """Show a theme, unless its file could not be read."""
+        """Switch to the theme with this name. Do nothing if there is no such theme, such as when its file
+        could not be read.
+        """
         if name in self.available_themes:
             self.theme = name
 
     def _load_themes(self) -> None:
-        """Register all themes from their files. A file with an error is reported and skipped."""
+        """Register all themes from their files. A file with an error is skipped, and its error is kept to be
+        reported.
+        """
         self._loaded_theme_mtimes = themes.user_theme_mtimes()
         loaded, problems = themes.load_themes()
         for theme in (*loaded, TWO_COLORS):
@@ -348,9 +367,9 @@ class QloraApp(TerminalApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def edit(self, path: str, value: Any) -> bool:
-        """Change a setting of the recipe and return True if it changed.
+        """Change a setting of the recipe and return True if its value changed.
 
-        An error explains a value that is not allowed.
+        If the value is not allowed, show the error and return False.
         """
         try:
             changed = self.workbench.set(path, value)
@@ -362,9 +381,9 @@ class QloraApp(TerminalApp):
         return changed
 
     def load_recipe(self, recipe: Recipe) -> bool:
-        """Switch to another recipe and return True if it differs.
+        """Replace the recipe being edited and return True; return False if ``recipe`` is the same.
 
-        Its model may have been downloaded in the meantime.
+        The model's files are read again, since the model may have been downloaded since they were last read.
         """
         changed = self.workbench.replace(recipe)
         if changed:
@@ -379,31 +398,35 @@ class QloraApp(TerminalApp):
         try:
             save_or_ask(self)
         except OSError as error:
-            # The edit is kept in memory, and saved once the disk is writable again.
+            # The edit stays in memory, and is saved with the first edit after the disk is writable again.
             if not self.disk_faults.notify(self, error):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
 
     def preview_theme(self, setting: str) -> None:
-        """Show a value of the theme setting without saving it; empty shows the saved one again."""
+        """Show the theme for a value of the setting ``theme`` without saving the setting. An empty value
+        shows the theme in the settings again.
+        """
         self._show_theme(self._theme_for(setting or self.settings.theme))
 
     def action_command_palette(self) -> None:
-        """Show the palette."""
+        """Open the command palette, unless it is open."""
         if self.use_command_palette and not isinstance(self.screen, Palette):
             self.push_screen(Palette())
 
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
-        """Preview the theme under the palette's cursor."""
+        """Preview the theme that the highlighted entry of the palette selects; for any other entry, show the
+        theme in the settings.
+        """
         self.preview_theme(previewed_theme(message))
 
     def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
-        """Restore the theme in the settings, unless another one was selected."""
+        """Restore the theme in the settings, unless the user selected an entry."""
         if not message.option_selected:
             self.preview_theme("")
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy in every way that the terminal offers, and notify the user which way worked."""
+        """Copy ``text`` to the clipboard in every available way, and notify the user which way worked."""
         self.remember_copied(text)
         self._copy(text)
 
@@ -414,7 +437,7 @@ class QloraApp(TerminalApp):
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
         """Show a notification as plain text, since names of runs and files may contain brackets.
 
-        It replaces earlier notifications except warnings and errors, which stay for their full time.
+        The notification replaces earlier ones except warnings and errors, which stay for their full time.
         """
         self.dismiss_information()
         super().notify(message, markup=False, **how)
@@ -429,7 +452,7 @@ class QloraApp(TerminalApp):
         self.push_screen(ErrorScreen(problem))
 
     def notify_error(self, problem: UserError) -> None:
-        """Notify the user of an error that occurs while they are doing something else."""
+        """Show an error as a notification, which does not interrupt what the user is doing."""
         self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
 
     def try_or_show_error(self, act: Callable[[], object]) -> bool:
@@ -442,7 +465,7 @@ class QloraApp(TerminalApp):
         return True
 
     def on_resize(self, event: Resize) -> None:
-        """Cover the screen with a message while the window is too small for it."""
+        """Cover the screen with a message when the window has become too small for the app."""
         was_small, self._is_small = self._is_small, is_too_small(event.size)
         if self._is_small and not was_small:
             from qlora_tui.tui.screens.modals.dialogs import TooSmallScreen
@@ -455,7 +478,7 @@ class QloraApp(TerminalApp):
         default_namespace: DOMNode | None = None,
         namespaces: Mapping[str, DOMNode] | None = None,
     ) -> bool:
-        """Run an action, and show any UserError that it raises."""
+        """Run an action. If it raises UserError, show the error in a modal and return True."""
         try:
             return await super().run_action(action, default_namespace, namespaces)
         except UserError as problem:
@@ -463,10 +486,11 @@ class QloraApp(TerminalApp):
             return True
 
     def intercept_error(self, error: Exception) -> bool:
-        """Show a worker's UserError, and report disk errors."""
+        """Show a worker's UserError, and report disk errors. Return whether the error was one of these."""
         cause = error.error if isinstance(error, WorkerFailed) else None
         if isinstance(cause, UserError) and cause.code == UNREACHABLE:
-            # The top line shows the problem too, and background reads fail again every second.
+            # Notify the user only now and then: the top line shows the problem too, and background reads fail
+            # every second.
             if monotonic() - self._told_unreachable_at > _TELL_AGAIN_S:
                 self._told_unreachable_at = monotonic()
                 self.notify_error(cause)
@@ -477,7 +501,7 @@ class QloraApp(TerminalApp):
         return self.disk_faults.handle(self, error)
 
     async def action_go(self, mode: str) -> None:
-        """Switch to a screen by name."""
+        """Switch to the numbered screen with the name ``mode``."""
         if mode != self.current_mode:
             await self.switch_mode(mode)
 
@@ -538,7 +562,7 @@ class QloraApp(TerminalApp):
         redo_recipe(self)
 
     def _start_polling(self) -> None:
-        # In a worker: a GPU driver that is slow to answer must not delay a key.
+        # Poll in a worker, since a GPU driver that is slow to answer must not delay a key.
         if not self._polling:
             self._polling = True
             self._poll()
@@ -563,10 +587,10 @@ class QloraApp(TerminalApp):
             if not had_theme and self._wanted_theme in self.available_themes:
                 self.theme = self._wanted_theme
             else:
-                # Paint again with the colors that were edited.
+                # The file of the current theme may have been edited, so paint again with its colors.
                 self.mutate_reactive(App.theme)
         if self.has_class("-away") and not system_status.box_silent_s:
-            # A theme that could not be read before is available again.
+            # The box responds again, so its model files can be read.
             self.workbench.forget_architecture()
             self.recipe_changed.publish(self.workbench.recipe)
         self.set_class(system_status.box_silent_s > 0, "-away")
@@ -580,7 +604,8 @@ class QloraApp(TerminalApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def _poll_in_thread(self) -> SystemStatus:
-        # The first poll runs after the first frame, which therefore does not wait for these imports.
+        # Imported here so that the first frame, which comes before the first poll, does not wait for these
+        # modules.
         from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
 
         link = current()

@@ -10,5 +10,5 @@ TALL_CELLS = 30
 
 
 def is_too_small(size: Size) -> bool:
-    """Return whether parts of the screens would be cut off."""
+    """Return whether a window of this size is too small, so that parts of the screens would be cut off."""
     return size.width < MIN_SIZE.width or size.height < MIN_SIZE.height

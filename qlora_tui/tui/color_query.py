@@ -1,9 +1,10 @@
 r"""Asks the terminal for its own colors with OSC 10 and 11, and picks the replies out of the keyboard input.
 
-A reply arrives as if it were typed, at once or after a second on a slow link, in one piece or several:
-``ESC ] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read it as keys, so it is removed before that.
-Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System Commands".
-"""
+A reply arrives as if it were typed, at once or after a second on a slow link, in one piece or several: ``ESC
+] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read the reply as keys, so it is removed from the input
+first. Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System
+Commands".
+r"""
 
 from __future__ import annotations
 
@@ -16,20 +17,20 @@ from textual.color import Color
 from textual.message import Message
 
 QUERY = "\x1b]10;?\x1b\\\x1b]11;?\x1b\\"
-"""Asks for the foreground and background colors."""
+"""Escape sequences that ask for the foreground and background colors."""
 _REPLY = re.compile(r"\x1b?\](1[01]);([^\x07\x1b]{1,40})(?:\x07|\x1b\\)")
 _BEGINNING = re.compile(r"(?:\x1b|\x1b?\](?:1(?:[01](?:;[\w:/#]{0,40}\x1b?)?)?)?)\Z")
-"""Matches input that ends with what may be the first part of a reply."""
+"""Matches the end of the input if it may be the first part of a reply."""
 _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""A beginning up to this long may have been typed by a person: Escape, ``]``, ``1``."""
+"""Maximum length of a possible beginning of a reply that a person may have typed: Escape, ``]``, ``1``."""
 _TYPED_S = 0.1
-"""Seconds to wait for the rest of a beginning that may have been typed."""
+"""Seconds to wait for the rest of a possible reply if its beginning may have been typed by a person."""
 _EXPECTED_S = 3.0
-"""Seconds after the query during which the possible beginning of a reply is held back. Later it passes
-through at once.
+"""Seconds after the query during which the possible beginning of a reply is held back even if a person may
+have typed it. Later, such input passes through at once.
 """
 _UNABLE = ("linux", "vt", "dumb")
 """Prefixes of ``TERM`` for terminals that print sequences they do not recognize."""
@@ -37,14 +38,16 @@ _UNABLE = ("linux", "vt", "dumb")
 
 @dataclass
 class TerminalColor(Message):
-    """The terminal's reply: its foreground or background color."""
+    """A color that the terminal has reported: its foreground or its background color."""
 
     is_background: bool
     color: Color
 
 
 def can_answer(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the query is safe on this terminal. The terminal may still not reply."""
+    """Return whether the query may be sent to this terminal without being printed. The terminal need not
+    reply.
+    """
     return not environment.get("TERM", "dumb").startswith(_UNABLE)
 
 
@@ -55,7 +58,7 @@ def is_light_by_environment(environment: Mapping[str, str] = os.environ) -> bool
 
 
 class ReplyReader:
-    """Removes replies from the input, however they are split, and passes everything else through."""
+    """Removes replies from the input, even if they arrive in parts, and passes everything else through."""
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
@@ -63,11 +66,13 @@ class ReplyReader:
         self._held, self._held_at = "", 0.0
 
     def expect(self, now: float) -> None:
-        """Note that the query was sent at ``now``, in monotonic seconds."""
+        """Record that the query was sent at ``now``, in monotonic seconds."""
         self._asked_at, self._awaited = now, 2
 
     def read(self, typed: str, now: float) -> tuple[str, list[TerminalColor]]:
-        """Return the input without replies, and the replies. ``now`` is in monotonic seconds."""
+        """Return the input without replies, and the colors in the replies. ``now`` is in monotonic
+        seconds.
+        """
         if not self._awaited:
             return typed, []
         text, self._held = self._held + typed, ""
@@ -80,7 +85,9 @@ class ReplyReader:
         return text, colors
 
     def overdue(self, now: float) -> str:
-        """Return input that was held back as a possible reply but is not one, such as the Escape key."""
+        """Return input that was held back as a possible beginning of a reply for too long, such as the Escape
+        key; empty if there is none. ``now`` is in monotonic seconds.
+        """
         if not self._held or len(self._held) > _TYPED or now - self._held_at < _TYPED_S:
             return ""
         held, self._held = self._held, ""
@@ -94,6 +101,6 @@ def _color(reply: re.Match[str]) -> TerminalColor | None:
     parts = _COLOR.fullmatch(reply[2])
     if parts is None:
         return None
-    # "f", "ff" and "ffff" are all the full intensity.
+    # The number of digits varies: "f", "ff" and "ffff" all mean full intensity.
     levels = (round(255 * int(part, 16) / (16 ** len(part) - 1)) for part in parts.groups())
     return TerminalColor(is_background=reply[1] == "11", color=Color(*levels))

@@ -1,7 +1,7 @@
 """The command palette: commands available now, commands of other screens, runs, models, presets and themes.
 
-Recently used entries come first. A command of another screen acts on what is selected there, so the palette
-only opens that screen. Moving the cursor to a theme previews it.
+Recently used entries come first. A command of another screen acts on what is selected on that screen, so the
+palette opens the screen without running the command. Moving the cursor to a theme previews the theme.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _OTHER_SCREEN_FACTOR = 0.8
 """Factor on the scores of other screens' commands, so that they rank below those of the current screen."""
 _HELP_SCORE = 0.3
-"""Score of a command whose title does not match but whose help has words that start with those of
-the query.
+"""Score of an entry whose title does not match, but whose help has, for each word of the query, a word that
+starts with it.
 """
 _WIDTH, _FRAME, _MARGIN = 140, 5, 8
 """Cells: maximum width of the palette, its frame and padding, and its margin in a wide window."""
@@ -50,7 +50,7 @@ class Entry:
     """An entry in the palette."""
 
     key: str
-    """Identifier under which its use is remembered: ``run:20261130-tickets``, ``command:train.launch``."""
+    """Identifier in the list of recently used entries: ``run:20261130-tickets``, ``command:train.launch``."""
     title: str
     help: str
     use: Callable[[], Awaitable[object] | object]
@@ -61,7 +61,7 @@ class Entry:
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
-    """Factor on its score."""
+    """Factor on its score, which ranks it in the results of a search."""
 
 
 class Palette(CommandPalette):
@@ -75,14 +75,14 @@ class Palette(CommandPalette):
 
 
 def _width(window: int) -> int:
-    """Return the palette's width in cells. It fills a small window, which would show only fragments of the
-    screen behind.
+    """Return the palette's width for the window's width, both in cells. The palette fills a small window,
+    since only fragments of the screen behind it would be visible.
     """
     return window if window < WIDE_CELLS else min(_WIDTH, window - _MARGIN)
 
 
 class CommandProvider(Provider):
-    """Offers the actions that keys run, and opens runs, models, presets and themes by name."""
+    """Offers commands to run, and runs, models, presets and themes to select by name."""
 
     _objects: list[Entry] | None = None
 
@@ -158,7 +158,7 @@ class CommandProvider(Provider):
 
 
 def works(app: QloraApp, screen: object, command: Command) -> bool:
-    """Return whether a command is available on the current screen."""
+    """Return whether a command is available on ``screen``, the current screen."""
     _, name, parameters = parse(command.action)
     owner = app if command.action.startswith("app.") else cast("WorkScreen", screen)
     return owner.check_action(name, parameters) is True
@@ -232,7 +232,7 @@ def _use_theme(app: QloraApp, name: str) -> None:
 
 
 def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
-    """Return the theme that the highlighted entry selects; empty for other entries."""
+    """Return the name of the theme that the highlighted entry selects; empty if it selects no theme."""
     hit = getattr(message.highlighted_event.option, "hit", None)
     command = getattr(hit, "command", None)
     entry = command.args[0] if isinstance(command, partial) and command.args else None
@@ -240,9 +240,10 @@ def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
 
 
 def _score(matcher: Matcher, query: str, entry: Entry) -> float:
-    """Score a match: by letters of the entry's title, or by prefixes of words in its help.
+    """Return the score of an entry for a query: of a match of letters in its title, or else of words in its
+    help that start with the words of the query; 0 if neither matches.
 
-    The help is too long to match letter by letter: almost any query would match.
+    The help is too long to match letter by letter, since almost any query would match.
     """
     words = entry.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())

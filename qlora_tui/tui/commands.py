@@ -25,12 +25,12 @@ class Command:
     help: str
     """One sentence for the palette and the help screen."""
     group: str = ""
-    """Its heading in the help of its screen; empty if the screen has no groups."""
+    """Heading of its group in the help of its screen; empty if the screen has no groups."""
     footer: bool = True
     """Whether the footer shows it."""
     ends: bool = False
-    """Whether it stops, removes or closes something. The palette lists such a command after others, so that
-    Enter does not run it by accident.
+    """Whether it stops, removes or closes something. The palette lists such a command after the other
+    commands of its screen, so that Enter does not run it by accident.
     """
     cli: str = ""
     """The command-line equivalent, such as ``runs rename``."""
@@ -40,7 +40,9 @@ class Command:
         return Binding(self.key, self.action, self.label, show=self.footer, tooltip=self.help, id=self.id)
 
     def keys(self, keymap: Mapping[str, str]) -> list[str]:
-        """Return its keys from the user's keymap, or else the default keys."""
+        """Return the command's keys in Textual's notation: from the user's keymap if it lists the command,
+        otherwise the default keys.
+        """
         return keymap.get(self.id, self.key).split(",")
 
 
@@ -49,7 +51,7 @@ class ScreenEntry:
     """A screen. Its class is ``NameScreen`` in ``screens/name/screen.py``."""
 
     name: str
-    """Name of its package and of its mode in the app, and prefix of its commands' ids."""
+    """Name of its package and of its mode in the app; its commands' ids begin with this name."""
     opened_by: Command
 
     @property
@@ -59,14 +61,15 @@ class ScreenEntry:
 
     @property
     def is_modal(self) -> bool:
-        """Whether it opens on top of any screen, and so has no mode and no digit."""
+        """Whether it opens on top of any other screen, and therefore has no mode and no digit."""
         return self not in NUMBERED_SCREENS
 
 
 def _read() -> dict[str, tuple[Command, ...]]:
-    """Return the commands of each section."""
+    """Return the commands of each section of ``commands.toml``, by the name of the section."""
     sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    # Default action of a command: the name of the command, as an action of the section's screen.
+    # Without an ``action``, a command runs the action of its own name on the section's screen or, in these
+    # sections, on the app.
     actions = {"go": "app.go('{}')", "app": "app.{}"}
     commands: dict[str, tuple[Command, ...]] = {}
     for section, rows in sections.items():
@@ -92,11 +95,11 @@ SCREENS = (
     *NUMBERED_SCREENS,
     *(ScreenEntry(name, COMMANDS[f"app.{name}"]) for name in _SECTIONS if f"app.{name}" in COMMANDS),
 )
-"""All screens; those that open on top of others come last."""
+"""All screens; the modals, which open on top of other screens, come last."""
 
 
 def screen_commands(name: str) -> tuple[Command, ...]:
-    """Return the commands of a screen."""
+    """Return the commands of the screen with this name."""
     return _SECTIONS[name]
 
 

@@ -1,8 +1,8 @@
 """Access to the terminal and desktop: clipboard, window title, notifications, folders.
 
-The user may be on another machine. Escape sequences travel over any link, but the terminal never acknowledges
-them. Inside tmux they are wrapped, and tmux forwards them only if ``allow-passthrough`` is on. A local
-clipboard tool does report success, so it is tried as well.
+The user's terminal may be on another machine. Escape sequences reach it over any link, but the terminal never
+acknowledges them. Inside tmux they are wrapped, and tmux forwards them only if ``allow-passthrough`` is on. A
+clipboard tool on this machine does report success, so it is tried as well.
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DISPLAY", ("xsel", "--clipboard", "--input")),
     ("", ("pbcopy",)),
 )
-"""(environment variable that the tool needs, command); the command reads the text from stdin."""
+"""(environment variable, command) of each clipboard tool. A tool is tried if its variable is set, or if it
+has none (""), and reads the text from stdin.
+"""
 _TIMEOUT_S = 2.0
 _SHOWN = 160
-"""Characters of the copied text that the notification quotes."""
+"""Maximum number of characters of the copied text that the notification quotes."""
 
 
 def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the OSC 52 sequence; inside tmux also a wrapped copy, since tmux may accept only one of
-    the two.
+    """Return the escape sequence that copies ``text`` (OSC 52). Inside tmux, the sequence wrapped for tmux
+    follows, since tmux may accept only one of the two.
     """
     osc = f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\a"
     return osc + _for_tmux(osc) if environment.get("TMUX") else osc
 
 
 def set_title(text: str) -> str:
-    """Return the OSC 2 sequence, which tmux understands."""
+    """Return the escape sequence that sets the window's title (OSC 2), which tmux understands."""
     return f"\x1b]2;{_printable(text)}\a"
 
 
 def notification_escape(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the OSC 9 sequence: a desktop notification on terminals that support it."""
+    """Return the escape sequence for a desktop notification (OSC 9), which not every terminal supports."""
     osc = f"\x1b]9;{_printable(text)}\a"
     return _for_tmux(osc) if environment.get("TMUX") else osc
 
@@ -68,7 +70,9 @@ def _printable(text: str) -> str:
 
 
 async def copy(app: QloraApp, text: str) -> None:
-    """Copy in every available way, and notify the user which way worked."""
+    """Copy ``text`` with an escape sequence and a clipboard tool, and notify the user which of them was
+    used.
+    """
     app.write_escape(set_clipboard(text))
     if tool := await asyncio.to_thread(copy_locally, text):
         title = f"Copied with {tool}, and sent to the terminal (OSC 52)"
@@ -79,9 +83,9 @@ async def copy(app: QloraApp, text: str) -> None:
 
 
 def copy_locally(text: str) -> str:
-    """Pass the text to the clipboard tools on this machine.
+    """Pass the text to a clipboard tool on this machine.
 
-    Return the name of the first that accepted it, or "".
+    Return the name of the first tool that accepted the text; empty if there is none.
     """
     for variable, command in _TOOLS:
         if (variable and not os.environ.get(variable)) or not shutil.which(command[0]):
@@ -105,8 +109,10 @@ def copy_locally(text: str) -> str:
 
 
 def open_folder(app: QloraApp, folder: Path) -> None:
-    """Open a folder in the file manager. Without a desktop, copy and show the ``cd`` command instead."""
-    # Without a display, or over SSH, the window would not open on the user's own screen.
+    """Open a folder in the file manager. If that is not possible, copy and show the ``cd`` command
+    instead.
+    """
+    # Without a display, or over SSH, the file manager could not open a window on the user's own screen.
     has_screen = any(os.environ.get(name) for name in ("WAYLAND_DISPLAY", "DISPLAY"))
     if has_screen and "SSH_CONNECTION" not in os.environ and _open(folder):
         app.notify(f"Opened {folder} in the file manager.")
@@ -134,8 +140,8 @@ def _open(folder: Path) -> bool:
 
 
 def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
-    """Notify the user in the app, and by bell, window title and desktop notification if the settings
-    say so.
+    """Notify the user in the app that a run has ended, and also by bell, window title and desktop
+    notification, each if it is turned on in the settings.
     """
     wanted = app.settings.notify
     app.notify(notification.text, severity="information" if notification.event == "finished" else "error")

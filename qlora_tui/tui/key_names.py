@@ -1,5 +1,5 @@
-"""Names of keys for use in sentences, from the user's keymap: ``[u]`` for a character, ``Enter`` or
-``Ctrl+P``.
+"""Names of keys for use in sentences, from the user's keymap: ``[u]`` for a character, otherwise a name such
+as ``Enter`` or ``Ctrl+P``.
 
 ``key_name("app.undo")`` returns the key of a command. Constant texts contain the command's id instead, as in
 ``Press {app.undo} to undo.``, and go through ``name_keys`` when they are shown.
@@ -29,28 +29,30 @@ _KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.val
 
 
 def key_name(command_id: str) -> str:
-    """Return the first key of a command: ``[u]``, ``Enter``."""
+    """Return the name of a command's first key for use in a sentence: ``[u]``, ``Enter``."""
     return _in_brackets(_keys(command_id)[0])
 
 
 def key_names(command_id: str) -> str:
-    """Return all keys of a command: ``[z] or Ctrl+O``."""
+    """Return the names of all keys of a command for use in a sentence: ``[z] or Ctrl+O``."""
     return " or ".join(map(_in_brackets, _keys(command_id)))
 
 
 def key_while_typing(command_id: str) -> str:
-    """Return the first key that is not a character, since characters would be typed into a focused field."""
+    """Return the name of a command's first key that is not a character, since the focused text field would
+    insert a character. If all are characters, return the first.
+    """
     keys = _keys(command_id)
     return _in_brackets(next((key for key in keys if _character(key) is None), keys[0]))
 
 
 def bare_key(command_id: str) -> str:
-    """Return the first key without brackets, for a column of keys: ``u``, ``Enter``."""
+    """Return the name of a command's first key without brackets, for a column of keys: ``u``, ``Enter``."""
     return _bare(_keys(command_id)[0])
 
 
 def short_key(key: str) -> str:
-    """Convert a key from Textual's notation to the footer's: ``Enter``, ``F5``, ``^P``, or the character."""
+    """Convert a key from Textual's notation to the footer's: ``Enter``, ``F5``, ``^P``, ``u``."""
     return _bare(key).replace("Ctrl+", "^")
 
 
@@ -90,7 +92,9 @@ def name_keys(text: str) -> str:
 
 
 def highlight_keys(text: str, style: str = "") -> Content:
-    """Return ``text`` in ``style``, with its keys in the color of keys. ``[u]`` keeps its brackets."""
+    """Return ``text`` in ``style``, with its keys in the color of keys. A click on a key presses it. ``[u]``
+    keeps its brackets.
+    """
     content = Content.styled(text, style)
     for match in _KEYS.finditer(text):
         key = match[0].removeprefix("[").removesuffix("]") if match[0] != "[]]" else "]"
@@ -105,7 +109,8 @@ def pressable(text: str, key: str) -> Content:
 
 
 def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
-    """Return ``Settings: s doubles  S halves``, for a panel whose settings all have two such keys.
+    """Return ``Settings: s doubles S halves``: a panel's title that explains the two keys of one of its
+    settings as an example for all.
 
     Args:
         up: Id of the command that raises one setting, and the verb to show for it.
@@ -116,7 +121,9 @@ def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
 
 
 def key_label(command_id: str) -> Content:
-    """Return the first key in the color of keys, for a column of keys. A click presses it."""
+    """Return the name of a command's first key in the color of keys, for a column of keys. A click presses
+    the key.
+    """
     return pressable(bare_key(command_id), command_key(command_id)).stylize("bold $key")
 
 
@@ -126,7 +133,9 @@ def command_key(command_id: str) -> str:
 
 
 def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each unknown command, each unknown key, and each key that two commands share."""
+    """Return a sentence for each unknown command or key in the keymap, and for each key that two commands
+    share.
+    """
     problems = [_unknown_command(name) for name in keymap if name not in COMMANDS]
     for name, keys in keymap.items():
         problems += [_invalid_key(name, key) for key in keys.split(",") if not _is_key(key)]
@@ -137,7 +146,9 @@ def validate_keymap(keymap: Mapping[str, str]) -> list[str]:
 
 
 def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield keys that a command in the keymap shares with another command on the same screen."""
+    """Yield (key, (command id, other command id)) for each key that a command in the keymap shares with
+    another command on the same screen.
+    """
     everywhere, *screens = commands_by_screen()
     # In a modal, the app's own keys do nothing.
     without_app_keys = {"Everywhere", *(entry.label for entry in SCREENS if entry.is_modal)}
@@ -146,14 +157,16 @@ def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, st
         for mine in (command for command in commands if command.id in keymap):
             for other in offered:
                 for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:
-                    # By default, some keys have two commands that are never available at the same
-                    # time.
+                    # A default key is no error: some keys have two commands that are never available at the
+                    # same time.
                     if other.id != mine.id and key not in mine.key.split(","):
                         yield key, (mine.id, other.id)
 
 
 def _is_key(key: str) -> bool:
-    """Return whether Textual has a key with this name: ``q``, ``ctrl+o``, ``shift+tab``, ``slash``."""
+    """Return whether Textual has a key with this name, such as ``q``, ``ctrl+o``, ``shift+tab`` or
+    ``slash``.
+    """
     *modifiers, base = key.split("+")
     return _MODIFIERS.issuperset(modifiers) and (len(base) == 1 or base in _KEY_NAMES or _is_character(base))
 
@@ -193,7 +206,7 @@ def _pressing(key: str) -> Style:
 
 
 def _textual_key(shown: str) -> str:
-    """Convert ``u``, ``Ctrl+P`` or ``?`` to Textual's notation."""
+    """Convert a key's name, such as ``u``, ``Ctrl+P`` or ``?``, to Textual's notation."""
     if len(shown) == 1:
         return _character_to_key(shown)
     return "+".join({"esc": "escape"}.get(part, part) for part in shown.lower().split("+"))
@@ -204,7 +217,9 @@ def _keys(command_id: str) -> list[str]:
 
 
 def _keymap() -> Mapping[str, str]:
-    """Return the running app's keymap; empty if no app is running, or only a test's single widget."""
+    """Return the keymap of the running app; empty if no app is running, or the app is a test's without
+    settings.
+    """
     settings: Settings = getattr(active_app.get(None), "settings", Settings())
     return settings.keymap
 
@@ -223,6 +238,6 @@ def _character(key: str) -> str | None:
     """Return the character that a key types; None for a named key or a combination."""
     if len(key) == 1:
         return key
-    # Arrows and Enter are shown as symbols, none of them ASCII.
+    # Textual's symbols for arrows and Enter are characters, too, but not ASCII.
     shown = format_key(key)
     return shown if len(shown) == 1 and shown.isascii() else None

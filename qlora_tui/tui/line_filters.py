@@ -30,11 +30,14 @@ class VisibleTextFilter(LineFilter):
     """Replaces control characters with visible symbols.
 
     Textual lays out lines as if control characters had no width. To keep the line's width, the cells that a
-    symbol adds are taken from the spaces after it, or from the end of the line if there are too few.
+    symbol adds are taken from the spaces after the symbol, or from the end of the line if there are too few
+    spaces.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Return the list itself if it contains no control characters."""
+        """Return the segments with symbols instead of control characters and without links; if there are
+        none, return the list itself.
+        """
         for text, style, control in segments:
             if (not text.isprintable() and _shown(text) != text) or control or (style and style.link):
                 return _of_same_width(segments)
@@ -102,13 +105,13 @@ TWO_COLORS = Theme(
         "scrollbar-background-active": _BACKGROUND,
     },
 )
-"""A theme with only two colors."""
+"""A theme with only two colors, for terminals without colors."""
 
 
 def has_no_colors() -> bool:
     """Return whether the terminal named by ``TERM`` lacks colors.
 
-    Unknown terminals are assumed to have them.
+    An unknown terminal is assumed to have colors.
     """
     try:
         curses.setupterm(fd=1)
@@ -131,7 +134,7 @@ class MonochromeFilter(LineFilter):
 def _without_colors(style: Style) -> Style:
     on_foreground = _is_foreground(style.bgcolor, otherwise=False)
     faint = style.dim or not (on_foreground or _is_foreground(style.color, otherwise=True))
-    # Textual uses the metadata to find what was clicked.
+    # The metadata is kept, since Textual uses it to find what was clicked.
     reverse = bool(style.reverse) != on_foreground
     return style.without_color + Style(dim=faint, reverse=reverse, meta=style.meta or None)
 
@@ -181,12 +184,12 @@ _FALLBACKS = {
 _CONTROL_PICTURES = range(0x2400, 0x2422)
 """Code points of the symbols that stand for control characters."""
 _UPPER = 0x01 | 0x02 | 0x08 | 0x10
-"""Dots in the upper two rows of a braille cell."""
+"""Bits of the dots in the upper two rows of a braille cell."""
 
 
 def fallback_glyphs(terminal: str) -> Mapping[int, str]:
-    """Return substitutes as a table for ``str.translate``; empty unless ``TERM`` names a terminal that needs
-    them.
+    """Return substitutes for characters that the terminal's font lacks, as a table for ``str.translate``;
+    empty if none are needed. ``terminal`` is the value of ``TERM``.
     """
     if terminal != "linux":
         return {}

@@ -26,7 +26,7 @@ _is_tuned = False
 
 
 def enable_gc() -> None:
-    """Enable garbage collection after the first frame has been sent."""
+    """Enable garbage collection, which is disabled at startup until the first frame has been sent."""
     global _is_tuned
     if not gc.isenabled():
         _is_tuned = True
@@ -35,7 +35,9 @@ def enable_gc() -> None:
 
 
 def freeze_objects() -> None:
-    """Exempt all current objects from garbage collection, since scanning them would delay a key."""
+    """Collect garbage, then exempt all current objects from garbage collection, since scanning them would
+    delay a key. Do nothing before :func:`enable_gc`.
+    """
     if _is_tuned:
         gc.collect()
         gc.freeze()
@@ -46,7 +48,9 @@ _BY_SIGNAL = 128
 
 
 def install_shutdown_handlers(leave: Callable[[int], object]) -> None:
-    """Call ``leave`` with an exit code, once, when the terminal is closed or on SIGHUP or SIGTERM."""
+    """Call ``leave`` with an exit code when the terminal is closed or the process receives SIGHUP or
+    SIGTERM.
+    """
     _on_terminal_lost(lambda: leave(_BY_SIGNAL + signal.SIGHUP))
     for number in (signal.SIGHUP, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -57,9 +61,9 @@ def _on_terminal_lost(leave: Callable[[], object]) -> None:
     gone = select.epoll()
     for stream in (sys.__stdin__, sys.__stderr__):
         if stream is not None:
-            # epoll refuses a regular file, which never hangs up.
+            # epoll refuses a regular file, which cannot be closed like a terminal.
             with suppress(PermissionError):
-                gone.register(stream.fileno(), 0)  # No events requested: a hang-up is always reported.
+                gone.register(stream.fileno(), 0)  # No events: a hang-up is always reported.
 
     def is_gone() -> None:
         loop.remove_reader(gone.fileno())
@@ -82,7 +86,7 @@ def _on_signal(number: signal.Signals, leave: Callable[[int], object]) -> None:
 
 
 class AppThreads(ThreadPoolExecutor):
-    """Runs ``asyncio.to_thread`` calls in threads that the event loop does not wait for when it closes."""
+    """Runs ``asyncio.to_thread`` calls in threads. The event loop does not wait for these when it closes."""
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=cancel_futures)
@@ -93,7 +97,9 @@ _NATIVE = 2
 
 @contextmanager
 def capture_stderr(log: Path) -> Iterator[None]:
-    """Redirect standard error to ``log`` while the app runs."""
+    """Append standard error to ``log`` while the context is active. Textual paints to the terminal through
+    ``sys.__stderr__``, which is replaced by a stream to the terminal.
+    """
     before = sys.__stderr__
     terminal = os.dup(_NATIVE)
     with log.open("ab") as file, screen_on(os.dup(terminal)) as screen:
@@ -119,8 +125,8 @@ def screen_on(terminal: int) -> io.TextIOWrapper:
 class _Terminal(io.FileIO):
     """A terminal stream that ignores writes once the terminal is closed.
 
-    Otherwise the error would end Textual's writer thread, and the app would wait forever for its queue to
-    empty.
+    Otherwise the error would end Textual's writer thread, and the app would wait forever for the thread's
+    queue to empty.
     """
 
     def write(self, data: Any, /) -> int:
@@ -131,13 +137,13 @@ class _Terminal(io.FileIO):
 
 
 REPEAT_S = 30.0
-"""Seconds before the same problem is reported again, since an action repeated every second fails every
-second.
+"""Seconds before the same problem is reported again, since an action that is repeated every second would fail
+every second.
 """
 
 
 class DiskFaults:
-    """Handles disk errors and no others."""
+    """Reports errors of the disk, such as a full disk. Other errors are left to the caller."""
 
     def __init__(self) -> None:
         self._reported_at: dict[str, float] = {}
@@ -160,7 +166,9 @@ class DiskFaults:
         return problem is not None
 
     def notify(self, app: App[Any], error: BaseException) -> bool:
-        """Notify the user of a disk error, but not too often. Return False for any other error."""
+        """Notify the user of a disk error, at most every ``REPEAT_S`` seconds for each problem. Return False
+        for any other error.
+        """
         problem = disk_problem(error) if isinstance(error, OSError) else None
         if problem is None:
             return False

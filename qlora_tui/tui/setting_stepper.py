@@ -1,4 +1,6 @@
-"""The next value of a setting, such as the rank or the learning rate, when its key is pressed."""
+"""The next higher or lower value of a setting, such as the rank or the learning rate, when its key is
+pressed.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,15 @@ _BY_ONE = frozenset(
 )
 _HALVES = frozenset(("training.epochs",))
 _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
-"""Values from the LoRA and QLoRA papers, and a few more."""
+"""Dropout values: those in the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
 """Leading digits for all other numbers: 1, 2, 3, 5, 10, 20…"""
 
 
 def step_value(field: Field, value: Any, direction: int) -> Any:
-    """Return the next value up (1) or down (-1) within the bounds; unchanged if there is none or the value is
-    text.
+    """Return the setting's next value up (``direction`` 1) or down (-1) within its bounds. Return the same
+    value if there is no next one, or if the setting is text.
     """
     match field.kind:
         case "bool":
@@ -96,8 +98,8 @@ def _next_round_number(value: float, direction: int, *, whole: bool) -> float:
 
 
 def _bounded(field: Field, wanted: float, value: float) -> float:
-    """Return ``wanted`` if it is within the bounds, else the bound, or ``value`` if the bound is
-    exclusive.
+    """Return ``wanted`` if it is within the setting's bounds. If it is beyond a bound, return the bound, or
+    ``value`` if the bound itself is not allowed.
     """
     low, high = field.minimum, field.maximum
     if low is not None and (wanted <= low if field.exclusive_minimum else wanted < low):

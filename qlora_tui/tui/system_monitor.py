@@ -1,7 +1,7 @@
 """Polls the GPU and the runs once a second.
 
 ``SystemMonitor.poll_and_recover`` runs in a thread, and its result is published to all screens. It also
-starts a runner if runs are waiting without one.
+starts a runner if runs are waiting although no runner is active.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 _RETRY_S = 10.0
 """Seconds between attempts to open the GPU driver after a failure, since an attempt is slow."""
 STALLED_S = 5.0
-"""Seconds that runs may wait without an active run before another runner is started. A runner needs a moment
-to start a run.
+"""Seconds that runs may wait without an active run before another runner is started, since a runner needs
+some time to start a run.
 """
 _NOTIFIED: frozenset[State] = frozenset(("finished", "failed"))
 
@@ -50,20 +50,22 @@ class _Exports:
     """Cached result of the last read of a run's exports."""
 
     folder_at: int
-    """When a file in the run's folder was last replaced, in nanoseconds."""
+    """Modification time of the run's folder, in nanoseconds: when a file in it was last added or replaced."""
     changed_at: int | None
-    """When an export was last started or deleted, in nanoseconds; None for a run without exports."""
+    """Modification time of the folder of exports, in nanoseconds: when an export was last started or deleted.
+    None for a run without exports.
+    """
     running: tuple[RunningExport, ...]
 
 
 _SENT = (GpuDevice, GpuMetrics, GpuUnavailableError, RunDir, RunNotification, ServerStatus, Status, UserError)
-"""Types in a status that :mod:`.system_status` does not import, so that the first frame need not wait for
-them.
+"""Types in a status that :mod:`.system_status` imports only for type checking, so that the first frame need
+not wait for their modules.
 """
 
 
 class BoxMonitor:
-    """Receives the status of another box."""
+    """Receives the status of another machine, which does its own polling."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -71,7 +73,7 @@ class BoxMonitor:
         self._types = get_type_hints(SystemStatus, localns={kind.__name__: kind for kind in _SENT})
 
     def poll_and_recover(self) -> SystemStatus:
-        """Return the newest status, with the runs that ended since the last call."""
+        """Return the newest status that has arrived, with all runs that have ended since the last call."""
         link, ended = self._link, list[RunNotification]()
         for encoded in link.machine_states():
             record = msgspec.json.decode(link.here(encoded))
@@ -95,11 +97,11 @@ class SystemMonitor:
         self._runs: list[RunDir] = []
         self._runs_seen_at = -1
         self._statuses: dict[str, tuple[int, Status]] = {}
-        """For each run: when a file in its folder was last replaced, in nanoseconds, and its status at that
+        """By run id: modification time of the run's folder, in nanoseconds, and the run's status at that
         time.
         """
         self._training: set[str] = set()
-        """Ids of runs that were seen training. The user is notified when they end."""
+        """Ids of runs that an earlier poll saw training. The user is notified when they end."""
         self._exports: dict[str, _Exports] = {}
         self._cluster = Watch()
         self._driver: Nvml | None = None
@@ -110,11 +112,13 @@ class SystemMonitor:
         self._no_gpu: GpuUnavailableError | None = None
         self._retry_at = 0.0
         self._stalled_since: float | None = None
-        """Monotonic time in seconds since which runs have been waiting while none is active; None if they are
-        not.
+        """Monotonic time in seconds since which runs have been waiting while no run is active; None if no run
+        is waiting or a run is active.
         """
         self._has_looked_after_sweeps = False
-        """Whether a runner was started for sweeps that may have been killed before they queued a run."""
+        """Whether this monitor has started a runner, which also continues sweeps that were killed before they
+        queued a run.
+        """
 
     def poll_and_recover(self) -> SystemStatus:
         """Return the current status, and start a runner if the queue has none.
@@ -129,8 +133,8 @@ class SystemMonitor:
         training = [(run, status) for run, status in statuses if status.state in ACTIVE]
         active = training[0] if training else (None, None)
         is_training_here = any(not is_on_cluster(run) for run, _ in training)
-        # The latest start is not the newest run: a queue can be reordered, and an older run
-        # resumed.
+        # The run that was active last is not always the newest run: the queue can be reordered, and an older
+        # run can be resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued" or (s.hold and s.step)]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         has_sweeps = not self._has_looked_after_sweeps and any(paths.sweeps_dir().glob("*/active"))
@@ -157,9 +161,11 @@ class SystemMonitor:
         )
 
     def _running_exports(self, run: RunDir) -> tuple[RunningExport, ...]:
-        """Return a run's exports that are being written. Files are read only if there may be any."""
-        # The first export creates a folder in the run's folder, which changes the time that was
-        # read.
+        """Return the run's exports that are being written. Export files are read only if the folder of
+        exports has changed or an export was being written at the last call.
+        """
+        # The first export creates a folder in the run's folder, which changes the modification time of the
+        # latter.
         folder_at = self._statuses[run.id][0]
         known = self._exports.get(run.id)
         if known is not None and known.changed_at is None and known.folder_at == folder_at:
@@ -178,23 +184,26 @@ class SystemMonitor:
         return known.running
 
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
-        """Start a runner if runs are waiting after theirs was killed or the machine went down."""
+        """Start a runner if runs have been waiting for too long without one, such as after a crash of the
+        machine.
+        """
         now = time.monotonic()
-        # The runner may be waiting for the training hours, or for another program.
+        # A living runner may be waiting for the training hours, or for another program's memory to become
+        # free.
         if not is_stalled or is_locked(runner_lock_path()):
             self._stalled_since = None
         elif self._stalled_since is None:
             self._stalled_since = now
         elif now - self._stalled_since >= STALLED_S:
             self._stalled_since = now
-            # Not enough memory for a process, or no space for its log: retried later.
+            # If there is not enough memory for a process, or no space for its log, retry later.
             with suppress(OSError):
                 ensure_runner()
                 self._has_looked_after_sweeps = True
 
     def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[RunNotification, ...]:
         ended = [run for run, status in statuses if run.id in self._training and status.state in _NOTIFIED]
-        # A lost run is checked again, since a living runner may still be recording how it ended.
+        # A lost run is checked again, since a living runner may still be recording how the run ended.
         active_or_lost = {
             run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"
         }
@@ -235,13 +244,13 @@ class SystemMonitor:
 
     def _status(self, run: RunDir, *, is_queued: bool) -> Status:
         try:
-            # Replacing a file in a folder updates the folder's time.
+            # Replacing a file in a folder updates the folder's modification time.
             written_at = run.path.stat().st_mtime_ns
         except OSError:
             written_at = -1
         known = self._statuses.get(run.id)
-        # An active run can be lost, and a queued run removed from the queue, without a change to
-        # its status file.
+        # An active run can become lost, and a queued run can be removed from the queue, without a change to
+        # the run's status file.
         stale = known is None or known[0] != written_at or (known[1].state == "queued") != is_queued
         if known is None or stale or known[1].state in ACTIVE:
             known = (written_at, read_status(run))

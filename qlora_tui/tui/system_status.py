@@ -33,16 +33,16 @@ class RunningExport:
 
 @dataclass(frozen=True)
 class Host:
-    """Memory and disk of the machine."""
+    """Memory and disk of the machine on which runs train."""
 
     memory_bytes: int
     available_bytes: int
     disk_free_bytes: int | None
-    """Free space on the disk of the runs; None if unknown."""
+    """Free space on the disk that stores the runs; None if unknown."""
 
 
 def read_host() -> Host:
-    """Return the state of this machine."""
+    """Return the current memory and disk space of this machine."""
     import psutil  # not needed for the first frame
 
     memory = psutil.virtual_memory()
@@ -55,7 +55,7 @@ def read_host() -> Host:
 
 @dataclass(frozen=True)
 class SystemStatus:
-    """State of the GPU and the runs."""
+    """State of the machine's GPU, runs, exports and servers, as of one poll."""
 
     is_known: bool = False
     """False before the first poll; no other field is meaningful until then."""
@@ -64,11 +64,13 @@ class SystemStatus:
     gpu_choice: str = ""
     """Why this GPU was selected among several; empty if there is only one."""
     no_gpu: GpuUnavailableError | None = None
-    """Why there is no GPU, or why it does not respond."""
+    """Why there is no GPU, or why it does not respond; None if it responds."""
     gpu_problem: UserError | None = None
-    """Why torch cannot use the GPU."""
+    """Why torch cannot use the GPU; None if it can."""
     active: RunDir | None = None
-    """The run that is training. If several runs train, on a machine with several GPUs, it is the newest."""
+    """The run that is training; None if none is. If several runs are training, on several GPUs, this is the
+    newest.
+    """
     active_status: Status | None = None
     also_active: tuple[RunDir, ...] = ()
     """The other runs that are training."""
@@ -78,15 +80,15 @@ class SystemStatus:
     """The active run, or else the run that ended last."""
     active_or_last_status: Status | None = None
     waiting_ids: tuple[str, ...] = ()
-    """Ids in the queue, next one first."""
+    """Ids of the runs in the queue, in the order in which they will start."""
     exports: tuple[RunningExport, ...] = ()
     """Exports of all runs that are being written."""
     servers: tuple[ServerStatus, ...] = ()
-    """Servers that answer other programs."""
+    """Running servers of adapters, which other programs send requests to."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications about runs that have ended since the last poll."""
     host: Host | None = None
-    """None before the first poll."""
+    """Memory and disk of the machine; None before the first poll."""
     box: str = ""
     """Name of the other machine that this status describes; empty for this machine."""
     box_silent_s: float = 0.0
@@ -96,12 +98,12 @@ class SystemStatus:
 
     @property
     def loaded_server(self) -> ServerStatus | None:
-        """A server that holds a model in memory."""
+        """The first server that holds a model in memory; None if there is none."""
         return next((server for server in self.servers if server.memory_bytes), None)
 
     def continues_without_app(self, watched: RunDir | None = None) -> list[str]:
-        """Return a line for everything that keeps running after the app exits, with the command to come back
-        to it.
+        """Return a line for each run, export and server that continues after the app exits, and a last line
+        with the command to come back; an empty list if there are none.
 
         Args:
             watched: A run to name instead of the active one, unless it has ended.
@@ -140,22 +142,24 @@ class SystemStatus:
 
     @property
     def trains_on(self) -> Literal["cpu", "unknown", "none"]:
-        """What a run would train on if the driver reports no GPU for it."""
+        """What a run would train on while the driver reports no GPU: the CPU, something unknown, or
+        nothing.
+        """
         return "cpu" if self.no_gpu is None else self.no_gpu.reason.device
 
     @property
     def no_gpu_title(self) -> str:
-        """What to show in place of a GPU if the driver reports none."""
+        """Words to show in place of a GPU's name if the driver reports no GPU."""
         return {"cpu": "no GPU", "unknown": "unknown GPU", "none": "no usable GPU"}[self.trains_on]
 
     @property
     def no_gpu_reason(self) -> str:
-        """Why there is no GPU, in a sentence; empty if there is one."""
+        """Why there is no GPU, as a sentence; empty if there is a GPU."""
         return self.no_gpu.what if self.no_gpu else ""
 
     @property
     def free_bytes(self) -> int | None:
-        """Free memory of the GPU; None without a GPU."""
+        """Free memory of the GPU that programs can use; None without a GPU, or if unknown."""
         used = self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None
         return self.usable_bytes - used if self.usable_bytes is not None and used is not None else None
 

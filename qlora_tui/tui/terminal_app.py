@@ -36,8 +36,8 @@ from qlora_tui.tui.textual_compat import (
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
-"""Number of resize events that the app and its driver send at startup, before anything else can have written
-to the terminal.
+"""Number of resize events that Textual and its driver send at startup, when nothing but the app can have
+written to the terminal.
 """
 
 
@@ -49,15 +49,19 @@ class TerminalApp(HookedApp):
     def __init__(self) -> None:
         super().__init__()
         self.stylesheet = CachedStylesheet(variables=self.get_css_variables())
-        # Over a slow link an animation is only a delay.
+        # Over a slow link, an animation would only be a delay.
         self.animation_level = "none"
         self.shown = asyncio.Event()
-        """Set once the first frame has been written. Work that the frame need not wait for waits for this."""
+        """Set once the first frame has been written. Work that would delay the first frame waits for this
+        event.
+        """
         self._resizes = 0
         self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     def on_resize(self, event: Resize) -> None:
-        """Assume that the terminal may show anything, since resuming after Ctrl+Z also sends this event."""
+        """Send the whole screen: the terminal may show anything, since this event is also sent when the app
+        resumes after Ctrl+Z. Ignore the events at startup.
+        """
         self._resizes += 1
         if self._resizes > _RESIZES_AT_START:
             self.action_repaint()
@@ -90,7 +94,7 @@ class TerminalApp(HookedApp):
 
 
 class TerminalContents:
-    """Keeps track of the lines that the terminal shows."""
+    """The lines that the terminal shows, and updates that change only what differs from these."""
 
     def __init__(self, fallback_glyphs: Mapping[int, str]) -> None:
         self._lines: list[Strip] = []
@@ -98,12 +102,12 @@ class TerminalContents:
         """Substitutes for characters that the terminal's font lacks, for ``str.translate``."""
 
     def invalidate(self) -> None:
-        """Note that the terminal may show anything, so that the next update is sent whole."""
+        """Forget the lines, since the terminal may show anything, so that the next update is sent whole."""
         self._lines = []
 
     @property
     def is_unknown(self) -> bool:
-        """Whether the terminal may show anything."""
+        """Whether the lines that the terminal shows are unknown."""
         return not self._lines
 
     def diff(self, update: CompositorUpdate, console: Console) -> str:
@@ -124,7 +128,7 @@ class TerminalContents:
         return update.render_segments(console)
 
     def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
-        """Return every line that a partial update touches, in full."""
+        """Return each line that a partial update changes, in full, by its row."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:
             line = lines.get(y, self._lines[y])
@@ -147,9 +151,9 @@ class TerminalContents:
 
 
 class ScreenDiff(CompositorUpdate):
-    """An update that sends only differences.
+    """An update that sends only cells that differ from what the terminal shows.
 
-    They are computed when it is written, since some updates never are.
+    The differences are computed when the update is written, since some updates are never written.
     """
 
     def __init__(self, update: CompositorUpdate, terminal_contents: TerminalContents) -> None:
@@ -183,7 +187,8 @@ def _same_cells(one: list[Segment], other: list[Segment], *, from_right: bool = 
         if a == b:
             cells += a.cell_length
             continue
-        # Inside a run of one style, only where every character is one cell wide.
+        # Segments that differ are compared by character if they have the same style and each character is one
+        # cell wide.
         if a.style == b.style and a.cell_length == len(a.text) and b.cell_length == len(b.text):
             pairs = zip(a.text[::-1], b.text[::-1]) if from_right else zip(a.text, b.text)  # noqa: B905
             for x, y in pairs:

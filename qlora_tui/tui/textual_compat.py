@@ -53,8 +53,8 @@ __all__ = [
 _SHEETS = 1024
 """Number of parsed style sheets to cache, more than the app has.
 
-Textual caches 64 and parses all sheets in the same order each time, so with more than 64 every lookup would
-miss.
+Textual caches 64 sheets and parses all sheets in the same order each time, so with more than 64 sheets every
+lookup would miss.
 """
 
 
@@ -79,9 +79,8 @@ def add_border(name: str, glyphs: _BorderRows, *, on_parent: tuple[str, ...]) ->
 
 
 class HookedApp(App[None]):
-    """An app whose output, errors and notifications can be intercepted.
-
-    ``App`` in ``app.py`` has no public hooks for these.
+    """An app with hooks for its output, its errors and its notifications, which Textual's ``App`` does not
+    offer.
     """
 
     def get_driver_class(self) -> type[Driver]:
@@ -89,14 +88,14 @@ class HookedApp(App[None]):
         return PromptDriver if driver is LinuxDriver else driver
 
     def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
-        """Return what to write to the terminal in place of ``update``."""
+        """Hook that returns the update to write to the terminal in place of ``update``."""
         return update
 
     def frame_written(self) -> None:
         """Hook that is called after each frame."""
 
     def intercept_error(self, error: Exception) -> bool:
-        """Return True if the error was handled. Textual ends the app on any other error."""
+        """Hook that handles an error and returns True. If it returns False, Textual ends the app."""
         return False
 
     def write_escape(self, sequence: str) -> None:
@@ -110,23 +109,26 @@ class HookedApp(App[None]):
             self._driver.ask_colors()
 
     def wants_terminal_colors(self) -> bool:
-        """Return whether to ask the terminal for its colors before the first frame."""
+        """Hook that returns whether to ask the terminal for its colors before the first frame."""
         return False
 
     def remember_copied(self, text: str) -> None:
-        """Set the text that a paste inside the app inserts, without writing to the terminal."""
+        """Set the text that is inserted when the user pastes inside the app, without writing to the
+        terminal.
+        """
         self._clipboard = text
 
     def dismiss_information(self) -> None:
         """Remove all notifications except warnings and errors.
 
-        The next notification refreshes the display.
+        The display is not refreshed, since the caller shows another notification.
         """
         for notification in [note for note in self._notifications if note.severity == "information"]:
             self._unnotify(notification, refresh=False)
 
     def _display(self, screen: Screen[Any], renderable: Any) -> None:
-        # While updates are batched (PR 1832), Textual drops updates that are passed to it here.
+        # While updates are batched (PR 1832), Textual drops this update, so it must not be recorded as
+        # written.
         if self._batch_count:
             super()._display(screen, renderable)
             return
@@ -142,21 +144,22 @@ class HookedApp(App[None]):
 
 
 _REPORTS_S = 0.3
-"""Seconds that mouse reports may still be in transit on a slow link after the mouse moves."""
+"""Seconds after a movement of the mouse during which reports of it may still arrive over a slow link."""
 
 
 class PromptDriver(LinuxDriver):
-    """A driver whose reader thread ends promptly, and which recognizes the terminal's replies.
+    """A driver that recognizes the terminal's replies, and whose reader thread ends promptly.
 
-    Textual's reader checks only every tenth of a second whether it should end, then waits another tenth
-    (``drivers/linux_driver.py``), while the closed app is still on the screen. This driver does so only while
-    the mouse is moving, since the last mouse reports would otherwise be typed into the shell.
+    Textual's reader thread checks only every tenth of a second whether it should end, then waits another
+    tenth (``drivers/linux_driver.py``), while the closed app is still on the screen. This driver waits as
+    long only if the mouse has just moved, since the last mouse reports would otherwise be typed into the
+    shell.
     """
 
     def __init__(self, app: App[Any], **options: Any) -> None:
         super().__init__(app, **options)
         self._wake_fd = os.eventfd(0)
-        """File descriptor that becomes readable when the thread should end."""
+        """File descriptor that becomes readable when the reader thread should end."""
         self._report_at = 0.0
         """Monotonic time of the last mouse report or color query, in seconds."""
         self._replies = ReplyReader()
@@ -181,11 +184,12 @@ class PromptDriver(LinuxDriver):
     def disable_input(self) -> None:
         os.eventfd_write(self._wake_fd, int(monotonic() - self._report_at > _REPORTS_S))
         super().disable_input()
-        os.eventfd_write(self._wake_fd, 1)  # the next line would block at 0
+        os.eventfd_write(self._wake_fd, 1)  # otherwise the next line could block
         os.eventfd_read(self._wake_fd)
 
     def run_input_thread(self) -> None:
-        # The thread makes its own selector, and nothing else does in that module.
+        # Textual's reader thread creates a selector and a parser from these names, which nothing else in its
+        # module uses.
         make = partial(_WokenSelector, self._wake_fd)
         vars(linux_driver)["selectors"] = SimpleNamespace(
             SelectSelector=make, EVENT_READ=selectors.EVENT_READ
@@ -204,7 +208,7 @@ class _ReplyParser(XTermParser):
     def feed(self, data: str) -> Iterable[Message]:
         typed, replies = self._replies.read(data, monotonic())
         yield from replies
-        if typed or not data:  # nothing at all means the end
+        if typed or not data:  # empty data is the end of the input
             yield from super().feed(typed)
 
     def tick(self) -> Iterable[Message]:
@@ -214,7 +218,7 @@ class _ReplyParser(XTermParser):
 
 
 class _WokenSelector(selectors.SelectSelector):
-    """A selector that also wakes up when ``wake_fd`` becomes readable."""
+    """A selector that also returns, without an event, when ``wake_fd`` becomes readable."""
 
     def __init__(self, wake_fd: int) -> None:
         super().__init__()
@@ -231,10 +235,10 @@ def full_update(screen: Screen[Any]) -> CompositorUpdate:
 
 
 def clear_style_caches() -> None:
-    """Clear Textual's cached styles of widgets that no longer exist (``_styles_cache.py``).
+    """Clear Textual's cache of colors, which also holds widgets that no longer exist (``_styles_cache.py``).
 
-    The keys of its color cache keep everything that a widget has painted alive: 160 kB for a page of help,
-    for up to a thousand widgets.
+    The keys of this cache keep everything that a widget has painted alive, for up to a thousand widgets: 160
+    kB for a page of help.
     """
     clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
     if clear is not None:
@@ -244,8 +248,9 @@ def clear_style_caches() -> None:
 class CachedStylesheet(Stylesheet):
     """A stylesheet that parses each source only once, until a color changes.
 
-    Textual parses all of the app's sheets again whenever a screen adds its own (PR 2744), which delays that
-    screen's first key. It clears its parse cache (PR 3575) each time the variables are set.
+    Textual parses all of the app's style sheets again whenever a screen adds its own (PR 2744), which delays
+    the first key on that screen. Textual also clears its cache of parsed sheets (PR 3575) each time the
+    variables are set, even to the same values.
     """
 
     def __init__(self, *, variables: dict[str, str] | None = None) -> None:
@@ -261,13 +266,13 @@ class CachedStylesheet(Stylesheet):
 
 
 def bindings_of_widget(widget: Widget, key: str) -> Sequence[Binding]:
-    """Return the widget's own bindings for a key (``_bindings``, declared in ``dom.py``)."""
+    """Return the bindings of the widget itself for a key (``_bindings``, declared in ``dom.py``)."""
     return widget._bindings.key_to_bindings.get(key, ())
 
 
 def follow_end(widget: Widget) -> None:
     """Make an anchored widget follow its end again once the user scrolls back to it (``widget.py``).
 
-    Textual does this for containers, but a scroll view without children stops following its end for good.
+    Textual does this for containers, but a scroll view without children never follows its end again.
     """
     widget._check_anchor()

@@ -33,8 +33,8 @@ SELECTION_SHARE = 0.35
 CHART_FILL_SHARE = 0.14
 """Position of the area under a curve between the panel's surface (0) and the color of training (1)."""
 AUTO, TERMINAL = "auto", "terminal"
-"""Special theme names: ``auto`` chooses a theme by the terminal's number of colors, ``terminal`` is derived
-from the terminal's own colors.
+"""Special values of the setting ``theme``: ``auto`` selects a theme by the terminal's number of colors, and
+``terminal`` selects the theme that is derived from the terminal's own colors.
 """
 DEFAULT = "harbour"
 MIN_CONTRAST = 4.5
@@ -77,16 +77,16 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     surface: ThemeColor
     panel: ThemeColor
     training: ThemeColor | None = None
-    """Default: ``primary``."""
+    """Color of training; ``primary`` if None."""
     validation: ThemeColor | None = None
-    """Default: ``success``."""
+    """Color of validation; ``success`` if None."""
     forgetting: ThemeColor | None = None
     hardware: ThemeColor | None = None
     ansi: bool = False
     variables: dict[str, str] = {}
 
     def theme(self) -> Theme:
-        """Convert to a Textual theme with the variables that its widgets need."""
+        """Convert to a Textual theme, with the variables that the app's widgets need."""
         needed = _sixteen_colors(self) if self.ansi else _blended(self)
         parts = {name: getattr(self, name) for name in self.__struct_fields__ if name not in HUES}
         return Theme(**{**parts, "variables": {**_roles(self), **needed, **self.variables}})
@@ -105,8 +105,8 @@ def _roles(file: ThemeFile) -> dict[str, str]:
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """Return variables that Textual makes too faint to read, or cannot resolve inside a line (``auto
-    60%``).
+    """Return the variables of a theme whose default values in Textual are too faint to read, or cannot be
+    used inside a line (``auto 60%``).
     """
     background, surface, foreground, primary, training = map(
         Color.parse,
@@ -115,7 +115,7 @@ def _blended(file: ThemeFile) -> dict[str, str]:
     muted = file.variables.get("text-muted", background.blend(foreground, MUTED_SHARE).hex6)
     return {
         "text-muted": muted,
-        # The hint in an empty field must be readable.
+        # Textual shows the placeholder of an empty field in this color, so it must be readable.
         "text-disabled": muted,
         "border-blurred": background.blend(foreground, BORDER_SHARE).hex6,
         **_scrollbar(background.blend(foreground, SCROLLBAR_SHARE).hex6, surface.hex6),
@@ -141,8 +141,7 @@ def _sixteen_colors(file: ThemeFile) -> dict[str, str]:
         "text-disabled": muted,
         "border": file.primary,
         **_scrollbar("ansi_bright_black", "ansi_default"),
-        # The terminal reverses these colors, so text of any color has the same contrast as on the
-        # background.
+        # The terminal swaps text color and background here, so text of any color keeps its contrast.
         "block-cursor-foreground": "ansi_default",
         "block-cursor-background": "ansi_default",
         "block-cursor-text-style": "reverse",
@@ -164,12 +163,15 @@ def _luminance(color: Color) -> float:
 
 
 def of_terminal(foreground: Color, background: Color) -> Theme:
-    """Return a theme on the terminal's background, with each color shifted until it is readable."""
+    """Return the theme ``terminal`` for a terminal with these colors. Each of its colors is readable on the
+    terminal's background.
+    """
     white, black = Color(255, 255, 255), Color(0, 0, 0)
     dark = contrast(background, white) > contrast(background, black)
     far = white if dark else black
     ground = {name: background.blend(foreground, share) for name, share in _STEPS.items()}
-    # On a middle gray, no color is readable on a background that is shifted toward the text.
+    # If the terminal's background is a middle gray, no color would be readable on surfaces that are shifted
+    # toward the text color.
     grounds = [background, *ground.values()]
     if min(contrast(far, each) for each in grounds) < MIN_CONTRAST:
         ground, grounds = dict.fromkeys(_STEPS, background), [background]
@@ -204,7 +206,7 @@ def of_terminal(foreground: Color, background: Color) -> Theme:
 def load_themes() -> tuple[list[Theme], list[UserError]]:
     """Return all themes that can be read, and an error for each theme file that cannot.
 
-    A user's theme replaces a built-in one of the same name.
+    A theme in the user's folder replaces a built-in theme of the same name.
     """
     themes: dict[str, Theme] = {}
     problems = []
@@ -219,9 +221,9 @@ def load_themes() -> tuple[list[Theme], list[UserError]]:
 
 
 def theme_names() -> list[str]:
-    """Return the names of the themes to choose from.
+    """Return the values of the setting ``theme`` to choose from: ``auto`` and the names of all themes.
 
-    Textual's own are left out: their contrast is too low.
+    Textual's own themes are left out, since their contrast is too low.
     """
     return [AUTO, *sorted((TERMINAL, *(theme.name for theme in load_themes()[0])))]
 
@@ -256,7 +258,9 @@ def _file(path: Path) -> ThemeFile:
 
 
 def _check_colors(file: ThemeFile) -> None:
-    """Raise ColorParseError for text that only looks like a color, since it would crash Textual."""
+    """Raise ColorParseError for a value that is not a color in spite of its form, since Textual would
+    crash.
+    """
     for name in file.__struct_fields__:
         value = getattr(file, name)
         if isinstance(value, str) and name != "name":
@@ -267,8 +271,8 @@ def _check_colors(file: ThemeFile) -> None:
 
 
 def is_of_terminal(setting: str, few_colors: bool) -> bool:
-    """Return whether the terminal's own colors are used: because of the setting, or because it has at most 16
-    colors.
+    """Return whether the terminal's own colors are used: because the setting is ``terminal``, or because it
+    is ``auto`` and the terminal has at most 16 colors.
     """
     return setting == TERMINAL or (setting == AUTO and few_colors)
 

@@ -1,4 +1,4 @@
-"""Long-running work in a thread that ends when its worker is canceled or a key stops it."""
+"""Long-running work in a thread, which ends when its worker is canceled or when a key stops it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
-    """Run ``function`` in a thread and return its result. It gets an argument ``should_stop``, which returns
-    True once this call is canceled. Leaving the app cancels a worker but not its thread, and the app would
-    have to wait until the thread ends.
+    """Run ``function`` in a thread and return its result. The function gets a keyword argument
+    ``should_stop``, a function that returns True once this call is canceled. Without it, closing the app
+    would cancel the worker but not the thread, and the app would have to wait until the thread ends.
     """
     stop = Event()
     try:
@@ -32,11 +32,10 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
 def act_on_run(
     screen: Screen[Any], run: RunDir, act: Callable[[RunDir], object], then: Callable[[], object]
 ) -> None:
-    """Call ``act``, then ``then``. For a run on a cluster, ``act`` runs in a thread, since the cluster's
-    commands are slow.
+    """Call ``act(run)``, then ``then()``. For a run on a cluster, a worker of ``screen`` does this and calls
+    ``act`` in a thread, since the cluster's commands are slow.
     """
-    # Imported here because the first frame needs the rest of this module, but not the package of
-    # runs.
+    # Imported here because the first frame needs this module, but not the package ``runs``.
     from qlora_tui.runs.slurm_runs import is_on_cluster
 
     if not is_on_cluster(run):
@@ -52,7 +51,7 @@ def act_on_run(
 
 
 class Measurement:
-    """Long-running work in a thread that a key starts and stops; one at a time."""
+    """Long-running work that a key starts and stops, in one thread at a time."""
 
     def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
         """Create an idle measurement.
@@ -60,12 +59,12 @@ class Measurement:
         ``on_change`` is called in the app's thread when :attr:`progress` changes.
         """
         self.progress = ""
-        """Progress of the work, in words; empty while nothing runs."""
+        """Progress of the work, in words; empty while no work runs."""
         self._on_change = on_change
         self._stop: Event | None = None
 
     def stop(self) -> bool:
-        """Stop the measurement. Return whether one was running."""
+        """Ask the running measurement to stop. Return False if none was running."""
         if self._stop is None:
             return False
         self._stop.set()
@@ -98,8 +97,8 @@ class Measurement:
         except JobStopped:
             return None
         finally:
-            # Leaving the app cancels a worker but not its thread, and the app would wait for the
-            # thread to end.
+            # Closing the app cancels the worker but not the thread, and the app would wait until the thread
+            # ends.
             stop.set()
             self._stop = None
             show("")

@@ -1,4 +1,4 @@
-"""What the app remembers between sessions for convenience, in one file. Nothing depends on it."""
+"""What the app remembers between sessions for convenience, in one file, which may be deleted at any time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class UiState(Struct, frozen=True, omit_defaults=True):
     """Contents of ``ui_state.json``."""
 
     recent: Mapping[Kind, tuple[str, ...]] = {}
-    """Recently used paths and texts, newest first."""
+    """Recently used paths and texts by their kind, newest first."""
     last_seen: float = 0.0
     """Unix time when the app was last in use. Runs that ended after it are announced at the next start."""
     download_bytes_per_s: float = 0.0
@@ -33,12 +33,12 @@ _DECODER = msgspec.json.Decoder(UiState)
 
 
 def load_ui_state() -> UiState:
-    """Read the file; return the defaults if it is missing or unreadable."""
+    """Return the contents of the file, or the defaults if the file is missing or unreadable."""
     return read_json(_file(), _DECODER) or UiState()
 
 
 def save_ui_state(**changes: Any) -> None:
-    """Change some fields. Errors while writing are ignored."""
+    """Write the file with these fields changed. Errors while writing are ignored."""
     state = msgspec.structs.replace(load_ui_state(), **changes)
     with suppress(OSError, UnicodeEncodeError):
         atomic_write(_file(), msgspec.json.encode(state))
@@ -55,7 +55,7 @@ def recent_paths(kind: Kind) -> list[Path]:
 
 
 def add_recent(kind: Kind, text: str | Path) -> None:
-    """Put an entry first in the list of its kind."""
+    """Put an entry first in the list of its kind, without a second copy. An empty text is ignored."""
     state, added = load_ui_state().recent, str(text)
     if added:
         texts = (added, *(other for other in state.get(kind, ()) if other != added))
@@ -66,7 +66,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # A name too long for the file system, or a folder that may not be read.
+        # The name is too long for the file system, or the folder may not be read.
         return False
 
 

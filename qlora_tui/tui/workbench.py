@@ -1,8 +1,9 @@
 """The recipe being edited, with undo; the architecture and estimates derived from it; and its draft.
 
 The draft is a file that keeps the recipe, so that neither a closed terminal nor a power cut loses an edit.
-All apps of one account share the file. Each remembers what it last read or wrote there, so it notices when
-another has changed it, and asks whose recipe to keep.
+All windows of the app under one user account share the file. Each window remembers what it last read from the
+file or wrote to it. When another window has changed the file, the window notices this and asks whose recipe
+to keep.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from qlora_tui.tui.screens.modals.dialogs import DraftChoice
 
 
-# The first frame shows neither architecture nor estimate, so their packages are imported where they
-# are first needed.
+# The first frame shows neither an architecture nor an estimate, so the packages for these are imported where
+# they are first needed.
 
 _UNDO_STEPS = 200
 FIRST_PRESET = "balanced"
@@ -52,22 +53,26 @@ class Workbench:
     """The recipe being edited, with undo, redo and cached estimates."""
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
-        """Raise UserError if the preset does not exist or is damaged."""
+        """Start from ``recipe``, or else from the recipe of the preset. An empty ``preset`` means the
+        defaults.
+
+        Raises UserError if the preset does not exist or is damaged.
+        """
         preset_recipe = build_recipe(preset=preset) if preset else Recipe()
         self._now = _EditState(recipe or preset_recipe, preset, preset_recipe)
         self.preset_error: UserError | None = None
         """Why the preset that the recipe started from could not be opened."""
         self.draft_error: UserError | None = None
-        """Why the draft could not be read, and where its copy is."""
+        """Why the draft could not be read, and where the unreadable file was moved."""
         self._undo: list[_EditState] = []
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
         self.on_outline: Callable[[str], object] = lambda model: None
-        """Called with the id of a model if only an outline of its architecture was read. May be called in any
-        thread.
+        """Called with the id of a model, in any thread, if only an outline of the model's architecture was
+        read.
         """
         self._trainable: str | None = None
-        """Id of the model that was last checked and can be trained."""
+        """Id of the model that the last check found trainable; None if there was no such check."""
         self._compared: tuple[
             tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
         ] = ()
@@ -79,41 +84,46 @@ class Workbench:
 
     @property
     def preset(self) -> str:
-        """Name of the preset it started from; empty for the defaults."""
+        """Name of the preset that the recipe started from; empty for the defaults."""
         return self._now.preset
 
     @property
     def preset_recipe(self) -> Recipe:
-        """The recipe as the preset defines it, with the current name, model and data."""
+        """The preset's recipe, but with the current recipe's name, model, data and initial adapter."""
         return _with_own(self._now.preset_recipe, self.recipe)
 
     @property
     def modified(self) -> bool:
-        """Whether the recipe differs from its preset."""
+        """Whether the recipe differs from :attr:`preset_recipe`."""
         return self.recipe != self.preset_recipe
 
     def set(self, path: str, value: Any) -> bool:
-        """Change one setting after checking it; return False if it already has that value.
+        """Change the setting at ``path``; return False if it already has this value.
 
-        Raises UserError.
+        Raises UserError if the value is not allowed.
         """
         changed = replace_setting(self.recipe, path, value)
         to_recipe(to_layer(changed), origin="this recipe")
         return self.replace(changed)
 
     def replace(self, recipe: Recipe) -> bool:
-        """Replace the whole recipe, with undo; return False if nothing changed."""
+        """Replace the whole recipe, as one change that can be undone; return False if ``recipe`` is the
+        same.
+        """
         if recipe == self.recipe:
             return False
         self._change_to(_EditState(recipe, self._now.preset, self._now.preset_recipe))
         return True
 
     def adopt(self, other: Workbench) -> None:
-        """Adopt another workbench's recipe and preset. Undo restores the old ones."""
+        """Adopt another workbench's recipe and preset. Undo restores the previous recipe and preset."""
         self._change_to(other._now)
 
     def open_preset(self, name: str) -> None:
-        """Apply a preset's settings, but keep name, model and data. Raises UserError."""
+        """Apply a preset's settings, but keep the recipe's name, model, data and initial adapter.
+
+        Raises UserError if the preset does not exist or is damaged.
+        """
         preset_recipe = build_recipe(preset=name)
         changed = _with_own(preset_recipe, self.recipe)
         self._change_to(_EditState(changed, name, preset_recipe))
@@ -122,19 +132,22 @@ class Workbench:
         """Record that the recipe was saved as preset ``name``. The recipe does not change, so there is
         nothing to undo.
 
-        Returns the preset that it started from before, for :meth:`undo_saved_as`.
+        Returns the name and recipe of the preset that the recipe started from until now, for
+        :meth:`undo_saved_as`.
         """
         previous_preset = self._now.preset, self._now.preset_recipe
         self._now = _EditState(self.recipe, name, self.recipe)
         return previous_preset
 
     def undo_saved_as(self, name: str, previous_preset: tuple[str, Recipe]) -> None:
-        """Undo :meth:`saved_as`, given its return value."""
+        """Undo :meth:`saved_as`, given its argument and its return value, unless the preset has changed
+        since.
+        """
         if self.preset == name:
             self._now = _EditState(self.recipe, *previous_preset)
 
     def undo(self) -> bool:
-        """Go back one change; return False if there is none."""
+        """Undo the last change; return False if there is none."""
         if not self._undo:
             return False
         self._redo.append(self._now)
@@ -142,7 +155,7 @@ class Workbench:
         return True
 
     def redo(self) -> bool:
-        """Go forward one change; return False if there is none."""
+        """Redo the change that was undone last; return False if there is none."""
         if not self._redo:
             return False
         self._undo.append(self._now)
@@ -150,11 +163,11 @@ class Workbench:
         return True
 
     def architecture(self) -> Architecture | UserError:
-        """Return the model's architecture from its ``config.json``, or a UserError if there is none."""
+        """Return the architecture of the recipe's model, or the UserError that explains why it is unknown."""
         return self._architecture_of(self.recipe.model.id)
 
     def _architecture_of(self, model: str) -> Architecture | UserError:
-        known = self._architecture  # another thread may reset the cache at any time
+        known = self._architecture  # read once, since another thread may reset the cache at any time
         if known is None or known[0] != model:
             known = self._architecture = (model, _read(model))
             if not isinstance(known[1], UserError) and known[1].is_outline:
@@ -162,14 +175,17 @@ class Workbench:
         return known[1]
 
     def refuse_outline(self, model: str, problem: UserError) -> None:
-        """Make :meth:`architecture` return the reason why a model's exact architecture could not be read."""
+        """Make :meth:`architecture` return ``problem``, which says why the model's exact architecture is
+        unknown.
+        """
         self._architecture = (model, problem)
         self._compared = ()
 
     def model_refusal(self) -> UserError | None:
-        """Return why the recipe's model cannot be trained, even if it has an estimate; None if it can.
+        """Return why the recipe's model cannot be trained; None if it can, or if the recipe has no model.
 
-        Only a success is cached: another program may download missing files at any time.
+        Memory can be estimated even for a model that lacks the files for training. Only the answer that the
+        model can be trained is cached, since another program may download missing files at any time.
         """
         model = self.recipe.model.id
         if self._trainable == model:
@@ -181,38 +197,40 @@ class Workbench:
         try:
             refusal = training_refusal(model)
         except UserError as problem:
-            # The box does not answer.
+            # The box does not respond.
             return problem
         self._trainable = model if refusal is None else None
         return refusal
 
     def forget_architecture(self) -> None:
-        """Read the model's files again when they are next needed, since it may have been downloaded."""
+        """Read the model's files again when they are next needed, since they may have been downloaded."""
         self._architecture = None
         self._trainable = None
         self._compared = ()
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
-        """Return the estimate in every precision, or a UserError if there is nothing to estimate.
+        """Return the estimate of the recipe's memory on ``device`` for every precision, or the UserError that
+        explains why there is none.
 
-        Cached until the recipe changes, since both the strip and the screen need it.
+        The estimates are cached until the recipe changes, since both the recipe strip and the screen request
+        them.
         """
         return self._comparison_of(self.recipe, device)
 
     def _comparison_of(self, recipe: Recipe, device: Device) -> dict[Precision, Estimate] | UserError:
-        # A thread may ask while the user edits the recipe.
+        # The recipe is an argument, since the user may edit ``self.recipe`` while a thread runs this.
         architecture, known = self._architecture_of(recipe.model.id), self._compared
         for of_architecture, of_recipe, of_device, compared in known:
             if of_architecture is architecture and (of_recipe, of_device) == (recipe, device):
                 return compared
         compared = _compare(recipe, architecture, device)
-        # Cached for two devices: the one that a run here would use, and the one that the user plans
+        # Cached for two devices: the device that a run here would use, and the device that the user plans
         # for.
         self._compared = ((architecture, recipe, device, compared), *known[:1])
         return compared
 
     def estimate(self, device: Device) -> Estimate | None:
-        """Return the estimate in the recipe's precision; None if there is nothing to estimate."""
+        """Return the estimate of the recipe's memory on ``device``; None if there is nothing to estimate."""
         from qlora_tui.memory.estimate import precision_of
 
         recipe = self.recipe
@@ -220,14 +238,16 @@ class Workbench:
         return None if isinstance(compared, UserError) else compared[precision_of(recipe)]
 
     def verdict(self, budget: MemoryBudget) -> Verdict | None:
-        """Return whether the recipe fits the memory; None if there is nothing to estimate."""
+        """Return the verdict on whether the recipe fits the memory in ``budget``; None if nothing can be
+        estimated.
+        """
         from qlora_tui.memory import check_fit
 
         estimated = self.estimate(budget.device)
         return None if estimated is None else check_fit(estimated, budget.bytes)
 
     def _change_to(self, state: _EditState) -> None:
-        """Make this the current state. Undo restores the previous one."""
+        """Make ``state`` the current state. Undo restores the previous state."""
         self._undo = [*self._undo, self._now][-_UNDO_STEPS:]
         self._redo.clear()
         self._now = state
@@ -247,21 +267,21 @@ def _compare(
 
 
 def undo_recipe(app: QloraApp) -> None:
-    """Undo the last change to the recipe."""
+    """Undo the last change to the recipe, or notify the user that there is none."""
     nothing = "Nothing to undo: the recipe was not changed."
     _move(app, app.workbench.undo, "Undone", nothing, f"Press {key_name('app.redo')} to redo.")
 
 
 def redo_recipe(app: QloraApp) -> None:
-    """Redo the change that was undone last."""
+    """Redo the change that was undone last, or notify the user that there is none."""
     nothing = "Nothing to redo: no change was undone."
     _move(app, app.workbench.redo, "Redone", nothing, f"Press {key_name('app.undo')} to undo.")
 
 
 def open_preset(app: QloraApp, name: str) -> bool:
-    """Open a preset and report how many settings changed.
+    """Open a preset, and notify the user how many settings changed.
 
-    If it is damaged, show the error and return False.
+    If the preset cannot be opened, show the error and return False.
     """
     before = app.workbench.recipe
     if not app.try_or_show_error(lambda: app.workbench.open_preset(name)):
@@ -279,7 +299,8 @@ def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reve
         app.notify(nothing)
         return
     app.recipe_edited()
-    # A screen shows the change of one setting; undoing a preset changes many, most on other screens.
+    # The current screen usually shows the change of a single setting. Undoing a preset changes many settings,
+    # most of them on other screens, so the user is notified.
     if workbench.preset != preset:
         now = (
             f"the preset is {workbench.preset} again"
@@ -324,13 +345,10 @@ def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
     return recipe
 
 
-# Home is painted without the recipe package, so the comparison is imported where it is used.
-
-
 _PRESET_COMMENT = "# began as "
 """Start of the draft's first line, before the preset's name."""
 _LOCK_S = 0.5
-"""Seconds to wait for another app to finish writing its draft."""
+"""Seconds to wait for another window to finish writing the draft."""
 
 
 @dataclass(frozen=True)
@@ -338,32 +356,32 @@ class SavedDraft:
     """Contents of the draft file."""
 
     recipe: Recipe | None = None
-    """None if there is no draft or it could not be read."""
+    """The recipe in the draft; None if there is no draft or it could not be read."""
     preset: str = ""
     """Name of the preset that the recipe started from; empty for the defaults."""
     error: UserError | None = None
-    """Why the draft could not be read, and where its copy is."""
+    """Why the draft could not be read, and where the unreadable file was moved."""
 
 
 class Draft:
-    """The draft file, and what this app last read or wrote there."""
+    """The draft file, and what this window of the app last read from the file or wrote to it."""
 
     def __init__(self) -> None:
         self._known: str | None = None
-        """Text that this app last read from the file or wrote to it."""
+        """Text that this window last read from the file or wrote to it."""
         self._seen: tuple[int, int] | None = None
         """Inode and modification time (ns) of the file when it was last compared with ``_known``."""
         self._is_loaded = False
         self.is_newer = False
-        """Whether another app has changed the file since, as of the last :meth:`is_changed_elsewhere`."""
+        """Whether the file held another window's text when :meth:`is_changed_elsewhere` last compared it."""
         self._aside: Path | None = None
         self._is_settled = False
-        """Whether the draft was written since the last conflict, so that the next conflict needs another
-        file.
+        """Whether this window has written the draft since its last conflict with another window. If so, the
+        next conflict gets a new file in :attr:`aside`.
         """
 
     def load(self) -> SavedDraft:
-        """Read the draft. If it cannot be read, it is moved aside, so that saving does not overwrite it."""
+        """Read the draft. An unreadable draft is moved aside, so that saving does not overwrite it."""
         with _draft_lock():
             self._known, self._is_loaded = None, True
             try:
@@ -380,12 +398,11 @@ class Draft:
                 return SavedDraft(error=_move_aside(unreadable))
 
     def save(self, workbench: Workbench, *, replace: bool = False) -> bool:
-        """Write the workbench to disk. Return False, and leave the draft alone, if another app has changed
-        it.
+        """Write the workbench's recipe to the draft and return True. If another window has changed the draft,
+        write the recipe to the file :attr:`aside` instead, and return False.
 
-        In both cases, both recipes are on disk: the recipe that is not in the draft is in :attr:`aside`. With
-        ``replace``, this app's recipe goes into the draft and the other app's into :attr:`aside`. Raises
-        OSError.
+        With ``replace``, the workbench's recipe goes into the draft in any case, and another window's recipe
+        into :attr:`aside`. Raises OSError if a file cannot be written.
         """
         text = f"{_PRESET_COMMENT}{workbench.preset}\n{dump(workbench.recipe)}"
         with _draft_lock():
@@ -403,14 +420,16 @@ class Draft:
 
     @property
     def aside(self) -> Path:
-        """Path of the recipe that was not kept when two apps changed the draft."""
+        """Path of the file for the recipe that does not go into the draft after two windows have changed the
+        draft.
+        """
         if self._aside is None:
             self._aside = _free_name("other")
         return self._aside
 
     def is_changed_elsewhere(self) -> bool:
-        """Return whether another app has changed the draft since the last call and since this app
-        wrote it.
+        """Return whether the file has changed since the last call, and its text is not what this window last
+        read or wrote.
         """
         try:
             status = draft_path().stat()
@@ -424,14 +443,15 @@ class Draft:
 
 
 def open_workbench(draft: Draft) -> Workbench:
-    """Restore the workbench from the draft, or create a new one if there is no draft or it cannot be read.
+    """Return a workbench with the draft's recipe; with a new recipe if there is no draft or it cannot be
+    read.
 
     A missing or damaged preset does not affect the recipe.
     """
     saved = draft.load()
     preset_error = None
     for name in (saved.preset or FIRST_PRESET, FIRST_PRESET):
-        # Either preset may be a damaged file of the user's.
+        # Either preset may be a damaged file in the user's folder.
         try:
             workbench = Workbench(saved.recipe, name)
             break
@@ -444,9 +464,9 @@ def open_workbench(draft: Draft) -> Workbench:
 
 
 def save_or_ask(app: QloraApp) -> None:
-    """Save the workbench as the draft. If another app has changed the draft, ask whose recipe to keep.
+    """Save the workbench as the draft. If another window has changed the draft, ask whose recipe to keep.
 
-    Raises OSError.
+    Raises OSError if the draft cannot be written.
     """
     from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
@@ -470,7 +490,9 @@ def save_or_ask(app: QloraApp) -> None:
 
 
 def reload_recipe(app: QloraApp) -> None:
-    """Load the recipe that another app has saved. Undo restores this app's."""
+    """Load the recipe that another window has saved, or notify the user that there is none. Undo restores
+    this window's recipe.
+    """
     draft = Draft()
     other = open_workbench(draft)
     if other.draft_error is not None:
@@ -489,7 +511,7 @@ def _adopt(app: QloraApp, draft: Draft, other: Workbench) -> None:
 
 
 def tell_of_change(app: QloraApp) -> None:
-    """Notify the user that another app has changed the draft, and how to load that recipe."""
+    """If another window has changed the draft, notify the user how to load the other window's recipe."""
     from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
     # The app has no screens while it closes.
@@ -505,7 +527,7 @@ def tell_of_change(app: QloraApp) -> None:
 
 
 def draft_written_at() -> float:
-    """Return the Unix time of the last change to the recipe; 0 if there is none."""
+    """Return the Unix time at which the draft was last written; 0 if there is no draft."""
     try:
         return draft_path().stat().st_mtime
     except OSError:
@@ -517,7 +539,7 @@ def draft_path() -> Path:
 
 
 def _content() -> str | None:
-    """Return the draft as text, whatever bytes it contains; None if there is none."""
+    """Return the draft as text, with invalid UTF-8 as surrogate escapes; None if there is no draft."""
     try:
         return read_regular(draft_path()).decode(errors="surrogateescape")
     except FileNotFoundError:
@@ -525,7 +547,10 @@ def _content() -> str | None:
 
 
 def _read_draft() -> tuple[Recipe, str]:
-    """Return the recipe and the name of the preset it started from. Raises UserError."""
+    """Return the recipe in the draft and the name of the preset that the recipe started from.
+
+    Raises UserError if the draft cannot be read as a recipe.
+    """
     text, origin = read_text(draft_path()), str(draft_path())
     layer = parse(text, origin)
     validate(layer, origin, text)
@@ -559,7 +584,7 @@ def _encoded(text: str) -> bytes:
 
 @contextmanager
 def _draft_lock() -> Iterator[None]:
-    """Keep other apps from writing in the meantime, if the file system supports locks."""
+    """Lock the draft, so that no other window writes it in the meantime. If it cannot be locked, go on."""
     with ExitStack() as stack:
         with suppress(UserError):
             stack.enter_context(locked(paths.state_dir() / "draft.lock", patience_s=_LOCK_S))

@@ -1,4 +1,6 @@
-"""Tables of text lines, whose columns are cut or left out to fit a width, and lists of labeled facts."""
+"""Tables as lines of text, with columns that are cut or left out to fit a width, and lists of labeled
+facts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ class Column(Generic[Row]):
     """One column of a table of ``Row``."""
 
     text: Callable[[Row], str | Content]
-    """Returns the text for a row: a string is shown in ``style``, a Content in its own style."""
+    """Returns the column's text for a row: a string is shown in ``style``, a Content in its own style."""
     title: str = ""
     width: int | None = None
     """Width in cells; None means as wide as its widest text or its title."""
@@ -29,36 +31,36 @@ class Column(Generic[Row]):
     max_width: int | None = None
     """Maximum width of a column without a fixed width, in cells."""
     shrinks: bool = False
-    """Whether the column shrinks, down to ``min_width``, if the columns are too wide together."""
+    """Whether the column shrinks, down to ``min_width``, if the table is too wide."""
     fills: bool = False
     """Whether the column takes the width that the other columns leave, at least ``min_width``."""
     right: bool = False
     """Whether its texts are right-aligned."""
     style: str = ""
     gap: int = 2
-    """Spaces before it, unless it is the first."""
+    """Number of spaces before the column, unless it is the first."""
     shown_from: int = 0
-    """Minimum width of the line, in cells, for showing the column."""
+    """Minimum width of the table, in cells, at which the column is shown."""
     dropped: int = 0
     """Position in the order in which columns are left out if the table is too wide; 0 means never."""
     shown_if_empty: bool = True
-    """Whether the column is shown if it is empty in every row."""
+    """Whether the column is shown even if its text is empty in every row."""
     shown_if_same: bool = True
-    """Whether the column is shown if it has the same text in each of several rows."""
+    """Whether the column is shown even if its text is the same in all of several rows."""
     shorter: Callable[[str, int], str] | None = None
-    """Shortens a string to a width, in characters, instead of ``cut_range``."""
+    """Function that shortens a string to a width in characters, to use instead of ``cut_range``."""
     is_sentence: bool = False
-    """Whether its texts are cut at their end."""
+    """Whether texts that are too long are cut at their end rather than by ``cut_range``."""
 
 
 def table(
     columns: Sequence[Column[Row]], rows: Sequence[Row], width: int, title_style: str = "dim"
 ) -> list[Content]:
-    """Return a line of titles, if there are any, and a line for each row, at most ``width`` cells wide if
-    possible.
+    """Return a line of titles, if any column has one, and a line for each row, at most ``width`` cells wide
+    if possible.
 
     Texts that are too long are cut in their least informative part (``cut_range``). If the columns are too
-    wide even at their minimum widths, the last shrinking column becomes narrower still.
+    wide even at their minimum widths, the last column that shrinks becomes narrower than its minimum.
     """
     columns = [column for column in columns if width >= column.shown_from and _tells(column, rows)]
     texts = [[_on_one_line(column.text(row)) for row in rows] for column in columns]
@@ -79,8 +81,8 @@ def table(
 
 
 def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
-    """Return ``license  apache-2.0`` lines: values are aligned and wrapped in their column; plain texts stay
-    as they are.
+    """Return a line or more for each fact: ``license apache-2.0``. Values are aligned, and wrapped in their
+    column; a text without a label is not wrapped.
     """
     cells = max((len(fact[0]) for fact in facts if isinstance(fact, tuple)), default=0) + 2
     lines = []
@@ -95,15 +97,17 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
 
 
 def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[Content]:
-    """Return ``head`` and ``text`` with a hanging indent. The text gets at least ``least`` cells per line."""
+    """Return lines with ``head`` on the first, and ``text`` next to it, wrapped so that each line is
+    ``width`` cells wide at most. The text gets at least ``least`` cells per line in any case.
+    """
     cells = head.cell_length
     first, *others = text.wrap(max(least, width - cells)) or [Content("")]
     return [head + first, *(Content(" " * cells) + other for other in others)]
 
 
 def _tells(column: Column[Row], rows: Sequence[Row]) -> bool:
-    """Return whether a column is shown: an empty column, or one with the same text in every row, may be
-    hidden.
+    """Return whether a column is shown, which may depend on whether its texts are all empty
+    (``shown_if_empty``) or all the same (``shown_if_same``).
     """
     if column.shown_if_empty and column.shown_if_same:
         return True
@@ -117,8 +121,8 @@ def _fitting(
     widths: Sequence[int],
     width: int,
 ) -> tuple[list[Column[Row]], list[list[str | Content]], list[int]]:
-    """Drop columns until the remaining ones fit, with shrinking columns at their minimum width. Return the
-    columns left, their texts and their widths.
+    """Drop columns until the remaining columns fit ``width`` when those that shrink or fill have their
+    minimum width. Return the remaining columns, their texts and their widths.
     """
     kept = list(zip(columns, texts, widths, strict=True))
 
@@ -150,7 +154,7 @@ def _cells(text: str | Content) -> int:
 def _line(
     columns: Sequence[Column[Row]], texts: Sequence[str | Content], widths: Sequence[int], gaps: Sequence[int]
 ) -> Content:
-    """Return a row with each text cut or padded.
+    """Return a row as a line, with each text cut or padded to the width of its column, in cells.
 
     Styles at the start and end of a text extend over its padding.
     """
@@ -183,7 +187,9 @@ def _line(
 
 
 def cut_name(text: Content, width: int) -> Content:
-    """Cut a text to ``width`` cells by ``cut_range``, or at the end if it has wide characters."""
+    """Return the text cut to ``width`` cells: in the part that ``cut_range`` selects or, if it has wide
+    characters, at its end.
+    """
     if text.cell_length != len(text) or width < 3:
         return text.truncate(width, ellipsis=True)
     start, stop = cut_range(text.plain, width)

@@ -27,14 +27,14 @@ _DIGITS = {
     ":": (" ", "█", " ", "█", " "),
     "-": ("  ", "  ", "██", "  ", "  "),
 }
-"""Five rows of dots for each character that can be drawn large."""
+"""Five rows of dots for each character that can be drawn in large digits."""
 _HALVES = {(" ", " "): " ", ("█", " "): "▀", (" ", "█"): "▄", ("█", "█"): "█"}
 _PART = re.compile(r"([\d.,:-]+)|([^\d.,:-]+)")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A value with its units, such as ``3 h 12 min``, and its label."""
+    """A value with its units, such as ``3 h 12 min``, and a label."""
 
     label: str
     value: str
@@ -55,7 +55,9 @@ def figure_line(figures: Iterable[Figure]) -> Content:
 
 
 def large_figures(figures: Iterable[Figure]) -> list[Content]:
-    """Return three lines: numbers in large digits, small units at the bottom, labels at the top."""
+    """Return the figures next to each other in three lines: numbers in digits of all three lines, units in
+    the last line, and labels in the first.
+    """
     columns = [_large(figure) for figure in figures]
     gap = Content(" " * _GAP)
     return [gap.join(rows) for rows in zip(*columns, strict=True)]
@@ -84,7 +86,7 @@ def _large(figure: Figure) -> list[Content]:
 
 
 def _digit(character: str) -> tuple[str, ...]:
-    """Return a character as three rows of cells, each cell two dots high."""
+    """Return the large form of a character as three rows of cells, each cell two dots high."""
     dots = _DIGITS[character]
     pairs = zip_longest(dots[::2], dots[1::2], fillvalue=" " * len(dots[0]))
     return tuple("".join(_HALVES[pair] for pair in zip(*rows, strict=True)) for rows in pairs)

@@ -45,7 +45,7 @@ _VERDICTS = {
 }
 """(sign, color) of each verdict on memory; the word or the sign is always shown too."""
 INSTANT = "~"
-"""Prefix of an instant estimate. An estimate from a traced step has no prefix."""
+"""Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 CANNOT_TRAIN = "✗ cannot train"
 """Shown next to the estimate of a model that cannot be trained, for example because its weights are
@@ -53,12 +53,12 @@ missing.
 """
 SEPARATOR = " · "
 _MIN_NAME = 9
-"""Length below which names are not shortened, in cells."""
+"""Minimum width of a shortened name in a recipe's line, in cells."""
 _MIN_BAR = 4
 """Minimum width of a bar, in cells. Below it, the bar is left out."""
 _ASSUMED = " (assumed)"
 THIS_CPU = "This CPU:"
-"""Label of a run's memory on this machine, shown next to estimates for a GPU that the machine does not
+"""Label of a run's memory on this machine's CPU, shown next to estimates for a GPU that the machine does not
 have.
 """
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
@@ -81,7 +81,7 @@ OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
     "warning": ("! warning", "$warning"),
     "error": ("✗ error", "$error"),
 }
-"""(sign and word, color) by outcome of a check, best first."""
+"""(sign and word, color) by outcome of a check, from best to worst."""
 SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
 """(sign, color) by severity of a data problem."""
 BEST = "★"
@@ -95,8 +95,11 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
 
 
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
-    """Return preset, model, data, adapter and batch for a recipe's line. To fit ``width``, the batch is
-    abbreviated to ``× 2 × 8``, then names are shortened, the data's name first. Numbers are never cut.
+    """Return the parts of a recipe's line: preset, model, data, adapter and batch.
+
+    If they do not fit ``width`` cells, the batch is abbreviated to ``× 2 × 8``. If this is not enough, the
+    name of the data is shortened, then that of the model, then that of the preset. Numbers are never cut.
+    Without ``width``, nothing is shortened.
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
@@ -122,21 +125,25 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
 def batch_words(recipe: Recipe, *, short: bool = False) -> str:
     """Return ``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
 
-    With ``short``: ``1,024 tok × 1 × 8``, for 80 columns.
+    With ``short``, return ``1,024 tok × 1 × 8``, for windows of 80 columns.
     """
     batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
     return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
 
 
 def targets_words(recipe: Recipe, width: int) -> str:
-    """Return the target modules, or their number if the names are longer than ``width``."""
+    """Return the names of the LoRA's target modules, or how many there are if the names are longer than
+    ``width`` characters.
+    """
     patterns = recipe.lora.target_modules
     names = ",".join(patterns)
     return names if len(names) <= width else f"{len(patterns)} targets"
 
 
 def preference_words(recipe: Recipe) -> str:
-    """Return ``DPO β 0.1``: the preference method; empty if the recipe trains on answers alone."""
+    """Return the preference method and its parameters: ``DPO β 0.1``; empty if the recipe does not train on
+    preferences.
+    """
     traits, training = recipe.preference_traits, recipe.training
     if traits is None:
         return ""
@@ -146,19 +153,21 @@ def preference_words(recipe: Recipe) -> str:
 
 
 def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str]:
-    """Return the verdict and its color. A model that cannot be trained *would* fit."""
+    """Return the words of a verdict on memory and their color. ``fits`` becomes ``would fit`` for a model
+    that cannot be trained.
+    """
     if verdict.word == "fits" and not can_train:
         return "would fit", "$text-muted"
     return verdict.word, _VERDICTS[verdict.word][1]
 
 
 def verdict_sign(verdict: Verdict) -> Content:
-    """Return the verdict as one character, such as ``✗``, for places without room for the word."""
+    """Return the sign of a verdict on memory, such as ``✗``, for places without room for its word."""
     return Content.styled(*_VERDICTS[verdict.word])
 
 
 def needed_words(verdict: Verdict) -> str:
-    """Return ``~9.9 GiB``: the memory that is needed."""
+    """Return the memory that a recipe needs, such as ``~9.9 GiB``."""
     return f"{'' if verdict.is_exact else INSTANT}{format_bytes(verdict.needed_bytes)}"
 
 
@@ -168,16 +177,19 @@ def fit_sign(verdict: Verdict) -> Content:
 
 
 def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
-    """Return ``~13.1 GiB ✗`` for a table, with the sign of ``fit_sign`` and its color."""
+    """Return the memory that a recipe needs and the sign of the verdict, such as ``~13.1 GiB ✗``, for a
+    table. ``is_current`` makes the text bold.
+    """
     style = "" if verdict.word == "fits" else _VERDICTS[verdict.word][1]
     figure = Content.assemble(f"{needed_words(verdict)} ", fit_sign(verdict).plain)
     return figure.stylize(f"bold {style}" if is_current else style)
 
 
 def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
-    """Return ``✗ does not fit  ! tight  ~ instant estimate``: the signs that occur, except the tick.
+    """Return the meaning of the signs that these verdicts have in a table: ``✗ does not fit ! tight ~ instant
+    estimate``. The verdict ``fits`` has no sign there.
 
-    A sign that does not fit ``width`` with its word is on the next line.
+    The legend is wrapped between signs to lines of ``width`` cells.
     """
     parts: dict[str, Content] = {}
     for verdict in verdicts:
@@ -196,7 +208,7 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
 
 
 def refusal_words(refusal: UserError) -> str:
-    """Return ``✗ cannot train: this model has no weights``."""
+    """Return why a model cannot be trained: ``✗ cannot train: this model has no weights``."""
     return f"{CANNOT_TRAIN}: {uncapitalize(refusal.title)}"
 
 
@@ -218,8 +230,8 @@ class FitLine:
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """Return the line. If there is room, it includes a bar, and a note if the available memory is
-        assumed.
+        """Return the line. If ``width`` has room, it includes a bar of at most ``max_bar`` cells, and a note
+        if the available memory is assumed.
         """
         figures, free = self._figures, width - self.least_width - 1
         if self._is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
@@ -231,12 +243,14 @@ class FitLine:
 
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
-    """Return ``This CPU: ~1.0 of 23.5 GiB fits``, for display next to estimates for an assumed GPU."""
+    """Return the line ``This CPU: ~1.0 of 23.5 GiB fits``, which is shown next to estimates for an assumed
+    GPU.
+    """
     return FitLine(THIS_CPU, verdict, can_train=can_train)
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:
-    """Return the memory of the recipe being edited; None if it cannot be estimated."""
+    """Return the line with the memory of the recipe being edited; None if its memory cannot be estimated."""
     compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
     if isinstance(compared, UserError):
         return None
@@ -249,7 +263,9 @@ def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> F
 
 
 def next_step(command: str, text: str) -> Content:
-    """Return ``▸ [5] check and launch``: the suggested step, and the key of its command."""
+    """Return the next step to suggest to the user, with the key of its command: ``▸ [5] check and
+    launch``.
+    """
     return highlight_keys(f"▸ {key_name(command)} {text}", "$primary")
 
 
@@ -273,9 +289,9 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 
 
 def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
-    """Return (sign, word, color) for a run's state, or for the defect of its result.
+    """Return (sign, word, color) for a run's state, or for the defect if its result has one.
 
-    A queued run that gave up its GPU is labeled paused, or waiting if it has not begun.
+    A queued run that gave up its GPU is labeled ``paused``, or ``waiting`` if it has not trained a step.
     """
     if defect is not None:
         return "!", defect.word, "$error"
@@ -285,32 +301,36 @@ def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str,
 
 
 def verdict_style(verdict: RunVerdict) -> str:
-    """Return the color of a verdict. An improvement that may be due to chance has no color, since it is not a
-    problem.
+    """Return the color of a verdict on a run. An improvement that may be due to chance has no color, since it
+    is not a problem.
     """
     may_be_chance = verdict.outcome == "unclear" and verdict.has_improved
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
 
 def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
-    """Return ``▌`` in the color of a run's state, for the left edge of lines that also name the state."""
+    """Return ``▌`` in the color of a run's state, or of the defect of its result, for the left edge of lines
+    that also name the state or defect.
+    """
     return Content.styled("▌", result_label(status, defect)[2])
 
 
 def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
-    """Return the lowest validation loss of a run as a figure."""
+    """Return the lowest validation loss of a run as a figure. ``loss_to_beat``: see :func:`best_word`."""
     return Figure(f"{best_word(loss_to_beat)} validation loss", format_loss(loss))
 
 
 def best_word(loss_to_beat: float | None) -> str:
-    """Return the adjective for a run's lowest loss: ``lowest`` if the loss before training was no higher,
-    otherwise ``best``.
+    """Return the adjective for the lowest validation loss after training began: ``lowest`` if the loss before
+    training was no higher (``loss_to_beat``), otherwise ``best``.
     """
     return "best" if loss_to_beat is None else "lowest"
 
 
 def progress_figures(mean_loss: float | None, seconds_left: float | None) -> list[Figure]:
-    """Return the loss of an active run and the time left, without those that are unknown."""
+    """Return figures for an active run: its loss, the time left, and the time at which it will be done. A
+    value that is unknown is left out.
+    """
     figures = []
     if mean_loss is not None:
         figures.append(Figure("smoothed loss", format_loss(mean_loss)))
@@ -327,7 +347,9 @@ def no_steps_words(*, is_over: bool) -> str:
 
 
 def format_ago(at: float, now: float) -> str:
-    """Return ``at 03:12, 4 h ago``, with the date if it was another day."""
+    """Return the time ``at`` as text: ``at 03:12, 4 h ago``, with the date if it was not today. Both times
+    are Unix times in seconds.
+    """
     moment, today = time.localtime(at), time.localtime(now)
     day = "" if moment[:3] == today[:3] else time.strftime("%d %b ", moment)
     return f"at {day}{time.strftime('%H:%M', moment)}, {format_duration(max(0.0, now - at))} ago"

@@ -1,4 +1,4 @@
-"""The loss of a run: the chart that all screens share, and the shapes for its picture."""
+"""The loss of a run: the chart that all screens share, and the shapes of the chart's picture for files."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ from qlora_tui.tui.render.series import BiasCorrectedEma, Envelope, smoothing_wi
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
 _MIN_SAMPLES = 2.0
-"""Minimum number of samples that the running mean of a summary averages over."""
+"""Minimum number of recorded losses that the running mean of a run's summary averages over."""
 _MEAN_WEIGHT = 0.1
 """Weight of the newest step in the running mean."""
 
 
 _LEAST_CHART = 7
-"""Minimum height of a loss chart, in lines: five rows, legend and scale. Below it, a sparkline is drawn."""
+"""Minimum height of a loss chart, in lines: five rows, a legend and a scale. With fewer lines, a sparkline is
+drawn.
+"""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
@@ -57,11 +59,11 @@ class LossFacts:
     """Running mean of the loss."""
     last_mean: float | None
     evaluations: Sequence[tuple[int, float]]
-    """(step, validation loss) in order, without values that are not finite."""
+    """(step, validation loss) pairs in the order of steps, without values that are not finite."""
     best: tuple[int, float] | None
-    """The best evaluation after training began."""
+    """(step, validation loss) of the best evaluation after training began; None if there is none."""
     loss_to_beat: float | None = None
-    """Validation loss before training, if no later one is lower; otherwise None."""
+    """Validation loss before training, if no validation loss after it is lower; otherwise None."""
     more: tuple[tuple[str, str], ...] = ()
     """Additional (text, style) items for the legend."""
     empty: str = ""
@@ -69,10 +71,11 @@ class LossFacts:
 
 
 def run_plot(facts: LossFacts) -> Plot:
-    """Return the chart of a run: a filled running mean, raw losses as points, evaluations joined by
-    a line.
+    """Return the chart of a run: the running mean with a filled area below it, the loss of each step as a
+    point, and the evaluations joined by a line.
 
-    The axis is scaled to the mean and the evaluations; points outside the axis are left out.
+    The axis of losses is scaled to the running mean and the evaluations. Points outside this axis are left
+    out.
     """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
@@ -98,7 +101,7 @@ def run_plot(facts: LossFacts) -> Plot:
 
 
 def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
-    """Return the legend with the newest values, the most important first."""
+    """Return (text, style) items for the legend, with the newest values, the most important item first."""
     items: list[tuple[str, str]] = []
     if facts.last_mean is not None:
         items.append((f"━ smoothed {format_loss(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
@@ -120,14 +123,18 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:
-    """Return the running mean of a summary's losses. For a long run, these are only a sample of its steps."""
+    """Return the running mean of the losses in a run's summary, which are only a sample of a long run's
+    losses.
+    """
     stride = max(1.0, summary.steps[-1] / len(summary.steps)) if summary.steps else 1.0
     window = smoothing_window(summary.total_steps) / stride
     return BiasCorrectedEma(max(_MIN_SAMPLES, window)).smooth(summary.losses)
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the chart of a run's summary. If there are no steps, the text says whether any are expected."""
+    """Return the chart of a run's summary. If the run has no steps, it is a text that says whether steps will
+    follow.
+    """
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
         return no_plot(no_steps_words(is_over=is_over))
@@ -146,8 +153,8 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 
 
 def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines with a run's loss: its chart, or a sparkline if there is too little height for
-    a chart.
+    """Return ``height`` lines with a run's loss: as a chart, or as a sparkline if that is too low for a
+    chart.
     """
     what = summary_plot(summary)
     if what.is_empty or summary is None or height >= _LEAST_CHART:
@@ -161,8 +168,8 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
 
 
 def _change(summary: RunSummary, means: Sequence[float]) -> Content:
-    """Return ``validation loss 5.006 → 2.781 ★ at 60``; the training loss if no validation loss was
-    measured.
+    """Return the line above a sparkline: ``validation loss 5.006 → 2.781 ★ at 60``, or the smoothed training
+    loss if no validation loss was measured.
     """
     if summary.best is None or not summary.evaluations:
         change = f"{format_loss(means[0])} → {format_loss(means[-1])}"
@@ -181,9 +188,10 @@ def _change(summary: RunSummary, means: Sequence[float]) -> Content:
 
 
 def loss_svg(view: RunView) -> str:
-    """Return a picture of all recorded steps: losses, their running mean, and evaluations.
+    """Return a picture of a run as SVG: the losses of all recorded steps, their running mean, and the
+    evaluations.
 
-    Colors are readable on both white and black.
+    The colors are readable on both white and black.
     """
     frame = Frame(_LEFT, _TOP, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
     title = view.run.name
@@ -200,7 +208,7 @@ def loss_svg(view: RunView) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """Position and size of a chart in a picture, excluding its labels."""
+    """Position and size of a chart in a picture, without the chart's labels."""
 
     x: float
     y: float
@@ -226,8 +234,8 @@ ON_ANY = Colors("#9a9a9a", "#2f7fb5", "#2e8b57", "#777777", "#777777", grid_opac
 
 
 def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) -> list[str]:
-    """Return the shapes of a run's loss: a grid with labels of this size, losses, running mean,
-    evaluations.
+    """Return the SVG shapes of a run's loss: a grid with labels in this font size, the losses, their running
+    mean, and the evaluations.
     """
     steps, losses = list(view.series.step), list(view.series.loss)
     means = running_mean(losses)
@@ -267,7 +275,8 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the running mean: a plain mean of the first values, then an exponential one.
+    """Return the running mean after each value: the arithmetic mean of the first values, then an exponential
+    moving average.
 
     Values that are not finite are skipped.
     """

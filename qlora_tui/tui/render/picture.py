@@ -1,8 +1,8 @@
 """Pictures made of a few shapes, as SVG files, or as PNG files drawn by Pillow.
 
-Text uses the viewer's fonts, whose widths are unknown, so it is cut and wrapped by estimated widths. The
-files contain no scripts, fonts or links. Characters that XML does not allow, and invisible ones, are replaced
-with symbols.
+Text uses the viewer's fonts, whose widths are unknown, so text is cut and wrapped by estimated widths. The
+files contain no scripts, fonts or links. Characters that are invisible or that XML does not allow are
+replaced with symbols.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from qlora_tui.visible import visible
 _SCALE = 2
 """Pixels of a PNG file per unit of the SVG."""
 _SAMPLES = 2
-"""Samples per pixel in each direction; a pixel is their mean."""
+"""Samples per pixel of a PNG file in each direction; a pixel's color is the mean of its samples."""
 _ANCHORS = {"start": "ls", "middle": "ms", "end": "rs"}
 _BOLD_STROKE = 0.025
-"""Stroke width of bold letters relative to the font size, for fonts that Pillow has in only one weight."""
+"""Width of the stroke around bold letters, relative to the font size. It replaces the bold font, which Pillow
+does not have.
+"""
 _WIDE, _NARROW, _USUAL = 1.0, 0.34, 0.6
 """Estimated character widths relative to the font size, on the large side."""
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] ")
@@ -78,7 +80,9 @@ def star(x: float, y: float, radius: float, color: str) -> str:
 
 
 def arrow(x: float, y: float, length: float, color: str) -> list[str]:
-    """Return an arrow that starts at (x, y) and points right, since not every font has one."""
+    """Return the shapes of an arrow that starts at (x, y) and points right, since not every font has an
+    arrow.
+    """
     tip, half = x + length, length / 4
     head = area([(tip - 1.6 * half, y - half), (tip, y), (tip - 1.6 * half, y + half)], color)
     return [rectangle(x, y - 1.5, length - half, 3, color), head]
@@ -94,7 +98,9 @@ def text(
 
 
 def printable(words: str) -> str:
-    """Return the text on one line, without invisible characters and those that a picture cannot show."""
+    """Return the text on one line, with symbols in place of characters that are invisible or that XML does
+    not allow.
+    """
     return visible(" ".join(words.split()))
 
 
@@ -112,12 +118,13 @@ def _character_width(character: str) -> float:
 
 
 def cut(words: str, width: float, size: float) -> str:
-    """Return the beginning of the text that fits, with an ellipsis if it was cut."""
+    """Return the text, or the beginning that fits ``width`` at this font size, followed by an ellipsis."""
     return (broken(words, width, size, 1) or [""])[0]
 
 
 def broken(words: str, width: float, size: float, most: int) -> list[str]:
-    """Wrap text into at most ``most`` lines of this width, ending with an ellipsis if it was cut.
+    """Wrap text into at most ``most`` lines of this width at this font size. If there is more text, the last
+    line ends with an ellipsis.
 
     Lines break at spaces, or within a word that is longer than a line.
     """
@@ -136,7 +143,7 @@ def broken(words: str, width: float, size: float, most: int) -> list[str]:
 
 
 def _fitting(words: str, width: float, size: float) -> int:
-    """Return how many characters fit, at least one."""
+    """Return how many characters of the text fit ``width`` at this font size, but at least one."""
     used = 0.0
     for number, character in enumerate(words):
         used += size * _character_width(character)
@@ -146,12 +153,15 @@ def _fitting(words: str, width: float, size: float) -> int:
 
 
 def picture_file(svg: str, kind: str, background: str = "#ffffff") -> bytes:
-    """Return the contents of a file with this extension, ``.svg`` or ``.png``."""
+    """Return the contents of a picture file. ``kind``: its extension, ``.svg`` or ``.png``.
+
+    Raises UserError for a PNG file if Pillow is not installed.
+    """
     return svg.encode() if kind == ".svg" else _png(svg, background)
 
 
 def _png(svg: str, background: str) -> bytes:
-    """Draw the picture as a PNG file. Raises UserError if Pillow is not installed."""
+    """Return the picture as a PNG file, drawn by Pillow. Raises UserError if Pillow is not installed."""
     import io
     import xml.etree.ElementTree as ET
 

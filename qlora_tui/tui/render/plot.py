@@ -16,15 +16,17 @@ from qlora_tui.formatting import format_loss
 from qlora_tui.tui.render.series import Envelope
 
 DOTS_WIDE, DOTS_HIGH = 2, 4
-"""Dots in a braille character, which points are drawn with."""
+"""Width and height of a braille character in dots. Points are drawn with these dots."""
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
-"""Maximum factor by which an axis may be lengthened to get more than two labels."""
+"""Factor by which an axis with only two labels counts as longer when axes are compared by their length."""
 _NONE_BELOW = 1.3
-"""Maximum factor by which an axis may be lengthened to get a label below its lowest value."""
+"""Factor by which an axis without a label at its low end counts as longer when axes are compared by their
+length.
+"""
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _REACHES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
 _FAR = 1e30
@@ -33,16 +35,18 @@ _EPSILON = 1e-12
 _LEAST_SPAN = 0.05
 """Minimum height of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
-"""Drawn at the bottom of a chart in place of a value that is NaN or infinite."""
+"""Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
 _BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
 _COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BROKEN = -1
 _MIN_BAR = 6
-"""Width below which a bar is left out as unreadable, in cells."""
+"""Minimum width of a bar, in cells. A bar with less room is left out."""
 _APART = 3
-"""Minimum distance between two marks of the same kind, in cells, so that they do not merge into a line."""
+"""Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
+line.
+"""
 _LONG_LOSS = 1000.0
-"""Minimum loss at which labels are abbreviated, to leave room for the chart."""
+"""Losses from this value on have abbreviated labels, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
 
 
@@ -55,7 +59,8 @@ class Axis:
     unit: str = ""
 
     def place(self, value: float, cells: int) -> int:
-        """Return the cell that a value falls into: 0 is at ``low``.
+        """Return the number of the cell that a value falls into, if ``cells`` cells divide the axis: 0 is at
+        ``low``.
 
         Values outside the axis are clamped to its ends.
         """
@@ -63,27 +68,28 @@ class Axis:
         return min(max(round(share * (cells - 1)), 0), cells - 1)
 
     def text(self, value: float, step: float) -> str:
-        """Return the label for a tick, given the ``step`` between ticks. Losses are formatted by
-        ``format_loss``.
+        """Return the label for a tick at ``value``, given the ``step`` between two ticks. Losses are
+        formatted by ``format_loss`` unless the axis has large losses.
         """
         is_short = self.unit == "loss" and max(abs(self.low), abs(self.high)) < _LONG_LOSS
         return format_loss(value) if is_short else label(value, step)
 
 
 def column_of(value: float, x: Axis, columns: int) -> int:
-    """Return the column of a curve's dot for this value, counted from the left."""
+    """Return the column of cells for a value on the x axis, counted from the left."""
     return x.place(value, columns * DOTS_WIDE) // DOTS_WIDE
 
 
 def row_of(value: float, y: Axis, rows: int) -> int:
-    """Return the row of a curve's dot for this value, counted from the top."""
+    """Return the row of cells for a value on the y axis, counted from the top."""
     return rows - 1 - y.place(value, rows * DOTS_HIGH) // DOTS_HIGH
 
 
 def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
-    """Return the smallest axis around these values that begins and ends at a round number.
+    """Return an axis from ``low`` to ``high``, or from the round number below to the round number above.
 
-    It changes only when a value leaves it, so that the graph does not jump.
+    While the range of values grows, the axis changes only when a value leaves it, so that the graph does not
+    jump.
     """
     low, high = (min(max(value, -_FAR), _FAR) for value in (low, high))
     size = max(abs(low), abs(high))
@@ -99,7 +105,7 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
 def loss_axis(low: float, high: float) -> Axis:
     """Return the axis for a loss.
 
-    It spans at least 5 % of the loss, so that a change of 0.004 does not look like a cliff.
+    The axis spans at least 5 % of the loss, so that a small change does not look like a large one.
     """
     least = _LEAST_SPAN * max(abs(low), abs(high))
     if high - low < least:
@@ -108,9 +114,11 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "") -> Axis:
-    """Return an axis from 0 to the end of the run, or to an earlier step in the first half of the run. In the
-    first half, the axis ends at the next of 1, 1.5, 2, 3, 4, 5, 6, 8 × 10ⁿ steps: the first steps of a run
-    are spread out, and the axis changes only about a dozen times over the whole run.
+    """Return an axis of steps from 0. Once half of the steps are done, it ends at the last step of the run.
+
+    In the first half of the run, the axis ends at the next of 1, 1.5, 2, 3, 4, 5, 6, 8 × 10ⁿ steps after
+    ``done``. This spreads out the first steps, and the axis changes only about a dozen times over the whole
+    run.
     """
     reach = 10.0
     if done > reach:
@@ -122,7 +130,7 @@ def so_far(done: float, total: float, unit: str = "") -> Axis:
 
 
 def tick_step(low: float, high: float, max_parts: int) -> float:
-    """Return the smallest of 1, 2, 5 × 10ⁿ that divides the range into at most ``max_parts`` parts."""
+    """Return the smallest step of 1, 2 or 5 × 10ⁿ that divides the range into at most ``max_parts`` parts."""
     rough = (high - low) / max(1, max_parts)
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * r for r in (*_ROUND, 10.0) if power * r >= rough * (1 - 1e-9))
@@ -140,7 +148,9 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
 
 
 def label(value: float, step: float) -> str:
-    """Return the shortest label that differs from its neighbors: ``1.25``, ``400``, ``12k``, ``1.5M``."""
+    """Return the shortest label that differs from those of the neighboring ticks, which are ``step`` away:
+    ``1.25``, ``400``, ``12k``, ``1.5M``.
+    """
     if value == 0:
         return "0"
     size = max(abs(value), step)
@@ -157,7 +167,7 @@ def _decimals(step: float) -> int:
 
 
 def _clean(value: float) -> float:
-    # Round, since 3 × 0.1 is 0.30000000000000004 but the tick is 0.3.
+    # Rounded, since 3 × 0.1 gives 0.30000000000000004, but the tick is at 0.3.
     return float(f"{value:.12g}")
 
 
@@ -165,8 +175,8 @@ _FULL = 0.8
 
 
 def bar(part: float, width: int) -> str:
-    """Return a bar filled to ``part`` (0 to 1, clamped above) of ``width`` cells: full blocks, a partial one,
-    then dots.
+    """Return a bar of ``width`` cells, filled to the fraction ``part`` (from 0; more than 1 is drawn as 1):
+    full blocks, a partial block, then dots.
     """
     eighths = round(min(max(part, 0.0), 1.0) * width * 8)
     full, rest = divmod(eighths, 8)
@@ -177,10 +187,11 @@ def bar(part: float, width: int) -> str:
 def blocks(
     values: Sequence[float | None], low: float, high: float, height: int, *, is_apart: bool = False
 ) -> list[str]:
-    """Return rows of block characters, top row first.
+    """Return a column of blocks for each value, as ``height`` rows of characters, top row first.
 
-    None is an empty column; the lowest value still shows a line. With ``is_apart``, the top eighth of the top
-    row stays empty, so that stacked charts do not merge.
+    ``low`` and ``high`` are the values of the lowest and the highest column. Even the lowest value has a
+    visible column; None is an empty column. With ``is_apart``, the top eighth of the top row stays empty, so
+    that charts one above the other do not merge.
     """
     levels = height * 8 - is_apart
     rows = []
@@ -206,8 +217,8 @@ def _level(value: float | None, low: float, high: float, levels: int) -> int:
 
 
 def downsample(values: Sequence[float], columns: int) -> list[float | None]:
-    """Return one mean per column; NaN if the column has a value that is not finite, None for columns beyond
-    the data.
+    """Return the mean of each column's share of the values: NaN if it has a value that is not finite, None
+    for columns beyond the data.
     """
     if not values:
         return [None] * columns
@@ -221,7 +232,9 @@ def downsample(values: Sequence[float], columns: int) -> list[float | None]:
 
 
 def sparkline(losses: tuple[float, ...], width: int) -> str:
-    """Return losses as a sparkline, scaled to their own range."""
+    """Return losses as a sparkline of ``width`` cells, scaled to the round range around them. Cells beyond
+    the data are empty.
+    """
     means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]
     if not finite:
@@ -231,19 +244,22 @@ def sparkline(losses: tuple[float, ...], width: int) -> str:
 
 
 def level_style(share: float) -> str:
-    """Return the color for a fraction of a limit: a warning from 80 %, an error once the limit is reached."""
+    """Return the color for a value, given as a fraction of its limit: that of a warning from 0.8, that of an
+    error from 1.
+    """
     return "$success" if share < _FULL else "$warning" if share < 1 else "$error"
 
 
 def labeled(label: str, value: str | Content, cells: int) -> Content:
-    """Return ``model   SmolLM2-135M``, with the label padded to ``cells``."""
+    """Return a label and its value, ``model SmolLM2-135M``, with the label padded to ``cells``."""
     return Content.assemble((f"{label:<{cells}}", "dim"), value)
 
 
 def meter(label: str, share: float, value: str, cells: int, width: int) -> Content:
-    """Return ``memory  ████░░░░ 18.2 of 24.0 GiB``.
+    """Return a label, a bar filled to the fraction ``share``, and a value: ``memory ████░░░░ 18.2 of 24.0
+    GiB``.
 
-    The bar takes the cells of ``width`` that label and value leave.
+    The label takes ``cells`` cells, and the bar takes the cells of ``width`` that label and value leave.
     """
     of_bar = width - cells - len(value) - 1
     drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""
@@ -252,16 +268,18 @@ def meter(label: str, share: float, value: str, cells: int, width: int) -> Conte
 
 @dataclass(frozen=True)
 class Curve:
-    """An envelope with its look and its name in the legend."""
+    """An envelope to draw as a curve, with its look and its name."""
 
     envelope: Envelope
     name: str
     style: str
     glyph: str = ""
-    """A symbol placed along the curve, so that curves differ without color."""
+    """A symbol that is repeated along the curve, so that curves can be told apart without color; empty for
+    none.
+    """
     look: Literal["line", "thin", "points"] = "line"
-    """``line``: a line of blocks. ``thin``: braille dots that pass through the middle of its marks' cells.
-    ``points``: only the points.
+    """``line``: a line of blocks. ``thin``: a line of braille dots through the middle of the cells that its
+    marks are in. ``points``: a braille dot for each value, without a line.
     """
     fill: str = ""
     """Color of the area under the curve; empty for none."""
@@ -269,7 +287,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A symbol at a point of the graph."""
+    """A symbol at the point (``x``, ``y``) of a graph."""
 
     x: float
     y: float
@@ -286,15 +304,19 @@ class Plot:
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
     legend: tuple[tuple[str, str], ...] = ()
-    """(text, style) items for the line above the graph. The last ones are dropped if the window is narrow."""
+    """(text, style) items for the line above the graph. If they do not all fit, the last items are
+    dropped.
+    """
     empty: str = ""
-    """Text shown instead of the graph if there is no curve."""
+    """Text to show instead of the graph if there is no curve."""
     gutter: int = 0
-    """Minimum number of cells to the left of the graph, so that charts below it can share its x axis."""
+    """Minimum number of cells to the left of the graph, so that charts one above the other can align their x
+    axes.
+    """
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is only a text to show."""
+        """Whether there is no curve, so that only the text ``empty`` is shown."""
         return bool(self.empty) and not self.marks and not any(curve.envelope.xs for curve in self.curves)
 
 
@@ -305,13 +327,15 @@ def no_plot(text: str) -> Plot:
 
 @dataclass(frozen=True)
 class _Ink:
-    """A set of characters for drawing dot by dot, two dots wide."""
+    """A set of characters, each two dots wide, for drawing dot by dot."""
 
     dots_high: int
     bits: tuple[tuple[int, ...], tuple[int, ...]]
-    """Bit of each dot in a cell, indexed by column, then by row from the top."""
+    """Bit of each dot of a cell in the index into ``characters``, by the dot's column, then by its row from
+    the top.
+    """
     characters: str
-    """Characters, indexed by the bits that are set."""
+    """Characters; the index of each is the sum of the bits of its dots."""
 
 
 _BRAILLE = _Ink(
@@ -320,8 +344,8 @@ _BRAILLE = _Ink(
     "".join(chr(code) for code in range(0x2800, 0x2900)),
 )
 _BLOCKS = _Ink(2, ((1, 4), (2, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█")
-"""Half the resolution of braille, but easier to see. Its half cells align exactly with the fill below the
-line.
+"""Blocks have half the vertical resolution of braille, but are easier to see. Their half cells align exactly
+with the filled area below a line.
 """
 
 
@@ -335,7 +359,9 @@ class _Canvas:
     """Background color by (column, row)."""
 
     def settle(self, dots: Iterable[tuple[int, int]], ink: _Ink, style: str) -> None:
-        """Draw the dots of one curve, (x, y) from the top left, as characters on top of earlier ones."""
+        """Draw the dots (x, y) of a curve, counted from the top left, as characters. They replace the
+        characters that were drawn before in the same cells.
+        """
         bits: dict[tuple[int, int], int] = {}
         for x, y in dots:
             cell = (x // DOTS_WIDE, y // ink.dots_high)
@@ -344,7 +370,9 @@ class _Canvas:
             self.cells[cell] = (ink.characters[each], style)
 
     def fill(self, dots: Iterable[tuple[int, int]], ink: _Ink, color: str) -> None:
-        """Color the area under a line. A cell on the line is colored if most of it is below the line."""
+        """Color the background of the cells below a line. A cell on the line is colored if most of the cell
+        is below the line.
+        """
         tops: dict[int, int] = {}
         for x, y in dots:
             tops[x] = min(y, tops.get(x, y))
@@ -356,7 +384,7 @@ class _Canvas:
                     self.filled[column, row] = color
 
     def line(self, row: int) -> Content:
-        """Return one row as text."""
+        """Return the row with this number, counted from the top, as text."""
         return join_cells(self._cell((column, row)) for column in range(self.width))
 
     def _cell(self, place: tuple[int, int]) -> tuple[str, str]:
@@ -366,10 +394,11 @@ class _Canvas:
 
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines: the legend, the graph with its scale on the left, and the scale below.
+    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and the
+    scale of x below.
 
-    A value that is not finite interrupts the curve and is marked at the bottom. No line is drawn across a
-    stretch without values.
+    A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a
+    stretch without finite values.
     """
     rows = max(1, height - 2)
     if what.is_empty:
@@ -395,19 +424,20 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
-    """Return only the text, without scales."""
+    """Return ``height`` lines with only the text ``empty`` in the middle."""
     lines = [Content("")] * height
     lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
     return lines
 
 
 def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
-    """Return the axis, lengthened as little as possible so that its labels are evenly spaced in rows, and the
-    labels. If the graph is too low for that, or the axis has no height, return the labels that fit.
+    """Return the axis and its (value, label) ticks. The axis is lengthened as little as possible, so that the
+    ticks are a whole number of rows apart. If ``rows`` are too few for such ticks, return the axis unchanged,
+    with the ticks that fit.
     """
     span, best = y.high - y.low, (math.inf, y, 0.0)
     first = math.floor(math.log10(span)) if span > 0 else 0
-    # Losses have three decimals; other labels are multiples of 1, 2 or 5 × 10ⁿ.
+    # Labels of losses have enough decimals for multiples of 2.5 × 10ⁿ, too.
     sizes = (*_ROUND, _QUARTER) if y.unit == "loss" else _ROUND
     for size, power in product(sizes, (first - 1, first)):
         step = _clean(size * 10.0**power)
@@ -457,8 +487,8 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             before = None
             continue
         if curve.look == "points":
-            # Only the extremes: values between them that were clamped to the edge would draw a pattern of
-            # dots.
+            # Draw only the lowest and highest value of a stretch: all values between them would draw a
+            # vertical line.
             ends = (value for value in (low, high) if y.low <= value <= y.high)
             dots.update((column, dots_high - 1 - y.place(value, dots_high)) for value in ends)
             continue
@@ -477,8 +507,8 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
-    """Yield the dots of a line that joins two stretches, each (x, top, bottom). The line starts and ends at
-    the point of each stretch that is closest to the middle of the other.
+    """Yield the dots of a line that joins two stretches, each given as (x, top, bottom). At each end, the
+    line touches the point of the stretch that is closest to the middle of the other stretch.
     """
     x0, top0, bottom0 = before
     x1, top1, bottom1 = after
@@ -523,7 +553,9 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
 
 
 def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
-    """Join (character, style) cells into a line. Adjacent cells with the same style become one span."""
+    """Return a line of (character, style) cells, with one span of style for adjacent cells that have the same
+    style.
+    """
     parts: list[tuple[str, str]] = []
     for text, style in cells:
         if parts and parts[-1][1] == style:
@@ -544,7 +576,7 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 
 
 def _foot(x: Axis, gutter: int, columns: int) -> Content:
-    """Return the scale of ``x`` with as many labels as fit."""
+    """Return the line below the graph: the scale of ``x``, with as many labels as fit."""
     text = [" "] * (gutter + columns)
     free_from = gutter
     end = gutter + columns - (len(x.unit) + 1)

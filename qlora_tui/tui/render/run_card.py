@@ -1,7 +1,8 @@
 """The run card: one picture of a run for sharing, 1200 × 630, as SVG or PNG.
 
-It shows the model, the data, the loss curve, the loss before and after, one question answered by both models,
-and what the run cost. Files appear without their folders, and nothing says who trained the model or where.
+It shows the model, the data, the loss curve, the loss before and after training, one question with the
+answers before and after training, and the time, memory and energy of the run. Files appear without their
+folders, and nothing says who trained the model or where.
 """
 
 from __future__ import annotations
@@ -51,27 +52,29 @@ _TOP, _SPLIT, _BOTTOM = 142, 424, 602
 """Top of the panels, top of the lower panel, and bottom of the panels."""
 _LEFT_WIDTH = 650
 _MAX_CHARACTERS = 400
-"""Maximum length of a name or answer that is processed; a hostile file may have millions of characters."""
+"""Maximum number of characters of a name or answer that are read, since a hostile file may have millions."""
 _ANSWER_LINES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunCard:
-    """Texts and figures on a card, in addition to the curve."""
+    """Texts and figures on a card, which also shows the loss curve."""
 
     model: str
     data: str
     setup: str
-    """``QLoRA nf4 · r16 all-linear · 384 tokens``."""
+    """Quantization, adapter and sequence length: ``QLoRA nf4 · r16 all-linear · 384 tokens``."""
     state: str
-    """``81 steps``, or how far an unfinished run got."""
+    """Number of steps: ``81 steps``, or ``81 of 200 steps`` for a run that has not trained all its steps."""
     loss: tuple[float | None, float | None]
     """Validation loss before and after training; None if not measured."""
     facts: tuple[tuple[str, str], ...]
-    """(label, value) of what the run cost."""
+    """(label, value) pairs for hardware, time, speed, memory, energy and trained weights, without unknown
+    values.
+    """
     question: str = ""
     answers: tuple[str, str] = ("", "")
-    """The answers before and after training."""
+    """The answers before and after training; empty if there are none."""
 
 
 def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
@@ -124,8 +127,8 @@ def _facts(view: RunView) -> tuple[tuple[str, str], ...]:
 
 
 def _energy_kwh(view: RunView) -> float | None:
-    """Return the energy of a run, from its final event or else from telemetry; None if no power was
-    reported.
+    """Return the energy that a run used: from its final event, or from telemetry if the event has no energy;
+    None if no power was measured.
     """
     if isinstance(view.ending, Finished) and view.ending.energy_kwh is not None:
         return view.ending.energy_kwh
@@ -135,8 +138,8 @@ def _energy_kwh(view: RunView) -> float | None:
 
 
 def _answers(view: RunView) -> tuple[str, str, str]:
-    """Return the first question answered both before and after training, with the two answers; empty texts if
-    there is none.
+    """Return the first question that was answered both before and after training, and the two answers; three
+    empty texts if there is none.
     """
     last = {each.prompt: each.answer for each in view.samples if each.step > 0}
     for before in view.samples:
@@ -148,7 +151,7 @@ def _answers(view: RunView) -> tuple[str, str, str]:
 
 
 def card_svg(view: RunView, card: RunCard) -> str:
-    """Return the picture as SVG."""
+    """Return the picture of the card as SVG."""
     lower = bool(card.question)
     height = (_SPLIT - _GAP if lower else _BOTTOM) - _TOP
     right = _EDGE + _LEFT_WIDTH + _GAP
@@ -190,8 +193,8 @@ def _legend(view: RunView) -> list[str]:
 
 
 def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
-    """Return the shapes for the loss before and after training, which is the card's largest element, and
-    below it the cost of the run.
+    """Return the shapes of the panel with the loss before and after training in large digits, and the card's
+    facts below.
     """
     before, after = card.loss
     parts = [text(x, _TOP + 32, "validation loss", _DIM, size=16)]
@@ -246,9 +249,11 @@ def _conversation(card: RunCard) -> list[str]:
 
 
 def save_card(run: RunDir, file: Path, *, with_answers: bool = True) -> None:
-    """Write the card of a run.
+    """Write the card of a run to ``file``. Without ``with_answers``, the card contains nothing from the
+    training data.
 
-    Raises UserError if it has no steps, the file type is unknown, the file exists, or Pillow is missing.
+    Raises UserError if the run has no steps, if the file exists or has an unknown extension, or if Pillow is
+    needed and not installed.
     """
 
     def content(view: RunView, kind: str) -> bytes:

@@ -1,9 +1,10 @@
-"""Columns of numbers, decimated for drawing: minimum and maximum of each stretch, and whether it contains
-NaN.
+"""Columns of numbers, decimated for drawing: minimum and maximum of each stretch of values, and whether the
+stretch has values that are not finite.
 
-A graph is a few hundred dots wide, but a run may take weeks. A :class:`DecimatedSeries` takes values as they
-arrive and keeps what a graph can show: the last few hundred individually, earlier ones in stretches of two,
-of four, and so on. Graphs draw an :class:`Envelope`, which has no more points than a wide screen has dots.
+A graph is a few hundred dots wide, but a run may have millions of steps. A :class:`DecimatedSeries` takes
+values as they arrive and keeps what a graph can show: the last few hundred values individually, and the
+values before in stretches of two, of four, and so on. Graphs draw an :class:`Envelope`, which has no more
+points than a wide screen has dots.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Envelope:
     """A curve ready to draw. Each point is a single value or a stretch of values."""
 
     xs: tuple[float, ...] = ()
-    """The x at which each stretch ends."""
+    """The x of the last value of each stretch."""
     lows: tuple[float, ...] = ()
     """Lowest finite value of each stretch; ``inf`` if it has none."""
     highs: tuple[float, ...] = ()
@@ -42,7 +43,7 @@ class Envelope:
 
     @property
     def low(self) -> float | None:
-        """Lowest finite value; None if there are none."""
+        """Lowest finite value of the curve; None if there is none."""
         return min((low for low in self.lows if low < math.inf), default=None)
 
     @property
@@ -51,22 +52,24 @@ class Envelope:
 
 
 class DecimatedSeries:
-    """Columns over a common x that grow at the end. Memory grows with the logarithm of their length."""
+    """Columns of values over a common x, to which values are appended. Memory grows with the logarithm of the
+    number of values.
+    """
 
     def __init__(self, columns: int = 1, most: int = MAX_POINTS) -> None:
         self._most = most
         self._first = math.inf
         """The x of the first value."""
         self._levels = [_Level(columns)]
-        """Levels with stretches of 1, 2, 4, 8… values. Each level keeps its most recent stretches."""
+        """Levels, which have stretches of 1, 2, 4, 8… values. Each level keeps its most recent stretches."""
 
     def __len__(self) -> int:
         return self._levels[0].count
 
     def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
-        """Append values.
+        """Append values to all columns.
 
-        ``xs`` must ascend and continue from the last; all columns must have the same length.
+        ``xs`` must ascend from the last x on. Each of ``columns`` must have as many values as ``xs``.
         """
         if len(xs) and not len(self):
             self._first = xs[0]
@@ -80,15 +83,17 @@ class DecimatedSeries:
             level.shorten(self._most)
 
     def envelopes(self, low: float = -math.inf) -> list[Envelope]:
-        """Return each column from ``low`` on, in the shortest stretches that fit.
+        """Return each column from the x ``low`` on, in the shortest stretches of which there are few enough
+        to draw.
 
-        A stretch that may contain values before ``low`` is left out; that is at most a dot or two.
+        A stretch that may contain values before ``low`` is left out, which shortens the curve by a dot or two
+        at most.
         """
         number, start = self._resolution(low)
         level = self._levels[number]
-        # The newest values do not fill a stretch of this length yet. They are in the shorter levels: each
-        # level with an odd count has one stretch that is not yet in a longer level. All of them are drawn as
-        # one stretch.
+        # The newest values do not fill a stretch of this length yet. These values are in the levels with
+        # shorter stretches: each such level with an odd count has one stretch that is not yet part of a
+        # longer one. All these stretches are drawn as one.
         rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
         xs = tuple(level.xs[start:])
         if rest:
@@ -109,8 +114,8 @@ class DecimatedSeries:
         """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
-            # A level that has dropped stretches still has more than enough, and begins before the first one
-            # drawn.
+            # A level that has dropped stretches has more than enough left to fill the graph, so it is
+            # selected only if none from ``low`` on were dropped.
             if len(level.xs) - start <= self._most:
                 return number, start + (number > 0 and low > self._first)
         raise AssertionError("the last level has all there is")
@@ -118,7 +123,9 @@ class DecimatedSeries:
 
 @dataclass
 class _Extremes:
-    """A column's stretches of a given length."""
+    """The stretches of one column in one level: lowest and highest value of each, and whether the stretch is
+    broken.
+    """
 
     lows: array[float] = field(default_factory=lambda: array("d"))
     highs: array[float] = field(default_factory=lambda: array("d"))
@@ -126,8 +133,9 @@ class _Extremes:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
-        """Return each value as a stretch of its own."""
-        # A sum is finite only if every value is: one pass in C instead of a Python loop.
+        """Return a stretch for each value."""
+        # A sum is finite only if every value is finite. Checking it takes one pass in C instead of a loop in
+        # Python.
         if math.isfinite(sum(values)):
             return cls(array("d", values), array("d", values), bytearray(len(values)))
         finite = [math.isfinite(value) for value in values]
@@ -139,7 +147,7 @@ class _Extremes:
 
     @classmethod
     def over(cls, parts: Sequence[_Extremes]) -> _Extremes:
-        """Merge all parts into one stretch."""
+        """Return one stretch that merges all stretches of all parts."""
         return cls(
             array("d", [min(low for part in parts for low in part.lows)]),
             array("d", [max(high for part in parts for high in part.highs)]),
@@ -155,7 +163,7 @@ class _Extremes:
         return _Extremes(self.lows[start:], self.highs[start:], self.broken[start:])
 
     def pairs(self, start: int, end: int) -> _Extremes:
-        """Merge each pair of stretches into one."""
+        """Return a stretch for each pair of adjacent stretches from index ``start`` up to ``end``."""
         one, other = slice(start, end, 2), slice(start + 1, end, 2)
         return _Extremes(
             array("d", map(min, self.lows[one], self.lows[other])),
@@ -177,7 +185,7 @@ class _Level:
 
     @property
     def count(self) -> int:
-        """Number of values ever appended."""
+        """Number of stretches that were ever appended."""
         return self.dropped + len(self.xs)
 
     def extend(self, xs: Sequence[float], columns: Sequence[_Extremes]) -> None:
@@ -188,14 +196,16 @@ class _Level:
             column.extend(more)
 
     def pair_into(self, longer: _Level) -> None:
-        """Pass each new pair of stretches on to the level with stretches twice as long."""
+        """Append a stretch to ``longer``, the level with stretches twice as long, for each new pair of
+        stretches.
+        """
         start = 2 * longer.count - self.dropped
         end = start + (len(self.xs) - start) // 2 * 2
         longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
 
     def shorten(self, most: int) -> None:
-        """Drop the oldest stretches, but only once there are twice as many as needed, so that this
-        is rare.
+        """Drop the oldest stretches, but only once there are more than twice as many as ``most``, so that
+        this is rare.
         """
         if len(self.xs) <= 2 * most:
             return
@@ -217,7 +227,7 @@ class BiasCorrectedEma:
         self.window = window
         """Number of values that the mean averages over: β = 1 - 1 / window."""
         self.mean = math.nan
-        """NaN before the first finite value."""
+        """The current mean; NaN before the first finite value."""
         self._decay = 1.0
 
     def smooth(self, values: Sequence[float]) -> array[float]:

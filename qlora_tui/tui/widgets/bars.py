@@ -21,15 +21,15 @@ from qlora_tui.tui.widgets.controls import Drawing, Panel
 
 _MARGIN = 1
 _GAP, _NARROW_GAP = 3, 2
-"""Cells between two keys: if all keys fit, and if they do not."""
+"""Cells between two keys of the footer: normally, and if not all keys fit with the normal gap."""
 _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
 
 
 class TopBar(Widget):
     """Top line.
 
-    It never wraps: the status is cut to the space left by the screens' names, and Home may shrink to its
-    digit.
+    The line never wraps: the status is shortened to the space that the screens' names leave, and in a narrow
+    window ``0 Home`` shrinks to its digit.
     """
 
     DEFAULT_CSS = """
@@ -48,7 +48,7 @@ class TopBar(Widget):
         self._status = SystemStatus()
 
     def show_status(self, system_status: SystemStatus) -> None:
-        """Repaint if the visible text has changed."""
+        """Show this status, and repaint only if its text has changed."""
         before = self.status_options(self._status)
         self._status = system_status
         if self.status_options(system_status) != before:
@@ -65,7 +65,7 @@ class TopBar(Widget):
         parts: list[Content | str] = []
         for screen in NUMBERED_SCREENS:
             is_current = screen.name == self._mode
-            # In a narrow window, the status needs the space of Home's name.
+            # In a narrow window, the status needs the space that the name of Home would take.
             is_bare = screen.name == "home" and not is_current and self.size.width < WIDE_CELLS
             key = bare_key(screen.opened_by.id)
             text = f" {key} " if is_bare else f" {key} {screen.label} "
@@ -75,7 +75,7 @@ class TopBar(Widget):
 
     @staticmethod
     def status_options(system_status: SystemStatus) -> list[str]:
-        """Return possible texts for the status, longest first."""
+        """Return texts for the status, longest first, from which the first that fits is shown."""
         if system_status.box_silent_s:
             return _silence_texts(system_status)
         runs, gpu = _run_texts(system_status), _gpu_text(system_status)
@@ -83,26 +83,30 @@ class TopBar(Widget):
         with_more = [f"{run} · {more}" for run in runs if more]
         options = [f"{run}   {gpu}" for run in (*with_more, *runs)] + [*runs, gpu, ""]
         if system_status.box:
-            # The name of the machine matters more than its state.
+            # If space is short, the name of the other machine is shown rather than its state.
             whole = [f"{system_status.box_note or system_status.box}   {option}" for option in options]
             options = [*whole, system_status.box, *options]
         return [option.strip() + " " for option in options]
 
 
 def _silence_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts, longest first, that a box has not responded for some time and that its runs continue."""
+    """Return texts, longest first, which say that a box has not responded for some time and that its runs
+    continue.
+    """
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
     return [f"{option} " for option in (f"{silence}; its runs continue", silence, "no answer", "")]
 
 
 def _run_texts(system_status: SystemStatus) -> list[str]:
-    """Return ``● step 1,240 of 3,000`` and ``● 41%``; one text before the first step or without a run."""
+    """Return texts for the active run, longest first: ``● step 1,240 of 3,000`` and ``● 41%``. Before the
+    first step, and without an active run, there is only one text, which may be empty.
+    """
     status = system_status.active_status
     if status is None:
         return [f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""]
     from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
-    # An attempt that has just started has no step, so its phase is shown.
+    # A run that has just started or resumed has no step yet, so its phase is shown.
     if not status.step or status.phase not in STEP_PHASES:
         return [f"● {phase_label(status.phase or status.state)}"]
     texts = [f"● step {format_progress(status.step, status.total_steps)}"]
@@ -110,7 +114,9 @@ def _run_texts(system_status: SystemStatus) -> list[str]:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return the activity in addition to the active run: ``1 more training · 2 waiting · exporting Q8_0``."""
+    """Return what happens in addition to the active run: ``1 more training · 2 waiting · exporting Q8_0``;
+    empty if nothing does.
+    """
     parts = []
     if others := len(system_status.also_active):
         parts.append(f"{others} more training")
@@ -138,10 +144,11 @@ def _gpu_text(system_status: SystemStatus) -> str:
 
 
 class CommandFooter(Drawing):
-    """``s Stop z Pause ^P Palette``. Keys that do not fit are in the help. A click presses a key. Keys that a
-    panel shows in its border are left out.
+    """The last line, with keys and labels: ``s Stop z Pause ^P Palette``. A click on a key presses it. Keys
+    that a panel shows in its border are left out. Keys for which there is no room are only in the help.
 
-    Textual's Footer mounts a widget for each key at every change of focus, and its style caches keep them.
+    Textual's Footer, which this replaces, mounts a widget for each key at every change of focus, and style
+    caches keep these widgets alive.
     """
 
     DEFAULT_CSS = """
@@ -185,14 +192,14 @@ class CommandFooter(Drawing):
         self._choose()
 
     def _laid_out(self, screen: Screen[object]) -> None:
-        """Choose the keys again if a layout changed which keys the panels show. Most layouts change none."""
+        """Choose the keys again if the panels show other keys after a layout, which is rare."""
         named = _named_commands(screen)
         if named != self._named:
             self._named = named
             self._choose()
 
     def _choose(self) -> None:
-        """Choose the commands whose keys no panel shows, and repaint."""
+        """Choose the commands to show, which are those whose keys no panel shows, and repaint."""
         shown = [active for active in self._shown if active.binding.id not in self._named]
         own = [active for active in shown if not isinstance(active.node, App)]
         of_app = [active for active in shown if isinstance(active.node, App)]
@@ -220,7 +227,7 @@ class CommandFooter(Drawing):
     def _fitting_items(self, width: int) -> tuple[_Items, _Items, int]:
         """Return the screen's and the app's items that fit ``width``, and the gap between two items in cells.
 
-        The gap shrinks before a key is dropped; the screen's last keys are dropped first.
+        The gap shrinks before any key is dropped. Only the screen's keys are dropped, the last one first.
         """
         own = [(self._item(active), active) for active in self._screen_bindings]
         of_app = [(self._item(active), active) for active in self._app_bindings]

@@ -32,7 +32,7 @@ from qlora_tui.tui.textual_compat import add_border, bindings_of_widget
 HEADING = "heading:"
 _PAGE_ROWS = 10
 _ALL_ROWS = 100_000
-"""More rows than any list has."""
+"""Number of rows that is larger than that of any list, for a move to one of its ends."""
 ROW_KEYS = (
     Binding("up,k", "move(-1)", show=False),
     Binding("down,j", "move(1)", show=False),
@@ -41,16 +41,16 @@ ROW_KEYS = (
     Binding("g", f"move({-_ALL_ROWS})", show=False),
     Binding("G", f"move({_ALL_ROWS})", show=False),
 )
-"""Keys that move from row to row, for widgets that move a cursor themselves and use Home and End otherwise.
+"""Keys that move a widget's cursor from row to row, except Home and End, which some widgets use otherwise.
 
-The widget has an ``action_move`` that takes a number of rows and stops at both ends.
+The widget must have an ``action_move``, which takes a number of rows and stops at the first and last row.
 """
 LIST_KEYS = (
     *ROW_KEYS,
     Binding("home", f"move({-_ALL_ROWS})", show=False),
     Binding("end", f"move({_ALL_ROWS})", show=False),
 )
-"""Keys for a list with one item per row."""
+"""Keys that move a list's cursor from row to row, including Home and End."""
 SCROLL_KEYS = (
     Binding("j", "scroll_down", show=False),
     Binding("k", "scroll_up", show=False),
@@ -59,11 +59,11 @@ SCROLL_KEYS = (
     Binding("ctrl+d", "page_down", show=False),
     Binding("ctrl+u", "page_up", show=False),
 )
-"""Keys for scrolling text, in addition to Textual's own."""
+"""Keys for scrolling text, in addition to the keys that Textual binds."""
 
 
 WriteList: TypeAlias = Callable[[int], Sequence[tuple[str, Content]]]
-"""Takes a width in cells and returns the (id, line) pairs of a list."""
+"""A function that takes a width in cells and returns the (id, line) pairs of a list for that width."""
 
 
 class ViList(OptionList):
@@ -98,7 +98,7 @@ class ViList(OptionList):
     _write: WriteList | None = None
 
     def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
-        """Return the style of lines.
+        """Return the style of the list's lines for these component classes, including ``reverse``.
 
         Textual omits ``reverse``, which marks the cursor on terminals with few colors.
         """
@@ -109,12 +109,12 @@ class ViList(OptionList):
     def on_resize(self) -> None:
         if self._write is not None:
             self._show(self._write(self.scrollable_content_region.width))
-        # If the list is shorter or scrolled elsewhere, the cursor may be out of view.
+        # If the list has become shorter, the cursor may be out of view.
         self.call_after_refresh(self.scroll_to_highlight)
 
     def scroll_to_highlight(self, top: bool = False) -> None:
         super().scroll_to_highlight(top)
-        # Scroll to a heading above the first option as well.
+        # At the first option, scroll to the top, so that a heading above the option is in view as well.
         if self.highlighted is not None and all(
             option.disabled for option in self.options[: self.highlighted]
         ):
@@ -122,14 +122,15 @@ class ViList(OptionList):
 
     @property
     def current(self) -> str | None:
-        """Id of the option under the cursor."""
+        """Id of the option under the cursor; None if the list is empty."""
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
-        """Show these (id, line) pairs. A function is called now and again for each new width.
+        """Show these (id, line) pairs. If ``lines`` is a function, it is called at once, and again when the
+        width changes.
 
-        The cursor moves to ``select``, or stays on its option, or else on its row. It skips lines whose id
-        begins with HEADING.
+        The cursor moves to the option ``select``. Without ``select``, the cursor stays on its option, or on
+        its row if the option is gone. The cursor skips lines whose id begins with ``HEADING``.
         """
         self._write = lines if callable(lines) else None
         self._show(lines(self.scrollable_content_region.width) if callable(lines) else lines, select)
@@ -144,7 +145,7 @@ class ViList(OptionList):
                     self.replace_option_prompt_at_index(index, line)
         elif ids:
             self.set_options(Option(line, id_, disabled=id_.startswith(HEADING)) for id_, line in lines)
-            # If the order changed, the same option may be out of view.
+            # If the order of the options has changed, the option under the cursor may be out of view.
             self.call_after_refresh(self.scroll_to_highlight)
         else:
             self.clear_options()
@@ -156,7 +157,7 @@ class ViList(OptionList):
 
 
 class ViScroll(VerticalScroll):
-    """Scrolling text."""
+    """A container for text that scrolls vertically, also with vi keys."""
 
     DEFAULT_CSS = """
     ViScroll {
@@ -167,11 +168,11 @@ class ViScroll(VerticalScroll):
 
 
 class OwnKeysFirst:
-    """Runs a field's own key bindings in the order in which the keys arrive.
+    """Mixin for a text field that handles all keys in the order in which they arrive.
 
-    Textual inserts a letter at once, but lets Backspace and Enter bubble up to the app and back as bindings.
-    If keys arrive together, as they do over a slow link, letters overtake them: Backspace would delete what
-    was typed after it. https://github.com/Textualize/textual/issues/6605
+    Textual inserts a letter at once, but lets Backspace and Enter bubble up to the app, which runs their
+    bindings later. If keys arrive together, as over a slow link, letters overtake these keys: Backspace would
+    delete a letter that was typed after it. https://github.com/Textualize/textual/issues/6605
     """
 
     async def on_key(self, event: events.Key) -> None:
@@ -186,7 +187,7 @@ class OwnKeysFirst:
 class TextField(OwnKeysFirst, Input):
     """A single-line text field.
 
-    Its cursor does not blink, so that nothing is sent over a slow link while nothing changes.
+    The field's cursor does not blink, so that nothing is sent over a slow link while the text stays the same.
     """
 
     def on_mount(self) -> None:
@@ -197,15 +198,17 @@ _PLACE = "offset"
 
 
 Draw: TypeAlias = Callable[[int, int], Sequence[Content]]
-"""Takes a width and height in cells and returns the lines; lines beyond the height are not shown."""
+"""A function that takes a width and a height in cells and returns lines. Lines beyond the height are not
+shown.
+"""
 _UNLIMITED_ROWS = 10_000
-"""More rows than any drawing has."""
+"""Number of rows that is larger than that of any drawing, for a drawing that is as high as its lines."""
 
 
 class Drawing(Widget):
-    """Lines drawn by a function for the widget's size; only lines that changed are repainted.
+    """A widget whose lines are drawn by a function for its size. Only lines that changed are repainted.
 
-    The widget fills its container, or is as high as its lines (``height: auto``).
+    The widget fills its container or, with ``height: auto``, is as high as its lines.
     """
 
     DEFAULT_CSS = """
@@ -225,12 +228,14 @@ class Drawing(Widget):
         super().__init__(id=id, classes=classes)
         self._draw = draw
         self._row_count = 0
-        """Number of lines at the last layout, if the drawing is as high as its lines."""
+        """Number of lines at the last layout; only used with ``height: auto``."""
         self._strips: list[Strip] = []
         self._drawn_for: object = None
 
     def show(self, draw: Draw) -> None:
-        """Draw with another function. Nothing is done if it is a ``partial`` that equals the current one."""
+        """Draw with the function ``draw``. Do nothing if it and its arguments (``functools.partial``) equal
+        the current ones.
+        """
         if _parts(draw) != _parts(self._draw):
             self._draw = draw
             self.redraw()
@@ -244,7 +249,7 @@ class Drawing(Widget):
         if is_as_high_as_lines and len(self._draw(width, _UNLIMITED_ROWS)) != self._row_count:
             self.refresh(layout=True)
         if self._drawn_for != self._conditions():
-            # If it was never drawn, or its size or theme changed, everything is painted anyway.
+            # If the widget was never drawn, or its size or theme has changed, everything is painted anyway.
             self.refresh()
             return
         before, self._strips = self._strips, self._drawn()
@@ -285,7 +290,9 @@ def _parts(draw: Draw) -> object:
 
 
 def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
-    """Wrap lines to ``width`` with an indent. If ``height`` cuts off some of them, the last line says so."""
+    """Wrap lines to ``width`` cells, with an indent of two cells. If there are more than ``height`` lines,
+    the line at that height says where the rest is.
+    """
     shown: list[Content] = []
     for line in lines:
         first, *rest = line.wrap(max(1, width - 2)) or [Content("")]
@@ -296,7 +303,7 @@ def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
 
 
 class LineView(ScrollView, can_focus=True):
-    """Lines that are cut at the right edge and scroll up and down. Subclasses render them."""
+    """A widget of lines that are cut at the right edge and scroll vertically. Subclasses render the lines."""
 
     DEFAULT_CSS = """
     LineView {
@@ -310,16 +317,20 @@ class LineView(ScrollView, can_focus=True):
 
 
 Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
-"""Takes a width in cells and returns a text or its lines."""
+"""A function that takes a width in cells and returns a text, or its lines, for that width."""
 
 
 class Lines(Static):
-    """Text that may depend on the width. Only changed lines are laid out and painted again."""
+    """A widget of text that may depend on the width. Nothing is painted again if the text is the same, and
+    nothing is laid out again if its lines keep their heights.
+    """
 
     _write: Write | None = None
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:
-        """Show a text or its lines. A function is called now and again for each new width."""
+        """Show a text or its lines. If ``text`` is a function, it is called at once, and again when the width
+        changes.
+        """
         self._write = text if callable(text) else None
         if not callable(text):
             self._show(text)
@@ -332,10 +343,10 @@ class Lines(Static):
 
     def _show(self, text: Content | Sequence[Content]) -> None:
         before, content = self.content, text if isinstance(text, Content) else Content("\n").join(text)
-        # Equal text can differ in its colors.
+        # Contents that compare equal can differ in their colors, so ``is_same`` is used.
         if isinstance(before, Content) and before.is_same(content):
             return
-        width = self.content_size.width  # 0 while it is hidden
+        width = self.content_size.width  # 0 while the widget is hidden
         same_height = (
             width > 0 and isinstance(before, Content) and _lines(before, width) == _lines(content, width)
         )
@@ -345,8 +356,9 @@ class Lines(Static):
 def render_strips(widget: Widget, content: Content, width: int, height: int) -> list[Strip]:
     """Render content as lines in the widget's style, each ``width`` cells wide.
 
-    Textual adds an offset to each segment for mouse selection. The offset is removed here: otherwise the same
-    text one cell further right would count as another style, and the style caches would keep growing.
+    Textual adds an offset to the style of each segment, for selection with the mouse. The offset is removed
+    here: otherwise the same text one cell further right would have another style, and Textual's style caches
+    would keep growing.
     """
     strips = Visual.to_strips(
         widget, content, width, height, widget.visual_style, pad=True, apply_selection=False
@@ -364,8 +376,8 @@ def render_line(widget: Widget, content: Content, width: int) -> Strip:
 
 
 def cursor_row(widget: Widget, row: Content, width: int) -> Content:
-    """Draw the row under the cursor as ``ViList`` does: in the cursor's color, or reversed if there are few
-    colors.
+    """Return the row in the style that ``ViList`` gives the row under its cursor, padded to ``width``
+    cells.
     """
     row = row.pad_right(max(0, width - row.cell_length))
     style = cursor_style(widget)
@@ -373,7 +385,9 @@ def cursor_row(widget: Widget, row: Content, width: int) -> Content:
 
 
 def cursor_style(widget: Widget) -> str:
-    """Return the style of a cell under a cursor: the cursor's color, or reversed if there are few colors."""
+    """Return the style of a cell under a cursor: the theme's cursor colors, or ``reverse`` if the app or its
+    theme uses at most 16 colors.
+    """
     if widget.app.no_color or widget.app.current_theme.ansi:
         return "reverse"
     return "bold $block-cursor-foreground on $block-cursor-background"
@@ -389,13 +403,13 @@ def _placeless(style: Style | None) -> Style | None:
 
 
 def _lines(content: Content, width: int) -> list[int]:
-    """Return how many rows each line takes."""
+    """Return how many rows each line of ``content`` takes at this width in cells; empty if the width is 0."""
     lines = content.split("\n") if width else []
     return [len(line.wrap(width)) if line.cell_length > width else 1 for line in lines]
 
 
 _MIN_FRAME = 3
-"""Smallest width of a frame with anything between its corners, in cells."""
+"""Minimum width, in cells, of a frame that has anything between its corners."""
 _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 
 
@@ -408,9 +422,10 @@ class Panel(Vertical):
     """A part of a screen, with its title in the first row and its keys in the last.
 
     Only the panel with the focus has a frame, which is double on terminals without color. Other panels are
-    tinted surfaces, or have a rule if there are 16 colors or none (``app.tcss``); their contents take the
-    same cells either way. Below 100×30 cells (``breakpoints``) panels are stacked and have only a rule across
-    the whole width, and their keys are in the footer. A panel that is ``empty`` takes one line.
+    tinted surfaces or, with at most 16 colors, have a rule at the top (``app.tcss``). The contents of a panel
+    take the same cells with and without the focus. In windows smaller than 100×30 cells (``breakpoints``),
+    panels are stacked and have only a rule across the whole width, and their keys are in the footer. A panel
+    that is ``empty`` takes one line.
     """
 
     DEFAULT_CSS = """
@@ -453,13 +468,15 @@ class Panel(Vertical):
     def show_title(self, title: str | Content) -> None:
         """Change the title. A string is plain text: brackets in it are not markup."""
         content = title if isinstance(title, Content) else Content(title)
-        if not content.is_same(self._title):  # equal text can have different styles
+        if not content.is_same(self._title):  # contents that compare equal can differ in their styles
             self._title = content
             self._show_title()
 
     @property
     def empty(self) -> str | Content:
-        """Why there is nothing to show. The panel then shrinks to one line, such as ``Queue: empty``."""
+        """Why the panel has nothing to show; empty if it has something. With a reason, the panel shrinks to
+        one line, such as ``Queue: empty``.
+        """
         return self._empty
 
     @empty.setter
@@ -474,7 +491,9 @@ class Panel(Vertical):
         self.border_title = self._title + reason if self._empty else self._title
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        """Draw title and keys one cell further out than Textual does, flush with the contents."""
+        """Return the rendered lines, with title and keys one cell further out than Textual draws them, so
+        that they are aligned with the contents.
+        """
         width, height = self.outer_size
         if not self.styles.border_left[0] or width < _MIN_FRAME:
             return super().render_lines(crop)
@@ -486,7 +505,7 @@ class Panel(Vertical):
         return [line.crop(crop.x, crop.right) for line in lines]
 
     def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:
-        """Change the keys in the lower border."""
+        """Change the keys in the lower border to these (command id, verb) pairs."""
         if tuple(keys) != self._keys:
             self._keys = tuple(keys)
             if self.is_attached:
@@ -496,7 +515,7 @@ class Panel(Vertical):
         self._show_subtitle()
 
     def _show_subtitle(self) -> None:
-        # Not in __init__: the user's keymap is read from the running app.
+        # Called once the panel is mounted, since the user's keymap is read from the running app.
         hints = [
             hint.stylize("$key bold", 0, hint.plain.index(" "))
             for hint in (_hint(command, verb) for command, verb in self._keys)
@@ -508,7 +527,9 @@ class Panel(Vertical):
 
     @property
     def named_commands(self) -> set[str]:
-        """Ids of the commands whose keys are in view in the lower border, unless some were cut off."""
+        """Ids of the commands whose keys the lower border shows; empty if the border has no room for all of
+        them.
+        """
         is_shown = self.styles.border_bottom[0] and all(node.display for node in self.ancestors_with_self)
         has_room = self._keys_cells <= self.outer_size.width - _MIN_FRAME - 1
         return {id_ for id_, _ in self._keys} if is_shown and has_room and not self._empty else set()
@@ -519,13 +540,15 @@ def _joined(line: Strip, *parts: tuple[int, int]) -> Strip:
 
 
 def _hint(command: str, verb: str) -> Content:
-    """Return ``x other run``; a click on it presses the key."""
+    """Return a command's key and verb, such as ``x other run``. A click on them presses the key."""
     shown = bare_key(command)
     return pressable(f"{_ARROWS.get(shown, shown)} {verb}", command_key(command))
 
 
 class ModelProblem(Static):
-    """The problem with the recipe's model, shown in place of a screen's content; hidden if there is none."""
+    """The problem with the recipe's model, shown in place of a screen's content. Hidden if there is no
+    problem.
+    """
 
     DEFAULT_CSS = """
     ModelProblem {

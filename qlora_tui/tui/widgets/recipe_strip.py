@@ -31,11 +31,11 @@ _GAP = 2
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "undo")
 _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
-"""Commands with a verb for the end of the first line, the longest variant first."""
+"""Variants of the keys at the end of the first line, longest first. Each has (command id, label) pairs."""
 
 
 class RecipeStrip(Widget):
-    """The recipe, on every screen that edits it."""
+    """The recipe in a line or two, on every screen that edits it."""
 
     DEFAULT_CSS = """
     RecipeStrip {
@@ -53,7 +53,7 @@ class RecipeStrip(Widget):
     def __init__(self, *, with_memory: bool) -> None:
         """Create the strip. ``with_memory`` adds a second line with the memory."""
         super().__init__(classes="" if with_memory else "-brief")
-        # Show the hints at the end dim instead of in the color of links.
+        # Show the keys at the end of the line dim instead of in the color of links.
         self.auto_links = False
         self._with_memory = with_memory
         self._bench: Workbench | None = None
@@ -66,7 +66,9 @@ class RecipeStrip(Widget):
         self._is_changed_elsewhere = False
 
     def show_running(self, *, is_running: bool) -> None:
-        """In a wide window, say that the recipe is for the next run while another run is active."""
+        """Show whether a run is active. If so, the line says that the recipe is for the next run, in a wide
+        window.
+        """
         if is_running != self._is_running:
             self._is_running = is_running
             self.refresh()
@@ -98,7 +100,9 @@ class RecipeStrip(Widget):
         return Content("\n").join([first, self._cost_line(width)]) if self._with_memory else first
 
     def _problem(self) -> Content:
-        """Return the reason why there is no memory line; empty if there is no model."""
+        """Return why the recipe's memory is unknown or its model cannot be trained; empty if neither is the
+        case, or if there is no model.
+        """
         if self._bench is None or not self._bench.recipe.model.id:
             return Content("")
         if isinstance(self._comparison, UserError):
@@ -106,9 +110,11 @@ class RecipeStrip(Widget):
         return Content("") if self._can_train else Content.styled(f"  {CANNOT_TRAIN}", "$error")
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
-        """Return the recipe and the longest hint that fits next to it.
+        """Return the line of the recipe and the longest variant of the keys (``_HINTS``) that fits next to
+        it; empty if none fits.
 
-        For the shortest hint, the name of the data may be shortened.
+        To make room for the shortest variant, the name of the data may be shortened and the batch
+        abbreviated.
         """
         if self._bench is None:
             return "", Content("")
@@ -121,7 +127,7 @@ class RecipeStrip(Widget):
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
             shortened = {place for place, part in enumerate(parts) if part != widest[place]}
-            # To fit the shortest hint, the data's name and the batch may be abbreviated; numbers stay.
+            # Parts 2 and 4 are the name of the data and the batch.
             allowed = {2, 4} if commands == _HINTS[-1] else set()
             line = SEPARATOR.join(parts)
             if shortened <= allowed and cell_len(line) <= room:
@@ -156,11 +162,11 @@ class RecipeStrip(Widget):
 
 
 def reload_hint() -> Content:
-    """Return ``changed in another window, F7 reload``."""
+    """Return ``changed in another window, F7 reload``. A click on the key presses it."""
     words = Content.styled("changed in another window, ", "$warning")
     return words + _hint("app.reload", "reload")
 
 
 def _hint(command: str, label: str) -> Content:
-    """Return ``u undo``; a click on it presses the key."""
+    """Return a command's key and label, such as ``u undo``. A click on them presses the key."""
     return key_hint(bare_key(command), label, command_key(command))

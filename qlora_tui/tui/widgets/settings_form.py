@@ -1,4 +1,5 @@
-"""A form for settings of a recipe or of the app: label, value, and help for the selected one.
+"""A form for settings of a recipe or of the app: the label and value of each, and help for the selected
+setting.
 
 The form does not change settings itself. It posts :class:`SettingEdited`, the screen makes the change, and
 :meth:`SettingsForm.show` shows the new values.
@@ -33,16 +34,16 @@ from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, cursor_row, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
-"""Letters of jump labels, home row first."""
+"""Letters that label lines to jump to, in the order in which they are used: home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
 """Minimum width of the list, in cells, for showing a folded group's values next to its title."""
 _HELP_ROWS = 5
-"""Rows of the help below the list, including the empty row above the help."""
+"""Rows that are reserved for the help below the list, including the empty row above the help."""
 _NUMBER_CELLS = 14
 """Width of the field for typing a number, in cells."""
 _TEXT_SEPARATOR = " | "
-"""Separates the items of a list of texts while it is edited."""
+"""Separates the items of a setting that is a list of texts, while the user edits it."""
 
 
 @dataclass
@@ -63,18 +64,20 @@ class SettingPicked(Message):
 
 @dataclass(frozen=True)
 class SettingGroup:
-    """Settings under a title that opens and folds them. A group without a title is always open."""
+    """Settings under a title, which the user can open and fold. A group without a title is always open."""
 
     title: str
     fields: tuple[Field, ...]
     is_open: bool = True
-    """Whether the group starts open. A folded group shows only settings that were changed."""
+    """Whether the group is open at first. A folded group shows only settings whose values were changed."""
     applies: Callable[[Struct], bool] = lambda values: True
-    """Whether the group is shown for these values."""
+    """Returns whether the group is shown for the given values of all settings."""
 
 
 class SettingList(LineView):
-    """The settings in their groups, with a cursor. Left and Right step a setting, or fold a group."""
+    """The settings in their groups, with a cursor. On a setting, Left and Right step its value; on the title
+    of a group, they fold and open the group.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *LIST_KEYS,
@@ -113,7 +116,7 @@ class SettingList(LineView):
         self._base_name = base_name
         self._picked = picked
         self._letters: dict[str, int] = {}
-        """The line that each letter jumps to; empty unless a jump was started."""
+        """Index of the line that each letter jumps to; empty while no letters are shown."""
         self._values: Struct | None = None
         self._base: Struct | None = None
         self._notes: Mapping[str, str] = {}
@@ -138,14 +141,14 @@ class SettingList(LineView):
 
     @property
     def value(self) -> Any:
-        """The value of the setting under the cursor."""
+        """The value of the setting under the cursor; None on the title of a group."""
         if self._values is None or self.field is None:
             return None
         return get_setting(self._values, self.field.path)
 
     @property
     def value_column(self) -> int:
-        """Column in which the values start, in cells."""
+        """Column in which the values start, in cells from the left."""
         return self._label_cells + 4
 
     def on_mount(self) -> None:
@@ -155,14 +158,18 @@ class SettingList(LineView):
         return len(self._lines)
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
-        """Show these values, and mark those that differ from ``base``. ``notes``: remarks by path."""
+        """Show ``values``, and mark those that differ from ``base``. ``notes`` has a remark to show next to a
+        value, by the setting's path.
+        """
         state = (values, base, notes or {})
         if state != (self._values, self._base, self._notes):
             self._values, self._base, self._notes = state
             self._show_lines()
 
     def _show_lines(self) -> None:
-        """Show lines for the values and the open groups. The cursor stays on its setting."""
+        """Show the lines for the current values and open groups. The cursor stays on its setting, if it is
+        still shown.
+        """
         before, lines = self.current, self._shown_lines()
         is_as_high, self._lines = len(lines) == len(self._lines), lines
         self.cursor = lines.index(before) if before in lines else min(self.cursor, len(lines) - 1)
@@ -193,13 +200,13 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def action_move(self, places: int) -> None:
-        """Move the cursor. It stops at either end."""
+        """Move the cursor by this number of lines. It stops at the first and last line."""
         self.go_to(self.cursor + places)
 
     def action_jump(self) -> None:
         """Label each visible line with a letter.
 
-        Pressing the letter moves the cursor there; any other key cancels.
+        Pressing a letter moves the cursor to its line; any other key only removes the letters.
         """
         top = round(self.scroll_y)
         bottom = min(top + self.scrollable_content_region.height, len(self._lines))
@@ -207,7 +214,9 @@ class SettingList(LineView):
         self.refresh()
 
     def on_key(self, event: Key) -> None:
-        """End the jump on any key while letters are shown."""
+        """While letters are shown, remove them on any key, and move the cursor if the key is one of the
+        letters.
+        """
         if not self._letters:
             return
         event.stop()
@@ -218,9 +227,10 @@ class SettingList(LineView):
         self.go_to(line)
 
     def action_step(self, direction: int) -> None:
-        """Step the setting to its next value, or start typing if it is text.
+        """Step the setting under the cursor to its next value up (``direction`` 1) or down (-1). If it is
+        text or has no value, start typing instead.
 
-        On a title, open or fold the group.
+        On the title of a group, open (1) or fold (-1) the group.
         """
         field = self.field
         if field is None:
@@ -231,8 +241,8 @@ class SettingList(LineView):
             self.post_message(SettingEdited(field.path, after))
 
     def action_choose(self) -> None:
-        """Start typing the value, or step a setting that has few values. On a title, open or fold the
-        group.
+        """Change the setting under the cursor: step it if it has a few choices, otherwise let the user pick
+        or type its value. On the title of a group, open the group if it is folded, and fold it if it is open.
         """
         field = self.field
         if field is None:
@@ -245,8 +255,8 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open folded groups for as long as all lines fit ``rows``, unless the user has opened or folded a
-        group.
+        """Open each folded group with which all lines still fit ``rows``, unless the user has opened or
+        folded a group.
         """
         if self._is_arranged:
             return
@@ -269,7 +279,9 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def action_reset(self) -> None:
-        """Reset the setting to the value it is compared with."""
+        """Reset the setting under the cursor to its value in the preset or default that it is compared
+        with.
+        """
         if self._base is not None and self.field is not None:
             path = self.field.path
             self.post_message(SettingEdited(path, get_setting(self._base, path)))
@@ -277,7 +289,8 @@ class SettingList(LineView):
     def on_click(self, event: Click) -> None:
         line = event.y + round(self.scroll_y)
         if 0 <= line < len(self._lines):
-            # The second click on a setting changes it; the first click on a group opens or folds it.
+            # A click on a setting moves the cursor there, and another one changes the setting. A click on a
+            # group opens or folds it at once.
             is_chosen = line == self.cursor or isinstance(self._lines[line], SettingGroup)
             self.go_to(line)
             if is_chosen:
@@ -306,7 +319,9 @@ class SettingList(LineView):
         return render_line(self, row, width)
 
     def _title(self, group: SettingGroup, letter: str) -> Content:
-        """Return ``+ LoRA  10 settings``. In a wide list a folded group also shows its values."""
+        """Return the title of a group, such as ``+ LoRA 10 settings``. A folded group in a wide list shows
+        its values instead of their number.
+        """
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self.size.width >= _WIDE_CELLS:
             values = [(field.label, get_setting(self._values, field.path)) for field in group.fields]
@@ -339,9 +354,9 @@ class SettingList(LineView):
 
 
 class SettingsForm(Vertical):
-    """The list of settings, with help on the setting under the cursor below it.
+    """A list of settings, and below it the help for the setting under the cursor.
 
-    Values are typed in their own row.
+    To change a value by typing, the user types it in the row of its setting.
     """
 
     DEFAULT_CSS = """
@@ -404,7 +419,9 @@ class SettingsForm(Vertical):
         return self
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
-        """Show these values; those that differ from ``base`` are marked. ``notes``: a remark by path."""
+        """Show ``values``, and mark those that differ from ``base``. ``notes`` has remarks to show next to
+        values, by path.
+        """
         is_first, self._values = self._values is None, values
         self.list.show(values, base, notes)
         if is_first:
@@ -412,7 +429,7 @@ class SettingsForm(Vertical):
         self._show_help()
 
     def on_resize(self) -> None:
-        """Open as many folded groups as fit above the help."""
+        """Open the folded groups that fit above the help, unless the user has opened or folded a group."""
         help_ = self.query_one("#setting-help")
         self.list.open_what_fits(self.size.height - (_HELP_ROWS if help_.display else 0))
 
@@ -461,7 +478,7 @@ class SettingsForm(Vertical):
         self.post_message(SettingEdited(field.path, value))
 
     def action_leave_field(self) -> None:
-        """Leave the field without changing the value."""
+        """Stop typing without changing the value."""
         self.remove_class("-editing")
         self.list.typed_cells, self._wrong = 0, ""
         self.list.refresh_line(self.list.cursor)
@@ -488,8 +505,8 @@ class SettingsForm(Vertical):
 
 
 def _expected(field: Field) -> str:
-    """Return ``a whole number from 1 to 1,024 · Enter apply · Esc cancel``. The field's mention of quotes is
-    dropped, since they are only needed in files.
+    """Return the values that a setting accepts and two keys: ``a whole number from 1 to 1,024 · Enter apply ·
+    Esc cancel``. The words ``in quotes`` are removed, since quotes are only needed in files.
     """
     return f"{field.expected.replace(' in quotes', '')} · Enter apply · Esc cancel"
 
@@ -509,7 +526,10 @@ def _as_text(field: Field, value: Any) -> str:
 
 
 def _parsed(field: Field, typed: str) -> Any:
-    """Parse the typed value. Raises InvalidRecipeError or ValueError."""
+    """Return the typed text as a value of the setting.
+
+    Raises InvalidRecipeError or ValueError if the text is not such a value.
+    """
     if field.kind == "texts" and field.path != "lora.target_modules":
         return tuple(part.strip() for part in typed.split(_separator(field).strip()) if part.strip())
     if field.kind == "text":
@@ -524,7 +544,9 @@ def _parsed(field: Field, typed: str) -> Any:
 
 
 def _problem(field: Field, problem: Exception) -> str:
-    """Return the error in a typed value, with the setting's label instead of its path."""
+    """Return what is wrong with a typed value, without a period, with the setting's label instead of its
+    path.
+    """
     if isinstance(problem, InvalidRecipeError):
         return "; ".join(issue.message.replace(issue.path, field.label, 1) for issue in problem.issues)
     return f"{field.label} must be {field.expected}"
