@@ -62,7 +62,6 @@ def compare_answers(
     *,
     max_new_tokens: int,
     base_answers: int | None = None,
-    adapter_name: str = "",
     on_status: Callable[[str], None] = lambda words: None,
 ) -> list[AnswerComparison]:
     """Ask base and adapter the questions of each conversation in turn, each after its own earlier answers.
@@ -75,13 +74,11 @@ def compare_answers(
         conversations: Questions by conversation.
         max_new_tokens: Most tokens of an answer.
         base_answers: Number of conversations, from the first, that the base is asked; None for all.
-        adapter_name: The adapter to ask; by default the final one.
         on_status: Called with a description of the current activity.
 
     Raises:
         UserError: The model cannot be loaded, or an answer fails.
     """
-    adapter_name = adapter_name or choose_adapter(source)
     session = _load(source, on_status)
     asked_of_base = conversations[:base_answers]
     total = sum(map(len, conversations)) + sum(map(len, asked_of_base))
@@ -104,7 +101,7 @@ def compare_answers(
             on_status(f"  {done} of {total} answers")
         return answers
 
-    of_adapter, of_base = ask_all(adapter_name, conversations), ask_all(BASE, asked_of_base)
+    of_adapter, of_base = ask_all(choose_adapter(source), conversations), ask_all(BASE, asked_of_base)
     return [
         AnswerComparison(
             prompt=question,

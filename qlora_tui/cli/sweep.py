@@ -38,6 +38,7 @@ from qlora_tui.sweeps.describe import (
     plan_sentence,
     state_sentence,
     trial_table,
+    unequal_sentence,
     verdict_sentence,
     what_settings_bought,
 )
@@ -195,11 +196,8 @@ def _show(sweep: SweepDir) -> CommandResult:
     if rows:
         lines += [format_table(rows, header), ""]
     lines.append(verdict_sentence(view))
-    if unequal := view.unequal_tokens():
-        names = ", ".join(str(trial.number) for trial in unequal)
-        lines.append(
-            f"Unequal training: trials {names} were compared after more or fewer tokens than others."
-        )
+    if unequal := unequal_sentence(view):
+        lines.append(unequal)
     bought = what_settings_bought(view)
     shares, note = _importances(view)
     if bought:

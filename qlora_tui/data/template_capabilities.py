@@ -104,12 +104,12 @@ def probe_template(template: ChatTemplate) -> TemplateCapabilities:
         calls=style,
         calls_without_content=bare,
         words_hide_calls=style != "text"
-        and not _shows(template, [question, {**call_turn, **answer}, wrap(_tool_turn(_EXTRA)), answer])(
+        and not _shows(template, [question, {**call_turn, **answer}, wrap(_TOOL_TURN), answer])(
             _NAME, _VALUE
         ),
         reasoning=reasoning,
         own_tags=own_tags,
-        tool_turns=_shows(template, [question, call_turn, wrap(_tool_turn(_EXTRA)), answer])(_EXTRA, _ANSWER),
+        tool_turns=_shows(template, [question, call_turn, wrap(_TOOL_TURN), answer])(_EXTRA, _ANSWER),
         switch=switch,
         opens_thought=bool(OPENED.search(_prompt(quiet, [question]))),
         forgets_reasoning=not _shows(thinking, [question, thought, question, answer])(_EXTRA),
@@ -144,7 +144,7 @@ def _call_style(
     styles: tuple[Literal["object", "string"], ...] = ("object", "string")
     for bare in (False, True):
         for style in styles:
-            turns = [question, _call_turn(style, bare, wrap), wrap(_tool_turn(_EXTRA)), answer]
+            turns = [question, _call_turn(style, bare, wrap), wrap(_TOOL_TURN), answer]
             for tried in (turns, turns[:2]):
                 if _shows(template, tried)(_NAME, _VALUE):
                     return style, bare
@@ -156,10 +156,6 @@ def _call_turn(style: str, bare: bool, wrap: Callable[[dict[str, Any]], dict[str
     if bare:
         return {"role": "assistant", "tool_calls": calls, "content": None}
     return {**wrap({"role": "assistant", "content": ""}), "tool_calls": calls}
-
-
-def _tool_turn(content: str) -> dict[str, Any]:
-    return {"role": "tool", "content": content, "name": _NAME, "tool_call_id": "000000001"}
 
 
 def _call_field(call: ToolCall, style: str) -> dict[str, Any]:
@@ -424,3 +420,4 @@ _QUESTION, _ANSWER, _SYSTEM, _NAME, _VALUE, _EXTRA = (
     "qvzfound",
 )
 """Probe words that no template itself writes."""
+_TOOL_TURN = {"role": "tool", "content": _EXTRA, "name": _NAME, "tool_call_id": "000000001"}

@@ -119,6 +119,13 @@ def outcome_words(trial: Trial) -> str:
     return f"{words}: {trial.failure}" if trial.failure else words
 
 
+def unequal_sentence(view: SweepView) -> str:
+    """Return a warning that names the trials with more or fewer tokens than others; empty without any."""
+    names = ", ".join(str(trial.number) for trial in view.unequal_tokens())
+    warning = f"Unequal training: trials {names} were compared after more or fewer tokens than others."
+    return warning if names else ""
+
+
 def trial_name(trial: Trial) -> str:
     """Return ``unchanged`` for the unchanged recipe, and the trial's number otherwise."""
     return "unchanged" if trial.role == "base" else str(trial.number)

@@ -215,8 +215,8 @@ class SweepView:
         """Return the recipe with a trial's values, to adopt or compare, with the recipe's own reports."""
         return apply_point(self.sheet.recipe, trial.values)
 
-    def unequal_tokens(self, tolerance: float = 0.05) -> list[Trial]:
-        """Return trials whose tokens differ from the median of their round by more than ``tolerance``."""
+    def unequal_tokens(self) -> list[Trial]:
+        """Return trials whose tokens differ from the median of their round by more than 5 %."""
         unequal = []
         for group in self.groups:
             for number in range(1, group.planned.rounds + 1):
@@ -225,7 +225,7 @@ class SweepView:
                 ]
                 tokens = sorted(trial.results[number].tokens for trial in reached)
                 middle = tokens[len(tokens) // 2] if tokens else 0
-                unequal += [t for t in reached if abs(t.results[number].tokens - middle) > tolerance * middle]
+                unequal += [t for t in reached if abs(t.results[number].tokens - middle) > 0.05 * middle]
         return list({trial.number: trial for trial in unequal}.values())
 
 

@@ -55,10 +55,10 @@ def set_title(text: str) -> str:
     return f"\x1b]2;{_printable(text)}\a"
 
 
-def notification_escape(text: str, environment: Mapping[str, str] = os.environ) -> str:
+def notification_escape(text: str) -> str:
     """Return the escape sequence for a desktop notification (OSC 9), which not every terminal supports."""
     osc = f"\x1b]9;{_printable(text)}\a"
-    return _for_tmux(osc) if environment.get("TMUX") else osc
+    return _for_tmux(osc) if os.environ.get("TMUX") else osc
 
 
 def _for_tmux(sequence: str) -> str:

@@ -32,6 +32,7 @@ from qlora_tui.sweeps.describe import (
     trial_progress,
     trial_value,
     trial_words,
+    unequal_sentence,
     verdict_sentence,
     what_settings_bought,
 )
@@ -287,10 +288,8 @@ def verdict_lines(view: SweepView) -> list[Content]:
             Content.styled(f"{word}: trial {winner.number} ({values}) has {losses}", style),
             Content.styled(f"{state_sentence(view)} {why[:1].upper()}{why[1:]}", "$text-muted"),
         ]
-    if unequal := view.unequal_tokens():
-        names = ", ".join(str(trial.number) for trial in unequal)
-        text = f"Unequal training: trials {names} were compared after more or fewer tokens than others."
-        lines.append(Content.styled(text, "$warning"))
+    if unequal := unequal_sentence(view):
+        lines.append(Content.styled(unequal, "$warning"))
     return lines
 
 
