@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 _FREEZE_AFTER_S = 4.0
-"""Seconds after a screen is first shown at which its long-lived objects exist, and are excluded from garbage
-collection.
+"""Seconds from the first display of a screen until its objects are exempted from garbage collection. By then,
+the long-lived objects of the screen exist.
 """
 
 
@@ -75,12 +75,12 @@ class OnQloraApp(Widget):
 
 
 class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
-    """A screen with a command that switches to it, not a dialog. Subclasses define ``MODE`` and
+    """Base of the screens between which the user switches, such as Train. Subclasses define ``MODE`` and
     ``compose_body``.
 
-    Textual calls ``on_mount`` and ``on_screen_resume`` of each class in the hierarchy, those of this class
-    last. If a subclass also called them with ``super()``, they would run twice, and the screen would
-    subscribe twice.
+    Textual itself calls ``on_mount`` and ``on_screen_resume`` of each class in the hierarchy, and the methods
+    of this class last. A subclass that also called them with ``super()`` would run them twice, and would
+    subscribe the screen twice.
     """
 
     MODE: ClassVar[str]

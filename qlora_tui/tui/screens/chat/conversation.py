@@ -53,7 +53,7 @@ _WARNING_S = 20.0
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """Two adapters of a run, left and right, and whether both of them or only one answers prompts.
+    """Two adapters of a run, left and right, and which of the two answer prompts.
 
     The base model counts as an adapter.
     """
@@ -146,8 +146,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.path: Path | None = None
         """File in which the conversation is saved; None before the first answer."""
         self._asking: Worker[None] | None = None
-        """The latest worker that answers a prompt or measures the effect, also after it has ended. Only this
-        worker adds turns, and writes into them.
+        """The worker that answers the last prompt or measures the effect, also after it has ended. Only this
+        worker adds turns and writes into them.
         """
         self._open_requests: list[ReplyStream[Any, Any]] = []
         """Requests that the engine has not finished."""
@@ -172,7 +172,7 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     async def on_unmount(self) -> None:
         """End the engine, which frees the model's memory, when the screen is removed."""
-        # Without this, workers that wait for answers would write into widgets that no longer exist.
+        # Cancel the workers that wait for answers, since they would write into widgets that no longer exist.
         self.workers.cancel_node(self)
         await self.engine.kill()
 
@@ -409,9 +409,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         return free_bytes is not None and None not in sizes and sum(filter(None, sizes)) <= free_bytes
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
-        """If a run has become active, find out whether it fits into memory with the model, and unload the
-        model if not.
-        """
+        """If a run has become active, unload the model, unless run and model fit into memory together."""
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
             self._shares_with.add(active.id)  # while the app finds out whether both fit
@@ -541,8 +539,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer. It has the reason why the model was unloaded or, if there is
-        none, ``what``: what was stopped, or why.
+        """Return the note for a stopped answer. The note has the reason why the model was unloaded or, if
+        there is no such reason, ``what``, such as ``loading the model``.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")

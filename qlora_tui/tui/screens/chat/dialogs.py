@@ -251,8 +251,8 @@ def chat_runs() -> list[RunDir]:
 
 
 def source_picker(runs: list[RunDir], model: str) -> ListPicker[str]:
-    """Return a dialog for choosing what to chat with. The dialog returns the id of a run, or ``model``, the
-    id of the recipe's model, which is listed only if it is not empty.
+    """Return a dialog for choosing what to chat with. The dialog returns the id of a run or, for the recipe's
+    model, ``model``. If ``model`` is empty, the recipe's model is not listed.
     """
     choices = [Choice(run.id, _line(run), run.id) for run in runs]
     if model:

@@ -141,7 +141,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """Update the header, which names a server that holds a model, when a server loads or unloads one."""
+        """When a server loads or unloads a model, update the header, which names such a server."""
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None
         if held != self._held_by_server and not self.conversation.busy:
@@ -268,8 +268,8 @@ class ChatScreen(WorkScreen):
     # Prompts and answers
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Return whether an action is available: few are without a model, and none whose key types text while
-        the prompt field has the focus.
+        """Return whether an action is available. Without a model, few actions are available; while a prompt
+        is being written, only actions whose keys do not type text.
         """
         is_own = self.has_command(action)
         if self.conversation.source is None and is_own:

@@ -33,7 +33,7 @@ _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
 _NARROW_CELLS = 66
 _NAMES = 6
-"""Maximum number of models that are listed by name. The number of further models is shown."""
+"""Maximum number of models that are listed by name. Of further models, only the number is shown."""
 _WHAT = (
     "A server lets other programs use base, runs and checkpoints through an OpenAI-compatible API: scripts, "
     "editors, Open WebUI. It outlives this app, and gives the GPU to each run that starts."
@@ -42,8 +42,8 @@ _NOTHING = "No run has an adapter to serve yet."
 
 
 class ServerScreen(TextDialog[None], OnQloraApp):
-    """Shows the running server or, if no server is running, offers to start one for all runs on the chat's
-    base.
+    """Shows the running server or, if no server is running, offers to start a server for all runs with the
+    base model of the chat.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [_TOGGLE, _COPY, _CLOSE]

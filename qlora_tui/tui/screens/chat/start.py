@@ -45,10 +45,10 @@ wait short.
 """
 _MAX_RECORDED = 12
 _LEAST_ROWS = 3
-"""Minimum number of lines of a recorded answer that is shortened."""
+"""Minimum number of lines to which a recorded answer is shortened."""
 _ENOUGH_WHOLE = 2
-"""If at least this many prompts fit with their whole recorded answers, no answer is shortened to show
-more.
+"""If at least this many prompts fit with their whole recorded answers, answers are not shortened to make room
+for further prompts.
 """
 _COLUMN_GAP, _INDENT = 3, 2
 _LABEL = 10
@@ -118,8 +118,8 @@ def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
 
 
 def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
-    """Return the answers to the sample prompts, and the seconds that the last attempt spent loading, None if
-    unknown.
+    """Return the answers to the sample prompts, and the seconds that the last attempt spent loading (None if
+    unknown).
     """
     samples: list[SampleGenerated] = []
     began_at, load_s = None, 0.0

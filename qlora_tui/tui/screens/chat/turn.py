@@ -304,7 +304,7 @@ class AdapterAnswer(Panel):
         self.text = ""
         self._thought = ThoughtView(unfolded=unfolded)
         self.loop = ""
-        """The phrase that the model kept repeating when generation was stopped for that reason; otherwise
+        """If generation was stopped because the model kept repeating a phrase: this phrase; otherwise
         empty.
         """
         self.outcome: GenerationResult | None = None

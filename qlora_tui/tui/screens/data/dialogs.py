@@ -160,7 +160,7 @@ class MeasuredRows:
     losses: RowLosses
 
     def token_changes(self, place: RowPlace) -> tuple[tuple[float, float], ...]:
-        """Return (loss before, loss after) for each token in the loss of this row; empty if it was not
+        """Return (loss before, loss after) for each token in the loss of this row; empty if the row was not
         measured.
         """
         row = self.losses.row_of(self.number, place)

@@ -131,7 +131,7 @@ class ProblemsPanel(Panel):
             lines.append((f"{problem.kind} {problem.path}", line))
         if few_steps := few_steps_line(expected, recipe, brief=brief):
             lines.append(("steps", few_steps))
-        # Unless the user is in the list, keep the cursor on the first line, since errors that are found later
+        # Unless the list has the focus, keep the cursor on the first line, since errors that are found later
         # are inserted above.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
@@ -379,7 +379,7 @@ def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> 
 def _column(edges: list[int], length: int, width: int) -> int:
     """Return the column of a length on the axis, or ``width`` if the length is not below the last edge.
 
-    Between two edges, there are always equally many columns.
+    Each bin, between two edges, has the same number of columns.
     """
     for number, (low, high) in enumerate(pairwise(edges)):
         if length < high:

@@ -35,8 +35,8 @@ class PreviewRequest:
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
         """Return the request for source ``number``, from 0, of the recipe.
 
-        Settings that do not affect the rows have default values, so that their changes do not change the
-        request.
+        In the request, settings that do not affect the rows have default values, so that a change of such a
+        setting does not make another request.
         """
         data = Data(
             max_length=recipe.data.max_length,

@@ -404,9 +404,9 @@ class DataScreen(SourceActions):
         return unfixed_problems(self.report, self.app.workbench.recipe.lora.trainable_tokens)
 
     def action_fix(self) -> None:
-        """Change the setting that fixes a problem, for the first of these problems that there is: preferences
-        that the recipe refuses (ask how to train on them), bad rows, texts that are too long, and untrained
-        tokens.
+        """Change a setting that fixes a problem. Of the following problems, the first that exists is fixed:
+        refused preferences (the user is asked how to train on them), bad rows, texts that are too long,
+        untrained tokens.
         """
         if self._refused_preferences:
             rated = self._refused_preferences == "ratings"
@@ -427,8 +427,8 @@ class DataScreen(SourceActions):
         self.notify_undoable(chosen if choice == "chosen" else f"Trains with {choice}.")
 
     def action_bad_rows(self) -> None:
-        """If bad rows prevent runs from starting, let runs leave them out; otherwise, let them prevent runs
-        from starting.
+        """If the recipe refuses bad rows, let runs leave them out; otherwise, let the recipe refuse bad rows
+        again.
         """
         bad_rows = skippable_rows(self.report, self.problems)
         skips = self.app.workbench.recipe.data.bad_rows == "skip"

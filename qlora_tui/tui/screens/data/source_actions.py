@@ -91,7 +91,8 @@ class SourceActions(WorkScreen):
         """Add a path to the sources, and select it.
 
         Instead of being added, the path replaces the selected source if that source cannot be read, since no
-        run could start with both. The path also replaces the demo's data if they are the only source.
+        run could start with an unreadable source. The path also replaces the demo's data if they are the only
+        source.
         """
         sources = self.app.workbench.recipe.data.sources
         if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:

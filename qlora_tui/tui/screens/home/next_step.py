@@ -19,11 +19,11 @@ class HomeState:
     verdict: str = ""
     """Verdict on whether the recipe fits into memory, as its ``word``; empty if it is not known."""
     model_error: str = ""
-    """Why the model cannot be trained, in a few words; empty if nothing is known against it."""
+    """Why the model cannot be trained, in a few words; empty if no reason is known."""
     can_download: bool = False
     """Whether files that the model lacks can be downloaded."""
     data_error: str = ""
-    """Why the data cannot be used, in a few words; empty if nothing is known against it."""
+    """Why the data cannot be used, in a few words; empty if no reason is known."""
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False

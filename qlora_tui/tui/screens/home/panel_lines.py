@@ -91,7 +91,7 @@ adapter.
 
 @dataclass(frozen=True)
 class HomeLayout:
-    """Widths of the text in Home's panels, in cells, and how much room they have."""
+    """Widths of the text in Home's panels, in cells, and whether the panels are compact or large."""
 
     wide: int
     """Width of the text in panels that are as wide as the window."""
@@ -475,9 +475,9 @@ def _none_yet(command: str) -> Content:
 
 
 def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:
-    """Return the title of the list of models: what Enter does with the model ``selected`` (an id, None if
-    there is none) if the list has the focus, otherwise how to reach the list, and the memory that models must
-    fit.
+    """Return the title of the list of models, with the memory that models must fit. If the list has the
+    focus, the title also says what Enter does with the model whose line has the id ``selected``; otherwise,
+    how to reach the list.
     """
     verb = "select" if (selected or "").startswith(LOCAL) else "download"
     hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")

@@ -74,8 +74,8 @@ class HomeReader:
 
     def __init__(self, seen_at: float, started_at: float) -> None:
         self._seen_at = seen_at
-        """Unix time at which the app was in use before this start; the time of this start if there is no
-        earlier one.
+        """Unix time at which the app was last in use before this start. At the first start, the time of the
+        start.
         """
         self._started_at = started_at
         self._summaries = SummaryCache()
@@ -83,7 +83,7 @@ class HomeReader:
         self._presets = list_presets()
         self._outlook: tuple[object, Forecast | None, UserError | None] = (None, None, None)
         """Result of the last :meth:`look_ahead`: the state that it was for, the forecast of a run, and the
-        error in its data.
+        error in the data.
         """
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 

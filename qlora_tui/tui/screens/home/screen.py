@@ -431,5 +431,7 @@ class HomeScreen(WorkScreen):
 
 
 def _save_last_seen() -> None:
-    """Save that the app is in use now, so that Home announces runs that end before the next start."""
+    """Save the current time as the time at which the app was last in use. At the next start, Home announces
+    runs that have ended since this time.
+    """
     save_ui_state(last_seen=clock.now())

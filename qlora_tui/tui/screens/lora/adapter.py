@@ -75,7 +75,9 @@ class SettingsList(ViList):
     """Index of the option that was clicked last; None if the list has lost the focus since then."""
 
     def on_click(self, event: Click) -> None:
-        """Move the cursor to the clicked setting. If the setting was also clicked last, step it up."""
+        """Move the cursor to the clicked setting. If the previous click was on the same setting, step the
+        setting up.
+        """
         event.prevent_default()  # the list would step the setting at the first click
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:
@@ -179,7 +181,7 @@ def term_of(path: str) -> str:
 
 
 def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
-    """Return ``r R rank        16*``: keys, name, value, and a star if the value differs from that in
+    """Return ``r R rank        16*``: keys, name, value, and a star if the value differs from the value in
     ``base``, the preset.
     """
     value = get_setting(recipe, path)
@@ -260,8 +262,8 @@ _WITH = " with gradients and optimizer"
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Differences in memory, in bytes. They are computed later than other figures, since they take more
-    estimates.
+    """Differences in memory, in bytes. They are computed later than other figures, since each takes a further
+    estimate.
     """
 
     dora_bytes: int
@@ -358,8 +360,8 @@ def adapter_text(
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
-    """Return as many of the LoRA settings that differ from the preset as fit, and the memory that they add
-    together.
+    """Return the LoRA settings that differ from the preset, as many as fit, and the change in memory that all
+    of these settings make.
     """
     changes = [
         c for c in diff_recipes(workbench.preset_recipe, workbench.recipe) if c.path.startswith("lora.")
@@ -426,8 +428,8 @@ class ChoiceCost:
 
 
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
-    """Return the costs of each rank with each choice of targets that the model has. Each takes about 10
-    ms.
+    """Return the costs of each rank with each choice of targets that the model has. Each estimate takes about
+    10 ms.
     """
     now = recipe.lora.target_modules
     choices = {

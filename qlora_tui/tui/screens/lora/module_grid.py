@@ -217,8 +217,8 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
-        """The modules that would be toggled now: one cell, all of a kind, all of a layer, or the block being
-        marked.
+        """The modules that would be toggled now: those in one cell, of one kind, of one layer, or in the
+        block being marked.
         """
         if self._table is None:
             return ()
@@ -227,8 +227,8 @@ class ModuleGrid(Widget, can_focus=True):
         return self._table.within((row, self._row), None if whole else (column, self._column))
 
     def action_move(self, rows: int, columns: int = 0) -> None:
-        """Move the cursor down and to the right by this much, or up and to the left if negative. It stops at
-        the edges.
+        """Move the cursor down by ``rows`` and to the right by ``columns``. Negative numbers move it up and
+        to the left. The cursor stops at the edges.
         """
         if self._table is None:
             return
@@ -391,8 +391,8 @@ class ModuleGrid(Widget, can_focus=True):
         return self._trained
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int, width: int) -> tuple[str, str]:
-        """Return (text, style) for one kind in one layer: its selection, in the color of the rank, with a
-        mark if a pattern sets its rank or alpha.
+        """Return (text, style) for one kind in one layer: its selection, in the color of its rank, with a
+        mark if its rank or alpha differs from the recipe's.
         """
         text, style = " " * width, ""
         if cell:

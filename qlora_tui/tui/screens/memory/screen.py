@@ -69,8 +69,8 @@ _FRAME = 4
 
 
 class QualityDialog(TextDialog[bool]):
-    """Dialog with the measured effects of quantization, in sentences. Returns whether to keep the layers with
-    the largest error in 16 bits.
+    """Dialog with the measured effects of quantization, in sentences. Returns whether to keep in 16 bits the
+    layers with the largest error.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -171,7 +171,7 @@ class MemoryScreen(WorkScreen):
             self._show_bars()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Return whether an action is available. Actions that would have no effect are not."""
+        """Return whether an action is available. An action that would have no effect is not available."""
         if action == "use":
             return self.precision != precision_of(self.app.workbench.recipe)
         if action in ("apply", "choose"):
@@ -192,8 +192,8 @@ class MemoryScreen(WorkScreen):
         self.app.edit("lora.target_modules", next_targets(now, kinds))
 
     def action_next_bar(self, step: int) -> None:
-        """Show the items of the precision ``step`` places below the current one. The first follows the
-        last.
+        """Show the items of the precision ``step`` places below the current precision. The first precision
+        follows the last.
         """
         self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]
         self._show_all()

@@ -133,8 +133,8 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
-    """Return a bar of ``width`` cells, of which all stand for ``full_bytes``. If the estimate is larger, the
-    bar is cut off and marked with ▶.
+    """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. If the estimate is larger,
+    the bar is cut off and marked with ▶.
     """
     pieces: list[tuple[str, str]] = []
     drawn = 0
@@ -220,8 +220,8 @@ def legend(limit_bytes: int, most_bytes: int) -> Content:
 
 
 def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
-    """Return ``Peak of a training step``. If precisions need the most memory while the model is being loaded,
-    name these precisions instead.
+    """Return ``Peak of a training step`` or, if ``short``, ``Peak``. If precisions reach their peak while the
+    model is being loaded, the text names these precisions.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
@@ -421,7 +421,7 @@ class _GraphColumn:
 
 def even_colors(widget: Widget) -> dict[str, str]:
     """Return the opaque color of each part on a widget's background, by the name of the part. Cells with two
-    parts need opaque colors. Without them, on a terminal with few colors, the result is empty.
+    parts need opaque colors. On a terminal with few colors, the result is empty.
     """
     app, under = widget.app, widget.background_colors[1]
     if app.no_color or app.current_theme.ansi:
@@ -448,9 +448,9 @@ def timeline_lines(
     height: int,
 ) -> list[Content]:
     """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
-    phases.
+    phases. If ``height`` is less than three, the list is empty.
 
-    ``widget``: the widget on which the graph is drawn. If there is too little height, the list is empty.
+    ``widget``: the widget on which the graph is drawn.
     """
     rows = height - 1
     if rows < 2:
@@ -525,7 +525,8 @@ def _cell(
         covered += [(part, share)] if share > 0 else []
         begin += size
     part, most = max(covered, key=lambda each: each[1])
-    # If a column exceeds the limit, the cell with the limit has the color of an excess too.
+    # If a column exceeds the limit, the cell that contains the limit also has the color for memory above the
+    # limit.
     is_over = min(high, column.total_bytes) > limit_bytes
     if filled < 15 / 16:
         return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style

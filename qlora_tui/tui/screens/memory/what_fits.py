@@ -1,7 +1,8 @@
 """Which settings fit into memory, which changes make the recipe fit, and the panels that show both.
 
-:func:`solve` is slow and runs in a thread. From the header of a GGUF file, it also reads whether the model
-has to be converted before its first run; such a header may have hundreds of thousands of tokens.
+:func:`solve` is slow and runs in a thread. The function also reads the header of a GGUF file, to find out
+whether the model has to be converted before its first run. Such a header may have hundreds of thousands of
+tokens.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Solution:
     """
 
     fitting: Mapping[Precision, WhatFits] = field(default_factory=dict)
-    """The largest value of each setting that fits, by precision."""
+    """For each setting, the largest value that fits, by precision."""
     lowered: Mapping[Precision, Mapping[str, KeyEffect]] = field(default_factory=dict)
     """Effect of the key that halves a setting or selects its next value, by precision and path of the
     setting. A setting that the key would not change is left out.
@@ -103,7 +104,7 @@ class Solution:
     if there are none.
     """
     conversion: Conversion | None = None
-    """The conversion of the model's GGUF file that is due before its first run; None if none is due."""
+    """The conversion that the model's GGUF file needs before its first run; None if it needs none."""
     recipes: tuple[Recipe, ...] = ()
     """The recipes with each of ``changes``, and the recipes with each value in ``lowered`` for the recipe's
     precision.

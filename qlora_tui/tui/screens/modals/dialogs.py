@@ -134,7 +134,7 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
     """Call ``write(False)``. If that raises OverwriteError, ask whether to replace what is there; if yes,
     call ``write(True)``. Return whether something was written.
 
-    Must be called in a worker. Raises UserError if ``write`` raises any other error.
+    Must be called in a worker. Raises any other UserError that ``write`` raises.
     """
     try:
         write(False)
@@ -195,7 +195,9 @@ def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str
 
 
 def ask_gpu_size(app: QloraApp) -> None:
-    """Ask for the memory of a GPU, and compare all estimates with it from now on."""
+    """Ask for the memory of a GPU, and compare all estimates with this memory. An empty answer means the
+    memory of this machine.
+    """
 
     def on_result(text: str | None) -> None:
         if text is None:
@@ -289,7 +291,7 @@ class TooSmallScreen(ModalScreen[None]):
         self._leave_if_large()
 
     def on_screen_resume(self) -> None:
-        """Close if the window has become large enough while another dialog or screen covered this one."""
+        """Close if the window has become large enough while another dialog or screen covered this dialog."""
         self._leave_if_large()
 
     def _leave_if_large(self) -> None:
@@ -412,7 +414,7 @@ class ListPicker(ModalScreen[Picked | None]):
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
     """Dialog with the checks of this machine: first the conclusion, then problems, then passed checks. Checks
-    of the system are shown first. Checks of the libraries follow once the process that runs them has ended.
+    of the system are shown at once. Checks of the libraries follow when the process that runs them has ended.
     """
 
     def __init__(self) -> None:

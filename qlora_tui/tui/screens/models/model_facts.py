@@ -313,7 +313,7 @@ def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
 
 def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
     """Return a line for each length and, if the width suffices for all precisions, for each micro-batch size,
-    with the memory in each precision. The meaning of the signs and notes follow.
+    with the memory in each precision. These lines are followed by the meaning of the signs, and by notes.
 
     ``can_train``: whether the model can be trained. If not, the verdict for this machine says only that it
     *would* fit.

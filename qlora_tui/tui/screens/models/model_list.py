@@ -30,8 +30,8 @@ from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
 LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
-"""Prefixes of the ids of lines. The path of the model follows ``LOCAL``, and its id on the Hub the other
-prefixes.
+"""Prefixes of the ids of lines. After ``LOCAL``, an id has the path of a model; after any other prefix, the
+model's id on the Hub.
 """
 DEMO_LINE = "demo:"
 """Id of the line of the demo's model."""

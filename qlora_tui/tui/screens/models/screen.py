@@ -216,8 +216,8 @@ class ModelsScreen(WorkScreen):
             downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Return whether an action is available. A download is, if the model under the cursor is not on this
-        machine, or lacks files that the Hub has.
+        """Return whether an action is available. A download is available if the model under the cursor is not
+        on this machine, or lacks files that the Hub has.
         """
         if action == "download":
             model = self._models.find(self.query_one(ViList).current)

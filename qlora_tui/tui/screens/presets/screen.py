@@ -64,8 +64,8 @@ def save_as(
     """Save the recipe as the user's preset ``name``, and return a snapshot of the preset that it replaces,
     for undo.
 
-    Raises OverwriteError if ``overwrite`` is False and the user already has a preset of this name. If the
-    name is ``own``, OverwriteError is raised only if the file was edited outside the app.
+    Raises OverwriteError if ``overwrite`` is False and the user already has a preset of this name. The preset
+    ``own``, on which the recipe is based, may be replaced, unless its file was edited outside the app.
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
@@ -78,8 +78,8 @@ def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
     """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the preset that it
     replaces, for undo.
 
-    Raises UserError if the file is not a preset, and OverwriteError if ``overwrite`` is False and a preset of
-    this name would be lost.
+    Raises UserError if the file is not a preset, and OverwriteError if ``overwrite`` is False and the user
+    has a preset of this name that was edited outside the app.
     """
     toml.load(path)
     before = take_snapshot(path.stem)

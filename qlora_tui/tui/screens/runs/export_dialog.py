@@ -224,8 +224,8 @@ class ExportScreen(ModalScreen[None]):
         self._show_detail()
 
     def action_checkpoint(self) -> None:
-        """Select the next older checkpoint. The final adapter or, if there is none, the newest checkpoint
-        follows the oldest.
+        """Select the next older checkpoint. After the oldest, select the final adapter or, if there is none,
+        the newest checkpoint.
         """
         if len(self._steps) == 1:
             self.notify("The run has no other checkpoint.", severity="warning")
@@ -494,8 +494,8 @@ def _folder() -> Path:
 
 
 def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
-    """Return an unused path in the folder for exports or, if the choice needs a name, a name made from the
-    run's. ``checkpoint``: step of the checkpoint; None for the final adapter.
+    """Return an unused path in the folder for exports or, if the choice needs a name, a name derived from
+    ``run_name``. ``checkpoint``: step of the checkpoint; None for the final adapter.
     """
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
     if checkpoint is not None:

@@ -160,7 +160,8 @@ class RunsScreen(EvaluationActions):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "restore":
-            # If no run was deleted, the same key undoes a change of the recipe, as on other screens.
+            # If no run was deleted, the action is not available, so that its key undoes a change of the
+            # recipe, as on other screens.
             return bool(self.app.deleted_runs)
         if action not in ("filter", "sort", "sweeps") and self.has_command(action):
             current = self.current

@@ -89,8 +89,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Data", ("data.",)),
     ("Model", ("model.",)),
 )
-"""(title, names of settings) for each group except the main group. A name is the path of a setting, or the
-prefix of several paths, with a dot at its end. A setting belongs to the first group with a match.
+"""(title, names of settings) for each group except the main group. A name is the path of a setting, or a
+prefix of several paths that ends with a dot. A setting belongs to the first group with a match.
 """
 _LARGE_HEIGHT = 5
 """Minimum height of the first panel, in lines, at which its figures are drawn large."""
@@ -177,7 +177,7 @@ class LaunchPane(Vertical):
         self._checks: tuple[Check, ...] = ()
         self._shows_all = False
         """Whether the user has reversed the default, by which passed checks are listed one by one in a very
-        wide window, and share one line in others.
+        wide window, and share one line in a smaller window.
         """
 
     def compose(self) -> ComposeResult:
@@ -317,8 +317,8 @@ def _figures(expected: Forecast | None, verdict: Verdict | None) -> list[Figure]
 
 
 def _headline(expected: Forecast | None, verdict: Verdict | None, probing: str, width: int) -> list[Content]:
-    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``, without the
-    last parts if the line is too long. The list is empty if nothing is known yet.
+    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``. If the line is
+    too long, parts at its end are left out. The list is empty if nothing is known yet.
     """
     parts = []
     if expected is not None:

@@ -63,7 +63,7 @@ LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 _ENDED_WELL = ("finished", "stopped", "paused")
-"""States of ended runs that the machine's last readings do not help to explain, so that they are hidden."""
+"""States of ended runs in which the machine's last readings are hidden, since they do not explain the end."""
 _TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))

@@ -55,7 +55,7 @@ _MAX_STAGES = 12
 _MAX_ANSWERS = 60
 """Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
-"""Number of bytes, at the end of the trainer's output, with which the first read begins."""
+"""Number of bytes before the end of the trainer's output at which the first read begins."""
 _MAX_CHARACTERS = 10_000
 """Maximum length of a displayed line of output, in characters."""
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")

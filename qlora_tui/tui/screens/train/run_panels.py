@@ -60,7 +60,7 @@ _MIN_BAR = 8
 _STEP_BAR = 8
 """Width of the progress bar within a step, in cells."""
 _LONG_STEP_S = 5.0
-"""Minimum duration of a step, in seconds, for showing its micro-batches, which otherwise only flicker."""
+"""Minimum duration of a step, in seconds, for showing its micro-batches, which flicker in shorter steps."""
 _MAX_DETAIL = 48
 """Maximum width of a phase's detail, such as a model's path, in cells."""
 _ENDINGS = {
@@ -152,8 +152,8 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
 
 
 def key_figures(snapshot: RunSnapshot) -> list[Figure]:
-    """Return the key figures of a run, as far as they are known: the mean loss and the time left of an active
-    run, the best validation loss of any other run.
+    """Return the key figures that are known: for an active run, the mean loss and the time left; for any
+    other run, the best validation loss.
     """
     if snapshot.status.state in ACTIVE:
         return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
@@ -252,7 +252,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _checkpoints(snapshot: RunSnapshot) -> str:
-    """Return ``checkpoints 60 ★, 70``: the steps of the best and the newest checkpoint; empty without any."""
+    """Return ``checkpoints 60 ★, 70``: the steps of the best and the newest; empty without checkpoints."""
     if not snapshot.view.checkpoints:
         return ""
     newest = snapshot.view.checkpoints[-1].step
@@ -390,7 +390,7 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
 
 
 def contention(snapshot: RunSnapshot) -> str:
-    """Return a warning that other programs slow down a run on the CPU; empty if they use little of it."""
+    """Return a warning that other programs slow down a run on the CPU; empty if they do not."""
     last = snapshot.telemetry[-1] if snapshot.telemetry else None
     if last is None or last.gpu is not None or snapshot.status.state not in ACTIVE:
         return ""

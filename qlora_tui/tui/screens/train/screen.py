@@ -1,4 +1,4 @@
-"""Train: one pane for preparing and launching a run, and one for watching a run."""
+"""The Train screen, with a pane for preparing and launching a run, and a pane for watching a run."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ RUN_POLL_INTERVAL_S = 1.0
 _PREPARING = frozenset(
     ("launch", "suggest", "sweep", "probe", "recheck", "watch_another", "next_tab", "level")
 )
-"""Actions available while a run is prepared; all others need a run to watch."""
+"""Actions available while a run is prepared. All other actions need a run that is being watched."""
 _PREPARING_ONLY = frozenset(("launch", "suggest", "sweep", "probe", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
@@ -87,7 +87,7 @@ _STATES: Mapping[str, Collection[State]] = {
     "card": ("finished", "stopped", "paused", "failed", "lost"),
     "answers": ("finished", "stopped"),
 }
-"""Run states in which each action is available; actions not listed are available in every state."""
+"""Run states in which each action is available. An action that is not listed is available in all states."""
 
 
 class TrainScreen(EvaluationActions):
@@ -557,8 +557,8 @@ def run_picker(now: RunDir | None) -> ListPicker[RunDir]:
 
 
 def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) -> str:
-    """Return text that follows the run's id in a confirmation: what will happen to the run if it is paused
-    (if ``pauses``) or stopped.
+    """Return text that follows the run's id in a confirmation: what will happen if the run is paused
+    (``pauses``) or stopped.
     """
     if snapshot is None or snapshot.view.phase in STEP_PHASES:
         if pauses:
