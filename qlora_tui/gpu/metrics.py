@@ -104,7 +104,6 @@ class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The enforced power limit in watts, which may be below the GPU's default."""
     temperature_c: int | None = None
     sm_clock_mhz: Count | None = None
-    memory_clock_mhz: Count | None = None
     fan_percent: Count | None = None
     throttle: tuple[str, ...] | None = None
     """Names of the reasons why the clocks are reduced; empty if they are not."""

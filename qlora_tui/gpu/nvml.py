@@ -147,7 +147,6 @@ class Nvml:
             power_limit_w=_watts(self._query("nvmlDeviceGetEnforcedPowerLimit", handle)),
             temperature_c=temperature,
             sm_clock_mhz=self._query("nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_SM),
-            memory_clock_mhz=self._query("nvmlDeviceGetClockInfo", handle, lib.NVML_CLOCK_MEM),
             fan_percent=self._query("nvmlDeviceGetFanSpeed", handle),
             throttle=None if reasons is None else describe_throttle(reasons),
             processes=self._processes(handle) if processes else None,

@@ -107,7 +107,6 @@ def test_a_gpu_tells_everything() -> None:
         power_limit_w=450.0,
         temperature_c=61,
         sm_clock_mhz=2535,
-        memory_clock_mhz=10501,
         fan_percent=41,
         throttle=(),
         processes=(

@@ -319,7 +319,6 @@ def _sample(what: FakeRun, at: float, luck: random.Random) -> Reading:
         power_limit_w=450.0,
         temperature_c=61,
         sm_clock_mhz=2520,
-        memory_clock_mhz=10251,
         fan_percent=46,
         throttle=(),
     )
