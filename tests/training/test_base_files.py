@@ -25,7 +25,7 @@ OTHER_WORDS = ({"vocab_size": 200}, "is 300 x 64 in the files, but 200 x 64 in c
     [
         *((method, *OTHER_WORDS) for method in ("none", "nf4", "int8")),
         ("nf4", {"intermediate_size": 64}, "down_proj.weight is 64 x 96 in the files, but 64 x 64 in"),
-        ("nf4", {"num_hidden_layers": 3}, "has no model.layers.2."),
+        ("nf4", {"num_hidden_layers": 3}, "lacks model.layers.2."),
         ("nf4", {"num_hidden_layers": 1}, "has 2 layers in its files, but 1 in config.json"),
         (
             "none",
