@@ -157,7 +157,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
         """Step a setting up to its next value (1), or down to its previous value (-1)."""
-        from qlora_tui.recipe.fields import fields, get_setting  # not needed for Home
+        from qlora_tui.recipe.fields import fields, get_setting  # Home does not need these
         from qlora_tui.tui.setting_stepper import step_value
 
         value = get_setting(self.app.workbench.recipe, path)

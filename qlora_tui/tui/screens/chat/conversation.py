@@ -67,7 +67,7 @@ class AdapterPair:
     @classmethod
     def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
         """Return the pair of the base (left) and the newest adapter (right). Without an adapter, both sides
-        are the base. ``adapter_names``: the adapters of a run, newest first; may include the base.
+        are the base. ``adapter_names``: the base, the adapters of a run, newest first, and its GGUF files.
         """
         adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
         return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
@@ -509,7 +509,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Show the probability of each label below the answer. For adapters in GGUF files, do nothing."""
         name = answer.adapter_name
         if self.source is None or name not in self.source.adapter_names:
-            return  # llama.cpp answers
+            return  # llama.cpp computes the answers of this adapter
         asked = Decide(messages=self.messages(turn, name), adapter_name=name)
         answer.show_decision(await self.engine.ask(asked).result())
 

@@ -128,7 +128,7 @@ class DataPreviews:
         """
         try:
             return await self._rows.ask(ShowFields(source=source)).result()
-        except UserError:  # the file already caused this error
+        except UserError:  # :meth:`row` has already raised this error
             return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:

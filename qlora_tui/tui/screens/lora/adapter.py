@@ -78,7 +78,7 @@ class SettingsList(ViList):
         """Move the cursor to the clicked setting. If the previous click was on the same setting, step the
         setting up.
         """
-        event.prevent_default()  # the list would step the setting at the first click
+        event.prevent_default()  # otherwise, the list would step the setting at the first click
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:
             self.action_step(1)

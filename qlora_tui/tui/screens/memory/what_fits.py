@@ -185,7 +185,7 @@ def _effects(
 def _conversion(model_id: str) -> Conversion | None:
     if not model_id.endswith(".gguf"):
         return None
-    from qlora_tui.training.gguf_conversion import pending_conversion  # loads tokenizers
+    from qlora_tui.training.gguf_conversion import pending_conversion  # its import loads tokenizers
 
     return pending_conversion(model_id)
 

@@ -425,7 +425,7 @@ class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
 
     @work
     async def _check(self) -> None:
-        from qlora_tui.runs import doctor  # no other dialog needs it
+        from qlora_tui.runs import doctor  # no other dialog needs this module
 
         checks = await asyncio.to_thread(doctor.check_system)
         self._show(checks, Content.styled(_TESTING, "dim"))
