@@ -282,7 +282,7 @@ class DecideBody(Struct, frozen=True, kw_only=True):
     """The body of ``/v1/decide``: a conversation, or one text to decide on."""
 
     model: str
-    messages: list[SentMessage] | None = None
+    messages: Annotated[list[SentMessage], Meta(min_length=1)] | None = None
     input: str | None = None
     threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Probability below which the decision is left to a person."""
@@ -293,6 +293,8 @@ class DecideBody(Struct, frozen=True, kw_only=True):
         if (self.messages is None) == (self.input is None):
             raise ApiError(400, "Send either 'messages' or 'input'.", param="messages")
         if self.input is not None:
+            if not self.input.strip():
+                raise ApiError(400, "'input' is empty: there is nothing to decide.", param="input")
             return (Message("user", self.input),)
         return tuple(_message(index, message) for index, message in enumerate(self.messages or ()))
 

@@ -26,7 +26,7 @@ from qlora_tui.serving.app import Figures, make_app
 from qlora_tui.serving.errors import ApiError
 from qlora_tui.serving.guest import Guest
 from qlora_tui.serving.model_names import ServedModel
-from qlora_tui.serving.requests import ChatBody, CompletionBody, decode_body
+from qlora_tui.serving.requests import ChatBody, CompletionBody, DecideBody, decode_body
 
 MODEL = ServedModel("run", "run", "on")
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -260,6 +260,15 @@ def test_a_schema_for_a_text_to_continue_is_refused() -> None:
     with pytest.raises(ApiError) as refused:
         body.completions(MODEL, 100)
     assert refused.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("given", "param"), [({"input": " \n"}, "input"), ({"messages": []}, "messages"), ({}, "messages")]
+)
+def test_nothing_to_decide_is_refused(given: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        _ = decode_body(json.dumps({"model": "run", **given}).encode(), DecideBody).conversation
+    assert (refused.value.status, refused.value.param) == (400, param)
 
 
 def test_what_changes_nothing_or_is_unknown_is_ignored() -> None:
