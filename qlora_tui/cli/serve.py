@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 from functools import partial
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -148,7 +149,12 @@ def _commands_of_others(run: RunDir) -> CommandResult:
     Options as in llama.cpp's common/arg.cpp (build b11434), and in vLLM's vllm/engine/arg_utils.py and
     vllm/entrypoints/openai/cli_args.py (commit 005223338608).
     """
-    exported = {each.request.form: each.status.paths[0] for each in read_exports(run) if each.status.paths}
+    # The newest file of each form that still exists.
+    exported = {
+        each.request.form: each.status.paths[0]
+        for each in reversed(read_exports(run))
+        if each.request.checkpoint is None and each.status.paths and Path(each.status.paths[0]).exists()
+    }
     name = shlex.quote(run.id)
     where = "--host 127.0.0.1 --port 8000"
     folder, file = exported.get("merge"), exported.get("gguf")

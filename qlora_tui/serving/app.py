@@ -321,11 +321,12 @@ class Guard:
         # Compare the port as well: another program on this machine may have its own web pages.
         if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
             raise ApiError(403, "Web pages of other sites may not use this server.", code="wrong_origin")
-        given = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        is_bearer = scheme.lower() == "bearer"
         if (
             self._api_key
             and path != "/health"
-            and not hmac.compare_digest(given.encode(), self._api_key.encode())
+            and not (is_bearer and hmac.compare_digest(given.strip().encode(), self._api_key.encode()))
         ):
             raise ApiError(
                 401,

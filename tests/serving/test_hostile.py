@@ -122,6 +122,9 @@ def test_without_a_key_only_health_is_told(served: Served) -> None:
     for path in ("/metrics", "/v1/models", "/anything"):
         error_of(httpx.get(root + path), 401)
     assert httpx.get(f"{root}/health").json() == {"status": "ok", "model": "ready"}
+    # RFC 9110, section 11.1: the scheme has no case.
+    assert httpx.get(f"{root}/v1/models", headers={"Authorization": f"bearer {KEY}"}).is_success
+    error_of(httpx.get(f"{root}/v1/models", headers={"Authorization": f"Basic {KEY}"}), 401)
 
 
 def test_metrics_count_answers_and_tokens(served: Served) -> None:

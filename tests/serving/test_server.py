@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import uvicorn
 from starlette.responses import PlainTextResponse
@@ -22,6 +23,7 @@ from qlora_tui.recipe.schema import Model, Recipe
 from qlora_tui.runs import servers
 from qlora_tui.runs.devices import CPU, Devices, RunDevice, claimed, record_devices, run_on
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.exports import ExportRequest, ExportStatus, exports_dir, write_export_status
 from qlora_tui.serving import server as serving_server
 from qlora_tui.serving.model_names import RunsToServe, served_models
 from qlora_tui.serving.server import Server, TimedConnection, is_loopback
@@ -209,6 +211,22 @@ def test_the_commands_of_other_servers_name_the_run(runs: list[RunDir], call: Ca
         "qlora-tui export gguf a-1.0 MODEL.gguf --quant Q4_K_M",
         "llama-server -m MODEL.gguf --alias a-1.0 --host 127.0.0.1 --port 8000",
     ]
+
+
+def test_the_commands_of_other_servers_have_the_newest_files_that_exist(
+    runs: list[RunDir], call: Call, tmp_path: Path
+) -> None:
+    for number, (name, checkpoint) in enumerate((("old", None), ("new", None), ("step", 2), ("gone", None))):
+        file, folder = tmp_path / f"{name}.gguf", exports_dir(runs[0]) / f"{number}"
+        if name != "gone":
+            file.touch()
+        folder.mkdir(parents=True)
+        request = ExportRequest(form="gguf", out=str(file), checkpoint=checkpoint)
+        (folder / "request.json").write_bytes(msgspec.json.encode(request))
+        write_export_status(folder, ExportStatus(state="finished", at=number, paths=(str(file),)))
+    commands = call("serve", "a-1.0", "--print-commands", "--json").json["commands"]
+    new = tmp_path / "new.gguf"
+    assert commands[2:] == [f"llama-server -m {new} --alias a-1.0 --host 127.0.0.1 --port 8000"]
 
 
 def test_stop_ends_the_only_server_and_asks_which_of_several(
