@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 64
 _SNIFFED_ROWS = 20
+_ENDING_S = 10.0
+"""Maximum seconds to wait for the output: the process of a killed command may import torch before it ends."""
 PREFIX = "predicted_"
 """Prefix of the names of the added columns: label, probability, abstain, probabilities, problem."""
 
@@ -157,7 +159,7 @@ def predict(request: Prediction, report: Report) -> Predicted:
     decider, layout = check_prediction(request)
     file, out = Path(request.file), Path(request.out)
     log = out.with_name(f".{out.name}.decisions")
-    with disk_problems("The predictions cannot be written", out), locked(log) as held:
+    with disk_problems("The predictions cannot be written", out), locked(log, patience_s=_ENDING_S) as held:
         if held is None:
             raise UserError(
                 "The output is in use",
@@ -218,10 +220,12 @@ def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
                 count, end = count + 1, end + len(line)
             file.truncate(end)
             return count
-        if first and not replaces:
+        # Without a decision in it there is nothing to lose.
+        is_begun = bool(first) and (header is None or bool(file.readline()))
+        if is_begun and not replaces:
             raise UserError(
                 "Another prediction is unfinished",
-                what=f"{log} contains decisions on other data or by another adapter.",
+                what=f"{log} contains decisions on other data, by another adapter, or with other options.",
                 fix="Start over with --replace, or choose another name.",
                 exit_code=EXIT_USAGE,
             )

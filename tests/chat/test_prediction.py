@@ -92,6 +92,21 @@ def test_a_killed_prediction_goes_on_without_a_lost_or_doubled_row(
         predict(request, silent)
 
 
+def test_only_decisions_on_other_data_are_kept_from_another_prediction(tmp_path: Path) -> None:
+    log = tmp_path / ".out.csv.decisions"
+    log.touch()
+    for fingerprint in ("first", "second"):
+        assert prediction._resume(log, fingerprint, replaces=False) == 0
+    with log.open("a") as lines:
+        lines.write('{"label": "red"}\n')
+    assert prediction._resume(log, "second", replaces=False) == 1
+    with pytest.raises(UserError, match="with other options"):
+        prediction._resume(log, "third", replaces=False)
+    log.write_text("somebody's file\n")
+    with pytest.raises(UserError, match="Another prediction is unfinished"):
+        prediction._resume(log, "second", replaces=False)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_after_a_cut_at_any_moment_the_same_command_ends_with_the_same_output(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
