@@ -232,8 +232,8 @@ def _number(name: str, text: str) -> float | int | None:
 
 
 def _words(error: Exception) -> str:
-    """Return a readable message for an error in a field. msgspec's errors look like ``Expected `float` <= 5.0
-    - at `$.temperature` ``.
+    """Return a readable message for an error in a field. An example of msgspec's own message is
+    ``Expected `float` <= 5.0 - at `$.temperature` ``.
     """
     text = str(error)
     what, _, where = text.partition(" - at `$.")

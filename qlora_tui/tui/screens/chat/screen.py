@@ -183,7 +183,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_choose_source(self) -> None:
-        """Ask for another run or the recipe's model, and switch to it."""
+        """Ask for another run or the recipe's model, and chat with what the user selects."""
         recipe = self.app.workbench.recipe
 
         async def chat(chosen: str) -> None:

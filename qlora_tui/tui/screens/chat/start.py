@@ -68,7 +68,7 @@ class ChatStart:
     """Contents of the Chat screen before the first message."""
 
     prompts: tuple[tuple[str, str], ...] = ()
-    """(prompt, kind) of the starter prompts, except the unrelated prompts. A kind is, for example, ``sample
+    """(prompt, kind) of the starter prompts, except the unrelated prompts. An example of a kind is ``sample
     prompt``.
     """
     recorded: tuple[RecordedAnswers, ...] = ()
@@ -261,8 +261,8 @@ def _answer_lines(
 
 
 def _column(answer: str, name: str, cells: int, rows: int | None, style: str) -> list[Content]:
-    """Return lines of ``cells`` cells with the title of the column and an answer. ``rows``: maximum number of
-    lines; None for the whole answer.
+    """Return lines of ``cells`` cells that begin with the title of the column, followed by the answer.
+    ``rows``: maximum number of lines; None for the whole answer.
     """
     head = Content.styled(f"{name}: ", "dim")
     wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)

@@ -274,8 +274,8 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
 
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
-    """Return a line for each run, as many as ``height``: ``✓ finished  qwen2.5-7b-tickets-20261123  best val.
-    1.29  at 03:12``. ``now``: the current Unix time.
+    """Return a line for each of the first ``height`` runs, such as
+    ``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``. ``now``: the current Unix time.
     """
 
     def state(summary: RunSummary) -> Content:

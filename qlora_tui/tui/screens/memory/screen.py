@@ -394,7 +394,7 @@ class MemoryScreen(WorkScreen):
         return None if isinstance(architecture, UserError) else architecture
 
     def _trace_of(self, precision: Precision) -> StepTrace | None:
-        """Return the traced step of the recipe in a precision; None if it has not been traced."""
+        """Return the traced step of the recipe in a precision; None if the step has not been traced."""
         recipe, architecture = self.app.workbench.recipe, self._architecture()
         if architecture is None or not self._compared:
             return None

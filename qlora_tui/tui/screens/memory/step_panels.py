@@ -266,8 +266,8 @@ def fullest_words(peak_time: str) -> str:
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:
-    """Return the time of the peak: ``while loading``, or a part of the step, such as ``backward of the last
-    layer``.
+    """Return the time of the peak: ``while loading``, or a part of the step, such as
+    ``backward of the last layer``.
 
     Layers other than the first and the last have their number, from 0, as on the LoRA screen.
     """

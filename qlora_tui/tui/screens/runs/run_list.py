@@ -67,8 +67,8 @@ _LOSS_WIDTH = 9
 
 
 def when(summary: RunSummary, now: float) -> str:
-    """Return when a run was queued or, if unknown, when its status last changed: ``03:12`` for today, ``23
-    Nov 03:12`` for earlier days. ``now``: the current Unix time.
+    """Return when a run was queued or, if unknown, when its status last changed: ``03:12`` for today, or
+    ``23 Nov 03:12`` for earlier days. ``now``: the current Unix time.
     """
     at = summary.queued_at or summary.status.at
     if not at:
