@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.fields import replace_settings
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
@@ -99,9 +99,7 @@ def chat_bytes(recipe: Recipe, device: Device) -> int | None:
     The bound is the memory of one training step on one conversation. This is more than an answer needs: in
     addition to the model and the keys and values of each layer, a step holds gradients and optimizer states.
     """
-    for path, value in _ONE_CONVERSATION.items():
-        recipe = replace_setting(recipe, path, value)
-    return run_bytes(recipe, device)
+    return run_bytes(replace_settings(recipe, _ONE_CONVERSATION), device)
 
 
 def run_bytes(recipe: Recipe, device: Device) -> int | None:

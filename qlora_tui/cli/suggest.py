@@ -18,6 +18,7 @@ from qlora_tui.cli.subcommand import (
 )
 from qlora_tui.files import write_new
 from qlora_tui.formatting import GIB
+from qlora_tui.recipe.fields import replace_settings
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump_overrides
 from qlora_tui.runs.doctor import read_machine
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     changes: dict[str, Any] = {}
     for suggestion in suggestions:
         changes |= suggestion.changes
-        recipe = suggestion.apply_to(recipe)
+        recipe = replace_settings(recipe, suggestion.changes)
     if args.output is not None:
         write_new(Path(args.output), _with_reasons(recipe, suggestions).encode())
     return CommandResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -187,6 +188,13 @@ def replace_setting(recipe: Recipe, path: str, value: Any) -> Recipe:
         return msgspec.structs.replace(recipe, **{key: value})
     inner = msgspec.structs.replace(getattr(recipe, section), **{key: value})
     return msgspec.structs.replace(recipe, **{section: inner})
+
+
+def replace_settings(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Return a copy of the recipe with these settings, by path; the values are not checked."""
+    for path, value in changes.items():
+        recipe = replace_setting(recipe, path, value)
+    return recipe
 
 
 def _metas(hint: Any) -> list[Meta]:

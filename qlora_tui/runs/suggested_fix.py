@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import structs
 
 from qlora_tui.formatting import format_rate
-from qlora_tui.recipe.fields import fields, format_value, get_setting, replace_setting
+from qlora_tui.recipe.fields import fields, format_value, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
 from qlora_tui.runs.retry import RetryPlan, reduce_memory
@@ -35,12 +35,6 @@ class SuggestedFix:
     stop: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the next run, by path."""
-
-    def apply_to(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with the changes."""
-        for path, value in self.changes.items():
-            recipe = replace_setting(recipe, path, value)
-        return recipe
 
 
 def suggest_fix(

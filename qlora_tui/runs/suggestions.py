@@ -33,7 +33,13 @@ from qlora_tui.memory.execution import Device
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.solver import LENGTH_STEP, RANKS, largest_fitting
 from qlora_tui.memory.step_choice import CPU_SHARE
-from qlora_tui.recipe.fields import WITHOUT_EFFECT_ON_WEIGHTS, fields, get_setting, replace_setting
+from qlora_tui.recipe.fields import (
+    WITHOUT_EFFECT_ON_WEIGHTS,
+    fields,
+    get_setting,
+    replace_setting,
+    replace_settings,
+)
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import KnownLengths, is_padding_free
 from qlora_tui.runs.evidence import (
@@ -174,12 +180,6 @@ class Suggestion:
         sources = f" ({'; '.join(each.name for each in self.references)})" if self.references else ""
         return f"{self.reason}{sources}"
 
-    def apply_to(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with the changes."""
-        for path, value in self.changes.items():
-            recipe = replace_setting(recipe, path, value)
-        return recipe
-
 
 def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Suggestion, ...]:
     """Return a suggestion for each topic, in the order in which they depend on each other.
@@ -200,7 +200,7 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
         for topic, derive in _RULES.items():
             suggestion = derive(facts, recipe)
             if topic not in kept:
-                recipe = suggestion.apply_to(recipe)
+                recipe = replace_settings(recipe, suggestion.changes)
             suggestions.append(suggestion)
         if recipe == before:
             break
@@ -595,7 +595,6 @@ def _rate_of(run: PastRun) -> float:
 def _all_but_the_rate(run: PastRun) -> bytes:
     """Return a key that two runs share if their losses show which of their learning rates is better."""
     recipe = _with_batch(run.recipe, 1, run.recipe.effective_batch, auto=True)
-    default = Recipe()
-    for path in ("training.learning_rate", "training.optimizer", *WITHOUT_EFFECT_ON_WEIGHTS):
-        recipe = replace_setting(recipe, path, get_setting(default, path))
+    paths = ("training.learning_rate", "training.optimizer", *WITHOUT_EFFECT_ON_WEIGHTS)
+    recipe = replace_settings(recipe, {path: get_setting(Recipe(), path) for path in paths})
     return msgspec.json.encode((run.data_hash, round(run.last_epoch, 2), recipe))

@@ -20,7 +20,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import atomic_write, read_regular, sync
 from qlora_tui.formatting import pluralize
 from qlora_tui.locks import locked
-from qlora_tui.recipe.fields import diff_recipes, get_setting, replace_setting
+from qlora_tui.recipe.fields import diff_recipes, get_setting, replace_setting, replace_settings
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump, parse, read_text, to_layer, to_recipe, validate
@@ -340,9 +340,7 @@ _OWN = (
 
 
 def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
-    for path in _OWN:
-        recipe = replace_setting(recipe, path, get_setting(source, path))
-    return recipe
+    return replace_settings(recipe, {path: get_setting(source, path) for path in _OWN})
 
 
 _PRESET_COMMENT = "# began as "

@@ -19,6 +19,7 @@ from qlora_tui.files import private_dir
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
+from qlora_tui.recipe.fields import replace_settings
 from qlora_tui.recipe.schema import Data, Lora, Model, Preferences, Quantization, Recipe, Source
 from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs import data_checks
@@ -101,7 +102,7 @@ def test_a_check_can_skip_bad_rows_and_says_so(tmp_path: Path) -> None:
     recipe = Recipe(data=Data(sources=(Source(path=str(rows)),)))
     blocked = _data_check(recipe)
     assert blocked.outcome == "error" and blocked.suggested_fix is not None
-    check = _data_check(blocked.suggested_fix.apply_to(recipe))
+    check = _data_check(replace_settings(recipe, blocked.suggested_fix.changes))
     assert check.outcome == "warning" and check.fix == "The row is left out."
     assert "Not valid JSON (1 row of tickets.jsonl)" in check.text
 
@@ -178,7 +179,9 @@ def test_memory_that_does_not_fit_comes_with_the_cheapest_fix(tmp_path: Path) ->
     checks = preflight(recipe, Machine(budget_for(None, 2 << 30)))
     memory = next(check for check in checks if check.kind is CheckKind.MEMORY)
     assert memory.outcome == "error" and memory.suggested_fix is not None
-    fixed = preflight(memory.suggested_fix.apply_to(recipe), Machine(budget_for(None, 2 << 30)))
+    fixed = preflight(
+        replace_settings(recipe, memory.suggested_fix.changes), Machine(budget_for(None, 2 << 30))
+    )
     assert next(check for check in fixed if check.kind is CheckKind.MEMORY).outcome != "error"
 
 
@@ -237,7 +240,7 @@ def test_a_wrong_choice_for_preferences_comes_with_the_right_one(
     recipe = Recipe(data=Data(sources=(Source(path=str(file)),), preferences=choice))
     blocked = _data_check(recipe)
     assert blocked.outcome == "error" and blocked.suggested_fix is not None
-    fixed = blocked.suggested_fix.apply_to(recipe)
+    fixed = replace_settings(recipe, blocked.suggested_fix.changes)
     assert fixed.data.preferences == method and _data_check(fixed).outcome == "ok"
 
 

@@ -18,7 +18,7 @@ from qlora_tui.catalog.described import describe
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory import check_fit
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.fields import replace_setting, replace_settings
 from qlora_tui.recipe.layering import with_absolute_paths
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.remote.messages import from_json, result_type, to_json
@@ -78,7 +78,7 @@ def by_topic(known: SuggestionFacts, *kept: Topic) -> dict[Topic, Suggestion]:
 def applied(known: SuggestionFacts) -> Recipe:
     recipe = known.recipe
     for one in suggest(known):
-        recipe = one.apply_to(recipe)
+        recipe = replace_settings(recipe, one.changes)
     return recipe
 
 

@@ -16,6 +16,7 @@ from textual.widget import Widget
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import capitalize, format_progress, format_rate, truncate_middle
+from qlora_tui.recipe.fields import replace_settings
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import control
@@ -453,13 +454,13 @@ class TrainScreen(EvaluationActions):
     def _fix_recipe(self) -> None:
         fix = first_fix(self.checks)
         workbench = self.app.workbench
-        if fix is not None and workbench.replace(fix.apply_to(workbench.recipe)):
+        if fix is not None and workbench.replace(replace_settings(workbench.recipe, fix.changes)):
             self.app.recipe_edited()
             self.notify_undoable(f"{capitalize(fix.label)}.")
 
     def _offer_next_run(self, run: RunDir, fix: SuggestedFix) -> None:
         def prepare(_yes: bool) -> None:
-            if self.app.workbench.replace(fix.apply_to(run.recipe())):
+            if self.app.workbench.replace(replace_settings(run.recipe(), fix.changes)):
                 self.app.recipe_edited()
             self.action_prepare()
 

@@ -17,6 +17,7 @@ from textual.widgets import OptionList, Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import pluralize
+from qlora_tui.recipe.fields import replace_settings
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.suggestion_facts import read_facts
@@ -190,7 +191,7 @@ def suggest_settings(screen: WorkScreen) -> None:
     def apply(chosen: tuple[Suggestion, ...]) -> None:
         recipe = app.workbench.recipe
         for suggestion in chosen:
-            recipe = suggestion.apply_to(recipe)
+            recipe = replace_settings(recipe, suggestion.changes)
         if app.workbench.replace(recipe):
             app.recipe_edited()
             screen.notify_undoable(f"{pluralize(len(chosen), 'suggestion')} applied.")
