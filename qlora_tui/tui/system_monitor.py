@@ -105,8 +105,8 @@ class SystemMonitor:
         self._exports: dict[str, _Exports] = {}
         self._cluster = Watch()
         self._driver: Nvml | None = None
-        self._device_keys: tuple[str, ...] = ()
-        """Keys of the GPUs that runs may use; empty if there are fewer than two."""
+        self._other_gpus: tuple[GpuDevice, ...] = ()
+        """The GPUs that runs may use in addition to the chosen one."""
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
         self._no_gpu: GpuUnavailableError | None = None
@@ -144,13 +144,16 @@ class SystemMonitor:
             is_known=True,
             gpu=self._choice.gpu if self._choice else None,
             gpu_metrics=metrics,
+            other_gpus=self._other_gpus,
+            other_gpu_metrics=tuple(map(self._read_other, self._other_gpus)),
             gpu_choice=self._choice.why if self._choice else "",
             no_gpu=self._no_gpu,
             gpu_problem=self._gpu_problem,
             active=active[0],
             active_status=active[1],
             also_active=tuple(run for run, _ in training[1:]),
-            has_free_device=not is_training_here or any(map(is_free, self._device_keys)),
+            also_active_statuses=tuple(status for _, status in training[1:]),
+            has_free_device=not is_training_here or self._has_free_gpu(),
             active_or_last=last[0],
             active_or_last_status=last[1],
             waiting_ids=waiting_ids,
@@ -224,7 +227,7 @@ class SystemMonitor:
                 self._choice = choose_gpu()
                 self._gpu_problem = torch_problem(self._choice.gpu)
                 if self._choice.why:
-                    self._device_keys = tuple(RunDevice.of_gpu(gpu).key for gpu in visible_gpus())
+                    self._other_gpus = tuple(gpu for gpu in visible_gpus() if gpu != self._choice.gpu)
             if self._driver is None:
                 self._driver = Nvml()
             metrics = self._driver.read(self._choice.gpu.index)
@@ -235,6 +238,18 @@ class SystemMonitor:
             return None
         self._no_gpu = None
         return metrics
+
+    def _read_other(self, gpu: GpuDevice) -> GpuMetrics | None:
+        """Return a reading of a GPU that is not the chosen one; None if it does not respond."""
+        with suppress(GpuUnavailableError):
+            return None if self._driver is None else self._driver.read(gpu.index)
+        return None
+
+    def _has_free_gpu(self) -> bool:
+        """Whether no run has one of several GPUs."""
+        if self._choice is None or not self._other_gpus:
+            return False
+        return any(is_free(RunDevice.of_gpu(gpu).key) for gpu in (self._choice.gpu, *self._other_gpus))
 
     def _all_runs(self) -> list[RunDir]:
         seen_at = paths.runs_dir().stat().st_mtime_ns

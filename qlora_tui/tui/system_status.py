@@ -61,6 +61,10 @@ class SystemStatus:
     """False before the first poll; no other field is meaningful until then."""
     gpu: GpuDevice | None = None
     gpu_metrics: GpuMetrics | None = None
+    other_gpus: tuple[GpuDevice, ...] = ()
+    """The other GPUs that runs may use."""
+    other_gpu_metrics: tuple[GpuMetrics | None, ...] = ()
+    """A reading of each of them; None for one that does not respond."""
     gpu_choice: str = ""
     """Why this GPU was selected among several; empty if there is only one."""
     no_gpu: GpuUnavailableError | None = None
@@ -74,6 +78,8 @@ class SystemStatus:
     active_status: Status | None = None
     also_active: tuple[RunDir, ...] = ()
     """The other runs that are training."""
+    also_active_statuses: tuple[Status, ...] = ()
+    """The status of each of them."""
     has_free_device: bool = False
     """Whether a device that runs may use is free."""
     active_or_last: RunDir | None = None

@@ -38,6 +38,7 @@ from qlora_tui.tui.screens.models import downloads
 from qlora_tui.tui.screens.train.screen import TrainScreen
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.support.step_events import a_data_set
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -343,3 +344,18 @@ async def test_the_machine_is_checked_in_the_app(monkeypatch: pytest.MonkeyPatch
         shown = await wait_for_text(pilot, "▸ Install it again.")
         order = [shown.index(text) for text in ("Not ready", "torch: It is broken.", "GPU: No GPU")]
         assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("size", "top"), [((80, 24), "● 67% 12%"), ((120, 40), "● 67% · ● 12%   RTX 4090 ")], ids=["80", "120"]
+)
+async def test_two_runs_and_their_gpus_are_shown(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], top: str
+) -> None:
+    install_nvml_stub(monkeypatch, "two_gpus")
+    install_torch(monkeypatch, "12.4")
+    write_fake_run(FakeRun(name="crows", steps=36, total=300))
+    write_fake_run(FakeRun(name="owls", steps=200, total=300, began=BEGAN + 100))
+    async with QloraApp().run_test(size=size) as pilot:
+        shown = await wait_for_text(pilot, "step 200 of 300", top, "RTX 3060", "of 12.0 GiB")
+    assert "● crows  training  12%  step 36 of 300" in shown and "Earlier runs" not in shown

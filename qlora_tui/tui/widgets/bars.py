@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from textual.app import App, RenderResult
 from textual.binding import ActiveBinding
@@ -19,7 +19,13 @@ from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import Drawing, Panel
 
+if TYPE_CHECKING:
+    from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
+    from qlora_tui.runs.status import Status
+
 _MARGIN = 1
+_MOST_RUNS = 3
+"""Number of runs in addition to the active one up to which the top line shows the progress of each."""
 _GAP, _NARROW_GAP = 3, 2
 """Cells between two keys of the footer: normally, and if not all keys fit with the normal gap."""
 _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
@@ -78,10 +84,11 @@ class TopBar(Widget):
         """Return texts for the status, longest first, from which the first that fits is shown."""
         if system_status.box_silent_s:
             return _silence_texts(system_status)
-        runs, gpu = _run_texts(system_status), _gpu_text(system_status)
+        runs, gpus = _run_texts(system_status), _gpu_texts(system_status)
         more = _waiting_text(system_status)
         with_more = [f"{run} · {more}" for run in runs if more]
-        options = [f"{run}   {gpu}" for run in (*with_more, *runs)] + [*runs, gpu, ""]
+        options = [f"{run}   {gpu}" for run in (*with_more, *runs) for gpu in gpus]
+        options += [*with_more, _shares_text(system_status), *runs, gpus[-1], ""]
         if system_status.box:
             # If space is short, the name of the other machine is shown rather than its state.
             whole = [f"{system_status.box_note or system_status.box}   {option}" for option in options]
@@ -104,6 +111,11 @@ def _run_texts(system_status: SystemStatus) -> list[str]:
     status = system_status.active_status
     if status is None:
         return [f"{len(system_status.waiting_ids)} waiting" if system_status.waiting_ids else ""]
+    return _progress_texts(status)
+
+
+def _progress_texts(status: Status) -> list[str]:
+    """Return the progress of an active run, longest text first; one text before its first step."""
     from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
     # A run that has just started or resumed has no step yet, so its phase is shown.
@@ -113,13 +125,21 @@ def _run_texts(system_status: SystemStatus) -> list[str]:
     return [*texts, f"● {format_percent(status.step / status.total_steps)}"] if status.total_steps else texts
 
 
+def _shares_text(system_status: SystemStatus) -> str:
+    """Return ``● 41% 12%``, the progress of several runs, or the only text for one."""
+    statuses = (system_status.active_status, *system_status.also_active_statuses)
+    shares = [_progress_texts(status)[-1].removeprefix("● ") for status in statuses if status is not None]
+    return f"● {' '.join(shares)}" if len(shares) > 1 else _run_texts(system_status)[0]
+
+
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return what happens in addition to the active run: ``1 more training · 2 waiting · exporting Q8_0``;
-    empty if nothing does.
+    """Return what happens in addition to the active run: ``● 12% · 2 waiting · exporting Q8_0``; empty if
+    nothing does.
     """
-    parts = []
-    if others := len(system_status.also_active):
-        parts.append(f"{others} more training")
+    others = system_status.also_active_statuses
+    parts = [_progress_texts(status)[-1] for status in others]
+    if len(others) > _MOST_RUNS:
+        parts = [f"{len(others)} more training"]
     if system_status.waiting_ids and system_status.active is not None:
         parts.append(f"{len(system_status.waiting_ids)} waiting")
     if exports := system_status.exports:
@@ -129,18 +149,30 @@ def _waiting_text(system_status: SystemStatus) -> str:
     return " · ".join(parts)
 
 
-def _gpu_text(system_status: SystemStatus) -> str:
+def _gpu_texts(system_status: SystemStatus) -> list[str]:
+    """Return texts, longest first: all GPUs that runs may use, how busy each is, and the chosen one."""
     if system_status.gpu is None:
-        return system_status.no_gpu_title
+        return [system_status.no_gpu_title]
     if system_status.gpu_problem is not None:
-        return f"{system_status.gpu.short_name} unusable"
-    metrics = system_status.gpu_metrics
+        return [f"{system_status.gpu.short_name} unusable"]
+    first = system_status.gpu, system_status.gpu_metrics
+    gpus = [first, *zip(system_status.other_gpus, system_status.other_gpu_metrics, strict=True)]
+    texts = [" · ".join(text(*each) for each in gpus) for text in (_gpu_text, _use_text)]
+    return [*texts, _gpu_text(*first)] if len(gpus) > 1 else texts[:1]
+
+
+def _gpu_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
+    """Return ``RTX 4090 96% 18.2/24.0G 61°``."""
     if metrics is None:
-        return f"{system_status.gpu.short_name} NA"
-    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+        return _use_text(gpu, metrics)
     temperature = "" if metrics.temperature_c is None else f" {metrics.temperature_c}°"
     memory = f"{format_gib(metrics.memory_used_bytes)}/{format_gib(metrics.memory_total_bytes)}G"
-    return f"{system_status.gpu.short_name} {use} {memory}{temperature}"
+    return f"{_use_text(gpu, metrics)} {memory}{temperature}"
+
+
+def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
+    percent = metrics.utilization_percent if metrics is not None else None
+    return f"{gpu.short_name} {'NA' if percent is None else f'{percent}%'}"
 
 
 class CommandFooter(Drawing):

@@ -30,6 +30,7 @@ from qlora_tui.formatting import (
     format_speed,
     short_model_name,
 )
+from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.recipe.presets import Preset
 from qlora_tui.recipe.targets import format_rank
@@ -38,7 +39,7 @@ from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.run_summary import RunSummary, data_words
 from qlora_tui.runs.servers import ServerStatus
-from qlora_tui.runs.status import ACTIVE, held_words
+from qlora_tui.runs.status import ACTIVE, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
@@ -146,8 +147,30 @@ def gpu_lines(
             Content.assemble((gpu.short_name, "bold"), (f"   {temperature}{power}", "dim")),
             meter("util", (metrics.utilization_percent or 0) / 100, use, _LABEL, width),
             meter("memory", share or 0.0, memory, _LABEL, width),
+            *map(_short_gpu_line, system_status.other_gpus, system_status.other_gpu_metrics),
         ]
     return lines if is_compact else [*lines, *_host_lines(system_status.host or read_host(), width)]
+
+
+def _short_gpu_line(gpu: GpuDevice, metrics: GpuMetrics | None) -> Content:
+    """Return ``RTX 3060   80%  7.1 of 12.0 GiB``."""
+    if metrics is None:
+        return Content.assemble((gpu.short_name, "bold"), ("   does not respond", "$warning"))
+    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+    memory = f"{format_gib(metrics.memory_used_bytes)} of {format_gib(metrics.memory_total_bytes)} GiB"
+    return Content.assemble((gpu.short_name, "bold"), f"   {use}  {memory}")
+
+
+def other_run_line(name: str, status: Status, width: int) -> Content:
+    """Return ``● crows  training  12%  step 36 of 300`` for a run other than the active one."""
+    sign, _, style = result_label(status, None)
+    steps = ""
+    if status.total_steps:
+        share = format_percent(status.step / status.total_steps)
+        steps = f"  {share}  step {format_progress(status.step, status.total_steps)}"
+    word = phase_label(status.phase or status.state)
+    name = cut_cells(name, max(0, width - len(f"{sign}   {word}{steps}")))
+    return Content.assemble((f"{sign} ", style), (name, "bold"), "  ", (word, style), steps)
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
@@ -155,6 +178,10 @@ def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) 
     the end are left out if the line is too long.
     """
     lines = gpu_lines(system_status, budget, width, is_compact=True)
+    if system_status.gpu is not None and system_status.gpu_problem is None and system_status.other_gpus:
+        gpus = (system_status.gpu, *system_status.other_gpus)
+        readings = (system_status.gpu_metrics, *system_status.other_gpu_metrics)
+        lines = list(map(_short_gpu_line, gpus, readings))
     host = system_status.host or read_host()
     free = [f"RAM {format_gib(host.available_bytes)} of {format_gib(host.memory_bytes)} GiB free"]
     if host.disk_free_bytes is not None:

@@ -32,6 +32,7 @@ from qlora_tui.tui.screens.home.panel_lines import (
     gpu_lines,
     machine_line,
     numbers_lines,
+    other_run_line,
     preset_lines,
     queue_lines,
     recipe_lines,
@@ -155,6 +156,8 @@ class HomeReader:
         else:
             waiting = [RunDir(paths.runs_dir() / id_).name for id_ in system_status.waiting_ids[:1]]
             run = run_lines(summary, while_away, now, layout, waiting)
+            others = zip(system_status.also_active, system_status.also_active_statuses, strict=True)
+            run += [other_run_line(other.name, status, layout.left) for other, status in others]
         gpu = (
             [machine_line(system_status, budget, layout.wide)]
             if layout.is_compact
@@ -243,6 +246,7 @@ class HomeReader:
         """Return the runs that are neither queued nor the active or last run, newest first."""
         shown = {
             *system_status.waiting_ids,
+            *(run.id for run in system_status.also_active),
             system_status.active_or_last.id if system_status.active_or_last else "",
         }
         others = (run for name, run in self._summaries.all_runs().items() if name not in shown)
