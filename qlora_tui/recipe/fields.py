@@ -101,10 +101,20 @@ class Field(Struct, frozen=True, kw_only=True):
                 return "a table of target patterns and numbers within the setting's bounds"
 
     @property
+    def full_help(self) -> str:
+        """What the setting does, and its effect on memory if it has one."""
+        return self.help + (f" Memory: {self.memory}" if self.memory else "")
+
+    @property
     def zero_meaning(self) -> str:
         """Return the meaning of 0 if the help states it, such as ``no limit``; else empty."""
-        match = re.search(r"\b0: ([^.]+)\.", self.help)
+        match = re.search(r"\b0: (.+?)\.(?: |$)", self.help)
         return match[1] if match else ""
+
+    def describe(self, value: Any) -> str:
+        """Format a value for people. A 0 with a meaning of its own is that meaning: ``no limit``."""
+        is_zero = value == 0 and not isinstance(value, bool)
+        return (self.zero_meaning if is_zero else "") or format_value(value)
 
     @property
     def _bounds(self) -> str:

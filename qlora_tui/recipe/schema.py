@@ -252,7 +252,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Validation seed",
             "Seed that chooses the validation rows of a fraction: set it to compare runs with other seeds on "
-            "the same rows. 0: that of the training (training.seed).",
+            "the same rows. 0: the run's seed (training.seed).",
             ge=0,
             lt=2**32,
         ),

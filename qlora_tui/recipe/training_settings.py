@@ -72,7 +72,15 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             le=64,
         ),
     ] = 1
-    epochs: Annotated[float, about("Epochs", "Passes over the data.", gt=0, le=1000)] = 2.0
+    epochs: Annotated[
+        float,
+        about(
+            "Epochs",
+            "Passes over the data. Use fewer if the validation loss rises before the end.",
+            gt=0,
+            le=1000,
+        ),
+    ] = 2.0
     max_steps: Annotated[
         int,
         about(
@@ -221,7 +229,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Preference beta",
             "Strength of a preference method. orpo: weight of the odds ratio added to the loss of the "
             "chosen answer. dpo and kto: the higher, the closer the model stays to its base. simpo: scale "
-            "of the reward. 0: the paper's value, which is 0.1 (simpo: 2).",
+            "of the reward. 0: the paper's value (0.1; simpo: 2).",
             ge=0.0,
             le=100.0,
         ),

@@ -58,9 +58,13 @@ async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
         await pilot.press("5")
         await wait_for_text(pilot, "Memory and speed", "LoRA")
         assert "rsLoRA" not in text_of(app) and "Preference data" not in text_of(app)
+        # A 0 is shown as what it means, and only the setting under the cursor is explained.
+        await wait_for_text(pilot, "Max steps", "no limit", "Passes over the data")
+        assert "Peak rate" not in text_of(app)
         list_ = app.screen.query_one(SettingsForm).list
         while list_.field is not None or list_.group.title != "LoRA":
             await pilot.press("j")
+        await wait_for_text(pilot, "Settings: LoRA", "Dropout on the adapter's input.")
         await pilot.press("enter")
         await wait_for_text(pilot, "− LoRA", "Dropout", "rsLoRA")
         await pilot.press("j", "j", "l")

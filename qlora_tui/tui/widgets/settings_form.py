@@ -324,8 +324,8 @@ class SettingList(LineView):
         """
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self.size.width >= _WIDE_CELLS:
-            values = [(field.label, get_setting(self._values, field.path)) for field in group.fields]
-            texts = (f"{label} {abbreviate_home(format_value(value))}" for label, value in values)
+            values = [(field, get_setting(self._values, field.path)) for field in group.fields]
+            texts = (f"{field.label} {abbreviate_home(field.describe(value))}" for field, value in values)
             remark = SEPARATOR.join(texts)
         return Content.assemble(
             (letter, "bold reverse $key") if letter else ("−" if is_open else "+", "$primary"),
@@ -338,7 +338,7 @@ class SettingList(LineView):
             return Content(f"  {field.label}")
         value, usual = get_setting(self._values, field.path), get_setting(self._base, field.path)
         changed = value != usual
-        remark = self._notes.get(field.path) or (field.zero_meaning if value == 0 else "")
+        remark = self._notes.get(field.path)
         head = Content.assemble(
             (letter, "bold reverse $key") if letter else "›" if here else " ",
             (f" {field.label:<{self._label_cells}}  ", "bold" if here else ""),
@@ -347,8 +347,8 @@ class SettingList(LineView):
             return head + Content.styled(f"{'':<{self.typed_cells}}  {_expected(field)}", "dim")
         return Content.assemble(
             head,
-            (format_value(value), "bold $primary" if changed else ""),
-            (f"  * {self._base_name}: {format_value(usual)}" if changed else "", "dim"),
+            (field.describe(value), "bold $primary" if changed else ""),
+            (f"  * {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
             (f"  {remark}" if remark else "", "dim"),
         )
 
@@ -493,7 +493,7 @@ class SettingsForm(Vertical):
             names = ", ".join(each.label for each in group.fields)
             lines = [f"Enter opens and folds the group: {names}."]
         else:
-            lines = [field.help + (f" Memory: {field.memory}" if field.memory else "")]
+            lines = [f"{field.label}: {field.full_help}"]
         if isinstance(self._values, Recipe) and field is not None:
             for conflict in find_conflicts(self._values):
                 if field.path in conflict.paths:

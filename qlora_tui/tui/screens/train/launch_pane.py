@@ -5,7 +5,7 @@ checks.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,13 @@ from textual.content import Content
 from qlora_tui.formatting import (
     abbreviate_home,
     capitalize,
-    format_bytes,
     format_duration,
     format_number,
     pluralize,
 )
 from qlora_tui.memory import Verdict
 from qlora_tui.recipe.conflicts import require_runnable
-from qlora_tui.recipe.fields import Field, fields
+from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
 from qlora_tui.runs import actions as run_actions
@@ -36,7 +35,7 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, verdict_words
+from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
 from qlora_tui.tui.widgets.settings_form import SettingGroup, SettingsForm
@@ -92,8 +91,8 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """(title, names of settings) for each group except the main group. A name is the path of a setting, or a
 prefix of several paths that ends with a dot. A setting belongs to the first group with a match.
 """
-_LARGE_HEIGHT = 5
-"""Minimum height of the first panel, in lines, at which its figures are drawn large."""
+_LARGE_HEIGHT = 6
+"""Minimum height of the first panel, in lines, for the time in large digits."""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's outcome and name, in cells."""
 _SEPARATOR = " · "
@@ -175,6 +174,7 @@ class LaunchPane(Vertical):
     def __init__(self) -> None:
         super().__init__(id="launch")
         self._checks: tuple[Check, ...] = ()
+        self._preset: Recipe | None = None
         self._shows_all = False
         """Whether the user has reversed the default, by which passed checks are listed one by one in a very
         wide window, and share one line in a smaller window.
@@ -188,19 +188,30 @@ class LaunchPane(Vertical):
             with Vertical(id="checks-column"):
                 with Panel("Checks", keys=_CHECK_KEYS, id="checks-panel"), ViScroll(id="checks-side"):
                     yield Lines(id="checks")
-                yield Panel("What the settings do", Drawing(id="notes"), id="notes-panel")
+                yield Panel("", Drawing(id="notes"), id="notes-panel")
 
     def on_mount(self) -> None:
         self.on_setting_list_moved()
 
     def on_setting_list_moved(self) -> None:
-        """Show help for the setting under the cursor, and for neighboring settings if there is room."""
+        """Explain the setting or the group under the cursor."""
         list_ = self.query_one(SettingsForm).list
-        groups = form_groups()
-        # If the cursor is on a group's title, the help begins with the settings of that group.
-        first = 0 if list_.field is not None else groups.index(list_.group)
-        fields = [field for group in groups[first:] for field in group.fields]
-        self.query_one("#notes", Drawing).show(partial(note_page, fields, list_.field))
+        current = list_.current
+        title = (
+            Content(f"Settings: {current.title}")
+            if isinstance(current, SettingGroup)
+            else Content.assemble(current.label, (f"  {current.path}", "$text-muted not bold"))
+        )
+        self.query_one("#notes-panel", Panel).show_title(title)
+        # A large window also lists what is in the same group.
+        group = list_.group if self.screen.has_class("-very-wide") else None
+        self.query_one("#notes", Drawing).show(partial(note_lines, current, group, self._preset))
+
+    def show_settings(self, recipe: Recipe, preset: Recipe, notes: Mapping[str, str]) -> None:
+        """Show the recipe's settings, and mark those that differ from the preset's."""
+        self.query_one(SettingsForm).show(recipe, preset, notes)
+        self._preset = preset
+        self.on_setting_list_moved()
 
     def show_checks(
         self, checks: tuple[Check, ...], recipe: Recipe, expected: Forecast | None, probing: str = ""
@@ -215,7 +226,7 @@ class LaunchPane(Vertical):
         """
         self._checks = checks
         verdict = self.query_one("#verdict", Drawing)
-        verdict.set_class(bool(errors(checks)), "-blocked")
+        verdict.set_class(time_figure(checks, expected) is not None, "-large")
         verdict.show(partial(verdict_lines, checks, recipe, expected, probing))
         self._show_check_lines()
 
@@ -223,6 +234,11 @@ class LaunchPane(Vertical):
         """Toggle between showing passed checks in one line and in full."""
         self._shows_all = not self._shows_all
         self._show_check_lines()
+
+    def on_resize(self) -> None:
+        """Show what a window of this size has room for."""
+        self.call_after_refresh(self._show_check_lines)
+        self.call_after_refresh(self.on_setting_list_moved)
 
     def _show_check_lines(self) -> None:
         def lines(width: int) -> list[Content]:
@@ -236,34 +252,31 @@ class LaunchPane(Vertical):
         self.query_one("#checks-panel", Panel).show_keys((("train.level", words), *_CHECK_KEYS))
 
 
-def note_page(fields: Sequence[Field], selected: Field | None, width: int, height: int) -> list[Content]:
-    """Return the page of help that has ``selected``, or the first page if ``selected`` is None.
+def note_lines(
+    current: Field | SettingGroup, group: SettingGroup | None, preset: Recipe | None, width: int, height: int
+) -> list[Content]:
+    """Return what a setting does, its valid values and the preset's value.
 
-    A page has as many settings as fit. Pages are replaced instead of scrolled, so that a move of the cursor
-    usually changes only two entries.
+    Of a group, and below the setting of one that is given, there is a line for each of its settings.
     """
-    page: list[Content] = []
-    has_selected = selected is None
-    for field in fields:
-        lines = note_lines(field, width, is_selected=field == selected)
-        if page and len(page) + len(lines) > height:
-            if has_selected:
-                break
-            page = []
-        page += lines
-        has_selected |= field == selected
-    return page
+    if isinstance(current, SettingGroup):
+        return _overview(current.fields, width)
+    of_preset = "" if preset is None else current.describe(get_setting(preset, current.path))
+    facts = {"memory": current.memory, "value": current.expected, "preset": abbreviate_home(of_preset)}
+    lines = [Content(current.help)]
+    lines += [Content.assemble((f"{name:<8}", "dim"), text) for name, text in facts.items() if text]
+    lines = [part for line in lines for part in line.wrap(max(20, width))]
+    others = [] if group is None else [field for field in group.fields if field != current]
+    return [*lines, Content(""), *_overview(others, width)] if others else lines
 
 
-def note_lines(field: Field, width: int, *, is_selected: bool) -> list[Content]:
-    """Return ``› Epochs training.epochs``, followed by the setting's help and its effect on memory."""
-    head = Content.assemble(
-        ("› " if is_selected else "  ", "bold $primary"),
-        (field.label, "bold" if is_selected else "$primary"),
-        (f"  {field.path}", "dim"),
-    )
-    text = Content(field.help + (f" Memory: {field.memory}" if field.memory else ""))
-    return [head, *(Content(" " * 2) + line for line in text.wrap(max(20, width - 2)))]
+def _overview(settings: Sequence[Field], width: int) -> list[Content]:
+    """Return a line for each setting, cut to fit, with what it does."""
+    cells = max(len(field.label) for field in settings)
+    lines = [
+        Content.assemble((f"{field.label:<{cells}}  ", "$primary"), (field.help, "dim")) for field in settings
+    ]
+    return [line.truncate(width, ellipsis=True) for line in lines]
 
 
 def verdict_lines(
@@ -274,17 +287,10 @@ def verdict_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return the lines of the first panel: the expected time, steps and memory; whether the run can start,
-    with the key to press now; and a summary of the plan. If the run can start and ``height`` is at least five
-    lines, time, steps and memory are drawn large.
+    """Return whether the run can start and what to do now, then time, steps and memory, and what it does.
 
-    Args:
-        checks: Results of the checks.
-        recipe: The recipe that was checked; None before the first check.
-        expected: The forecast of the run; None if unknown.
-        probing: Progress of the measurement of steps; empty if nothing is being measured.
-        width: Width of the panel, in cells.
-        height: Height of the panel, in lines.
+    With six lines the time is in large digits, as the second thing to look at. ``probing``: how far the
+    measurement of steps is.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -293,37 +299,28 @@ def verdict_lines(
         parts.pop()
     verdict = next((check.verdict for check in checks if check.verdict is not None), None)
     plan = Content.styled(_SEPARATOR.join(parts), "dim")
-    if height < _LARGE_HEIGHT or errors(checks):
-        return [*_headline(expected, verdict, probing, width), conclusion(checks), plan][:height]
-    unknown = "Time unknown: " if expected is not None and expected.time is None and not probing else ""
-    source = Content.assemble(unknown, *_source(expected, probing)) if expected or probing else Content("")
-    return [*large_figures(_figures(expected, verdict)), source, conclusion(checks), plan][:height]
+    time = time_figure(checks, expected) if height >= _LARGE_HEIGHT else None
+    large = [] if time is None else large_figures([time])
+    headline = _headline(expected, verdict, probing, width, with_time=time is None)
+    return [conclusion(checks), *large, *headline, plan][:height]
 
 
-def _figures(expected: Forecast | None, verdict: Verdict | None) -> list[Figure]:
-    """Return figures for time, steps and memory, without the figures that are not known yet."""
-    figures = []
-    if expected is not None and expected.time is not None:
-        figures.append(Figure("on this machine", format_duration(expected.time.seconds)))
-    if expected is not None:
-        about = "" if expected.length.is_exact else "about "
-        figures.append(Figure(f"{about}steps", f"{expected.length.steps:,}"))
-    if verdict is not None:
-        word, style = verdict_words(verdict)
-        doubt = "" if verdict.is_exact else " (instant estimate)"
-        of = f"of {format_bytes(verdict.available_bytes)}: {word}{doubt}"
-        figures.append(Figure(of, format_bytes(verdict.needed_bytes), f"bold {style}"))
-    return figures
+def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure | None:
+    """Return the time as a figure for large digits; None if it is unknown or the run cannot start."""
+    if errors(checks) or expected is None or expected.time is None:
+        return None
+    return Figure("on this machine", format_duration(expected.time.seconds))
 
 
-def _headline(expected: Forecast | None, verdict: Verdict | None, probing: str, width: int) -> list[Content]:
-    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``. If the line is
-    too long, parts at its end are left out. The list is empty if nothing is known yet.
-    """
+def _headline(
+    expected: Forecast | None, verdict: Verdict | None, probing: str, width: int, *, with_time: bool
+) -> list[Content]:
+    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``, cut to fit."""
     parts = []
     if expected is not None:
         known = capitalize(expected.duration) if expected.time else "Time unknown"
-        parts += [Content.styled(known, "bold"), Content(expected.steps)]
+        parts += [Content.styled(known, "bold")] if with_time else []
+        parts.append(Content(expected.steps))
     if verdict is not None:
         parts.append(FitLine("memory", verdict).draw(0))
     if expected is not None or probing:

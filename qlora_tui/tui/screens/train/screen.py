@@ -329,7 +329,7 @@ class TrainScreen(EvaluationActions):
 
     def _show_form(self, recipe: Recipe) -> None:
         notes = setting_notes(recipe, self._expected)
-        self.query_one(SettingsForm).show(recipe, self.app.workbench.preset_recipe, notes)
+        self.query_one(LaunchPane).show_settings(recipe, self.app.workbench.preset_recipe, notes)
 
     def action_answers(self) -> None:
         self.evaluate(self._watched)
