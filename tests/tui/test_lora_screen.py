@@ -19,7 +19,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.lora.adapter import SettingsList
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on
 
 SMALL = "HuggingFaceTB__SmolLM2-135M"
@@ -54,6 +54,12 @@ async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
         await pilot.press("u", "g", "end", "space")
         assert targets(app) == ("0-28.all-linear",)
         await wait_for_text(pilot, "7 modules")
+        # There is no room for the costs of other choices below the settings.
+        await pilot.press("v")
+        await wait_for_text(pilot, "What other choices would cost", "q, k, v, o", "256")
+        assert "dropout" not in text_of(app)
+        await pilot.press("v")
+        await wait_for_text(pilot, "dropout")
 
 
 async def test_modules_are_shown_when_their_model_was_described(

@@ -23,7 +23,7 @@ from qlora_tui.data.unsupported import UNMAPPED_COLUMNS
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_number
 from qlora_tui.recipe.schema import Data
-from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_hint, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
 from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
@@ -335,7 +335,10 @@ def row_title(
     titles = (" · ".join(parts[:count]) + (" …" if count < len(parts) else "") for count in lengths)
     title = next((title for title in titles if len(title) <= width), parts[0])
     first, _, rest = title.partition(" · ")
-    return Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
+    head = Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
+    both = f"{bare_key('data.previous')} {bare_key('data.next')}".replace("Left Right", "←→")
+    keys = Content("  ") + key_hint(both, "row")
+    return head + keys if head.cell_length + keys.cell_length <= width else head
 
 
 def _learned_words(shown: Shown, data: Data) -> str:

@@ -455,14 +455,13 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
-    """Return a heading, a line for each rank, and a legend. A line has parameters, size on disk and memory
-    for each choice of targets, as far as ``width`` allows.
-    """
+    """Return a line for each rank, with its costs for as many choices of targets as fit."""
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:
         by_rank.setdefault(cost.rank, []).append(cost)
     rows = list(by_rank.values())
     names = [cost.targets for cost in rows[0]] if rows else []
+    names = names[: max(1, (width - _RANK_CELLS) // _CHOICE_CELLS)]
     with_disk = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS)
     bar_cells = _CHOICE_BAR_CELLS + 1
     with_bar = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS + bar_cells)

@@ -148,7 +148,9 @@ _SHARE_CELLS, _BAR_CELLS = 6, 16
 cells.
 """
 _GAP_CELLS = 7
-"""Width of the gap before the layers, in cells. In the line of titles, the gap has the word ``layer``."""
+"""Gap before the layers, in cells; the word ``layer`` is above it."""
+_LEAST_APART = 3
+"""Width of a layer from which a gap separates it from the next, in cells."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
 """Strength of the color for rank 1, in percent, and the lowest rank whose color has full strength."""
 
@@ -397,7 +399,9 @@ class ModuleGrid(Widget, can_focus=True):
         text, style = " " * width, ""
         if cell:
             mark = state(cell, self._chosen)
-            text, style = CELLS[mark] * width, "$text-muted"
+            # Layers that are wide enough are apart.
+            gap = " " if width >= _LEAST_APART else ""
+            text, style = CELLS[mark] * (width - len(gap)) + gap, "$text-muted"
             if mark != NONE:
                 style = rank_style(max(rank_of(self._lora, module) for module in cell))
             if mark == ALL and has_custom_rank(cell, self._lora):

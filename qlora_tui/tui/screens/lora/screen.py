@@ -27,7 +27,7 @@ from qlora_tui.recipe.targets import (
     to_patterns,
 )
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.key_names import settings_title
+from qlora_tui.tui.key_names import key_hint, settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.adapter import (
     MemoryDeltas,
@@ -76,6 +76,8 @@ class LoraScreen(WorkScreen):
         self._table_of: object = None
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
         self._deltas_key: tuple[Recipe, MemoryBudget, bool] | None = None
+        self._asks_costs = False
+        """Whether the costs are shown instead of the settings, in a window without room for both."""
         self._explained = ""
         """Path of the setting that is explained; empty if the modules under the cursor are described."""
 
@@ -111,15 +113,20 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """If there is room, show the costs of other choices below the modules."""
-        rows = len(self._table.rows) if self._table is not None else 0
-        has_costs = self.size.height >= _COSTS_HEIGHT + rows and self.size.width >= WIDE_CELLS
-        self.set_class(has_costs, "-costs")
-        # Without the costs, the modules fill the remaining height. The height is set here, since with a style
-        # class it would change only after the texts have been written, and Textual would not lay out the
-        # panel again.
+        """Show the costs of other choices below the modules, if there is room or the user asked for them."""
+        has_room = self._has_room_for_costs
+        self.set_class(has_room or self._asks_costs, "-costs")
+        self.set_class(self._asks_costs and not has_room, "-only-costs")
+        # Without costs below them, the modules fill the remaining height. Set this directly, since a style
+        # class would take effect after the texts are written, and Textual would not lay the panel out again.
         for part in ("#modules-panel", "#modules"):
-            self.query_one(part).styles.height = "auto" if has_costs else "1fr"
+            self.query_one(part).styles.height = "auto" if has_room else "1fr"
+        self.refresh_bindings()
+
+    @property
+    def _has_room_for_costs(self) -> bool:
+        rows = len(self._table.rows) if self._table is not None else 0
+        return self.size.height >= _COSTS_HEIGHT + rows and self.size.width >= WIDE_CELLS
 
     def show_recipe(self, recipe: Recipe) -> None:
         architecture = self.app.workbench.architecture()
@@ -133,7 +140,8 @@ class LoraScreen(WorkScreen):
         self.query_one(ModelProblem).show(missing)
         self.set_class(missing is not None, "-no-model")
         text = ", ".join(recipe.lora.target_modules)
-        title = Content.assemble("Target modules", (f": {text}", "$foreground not bold"))
+        title = Content.assemble("Target modules", (f": {text}  ", "$foreground not bold"))
+        title += key_hint("←→", "layers")
         self.query_one("#modules-panel", Panel).show_title(title)
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_controls_and_totals(recipe)
@@ -179,6 +187,14 @@ class LoraScreen(WorkScreen):
     def action_block(self) -> None:
         if self._table is not None:
             self.query_one(ModuleGrid).toggle_block_selection()
+
+    def action_costs(self) -> None:
+        self._asks_costs = not self._asks_costs
+        self._lay_out()
+        self.show_recipe(self.app.workbench.recipe)
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return not self._has_room_for_costs if action == "costs" else True
 
     def action_all_linear(self) -> None:
         self.app.edit("lora.target_modules", (ALL_LINEAR,))
@@ -326,7 +342,7 @@ class LoraScreen(WorkScreen):
         text = cursor_text(grid.under_cursor, recipe.lora, in_block=grid.has_block)
         if self._explained:
             text = one_line(self._explained)
-        elif self.has_class("-costs"):
+        elif self.has_class("-costs") and not self.has_class("-only-costs"):
             words = modules_words(grid.under_cursor, recipe.lora, grid.content_size.width)
             text += Content.styled(f"\n{words}", "dim")
         self.query_one("#under-cursor", Lines).show(text)

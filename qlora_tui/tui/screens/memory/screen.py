@@ -38,6 +38,7 @@ from qlora_tui.tui.screens.memory.step_panels import (
     TIMELINE,
     ItemsPanel,
     budget_words,
+    even_colors,
     peak_lines,
     peak_time,
     peak_words,
@@ -358,6 +359,7 @@ class MemoryScreen(WorkScreen):
             layers=self._layers,
             can_train=can_train,
             here=here,
+            is_even=bool(even_colors(self.query_one("#bars"))),
         )
         self.query_one("#bars", Lines).show(lines)
 

@@ -1,8 +1,8 @@
 """Panels on the memory of a training step: a bar for each precision's peak with the limit, the items of one
 precision, and the memory in the course of the step.
 
-The parts of a bar have different textures, so that they can be told apart without color. The graph has the
-same parts as the bars.
+With few colors or none, the parts of a bar have different textures. The graph is divided in the same way as
+the bars.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class BarPart:
         """
         return f"{self.hue} {self.even_strength}%"
 
+    def drawn(self, *, is_even: bool) -> tuple[str, str]:
+        """Return (character, color) of a filled cell. ``is_even``: without a texture."""
+        return ("█", self.even_style) if is_even else (self.glyph, self.style)
+
     @property
     def even_strength(self) -> int:
         """Strength of the color of ``even_style``, in percent."""
@@ -132,9 +136,10 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
     return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
 
 
-def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
-    """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. If the estimate is larger,
-    the bar is cut off and marked with ▶.
+def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False) -> Content:
+    """Draw a bar on a scale of ``full_bytes`` for ``width`` cells. A longer bar is cut and marked with ▶.
+
+    ``is_even``: without textures, as where there are many colors.
     """
     pieces: list[tuple[str, str]] = []
     drawn = 0
@@ -142,7 +147,8 @@ def stacked_bar(estimate: Estimate, full_bytes: int, width: int) -> Content:
     for part, bytes_ in parts_of(estimate):
         filled_bytes += bytes_
         end = min(width, round(filled_bytes / full_bytes * width))
-        pieces.append((part.glyph * (end - drawn), part.style))
+        glyph, style = part.drawn(is_even=is_even)
+        pieces.append((glyph * (end - drawn), style))
         drawn = end
     if filled_bytes > full_bytes:
         text = Content.assemble(*pieces)
@@ -158,6 +164,7 @@ def precision_bars(
     width: int,
     *,
     can_train: bool,
+    is_even: bool = False,
 ) -> list[Content]:
     """Return a line for each precision: ``› NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``.
 
@@ -175,7 +182,7 @@ def precision_bars(
         verdict = check_fit(estimate, budget_bytes)
         word, style = verdict_words(verdict, can_train=can_train)
         spare = f"{spare_words(verdict):>{_SPARE}}" if has_spare else ""
-        drawn = stacked_bar(estimate, full_bytes, bar_cells - len(broken))
+        drawn = stacked_bar(estimate, full_bytes, bar_cells - len(broken), is_even=is_even)
         is_selected = precision == selected
         lines.append(
             Content.assemble(
@@ -209,11 +216,10 @@ def verdict_sentence(verdict: Verdict) -> str:
     return f"{spare_words(upper)} at the upper end"
 
 
-def legend(limit_bytes: int, most_bytes: int) -> Content:
-    """Return the legend of the textures. If the axis is broken, the legend has the limit. ``most_bytes``: the
-    highest peak.
-    """
-    words = [Content.assemble((part.glyph * 2, part.style), (f" {part.name}", "dim")) for part in PARTS]
+def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
+    """Return the legend of the colors or textures, with the limit's value if the axis is broken."""
+    drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)
+    words = [Content.assemble((glyph * 2, style), (f" {name}", "dim")) for name, glyph, style in drawn]
     if is_far_above(limit_bytes, most_bytes):
         words.append(Content.styled(f"╱╱ to {format_bytes(limit_bytes)}", "dim"))
     return Content("  ").join(words)
@@ -288,6 +294,7 @@ def peak_lines(
     layers: int,
     can_train: bool,
     here: Content | None,
+    is_even: bool,
 ) -> list[Content]:
     """Return the lines of the panel on the peak: the bars and their legend, what the peak of one precision
     consists of, and why int8 needs more memory than 16 bits if it does.
@@ -302,7 +309,8 @@ def peak_lines(
         can_train: Whether the model can be trained.
         here: Verdict for this machine's CPU, if the bars are for an assumed GPU; otherwise None.
     """
-    words = [legend(limit_bytes, max(estimate.total_bytes for estimate in compared.values()))]
+    most = max(estimate.total_bytes for estimate in compared.values())
+    words = [legend(limit_bytes, most, is_even=is_even)]
     if here is not None and words[0].cell_length + 3 + here.cell_length <= width:
         words = [Content("   ").join([*words, here])]
     elif here is not None:
@@ -310,7 +318,9 @@ def peak_lines(
     levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
-        *precision_bars(compared, marked, of_recipe, limit_bytes, width, can_train=can_train),
+        *precision_bars(
+            compared, marked, of_recipe, limit_bytes, width, can_train=can_train, is_even=is_even
+        ),
         *words,
         *(Content.styled(text, "$text-muted") for text in (levels, reason) if text),
     ]
@@ -329,7 +339,7 @@ class ItemsPanel(Panel):
         """Show the items of an estimate. ``name``: name of the precision."""
         self._estimate = estimate
         self.show_title(f"{name} by item")
-        self._list.show(partial(item_lines, estimate))
+        self._list.show(partial(item_lines, estimate, bool(even_colors(self))))
         self._explain()
 
     def on_option_list_option_highlighted(self) -> None:
@@ -345,23 +355,32 @@ class ItemsPanel(Panel):
             self._explanation.show(text)
 
 
-def item_lines(estimate: Estimate, width: int) -> list[tuple[str, Content]]:
-    """Return (key, line) for each group and, below it, for its items, the largest first. Bars are relative to
-    the peak.
+def item_lines(estimate: Estimate, is_even: bool, width: int) -> list[tuple[str, Content]]:
+    """Return (key, line) for each item under its group, largest first. Bars are shares of the peak.
+
+    ``is_even``: without textures, as where there are many colors.
     """
     lines = []
     groups = [(part, size) for part, size in parts_of(estimate) if size]
     for part, size in sorted(groups, key=lambda group: -group[1]):
-        head = f"{part.glyph} {capitalize(part.name)}"
-        lines.append((f"{HEADING}{part.name}", _item_line(head, part, size, estimate, width)))
+        glyph, _ = drawn = part.drawn(is_even=is_even)
+        head = f"{glyph} {capitalize(part.name)}"
+        lines.append((f"{HEADING}{part.name}", _item_line(head, part, drawn, size, estimate, width)))
         items = [item for item in estimate.items if part_of(item.key) is part]
         for item in sorted(items, key=lambda item: -item.bytes):
-            lines.append((item.key, _item_line(f"  {item.label}", part, item.bytes, estimate, width, item)))
+            line = _item_line(f"  {item.label}", part, drawn, item.bytes, estimate, width, item)
+            lines.append((item.key, line))
     return lines
 
 
 def _item_line(
-    name: str, part: BarPart, size: int, estimate: Estimate, width: int, item: Item | None = None
+    name: str,
+    part: BarPart,
+    drawn: tuple[str, str],
+    size: int,
+    estimate: Estimate,
+    width: int,
+    item: Item | None = None,
 ) -> Content:
     """Return ``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``, followed by the explanation if there is room.
     ``item``: None for the line of a group.
@@ -380,11 +399,10 @@ def _item_line(
         beside = Content(f"  {item.explanation}").truncate(left - _ITEM_BAR, ellipsis=True).plain
     glyphs = 1 if item is None else 0
     return Content.assemble(
-        (text[:glyphs], part.style),
+        (text[:glyphs], drawn[1]),
         (text[glyphs:], style),
-        # With 16 colors, the line under the cursor is reversed, which would swap the colors of bar and
-        # background.
-        (part.glyph * full, f"{part.style} not reverse"),
+        # In 16 colors the cursor's line is reversed, which would swap the bar with its background.
+        (drawn[0] * full, f"{drawn[1]} not reverse"),
         (text_of_bar[full:], f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
     )

@@ -47,10 +47,9 @@ from qlora_tui.tui.render.labels import (
     error_content,
     fit_figure,
     fit_here,
-    fit_sign,
     verdict_legend,
 )
-from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
+from qlora_tui.tui.screens.memory.step_panels import even_colors, is_far_above, legend, stacked_bar
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
@@ -65,13 +64,16 @@ _ACCESS = {True: "gated: accept its license and log in", False: "no token needed
 Facts: TypeAlias = Sequence[Fact]
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _BATCHES = (1, 2, 4, 8, 16, 32)
+_RANKS = (8, 16, 32, 64, 128, 256)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
 """Minimum height of the window, in rows, at which there is a bar with the parts of the memory for each
 length.
 """
 _BATCHES_HEIGHT = 50
-"""Minimum height of the window, in rows, at which there is also a bar for each micro-batch size."""
+"""Minimum height of the window, in rows, for bars that also divide the memory by micro-batch size."""
+_RANKS_HEIGHT = 58
+"""Minimum height of the window, in rows, for bars that also divide the memory by rank."""
 _NAME_CELLS = 13
 
 
@@ -108,6 +110,7 @@ class ModelFit:
     """Why int8 needs more memory than 16 bits at the longest length; empty if it does not."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
+    ranks: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
     """Sentences on how the figures were obtained, and on kernels that are not installed."""
@@ -127,7 +130,11 @@ class PartsPanel(Panel):
     def show(self, fit: ModelFit) -> None:
         """Show a bar for each length and, if the window is high enough, for each micro-batch size."""
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
-        self._lines.show(partial(parts_lines, fit, self.screen.size.height >= _BATCHES_HEIGHT))
+        groups = {"length": fit.lengths}
+        rows = self.screen.size.height
+        groups |= {"micro-batch": fit.batches} if rows >= _BATCHES_HEIGHT else {}
+        groups |= {"rank": fit.ranks} if rows >= _RANKS_HEIGHT else {}
+        self._lines.show(partial(parts_lines, groups, fit, bool(even_colors(self))))
 
 
 class ModelSide(Vertical):
@@ -284,31 +291,32 @@ def storage_words(models: Sequence[LocalModel]) -> str:
     return ", ".join([*used, *([] if free is None else [f"{format_bytes(free)} of the disk free"])])
 
 
-def parts_lines(fit: ModelFit, with_batches: bool, width: int) -> list[Content]:
-    """Return a bar for each length and, if ``with_batches``, for each micro-batch size, followed by a legend.
-    Bars have the parts of the Memory screen. Their figures are in the panel next to them.
+def parts_lines(
+    groups: Mapping[str, Sequence[SettingFit]], fit: ModelFit, is_even: bool, width: int
+) -> list[Content]:
+    """Return a bar and a figure for each value of each setting, and a legend.
+
+    Bars are divided as on the Memory screen. ``is_even``: without textures, as where there are many colors.
     """
-    groups = [("length", fit.lengths), *([("micro-batch", fit.batches)] if with_batches else [])]
-    most = max(row.estimate.total_bytes for _, rows in groups for row in rows)
+    most = max(row.estimate.total_bytes for rows in groups.values() for row in rows)
     limit = fit.budget.bytes
     full_bytes = most if is_far_above(limit, most) else limit
-    bar_cells = max(10, width - _NAME_CELLS - 2)
+    bar_cells = max(10, width - _NAME_CELLS - _FIGURE_CELLS)
     lines = []
-    for title, rows in groups:
+    for title, rows in groups.items():
         lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
         for row in rows:
-            sign = fit_sign(row.needs[fit.precisions[0]])
+            figure = fit_figure(row.needs[fit.precisions[0]], is_current=row.is_current)
             name = f"{row.value:>{_NAME_CELLS - 2},} "
             lines.append(
                 Content.assemble(
                     ("●" if row.is_current else " ", "bold $primary"),
                     (name, "bold" if row.is_current else ""),
-                    stacked_bar(row.estimate, full_bytes, bar_cells),
-                    " ",
-                    sign,
+                    stacked_bar(row.estimate, full_bytes, bar_cells, is_even=is_even),
+                    figure.pad_left(_FIGURE_CELLS - figure.cell_length),
                 )
             )
-    return [*lines, legend(full_bytes, most)]
+    return [*lines, legend(full_bytes, most, is_even=is_even)]
 
 
 def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
@@ -352,9 +360,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
 def model_fit(
     model: Architecture, recipe: Recipe, budget: MemoryBudget, here: MemoryBudget | None = None
 ) -> ModelFit:
-    """Return the estimates for lengths up to the model's context, and for micro-batch sizes. Each takes a few
-    milliseconds. ``here``: memory of this machine's CPU, if ``budget`` is of an assumed GPU.
-    """
+    """Estimate lengths up to the model's context, micro-batch sizes and ranks; a few milliseconds each."""
     usable = _with_targets(model, recipe, budget.device)
     note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
     precision = precision_of(recipe)
@@ -380,6 +386,7 @@ def model_fit(
         why_int8_is_larger(longest["int8"], longest["fp16"]),
         tuple(rows("data.max_length", by_length)),
         tuple(rows("training.micro_batch_size", compared("training.micro_batch_size", _BATCHES))),
+        tuple(rows("lora.rank", compared("lora.rank", _RANKS))),
         budget,
         tuple(filter(None, (note, *kernels))),
         None if here is None else need(model, recipe, here),

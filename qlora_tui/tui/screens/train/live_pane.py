@@ -168,7 +168,9 @@ class LivePane(Vertical):
         self.set_class(bool(health), "-health")
         self.set_class(bool(snapshot.samples), "-samples")
         self.set_class(bool(snapshot.evaluations), "-evaluations")
-        self.set_class(snapshot.status.state in _ENDED_WELL, "-ended")
+        state = snapshot.status.state
+        self.set_class(state in _ENDED_WELL, "-ended")
+        self.set_class(state not in (*ACTIVE, *_ENDED_WELL), "-broken")
         self._draw("evaluations", partial(evaluation_lines, snapshot))
 
     def _draw(self, name: str, draw: Draw) -> None:

@@ -163,7 +163,9 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
     lines: list[Content] = []
     for meter in meters:
         if meter.history:
-            *above, last = _meter_chart(meter, machine.readings, cells, rows)
+            *above, last = (
+                _meter_chart(meter, machine.readings, cells, rows) if rows > 1 else [_level(meter, cells)]
+            )
         elif meter.bar:
             used, total = meter.bar
             above, last = [], Content.styled(bar(used / total if used and total else 0.0, cells), "$hardware")
@@ -193,11 +195,17 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
         gap = "  " if lines[meter.line] else ""
         part = Content.assemble((f"{gap}{meter.name} ", "dim"), meter.value)
         if meter.history and not meter.line:
-            part = Content.assemble(part, " ", _meter_chart(meter, machine.readings, cells, 1)[0])
+            part = Content.assemble(part, " ", _level(meter, cells))
         if meter.bar and machine.estimate_bytes is not None:
             part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
         lines[meter.line].append(part)
     return [Content("").join(parts) for parts in lines if parts]
+
+
+def _level(meter: _Meter, width: int) -> Content:
+    """Return a bar for the last value. In one row, a chart of a steady value would look like a full bar."""
+    last = meter.history[-1]
+    return Content.styled(bar(0.0 if last is None else last / meter.top, width), "$hardware")
 
 
 def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
