@@ -501,7 +501,7 @@ def _loss_words(evidence: RunEvidence) -> str:
 
 
 def _loss_values(before: float, after: float) -> str:
-    return f"validation loss {format_loss(before)} → {format_loss(after)}"
+    return f"validation loss {format_loss(before)} → {format_loss(after)} at the end"
 
 
 def _forgetting_words(evidence: RunEvidence) -> str:

@@ -156,7 +156,9 @@ class ForgettingMonitor:
         if not step or self._reported or divergence <= _FORGETTING:
             return None
         self._reported = True
-        ends = "" if turn_ends is None else f", and ends {turn_ends:.0%} of the turns that the base ended"
+        ends = (
+            "" if turn_ends is None else f", and it ends {turn_ends:.0%} of the answers that its base ended"
+        )
         return Finding(
             "forgetting",
             f"The model has moved far from its base on general prompts: {divergence:.2g} nats per token at "

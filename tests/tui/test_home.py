@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ import pytest
 from textual.drivers.headless_driver import HeadlessDriver
 
 from qlora_tui import paths, worker
+from qlora_tui.data.formats import detect
+from qlora_tui.data.row import Row
 from qlora_tui.demo.conversations import CONVERSATIONS
 from qlora_tui.formatting import format_duration
 from qlora_tui.memory.budget import budget_for
@@ -31,7 +34,7 @@ from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import reader as home_reader
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
-from qlora_tui.tui.screens.home.panel_lines import HomeLayout, run_lines
+from qlora_tui.tui.screens.home.panel_lines import ROW_SHAPES, HomeLayout, run_lines
 from qlora_tui.tui.screens.home.reader import HomeReader
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.models import downloads
@@ -359,3 +362,9 @@ async def test_two_runs_and_their_gpus_are_shown(
     async with QloraApp().run_test(size=size) as pilot:
         shown = await wait_for_text(pilot, "step 200 of 300", top, "RTX 3060", "of 12.0 GiB")
     assert "● crows  training  12%  step 36 of 300" in shown and "Earlier runs" not in shown
+
+
+def test_each_row_that_home_shows_is_recognized_as_its_format() -> None:
+    for name, row in ROW_SHAPES.items():
+        value = json.loads(row.replace("…", "one or two words"))
+        assert detect([Row(1, value)], "rows.jsonl").layout.format == name

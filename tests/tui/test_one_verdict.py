@@ -30,9 +30,9 @@ PLACES = {
 """Key of a screen, and where it shows the memory of the recipe as it is, on the assumed GPU."""
 HERE = {
     "0": ("memory .*?" + _OF_32,),
-    "1": ("This CPU: " + _OF_32,),
+    "1": ("Launch on CPU: " + _OF_32,),
     "2": ("memory .*?" + _OF_32, r"● now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does|uncertain)?"),
-    "3": ("This CPU: " + _OF_32,),
+    "3": ("Launch on CPU: " + _OF_32,),
     "5": (r"of 32\.0 GiB: (\w+)",),
 }
 """The same on this machine, which a run would use."""

@@ -57,10 +57,8 @@ _MIN_NAME = 9
 _MIN_BAR = 4
 """Minimum width of a bar, in cells. Below it, the bar is left out."""
 _ASSUMED = " (assumed)"
-THIS_CPU = "This CPU:"
-"""Label of a run's memory on this machine's CPU, shown next to estimates for a GPU that the machine does not
-have.
-"""
+THIS_CPU = "Launch on CPU:"
+"""Label of the memory of a run on this machine, shown next to estimates for an assumed GPU."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
     "queued": ("◌", "dim"),
@@ -243,9 +241,7 @@ class FitLine:
 
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
-    """Return the line ``This CPU: ~1.0 of 23.5 GiB fits``, which is shown next to estimates for an assumed
-    GPU.
-    """
+    """Return ``Launch on CPU: ~1.0 of 23.5 GiB fits``, for display next to estimates for an assumed GPU."""
     return FitLine(THIS_CPU, verdict, can_train=can_train)
 
 

@@ -450,6 +450,23 @@ def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
     ]
 
 
+ROW_SHAPES = {
+    "messages": '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
+    "alpaca": '{"instruction": "…", "input": "…", "output": "…"}',
+    "prompt-completion": '{"prompt": "…", "completion": "…"}',
+    "text": '{"text": "…"}',
+}
+"""A row of the most common formats, by the format's name."""
+
+
+def shape_lines() -> list[Content]:
+    """Return a row of the most common formats, and which files may contain such rows."""
+    cells = max(map(len, ROW_SHAPES))
+    files = "JSON, JSONL, CSV, Parquet or text, from files, folders or the Hub; recognized from the columns."
+    rows = [Content.assemble(f"  {name:<{cells}}  ", (row, "dim")) for name, row in ROW_SHAPES.items()]
+    return [*rows, Content.styled(f"  {files}", "dim")]
+
+
 def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     """Return lines with the validation losses of a run. If ``layout.is_large``, facts about the run come
     first.

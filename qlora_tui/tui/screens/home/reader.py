@@ -38,6 +38,7 @@ from qlora_tui.tui.screens.home.panel_lines import (
     recipe_lines,
     run_lines,
     server_line,
+    shape_lines,
     way_lines,
 )
 from qlora_tui.tui.screens.models.model_facts import need
@@ -54,7 +55,7 @@ class HomeFacts:
     """What Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
-    """Lines by name of the panel: run, gpu, queue, recipe, way, presets, numbers."""
+    """Lines by panel: run, gpu, queue, recipe, way, presets, shapes, numbers."""
     steps: Steps
     last: RunSummary | None
     """The active run or, if there is none, the last run; None if there are no runs."""
@@ -177,6 +178,7 @@ class HomeReader:
             ),
             "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
             "presets": preset_lines(self._presets, workbench.preset) if summary is None else [],
+            "shapes": shape_lines() if summary is None else [],
             "numbers": numbers_lines(summary, layout) if summary is not None else [],
         }
         return HomeFacts(

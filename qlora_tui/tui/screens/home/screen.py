@@ -153,6 +153,10 @@ class HomeScreen(WorkScreen):
                     yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
                     keys = (("app.presets", "open one"),)
                     yield Panel("Presets", Lines(id="presets"), keys=keys, id="presets-panel")
+                    keys = (("go.data", "open data"),)
+                    yield Panel(
+                        "What your data may look like", Lines(id="shapes"), keys=keys, id="shapes-panel"
+                    )
                     keys = (("go.runs", "all runs"),)
                     yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
                 with Vertical(id="home-side"):
@@ -164,7 +168,7 @@ class HomeScreen(WorkScreen):
                     yield Panel("The run in numbers", Lines(id="numbers"), id="numbers-panel")
 
     def on_mount(self) -> None:
-        for hidden in ("#models-panel", "#presets-panel"):
+        for hidden in ("#models-panel", "#presets-panel", "#shapes-panel"):
             self.query_one(hidden).display = False
         _save_last_seen()
         self.set_interval(_LAST_SEEN_INTERVAL_S, _save_last_seen)
@@ -424,7 +428,8 @@ class HomeScreen(WorkScreen):
         self.query_one("#recipe-panel", Panel).show_title(title)
         # While there is no run, the presets take the rows of the panel for the run.
         has_rows = layout.is_large and self.size.height >= _PRESETS_HEIGHT
-        self.query_one("#presets-panel").display = is_new and has_rows
+        for name in ("#presets-panel", "#shapes-panel"):
+            self.query_one(name).display = is_new and has_rows
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
         self.query_one("#recent-runs", Drawing).show(recent)

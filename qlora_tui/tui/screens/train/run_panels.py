@@ -298,7 +298,8 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view, status = snapshot.view, snapshot.status
     facts = [f"{format_ago(status.at, now)}"] if status.at else []
     if snapshot.best is not None:
-        before = view.loss_before_training
+        # The verdict names the loss before training too.
+        before = None if snapshot.verdict is not None else view.loss_before_training
         known = "" if before is None else f", {format_loss(before)} before training"
         facts.insert(0, f"at step {snapshot.best.step:,}{known}")
     elif snapshot.loss is not None:
