@@ -264,7 +264,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
     app = open_on("chat")
     async with app.run_test(size=(200, 60)) as pilot:
         await wait_for_text(pilot, "Recorded answers · step 20 and step 300", "from the data")
-        await wait_for_text(pilot, "Loading Qwen2.5-7B (NF4) takes about 19 s and needs up to", "best  ")
+        await wait_for_text(pilot, "Loading Qwen2.5-7B (NF4) takes about 19 s and needs up to", "It learned")
         await app.switch_mode("home")
         answered = TaskRow(
             source=0,

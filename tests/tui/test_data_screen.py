@@ -56,7 +56,7 @@ async def test_steps_count_the_weight_of_the_source(
     app = data_app(model, "pairs.jsonl", packing=False, validation_fraction=0.0)
     app.workbench.set("data.sources", (Source(path=str(here / "pairs.jsonl"), weight=weight),))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, f"about {steps} an epoch")
+        await wait_for_text(pilot, f"{steps} per epoch")
 
 
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:

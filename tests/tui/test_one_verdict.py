@@ -33,7 +33,7 @@ HERE = {
     "1": ("Launch on CPU: " + _OF_32,),
     "2": ("memory .*?" + _OF_32, r"● now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does|uncertain)?"),
     "3": ("Launch on CPU: " + _OF_32,),
-    "5": (r"of 32\.0 GiB: (\w+)",),
+    "5": ("memory " + _OF_32,),
 }
 """The same on this machine, which a run would use."""
 _WORDS = {" ": "✓", "fits": "✓", "tight": "!", "uncertain": "?", "does": "✗"}

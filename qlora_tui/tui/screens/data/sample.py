@@ -307,10 +307,11 @@ def row_title(
     width: int,
     *,
     has_heading: bool = False,
+    has_keys: bool = False,
 ) -> Content:
     """Return the panel's title: the row's number, its number of tokens to learn, and notes, as far as they
     fit. ``has_heading``: whether a heading inside the panel has the number of tokens, so that the title does
-    not.
+    not. ``has_keys``: whether the title has the keys that change the row.
     """
     path, row = place
     of = name = ""
@@ -338,7 +339,7 @@ def row_title(
     head = Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
     both = f"{bare_key('data.previous')} {bare_key('data.next')}".replace("Left Right", "←→")
     keys = Content("  ") + key_hint(both, "row")
-    return head + keys if head.cell_length + keys.cell_length <= width else head
+    return head + keys if has_keys and head.cell_length + keys.cell_length <= width else head
 
 
 def _learned_words(shown: Shown, data: Data) -> str:

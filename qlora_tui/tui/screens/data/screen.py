@@ -302,7 +302,9 @@ class DataScreen(SourceActions):
             panel = self.query_one(SamplePanel)
             width = panel.size.width - TITLE_FRAME
             title = partial(row_title, place, self.report, self.shown, self._request.data, width)
-            panel.show_title(title(has_heading=panel.has_columns))
+            # A larger window has the keys in the border.
+            has_keys = self.has_class("-narrow") or self.has_class("-short")
+            panel.show_title(title(has_heading=panel.has_columns, has_keys=has_keys))
 
     # The whole source
 

@@ -455,7 +455,9 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
-    """Return a line for each rank, with its costs for as many choices of targets as fit."""
+    """Return a heading, a line for each rank, and a legend. A line has parameters, size on disk and memory
+    for as many choices of targets as ``width`` allows.
+    """
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:
         by_rank.setdefault(cost.rank, []).append(cost)

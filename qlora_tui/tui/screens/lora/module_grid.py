@@ -148,7 +148,7 @@ _SHARE_CELLS, _BAR_CELLS = 6, 16
 cells.
 """
 _GAP_CELLS = 7
-"""Gap before the layers, in cells; the word ``layer`` is above it."""
+"""Width of the gap before the layers, in cells. In the line of titles, the gap has the word ``layer``."""
 _LEAST_APART = 3
 """Width of a layer from which a gap separates it from the next, in cells."""
 _PALEST, _BRIGHTEST_RANK = 40, 256

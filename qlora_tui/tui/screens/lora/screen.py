@@ -113,12 +113,13 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """Show the costs of other choices below the modules, if there is room or the user asked for them."""
+        """If there is room, or the user asked for them, show the costs of other choices."""
         has_room = self._has_room_for_costs
         self.set_class(has_room or self._asks_costs, "-costs")
         self.set_class(self._asks_costs and not has_room, "-only-costs")
-        # Without costs below them, the modules fill the remaining height. Set this directly, since a style
-        # class would take effect after the texts are written, and Textual would not lay the panel out again.
+        # Without the costs, the modules fill the remaining height. The height is set here, since with a style
+        # class it would change only after the texts have been written, and Textual would not lay out the
+        # panel again.
         for part in ("#modules-panel", "#modules"):
             self.query_one(part).styles.height = "auto" if has_room else "1fr"
         self.refresh_bindings()

@@ -137,9 +137,8 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False) -> Content:
-    """Draw a bar on a scale of ``full_bytes`` for ``width`` cells. A longer bar is cut and marked with ▶.
-
-    ``is_even``: without textures, as where there are many colors.
+    """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. If the estimate is larger,
+    the bar is cut off and marked with ▶. ``is_even``: whether the bar has full blocks instead of textures.
     """
     pieces: list[tuple[str, str]] = []
     drawn = 0
@@ -217,7 +216,9 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
-    """Return the legend of the colors or textures, with the limit's value if the axis is broken."""
+    """Return the legend of the colors or textures. If the axis is broken, the legend has the limit.
+    ``most_bytes``: the highest peak.
+    """
     drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)
     words = [Content.assemble((glyph * 2, style), (f" {name}", "dim")) for name, glyph, style in drawn]
     if is_far_above(limit_bytes, most_bytes):
@@ -356,9 +357,8 @@ class ItemsPanel(Panel):
 
 
 def item_lines(estimate: Estimate, is_even: bool, width: int) -> list[tuple[str, Content]]:
-    """Return (key, line) for each item under its group, largest first. Bars are shares of the peak.
-
-    ``is_even``: without textures, as where there are many colors.
+    """Return (key, line) for each group and, below it, for its items, the largest first. Bars are relative to
+    the peak. ``is_even``: whether bars have full blocks instead of textures.
     """
     lines = []
     groups = [(part, size) for part, size in parts_of(estimate) if size]
@@ -401,7 +401,8 @@ def _item_line(
     return Content.assemble(
         (text[:glyphs], drawn[1]),
         (text[glyphs:], style),
-        # In 16 colors the cursor's line is reversed, which would swap the bar with its background.
+        # With 16 colors, the line under the cursor is reversed, which would swap the colors of bar and
+        # background.
         (drawn[0] * full, f"{drawn[1]} not reverse"),
         (text_of_bar[full:], f"{part.even_style} not reverse"),
         (beside, "$text-muted"),

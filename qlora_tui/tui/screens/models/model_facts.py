@@ -71,9 +71,9 @@ _PARTS_HEIGHT = 38
 length.
 """
 _BATCHES_HEIGHT = 50
-"""Minimum height of the window, in rows, for bars that also divide the memory by micro-batch size."""
+"""Minimum height of the window, in rows, at which there is also a bar for each micro-batch size."""
 _RANKS_HEIGHT = 58
-"""Minimum height of the window, in rows, for bars that also divide the memory by rank."""
+"""Minimum height of the window, in rows, at which there is also a bar for each rank."""
 _NAME_CELLS = 13
 
 
