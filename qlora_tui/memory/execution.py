@@ -184,7 +184,7 @@ class ExecutionConfig:
     attention: Kernel = "flash"
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
-    """Whether gradients of earlier micro-steps exist during the forward."""
+    """Whether memory for gradients is held during the forward, since an earlier micro-step or step."""
     packing: bool = False
     segments: bool = False
     """Whether the micro-batch is one long sequence of samples that do not attend to each other."""
@@ -281,7 +281,8 @@ def trainer_execution(
         streamed_layers=recipe.quantization.streamed_layers,
         attention=attention,
         optimizer=_OPTIMIZERS.get(recipe.training.optimizer, recipe.training.optimizer),
-        accumulates=recipe.training.gradient_accumulation > 1,
+        # DDP's buckets keep the memory of gradients that are cleared (``gradient_as_bucket_view``).
+        accumulates=recipe.training.gradient_accumulation > 1 or recipe.training.gpus != 1,
         packing=recipe.data.packing,
         segments=path != "eager",
         varlen=path == "varlen",

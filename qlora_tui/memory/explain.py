@@ -146,7 +146,8 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
             f"{trained} trained parameters × {ADAPTER_ITEMSIZE} bytes{_copies(execution)}{start}: "
             f"rank {_ranks(layout.recipe)} × (in + out) per target{_vocabulary(layout)}."
         ),
-        "gradients": f"One gradient per trained parameter: {trained} × {ADAPTER_ITEMSIZE} bytes.",
+        "gradients": f"One gradient per trained parameter: {trained} × {ADAPTER_ITEMSIZE} bytes."
+        + (" With several GPUs they stay in the buckets of DDP." if layout.recipe.training.gpus != 1 else ""),
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter."
         if execution.optimizer == "adamw"

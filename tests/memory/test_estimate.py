@@ -496,3 +496,12 @@ def test_a_correction_by_past_runs_is_part_of_the_overhead() -> None:
     estimated = estimate(Recipe(), qwen_7b(), device=device)
     moments = step_timeline(Recipe(), qwen_7b(), estimated)
     assert max(moment.total_bytes for moment in moments) == estimated.process_bytes
+
+
+def test_several_gpus_hold_gradients_in_the_buckets_of_ddp() -> None:
+    once = Recipe(training=Training(gradient_accumulation=1, optimizer="adamw"))
+    alone, together, accumulated = (
+        estimate(replace_setting(once, f"training.{name}", value), qwen_7b())
+        for name, value in (("gpus", 1), ("gpus", 2), ("gradient_accumulation", 2))
+    )
+    assert alone.allocated_bytes < together.allocated_bytes == accumulated.allocated_bytes
