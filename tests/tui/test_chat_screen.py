@@ -336,6 +336,11 @@ async def test_base_and_adapter_answer_side_by_side(
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
         await wait_for_text(pilot, "tok", ", wait", "saved in", "Which answer is better? Esc, then [<]")
+        # A short conversation is directly above the field, which is at the bottom.
+        view, last = screen.conversation.region, screen.conversation.turns[-1]
+        assert last.region.bottom + last.styles.margin.bottom == view.bottom
+        assert view.height > 20
+        assert screen.query_one(PromptBox).region.bottom >= screen.size.height - 3
         assert screen.conversation.run_dir is not None
         saved = transcript_path(screen.conversation.run_dir).read_text()
         assert saved.count("> what is red") == 1

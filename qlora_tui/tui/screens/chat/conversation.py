@@ -161,12 +161,6 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.choice_counts: dict[ChoiceKind, int] = {}
         """Number of judgments of this model's answers, by kind."""
 
-    class Resized(message.Message):
-        """Posted when the size of the conversation has changed."""
-
-    def on_resize(self) -> None:
-        self.post_message(self.Resized())
-
     def on_mount(self) -> None:
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 

@@ -50,7 +50,7 @@ class PromptBox(OwnKeysFirst, TextArea):
         max-height: 8;
         border: none;
         padding: 0 1;
-        background: $surface;
+        background: $panel;
         scrollbar-size-vertical: 1;
         & .text-area--placeholder { color: $text-muted; }
     }

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from textual import on, work
+from textual import work
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
@@ -59,7 +59,6 @@ from qlora_tui.tui.screens.chat.start import (
     recorded_title,
     start_lines,
 )
-from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.screens.modals.dialogs import ask_search
 from qlora_tui.tui.screens.train.screen import prepare_run
 from qlora_tui.tui.ui_state import add_recent, recent
@@ -96,8 +95,6 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
-            # As high as the view, since Textual would otherwise align short contents with the bottom.
-            Static(id="chat-floor"),
         )
         self.source_name = ""
         self.search = ""
@@ -507,19 +504,6 @@ class ChatScreen(WorkScreen):
         """Show the adapter's effect, or the progress of its measurement."""
         self.show_effect(event.effect)
 
-    @on(ChatTurn.Resized)
-    @on(Conversation.Resized)
-    def _fit_panel(self) -> None:
-        """Limit the panel's height to its contents, so that the prompt field follows the last answer."""
-        chat, panel = self.conversation, self.query_one("#chat-panel")
-        if not chat.turns or not chat.display:
-            panel.styles.max_height = None
-            return
-        ends = (turn.virtual_region.bottom + turn.styles.margin.bottom for turn in chat.turns if turn.display)
-        content = max(ends, default=1)
-        others = (each.outer_size.height for each in panel.children if each.display and each is not chat)
-        panel.styles.max_height = content + panel.gutter.height + sum(others)
-
     def show_effect(self, effect: str | Effect) -> None:
         self._effect = effect
         text = Content(effect) if isinstance(effect, str) else effect_text(effect, self._room)
@@ -587,7 +571,6 @@ class ChatScreen(WorkScreen):
         if has_side:
             self.query_one(ChatSide).show(chat, self._start, path)
         self._focus_starters()
-        self.call_after_refresh(self._fit_panel)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:

@@ -14,7 +14,6 @@ from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
-from textual.message import Message
 from textual.widgets import Markdown, Static
 
 from qlora_tui.chat.chat_types import BASE, Decided, GenerationResult
@@ -458,9 +457,6 @@ class ChatTurn(Vertical):
     }
     """
 
-    class Resized(Message):
-        """Posted when the size of the turn has changed."""
-
     def __init__(self, prompt: str, adapter_names: tuple[str, ...], *, unfolded: bool = False) -> None:
         super().__init__()
         self.prompt = prompt
@@ -470,9 +466,6 @@ class ChatTurn(Vertical):
             adapter_name: AdapterAnswer(adapter_name, beside=number > 0, unfolded=unfolded)
             for number, adapter_name in enumerate(dict.fromkeys(adapter_names))
         }
-
-    def on_resize(self) -> None:
-        self.post_message(self.Resized())
 
     def contains(self, text: str) -> bool:
         """Return whether the prompt, an answer or a thought contains this text, ignoring case."""
