@@ -176,7 +176,7 @@ def test_pairs_are_counted_as_they_are_trained() -> None:
         settings = {"data.preferences": "dpo", "data.overflow": overflow, "training.max_steps": 0}
         return by_topic(facts(sides, TINY, gib=80, settings=settings, past=()))
 
-    assert "640 pairs with sides of at most 9,000 tokens" in said("drop")["length"].reason
+    assert "640 pairs with sequences of at most 9,000 tokens" in said("drop")["length"].reason
     assert "40 are longer than 8,192 and are dropped" in said("drop")["length"].reason
     assert "are cut" in said("split")["length"].reason
 
@@ -289,6 +289,6 @@ def test_facts_are_counted_and_read_from_runs_whose_data_is_unchanged(
     os.utime(path, (later + 1000, later + 1000))
     changed = read_facts(recipe, Machine(budget_for(None)))
     assert not changed.past and changed.outdated == 4
-    assert "4 earlier runs left out" in by_topic(changed)["rate"].reason
+    assert "4 earlier runs not considered" in by_topic(changed)["rate"].reason
     there = from_json(to_json(known), result_type(read_facts))
     assert suggest(there) == suggest(known), "on another machine they are read there"
