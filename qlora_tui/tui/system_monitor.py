@@ -112,8 +112,8 @@ class SystemMonitor:
         self._no_gpu: GpuUnavailableError | None = None
         self._retry_at = 0.0
         self._stalled_since: float | None = None
-        """Monotonic time in seconds since which runs have been waiting while no run is active; None if no run
-        is waiting or a run is active.
+        """Monotonic time in seconds since which runs have been waiting without a runner; None if no run is
+        waiting or a runner lives.
         """
         self._has_looked_after_sweeps = False
         """Whether this monitor has started a runner, which also continues sweeps that were killed before they
@@ -139,7 +139,7 @@ class SystemMonitor:
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
         has_sweeps = not self._has_looked_after_sweeps and any(paths.sweeps_dir().glob("*/active"))
         has_work = bool(waiting_ids) or has_sweeps
-        self._restart_stalled_runner(is_stalled=has_work and not is_training_here)
+        self._restart_stalled_runner(is_stalled=has_work)
         return SystemStatus(
             is_known=True,
             gpu=self._choice.gpu if self._choice else None,

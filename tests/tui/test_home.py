@@ -304,19 +304,22 @@ def test_a_sweep_that_was_killed_between_its_runs_goes_on_once_the_app_is_open(
     assert started == [True]
 
 
-def test_a_run_on_a_cluster_does_not_keep_the_queue_from_its_runner(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("is_on_cluster", [True, False])
+def test_a_run_in_training_does_not_keep_the_queue_from_its_runner(
+    monkeypatch: pytest.MonkeyPatch, is_on_cluster: bool
 ) -> None:
     started = list[bool]()
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
     monkeypatch.setattr(system_monitor, "ensure_runner", lambda: started.append(True))
-    elsewhere = write_fake_run(FakeRun(name="crows", steps=200, total=300))
-    elsewhere.slurm_path.write_text('{"target": "gpus", "job": "12"}')
+    training = write_fake_run(FakeRun(name="crows", steps=200, total=300))
+    if is_on_cluster:
+        training.slurm_path.write_text('{"target": "gpus", "job": "12"}')
     run_queue.enqueue(write_fake_run(FakeRun(name="owls", state="failed", steps=0)))
     look = system_monitor.SystemMonitor()
     look.poll_and_recover()
     status = look.poll_and_recover()
-    assert started == [True] and status.active == elsewhere and status.has_free_device
+    assert started == [True] and status.active == training
+    assert status.has_free_device == is_on_cluster
     look.close()
 
 
