@@ -266,7 +266,7 @@ def _hold(stack: ExitStack, draft: Path) -> bool:
                 "A folder of another program is in the way",
                 what=f"{draft} exists, but nothing in it shows that qlora-tui made it.",
                 why="qlora-tui replaces or deletes only folders that it created.",
-                fix="Move it away, or delete it if you know that you do not need it.",
+                fix="Move the folder away, or delete it if you know that you do not need it.",
             )
         try:
             with ExitStack() as attempt:

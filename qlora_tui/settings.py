@@ -75,8 +75,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         _about(
             "Mouse",
-            "Click and scroll in the app. Off, the terminal selects text as usual. Takes effect at the next "
-            "start.",
+            "Click and scroll in the app. If off, the terminal selects text as usual. Takes effect at the "
+            "next start.",
         ),
     ] = True
     gpu_memory_gib: Annotated[
@@ -106,7 +106,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str | Annotated[int, Meta(ge=0)],
         _about(
             "GPU",
-            "GPU to use: number, UUID or part of its name. auto: the one with the most memory. cpu: none. "
+            "GPU to use: number, UUID or part of its name. auto: the GPU with the most memory. cpu: none. "
             "Takes effect at the next start.",
         ),
     ] = "auto"
@@ -114,30 +114,32 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         _about(
             "Hours",
-            "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of them "
-            "a run saves, frees the GPU, and continues by itself. Empty: always.",
+            "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of these "
+            "hours, a run saves, frees the GPU, and later continues by itself. Empty: always.",
         ),
     ] = ""
     yields: Annotated[
         bool,
         _about(
             "Yield",
-            "Pause a run while another program uses its GPU, such as a game or Ollama: it saves, frees the "
-            "memory, and continues when that program has ended.",
+            "Pause a run while another program uses its GPU, such as a game or Ollama: the run saves, frees "
+            "the memory, and continues when that program has ended.",
         ),
     ] = msgspec.field(default=False, name="yield")
     max_temperature_c: Annotated[
         Annotated[int, Meta(ge=40, le=110)] | None,
         _about(
             "Maximum temperature, °C",
-            "Temperature of the GPU above which a run rests between two micro-batches. Empty: the driver's.",
+            "Temperature of the GPU above which a run rests between two micro-batches. Empty: only the "
+            "driver's limit applies.",
         ),
     ] = None
     max_power_w: Annotated[
         Annotated[int, Meta(ge=20, le=2000)] | None,
         _about(
             "Maximum power, W",
-            "Mean power of the GPU above which a run rests between two micro-batches. Empty: the driver's.",
+            "Mean power of the GPU above which a run rests between two micro-batches. Empty: only the "
+            "driver's limit applies.",
         ),
     ] = None
     price_per_kwh: Annotated[
@@ -145,7 +147,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         _about(
             "Price of a kWh",
             "Price with its unit, as in 0.30 EUR: the cost of a run is then shown next to its energy, which "
-            "is the GPU's alone.",
+            "is that of the GPU only.",
         ),
     ] = ""
     notify: NotificationSettings = NotificationSettings()
@@ -259,7 +261,7 @@ def load_settings() -> Settings:
         raise UsageError(
             "Cannot use config.toml",
             what=f"{path}: {error}.",
-            fix=f"Its keys are {known}.",
+            fix=f"The keys of config.toml are {known}.",
         ) from error
 
 

@@ -150,7 +150,8 @@ def assign_deltas(
                 "The adapter does not fit",
                 what=f"{adapter} changes {module}: {there}.",
                 why="It was trained on another model, or the base stores this weight in another layout.",
-                fix="Choose the model it was trained on; its adapter_config.json names it.",
+                fix="Choose the model that the adapter was trained on; its adapter_config.json names this "
+                "model.",
             )
         group = layout.by_parameter[parameter]
         if group.is_converted:
@@ -202,6 +203,6 @@ def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
     if own is None or not whole or not all(own.equal(weight) for weight in whole.values()):
         raise UserError(
             "The adapter cannot be merged into this base",
-            what="It trained embedding and head separately, but the base has one matrix for both.",
+            what="The adapter trained embedding and head separately, but the base has one matrix for both.",
             fix="Use the adapter with peft, or train one with lora.train_embeddings, which keeps them tied.",
         )

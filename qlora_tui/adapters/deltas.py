@@ -187,8 +187,8 @@ def check_unchanged(folder: Path) -> None:
         raise UserError(
             "The adapter is damaged",
             what=f"{folder}: {damage}.",
-            why="It has changed since the trainer wrote it; a disk or copy error is the usual cause.",
-            fix="Choose another checkpoint of the run; `qlora-tui runs check` lists the intact ones.",
+            why="A file has changed since the trainer wrote it; a disk or copy error is the usual cause.",
+            fix="Choose another checkpoint of the run; `qlora-tui runs check` lists the intact checkpoints.",
         )
 
 
@@ -221,8 +221,9 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         if match is None:
             raise UserError(
                 "This adapter cannot be merged",
-                what=f"It contains {key}, which is neither a LoRA of a linear module nor a token row.",
-                fix="Load it with peft and use merge_and_unload instead.",
+                what=f"The adapter contains {key}, which is neither the LoRA of a linear module nor the row "
+                "of a token.",
+                fix="Load the adapter with peft, and use merge_and_unload instead.",
             )
         parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor
     for name, part in parts.items():

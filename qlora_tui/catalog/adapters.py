@@ -128,7 +128,8 @@ def _problem(file: Path, what: str) -> UserError:
     return UserError(
         "The adapter's config cannot be used",
         what=f"{file}: {what}.",
-        why="It is damaged, of a kind that this program does not know, or made to exhaust time or memory.",
+        why="The file is damaged, describes an unknown kind of adapter, or was made to exhaust time or "
+        "memory.",
         fix="Choose another adapter, or another checkpoint of the run.",
     )
 

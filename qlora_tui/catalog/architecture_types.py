@@ -297,8 +297,8 @@ def context_length_warning(length: int, architecture: Architecture) -> UserError
     return UserError(
         "Longer than the model's context",
         what=f"Samples may be {length:,} tokens long, and the model's context is {limit:,}.",
-        why="It has no embedding for later positions: a longer sample makes the run fail."
+        why="The model has no embedding for later positions: a longer sample makes the run fail."
         if learned_positions
-        else "It was not trained on later positions, so longer samples will be learned poorly.",
+        else "The model was not trained on later positions, so longer samples will be learned poorly.",
         fix=f"Set the sequence length (data.max_length) to {limit:,} or less.",
     )

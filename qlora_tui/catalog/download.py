@@ -201,7 +201,7 @@ def _damaged(plan: DownloadPlan, file: HubFile, partial: IO[bytes], what: str) -
         "The download is damaged",
         what=f"{file.name} of {plan.id} {what}.",
         why="It was changed in transit, or by a disk error.",
-        fix="Download it again: this file starts over.",
+        fix="Download the model again; this file then starts over.",
     )
 
 
@@ -355,7 +355,7 @@ def validate_revision(revision: str) -> str:
         raise UserError(
             "Invalid revision",
             what=f"{revision!r} is not the name of a branch, a tag or a commit.",
-            fix="The Hub lists revisions under Files and versions.",
+            fix="Choose a revision that the Hub lists under Files and versions.",
             exit_code=EXIT_USAGE,
         )
     return revision

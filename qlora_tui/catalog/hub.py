@@ -348,7 +348,7 @@ def unreachable(reason: str) -> UserError:
         "Cannot reach the Hub",
         what=f"There is no connection to {constants.ENDPOINT} ({reason}).",
         why="The network is down, or a firewall or proxy is in the way.",
-        fix="Check the network and try again. Models on this machine can be used without it.",
+        fix="Check the network and try again. Models on this machine can be used without the Hub.",
     )
 
 
@@ -369,14 +369,14 @@ def _http_problem(error: Any, model_id: str) -> UserError:
     if isinstance(error, hub_errors.EntryNotFoundError):
         return UserError(
             "File missing from the model",
-            what=f"{model_id} on {_endpoint()} has no config.json, or lacks an index it needs.",
+            what=f"{model_id} on {_endpoint()} has no config.json, or lacks an index that it needs.",
             fix="Choose another model, or another copy of it.",
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return UserError(
             "Revision not found",
             what=f"{model_id} on {_endpoint()} has no branch, tag or commit of this name.",
-            fix="The Hub lists revisions under Files and versions; the default is main.",
+            fix="Choose a revision that the Hub lists under Files and versions; the default is main.",
         )
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
         return UserError(
@@ -412,7 +412,7 @@ def _gated(status: int, model_id: str) -> UserError:
     return UserError(
         "The model is gated",
         what=f"The account of the token on this machine may not download {model_id}.",
-        why="Its license is not accepted, or its publisher has not granted access yet.",
+        why="The account has not accepted the model's license, or the publisher has not granted access yet.",
         fix=f"Accept the license at {page} with that account (hf auth whoami names it), then try again.",
     )
 
@@ -437,7 +437,7 @@ def _disk_problem(error: OSError) -> UserError:
     return UserError(
         "Cannot write the model",
         what=f"{error.filename or 'The cache'}: {error.strerror or type(error).__name__}.",
-        fix="Check that the folder can be written to, or set HF_HOME to another.",
+        fix="Check that the folder can be written to, or set HF_HOME to another folder.",
     )
 
 

@@ -302,7 +302,7 @@ def _read_converted(folder: Path) -> LocalModel:
             "Converted by an earlier version",
             what=f"{folder} was made from a GGUF file without checking what would be lost.",
             why="Such a model may lack a scaling of positions or of attention, or split text differently.",
-            fix="Choose the GGUF file: it is checked, and converted again. Then delete this folder.",
+            fix="Choose the GGUF file, which is then checked and converted again. Then delete this folder.",
         )
         return msgspec.structs.replace(model, refusal=refusal)
     return model

@@ -97,8 +97,8 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
         return UserError(
             "This model chooses its own kernels",
             what=f"{name}: its config.json sets {kernels}.",
-            why="That would run compiled code of that repository on this machine; qlora-tui chooses the "
-            "kernels.",
+            why="That would run compiled code of the named repository on this machine; qlora-tui chooses "
+            "the kernels.",
             fix="Remove the key from config.json, or choose another copy of the model.",
         )
     classes = config.get("architectures")
@@ -172,7 +172,7 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
         return MissingFilesError(
             "Incomplete download",
             what=f"{name} lacks {missing[0]}{more}.",
-            why="Its index names weights that are missing.",
+            why="The index of its weights names files that are missing.",
             fix="Download the model again; finished files are not downloaded again.",
         )
     return no_weights_problem((entry.name for entry in folder.iterdir()), name)
@@ -455,7 +455,8 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
         raise UserError(
             "Cannot read the adapter",
             what=f"{where}: {not_understood}.",
-            why="It would silently change the base, or compute something different from its training.",
+            why="Such an adapter would silently change the base, or compute something else than in its "
+            "training.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}

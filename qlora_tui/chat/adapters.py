@@ -387,8 +387,9 @@ class AdapterSet:
         ):
             raise UserError(
                 "The model must be loaded again",
-                what="A DoRA adapter needs base weights in the standard layout; these are in a faster one.",
-                fix="Start the chat or the server again, which then keeps the standard layout.",
+                what="A DoRA adapter needs base weights in the standard layout; the loaded weights are in a "
+                "faster layout.",
+                fix="Start the chat or the server again; the base is then loaded in the standard layout.",
             )
         check_unchanged(folder)
         _check_fits(folder, self._model)
@@ -521,6 +522,6 @@ def _unfit(folder: Path, what: str) -> UserError:
     return UserError(
         "The adapter does not fit",
         what=f"{folder}: {what}",
-        why="It was trained on another model, or its files are damaged.",
-        fix="Choose the model it was trained on; its adapter_config.json names it.",
+        why="The adapter was trained on another model, or its files are damaged.",
+        fix="Choose the model that the adapter was trained on; its adapter_config.json names this model.",
     )

@@ -80,7 +80,7 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
     raise UserError(
         "No adapter yet",
         what="The run has neither an adapter nor a checkpoint.",
-        why="It has not saved a checkpoint yet, or it ended before its first one.",
+        why="The run has not saved a checkpoint yet, or it ended before its first checkpoint.",
         fix="Wait for a checkpoint; until then chat with the base model (--base).",
     )
 

@@ -58,9 +58,9 @@ def completion_prompt(session: ChatSession, completion: Completion) -> list[int]
     if not prompt or not all(0 <= token_id < session.vocabulary for token_id in prompt):
         raise UserError(
             "The prompt cannot be read",
-            what="It has no token."
+            what="The prompt has no token."
             if not prompt
-            else f"It has a token id outside 0 to {session.vocabulary - 1:,}.",
+            else f"The prompt has a token id outside 0 to {session.vocabulary - 1:,}.",
             fix="Send a text, or token ids of this model's tokenizer.",
             exit_code=EXIT_USAGE,
         )

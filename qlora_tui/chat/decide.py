@@ -109,8 +109,9 @@ def _choice(session: ChatSession, decider: Decider, conversation: Conversation) 
         if prompt is None:
             raise UserError(
                 "The chat template refuses this conversation",
-                what="It ends with an answer, or has a turn that the template does not support.",
-                fix="End it with the user's turn, or omit the system prompt.",
+                what="The conversation ends with an answer, or has a turn that the template does not "
+                "support.",
+                fix="End the conversation with the user's turn, or omit the system prompt.",
                 exit_code=EXIT_USAGE,
             )
         choice = Choice(prompt[0], decider.option_ids)

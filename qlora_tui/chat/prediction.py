@@ -134,9 +134,10 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         if seen and layout.columns[part] not in columns:
             raise UserError(
                 "No such column",
-                what=f"{file} has no column {layout.columns[part]!r}, which had the {part} in training.",
+                what=f"{file} has no column {layout.columns[part]!r}, which contained the {part} in "
+                "training.",
                 why=f"Its columns are {', '.join(columns)}.",
-                fix=f"Name it: --column {part}=COLUMN.",
+                fix=f"Name the column with the {part}: --column {part}=COLUMN.",
                 exit_code=EXIT_USAGE,
             )
     if taken := [column for column in columns if column.startswith(PREFIX)]:
@@ -164,7 +165,7 @@ def predict(request: Prediction, report: Report) -> Predicted:
             raise UserError(
                 "The output is in use",
                 what=f"Another process is writing {out}.",
-                fix="Wait until it has ended, or choose another name.",
+                fix="Wait until that process has ended, or choose another name.",
             )
         fingerprint = _fingerprint(request, decider)
         resumed = _resume(log, fingerprint, replaces=request.replaces)
@@ -173,7 +174,7 @@ def predict(request: Prediction, report: Report) -> Predicted:
             raise UserError(
                 "The file has changed",
                 what=f"{file} was changed while its rows were decided.",
-                fix="Predict it again with --replace.",
+                fix="Predict the file again with --replace.",
             )
         draft = out.with_name(f".{out.name}.draft")
         write_rows(draft, out.suffix, lambda: _with_decisions(request, log))

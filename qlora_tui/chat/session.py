@@ -244,7 +244,8 @@ class ChatSession:
     def _too_long(self, tokens: str) -> UserError:
         return UserError(
             "The conversation is too long",
-            what=f"It has {tokens} tokens; the model's context is at most {self.context_length:,}.",
+            what=f"The conversation has {tokens} tokens; the model's context is at most "
+            f"{self.context_length:,}.",
             fix="Start a new conversation, or shorten the question.",
             exit_code=EXIT_USAGE,
         )
@@ -571,7 +572,7 @@ def reported_memory(device: ComputeDevice) -> Iterator[None]:
         raise UserError(
             "Out of GPU memory" if device.kind == "cuda" else "Out of memory",
             what=f"The model and this conversation need more memory than is free on {device.name}.",
-            fix="Close other programs that use it, pause a run, or start a shorter conversation.",
+            fix="Close other programs that use this memory, pause a run, or start a shorter conversation.",
         ) from error
 
 

@@ -187,8 +187,8 @@ def answer_prompts(
     if not prompts:
         raise UserError(
             "No prompts to answer",
-            what=f"No validation row of {run.id} has a prompt and an answer that ends.",
-            why="The data is plain text, or longer than the sequence length.",
+            what=f"No validation row of {run.id} has a prompt and a complete answer.",
+            why="The rows are plain text, or longer than the sequence length.",
             fix="Raise data.max_length, or compare the validation loss in Runs.",
             exit_code=EXIT_USAGE,
         )

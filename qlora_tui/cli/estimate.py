@@ -239,7 +239,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--exact",
         action="store_true",
         help="run one step of the model without its weights in each precision, for exact numbers; takes "
-        "seconds at first",
+        "some seconds the first time",
     )
 
 

@@ -178,7 +178,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TYPE",
         help="F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; with llama.cpp installed also Q6_K, Q5_K_M, Q4_K_M, "
-        "Q3_K_M, Q2_K and others; `auto`: the smallest whose answers stay within --within; repeatable "
+        "Q3_K_M, Q2_K and others; `auto`: the smallest type whose answers stay within --within; repeatable "
         "(default: Q8_0)",
     )
     gguf.add_argument(
@@ -211,7 +211,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="what to upload: the adapter alone (default), the merged 16-bit model, or a GGUF file",
     )
     _add_one_type(hub)
-    hub.add_argument("--public", action="store_true", help="make it public; by default only you can read it")
+    hub.add_argument(
+        "--public", action="store_true", help="make the repository public; by default, only you can read it"
+    )
     for form in all_forms:
         form.add_argument(
             "--checkpoint", type=int, metavar="STEP", help="export a checkpoint instead of the final adapter"
@@ -233,7 +235,8 @@ def _add_one_type(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         metavar="TYPE",
-        help="a type of `export gguf`, or auto: the smallest whose answers stay close (default: Q8_0)",
+        help="a type of `export gguf`, or auto: the smallest type whose answers stay close to the adapter's "
+        "(default: Q8_0)",
     )
 
 

@@ -185,7 +185,7 @@ def _run(argv: list[str]) -> int:
             os.environ[GPU_VARIABLE] = args.gpu
         if args.verb is None and args.host is not None and args.gpu:
             raise UserError(
-                "The GPU is chosen on the box",
+                "--gpu cannot be used for the app with --host",
                 what="--gpu applies to commands. With --host, the app uses the GPU that is set on the box.",
                 fix="Set gpu in the box's config.toml, or use `qlora-tui --host BOX --gpu GPU train …`.",
                 exit_code=EXIT_USAGE,

@@ -85,7 +85,7 @@ def _delete(run: RunDir, *, confirmed: bool, in_use: bool) -> CommandResult:
     uses = actions.uses_of(run)
     if not confirmed or (uses and not in_use):
         raise UserError(
-            "Not deleted",
+            "The run was not deleted",
             what=f"{run.name} would be deleted permanently, with its checkpoints and adapter.",
             why=f"It is in use: {'; '.join(uses)}." if uses else "",
             fix=f"`qlora-tui runs delete {run.id} --yes{' --in-use' if uses else ''}` deletes it.",
@@ -308,21 +308,21 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     )
     rename = changes.add_parser("rename", help="rename a run (its id does not change)")
     add_run_argument(rename)
-    rename.add_argument("name", metavar="NAME", help="its new name")
+    rename.add_argument("name", metavar="NAME", help="the new name of the run")
     delete = changes.add_parser("delete", help="delete a run that has ended, permanently")
     add_run_argument(delete)
     delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
     delete.add_argument(
         "--in-use",
         action="store_true",
-        help="even if a queued run starts from it, or a chat or an export has its adapter loaded",
+        help="delete it even if a queued run starts from it, or a chat or an export has its adapter loaded",
     )
     trashed = changes.add_parser(
         "trash", help="list the runs that the app deleted, with size and age; they can be restored for a week"
     )
-    trashed.add_argument("--empty", action="store_true", help="delete them permanently now")
+    trashed.add_argument("--empty", action="store_true", help="delete the runs in the trash permanently now")
     restored = changes.add_parser("restore", help="restore a run from the trash")
-    restored.add_argument("run_id", metavar="RUN", help="its id or name, or the beginning of one")
+    restored.add_argument("run_id", metavar="RUN", help="the id or name of the run, or the beginning of one")
     save = changes.add_parser(
         "save",
         help="save the steps of a run as a table (.csv, .parquet) or its loss as a picture (.svg, .png)",
@@ -331,8 +331,8 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     save.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
     card = changes.add_parser(
         "card",
-        help="save a picture of a run to share (.svg, .png): model, curve, loss before and after, "
-        "one question answered both ways, speed and memory",
+        help="save a picture of a run to share (.svg, .png): model, curve, loss before and after, one "
+        "question answered before and after training, speed and memory",
     )
     add_run_argument(card)
     card.add_argument("file", metavar="FILE", help="the file to write; it must not exist")
@@ -353,8 +353,8 @@ def _attach_arguments(parser: argparse.ArgumentParser) -> None:
         "run_id",
         metavar="RUN",
         nargs="?",
-        help="a run's id or name, the beginning of one, or `last` (default: the one that is running, or "
-        "else the newest)",
+        help="a run's id or name, the beginning of one, or `last` (default: the run in training, or else "
+        "the newest run)",
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
@@ -382,7 +382,7 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
     parser.add_argument("--now", action="store_true", help=f"{NOW_HELP}; also for a run that waits")
-    parser.add_argument("--follow", action="store_true", help="also follow it to its end")
+    parser.add_argument("--follow", action="store_true", help="also follow the run to its end")
 
 
 def _request_arguments(parser: argparse.ArgumentParser) -> None:

@@ -117,7 +117,11 @@ def _stop(port: int | None) -> CommandResult:
     running = running_servers()
     others = "\n".join(f"  --port {each.port}: {name_some(each.models)}" for each in running)
     if port is None and len(running) > 1:
-        raise UsageError("Which server?", what=f"{len(running)} are running:\n{others}", fix="Name its port.")
+        raise UsageError(
+            "Which server?",
+            what=f"{len(running)} are running:\n{others}",
+            fix="Name the port of one of them.",
+        )
     server = next((each for each in running if port in (None, each.port)), None)
     if server is None:
         where = "" if port is None else f" on port {port}"
@@ -186,11 +190,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         metavar="RUN",
         nargs="*",
-        help="runs of one base model: ids, names, beginnings of one, or `last`; without any, all runs that "
-        "share the base of the newest, later ones too",
+        help="runs of one base model: ids, names, beginnings of one, or `last`; without RUN, all runs of "
+        "the newest run's base model, including later runs",
     )
     parser.add_argument(
-        "--all", action="store_true", help="in addition to RUN, serve every run of its base, later ones too"
+        "--all",
+        action="store_true",
+        help="in addition to RUN, serve every run of its base model, including later runs",
     )
     parser.add_argument("--port", type=_port, help=f"port to listen on (default: {_PORT})")
     # The ``dest`` is not `host`, which is the option of the main command for another machine.
@@ -213,7 +219,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=MODEL",
-        help="another name for a model, for programs that insist on one; repeatable",
+        help="another name for a model, for programs that expect a certain name; repeatable",
     )
     parser.add_argument(
         "--idle-unload",
@@ -225,7 +231,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument(
         "--background", action="store_true", help="serve in a background process that outlives the terminal"
     )
-    action.add_argument("--stop", action="store_true", help="stop the server, or the one on --port")
+    action.add_argument(
+        "--stop", action="store_true", help="stop the server; if several are running, the server on --port"
+    )
     action.add_argument(
         "--print-commands",
         action="store_true",

@@ -321,7 +321,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     end.add_argument(
         "--until", metavar="HH:MM", help="end at this time, which determines the trials and rounds"
     )
-    end.add_argument("--for", dest="lasts", metavar="TIME", help="end after this time, such as 3h or 90m")
+    end.add_argument("--for", dest="lasts", metavar="TIME", help="end after this duration, such as 3h or 90m")
     start.add_argument(
         "--dry-run",
         action="store_true",

@@ -261,7 +261,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--probe",
         action="store_true",
-        help="train three steps, discard them, and say what they took in time and memory",
+        help="train three steps, discard them, and print the time and memory that they took",
     )
     parser.add_argument(
         "--gpus", type=_number_of_gpus, metavar="N|all", help="number of GPUs to train on (training.gpus)"

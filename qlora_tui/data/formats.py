@@ -514,7 +514,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 def _turn_a_row(name: str, why: str) -> UserError:
     return UserError(
-        "Conversations in pieces",
+        "Conversations are split over rows",
         what=f"{name}: {why}",
         why="A conversation must be in one row, with all of its turns.",
         fix="Join the turns of each conversation into a list of messages, or use a file with joined turns; "
@@ -550,9 +550,9 @@ def _nothing_fits(name: str, wanted: str, columns: Columns) -> UserError:
     if wanted != "auto":
         needs = " and ".join(PARTS[wanted])
         return UserError(
-            "Not in that format",
+            "The data is not in this format",
             what=f"{name} is not in the format {wanted}, which needs {needs}.",
-            why=f"The format was looked for {what}.",
+            why=f"The parts of the format were not found {what}.",
             fix='Map the columns by hand, or let format = "auto" choose.',
             code=NOT_IN_FORMAT,
         )
@@ -561,7 +561,7 @@ def _nothing_fits(name: str, wanted: str, columns: Columns) -> UserError:
         fix, code = mapping_hint(columns.values, names)
     return UserError(
         "No usable field",
-        what=f"No known format fits {name}: nothing to train on {what}.",
+        what=f"No known format fits {name}: there is nothing to train on {what}.",
         why=f"Known formats: {', '.join(PARTS)}.",
         fix=fix,
         code=code,

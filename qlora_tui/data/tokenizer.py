@@ -105,7 +105,7 @@ class ChatTokenizer:
                 "No tokenizer",
                 what=f"{folder} has no tokenizer.json.",
                 why="It has only a tokenizer in an older format." if has_old else "",
-                fix="Load it with transformers' AutoTokenizer and save_pretrained it to the folder."
+                fix="Load it with transformers' AutoTokenizer and save it to the folder with save_pretrained."
                 if has_old
                 else "Download the model again, with its tokenizer files.",
                 code=UNUSABLE_TOKENIZER,
@@ -285,7 +285,7 @@ class ChatTokenizer:
             raise UserError(
                 "Broken chat template",
                 what=f"The model's chat template cannot be compiled: {error}.",
-                fix='Choose another with model.chat_template = "chatml".',
+                fix='Choose another template with model.chat_template = "chatml".',
             ) from error
 
 

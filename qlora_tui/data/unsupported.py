@@ -42,7 +42,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
     if not what:
         return None
     return UserError(
-        "Compared answers",
+        "Better and worse answers are mixed",
         what=f"{name} {what}",
         why="Some of them may be worse answers, which must not be learned.",
         fix="Convert it: keep the better answer of each row, as columns prompt and completion.",
@@ -120,13 +120,13 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
         if prompt_key := next((k for k in PROMPTS if isinstance(first, dict) and k in first), ""):
             fields = f"{{input: .{prompt_key}, output: .{key}}}"
             return UserError(
-                "Examples inside rows",
+                "Several examples per row",
                 what=f"{name} has several examples per row, in the list {column!r}.",
                 why="Each row must be one conversation.",
                 fix=f"Write a row for each: jq -c '{{instruction: .{prompt}}} + (.{column}[] | {fields})'.",
             )
         return UserError(
-            "Compared answers",
+            "Better and worse answers are mixed",
             what=f"{name} has a list of answers in each row, in {column!r}.",
             why="Some of them may be worse answers, which must not be learned.",
             fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "

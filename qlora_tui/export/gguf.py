@@ -143,7 +143,7 @@ def export_gguf(
         unchecked = reference if isinstance(reference, str) else unavailable
         if within is not None and unchecked:
             raise UserError(
-                "The bound cannot be checked",
+                "--within cannot be checked",
                 what=f"llama.cpp cannot compare the files with the adapter. {unchecked}.",
                 fix="Name a type without --within, such as --quant Q8_0.",
             )
@@ -191,7 +191,7 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
     if AUTO in kinds:
         raise UserError(
             "auto cannot be combined with other types",
-            what="auto chooses the type itself, but other types were requested too.",
+            what="auto chooses a type by itself, but other types were requested too.",
             fix="Name auto alone, or the types without it.",
             exit_code=EXIT_USAGE,
         )
@@ -207,7 +207,7 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
     if needs_llama_cpp and (reason := unavailable_because()):
         raise UserError(
             "llama.cpp is not available",
-            what="The K types and auto are made by llama.cpp itself.",
+            what="The K types and auto need llama.cpp, which writes these files.",
             why=f"{reason}.",
             fix=f"Without it, choose from {', '.join(FILE_TYPES)}.",
             exit_code=EXIT_USAGE,
@@ -290,7 +290,7 @@ class _Export:
         if proof is not None and self.within is not None and not proof.divergence <= self.within:
             larger = next_larger(file_type)
             raise _RefusedError(
-                "The GGUF file exceeds the bound",
+                "The GGUF file does not meet --within",
                 what=f"{file_type} has a KL divergence of {format_nats(proof.divergence)} from the adapter, "
                 f"more than --within {format_number(self.within)} allows.",
                 fix=f"Choose a larger type, such as {larger}, or raise --within."
@@ -313,9 +313,9 @@ class _Export:
             Path(file.path).unlink()
         assert nearest is not None
         raise UserError(
-            "No type meets the bound",
-            what=f"The closest: {nearest.sentence}. The bound is a KL divergence of at most "
-            f"{format_number(self.within)}, and no fewer answers that end their turn.",
+            "No file type meets --within",
+            what=f"The closest type: {nearest.sentence}. --within allows a KL divergence of at most "
+            f"{format_number(self.within)}, and as many answers must end their turn as with the adapter.",
             fix="Raise --within, or export as F16.",
         )
 

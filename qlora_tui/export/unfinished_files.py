@@ -59,7 +59,7 @@ def draft_folder(out: Path) -> Iterator[Path]:
                 raise UserError(
                     "Another export writes there",
                     what=f"{out} is being written by another export.",
-                    fix="Wait for it, cancel it, or choose another name.",
+                    fix="Wait until that export has ended, cancel it, or choose another name.",
                 )
             yield draft
 

@@ -101,7 +101,7 @@ def require_4_bit_experts(settings: Quantization, architecture: Architecture) ->
     raise UserError(
         "This model's experts need 4 bits",
         what=f"quantization.{setting}, but the model stores its experts in 4-bit floats (MXFP4).",
-        why="They are read into 4 bits, one by one; in 16 bits they would take four times the memory.",
+        why="The experts are read into 4 bits, one by one; in 16 bits they would take four times the memory.",
         fix=f"Set quantization.{remedy}.",
         exit_code=EXIT_USAGE,
     )

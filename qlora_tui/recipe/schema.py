@@ -40,7 +40,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Attention",
             "Attention kernel. auto: flash (one call for all samples of a packed sequence) if the GPU "
             "supports it, otherwise sdpa (sample by sample).",
-            "eager keeps the full score matrix: tokens squared, per layer.",
+            "With eager, each layer keeps the full matrix of scores (tokens squared).",
         ),
     ] = "auto"
     kernels: Annotated[
@@ -49,7 +49,7 @@ class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Kernels",
             "auto: Triton kernels for norms, rotary positions and gated MLPs, on a GPU if they compile and "
             "match torch. torch: no Triton kernels.",
-            "With Triton, these need no temporary copies.",
+            "With Triton, these operations need no temporary copies.",
         ),
     ] = "auto"
     chat_template: Annotated[
@@ -65,13 +65,17 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Literal["nf4", "fp4", "int8", "none"],
         about(
             "Method",
-            "nf4 is QLoRA; none keeps 16 bits per weight.",
+            "How the frozen weights are stored. nf4: 4 bits, as in the QLoRA paper. none: 16 bits.",
             "Per linear weight: half a byte with nf4 and fp4, one with int8, two with none.",
         ),
     ] = "nf4"
     double_quantization: Annotated[
         bool,
-        about("Double quantization", "Quantize the scales too.", "Saves 0.37 bits per weight."),
+        about(
+            "Double quantization",
+            "Quantize the scales of the 4-bit blocks too.",
+            "Saves 0.37 bits per weight.",
+        ),
     ] = True
     experts: Annotated[
         bool,
@@ -86,8 +90,8 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         tuple[str, ...],
         about(
             "Skip",
-            "Linear modules that stay in 16 bits, by target pattern: o_proj, or all of some layers "
-            "(0,29.all-linear). estimate --quality finds layers for which 16 bits matter.",
+            "Linear modules that stay in 16 bits, by target pattern: a module (o_proj), or all modules of "
+            "some layers (0,29.all-linear). estimate --quality finds layers for which 16 bits matter.",
             "Two bytes per weight of these modules.",
         ),
     ] = ()
@@ -96,7 +100,7 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         about(
             "Compute dtype",
             "auto: bfloat16 from compute capability 8.0, float16 below it, the fastest dtype on a CPU.",
-            "Activations, embeddings and the head use it.",
+            "Activations, embeddings and the head have this dtype.",
         ),
     ] = "auto"
     streamed_layers: Annotated[
@@ -152,7 +156,8 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         dict[str, Annotated[int, Meta(ge=1, le=1024)]],
         about(
             "Rank by pattern",
-            "Rank overrides by target pattern (8-23.q_proj = 32). If two patterns match, the later wins.",
+            "Rank overrides by target pattern (8-23.q_proj = 32). If two patterns match a module, the later "
+            "pattern wins.",
         ),
     ] = {}
     alpha_pattern: Annotated[
@@ -174,15 +179,16 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         about(
             "Start from",
-            "An adapter to train further: a run or an adapter's folder, which stays as it is. Rank, alpha "
-            "and targets must be those of the adapter. Empty: a new adapter.",
+            "An adapter to train further: a run, or the folder of an adapter, which is not changed. Rank, "
+            "alpha and targets must be those of the adapter. Empty: a new adapter.",
         ),
     ] = ""
     trainable_tokens: Annotated[
         tuple[str, ...],
         about(
             "Trainable tokens",
-            "Tokens whose embedding and head rows are trained too: tokens the base model never learned.",
+            "Tokens whose rows in embedding and head are trained too, such as tokens that the base model "
+            "never learned.",
             "One row of hidden size per token, two if the head is not tied to the embedding.",
             max_length=256,
         ),
@@ -191,8 +197,8 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         about(
             "Train embeddings",
-            "Train the whole input embedding and output head too, at their own rate (Embedding LR): for a "
-            "new language or domain from plain text (continued pretraining).",
+            "Train the whole input embedding and output head too, at their own learning rate (Embedding "
+            "LR): for a new language or domain from plain text (continued pretraining).",
             "4 bytes per weight of both, the same for gradients, plus the optimizer's states.",
         ),
     ] = False
@@ -218,7 +224,9 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "auto"
     columns: Annotated[
         dict[str, str],
-        about("Columns", "Which column holds which part, for your own column names."),
+        about(
+            "Columns", "Which column holds which part of a sample, for column names that are not recognized."
+        ),
     ] = {}
     weight: Annotated[
         float,
@@ -251,8 +259,8 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         about(
             "Validation seed",
-            "Seed that chooses the validation rows of a fraction: set it to compare runs with other seeds on "
-            "the same rows. 0: the run's seed (training.seed).",
+            "Seed that chooses the validation rows of a fraction: set it to compare runs with other seeds "
+            "on the same rows. 0: the run's seed.",
             ge=0,
             lt=2**32,
         ),
@@ -261,7 +269,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         about(
             "Sequence length",
-            "Tokens in one sequence. overflow decides what happens to longer samples.",
+            "Tokens in one sequence. Overflow decides what happens to longer samples.",
             "Activations and loss grow in proportion.",
             ge=16,
             le=1_048_576,
@@ -271,7 +279,8 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["drop", "cut-left", "cut-right", "split"],
         about(
             "Overflow",
-            "Longer samples: drop them, cut one end, or split after the last answer that fits.",
+            "Samples that are longer than Sequence length: drop them, cut one end, or split after the last "
+            "answer that fits.",
         ),
     ] = "cut-right"
     packing: Annotated[
@@ -302,13 +311,17 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = "refuse"
     train_on: Annotated[
         Literal["assistant", "everything"],
-        about("Train on", "assistant: only the assistant's turns are in the loss."),
+        about(
+            "Train on",
+            "Tokens that are in the loss. assistant: only the assistant's turns. everything: all tokens.",
+        ),
     ] = "assistant"
     thinking: Annotated[
         Thinking,
         about(
             "Thinking",
-            "The template's enable_thinking. auto: on for rows with reasoning, off for others. off drops it.",
+            "Value of enable_thinking in the chat template. auto: on for rows with reasoning, off for "
+            "others. off: the reasoning of the rows is dropped.",
         ),
     ] = "auto"
     reasoning_in_loss: Annotated[

@@ -108,15 +108,21 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = "cosine"
     warmup_ratio: Annotated[
-        float, about("Warmup ratio", "Share of the steps in which the learning rate rises.", ge=0, lt=1)
+        float,
+        about(
+            "Warmup ratio",
+            "Share of the steps, at the start, in which the learning rate rises to its peak.",
+            ge=0,
+            lt=1,
+        ),
     ] = 0.03
     optimizer: Annotated[
         RecipeOptimizer,
         about(
             "Optimizer",
-            "auto: AdamW with states in 32 bits if memory allows, else paged in 8 bits. adamw: 32 bits. "
-            "paged: states move to host memory in a spike; lion (a third of AdamW's rate, arXiv 2302.06675); "
-            "adafactor.",
+            "auto: AdamW with states in 32 bits if memory allows, else paged AdamW in 8 bits. adamw: 32 "
+            "bits. paged: states move to host memory while GPU memory is short. lion: with a third of "
+            "AdamW's rate (arXiv 2302.06675). adafactor: almost no states.",
             "Bytes per trained parameter: AdamW 8, lion 4, a quarter in 8 bits, adafactor near 0.",
         ),
     ] = "auto"
@@ -184,9 +190,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "General prompts",
             "Number of general prompts (at most 32) on which each evaluation measures how far the model has "
-            "moved from its base: what it forgets. Each evaluation takes as long as training on 50 tokens "
-            "per prompt; generating the base's answers once, and the model's at the end, as long as on 250 "
-            "each. 0: none. 24 gives a more precise figure.",
+            "moved from its base (forgetting). Each evaluation takes as long as training on 50 tokens per "
+            "prompt. Generating the base's answers at the start, and the model's at the end, each takes as "
+            "long as training on 250 tokens per prompt. 0: none. 24 gives a more precise figure.",
             ge=0,
             le=32,
         ),
@@ -206,8 +212,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         about(
             "Forgetting weight",
-            "Weight of the divergence from the base on general prompts next to the validation loss, for "
-            "the best checkpoint and early stopping. 0: only the loss counts.",
+            "Weight of the divergence from the base on general prompts, which is added to the validation "
+            "loss to choose the best checkpoint and for early stopping. 0: only the validation loss counts.",
             ge=0.0,
             le=100.0,
         ),
@@ -217,8 +223,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Replay share",
             "Share of the training samples that are the base's own answers to general prompts, which keeps "
-            "the model close to its base on other topics. 0: none. Use 0.1 if it forgets too much. Once per "
-            "run, generating the answers (at most 48) takes as long as training on about 100 tokens each.",
+            "the model close to its base on other topics. 0: none. Use 0.1 if the model forgets too much. "
+            "Once per run, generating the answers (at most 48) takes as long as training on about 100 "
+            "tokens each.",
             ge=0.0,
             le=0.9,
         ),
@@ -261,8 +268,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         about(
             "Embedding LR",
-            "With Train embeddings: the rate of embedding and head, best 2 to 10 times lower than Learning "
-            "rate. 0: a tenth of Learning rate.",
+            "With Train embeddings: the learning rate of embedding and head, best 2 to 10 times lower than "
+            "Learning rate. 0: a tenth of Learning rate.",
             ge=0,
             le=1,
         ),

@@ -44,8 +44,8 @@ def refuse_on_box(title: str, command: str) -> None:
     if (link := current()) is not None:
         raise UserError(
             title,
-            what=f"This app works on {link.box.name}, and the result must be written there.",
-            fix=f"Use the command: `qlora-tui --host {link.box.name} {command}`.",
+            what=f"The app is connected to {link.box.name}, on which only a command can do this.",
+            fix=f"Use this command: `qlora-tui --host {link.box.name} {command}`.",
         )
 
 

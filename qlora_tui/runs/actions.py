@@ -233,9 +233,9 @@ def train_now(run: RunDir) -> None:
     """
     if is_on_cluster(run):
         raise UsageError(
-            "Slurm decides when it trains",
+            "Slurm decides when the run trains",
             what=f"{run.id} is on a cluster, where Slurm chooses the time of each job.",
-            fix=f"`qlora-tui resume {run.id}` submits it again once it has ended.",
+            fix=f"`qlora-tui resume {run.id}` submits it again once its job has ended.",
         )
     run.now_path.touch(mode=0o600)
     if read_status(run).state not in ("queued", *ACTIVE):
@@ -299,7 +299,7 @@ def check_deletable(run: RunDir) -> None:
         raise UsageError(
             "The run is in use",
             what=f"{run.name} is being measured, or its trainer is still exiting.",
-            fix="Wait until that has ended, then delete it.",
+            fix="Wait until its measurement or its trainer has ended, then delete the run.",
         )
 
 

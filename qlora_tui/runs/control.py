@@ -66,13 +66,13 @@ def send_request(run: RunDir, kind: Kind, value: float | None = None, *, hold: H
         raise UsageError(
             "The run is not running",
             what=f"{run.id} is {status.state}, so no trainer can carry out the request.",
-            fix="`qlora-tui runs` shows what is running.",
+            fix="`qlora-tui runs` shows which runs are running.",
         )
     if kind == "sample" and not run.recipe().training.sample_prompts:
         raise UsageError(
             "Nothing to sample",
             what=f"The recipe of {run.id} has no sample prompts.",
-            fix="Set training.sample_prompts in the next recipe, or chat with a checkpoint.",
+            fix="Set training.sample_prompts in the recipe of the next run, or chat with a checkpoint.",
         )
     name = f"{time.time_ns():020d}-{os.getpid()}-{kind}.json"
     content = msgspec.json.encode(ControlRequest(kind=kind, value=value, hold=hold))

@@ -120,9 +120,9 @@ class RunDir:
             return ""
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                "The GPU chosen for the run cannot be read",
+                "The run's GPU choice cannot be read",
                 what=f"{self.gpu_path}: {getattr(error, 'strerror', None) or error}.",
-                fix=f"Choose it again: `qlora-tui --gpu GPU resume {self.id}`.",
+                fix=f"Choose the GPU again: `qlora-tui --gpu GPU resume {self.id}`.",
             ) from error
 
     @property
@@ -193,7 +193,8 @@ class RunDir:
         return UserError(
             "The recipe is damaged",
             what=f"{self.recipe_path} {how}.",
-            why="It is written once, when the run is queued; a power cut or an edit may have damaged it.",
+            why="The file is written once, when the run is queued; a power cut or an edit may have damaged "
+            "it.",
             fix=f"`qlora-tui runs check {self.id} --repair` restores it from a checkpoint or the adapter.",
         )
 
@@ -298,7 +299,7 @@ def find_run(name: str) -> RunDir:
         raise UsageError(
             "Which run?",
             what="The run name is empty.",
-            fix=f"`qlora-tui runs` lists them; `{LAST}` is the newest.",
+            fix=f"`qlora-tui runs` lists the runs; `{LAST}` means the newest run.",
         )
     matches = match_runs(runs, name)
     if len(matches) == 1:

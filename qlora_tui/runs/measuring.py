@@ -57,9 +57,9 @@ def measure_in_child(
     measured = read(run)
     if measured is None:
         raise UserError(
-            "The measurement is lost",
-            what=f"What the process wrote to {run.path} cannot be read.",
-            fix="Check the disk that holds it, and try again.",
+            "The measurement cannot be read",
+            what=f"The result that the measuring process wrote to {run.path} cannot be read.",
+            fix="Check the disk with this folder, and try again.",
         )
     return measured
 
@@ -82,13 +82,13 @@ def measuring(folder: Path) -> Iterator[RunDir]:
             raise UserError(
                 "The run is in use",
                 what=f"{run.id} is being trained or measured.",
-                fix="Wait until that has ended, and try again.",
+                fix="Wait until its trainer or the measurement has ended, and try again.",
             )
         if not (run.adapter_dir / WEIGHTS).is_file():
             raise UserError(
                 "The run has no adapter",
-                what=f"{run.id} has not ended yet, or ended without one.",
-                fix="Wait for its end, or resume it.",
+                what=f"{run.id} has not ended yet, or ended without saving an adapter.",
+                fix="If the run is still training, wait until it ends; otherwise resume it.",
             )
         try:
             yield run

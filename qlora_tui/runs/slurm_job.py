@@ -165,7 +165,7 @@ def _wait_for_last_trainer(run: RunDir) -> None:
             raise UserError(
                 "The run is already training",
                 what=f"{recorded_status(run).process} trains {run.id}.",
-                fix="Wait for its end, then resume the run.",
+                fix="Wait until that trainer has ended. If the run is not finished then, resume it.",
             )
         time.sleep(POLL_S)
 

@@ -72,14 +72,14 @@ def _check_gpus(recipe: Recipe, name: str, target: Target) -> None:
     if gpus == 0 and not target.gres:
         raise UsageError(
             "How many GPUs?",
-            what="The recipe asks for all GPUs (training.gpus = 0), but a job needs a number.",
+            what="The recipe asks for all GPUs (training.gpus = 0), but a job must request a number of GPUs.",
             fix=f"Set training.gpus to a number, or gres in {name}.toml.",
         )
     if target.gres and gpus > given:
         raise UsageError(
             "Not enough GPUs",
             what=f"The recipe asks for {gpus} GPUs (training.gpus), and {name}.toml for {target.gres}.",
-            fix=f"Set training.gpus to {given}, or change gres.",
+            fix=f"Set training.gpus to {given}, or change gres in {name}.toml.",
         )
 
 
@@ -95,12 +95,12 @@ def _check_limit(
         saves_s = min(2 * every * time.seconds / max(1, length.steps), time.seconds)
         least_s += saves_s
         steps = pluralize(every, "step")
-        why += f", two checkpoints with {steps} before each about {format_duration(saves_s)}"
+        why += f", training until the second checkpoint (one every {steps}) about {format_duration(saves_s)}"
     if limit_s >= least_s:
         return
     raise UsageError(
         "The time limit is too short",
-        what=f"A job may take {format_duration(limit_s)}.",
+        what=f"The time limit of a job is {format_duration(limit_s)}.",
         why=f"{why}, and the last {format_duration(SIGNAL_S)} are reserved for saving.",
         fix=f"Set time in the target to {slurm.format_limit(-(-round(least_s) // 60) * 60)} or more, or save "
         "more often (training.checkpoint_every).",

@@ -83,8 +83,8 @@ def _free_device(recipe: Recipe) -> Devices:
         raise UserError(
             "Another run is training",
             what=f"{run_on(first.key)} uses {first}.",
-            why="Both would be slower, and may run out of memory.",
-            fix="Wait until it has ended, or pause it.",
+            why="The run and the measurement would both be slower, and might run out of memory.",
+            fix="Wait until the run has ended, or pause it.",
         )
     return device
 

@@ -63,7 +63,7 @@ class Supervisor:
         while is_locked(run.trainer_lock_path):
             if time.monotonic() > deadline:
                 raise UserError(
-                    "The run is already training", what=f"Another trainer holds {run.trainer_lock_path}."
+                    "The run is already training", what=f"Another trainer has locked {run.trainer_lock_path}."
                 )
             time.sleep(POLL_S)
         self.supervise(run, plan_resume(run), devices)
@@ -77,7 +77,7 @@ class Supervisor:
                 if read_status(run).state == "queued":
                     # The device was taken since the check. The queue tries again.
                     return
-                raise UserError("The device is in use", what=f"Another process holds {devices}.")
+                raise UserError("The device is in use", what=f"Another process trains on {devices}.")
             while plan is not None:
                 kills_before = host_oom_kills()
                 events_from, log_from = run.events_path.stat().st_size, log_size(run)

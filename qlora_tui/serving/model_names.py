@@ -60,7 +60,8 @@ class RunsToServe:
             raise UsageError(
                 "No run to serve",
                 what="No run has saved an adapter or a checkpoint.",
-                fix="Train one with `qlora-tui train`, or name a run: its base model can be served.",
+                fix="Train an adapter with `qlora-tui train`, or name a run, whose base model can then be "
+                "served.",
             )
         self.named = tuple(named)
         self.with_others = with_others or not named

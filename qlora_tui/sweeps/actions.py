@@ -133,7 +133,11 @@ def add_time(sweep: SweepDir, seconds: float) -> float:
     """
     view = _require(sweep, "running", "waiting", "paused", "finished", "stopped")
     if view.state == "stopped" and any(trial.outcome == "training" for trial in view.trials):
-        raise UsageError("Not possible now", what="A run is still saving.", fix="Wait until it has stopped.")
+        raise UsageError(
+            "The sweep cannot be extended yet",
+            what="A run of the sweep is still saving.",
+            fix="Wait until the run has stopped.",
+        )
     deadline = max(view.deadline or 0.0, time.time()) + seconds
     _go_on(sweep, deadline)
     return deadline

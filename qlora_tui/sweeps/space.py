@@ -178,9 +178,8 @@ def _check_variable(field: Field, recipe: Recipe) -> None:
         reason = f"with training.max_steps, {_LENGTH}"
     if reason:
         raise UsageError(
-            "A setting that a sweep cannot vary",
-            what=f"{field.path} cannot be varied.",
-            why=f"Reason: {reason}.",
+            "A sweep cannot vary this setting",
+            what=f"{field.path} cannot be varied: {reason}.",
             fix="Vary another setting; docs/sweeps.md says which can be varied.",
         )
 

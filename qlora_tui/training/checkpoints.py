@@ -182,7 +182,7 @@ def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
     saved = len(list(checkpoint.folder.glob("rng_state*.pth")))
     if saved not in (0, processes):
         raise UserError(
-            "The run has another number of GPUs",
+            "The number of GPUs has changed",
             what=f"{checkpoint.folder.name} was trained on {pluralize(saved, 'GPU')}, and this attempt has "
             f"{processes}.",
             why="Each process draws its own random numbers for dropout, so a resume would not be exact.",

@@ -273,7 +273,7 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
         raise UserError(
             "The model's files lack weights",
             what=f"{folder} lacks {lacking[0]}{more}, which {type(model).__name__} needs.",
-            why="transformers fills in random numbers for them.",
+            why="transformers would fill the missing weights with random numbers.",
             fix="Download the model again, or choose another copy of it.",
         )
     in_files, expected_layers = _layers_in_files(model, info["unexpected_keys"])

@@ -166,7 +166,7 @@ class QloraApp(TerminalApp):
             now = self.workbench.verdict(self.memory_budget)
             if now is not None and now.word != before.word:
                 figures = format_sizes(now.needed_bytes, "of", now.available_bytes)
-                self.notify(f"{why}: {figures}, {now.word}. The estimate before it was: {before.word}.")
+                self.notify(f"{why}: {figures}, {now.word}. The estimate before was: {before.word}.")
 
         return tell
 

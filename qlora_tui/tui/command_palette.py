@@ -181,7 +181,10 @@ def _named_entries(app: QloraApp) -> list[Entry]:
     folders = [*(Path(folder) for folder in app.settings.model_folders), *recent_paths("models")]
     entries = [
         Entry(
-            f"run:{run.id}", f"Run: {run.name}", "Watch it, or see how it ended.", partial(show_run, app, run)
+            f"run:{run.id}",
+            f"Run: {run.name}",
+            "Watch the run, or see its result if it has ended.",
+            partial(show_run, app, run),
         )
         for run in all_runs()
     ]
@@ -199,7 +202,7 @@ def _named_entries(app: QloraApp) -> list[Entry]:
         Entry(
             f"preset:{preset.name}",
             f"Preset: {preset.name}",
-            preset.note or "Open this preset; model and data stay.",
+            preset.note or "Apply the settings of this preset; model and data stay the same.",
             partial(open_preset, app, preset.name),
         )
         for preset in list_presets()

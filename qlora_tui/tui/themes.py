@@ -247,7 +247,7 @@ def _read(path: Path) -> Theme:
         raise UserError(
             "Theme not loaded",
             what=f"{path}: {wrong}.",
-            fix="Compare it with the shipped themes. Colors are #rrggbb, or names such as ansi_blue.",
+            fix="Compare the file with the shipped themes. Colors are #rrggbb, or names such as ansi_blue.",
         ) from error
 
 

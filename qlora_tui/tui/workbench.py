@@ -561,9 +561,14 @@ def _move_aside(problem: UserError) -> UserError:
     try:
         draft_path().rename(aside)
         sync(aside.parent)
-        message = f"It was saved as {aside}: open it in an editor, or with the version that wrote it."
+        message = (
+            f"The draft was moved to {aside}: open that file in an editor, or with the version of "
+            "qlora-tui that wrote it."
+        )
     except OSError as error:
-        message = f"Move {draft_path()} away: qlora-tui could not do it ({error.strerror or error})."
+        message = (
+            f"Move {draft_path()} to another folder: qlora-tui could not move it ({error.strerror or error})."
+        )
     return UserError(
         "The recipe being edited could not be read", what=problem.what, why=problem.why, fix=message
     )

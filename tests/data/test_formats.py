@@ -108,7 +108,7 @@ def test_answers_with_different_scores_are_compared(scores: tuple[int, int], is_
     try:
         assert read({"question": "Hi", "answers": answers})[1].messages == PLAIN
     except UserError as error:
-        assert is_refused and error.title == "Compared answers"
+        assert is_refused and error.title == "Better and worse answers are mixed"
     else:
         assert not is_refused
 
@@ -143,9 +143,9 @@ def test_single_turn_rows_are_rejected_unlike_other_role_rows() -> None:
     turn = {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Hi"}
     with pytest.raises(UserError) as raised:
         read(turn)
-    assert raised.value.title == "Conversations in pieces" and "'role'" in raised.value.what
+    assert raised.value.title == "Conversations are split over rows" and "'role'" in raised.value.what
     for labels in ({"name": ["spam"], "value": [0.0]}, "good"):
-        with pytest.raises(UserError, match="Conversations in pieces"):
+        with pytest.raises(UserError, match="Conversations are split over rows"):
             read({**turn, "labels": labels})
     assert read({"text": "Hi", "labels": {"name": ["spam"]}})[0] == "text"
     assert read(turn, "text")[0] == "text"
@@ -228,13 +228,13 @@ def test_one_text_in_a_list_and_typed_parts_are_a_text() -> None:
 )
 @pytest.mark.parametrize("texts", [TEXTS, ["Bright red.", "Deep blue."]])
 def test_lists_of_answers_stop_whatever_their_length(prompt: str, answers: str, texts: list[str]) -> None:
-    with pytest.raises(UserError, match="Compared answers") as raised:
+    with pytest.raises(UserError, match="Better and worse answers are mixed") as raised:
         read({prompt: "Hi", answers: texts})
     assert repr(answers) in raised.value.what
 
 
 def test_one_answer_in_a_list_is_no_prompt_alone() -> None:
-    with pytest.raises(UserError, match="Compared answers"):
+    with pytest.raises(UserError, match="Better and worse answers are mixed"):
         read({"prompt": "Hi", "completions": ["Hello"]})
 
 
@@ -472,7 +472,7 @@ def test_nothing_usable_names_what_was_found() -> None:
 
 
 def test_a_format_that_does_not_fit_the_file_is_reported() -> None:
-    with pytest.raises(UserError, match="Not in that format"):
+    with pytest.raises(UserError, match="The data is not in this format"):
         detect([Row(1, {"text": "x"})], "file", "alpaca")
 
 

@@ -288,5 +288,5 @@ def test_the_format_can_be_set_by_hand() -> None:
     row = {"prompt": "Which?", "chosen": "This.", "rejected": BAD}
     assert read(row, wanted="preference").messages == read(row).messages
     assert read(row, wanted="prompt-completion").messages == read(row).messages
-    with pytest.raises(UserError, match="Not in that format"):
+    with pytest.raises(UserError, match="The data is not in this format"):
         read({"prompt": "Which?", "completion": "This."}, wanted="preference")

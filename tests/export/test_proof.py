@@ -224,16 +224,16 @@ def test_a_type_of_few_bits_without_the_adapter_is_refused(
 def test_a_bound_that_no_type_is_within_leaves_nothing(
     source_of: Callable[[str], ChatSource], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="No type meets the bound") as refused:
+    with pytest.raises(UserError, match="No file type meets --within") as refused:
         export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["auto"], within=0.0)
-    assert "The closest: Q8_0: same top token" in refused.value.what
+    assert "The closest type: Q8_0: same top token" in refused.value.what
     assert not (tmp_path / "out").exists()
 
 
 def test_a_bound_that_cannot_be_checked_is_an_error(tmp_path: Path) -> None:
     source = make_source(tmp_path, "smollm2", "llama", tie_word_embeddings=True)
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(UserError, match="bound cannot be checked"):
+    with pytest.raises(UserError, match="--within cannot be checked"):
         export_gguf(source, "adapter", tmp_path / "out", ["Q8_0"], within=0.1)
 
 
@@ -363,7 +363,7 @@ def test_a_missed_bound_of_the_user_is_no_defect(
     )
     monkeypatch.setattr(_Export, "_write", lambda export, kind: file)
     content: Any = None
-    with pytest.raises(UserError, match="exceeds the bound") as missed:
+    with pytest.raises(UserError, match="does not meet --within") as missed:
         _Export(content, tmp_path, "", 0.001, lambda words: None).write(kind)
     assert "KL divergence of 0.003" in missed.value.what and advice in missed.value.fix
     assert "report" not in missed.value.fix and not path.exists()

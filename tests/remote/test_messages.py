@@ -101,7 +101,7 @@ def test_a_class_that_is_not_an_error_of_this_program_is_not_made() -> None:
 
 def test_the_app_refuses_a_gpu_of_another_box(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--host", "box", "--gpu", "1"]) == 2
-    assert "chosen on the box" in capsys.readouterr().err
+    assert "--gpu cannot be used for the app with --host" in capsys.readouterr().err
 
 
 def test_a_request_that_is_repeated_while_it_runs_waits_for_its_result(

@@ -146,7 +146,9 @@ async def test_the_app_asks_whose_recipe_stays(key: str, mine: int, on_disk: int
         assert app.workbench.recipe.lora.rank == 16
         edit_elsewhere(8)
         app.edit("lora.rank", 32)
-        shown = await wait_for_text(pilot, "Another app changed the recipe", "m keep mine", "t use theirs")
+        shown = await wait_for_text(
+            pilot, "Another window of the app changed the recipe", "m keep mine", "t use theirs"
+        )
         assert "32" in shown and "8" in shown
         app.edit("lora.alpha", 64)
         await pilot.pause()

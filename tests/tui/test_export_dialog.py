@@ -85,7 +85,7 @@ async def test_a_canceled_export_is_started_again_with_one_key(run: RunDir, tmp_
     async with QloraApp().run_test(size=(120, 40)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
-        await wait_for_text(pilot, "left nothing behind", "r start again")
+        await wait_for_text(pilot, "left no files", "r start again")
         await pilot.press("r")
         await wait_for_text(pilot, "Started", "merged model  Starting")
         (again,) = read_exports(run)

@@ -60,8 +60,8 @@ class EvaluationActions(WorkScreen):
     def ask_for_card(self, run: RunDir) -> None:
         """Ask where to save the run card, a picture of the run and its results, and save it."""
         text = (
-            "A picture to share: model, data, curve, loss, one question answered before and after, "
-            "speed and memory. The file ends in .svg or .png."
+            "A picture to share: model, data, curve, loss, one question answered before and after "
+            "training, speed and memory. The file's name ends in .svg or .png."
         )
         prompt = TextPromptScreen("Save the run card", text, format_path(Path.cwd() / f"{run.id}.svg"))
         self.ask(prompt, lambda typed: self._save_card(run, Path(typed).expanduser()))

@@ -364,8 +364,9 @@ class Conversation(VerticalScroll, OnQloraApp):
         if who in self._shares_with:
             return True
         text = (
-            f"{what}, and there may not be enough free memory for the chat's model too. If you load it, "
-            "either may run out of memory. If not, nothing is sent and your message stays in the field."
+            f"{what}, and there may not be enough free memory for the chat's model too. If you load the "
+            "model, one of the two may run out of memory. If you do not, nothing is sent, and your message "
+            "stays in the field."
         )
         question = ConfirmScreen(title, text, yes="Load anyway", no="Not now", is_outdated=is_over)
         if not await self._fits_beside(status) and not await self.app.push_screen_wait(question):
@@ -526,7 +527,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             raise
         except EngineClosedError:
             reason = self.unloaded_because or _UNLOADED
-            retry = name_keys("Press {chat.effect} to load it and measure.")
+            retry = name_keys("Press {chat.effect} to load the model and measure.")
             self.post_message(self.EffectChanged(f"Not measured: {reason}. {retry}"))
         except UserError as problem:
             self.post_message(self.EffectChanged(""))

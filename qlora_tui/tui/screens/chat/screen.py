@@ -205,7 +205,7 @@ class ChatScreen(WorkScreen):
         """Open the dialog that starts and stops a server for other programs."""
         from qlora_tui.tui.screens.chat.server_dialog import ServerScreen
 
-        refuse_on_box("A server runs on the box", "serve RUN --background")
+        refuse_on_box("Servers cannot be started from here", "serve RUN --background")
         self.app.push_screen(ServerScreen(self.conversation))
 
     async def action_unload(self) -> None:

@@ -36,7 +36,8 @@ _NAMES = 6
 """Maximum number of models that are listed by name. Of further models, only the number is shown."""
 _WHAT = (
     "A server lets other programs use base, runs and checkpoints through an OpenAI-compatible API: scripts, "
-    "editors, Open WebUI. It outlives this app, and gives the GPU to each run that starts."
+    "editors, Open WebUI. The server continues after this app exits, and frees the GPU for each run that "
+    "starts."
 )
 _NOTHING = "No run has an adapter to serve yet."
 

@@ -42,8 +42,8 @@ _STILL_THINKING = {
 }
 """Note for generation that ended before the thought was complete, by finish reason."""
 _LOOP = (
-    "Stopped: it kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or {{chat.settings}} to "
-    "set a repetition penalty."
+    "Stopped: the model kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or "
+    "{{chat.settings}} to set a repetition penalty."
 )
 _MAX_PHRASE = 60
 _MOST_BARS, _MAX_BAR = 6, 30

@@ -417,7 +417,7 @@ class DataScreen(SourceActions):
             self.action_bad_rows()
         elif any(problem.split_rows for problem in self.problems):
             self.app.edit("data.overflow", "split")
-            self.notify_undoable("Long texts are split into rows.")
+            self.notify_undoable("Long texts will be split into rows.")
         elif tokens := [token for problem in self.problems for token in problem.tokens]:
             now = self.app.workbench.recipe.lora.trainable_tokens
             self.app.edit("lora.trainable_tokens", tuple(dict.fromkeys((*now, *tokens))))
@@ -458,7 +458,7 @@ class DataScreen(SourceActions):
         run_and_number = await asyncio.to_thread(newest_run_on, source)
         if run_and_number is None:
             self.notify(
-                "No run has trained an adapter on this file yet. Train on it first.", severity="warning"
+                "No run has trained an adapter on this file yet. Train on the file first.", severity="warning"
             )
             return
         run, number = run_and_number
@@ -500,7 +500,7 @@ class DataScreen(SourceActions):
             self._change_source(without_rows(source, rows))
         self.notify(
             f"Queued {queued.name} without {pluralize(len(rows), 'row')}; the recipe leaves them out too. "
-            f"Press {key_name('app.undo')} to undo that."
+            f"Press {key_name('app.undo')} to undo the change of the recipe."
         )
 
     def _file_names(self) -> dict[str, str]:

@@ -326,7 +326,7 @@ class HomeScreen(WorkScreen):
 
     async def action_demo(self) -> None:
         """Prepare a run with the demo's model. If the model is missing, ask whether to download it first."""
-        refuse_on_box("The demo runs on the box", "demo")
+        refuse_on_box("The demo cannot be started from here", "demo")
         from qlora_tui.demo.demo_model import is_ready, model_folder
         from qlora_tui.tui.screens.models.downloads import ask_for_demo
 

@@ -219,7 +219,8 @@ class LoraScreen(WorkScreen):
 
         title = f"{name.title()} of {', '.join(to_patterns(names, targets))}"
         text = (
-            f"{pluralize(len(names), 'module')}. Leave empty to use {format_value(usual)}, as for all others."
+            f"{pluralize(len(names), 'module')}. Leave empty to use {format_value(usual)}, as for all "
+            "other modules."
         )
         self.ask(TextPromptScreen(title, text, "", lambda typed: validate_number(setting, typed)), set_value)
 

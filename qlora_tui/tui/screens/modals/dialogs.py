@@ -208,7 +208,10 @@ def ask_gpu_size(app: QloraApp) -> None:
         app.notify(f"Estimates are for {app.memory_budget.name}.")
 
     now = app.settings.gpu_memory_gib
-    text = "Memory of the GPU in GiB, such as 12 or 24. Leave empty to use this machine's. It is not saved."
+    text = (
+        "Memory of the GPU in GiB, such as 12 or 24. Leave empty to use this machine's GPU. The size is "
+        "not saved."
+    )
     value = "" if now is None else format_number(now)
     app.push_screen(TextPromptScreen("Assume another GPU size", text, value, _gpu_size_error), on_result)
 
@@ -221,7 +224,7 @@ def _gpu_size_error(text: str) -> str:
         size = float(text)
     except ValueError:
         return "Enter a number of GiB, such as 12."
-    return "" if size > 0 and math.isfinite(size) else "It must be above 0."
+    return "" if size > 0 and math.isfinite(size) else "The size must be above 0."
 
 
 class ErrorScreen(TextDialog[None]):
@@ -258,12 +261,14 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
         text = (
-            f"Both recipes stay on disk. Until you choose, yours is in {format_path(aside)}; after that, the "
-            "recipe that you did not choose is there. Changes from yours to theirs:"
+            f"Both recipes stay on disk. Until you choose, yours is in {format_path(aside)}; after that, "
+            "the recipe that you did not choose is there. Changes from your recipe to the other one:"
         )
-        listed = "\n".join(shown) or "Only the preset that it started from differs."
+        listed = "\n".join(shown) or "Only the presets that the two recipes started from differ."
         super().__init__(
-            "Another app changed the recipe", Static(text, markup=False), Static(listed, markup=False)
+            "Another window of the app changed the recipe",
+            Static(text, markup=False),
+            Static(listed, markup=False),
         )
 
 

@@ -279,7 +279,7 @@ class ModelsScreen(WorkScreen):
         within = [m for m in local if choose is not None and m.path.is_relative_to(choose)]
         self._show_list(LOCAL + str(within[0].path if within else select))
         if choose is not None and not within:
-            self.notify("No model found there.", severity="warning")
+            self.notify("No model was found at this path.", severity="warning")
         elif choose is not None:
             add_recent("models", choose)
             if len(within) == 1:
@@ -408,4 +408,4 @@ async def show_download(app: QloraApp, model_id: str) -> None:
 
 
 def _absolute_problem(path: str) -> str:
-    return "" if path.startswith("/") else "It does not begin with /."
+    return "" if path.startswith("/") else "The path does not begin with /."

@@ -141,7 +141,8 @@ def edit(preset: Preset) -> None:
         raise UserError(
             "Shipped presets cannot be edited",
             what=f"{preset.name} is part of qlora-tui.",
-            fix=f"Open it, press {key_name('presets.save')} to save it under another name, then edit that.",
+            fix=f"Open it, press {key_name('presets.save')} to save it under another name, then edit the "
+            "copy.",
         )
     command = editor()
     try:
@@ -501,7 +502,7 @@ def preview(
         rows = [(fields()[path].label, format_value(get_setting(opened, path))) for path in _MAIN]
         return Content("\n").join([*lines, Content(""), *fact_lines(rows, width)])
     number = pluralize(len(changes), "setting")
-    lines.append(Content.styled(f"Opening it changes {number}; model and data stay.", "$text-muted"))
+    lines.append(Content.styled(f"Opening it changes {number}; model and data stay the same.", "$text-muted"))
     names = {change.path: fields()[change.path].label for change in changes}
     labels, paths = max(map(len, names.values())), max(map(len, names))
     for change in changes:

@@ -125,7 +125,7 @@ class ExportChoice:
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
     """Open the export dialog for a run. Raises UserError if the run cannot be exported."""
-    refuse_on_box("Exports are written on the box", f"export gguf {shlex.quote(run.id)} OUT.gguf")
+    refuse_on_box("Exports cannot be started from here", f"export gguf {shlex.quote(run.id)} OUT.gguf")
     source = run_source(run)
     adapter = Path(source.adapters[choose_adapter(source)])
     try:
@@ -551,6 +551,6 @@ def export_detail(export: Export) -> str:
             written = f"Written: {', '.join(map(abbreviate_home, status.paths))}" if status.paths else ""
             return "\n".join(filter(None, (status.problem, written, status.summary)))
         case "canceled" if status.paths:
-            return f"It was already complete when it was canceled: {', '.join(status.paths)}"
+            return f"The export was already complete when it was canceled: {', '.join(status.paths)}"
         case "canceled":
-            return "It was canceled and left nothing behind."
+            return "The export was canceled and left no files."

@@ -448,7 +448,9 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
     if summary.verdict is not None:
         lines += [Content(line) for line in wrap(summary.verdict.sentence, width)]
         if not summary.verdict.has_answers and not answers:
-            lines.append(highlight_keys(name_keys("{runs.evaluate} compares its answers."), "dim"))
+            lines.append(
+                highlight_keys(name_keys("{runs.evaluate} compares its answers with the base's."), "dim")
+            )
     return lines
 
 

@@ -255,7 +255,10 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     def action_stop(self) -> None:
         """Ask for confirmation, and stop the sweep."""
-        text = "The run in training saves and stops, and the others leave the queue. Results are kept."
+        text = (
+            "The run in training saves and stops, and the sweep's other runs leave the queue. Results "
+            "are kept."
+        )
         question = ConfirmScreen("Stop the sweep?", text, "Stop", "Continue")
         self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))
 
@@ -406,7 +409,7 @@ def show_sweeps(screen: OnQloraApp, sweep_id: str = "") -> None:
     """Open the sweep with this id. If there is no such sweep, open the newest; if there are no sweeps, notify
     the user. Raises UserError if the app is connected to a box.
     """
-    refuse_on_box("Sweeps are shown on the box", "sweep show last")
+    refuse_on_box("Sweeps cannot be shown here", "sweep show last")
     sweeps = all_sweeps()
     if not sweeps:
         screen.app.notify(

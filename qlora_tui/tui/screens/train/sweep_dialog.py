@@ -167,7 +167,7 @@ def start_sweep(screen: OnQloraApp) -> None:
     """Open the dialog, start the sweep that the user describes, and show it. Raises UserError if the app is
     connected to a box.
     """
-    refuse_on_box("Sweeps are started on the box", "sweep start RECIPE --vary …")
+    refuse_on_box("Sweeps cannot be started from here", "sweep start RECIPE --vary …")
     app, machine = screen.app, screen.app.system_status.machine
     recipe = with_absolute_paths(app.workbench.recipe)
 
