@@ -14,18 +14,20 @@ from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.described import describe
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_delta
+from qlora_tui.formatting import GIB, format_delta
 from qlora_tui.memory import estimate, traces, trainer_execution
 from qlora_tui.memory.estimate import PRECISIONS, with_precision
 from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
+from qlora_tui.memory.step import PHASES, Moment
 from qlora_tui.recipe.fields import get_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import exact_memory
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
-from qlora_tui.tui.screens.memory.step_panels import precision_bars
+from qlora_tui.tui.screens.memory.step_panels import even_colors, part_of, precision_bars
+from qlora_tui.tui.screens.memory.timeline import timeline_lines
 from qlora_tui.tui.screens.memory.what_fits import Solution
 from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
@@ -312,3 +314,26 @@ async def test_the_bar_under_the_cursor_is_not_reversed_in_16_colors(seven_billi
         )
         reversed_text = "".join(each.text for each in line if each.style and each.style.reverse)
         assert "Quantized weights" in reversed_text and "█" not in reversed_text
+
+
+async def test_the_timeline_is_as_high_as_its_scale_says_and_loses_no_part(seven_billion: str) -> None:
+    gib = {"weights": 5.2, "adapter": 0.46, "context": 0.42, "activations": 0.35}
+    items = {key: int(size * GIB) for key, size in gib.items()}
+    moments = tuple(Moment(phase, phase, items) for phase in PHASES)
+    app = open_on("memory", model=seven_billion)
+    async with app.run_test():
+        colors = even_colors(app.screen)
+        drawn = [timeline_lines(moments, 12 * GIB, app.screen, 80, height)[:-1] for height in range(5, 60)]
+    for lines in drawn:
+        labels = [
+            (row, float(line.plain.split("┤")[0])) for row, line in enumerate(lines) if "┤" in line.plain
+        ]
+        (top, most), (bottom, least) = labels[0], labels[-1]
+        row_gib = (most - least) / (bottom - top)
+        # The top cell is filled from below, and all cells under it are full.
+        glyphs = [line.plain[-1] for line in lines if line.plain[-1] not in " ─"]
+        rows = len(glyphs) - 1 + (" ▁▂▃▄▅▆▇".find(glyphs[0]) / 8 if glyphs[0] in "▁▂▃▄▅▆▇" else 1)
+        assert (rows - 0.5) * row_gib == pytest.approx(sum(gib.values()), abs=row_gib / 15)
+        styles = " ".join(str(span.style) for line in lines for span in line.spans)
+        shown = [key for key in gib if part_of(key).hue in styles or colors[part_of(key).name] in styles]
+        assert shown in (list(gib), [])

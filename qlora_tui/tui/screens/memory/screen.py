@@ -35,16 +35,14 @@ from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES, fit_here
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
-    TIMELINE,
     ItemsPanel,
     budget_words,
     even_colors,
     peak_lines,
     peak_time,
     peak_words,
-    timeline_lines,
-    timeline_title,
 )
+from qlora_tui.tui.screens.memory.timeline import TIMELINE, timeline_lines, timeline_title
 from qlora_tui.tui.screens.memory.what_fits import (
     METHOD_OF_PRECISION,
     FitPanel,

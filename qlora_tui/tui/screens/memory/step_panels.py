@@ -1,8 +1,7 @@
-"""Panels on the memory of a training step: a bar for each precision's peak with the limit, the items of one
-precision, and the memory in the course of the step.
+"""Panels on the memory of a training step: a bar for each precision's peak with the limit, and the items of
+one precision.
 
-With few colors or none, the parts of a bar have different textures. The graph is divided in the same way as
-the bars.
+With few colors or none, the parts of a bar have different textures.
 """
 
 from __future__ import annotations
@@ -10,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 from textual.color import Color
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.formatting import GIB, capitalize, format_bytes, format_gib, format_percent
+from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precision, why_int8_is_larger
-from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, verdict_words
-from qlora_tui.tui.render.plot import bar, join_cells, label, tick_step
+from qlora_tui.tui.render.plot import bar
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
@@ -35,7 +32,8 @@ _LIMIT_IN_VIEW = 2.5
 """Maximum ratio of limit to peak at which the limit is on the axis. At a higher ratio, the peak's bar would
 be too short for its parts.
 """
-_ABOVE_PEAK = 1.25
+ABOVE_PEAK = 1.25
+"""Length of an axis without the limit, relative to the peak."""
 _WORDS = 41
 """Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
@@ -116,6 +114,17 @@ PARTS: tuple[BarPart, ...] = (
 """The parts of a bar from left to right. The last part has each item that no other part has."""
 
 
+def even_colors(widget: Widget) -> dict[str, str]:
+    """Return the opaque color of each part on a widget's background, by the name of the part. Cells with two
+    parts need opaque colors. On a terminal with few colors, the result is empty.
+    """
+    app, under = widget.app, widget.background_colors[1]
+    if app.no_color or app.current_theme.ansi:
+        return {}
+    hues = {part: Color.parse(app.theme_variables[part.hue.removeprefix("$")]) for part in PARTS}
+    return {part.name: under.blend(hue, part.even_strength / 100).hex for part, hue in hues.items()}
+
+
 def part_of(key: str) -> BarPart:
     """Return the part that has the item with this key."""
     return next((part for part in PARTS if key in part.keys), PARTS[-1])
@@ -174,7 +183,7 @@ def precision_bars(
     bar_cells = max(10, width - _WORDS - (_SPARE if has_spare else 0))
     most = max(estimate.total_bytes for estimate in compared.values())
     broken = " ╱╱" if is_far_above(budget_bytes, most) else ""
-    full_bytes = round(most * _ABOVE_PEAK) if broken else budget_bytes
+    full_bytes = round(most * ABOVE_PEAK) if broken else budget_bytes
     lines = []
     for precision in PRECISIONS:
         estimate = compared[precision]
@@ -416,169 +425,3 @@ def explanation_lines(item: Item, *, with_term: bool) -> Content:
     if with_term and term is not None and not (term == "NF4" and "× 1 byte" in item.explanation):
         lines.append(Content.assemble((f"{term}: ", "bold $text-muted"), (explain(term), "$text-muted")))
     return Content("\n").join(lines)
-
-
-TIMELINE = "Loading and a training step (GiB)"
-_SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 7, "optimizer": 3}
-"""Relative width of each phase in the graph. Widths do not stand for durations, which are unknown."""
-_NAMES: dict[Phase, str] = {"loading": "load"}
-_EIGHTHS = " ▁▂▃▄▅▆▇"
-_FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
-"""Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
-
-
-@dataclass(frozen=True)
-class _GraphColumn:
-    """The moment that a column of the graph shows: of all moments in the column, the moment with the most
-    memory.
-    """
-
-    phase: Phase
-    parts: tuple[tuple[BarPart, int], ...]
-    total_bytes: int
-
-
-def even_colors(widget: Widget) -> dict[str, str]:
-    """Return the opaque color of each part on a widget's background, by the name of the part. Cells with two
-    parts need opaque colors. On a terminal with few colors, the result is empty.
-    """
-    app, under = widget.app, widget.background_colors[1]
-    if app.no_color or app.current_theme.ansi:
-        return {}
-    hues = {part: Color.parse(app.theme_variables[part.hue.removeprefix("$")]) for part in PARTS}
-    return {part.name: under.blend(hue, part.even_strength / 100).hex for part, hue in hues.items()}
-
-
-def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
-    """Return the title of the timeline, with the time of the peak and, if the limit is not in the graph, the
-    limit. ``peak_time``: as :func:`peak_time` returns it.
-    """
-    when = f", fullest {fullest_words(peak_time)}"
-    if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
-        when += f", far below the limit of {format_bytes(limit_bytes)}"
-    return Content.assemble(TIMELINE, (when, "$text-muted not bold"))
-
-
-def timeline_lines(
-    moments: tuple[Moment, ...],
-    limit_bytes: int,
-    widget: Widget,
-    width: int,
-    height: int,
-) -> list[Content]:
-    """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
-    phases. If ``height`` is less than three, the list is empty.
-
-    ``widget``: the widget on which the graph is drawn.
-    """
-    rows = height - 1
-    if rows < 2:
-        return []
-    peak = max(moment.total_bytes for moment in moments)
-    limit_is_shown = not is_far_above(limit_bytes, peak)
-    high = max(peak * _ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * _ABOVE_PEAK
-    # Labels are an equal number of rows apart, so the axis ends at the top row and not at a round value.
-    step_gib = tick_step(0.0, high / GIB, max(2, rows // 2))
-    step_rows = max(1, int(step_gib * GIB / high * rows))
-    high = rows / step_rows * step_gib * GIB
-    labels = {row: label(row // step_rows * step_gib, step_gib) for row in range(0, rows, step_rows)}
-    gutter = max(map(len, labels.values())) + 1
-    columns = _columns(moments, max(len(PHASES), width - gutter))
-    limit_row = min(rows - 1, int(limit_bytes / high * rows)) if limit_is_shown else None
-    peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
-    lines, even = [], even_colors(widget)
-    for row in range(rows - 1, -1, -1):
-        text = labels.get(row, "")
-        edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
-        cells = [_cell(column, row, high / rows, limit_bytes, even) for column in columns]
-        if row == limit_row:
-            _draw_limit(cells, limit_bytes)
-        if row == int(peak / high * rows) + 1:
-            _draw_peak(cells, peak_column, peak)
-        lines.append(edge + join_cells(cells))
-    return [*lines, _foot(columns, gutter, columns[peak_column].phase)]
-
-
-def _columns(moments: tuple[Moment, ...], width: int) -> list[_GraphColumn]:
-    """Return ``width`` columns of the graph, divided among the phases."""
-    total, done = sum(_SHARES.values()), 0
-    edges = [0]
-    for phase in PHASES:
-        done += _SHARES[phase]
-        edges.append(round(done / total * width))
-    columns = []
-    for phase, (start, end) in zip(PHASES, pairwise(edges), strict=True):
-        own = [moment for moment in moments if moment.phase == phase]
-        number = end - start
-        for place in range(number):
-            first = place * len(own) // number
-            last = max(first + 1, (place + 1) * len(own) // number)
-            columns.append(_column(max(own[first:last], key=lambda moment: moment.total_bytes)))
-    return columns
-
-
-def _column(moment: Moment) -> _GraphColumn:
-    sums = dict.fromkeys(PARTS, 0)
-    for key, size in moment.items.items():
-        sums[part_of(key)] += size
-    ordered = sorted(sums.items(), key=lambda part: _FROM_THE_BOTTOM.index(part[0].name))
-    return _GraphColumn(moment.phase, tuple(ordered), moment.total_bytes)
-
-
-def _cell(
-    column: _GraphColumn, row: int, cell_bytes: float, limit_bytes: int, even: Mapping[str, str]
-) -> tuple[str, str]:
-    """Return (character, style) of a cell: the glyph of the part that covers most of it. The highest filled
-    cell of a column has an eighth block.
-
-    If ``even`` has colors, a cell with several parts has an eighth block for the lowest part, on the color of
-    the largest part above it.
-    """
-    low, high = row * cell_bytes, (row + 1) * cell_bytes
-    filled = min(1.0, (column.total_bytes - low) / cell_bytes)
-    if filled <= 0:
-        return " ", ""
-    begin, covered = 0, list[tuple[BarPart, float]]()
-    for part, size in column.parts:
-        share = (min(begin + size, high) - max(begin, low)) / cell_bytes
-        covered += [(part, share)] if share > 0 else []
-        begin += size
-    part, most = max(covered, key=lambda each: each[1])
-    # If a column exceeds the limit, the cell that contains the limit also has the color for memory above the
-    # limit.
-    is_over = min(high, column.total_bytes) > limit_bytes
-    if filled < 15 / 16:
-        return _EIGHTHS[round(filled * 8)], "$error" if is_over else part.even_style
-    eighths = round(covered[0][1] * 8)
-    if is_over or not even or most >= 15 / 16 or not 0 < eighths < 8:
-        return part.glyph, "$error" if is_over else part.style
-    above = max(covered[1:], key=lambda each: each[1])[0]
-    return _EIGHTHS[eighths], f"{even[covered[0][0].name]} on {even[above.name]}"
-
-
-def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
-    """Draw the limit into the empty cells of its row, with a label on the left if there is room."""
-    text = f" limit {format_bytes(limit_bytes)} "
-    for place, (glyph, _) in enumerate(cells):
-        if glyph == " ":
-            cells[place] = ("─", "$warning")
-    if all(glyph == "─" for glyph, _ in cells[1 : len(text) + 1]):
-        cells[1 : len(text) + 1] = [(letter, "$warning") for letter in text]
-
-
-def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
-    """Write the peak above its column if there is room."""
-    text = f" peak {format_bytes(peak)} "
-    start = min(max(0, column - len(text) // 2), len(cells) - len(text))
-    if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
-        cells[start : start + len(text)] = [(letter, "bold") for letter in text]
-
-
-def _foot(columns: list[_GraphColumn], gutter: int, peak_phase: Phase) -> Content:
-    """Return a line with the name of each phase where the phase begins. The phase of the peak is bold."""
-    parts: list[tuple[str, str]] = [(f"{'└':>{gutter}}", "dim")]
-    for phase in PHASES:
-        cells = sum(column.phase == phase for column in columns)
-        name = f"{_NAMES.get(phase, phase)}"[: max(0, cells - 1)]
-        parts.append((f"{name:<{cells}}", "bold" if phase == peak_phase else "dim"))
-    return Content.assemble(*parts)

@@ -1,0 +1,249 @@
+"""The timeline of the Memory screen: memory while the model is loaded and in the course of a training step.
+
+The graph has the same parts as the bars of the peaks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from operator import itemgetter
+
+from textual.content import Content
+from textual.widget import Widget
+
+from qlora_tui.formatting import GIB, format_bytes
+from qlora_tui.memory.step import PHASES, Moment, Phase
+from qlora_tui.tui.render.plot import join_cells, label, tick_step
+from qlora_tui.tui.screens.memory.step_panels import (
+    ABOVE_PEAK,
+    PARTS,
+    BarPart,
+    even_colors,
+    fullest_words,
+    is_far_above,
+    part_of,
+)
+
+TIMELINE = "Loading and a training step (GiB)"
+_SHARES: dict[Phase, int] = {"loading": 3, "forward": 5, "loss": 2, "backward": 7, "optimizer": 3}
+"""Relative width of each phase in the graph. Widths do not stand for durations, which are unknown."""
+_NAMES: dict[Phase, str] = {"loading": "load"}
+_EIGHTHS = " ▁▂▃▄▅▆▇"
+_FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
+"""Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
+_TOTAL = BarPart("total", "█", "$primary", frozenset(), strength=60)
+"""What the graph shows if its rows are too few for the parts."""
+_MIN_PEAK_ROWS = 8
+"""Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, several parts share
+a cell, and a cell has two colors at most.
+"""
+
+
+@dataclass(frozen=True)
+class _GraphColumn:
+    """The moment that a column of the graph shows: of all moments in the column, the moment with the most
+    memory.
+    """
+
+    phase: Phase
+    parts: tuple[tuple[BarPart, int], ...]
+    total_bytes: int
+
+
+def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str) -> Content:
+    """Return the title of the timeline, with the time of the peak and, if the limit is not in the graph, the
+    limit. ``peak_time``: as :func:`peak_time` returns it.
+    """
+    when = f", fullest {fullest_words(peak_time)}"
+    if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
+        when += f", far below the limit of {format_bytes(limit_bytes)}"
+    return Content.assemble(TIMELINE, (when, "$text-muted not bold"))
+
+
+def timeline_lines(
+    moments: tuple[Moment, ...],
+    limit_bytes: int,
+    widget: Widget,
+    width: int,
+    height: int,
+) -> list[Content]:
+    """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
+    phases. If ``height`` is less than three, the list is empty.
+
+    A label of the scale stands for the middle of its row. If the rows are too few for the parts, the graph
+    shows the total.
+
+    ``widget``: the widget on which the graph is drawn.
+    """
+    rows = height - 1
+    if rows < 2:
+        return []
+    peak = max(moment.total_bytes for moment in moments)
+    limit_is_shown = not is_far_above(limit_bytes, peak)
+    high = max(peak * ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * ABOVE_PEAK
+    # Labels are an equal number of rows apart, so the axis ends at the top row and not at a round value.
+    step_gib = tick_step(0.0, high / GIB, max(2, rows // 2))
+    step_rows = max(1, int(step_gib * GIB / high * (rows - 0.5)))
+    row_bytes = step_gib * GIB / step_rows
+    labels = {row: label(row // step_rows * step_gib, step_gib) for row in range(0, rows, step_rows)}
+    gutter = max(map(len, labels.values())) + 1
+    columns = _columns(moments, max(len(PHASES), width - gutter))
+    even = even_colors(widget)
+    sums = _sums(columns)
+    if not _has_room_for_parts(columns, row_bytes, peak, sums, is_even=bool(even)):
+        columns = [replace(column, parts=((_TOTAL, column.total_bytes),)) for column in columns]
+    limit_row = min(rows - 1, round(limit_bytes / row_bytes)) if limit_is_shown else None
+    peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
+    lines = []
+    for row in range(rows - 1, -1, -1):
+        text = labels.get(row, "")
+        edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
+        cells = [_cell(column, row, row_bytes, limit_bytes, sums, even) for column in columns]
+        if row == limit_row:
+            _draw_limit(cells, limit_bytes)
+        if row == int(peak / row_bytes + 0.5) + 1:
+            _draw_peak(cells, peak_column, peak)
+        lines.append(edge + join_cells(cells))
+    return [*lines, _foot(columns, gutter, columns[peak_column].phase)]
+
+
+def _columns(moments: tuple[Moment, ...], width: int) -> list[_GraphColumn]:
+    """Return ``width`` columns of the graph, divided among the phases."""
+    total, done = sum(_SHARES.values()), 0
+    edges = [0]
+    for phase in PHASES:
+        done += _SHARES[phase]
+        edges.append(round(done / total * width))
+    columns = []
+    for phase, (start, end) in zip(PHASES, pairwise(edges), strict=True):
+        own = [moment for moment in moments if moment.phase == phase]
+        number = end - start
+        for place in range(number):
+            first = place * len(own) // number
+            last = max(first + 1, (place + 1) * len(own) // number)
+            columns.append(_column(max(own[first:last], key=lambda moment: moment.total_bytes)))
+    return columns
+
+
+def _column(moment: Moment) -> _GraphColumn:
+    sums = dict.fromkeys(PARTS, 0)
+    for key, size in moment.items.items():
+        sums[part_of(key)] += size
+    ordered = sorted(sums.items(), key=lambda part: _FROM_THE_BOTTOM.index(part[0].name))
+    return _GraphColumn(moment.phase, tuple(ordered), moment.total_bytes)
+
+
+def _sums(columns: Sequence[_GraphColumn]) -> Counter[BarPart]:
+    """Return the sum of each part over all columns, in bytes."""
+    sums: Counter[BarPart] = Counter()
+    for column in columns:
+        sums.update(dict(column.parts))
+    return sums
+
+
+def _has_room_for_parts(
+    columns: Sequence[_GraphColumn],
+    row_bytes: float,
+    peak: int,
+    sums: Mapping[BarPart, int],
+    *,
+    is_even: bool,
+) -> bool:
+    """Return whether the peak is high enough for parts, and each part of at least an eighth of a row is drawn
+    somewhere.
+    """
+    rows = int(peak / row_bytes + 0.5) + 1
+    if rows < _MIN_PEAK_ROWS:
+        return False
+    needed = {part for column in columns for part, size in column.parts if size * 8 > row_bytes}
+    cells = (_parts_of_cell(column, row, row_bytes) for column in columns for row in range(rows))
+    return needed <= {part for cell in cells for part in _drawn_parts(cell, sums, is_even=is_even)}
+
+
+def _drawn_parts(
+    covered: Sequence[tuple[BarPart, float]], sums: Mapping[BarPart, int], *, is_even: bool
+) -> list[BarPart]:
+    """Return the one or two parts that a cell shows, the lower first. A full cell shows its lowest part and,
+    of those above, the part that is the smallest in the whole graph, which could otherwise be missing there.
+    Any other cell, and each cell without ``is_even``, shows its largest part.
+    """
+    filled = sum(share for _, share in covered)
+    if filled < 1 / 16:
+        return []
+    (lowest, share), largest = covered[0], max(covered, key=itemgetter(1))[0]
+    above = [part for part, size in covered[1:] if size >= 1 / 8]
+    if not is_even or filled < 15 / 16 or not above or not 1 / 16 < share < 15 / 16:
+        return [largest]
+    return [lowest, min(above, key=lambda part: sums[part])]
+
+
+def _parts_of_cell(column: _GraphColumn, row: int, row_bytes: float) -> list[tuple[BarPart, float]]:
+    """Return (part, fraction of the cell that the part covers) from the bottom of the cell. The lower half of
+    the lowest row, which is below 0, belongs to the lowest part.
+    """
+    low, high = (row - 0.5) * row_bytes, (row + 0.5) * row_bytes
+    begin, end, covered = -0.5 * row_bytes, 0, list[tuple[BarPart, float]]()
+    for part, size in column.parts:
+        end += size
+        share = (min(end, high) - max(begin, low)) / row_bytes
+        covered += [(part, share)] if share > 0 else []
+        begin = end
+    return covered
+
+
+def _cell(
+    column: _GraphColumn,
+    row: int,
+    row_bytes: float,
+    limit_bytes: int,
+    sums: Mapping[BarPart, int],
+    even: Mapping[str, str],
+) -> tuple[str, str]:
+    """Return (character, style) of a cell. The highest filled cell of a column has an eighth block, and so
+    has a cell with two parts, in the colors of ``even``.
+    """
+    covered = _parts_of_cell(column, row, row_bytes)
+    parts = _drawn_parts(covered, sums, is_even=bool(even))
+    if not parts:
+        return " ", ""
+    filled = sum(share for _, share in covered)
+    # If a column exceeds the limit, the cell that contains the limit also has the color for memory above the
+    # limit.
+    is_over = min((row + 0.5) * row_bytes, column.total_bytes) > limit_bytes
+    if filled < 15 / 16:
+        return _EIGHTHS[round(filled * 8)], "$error" if is_over else parts[0].even_style
+    if is_over or len(parts) == 1:
+        return parts[-1].glyph, "$error" if is_over else parts[-1].style
+    lower, above = (even[part.name] for part in parts)
+    return _EIGHTHS[min(7, max(1, round(covered[0][1] * 8)))], f"{lower} on {above}"
+
+
+def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
+    """Draw the limit into the empty cells of its row, with a label on the left if there is room."""
+    text = f" limit {format_bytes(limit_bytes)} "
+    for place, (glyph, _) in enumerate(cells):
+        if glyph == " ":
+            cells[place] = ("─", "$warning")
+    if all(glyph == "─" for glyph, _ in cells[1 : len(text) + 1]):
+        cells[1 : len(text) + 1] = [(letter, "$warning") for letter in text]
+
+
+def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
+    """Write the peak above its column if there is room."""
+    text = f" peak {format_bytes(peak)} "
+    start = min(max(0, column - len(text) // 2), len(cells) - len(text))
+    if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
+        cells[start : start + len(text)] = [(letter, "bold") for letter in text]
+
+
+def _foot(columns: list[_GraphColumn], gutter: int, peak_phase: Phase) -> Content:
+    """Return a line with the name of each phase where the phase begins. The phase of the peak is bold."""
+    parts: list[tuple[str, str]] = [(f"{'└':>{gutter}}", "dim")]
+    for phase in PHASES:
+        cells = sum(column.phase == phase for column in columns)
+        name = f"{_NAMES.get(phase, phase)}"[: max(0, cells - 1)]
+        parts.append((f"{name:<{cells}}", "bold" if phase == peak_phase else "dim"))
+    return Content.assemble(*parts)
