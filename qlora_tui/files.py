@@ -197,14 +197,16 @@ def write_new(file: Path, content: bytes) -> None:
             created.write(content)
     except FileExistsError as error:
         raise UserError(
-            "Not saved",
+            "The file was not saved",
             what=f"{file} exists.",
             fix="Choose another name, or delete it.",
             exit_code=EXIT_USAGE,
         ) from error
     except OSError as error:
         raise UserError(
-            "Not saved", what=f"{file} cannot be written: {error.strerror}.", fix="Choose another folder."
+            "The file was not saved",
+            what=f"{file} cannot be written: {error.strerror}.",
+            fix="Choose another folder.",
         ) from error
 
 

@@ -315,7 +315,8 @@ class _Export:
         raise UserError(
             "No file type meets --within",
             what=f"The closest type: {nearest.sentence}. --within allows a KL divergence of at most "
-            f"{format_number(self.within)}, and as many answers must end their turn as with the adapter.",
+            f"{format_number(self.within)}, and almost as many answers must end their turn as with the "
+            "adapter.",
             fix="Raise --within, or export as F16.",
         )
 

@@ -110,7 +110,7 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
         raise UsageError(
             "The runs were deleted",
             what=f"{', '.join(run.id for run in runs.named) or 'All runs of this base'} no longer exist.",
-            fix="Stop this server, and serve another run.",
+            fix="Stop this server, and serve another run instead.",
         )
     recipe, base = there[0].recipe(), run_source(there[0])
     # The base uses the thinking setting of the first run, as in the chat.

@@ -456,7 +456,9 @@ class QloraApp(TerminalApp):
         self.notify(f"{problem.what} {problem.fix}", title=problem.title, severity="error")
 
     def try_or_show_error(self, act: Callable[[], object]) -> bool:
-        """Call ``act``. If it raises UserError, show the error in a modal and return False."""
+        """Call ``act`` and return True. If it raises UserError, show the error in a modal and return
+        False.
+        """
         try:
             act()
         except UserError as problem:

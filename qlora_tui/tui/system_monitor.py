@@ -187,8 +187,8 @@ class SystemMonitor:
         return known.running
 
     def _restart_stalled_runner(self, *, is_stalled: bool) -> None:
-        """Start a runner if runs have been waiting for too long without one, such as after a crash of the
-        machine.
+        """Start a runner if runs have been waiting for too long without a runner, such as after a crash of
+        the machine.
         """
         now = time.monotonic()
         # A living runner may be waiting for the training hours, or for another program's memory to become

@@ -72,7 +72,7 @@ class Workbench:
         read.
         """
         self._trainable: str | None = None
-        """Id of the model that the last check found trainable; None if there was no such check."""
+        """Id of the model that the last check found trainable; None if the last check found none."""
         self._compared: tuple[
             tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
         ] = ()

@@ -176,7 +176,7 @@ _FULL = 0.8
 
 def bar(part: float, width: int) -> str:
     """Return a bar of ``width`` cells, filled to the fraction ``part`` (from 0; more than 1 is drawn as 1):
-    full blocks, a partial block, then dots.
+    full blocks, a partial block, then shaded cells.
     """
     eighths = round(min(max(part, 0.0), 1.0) * width * 8)
     full, rest = divmod(eighths, 8)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MARGIN = 1
 _MOST_RUNS = 3
-"""Number of runs in addition to the active one up to which the top line shows the progress of each."""
+"""Maximum number of runs, in addition to the active one, whose progress the top line shows for each."""
 _GAP, _NARROW_GAP = 3, 2
 """Cells between two keys of the footer: normally, and if not all keys fit with the normal gap."""
 _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
@@ -115,7 +115,9 @@ def _run_texts(system_status: SystemStatus) -> list[str]:
 
 
 def _progress_texts(status: Status) -> list[str]:
-    """Return the progress of an active run, longest text first; one text before its first step."""
+    """Return texts for the progress of an active run, longest first. Before the run's first step, there is
+    only one text.
+    """
     from qlora_tui.runs.events import STEP_PHASES, phase_label  # not needed for the first frame
 
     # A run that has just started or resumed has no step yet, so its phase is shown.

@@ -279,8 +279,8 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def action_reset(self) -> None:
-        """Reset the setting under the cursor to its value in the preset or default that it is compared
-        with.
+        """Reset the setting under the cursor to the value that it is compared with: the preset's, or the
+        default.
         """
         if self._base is not None and self.field is not None:
             path = self.field.path
