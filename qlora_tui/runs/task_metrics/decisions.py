@@ -17,7 +17,7 @@ from qlora_tui.data.decisions import Decision
 from qlora_tui.data.formats import RowFormat
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write
-from qlora_tui.formatting import align_columns, format_loss, format_percent, pluralize
+from qlora_tui.formatting import align_columns, format_float, format_loss, format_percent, pluralize
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.task_metrics.intervals import Interval, share_interval
 
@@ -146,7 +146,7 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     if calibration.rows:
         bias = " and a bias for each label" if calibration.bias else ""
         yield (
-            f"Probabilities are calibrated by a temperature of {calibration.temperature:.2f}"
+            f"Probabilities are calibrated by a temperature of {format_float(calibration.temperature)}"
             f"{bias}, fitted on {pluralize(calibration.rows, 'validation row')}."
         )
         yield (
