@@ -59,7 +59,8 @@ _COMPILED = frozenset({"causal_conv1d", "mamba_ssm"})
 """Packages that may have to be compiled.
 
 Their setup.py (causal-conv1d 1.7.0, mamba-ssm 2.3.2) downloads a wheel for the installed torch from their
-releases on GitHub if there is one, and otherwise compiles. Without nvcc it ends with a NameError before that.
+releases on GitHub if there is one, and otherwise compiles. Without nvcc
+setup.py fails with a NameError before it looks for a wheel.
 """
 
 

@@ -56,7 +56,10 @@ class Conversation(Struct, frozen=True):
     row: int = 0
     """Row number in the file, from 1; in JSONL and text files the line number."""
     rejected: tuple[Conversation, ...] = ()
-    """This conversation with each rejected answer instead, if a run trains on both sides."""
+    """Copies of this conversation, each with a rejected answer in place of the chosen one.
+
+    Empty unless the run trains on both sides.
+    """
     rated_good: bool | None = None
     """Whether the answer is rated good, if a run trains on ratings; otherwise None."""
 

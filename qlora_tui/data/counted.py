@@ -60,7 +60,7 @@ class SampleLengths:
 
 
 class Counted(Struct, frozen=True):
-    """The counted samples of a run. If there are none, no row gives a sample."""
+    """Lengths and sources of a run's samples. They are empty if every row is left out."""
 
     counts: Counts
     lengths: bytes

@@ -89,7 +89,7 @@ class CallFormat(Struct, frozen=True):
     """The text to write for calls; None if they can only be read."""
 
     def read(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """Return the calls that ``text``, from the mark on, consists of; empty if it cannot be parsed.
+        """Parse ``text``, which begins with the mark, into calls; return none if it is not entirely calls.
 
         ``tools`` are the functions offered, as JSON schemas in OpenAI's format; calls of other functions are
         not accepted.

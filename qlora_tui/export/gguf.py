@@ -40,7 +40,10 @@ from qlora_tui.formatting import format_nats, format_number, short_model_name
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
 _PROVED_ALONE = ("F16", "BF16", "Q8_0")
-"""Types whose rounding hides no mistake. For other types, a 16-bit file is checked first."""
+"""Types that round too little to hide an error of the conversion: the file itself is checked.
+
+For other types, a 16-bit file is checked first.
+"""
 _SPARE_BYTES = 64 << 20
 
 

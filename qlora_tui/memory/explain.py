@@ -66,7 +66,7 @@ def describe_choice(choice: StepChoice) -> str:
 
 
 def describe_speedup(speedup: float) -> str:
-    """Return ``33% faster``, or ``2.5 times as fast`` from twice the speed on."""
+    """Return ``33% faster``, or ``2.5 times as fast`` if the speed at least doubles."""
     return f"{speedup - 1:.0%} faster" if speedup < 2 else f"{speedup:.1f} times as fast"
 
 

@@ -183,7 +183,7 @@ def _optimize(
 def optimizer_moment(
     shapes: Sequence[tuple[int, ...]], copies_bytes: int, execution: ExecutionConfig
 ) -> Moment:
-    """Return the moment of the optimizer's step.
+    """Return a :class:`Moment` with the memory in use during the optimizer's step.
 
     torch's multi-tensor AdamW takes a square root of all second moments at once (``_foreach_sqrt``); other
     optimizers process one tensor after another.

@@ -153,7 +153,8 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
 def _embedding_gradient(layout: Layout) -> Counter[str]:
     """Return the bytes of the backward of a trained embedding (``training/embeddings.py``).
 
-    They are the gradients of the looked-up rows, in fp32, sorted and summed, and a matrix if none exists yet.
+    These are the gradients of the looked-up rows, in fp32, sorted and summed, and the full gradient matrix if
+    it is not allocated yet.
     """
     execution = layout.execution
     looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * ADAPTER_ITEMSIZE)

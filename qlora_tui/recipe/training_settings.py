@@ -182,7 +182,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[str, ...],
         about(
             "Sample prompts",
-            "Prompts to answer at each evaluation, always with the most likely token (`chat --greedy` too).",
+            "Prompts to answer at each evaluation, with the most likely tokens, as `chat --greedy` does.",
         ),
     ] = ()
     general_prompts: Annotated[

@@ -170,7 +170,7 @@ class Channel:
         return UserError(
             f"{self._box.name} cannot be reached",
             what=" ".join(said) or f"ssh ended with exit code {code}.",
-            fix=f"Try `ssh {shlex.quote(self._box.name)}`; once it works, run this command again.",
+            fix=f"Test the connection with `ssh {shlex.quote(self._box.name)}`. Once it works, try again.",
             code=UNREACHABLE,
         )
 

@@ -254,7 +254,11 @@ def rename(run: RunDir, name: str) -> None:
     """Rename a run; its id stays. Raises UserError if the name is invalid or belongs to another run."""
     wrong = validate_name(name) or _taken(run, name.strip())
     if wrong:
-        raise UsageError("Invalid run name", what=wrong, fix="Use one short line.")
+        raise UsageError(
+            "Invalid run name",
+            what=wrong,
+            fix=f"Choose another name: one line of at most {LONGEST_NAME} characters.",
+        )
     atomic_write(run.name_path, f"{name.strip()}\n", durable=True)
 
 

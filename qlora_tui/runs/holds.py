@@ -131,8 +131,8 @@ _SETTLES_FOR_S = 10.0
 
 
 class Sharing:
-    """Determines whether another program uses one GPU, by comparing its processes with those at the
-    beginning.
+    """Determines whether another program uses a GPU, by comparing the GPU's processes with those at the start
+    of the run.
 
     Permanent programs, such as a desktop or an idle server, count only while they compute much. If a program
     has taken much memory since the beginning, the run waits until it has ended.

@@ -403,7 +403,7 @@ def require_installed() -> None:
             what="There is no command sbatch.",
             why="Runs are submitted with Slurm's own commands.",
             fix="Use a login node of the cluster. To make this machine one: `sudo apt install slurm-client`, "
-            "then copy slurm.conf and the key from a login node.",
+            "then copy slurm.conf and the authentication key (munge.key or slurm.key) from a login node.",
         )
 
 

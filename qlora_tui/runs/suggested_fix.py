@@ -46,7 +46,7 @@ def suggest_fix(
 ) -> SuggestedFix | None:
     """Return the fix for the latest warning or failure that has one; None if there is none.
 
-    ``last_plan`` is the plan of the last attempt. Without overrides, it means the recipe's settings.
+    ``last_plan`` has the settings that the last attempt overrode; all others are the recipe's.
     """
     if recipe is None:
         return None

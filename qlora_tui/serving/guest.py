@@ -201,7 +201,7 @@ class Guest:
         )
 
     async def _unload(self, state: GuestState, detail: str = "") -> None:
-        """End the engine; requests that it answers are told ``detail``."""
+        """End the engine. Requests in progress fail with the message ``detail``."""
         self.state, self.ready, self.detail = state, None, detail
         await self._engine.kill()
 

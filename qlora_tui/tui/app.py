@@ -421,7 +421,7 @@ class QloraApp(TerminalApp):
         self.preview_theme(previewed_theme(message))
 
     def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
-        """Restore the theme in the settings, unless the user selected an entry."""
+        """Switch back to the saved theme, unless the user selected an entry."""
         if not message.option_selected:
             self.preview_theme("")
 

@@ -151,7 +151,7 @@ def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> 
 
 
 def compare_means(name: str, base: Sequence[float], adapter: Sequence[float]) -> Metric:
-    """Return a metric from values between 0 and 1 for each answer, on the same prompts."""
+    """Compare the mean scores of base and adapter on the same prompts. Scores are from 0 to 1."""
     rows = len(base)
     return Metric(
         name=name,

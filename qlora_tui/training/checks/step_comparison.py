@@ -69,7 +69,7 @@ class StepComparison:
     reference_loss: float
     loss_noise: float
     gradient_difference: float
-    """Relative difference of the gradient of the tensor that exceeds its noise most."""
+    """Relative difference of one tensor's gradient: the tensor that differs most compared with its noise."""
     gradient_noise: float
     """Relative noise of the gradient of that tensor."""
     tensor: str

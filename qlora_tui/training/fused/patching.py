@@ -25,7 +25,10 @@ def patch_forward(module: nn.Module, forward: Callable[..., Any], part: PatchedP
 
 
 class PatchedForwards:
-    """The modules of a model with a replaced forward of one kind, which can be switched both ways."""
+    """The modules of a model whose ``forward`` was replaced for one :data:`PatchedPart`.
+
+    They can be switched between our forward and the library's.
+    """
 
     def __init__(self, model: nn.Module, part: PatchedPart) -> None:
         self._part = part

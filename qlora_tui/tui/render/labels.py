@@ -43,7 +43,7 @@ _VERDICTS = {
     "uncertain": ("?", "$warning"),
     "does not fit": ("✗", "$error"),
 }
-"""(sign, color) of each verdict on memory; the word or the sign is always shown too."""
+"""(sign, color) of each verdict on memory. Color is never the only cue: the word or the sign is shown too."""
 INSTANT = "~"
 """Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}

@@ -123,8 +123,9 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:
-    """Return the running mean of the losses in a run's summary, which are only a sample of a long run's
-    losses.
+    """Return the running mean of the losses in a run's summary.
+
+    If the run is long, the summary has only a sample of its losses.
     """
     stride = max(1.0, summary.steps[-1] / len(summary.steps)) if summary.steps else 1.0
     window = smoothing_window(summary.total_steps) / stride

@@ -83,8 +83,8 @@ class DecimatedSeries:
             level.shorten(self._most)
 
     def envelopes(self, low: float = -math.inf) -> list[Envelope]:
-        """Return each column from the x ``low`` on, in the shortest stretches of which there are few enough
-        to draw.
+        """Return an envelope of each column, starting at x = ``low``, at the finest resolution that has few
+        enough stretches to draw.
 
         A stretch that may contain values before ``low`` is left out, which shortens the curve by a dot or two
         at most.

@@ -455,7 +455,7 @@ class Panel(Vertical):
     ) -> None:
         """Create the panel.
 
-        ``keys``: (command id, verb) pairs for the lower border, as in ``x other run``.
+        ``keys``: (command id, label) pairs for the lower border, which shows key and label: ``x other run``.
         """
         super().__init__(*children, id=id, classes=classes)
         self._keys: tuple[tuple[str, str], ...] = ()
@@ -505,7 +505,7 @@ class Panel(Vertical):
         return [line.crop(crop.x, crop.right) for line in lines]
 
     def show_keys(self, keys: Sequence[tuple[str, str]]) -> None:
-        """Change the keys in the lower border to these (command id, verb) pairs."""
+        """Change the keys in the lower border to these (command id, label) pairs."""
         if tuple(keys) != self._keys:
             self._keys = tuple(keys)
             if self.is_attached:

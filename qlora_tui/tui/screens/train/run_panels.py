@@ -135,8 +135,9 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
-    """Return ``rows`` lines of at most ``width`` cells that have as many of the texts, from the first on, as
-    fit. Keys in the texts are colored.
+    """Fill ``rows`` lines of at most ``width`` cells with texts, in order, until one does not fit.
+
+    Keys in the texts are colored.
     """
     lines = [""]
     for text in texts:
