@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from qlora_tui.formatting import format_duration, format_float, format_loss, format_progress, pluralize
+from qlora_tui.formatting import (
+    capitalize,
+    format_duration,
+    format_float,
+    format_loss,
+    format_percent,
+    format_progress,
+    join_words,
+    pluralize,
+)
 from qlora_tui.runs.holds import time_words
-from qlora_tui.sweeps.plan import Costs, Plan, plan_group
+from qlora_tui.sweeps.plan import Costs, Plan, plan_group, share_of
 from qlora_tui.sweeps.sheet import Sheet
 from qlora_tui.sweeps.space import Range, value_text
 from qlora_tui.sweeps.view import Outcome, SweepView, Trial
 
 _BINS = 3
+_SEVERAL = 2.0
+"""From this many times the noise on, a difference is given as a multiple of it."""
 _OUTCOMES: dict[Outcome, str] = {
     "waiting": "waiting",
     "training": "in training",
@@ -61,6 +73,41 @@ def verdict_sentence(view: SweepView) -> str:
         selected = "This trial was selected for its loss and has no run with another seed"
         return f"Not confirmed: {compared}. {selected}; {noise}."
     return f"{'Better' if verdict.is_better else 'Not better'}: {compared}; {noise}."
+
+
+def short_verdict(view: SweepView) -> tuple[str, list[str]]:
+    """Return a headline on the best trial, and sentences with the figures behind it, the first the most
+    important. A sweep without a final verdict has those of :func:`verdict_sentence`.
+    """
+    verdict, winner = view.verdict, view.winner
+    if verdict.basis != "confirmed" or winner is None or view.ended is None:
+        word, colon, why = verdict_sentence(view).partition(": ")
+        if winner is None or verdict.found is None:
+            return word + colon + why, []
+        losses = f"{format_loss(verdict.found)} instead of {format_loss(verdict.base)}"
+        return f"{word}: {_with_values(winner)} has {losses}", [capitalize(why)]
+    difference, noise = (verdict.base or 0.0) - (verdict.found or 0.0), verdict.margin or 0.0
+    times = difference / noise if noise else 0.0
+    if verdict.is_better:
+        than = f"{times:.0f} times" if times >= _SEVERAL else "more than"
+        headline = f"Better by {format_float(difference)}, {than} the noise: {_with_values(winner)}"
+    else:
+        headline = f"Not better: {_with_values(winner)} differs by less than the noise"
+    losses = (
+        f"{format_loss(verdict.found)}, mean of {_seeds(view.confirmations_of(winner))}; unchanged "
+        f"{format_loss(verdict.base)}, of {_seeds(view.base_trials)}."
+    )
+    return headline, [losses, f"Noise (95%): {format_float(noise)}."]
+
+
+def _with_values(trial: Trial) -> str:
+    values = (f"{path.rpartition('.')[2]} {value_text(value)}" for path, value in trial.values.items())
+    return f"trial {trial.number} ({', '.join(values)})"
+
+
+def _seeds(runs: Sequence[Trial]) -> str:
+    seeds = [str(run.seed) for run in runs if run.final is not None]
+    return f"{'seeds' if seeds[1:] else 'seed'} {join_words(seeds)}"
 
 
 def state_sentence(view: SweepView) -> str:
@@ -153,7 +200,7 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
     """Return the header of a table, and a row for each run in the order of :func:`ranked`."""
     paths, rounds = list(view.sheet.sweep.vary), range(1, view.rounds + 1)
     names = [path.rpartition(".")[2] for path in paths]
-    header = ["trial", *names, *(f"loss {number}" for number in rounds), "steps", ""]
+    header = ["trial", *names, *(round_title(view, number) for number in rounds), "steps", ""]
     rows = [
         [
             trial_name(trial),
@@ -165,6 +212,17 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
         for trial in ranked(view)
     ]
     return header, rows
+
+
+def round_title(view: SweepView, number: int) -> str:
+    """Return the title of the column with the losses of a round: ``at 25%``, the share of the steps at which
+    the round ends, or ``round 1`` if that differs between groups of trials.
+    """
+    if view.rounds == 1:
+        return "loss"
+    if len({group.planned.rounds for group in view.groups}) > 1:
+        return f"round {number}"
+    return f"at {format_percent(share_of(number, view.rounds))}"
 
 
 def round_loss(view: SweepView, number: int, trial: Trial) -> str:

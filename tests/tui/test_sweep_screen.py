@@ -50,13 +50,19 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(
         await open_sweep(pilot)
         await wait_for_text(
             pilot,
-            "Finished. The mean",
-            "Better: trial 3 (learning_rate 0.0004) has 1.0",
+            "· finished",
+            "Better by 0.",
+            "times the noise: trial 3 (learning_rate 0.0004)",
+            "mean of seeds 43 and 44; unchanged 1.",
             "★ trial 3",
             "0.0004",
             "not kept",
-            "loss 2",
+            "at 50%",
+            "at 100%",
         )
+        # The unchanged recipe is in the chart too, and what would have no effect is not offered.
+        assert text_of(app).count("○") >= 2
+        assert "pause" not in text_of(app) and "stop" not in text_of(app)
         assert ("effect of each setting" in text_of(app)) == (size[1] > 24)
         await pilot.press("s")
         await pilot.press(*"mine", "enter")
@@ -88,7 +94,7 @@ async def test_a_running_sweep_is_paused_resumed_given_time_and_stopped(recipe: 
         await open_sweep(pilot)
         await wait_for_text(pilot, f"{sweep.id} (2 of 2)", "seed 42, finished", "Not better so far: ")
         await pilot.press("z")
-        await wait_for_text(pilot, "Paused.")
+        await wait_for_text(pilot, "Paused.", "z resume")
         assert read_sweep(sweep).state == "paused"
         await pilot.press("z")
         await wait_for_text(pilot, "Running: ")
@@ -97,7 +103,7 @@ async def test_a_running_sweep_is_paused_resumed_given_time_and_stopped(recipe: 
         await pilot.press("ctrl+u", *"2h", "enter")
         await wait_until(pilot, lambda: read_sweep(sweep).deadline is not None)
         await pilot.press("x", "y")
-        await wait_for_text(pilot, "Stopped.")
+        await wait_for_text(pilot, "· stopped")
         assert read_sweep(sweep).state == "stopped"
         await pilot.press("n")
         await wait_for_text(pilot, f"{newer.id} (1 of 2)", "No result yet")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList
 
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_loss, format_percent
+from qlora_tui.formatting import format_loss, format_percent, uncapitalize
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.holds import time_words
@@ -27,22 +27,22 @@ from qlora_tui.sweeps.describe import (
     Bought,
     ranked,
     round_loss,
+    round_title,
+    short_verdict,
     state_sentence,
     trial_name,
     trial_progress,
     trial_value,
     trial_words,
     unequal_sentence,
-    verdict_sentence,
     what_settings_bought,
 )
 from qlora_tui.sweeps.directory import SweepDir, all_sweeps
-from qlora_tui.sweeps.space import value_text
 from qlora_tui.sweeps.study import importances
 from qlora_tui.sweeps.view import Outcome, SweepView, Trial, read_sweep
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.plot import Axis, Curve, Plot, loss_axis, no_plot, overall, plot
+from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, no_plot, overall, plot
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
@@ -51,6 +51,8 @@ from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 
 _INTERVAL_S = 2.0
 """Seconds between two reads of the sweep that is shown."""
+_WHOLE = 100.0
+"""The end of the axis of steps, in percent."""
 _STYLES: dict[Outcome, str] = {
     "waiting": "$text-muted",
     "training": "bold $primary",
@@ -145,8 +147,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         return self._sweeps[self._number]
 
     def compose(self) -> ComposeResult:
-        with Vertical(id="sweep") as dialog:
-            dialog.border_subtitle = dialog_keys(self.BINDINGS, "Enter open")
+        with Vertical(id="sweep"):
             yield Lines(id="sweep-verdict")
             yield Drawing(partial(plot, no_plot("Reading the sweep…")), classes="graph")
             yield ViList(id="sweep-trials")
@@ -184,11 +185,35 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     def _show(self, shown: _Shown) -> None:
         view = shown.view
         place = f" ({self._number + 1} of {len(self._sweeps)})" if len(self._sweeps) > 1 else ""
-        self.query_one("#sweep", Vertical).border_title = Content(f"Sweep {self.sweep.id}{place}")
-        self.query_one("#sweep-verdict", Lines).show(verdict_lines(view))
+        state = "" if view.ended is None else f" · {uncapitalize(state_sentence(view)).rstrip('.')}"
+        dialog = self.query_one("#sweep", Vertical)
+        dialog.border_title = Content(f"Sweep {self.sweep.id}{place}{state}")
+        bindings = [each for each in self.BINDINGS if isinstance(each, Binding) and self._can(each.action)]
+        if view.state != "running":
+            bindings = [
+                replace(each, description="Resume") if each.action == "pause" else each for each in bindings
+            ]
+        dialog.border_subtitle = dialog_keys(bindings, "Enter open")
+        self.query_one("#sweep-verdict", Lines).show(partial(verdict_lines, view))
         self.query_one(Drawing).show(partial(plot, sweep_plot(view)))
         self.query_one(ViList).show(partial(trial_lines, view))
         self.query_one("#sweep-bought", Lines).show(partial(bought_lines, shown.bought, shown.shares))
+
+    def _can(self, action: str) -> bool:
+        """Return whether an action of the window has an effect on the sweep that is shown."""
+        view = None if self._shown is None else self._shown.view
+        match action:
+            case "stop" | "pause":
+                return view is not None and view.ended is None
+            case "adopt":
+                return view is not None and view.winner is not None
+            case "next":
+                return len(self._sweeps) > 1
+        return True
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Return whether an action is available; actions without an effect are not."""
+        return self._can(action) and super().check_action(action, parameters)
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Open the run of the selected trial on the Train screen."""
@@ -239,7 +264,6 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         view = self._shown.view if self._shown is not None else None
         winner = view.winner if view is not None else None
         if view is None or winner is None:
-            self.notify("There is no winner yet: no trial has completed all of its steps.")
             return
         recipe, note = view.recipe_of(winner), f"Trial {winner.number} of the sweep {self.sweep.id}."
         text = f"Name of the preset with the settings of trial {winner.number}. Model and data are left out."
@@ -273,36 +297,35 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.copy_to_clipboard(f"qlora-tui sweep show {shlex.quote(self.sweep.id)}")
 
 
-def verdict_lines(view: SweepView) -> list[Content]:
-    """Return lines with the verdict and the state of the sweep. If there is a winner, the lines have its
-    settings, its loss, and the loss of the unchanged recipe.
+def verdict_lines(view: SweepView, width: int) -> list[Content]:
+    """Return the verdict as a headline, and one line with the figures behind it as far as they fit. While the
+    sweep has not ended, its state comes first.
     """
-    verdict, winner = view.verdict, view.winner
-    word, colon, why = verdict_sentence(view).partition(": ")
-    if winner is None or verdict.found is None:
-        lines = [Content.styled(state_sentence(view), "bold"), Content(word + colon + why)]
-    else:
-        style = "bold $success" if verdict.is_better and view.ended is not None else "bold"
-        values = ", ".join(
-            f"{path.rpartition('.')[2]} {value_text(value)}" for path, value in winner.values.items()
-        )
-        losses = f"{format_loss(verdict.found)} instead of {format_loss(verdict.base)}"
-        lines = [
-            Content.styled(f"{word}: trial {winner.number} ({values}) has {losses}", style),
-            Content.styled(f"{state_sentence(view)} {why[:1].upper()}{why[1:]}", "$text-muted"),
-        ]
+    headline, figures = short_verdict(view)
+    style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"
+    lines = [Content.styled(headline, style)]
+    if view.ended is None:
+        lines = [Content.styled(state_sentence(view), "bold"), Content(headline)]
+    while len(figures) > 1 and len(" ".join(figures)) > width:
+        figures.pop()
+    if figures:
+        lines.append(Content.styled(" ".join(figures), "$text-muted"))
     if unequal := unequal_sentence(view):
         lines.append(Content.styled(unequal, "$warning"))
     return lines
 
 
 def sweep_plot(view: SweepView) -> Plot:
-    """Return the plot of validation losses by percentage of the steps: a curve for each trial and for one run
-    of the unchanged recipe. The winner is drawn brightest.
+    """Return the plot of validation losses by percentage of the steps, from the first loss on: a curve for
+    each trial and for one run of the unchanged recipe. A single loss of that run is drawn as a level line.
+    The winner is drawn brightest.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
     curves = []
+    marks: tuple[Mark, ...] = ()
+    firsts = [100 * t.evaluations[0][0] / t.total_steps for t in view.trials if t.evaluations]
+    starts_at = min((share for share in firsts if share < _WHOLE), default=0.0)
     for trial in view.trials:
         if (
             trial.role == "confirmation"
@@ -317,15 +340,21 @@ def sweep_plot(view: SweepView) -> Plot:
             name, style, mark = f"trial {winner}", "$validation", "★"
         legend[mark] = (f"{mark} {name}", style)
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
-        envelope = Envelope.of_points(shares, [loss for _, loss in trial.evaluations])
-        curves.append(Curve(envelope, name, style, mark, look="thin" if mark == "·" else "line"))
+        losses = [loss for _, loss in trial.evaluations]
+        is_level = trial.role == "base" and len(losses) == 1
+        if is_level:
+            shares, losses = [starts_at, shares[0]], losses * 2
+            marks = (Mark(starts_at, losses[0], mark, style),)
+        envelope = Envelope.of_points(shares, losses)
+        curves.append(Curve(envelope, name, style, mark, look="thin" if is_level or mark == "·" else "line"))
     # The winner comes last, because later curves are drawn over earlier curves.
     curves.sort(key=lambda curve: "·○★".index(curve.glyph))
     reach = overall([curve.envelope for curve in curves])
     return Plot(
-        x=Axis(0.0, 100.0, "% of the steps"),
+        x=Axis(starts_at, _WHOLE, "% of the steps"),
         y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
         curves=tuple(curves),
+        marks=marks,
         legend=tuple(legend[mark] for mark in "★○·" if mark in legend),
         empty="No trial has been validated yet.",
     )
@@ -346,7 +375,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         *(
             Column[Trial](
                 text=partial(round_loss, view, number),
-                title=f"loss {number}" if rounds > 1 else "loss",
+                title=round_title(view, number),
                 right=True,
                 dropped=0 if number == rounds else 1 + number,
             )
@@ -387,7 +416,7 @@ def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int)
         Column[Bought](text=lambda one: format_loss(one.mean), title="mean", right=True),
         Column[Bought](
             text=partial(once, lambda path: format_percent(shares[path]) if path in shares else ""),
-            title="of the differences",
+            title="explains",
             right=True,
             dropped=1,
             shown_if_empty=False,
