@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from bench.app import APP, private_home
+from bench.support.played_trainer import install_played_trainer
 from bench.terminal import Terminal
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import run_queue
@@ -30,7 +31,6 @@ from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import Finished, RunEnded, Started
 from qlora_tui.runs.process import ensure_runner, runner_lock_path
 from qlora_tui.runs.status import read_status
-from tests.support.played_trainer import install_played_trainer
 
 _SIZE = (120, 40)
 

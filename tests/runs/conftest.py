@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.support.played_trainer import install_played_trainer
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs.directory import RunDir, create_run
-from tests.support.played_trainer import install_played_trainer
 
 
 def let_go(run: RunDir) -> None:
