@@ -29,11 +29,13 @@ from qlora_tui.catalog.gguf_config import to_hf_config
 from qlora_tui.catalog.hub import fetch_config
 from qlora_tui.catalog.model_validation import (
     CONFIG,
+    UNUSABLE_TOKENIZER,
     MissingFilesError,
     check_config,
     check_folder,
     quantized_refusal,
     tensor_entries,
+    tokenizer_problem,
     weight_files,
 )
 from qlora_tui.errors import EXIT_USAGE, UserError
@@ -122,11 +124,14 @@ def resolve_model(model_id: str) -> ModelFiles:
 
 @at_box
 def find_files(model_id: str) -> ModelFiles:
-    """Return the files of a model, with the architecture as far as it is known without waiting."""
+    """Return the files of a model, with the architecture as far as it is known without waiting.
+
+    A missing tokenizer is no error here, because estimates and merges do not need one.
+    """
     model = _find_model(model_id)
     if model is None:
         raise model_not_found(model_id)
-    if model.refusal is not None:
+    if model.refusal is not None and model.refusal.code != UNUSABLE_TOKENIZER:
         raise model.refusal
     assert model.architecture is not None  # a model without an architecture is rejected
     if model.source == "gguf":
@@ -347,6 +352,7 @@ def _unsearchable(folder: Path) -> UserError | None:
 def _read_folder(folder: Path, source: ModelSource, name: str, model_id: str) -> LocalModel:
     try:
         architecture, refusal = check_folder(folder, name)
+        refusal = refusal or tokenizer_problem(folder, name)
         size_bytes = sum(file.stat().st_size for file in _files(folder))
     except Exception as error:  # any failure to read one model must not hide the others
         architecture, size_bytes, refusal = None, 0, _unreadable(folder, error)

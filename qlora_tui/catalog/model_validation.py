@@ -34,6 +34,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """Files of a tokenizer and its chat template, of which a model has some."""
+TOKENIZER = "tokenizer.json"
+"""The only file of a tokenizer that is read."""
+_OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model")
 UNUSABLE_TOKENIZER = "unusable-tokenizer"
 """Error code for a model folder without a tokenizer that can be loaded."""
 _TEMPLATES = "additional_chat_templates"
@@ -176,6 +179,27 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
             fix="Download the model again; finished files are not downloaded again.",
         )
     return no_weights_problem((entry.name for entry in folder.iterdir()), name)
+
+
+def tokenizer_problem(folder: Path, name: str) -> UserError | None:
+    """Return the error for a model folder without ``tokenizer.json``; None if the folder has it."""
+    if (folder / TOKENIZER).is_file():
+        return None
+    if old := next((file for file in _OLD_TOKENIZERS if (folder / file).is_file()), ""):
+        return UserError(
+            "No tokenizer",
+            what=f"{name} has no {TOKENIZER}.",
+            why=f"It has only a tokenizer in an older format ({old}).",
+            fix="Load it with transformers' AutoTokenizer and save it to the folder with save_pretrained.",
+            code=UNUSABLE_TOKENIZER,
+        )
+    return MissingFilesError(
+        "No tokenizer",
+        what=f"{name} has no {TOKENIZER}.",
+        why="Without it, text cannot be turned into tokens.",
+        fix="Download the model again, with its tokenizer files.",
+        code=UNUSABLE_TOKENIZER,
+    )
 
 
 def no_weights_problem(files: Iterable[str], name: str) -> UserError:

@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Struct
 from tokenizers import Encoding, Tokenizer
 
-from qlora_tui.catalog.model_validation import UNUSABLE_TOKENIZER
+from qlora_tui.catalog.model_validation import TOKENIZER, UNUSABLE_TOKENIZER, tokenizer_problem
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError, stock_template
 from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.template_capabilities import OPENED, THOUGHT_TAGS, TemplateCapabilities, probe_template
@@ -98,18 +98,9 @@ class ChatTokenizer:
     @classmethod
     def from_folder(cls, folder: Path, template: str = "auto") -> ChatTokenizer:
         """Load the tokenizer of a model folder. Raises ``UserError`` if it is missing or broken."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            has_old = any((folder / n).is_file() for n in ("tokenizer.model", "vocab.json", "spiece.model"))
-            raise UserError(
-                "No tokenizer",
-                what=f"{folder} has no tokenizer.json.",
-                why="It has only a tokenizer in an older format." if has_old else "",
-                fix="Load it with transformers' AutoTokenizer and save it to the folder with save_pretrained."
-                if has_old
-                else "Download the model again, with its tokenizer files.",
-                code=UNUSABLE_TOKENIZER,
-            )
+        if missing := tokenizer_problem(folder, str(folder)):
+            raise missing
+        path = folder / TOKENIZER
         config = read_json_object(folder / "tokenizer_config.json")
         special = special_tokens_by_name(config, read_json_object(folder / "special_tokens_map.json"))
         own, with_tools = own_templates(folder, config)

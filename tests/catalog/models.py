@@ -30,9 +30,10 @@ def safetensors_bytes(size: int = 64) -> bytes:
 
 
 def make_model(folder: Path, config: dict[str, Any] | None = None, *, shards: int = 1) -> Path:
-    """A model folder: config and weights in ``shards`` files."""
+    """A model folder: config, a tokenizer that says nothing, and weights in ``shards`` files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(TINY if config is None else config))
+    (folder / "tokenizer.json").write_text("{}")
     if shards == 1:
         (folder / "model.safetensors").write_bytes(safetensors_bytes())
         return folder

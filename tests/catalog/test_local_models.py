@@ -144,6 +144,15 @@ def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
     assert "no weights" in _refusal(tmp_path).title
 
 
+def test_a_model_without_its_tokenizer_is_refused_and_estimated(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    assert _refusal(tmp_path).title == "No tokenizer"
+    assert "Download" in _refusal(tmp_path).fix and find_files(str(folder)).architecture
+    (folder / "tokenizer.model").touch()
+    assert "AutoTokenizer" in _refusal(tmp_path).fix
+
+
 def test_a_model_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
     make_model(tmp_path / "m", config("internlm/internlm2_5-7b"))
     refusal = _refusal(tmp_path)

@@ -105,7 +105,7 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_named() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "✗ error", "No model selected.", "Not ready: model, data")
+        await wait_for_text(pilot, "✗ error", "No model selected.", "Not ready: model, data", "t Why not")
         await pilot.press("t")
         await wait_for_text(pilot, "Not ready to run")
         assert all_runs() == []
@@ -162,7 +162,9 @@ async def test_a_failed_check_is_confirmed_before_launch(
     doubt = Check(CheckKind.MEMORY, "error", "does not fit: 30.0 of 24.0 GiB.")
     app = app_with_checks(monkeypatch, tmp_path, doubt)
     async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("5", "t")
+        await pilot.press("5")
+        await wait_for_text(pilot, "t Launch anyway")
+        await pilot.press("t")
         await wait_for_text(pilot, "Launch anyway?", "30.0 of 24.0 GiB")
         await pilot.press("n")
         await pilot.pause()

@@ -31,7 +31,7 @@ from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model
 from tests.support.polling import wait_for
 from tests.tui.screen_assertions import text_of, wait_for_text
-from tests.tui.workstation import config_of, open_on, settle
+from tests.tui.workstation import config_folder, config_of, open_on, settle
 
 TINY = "org/tiny"
 
@@ -271,6 +271,17 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
         await wait_for_text(pilot, "Model set to planned, for estimates only.")
         assert app.workbench.recipe.model.id == str(folder)
         assert isinstance(app.screen, ModelsScreen)
+
+
+async def test_a_model_without_its_tokenizer_is_named_where_it_is_estimated(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, "Qwen__Qwen2.5-7B")
+    (folder / "tokenizer.json").unlink()
+    app = open_on("models", model=str(folder), model_folders=(str(folder.parent),))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await wait_for_text(pilot, "cannot train", "has no tokenizer.json", "▸ [/]  Find it on the Hub")
+        for screen in "34":
+            await pilot.press(screen)
+            await wait_for_text(pilot, "cannot train: no tokenizer")
 
 
 async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:

@@ -16,13 +16,15 @@ from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.runs.screen import RunsScreen
 from qlora_tui.tui.workbench import Draft, Workbench
+from tests.data.families import tokenizer_json
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def config_folder(home: Path, published: str, *, has_weights: bool = True) -> Path:
-    """A folder with a published model's config, enough for every estimate, and a file without tensors.
+    """A folder with a published model's config, enough for every estimate, and a file without tensors; its
+    tokenizer is of another model.
 
     Its architecture was read before: otherwise a test would see the outline, or what follows it.
     """
@@ -31,6 +33,7 @@ def config_folder(home: Path, published: str, *, has_weights: bool = True) -> Pa
     shutil.copy(CONFIGS / f"{published}.json", folder / "config.json")
     if has_weights:
         (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        (folder / "tokenizer.json").write_text(tokenizer_json())
     describe(config_of(published))
     return folder
 

@@ -47,6 +47,7 @@ from qlora_tui.tui.render.labels import (
     fit_figure,
     next_step,
     recipe_fit,
+    refusal_words,
     verdict_legend,
     verdict_words,
 )
@@ -353,7 +354,10 @@ def adapter_text(
     )
     if text.cell_length + len(_WITH) <= width:
         text += Content(_WITH)
+    refusal = workbench.model_refusal()
     train = next_step("go.train", "check and launch")
+    if refusal is not None:
+        train = Content.assemble((f"{refusal_words(refusal)} ", "$error"), next_step("go.models", "fix"))
     if differs.cell_length + 3 + train.cell_length <= width:
         differs = Content("   ").join([differs, train])
     return Content("\n").join([text, differs])

@@ -306,7 +306,7 @@ def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, 
     return (
         ("params", 7, 0),
         (bytes_title, 9, 0),
-        ("needs", 13, 0),
+        ("needs  ", 13, 0),  # above the figures, which end with a sign
         ("context", 9, _WIDE),
         ("license", 12, _WIDE),
         (last, 10, _WIDE),

@@ -230,8 +230,14 @@ class TrainScreen(EvaluationActions):
         return action not in _STATES or self.state in _STATES[action]
 
     def command_label(self, command_id: str) -> str:
+        if command_id != "train.launch":
+            return ""
+        if any(check.problem is not None for check in self.checks):
+            return "Why not"
+        if errors(self.checks):
+            return "Launch anyway"
         waits = self._has_to_wait or bool(self.app.system_status.waiting_ids)
-        return "Queue" if command_id == "train.launch" and waits else ""
+        return "Queue" if waits else ""
 
     @property
     def _has_to_wait(self) -> bool:
