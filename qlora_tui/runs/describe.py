@@ -113,11 +113,8 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             general = event.general_answers
             answers = "" if general is None else f"; of {general.answers} general answers "
             answers += ", ".join(f"{name} {value}" for name, value in general_answer_texts(general))
-            measured = f"{format_loss(_number(event.loss))}{rewards}{exact}{base}"
-            return (
-                f"step {event.step:,}: validation loss {measured}"
-                f"{', ' if forgot else ''}{forgot}{answers}{best}"
-            )
+            measured = f"{format_loss(_number(event.loss))}{best}{rewards}{exact}{base}"
+            return f"step {event.step:,}: validation loss {measured}{', ' if forgot else ''}{forgot}{answers}"
         case events.ValidationCompared():
             change = (
                 "too few rows to tell a change from chance"
@@ -177,7 +174,7 @@ def format_forgetting(event: events.Evaluated | None) -> str:
     """Return how far the model has diverged from its base on general prompts; empty if not measured."""
     if event is None or event.forgetting is None:
         return ""
-    return f"forgetting {format_nats(event.forgetting)}"
+    return f"forgetting {format_nats(event.forgetting)} nats"
 
 
 def general_answer_texts(counts: events.GeneralAnswers | None) -> list[tuple[str, str]]:
@@ -197,8 +194,8 @@ def general_answer_texts(counts: events.GeneralAnswers | None) -> list[tuple[str
 def _format_best(event: events.Evaluated) -> str:
     before = event.before_training
     if before is None or (event.loss is not None and event.loss < before):
-        return "  best so far"
-    return f"  lowest so far, but {format_loss(before)} before training"
+        return ", best so far"
+    return f", lowest so far, but {format_loss(before)} before training"
 
 
 class PhaseFilter:

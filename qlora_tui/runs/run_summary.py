@@ -490,7 +490,7 @@ def _loss_words(evidence: RunEvidence) -> str:
             return "Too early to tell: validation was measured only before training"
         if after < before:
             fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)} at the end"
-            return f"{fell}; not tested for chance"
+            return f"{fell}; not yet compared row by row"
         return f"{_LEARNED['unclear']}: {_loss_values(before, after)}"
     values = _loss_values(loss.before, loss.after)
     if loss.is_lower:
@@ -506,9 +506,9 @@ def _loss_values(before: float, after: float) -> str:
 
 def _forgetting_words(evidence: RunEvidence) -> str:
     if evidence.forgetting is None:
-        return "forgot much" if evidence.forgot_much else ""
+        return "general answers changed much" if evidence.forgot_much else ""
     much = "much" if evidence.forgot_much else "little"
-    return f"forgot {much} ({format_nats(evidence.forgetting)} nats)"
+    return f"general answers changed {much} ({format_nats(evidence.forgetting)} nats)"
 
 
 def _metric_words(metric: Metric | None) -> str:

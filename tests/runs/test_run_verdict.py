@@ -56,13 +56,13 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
-            "It learned: validation loss 2.000 → 1.200 at the end; forgot little (0.31 nats); "
-            "answers better: exact match 90%, base 30%.",
+            "It learned: validation loss 2.000 → 1.200 at the end; "
+            "general answers changed little (0.31 nats); answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
-            "It learned: validation loss 2.000 → 1.200 at the end; forgot much (2.4 nats).",
+            "It learned: validation loss 2.000 → 1.200 at the end; general answers changed much (2.4 nats).",
         ),
         (RunEvidence(loss=loss(0.5)), "worse", "It got worse: validation loss 2.000 → 2.500 at the end."),
         (
@@ -115,7 +115,7 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(losses=(2.5, 1.5)),
             "unclear",
-            "Validation loss fell from 2.500 to 1.500 at the end; not tested for chance.",
+            "Validation loss fell from 2.500 to 1.500 at the end; not yet compared row by row.",
         ),
         (
             RunEvidence(losses=(2.5, 2.5)),
@@ -130,7 +130,9 @@ def test_the_verdict_says_what_the_evidence_allows(
     verdict = judge_run(evidence)
     assert (verdict.outcome, verdict.sentence) == (outcome, sentence)
     assert verdict.has_answers == (evidence.metric is not None)
-    assert verdict.lacks_rows == sentence.endswith(("not tested for chance.", "2.500 → 2.500 at the end."))
+    assert verdict.lacks_rows == sentence.endswith(
+        ("not yet compared row by row.", "2.500 → 2.500 at the end.")
+    )
 
 
 def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
@@ -146,7 +148,10 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
         log.append(Finished(at=now, step=1, seconds=1.0, tokens_per_s=9.0))
     verdict = summarize(run).verdict
     assert verdict is not None
-    assert verdict.sentence == "It learned: validation loss 2.000 → 1.000 at the end; forgot much (2.5 nats)."
+    assert (
+        verdict.sentence
+        == "It learned: validation loss 2.000 → 1.000 at the end; general answers changed much (2.5 nats)."
+    )
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: exact match 90%, base 30%.")

@@ -204,6 +204,12 @@ def test_a_spike_has_one_column_in_graph_and_charts() -> None:
     assert tops == [tips[0]] * 2
 
 
+def test_a_graph_of_few_rows_is_a_sparkline_of_all_steps() -> None:
+    *blocks, values = drawn_with(80, 5)[1:]
+    assert "lr 1e-4" in values and len(blocks) == 3
+    assert {row.count("█") for row in blocks[:2]} == {1} and len(blocks[-1].rstrip()) == 80
+
+
 def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_same_decimals() -> None:
     steps = tuple(range(9))
     losses = tuple(6.261 - 0.0005 * step for step in steps)

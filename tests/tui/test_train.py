@@ -315,6 +315,7 @@ async def test_another_run_is_chosen_from_a_list() -> None:
         await wait_for_text(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
         await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] resume from step 0")
+        await wait_for_text(pilot, "▸ [m] prepare a run with micro-batch size 1", "health ✗1")
 
 
 def test_a_resumed_run_forgets_the_request_that_ended_it() -> None:

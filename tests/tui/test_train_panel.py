@@ -22,6 +22,14 @@ def test_a_missing_gpu_value_is_na_and_never_zero() -> None:
         assert " 0" not in text.replace(" 0%", "")
 
 
+def test_memory_is_a_bar_with_a_track_in_two_lines() -> None:
+    gpu = GpuMetrics(at=1.0, index=0, memory_used_bytes=6 * GIB, memory_total_bytes=24 * GIB)
+    line, _ = drawn(
+        MachineState("RTX 4090", (Reading(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=gpu),)), 80, 2
+    )
+    assert "memory █████░░░░░░░░░░░░░░░ 6.0 of 24.0 GiB" in line
+
+
 @pytest.mark.parametrize(("height", "lines"), [(24, 16), (8, 8), (4, 4), (2, 2)])
 def test_every_gpu_of_a_run_has_its_lines(height: int, lines: int) -> None:
     first, second = (GpuMetrics(at=1.0, index=i, power_w=100.0 + i) for i in range(2))

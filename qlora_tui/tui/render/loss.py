@@ -39,10 +39,12 @@ _MEAN_WEIGHT = 0.1
 """Weight of the newest step in the running mean."""
 
 
-_LEAST_CHART = 7
+LEAST_CHART = 7
 """Minimum height of a loss chart, in lines: five rows, a legend and a scale. With fewer lines, a sparkline is
 drawn.
 """
+STEP_DOTS = "· step"
+"""Item of the legend for the loss of each step, which a sparkline lacks."""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
@@ -118,7 +120,7 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
     if last is not None and last != facts.best:
         items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
     if facts.loss.xs:
-        items.append(("· step", "dim"))
+        items.append((STEP_DOTS, "dim"))
     return (*items, *facts.more)
 
 
@@ -158,14 +160,17 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
     chart.
     """
     what = summary_plot(summary)
-    if what.is_empty or summary is None or height >= _LEAST_CHART:
+    if what.is_empty or summary is None or height >= LEAST_CHART:
         return plot(what, width, height)
     means = mean_losses(summary)
-    columns = downsample(means, width)
+    return [_change(summary, means), *mean_blocks(downsample(means, width), height - 1)][:height]
+
+
+def mean_blocks(columns: Sequence[float | None], height: int) -> list[Content]:
+    """Return a sparkline of ``height`` lines, at least one, from the lowest to the highest of the columns."""
     finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    rows = blocks(columns, low, high, max(1, height - 1))
-    return [_change(summary, means), *(Content.styled(row, TRAINING_STYLE) for row in rows)][:height]
+    return [Content.styled(row, TRAINING_STYLE) for row in blocks(columns, low, high, max(1, height))]
 
 
 def _change(summary: RunSummary, means: Sequence[float]) -> Content:

@@ -19,6 +19,7 @@ from textual.strip import Strip
 
 from qlora_tui.formatting import pluralize, truncate_middle
 from qlora_tui.runs.devices import devices_of
+from qlora_tui.runs.events import Failed
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
@@ -200,7 +201,8 @@ class LivePane(Vertical):
         # In a small window, the panel's lower border, which has the keys, is left out. The title then has the
         # keys.
         has_border = panel.styles.border_bottom[0] not in ("", "none")
-        keys = "" if has_border else " · ".join(f"{bare_key(key)} {verb}" for key, verb in _LOG_KEYS)
+        hints = [Content.assemble((bare_key(key), "$key bold"), f" {verb}") for key, verb in _LOG_KEYS]
+        keys = None if has_border else Content("  ").join(hints)
         width = panel.outer_size.width - _TITLE_FRAME
         panel.show_title(
             tabs_title(_tabs(snapshot), self._front, notes, filters=filters, keys=keys, width=width)
@@ -271,7 +273,7 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
     """Return the warnings, with consecutive equal warnings merged into one entry, followed by a warning about
-    other programs and the key for a fix, where these apply.
+    other programs, the run's failure and the key for a fix, where these apply.
     """
     entries = []
     for _, group in groupby(
@@ -284,16 +286,22 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
     if others := contention(snapshot):
         entries.append(LogEntry(snapshot.telemetry[-1].at, "warning", others))
+    if isinstance(ending := snapshot.view.ending, Failed):
+        entries.append(LogEntry(ending.at, "error", f"{ending.title}: {ending.what}"))
     if snapshot.fix is not None:
         entries.append(LogEntry(None, "info", f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
     return tuple(entries)
 
 
 def _health_note(snapshot: RunSnapshot) -> str:
-    errors = sum(h.severity == "error" for h in snapshot.health)
+    """Return ``✗1``, ``!2``, or ``✓``: the number of errors or, without errors, of warnings in the Health
+    panel, which has one line for each kind of warning.
+    """
+    severities = list({health.kind: health.severity for health in snapshot.health}.values())
+    errors = severities.count("error") + isinstance(snapshot.view.ending, Failed)
     if errors:
         return f"✗{errors}"
-    if warnings := len(snapshot.health) + bool(contention(snapshot)):
+    if warnings := len(severities) + bool(contention(snapshot)):
         return f"!{warnings}"
     return "✓" if snapshot.step else ""
 
@@ -397,7 +405,13 @@ class LogTail(LineView):
 
 
 def tabs_title(
-    names: Sequence[str], front: str, notes: Mapping[str, str], *, filters: str, keys: str, width: int
+    names: Sequence[str],
+    front: str,
+    notes: Mapping[str, str],
+    *,
+    filters: str,
+    keys: Content | None,
+    width: int,
 ) -> Content:
     """Return ``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
 
@@ -407,8 +421,8 @@ def tabs_title(
         notes: The text after a tab's name, such as a count, by name.
         filters: The search text and level by which lines are hidden; empty if all lines are shown. This text
             is always included, shortened if necessary.
-        keys: Hints for keys that the lower border does not show. The hints are left out if they do not fit,
-            or if there are filters.
+        keys: Hints for keys that the lower border does not show; None for no hints. The hints are left out
+            if they do not fit, or if there are filters.
         width: Available width, in cells.
     """
     parts = []
@@ -420,6 +434,6 @@ def tabs_title(
     room = width - line.cell_length - 2
     if filters:
         line += Content.styled(f"  {truncate_middle(filters, max(1, room))}", "bold $foreground")
-    elif keys and len(keys) <= room:
-        line += Content.styled(f"  {keys}", "not bold $text-muted")
+    elif keys is not None and keys.cell_length <= room:
+        line += Content.assemble("  ", keys).stylize_before("not bold $text-muted")
     return line

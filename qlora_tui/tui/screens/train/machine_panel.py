@@ -167,8 +167,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
                 _meter_chart(meter, machine.readings, cells, rows) if rows > 1 else [_level(meter, cells)]
             )
         elif meter.bar:
-            used, total = meter.bar
-            above, last = [], Content.styled(bar(used / total if used and total else 0.0, cells), "$hardware")
+            above, last = [], _used(meter.bar, cells)
         else:
             above, last = [], Content("")
         gap = " " if last.cell_length else ""
@@ -186,20 +185,27 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
 
 
 def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) -> list[Content]:
-    """Return the most important meters in one or two lines, with small charts in the first line."""
+    """Return the most important meters in one or two lines, with a bar for memory."""
     cells = max(0, min(24, width - 60))
     lines: list[list[Content]] = [[], []]
     for meter in meters:
         if meter.line is None:
             continue
         gap = "  " if lines[meter.line] else ""
-        part = Content.assemble((f"{gap}{meter.name} ", "dim"), meter.value)
-        if meter.history and not meter.line:
-            part = Content.assemble(part, " ", _level(meter, cells))
+        part = Content.styled(f"{gap}{meter.name} ", "dim")
+        if meter.bar and cells:
+            part = Content.assemble(part, _used(meter.bar, cells), " ")
+        part += meter.value
         if meter.bar and machine.estimate_bytes is not None:
             part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
         lines[meter.line].append(part)
     return [Content("").join(parts) for parts in lines if parts]
+
+
+def _used(part: tuple[int | None, int | None], width: int) -> Content:
+    """Return a bar for (used, total)."""
+    used, total = part
+    return Content.styled(bar(used / total if used and total else 0.0, width), "$hardware")
 
 
 def _level(meter: _Meter, width: int) -> Content:

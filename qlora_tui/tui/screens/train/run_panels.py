@@ -71,8 +71,6 @@ _ENDINGS = {
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
 """(action, time) for each request to end a run. The time is shown only during training."""
-
-
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
@@ -358,7 +356,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
     if verdict is not None and not is_error:
         lines.insert(0, Content.styled(verdict.sentence, verdict_style(verdict)))
-    lines.append(highlight_keys(f"▸ {'   '.join(offers)}"))
+    fix = [f"{key_name('train.fix')} {snapshot.fix.label}"] if is_error and snapshot.fix is not None else []
+    lines.append(highlight_keys("▸ " + "\n  ".join([*fix, "   ".join(offers)])))
     for note, command, verb in (
         (active and f"{active} is running now.", "train.another", "watch it"),
         (answers and f"Comparing answers: {answers}.", "train.answers", "stop"),

@@ -20,7 +20,14 @@ from qlora_tui.formatting import (
 from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.view import finite_losses
 from qlora_tui.tui.render.labels import no_steps_words
-from qlora_tui.tui.render.loss import VALIDATION_STYLE, LossFacts, run_plot
+from qlora_tui.tui.render.loss import (
+    LEAST_CHART,
+    STEP_DOTS,
+    VALIDATION_STYLE,
+    LossFacts,
+    mean_blocks,
+    run_plot,
+)
 from qlora_tui.tui.render.plot import (
     Axis,
     Plot,
@@ -59,12 +66,14 @@ class StepChart:
 def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
     """Return the loss graph with the charts below it.
 
-    If there is no room for charts, only their latest values are shown.
+    If there is no room for charts, only their latest values are shown, and if there is none for the graph
+    either, a sparkline of the smoothed loss.
     """
     if loss.is_empty or not charts:
         return plot(loss, width, height)
     if height < _MIN_ROWS:
-        return [*plot(loss, width, height - 1), _values(charts)]
+        rows = height - 1
+        return [*(plot if rows >= LEAST_CHART else _sparkline)(loss, width, rows), _values(charts)]
     names = max(len(chart.name) for chart in charts)
     values = max(_MIN_VALUE_CELLS, *(len(chart.value) for chart in charts))
     gutter = names + values + 2
@@ -74,6 +83,17 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
         line for chart in charts for line in _chart_lines(chart, loss.x, names, gutter, width - gutter, rows)
     ]
     return [*upper, *below, foot]
+
+
+def _sparkline(loss: Plot, width: int, height: int) -> list[Content]:
+    """Return the legend, and below it the smoothed loss as blocks up to the last step."""
+    smoothed = loss.curves[-1].envelope
+    end = smoothed.xs[-1] if smoothed.xs else loss.x.high
+    x = replace(loss.x, high=max(end, loss.x.low + 1))
+    legend = Content("   ").join(
+        Content.styled(text, style) for text, style in loss.legend if text != STEP_DOTS
+    )
+    return [legend, *mean_blocks(_by_column(smoothed, x, width), height - 1)][:height]
 
 
 def _chart_lines(
