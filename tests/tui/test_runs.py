@@ -493,7 +493,7 @@ async def test_a_measures_answers_and_a_second_a_stops(three_runs: list[RunDir])
     app = QloraApp()
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares its answers.")
+        await wait_for_text(pilot, "[a] compares its answers")
         await pilot.press("a")
         await wait_for_text(pilot, "3 of 14")
         await pilot.press("a")
@@ -506,7 +506,7 @@ async def test_two_keys_at_once_start_one_measurement(
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares its answers.")
+        await wait_for_text(pilot, "[a] compares its answers")
         assert isinstance(app.screen, answer_measuring.EvaluationActions)
         app.screen.evaluate(three_runs[0])
         app.screen.evaluate(three_runs[0])
@@ -523,7 +523,7 @@ async def test_leaving_the_app_ends_the_evaluation(
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares its answers.")
+        await wait_for_text(pilot, "[a] compares its answers")
         await pilot.press("a")
         await wait_until(pilot, lambda: len(endless_measurements) == 1)
     assert endless_measurements[0].wait(60)
