@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from textual.screen import Screen
 
+from qlora_tui.remote.calls import current
 from qlora_tui.worker import JobStopped
 
 if TYPE_CHECKING:
     from qlora_tui.runs.directory import RunDir
 
 T = TypeVar("T")
+SLOW_ACTIONS = "slow actions"
+"""Group of the workers of :func:`act_on_run`."""
 
 
 async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
@@ -30,24 +33,22 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def act_on_run(
-    screen: Screen[Any], run: RunDir, act: Callable[[RunDir], object], then: Callable[[], object]
+    screen: Screen[Any], run: RunDir, act: Callable[[RunDir], T], then: Callable[[T], object]
 ) -> None:
-    """Call ``act(run)``, then ``then()``. For a run on a cluster, a worker of ``screen`` does this and calls
-    ``act`` in a thread, since the cluster's commands are slow.
+    """Call ``act(run)``, then ``then`` with its result. With ``--host``, and for a run on a cluster, a worker
+    of ``screen`` does this and calls ``act`` in a thread, since the box and the cluster's commands are slow.
     """
     # Imported here because the first frame needs this module, but not the package ``runs``.
     from qlora_tui.runs.slurm_runs import is_on_cluster
 
-    if not is_on_cluster(run):
-        act(run)
-        then()
+    if current() is None and not is_on_cluster(run):
+        then(act(run))
         return
 
     async def act_and_go_on() -> None:
-        await asyncio.to_thread(act, run)
-        then()
+        then(await asyncio.to_thread(act, run))
 
-    screen.run_worker(act_and_go_on(), group="cluster")
+    screen.run_worker(act_and_go_on(), group=SLOW_ACTIONS)
 
 
 class Measurement:

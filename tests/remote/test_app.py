@@ -71,7 +71,12 @@ async def test_stop_and_delete_ask_here_and_act_on_the_box(
         await wait_for_text(pilot, run_there.id)
         handle = hold_folder(run_there.path)
         assert handle is not None
-        await pilot.press("D")
+        box.cut(signal.SIGSTOP)
+        # The keys work while the box is asked, and ask it once.
+        await pilot.press("D", "D")
+        await wait_for_text(pilot, "The last action is still in progress")
+        await pilot.press("escape")
+        box.cut(signal.SIGCONT)
         await wait_for_text(pilot, "Delete the run?", "its adapter is loaded")
         assert run_there.path.exists()
         await pilot.press("y")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from textual import work
 from textual.actions import SkipAction
@@ -18,6 +18,8 @@ from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
+from qlora_tui import paths
+from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, pluralize
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -51,9 +53,10 @@ from qlora_tui.tui.screens.runs.run_list import (
 from qlora_tui.tui.screens.runs.sweep import show_sweeps
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.threads import act_on_run
+from qlora_tui.tui.threads import SLOW_ACTIONS, act_on_run
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, TextField
 
+T = TypeVar("T")
 _NO_RUNS = "No runs yet. Press {go.train} to launch one."
 _LIST_KEYS = (("runs.sort", "sort"), ("runs.filter", "filter"))
 _FILES_INTERVAL_S = 5.0
@@ -386,8 +389,7 @@ class RunsScreen(EvaluationActions):
         """Move the run under the cursor later in the queue by this many places, or earlier if ``places`` is
         negative.
         """
-        run_queue.move(self._selected.run, places)
-        self.refresh_runs()
+        self._act_on(self._selected.run, lambda run: run_queue.move(run, places))
 
     def action_withdraw(self) -> None:
         done = f"Removed from the queue. Press {key_name('runs.resume')} to queue it again."
@@ -431,31 +433,56 @@ class RunsScreen(EvaluationActions):
 
     def action_delete(self) -> None:
         """Move the run to the trash. If something else uses the run, ask first."""
+        self._refuse_while_acting()
         summary = self._selected
-        if uses := run_actions.uses_of(summary.run):
-            text = f"{summary.name} is in use: {'; '.join(uses)}."
-            question = ConfirmScreen("Delete the run?", text, "Delete")
-            self.ask(question, lambda _yes: self._delete(summary))
-        else:
-            self._delete(summary)
+
+        def ask_if_used(uses: list[str]) -> None:
+            if uses:
+                text = f"{summary.name} is in use: {'; '.join(uses)}."
+                question = ConfirmScreen("Delete the run?", text, "Delete")
+                self.ask(question, lambda _yes: self._delete(summary))
+            else:
+                self._delete(summary)
+
+        act_on_run(self, summary.run, run_actions.uses_of, ask_if_used)
 
     def _delete(self, summary: RunSummary) -> None:
-        self._act_on(summary.run, run_actions.move_to_trash)
-        self.app.deleted_runs.append(summary.id)
-        self.show_listing()
-        self.notify(
-            f"{summary.name} stays in the trash for {run_actions.KEPT_DAYS} days. The trash takes "
-            f"{format_bytes(run_actions.trash_bytes())}. Press {key_name('runs.restore')} to restore it."
-        )
+        def delete(run: RunDir) -> int:
+            run_actions.move_to_trash(run)
+            return run_actions.trash_bytes()
+
+        def then(trash_bytes: int) -> None:
+            self.app.deleted_runs.append(summary.id)
+            self.show_listing()
+            self.notify(
+                f"{summary.name} stays in the trash for {run_actions.KEPT_DAYS} days. The trash takes "
+                f"{format_bytes(trash_bytes)}. Press {key_name('runs.restore')} to restore it."
+            )
+
+        self._act_on(summary.run, delete, then)
 
     def action_restore(self) -> None:
+        self._refuse_while_acting()
         deleted = self.app.deleted_runs
-        try:
-            if deleted:
-                self.notify(f"Restored {run_actions.restore_run(deleted[-1]).name}.")
-                deleted.pop()
-        finally:
-            self.refresh_runs()
+
+        def then(run: RunDir) -> None:
+            deleted.remove(run.id)
+            self.notify(f"Restored {run.name}.")
+
+        if deleted:
+            run = RunDir(paths.runs_dir() / deleted[-1])
+            self._act_on(run, lambda run: run_actions.restore_run(run.id), then)
+
+    def _refuse_while_acting(self) -> None:
+        """Raise UserError while an action of this screen is in progress on a slow machine, so that no run is
+        deleted or restored twice.
+        """
+        if any(worker.group == SLOW_ACTIONS for worker in self.workers):
+            raise UserError(
+                "The last action is still in progress",
+                what="The other machine has not answered yet.",
+                fix="Try again once its result is shown.",
+            )
 
     def action_copy(self, verb: str) -> None:
         """Copy the command that shows the run in a terminal if ``verb`` is ``attach``; otherwise, the command
@@ -468,23 +495,26 @@ class RunsScreen(EvaluationActions):
     def action_folder(self) -> None:
         open_folder(self.app, self._selected.run.path)
 
-    def _act_on(self, run: RunDir, act: Callable[[RunDir], None]) -> None:
-        """Call ``act`` with the run. Then, even after an error, reload the list."""
-        try:
-            act(run)
-        finally:
-            self.refresh_runs()
+    def _act_on(
+        self, run: RunDir, act: Callable[[RunDir], T], then: Callable[[T], object] = lambda _: None
+    ) -> None:
+        """Call ``act`` with the run, then ``then`` with its result, and reload the list, also after an
+        error.
+        """
+
+        def act_and_reload(run: RunDir) -> T:
+            try:
+                return act(run)
+            finally:
+                self.call_later(self.refresh_runs)
+
+        act_on_run(self, run, act_and_reload, then)
 
     def _act_on_queue(self, act: Callable[[RunDir], None], done: str) -> None:
         """Call ``act`` with the run under the cursor, reload the list, and show ``done`` as a
         notification.
         """
-
-        def then() -> None:
-            self.refresh_runs()
-            self.notify(done)
-
-        act_on_run(self, self._selected.run, act, then)
+        self._act_on(self._selected.run, act, lambda _: self.notify(done))
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:

@@ -541,7 +541,7 @@ class TrainScreen(EvaluationActions):
         self.ask(question, lambda _yes: self._act_on_run(run, act, done))
 
     def _act_on_run(self, run: RunDir, act: Callable[[RunDir], None], done: str) -> None:
-        def then() -> None:
+        def then(_: None) -> None:
             self.notify(done)
             self.poll_now()
 
