@@ -27,6 +27,12 @@ INHIBITOR = "systemd-inhibit"
 LAUNCHER_VARIABLE = "QLORA_TUI_LAUNCHER"
 """Environment variable with the process id of the torchrun that the runner started."""
 _TORCHRUN = "torch.distributed.run"
+_KEEP_PROCESSES = "trap '' TERM; export PET_SIGNALS_TO_HANDLE=SIGINT;"
+"""Shell commands that let a cluster's SIGTERM end no process before it has saved.
+
+By default, torchrun kills its processes 30 s after it got the signal, and then fails. The processes get the
+signal too. Versions of torch that have no such option ignore the variable.
+"""
 _OF_TORCHRUN = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_|TORCHELASTIC_|TORCH_NCCL_|OMP_NUM_THREADS$"
     rf"|{LAUNCHER_VARIABLE}$"
@@ -181,7 +187,8 @@ def spawn_detached(
     argv = worker.module_argv(module, *arguments)
     if module == _TORCHRUN:
         # The program replaces the shell and keeps its process id.
-        argv = ["/bin/sh", "-c", f'export {LAUNCHER_VARIABLE}=$$; exec "$@"', "sh", *argv]
+        prepare = f"export {LAUNCHER_VARIABLE}=$$; {_KEEP_PROCESSES if through else ''}"
+        argv = ["/bin/sh", "-c", f'{prepare} exec "$@"', "sh", *argv]
     return subprocess.Popen(
         [*through, *argv],
         stdin=subprocess.DEVNULL,

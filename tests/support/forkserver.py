@@ -6,12 +6,12 @@ Each child is a real process that runs ``python -m MODULE`` from its first line,
 killed like any other; it only skips the seconds of imports.
 
 A request through the Unix socket is a line of JSON: null, answered by 0 once children start at once; or
-``module``, ``arguments``, ``environment`` and ``folder``, with the standard streams as file descriptors,
-answered by the child's process id and, once it has ended, its exit code. ``BEFORE_TRAINER`` in the
-environment is code to run first: see :mod:`tests.training.fault_injection`. A child other than a trainer,
-which outlives who started it, is killed when the client has ended. Its imports, its memory and what it reads
-from the environment at import time are the server's: a test about those sets ``FORK_SERVERS`` to an empty
-string.
+``module``, ``arguments``, ``environment``, ``folder``, and whether it ``ignores_term``, with the standard
+streams as file descriptors, answered by the child's process id and, once it has ended, its exit code.
+``BEFORE_TRAINER`` in the environment is code to run first: see :mod:`tests.training.fault_injection`. A child
+other than a trainer, which outlives who started it, is killed when the client has ended. Its imports, its
+memory and what it reads from the environment at import time are the server's: a test about those sets
+``FORK_SERVERS`` to an empty string.
 """
 
 from __future__ import annotations
@@ -147,6 +147,8 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     os.closerange(3, 1 << 16)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["ignores_term"]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.filterwarnings("ignore")
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = [request["module"], *request["arguments"]]

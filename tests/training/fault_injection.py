@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def keep_pace(micro_batch_s: float) -> None:
         hook(self, done, total)
 
     Loop._after_micro_batch = after_micro_batch  # type: ignore[method-assign]
+
+
+def start_after(folder: str) -> None:
+    """Announce this process by a file in a folder, and wait until the folder is removed."""
+    with suppress(FileNotFoundError):
+        (Path(folder) / str(os.getpid())).touch()
+    while Path(folder).exists():
+        time.sleep(0.05)
 
 
 def request_within_step(folder: str, step: int, kind: Kind) -> None:

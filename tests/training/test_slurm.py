@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -26,13 +27,14 @@ from tests.support.slurm import Cluster, cluster
 from tests.support.trainer_processes import Trainers
 from tests.training.conftest import MakeRecipe
 from tests.training.event_helpers import events, events_of, last_step, losses
+from tests.training.test_distributed import finished, two_processes
 
-__all__ = ["cluster"]
+__all__ = ["cluster", "two_processes"]
 pytestmark = pytest.mark.slow
 
 wait_for = partial(wait_seconds_for, seconds=180.0)
 # Steps of a quarter of a second at least, so that a signal comes within one.
-PACE = "from tests.training.fault_injection import keep_pace; keep_pace(0.03)"
+PACE = "from tests.training import fault_injection; fault_injection.keep_pace(0.03)"
 SETTINGS: dict[str, Any] = {
     "lora.dropout": 0.1,
     "data.max_length": 32,
@@ -127,6 +129,50 @@ def test_a_run_whose_job_is_taken_away_goes_on_exactly(
     wait_for(lambda: cluster.states(job) == ["COMPLETED"])
     assert is_(run, "finished")
     assert [type(event) for event in events(run)].count(Queued) == 3
+
+
+def test_a_run_on_two_gpus_goes_on_exactly(
+    cluster: Cluster,
+    recipe: MakeRecipe,
+    two_processes: None,
+    quick_trainers: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    settings = SETTINGS | {"training.gpus": 2}
+    whole = finished(recipe(settings))
+    held = tmp_path / "held"
+    held.mkdir()
+    monkeypatch.setenv("BEFORE_TRAINER", f"{PACE}; fault_injection.start_after({str(held)!r})")
+    file = tmp_path / "recipe.toml"
+    file.write_text(dump(recipe(settings)))
+    write_target('extra = ["--mem=500"]\n')
+    run = train(file, capsys)
+    job = job_of(run)
+    assert "gres/gpu:2" in cluster.call("scontrol", "show", "job", job)
+    # All processes are told, before the trainers handle signals.
+    wait_for(lambda: len(list(held.iterdir())) == 2, saying="both trainers")
+    cluster.call("scontrol", "requeue", job)
+    shutil.rmtree(held)
+    wait_for(lambda: len(pauses(run)) == 1 and is_(run, "queued"), saying="the first requeue")
+    cluster.hurry(job)
+    reaches(run, 2)
+    # As before the time limit: the script alone is told.
+    cluster.call("scancel", "--batch", "--signal=TERM", job)
+    wait_for(lambda: len(pauses(run)) == 2 and is_(run, "queued"), saying="the pause")
+    cluster.hurry(job)
+    reaches(run, pauses(run)[1].step + 1)
+    # All processes are told: srun, torchrun and both trainers.
+    cluster.call("scontrol", "requeue", job)
+    wait_for(lambda: len(pauses(run)) == 3 and is_(run, "queued"), saying="the requeue")
+    cluster.hurry(job)
+    wait_for(lambda: is_(run, "finished"))
+    assert [started.resumed_from_step for started in events_of(run, Started)] == [
+        0,
+        *(paused.step for paused in pauses(run)),
+    ]
+    assert losses(run) == losses(whole), "to the last bit"
 
 
 def test_a_job_that_does_not_start_again_leaves_its_run_paused_or_lost(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 
 
@@ -17,6 +18,7 @@ class ForkRequest:
             "arguments": arguments,
             "environment": dict(os.environ),
             "folder": os.getcwd(),  # noqa: PTH109 (its imports take longer than all of this)
+            "ignores_term": signal.getsignal(signal.SIGTERM) == signal.SIG_IGN,
         }
         socket.send_fds(self._socket, [json.dumps(request).encode() + b"\n"], streams)
         self._answers = self._socket.makefile()
