@@ -13,10 +13,10 @@ from textual.widgets import Input
 from qlora_tui.catalog import described
 from qlora_tui.catalog.described import Description, describe
 from qlora_tui.errors import UserError
-from qlora_tui.recipe.schema import Lora
+from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.lora.adapter import SettingsList
+from qlora_tui.tui.screens.lora.adapter import SettingsList, setting_lines
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable, adapter_parameters, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -200,6 +200,12 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [60, 120])
+def test_the_meaning_of_a_setting_stays_in_its_line(width: int) -> None:
+    for _, line in setting_lines(Recipe(), Recipe(), "", width, with_meaning=True):
+        assert all(part.cell_length <= width for part in line.split("\n"))
+
+
 def test_modules_of_a_vision_tower_are_left_out() -> None:
     table = ModuleTable(describe(config_of("google__gemma-3-4b-it")))
     assert table.modules

@@ -156,7 +156,7 @@ def setting_lines(
         line = Content.assemble(head, (f" {advice}", "$text-muted")).truncate(width, ellipsis=True)
         if with_meaning:
             meaning = f"{' ' * head.cell_length} {explain(term_of(path))}"
-            line += Content.styled(f"\n{meaning}", "dim").truncate(width + 1, ellipsis=True)
+            line += Content("\n") + Content.styled(meaning, "dim").truncate(width, ellipsis=True)
         lines.append((path, line))
     return lines
 
