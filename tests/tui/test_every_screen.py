@@ -214,6 +214,7 @@ async def test_a_model_without_weights_would_fit_but_cannot_train(private_home: 
         await wait_for_text(pilot, "NF4 would fit", "✗ cannot train: this model has no")
         await pilot.press("0")
         await wait_for_text(pilot, "would fit  ✗ cannot train", "Get the model's weights")
-        shutil.copy(config_folder(private_home, "Qwen__Qwen2.5-0.5B") / "model.safetensors", model)
+        for file in ("model.safetensors", "tokenizer.json"):
+            shutil.copy(config_folder(private_home, "Qwen__Qwen2.5-0.5B") / file, model)
         await pilot.press("1", "r", "4")
         await wait_for_text(pilot, "6.3 of 24.0 GiB fits")

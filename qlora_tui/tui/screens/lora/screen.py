@@ -333,7 +333,8 @@ class LoraScreen(WorkScreen):
         instead.
         """
         recipe = self.app.workbench.recipe
-        if self._table is None:
+        # While patterns are typed, this line tells what they select.
+        if self._table is None or self.query_one("#targets-input").display:
             return
         try:
             resolve_targets(recipe.lora, self._table.modules)
