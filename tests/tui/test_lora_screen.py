@@ -199,13 +199,13 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
         await wait_for_text(pilot, "LoRA settings as in preset balanced")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 120])
 def test_the_meaning_of_a_setting_stays_in_its_line(width: int) -> None:
     for _, line in setting_lines(Recipe(), Recipe(), "", width, with_meaning=True):
         assert all(part.cell_length <= width for part in line.split("\n"))
 
 
+@pytest.mark.slow
 def test_modules_of_a_vision_tower_are_left_out() -> None:
     table = ModuleTable(describe(config_of("google__gemma-3-4b-it")))
     assert table.modules
