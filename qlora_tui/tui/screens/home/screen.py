@@ -247,7 +247,7 @@ class HomeScreen(WorkScreen):
         from qlora_tui.runs import actions as run_actions
         from qlora_tui.tui.threads import act_on_run
 
-        act_on_run(self, self._last_run, run_actions.resume, lambda: self.call_next(self.action_watch))
+        act_on_run(self, self._last_run, run_actions.resume, lambda _: self.call_next(self.action_watch))
 
     async def action_prepare(self) -> None:
         """Switch to the Train screen, where the recipe is checked and launched."""
