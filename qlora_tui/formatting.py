@@ -154,6 +154,11 @@ def format_percent(part: float | None, decimals: int = 0) -> str:
     return "NA" if part is None else f"{part * 100:.{decimals}f}%"
 
 
+def format_reading(percent: int | None) -> str:
+    """Format a device's reading in whole percent: ``97%``, or ``NA`` if the device does not report it."""
+    return "NA" if percent is None else f"{percent}%"
+
+
 def format_small_percent(part: float) -> str:
     """Format a share that is usually small, such as a share of parameters: ``3.6%``, ``0.05%``, ``12%``."""
     percent = part * 100

@@ -12,7 +12,7 @@ from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
 
-from qlora_tui.formatting import format_duration, format_gib, format_percent, format_progress
+from qlora_tui.formatting import format_duration, format_gib, format_percent, format_progress, format_reading
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
@@ -173,8 +173,7 @@ def _gpu_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
 
 
 def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
-    percent = metrics.utilization_percent if metrics is not None else None
-    return f"{gpu.short_name} {'NA' if percent is None else f'{percent}%'}"
+    return f"{gpu.short_name} {format_reading(None if metrics is None else metrics.utilization_percent)}"
 
 
 class CommandFooter(Drawing):

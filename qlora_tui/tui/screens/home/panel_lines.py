@@ -27,6 +27,7 @@ from qlora_tui.formatting import (
     format_power,
     format_progress,
     format_rate,
+    format_reading,
     format_speed,
     short_model_name,
 )
@@ -133,7 +134,7 @@ def gpu_lines(
         head = Content.assemble((gpu.short_name, "bold"), (f"   {title}", "$warning"))
         lines = [head, Content.styled(reason, "dim")]
     else:
-        use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+        use = format_reading(metrics.utilization_percent)
         temperature = "NA" if metrics.temperature_c is None else f"{metrics.temperature_c} °C"
         power = "" if metrics.power_w is None else f"   {format_power(metrics.power_w)} W"
         used, total = metrics.memory_used_bytes, metrics.memory_total_bytes
@@ -156,7 +157,7 @@ def _short_gpu_line(gpu: GpuDevice, metrics: GpuMetrics | None) -> Content:
     """Return ``RTX 3060   80%  7.1 of 12.0 GiB``."""
     if metrics is None:
         return Content.assemble((gpu.short_name, "bold"), ("   does not respond", "$warning"))
-    use = "NA" if metrics.utilization_percent is None else f"{metrics.utilization_percent}%"
+    use = format_reading(metrics.utilization_percent)
     memory = f"{format_gib(metrics.memory_used_bytes)} of {format_gib(metrics.memory_total_bytes)} GiB"
     return Content.assemble((gpu.short_name, "bold"), f"   {use}  {memory}")
 

@@ -37,7 +37,7 @@ from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
     ItemsPanel,
     budget_words,
-    even_colors,
+    has_even_colors,
     peak_lines,
     peak_time,
     peak_words,
@@ -357,7 +357,7 @@ class MemoryScreen(WorkScreen):
             layers=self._layers,
             can_train=can_train,
             here=here,
-            is_even=bool(even_colors(self.query_one("#bars"))),
+            is_even=has_even_colors(self),
         )
         self.query_one("#bars", Lines).show(lines)
 

@@ -114,13 +114,18 @@ PARTS: tuple[BarPart, ...] = (
 """The parts of a bar from left to right. The last part has each item that no other part has."""
 
 
+def has_even_colors(widget: Widget) -> bool:
+    """Return whether parts are told apart by colors alone. A terminal with few colors needs textures."""
+    return not (widget.app.no_color or widget.app.current_theme.ansi)
+
+
 def even_colors(widget: Widget) -> dict[str, str]:
     """Return the opaque color of each part on a widget's background, by the name of the part. Cells with two
     parts need opaque colors. On a terminal with few colors, the result is empty.
     """
-    app, under = widget.app, widget.background_colors[1]
-    if app.no_color or app.current_theme.ansi:
+    if not has_even_colors(widget):
         return {}
+    app, under = widget.app, widget.background_colors[1]
     hues = {part: Color.parse(app.theme_variables[part.hue.removeprefix("$")]) for part in PARTS}
     return {part.name: under.blend(hue, part.even_strength / 100).hex for part, hue in hues.items()}
 
@@ -349,7 +354,7 @@ class ItemsPanel(Panel):
         """Show the items of an estimate. ``name``: name of the precision."""
         self._estimate = estimate
         self.show_title(f"{name} by item")
-        self._list.show(partial(item_lines, estimate, bool(even_colors(self))))
+        self._list.show(partial(item_lines, estimate, has_even_colors(self)))
         self._explain()
 
     def on_option_list_option_highlighted(self) -> None:

@@ -49,7 +49,7 @@ from qlora_tui.tui.render.labels import (
     fit_here,
     verdict_legend,
 )
-from qlora_tui.tui.screens.memory.step_panels import even_colors, is_far_above, legend, stacked_bar
+from qlora_tui.tui.screens.memory.step_panels import has_even_colors, is_far_above, legend, stacked_bar
 from qlora_tui.tui.widgets.controls import Lines, Panel
 
 _LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
@@ -134,7 +134,7 @@ class PartsPanel(Panel):
         rows = self.screen.size.height
         groups |= {"micro-batch": fit.batches} if rows >= _BATCHES_HEIGHT else {}
         groups |= {"rank": fit.ranks} if rows >= _RANKS_HEIGHT else {}
-        self._lines.show(partial(parts_lines, groups, fit, bool(even_colors(self))))
+        self._lines.show(partial(parts_lines, groups, fit, has_even_colors(self)))
 
 
 class ModelSide(Vertical):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 from textual.content import Content
 
-from qlora_tui.formatting import format_bytes, format_gib, format_percent, format_power
+from qlora_tui.formatting import format_bytes, format_gib, format_percent, format_power, format_reading
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.plot import bar, blocks
@@ -92,7 +92,7 @@ def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Conte
         alone = replace(machine, readings=readings, estimate_bytes=None)
         meters = _meters(alone)
         has_charts = share > _CHARTS_FROM
-        util, power = _percent(gpu.utilization_percent), format_power(gpu.power_w)
+        util, power = format_reading(gpu.utilization_percent), format_power(gpu.power_w)
         figures = "" if has_charts else f"  {util}  {power} W"
         lines.append(Content.assemble((name, "bold"), figures, "  ", _temperature(gpu)))
         # The GPU's name takes one of the GPU's lines.
@@ -142,10 +142,10 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
     return (
         _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
-        _Meter("util", _percent(gpu.utilization_percent), 0, utilizations, 100.0),
+        _Meter("util", format_reading(gpu.utilization_percent), 0, utilizations, 100.0),
         _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w or 1.0),
         _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
-        _Meter("clock", f"{clock}   fan {_percent(gpu.fan_percent)}"),
+        _Meter("clock", f"{clock}   fan {format_reading(gpu.fan_percent)}"),
         _Meter("slowed", _throttle(gpu), 1),
         _Meter("trainer", f"{format_bytes(last.rss_bytes)}, CPU {format_percent(last.cpu_percent / 100)}"),
     )
@@ -164,10 +164,12 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
     for meter in meters:
         if meter.history:
             *above, last = (
-                _meter_chart(meter, machine.readings, cells, rows) if rows > 1 else [_level(meter, cells)]
+                _meter_chart(meter, machine.readings, cells, rows)
+                if rows > 1
+                else [_filled(meter.history[-1], meter.top, cells)]
             )
         elif meter.bar:
-            above, last = [], _used(meter.bar, cells)
+            above, last = [], _filled(*meter.bar, cells)
         else:
             above, last = [], Content("")
         gap = " " if last.cell_length else ""
@@ -194,7 +196,7 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
         gap = "  " if lines[meter.line] else ""
         part = Content.styled(f"{gap}{meter.name} ", "dim")
         if meter.bar and cells:
-            part = Content.assemble(part, _used(meter.bar, cells), " ")
+            part = Content.assemble(part, _filled(*meter.bar, cells), " ")
         part += meter.value
         if meter.bar and machine.estimate_bytes is not None:
             part += Content.styled(f"  estimate {format_gib(machine.estimate_bytes)}", "dim")
@@ -202,16 +204,12 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
     return [Content("").join(parts) for parts in lines if parts]
 
 
-def _used(part: tuple[int | None, int | None], width: int) -> Content:
-    """Return a bar for (used, total)."""
-    used, total = part
-    return Content.styled(bar(used / total if used and total else 0.0, width), "$hardware")
+def _filled(value: float | None, full: float | None, width: int) -> Content:
+    """Return a bar that is filled by the share of ``value`` in ``full``; empty if one of them is unknown.
 
-
-def _level(meter: _Meter, width: int) -> Content:
-    """Return a bar for the last value. In one row, a chart of a steady value would look like a full bar."""
-    last = meter.history[-1]
-    return Content.styled(bar(0.0 if last is None else last / meter.top, width), "$hardware")
+    In one row, a chart of a steady value would look like a full bar.
+    """
+    return Content.styled(bar(value / full if value and full else 0.0, width), "$hardware")
 
 
 def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: int) -> list[Content]:
@@ -227,10 +225,6 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
     return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows, is_apart=True)]
-
-
-def _percent(value: int | None) -> str:
-    return "NA" if value is None else f"{value}%"
 
 
 def _power(gpu: GpuMetrics) -> str:
