@@ -67,6 +67,12 @@ class LocalModel(Struct, frozen=True):
     refusal: UserError | None
     """Why the model cannot be trained; None if it can."""
 
+    @property
+    def loading_refusal(self) -> UserError | None:
+        """Why the weights cannot be used. Estimates and merges do not need a tokenizer; training does."""
+        is_loadable = self.refusal is None or self.refusal.code == UNUSABLE_TOKENIZER
+        return None if is_loadable else self.refusal
+
 
 class ModelFiles(Struct, frozen=True):
     """Files of a trainable local model, for the trainer."""
@@ -131,8 +137,8 @@ def find_files(model_id: str) -> ModelFiles:
     model = _find_model(model_id)
     if model is None:
         raise model_not_found(model_id)
-    if model.refusal is not None and model.refusal.code != UNUSABLE_TOKENIZER:
-        raise model.refusal
+    if model.loading_refusal is not None:
+        raise model.loading_refusal
     assert model.architecture is not None  # a model without an architecture is rejected
     if model.source == "gguf":
         return ModelFiles(model.id, model.path.parent, model.path.name, "gguf", model.architecture)
@@ -302,7 +308,7 @@ def _converted_models() -> Iterator[LocalModel]:
 
 def _read_converted(folder: Path) -> LocalModel:
     model = _read_folder(folder, "converted", folder.name, folder.name)
-    if _UNCHECKED_CONVERSION.fullmatch(folder.name) and model.refusal is None:
+    if _UNCHECKED_CONVERSION.fullmatch(folder.name) and model.loading_refusal is None:
         refusal = UserError(
             "Converted by an earlier version",
             what=f"{folder} was made from a GGUF file without checking what would be lost.",
@@ -462,13 +468,13 @@ def describe_model(model_id: str, should_stop: Callable[[], bool] = lambda: Fals
 
 @at_box
 def describe_models(models: Sequence[LocalModel], should_stop: Callable[[], bool] = lambda: False) -> bool:
-    """Read the exact architectures of all trainable models that have only an outline.
+    """Read the exact architectures of all models that can be estimated and have only an outline.
 
     Returns whether there was such a model. Raises JobStopped.
     """
     configs = []
     for model in models:
-        if model.refusal is None and model.architecture is not None and model.architecture.is_outline:
+        if model.loading_refusal is None and model.architecture and model.architecture.is_outline:
             with suppress(UserError):
                 configs.append(load_model_config(str(model.path)))
     described.describe_all(configs, should_stop)

@@ -214,14 +214,14 @@ def preset_names() -> Iterable[str]:
 
 
 def model_names() -> Iterable[str]:
-    """Return the models on this machine that can be trained."""
+    """Return the models on this machine whose weights can be used, also if only for an estimate."""
     from pathlib import Path
 
     from qlora_tui.catalog.local_models import list_local_models
     from qlora_tui.settings import load_settings
 
     folders = [Path(folder).expanduser() for folder in load_settings().model_folders]
-    return (model.name for model in list_local_models(folders) if model.refusal is None)
+    return (model.name for model in list_local_models(folders) if model.loading_refusal is None)
 
 
 def settings() -> Iterable[str]:

@@ -125,7 +125,6 @@ def names(tmp_path: Path, qwen: Path) -> dict[str, str]:
     """What a shell should complete each line to, with a run, a preset and a model on this machine."""
     (paths.config_dir() / "config.toml").write_text(f"model_folders = [{str(qwen.parent)!r}]\n")
     (qwen / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    (qwen / "tokenizer.json").write_text("{}")
     (paths.user_presets_dir() / "balcony.toml").write_text("[lora]\nrank = 8\n")
     return {
         "qlora-tui attach ti": create_run(Recipe(name="tickets")).id,
