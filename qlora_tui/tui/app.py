@@ -51,18 +51,18 @@ SYSTEM_POLL_INTERVAL_S = 1.0
 _HALF = 0.5
 _SETTLE_S = 0.3
 _TELL_AGAIN_S = 20.0
-"""Seconds before the user is notified again that a box does not respond."""
+"""Seconds before the user is notified again that the other machine does not respond."""
 
 
 def _make_screen(mode: str) -> WorkScreen:
-    """Return an instance of the numbered screen with the name ``mode``, whose class is imported now."""
+    """Return a new instance of the numbered screen with the name ``mode``, after importing its class."""
     module = import_module(f"qlora_tui.tui.screens.{mode}.screen")
     screen: WorkScreen = getattr(module, f"{mode.title()}Screen")()
     return screen
 
 
 class QloraApp(TerminalApp):
-    """The terminal workstation."""
+    """The app: its screens, its recipe, and what all screens share."""
 
     TITLE = "qlora-tui"
     CSS_PATH = "app.tcss"
@@ -94,7 +94,7 @@ class QloraApp(TerminalApp):
         deletion.
         """
         self.counts = 0
-        """Number of times that the recipe's samples were counted. When it increases, screens replace
+        """Number of times that the recipe's samples were counted. When this number increases, screens replace
         estimated sample counts with exact ones.
         """
         self.count_problem: UserError | None = None
@@ -154,8 +154,8 @@ class QloraApp(TerminalApp):
 
     def watch_verdict(self) -> Callable[[str], None]:
         """Return a function that notifies the user if the recipe's verdict on memory has changed since this
-        call. Its argument is the reason to show. It does nothing if the recipe or the available memory has
-        changed, too.
+        call, with its argument as the reason. The function does nothing if the recipe or the available memory
+        has changed.
         """
         recipe, budget = self.workbench.recipe, self.memory_budget
         before = self.workbench.verdict(budget)
@@ -172,8 +172,7 @@ class QloraApp(TerminalApp):
 
     def count_samples(self) -> None:
         """Count the samples in the recipe's data in a separate process, then refresh everything that depends
-        on the count. Do nothing if the recipe has no model or no data, or if the same samples were counted
-        last.
+        on the count. Do nothing if model or data are missing, or unchanged since the last count.
         """
         from qlora_tui.data.sources import every_source, source_stamps
 
@@ -200,8 +199,7 @@ class QloraApp(TerminalApp):
 
     def recall_trace(self) -> bool:
         """Load the stored traces of the recipe's training step, one for each device that estimates are shown
-        for. Return whether a trace was loaded that was not in use before. This reads files, so call it in a
-        thread.
+        for. Return whether a trace was not in use before. Reads files, so call it in a thread.
         """
         from qlora_tui.runs.exact_memory import recall_trace
 
@@ -220,8 +218,8 @@ class QloraApp(TerminalApp):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The device to plan for, and its memory: a GPU of the size in the user's settings if one is set,
-        otherwise this machine's GPU or CPU.
+        """The device to plan for, and its memory: a GPU of the size in the user's settings if they have a
+        size, otherwise this machine's GPU or CPU.
         """
         from qlora_tui.memory.budget import budget_for
 
@@ -233,7 +231,7 @@ class QloraApp(TerminalApp):
         """The device that a run on this machine would use, and its memory, regardless of the GPU size in the
         user's settings.
 
-        If runs would use a GPU but its driver reports nothing about it, this equals :attr:`memory_budget`.
+        If runs would use a GPU about which the driver reports nothing, this equals :attr:`memory_budget`.
         """
         from qlora_tui.memory.budget import budget_for
 
@@ -322,8 +320,8 @@ class QloraApp(TerminalApp):
         return self.console.color_system in (None, "standard")
 
     def on_terminal_color(self, message: TerminalColor) -> None:
-        """Record a color that the terminal has reported, and update the theme. Once text and background
-        colors are both known, a terminal with 24-bit color can show the theme that is derived from them.
+        """Record a color that the terminal has reported, and update the theme. Once both colors of a terminal
+        with 24-bit color are known, the theme that is derived from them becomes available.
         """
         self._terminal_colors[message.is_background] = message.color
         if message.is_background:
@@ -404,8 +402,8 @@ class QloraApp(TerminalApp):
         self.recipe_changed.publish(self.workbench.recipe)
 
     def preview_theme(self, setting: str) -> None:
-        """Show the theme for a value of the setting ``theme`` without saving the setting. An empty value
-        shows the theme in the settings again.
+        """Show the theme for a value of the setting ``theme`` without saving the setting. If ``setting`` is
+        empty, show the theme of the saved setting again.
         """
         self._show_theme(self._theme_for(setting or self.settings.theme))
 
@@ -421,7 +419,7 @@ class QloraApp(TerminalApp):
         self.preview_theme(previewed_theme(message))
 
     def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
-        """Switch back to the saved theme, unless the user selected an entry."""
+        """Switch back to the theme in the settings if the palette was closed without selecting an entry."""
         if not message.option_selected:
             self.preview_theme("")
 
@@ -488,7 +486,9 @@ class QloraApp(TerminalApp):
             return True
 
     def intercept_error(self, error: Exception) -> bool:
-        """Show a worker's UserError, and report disk errors. Return whether the error was one of these."""
+        """Handle a worker's UserError or SkipAction, or a disk error, and return True; otherwise return
+        False.
+        """
         cause = error.error if isinstance(error, WorkerFailed) else None
         if isinstance(cause, UserError) and cause.code == UNREACHABLE:
             # Notify the user only now and then: the top line shows the problem too, and background reads fail
@@ -520,7 +520,7 @@ class QloraApp(TerminalApp):
         self.push_screen(all_keys_screen())
 
     def action_help_quit(self) -> None:
-        """Notify the user which key quits the app, since Ctrl+C does not."""
+        """Tell the user which key quits the app, since Ctrl+C does not."""
         self.notify(f"Press {key_names('app.quit')} to quit the app. Runs continue without it.")
 
     def action_presets(self) -> None:
@@ -544,7 +544,7 @@ class QloraApp(TerminalApp):
         self.push_screen(MachineReportScreen())
 
     async def action_simulate_key(self, key: str) -> None:
-        """Press a key on behalf of a click on its name."""
+        """Press ``key``, whose name the user has clicked."""
         # Deferred and sent by the app: a key sent by the clicked panel would skip the panel's own bindings.
         self.call_later(self.simulate_key, key)
 

@@ -6,5 +6,5 @@ import time
 
 
 def now() -> float:
-    """Unix time, seconds."""
+    """Return the current Unix time in seconds."""
     return time.time()

@@ -25,7 +25,9 @@ _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""Maximum length of a possible beginning of a reply that a person may have typed: Escape, ``]``, ``1``."""
+"""Maximum number of characters of a possible beginning of a reply that a person may have typed: Escape,
+``]``, ``1``.
+"""
 _TYPED_S = 0.1
 """Seconds to wait for the rest of a possible reply if its beginning may have been typed by a person."""
 _EXPECTED_S = 3.0
@@ -45,8 +47,8 @@ class TerminalColor(Message):
 
 
 def can_answer(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the query may be sent to this terminal without being printed. The terminal need not
-    reply.
+    """Return whether :data:`QUERY` can be sent to this terminal. False if the terminal would print the query
+    as text. True does not mean that the terminal will reply.
     """
     return not environment.get("TERM", "dumb").startswith(_UNABLE)
 
@@ -85,8 +87,8 @@ class ReplyReader:
         return text, colors
 
     def overdue(self, now: float) -> str:
-        """Return input that was held back as a possible beginning of a reply for too long, such as the Escape
-        key; empty if there is none. ``now`` is in monotonic seconds.
+        """Return input, such as the Escape key, that was held back for too long because it may have been the
+        beginning of a reply; return an empty string if there is none. ``now`` is in monotonic seconds.
         """
         if not self._held or len(self._held) > _TYPED or now - self._held_at < _TYPED_S:
             return ""

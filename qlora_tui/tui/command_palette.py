@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _OTHER_SCREEN_FACTOR = 0.8
-"""Factor on the scores of other screens' commands, so that they rank below those of the current screen."""
+"""Factor on the scores of other screens' commands, so that they rank below the current screen's commands."""
 _HELP_SCORE = 0.3
-"""Score of an entry whose title does not match, but whose help has, for each word of the query, a word that
-starts with it.
+"""Score of an entry if its title does not match the query, but every word of the query is the beginning of a
+word in the entry's help.
 """
 _WIDTH, _FRAME, _MARGIN = 140, 5, 8
 """Cells: maximum width of the palette, its frame and padding, and its margin in a wide window."""
@@ -61,7 +61,7 @@ class Entry:
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
-    """Factor on its score, which ranks it in the results of a search."""
+    """Factor on this entry's score, which ranks the results of a search."""
 
 
 class Palette(CommandPalette):
@@ -243,10 +243,11 @@ def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
 
 
 def _score(matcher: Matcher, query: str, entry: Entry) -> float:
-    """Return the score of an entry for a query: of a match of letters in its title, or else of words in its
-    help that start with the words of the query; 0 if neither matches.
+    """Return how well an entry matches a query; 0 if it does not match.
 
-    The help is too long to match letter by letter, since almost any query would match.
+    The score depends on the title, in which the letters of the query must occur in order. If they do not, the
+    entry still matches if every word of the query is the beginning of a word in the entry's help. The help is
+    too long to match letter by letter, since almost any query would match.
     """
     words = entry.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())

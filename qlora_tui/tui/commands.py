@@ -15,7 +15,7 @@ class Command:
     """Something the user can do."""
 
     id: str
-    """``train.stop``: unique, and stable because keymaps refer to it."""
+    """Unique id, such as ``train.stop``. An id never changes, because keymaps refer to it."""
     key: str
     """Its key in Textual's notation; several keys are separated by commas."""
     action: str
@@ -33,7 +33,7 @@ class Command:
     commands of its screen, so that Enter does not run it by accident.
     """
     cli: str = ""
-    """The command-line equivalent, such as ``runs rename``."""
+    """The command-line equivalent, such as ``runs rename``; empty if there is none."""
 
     def binding(self) -> Binding:
         """Convert to a Textual binding."""

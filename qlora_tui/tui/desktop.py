@@ -34,8 +34,8 @@ _TOOLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DISPLAY", ("xsel", "--clipboard", "--input")),
     ("", ("pbcopy",)),
 )
-"""(environment variable, command) of each clipboard tool. A tool is tried if its variable is set, or if it
-has none (""), and reads the text from stdin.
+"""(environment variable, command) of each clipboard tool. A command reads the text from stdin. It is tried
+only if its variable is set; commands with the variable ``""`` are always tried.
 """
 _TIMEOUT_S = 2.0
 _SHOWN = 160
@@ -43,8 +43,8 @@ _SHOWN = 160
 
 
 def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the escape sequence that copies ``text`` (OSC 52). Inside tmux, the sequence wrapped for tmux
-    follows, since tmux may accept only one of the two.
+    """Return the escape sequence that copies ``text`` (OSC 52). Inside tmux, the result also contains the
+    sequence in the form for tmux, since tmux may accept only one of the two forms.
     """
     osc = f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\a"
     return osc + _for_tmux(osc) if environment.get("TMUX") else osc
@@ -85,7 +85,7 @@ async def copy(app: QloraApp, text: str) -> None:
 def copy_locally(text: str) -> str:
     """Pass the text to a clipboard tool on this machine.
 
-    Return the name of the first tool that accepted the text; empty if there is none.
+    Return the name of the first tool that accepted the text; return an empty string if no tool did.
     """
     for variable, command in _TOOLS:
         if (variable and not os.environ.get(variable)) or not shutil.which(command[0]):
@@ -140,8 +140,8 @@ def _open(folder: Path) -> bool:
 
 
 def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
-    """Notify the user in the app that a run has ended, and also by bell, window title and desktop
-    notification, each if it is turned on in the settings.
+    """Notify the user in the app that a run has ended. If turned on in the settings, also use the bell, the
+    window title and a desktop notification.
     """
     wanted = app.settings.notify
     app.notify(notification.text, severity="information" if notification.event == "finished" else "error")

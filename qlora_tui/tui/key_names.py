@@ -39,8 +39,8 @@ def key_names(command_id: str) -> str:
 
 
 def key_while_typing(command_id: str) -> str:
-    """Return the name of a command's first key that is not a character, since the focused text field would
-    insert a character. If all are characters, return the first.
+    """Return the name of a command's first key that is not a character, because in a text field a character
+    key would only insert its character. If all keys of the command are characters, return the first key.
     """
     keys = _keys(command_id)
     return _in_brackets(next((key for key in keys if _character(key) is None), keys[0]))
@@ -62,8 +62,8 @@ def short_keys(command_id: str) -> str:
 
 
 def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
-    """Return ``Enter watch  x cancel  Esc close``: the keys of a dialog, which has no footer. A click presses
-    a key.
+    """Return the keys of a dialog and what they do, such as ``Enter watch  x cancel  Esc close``. A dialog
+    shows this line because it has no footer. A click on a key presses the key.
 
     Args:
         bindings: The dialog's own keys; those without a description are left out.
@@ -78,9 +78,9 @@ def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
 
 
 def key_hint(shown: str, verb: str, press: str = "") -> Content:
-    """Return ``x cancel`` for the border of a panel or dialog.
+    """Return a key and what it does, such as ``x cancel``, for the border of a panel or dialog.
 
-    A click presses ``press``, in Textual's notation.
+    A click on the hint presses the key ``press``, given in Textual's notation; nothing if ``press`` is empty.
     """
     hint = Content.assemble((shown, "$key bold"), (f" {verb}", "not bold $text-muted"))
     return hint.stylize(_pressing(press)) if press else hint
@@ -109,12 +109,12 @@ def pressable(text: str, key: str) -> Content:
 
 
 def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
-    """Return ``Settings: s doubles S halves``: a panel's title that explains the two keys of one of its
-    settings as an example for all.
+    """Return the title of a panel of settings. The title names the two keys of one setting as an example for
+    the other settings: ``Settings: s doubles S halves``.
 
     Args:
-        up: Id of the command that raises one setting, and the verb to show for it.
-        down: The same for the command that lowers it.
+        up: Id of the command that raises the setting, and the verb to show for this command.
+        down: Id of the command that lowers the setting, and the verb to show for this command.
     """
     hints = [key_hint(bare_key(command_id), does) for command_id, does in (up, down)]
     return Content.assemble("Settings: ", Content("  ").join(hints))
@@ -217,8 +217,8 @@ def _keys(command_id: str) -> list[str]:
 
 
 def _keymap() -> Mapping[str, str]:
-    """Return the keymap of the running app; empty if no app is running, or the app is a test's without
-    settings.
+    """Return the keymap of the running app; empty if no app is running, or if the app has no settings, as in
+    some tests.
     """
     settings: Settings = getattr(active_app.get(None), "settings", Settings())
     return settings.keymap

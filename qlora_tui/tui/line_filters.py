@@ -35,8 +35,8 @@ class VisibleTextFilter(LineFilter):
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
-        """Return the segments with symbols instead of control characters and without links; if there are
-        none, return the list itself.
+        """Return the segments with symbols instead of control characters, and without links. If ``segments``
+        has no control characters and no links, return ``segments`` itself.
         """
         for text, style, control in segments:
             if (not text.isprintable() and _shown(text) != text) or control or (style and style.link):

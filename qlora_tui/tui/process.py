@@ -86,7 +86,9 @@ def _on_signal(number: signal.Signals, leave: Callable[[int], object]) -> None:
 
 
 class AppThreads(ThreadPoolExecutor):
-    """Runs ``asyncio.to_thread`` calls in threads. The event loop does not wait for these when it closes."""
+    """Runs ``asyncio.to_thread`` calls in threads. When the event loop closes, it does not wait for these
+    threads.
+    """
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait=False, cancel_futures=cancel_futures)
@@ -98,7 +100,7 @@ _NATIVE = 2
 @contextmanager
 def capture_stderr(log: Path) -> Iterator[None]:
     """Append standard error to ``log`` while the context is active. Textual paints to the terminal through
-    ``sys.__stderr__``, which is replaced by a stream to the terminal.
+    ``sys.__stderr__``, so this attribute is replaced by a stream to the terminal.
     """
     before = sys.__stderr__
     terminal = os.dup(_NATIVE)
@@ -148,8 +150,8 @@ class DiskFaults:
     def __init__(self) -> None:
         self._reported_at: dict[str, float] = {}
         self.ended_by: UserError | None = None
-        """The disk error that ended the app. Textual stops a message pump whose handler raises an exception,
-        so the app cannot continue.
+        """The disk error that ended the app; None if no disk error did. Textual stops a message pump whose
+        handler raises an exception, so the app cannot continue.
         """
 
     def handle(self, app: App[Any], error: Exception) -> bool:

@@ -30,12 +30,12 @@ _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Dropout values: those in the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
-"""Leading digits for all other numbers: 1, 2, 3, 5, 10, 20…"""
+"""Leading digits of the values of all other numeric settings: 1, 2, 3, 5, 10, 20…"""
 
 
 def step_value(field: Field, value: Any, direction: int) -> Any:
-    """Return the setting's next value up (``direction`` 1) or down (-1) within its bounds. Return the same
-    value if there is no next one, or if the setting is text.
+    """Return the setting's next value up (``direction`` 1) or down (-1) within its bounds. Return ``value``
+    itself if it is the last one in this direction, or if the setting is text.
     """
     match field.kind:
         case "bool":

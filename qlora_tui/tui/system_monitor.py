@@ -1,7 +1,7 @@
 """Polls the GPU and the runs once a second.
 
-``SystemMonitor.poll_and_recover`` runs in a thread, and its result is published to all screens. It also
-starts a runner if runs are waiting although no runner is active.
+``SystemMonitor.poll_and_recover`` runs in a thread, and its result is published to all screens. If runs are
+waiting although no runner is active, ``poll_and_recover`` also starts a runner.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class SystemMonitor:
         self._no_gpu: GpuUnavailableError | None = None
         self._retry_at = 0.0
         self._stalled_since: float | None = None
-        """Monotonic time in seconds since which runs have been waiting without a runner; None if no run is
-        waiting or a runner lives.
+        """Monotonic time in seconds since which runs have been waiting although no runner is active; None if
+        no run is waiting or a runner is active.
         """
         self._has_looked_after_sweeps = False
         """Whether this monitor has started a runner, which also continues sweeps that were killed before they
@@ -121,7 +121,7 @@ class SystemMonitor:
         """
 
     def poll_and_recover(self) -> SystemStatus:
-        """Return the current status, and start a runner if the queue has none.
+        """Return the current status. If runs have been waiting for too long without a runner, start a runner.
 
         A missing GPU or a damaged run never raises an exception.
         """
@@ -246,7 +246,9 @@ class SystemMonitor:
         return None
 
     def _has_free_gpu(self) -> bool:
-        """Whether no run has one of several GPUs."""
+        """Return whether at least one of the GPUs that runs may use is not in use by a run; False if there
+        are not several GPUs.
+        """
         if self._choice is None or not self._other_gpus:
             return False
         return any(is_free(RunDevice.of_gpu(gpu).key) for gpu in (self._choice.gpu, *self._other_gpus))

@@ -64,22 +64,22 @@ class SystemStatus:
     other_gpus: tuple[GpuDevice, ...] = ()
     """The other GPUs that runs may use."""
     other_gpu_metrics: tuple[GpuMetrics | None, ...] = ()
-    """A reading of each of them; None for one that does not respond."""
+    """A reading of each GPU in :attr:`other_gpus`; None for a GPU that does not respond."""
     gpu_choice: str = ""
     """Why this GPU was selected among several; empty if there is only one."""
     no_gpu: GpuUnavailableError | None = None
-    """Why there is no GPU, or why it does not respond; None if it responds."""
+    """Why there is no GPU, or why the GPU does not respond; None if the GPU responds."""
     gpu_problem: UserError | None = None
-    """Why torch cannot use the GPU; None if it can."""
+    """Why torch cannot use the GPU; None if torch can use the GPU."""
     active: RunDir | None = None
-    """The run that is training; None if none is. If several runs are training, on several GPUs, this is the
-    newest.
+    """The run that is training; None if no run is training. If several runs are training, on several GPUs,
+    this is the newest.
     """
     active_status: Status | None = None
     also_active: tuple[RunDir, ...] = ()
     """The other runs that are training."""
     also_active_statuses: tuple[Status, ...] = ()
-    """The status of each of them."""
+    """The status of each run in :attr:`also_active`."""
     has_free_device: bool = False
     """Whether a device that runs may use is free."""
     active_or_last: RunDir | None = None
@@ -88,7 +88,7 @@ class SystemStatus:
     waiting_ids: tuple[str, ...] = ()
     """Ids of the runs in the queue, in the order in which they will start."""
     exports: tuple[RunningExport, ...] = ()
-    """Exports of all runs that are being written."""
+    """Exports that are being written, of all runs."""
     servers: tuple[ServerStatus, ...] = ()
     """Running servers of adapters, which other programs send requests to."""
     ended_runs: tuple[RunNotification, ...] = ()
@@ -98,9 +98,9 @@ class SystemStatus:
     box: str = ""
     """Name of the other machine that this status describes; empty for this machine."""
     box_silent_s: float = 0.0
-    """Seconds since the box last responded; 0 if it responds."""
+    """Seconds since the machine :attr:`box` last responded; 0 if it responds."""
     box_note: str = ""
-    """What the box is doing, such as receiving data, or why it cannot be reached."""
+    """What the machine :attr:`box` is doing, such as receiving data, or why it cannot be reached."""
 
     @property
     def loaded_server(self) -> ServerStatus | None:
@@ -109,10 +109,11 @@ class SystemStatus:
 
     def continues_without_app(self, watched: RunDir | None = None) -> list[str]:
         """Return a line for each run, export and server that continues after the app exits, and a last line
-        with the command to come back; an empty list if there are none.
+        with the command that opens the app again. Return an empty list if nothing continues.
 
         Args:
-            watched: A run to name instead of the active one, unless it has ended.
+            watched: The run that the Train screen shows; its line comes first, unless it has ended. None if
+                no screen shows a run.
         """
         from qlora_tui.runs.status import ACTIVE, read_status  # not needed for the first frame
 
@@ -148,8 +149,8 @@ class SystemStatus:
 
     @property
     def trains_on(self) -> Literal["cpu", "unknown", "none"]:
-        """What a run would train on while the driver reports no GPU: the CPU, something unknown, or
-        nothing.
+        """What a run would train on while the driver reports no GPU: ``cpu``, ``unknown`` or, if no run can
+        train, ``none``.
         """
         return "cpu" if self.no_gpu is None else self.no_gpu.reason.device
 
@@ -165,11 +166,11 @@ class SystemStatus:
 
     @property
     def free_bytes(self) -> int | None:
-        """Free memory of the GPU that programs can use; None without a GPU, or if unknown."""
+        """Bytes of the GPU's usable memory that are free; None without a GPU, or if unknown."""
         used = self.gpu_metrics.memory_used_bytes if self.gpu_metrics else None
         return self.usable_bytes - used if self.usable_bytes is not None and used is not None else None
 
     @property
     def usable_bytes(self) -> int | None:
-        """Memory of the GPU that programs can use; None if unknown."""
+        """Bytes of the GPU's memory that programs can use; None if unknown."""
         return self.gpu.usable_bytes if self.gpu else None

@@ -94,7 +94,9 @@ class TerminalApp(HookedApp):
 
 
 class TerminalContents:
-    """The lines that the terminal shows, and updates that change only what differs from these."""
+    """The lines that the terminal shows now. Updates are compared with these lines, so that only what differs
+    is sent.
+    """
 
     def __init__(self, fallback_glyphs: Mapping[int, str]) -> None:
         self._lines: list[Strip] = []
@@ -102,7 +104,9 @@ class TerminalContents:
         """Substitutes for characters that the terminal's font lacks, for ``str.translate``."""
 
     def invalidate(self) -> None:
-        """Forget the lines, since the terminal may show anything, so that the next update is sent whole."""
+        """Forget the lines, because the terminal may show something else. The next update is then sent in
+        full.
+        """
         self._lines = []
 
     @property
@@ -128,7 +132,7 @@ class TerminalContents:
         return update.render_segments(console)
 
     def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
-        """Return each line that a partial update changes, in full, by its row."""
+        """Return the whole line, by row, for each row in which a partial update changes cells."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:
             line = lines.get(y, self._lines[y])

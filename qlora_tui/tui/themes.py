@@ -55,7 +55,9 @@ _OTHER_HUES = {
     (16, True): ("ansi_bright_magenta", "ansi_cyan"),
     (16, False): ("ansi_magenta", "ansi_cyan"),
 }
-"""Default hues for forgetting and hardware, by a theme's number of colors and whether it is dark."""
+"""Default colors of the two hues ``forgetting`` and ``hardware``, by a theme's number of colors and whether
+the theme is dark.
+"""
 ThemeColor = Annotated[str, Meta(pattern=r"^(#[0-9a-fA-F]{6}|ansi_[a-z_]+)$")]
 _NOT_A_COLOR = re.compile(r"Expected `str` matching regex '\^\(#.*' - at `\$\.(\w+)`")
 """Matches msgspec's message for a value that is not a color."""
@@ -105,8 +107,8 @@ def _roles(file: ThemeFile) -> dict[str, str]:
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """Return the variables of a theme whose default values in Textual are too faint to read, or cannot be
-    used inside a line (``auto 60%``).
+    """Return values for the variables of Textual whose defaults are too faint to read, or cannot be used
+    inside a line (``auto 60%``).
     """
     background, surface, foreground, primary, training = map(
         Color.parse,
@@ -258,8 +260,8 @@ def _file(path: Path) -> ThemeFile:
 
 
 def _check_colors(file: ThemeFile) -> None:
-    """Raise ColorParseError for a value that is not a color in spite of its form, since Textual would
-    crash.
+    """Raise ColorParseError if a value has the form of a color but is not a color. Textual would crash on
+    such a value.
     """
     for name in file.__struct_fields__:
         value = getattr(file, name)
@@ -283,8 +285,9 @@ def choose(setting: str, *, few_colors: bool, is_light: bool, knows_terminal: bo
     Args:
         setting: The user's ``theme`` setting.
         few_colors: Whether the terminal has at most 16 colors.
-        is_light: Whether its background is light, as far as that is known.
-        knows_terminal: Whether the terminal has reported its colors, so that their theme is registered.
+        is_light: Whether the terminal's background is light; False if unknown.
+        knows_terminal: Whether the theme :data:`TERMINAL` is available, because the terminal has reported its
+            colors.
     """
     if not is_of_terminal(setting, few_colors):
         return DEFAULT if setting == AUTO else setting

@@ -21,9 +21,11 @@ SLOW_ACTIONS = "slow actions"
 
 
 async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
-    """Run ``function`` in a thread and return its result. The function gets a keyword argument
-    ``should_stop``, a function that returns True once this call is canceled. Without it, closing the app
-    would cancel the worker but not the thread, and the app would have to wait until the thread ends.
+    """Run ``function`` in a thread and return its result.
+
+    ``function`` gets the keyword argument ``should_stop``, a function that returns True once this call is
+    canceled. Otherwise, closing the app would cancel the worker but not the thread, and the app would wait
+    until the thread ends.
     """
     stop = Event()
     try:
@@ -35,8 +37,10 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
 def act_on_run(
     screen: Screen[Any], run: RunDir, act: Callable[[RunDir], T], then: Callable[[T], object]
 ) -> None:
-    """Call ``act(run)``, then ``then`` with its result. With ``--host``, and for a run on a cluster, a worker
-    of ``screen`` does this and calls ``act`` in a thread, since the box and the cluster's commands are slow.
+    """Call ``act(run)``, then ``then`` with its result.
+
+    For a run on another machine (``--host``) or on a cluster, a worker of ``screen`` makes both calls, with
+    ``act`` in a thread, because such a call may be slow.
     """
     # Imported here because the first frame needs this module, but not the package ``runs``.
     from qlora_tui.runs.slurm_runs import is_on_cluster

@@ -26,7 +26,7 @@ class UiState(Struct, frozen=True, omit_defaults=True):
     last_seen: float = 0.0
     """Unix time when the app was last in use. Runs that ended after it are announced at the next start."""
     download_bytes_per_s: float = 0.0
-    """Speed of the last download that completed; 0 before the first."""
+    """Speed of the last completed download, in bytes per second; 0 before the first download."""
 
 
 _DECODER = msgspec.json.Decoder(UiState)
@@ -50,7 +50,7 @@ def recent(kind: Kind) -> tuple[str, ...]:
 
 
 def recent_paths(kind: Kind) -> list[Path]:
-    """Return the recent paths of a kind that still exist, newest first."""
+    """Return those of the recent paths of a kind that still exist, newest first."""
     return [path for path in map(Path, recent(kind)) if _exists(path)]
 
 

@@ -53,8 +53,8 @@ class Workbench:
     """The recipe being edited, with undo, redo and cached estimates."""
 
     def __init__(self, recipe: Recipe | None = None, preset: str = FIRST_PRESET) -> None:
-        """Start from ``recipe``, or else from the recipe of the preset. An empty ``preset`` means the
-        defaults.
+        """Start from ``recipe`` or, if it is None, from the recipe of the preset. An empty ``preset`` means
+        the defaults.
 
         Raises UserError if the preset does not exist or is damaged.
         """
@@ -72,7 +72,7 @@ class Workbench:
         read.
         """
         self._trainable: str | None = None
-        """Id of the model that the last check found trainable; None if the last check found none."""
+        """Id of the recipe's model if the last check found that this model can be trained; otherwise None."""
         self._compared: tuple[
             tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
         ] = ()
@@ -146,7 +146,7 @@ class Workbench:
             self._now = _EditState(self.recipe, *previous_preset)
 
     def undo(self) -> bool:
-        """Undo the last change; return False if there is none."""
+        """Undo the last change and return True; return False if there is nothing to undo."""
         if not self._undo:
             return False
         self._redo.append(self._now)
@@ -154,7 +154,7 @@ class Workbench:
         return True
 
     def redo(self) -> bool:
-        """Redo the change that was undone last; return False if there is none."""
+        """Redo the change that was undone last and return True; return False if there is nothing to redo."""
         if not self._redo:
             return False
         self._undo.append(self._now)
@@ -183,8 +183,8 @@ class Workbench:
     def model_refusal(self) -> UserError | None:
         """Return why the recipe's model cannot be trained; None if it can, or if the recipe has no model.
 
-        Memory can be estimated even for a model that lacks the files for training. Only the answer that the
-        model can be trained is cached, since another program may download missing files at any time.
+        Memory can be estimated even for a model that lacks the files for training. A positive result is
+        cached; a negative result is not, because another program may download the missing files at any time.
         """
         model = self.recipe.model.id
         if self._trainable == model:
@@ -202,7 +202,9 @@ class Workbench:
         return refusal
 
     def forget_architecture(self) -> None:
-        """Read the model's files again when they are next needed, since they may have been downloaded."""
+        """Discard what was read from the model's files, since the model may have been downloaded in the
+        meantime. The files are read again when they are next needed.
+        """
         self._architecture = None
         self._trainable = None
         self._compared = ()
@@ -266,19 +268,19 @@ def _compare(
 
 
 def undo_recipe(app: QloraApp) -> None:
-    """Undo the last change to the recipe, or notify the user that there is none."""
+    """Undo the last change to the recipe. If there is nothing to undo, notify the user."""
     nothing = "Nothing to undo: the recipe was not changed."
     _move(app, app.workbench.undo, "Undone", nothing, f"Press {key_name('app.redo')} to redo.")
 
 
 def redo_recipe(app: QloraApp) -> None:
-    """Redo the change that was undone last, or notify the user that there is none."""
+    """Redo the change that was undone last. If there is nothing to redo, notify the user."""
     nothing = "Nothing to redo: no change was undone."
     _move(app, app.workbench.redo, "Redone", nothing, f"Press {key_name('app.undo')} to undo.")
 
 
 def open_preset(app: QloraApp, name: str) -> bool:
-    """Open a preset, and notify the user how many settings changed.
+    """Open a preset, notify the user how many settings changed, and return True.
 
     If the preset cannot be opened, show the error and return False.
     """
@@ -335,7 +337,7 @@ _OWN = (
     *("name", "model.id", "model.revision", "lora.init_from"),
     *("data.sources", "data.validation_path"),
 )
-"""Settings that belong to a single run and are never in a preset."""
+"""Settings that belong to a single run, so that no preset has them."""
 
 
 def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
@@ -417,8 +419,8 @@ class Draft:
 
     @property
     def aside(self) -> Path:
-        """Path of the file for the recipe that does not go into the draft after two windows have changed the
-        draft.
+        """Path of the file for one of the two recipes after two windows have changed the draft: the recipe
+        that does not stay in the draft.
         """
         if self._aside is None:
             self._aside = _free_name("other")
@@ -487,8 +489,10 @@ def save_or_ask(app: QloraApp) -> None:
 
 
 def reload_recipe(app: QloraApp) -> None:
-    """Load the recipe that another window has saved, or notify the user that there is none. Undo restores
-    this window's recipe.
+    """Load the recipe that another window has saved. If no other window has changed the draft, notify the
+    user instead.
+
+    Undo restores this window's recipe. Raises UserError if the draft cannot be read.
     """
     draft = Draft()
     other = open_workbench(draft)
@@ -586,7 +590,9 @@ def _encoded(text: str) -> bytes:
 
 @contextmanager
 def _draft_lock() -> Iterator[None]:
-    """Lock the draft, so that no other window writes it in the meantime. If it cannot be locked, go on."""
+    """Lock the draft, so that no other window writes it while the context is active. If the lock cannot be
+    taken, continue without it.
+    """
     with ExitStack() as stack:
         with suppress(UserError):
             stack.enter_context(locked(paths.state_dir() / "draft.lock", patience_s=_LOCK_S))

@@ -97,8 +97,8 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
 
 
 def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[Content]:
-    """Return lines with ``head`` on the first, and ``text`` next to it, wrapped so that each line is
-    ``width`` cells wide at most. The text gets at least ``least`` cells per line in any case.
+    """Return ``head`` and, next to it, ``text``, which is wrapped with a hanging indent. Lines are at most
+    ``width`` cells wide, but the text gets at least ``least`` cells per line in any case.
     """
     cells = head.cell_length
     first, *others = text.wrap(max(least, width - cells)) or [Content("")]
@@ -121,8 +121,8 @@ def _fitting(
     widths: Sequence[int],
     width: int,
 ) -> tuple[list[Column[Row]], list[list[str | Content]], list[int]]:
-    """Drop columns until the remaining columns fit ``width`` when those that shrink or fill have their
-    minimum width. Return the remaining columns, their texts and their widths.
+    """Drop columns until the remaining columns fit ``width``, where each column that shrinks or fills counts
+    with its minimum width. Return the remaining columns, their texts and their widths.
     """
     kept = list(zip(columns, texts, widths, strict=True))
 

@@ -95,9 +95,9 @@ def recipe_line(workbench: Workbench, width: int | None = None) -> str:
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
     """Return the parts of a recipe's line: preset, model, data, adapter and batch.
 
-    If they do not fit ``width`` cells, the batch is abbreviated to ``× 2 × 8``. If this is not enough, the
-    name of the data is shortened, then that of the model, then that of the preset. Numbers are never cut.
-    Without ``width``, nothing is shortened.
+    If the parts do not fit ``width`` cells, the batch is abbreviated to ``× 2 × 8``. If this is not enough,
+    the name of the data is shortened, then the name of the model, then the name of the preset. Numbers are
+    never cut. Without ``width``, nothing is shortened.
     """
     recipe = workbench.recipe
     star = "*" if workbench.modified else ""
@@ -241,7 +241,9 @@ class FitLine:
 
 
 def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
-    """Return ``Launch on CPU: ~1.0 of 23.5 GiB fits``, for display next to estimates for an assumed GPU."""
+    """Return the line on the memory of a run on this machine, such as ``Launch on CPU: ~1.0 of 23.5 GiB
+    fits``, to be shown next to estimates for an assumed GPU.
+    """
     return FitLine(THIS_CPU, verdict, can_train=can_train)
 
 
@@ -317,8 +319,11 @@ def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
 
 
 def best_word(loss_to_beat: float | None) -> str:
-    """Return the adjective for the lowest validation loss after training began: ``lowest`` if the loss before
-    training was no higher (``loss_to_beat``), otherwise ``best``.
+    """Return the adjective for the lowest validation loss after training began: ``lowest`` if it is not below
+    the loss before training, otherwise ``best``.
+
+    Args:
+        loss_to_beat: The loss before training, if no later validation loss is below it; otherwise None.
     """
     return "best" if loss_to_beat is None else "lowest"
 

@@ -65,7 +65,7 @@ class LossFacts:
     best: tuple[int, float] | None
     """(step, validation loss) of the best evaluation after training began; None if there is none."""
     loss_to_beat: float | None = None
-    """Validation loss before training, if no validation loss after it is lower; otherwise None."""
+    """Validation loss before training, if no later validation loss is below it; otherwise None."""
     more: tuple[tuple[str, str], ...] = ()
     """Additional (text, style) items for the legend."""
     empty: str = ""
@@ -135,8 +135,8 @@ def mean_losses(summary: RunSummary) -> Sequence[float]:
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the chart of a run's summary. If the run has no steps, it is a text that says whether steps will
-    follow.
+    """Return the chart of a run's summary. If there is no summary, or if the run has no steps, the chart is a
+    text that says whether steps will follow.
     """
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
@@ -156,8 +156,8 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 
 
 def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines with a run's loss: as a chart, or as a sparkline if that is too low for a
-    chart.
+    """Return ``height`` lines with a run's loss: a chart or, if ``height`` is too low for a chart, a
+    sparkline.
     """
     what = summary_plot(summary)
     if what.is_empty or summary is None or height >= LEAST_CHART:

@@ -86,7 +86,8 @@ def row_of(value: float, y: Axis, rows: int) -> int:
 
 
 def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
-    """Return an axis from ``low`` to ``high``, or from the round number below to the round number above.
+    """Return an axis that contains ``low`` and ``high``, and that begins and ends at multiples of a round
+    step. The step divides the range into at most ``ticks`` parts.
 
     While the range of values grows, the axis changes only when a value leaves it, so that the graph does not
     jump.
@@ -217,8 +218,8 @@ def _level(value: float | None, low: float, high: float, levels: int) -> int:
 
 
 def downsample(values: Sequence[float], columns: int) -> list[float | None]:
-    """Return the mean of each column's share of the values: NaN if it has a value that is not finite, None
-    for columns beyond the data.
+    """Divide the values among the columns, and return the mean of each column: NaN if the column has a value
+    that is not finite, and None for columns beyond the data.
     """
     if not values:
         return [None] * columns
@@ -244,8 +245,8 @@ def sparkline(losses: tuple[float, ...], width: int) -> str:
 
 
 def level_style(share: float) -> str:
-    """Return the color for a value, given as a fraction of its limit: that of a warning from 0.8, that of an
-    error from 1.
+    """Return the color for a value, given as a fraction of its limit: the color of success below 0.8, of a
+    warning from 0.8 on, and of an error from 1 on.
     """
     return "$success" if share < _FULL else "$warning" if share < 1 else "$error"
 
@@ -591,7 +592,9 @@ def _foot(x: Axis, gutter: int, columns: int) -> Content:
 
 
 def overall(envelopes: Sequence[Envelope]) -> tuple[float, float] | None:
-    """Return the lowest and highest finite values of several envelopes; None if there are none."""
+    """Return the lowest and the highest finite value of several envelopes; None if they have no finite
+    values.
+    """
     lows = [low for envelope in envelopes if (low := envelope.low) is not None]
     highs = [high for envelope in envelopes if (high := envelope.high) is not None]
     return (min(lows), max(highs)) if lows else None

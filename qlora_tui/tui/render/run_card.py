@@ -47,9 +47,11 @@ _BRIGHT, _PLAIN, _DIM = "#f2f5f8", "#c3ced9", "#8797a8"
 _BETTER, _WORSE = "#87d787", "#ffaf5f"
 _CURVE = Colors("#4a5a6b", "#5fafd7", _BETTER, _DIM, "#2b3643", fill="#1d2f3f")
 _EDGE, _GAP, _INSIDE = 40, 16, 24
-"""Margin to the left and right of the panels, gap between two panels, and padding inside one."""
+"""Margin to the left and right of the panels, gap between two panels, and padding inside a panel, in units of
+the picture.
+"""
 _TOP, _SPLIT, _BOTTOM = 142, 424, 602
-"""Top of the panels, top of the lower panel, and bottom of the panels."""
+"""Top of the panels, top of the lower panel, and bottom of the panels, in units of the picture."""
 _LEFT_WIDTH = 650
 _MAX_CHARACTERS = 400
 """Maximum number of characters of a name or answer that are read, since a hostile file may have millions."""
@@ -78,8 +80,8 @@ class RunCard:
 
 
 def read_card(view: RunView, *, with_answers: bool = True) -> RunCard:
-    """Return the texts and figures of a run's card. Without ``with_answers``, they contain nothing from the
-    training data.
+    """Return the texts and figures of a run's card. Without ``with_answers``, the card contains nothing from
+    the training data.
     """
     recipe = view.run.readable_recipe()
     change, best = view.validation_change, view.best
@@ -139,7 +141,7 @@ def _energy_kwh(view: RunView) -> float | None:
 
 def _answers(view: RunView) -> tuple[str, str, str]:
     """Return the first question that was answered both before and after training, and the two answers; three
-    empty texts if there is none.
+    empty texts if there is no such question.
     """
     last = {each.prompt: each.answer for each in view.samples if each.step > 0}
     for before in view.samples:

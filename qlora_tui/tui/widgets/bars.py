@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _MARGIN = 1
 _MOST_RUNS = 3
-"""Maximum number of runs, in addition to the active one, whose progress the top line shows for each."""
+"""If at most this many runs train in addition to the active run, the top line shows the progress of each.
+Otherwise it shows only their number.
+"""
 _GAP, _NARROW_GAP = 3, 2
 """Cells between two keys of the footer: normally, and if not all keys fit with the normal gap."""
 _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
@@ -97,8 +99,8 @@ class TopBar(Widget):
 
 
 def _silence_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts, longest first, which say that a box has not responded for some time and that its runs
-    continue.
+    """Return texts, longest first, which say that another machine has not responded for some time and that
+    its runs continue.
     """
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
     return [f"{option} " for option in (f"{silence}; its runs continue", silence, "no answer", "")]
@@ -128,14 +130,16 @@ def _progress_texts(status: Status) -> list[str]:
 
 
 def _shares_text(system_status: SystemStatus) -> str:
-    """Return ``● 41% 12%``, the progress of several runs, or the only text for one."""
+    """Return the progress of several runs, such as ``● 41% 12%``. If fewer than two runs are training, return
+    the longest text of :func:`_run_texts`.
+    """
     statuses = (system_status.active_status, *system_status.also_active_statuses)
     shares = [_progress_texts(status)[-1].removeprefix("● ") for status in statuses if status is not None]
     return f"● {' '.join(shares)}" if len(shares) > 1 else _run_texts(system_status)[0]
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return what happens in addition to the active run: ``● 12% · 2 waiting · exporting Q8_0``; empty if
+    """Return what goes on in addition to the active run: ``● 12% · 2 waiting · exporting Q8_0``; empty if
     nothing does.
     """
     others = system_status.also_active_statuses
@@ -152,7 +156,9 @@ def _waiting_text(system_status: SystemStatus) -> str:
 
 
 def _gpu_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts, longest first: all GPUs that runs may use, how busy each is, and the chosen one."""
+    """Return texts on the GPUs that runs may use, longest first: all GPUs in full, all GPUs with only their
+    utilization, and only the chosen GPU.
+    """
     if system_status.gpu is None:
         return [system_status.no_gpu_title]
     if system_status.gpu_problem is not None:

@@ -32,7 +32,7 @@ from qlora_tui.tui.textual_compat import add_border, bindings_of_widget
 HEADING = "heading:"
 _PAGE_ROWS = 10
 _ALL_ROWS = 100_000
-"""Number of rows that is larger than that of any list, for a move to one of its ends."""
+"""A number of rows larger than the length of any list, for moving to the first or the last row."""
 ROW_KEYS = (
     Binding("up,k", "move(-1)", show=False),
     Binding("down,j", "move(1)", show=False),
@@ -202,7 +202,7 @@ Draw: TypeAlias = Callable[[int, int], Sequence[Content]]
 shown.
 """
 _UNLIMITED_ROWS = 10_000
-"""Number of rows that is larger than that of any drawing, for a drawing that is as high as its lines."""
+"""A number of rows larger than the height of any drawing, for a drawing that is as high as its lines."""
 
 
 class Drawing(Widget):
@@ -233,8 +233,8 @@ class Drawing(Widget):
         self._drawn_for: object = None
 
     def show(self, draw: Draw) -> None:
-        """Draw with the function ``draw``. Do nothing if it and its arguments (``functools.partial``) equal
-        the current ones.
+        """Draw with the function ``draw``. Do nothing if the function and its arguments
+        (``functools.partial``) equal the current function and arguments.
         """
         if _parts(draw) != _parts(self._draw):
             self._draw = draw
@@ -321,8 +321,8 @@ Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
 
 
 class Lines(Static):
-    """A widget of text that may depend on the width. Nothing is painted again if the text is the same, and
-    nothing is laid out again if its lines keep their heights.
+    """A widget of text that may depend on the width. A text that is shown again is not repainted, and the
+    widget is not laid out again if the lines of the text keep their heights.
     """
 
     _write: Write | None = None

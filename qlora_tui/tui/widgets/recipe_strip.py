@@ -66,8 +66,8 @@ class RecipeStrip(Widget):
         self._is_changed_elsewhere = False
 
     def show_running(self, *, is_running: bool) -> None:
-        """Show whether a run is active. If so, the line says that the recipe is for the next run, in a wide
-        window.
+        """Show whether a run is active. If a run is active and the window is wide, the line says that the
+        recipe is for the next run.
         """
         if is_running != self._is_running:
             self._is_running = is_running
@@ -110,8 +110,8 @@ class RecipeStrip(Widget):
         return Content("") if self._can_train else Content.styled(f"  {CANNOT_TRAIN}", "$error")
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
-        """Return the line of the recipe and the longest variant of the keys (``_HINTS``) that fits next to
-        it; empty if none fits.
+        """Return the line of the recipe, and the longest variant of the keys (``_HINTS``) that fits next to
+        it. The keys are empty if no variant fits.
 
         To make room for the shortest variant, the name of the data may be shortened and the batch
         abbreviated.

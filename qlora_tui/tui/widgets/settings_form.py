@@ -158,7 +158,7 @@ class SettingList(LineView):
         return len(self._lines)
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
-        """Show ``values``, and mark those that differ from ``base``. ``notes`` has a remark to show next to a
+        """Show ``values``, and mark those that differ from ``base``. ``notes``: a remark to show next to a
         value, by the setting's path.
         """
         state = (values, base, notes or {})
@@ -167,8 +167,8 @@ class SettingList(LineView):
             self._show_lines()
 
     def _show_lines(self) -> None:
-        """Show the lines for the current values and open groups. The cursor stays on its setting, if it is
-        still shown.
+        """Show the lines for the current values and open groups. The cursor stays on its setting if the
+        setting is still shown.
         """
         before, lines = self.current, self._shown_lines()
         is_as_high, self._lines = len(lines) == len(self._lines), lines
@@ -227,8 +227,8 @@ class SettingList(LineView):
         self.go_to(line)
 
     def action_step(self, direction: int) -> None:
-        """Step the setting under the cursor to its next value up (``direction`` 1) or down (-1). If it is
-        text or has no value, start typing instead.
+        """Step the setting under the cursor to its next value up (``direction`` 1) or down (-1). If the
+        setting is text or has no value, start typing instead.
 
         On the title of a group, open (1) or fold (-1) the group.
         """

@@ -53,7 +53,7 @@ _WARNING_S = 20.0
 
 @dataclass(frozen=True)
 class AdapterPair:
-    """Two adapters of a run, left and right, and which of the two answer prompts.
+    """The two adapters that are selected in a chat, left and right, and which of them answer prompts.
 
     The base model counts as an adapter.
     """
@@ -67,7 +67,11 @@ class AdapterPair:
     @classmethod
     def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
         """Return the pair of the base (left) and the newest adapter (right). Without an adapter, both sides
-        are the base. ``adapter_names``: the base, the adapters of a run, newest first, and its GGUF files.
+        are the base.
+
+        Args:
+            adapter_names: Names of the base, of the run's adapters, newest first, and of the run's GGUF
+                files.
         """
         adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]
         return cls(adapter_names, BASE, adapters[0]) if adapters else cls(adapter_names, BASE, BASE, "left")
@@ -146,8 +150,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.path: Path | None = None
         """File in which the conversation is saved; None before the first answer."""
         self._asking: Worker[None] | None = None
-        """The worker that answers the last prompt or measures the effect, also after it has ended. Only this
-        worker adds turns and writes into them.
+        """The worker that answers the last prompt or measures the effect; None before the first. A worker
+        that has ended stays here. Only this worker adds turns and writes into them.
         """
         self._open_requests: list[ReplyStream[Any, Any]] = []
         """Requests that the engine has not finished."""
@@ -157,7 +161,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         both fit or because the user allowed it.
         """
         self.unloaded_because = ""
-        """Why the model was unloaded; empty if the user unloaded it, and once it is loaded again."""
+        """Why the model was unloaded; empty while the model is loaded, and if the user unloaded it."""
         self.choice_counts: dict[ChoiceKind, int] = {}
         """Number of judgments of this model's answers, by kind."""
 
@@ -237,7 +241,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.post_message(self.Changed())
 
     def measure(self) -> None:
-        """Start measuring the effect of the right adapter."""
+        """Start to measure the effect of the right adapter."""
         self._asking = self._measure()
         self.post_message(self.Changed())
 
@@ -320,8 +324,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether the model may be loaded. The user is asked if it may not fit into memory together
-        with a run or a server.
+        """Return whether the model may be loaded. If it may not fit into memory together with a run or a
+        server, ask the user.
         """
         if self.ready is not None:
             return True
@@ -351,8 +355,8 @@ class Conversation(VerticalScroll, OnQloraApp):
     async def _may_share(
         self, who: str, status: Status | None, *, title: str, what: str, is_over: Callable[[], bool]
     ) -> bool:
-        """Return whether the chat's model may be in memory together with a run or a server. If the two may
-        not fit, ask the user; a yes is remembered.
+        """Return whether the chat's model may be in memory together with a run or a server. If both may not
+        fit, ask the user, and remember the answer if it is yes.
 
         Args:
             who: Id of the run, or address of the server.
@@ -534,8 +538,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer. The note has the reason why the model was unloaded or, if
-        there is no such reason, ``what``, such as ``loading the model``.
+        """Return the note for a stopped answer. The note says why the model was unloaded. If the model was
+        not unloaded, it says what was stopped: ``what``, such as ``loading the model``.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")

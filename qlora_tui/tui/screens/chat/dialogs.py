@@ -121,7 +121,9 @@ class AnswerArea(OwnKeysFirst, TextArea):
 
 
 class AnswerEditor(ModalScreen[str | None]):
-    """Dialog that returns the edited answer; None if it was canceled, unchanged, or emptied."""
+    """Dialog that returns the edited answer; None if the user canceled, or left the answer unchanged or
+    empty.
+    """
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """
@@ -156,13 +158,15 @@ class AnswerEditor(ModalScreen[str | None]):
         area.move_cursor(area.document.end)
 
     def action_save(self) -> None:
-        """Close the dialog with the text if it was changed and is not empty; otherwise with None."""
+        """Close the dialog with the text if the text was changed and is not empty; otherwise, close the
+        dialog with None.
+        """
         text = self.query_one(AnswerArea).text.strip()
         self.dismiss(text if text and text != self._answer else None)
 
 
 class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
-    """Dialog that returns the sampling settings and the system prompt; None if closed with Escape."""
+    """Dialog that returns the sampling settings and the system prompt; None if the user pressed Escape."""
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss", "sampling_settings.tcss"]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [

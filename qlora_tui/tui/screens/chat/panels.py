@@ -87,8 +87,11 @@ def loaded_text(ready: ChatReady) -> str:
 
 
 def unloaded_text(chat: Conversation, server: ServerStatus | None) -> str:
-    """Return a note that a server holds a model in memory while the chat does not, or on why the chat's model
-    was unloaded. The text is empty if neither applies. ``server``: None if no server holds a model.
+    """Return a note for the time when the chat has no model in memory: that a server has one, or else why the
+    chat's model was unloaded. The note is empty if neither applies.
+
+    Args:
+        server: A server that holds a model in memory; None if no server does.
     """
     if server is not None and not chat.ready:
         return (
@@ -177,8 +180,8 @@ def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Co
 
 
 def effect_text(measured: Effect, width: int) -> Content:
-    """Return the verdict on the adapter's effect. A line below it has the mean KL divergence, and a chart of
-    the relative change of each layer, scaled to the largest change.
+    """Return the verdict on the adapter's effect and, below it, a line with the mean KL divergence and a
+    chart. The chart shows the relative change of each layer, scaled to the largest change.
     """
     figures = f"KL {format_nats(measured.mean_kl)} nats"
     if measured.layers:

@@ -68,8 +68,8 @@ def transcript_path(run: RunDir | None) -> Path:
 
 
 def format_setting(value: float) -> str:
-    """Return a setting with all of its digits, so that the user can type the text again. A seed, for example,
-    must not be rounded.
+    """Return a setting with all of its digits, so that a user who types this text sets the same value. A
+    seed, for example, must not be rounded.
     """
     return str(value) if isinstance(value, int) else format_number(value)
 

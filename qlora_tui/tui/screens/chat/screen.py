@@ -71,7 +71,9 @@ if TYPE_CHECKING:
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
 """Actions with keys that do not type text. The footer shows only these while a prompt is being written."""
 _SIDE_CELLS = 120
-"""Minimum width, in cells, for a side column next to one answer; two answers need a very wide window."""
+"""Minimum width of the window, in cells, for a side column next to one answer. Next to two answers, the
+column needs a very wide window.
+"""
 _HIGH_CELLS = 50
 """Minimum height of the window, in cells, at which more starter prompts are offered."""
 _HINTS = (HINT, UNFOCUSED_HINT)
@@ -82,7 +84,9 @@ _MAX_SEARCH = 24
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
 """Cells around a panel's title, and around its contents with and without a border."""
 _CHOICES: dict[ChoiceKind, str] = {"edits": "edit", "pairs": "choice"}
-"""Noun for each kind of judgment. If there are enough of both kinds, a run is trained on the first kind."""
+"""Noun for each kind of judgment. If there are enough judgments of both kinds, a run is trained on the kind
+that is listed first.
+"""
 
 
 class ChatScreen(WorkScreen):
@@ -102,7 +106,9 @@ class ChatScreen(WorkScreen):
         self._start = ChatStart()
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
-        """Port of the server that holds a model, and that model's memory in bytes; None if there is none."""
+        """Port of the server that holds a model, and that model's memory in bytes; None if no server holds a
+        model.
+        """
 
     @property
     def help_state(self) -> str:
@@ -303,7 +309,7 @@ class ChatScreen(WorkScreen):
         box.post_message(PromptBox.Sent(self.query_one(Starters).prompt(event.option)))
 
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
-        """Send the prompt or, while the model is still answering, put it back into the field."""
+        """Send the prompt. If the model is still answering, put the prompt back into the field instead."""
         box = self.query_one(PromptBox)
         if self.conversation.busy:
             box.put(event.text)
@@ -314,7 +320,9 @@ class ChatScreen(WorkScreen):
         self.conversation.send(event.text, lambda: box.put(event.text))
 
     async def on_prompt_box_recalled(self) -> None:
-        """Put the last prompt back into the field or, before the first prompt, focus the starter prompts."""
+        """Move the last prompt from the conversation back into the field. Before the first prompt, focus the
+        starter prompts instead.
+        """
         if self.conversation.turns:
             await self.action_edit_last()
         else:
@@ -402,11 +410,11 @@ class ChatScreen(WorkScreen):
         self.ask(conversation_picker(conversations), open_saved)
 
     def action_search(self) -> None:
-        """Ask for a text, and show only the exchanges that contain it."""
+        """Ask for a text, and show only the exchanges that contain the text."""
         ask_search(self, "exchanges", self.search, self._search_for)
 
     def _search_for(self, text: str) -> None:
-        """Show only the exchanges that contain this text, or all if it is empty."""
+        """Show only the exchanges that contain this text; show all exchanges if the text is empty."""
         self.search = text
         for turn in self.conversation.turns:
             turn.display = turn.contains(text)
@@ -464,7 +472,9 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_train_on_choices(self) -> None:
-        """Prepare a run on the saved edits or, if only the choices are enough, on the saved choices."""
+        """Prepare a run on the saved edits if there are enough, or else on the saved choices. If there are
+        not enough of either, notify the user.
+        """
         source, run = self.conversation.source, self.conversation.run_dir
         if source is None:
             return

@@ -65,7 +65,7 @@ class RecordedAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatStart:
-    """Contents of the Chat screen before the first message."""
+    """What the Chat screen shows before the first message."""
 
     prompts: tuple[tuple[str, str], ...] = ()
     """(prompt, kind) of the starter prompts, except the unrelated prompts. An example of a kind is ``sample

@@ -79,8 +79,8 @@ class StreamingMarkdown(Markdown):
         self._painted_at = 0.0
 
     async def append_text(self, piece: str) -> None:
-        """Append a piece. The piece is painted at once, or with a later piece if the last repaint was very
-        recent.
+        """Append a piece. It is painted at once or, if the last repaint was very recent, together with a
+        later piece.
         """
         self._waiting += piece
         if time.monotonic() - self._painted_at >= _ANSWER_EVERY_S:
@@ -303,7 +303,7 @@ class AdapterAnswer(Panel):
         self.text = ""
         self._thought = ThoughtView(unfolded=unfolded)
         self.loop = ""
-        """If generation was stopped because the model kept repeating a phrase: this phrase; otherwise
+        """The phrase that the model kept repeating, if generation was stopped for that reason; otherwise
         empty.
         """
         self.outcome: GenerationResult | None = None
@@ -327,7 +327,7 @@ class AdapterAnswer(Panel):
         return self._thought.text.strip()
 
     async def append_text(self, chunk: TextChunk) -> None:
-        """Append a piece of the thought or of the answer, as ``chunk.thought`` says."""
+        """Append a piece of the thought if ``chunk.thought`` is True, otherwise a piece of the answer."""
         if chunk.thought:
             await self._thought.append_text(chunk)
             return
@@ -395,7 +395,7 @@ class AdapterAnswer(Panel):
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
-        """Show the error because of which there is no answer, or only a part of it."""
+        """Show the error that prevented or interrupted the answer. The text so far is kept."""
         await self._answer.finish()
         await self._thought.end()
         self.show_title(answer_title(self.adapter_name, "no answer"))

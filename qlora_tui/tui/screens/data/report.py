@@ -155,8 +155,8 @@ class ProblemsPanel(Panel):
 
 
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
-    """Return the report's problems, except problems with tokens that the recipe already trains. If no row
-    would remain without the bad rows, the fix of their problems is changed to say so.
+    """Return the report's problems, except problems with tokens that the recipe already trains. If the source
+    has only bad rows, the fixes of the problems with bad rows say that nothing would remain.
     """
     if report is None:
         return ()
@@ -184,7 +184,7 @@ def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> in
 
 
 def has_fix(report: Report | None, problems: Sequence[DataProblem]) -> bool:
-    """Return whether any of these problems can be fixed with a key, which changes a setting."""
+    """Return whether a key can fix any of these problems by changing a setting."""
     can_change = any(problem.split_rows or problem.tokens for problem in problems)
     return can_change or skippable_rows(report, problems) > 0
 
@@ -313,8 +313,8 @@ def problem_line(
 
 
 def _fix_label(problem: DataProblem, bad_rows: int) -> str:
-    """Return what the fix key does about this problem; empty if the key does nothing or is named
-    elsewhere.
+    """Return what the fix key does about this problem; empty if the key does nothing about it, or if another
+    problem's text names the key.
     """
     if is_bad_row(problem):
         return f"leave {pluralize(bad_rows, 'bad row')} out" if bad_rows else ""

@@ -52,8 +52,9 @@ class PreviewRequest:
 
 
 class DataPreviews:
-    """Two engine processes, for single rows and for reports. The second starts after the first has returned a
-    row, since two engines that start at once slow each other down. Neither loads torch.
+    """Two engine processes, one for single rows and one for reports. The engine for reports starts after the
+    other has returned a row, since two engines that start at once slow each other down. Neither engine loads
+    torch.
     """
 
     def __init__(self) -> None:
@@ -70,10 +71,10 @@ class DataPreviews:
     async def row(
         self, wanted: PreviewRequest, number: int, path: str = ""
     ) -> tuple[Shown, UserError | None]:
-        """Return a row as the model sees it, and None. Without a model, the row is returned as it is in the
-        file.
+        """Return (row, error): a row as the model sees it, and None.
 
         If the row cannot be rendered for the model, return the row as it is in the file, and the error.
+        Without a model, return the row as it is in the file, and None.
 
         Args:
             wanted: The source, and the settings for its rows.
@@ -123,8 +124,8 @@ class DataPreviews:
                 yield report
 
     async def fields(self, source: Source) -> dict[str, str]:
-        """Return an example value by name of the column, for a file in an unknown format; empty if no row can
-        be read.
+        """Return an example value for each column of a file in an unknown format, by the column's name; empty
+        if no row can be read.
         """
         try:
             return await self._rows.ask(ShowFields(source=source)).result()
@@ -132,8 +133,8 @@ class DataPreviews:
             return {}
 
     async def formats(self, source: Source, preferences: str) -> tuple[FormatChoice, ...]:
-        """Return for each format how many rows of the source's first file it can read. ``preferences``: the
-        recipe's ``data.preferences``.
+        """Return, for each format, how many rows of the source's first file can be read in this format.
+        ``preferences``: the recipe's ``data.preferences``.
 
         Raises UserError if the file cannot be read.
         """

@@ -140,8 +140,8 @@ class SamplePanel(Panel):
             problems: The problems of the source.
             request: The request for the row.
             changes: Losses of the row's tokens before and after training; empty if not measured.
-            no_tokens: Why the row is shown as it is in the file although a model is selected; None if it is
-                not.
+            no_tokens: Why the row cannot be shown as the model sees it; None if it can, or if no model is
+                selected.
         """
         styles = TokenStyles.of(self.app)
         self.show_legend(legend(shown, changes, styles))
@@ -206,8 +206,8 @@ def _heading(shown: Shown, data: Data) -> Content:
 def sample(
     shown: Shown, problems: Sequence[DataProblem], data: Data, styles: TokenStyles, changes: Changes = ()
 ) -> Content:
-    """Return a row as the model will see it, below the row's problems. If the row cannot be used, the reason
-    takes its place.
+    """Return a row as the model will see it, below the row's problems. If the row cannot be used, return the
+    reason instead of the row.
 
     Args:
         shown: The row.
@@ -293,8 +293,8 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
 
 
 def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
-    """Return the kind of preferences because of which a file was refused: the recipe does not say how to
-    train on them. The text is empty for any other error.
+    """Return the kind of preferences in a file that was refused because the recipe does not say how to train
+    on preferences of this kind. The text is empty if ``error`` is any other error.
     """
     return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
 
@@ -390,7 +390,8 @@ def next_problem(
     problems: Sequence[DataProblem], place: Place, by: int, files: Sequence[FileReport]
 ) -> Place | None:
     """Return the place of the next row with one of these problems or, if ``by`` is negative, of the previous
-    one. The first row with a problem follows the last. None if no problem has a row.
+    such row. After the last such row, start again at the first, and the other way round. None if no problem
+    has a row.
     """
     places = sorted({(_file_number(p.path, files), row) for p in problems for row in p.rows})
     if not places:

@@ -89,10 +89,10 @@ class DataScreen(SourceActions):
         self.path = ""
         """Path of the row's file in the source; empty for the source's first file."""
         self._no_tokens: UserError | None = None
-        """Why the row is shown as it is in the file although a model is selected; None if it is not."""
+        """Why the row cannot be shown as the model sees it; None if it can, or if no model is selected."""
         self._refused_preferences: Literal["", "pairs", "ratings"] = ""
-        """Kind of the preferences because of which the source is refused, since the recipe does not say how
-        to train on them; empty if the source is not refused for this reason.
+        """Kind of preferences in a source that is refused because the recipe does not say how to train on
+        preferences of this kind; empty if the source is not refused for this reason.
         """
         self._measured: MeasuredRows | None = None
         """Losses of the source's rows before and after a run, by which tokens are shaded; None until the user
@@ -200,8 +200,8 @@ class DataScreen(SourceActions):
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
 
     def action_problem(self, by: int) -> None:
-        """Show the next row with a problem or, if ``by`` is negative, the previous one, wrapping around at
-        the end.
+        """Show the next row with a problem or, if ``by`` is negative, the previous such row. After the last
+        such row, start again at the first, and the other way round.
         """
         if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
@@ -372,7 +372,9 @@ class DataScreen(SourceActions):
 
     @property
     def _fit(self) -> Content | None:
-        """The memory that the recipe needs; None if unknown. On this screen, it is not in the header."""
+        """The memory that the recipe needs, as text; None if unknown. This screen shows the memory among the
+        totals, and not in the header.
+        """
         fit = recipe_fit(self.app.workbench, self.app.run_budget)
         return None if fit is None else fit.draw(0)
 

@@ -64,8 +64,8 @@ class SourceActions(WorkScreen):
         return self.source
 
     def action_open(self, replaces: bool = False) -> None:
-        """Ask for a file, a folder or a Hub dataset. Replace all sources with it if ``replaces``; otherwise
-        add it to the sources.
+        """Ask for a file, a folder or a Hub dataset. The answer replaces all sources if ``replaces``;
+        otherwise it is added to the sources.
         """
         sources = self.app.workbench.recipe.data.sources
         folder = Path(sources[-1].path).expanduser().parent if sources else None
@@ -178,7 +178,9 @@ class SourceActions(WorkScreen):
         )
 
     def action_validation(self) -> None:
-        """Ask for what to validate on: a fraction of the rows, or a file."""
+        """Ask whether to validate on a fraction of the rows or on a file, and set the fraction or the path
+        that the user types.
+        """
         data = self.app.workbench.recipe.data
 
         def validate(text: str) -> str:

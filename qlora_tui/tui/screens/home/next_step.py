@@ -11,7 +11,7 @@ from qlora_tui.runs.status import ACTIVE, State
 
 @dataclass(frozen=True)
 class HomeState:
-    """What the suggestion depends on."""
+    """The facts on which the suggested next step depends."""
 
     recipe: Recipe
     local_models: int
@@ -45,7 +45,9 @@ class NextStep:
     """A step to suggest, with its reason and its command."""
 
     command: str
-    """Id of the command that carries out the step; empty if only Enter on Home does."""
+    """Id of the command that carries out the step; empty if the step has no command, and only Enter on Home
+    carries it out.
+    """
     action: str
     """The Textual action that carries out the step."""
     text: str

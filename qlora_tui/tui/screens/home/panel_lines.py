@@ -109,7 +109,7 @@ def gpu_lines(
     system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
     """Return lines on the GPU: its name, utilization and memory. If there is no GPU, the lines say so, and
-    which device runs use. Unless ``is_compact``, lines on the machine's memory and disk follow.
+    name the device that runs use. Unless ``is_compact``, lines on the machine's memory and disk follow.
 
     Args:
         system_status: The latest readings.
@@ -402,8 +402,8 @@ def recipe_lines(
 
 
 def _with_note(label: str, value: str | Content, note: str, width: int) -> list[Content]:
-    """Return ``model   SmolLM2-135M   135M parameters``. If the line would be too long, the note is on a line
-    of its own.
+    """Return a line with a label, a value and a note, such as ``model  SmolLM2-135M   135M parameters``. If
+    this line would be too long, the note is on a second line.
     """
     line = labeled(label, Content.assemble(value, (f"   {note}" if note else "", "dim")), _LABEL)
     if line.cell_length <= width:
@@ -513,8 +513,8 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
 
 
 def _none_yet(command: str) -> Content:
-    """Return ``none yet``, followed by the key of the command, which opens the screen where something can be
-    selected.
+    """Return ``none yet``, followed by the key of ``command``. This command opens the screen where something
+    can be selected.
     """
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 

@@ -64,7 +64,9 @@ class HomeFacts:
     models: ListedModels | None = None
     """Models to choose from; None if the recipe already has a model, or if there is a run."""
     is_partial: bool = False
-    """Whether :meth:`HomeReader.look_ahead` has not been called for this state, so that facts are missing."""
+    """Whether some facts are missing, because :meth:`HomeReader.look_ahead` has not been called for this
+    state yet.
+    """
     is_estimate: bool = False
     """Whether the number of steps of the next run is an estimate, because its samples have not been
     counted.

@@ -134,7 +134,9 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
 }
 """Ids of the commands that change each setting on the screen, by the setting's path."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Names of the glossary entries of settings whose entry has another name than the setting."""
+"""Name of the glossary entry on a setting, by the setting's path, where the entry is not named like the
+setting.
+"""
 
 
 def setting_lines(

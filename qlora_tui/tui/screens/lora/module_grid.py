@@ -82,7 +82,9 @@ class ModuleTable:
         layers = sorted({m.layer for m in self.modules if m.layer is not None})
         outside = [None] if any(m.layer is None for m in self.modules) else []
         self.columns: tuple[int | None, ...] = (*layers, *outside)
-        """Numbers of the layers. If there are modules outside layers, None is last."""
+        """Layer number of each column. If there are modules outside layers, their column is the last, with
+        None instead of a number.
+        """
         kinds = dict.fromkeys(module.kind for module in self.modules)
         # As in all-linear, experts are left out here. They are selected by name.
         every = self._row("every kind", [m for m in self.modules if m.part != "expert"])
@@ -150,7 +152,7 @@ cells.
 _GAP_CELLS = 7
 """Width of the gap before the layers, in cells. In the line of titles, the gap has the word ``layer``."""
 _LEAST_APART = 3
-"""Width of a layer from which a gap separates it from the next, in cells."""
+"""Minimum width of a layer, in cells, at which a gap separates the layer from the next layer."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
 """Strength of the color for rank 1, in percent, and the lowest rank whose color has full strength."""
 
@@ -202,7 +204,9 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._starts: Sequence[int] = ()
-        """First cell of each visible layer, relative to the first visible layer, and the end of the last."""
+        """First cell of each visible layer, relative to the first visible layer; the last number is the end
+        of the last visible layer.
+        """
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
         """Show the modules of a model, with the modules in ``chosen`` selected and the ranks of ``lora``."""
@@ -240,8 +244,8 @@ class ModuleGrid(Widget, can_focus=True):
         self.post_message(self.Moved())
 
     def toggle(self) -> None:
-        """Deselect the modules under the cursor if all are selected; otherwise, select them. This ends the
-        block.
+        """Deselect the modules under the cursor if all of them are selected; otherwise, select all of them.
+        Then stop marking a block.
         """
         self.post_message(self.Chosen(toggled(self.under_cursor, self._chosen)))
         self._block_from = None
@@ -270,7 +274,7 @@ class ModuleGrid(Widget, can_focus=True):
     def on_click(self, event: Click) -> None:
         """Move the cursor to the clicked cell.
 
-        If the cursor was already there, or if the check box of a kind was clicked, toggle the modules.
+        If the cursor was already in this cell, or if the check box of a kind was clicked, toggle the modules.
         """
         if self._table is None:
             return

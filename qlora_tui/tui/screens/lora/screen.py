@@ -113,7 +113,7 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """If there is room, or the user asked for them, show the costs of other choices."""
+        """Show the costs of other choices if there is room, or if the user asked for the costs."""
         has_room = self._has_room_for_costs
         self.set_class(has_room or self._asks_costs, "-costs")
         self.set_class(self._asks_costs and not has_room, "-only-costs")

@@ -290,8 +290,8 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="changes")
     async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """If the recipe itself has been traced, also trace it with each offered change and with the change of
-        each key.
+        """If the recipe itself has been traced, also trace the recipe with each offered change, and with the
+        change that each key would make.
         """
         if self._trace_of(precision_of(recipe)) is not None and not self._solution.is_exact:
             with suppress(UserError, TraceStopped):

@@ -33,7 +33,7 @@ _LIMIT_IN_VIEW = 2.5
 be too short for its parts.
 """
 ABOVE_PEAK = 1.25
-"""Length of an axis without the limit, relative to the peak."""
+"""Length of an axis that does not reach the limit, relative to the peak."""
 _WORDS = 41
 """Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
@@ -80,7 +80,9 @@ class BarPart:
         return f"{self.hue} {self.even_strength}%"
 
     def drawn(self, *, is_even: bool) -> tuple[str, str]:
-        """Return (character, color) of a filled cell. ``is_even``: without a texture."""
+        """Return (character, color) of a filled cell. ``is_even``: whether the cell is a full block instead
+        of a texture.
+        """
         return ("█", self.even_style) if is_even else (self.glyph, self.style)
 
     @property
@@ -215,7 +217,7 @@ def precision_bars(
 
 
 def spare_words(verdict: Verdict) -> str:
-    """Return ``17.0 GiB to spare``, or ``2.1 GiB over``."""
+    """Return the memory that is left or missing: ``17.0 GiB to spare``, or ``2.1 GiB over``."""
     return f"{format_bytes(abs(verdict.spare_bytes))} {'over' if verdict.spare_bytes < 0 else 'to spare'}"
 
 
@@ -230,7 +232,7 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
-    """Return the legend of the colors or textures. If the axis is broken, the legend has the limit.
+    """Return the legend of the colors or textures. If the axis is broken, the legend also states the limit.
     ``most_bytes``: the highest peak.
     """
     drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)

@@ -71,10 +71,10 @@ def timeline_lines(
     height: int,
 ) -> list[Content]:
     """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
-    phases. If ``height`` is less than three, the list is empty.
+    phases. If ``height`` is less than three, return no lines.
 
-    A label of the scale stands for the middle of its row. If the rows are too few for the parts, the graph
-    shows the total.
+    A label of the scale stands for the middle of its row. If there are too few rows to show the parts, the
+    graph shows the total.
 
     ``widget``: the widget on which the graph is drawn.
     """
@@ -166,9 +166,11 @@ def _has_room_for_parts(
 def _drawn_parts(
     covered: Sequence[tuple[BarPart, float]], sums: Mapping[BarPart, int], *, is_even: bool
 ) -> list[BarPart]:
-    """Return the one or two parts that a cell shows, the lower first. A full cell shows its lowest part and,
-    of those above, the part that is the smallest in the whole graph, which could otherwise be missing there.
-    Any other cell, and each cell without ``is_even``, shows its largest part.
+    """Return the one or two parts that a cell shows, the lower part first.
+
+    Without ``is_even``, and in a cell that is not full, the cell shows only its largest part. A full cell
+    shows its lowest part and one of the parts above: the part that is smallest in the whole graph, because it
+    might not be visible anywhere else.
     """
     filled = sum(share for _, share in covered)
     if filled < 1 / 16:
@@ -202,8 +204,9 @@ def _cell(
     sums: Mapping[BarPart, int],
     even: Mapping[str, str],
 ) -> tuple[str, str]:
-    """Return (character, style) of a cell. The highest filled cell of a column has an eighth block, and so
-    has a cell with two parts, in the colors of ``even``.
+    """Return (character, style) of a cell. The character is an eighth block in the highest filled cell of a
+    column, and in a cell with two parts. ``even``: the opaque color of each part, by name, for cells with two
+    parts.
     """
     covered = _parts_of_cell(column, row, row_bytes)
     parts = _drawn_parts(covered, sums, is_even=bool(even))

@@ -152,8 +152,9 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Return the value that the key for lowering a setting, or the setting's only key, would set, by path of
-    the setting. A setting that the key would not change is left out.
+    """Return the value that a key would set, by path of the setting. The key is the one that lowers the
+    setting or, for a setting with only one key, this key. A setting that the key would not change is left
+    out.
     """
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
@@ -409,8 +410,8 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
 
 
 def _step_text(choice: StepChoice, least_bytes: int) -> Content:
-    """Return how a run uses memory that is free, and how much faster it is as a result. ``least_bytes``: the
-    memory that the run needs at least, as the bars show it.
+    """Return how a run uses memory that is free, and how much faster this makes the run. ``least_bytes``: the
+    minimum memory that the run needs, as the bars show it.
     """
     chosen = describe_choice(choice)
     if not chosen:

@@ -131,8 +131,8 @@ class ConfirmScreen(ModalScreen[bool | None]):
 
 
 async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
-    """Call ``write(False)``. If that raises OverwriteError, ask whether to replace what is there; if yes,
-    call ``write(True)``. Return whether something was written.
+    """Call ``write(False)``. If this call raises OverwriteError, ask the user whether to replace what would
+    be overwritten and, if the answer is yes, call ``write(True)``. Return whether something was written.
 
     Must be called in a worker. Raises any other UserError that ``write`` raises.
     """

@@ -102,7 +102,9 @@ class SettingFit:
 
 @dataclass(frozen=True)
 class ModelFit:
-    """Memory of a model, with the other settings as in the recipe."""
+    """Memory of a model for several lengths, micro-batch sizes and ranks. In each estimate, all other
+    settings are the recipe's.
+    """
 
     precisions: tuple[Precision, ...]
     """The recipe's precision, and the precision with which it is compared."""
@@ -128,7 +130,9 @@ class PartsPanel(Panel):
         super().__init__("Memory", self._lines, id="parts-panel")
 
     def show(self, fit: ModelFit) -> None:
-        """Show a bar for each length and, if the window is high enough, for each micro-batch size."""
+        """Show a bar for each length and, if the window is high enough, for each micro-batch size and each
+        rank.
+        """
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
         groups = {"length": fit.lengths}
         rows = self.screen.size.height
@@ -296,7 +300,7 @@ def parts_lines(
 ) -> list[Content]:
     """Return a bar and a figure for each value of each setting, and a legend.
 
-    Bars are divided as on the Memory screen. ``is_even``: without textures, as where there are many colors.
+    Bars are divided as on the Memory screen. ``is_even``: whether bars have full blocks instead of textures.
     """
     most = max(row.estimate.total_bytes for rows in groups.values() for row in rows)
     limit = fit.budget.bytes
@@ -360,7 +364,9 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
 def model_fit(
     model: Architecture, recipe: Recipe, budget: MemoryBudget, here: MemoryBudget | None = None
 ) -> ModelFit:
-    """Estimate lengths up to the model's context, micro-batch sizes and ranks; a few milliseconds each."""
+    """Return the memory of a model for lengths up to its context, and for several micro-batch sizes and
+    ranks. Each estimate takes a few milliseconds.
+    """
     usable = _with_targets(model, recipe, budget.device)
     note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
     precision = precision_of(recipe)
@@ -464,8 +470,8 @@ def _architecture_lines(model: Architecture) -> list[Fact]:
 
 
 def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
-    """Return the recipe. If the model lacks the recipe's target modules, return it with all linear modules as
-    targets.
+    """Return the recipe. If the model lacks the recipe's target modules, return the recipe with all linear
+    modules as targets.
     """
     try:
         estimate(recipe, model, device=device)

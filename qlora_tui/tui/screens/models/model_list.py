@@ -130,8 +130,8 @@ class ListedModels:
         return self.hub is None and not self.query
 
     def find(self, id_: str | None) -> LocalModel | HubModel | Starter | None:
-        """Return the model of the line with this id; None for any other id, such as a heading's, and for
-        None.
+        """Return the model of the line with this id. Return None if ``id_`` is None or belongs to another
+        line, such as a heading.
         """
         models: dict[str | None, LocalModel | HubModel | Starter] = {
             **{LOCAL + str(model.path): model for model in self.local or ()},
@@ -175,7 +175,7 @@ class ListedModels:
 
 def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
     """Return the parts of the list's title: the word Models with the key ``hint``, and what the column
-    ``needs`` has.
+    ``needs`` means.
     """
     of = f"{format_gib(budget.bytes)} GiB{' (assumed)' if budget.is_assumed else ''}"
     needs = Content.styled(f"needs: memory to train, of {of}", "not bold $text-muted")
@@ -236,12 +236,12 @@ def _local_lines(
 
 
 def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading and for each recommended model. The columns are aligned with those of
-    :func:`_local_lines`.
+    """Return (id, line) for a heading and for each recommended model. The columns are aligned with the
+    columns of :func:`_local_lines`.
 
     Args:
         models: The models.
-        fits_on: Name of the device on which they fit, for the heading.
+        fits_on: Name of the device whose memory the models fit, for the heading.
         width: Width of a line, in cells.
     """
     rows = []

@@ -133,8 +133,8 @@ class ModelsScreen(WorkScreen):
         self.ask(picker, self._start_scan)
 
     def _ask_for_path_there(self, box: str) -> None:
-        """Ask for a path on another box, as a text, since the file browser cannot list the folders there.
-        ``box``: the name of the box.
+        """Ask for a path on the machine named ``box``, as a text, since the file browser cannot list the
+        folders of another machine.
         """
 
         def search(path: str) -> None:
@@ -166,8 +166,10 @@ class ModelsScreen(WorkScreen):
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         """Put the selected model into the recipe if it is on this machine, or if its details have been
-        fetched from the Hub. Otherwise, fetch the details of a result, search the Hub for a recommended
-        model, or offer to download the demo's model.
+        fetched from the Hub.
+
+        For any other search result, fetch the details, or show why the model cannot be trained. For a
+        recommended model, search the Hub. For the demo's model, offer to download it.
         """
         match self._models.find(event.option.id):
             case LocalModel() as model:
@@ -301,8 +303,8 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """Read the exact structure of each model of which only an outline is known. If any was read, list the
-        models again.
+        """Read the exact structure of each model of which only an outline is known. If the structure of any
+        model was read, list the models again.
         """
         if await run_stoppable(describe_models, self._models.local or ()):
             await self._list_local()

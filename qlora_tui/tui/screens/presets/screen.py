@@ -61,7 +61,7 @@ EDITORS = ("sensible-editor", "nano", "vim", "vi")
 def save_as(
     name: str, recipe: Recipe, *, note: str = "", own: str = "", overwrite: bool = False
 ) -> PresetSnapshot:
-    """Save the recipe as the user's preset ``name``, and return a snapshot of the preset that it replaces,
+    """Save the recipe as the user's preset ``name``. Return a snapshot of the previous preset of this name,
     for undo.
 
     Raises OverwriteError if ``overwrite`` is False and the user already has a preset of this name. The preset
@@ -75,8 +75,8 @@ def save_as(
 
 
 def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
-    """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the preset that it
-    replaces, for undo.
+    """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the previous preset
+    of this name, for undo.
 
     Raises UserError if the file is not a preset, and OverwriteError if ``overwrite`` is False and the user
     has a preset of this name that was edited outside the app.
@@ -89,7 +89,7 @@ def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
 
 def export_preset(preset: Preset, target: Path, *, overwrite: bool = False) -> None:
     """Copy a preset's file to ``target``, a file or a folder. Raises OverwriteError if ``overwrite`` is False
-    and the file exists, and UserError if it cannot be written.
+    and the target file exists, and UserError if the target file cannot be written.
     """
     target = target / preset.path.name if target.is_dir() else target
     if not overwrite and target.exists():

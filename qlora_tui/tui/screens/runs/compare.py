@@ -54,7 +54,7 @@ class Outcome:
     """One result of a run, such as its speed: the run's cell in a row of the table."""
 
     text: str
-    """The result as text; empty if there is none."""
+    """The result as text; empty if the run has no such result."""
     value: float | None = None
     better: Literal["", "lower", "higher"] = ""
     """Whether lower or higher values are better; empty if neither is better."""
@@ -91,7 +91,7 @@ _WIDE_COLUMN = 26
 
 
 def read(run: RunDir) -> ComparedRun:
-    """Read what is compared of a run. Reads files, so call it in a thread."""
+    """Read the facts about a run that are compared. Reads files, so call it in a thread."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     mean_losses = DecimatedSeries()
@@ -131,7 +131,9 @@ def _share(part: float | None) -> Outcome:
 
 
 def _reason(view: RunView) -> str:
-    """Return the sentence on why the run failed or was lost; empty if it has neither failed nor been lost."""
+    """Return the sentence on why the run failed or was lost; empty if the run has neither failed nor been
+    lost.
+    """
     if isinstance(view.ending, Failed):
         return f"{view.ending.title}: {view.ending.what}"
     return view.status.detail if view.status.state in ("failed", "lost") else ""
@@ -227,8 +229,7 @@ def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:
     """Return the lines of a row, each as a tuple with a text for each run.
 
-    If the row has the reasons why runs failed, texts are wrapped; otherwise their middle is left out if they
-    are too long.
+    The reasons why runs failed are wrapped. Any other text that is too long loses its middle.
     """
     if name != "reason":
         return [tuple(truncate_middle(value, width) for value in values)]

@@ -179,8 +179,8 @@ class ExportScreen(ModalScreen[None]):
         self._steps = list(steps)
         self._exports: dict[str, Export] = {}
         self._proposed = ""
-        """The target that the dialog proposed last. If the field has another text, the user typed it, so that
-        it is kept.
+        """The target that the dialog proposed last. A different text in the field was typed by the user, and
+        is therefore kept.
         """
 
     def compose(self) -> ComposeResult:
@@ -253,7 +253,9 @@ class ExportScreen(ModalScreen[None]):
             self._refresh_exports()
 
     def action_copy(self) -> None:
-        """Copy the command that runs the exported file or, if there is none, the paths of the export."""
+        """Copy the command that runs the exported file. If the export has no such command, copy the paths of
+        its files.
+        """
         export = self._export_in("finished", "Move to a finished export to copy its command.")
         if export is not None:
             self.app.copy_to_clipboard(export.status.command or shlex.join(export.status.paths))

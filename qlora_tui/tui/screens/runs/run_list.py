@@ -98,8 +98,8 @@ _HEAD = 15
 
 
 def short_name(name: str, width: int) -> str:
-    """Return a name shortened to ``width`` cells. The time of day at its end is kept, since the names of runs
-    of the same day often differ only in the time.
+    """Return a name shortened to ``width`` cells. A time of day at the end of the name is kept, since the
+    names of runs of the same day often differ only in the time.
     """
     time_of_day = _TIME_OF_DAY.search(name)
     kept = time_of_day[0] if time_of_day else ""
@@ -349,7 +349,8 @@ def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
     """Return (command, verb) for the keys of the run's panel. There are keys for chat and export only if the
-    run can be used. If the run is active, their verbs name the last checkpoint, which they use.
+    run can be used. If the run is active, these two keys use its last checkpoint, and their verbs name the
+    checkpoint's step.
     """
     if not can_be_used(summary, files):
         return (("runs.open", "open"),)

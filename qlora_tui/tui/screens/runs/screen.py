@@ -360,7 +360,7 @@ class RunsScreen(EvaluationActions):
         self.app.push_screen(CompareScreen([known[name] for name in self.marked if name in known]))
 
     def action_sweeps(self) -> None:
-        """Open the sweep of the run under the cursor. If it belongs to no sweep, open the newest sweep."""
+        """Open the sweep of the run under the cursor or, if the run belongs to no sweep, the newest sweep."""
         show_sweeps(self, self.current.run.sweep if self.current is not None else "")
 
     def action_sort(self) -> None:
@@ -498,8 +498,8 @@ class RunsScreen(EvaluationActions):
     def _act_on(
         self, run: RunDir, act: Callable[[RunDir], T], then: Callable[[T], object] = lambda _: None
     ) -> None:
-        """Call ``act`` with the run, then ``then`` with its result, and reload the list, also after an
-        error.
+        """Call ``act`` with the run, then ``then`` with its result. Then reload the list, even if ``act``
+        raised an error.
         """
 
         def act_and_reload(run: RunDir) -> T:

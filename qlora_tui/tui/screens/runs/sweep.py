@@ -212,7 +212,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         return True
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Return whether an action is available; actions without an effect are not."""
+        """Return whether an action is available. An action that would have no effect is not available."""
         return self._can(action) and super().check_action(action, parameters)
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
@@ -316,9 +316,9 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
 
 
 def sweep_plot(view: SweepView) -> Plot:
-    """Return the plot of validation losses by percentage of the steps, from the first loss on: a curve for
-    each trial and for one run of the unchanged recipe. A single loss of that run is drawn as a level line.
-    The winner is drawn brightest.
+    """Return the plot of validation losses by percentage of the steps, from the first loss on. It has a curve
+    for each trial, with the winner's curve brightest, and a curve for one run of the unchanged recipe, which
+    is a level line if that run has only one loss.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
@@ -400,8 +400,8 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
 
 
 def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
-    """Return a table with a line for each value of each setting: the lowest and the mean loss of the trials
-    with that value at the end of the first round. The list is empty if there are no such losses.
+    """Return a table with a line for each value of each setting. A line has the lowest and the mean loss, at
+    the end of the first round, of the trials with this value. The list is empty if there are no such losses.
     """
     first = {one.path: one for one in reversed(bought)}
 
@@ -435,8 +435,8 @@ def _wrong(parse: Callable[[str], object], text: str) -> str:
 
 
 def show_sweeps(screen: OnQloraApp, sweep_id: str = "") -> None:
-    """Open the sweep with this id. If there is no such sweep, open the newest; if there are no sweeps, notify
-    the user. Raises UserError if the app is connected to a box.
+    """Open the sweep with this id. If there is no such sweep, open the newest sweep; if there are no sweeps,
+    notify the user. Raises UserError if the app shows another machine (``--host``).
     """
     refuse_on_box("Sweeps cannot be shown here", "sweep show last")
     sweeps = all_sweeps()

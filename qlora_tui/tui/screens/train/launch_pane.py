@@ -255,9 +255,10 @@ class LaunchPane(Vertical):
 def note_lines(
     current: Field | SettingGroup, group: SettingGroup | None, preset: Recipe | None, width: int, height: int
 ) -> list[Content]:
-    """Return what a setting does, its valid values and the preset's value.
+    """Return lines on a setting: what it does, its valid values and the preset's value.
 
-    Of a group, and below the setting of one that is given, there is a line for each of its settings.
+    If ``current`` is a group, return a line on each of its settings instead. If ``group``, the group of the
+    setting, is not None, lines on its other settings follow.
     """
     if isinstance(current, SettingGroup):
         return _overview(current.fields, width)
@@ -271,7 +272,7 @@ def note_lines(
 
 
 def _overview(settings: Sequence[Field], width: int) -> list[Content]:
-    """Return a line for each setting, cut to fit, with what it does."""
+    """Return a line for each setting, with its label and what it does, cut to ``width`` cells."""
     cells = max(len(field.label) for field in settings)
     lines = [
         Content.assemble((f"{field.label:<{cells}}  ", "$primary"), (field.help, "dim")) for field in settings
@@ -287,10 +288,11 @@ def verdict_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return whether the run can start and what to do now, then time, steps and memory, and what it does.
+    """Return at most ``height`` lines: whether the run can start and which key to press now, then the run's
+    time, steps and memory, then its plan.
 
-    With six lines the time is in large digits, as the second thing to look at. ``probing``: how far the
-    measurement of steps is.
+    If ``height`` is at least six, the time is in large digits. ``probing``: progress of the measurement of
+    steps; empty if nothing is being measured.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -306,7 +308,9 @@ def verdict_lines(
 
 
 def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure | None:
-    """Return the time as a figure for large digits; None if it is unknown or the run cannot start."""
+    """Return the time of the run as a figure for large digits; None if the time is unknown, or if a check has
+    an error.
+    """
     if errors(checks) or expected is None or expected.time is None:
         return None
     return Figure("on this machine", format_duration(expected.time.seconds))
@@ -315,7 +319,10 @@ def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure 
 def _headline(
     expected: Forecast | None, verdict: Verdict | None, probing: str, width: int, *, with_time: bool
 ) -> list[Content]:
-    """Return ``About 25 min   54 steps   memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``, cut to fit."""
+    """Return a line with the run's time, steps and memory, such as ``About 25 min   54 steps   memory ~1.0 of
+    23.5 GiB fits   judging by vicuna-1``. Parts at the end are left out if the line would be too long. Return
+    no line if nothing is known.
+    """
     parts = []
     if expected is not None:
         known = capitalize(expected.duration) if expected.time else "Time unknown"

@@ -64,7 +64,9 @@ LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("errors only", frozenset(("error",))),
 )
 _ENDED_WELL = ("finished", "stopped", "paused")
-"""States of ended runs in which the machine's last readings are hidden, since they do not explain the end."""
+"""If a run has ended in one of these states, the machine's last readings are hidden, since they do not
+explain the end.
+"""
 _TABS = ("log", "answers", "health", "output")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))

@@ -152,8 +152,8 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
 
 
 def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
-    """Return the lines of each meter: its value, with a chart of ``rows`` lines or a bar if the meter has
-    one.
+    """Return the lines of each meter: its value and, if the meter has them, a chart of ``rows`` lines or a
+    bar.
 
     All charts end in the same column, with their values next to them.
     """

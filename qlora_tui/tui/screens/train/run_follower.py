@@ -101,8 +101,7 @@ class RunSnapshot:
     step: int
     epoch: float
     loss: float | None
-    """Loss of the last step; None if there is no step yet. The next five fields also refer to the last step.
-    """
+    """Loss of the last step; None before the first step. The next five fields also refer to the last step."""
     mean_loss: float | None
     learning_rate: float | None
     grad_norm: float | None
@@ -126,8 +125,8 @@ class RunSnapshot:
     seconds_per_step: float | None
     """Duration of a recent step in seconds; None until it is known."""
     fix: SuggestedFix | None
-    """The fix, which a single key applies, for the latest warning or failure that has a fix; None if there is
-    none.
+    """The fix that a single key applies, for the latest warning or failure that has such a fix; None if no
+    warning or failure has one.
     """
     step_stride: int
     """Distance between two steps of the graph, in steps; more than 1 only in a very long run."""

@@ -94,7 +94,7 @@ _TO_COME: dict[Phase, str] = {
     "evaluating": "validation loss before training",
     "training": "the first step",
 }
-"""What each stage works on, in the order in which a run reaches the stages."""
+"""What each stage works on, by phase, in the order in which a run goes through the stages."""
 _STAGE_CELLS = 13
 """Width of a stage's sign and name, in cells."""
 _MAX_BAR = 30
@@ -133,7 +133,8 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
-    """Fill ``rows`` lines of at most ``width`` cells with texts, in order, until one does not fit.
+    """Return ``rows`` lines of at most ``width`` cells, filled with the texts in order until a text does not
+    fit.
 
     Keys in the texts are colored.
     """
@@ -251,7 +252,9 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _checkpoints(snapshot: RunSnapshot) -> str:
-    """Return ``checkpoints 60 ★, 70``: the steps of the best and the newest; empty without checkpoints."""
+    """Return the steps of the best and the newest checkpoint, such as ``checkpoints 60 ★, 70``; empty if
+    there are no checkpoints.
+    """
     if not snapshot.view.checkpoints:
         return ""
     newest = snapshot.view.checkpoints[-1].step
@@ -373,8 +376,8 @@ def _uses_of_adapter() -> list[str]:
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return the run's failure, the latest warning of each kind, newest first, a warning about other
-    programs, and the key for a fix, where these apply. The list is empty if none does.
+    """Return lines on what is wrong: the run's failure, the latest warning of each kind, newest first, a
+    warning about other programs, and the key for a fix. Return no lines if nothing is wrong.
     """
     latest = {health.kind: health for health in snapshot.health}
     lines = []

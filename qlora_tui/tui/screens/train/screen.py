@@ -404,7 +404,9 @@ class TrainScreen(EvaluationActions):
 
     @property
     def _when_it_ends(self) -> str:
-        """When a run ends after a request: `` after this step`` if it has begun to train; otherwise empty."""
+        """Text on when a run ends after a request: `` after this step`` if the run has begun to train;
+        otherwise empty.
+        """
         has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
         return " after this step" if has_begun else ""
 
@@ -580,7 +582,7 @@ def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) 
 
 
 def _rate_problem(text: str) -> str:
-    """Return what is wrong with a typed learning rate; empty if it is valid."""
+    """Return what is wrong with a typed learning rate; empty if the text is a valid learning rate."""
     try:
         rate = float(text)
     except ValueError:

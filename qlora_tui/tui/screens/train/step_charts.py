@@ -66,8 +66,8 @@ class StepChart:
 def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
     """Return the loss graph with the charts below it.
 
-    If there is no room for charts, only their latest values are shown, and if there is none for the graph
-    either, a sparkline of the smoothed loss.
+    If there is no room for the charts, only their latest values are shown. If there is no room for the graph
+    either, a sparkline of the smoothed loss takes its place.
     """
     if loss.is_empty or not charts:
         return plot(loss, width, height)
@@ -118,9 +118,9 @@ def _chart_lines(
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """Return a value for each column: the middle of the column's values or, if it has none, the value of the
-    previous column. The value is NaN if the column has a value that is not finite, and None after the last
-    step.
+    """Return a value for each column: the middle of the column's values or, if the column has no values, the
+    value of the previous column. The value is NaN if the column has a value that is not finite, and None
+    after the last step.
     """
     values: list[float | None] = [None] * columns
     for place, low, high, broken in zip(

@@ -45,7 +45,7 @@ class Draft:
 
     sheet: Sheet
     deadline: float | None
-    """Unix time; None if a number of trials was given."""
+    """Unix time at which the sweep ends; None if a number of trials was given."""
 
 
 def parse_draft(recipe: Recipe, vary: str, end: str) -> Draft:
@@ -85,7 +85,7 @@ def _rounds(trials: int) -> int:
 
 
 def draft_sentence(draft: Draft, costs: Costs | None) -> str:
-    """Return sentences on the runs that the sweep would train and their expected time, or on why they are
+    """Return sentences on the runs that the sweep would train and their expected time, or on why these are
     unknown. ``costs``: the time that a run takes; None if unknown.
     """
     sheet = draft.sheet
@@ -164,8 +164,8 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
 
 
 def start_sweep(screen: OnQloraApp) -> None:
-    """Open the dialog, start the sweep that the user describes, and show it. Raises UserError if the app is
-    connected to a box.
+    """Open the dialog, start the sweep that the user describes, and show the sweep. Raises UserError if the
+    app shows another machine (``--host``).
     """
     refuse_on_box("Sweeps cannot be started from here", "sweep start RECIPE --vary …")
     app, machine = screen.app, screen.app.system_status.machine
