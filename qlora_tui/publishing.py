@@ -149,9 +149,8 @@ def _put_back(earlier: Path, final: Path) -> bool:
 
 def kept_earlier(final: Path) -> Path | None:
     """Return the stored previous version of ``final`` if ``final`` is missing; otherwise None."""
-    # Version 1.0 used the second place.
-    places = (earlier_path(final), final.with_name(f".{final.name}.earlier"))
-    return None if final.exists() else next((place for place in places if place.is_dir()), None)
+    earlier = earlier_path(final)
+    return earlier if earlier.is_dir() and not final.exists() else None
 
 
 def discard(path: Path) -> None:

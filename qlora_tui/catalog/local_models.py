@@ -46,7 +46,6 @@ from qlora_tui.remote.calls import at_box
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
 """Number of characters from which the beginning of a name counts as a close match."""
-_UNCHECKED_CONVERSION = re.compile(r".+-(?:[0-9a-f]{12}|[0-9a-f]{16})")
 """Pattern of the names of conversions by versions that did not check all metadata of a GGUF file."""
 MAX_DEPTH = 3
 """Number of levels searched below a user's folder: publisher, model, file."""
@@ -228,7 +227,7 @@ def _find_model(model_id: str) -> LocalModel | None:
         if (cached := hub_cache_dir() / f"models--{model_id.replace('/', '--')}").is_dir():
             return _read_cached_model(cached)
         if path.name == model_id and (converted := converted_dir() / model_id).is_dir():
-            return _read_converted(converted)
+            return _read_folder(converted, "converted", converted.name, converted.name)
     except PermissionError as error:
         return LocalModel(model_id, model_id, path, "folder", 0, None, _unreadable(path, error))
     except (
@@ -303,20 +302,7 @@ def _incomplete_download(name: str) -> UserError:
 def _converted_models() -> Iterator[LocalModel]:
     for folder in _subfolders(converted_dir()):
         if not folder.name.startswith("."):
-            yield _read_converted(folder)
-
-
-def _read_converted(folder: Path) -> LocalModel:
-    model = _read_folder(folder, "converted", folder.name, folder.name)
-    if _UNCHECKED_CONVERSION.fullmatch(folder.name) and model.loading_refusal is None:
-        refusal = UserError(
-            "Converted by an earlier version",
-            what=f"{folder} was made from a GGUF file without checking what would be lost.",
-            why="Such a model may lack a scaling of positions or of attention, or split text differently.",
-            fix="Choose the GGUF file, which is then checked and converted again. Then delete this folder.",
-        )
-        return msgspec.structs.replace(model, refusal=refusal)
-    return model
+            yield _read_folder(folder, "converted", folder.name, folder.name)
 
 
 def _folder_models(folders: Iterable[Path]) -> Iterator[LocalModel]:

@@ -328,18 +328,6 @@ def tensor_entries(file: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def safetensors_damage(file: Path) -> str | None:
-    """Return why a file is damaged, judged by its header and its length; None if it is not.
-
-    Raises OSError if the file cannot be read.
-    """
-    try:
-        tensor_entries(file)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 _MATRIX_DIMENSIONS = (2, 3)
 """Numbers of dimensions that weights have; masks in some files have four (GPT-Neo)."""
 _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")

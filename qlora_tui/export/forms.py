@@ -9,7 +9,6 @@ from typing import Literal
 from msgspec import Struct
 
 from qlora_tui.chat.chat_types import ChatSource
-from qlora_tui.errors import UserError
 from qlora_tui.export.adapter_folder import export_adapter_folder
 from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.hub import export_hub
@@ -150,9 +149,3 @@ def export_form(
             )
             sizes = {uploaded.url: uploaded.bytes}
             return Written(result=uploaded, sizes=sizes, summary=uploaded.summary, command="")
-        case "lora":
-            raise UserError(
-                "This format is no longer written",
-                what="`export lora`, which wrote the adapter as a separate GGUF file, was removed.",
-                fix="Export the merged GGUF file, or the adapter's folder for vLLM.",
-            )

@@ -8,7 +8,7 @@ preference_methods
 fields          the settings as data, for forms, ``--set``, comparisons and the reference page
 toml            a file or text to a layer (a partial recipe), a layer to a recipe, a recipe to TOML
 validation      every error in a layer, with its line and the closest valid name
-aliases         other spellings of settings: version 0.1's, other trainers'; the meaning of misspelled ones
+aliases         other trainers' spellings of settings; the meaning of misspelled ones
 trainers        the meaning of other trainers' keys in our settings
 imported        a recipe from axolotl, LLaMA-Factory, TRL, Unsloth or an adapter
 exported        a recipe for axolotl, or as a script of transformers, peft and trl

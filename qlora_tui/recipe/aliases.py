@@ -1,7 +1,7 @@
 """Other names of settings: spellings that are accepted, and misspellings, for which there are hints.
 
-``aliases.toml`` has the tables: ``RENAMED``, ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` has other
-spellings of values, from earlier versions and other trainers.
+``aliases.toml`` has the tables: ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` has other spellings of
+values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 from qlora_tui.recipe.fields import fields, sections
 
 _TABLES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-RENAMED: dict[str, str] = _TABLES["renamed"]
 ALIASES: dict[str, str] = _TABLES["aliases"]
 RELATED: dict[str, str] = _TABLES["related"]
 REMOVED: dict[str, dict[str, str]] = _TABLES["removed"]
@@ -32,9 +31,7 @@ def resolve(section: str, key: str) -> str | None:
     ``section`` is empty above the sections of a file.
     """
     path = f"{section}.{key}" if section else key
-    if path in fields():
-        return None
-    return RENAMED.get(path) or ALIASES.get(key)
+    return None if path in fields() else ALIASES.get(key)
 
 
 def canonical_value(path: str, value: Any) -> Any:

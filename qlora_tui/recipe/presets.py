@@ -25,10 +25,9 @@ from qlora_tui.recipe.fields import DESCRIPTIVE
 from qlora_tui.recipe.schema import Recipe
 
 _HEADER = re.compile(
-    rb"# Written by qlora-tui(?:, which asks before it replaces an edit: "
-    rb"|\. Edit it freely: a checksum tells the app that you did, )([0-9a-f]{64})\n"
+    rb"# Written by qlora-tui\. Edit it freely: a checksum tells the app that you did, ([0-9a-f]{64})\n"
 )
-"""First line of a file that the app wrote; earlier versions used another wording."""
+"""First line of a file that the app wrote."""
 _MAX_NAME_BYTES = 60
 _CHECK_DISK = "Check free disk space and write permission there."
 

@@ -1,19 +1,13 @@
-"""Checks that a checkpoint or an adapter is intact, by sizes and checksums. Loads no torch.
-
-Folders without checksums, which earlier versions wrote, are checked by what their formats allow: file sizes,
-the headers of safetensors files, and the CRCs of zip archives, the format of ``torch.save``.
-"""
+"""Checks that a checkpoint or an adapter is intact, by sizes and checksums. Loads no torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
 from qlora_tui import checksums
-from qlora_tui.catalog.model_validation import safetensors_damage
 from qlora_tui.decoding import read_json
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Finished, Stopped
@@ -38,22 +32,17 @@ def checkpoint_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if actual != size:
             return f"{name} has {actual} of {size} bytes"
-    if checksums.NAME in sizes:
-        return checksums.mismatch(folder, listed=sizes.keys() - {checksums.NAME})
-    return next((wrong for name in sizes if (wrong := _format_damage(folder / name))), None)
+    if checksums.NAME not in sizes:
+        return f"{checksums.NAME} is missing"
+    return checksums.mismatch(folder, listed=sizes.keys() - {checksums.NAME})
 
 
-def adapter_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
-    """Describe the damage to an adapter's folder in a clause; return None if it is intact.
-
-    ``only`` has the names of the files to read; empty reads all files.
-    """
-    for name in ADAPTER_FILES:
+def adapter_damage(folder: Path) -> str | None:
+    """Describe the damage to a run's adapter in a clause; return None if it is intact. Reads every file."""
+    for name in (*ADAPTER_FILES, checksums.NAME):
         if not (folder / name).is_file():
             return f"{name} is missing"
-    if (wrong := checksum_damage(folder, only=only)) or (folder / checksums.NAME).exists():
-        return wrong
-    return next((wrong for name in ADAPTER_FILES if (wrong := _format_damage(folder / name))), None)
+    return checksum_damage(folder)
 
 
 def checksum_damage(folder: Path, *, only: Collection[str] = ()) -> str | None:
@@ -85,31 +74,3 @@ def _recorded_digest(folder: Path) -> str | None:
     except OSError:
         return None
     return (ending.checksums or None) if isinstance(ending, Finished | Stopped) else None
-
-
-def _format_damage(file: Path) -> str | None:
-    try:
-        if not file.is_file():
-            return f"{file.name} is not a file"
-        if file.suffix == ".safetensors" and (damage := safetensors_damage(file)):
-            return f"{file.name} is damaged: {damage}"
-        if file.suffix == ".json":
-            json.loads(file.read_bytes())
-        if file.suffix in (".pt", ".pth"):
-            return _zip_damage(file)
-    except OSError as error:
-        return f"{file.name} cannot be read ({error.strerror or error})"
-    except (ValueError, RecursionError):
-        return f"{file.name} is not JSON"
-    return None
-
-
-def _zip_damage(file: Path) -> str | None:
-    import zipfile  # The import takes 10 ms, and only old checkpoints need it.
-
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        return f"{file.name} is damaged ({error})"
-    return f"{file.name} is damaged at {damaged}" if damaged else None

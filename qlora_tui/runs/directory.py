@@ -276,10 +276,6 @@ def waiting() -> list[str]:
         # json instead of msgspec: bytes of an id that are not UTF-8 become lone surrogates.
         ids = json.loads(read_regular(queue_path()))
         return [name for name in ids if isinstance(name, str)] if isinstance(ids, list) else []
-    except FileNotFoundError:
-        # Version 0.2 had a folder with a file for each queued run.
-        names = sorted(path.name for path in (paths.state_dir() / "queue").glob("[0-9]*.?*"))
-        return list(dict.fromkeys(name.partition(".")[2] for name in names))
     except (OSError, ValueError, RecursionError):
         return []
 

@@ -29,10 +29,8 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, detached_environ
 from qlora_tui.worker import start_detached
 
-Form: TypeAlias = Literal[
-    "gguf", "ollama", "merge", "adapter", "hub-adapter", "hub-merged", "hub-gguf", "lora"
-]
-"""``adapter``: the adapter's folder, for vLLM; ``hub-``: an upload to the Hub; ``lora``: only in records."""
+Form: TypeAlias = Literal["gguf", "ollama", "merge", "adapter", "hub-adapter", "hub-merged", "hub-gguf"]
+"""``adapter``: the adapter's folder, for vLLM; ``hub-``: an upload to the Hub."""
 COMPARED_TOKENS = 4_096
 """Default number of tokens whose answers are compared; docs/export.md explains it."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
@@ -40,7 +38,6 @@ ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 _NAMES: dict[Form, str] = {
     "merge": "merged model",
-    "lora": "LoRA file",
     "adapter": "adapter folder",
     "ollama": "Ollama model",
     "hub-adapter": "adapter on the Hub",

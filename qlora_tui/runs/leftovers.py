@@ -8,7 +8,6 @@ never decides what is deleted elsewhere.
 
 from __future__ import annotations
 
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -30,7 +29,6 @@ from qlora_tui.runs.directory import RunDir
 
 OLD_S = 3600.0
 """Age in seconds from which a temporary file is a leftover. No write takes this long."""
-_EARLIER = re.compile(r"\.(.+)\.earlier", re.DOTALL)
 
 
 def restore(run: RunDir) -> list[Path]:
@@ -45,11 +43,10 @@ def moved_aside(run: RunDir) -> list[Path]:
     """Return the paths of a missing adapter or checkpoint whose previous folder still exists."""
     finals = []
     for path in (*list_folder(run.path), *list_folder(run.checkpoints_dir)):
-        match = _EARLIER.fullmatch(path.name)
-        final = path.with_name(match[1]) if match else final_path(path)
+        final = final_path(path)
         if final != path and kept_earlier(final) is not None:
             finals.append(final)
-    return list(dict.fromkeys(finals))
+    return finals
 
 
 def sweep_own(run: RunDir) -> None:

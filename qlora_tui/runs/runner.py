@@ -110,11 +110,8 @@ class _Queue:
         for run in all_runs():
             if is_on_cluster(run) or not _is_unsettled(run):
                 continue
-            devices = devices_of(run)
-            self._start(run, devices or Devices(()), partial(_take_over, supervisor=self._supervisor))
-            if devices is None:
-                # An earlier version started this run, and its devices are unknown.
-                self._training[run.id][0].join()
+            devices = devices_of(run) or Devices(())
+            self._start(run, devices, partial(_take_over, supervisor=self._supervisor))
         looked_at, seen = -LOOK_S, None
         while self.waiting() or self._training:
             changed = _queue_version()

@@ -124,11 +124,7 @@ def convert_in_child(
 
 
 def folder_of(file: Path) -> Path:
-    """Return the folder of a file's conversion, which is another one if the file changes.
-
-    Folders of earlier versions, named with 12 or 16 digits, are refused by
-    :mod:`qlora_tui.catalog.local_models`.
-    """
+    """Return the folder of a file's conversion, which is another one if the file changes."""
     try:
         stat = file.stat()
     except OSError as error:

@@ -270,17 +270,8 @@ class RandomNumberState(NamedTuple):
 
     @classmethod
     def read(cls, state: dict[str, Any], device: torch.device) -> RandomNumberState:
-        """Read the state in a checkpoint.
-
-        With several processes, an earlier version stored the state of each GPU.
-        """
-        cuda = state.get("cuda")
-        return cls(
-            state["python"],
-            state["numpy"],
-            state["cpu"],
-            cuda[device.index or 0] if isinstance(cuda, list) else cuda,
-        )
+        """Read the state in a checkpoint."""
+        return cls(state["python"], state["numpy"], state["cpu"], state.get("cuda"))
 
     def restore(self, device: torch.device) -> None:
         """Restore the random state, so that the same numbers are drawn again."""

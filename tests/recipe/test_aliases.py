@@ -1,4 +1,4 @@
-"""Keys of version 0.1 and of other trainers are read as the settings they mean."""
+"""Keys of other trainers are read as the settings they mean."""
 
 from __future__ import annotations
 
@@ -74,26 +74,8 @@ def test_hugging_face_keys_in_sections_are_read(tmp_path: Path) -> None:
     assert f"{tmp_path}/recipe.toml: lr_scheduler_type is read as training.lr_scheduler." in notes
 
 
-def test_keys_of_version_0_1_are_read_without_a_note(tmp_path: Path) -> None:
-    for old, new in aliases.RENAMED.items():
-        section, _, key = old.rpartition(".")
-        value = fields()[new].default
-        written = toml.dump(toml.to_recipe({})) if value is None else f"[{section}]\n{key} = {_toml(value)}\n"
-        layer, notes = load(tmp_path, written)
-        assert layer == {section: {new.rpartition(".")[2]: _plain(value)}}
-        assert notes == []
-
-
-def _toml(value: object) -> str:
-    return "[]" if value == () else repr(value).replace("'", '"')
-
-
-def _plain(value: object) -> object:
-    return [] if value == () else value
-
-
 def test_every_alias_names_a_setting_and_is_none() -> None:
-    for spelling, path in (aliases.RENAMED | aliases.ALIASES | aliases.RELATED).items():
+    for spelling, path in (aliases.ALIASES | aliases.RELATED).items():
         assert path in fields()
         assert spelling not in fields()
 
@@ -128,7 +110,7 @@ def test_a_key_with_other_values_here_is_only_hinted_at(tmp_path: Path) -> None:
 def test_set_takes_aliases_in_any_section() -> None:
     notes: list[str] = []
     recipe = build_recipe(
-        sets=["lora_r=4", "training.save_steps=7", "training.warmup=0.1"], on_note=notes.append
+        sets=["lora_r=4", "training.save_steps=7", "training.warmup_ratio=0.1"], on_note=notes.append
     )
     assert (recipe.lora.rank, recipe.training.checkpoint_every, recipe.training.warmup_ratio) == (4, 7, 0.1)
     assert notes == [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -231,13 +230,3 @@ def test_a_shipped_preset_cannot_be_deleted() -> None:
         presets.delete("paper")
     with pytest.raises(UserError, match='You have no preset "none"'):
         presets.delete("none")
-
-
-def test_a_preset_of_an_earlier_version_counts_as_unedited() -> None:
-    path = presets.save("mine", Recipe())
-    _, _, body = path.read_bytes().partition(b"\n")
-    digest = hashlib.sha256(body).hexdigest()
-    former = f"# Written by qlora-tui, which asks before it replaces an edit: {digest}\n"
-    path.write_bytes(former.encode() + body)
-    presets.save("mine", Recipe(lora=Lora(rank=4)))
-    assert b"rank = 4" in path.read_bytes()

@@ -83,21 +83,21 @@ def damaged(recipe: Recipe, state: State, file: str, how: str) -> RunDir:
 
 
 def put_adapter(folder: Path) -> Path:
-    """A small adapter in the formats that peft writes."""
+    """A small adapter in the formats that peft writes, with checksums."""
     folder.mkdir(parents=True, exist_ok=True)
     header = json.dumps({"a": {"dtype": "U8", "shape": [64], "data_offsets": [0, 64]}}).encode()
     weights = len(header).to_bytes(8, "little") + header + bytes(range(64))
     (folder / "adapter_model.safetensors").write_bytes(weights)
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    write_checksums(folder)
     return folder
 
 
-def put_checkpoint(folder: Path, *, with_checksums: bool = True) -> Path:
-    """A checkpoint; without checksums it is as older versions wrote it."""
+def put_checkpoint(folder: Path) -> Path:
+    """Write a checkpoint."""
     put_adapter(folder)
     with zipfile.ZipFile(folder / "optimizer.pt", "w") as archive:
         archive.writestr("optimizer/data/0", bytes(4096))
-    if with_checksums:
-        write_checksums(folder)
+    write_checksums(folder)
     (folder / MARKER).write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
     return folder

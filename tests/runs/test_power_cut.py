@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_tui import paths
+from qlora_tui.publishing import earlier_path
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions, check, leftovers, run_queue
 from qlora_tui.runs.check import apply_repairs, check_run
@@ -201,10 +202,10 @@ def test_a_new_name_is_on_the_disk_at_once(recipe: Recipe, cuts: Callable[[Work]
 def test_what_is_moved_stays_moved_after_a_cut(
     run: RunDir, cuts: Callable[[Work], Iterator[str]], work: Callable[[RunDir], object]
 ) -> None:
-    put_adapter(run.path / ".adapter.earlier" if work is leftovers.restore else run.adapter_dir)
+    put_adapter(earlier_path(run.adapter_dir) if work is leftovers.restore else run.adapter_dir)
     last = {}
     for cut in cuts(partial(work, run)):
         names = {path.name for path in RunDir(paths.runs_dir() / run.id).path.iterdir()}
-        last[cut.partition(",")[0]] = names & {"adapter", ".adapter.earlier", "damaged-adapter"}
+        last[cut.partition(",")[0]] = names & {"adapter", "damaged-adapter"}
     moved = "adapter" if work is leftovers.restore else "damaged-adapter"
     assert last == {mode: {moved} for mode in MODES}

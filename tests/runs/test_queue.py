@@ -11,8 +11,6 @@ from contextlib import ExitStack
 import pytest
 from msgspec import structs
 
-from qlora_tui import paths
-from qlora_tui.files import private_dir
 from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.locks import locked
 from qlora_tui.recipe.fields import replace_setting
@@ -78,15 +76,6 @@ def test_a_requeued_run_keeps_its_progress(recipe: Recipe) -> None:
     assert (status.state, status.step, status.total_steps, status.loss) == ("stopped", 7, 20, 1.5)
     ending = last_event(run.events_path)
     assert isinstance(ending, Stopped) and ending.step == 7
-
-
-def test_the_queue_of_an_earlier_version_is_continued(recipe: Recipe) -> None:
-    first, second, third = (create_run(recipe) for _ in range(3))
-    for order, run in ((7, first), (5, second)):
-        (private_dir(paths.state_dir() / "queue") / f"{order:020d}.{run.id}").touch()
-    assert run_queue.waiting() == [second.id, first.id]
-    run_queue.enqueue(third)
-    assert run_queue.remove(second) and run_queue.waiting() == [first.id, third.id]
 
 
 def test_a_run_whose_id_is_not_utf8_is_queued(recipe: Recipe) -> None:

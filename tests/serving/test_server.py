@@ -257,7 +257,7 @@ def test_only_a_run_on_its_device_takes_the_model(runs: list[RunDir]) -> None:
         assert run_on("GPU-1") == "a-1.0"
         assert run_on("GPU-0") == run_on(CPU) == ""
         runs[0].devices_path.unlink()
-        assert run_on("GPU-0") == "a-1.0"  # started by an earlier version
+        assert run_on("GPU-0") == "a-1.0"  # its file is lost
     with claimed(Devices((gpu,))):  # its trainer does not run yet
         assert run_on("GPU-1") and not run_on(CPU)
     assert not run_on("GPU-1")
