@@ -303,6 +303,15 @@ def estimated_bytes(architecture: Architecture, file_type: str) -> int:
     return int((rest * bits + tables * table_bits) / 8)
 
 
+def size_from_parameters(parameters: int, file_type: str) -> int:
+    """Return the approximate size of a GGUF file in bytes if only the model's number of parameters is known.
+
+    The embedding and the output head are counted like all other weights, although K types store them in more
+    bits: :func:`estimated_bytes` is closer.
+    """
+    return int(parameters * _BITS_PER_WEIGHT[file_type] / 8)
+
+
 def spelled(name: str) -> str:
     """Return a type in our spelling, such as ``Q4_K_M`` for ``q4_k_m``; unknown types stay unchanged."""
     names = {kind.lower(): kind for kind in (*FILE_TYPES, *K_QUANTS, AUTO)}

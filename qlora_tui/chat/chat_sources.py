@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.recipe.fields import replace_settings
 from qlora_tui.recipe.schema import Recipe, Thinking
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.event_log import EventTail
+from qlora_tui.runs.event_log import first_event
 from qlora_tui.runs.events import DataReady
 from qlora_tui.runs.exports import read_exports
 
@@ -44,12 +43,9 @@ def _gguf_files(run: RunDir) -> dict[str, str]:
 
 def _trained_thinking(run: RunDir) -> Thinking:
     """Return the thinking setting of a run's training, read from the event that describes its data."""
-    with suppress(OSError):
-        for event in EventTail(run.events_path).drain():
-            if isinstance(event, DataReady):
-                return event.thinking
+    data = first_event(run.events_path, DataReady)
     # A run without this event has not read its data.
-    return "auto"
+    return "auto" if data is None else data.thinking
 
 
 def checkpoint_name(step: int) -> str:

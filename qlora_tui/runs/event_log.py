@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -176,6 +177,15 @@ class EventTail(JsonLinesTail[AnyEvent]):
         """Follow events from ``offset``; ``unknown`` counts earlier lines that were not understood."""
         super().__init__(path, decode, offset)
         self.unknown = unknown
+
+
+def first_event(path: Path, kind: type[T]) -> T | None:
+    """Return the first event of a class; None if there is none, or the file cannot be read."""
+    with suppress(OSError):
+        for event in EventTail(path).drain():
+            if isinstance(event, kind):
+                return event
+    return None
 
 
 def last_event(path: Path) -> AnyEvent | None:

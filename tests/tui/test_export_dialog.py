@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
-from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.catalog.adapters import WEIGHTS
 from qlora_tui.memory.budget import budget_for
+from qlora_tui.recipe.fields import replace_setting
+from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exports import (
@@ -20,7 +23,8 @@ from qlora_tui.runs.exports import (
     write_export_status,
 )
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.runs import export_dialog
+from qlora_tui.tui.screens.models.downloads import DownloadsPanel
+from qlora_tui.tui.screens.runs import export_formats
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
@@ -39,6 +43,14 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunDir:
     return run
 
 
+@pytest.fixture
+def base(run: RunDir, private_home: Path) -> Path:
+    """The run's base, which is on this machine."""
+    folder = config_folder(private_home, "Qwen__Qwen2.5-7B")
+    run.recipe_path.write_text(dump(replace_setting(run.recipe(), "model.id", str(folder))))
+    return folder
+
+
 async def open_dialog(pilot: Pilot[None]) -> str:
     await pilot.press("6")
     await wait_for_text(pilot, "tickets")
@@ -46,12 +58,40 @@ async def open_dialog(pilot: Pilot[None]) -> str:
     return await wait_for_text(pilot, "Export tickets")
 
 
+async def test_a_format_that_needs_an_absent_base_says_so_and_downloads_it(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run.adapter_dir / WEIGHTS).touch()
+    os.truncate(run.adapter_dir / WEIGHTS, 155 << 20)
+    started: list[str] = []
+    monkeypatch.setattr(DownloadsPanel, "start", lambda self, model: started.append(model))
+    async with QloraApp().run_test(size=(80, 24)) as pilot:
+        shown = await open_dialog(pilot)
+        # The sizes follow from the number of parameters that the run recorded.
+        for line in (
+            "GGUF Q8_0                  ~7.6 GiB  ✗ needs the base model",
+            "Merged model, 16-bit      ~14.3 GiB  ✗ needs the base model",
+            "Adapter folder              155 MiB  several adapters",
+            "'Qwen/Qwen2.5-7B-Instruct' is not on this machine.",
+            "Enter downloads it (~14.3 GiB)",
+        ):
+            assert line in shown, shown
+        assert "File" not in shown and "Enter export" not in shown
+        await pilot.press("j", "j", "j")
+        await wait_for_text(pilot, "Enter export", "Folder ~/models/tickets-adapter")
+        await pilot.press("k", "enter")
+        await wait_until(pilot, lambda: started)
+    assert started == ["Qwen/Qwen2.5-7B-Instruct"]
+    assert read_exports(run) == []
+
+
+@pytest.mark.usefixtures("base")
 async def test_an_export_is_started_and_followed(run: RunDir, tmp_path: Path) -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
-        # Neither the adapter's weights nor the base model are there.
+        # The adapter's weights are not there.
         assert "0 bytes" not in await open_dialog(pilot)
-        await wait_for_text(pilot, "Merged model, 16-bit        unknown  transformers, vLLM")
+        await wait_for_text(pilot, "Adapter folder              unknown  several")
         await wait_for_text(pilot, "tickets-Q8_0")
         await pilot.press("enter")
         await wait_for_text(pilot, "Started", "Exports of this run", "Q8_0  Starting", "x cancel")
@@ -95,13 +135,10 @@ async def test_a_canceled_export_is_started_again_with_one_key(run: RunDir, tmp_
         assert [export.folder for export in read_exports(run)] == [again.folder]
 
 
-def test_every_choice_has_a_size_and_the_disk_its_room(
-    monkeypatch: pytest.MonkeyPatch, private_home: Path
-) -> None:
-    architecture = resolve_model(str(config_folder(private_home, "Qwen__Qwen2.5-7B"))).architecture
-    choices = {
-        each.id: each for each in export_dialog.export_choices(architecture, budget_for(None), 155 << 20)
-    }
+@pytest.mark.usefixtures("base")
+def test_every_choice_has_a_size_and_the_disk_its_room(monkeypatch: pytest.MonkeyPatch, run: RunDir) -> None:
+    base = export_formats.base_of(run)
+    choices = {each.id: each for each in export_formats.export_choices(base, budget_for(None), 155 << 20)}
     sizes = {id_: choice.size for id_, choice in choices.items()}
     assert sizes == {
         "gguf": "~7.5 GiB",
@@ -110,9 +147,9 @@ def test_every_choice_has_a_size_and_the_disk_its_room(
         "adapter": "155 MiB",
         "hub": "155 MiB",
     }
-    monkeypatch.setattr(export_dialog, "disk_free_bytes", lambda folder: 10 << 30)
-    assert export_dialog._free_space(choices["gguf"]).startswith("10.0 GiB free for ")
-    assert export_dialog._free_space(choices["merge"]).startswith("✗ Only 10.0 GiB free")
+    monkeypatch.setattr(export_formats, "disk_free_bytes", lambda folder: 10 << 30)
+    assert export_formats._free_space(choices["gguf"]).startswith("10.0 GiB free for ")
+    assert export_formats._free_space(choices["merge"]).startswith("✗ Only 10.0 GiB free")
 
 
 async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: Path) -> None:
@@ -127,10 +164,11 @@ async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: 
         assert read_exports(run) == []
 
 
+@pytest.mark.usefixtures("base")
 async def test_without_llama_cpp_only_its_types_are_missing(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_dialog, "is_installed", lambda: False)
+    monkeypatch.setattr(export_formats, "is_installed", lambda: False)
     async with QloraApp().run_test(size=(100, 30)) as pilot:
         await open_dialog(pilot)
         await wait_for_text(pilot, "GGUF Q8_0", "Without llama.cpp", "[export]")
@@ -140,8 +178,9 @@ async def test_without_llama_cpp_only_its_types_are_missing(
         await wait_for_text(pilot, "GGUF Q8_0")
 
 
+@pytest.mark.usefixtures("base")
 async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_dialog, "is_installed", lambda: True)
+    monkeypatch.setattr(export_formats, "is_installed", lambda: True)
     for step in (5, 10):
         folder = run.checkpoints_dir / f"step-{step}"
         folder.mkdir(parents=True)

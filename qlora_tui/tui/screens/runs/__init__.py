@@ -2,5 +2,5 @@
 the run under the cursor.
 
 ``compare`` shows two to four runs side by side, ``sweep`` shows a sweep, and ``export_dialog`` exports a run
-for other programs.
+for other programs, in one of the formats of ``export_formats``.
 """

@@ -1,0 +1,307 @@
+"""The formats to which a run can be exported: size, what each is for, and whether this machine can write it.
+
+Read by the export dialog.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.gguf import (
+    AUTO,
+    K_QUANTS,
+    bytes_to_run,
+    estimated_bytes,
+    rows_without_k_blocks,
+    size_from_parameters,
+)
+from qlora_tui.catalog.local_models import (
+    ModelNotFoundError,
+    find_files,
+    is_fetchable,
+    load_architecture,
+)
+from qlora_tui.catalog.model_validation import MissingFilesError
+from qlora_tui.errors import UserError
+from qlora_tui.export.llama_cpp.client import install_hint, is_installed
+from qlora_tui.formatting import abbreviate_home, format_bytes, format_path, join_words
+from qlora_tui.memory.budget import MemoryBudget
+from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.event_log import first_event
+from qlora_tui.runs.events import AdapterReady
+from qlora_tui.runs.exports import ExportRequest, Form
+from qlora_tui.tui.screens.models.model_facts import disk_free_bytes
+
+_TYPES = ("Q8_0", "F16", AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
+_NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
+HUB_FORMS = ("adapter", "merged")
+"""Forms of a run that can be uploaded to the Hub, besides GGUF files."""
+
+
+Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
+
+
+_NAMES: tuple[Target, ...] = ("Name", "Repository")
+_WITHOUT_BASE: tuple[Form, ...] = ("adapter", "hub-adapter")
+"""Forms that contain no weights of the base."""
+_NO_BASE = "✗ needs the base model"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run's adapter was trained on, as far as this machine knows it."""
+
+    id: str
+    architecture: Architecture | None = None
+    """Read from its ``config.json``; None if that is not on this machine."""
+    parameters: int = 0
+    """Number of its parameters, also from the run's own record; 0 if unknown."""
+    refusal: UserError | None = None
+    """Why its weights cannot be used; None if they can."""
+
+    @property
+    def can_download(self) -> bool:
+        """Whether the Hub has what is missing."""
+        is_missing = isinstance(self.refusal, ModelNotFoundError | MissingFilesError)
+        return is_missing and is_fetchable(self.id)
+
+    @property
+    def merged_bytes(self) -> int | None:
+        """Size in bytes of the model in 16 bits; None if unknown."""
+        return self.parameters * 2 or None
+
+    def gguf_bytes(self, file_type: str) -> int | None:
+        """Return the approximate size in bytes of a GGUF file of this type; None if unknown."""
+        if file_type == AUTO or not self.parameters:
+            return None
+        if self.architecture is None:
+            return size_from_parameters(self.parameters, file_type)
+        return estimated_bytes(self.architecture, file_type)
+
+
+def base_of(run: RunDir) -> Base:
+    """Return the base of a run. Raises UserError if the run's recipe cannot be read."""
+    id_ = run.recipe().model.id
+    try:
+        architecture = find_files(id_).architecture
+        return Base(id_, architecture, architecture.total_params)
+    except UserError as problem:
+        refusal = problem
+    with suppress(UserError):
+        architecture = load_architecture(id_)
+        return Base(id_, architecture, architecture.total_params, refusal)
+    attached = first_event(run.events_path, AdapterReady)
+    return Base(id_, None, attached.total_parameters if attached else 0, refusal)
+
+
+@dataclass(frozen=True)
+class ExportChoice:
+    """A format to which a run can be exported."""
+
+    id: str
+    label: str
+    bytes: int | None
+    """Size of the export in bytes; None if unknown."""
+    note: str
+    """What the format is best for, in a few words."""
+    detail: str
+    """A description, in sentences."""
+    form: Form
+    is_estimate: bool = True
+    """Whether ``bytes`` is computed from the model's parameters. If not, it was read from a file."""
+    file_type: str = ""
+    suffix: str = ""
+    """Ending of the proposed file name."""
+    target: Target = "File"
+    """Kind of target that the user is asked for."""
+    types: tuple[str, ...] = ()
+    """Options that a key selects in turn: types of a GGUF file, or forms of an upload; empty if there are
+    none.
+    """
+    missing_base: Base | None = None
+    """The base, if this format needs its weights and they cannot be used here; otherwise None."""
+
+    @property
+    def size(self) -> str:
+        """Size to show: an estimate such as ``~7.6 GiB``, an exact size such as ``155 MiB``, or why there is
+        none.
+        """
+        if self.bytes is None:
+            return "varies" if self.file_type == AUTO else "unknown"
+        return f"{'~' * self.is_estimate}{format_bytes(self.bytes)}"
+
+
+def export_choices(
+    base: Base,
+    budget: MemoryBudget,
+    adapter_bytes: int | None,
+    file_type: str = _TYPES[0],
+    hub_form: str = HUB_FORMS[0],
+) -> list[ExportChoice]:
+    """Return the formats, most useful first.
+
+    Args:
+        base: The base.
+        budget: Memory in which a GGUF file is meant to run.
+        adapter_bytes: Size of the adapter; None if unknown.
+        file_type: Type of the GGUF files.
+        hub_form: The form to upload: one of :data:`HUB_FORMS`, or the type of a GGUF file.
+    """
+    types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
+    size, about_type = base.gguf_bytes(file_type), _about_type(file_type, base.architecture, budget)
+    if is_installed():
+        checked = "llama.cpp then compares the file with your adapter's answers."
+    else:
+        checked = f"Without llama.cpp, files are not checked and smaller types are missing. {install_hint()}"
+    uploads: dict[str, tuple[Form, str, int | None]] = {
+        "adapter": ("hub-adapter", "the adapter", adapter_bytes),
+        "merged": ("hub-merged", "the merged model", base.merged_bytes),
+    }
+    if hub_form not in uploads:
+        uploads[hub_form] = ("hub-gguf", f"GGUF {hub_form}", base.gguf_bytes(hub_form))
+    form, uploaded, uploaded_size = uploads[hub_form]
+    choices = [
+        ExportChoice(
+            "gguf",
+            f"GGUF {file_type}",
+            size,
+            "llama.cpp, LM Studio",
+            f"{checked}{about_type}",
+            "gguf",
+            file_type=file_type,
+            suffix=".gguf" if file_type == AUTO else f"-{file_type}.gguf",
+            types=types,
+        ),
+        ExportChoice(
+            "ollama",
+            f"Model in Ollama, {file_type}",
+            size,
+            "chat with `ollama run`",
+            "A GGUF file and its Modelfile in ~/models, given to `ollama create` if Ollama is "
+            f"installed.{about_type}",
+            "ollama",
+            file_type=file_type,
+            target="Name",
+            types=types,
+        ),
+        ExportChoice(
+            "merge",
+            "Merged model, 16-bit",
+            base.merged_bytes,
+            "transformers, vLLM",
+            "A folder with base and adapter merged into one model, checked against both before it is kept.",
+            "merge",
+            suffix="-merged",
+            target="Folder",
+        ),
+        ExportChoice(
+            "adapter",
+            "Adapter folder",
+            adapter_bytes,
+            "several adapters in vLLM, peft",
+            "A copy of the adapter, checked against what vLLM can serve.",
+            "adapter",
+            is_estimate=False,
+            suffix="-adapter",
+            target="Folder",
+        ),
+        ExportChoice(
+            "hub",
+            f"Upload {uploaded}",
+            uploaded_size,
+            "sharing on the Hugging Face Hub",
+            "With a model card, to a private repository: name or owner/name. Needs HF_TOKEN or "
+            "`hf auth login`.",
+            form,
+            is_estimate=form != "hub-adapter",
+            file_type=hub_form if form == "hub-gguf" else "",
+            target="Repository",
+            types=(*HUB_FORMS, *types),
+        ),
+    ]
+    if base.refusal is None:
+        return choices
+    return [
+        each if each.form in _WITHOUT_BASE else replace(each, missing_base=base, note=_NO_BASE)
+        for each in choices
+    ]
+
+
+def describe_choice(choice: ExportChoice) -> str:
+    """Return sentences on a format or, if the base that it needs cannot be used, on how to get the base."""
+    base = choice.missing_base
+    if base is None or base.refusal is None:
+        return f"{choice.detail}\n{_free_space(choice)}".rstrip()
+    what = abbreviate_home(f"This format contains the base model's weights. {base.refusal.what}")
+    if not base.can_download:
+        return f"{what} {abbreviate_home(base.refusal.why)}\n▸ {abbreviate_home(base.refusal.fix)}"
+    size = f" (~{format_bytes(base.merged_bytes)})" if base.merged_bytes else ""
+    return f"{what}\n▸ Enter downloads it{size} on the Model screen, then export again."
+
+
+def _free_space(choice: ExportChoice) -> str:
+    """Return a sentence on the free space on the disk of the proposed folder, as a warning if the export does
+    not fit. The text is empty if the free space is unknown, and for uploads.
+    """
+    free = disk_free_bytes(_folder())
+    if free is None or choice.target == "Repository":
+        return ""
+    room = f"{format_bytes(free)} free for {format_path(_folder())}"
+    return f"✗ Only {room}." if choice.bytes is not None and choice.bytes > free else f"{room}."
+
+
+def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
+    """Return sentences on the memory that a GGUF file of this type needs, and on what is special about the
+    type.
+    """
+    if kind == AUTO:
+        return (
+            " auto: the smallest type whose KL divergence from your adapter, as llama.cpp computes it, is at "
+            "most 0.03."
+        )
+    if architecture is None:
+        return ""
+    needed = bytes_to_run(architecture, kind)
+    verb = "Fits" if needed <= budget.bytes else "Does not fit"
+    text = f" {verb} {budget.name} at a context of 4,096 tokens (~{format_bytes(needed)})."
+    lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
+    if lengths:
+        rows = join_words([f"{length:,}" for length in lengths])
+        text += f" Rows of {rows} weights are not multiples of 256, so llama.cpp stores them as larger types."
+    return text
+
+
+def _folder() -> Path:
+    """Return the folder in which exports are proposed."""
+    return Path.home() / "models"
+
+
+def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
+    """Return an unused path in the folder for exports or, if the choice needs a name, a name derived from
+    ``run_name``. ``checkpoint``: step of the checkpoint; None for the final adapter.
+    """
+    stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
+    if checkpoint is not None:
+        stem += f"-step-{checkpoint}"
+    if choice.target in _NAMES:
+        return stem.lower()
+    folder = _folder()
+    path, number = folder / f"{stem}{choice.suffix}", 2
+    while path.exists():
+        path = folder / f"{stem}-{number}{choice.suffix}"
+        number += 1
+    return format_path(path)
+
+
+def request_for(choice: ExportChoice, out: str, checkpoint: int | None = None) -> ExportRequest:
+    """Return the request for an export. ``out``: the target as the user typed it. ``checkpoint``: step of the
+    checkpoint; None for the final adapter.
+    """
+    is_name = choice.target in _NAMES
+    target = out.strip() if is_name else str(Path(out.strip()).expanduser().absolute())
+    return ExportRequest(form=choice.form, out=target, file_type=choice.file_type, checkpoint=checkpoint)
