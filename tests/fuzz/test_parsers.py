@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qlora_tui.catalog import model_validation
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.gguf import read_gguf
 from qlora_tui.catalog.gguf_config import to_hf_config
-from qlora_tui.catalog.model_validation import safetensors_damage
+from qlora_tui.catalog.model_validation import tensor_entries
 from qlora_tui.data.chat_template import ChatTemplate, TemplateCompileError
 from qlora_tui.data.conversation import Conversation, Message, RowRejectedError
 from qlora_tui.data.inspection import inspect
@@ -95,6 +96,12 @@ def _gguf(path: Path) -> object:
     return parse_architecture(to_hf_config(read_gguf(path), path))
 
 
+def _safetensors(path: Path) -> object:
+    with suppress(ValueError):
+        return tensor_entries(path)
+    return None
+
+
 def _index(path: Path) -> object:
     (path.parent / model_validation.INDEX).write_bytes(path.read_bytes())
     return model_validation.weight_files(path.parent)
@@ -159,7 +166,7 @@ PARSERS: dict[str, tuple[list[bytes], Parse]] = {
     ),
     "config.json": ([json.dumps(TINY).encode()], _config),
     "gguf": ([gguf_bytes(TINY_GGUF_VALUES, TINY_GGUF_TENSORS)], _gguf),
-    "safetensors": ([safetensors_bytes()], safetensors_damage),
+    "safetensors": ([safetensors_bytes()], _safetensors),
     "index": ([b'{"metadata": {}, "weight_map": {"w": "model-00001-of-00001.safetensors"}}'], _index),
     "tokenizer.json": ([tokenizer_json().encode()], _tokenizer("tokenizer.json")),
     "tokenizer_config.json": (
