@@ -50,6 +50,8 @@ from qlora_tui.settings import Settings, current_settings
 
 LOOK_S = 5.0
 """Seconds after which the devices of a waiting run are checked again, if no change was noticed."""
+POSTPONE_S, MAX_POSTPONE_S = 60.0, 3600.0
+"""Seconds after which a run that could not be started is tried again, at first and at most."""
 
 
 def main() -> int:
@@ -90,8 +92,8 @@ class _Queue:
         self._supervisor = Supervisor(gate.hold)
         self._holds: dict[str, Hold | None] = {}
         """Last hold of each waiting run, by the run's id."""
-        self._skipped: set[str] = set()
-        """Ids of runs that could not be started. The next runner tries them again."""
+        self._postponed: dict[str, tuple[float, float]] = {}
+        """Runs that could not be started, by id: when to try again, and the wait after another failure."""
         self._training: dict[str, tuple[threading.Thread, Devices]] = {}
         """Threads that supervise runs, with the devices of the runs, by the run's id."""
         self._has_ended = threading.Event()
@@ -129,7 +131,7 @@ class _Queue:
     def waiting(self) -> list[RunDir]:
         """Return the runs to start, the next one first."""
         folder = paths.runs_dir()
-        return [RunDir(folder / name) for name in run_queue.waiting() if name not in self._skipped]
+        return [RunDir(folder / name) for name in run_queue.waiting()]
 
     def _start_runs(self) -> None:
         """Start the runs whose devices are free. Devices that a run waits for are not given to later runs."""
@@ -141,8 +143,16 @@ class _Queue:
         if seen != self._seen:
             self._seen, self._wanted = seen, {}
         for run in self.waiting():
-            if run.id not in self._training and not _guarded(run, partial(self._start_run, reserved)):
-                self._skipped.add(run.id)
+            at, _ = self._postponed.get(run.id, (0.0, 0.0))
+            if run.id in self._training or time.monotonic() < at:
+                continue
+            if not _guarded(run, partial(self._start_run, reserved)):
+                self._postpone(run)
+
+    def _postpone(self, run: RunDir) -> None:
+        """Try a run that could not be started again later; each failure doubles the wait."""
+        _, wait_s = self._postponed.get(run.id, (0.0, POSTPONE_S))
+        self._postponed[run.id] = time.monotonic() + wait_s, min(2 * wait_s, MAX_POSTPONE_S)
 
     def _start_run(self, reserved: set[str], run: RunDir) -> None:
         """Start a run unless it has to wait. A run whose files are missing leaves the queue."""
@@ -198,7 +208,7 @@ class _Queue:
     def _start(self, run: RunDir, devices: Devices, work: Callable[[RunDir, Devices], None]) -> None:
         def guarded() -> None:
             if not _guarded(run, lambda each: work(each, devices)):
-                self._skipped.add(run.id)
+                self._postpone(run)
             self._has_ended.set()
 
         # The next time that the run waits, it must get the same devices, so drop the requirement.

@@ -145,20 +145,6 @@ class FullLog(io.StringIO):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_does_not_end_the_queue(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [create_run(recipe) for _ in range(3)]
-    for run in runs:
-        run_queue.enqueue(run)
-    runs[0].recipe_path.unlink()
-    log = FullLog()
-    monkeypatch.setattr(sys, "stderr", log)
-    with monkeypatch.context() as full:
-        FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
-        assert runner.main() == 0, log.refused
-    assert [run.id for run in runs if run.id in log.refused] == [run.id for run in runs], "each was tried"
-    assert run_queue.waiting() == [run.id for run in runs]
-
-
 def test_a_trainer_without_a_status_is_waited_for(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     killed_runner = structs.replace(process_identity(), start_ticks=1)
     write_status(run, Status(state="starting", at=1.0, process=killed_runner))
@@ -189,6 +175,28 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     monkeypatch.setattr(runner._Queue, "_start", start)
     return started
+
+
+def test_runs_that_a_full_disk_kept_waiting_are_started_later(
+    recipe: Recipe, started: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [create_run(recipe) for _ in range(3)]
+    for run in runs:
+        run_queue.enqueue(run)
+    runs[0].recipe_path.unlink()
+    log = FullLog()
+    queue = runner._Queue(Gate())
+    with monkeypatch.context() as full:
+        full.setattr(sys, "stderr", log)
+        FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
+        queue._start_runs()
+    assert [run.id for run in runs if run.id in log.refused] == [run.id for run in runs], "each was tried"
+    queue._start_runs()
+    assert started == [] and run_queue.waiting() == [run.id for run in runs], "not at once"
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + runner.POSTPONE_S)
+    queue._start_runs()
+    assert [name for name, _ in started] == [run.id for run in runs[1:]] and not run_queue.waiting()
 
 
 @pytest.mark.parametrize("scenario", ["mismatch", "broken", "no_permission", "lost", "unsupported"])
