@@ -141,7 +141,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         # Some network file systems cannot sync folders, and there is no alternative.
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
         os.close(handle)

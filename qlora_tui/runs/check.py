@@ -80,6 +80,7 @@ def check_run(run: RunDir) -> CheckResult:
         *_checkpoints(run),
         *_adapter(run, state),
         *_status(run),
+        *_measurements(run),
         *_exports(run),
     ]
     return CheckResult(run.id, state, tuple(defects), run=run, seen=seen)
@@ -229,6 +230,21 @@ def restore_status(run: RunDir) -> str:
     else:
         write_status(run, status)
     return f"it is {read_status(run).state} now"
+
+
+def _measurements(run: RunDir) -> Iterator[Defect]:
+    commands = {run.task_evaluation_path: "evaluate", run.row_losses_path: "data blame"}
+    for path, command in commands.items():
+        try:
+            if path.exists():
+                json.loads(read_regular(path))
+        except (OSError, ValueError, RecursionError) as error:
+            yield Defect(
+                f"{path.name} cannot be read: {error}",
+                f"a repair moves it aside; `qlora-tui {command} {run.id}` measures again",
+                partial(move_aside, path),
+                f"moved it to {_place_aside(path).name}",
+            )
 
 
 def _exports(run: RunDir) -> Iterator[Defect]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import subprocess
@@ -59,6 +60,9 @@ _EXCHANGE_S = 90.0
 _NO_P2P = "NCCL_P2P_DISABLE"
 """Makes NCCL copy through host memory. Direct copies of consumer GPUs hang on some machines."""
 _NAMED_TYPES = 6
+_CGROUP = Path("/proc/self/cgroup")
+_BUS_S = 5.0
+"""Seconds after which systemd counts as not responding."""
 _DISK_BYTES = 5 * 2**30
 """Free space below which a model's download or a few checkpoints can fill the disk."""
 
@@ -80,6 +84,7 @@ class CheckKind(Enum):
     PYTHON = "Python"
     LOCKS = "file locks"
     SUSPENDING = "suspending"
+    LOGOUT = "logging out"
     YIELDING = "yielding"
     LIBRARY = "library"
     KERNELS = "kernels"
@@ -390,7 +395,7 @@ def check_system() -> list[Check]:
     python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
     machine = read_machine()
     gpu = [check_gpu(machine), *check_yielding(machine), *check_kernels(machine)]
-    return [python, *check_settings(), *_disks(), check_locks(), check_suspending(), *gpu]
+    return [python, *check_settings(), *_disks(), check_locks(), check_suspending(), *check_logout(), *gpu]
 
 
 def _disks() -> list[Check]:
@@ -422,6 +427,23 @@ def check_suspending() -> Check:
         return Check(CheckKind.SUSPENDING, "ok", "systemd is asked not to suspend while a run trains")
     text = f"The machine may suspend while a run trains: there is no `{INHIBITOR}`."
     return Check(CheckKind.SUSPENDING, "note", text, "Turn off suspending while runs train.")
+
+
+def check_logout() -> list[Check]:
+    """Check that logging out does not end runs; empty if systemd has no session for this process."""
+    if not _CGROUP.exists() or "/session-" not in _CGROUP.read_text():
+        return []
+    manager = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
+    answer = ""
+    with suppress(OSError, subprocess.SubprocessError):
+        asked = ["busctl", "get-property", *manager, "KillUserProcesses", "KillExcludeUsers"]
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=_BUS_S, check=True).stdout
+    kills, _, excluded = answer.partition("\n")
+    if kills != "b true" or f'"{getpass.getuser()}"' in excluded:
+        return [Check(CheckKind.LOGOUT, "ok", "runs continue after you log out")] if answer else []
+    text = "systemd ends your runs when you log out (KillUserProcesses=yes in logind.conf)."
+    fix = f"Run `loginctl enable-linger` once, and start with `systemd-run --user --scope {PROGRAM}`."
+    return [Check(CheckKind.LOGOUT, "warning", text, fix)]
 
 
 def check_yielding(machine: Machine) -> list[Check]:

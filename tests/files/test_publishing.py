@@ -136,6 +136,20 @@ def test_a_folder_whose_place_cannot_be_synced_is_not_published(
     assert not draft.exists()
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_folders_that_a_file_system_cannot_sync_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    sync(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        sync(tmp_path / "file")
+
+
 def test_a_draft_is_held_by_one_at_a_time(draft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publishing, "PATIENCE_S", 0.0)
     with held_draft(draft) as files, held_draft(draft) as second:

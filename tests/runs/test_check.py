@@ -211,6 +211,10 @@ def no_recipe(run: RunDir) -> None:
     run.recipe_path.unlink()
 
 
+def half_an_evaluation(run: RunDir) -> None:
+    run.task_evaluation_path.write_text('{"run": "a", "rows": [')
+
+
 DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
     (damaged_weights, "adapter: adapter_model.safetensors has changed since it was written", "failed"),
     (no_adapter, "adapter: there is none", "failed"),
@@ -222,6 +226,7 @@ DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
     (stranded, "its status is queued, but it is not in the queue", "stopped"),
     (zeros_in_events, "events.jsonl has 2 damaged lines", "finished"),
     (no_recipe, "recipe.toml", "finished"),
+    (half_an_evaluation, "task_evaluation.json cannot be read", "finished"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,29 @@ def test_a_full_disk_is_an_error_that_names_the_variable(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_trainers")
+@pytest.mark.parametrize(
+    ("answer", "outcomes"),
+    [
+        ('b true\nas 1 "root"', ["warning"]),
+        ('b false\nas 1 "root"', ["ok"]),
+        ('b true\nas 2 "root" "me"', ["ok"]),
+        ("", []),
+    ],
+)
+def test_a_logout_that_would_end_runs_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, outcomes: list[str]
+) -> None:
+    (cgroup := tmp_path / "cgroup").write_text("0::/user.slice/user-1000.slice/session-3.scope\n")
+    (bus := tmp_path / "busctl").write_text(f"#!/bin/sh\ncat <<'.'\n{answer}\n.\ntest -n '{answer}'\n")
+    bus.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("LOGNAME", "me")
+    monkeypatch.setattr(doctor, "_CGROUP", cgroup)
+    assert [check.outcome for check in doctor.check_logout()] == outcomes
+    cgroup.write_text("0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope\n")
+    assert doctor.check_logout() == []
+
+
 def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torchrun with two processes, which here use gloo."""
     install_nvml_stub(monkeypatch, "two_gpus")
