@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qlora_tui.data.conversation import Conversation
+from qlora_tui.data.conversation import Conversation, ToolCall
 from qlora_tui.data.excluded_rows import file_names
 from qlora_tui.data.read import row_at
 from qlora_tui.data.sources import conversation_of, every_source, open_file_of, paths_of
 from qlora_tui.data.store import Samples
 from qlora_tui.data.tokenizer import AnswerDecoder, ChatTokenizer
+from qlora_tui.data.tool_calls import CallText, call_format
 from qlora_tui.recipe.schema import Data
-from qlora_tui.runs.task_metrics.answer_metrics import TaskRow, read_calls
+from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
 
 _MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
 _STEP_TOKENS = 32
@@ -97,6 +98,7 @@ class TaskRows:
         self._tokenizer = tokenizer
         self._decoder = AnswerDecoder(tokenizer)
         self._ends = frozenset(tokenizer.turn_end_ids)
+        self._call_format = call_format(tokenizer)
 
     def row(self, prompt: TaskPrompt, base: Sequence[int], adapter: Sequence[int]) -> TaskRow:
         """Return the record of a prompt.
@@ -109,8 +111,12 @@ class TaskRows:
         Raises:
             UserError: the row offers tools and cannot be read again.
         """
-        reference = self._raw(prompt.reference)
-        tools = self._tools(prompt) if read_calls(reference) else ()
+        texts = [self._raw(ids) for ids in (prompt.reference, base, adapter)]
+        # Reading a row's tools takes time, so it is done only if the reference may call one.
+        tools = self._tools(prompt) if self._may_call(texts[0]) else ()
+        calls = [self._calls(text, tools) for text in texts]
+        if not calls[0]:
+            tools, texts, calls = (), ["", "", ""], [(), (), ()]
         return TaskRow(
             source=prompt.source,
             row=prompt.row,
@@ -122,13 +128,28 @@ class TaskRows:
             base_ended=base[-1] in self._ends,
             adapter_ended=adapter[-1] in self._ends,
             tools=tools,
-            reference_raw=reference if tools else "",
-            base_raw=self._raw(base) if tools else "",
-            adapter_raw=self._raw(adapter) if tools else "",
+            reference_raw=texts[0],
+            base_raw=texts[1],
+            adapter_raw=texts[2],
+            reference_calls=calls[0],
+            base_calls=calls[1],
+            adapter_calls=calls[2],
         )
 
     def _raw(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i not in self._ends])
+
+    def _may_call(self, text: str) -> bool:
+        return self._call_format is not None and (self._call_format.mark or "{") in text
+
+    def _calls(self, text: str, tools: Sequence[dict[str, Any]]) -> tuple[ToolCall, ...]:
+        """Return the calls in an answer's text; empty without tools, or if a call is malformed."""
+        if self._call_format is None or not tools:
+            return ()
+        answer = CallText(self._call_format, tools)
+        answer.feed(text)
+        answer.rest()
+        return answer.calls
 
     def _tools(self, prompt: TaskPrompt) -> tuple[dict[str, Any], ...]:
         """Return the tools that a row offers."""

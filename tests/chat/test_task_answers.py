@@ -13,13 +13,15 @@ import pytest
 from qlora_tui.chat.chat_types import GREEDY, ChatSource
 from qlora_tui.chat.task_answers import BATCH_ROWS, AnswerStore, answer_all, answer_prompts
 from qlora_tui.cli import main
-from qlora_tui.data.conversation import Message
+from qlora_tui.data.conversation import Message, ToolCall
+from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Data, Source
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.task_metrics.decisions import read_decider
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
-from qlora_tui.training.task_prompts import answer_limit, last_answer, task_prompts
+from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, answer_limit, last_answer, task_prompts
+from tests.data.families import tokenizer_json
 
 pytestmark = pytest.mark.slow
 
@@ -193,3 +195,23 @@ def test_a_run_without_prompts_is_refused(tiny_source: ChatSource, tmp_path: Pat
     shutil.copytree(tiny_source.adapters["adapter"], run.adapter_dir)
     with pytest.raises(UserError, match="No prompts to answer"):
         answer_prompts(run, 4)
+
+
+def test_calls_are_read_as_the_template_writes_them(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer(tokenizer_json(), {"eos_token": "</s>"}, "")
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "tool_calls": [{"function": call}]}]
+    row = {"messages": turns, "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    rows = TaskRows(Data(sources=(Source(path=str(tmp_path / "rows.jsonl")),)), tokenizer)
+
+    def ids(text: str) -> tuple[int, ...]:
+        return (*tokenizer.encode(text), tokenizer.turn_end_ids[0])
+
+    written = f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+    prompt = TaskPrompt(0, 1, "", ids("Rain?"), ids(written), 0)
+    of_calls = rows.row(prompt, ids("Rain."), ids(written.replace("Oslo", "Bergen")))
+    assert (of_calls.reference_calls, of_calls.base_calls) == ((ToolCall("weather", {"city": "Oslo"}),), ())
+    assert of_calls.adapter_calls[0].arguments == {"city": "Bergen"}
+    words = rows.row(prompt._replace(reference=ids("No.")), ids("No."), ids(written))
+    assert (words.tools, words.reference_raw, words.adapter_calls) == ((), "", ())

@@ -15,7 +15,6 @@ from qlora_tui.runs.task_metrics.answer_metrics import (
     fits_tools,
     is_json,
     measure_answers,
-    read_calls,
     same_json,
     same_words,
     token_f1,
@@ -110,24 +109,6 @@ def test_equal_answers_may_differ_in_form_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
-        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo"}}]',
-        '[TOOL_CALLS]weather[ARGS]{"city": "Oslo"}',
-        '<function=weather>{"city": "Oslo"}</function>',
-        "<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>",
-        '{"name": "weather", "parameters": {"city": "Oslo"}}',
-        '{"type": "function", "function": {"name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}}',
-    ],
-)
-def test_tool_calls_are_read_in_every_spelling(text: str) -> None:
-    (call,) = read_calls(text)
-    assert (call.name, call.arguments) == ("weather", {"city": "Oslo"})
-    assert read_calls(text[:-14]) == ()
-
-
-@pytest.mark.parametrize(
     ("name", "arguments", "fits"),
     [
         ("weather", {"city": "Oslo"}, True),
@@ -148,9 +129,8 @@ def test_a_tool_that_allows_no_more_arguments_gets_none() -> None:
     assert fits_tools(ToolCall("weather", {"hour": 3}), (WEATHER | {"function": 1}, {"name": "weather"}))
 
 
-def test_answers_nested_too_deeply_are_no_json_and_no_calls() -> None:
-    deep = "[" * 9999 + "]" * 9999
-    assert not is_json(deep) and read_calls(deep) == ()
+def test_answers_nested_too_deeply_are_no_json() -> None:
+    assert not is_json("[" * 9999 + "]" * 9999)
 
 
 @pytest.mark.parametrize(
@@ -172,9 +152,8 @@ def test_metrics_follow_what_references_look_like(references: list[str], names: 
 
 
 def test_tool_calls_are_valid_or_not() -> None:
-    right = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
-    other = right.replace("Oslo", "Bergen")
-    row = a_row("", "", "", tools=(WEATHER,), reference_raw=right, base_raw="Rain.", adapter_raw=other)
+    right, other = (ToolCall("weather", {"city": city}) for city in ("Oslo", "Bergen"))
+    row = a_row("", "Rain.", "", tools=(WEATHER,), reference_calls=(right,), adapter_calls=(other,))
     metrics = measure_answers([row] * 7)
     assert [(metric.name, metric.base, metric.adapter) for metric in metrics[:2]] == [
         ("valid tool calls", 0.0, 1.0),

@@ -6,10 +6,6 @@ The first metric is the one that a verdict names:
 * JSON, if the references are JSON: whether the answer is valid JSON;
 * short references: exact match (answers of a few options are decisions: :mod:`.decisions`);
 * anything else: the words shared with the reference (token F1).
-
-Chat templates write tool calls in different ways: ``<tool_call>{…}</tool_call>`` (Hermes, Qwen),
-``[TOOL_CALLS][…]`` (Mistral), ``<function=name>{…}</function>`` (Llama 3, and with ``<parameter=…>`` inside
-Qwen3-Coder), or a JSON object with a name and arguments alone (Llama 3.1).
 """
 
 from __future__ import annotations
@@ -34,13 +30,6 @@ from qlora_tui.runs.task_metrics.intervals import (
 )
 
 _FENCE = re.compile(r"\A```[a-zA-Z]*\n(.*?)\n?```\Z", re.DOTALL)
-_TAGGED = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-_FUNCTION = re.compile(r"<function=([^>\s]+)>\s*(.*?)\s*</function>", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_MISTRAL = re.compile(r"\[TOOL_CALLS\]\s*(.*)\Z", re.DOTALL)
-_MISTRAL_NAMED = re.compile(r"\A([\w.-]+)\s*(?:\[CALL_ID\]\w+)?\s*(?:\[ARGS\])?\s*(\{.*)\Z", re.DOTALL)
-_BARE = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*([\[{].*)\Z", re.DOTALL)
-_ARGUMENTS = ("arguments", "parameters")
 Comparison: TypeAlias = Literal["better", "worse", "unclear"]
 SIGNIFICANCE = 0.05
 _SHORT_WORDS = 8
@@ -72,10 +61,13 @@ class TaskRow(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The reference with the special tokens that mark calls, if it calls a tool; otherwise empty."""
     base_raw: str = ""
     adapter_raw: str = ""
+    reference_calls: tuple[ToolCall, ...] = ()
+    base_calls: tuple[ToolCall, ...] = ()
+    adapter_calls: tuple[ToolCall, ...] = ()
 
 
-_Judge: TypeAlias = Callable[[TaskRow, str, str], bool]
-"""Returns whether an answer to a row is right, given its text without and with special tokens."""
+_Judge: TypeAlias = Callable[[TaskRow, str, tuple[ToolCall, ...]], bool]
+"""Returns whether an answer to a row is right, given its text and its tool calls."""
 
 
 class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -114,15 +106,15 @@ class Metric(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
     """Return the metrics that suit the references, the most informative one first."""
     metrics: list[Metric] = []
-    calling = [row for row in rows if row.tools and read_calls(row.reference_raw)]
-    plain = [row for row in rows if not row.reference_raw]
+    calling = [row for row in rows if row.reference_calls]
+    plain = [row for row in rows if not row.reference_calls]
     if calling:
         metrics.append(_share("valid tool calls", calling, _valid_call))
         metrics.append(_share("exact match", calling, _same_call))
     elif plain and sum(is_json(row.reference) for row in plain) >= _MOST * len(plain):
-        metrics.append(_share("valid JSON", plain, lambda row, answer, raw: is_json(answer)))
+        metrics.append(_share("valid JSON", plain, lambda row, answer, calls: is_json(answer)))
         metrics.append(
-            _share("exact match", plain, lambda row, answer, raw: same_json(answer, row.reference))
+            _share("exact match", plain, lambda row, answer, calls: same_json(answer, row.reference))
         )
     elif plain:
         if sum(len(words(row.reference)) <= _SHORT_WORDS for row in plain) >= _MOST * len(plain):
@@ -230,14 +222,6 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON.")
 
 
-def read_calls(text: str) -> tuple[ToolCall, ...]:
-    """Return the tool calls of an answer, in order; empty if there are none or one is malformed."""
-    try:
-        return tuple(_calls(text))
-    except (ValueError, RecursionError):
-        return ()
-
-
 def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a call names one of the tools, and its arguments are an object with all required ones.
 
@@ -263,67 +247,11 @@ def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
     return False
 
 
-def _calls(text: str) -> list[ToolCall]:
-    """Return the calls in a text. Raises ValueError for a malformed call."""
-    if "<tool_call>" in text:
-        return [call for inner in _TAGGED.findall(text) for call in _tagged(inner)]
-    if (mistral := _MISTRAL.search(text)) is not None:
-        return _mistral(mistral[1].strip())
-    if "<function=" in text:
-        return _functions(text)
-    bare = _BARE.match(text)
-    return _as_calls(json.loads(bare[1])) if bare is not None else []
-
-
-def _tagged(inner: str) -> list[ToolCall]:
-    return _functions(inner) if inner.startswith("<function=") else _as_calls(json.loads(inner))
-
-
-def _mistral(inner: str) -> list[ToolCall]:
-    named = _MISTRAL_NAMED.match(inner)
-    return [ToolCall(named[1], json.loads(named[2]))] if named is not None else _as_calls(json.loads(inner))
-
-
-def _functions(text: str) -> list[ToolCall]:
-    calls = []
-    for name, inner in _FUNCTION.findall(text):
-        parameters = _PARAMETER.findall(inner)
-        arguments = {key: _value(value) for key, value in parameters} if parameters else json.loads(inner)
-        calls.append(ToolCall(name, arguments))
-    if not calls:
-        raise ValueError("A function is not closed.")
-    return calls
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _as_calls(value: Any) -> list[ToolCall]:
-    """Return the calls in a parsed value. Raises ValueError if it is neither a call nor a list of calls."""
-    calls = []
-    for each in value if isinstance(value, list) else [value]:
-        named = each if isinstance(each, dict) else {}
-        function = named.get("function", named)
-        function = function if isinstance(function, dict) else named
-        key = next((key for key in _ARGUMENTS if key in function), None)
-        if key is None or not isinstance(function.get("name"), str):
-            raise ValueError("Name or arguments are missing.")
-        arguments = function[key]
-        calls.append(
-            ToolCall(function["name"], json.loads(arguments) if isinstance(arguments, str) else arguments)
-        )
-    return calls
-
-
 def _share(name: str, rows: Sequence[TaskRow], judge: _Judge) -> Metric:
     return compare_shares(
         name,
-        [judge(row, row.base, row.base_raw) for row in rows],
-        [judge(row, row.adapter, row.adapter_raw) for row in rows],
+        [judge(row, row.base, row.base_calls) for row in rows],
+        [judge(row, row.adapter, row.adapter_calls) for row in rows],
     )
 
 
@@ -339,15 +267,14 @@ def _bounded(interval: Interval, low: float, high: float) -> Interval:
     return Interval(max(low, interval.low), min(high, interval.high))
 
 
-def _same_words(row: TaskRow, answer: str, raw: str) -> bool:
+def _same_words(row: TaskRow, answer: str, calls: tuple[ToolCall, ...]) -> bool:
     return same_words(answer, row.reference)
 
 
-def _valid_call(row: TaskRow, answer: str, raw: str) -> bool:
-    calls = read_calls(raw)
+def _valid_call(row: TaskRow, answer: str, calls: tuple[ToolCall, ...]) -> bool:
     return bool(calls) and all(fits_tools(call, row.tools) for call in calls)
 
 
-def _same_call(row: TaskRow, answer: str, raw: str) -> bool:
-    made, wanted = ([(c.name, c.arguments) for c in read_calls(text)] for text in (raw, row.reference_raw))
+def _same_call(row: TaskRow, answer: str, calls: tuple[ToolCall, ...]) -> bool:
+    made, wanted = ([(c.name, c.arguments) for c in each] for each in (calls, row.reference_calls))
     return made == wanted
