@@ -159,7 +159,6 @@ def recipe_from_args(args: argparse.Namespace) -> Recipe:
         sets=args.sets,
         model=args.model,
         data=args.data,
-        on_note=lambda note: print(f"note: {note}", file=sys.stderr),
     )
 
 

@@ -1,13 +1,12 @@
-"""Other names of settings: spellings that are accepted, and misspellings, for which there are hints.
+"""Other names of settings, for which there are hints, and other spellings of values, which are accepted.
 
-``aliases.toml`` has the tables: ``ALIASES``, ``RELATED`` and ``REMOVED``. ``VALUES`` has other spellings of
-values.
+``aliases.toml`` has the tables: ``ALIASES``, ``RELATED`` and ``REMOVED``.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ VALUES: dict[str, dict[Any, Any]] = {
     "format": {"label": "decision"},
 }
 """Other spellings of values, keyed by setting path or, for a source's settings, by name."""
-
-
-def resolve(section: str, key: str) -> str | None:
-    """Resolve an alias to its setting, as ``section.key``; None if ``key`` is not an alias.
-
-    ``section`` is empty above the sections of a file.
-    """
-    path = f"{section}.{key}" if section else key
-    return None if path in fields() else ALIASES.get(key)
 
 
 def canonical_value(path: str, value: Any) -> Any:
@@ -52,47 +42,18 @@ def is_ignored(path: str, value: Any) -> bool:
 
 
 def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the layer with our spelling of every key and value. ``layer`` has passed validation."""
+    """Return the layer with our spelling of every value. ``layer`` has passed validation."""
     result: dict[str, Any] = {}
-    for section, key, value in _entries(layer):
-        path = resolve(section, key)
-        if path is not None:
-            section, _, key = path.rpartition(".")
-        if is_ignored(f"{section}.{key}", value):
-            continue
-        value = canonical_value(f"{section}.{key}", value)
-        if section:
-            result.setdefault(section, {})[key] = value
-        else:
-            result[key] = value
-    return result
-
-
-def notes(layer: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each key in another trainer's spelling, which names our setting."""
-    spelled = [(key, resolve(section, key)) for section, key, _ in _entries(layer) if key in ALIASES]
-    return [f"{key} is read as {path}." for key, path in spelled if path]
-
-
-def duplicates(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield keys that set the same setting as another key: (section, key, other key as written, setting)."""
-    first: dict[str, str] = {}
-    for section, key, _ in _entries(layer):
-        written = f"{section}.{key}" if section else key
-        path = resolve(section, key) or written
-        if path in first:
-            yield section, key, first[path], path
-        first.setdefault(path, written)
-
-
-def _entries(layer: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (section, key, value) of a layer; the section is empty for keys above the sections."""
     for name, value in layer.items():
-        if name in sections() and isinstance(value, Mapping):
-            for key, inner in value.items():
-                yield name, key, inner
-        else:
-            yield "", name, value
+        if name not in sections() or not isinstance(value, Mapping):
+            result[name] = value
+        elif table := {
+            key: canonical_value(f"{name}.{key}", inner)
+            for key, inner in value.items()
+            if not is_ignored(f"{name}.{key}", inner)
+        }:
+            result[name] = table
+    return result
 
 
 def closest(word: str, candidates: Iterable[str]) -> str | None:

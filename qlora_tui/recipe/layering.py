@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,13 @@ def build_recipe(
     sets: Sequence[str] = (),
     model: str | None = None,
     data: Sequence[str] = (),
-    on_note: Callable[[str], None] | None = None,
 ) -> Recipe:
     """Build the recipe of a command line and check it, conflicts included.
 
     ``layer`` is a layer that has already been checked; it overrides the file. ``sets`` are
     ``section.key=value``; ``model`` and ``data`` set ``model.id`` and ``data.sources``, which ``--set``
     overrides. Each layer is checked against its own origin, so that an error names the file or the argument.
-    ``on_note`` is called with a sentence for each key in another trainer's spelling. Raises UserError, exit
-    code 2. See also ``conflicts.require_runnable``.
+    Raises UserError, exit code 2. See also ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
@@ -42,9 +40,9 @@ def build_recipe(
 
         recipe = merge_layers(recipe, find_preset(preset).settings())
     if file is not None:
-        recipe = merge_layers(recipe, toml.load(file, on_note=on_note))
+        recipe = merge_layers(recipe, toml.load(file))
     recipe = merge_layers(recipe, layer or {})
-    recipe = merge_layers(recipe, _argument_layer(recipe, sets, model, data, on_note))
+    recipe = merge_layers(recipe, _argument_layer(recipe, sets, model, data))
     built = toml.to_recipe(recipe)
     conflicts.check_conflicts(built)
     return built
@@ -61,7 +59,7 @@ def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 
 def parse_override(argument: str) -> dict[str, Any]:
-    """Parse and check one ``section.key=value`` into a layer, in our spelling of the key.
+    """Parse and check one ``section.key=value`` into a layer.
 
     The value is TOML, but needs no quotes: ``training.lr_scheduler=linear``. A list of target modules may be
     comma-separated, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets,
@@ -78,7 +76,6 @@ def _argument_layer(
     sets: Sequence[str],
     model: str | None,
     data: Sequence[str],
-    on_note: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     layer: dict[str, Any] = {}
     issues: list[RecipeIssue] = []
@@ -94,9 +91,6 @@ def _argument_layer(
             issues += _check_text("--data", "data.sources", path)
     for argument in sets:
         override, override_issues = _parse_set(argument)
-        if on_note is not None:
-            for note in aliases.notes(override):
-                on_note(f"--set: {note}")
         layer = merge_layers(layer, aliases.canonical(override))
         issues += override_issues
     if issues:
@@ -136,7 +130,7 @@ def _parse_set(argument: str) -> tuple[dict[str, Any], list[RecipeIssue]]:
         message, hint = f"{path} is a section, not a setting", f"name one of {keys}"
         return {}, [RecipeIssue(origin=origin, path=path, message=message, hint=hint)]
     section, _, key = path.rpartition(".")
-    field = fields().get(aliases.resolve(section, key) or path)
+    field = fields().get(path)
     if field is None and path in aliases.REMOVED:
         return {}, find_issues({section: {key: _unquoted_text(raw.strip())}}, origin)
     if field is None:
@@ -150,7 +144,7 @@ def _parse_set(argument: str) -> tuple[dict[str, Any], list[RecipeIssue]]:
 
 def _unknown_setting(origin: str, path: str) -> RecipeIssue:
     section, _, key = path.rpartition(".")
-    if section and section not in sections():
+    if section and section not in sections() and key not in aliases.ALIASES:
         hint = aliases.did_you_mean(path, fields()) or aliases.hint_for_key("", key)
     else:
         homes = [field.path for field in fields().values() if field.key == aliases.normalize_key(key)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,15 @@ BEFORE: dict[str, Any] = {"quantization.experts": False, "training.auto_micro_ba
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 
 
-def load(path: Path, *, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Load and check the layer in a file, in our spelling of every key.
+def load(path: Path) -> dict[str, Any]:
+    """Load and check the layer in a file.
 
-    ``on_note`` is called with a sentence for each key in another trainer's spelling (:mod:`.aliases`). Raises
-    UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with every error
-    and its line otherwise.
+    Raises UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with
+    every error and its line otherwise.
     """
     text = read_text(path)
     layer = parse(text, str(path))
     validate(layer, str(path), text)
-    if on_note is not None:
-        for note in aliases.notes(layer):
-            on_note(f"{path}: {note}")
     return aliases.canonical(layer)
 
 

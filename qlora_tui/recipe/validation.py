@@ -166,17 +166,11 @@ def _check_layer(layer: Mapping[str, Any]) -> Iterator[_RawIssue]:
                 )
         elif name in fields():
             yield from _check_value((name,), name, fields()[name], value)
-        elif path := aliases.resolve("", name):
-            yield from _check_value((name,), name, fields()[path], value)
         elif isinstance(value, Mapping):
             hint = aliases.did_you_mean(name, sections(), "[{}]") or aliases.hint_for_key("", name)
             yield (name,), name, f"[{name}] is not a section", hint
         else:
             yield (name,), name, f"{name} is not a setting", aliases.hint_for_key("", name)
-    for section, key, other, path in aliases.duplicates(layer):
-        written = f"{section}.{key}" if section else key
-        place: Key = (section, key) if section else (key,)
-        yield place, written, f"{written} and {other} both set {path}", "keep one of them"
 
 
 def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue]:
@@ -184,8 +178,6 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
         path = f"{section}.{key}"
         if path in fields():
             yield from _check_value((section, key), path, fields()[path], value)
-        elif setting := aliases.resolve(section, key):
-            yield from _check_value((section, key), path, fields()[setting], value)
         elif not aliases.is_ignored(path, value):
             removed = _hint_for_removed(path, value)
             hint = removed or aliases.hint_for_key(section, key)
@@ -193,7 +185,7 @@ def _check_section(section: str, table: Mapping[str, Any]) -> Iterator[_RawIssue
 
 
 def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_RawIssue]:
-    """Check one value; ``path`` is the key as written, which may be another spelling of the field's path."""
+    """Check one value; ``path`` is the key as written, such as ``data.sources[1].weight``."""
     if field.kind == "tables" and isinstance(value, list | tuple):
         yield from _check_sources(key, path, value)
         return

@@ -89,8 +89,6 @@ def parse_vary(argument: str) -> tuple[str, Values]:
             what=f"{argument!r} names no values.",
             fix="Write --vary FIELD=8,16,32 or --vary FIELD=1e-5..1e-3:log.",
         )
-    section, _, key = path.rpartition(".")
-    path = aliases.resolve(section, key) or path
     if raw[0] in "[{":
         return path, _converted(path, parse(f"value = {raw}", f"--vary {path}")["value"])
     ends, _, scale = raw.partition(":")
