@@ -73,12 +73,6 @@ class GgufExport(Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """How the files were checked and what was merged, with a line for each sentence."""
-        lines = [f"{file.proof.prompts_sentence}." for file in self.files[:1] if file.proof]
-        return "\n".join([*self.sentences, *lines])
-
-    @property
-    def sentences(self) -> list[str]:
-        """Return the summary without the sentence about programs with llama.cpp's own prompts."""
         lines = [f"{file.proof.sentence}." for file in self.files if file.proof]
         lines += [
             _turn_ends_warning(file.file_type)
@@ -88,7 +82,7 @@ class GgufExport(Struct, frozen=True, kw_only=True):
         lines += [f"{file.file_type}: {file.types.sentence}." for file in self.files if file.types.sentence]
         if self.unchecked_because:
             lines.append(f"Not checked: {self.unchecked_because}.")
-        return [*lines, *filter(None, (self.base.sentence, *self.notes))]
+        return "\n".join([*lines, *filter(None, (self.base.sentence, *self.notes))])
 
     @property
     def verdict(self) -> str:

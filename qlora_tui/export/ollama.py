@@ -59,7 +59,7 @@ class OllamaExport(Struct, frozen=True, kw_only=True):
     @property
     def summary(self) -> str:
         """How the file was checked, and notes on the Modelfile, with a line for each sentence."""
-        return "\n".join([*self.gguf.sentences, *self.notes])
+        return "\n".join([self.gguf.summary, *self.notes])
 
     @property
     def command(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from msgspec import Struct
@@ -67,8 +66,6 @@ class Proof(Struct, frozen=True, kw_only=True):
     turns_ended: int
     """Number of these positions at which the file ends the turn."""
     turns_ended_by_adapter: int
-    prompts: Literal["alike", "different", "not compared"] = "not compared"
-    """Whether llama.cpp's built-in renderer and the chat template render the same prompts."""
     problem: str = ""
     """Why the file is wrong; empty if it is right."""
 
@@ -104,21 +101,6 @@ class Proof(Struct, frozen=True, kw_only=True):
             text += "; how llama.cpp splits the rows into tokens could not be compared"
         return text
 
-    @property
-    def prompts_sentence(self) -> str:
-        """How llama.cpp renders prompts, in one sentence."""
-        if self.prompts == "alike":
-            return "llama.cpp's built-in renderer writes prompts as the chat template does"
-        if self.prompts == "different":
-            return (
-                "llama.cpp's built-in renderer does not write prompts as the chat template does: do not use "
-                "llama-server's --no-jinja"
-            )
-        return (
-            "Rendered prompts were not compared: llama.cpp has no built-in renderer for this chat template, "
-            "which llama-server runs itself"
-        )
-
 
 def prove(
     reference: Reference,
@@ -147,7 +129,6 @@ def prove(
         )
         answers = _compare_answers(reference, llama, on_progress)
         problem = _wrong_vocabulary(reference, llama)
-        prompts = _compare_prompts(reference, llama)
     finally:
         llama.close()
     rows = sum(bool(row.text) for row in reference.rows)
@@ -157,7 +138,6 @@ def prove(
         different_rows=len(different),
         effect=reference.effect,
         trained=reference.trained,
-        prompts=prompts,
         problem=problem or _wrong_tokens(different, strange, rows, differences),
         positions=answers.positions,
         divergence=answers.divergence / answers.positions,
@@ -217,13 +197,6 @@ def _compare_answers(
 def _splits_alike(llama: LlamaFile, row: ComparedRow) -> bool:
     """Return whether llama.cpp tokenizes a text like our tokenizer, alone and as a server's prompt."""
     return bool(list(row.ids) == llama.call("tokenize", row.text) == llama.call("prompt_tokens", row.text))
-
-
-def _compare_prompts(reference: Reference, llama: LlamaFile) -> Literal["alike", "different", "not compared"]:
-    rendered = [llama.call("render_prompt", prompt.turns) for prompt in reference.prompts]
-    if not rendered or None in rendered:
-        return "not compared"
-    return "alike" if rendered == [prompt.text for prompt in reference.prompts] else "different"
 
 
 def _wrong_tokens(

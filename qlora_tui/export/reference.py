@@ -19,13 +19,10 @@ from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.chat.chat_types import BASE, ChatSource
 from qlora_tui.chat.loading import chat_tokenizer, load_session
 from qlora_tui.chat.session import ChatSession, reported_memory
-from qlora_tui.data.conversation import RowRejectedError
 from qlora_tui.data.dataset import prepare_dataset
-from qlora_tui.data.render import prompt_text
 from qlora_tui.data.store import GOOD, Samples
 from qlora_tui.data.tokenizer import ChatTokenizer
 from qlora_tui.errors import UserError
-from qlora_tui.export.ollama_template import sample_conversations
 from qlora_tui.formatting import format_duration
 from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.host import release_gpu_memory
@@ -72,16 +69,6 @@ class ComparedRow:
 
 
 @dataclass(frozen=True)
-class ComparedPrompt:
-    """A conversation and its prompt."""
-
-    turns: tuple[tuple[str, str], ...]
-    """Role and content of each turn."""
-    text: str
-    """The prompt as the chat template renders it, without the begin token."""
-
-
-@dataclass(frozen=True)
 class Answers:
     """The trained model's next-token probabilities at the compared positions, on the CPU.
 
@@ -119,8 +106,6 @@ class Reference:
     rows: tuple[ComparedRow, ...]
     strange: tuple[ComparedRow, ...]
     """Texts that reveal wrong rules of a tokenizer. Only their tokens are compared."""
-    prompts: tuple[ComparedPrompt, ...]
-    """Conversations, rendered by the chat template."""
     answers: Answers
     """The trained model's answers at the rows' positions."""
     end_ids: tuple[int, ...]
@@ -186,7 +171,6 @@ def reference_answers(
         strange=tuple(
             ComparedRow(begin + text, tuple(tokenizer.encode(begin + text))) for text in _STRANGE_TEXTS
         ),
-        prompts=tuple(_prompts(source, tokenizer)),
         answers=answers,
         end_ids=tokenizer.turn_end_ids,
         first_tokens=first if begins else (),
@@ -341,16 +325,3 @@ def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
     runs = groupby(ids, tokenizer.special_ids.__contains__)
     text = "".join(tokenizer.decode(list(run)) for _, run in runs)
     return text if tokenizer.encode(text) == list(ids) else ""
-
-
-def _prompts(source: ChatSource, tokenizer: ChatTokenizer) -> Iterator[ComparedPrompt]:
-    """Yield the conversations that the chat template accepts."""
-    writes_begin = "bos_token" in tokenizer.template.names
-    begin = tokenizer.special_tokens.get("bos_token", "") if writes_begin else ""
-    for messages in sample_conversations():
-        try:
-            text = prompt_text(messages, tokenizer, thinking=source.thinking)
-        except RowRejectedError:
-            continue
-        turns = tuple((message.role, message.content) for message in messages)
-        yield ComparedPrompt(turns, text.removeprefix(begin))

@@ -102,23 +102,6 @@ class LlamaModel:
         text = self._lib.llama_model_chat_template(self._model, self._ffi.NULL)
         return str(self._ffi.string(text).decode()) if text else ""
 
-    def render_prompt(self, turns: Sequence[tuple[str, str]]) -> str | None:
-        """Return the prompt for turns of (role, content), rendered by llama.cpp's built-in renderer.
-
-        The renderer does not run the file's template. It recognizes a family by words in the template, and
-        writes turns in this family's format. Returns None if it recognizes none.
-        """
-        ffi = self._ffi
-        texts = [ffi.new("char[]", text.encode()) for turn in turns for text in turn]
-        pairs = list(zip(texts[::2], texts[1::2], strict=True))
-        chat = ffi.new("struct llama_chat_message[]", pairs)
-        # llama.h recommends this size; every template adds little text to a turn.
-        size = 2 * sum(map(len, texts)) + 4096
-        buffer = ffi.new("char[]", size)
-        template = self.template().encode()
-        length = self._lib.llama_chat_apply_template(template, chat, len(pairs), True, buffer, size)
-        return bytes(ffi.buffer(buffer, length)).decode() if 0 <= length <= size else None
-
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens are written out.
 
