@@ -199,7 +199,7 @@ def write_new(file: Path, content: bytes) -> None:
         raise UserError(
             "The file was not saved",
             what=f"{file} exists.",
-            fix="Choose another name, or delete it.",
+            fix="Choose another name, or delete the existing file.",
             exit_code=EXIT_USAGE,
         ) from error
     except OSError as error:

@@ -67,8 +67,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         _about(
             "Theme",
-            "Colors of the app. auto: harbour, or the terminal's own if it has only 16. terminal: derived "
-            "from the terminal's own colors. Add themes as TOML files in the themes folder.",
+            "Colors of the app. auto: harbour, or the terminal's own colors if it has only 16. terminal: "
+            "derived from the terminal's own colors. Add themes as TOML files in the themes folder.",
         ),
     ] = "auto"
     mouse: Annotated[
@@ -146,8 +146,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str | float,
         _about(
             "Price of a kWh",
-            "Price with its unit, as in 0.30 EUR: the cost of a run is then shown next to its energy, which "
-            "is that of the GPU only.",
+            "Price with its unit, as in 0.30 EUR: the cost of a run is then shown next to its energy. Only "
+            "the energy of the GPU is counted.",
         ),
     ] = ""
     notify: NotificationSettings = NotificationSettings()

@@ -38,7 +38,7 @@ def run_chat(args: argparse.Namespace) -> CommandResult | int:
         raise UserError(
             "No question given",
             what="The prompt is empty.",
-            fix="Write a question after --prompt, or omit it for a conversation.",
+            fix="Write a question after --prompt, or omit --prompt for a conversation.",
             exit_code=EXIT_USAGE,
         )
     from qlora_tui.chat.chat_types import GREEDY, Sampling

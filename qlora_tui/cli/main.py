@@ -186,8 +186,10 @@ def _run(argv: list[str]) -> int:
         if args.verb is None and args.host is not None and args.gpu:
             raise UserError(
                 "--gpu cannot be used for the app with --host",
-                what="--gpu applies to commands. With --host, the app uses the GPU that is set on the box.",
-                fix="Set gpu in the box's config.toml, or use `qlora-tui --host BOX --gpu GPU train …`.",
+                what="--gpu applies to commands. With --host, the app uses the GPU that is set on the other "
+                "machine.",
+                fix="Set gpu in config.toml on that machine, or use "
+                "`qlora-tui --host BOX --gpu GPU train …`.",
                 exit_code=EXIT_USAGE,
             )
         if args.verb is None:

@@ -132,7 +132,7 @@ def _trash(*, empty: bool) -> CommandResult:
     ]
     table = format_table(rows, ["run", "size", "deleted", "erased in"])
     total = format_bytes(sum(sizes.values()))
-    fix = "`qlora-tui runs restore RUN` restores one; `qlora-tui runs trash --empty` erases all."
+    fix = "`qlora-tui runs restore RUN` restores a run; `qlora-tui runs trash --empty` erases all of them."
     return CommandResult(data, f"{table}\n\n{total} in total. {fix}")
 
 
@@ -311,11 +311,12 @@ def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     rename.add_argument("name", metavar="NAME", help="the new name of the run")
     delete = changes.add_parser("delete", help="delete a run that has ended, permanently")
     add_run_argument(delete)
-    delete.add_argument("--yes", action="store_true", help="confirm: without this, nothing is deleted")
+    delete.add_argument("--yes", action="store_true", help="confirm: without this option, nothing is deleted")
     delete.add_argument(
         "--in-use",
         action="store_true",
-        help="delete it even if a queued run starts from it, or a chat or an export has its adapter loaded",
+        help="delete the run even if a queued run starts from it, or a chat or an export has its adapter "
+        "loaded",
     )
     trashed = changes.add_parser(
         "trash", help="list the runs that the app deleted, with size and age; they can be restored for a week"

@@ -120,7 +120,7 @@ def _stop(port: int | None) -> CommandResult:
         raise UsageError(
             "Which server?",
             what=f"{len(running)} are running:\n{others}",
-            fix="Name the port of one of them.",
+            fix="Name the port of the server to stop.",
         )
     server = next((each for each in running if port in (None, each.port)), None)
     if server is None:

@@ -79,7 +79,7 @@ def print_result(result: CommandResult, *, as_json: bool) -> int:
     return result.exit_code
 
 
-NOW_HELP = "train next, outside the training hours too, and next to other programs on the GPU"
+NOW_HELP = "train next, even outside the training hours and while other programs use the GPU"
 """Help of ``--now``, for every command that starts a run."""
 
 

@@ -333,7 +333,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         ("pause", "pause a sweep: its run saves and frees the GPU"),
         ("resume", "continue a paused sweep"),
         ("stop", "stop a sweep; its results are kept"),
-        ("add-time", "extend a sweep; one that has ended continues with further trials"),
+        ("add-time", "extend a sweep; a sweep that has ended continues with further trials"),
         ("adopt", "save the winner's recipe as a preset"),
     ):
         one = commands.add_parser(name, help=help_)

@@ -50,7 +50,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
         raise UserError(
             "Cannot read the Parquet file" if kind == "parquet" else "Cannot read the Arrow file",
             what=f"{path}, after row {number:,}: {says}",
-            fix="Download it again, or convert it to JSONL.",
+            fix="Download the file again, or convert it to JSONL.",
         ) from error
 
 

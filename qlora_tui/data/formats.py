@@ -509,7 +509,7 @@ def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, 
 
 def _near(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), 1)
-    return f"Did you mean {close[0]!r}?" if close else "Choose one of these."
+    return f"Did you mean {close[0]!r}?" if close else "Choose one of these columns."
 
 
 def _turn_a_row(name: str, why: str) -> UserError:

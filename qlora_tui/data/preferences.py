@@ -143,7 +143,7 @@ def sides_problem(
             _PAIRS_TITLE + " without a chosen side",
             what=f"{name} has rejected answers in {rejected!r}, but no column with chosen ones.",
             why="Rejected answers are never trained on.",
-            fix='Name the better column: columns = { chosen = "…", '
+            fix='Name the column with the better answers: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
             code=UNMAPPED_SIDES,
         )
@@ -169,7 +169,7 @@ def sides_problem(
         f"{_PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {chosen!r} and {rejected!r}, but no column with the question.",
         why=f"Its columns are {', '.join(columns.names)}.",
-        fix=f'Name its column: columns = {{ prompt = "{example}", chosen = "{chosen}", '
+        fix=f'Name the column with the question: columns = {{ prompt = "{example}", chosen = "{chosen}", '
         f'rejected = "{rejected}" }}.',
         code=UNMAPPED_SIDES,
     )

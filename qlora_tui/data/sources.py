@@ -270,7 +270,7 @@ def _check_regular(path: Path) -> None:
         why="" if is_dangling else "Data is read more than once.",
         fix="Fetch the file, or delete the link."
         if is_dangling
-        else "Save its content to a file, and name that.",
+        else "Save its content to a file, and name that file.",
     )
 
 

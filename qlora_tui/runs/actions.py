@@ -115,12 +115,12 @@ def _is_compared(run: RunDir) -> bool:
 def _instead_of_resuming(run: RunDir, state: State) -> str:
     if state == "finished":
         return (
-            f"All its steps are done. Chat with it: `qlora-tui chat {run.id}`. "
+            f"All steps of the run are done. Chat with it: `qlora-tui chat {run.id}`. "
             f"To train its adapter further: `qlora-tui train {shlex.quote(str(run.recipe_path))} "
             f"--init-from {run.id}`."
         )
     if state in ACTIVE or state == "queued":
-        return f"It needs no resuming. Watch it: `qlora-tui attach {run.id}`."
+        return f"The run needs no resuming. Watch it: `qlora-tui attach {run.id}`."
     return "Only a run that failed, was stopped, paused or lost can be resumed."
 
 
@@ -268,7 +268,7 @@ def validate_name(name: str) -> str:
         return "A name is one non-empty line."
     if name.strip() == LAST:
         return f"`{LAST}` stands for the newest run."
-    return f"It is longer than {LONGEST_NAME} characters." if len(name.strip()) > LONGEST_NAME else ""
+    return f"The name is longer than {LONGEST_NAME} characters." if len(name.strip()) > LONGEST_NAME else ""
 
 
 def _taken(run: RunDir, name: str) -> str:
@@ -290,7 +290,8 @@ def check_deletable(run: RunDir) -> None:
             "The run is outside the runs folder",
             what=f"{run.path} is a link to {target}.",
             why="Nothing outside the runs folder is deleted.",
-            fix=f"Delete both yourself: `rm -r {shlex.quote(str(target))} {shlex.quote(str(run.path))}`.",
+            fix="Delete the folder and the link yourself: "
+            f"`rm -r {shlex.quote(str(target))} {shlex.quote(str(run.path))}`.",
         )
     status = read_status(run)
     if status.state in ("queued", *ACTIVE) or run.id in run_queue.waiting():
@@ -316,7 +317,7 @@ def uses_of(run: RunDir) -> list[str]:
         if _starts_from(other, run)
     ]
     if _is_compared(run):
-        uses.append(f"the sweep {run.sweep}, which is not over, compares it")
+        uses.append(f"the sweep {run.sweep}, which has not ended, compares it with other runs")
     if is_exported(run):
         uses.append("it is being exported")
     elif is_held(run.path):
@@ -448,7 +449,7 @@ def _find(run_id: str) -> RunDir:
         if matches
         else f"'{run_id}' is not in the trash."
     )
-    raise UsageError("Not in the trash", what=what, fix="`qlora-tui runs trash` lists the runs in it.")
+    raise UsageError("Not in the trash", what=what, fix="`qlora-tui runs trash` lists the runs in the trash.")
 
 
 def _is_run(path: Path) -> bool:

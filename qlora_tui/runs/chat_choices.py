@@ -159,7 +159,7 @@ def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
                 "The choice was not saved",
                 what=f"{path} is larger than {format_bytes(_MAX_BYTES)}.",
                 why="Saving rewrites the file, and would lose everything beyond that size.",
-                fix="Move it away: the next choice starts another file.",
+                fix="Move the file away: the next choice starts a new file.",
             )
         lines = _lines(path) if path.exists() else []
         lines = [line for line in lines if _provenance(line).get("id") != turn_id]

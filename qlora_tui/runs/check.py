@@ -142,14 +142,17 @@ def _events(run: RunDir) -> Iterator[Defect]:
     try:
         damaged = sum(not is_whole for _, is_whole in events_and_damage(run.events_path))
     except OSError as error:
-        yield Defect(f"events.jsonl: {error.strerror or error}", "its history is lost; the rest can be used")
+        yield Defect(
+            f"events.jsonl: {error.strerror or error}",
+            "the run's history is lost; its other files can be used",
+        )
         return
     if damaged:
         yield Defect(
             f"events.jsonl has {damaged} damaged {'line' if damaged == 1 else 'lines'}",
-            "a repair removes them, and keeps a copy of the original file",
+            "a repair removes damaged lines, and keeps a copy of the original file",
             partial(_write_whole_events, run, run.events_path, keep := _place_aside(run.events_path)),
-            f"removed them; the original file is {keep.name}",
+            f"removed damaged lines; the original file is {keep.name}",
         )
 
 
@@ -165,7 +168,7 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
         if damage is not None:
             yield Defect(
                 f"checkpoint of step {step}: {damage}",
-                "an earlier one is used instead; a repair moves this one aside",
+                "an earlier checkpoint is used instead; a repair moves the damaged one aside",
                 partial(move_aside, folder),
                 f"moved it to {_place_aside(folder).name}",
             )
@@ -312,9 +315,9 @@ def _held(checked: CheckResult) -> Iterator[str]:
         if state in ACTIVE or state == "queued":
             yield f"it is {state}"
         elif alone is None:
-            yield "a trainer still has it"
+            yield "a trainer still uses the run"
         elif fingerprint(run) != checked.seen:
-            yield "it has changed since it was checked"
+            yield "the run has changed since it was checked"
         else:
             yield ""
 

@@ -316,7 +316,7 @@ def find_run(name: str) -> RunDir:
     raise UsageError(
         "No such run",
         what=f"There is no run named '{name}' in {paths.runs_dir()}.{newest}",
-        fix="`qlora-tui runs` lists them.",
+        fix="`qlora-tui runs` lists all runs.",
     )
 
 

@@ -370,13 +370,13 @@ def check_queue(machine: Machine) -> Check:
     if unreadable := check_settings():
         return replace(unreadable[0], kind=CheckKind.QUEUE)
     if not ahead and (hold := closed_hours(current_settings(), Clock())):
-        fix = "`--now`, or `N` on Train, starts it all the same."
-        return Check(CheckKind.QUEUE, "note", f"It waits {hold_words(hold)}.", fix)
+        fix = "`--now`, or `N` on Train, starts it anyway."
+        return Check(CheckKind.QUEUE, "note", f"The run waits {hold_words(hold)}.", fix)
     if not ahead:
-        return Check(CheckKind.QUEUE, "ok", "No other run: it starts at once.")
+        return Check(CheckKind.QUEUE, "ok", "No other run: this run starts at once.")
     more = f" and {len(ahead) - 1} more" if len(ahead) > 1 else ""
     fix = "Change the order on the Runs screen." if machine.waiting else ""
-    return Check(CheckKind.QUEUE, "note", f"It waits for {ahead[0]}{more}.", fix)
+    return Check(CheckKind.QUEUE, "note", f"The run waits for {ahead[0]}{more}.", fix)
 
 
 def check_settings() -> list[Check]:

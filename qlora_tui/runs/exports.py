@@ -193,7 +193,7 @@ def cancel_export(export: Export) -> None:
     if process is None or not terminate(process):
         raise UserError(
             "The export could not be canceled",
-            what="Its process has not started yet, or runs on another machine.",
+            what="The process of the export has not started yet, or runs on another machine.",
             fix="Try again in a moment.",
         )
 
@@ -231,7 +231,7 @@ def leave_gpu_to_runs() -> str:
         return ""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     user = f"{machine.active} is training on" if machine.active else f"{machine.waiting[0]} waits for"
-    return f"Computes on the CPU, which takes longer: {user} the GPU."
+    return f"The export computes on the CPU, which takes longer: {user} the GPU."
 
 
 def exports_dir(run: RunDir) -> Path:
@@ -265,7 +265,9 @@ def _read(folder: Path) -> Export | None:
         # Otherwise the export has ended regularly, or has just begun.
         before, status = status, status if is_new else _read_status(folder)
         if status == before and not is_new:
-            problem = f"Its process ended without an error message. Its output: {folder / 'log'}"
+            problem = (
+                f"The process of the export ended without an error message. Its output: {folder / 'log'}"
+            )
             status = replace(before, state="failed", problem=problem)
     return None if request is None or status is None else Export(folder, request, status)
 

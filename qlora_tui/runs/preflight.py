@@ -163,7 +163,7 @@ def missing_tracker(report_to: str) -> UserError | None:
 
 def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
     if not recipe.model.id:
-        fix = "Choose one on the Model screen, or pass --model."
+        fix = "Choose a model on the Model screen, or pass --model."
         problem = UsageError("No model", what="No model selected.", fix=fix)
         return Check.blocked(CheckKind.MODEL, problem), None
     try:
@@ -352,7 +352,7 @@ def _memory(
     free_bytes = budget.bytes if now is None else now
     choice = choose_step(recipe, files.architecture, free_bytes, device=budget.device)
     if chosen := describe_choice(choice):
-        text += f" It will use {format_gib(choice.estimate.total_bytes)} to be faster: {chosen}."
+        text += f" The run will use {format_gib(choice.estimate.total_bytes)} GiB to be faster: {chosen}."
     match verdict.word:
         case "fits":
             check = Check(CheckKind.MEMORY, "ok", text, verdict=verdict)
@@ -369,8 +369,8 @@ def _memory(
         case _:
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
             fix = (
-                f"It may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
-                "cheapest change that certainly makes it fit."
+                f"A step may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
+                "cheapest change with which it certainly fits."
             )
             check = Check(CheckKind.MEMORY, "warning", text, fix, verdict=verdict)
     return check, estimated

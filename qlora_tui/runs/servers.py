@@ -125,7 +125,7 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
     title, _, what = output.partition(": ")
     if not what or process.poll() is None:
         title, what = "The server did not start", output or "It printed nothing."
-    raise UserError(title, what=" ".join(what.split()), fix=f"Its output is in {log_path}.")
+    raise UserError(title, what=" ".join(what.split()), fix=f"The server's output is in {log_path}.")
 
 
 @changes_box

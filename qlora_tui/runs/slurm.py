@@ -215,7 +215,7 @@ def _problem_of(target: Target) -> str:
     """Return what is wrong with a target, in a sentence; empty if nothing is wrong."""
     texts = (target.partition, target.gres, target.account, *target.extra)
     if odd := next((text for text in texts if not text.isprintable()), ""):
-        return f"{odd!r} is not one line."
+        return f"{odd!r} contains a line break or a control character."
     if target.time and parse_limit(target.time) is None:
         return f"time is {target.time!r}; sbatch takes 90 (minutes), 4:00:00 or 1-12:00:00."
     for option in target.extra:

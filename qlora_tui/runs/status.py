@@ -138,8 +138,8 @@ def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Statu
     if status.state == "queued":
         if not job:
             if abs(time.time() - status.at) < SUBMITTING_S:
-                return structs.replace(status, detail="It is being submitted to Slurm.")
-            return structs.replace(status, state="stopped", detail="It was not submitted to Slurm.")
+                return structs.replace(status, detail="The run is being submitted to Slurm.")
+            return structs.replace(status, state="stopped", detail="The run was not submitted to Slurm.")
         if seen is not None and seen.is_over and seen.at > status.at:
             return structs.replace(status, state="stopped", detail=seen.words(job))
         said = seen.words(job) if seen is not None else f"Slurm job {job} was submitted."

@@ -245,7 +245,7 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     why, references = limits[suggested]
     if not fits(suggested // LENGTH_STEP):
         suggested = largest_fitting(suggested // LENGTH_STEP, fits) * LENGTH_STEP
-        why, references = f"no more fits in {facts.memory_words}", ()
+        why, references = f"no longer length fits in {facts.memory_words}", ()
     if not suggested:
         return _left(facts, "length", path, f"no length fits in {facts.memory_words}. See Memory.")
     below = lengths[math.ceil(0.95 * count) - 1]
@@ -481,9 +481,9 @@ def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
         f"validation loss, {format_loss(best.best_loss)} ({losses})."
     )
     if rate == rates[-1]:
-        reason += " It is the highest that you tried: a higher one may be better."
+        reason += " This is the highest rate that you tried: a higher rate may be better."
     elif rate == rates[0]:
-        reason += " It is the lowest that you tried: a lower one may be better."
+        reason += " This is the lowest rate that you tried: a lower rate may be better."
     return rate, reason
 
 

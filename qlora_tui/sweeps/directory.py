@@ -249,5 +249,5 @@ def find_sweep(name: str) -> SweepDir:
     raise UsageError(
         "No such sweep",
         what=f"There is no sweep '{name}' in {paths.sweeps_dir()}.",
-        fix="`qlora-tui sweep list` lists them; `qlora-tui sweep start` starts one.",
+        fix="`qlora-tui sweep list` lists all sweeps; `qlora-tui sweep start` starts one.",
     )

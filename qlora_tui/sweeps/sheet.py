@@ -108,7 +108,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
             raise UsageError(
                 "How many trials?",
                 what="The sweep has neither a number of trials nor a deadline.",
-                fix="Give one of them: --trials 8, --for 3h or --until 07:00.",
+                fix="Give a number or a deadline: --trials 8, --for 3h or --until 07:00.",
             )
         if sweep.rounds > 1 and (why := self._unsafe_schedule(sweep.rounds)):
             raise UsageError(

@@ -381,7 +381,7 @@ class QloraApp(TerminalApp):
     def load_recipe(self, recipe: Recipe) -> bool:
         """Replace the recipe being edited and return True; return False if ``recipe`` is the same.
 
-        The model's files are read again, since the model may have been downloaded since they were last read.
+        The model's files are read again, because the model may have been downloaded in the meantime.
         """
         changed = self.workbench.replace(recipe)
         if changed:

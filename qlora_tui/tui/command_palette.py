@@ -57,7 +57,7 @@ class Entry:
     shortcut: str = ""
     """The key for the same action on its screen."""
     ends: bool = False
-    """Whether it ends or removes something (``Command.ends``)."""
+    """Whether the entry's command ends or removes something (``Command.ends``)."""
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0

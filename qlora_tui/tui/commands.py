@@ -27,10 +27,10 @@ class Command:
     group: str = ""
     """Heading of its group in the help of its screen; empty if the screen has no groups."""
     footer: bool = True
-    """Whether the footer shows it."""
+    """Whether the footer shows the command."""
     ends: bool = False
-    """Whether it stops, removes or closes something. The palette lists such a command after the other
-    commands of its screen, so that Enter does not run it by accident.
+    """Whether the command stops, removes or closes something. The palette lists such a command after the
+    other commands of its screen, so that Enter does not run it by accident.
     """
     cli: str = ""
     """The command-line equivalent, such as ``runs rename``; empty if there is none."""
@@ -112,5 +112,5 @@ def by_group(commands: Iterable[Command]) -> list[tuple[str, list[Command]]]:
 
 
 def commands_by_screen() -> list[tuple[str, tuple[Command, ...]]]:
-    """Return (heading, commands): first the app's own commands, then those of each screen."""
+    """Return (heading, commands): first the app's own commands, then the commands of each screen."""
     return [("Everywhere", EVERYWHERE), *((entry.label, _SECTIONS[entry.name]) for entry in SCREENS)]

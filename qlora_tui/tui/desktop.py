@@ -78,7 +78,7 @@ async def copy(app: QloraApp, text: str) -> None:
         title = f"Copied with {tool}, and sent to the terminal (OSC 52)"
     else:
         through = " through tmux" if os.environ.get("TMUX") else ""
-        title = f"Sent to the terminal{through} (OSC 52). Not every terminal supports it"
+        title = f"Sent to the terminal{through} (OSC 52), which not every terminal supports"
     app.notify(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", title=title)
 
 

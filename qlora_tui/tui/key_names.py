@@ -80,7 +80,8 @@ def dialog_keys(bindings: Sequence[BindingType], *others: str) -> Content:
 def key_hint(shown: str, verb: str, press: str = "") -> Content:
     """Return a key and what it does, such as ``x cancel``, for the border of a panel or dialog.
 
-    A click on the hint presses the key ``press``, given in Textual's notation; nothing if ``press`` is empty.
+    A click on the hint presses the key ``press``, given in Textual's notation. If ``press`` is empty, a click
+    has no effect.
     """
     hint = Content.assemble((shown, "$key bold"), (f" {verb}", "not bold $text-muted"))
     return hint.stylize(_pressing(press)) if press else hint

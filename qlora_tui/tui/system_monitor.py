@@ -240,7 +240,7 @@ class SystemMonitor:
         return metrics
 
     def _read_other(self, gpu: GpuDevice) -> GpuMetrics | None:
-        """Return a reading of a GPU that is not the chosen one; None if it does not respond."""
+        """Return a reading of a GPU that is not the chosen one; None if the GPU does not respond."""
         with suppress(GpuUnavailableError):
             return None if self._driver is None else self._driver.read(gpu.index)
         return None

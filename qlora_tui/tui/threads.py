@@ -78,11 +78,11 @@ class Measurement:
     async def run(
         self, measure: Callable[[Callable[[str], None], Callable[[], bool]], T], start: str
     ) -> T | None:
-        """Return the result of ``measure(say, should_stop)``; None if it was stopped.
+        """Return the result of ``measure(say, should_stop)``; None if the measurement was stopped.
 
         Args:
-            measure: Runs in a thread and reports its progress through ``say``. Raises JobStopped once it
-                should stop.
+            measure: Runs in a thread and reports its progress through ``say``. Raises JobStopped once
+                ``should_stop`` returns True.
             start: The progress to show until the first report.
         """
         self._stop = stop = Event()

@@ -98,7 +98,7 @@ class Workbench:
         return self.recipe != self.preset_recipe
 
     def set(self, path: str, value: Any) -> bool:
-        """Change the setting at ``path``; return False if it already has this value.
+        """Change the setting at ``path`` and return True; return False if the setting already has this value.
 
         Raises UserError if the value is not allowed.
         """
@@ -107,8 +107,8 @@ class Workbench:
         return self.replace(changed)
 
     def replace(self, recipe: Recipe) -> bool:
-        """Replace the whole recipe, as one change that can be undone; return False if ``recipe`` is the
-        same.
+        """Replace the whole recipe, as one change that can be undone, and return True; return False if
+        ``recipe`` is the same.
         """
         if recipe == self.recipe:
             return False
@@ -211,7 +211,7 @@ class Workbench:
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
         """Return the estimate of the recipe's memory on ``device`` for every precision, or the UserError that
-        explains why there is none.
+        explains why there is no estimate.
 
         The estimates are cached until the recipe changes, since both the recipe strip and the screen request
         them.

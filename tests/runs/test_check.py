@@ -343,7 +343,7 @@ def test_a_run_whose_trainer_still_exits_is_not_repaired(
     no_adapter(finished)
     with locked(finished.trainer_lock_path):
         (said,) = repair(finished)
-    assert said == "left alone: a trainer still has it" and read_status(finished).state == "finished"
+    assert said == "left alone: a trainer still uses the run" and read_status(finished).state == "finished"
 
 
 def test_the_second_of_two_repairs_does_nothing(finished: RunDir) -> None:
@@ -351,7 +351,7 @@ def test_the_second_of_two_repairs_does_nothing(finished: RunDir) -> None:
     first, second = check_run(finished), check_run(finished)
     apply_repairs(first, partial(check_run, finished))
     (said,) = apply_repairs(second, partial(check_run, finished))[1]
-    assert said == "left alone: it has changed since it was checked"
+    assert said == "left alone: the run has changed since it was checked"
     assert sum(isinstance(event, Failed) for event in events_of(finished)) == 1
 
 

@@ -358,7 +358,7 @@ def test_hours_are_said_before_a_launch() -> None:
     machine = Machine(budget=local_budget())
     assert check_queue(machine).outcome == "ok"
     write_config(f'hours = "{closed_hours()}"')
-    assert check_queue(machine).text.startswith("It waits until ")
+    assert check_queue(machine).text.startswith("The run waits until ")
     write_config('hours = "at night"')
     check = check_queue(machine)
     assert check.outcome == "warning" and "at is neither a day" in check.text

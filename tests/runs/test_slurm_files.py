@@ -62,7 +62,7 @@ def on_cluster(run: RunDir, seen: SeenJob | None = None) -> RunDir:
         ('extra = ["--signal=USR1@5"]', "--signal=USR1@5"),
         ('extra = ["-t5"]', "-t5"),
         ('extra = ["8"]', "not an option"),
-        ('account = "a\\nb"', "not one line"),
+        ('account = "a\\nb"', "a line break"),
     ],
 )
 def test_a_target_that_cannot_be_meant_is_refused(text: str, says: str) -> None:

@@ -117,7 +117,10 @@ def test_the_length_keeps_every_sample_whole_as_far_as_memory_context_and_batch_
     assert short.changes == {"data.max_length": 640}
     assert "1,240 samples of at most 612 tokens" in short.reason and "every one whole" in short.reason
     by_memory = by_topic(facts(LONG))["length"]
-    assert "no more fits in 12.0 GiB free" in by_memory.reason and "are cut (Overflow)" in by_memory.reason
+    assert (
+        "no longer length fits in 12.0 GiB free" in by_memory.reason
+        and "are cut (Overflow)" in by_memory.reason
+    )
     by_context = by_topic(facts(spread(400, 6000, 30_000), TINY, gib=80))["length"]
     assert by_context.changes == {"data.max_length": 8192}
     one_long = [*spread(999, 40, 60), 20_000]

@@ -353,7 +353,7 @@ async def test_u_restores_a_run_deleted_in_this_app(three_runs: list[RunDir]) ->
         await wait_for_text(pilot, "tickets [/a]")
         await pilot.press("D")
         await wait_for_text(
-            pilot, "tickets [/a] stays in the trash for 7 days. The trash takes", "[u] to restore it."
+            pilot, "tickets [/a] stays in the trash for 7 days. The trash takes", "[u] to restore the run."
         )
         assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
         await pilot.press("D", "u", "u")

@@ -76,7 +76,7 @@ async def test_the_theme_under_the_cursor_is_shown_until_one_is_chosen() -> None
         await pilot.press("f6")
         await wait_for_text(pilot, "Colors of the app")
         await pilot.press("enter")
-        await wait_for_text(pilot, "Enter apply", "by what the terminal shows")
+        await wait_for_text(pilot, "Enter apply", "by the terminal's number of colors")
         chosen = theme_names()[1]
         await pilot.press("down")
         await wait_until(pilot, lambda: app.theme == chosen)

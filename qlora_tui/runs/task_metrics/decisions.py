@@ -155,8 +155,8 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
         )
     else:
         yield (
-            f"{pluralize(report.rows, 'validation row')} are too few to calibrate probabilities: it takes "
-            f"{MIN_FITTED_ROWS}. Train with a larger data.validation_fraction."
+            f"{pluralize(report.rows, 'validation row')} are too few to calibrate probabilities: "
+            f"{MIN_FITTED_ROWS} rows are needed. Train with a larger data.validation_fraction."
         )
     columns = {"base": report.base, "adapter": report.before}
     if calibration.rows:

@@ -44,7 +44,9 @@ class Figure:
 
 
 def figure_line(figures: Iterable[Figure]) -> Content:
-    """Return ``smoothed loss 2.56   3 min left``, with bright values and dim labels."""
+    """Return figures in one line, such as ``smoothed loss 2.56   3 min left``, with bright values and dim
+    labels.
+    """
     lines = []
     for figure in figures:
         parts = [(figure.label, "dim"), (figure.value, figure.style)]

@@ -87,7 +87,9 @@ BEST = "★"
 
 
 def recipe_line(workbench: Workbench, width: int | None = None) -> str:
-    """Return ``balanced* · Qwen2.5-7B · tickets.jsonl · r16 all-linear · 2,048 tok · batch 2 × 8``."""
+    """Return the recipe in one line, cut to ``width`` cells: ``balanced* · Qwen2.5-7B · tickets.jsonl · r16
+    all-linear · 2,048 tok · batch 2 × 8``. If ``width`` is None, the line is not cut.
+    """
     line = SEPARATOR.join(recipe_parts(workbench, width))
     return line if width is None else cut_cells(line, width)
 
@@ -272,7 +274,7 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 
     Args:
         error: The error.
-        step: The key that resolves it; replaces the error's own advice.
+        step: What to do, with its key; replaces the error's own advice. None to show the error's advice.
         is_spaced: Whether to put empty lines around what happened.
     """
     gap = "\n\n" if is_spaced else "\n"
@@ -287,7 +289,8 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 
 
 def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
-    """Return (sign, word, color) for a run's state, or for the defect if its result has one.
+    """Return (sign, word, color) for a run: for the defect of its result if there is one, otherwise for its
+    state.
 
     A queued run that gave up its GPU is labeled ``paused``, or ``waiting`` if it has not trained a step.
     """
@@ -307,8 +310,8 @@ def verdict_style(verdict: RunVerdict) -> str:
 
 
 def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
-    """Return ``▌`` in the color of a run's state, or of the defect of its result, for the left edge of lines
-    that also name the state or defect.
+    """Return ``▌`` in the color that :func:`result_label` gives the run, for the left edge of lines that also
+    name the run's state or defect.
     """
     return Content.styled("▌", result_label(status, defect)[2])
 

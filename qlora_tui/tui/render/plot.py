@@ -22,10 +22,12 @@ _GRID_PARTS = 4
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
-"""Factor by which an axis with only two labels counts as longer when axes are compared by their length."""
+"""When the shortest of several axes is selected, the length of an axis with only two labels is multiplied by
+this factor.
+"""
 _NONE_BELOW = 1.3
-"""Factor by which an axis without a label at its low end counts as longer when axes are compared by their
-length.
+"""When the shortest of several axes is selected, the length of an axis without a label at its low end is
+multiplied by this factor.
 """
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _REACHES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
@@ -149,8 +151,8 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
 
 
 def label(value: float, step: float) -> str:
-    """Return the shortest label that differs from those of the neighboring ticks, which are ``step`` away:
-    ``1.25``, ``400``, ``12k``, ``1.5M``.
+    """Return the shortest label for a value on an axis that differs from the labels of the neighboring ticks,
+    at a distance of ``step``: ``1.25``, ``400``, ``12k``, ``1.5M``.
     """
     if value == 0:
         return "0"

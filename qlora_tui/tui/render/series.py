@@ -27,9 +27,9 @@ class Envelope:
     xs: tuple[float, ...] = ()
     """The x of the last value of each stretch."""
     lows: tuple[float, ...] = ()
-    """Lowest finite value of each stretch; ``inf`` if it has none."""
+    """Lowest finite value of each stretch; ``inf`` if the stretch has no finite value."""
     highs: tuple[float, ...] = ()
-    """Highest finite value of each stretch; ``-inf`` if it has none."""
+    """Highest finite value of each stretch; ``-inf`` if the stretch has no finite value."""
     broken: tuple[bool, ...] = ()
     """Whether the stretch contains NaN or infinity."""
 
@@ -43,7 +43,7 @@ class Envelope:
 
     @property
     def low(self) -> float | None:
-        """Lowest finite value of the curve; None if there is none."""
+        """Lowest finite value of the curve; None if the curve has no finite value."""
         return min((low for low in self.lows if low < math.inf), default=None)
 
     @property
@@ -204,8 +204,8 @@ class _Level:
         longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
 
     def shorten(self, most: int) -> None:
-        """Drop the oldest stretches, but only once there are more than twice as many as ``most``, so that
-        this is rare.
+        """Drop the oldest stretches. This is done only once there are more than twice as many as ``most``, so
+        that it is rare.
         """
         if len(self.xs) <= 2 * most:
             return

@@ -170,7 +170,9 @@ def _gpu_texts(system_status: SystemStatus) -> list[str]:
 
 
 def _gpu_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
-    """Return ``RTX 4090 96% 18.2/24.0G 61°``."""
+    """Return a GPU's name, utilization, memory and temperature: ``RTX 4090 96% 18.2/24.0G 61°``. If
+    ``metrics`` is None, the text has only the name and ``NA``.
+    """
     if metrics is None:
         return _use_text(gpu, metrics)
     temperature = "" if metrics.temperature_c is None else f" {metrics.temperature_c}°"

@@ -162,7 +162,9 @@ class RecipeStrip(Widget):
 
 
 def reload_hint() -> Content:
-    """Return ``changed in another window, F7 reload``. A click on the key presses it."""
+    """Return the note that another window has changed the recipe: ``changed in another window, F7 reload``. A
+    click on the key presses it.
+    """
     words = Content.styled("changed in another window, ", "$warning")
     return words + _hint("app.reload", "reload")
 

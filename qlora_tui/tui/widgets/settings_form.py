@@ -48,7 +48,7 @@ _TEXT_SEPARATOR = " | "
 
 @dataclass
 class SettingEdited(Message):
-    """The user chose a new value for a setting. The value is within bounds."""
+    """Posted when the user has selected or typed a new value for a setting. The value is within bounds."""
 
     path: str
     value: Any
@@ -56,7 +56,7 @@ class SettingEdited(Message):
 
 @dataclass
 class SettingPicked(Message):
-    """The user wants to pick a value of a setting from a list."""
+    """Posted when the user wants to select a value of a setting from a list."""
 
     field: Field
     value: Any
@@ -89,10 +89,10 @@ class SettingList(LineView):
     ]
 
     class Moved(Message):
-        """The cursor has moved to another setting or group."""
+        """Posted when the cursor has moved to another setting or group."""
 
     class Typing(Message):
-        """The user wants to type the value of the setting under the cursor."""
+        """Posted when the user wants to type the value of the setting under the cursor."""
 
     def __init__(self, groups: Sequence[SettingGroup], base_name: str, picked: Collection[str] = ()) -> None:
         """Create the list.
@@ -398,8 +398,9 @@ class SettingsForm(Vertical):
 
         Args:
             groups: The settings, in groups.
-            base_name: What the settings are compared with.
-            validate: Returns the error in a typed value for a path; empty if it is valid.
+            base_name: What the settings are compared with: ``preset`` or ``default``.
+            validate: Returns the error in a value that the user has typed for the setting with this path;
+                empty if the value is valid.
             picked: Paths of settings whose values the screen lists when Enter is pressed.
         """
         super().__init__(id=id)
@@ -407,7 +408,7 @@ class SettingsForm(Vertical):
         self._validate = validate
         self._values: Struct | None = None
         self._wrong = ""
-        """The error in the value being typed; empty if it is valid."""
+        """The error in the value being typed; empty if the value is valid."""
 
     def compose(self) -> ComposeResult:
         yield self.list

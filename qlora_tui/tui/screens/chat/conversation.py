@@ -278,8 +278,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         return self.turns[-1] if len(complete) >= answers else None
 
     def record_choice(self, turn: ChatTurn, chosen: AdapterAnswer, rejected: AdapterAnswer) -> None:
-        """Save the user's choice between two answers of a turn, and count the choice. Raises UserError if it
-        cannot be saved.
+        """Save the user's choice between two answers of a turn, and count the choice. Raises UserError if the
+        choice cannot be saved.
         """
         names = {"chosen": chosen.adapter_name, "rejected": rejected.adapter_name}
         prompt = self.messages(turn, chosen.adapter_name)
@@ -287,8 +287,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.choice_counts["pairs"] = add_choice("pairs", prompt, answers, self._provenance(turn, names))
 
     def record_edit(self, turn: ChatTurn, answer: AdapterAnswer, text: str) -> None:
-        """Save the user's corrected ``text`` of an answer, and count the edit. Raises UserError if it cannot
-        be saved.
+        """Save the user's corrected ``text`` of an answer, and count the edit. Raises UserError if the edit
+        cannot be saved.
         """
         provenance = self._provenance(turn, {"edited": answer.adapter_name}, original=answer.text)
         prompt = self.messages(turn, answer.adapter_name)
@@ -324,8 +324,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether the model may be loaded. If it may not fit into memory together with a run or a
-        server, ask the user.
+        """Return whether the model may be loaded. If the model may not fit into memory together with a run or
+        a server, ask the user.
         """
         if self.ready is not None:
             return True

@@ -43,7 +43,7 @@ from qlora_tui.tui.widgets.controls import Lines, Panel
 
 NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
-    "Press {go.train} to launch one.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
+    "Press {go.train} to launch a run.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
     "before any training."
 )
 UNFOCUSED_HINT = "{chat.write} writes a message"
@@ -78,8 +78,8 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
 
 
 def loaded_text(ready: ChatReady) -> str:
-    """Return ``RTX 4090 bfloat16, 5.2 GiB, context 32,768``: the device, dtype, memory and context of a
-    loaded model.
+    """Return the device, dtype, memory and context of a loaded model, such as ``RTX 4090 bfloat16, 5.2 GiB,
+    context 32,768``.
     """
     return (
         f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
@@ -276,8 +276,8 @@ def history_lines(
 
 
 def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
-    """Return ``4 min ago  Where is my parcel? (3)``: age, first prompt, and number of prompts if there are
-    several.
+    """Return a line with a conversation's age, its first prompt, and its number of prompts if it has several:
+    ``4 min ago   Where is my parcel? (3)``.
     """
     seconds = now - saved.at
     age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
@@ -289,9 +289,9 @@ def conversation_line(saved: SavedConversation, now: float, width: int) -> Conte
 
 
 def prompt_title(text: str, tokens: int | None, *, has_suggestions: bool) -> Content:
-    """Return ``Message · 12 tokens``, the title of the prompt field with the length of ``text``.
+    """Return the title of the prompt field, with the length of ``text``: ``Message · 12 tokens``.
 
-    If ``text`` is empty, the title names the suggested messages, if there are any, instead.
+    If ``text`` is empty, the title has no length, and it names the suggested messages if there are any.
 
     Args:
         text: The text in the field.

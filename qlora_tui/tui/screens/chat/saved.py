@@ -56,8 +56,8 @@ def transcript_path(run: RunDir | None) -> Path:
     """Return the path of today's transcript.
 
     The transcript is in the folder of the run. For a base model without a run, and for a deleted run, it is
-    in a folder for all such chats. For a run on another box, it is on this machine, next to the copies of the
-    box's runs.
+    in a folder for all such chats. For a run on another machine (``--host``), it is on this machine, next to
+    the copies of that machine's runs.
     """
     if run is not None and current() is not None:
         folder = paths.state_dir() / "chats" / run.id

@@ -31,7 +31,7 @@ from qlora_tui.tui.render.plot import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import ViList
 
-_ASK = "▸ Enter asks the question under the cursor, {chat.write} writes your own."
+_ASK = "▸ Enter asks the question under the cursor, {chat.write} lets you write your own."
 _WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions."
 _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""

@@ -52,7 +52,7 @@ _LEAST_SHOWN = 0.005
 """Minimum probability of an option with a bar. The two most probable options always have a bar."""
 _QUESTION = (
     "Which answer is better? Esc, then {chat.prefer_left} left or {chat.prefer_right} right; "
-    "{chat.edit_answer} edits the adapter's."
+    "{chat.edit_answer} edits the adapter's answer."
 )
 
 
@@ -425,8 +425,8 @@ def adapter_style(adapter_name: str) -> str:
 
 
 def outcome_words(outcome: GenerationResult) -> str:
-    """Return ``34 tok, 12/s, wait 0.4 s``: new tokens, tokens per second, time to the first token. If there
-    are no new tokens, return ``nothing``.
+    """Return an answer's number of new tokens, tokens per second, and time to the first token: ``34 tok,
+    12/s, wait 0.4 s``. If there are no new tokens, return ``nothing``.
     """
     per_s = outcome.tokens_per_s
     speed = f", {format_speed(per_s)}/s" if per_s else ""

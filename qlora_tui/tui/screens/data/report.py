@@ -26,7 +26,7 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
-_NOTHING_LEFT = "No row can be used. Choose other data, or map its columns."
+_NOTHING_LEFT = "No row can be used. Choose other data, or map the columns of the file."
 _ROWS_NAMED = 3
 _LABEL = 10
 """Width of the column of labels, in cells."""
@@ -324,8 +324,8 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
-    """Return a warning, with its fix, that the run has too few steps. None if it has enough steps, or if
-    their number is not known yet. ``brief``: whether the text must be a single line.
+    """Return a warning, with its fix, that the run has too few steps. Return None if the run has enough
+    steps, or if the number of steps is not known yet. ``brief``: whether the text must be a single line.
     """
     if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
@@ -344,7 +344,9 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
 
 
 def _length_words(expected: Forecast | None) -> str:
-    """Return ``57 per epoch, 114 in total, about 25 min``, or ``not known yet`` if there is no forecast."""
+    """Return the length of a run, such as ``57 per epoch, 114 in total, about 25 min``; ``not known yet`` if
+    ``expected`` is None.
+    """
     if expected is None:
         return "not known yet"
     length = expected.length
@@ -388,8 +390,8 @@ def _column(edges: list[int], length: int, width: int) -> int:
 
 
 def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content:
-    """Return ``0────500────✂ 1,024──2,300``: round lengths, the longest length, and the length at which
-    samples are cut. ``cut``: the column of ``cut_at``.
+    """Return the axis below the histogram, with round lengths, the longest length, and the length at which
+    samples are cut: ``0────500────✂ 1,024──2,300``. ``cut``: the column of ``cut_at``.
     """
     tail = len(edges) > 2 and edges[-1] - edges[-2] > edges[1]
     end = f"{'⋯ ' if tail else ''}{edges[-1]:,}"

@@ -343,7 +343,9 @@ def row_title(
 
 
 def _learned_words(shown: Shown, data: Data) -> str:
-    """Return ``43 of 79 tokens to learn``; empty if the row has no tokens."""
+    """Return how many of a row's tokens are learned, such as ``43 of 79 tokens to learn``; empty if the row
+    has no tokens.
+    """
     if not shown.samples or not shown.token_counts:
         return ""
     most = max(shown.token_counts) if data.overflow == "split" else data.max_length
@@ -422,7 +424,7 @@ def _styled(piece: Piece, styles: TokenStyles) -> Content:
 
 def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[Content | tuple[str, str]]:
     """Return the row's only sample with its tokens shaded by their changes. The list is empty if the row has
-    several samples, or if there are no losses for exactly the row's tokens.
+    several samples, or if ``changes`` does not have one item for each token to learn.
     """
     if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
         return []

@@ -451,7 +451,7 @@ class DataScreen(SourceActions):
         source.
         """
         if self._measuring:
-            self.notify("The rows are still being measured. The list opens when that is done.")
+            self.notify("The rows are still being measured. The list opens when the measurement has ended.")
         else:
             self._list_rows(self._selected)
 
@@ -469,7 +469,7 @@ class DataScreen(SourceActions):
             self._measuring = True
             self.notify(
                 f"Measuring the rows of {run.name}, which takes about as long as one epoch. "
-                "The list opens when it is done."
+                "The list opens when the measurement has ended."
             )
             try:
                 losses = await run_stoppable(measure_row_losses, run)

@@ -154,7 +154,9 @@ def gpu_lines(
 
 
 def _short_gpu_line(gpu: GpuDevice, metrics: GpuMetrics | None) -> Content:
-    """Return ``RTX 3060   80%  7.1 of 12.0 GiB``."""
+    """Return a GPU's name, utilization and memory in one line: ``RTX 3060   80%  7.1 of 12.0 GiB``. If
+    ``metrics`` is None, the line says that the GPU does not respond.
+    """
     if metrics is None:
         return Content.assemble((gpu.short_name, "bold"), ("   does not respond", "$warning"))
     use = format_reading(metrics.utilization_percent)
@@ -163,7 +165,9 @@ def _short_gpu_line(gpu: GpuDevice, metrics: GpuMetrics | None) -> Content:
 
 
 def other_run_line(name: str, status: Status, width: int) -> Content:
-    """Return ``● crows  training  12%  step 36 of 300`` for a run other than the active one."""
+    """Return a line of at most ``width`` cells on a run other than the active one, with its phase and
+    progress: ``● crows  training  12%  step 36 of 300``.
+    """
     sign, _, style = result_label(status, None)
     steps = ""
     if status.total_steps:
@@ -490,8 +494,8 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
-    """Return ``step 20 3.032 -0.297 ▄▄▄`` for each of the last ``count`` evaluations: the loss, and its
-    change since the previous evaluation as a number and a bar.
+    """Return a line for each of the last ``count`` evaluations: the loss, and its change since the previous
+    evaluation as a number and a bar. An example is ``step 20   3.032  -0.297 ▄▄▄``.
     """
     evaluations = [(step, round(loss, 3)) for step, loss in summary.evaluations[-count - 1 :]]
     changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]

@@ -184,8 +184,8 @@ def term_of(path: str) -> str:
 
 
 def control_line(path: str, recipe: Recipe, base: Recipe) -> Content:
-    """Return ``r R rank        16*``: keys, name, value, and a star if the value differs from the value in
-    ``base``, the preset.
+    """Return a line with a setting's keys, name and value, such as ``r R rank    16*``. A star marks a value
+    that differs from the value in ``base``, the preset.
     """
     value = get_setting(recipe, path)
     star = "*" if value != get_setting(base, path) else " "
@@ -218,9 +218,9 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:
-            return "They use a tenth of the learning rate unless one is set."
+            return "At a tenth of the learning rate, unless they have their own."
         case _:
-            return "Unsloth trains them for continued pretraining."
+            return "Unsloth trains embeddings for continued pretraining."
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
@@ -316,8 +316,8 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
 def adapter_title(
     workbench: Workbench, budget: MemoryBudget, cpu_budget: MemoryBudget | None, width: int
 ) -> Content:
-    """Return ``Adapter  NF4 6.3 of 12.0 GiB fits``, with the total memory of the recipe, or only ``Adapter``
-    if the memory is unknown.
+    """Return the title of the adapter's panel, with the total memory of the recipe: ``Adapter  NF4 6.3 of
+    12.0 GiB fits``. If the memory is unknown, return only ``Adapter``.
 
     ``cpu_budget``: the memory of this machine's CPU if ``budget`` is of a GPU that the machine does not have;
     otherwise None.
@@ -405,8 +405,8 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
 
 
 def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
-    """Return ``, rank 32, alpha 16 to 64``, the ranks and alphas of these modules. Ranks are left out if the
-    recipe has no rank patterns, and alphas if it has no alpha patterns.
+    """Return the ranks and alphas of these modules, such as ``, rank 32, alpha 16 to 64``. Ranks are left out
+    if the recipe has no rank patterns, and alphas if it has no alpha patterns.
     """
     words = ""
     for name, number_of, own in (

@@ -223,8 +223,8 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
-        """The modules that would be toggled now: those in one cell, of one kind, of one layer, or in the
-        block being marked.
+        """The modules that would be toggled now: the modules in one cell, of one kind, of one layer, or in
+        the block being marked.
         """
         if self._table is None:
             return ()

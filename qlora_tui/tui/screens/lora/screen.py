@@ -384,8 +384,9 @@ def validate_number(setting: str, text: str) -> str:
 
 
 def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
-    """Return ``8-23.q`` as ``8-23.q_proj`` if no kind is named ``q`` and exactly one kind begins with ``q_``,
-    and ``all`` as ``all-linear``. Any other pattern is returned unchanged.
+    """Return a target pattern with an abbreviated kind written out: ``8-23.q`` as ``8-23.q_proj``, if no kind
+    is named ``q`` and exactly one kind begins with ``q_``, and ``all`` as ``all-linear``. Any other pattern
+    is returned unchanged.
     """
     layers, dot, kind = pattern.rpartition(".")
     kinds = dict.fromkeys(module.kind for module in modules)

@@ -222,8 +222,8 @@ def spare_words(verdict: Verdict) -> str:
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """Return ``17.0 GiB to spare`` or ``2.1 GiB over``, for the expected memory or, if the verdict is
-    uncertain, for the upper end of the estimate.
+    """Return the memory that is left or missing, such as ``17.0 GiB to spare`` or ``2.1 GiB over``. If the
+    verdict is uncertain, this is for the upper end of the estimate; otherwise for the expected memory.
     """
     if verdict.word != "uncertain":
         return spare_words(verdict)
@@ -255,7 +255,7 @@ def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
 
 
 def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
-    """Return ``24.0 GiB: RTX 4090, 22.1 free now``: the memory that the estimates are compared with."""
+    """Return the memory that estimates are compared with, such as ``24.0 GiB: RTX 4090, 22.1 free now``."""
     size = format_bytes(budget.bytes)
     gpu, free = system_status.gpu, system_status.free_bytes
     if gpu is not None and budget.name == gpu.short_name:
@@ -398,8 +398,9 @@ def _item_line(
     width: int,
     item: Item | None = None,
 ) -> Content:
-    """Return ``  Quantized weights   3.0 GiB  47%  ▇▇▇▇``, followed by the explanation if there is room.
-    ``item``: None for the line of a group.
+    """Return a line with an item's name, size, share of the peak and bar, such as ``  Quantized weights   3.0
+    GiB  47% ▇▇▇▇``, followed by the item's explanation if there is room. ``item``: None for the line of a
+    group.
     """
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes

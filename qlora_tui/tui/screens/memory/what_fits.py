@@ -92,7 +92,9 @@ class Solution:
     setting. A setting that the key would not change is left out.
     """
     changes: tuple[MemorySaving, ...] = ()
-    """Changes that make the recipe fit, cheapest first; empty if it fits, or if no change makes it fit."""
+    """Changes that make the recipe fit, cheapest first; empty if the recipe already fits, or if no change
+    makes it fit.
+    """
     least_bytes: int = 0
     """Memory of the recipe with all changes that save memory, in bytes; 0 if the recipe fits, or if
     ``changes`` is not empty.
@@ -101,10 +103,11 @@ class Solution:
     """How a run would use memory that is free; None if the recipe does not fit."""
     host_memory: str = ""
     """Sentences on parts of the recipe that are kept in host memory, and on the time that this costs; empty
-    if there are none.
+    if no part is kept there.
     """
     conversion: Conversion | None = None
-    """The conversion that the model's GGUF file needs before its first run; None if it needs none."""
+    """The conversion that the model's GGUF file needs before its first run; None if no conversion is needed.
+    """
     recipes: tuple[Recipe, ...] = ()
     """The recipes with each of ``changes``, and the recipes with each value in ``lowered`` for the recipe's
     precision.

@@ -241,7 +241,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> F
         lines = [_step("Enter", "Load its details from the Hub")]
     else:
         missing = known.total_bytes - known.done_bytes
-        took = f", {format_duration(missing / speed)} at the last speed" if speed else ""
+        took = f", {format_duration(missing / speed)} at the speed of the last download" if speed else ""
         part = f"; {format_bytes(known.done_bytes)} already here" if known.done_bytes else ""
         download = _step(key_name("models.download"), f"Download {format_bytes(missing)}{took}{part}")
         select = _step("Enter", "Use it for estimates without downloading", mark=" ")
@@ -368,7 +368,7 @@ def model_fit(
     ranks. Each estimate takes a few milliseconds.
     """
     usable = _with_targets(model, recipe, budget.device)
-    note = "" if usable is recipe else "with all-linear, because it lacks the recipe's targets"
+    note = "" if usable is recipe else "with all-linear, because the model lacks the recipe's targets"
     precision = precision_of(recipe)
 
     def compared(path: str, values: Iterable[int]) -> dict[int, dict[Precision, Estimate]]:

@@ -77,8 +77,8 @@ class Starter:
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return the recommended first models: the demo's model, and the models of a short list that fit, or only
-    the first, smallest model of the list if none fits.
+    """Return the recommended first models: the demo's model, followed by those models of a short list that
+    fit. If no model of the list fits, only its first model, the smallest, is included.
 
     Of the models that fit, the largest that leaves half of the memory free for longer sequences and other
     programs comes first, followed by smaller models, and then by larger models. Call this in a thread.

@@ -120,15 +120,15 @@ def editor() -> list[str]:
 
 
 def _editor_setting() -> tuple[str, str]:
-    """Return (name, value) of the environment variable that names the editor. If there is none, the name is
-    EDITOR and the value is empty.
+    """Return (name, value) of the environment variable that names the editor. If no variable does, the name
+    is EDITOR and the value is empty.
     """
     visual = os.environ.get("VISUAL", "").strip()
     return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
 
 
 def _set_editor_hint() -> str:
-    return f"Quit the app, set one with `export {_editor_setting()[0]}=nano`, and start it again."
+    return f"Quit the app, set an editor with `export {_editor_setting()[0]}=nano`, and start the app again."
 
 
 def edit(preset: Preset) -> None:
@@ -502,7 +502,9 @@ def preview(
         rows = [(fields()[path].label, format_value(get_setting(opened, path))) for path in _MAIN]
         return Content("\n").join([*lines, Content(""), *fact_lines(rows, width)])
     number = pluralize(len(changes), "setting")
-    lines.append(Content.styled(f"Opening it changes {number}; model and data stay the same.", "$text-muted"))
+    lines.append(
+        Content.styled(f"Opening this preset changes {number}; model and data stay the same.", "$text-muted")
+    )
     names = {change.path: fields()[change.path].label for change in changes}
     labels, paths = max(map(len, names.values())), max(map(len, names))
     for change in changes:
@@ -546,8 +548,8 @@ def _memory(
 
 
 def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
-    """Return ``time then   about 25 min   54 steps`` for the current recipe and for the recipe after opening
-    the preset, and a line with the source of the estimate.
+    """Return lines with the expected time of a run of the current recipe, and of a run after opening the
+    preset, such as ``time then    about 25 min   54 steps``, and a line with the source of the estimate.
     """
     lines, source = [], ""
     for label, expected in zip(("now", "then"), forecasts, strict=False):

@@ -224,7 +224,7 @@ class ExportScreen(ModalScreen[None]):
         return True
 
     def _show_started(self, export: Export) -> None:
-        self._say("Started. It continues when you close this window or the app.")
+        self._say("The export has started, and continues when you close this window or the app.")
         self._refresh_exports(select=export)
 
     @property

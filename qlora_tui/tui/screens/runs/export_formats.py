@@ -215,8 +215,8 @@ def export_choices(
             f"Upload {uploaded}",
             uploaded_size,
             "sharing on the Hugging Face Hub",
-            "With a model card, to a private repository: name or owner/name. Needs HF_TOKEN or "
-            "`hf auth login`.",
+            "Goes to a private repository, with a model card. Type its name, or owner/name. Needs "
+            "HF_TOKEN or `hf auth login`.",
             form,
             is_estimate=form != "hub-adapter",
             file_type=hub_form if form == "hub-gguf" else "",

@@ -340,7 +340,7 @@ class RunFiles:
 
 def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
     """Return whether the run has saved an adapter or checkpoint to chat with, export or compare. ``files``:
-    None if they have not been read yet; the result is then True.
+    the contents of the run's folder; if they have not been read yet (None), the result is True.
     """
     if files is None or summary.status.state == "finished":
         return True
@@ -450,7 +450,9 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         lines += [Content(line) for line in wrap(summary.verdict.sentence, width)]
         if not summary.verdict.has_answers and not answers:
             lines.append(
-                highlight_keys(name_keys("{runs.evaluate} compares its answers with the base's."), "dim")
+                highlight_keys(
+                    name_keys("{runs.evaluate} compares its answers with the base's answers."), "dim"
+                )
             )
     return lines
 

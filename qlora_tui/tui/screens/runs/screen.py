@@ -396,7 +396,9 @@ class RunsScreen(EvaluationActions):
         self._act_on_queue(run_actions.stop, done)
 
     def action_now(self) -> None:
-        self._act_on_queue(run_actions.train_now, "The run will train until it ends.")
+        self._act_on_queue(
+            run_actions.train_now, "The run trains next, without waiting for hours or other programs."
+        )
 
     def action_resume(self) -> None:
         done = f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue."
@@ -456,7 +458,7 @@ class RunsScreen(EvaluationActions):
             self.show_listing()
             self.notify(
                 f"{summary.name} stays in the trash for {run_actions.KEPT_DAYS} days. The trash takes "
-                f"{format_bytes(trash_bytes)}. Press {key_name('runs.restore')} to restore it."
+                f"{format_bytes(trash_bytes)}. Press {key_name('runs.restore')} to restore the run."
             )
 
         self._act_on(summary.run, delete, then)

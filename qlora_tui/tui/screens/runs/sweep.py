@@ -244,7 +244,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
     def action_pause(self) -> None:
         """Pause the sweep if it is running; otherwise resume it."""
         if self._shown is not None and self._shown.view.state == "running":
-            self._change(actions.pause, "The sweep pauses once its run has saved.")
+            self._change(actions.pause, "The sweep pauses once its run has saved a checkpoint.")
         else:
             self._change(actions.resume, "The sweep continues.")
 
@@ -298,8 +298,8 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def verdict_lines(view: SweepView, width: int) -> list[Content]:
-    """Return the verdict as a headline, and one line with the figures behind it as far as they fit. While the
-    sweep has not ended, its state comes first.
+    """Return the verdict as a headline, and a line with as many of the figures behind it as fit. Before the
+    sweep has ended, its state comes first.
     """
     headline, figures = short_verdict(view)
     style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"

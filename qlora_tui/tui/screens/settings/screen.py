@@ -133,7 +133,9 @@ def _theme_line(name: str, theme: Theme | None) -> Content:
     its colors are chosen. ``theme``: None for such a theme.
     """
     colors = [theme.variables.get(hue) for hue in (*HUES, "key")] if theme is not None else []
-    words = {AUTO: "by what the terminal shows", TERMINAL: "made of the terminal's colors"}.get(name, "")
+    words = {AUTO: "by the terminal's number of colors", TERMINAL: "made of the terminal's colors"}.get(
+        name, ""
+    )
     swatches = [("██ ", color) for color in colors if color]
     return Content.assemble((f"{name:<16}", "bold"), *swatches, (words, "$text-muted"))
 

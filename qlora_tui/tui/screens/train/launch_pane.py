@@ -383,8 +383,8 @@ def check_lines(
 
 
 def _passed(checks: tuple[Check, ...], width: int) -> list[Content]:
-    """Return ``✓ 7 checks ok  model, data, memory, disk, queue``, wrapped if it is too long. The list is
-    empty if no check passed.
+    """Return lines that list the checks without problems, such as ``✓ 7 checks ok  model, data, memory, disk,
+    queue``. The list is empty if no check passed.
     """
     names = [check.label for check in checks if check.outcome == "ok"]
     if not names:

@@ -296,8 +296,8 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_note(snapshot: RunSnapshot) -> str:
-    """Return ``✗1``, ``!2``, or ``✓``: the number of errors or, without errors, of warnings in the Health
-    panel, which has one line for each kind of warning.
+    """Return a sign and a number for the Health tab: ``✗1`` for one error or, without errors, ``!2`` for two
+    warnings; ``✓`` if there are none. Warnings of one kind count once.
     """
     severities = list({health.kind: health.severity for health in snapshot.health}.values())
     errors = severities.count("error") + isinstance(snapshot.view.ending, Failed)
@@ -415,7 +415,8 @@ def tabs_title(
     keys: Content | None,
     width: int,
 ) -> Content:
-    """Return ``log │ answers 12 │ health !2``. A click on a name runs ``screen.show_tab('<name>')``.
+    """Return a title with the names of the tabs, such as ``log │ answers 12 │ health !2``. A click on a name
+    runs ``screen.show_tab('<name>')``.
 
     Args:
         names: The names of the tabs.
@@ -423,8 +424,8 @@ def tabs_title(
         notes: The text after a tab's name, such as a count, by name.
         filters: The search text and level by which lines are hidden; empty if all lines are shown. This text
             is always included, shortened if necessary.
-        keys: Hints for keys that the lower border does not show; None for no hints. The hints are left out
-            if they do not fit, or if there are filters.
+        keys: Hints for keys that the lower border does not show; None for no hints. The hints are left out if
+            they do not fit, or if there are filters.
         width: Available width, in cells.
     """
     parts = []

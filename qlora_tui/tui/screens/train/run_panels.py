@@ -124,7 +124,9 @@ def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) ->
 
 
 def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
-    """Return ``● training  ██████░░░  86%  step 70/81``, without a bar if there is little room or no step."""
+    """Return a line with the run's state and progress, such as ``● training  ██████░░░  86%  step 70/81``.
+    Without a step, or with little room, the line has no bar.
+    """
     first, share = state_line(snapshot), progress_share(snapshot)
     progress = "  ".join(progress_facts(snapshot))
     cells = width - first.cell_length - len(progress) - 4
@@ -163,7 +165,9 @@ def key_figures(snapshot: RunSnapshot) -> list[Figure]:
 
 
 def state_line(snapshot: RunSnapshot) -> Content:
-    """Return ``● training  ! 2 warnings  attempt 2``: state, warnings, attempt and pending request."""
+    """Return the run's state, warnings, attempt and pending request, such as ``● training  ! 2 warnings
+    attempt 2``.
+    """
     status, view = snapshot.status, snapshot.view
     defect = find_defect(view)
     sign, word, style = result_label(status, defect)
@@ -265,8 +269,8 @@ def _checkpoints(snapshot: RunSnapshot) -> str:
 
 
 def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
-    """Return ``running 21 min, 13 min in steps``: the time since the start and the total time of the steps.
-    If the two cannot be compared, only the time of the steps is included.
+    """Return the time since the start and the total time of the steps, such as ``running 21 min, 13 min in
+    steps``. If the two cannot be compared, only the time of the steps is included.
     """
     trained = snapshot.seconds_trained
     if not trained:
@@ -280,8 +284,8 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """Return ``this step ███░░░░░ 3 of 8``: the finished micro-batches of a long step. The text is empty in
-    short steps, in steps with one micro-batch, and in any phase except training.
+    """Return the finished micro-batches of a long step, such as ``this step ███░░░░░ 3 of 8``. The text is
+    empty in short steps, in steps with one micro-batch, and in any phase except training.
     """
     status = snapshot.status
     if snapshot.view.phase != "training" or status.micro_batches < 2:
@@ -486,8 +490,8 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
 
 
 def _batch(view: RunView, recipe: Recipe) -> str:
-    """Return ``1,024 tok · batch 2 × 4, chosen``: the length and batch of the current attempt. ``chosen``
-    means that the trainer chose a micro-batch size other than the recipe's.
+    """Return the length and batch of the current attempt, such as ``1,024 tok · batch 2 × 4, chosen``.
+    ``chosen`` means that the trainer chose a micro-batch size other than the recipe's.
     """
     words = batch_words(view.plan.apply_to(recipe))
     chosen = view.step_chosen

@@ -167,7 +167,7 @@ class TrainScreen(EvaluationActions):
 
     @property
     def state(self) -> State | None:
-        """State of the run being watched; None if no run is watched, or if it has not been read yet."""
+        """State of the run being watched; None if no run is watched, or if the run has not been read yet."""
         return self.snapshot.status.state if self.snapshot else None
 
     @property
@@ -416,7 +416,11 @@ class TrainScreen(EvaluationActions):
         self._confirm("Pause the run?", outcome, run_actions.pause, done)
 
     def action_now(self) -> None:
-        self._act_on_run(self._watched, run_actions.train_now, "The run will train until it ends.")
+        self._act_on_run(
+            self._watched,
+            run_actions.train_now,
+            "The run trains next, without waiting for hours or other programs.",
+        )
 
     def action_resume(self) -> None:
         has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
@@ -442,7 +446,7 @@ class TrainScreen(EvaluationActions):
                 f"The learning rate will change to {format_rate(rate)} after this step.",
             )
 
-        text = "The new peak learning rate. The schedule continues from there."
+        text = "The new peak learning rate. The schedule continues with this peak."
         self.ask(TextPromptScreen("Learning rate", text, proposed, _rate_problem), set_rate)
 
     def action_fix(self) -> None:

@@ -35,7 +35,9 @@ _READING = "Reading the data, the memory and earlier runs…"
 
 
 class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFirst, OnQloraApp):
-    """Dialog that returns the ticked suggestions; None if it is closed, or if none is ticked."""
+    """Dialog that returns the ticked suggestions; None if the dialog was closed without an answer, or if no
+    suggestion is ticked.
+    """
 
     CSS_PATH = Path(__file__).parents[1] / "modals/modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -166,7 +168,9 @@ class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFi
 
 
 def suggestion_line(suggestion: Suggestion, width: int, *, is_ticked: bool, with_reason: bool) -> Content:
-    """Return ``● Rank 16 → 32``, followed by the reason if ``with_reason``."""
+    """Return a suggestion as text, such as ``● Rank   16 → 32``, followed by the reason if ``with_reason``. A
+    mark shows whether the suggestion is ticked.
+    """
     if suggestion.changes:
         mark, style = ("●", "bold $primary") if is_ticked else ("○", "$text-muted")
     else:
