@@ -58,15 +58,15 @@ class Base:
 
     id: str
     architecture: Architecture | None = None
-    """Read from its ``config.json``; None if that is not on this machine."""
+    """Architecture from the model's ``config.json``; None if this file is not on this machine."""
     parameters: int = 0
-    """Number of its parameters, also from the run's own record; 0 if unknown."""
+    """Number of the model's parameters, from ``config.json`` or else from the run's events; 0 if unknown."""
     refusal: UserError | None = None
-    """Why its weights cannot be used; None if they can."""
+    """Why the model's weights cannot be used on this machine; None if they can."""
 
     @property
     def can_download(self) -> bool:
-        """Whether the Hub has what is missing."""
+        """Whether the Hub has the files that this machine lacks."""
         is_missing = isinstance(self.refusal, ModelNotFoundError | MissingFilesError)
         return is_missing and is_fetchable(self.id)
 
@@ -124,12 +124,14 @@ class ExportChoice:
     none.
     """
     missing_base: Base | None = None
-    """The base, if this format needs its weights and they cannot be used here; otherwise None."""
+    """The base, if the format contains the base's weights and they cannot be used on this machine; otherwise
+    None.
+    """
 
     @property
     def size(self) -> str:
-        """Size to show: an estimate such as ``~7.6 GiB``, an exact size such as ``155 MiB``, or why there is
-        none.
+        """Size to show: an estimate such as ``~7.6 GiB``, an exact size such as ``155 MiB``, ``varies``, or
+        ``unknown``.
         """
         if self.bytes is None:
             return "varies" if self.file_type == AUTO else "unknown"
@@ -146,7 +148,7 @@ def export_choices(
     """Return the formats, most useful first.
 
     Args:
-        base: The base.
+        base: The base of the run.
         budget: Memory in which a GGUF file is meant to run.
         adapter_bytes: Size of the adapter; None if unknown.
         file_type: Type of the GGUF files.
