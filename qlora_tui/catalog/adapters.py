@@ -186,11 +186,12 @@ def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) ->
     ]
     if more := sorted(wanted.keys() - ranks.keys()):
         differences.append(
-            f"the recipe adapts {pluralize(len(more), 'module')} that it does not, as {more[0]}"
+            f"the recipe adapts {pluralize(len(more), 'module')} that the adapter does not, such as {more[0]}"
         )
     if more := sorted(ranks.keys() - wanted.keys()):
         differences.append(
-            f"it adapts {pluralize(len(more), 'module')} that the recipe does not, as {more[0]}"
+            f"the adapter has {pluralize(len(more), 'module')} that the recipe does not adapt, "
+            f"such as {more[0]}"
         )
     alphas = _Alphas(config)
     for name in wanted.keys() & ranks.keys():

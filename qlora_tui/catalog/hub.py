@@ -387,7 +387,7 @@ def _http_problem(error: Any, model_id: str) -> UserError:
     if status == 403:
         return UserError(
             "Access denied by the Hub",
-            what=f"The token on this machine may not read {model_id or 'this'}.",
+            what=f"The token on this machine may not read {model_id or 'this repository'}.",
             why="A fine-grained token can read only the repositories it was granted.",
             fix=f"Give the token read access on {_endpoint()}/settings/tokens, or log in with: hf auth login",
         )

@@ -17,7 +17,7 @@ class Command:
     id: str
     """Unique id, such as ``train.stop``. An id never changes, because keymaps refer to it."""
     key: str
-    """Its key in Textual's notation; several keys are separated by commas."""
+    """The default key in Textual's notation; several keys are separated by commas."""
     action: str
     """The Textual action that it runs."""
     label: str
@@ -61,7 +61,7 @@ class ScreenEntry:
 
     @property
     def is_modal(self) -> bool:
-        """Whether it opens on top of any other screen, and therefore has no mode and no digit."""
+        """Whether the screen opens on top of any other screen, and therefore has no mode and no digit."""
         return self not in NUMBERED_SCREENS
 
 

@@ -69,7 +69,7 @@ class Measurement:
         self._stop: Event | None = None
 
     def stop(self) -> bool:
-        """Ask the running measurement to stop. Return False if none was running."""
+        """Ask the running measurement to stop and return True; return False if no measurement is running."""
         if self._stop is None:
             return False
         self._stop.set()

@@ -33,7 +33,7 @@ _DECODER = msgspec.json.Decoder(UiState)
 
 
 def load_ui_state() -> UiState:
-    """Return the contents of the file, or the defaults if the file is missing or unreadable."""
+    """Return the contents of the file. If the file is missing or unreadable, return the defaults."""
     return read_json(_file(), _DECODER) or UiState()
 
 

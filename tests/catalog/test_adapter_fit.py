@@ -33,8 +33,8 @@ def test_an_adapter_of_the_recipe_fits(tmp_path: Path, architecture: Architectur
 @pytest.mark.parametrize(
     ("names", "settings", "words"),
     [
-        (NAMES[:1], {}, "the recipe adapts 2 modules that it does not"),
-        ((*NAMES, "self_attn.k_proj"), {}, "it adapts 2 modules that the recipe does not"),
+        (NAMES[:1], {}, "the recipe adapts 2 modules that the adapter does not"),
+        ((*NAMES, "self_attn.k_proj"), {}, "the adapter has 2 modules that the recipe does not adapt"),
         (NAMES, {"peft_type": "IA3"}, "it is a IA3 adapter, not LoRA"),
         (NAMES, {"use_dora": True}, "DoRA is off in the recipe"),
         (NAMES, {"alpha_pattern": {"1.self_attn.q_proj": 2}}, "4 and 2 in the adapter"),

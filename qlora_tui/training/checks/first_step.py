@@ -353,8 +353,9 @@ def _difference(comparison: StepComparison) -> str:
     if comparison.failure:
         return f"The step of qlora-tui could not be computed ({comparison.failure})."
     return (
-        f"Loss {comparison.loss:.4f}, theirs {comparison.reference_loss:.4f} (rounding accounts for "
-        f"about {comparison.loss_noise:.2g}); a gradient differs by {comparison.gradient_difference:.2%} "
+        f"Loss {comparison.loss:.4f}, with transformers and peft {comparison.reference_loss:.4f} "
+        f"(rounding accounts for about {comparison.loss_noise:.2g}); "
+        f"a gradient differs by {comparison.gradient_difference:.2%} "
         f"(rounding accounts for about {comparison.gradient_noise:.2%})."
     )
 

@@ -23,7 +23,9 @@ class Column(Generic[Row]):
     """One column of a table, each line of which shows an object of the type ``Row``."""
 
     text: Callable[[Row], str | Content]
-    """Returns the column's text for a row: a string is shown in ``style``, a Content in its own style."""
+    """Returns the column's text for a row: a string, which is shown in ``style``, or a Content with its own
+    style.
+    """
     title: str = ""
     width: int | None = None
     """Width in cells; None means as wide as its widest text or its title."""
@@ -35,7 +37,7 @@ class Column(Generic[Row]):
     fills: bool = False
     """Whether the column takes the width that the other columns leave, at least ``min_width``."""
     right: bool = False
-    """Whether its texts are right-aligned."""
+    """Whether the column's texts are right-aligned."""
     style: str = ""
     gap: int = 2
     """Number of spaces before the column, unless it is the first."""

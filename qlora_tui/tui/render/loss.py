@@ -167,15 +167,17 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
 
 
 def mean_blocks(columns: Sequence[float | None], height: int) -> list[Content]:
-    """Return a sparkline of ``height`` lines, at least one, from the lowest to the highest of the columns."""
+    """Return a sparkline of ``height`` lines, but at least one, scaled to the lowest and the highest value of
+    ``columns``.
+    """
     finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     return [Content.styled(row, TRAINING_STYLE) for row in blocks(columns, low, high, max(1, height))]
 
 
 def _change(summary: RunSummary, means: Sequence[float]) -> Content:
-    """Return the line above a sparkline: ``validation loss 5.006 → 2.781 ★ at 60``, or the smoothed training
-    loss if no validation loss was measured.
+    """Return the line above a sparkline, such as ``validation loss 5.006 → 2.781 ★ at 60``. If no validation
+    loss was measured, the line has the smoothed training loss instead.
     """
     if summary.best is None or not summary.evaluations:
         change = f"{format_loss(means[0])} → {format_loss(means[-1])}"

@@ -118,7 +118,9 @@ def _character_width(character: str) -> float:
 
 
 def cut(words: str, width: float, size: float) -> str:
-    """Return the text, or the beginning that fits ``width`` at this font size, followed by an ellipsis."""
+    """Return the text. If it is wider than ``width`` at this font size, return as much of its beginning as
+    fits, and an ellipsis.
+    """
     return (broken(words, width, size, 1) or [""])[0]
 
 

@@ -511,7 +511,7 @@ class ChatScreen(WorkScreen):
         self.refresh_bindings()
 
     def on_conversation_effect_changed(self, event: Conversation.EffectChanged) -> None:
-        """Show the adapter's effect, or the progress of its measurement."""
+        """Show the adapter's effect or, while it is still being measured, the progress of the measurement."""
         self.show_effect(event.effect)
 
     def show_effect(self, effect: str | Effect) -> None:

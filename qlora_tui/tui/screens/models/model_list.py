@@ -62,7 +62,7 @@ class Starter:
 
     @property
     def id(self) -> str:
-        """Id of the model on the Hub, or the name of the demo's model."""
+        """Id of the model on the Hub; for the demo's model, its name."""
         return self.model.id
 
     @property

@@ -107,8 +107,8 @@ def short_name(name: str, width: int) -> str:
 
 
 def reason(summary: RunSummary) -> Content:
-    """Return, in a few words, the reason why the run ended or is waiting, or the devices of an active run.
-    The text is empty if all steps were completed.
+    """Return, in a few words, why the run ended or is waiting; for an active run, its devices. The text is
+    empty if all steps were completed.
     """
     if summary.failure:
         return Content(summary.failure)

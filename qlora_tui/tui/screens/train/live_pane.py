@@ -180,7 +180,7 @@ class LivePane(Vertical):
         self.query_one(f"#{name}", Drawing).show(draw)
 
     def show_tab(self, name: str) -> None:
-        """Show the tab with this name below the graph, or the log if the run has no such tab. Before the
+        """Show the tab with this name below the graph. If the run has no such tab, show the log. Before the
         first snapshot, do nothing.
         """
         snapshot = self._snapshot
