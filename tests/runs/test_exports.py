@@ -88,7 +88,7 @@ def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     export = wait_while_running(run)
     assert export.status.state == "failed"
-    assert "ended without an error message" in export.status.problem
+    assert "Ended without an error message" in export.status.problem
     assert "tiny.gguf" not in left_behind(out)
 
     start_export(run, request)

@@ -80,9 +80,9 @@ def test_cursor_selection_and_fields_differ_by_attributes() -> None:
         terminal.press("\x1b")
         wait_until_gone(terminal, "Enter open")
         terminal.press("7o")
-        see(terminal, "Sampling", "empty: a random one")
+        see(terminal, "Sampling", "empty: a random seed")
         # The second field is the seed, which is empty.
-        wait_for(lambda: style_of("0.95").underscore and style_of("    empty: a random one").underscore)
+        wait_for(lambda: style_of("0.95").underscore and style_of("    empty: a random seed").underscore)
 
 
 def test_a_click_finds_what_it_is_on() -> None:

@@ -40,7 +40,7 @@ async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home:
     before = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await go_to(pilot, "paper")
-        await wait_for_text(pilot, "Opening it changes", "lora.rank", "16 → 64", "memory")
+        await wait_for_text(pilot, "Opening this preset changes", "lora.rank", "16 → 64", "memory")
         await pilot.press("enter")
         await wait_for_text(pilot, " paper · SmolLM2-135M")
         assert app.workbench.recipe.lora.rank == 64

@@ -31,7 +31,7 @@ from qlora_tui.tui.widgets.controls import OwnKeysFirst, TextField
 _HELP = {
     "temperature": "0: only the most likely token",
     "top_p": "cumulative probability limit",
-    "top_k": "number of most likely tokens; 0: all",
+    "top_k": "most likely tokens kept; 0: all",
     "repetition_penalty": "above 1: less repetition",
     "max_new_tokens": "longest answer, in tokens",
     "seed": "empty: a random seed each time",
