@@ -232,7 +232,7 @@ def test_earlier_runs_decide_the_rate_only_if_they_differ_in_nothing_else() -> N
     found = by_topic(facts(TICKETS, past=(slow, fast)))["rate"]
     assert found.changes == {"training.learning_rate": 4e-4}
     assert "fast" in found.reason and "1.900 (0.0001: 2.100)" in found.reason
-    assert "a higher one may be better" in found.reason
+    assert "a higher rate may be better" in found.reason
     dropped = [past(f"dropped {n}", 1.5, last=0.5, training__learning_rate=n * 1e-3) for n in range(1, 5)]
     assert by_topic(facts(TICKETS, past=(*dropped, slow, fast)))["rate"].reason == found.reason
     other = past("fast", 1.9, training__learning_rate=4e-4, training__epochs=5.0)
