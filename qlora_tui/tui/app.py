@@ -199,7 +199,7 @@ class QloraApp(TerminalApp):
 
     def recall_trace(self) -> bool:
         """Load the stored traces of the recipe's training step, one for each device that estimates are shown
-        for. Return whether a trace was not in use before. Reads files, so call it in a thread.
+        for. Return whether any of these traces was not in use before. Reads files, so call it in a thread.
         """
         from qlora_tui.runs.exact_memory import recall_trace
 

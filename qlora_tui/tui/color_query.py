@@ -4,7 +4,7 @@ A reply arrives as if it were typed, at once or after a second on a slow link, i
 ] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read the reply as keys, so it is removed from the input
 first. Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System
 Commands".
-r"""
+"""
 
 from __future__ import annotations
 

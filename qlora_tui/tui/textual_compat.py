@@ -151,7 +151,7 @@ class PromptDriver(LinuxDriver):
     """A driver that recognizes the terminal's replies, and whose reader thread ends promptly.
 
     Textual's reader thread checks only every tenth of a second whether it should end, then waits another
-    tenth (``drivers/linux_driver.py``), while the closed app is still on the screen. This driver waits as
+    tenth (``drivers/linux_driver.py``), while the closed app is still on the screen. This driver waits for so
     long only if the mouse has just moved, since the last mouse reports would otherwise be typed into the
     shell.
     """

@@ -419,8 +419,8 @@ class Draft:
 
     @property
     def aside(self) -> Path:
-        """Path of the file for one of the two recipes after two windows have changed the draft: the recipe
-        that does not stay in the draft.
+        """Path of a second file, for the recipe that is not kept in the draft after two windows have changed
+        the draft.
         """
         if self._aside is None:
             self._aside = _free_name("other")

@@ -151,8 +151,8 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
 
 
 def label(value: float, step: float) -> str:
-    """Return the shortest label for a value on an axis that differs from the labels of the neighboring ticks,
-    at a distance of ``step``: ``1.25``, ``400``, ``12k``, ``1.5M``.
+    """Return the label of a tick: the shortest text for ``value`` that differs from the labels of the
+    neighboring ticks, at a distance of ``step``. Examples are ``1.25``, ``400``, ``12k`` and ``1.5M``.
     """
     if value == 0:
         return "0"

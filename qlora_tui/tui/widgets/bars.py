@@ -240,7 +240,7 @@ class CommandFooter(Drawing):
             self._choose()
 
     def _choose(self) -> None:
-        """Choose the commands to show, which are those whose keys no panel shows, and repaint."""
+        """Show the commands whose keys no panel shows."""
         shown = [active for active in self._shown if active.binding.id not in self._named]
         own = [active for active in shown if not isinstance(active.node, App)]
         of_app = [active for active in shown if isinstance(active.node, App)]

@@ -356,7 +356,7 @@ class SettingList(LineView):
 class SettingsForm(Vertical):
     """A list of settings, and below it the help for the setting under the cursor.
 
-    To change a value by typing, the user types it in the row of its setting.
+    To change a value by typing, type it in the row of its setting.
     """
 
     DEFAULT_CSS = """

@@ -146,7 +146,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.thinking: Thinking = "auto"
         """The thinking mode of requests; ``auto`` uses the default of the run and the chat template."""
         self.unfolded = False
-        """Whether thoughts are shown."""
+        """Whether thoughts are shown in full."""
         self.path: Path | None = None
         """File in which the conversation is saved; None before the first answer."""
         self._asking: Worker[None] | None = None

@@ -71,10 +71,10 @@ class DataPreviews:
     async def row(
         self, wanted: PreviewRequest, number: int, path: str = ""
     ) -> tuple[Shown, UserError | None]:
-        """Return (row, error): a row as the model sees it, and None.
+        """Return (row, error). Normally, the row is as the model sees it, and the error is None.
 
-        If the row cannot be rendered for the model, return the row as it is in the file, and the error.
-        Without a model, return the row as it is in the file, and None.
+        If the row cannot be rendered for the model, the row is as it is in the file, and the error says why.
+        Without a model, the row is as it is in the file, and the error is None.
 
         Args:
             wanted: The source, and the settings for its rows.

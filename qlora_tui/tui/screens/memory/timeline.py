@@ -152,8 +152,8 @@ def _has_room_for_parts(
     *,
     is_even: bool,
 ) -> bool:
-    """Return whether the peak is high enough for parts, and each part of at least an eighth of a row is drawn
-    somewhere.
+    """Return whether the peak is high enough to show parts, and whether each part that is at least an eighth
+    of a row high would be drawn somewhere.
     """
     rows = int(peak / row_bytes + 0.5) + 1
     if rows < _MIN_PEAK_ROWS:

@@ -146,8 +146,10 @@ def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, f
 
 
 def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...]:
-    """Return the entry of :data:`TARGETS` after ``now``, without entries whose kinds the model lacks. If
-    ``now`` is no entry, return all-linear. ``kinds``: the kinds of the model's modules.
+    """Return the entry of :data:`TARGETS` that follows ``now``. Entries with kinds that the model lacks are
+    skipped. If ``now`` is not an entry, return all-linear.
+
+    ``kinds``: the kinds of the model's modules.
     """
     choices = [choice for choice in TARGETS if choice == TARGETS[0] or set(choice) <= set(kinds)]
     index = choices.index(now) + 1 if now in choices else 0
@@ -174,7 +176,9 @@ def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
 def _effects(
     recipe: Recipe, values: Mapping[str, Any], architecture: Architecture, budget: MemoryBudget
 ) -> dict[str, KeyEffect]:
-    """Return the effect of setting each of ``values``, by path. Either all effects are exact, or none is."""
+    """Return the effect of setting each of ``values``, by path of the setting. Either all effects are exact,
+    or none is.
+    """
     variants = {"": recipe, **{path: replace_setting(recipe, path, value) for path, value in values.items()}}
     verdicts = what_if(variants.items(), architecture, budget)
     if not all(verdict.is_exact for verdict in verdicts.values()):

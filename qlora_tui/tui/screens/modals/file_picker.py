@@ -19,7 +19,7 @@ from qlora_tui.tui.ui_state import Kind, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _MAX_ENTRIES = 500
-"""Maximum number of entries that are listed of a folder. To list other entries, the user types a part of a
+"""Maximum number of entries of a folder that are listed. To list other entries, the user types a part of a
 name.
 """
 _MAX_RECENT = 6

@@ -192,7 +192,7 @@ _MAIN = (
 
 @dataclass(frozen=True)
 class _PresetChange:
-    """A change of a preset file of the user, so that it can be undone."""
+    """A change of one of the user's preset files, and what is needed to undo it."""
 
     before: PresetSnapshot
     after: PresetSnapshot
@@ -285,8 +285,8 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.push_screen(screen_help(self.app, "presets"))
 
     def action_leave(self) -> None:
-        """Close the field for a name if it is shown; otherwise, the filter if it is shown; otherwise, the
-        window.
+        """Close the field for a name; if it is not shown, close the filter; if that is not shown either,
+        close the window.
         """
         line, field = self.query_one("#save-line"), self.query_one("#preset-filter", Input)
         if line.display:

@@ -111,7 +111,7 @@ QUESTIONS: dict[CheckKind, str] = {
     CheckKind.DISK: "Is there room for the checkpoints?",
     CheckKind.QUEUE: "Will it start at once?",
 }
-"""The question that each check answers."""
+"""The question that each check answers, by kind of check."""
 _PLACES: dict[CheckKind, tuple[str, str]] = {
     CheckKind.MODEL: ("go.models", "choose or download the model"),
     CheckKind.DATA: ("go.data", "choose or correct the data"),

@@ -113,7 +113,7 @@ class RunSnapshot:
     samples: tuple[SampleGenerated, ...]
     health: tuple[Health, ...]
     entries: Sequence[LogEntry]
-    """The log so far. Entries are only appended."""
+    """The log so far. New entries are appended, and existing entries never change."""
     output: Sequence[LogEntry]
     """Lines from the end of the trainer's own output."""
     telemetry: tuple[Reading, ...]
