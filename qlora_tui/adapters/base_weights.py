@@ -149,7 +149,8 @@ def assign_deltas(
             raise UserError(
                 "The adapter does not fit",
                 what=f"{adapter} changes {module}: {there}.",
-                why="It was trained on another model, or the base stores this weight in another layout.",
+                why="The adapter was trained on another model, or the base stores this weight in another "
+                "layout.",
                 fix="Choose the model that the adapter was trained on; its adapter_config.json names this "
                 "model.",
             )

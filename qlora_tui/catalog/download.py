@@ -200,7 +200,7 @@ def _damaged(plan: DownloadPlan, file: HubFile, partial: IO[bytes], what: str) -
     return UserError(
         "The download is damaged",
         what=f"{file.name} of {plan.id} {what}.",
-        why="It was changed in transit, or by a disk error.",
+        why="The file was changed in transit, or by a disk error.",
         fix="Download the model again; this file then starts over.",
     )
 

@@ -363,7 +363,7 @@ def _http_problem(error: Any, model_id: str) -> UserError:
         return UserError(
             "Hugging Face token rejected",
             what="The Hugging Face token on this machine is not valid.",
-            why="It has expired or was revoked, or HF_TOKEN is wrong.",
+            why="The token has expired or was revoked, or HF_TOKEN is wrong.",
             fix="Log in again with: hf auth login",
         )
     if isinstance(error, hub_errors.EntryNotFoundError):

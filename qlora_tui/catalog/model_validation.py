@@ -92,7 +92,7 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
             return UserError(
                 "This model needs its own code",
                 what=f"{name} (model_type {model_type!r}) loads only with trust_remote_code.",
-                why="That would run the author's Python on this machine, which qlora-tui never does.",
+                why="This option runs the author's Python code on this machine, which qlora-tui never does.",
                 fix="Choose a model whose type is part of transformers.",
             )
         return _with_model_name(unknown, name)
@@ -100,8 +100,8 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
         return UserError(
             "This model chooses its own kernels",
             what=f"{name}: its config.json sets {kernels}.",
-            why="That would run compiled code of the named repository on this machine; qlora-tui chooses "
-            "the kernels.",
+            why="This setting runs compiled code of the named repository on this machine; qlora-tui chooses "
+            "the kernels itself.",
             fix="Remove the key from config.json, or choose another copy of the model.",
         )
     classes = config.get("architectures")
@@ -156,7 +156,7 @@ def _no_config(files: set[str], name: str) -> UserError:
     return UserError(
         "This model has no config.json",
         what=f"{name} has no config.json.",
-        why="It describes the model's layers and sizes.",
+        why="This file describes the model's layers and sizes.",
         fix="Copy the model's config.json into the folder of its weights, or download the model again.",
     )
 
@@ -189,7 +189,7 @@ def tokenizer_problem(folder: Path, name: str) -> UserError | None:
         return UserError(
             "No tokenizer",
             what=f"{name} has no {TOKENIZER}.",
-            why=f"It has only a tokenizer in an older format ({old}).",
+            why=f"The model has only a tokenizer in an older format ({old}).",
             fix="Load it with transformers' AutoTokenizer and save it to the folder with save_pretrained.",
             code=UNUSABLE_TOKENIZER,
         )

@@ -107,7 +107,8 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         raise UserError(
             "The run makes no decisions",
             what=f"{run.id} has no measured decisions.",
-            why="Its answers must be labels or objects with enumerated fields, and it needs validation rows.",
+            why="The answers of the run must be labels or objects with enumerated fields, and the run needs "
+            "validation rows.",
             fix=f"Measure them with `qlora-tui evaluate {run.id} --again`, or choose another run.",
             exit_code=EXIT_USAGE,
         )

@@ -73,7 +73,7 @@ class SessionCheck:
                 f"{type(error).__name__}: {lines[0]}."
             )
             if session.steps is not None:
-                session.steps.turn_off("They could not be checked against transformers and peft.")
+                session.steps.turn_off("Answers could not be checked against transformers and peft.")
             return
         how = (
             f"the logits of the next token differed from those of transformers and peft by "

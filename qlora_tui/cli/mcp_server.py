@@ -244,7 +244,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise UsageError(
             "The tool server is not installed",
-            what=f"It needs the package {error.name}.",
+            what=f"The tool server needs the package {error.name}.",
             fix=f"Install it with `{install_command('qlora-tui[mcp]')}`.",
         ) from error
     tools = ToolServer()

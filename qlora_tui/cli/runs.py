@@ -87,7 +87,7 @@ def _delete(run: RunDir, *, confirmed: bool, in_use: bool) -> CommandResult:
         raise UserError(
             "The run was not deleted",
             what=f"{run.name} would be deleted permanently, with its checkpoints and adapter.",
-            why=f"It is in use: {'; '.join(uses)}." if uses else "",
+            why=f"The run is in use: {'; '.join(uses)}." if uses else "",
             fix=f"`qlora-tui runs delete {run.id} --yes{' --in-use' if uses else ''}` deletes it.",
             exit_code=EXIT_USAGE,
         )

@@ -174,7 +174,7 @@ def _probe(recipe: Recipe) -> CommandResult:
 
 def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
     """Return a sentence about how long the run would be, which says that nothing was queued."""
-    outcome = "It would not start: fix the errors above." if failed else "Nothing was queued."
+    outcome = "The run would not start: fix the errors above." if failed else "Nothing was queued."
     if expected is None:
         return outcome
     if expected.time is None:

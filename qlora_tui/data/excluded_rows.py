@@ -143,7 +143,7 @@ def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozen
             raise UsageError(
                 "No such file in the source",
                 what=f"excluded_rows names {name!r}, but {source.path} has no such data file.",
-                why="It was renamed or deleted, or its name marks it as validation or test data.",
+                why="The file was renamed or deleted, or its name marks it as validation or test data.",
                 fix="Rename it back, or correct excluded_rows of the source in the recipe.",
             )
     everywhere = excluded.get(EVERY_FILE, frozenset())

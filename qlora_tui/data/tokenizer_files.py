@@ -81,7 +81,7 @@ def panics_as_errors() -> Iterator[None]:
         raise UserError(
             "The tokenizer failed",
             what=f"The model's tokenizer cannot encode or decode a text: {error}.",
-            why="Its tokenizer.json is damaged, or asks for more than the library can do.",
+            why="The model's tokenizer.json is damaged, or asks for more than the library can do.",
             fix="Download the model's tokenizer files again, or choose another copy of the model.",
         ) from None
 

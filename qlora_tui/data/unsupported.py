@@ -56,7 +56,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
         return UserError(
             "Tokens instead of text",
             what=f"{name} contains token ids of an unknown tokenizer in 'input_ids'.",
-            why="They fit only that tokenizer, with a fixed template and length.",
+            why="Token ids fit only their own tokenizer, and have a fixed template and length.",
             fix="Use the original text.",
         )
     if _mostly(values, lambda v: _is_segments(v.get("segments"))):

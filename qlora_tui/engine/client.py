@@ -51,7 +51,9 @@ class EngineClosedError(UserError):
 
     def __init__(self) -> None:
         super().__init__(
-            "The engine was closed", what="It was closed before it answered.", fix="Send the request again."
+            "The engine was closed",
+            what="The engine was closed before it answered.",
+            fix="Send the request again.",
         )
 
 

@@ -70,11 +70,11 @@ def trace(request: TraceRequest) -> StepTrace:
         length = request.recipe.data.max_length
         raise _untraced(
             f"A step of {length:,} tokens has more than {MOST_OPERATIONS:,} operations",
-            "Its layers loop over tokens, or over very many experts, in Python.",
+            "The model's layers loop over tokens, or over very many experts, in Python.",
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise _untraced(
-            f"Its code fails without values of tensors ({reason_of(error)})",
+            f"The model's code fails without values of tensors ({reason_of(error)})",
             f"transformers {version('transformers')} cannot run this model without its weights.",
         ) from error
 

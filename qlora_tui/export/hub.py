@@ -277,7 +277,11 @@ def _write(
             return _Written()
         case "merged":
             merged = merge(source, adapter_name, files, on_status, compared_tokens=compared_tokens)
-            compared = merged.check_sentence if merged.check else "It was not compared with base and adapter."
+            compared = (
+                merged.check_sentence
+                if merged.check
+                else "The merged model was not compared with base and adapter."
+            )
             return _Written(
                 checked=(merged.check_sentence, merged.base.sentence),
                 card=(compared, merged.base.sentence),

@@ -152,14 +152,14 @@ def _refusal(status: int, repo: str) -> UserError | None:
             return UserError(
                 "Hugging Face token rejected",
                 what="The Hub does not accept the token on this machine.",
-                why="It has expired or was revoked, or HF_TOKEN is wrong.",
+                why="The token has expired or was revoked, or HF_TOKEN is wrong.",
                 fix="Log in again with `hf auth login`, then run the same command.",
             )
         case 403:
             return UserError(
                 "No permission to write to the repository",
                 what=f"The token on this machine may not write to {repo}.",
-                why="It can only read, or the name belongs to another account.",
+                why="The token can only read, or the name belongs to another account.",
                 fix=f"Create a token that can write on {endpoint()}/settings/tokens, or use another name.",
             )
         case 409 | 412:

@@ -451,9 +451,9 @@ def _unsupported(model_type: str) -> UserError:
     )
     return UserError(
         "This model cannot be exported as GGUF",
-        what=f"Its type, {model_type}, may be {known} in llama.cpp, but this version cannot write it."
+        what=f"The model's type, {model_type}, may be {known} in llama.cpp, but this version cannot write it."
         if known
-        else f"Its type is {model_type}, for which no architecture of llama.cpp is known.",
+        else f"The model's type is {model_type}, for which no architecture of llama.cpp is known.",
         fix="Export it with `qlora-tui export merge`: transformers and vLLM load that folder, and "
         "llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp has the architecture.",
     )

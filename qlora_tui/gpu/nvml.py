@@ -198,7 +198,7 @@ class Nvml:
             except self._lib.NVMLError as error:
                 if error.value == _INVALID_ARGUMENT:
                     raise GpuUnavailableError(
-                        GpuUnavailableReason.NO_DEVICE, f"It has no GPU with index {index}."
+                        GpuUnavailableReason.NO_DEVICE, f"The driver has no GPU with index {index}."
                     ) from error
                 raise from_nvml_error(error.value, str(error)) from error
         return self._handles[index]

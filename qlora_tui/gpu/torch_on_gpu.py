@@ -96,7 +96,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
         return _problem(
             f"This machine has an NVIDIA GPU{f', {gpu.short_name}' if gpu else ''}, but the installed torch "
             f"{torch.version} is built for {built}.",
-            "It cannot compute on this GPU, and the CPU is many times slower.",
+            "This torch cannot compute on the GPU, and the CPU is many times slower.",
             install_fix(gpu),
         )
     if gpu is None:
@@ -137,7 +137,7 @@ def architecture_problem(
     torch = installed_torch()
     # The driver supports at least the CUDA version of this torch.
     cuda = (torch and torch.cuda) or (12, 0)
-    return _no_code(name, capability, f"It has code for {', '.join(architectures)}.", cuda)
+    return _no_code(name, capability, f"This torch has code for {', '.join(architectures)}.", cuda)
 
 
 def why_on_the_cpu() -> UserError | None:

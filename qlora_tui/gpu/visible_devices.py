@@ -240,7 +240,7 @@ def _none_visible(value: str, devices: Sequence[GpuDevice]) -> GpuUnavailableErr
         return GpuUnavailableError(GpuUnavailableReason.MIG, f'{_VARIABLE} is set to "{value}".')
     if (first.isdecimal() or first.startswith("GPU-")) and _match_entry(first, devices) is None:
         return _not_present(_VARIABLE, value, devices)
-    return GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'It is set to "{value}".')
+    return GpuUnavailableError(GpuUnavailableReason.HIDDEN, f'{_VARIABLE} is set to "{value}".')
 
 
 def _not_present(

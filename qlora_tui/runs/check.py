@@ -217,7 +217,7 @@ def _status(run: RunDir) -> Iterator[Defect]:
         yield Defect(problem, "a repair writes it from the run's events", partial(restore_status, run))
     elif is_stranded(run):
         yield Defect(
-            "its status is queued, but it is not in the queue",
+            "the status is queued, but the run is not in the queue",
             f"`qlora-tui resume {run.id}` queues it; a repair records it as stopped",
             partial(restore_status, run),
         )

@@ -168,7 +168,8 @@ def _trace(request: TraceRequest) -> StepTrace:
         raise UserError(
             "The step could not be traced",
             what=f"The tracing process ended early: {error or 'it takes too much memory'}.",
-            why=f"It is limited to {_CPU_S:.0f} s of processor time and {_MEMORY_BYTES >> 30} GiB of memory.",
+            why=f"The process is limited to {_CPU_S:.0f} s of processor time and "
+            f"{_MEMORY_BYTES >> 30} GiB of memory.",
             fix="The instant estimate is still valid.",
         ) from error
 

@@ -112,7 +112,7 @@ def determine_outcome(
         )
     return events.Failed(
         title="The trainer ended without a message",
-        what=f"It exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
+        what=f"The trainer exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
         fix=f"The whole log is {run.log_path}.",
         kind="bug",
         exit_code=exit_code,

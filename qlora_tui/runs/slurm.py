@@ -431,7 +431,7 @@ def _call(command: str, *arguments: str) -> str:
     if done.returncode:
         raise UserError(
             f"{command} failed",
-            what=_last_lines(done.stderr.splitlines()) or f"It exited with code {done.returncode}.",
+            what=_last_lines(done.stderr.splitlines()) or f"The command exited with code {done.returncode}.",
             fix=f"Correct the problem. The command was `{shlex.join([command, *arguments])}`.",
         )
     return done.stdout

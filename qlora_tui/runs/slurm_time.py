@@ -50,9 +50,11 @@ def plan_job(recipe: Recipe, name: str) -> JobPlan:
     wanted_s = slurm.parse_limit(target.time) if target.time else None
     limit_s = None
     if wanted_s is not None:
-        words = f"Its jobs take at most {format_duration(wanted_s)} (time in {name}.toml)."
+        words = f"A job of this run takes at most {format_duration(wanted_s)} (time in {name}.toml)."
     elif time is None:
-        words = "Its time limit is the cluster's default, because no run has been measured on this target."
+        words = (
+            "A job's time limit is the cluster's default, because no run has been measured on this target."
+        )
     else:
         needed_s = start_s + _MARGIN * time.seconds + SIGNAL_S
         limit_s = -(-round(needed_s) // _ROUND_S) * _ROUND_S
@@ -60,7 +62,7 @@ def plan_job(recipe: Recipe, name: str) -> JobPlan:
         if most_s is not None:
             limit_s = min(limit_s, most_s)
         words = (
-            f"Its time limit is {format_duration(limit_s)}: about {format_duration(time.seconds)} of "
+            f"A job's time limit is {format_duration(limit_s)}: about {format_duration(time.seconds)} of "
             f"training, {time.source}, and a margin."
         )
     _check_limit(recipe, wanted_s or limit_s, start_s, length, time)

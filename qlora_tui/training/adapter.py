@@ -242,7 +242,7 @@ def _damaged(folder: Path, damage: str) -> UserError:
     return UserError(
         "The adapter is damaged",
         what=f"{folder}: {damage}.",
-        why="It has changed since it was written; a disk or copy error is the usual cause.",
+        why="The file has changed since it was written; a disk or copy error is the usual cause.",
         fix="Start from another adapter, or from a checkpoint of its run.",
     )
 

@@ -126,10 +126,10 @@ def why_no_flash(device: ComputeDevice) -> str:
     """Return why FlashAttention cannot run a packed sequence in one call; empty if it can."""
     reasons: dict[FlashObstacle | None, str] = {
         None: "",
-        "no GPU": "It needs a CUDA GPU.",
-        "float32": "It only computes in 16 bits.",
-        "old GPU": f"It needs a GPU from Ampere on (RTX 30), but this is a {device.name}.",
-        "old torch": f"It needs torch 2.11 or newer, but {torch.__version__} is installed.",
+        "no GPU": "Flash attention needs a CUDA GPU.",
+        "float32": "Flash attention computes in 16 bits only.",
+        "old GPU": f"Flash attention needs a GPU from Ampere on (RTX 30), but this is a {device.name}.",
+        "old torch": f"Flash attention needs torch 2.11 or newer, but {torch.__version__} is installed.",
     }
     return reasons[_flash_obstacle(device)]
 

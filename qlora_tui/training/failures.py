@@ -117,5 +117,5 @@ def _memory_message(message: str) -> str:
     allocation = _CPU_ALLOCATION.search(message)
     if allocation:
         requested = format_bytes(int(allocation[1]))
-        return f"It requested {requested}, more than the machine had left."
+        return f"The trainer requested {requested}, more than the machine had left."
     return "The machine is out of memory." if message in ("", *ONEDNN_MEMORY) else message

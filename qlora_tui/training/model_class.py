@@ -143,7 +143,7 @@ def _check_causal(config: Any, model_class: Any) -> None:
         raise UserError(
             "This model cannot run on text alone",
             what=f"model_type {model_type!r}: {name} needs {join_words(unmet)}.",
-            why="It is given only text tokens, the only input that fine-tuning here provides.",
+            why="The model is given only text tokens, the only input that fine-tuning here provides.",
             fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
         )
     if getattr(config, "is_decoder", False):

@@ -66,7 +66,7 @@ def measure_quality(recipe: Recipe, report: Report) -> Quality:
     if files.architecture.quantized_as:
         raise UserError(
             "This model is stored quantized",
-            what=f"Its files hold weights in {files.architecture.quantized_as}.",
+            what=f"The model's files hold weights in {files.architecture.quantized_as}.",
             why="There are no 16-bit weights to compare with.",
             fix="Choose the repository with 16-bit weights, if there is one.",
         )

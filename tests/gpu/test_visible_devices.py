@@ -184,7 +184,7 @@ def test_hiding_every_gpu_is_said_with_the_value(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(GpuUnavailableError) as caught:
         default_cuda_device({"CUDA_VISIBLE_DEVICES": ""})
     assert caught.value.reason is GpuUnavailableReason.HIDDEN
-    assert caught.value.why == 'It is set to "".'
+    assert caught.value.why == 'CUDA_VISIBLE_DEVICES is set to "".'
 
 
 def test_a_machine_without_a_driver_says_so_whatever_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

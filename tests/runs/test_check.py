@@ -223,7 +223,7 @@ DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
     (damaged_checkpoint, "checkpoint of step 2: optimizer.pt has changed since it was written", "finished"),
     (no_status, "status.json is missing", "finished"),
     (empty_status, "status.json cannot be read", "finished"),
-    (stranded, "its status is queued, but it is not in the queue", "stopped"),
+    (stranded, "the status is queued, but the run is not in the queue", "stopped"),
     (zeros_in_events, "events.jsonl has 2 damaged lines", "finished"),
     (no_recipe, "recipe.toml", "finished"),
     (half_an_evaluation, "task_evaluation.json cannot be read", "finished"),

@@ -124,7 +124,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
 @pytest.mark.parametrize(
     ("said", "what"),
     [
-        (CPU, "It requested 54 MiB, more than the machine had left."),
+        (CPU, "The trainer requested 54 MiB, more than the machine had left."),
         ("could not create a primitive", "The machine is out of memory."),
         (OUT_OF_MEMORY, OUT_OF_MEMORY),
     ],

@@ -133,7 +133,7 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         await pilot.press("j", "l", "x", "l", "l", "e")
         await wait_for_text(pilot, "Rank of 0-2.q_proj", "3 modules")
         await pilot.press(*"4096", "enter")
-        await wait_for_text(pilot, "✗ It must be a whole number from 1 to 1,024.")
+        await wait_for_text(pilot, "✗ The value must be a whole number from 1 to 1,024.")
         await pilot.press(*["backspace"] * 2, "enter")
         # 24 more on 3 modules, in 576 and out 576.
         await wait_for_text(pilot, "◆◆━◆━━━━", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")

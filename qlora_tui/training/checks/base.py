@@ -98,7 +98,7 @@ def _refused_by(model: Any, title: str) -> Iterator[None]:
         raise UserError(
             title,
             what=f"{type(model).__name__}: {first_line(error)}",
-            why="It was given only text tokens, the only input that fine-tuning here provides.",
+            why="The model was given only text tokens, the only input that fine-tuning here provides.",
             fix=fix,
         ) from error
 

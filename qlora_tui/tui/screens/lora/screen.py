@@ -57,7 +57,7 @@ row of the grid), and at which settings are explained.
 READING = UserError(
     "Reading the model's structure",
     what="Reading the model's structure from transformers.",
-    why="Its modules are read once, which takes a few seconds.",
+    why="The model's modules are read once, which takes a few seconds.",
     fix="Wait, or continue on another screen.",
 )
 
@@ -379,7 +379,7 @@ def validate_number(setting: str, text: str) -> str:
         if text.strip():
             msgspec.convert(text.strip(), field.type, strict=False)
     except msgspec.ValidationError:
-        return f"It must be {field.expected}."
+        return f"The value must be {field.expected}."
     return ""
 
 

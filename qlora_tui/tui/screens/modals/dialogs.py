@@ -290,7 +290,7 @@ class TooSmallScreen(ModalScreen[None]):
         """Show the current size of the window, and close if the window is large enough."""
         size = event.size
         self.query(Static).first().update(
-            f"It is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
+            f"The window is {size.width}×{size.height}; the screens need {MIN_SIZE.width}×{MIN_SIZE.height}. "
             "Enlarge the window or reduce the font size. Runs continue either way."
         )
         self._leave_if_large()

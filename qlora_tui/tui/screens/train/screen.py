@@ -591,7 +591,7 @@ def _rate_problem(text: str) -> str:
         rate = float(text)
     except ValueError:
         return "Enter a number, such as 1e-4."
-    return "" if 0 < rate <= 1 else "It must be above 0 and at most 1."
+    return "" if 0 < rate <= 1 else "The learning rate must be above 0 and at most 1."
 
 
 async def show_run(app: QloraApp, run: RunDir) -> None:
