@@ -31,7 +31,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import summary_lines, summary_plot
 from qlora_tui.tui.render.plot import downsample
-from qlora_tui.tui.screens import answer_measuring
+from qlora_tui.tui.screens import run_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, run_keys, short_name
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
@@ -507,7 +507,7 @@ async def test_two_keys_at_once_start_one_measurement(
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "[a] compares its answers")
-        assert isinstance(app.screen, answer_measuring.EvaluationActions)
+        assert isinstance(app.screen, run_commands.RunCommands)
         app.screen.evaluate(three_runs[0])
         app.screen.evaluate(three_runs[0])
         await wait_until(pilot, lambda: bool(endless_measurements))

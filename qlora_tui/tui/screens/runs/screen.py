@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shlex
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,14 +28,12 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
-from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.loss import summary_lines
-from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
+from qlora_tui.tui.screens.run_commands import RunCommands
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
-from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.screens.runs.run_list import (
     RunFiles,
     RunTable,
@@ -88,7 +85,7 @@ ORDERS = (
 )
 
 
-class RunsScreen(EvaluationActions):
+class RunsScreen(RunCommands):
     """A list with active and queued runs on top, and a preview of the run under the cursor."""
 
     MODE = "runs"
@@ -157,6 +154,10 @@ class RunsScreen(EvaluationActions):
             raise SkipAction
         return self.current
 
+    @property
+    def target_run(self) -> RunDir:
+        return self._selected.run
+
     def show_system_status(self, system_status: SystemStatus) -> None:
         self.refresh_runs()
         self._show_detail()
@@ -182,7 +183,7 @@ class RunsScreen(EvaluationActions):
                 return summary.status.hold is not None and summary.status.hold.has_left
             case "resume":
                 return summary.status.state in RESUMABLE
-            case "chat" | "export" | "evaluate" | "card":
+            case "chat" | "export" | "answers" | "card":
                 return can_be_used(summary, self._known_files)
         return True
 
@@ -338,7 +339,7 @@ class RunsScreen(EvaluationActions):
         return self.listing is not None and summary.id in self.listing.waiting
 
     async def action_open(self) -> None:
-        await show_run(self.app, self._selected.run)
+        await show_run(self.app, self.target_run)
 
     def action_mark(self) -> None:
         name = self._selected.id
@@ -371,44 +372,21 @@ class RunsScreen(EvaluationActions):
         self.add_class("-filtering")
         self.query_one("#runs-filter", Input).focus()
 
-    async def action_chat(self) -> None:
-        from qlora_tui.tui.screens.chat.screen import show_chat
-
-        await show_chat(self.app, self._selected.run)
-
-    def action_evaluate(self) -> None:
-        self.evaluate(self._selected.run)
-
-    def action_export(self) -> None:
-        show_export_dialog(self.app, self._selected.run)
-
-    def action_card(self) -> None:
-        self.ask_for_card(self._selected.run)
-
     def action_move(self, places: int) -> None:
         """Move the run under the cursor later in the queue by this many places, or earlier if ``places`` is
         negative.
         """
-        self._act_on(self._selected.run, lambda run: run_queue.move(run, places))
-
-    def action_withdraw(self) -> None:
-        done = f"Removed from the queue. Press {key_name('runs.resume')} to queue it again."
-        self._act_on_queue(run_actions.stop, done)
-
-    def action_now(self) -> None:
-        self._act_on_queue(
-            run_actions.train_now, "The run trains next, without waiting for hours or other programs."
-        )
+        self._act_on(self.target_run, lambda run: run_queue.move(run, places))
 
     def action_resume(self) -> None:
         done = f"Queued. Press {key_name('runs.withdraw')} to remove it from the queue."
-        self._act_on_queue(run_actions.resume, done)
+        self.act_on_target(run_actions.resume, done)
 
     async def action_rerun(self) -> None:
-        await self._prepare(self._selected.run.recipe())
+        await self._prepare(self.target_run.recipe())
 
     async def action_train_further(self) -> None:
-        run = self._selected.run
+        run = self.target_run
         run_actions.initial_adapter(run.id)
         await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
 
@@ -419,7 +397,7 @@ class RunsScreen(EvaluationActions):
         await prepare_run(self.app)
 
     def action_save_preset(self) -> None:
-        recipe, text = self._selected.run.recipe(), "Name of the preset. Model and data are left out."
+        recipe, text = self.target_run.recipe(), "Name of the preset. Model and data are left out."
         prompt = TextPromptScreen("Save as a preset", text)
         self.ask(prompt, lambda name: self._save_preset(name, recipe))
 
@@ -486,17 +464,6 @@ class RunsScreen(EvaluationActions):
                 fix="Try again once its result is shown.",
             )
 
-    def action_copy(self, verb: str) -> None:
-        """Copy the command that shows the run in a terminal if ``verb`` is ``attach``; otherwise, the command
-        ``verb`` with the run's recipe, such as ``train``.
-        """
-        run = self._selected.run
-        words = run.id if verb == "attach" else str(run.recipe_path)
-        self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
-
-    def action_folder(self) -> None:
-        open_folder(self.app, self._selected.run.path)
-
     def _act_on(
         self, run: RunDir, act: Callable[[RunDir], T], then: Callable[[T], object] = lambda _: None
     ) -> None:
@@ -512,11 +479,8 @@ class RunsScreen(EvaluationActions):
 
         act_on_run(self, run, act_and_reload, then)
 
-    def _act_on_queue(self, act: Callable[[RunDir], None], done: str) -> None:
-        """Call ``act`` with the run under the cursor, reload the list, and show ``done`` as a
-        notification.
-        """
-        self._act_on(self._selected.run, act, lambda _: self.notify(done))
+    def act_on_target(self, act: Callable[[RunDir], None], done: str) -> None:
+        self._act_on(self.target_run, act, lambda _: self.notify(done))
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,10 +27,8 @@ from qlora_tui.runs.preflight import EXACT_WITHIN_S, errors, preflight, with_cou
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.step_probe import StepProbe, probe_steps, progress_words
 from qlora_tui.runs.suggested_fix import SuggestedFix
-from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import SIGNS
-from qlora_tui.tui.screens.answer_measuring import EvaluationActions
 from qlora_tui.tui.screens.modals.dialogs import (
     Choice,
     ConfirmScreen,
@@ -39,7 +36,7 @@ from qlora_tui.tui.screens.modals.dialogs import (
     TextPromptScreen,
     ask_search,
 )
-from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
+from qlora_tui.tui.screens.run_commands import RunCommands
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch, setting_notes
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
@@ -91,7 +88,7 @@ _STATES: Mapping[str, Collection[State]] = {
 """Run states in which each action is available. An action that is not listed is available in all states."""
 
 
-class TrainScreen(EvaluationActions):
+class TrainScreen(RunCommands):
     """Shows the run that is being watched or, if there is none, the recipe with its checks."""
 
     MODE = "train"
@@ -159,7 +156,7 @@ class TrainScreen(EvaluationActions):
         return self._follower.run if self._follower else None
 
     @property
-    def _watched(self) -> RunDir:
+    def target_run(self) -> RunDir:
         """The run being watched. Raises SkipAction if no run is being watched."""
         if self.run is None:
             raise SkipAction
@@ -337,9 +334,6 @@ class TrainScreen(EvaluationActions):
         notes = setting_notes(recipe, self._expected)
         self.query_one(LaunchPane).show_settings(recipe, self.app.workbench.preset_recipe, notes)
 
-    def action_answers(self) -> None:
-        self.evaluate(self._watched)
-
     def action_suggest(self) -> None:
         suggest_settings(self)
 
@@ -391,16 +385,12 @@ class TrainScreen(EvaluationActions):
         snapshot = self.snapshot
         if snapshot is not None and snapshot.is_stopping:
             now = "The run is stopping now. The current step is discarded; earlier steps are saved."
-            self._act_on_run(self._watched, partial(run_actions.stop, now=True), now)
+            self._act_on_run(self.target_run, partial(run_actions.stop, now=True), now)
         else:
             outcome = _outcome_of_stopping(snapshot)
             self._confirm(
                 "Stop the run?", outcome, run_actions.stop, f"The run will stop{self._when_it_ends}."
             )
-
-    def action_withdraw(self) -> None:
-        again = f"Press {key_name('train.resume')} to queue it again."
-        self._act_on_run(self._watched, run_actions.stop, f"Removed from the queue. {again}")
 
     @property
     def _when_it_ends(self) -> str:
@@ -415,28 +405,21 @@ class TrainScreen(EvaluationActions):
         done = "Paused." if self._is_held else f"The run will pause{self._when_it_ends}."
         self._confirm("Pause the run?", outcome, run_actions.pause, done)
 
-    def action_now(self) -> None:
-        self._act_on_run(
-            self._watched,
-            run_actions.train_now,
-            "The run trains next, without waiting for hours or other programs.",
-        )
-
     def action_resume(self) -> None:
         has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
         origin = "resume from its last checkpoint" if has_checkpoint else "start from step 0"
-        self._act_on_run(self._watched, run_actions.resume, f"Queued. The run will {origin}.")
+        self._act_on_run(self.target_run, run_actions.resume, f"Queued. The run will {origin}.")
 
     def action_request(self, kind: control.Kind) -> None:
         """Send a request of this kind to the trainer of the run being watched."""
-        self._act_on_run(self._watched, lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
+        self._act_on_run(self.target_run, lambda run: control.send_request(run, kind), _REQUEST_NOTICES[kind])
 
     def action_learning_rate(self) -> None:
         now = self.snapshot.learning_rate if self.snapshot else None
         self._prompt_for_rate("" if now is None else format_rate(now))
 
     def _prompt_for_rate(self, proposed: str) -> None:
-        run = self._watched
+        run = self.target_run
 
         def set_rate(typed: str) -> None:
             rate = float(typed)
@@ -479,17 +462,6 @@ class TrainScreen(EvaluationActions):
         text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
         self.ask(ConfirmScreen(f"{capitalize(fix.label)}?", text), prepare)
 
-    async def action_chat(self) -> None:
-        from qlora_tui.tui.screens.chat.screen import show_chat
-
-        await show_chat(self.app, self._watched)
-
-    def action_export(self) -> None:
-        show_export_dialog(self.app, self._watched)
-
-    def action_card(self) -> None:
-        self.ask_for_card(self._watched)
-
     def action_watch_another(self) -> None:
         self.ask(run_picker(self.run), self.attach)
 
@@ -529,22 +501,19 @@ class TrainScreen(EvaluationActions):
         pane, log = self.query_one(LivePane), self.query_one(LogTail)
         ask_search(self, "lines", log.search, lambda text: pane.filter_log(text, log.level))
 
-    def action_folder(self) -> None:
-        open_folder(self.app, self._watched.path)
-
-    def action_copy_command(self) -> None:
-        self.app.copy_to_clipboard(f"qlora-tui attach {shlex.quote(self._watched.id)}")
-
     def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
         """Ask whether to act on the run being watched. The question closes by itself if the run is no longer
         active. ``outcome``: what will happen, as text that follows the run's id. ``done``: the notification
         afterwards.
         """
-        run = self._watched
+        run = self.target_run
         question = ConfirmScreen(
             title, f"{run.id} {outcome}", is_outdated=lambda: read_status(run).state not in ACTIVE
         )
         self.ask(question, lambda _yes: self._act_on_run(run, act, done))
+
+    def act_on_target(self, act: Callable[[RunDir], None], done: str) -> None:
+        self._act_on_run(self.target_run, act, done)
 
     def _act_on_run(self, run: RunDir, act: Callable[[RunDir], None], done: str) -> None:
         def then(_: None) -> None:

@@ -1,8 +1,9 @@
-"""Commands of both Runs and Train: the answers of adapter and base, and the run card."""
+"""The commands that Runs and Train have in common, each for one run."""
 
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from textual.widgets import Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_path, format_progress
+from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.task_evaluation import (
     TaskEvaluation,
@@ -21,9 +23,11 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
     read_task_evaluation,
     report_lines,
 )
+from qlora_tui.tui.desktop import open_folder
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.modals.dialogs import TextDialog, TextPromptScreen
+from qlora_tui.tui.screens.runs.export_dialog import show_export_dialog
 from qlora_tui.tui.threads import Measurement
 from qlora_tui.visible import visible
 
@@ -32,10 +36,8 @@ _WIDE_COLUMNS = 110
 """Minimum width of the terminal, in columns, at which the whole table of answers fits a dialog."""
 
 
-class EvaluationActions(WorkScreen):
-    """A screen with commands that measure the answers of a run, one run at a time, and that save the run
-    card.
-    """
+class RunCommands(WorkScreen):
+    """A screen with commands for one run: chat, export, answers, run card, folder and place in the queue."""
 
     ANSWERS_COMMAND: ClassVar[str]
     """Id of the screen's command that starts measuring. During a measurement, the same command stops it."""
@@ -45,6 +47,44 @@ class EvaluationActions(WorkScreen):
         self._measurement = Measurement()
         self._measured_id = ""
         """Id of the run that is being measured, or that was measured last."""
+
+    @property
+    def target_run(self) -> RunDir:
+        """The run of the commands. Raises SkipAction if there is none."""
+        raise NotImplementedError
+
+    def act_on_target(self, act: Callable[[RunDir], None], done: str) -> None:
+        """Call ``act`` with the run of the commands, and show ``done`` as a notification."""
+        raise NotImplementedError
+
+    async def action_chat(self) -> None:
+        from qlora_tui.tui.screens.chat.screen import show_chat
+
+        await show_chat(self.app, self.target_run)
+
+    def action_export(self) -> None:
+        show_export_dialog(self.app, self.target_run)
+
+    def action_folder(self) -> None:
+        open_folder(self.app, self.target_run.path)
+
+    def action_copy(self, verb: str) -> None:
+        """Copy the command that shows the run in a terminal if ``verb`` is ``attach``; otherwise, the command
+        ``verb`` with the run's recipe, such as ``train``.
+        """
+        run = self.target_run
+        words = run.id if verb == "attach" else str(run.recipe_path)
+        self.app.copy_to_clipboard(f"qlora-tui {verb} {shlex.quote(words)}")
+
+    def action_withdraw(self) -> None:
+        key = key_name(f"{self.MODE}.resume")
+        self.act_on_target(run_actions.stop, f"Removed from the queue. Press {key} to queue it again.")
+
+    def action_now(self) -> None:
+        self.act_on_target(run_actions.train_now, "The run will train until it ends.")
+
+    def action_answers(self) -> None:
+        self.evaluate(self.target_run)
 
     def evaluate(self, run: RunDir) -> None:
         """Stop the measurement if one is in progress. Otherwise, show the answers of a run, and measure them
@@ -57,8 +97,9 @@ class EvaluationActions(WorkScreen):
         """Return the progress of measuring this run's answers; empty if they are not being measured."""
         return self._measurement.progress if run_id == self._measured_id else ""
 
-    def ask_for_card(self, run: RunDir) -> None:
+    def action_card(self) -> None:
         """Ask where to save the run card, a picture of the run and its results, and save it."""
+        run = self.target_run
         text = (
             "A picture to share: model, data, curve, loss, one question answered before and after "
             "training, speed and memory. The file's name ends in .svg or .png."
