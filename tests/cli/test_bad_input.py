@@ -35,7 +35,7 @@ def recipe_file(folder: Path, text: str) -> str:
         ("rank = 8", ["rank", "[lora]"]),
         ('[lora]\nrank = "eight"', ["lora.rank", "line 2", "a whole number from 1 to 1,024"]),
         ("[lora]\nrank = 0", ["lora.rank", "from 1 to 1,024"]),
-        ("[training]\nschedule = 'cosin'", ["training.schedule", "cosine"]),
+        ("[training]\nlr_scheduler = 'cosin'", ["training.lr_scheduler", "cosine"]),
         ("[lora\nrank = 8", ["line 1"]),
     ],
 )
