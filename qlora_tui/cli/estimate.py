@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.architecture_types import Architecture, context_length_warning
 from qlora_tui.catalog.local_models import (
     ModelNotFoundError,
     describe_model,
@@ -29,16 +29,26 @@ from qlora_tui.cli.subcommand import (
 )
 from qlora_tui.data.sources import is_hub_dataset, open_source
 from qlora_tui.errors import EXIT_USAGE, UserError
-from qlora_tui.formatting import GIB, format_bytes, format_gib
+from qlora_tui.formatting import GIB, format_bytes, format_gib, join_words
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
 from qlora_tui.gpu.visible_devices import choose_gpu
-from qlora_tui.memory import PRECISIONS, as_json, check_fit, compare
 from qlora_tui.memory.budget import local_budget
-from qlora_tui.memory.estimate import precision_of, with_precision
-from qlora_tui.memory.execution import Device
-from qlora_tui.memory.explain import describe_speedup
+from qlora_tui.memory.estimate import (
+    PRECISIONS,
+    Estimate,
+    check_fit,
+    closed_form,
+    compare,
+    precision_of,
+    with_precision,
+)
+from qlora_tui.memory.execution import Device, trainer_execution
+from qlora_tui.memory.explain import describe_choice, describe_speedup
 from qlora_tui.memory.levels import Conversion
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
+from qlora_tui.memory.recording import StepTrace
+from qlora_tui.memory.solver import cheapest_changes, largest_model_size, largest_settings, minimum_bytes
+from qlora_tui.memory.step_choice import choose_step, describe_host_memory
 from qlora_tui.memory.traces import known_traces
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.worker import Progress
@@ -69,7 +79,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     if args.exact:
         _trace_steps(recipe, architecture, budget.device)
         budget = budget.with_traces(known_traces())
-    data = as_json(recipe, architecture, budget.bytes, device=budget.device)
+    data = as_json(recipe, architecture, budget.bytes, budget.device)
     compared = compare(recipe, architecture, device=budget.device)
     # If a GPU is given only by its size, its name is that size.
     compared_with = budget.name if args.gpu_gib else f"{budget.name} ({format_gib(budget.bytes)} GiB)"
@@ -224,6 +234,115 @@ def _trace_table(trace: dict[str, Any]) -> str:
     ]
     table = format_table(rows, [f"{trace['precision']}, one step", "exact", "instant"])
     return f"{table}\n{trace['how']}"
+
+
+def as_json(
+    recipe: Recipe, architecture: Architecture, available_bytes: int, device: Device
+) -> dict[str, Any]:
+    """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
+
+    ``minimum_bytes`` is set if even all changes together do not fit, and is the memory with all of them.
+    """
+    compared = compare(recipe, architecture, device=device)
+    result = compared[precision_of(recipe)]
+    largest = largest_settings(recipe, architecture, available_bytes, device=device)
+    changes = [
+        {
+            "label": change.label,
+            "cost": change.cost,
+            "settings": change.settings,
+            "total_bytes": change.estimate.total_bytes,
+            "verdict": change.verdict.word,
+            "traced": change.verdict.is_exact,
+        }
+        for change in cheapest_changes(recipe, architecture, available_bytes, device=device)
+    ]
+    fits = bool(changes) or check_fit(result, available_bytes).fits_even_if_tight
+    own = device.traces.find(recipe, architecture, result.execution)
+    choice = choose_step(recipe, architecture, available_bytes, device=device)
+    too_long = context_length_warning(recipe.data.max_length, architecture)
+    return {
+        "available_bytes": available_bytes,
+        "precisions": {name: _one_as_json(result, available_bytes) for name, result in compared.items()},
+        "trace": own and _trace_as_json(own, result, recipe, architecture, device),
+        "what_fits": {
+            "sequence_length": largest.sequence_length,
+            "micro_batch": largest.micro_batch,
+            "rank": largest.rank,
+            "model_class": largest_model_size(recipe, available_bytes, device=device),
+        },
+        "step": choice
+        and {
+            "micro_batch_size": choice.recipe.training.micro_batch_size,
+            "gradient_accumulation": choice.recipe.training.gradient_accumulation,
+            "optimizer": choice.recipe.training.optimizer,
+            "kept_layers": choice.kept_layers,
+            "layers": architecture.layers,
+            "total_bytes": choice.estimate.total_bytes,
+            "least_free_bytes": choice.least_free_bytes,
+            "speedup": round(choice.speedup, 3),
+            "description": describe_choice(choice),
+        },
+        "host_memory": describe_host_memory(recipe, architecture, device),
+        "cheapest_changes": changes,
+        "least_bytes": None if fits else minimum_bytes(recipe, architecture, device=device),
+        "warnings": [] if too_long is None else [f"{too_long.what} {too_long.why} {too_long.fix}"],
+    }
+
+
+def _trace_as_json(
+    traced: StepTrace,
+    result: Estimate,
+    recipe: Recipe,
+    architecture: Architecture,
+    device: Device,
+) -> dict[str, Any]:
+    """Return the bytes by item of the trace and of the closed form, and whether the latter is exact."""
+    closed = closed_form(recipe, architecture, trainer_execution(recipe, device, architecture))
+    return {
+        "precision": precision_of(recipe),
+        "transformers": traced.transformers,
+        "how": _describe_trace(traced),
+        "exact": result.exact,
+        "items": {
+            key: {"traced": size, "closed_form": closed[key]} for key, size in traced.figures().items()
+        },
+    }
+
+
+def _describe_trace(traced: StepTrace) -> str:
+    """Return a description of the libraries with which a step was traced."""
+    text = f"exact: traced with transformers {traced.transformers}"
+    if traced.uncertain:
+        text += f", with its own code in place of the kernels of {join_words(list(traced.uncertain))}"
+    return text
+
+
+def _one_as_json(result: Estimate, available_bytes: int) -> dict[str, Any]:
+    """Return the entry of one precision."""
+    return {
+        "total_bytes": result.total_bytes,
+        "host_bytes": result.host_bytes,
+        "items": {item.key: item.bytes for item in result.items},
+        "explanations": {item.key: item.explanation for item in result.items},
+        "tiers": {
+            "allocated": result.allocated_bytes,
+            "reserved": result.reserved_bytes,
+            "process": result.process_bytes,
+        },
+        "band": {"low": result.band.low_bytes, "high": result.band.high_bytes, "reason": result.band.reason},
+        "verdict": check_fit(result, available_bytes).word,
+        "peak_phase": result.peak_phase,
+        "correction": result.correction
+        and {
+            "runs": result.correction.runs,
+            "applied": result.correction.applies,
+            "uncorrected_bytes": result.uncorrected_bytes,
+        },
+        "exact": result.exact,
+        "traced": result.traced,
+        "notes": list(result.notes),
+    }
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

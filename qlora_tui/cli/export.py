@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec.structs import replace
 
 from qlora_tui.catalog.gguf import spelled
-from qlora_tui.cli import export_recipe
+from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.cli.subcommand import (
     CommandResult,
     ProgressLine,
@@ -19,13 +20,22 @@ from qlora_tui.cli.subcommand import (
     add_gpu_argument,
     add_json_argument,
     add_run_argument,
+    input_path,
     positive_float,
     positive_int,
 )
+from qlora_tui.data.dataset import prepare_dataset
+from qlora_tui.data.tokenizer import ChatTokenizer
+from qlora_tui.data.written_rows import TRAIN, VALIDATION, WrittenRows, write_rows
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.export.jobs import FILES, write_job
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
+from qlora_tui.formatting import align_columns
 from qlora_tui.locks import hold_folder
+from qlora_tui.recipe.exported import ExportedRecipe, export_recipe
+from qlora_tui.recipe.fields import format_value
+from qlora_tui.recipe.layering import build_recipe
+from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import find_run
 
 if TYPE_CHECKING:
@@ -33,12 +43,13 @@ if TYPE_CHECKING:
 
 _FORMS = "gguf|ollama|merge|adapter|hub|recipe|job"
 _DEFAULT_TYPE = "Q8_0"
+_NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
 
 
 def run(args: argparse.Namespace) -> CommandResult:
     """Export a run's adapter in the requested form."""
     if args.form == "recipe":
-        return export_recipe.run(args)
+        return _run_recipe(args)
     if args.form == "job":
         return _run_job(args)
     from qlora_tui.chat.chat_sources import choose_adapter, run_source
@@ -66,11 +77,63 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
 
 
+def _run_recipe(args: argparse.Namespace) -> CommandResult:
+    """Write the recipe and its rows for another trainer; report on stderr what is omitted."""
+    out: Path = args.out.expanduser().absolute()
+    refuse_existing(out)
+    recipe = _recipe_or_run(args.recipe)
+    tokenizer = ChatTokenizer.from_folder(resolve_model(recipe.model.id).folder, recipe.model.chat_template)
+    with ProgressLine() as line:
+        prepared = prepare_dataset(recipe, tokenizer, lambda done: line.show(f"reading rows: {done.rows:,}"))
+    with draft_folder(out) as draft:
+        folder = draft / "recipe"
+        folder.mkdir(mode=0o755)
+        rows = write_rows(recipe, prepared, tokenizer.traits, folder)
+        exported = export_recipe(recipe, args.target, (TRAIN, VALIDATION) if rows.validation else (TRAIN,))
+        (folder / exported.name).write_text(exported.text, encoding="utf-8")
+        publish_new(folder, out)
+    if not args.json:
+        print(_account(rows, exported), file=sys.stderr)
+    data = {"path": str(out), **msgspec.to_builtins(rows), "left_out": msgspec.to_builtins(exported.left_out)}
+    return CommandResult(data, f"Wrote {out}. Train there: {_NEXT[args.target]}")
+
+
+def _add_recipe_arguments(form: argparse.ArgumentParser) -> None:
+    """Add the arguments of `export recipe`."""
+    form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
+    form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    form.add_argument(
+        "--as",
+        dest="target",
+        choices=tuple(_NEXT),
+        default="script",
+        help="script (default): a Python script with transformers, peft and trl; axolotl: its YAML",
+    )
+    add_json_argument(form)
+
+
+def _recipe_or_run(name: str) -> Recipe:
+    """Return the recipe in a file, or the recipe of a run. Raises UserError."""
+    path = Path(name)
+    return build_recipe(file=path) if path.suffix == ".toml" else find_run(name).recipe()
+
+
+def _account(rows: WrittenRows, exported: ExportedRecipe) -> str:
+    """Return a report on what was written and what was omitted."""
+    lines = [f"{rows.train:,} samples to train on, {rows.validation:,} for validation."]
+    if rows.weighted:
+        lines.append("The weights of answers in the loss have no counterpart.")
+    if exported.left_out:
+        lines.append(f"Without a counterpart ({len(exported.left_out)}):")
+        lines += align_columns([[f"  {one.key}", format_value(one.value)] for one in exported.left_out])
+    return "\n".join(lines)
+
+
 def _run_job(args: argparse.Namespace) -> CommandResult:
     """Write the job's folder; return the command that starts the job. Raises UserError."""
     out: Path = args.out.expanduser().absolute()
     refuse_existing(out)
-    recipe = export_recipe.recipe_or_run(args.recipe)
+    recipe = _recipe_or_run(args.recipe)
     with draft_folder(out) as draft:
         folder = draft / "job"
         folder.mkdir(mode=0o755)
@@ -154,7 +217,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     adapter = forms.add_parser("adapter", help="the adapter alone, checked for vLLM")
     hub = forms.add_parser("hub", help="a private repository on the Hub, with a model card")
     recipe = "the recipe and its rows for axolotl, or as a script of transformers, peft and trl"
-    export_recipe.add_arguments(forms.add_parser("recipe", help=recipe))
+    _add_recipe_arguments(forms.add_parser("recipe", help=recipe))
     job = "the recipe and its data as a job for Slurm, SkyPilot, dstack or Modal"
     _add_job_arguments(forms.add_parser("job", help=job))
     all_forms = (gguf, ollama, merge, adapter, hub)

@@ -1,8 +1,7 @@
 """The memory estimate: the memory that a recipe will need, item by item, and settings that would fit.
 
 Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), compare the result with the available
-memory by :func:`check_fit`, and call :func:`largest_settings` or :func:`cheapest_changes`. :func:`as_json`
-returns the output of ``--json``.
+memory by :func:`check_fit`, and call :func:`largest_settings` or :func:`cheapest_changes`.
 
 ``estimate``       items, levels and uncertainty of one recipe; its verdict for a memory; its timeline
 ``execution``      the code that a trainer runs, and the differences between versions of transformers
@@ -16,7 +15,7 @@ returns the output of ``--json``.
 ``traces``         the steps that this process has traced, which replace the formula in estimates
 ``levels``         from tensor bytes to those that the GPU or the system counts; converting a GGUF file
 ``calibration``    measurements of past runs and of copies on this machine, and the resulting correction
-``explain``        a sentence for each item; ``report``: the JSON output
+``explain``        a sentence for each item
 ``budget``         the memory of the device, and its CPU or GPU
 ``solver``         settings, changes and model sizes that fit; the memory of a recipe's variants
 ``quality``        how quantization changes the predictions, measured in a child process
@@ -28,7 +27,6 @@ from qlora_tui.memory.calibration import Correction, MeasuredRun, correction_for
 from qlora_tui.memory.estimate import PRECISIONS, Estimate, Item, Verdict, check_fit, compare, estimate
 from qlora_tui.memory.execution import Device, ExecutionConfig, trainer_execution
 from qlora_tui.memory.levels import UncertaintyBand
-from qlora_tui.memory.report import as_json
 from qlora_tui.memory.solver import (
     MemorySaving,
     WhatFits,
@@ -53,7 +51,6 @@ __all__ = [
     "UncertaintyBand",
     "Verdict",
     "WhatFits",
-    "as_json",
     "cheapest_changes",
     "check_fit",
     "choose_step",

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.library_types import text_generators
+from qlora_tui.cli.estimate import as_json
 from qlora_tui.errors import UserError
-from qlora_tui.memory import Correction, Device, as_json, estimate
+from qlora_tui.memory import Correction, Device, estimate
 from qlora_tui.memory.calibration import MAX_FACTOR, MIN_FACTOR
 from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Data, Lora, Quantization, Recipe
@@ -126,7 +127,7 @@ def test_the_largest_recipe_never_fits_and_changes_are_not_negative() -> None:
         training=Training(micro_batch_size=4096, gradient_checkpointing="off"),
     )
     for available in (1, 1 << 30, 1 << 62):
-        report = as_json(recipe, tinyllama(), available)
+        report = as_json(recipe, tinyllama(), available, Device())
         assert report["precisions"]["fp16"]["verdict"] == ("fits" if available == 1 << 62 else "does not fit")
         assert all(change["total_bytes"] > 0 for change in report["cheapest_changes"])
         assert all((report["what_fits"][key] or 0) >= 0 for key in ("sequence_length", "micro_batch", "rank"))
