@@ -7,9 +7,10 @@ is a job that :mod:`qlora_tui.catalog.described` runs, which also stores the res
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
 from typing import Any
 
@@ -97,12 +98,20 @@ def _describe_within_limits(values: dict[str, Any]) -> Description:
 
 
 def architecture_of(values: Mapping[str, Any]) -> Architecture:
-    """Compute the exact architecture of a parsed ``config.json`` in this process.
+    """Compute the exact architecture of a parsed ``config.json`` in this process, once for each config.
 
     Raises UserError if the installed transformers cannot build a language model from it.
     """
     kept = described.stored(values)
-    return kept.result() if kept is not None else describe(values)
+    if kept is not None:
+        return kept.result()
+    # A dtype, the only value of a library's config that is not JSON, is stored in files without its prefix.
+    return _describe_json(json.dumps(values, default=lambda dtype: str(dtype).removeprefix("torch.")))
+
+
+@lru_cache(maxsize=64)
+def _describe_json(config: str) -> Architecture:
+    return describe(json.loads(config))
 
 
 def describe(values: Mapping[str, Any]) -> Architecture:

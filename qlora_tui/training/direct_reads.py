@@ -13,6 +13,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -75,17 +76,20 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
 
 def _may_read(modules: Iterable[nn.Module], kinds: set[str]) -> bool:
     """Return whether the modules' source uses a weight of such a kind after initialization."""
-    files = {sys.modules[type(module).__module__] for module in modules}
-    sources = [inspect.getsource(file) for file in files if file.__name__.startswith("transformers.")]
-    return any(
-        isinstance(node, ast.Attribute)
-        and node.attr == "weight"
-        and isinstance(node.value, ast.Attribute)
-        and node.value.attr in kinds
-        for source in sources
-        for function in ast.walk(ast.parse(source))
+    files = {type(module).__module__ for module in modules}
+    return any(_weights_used_in(file) & kinds for file in files if file.startswith("transformers."))
+
+
+@cache
+def _weights_used_in(module_name: str) -> frozenset[str]:
+    """Return the attributes whose ``weight`` the source of a Python module uses after initialization."""
+    tree = ast.parse(inspect.getsource(sys.modules[module_name]))
+    return frozenset(
+        node.value.attr
+        for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef) and "init" not in function.name
         for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute)
     )
 
 

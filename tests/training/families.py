@@ -41,9 +41,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def with_adapter(model: Any, token_ids: Sequence[int] = (), **lora: Any) -> Any:
     """The model with an adapter of rank 4 that changes it; ``token_ids``: whose rows are trained too."""
+    architecture = architecture_of(model.config.to_dict())  # of a model with random numbers, the first time
     torch.manual_seed(1)
-    settings = Lora(rank=4, **lora)
-    adapted = add_lora(model, settings, architecture_of(model.config.to_dict()), token_ids)
+    adapted = add_lora(model, Lora(rank=4, **lora), architecture, token_ids)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

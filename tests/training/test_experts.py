@@ -87,8 +87,8 @@ def dequantized(folder: Path, packed: Any, **quantization: Any) -> Any:
 
 def adapted(model: Any, *targets: str) -> Any:
     """The model with an adapter that changes it, computed by peft where the experts are 16-bit."""
-    torch.manual_seed(0)
     architecture = architecture_of(model.config.to_dict())
+    torch.manual_seed(0)
     lora = Lora(rank=4, alpha=8, target_modules=targets)
     model = adapter.add_lora(model, lora, architecture)
     for name, parameter in model.named_parameters():
