@@ -12,7 +12,7 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import Evaluated, Step
 from qlora_tui.runs.metrics_table import metrics_csv, metrics_parquet
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.loss import loss_svg, running_mean
+from qlora_tui.tui.render.loss import loss_svg
 from screenshots.recorded_runs import recorded_run
 from tests.cli.conftest import Call
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -76,10 +76,6 @@ def test_the_picture_breaks_its_line_at_nan(tmp_path: Path) -> None:
     assert heights == sorted(heights)
     assert len(list(root.iter(f"{SVG}circle"))) == len(list(root.iter(f"{SVG}polygon"))) == 1
     assert "best validation loss 1.250 at step 5" in "".join(root.itertext())
-
-
-def test_the_running_mean_skips_what_is_no_number() -> None:
-    assert running_mean([2.0, math.nan, 1.0]) == [2.0, 2.0, 1.5]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "svg", "parquet"])

@@ -408,7 +408,7 @@ async def test_a_run_of_decisions_shows_how_probable_each_label_is(tiny: tuple[P
         await rest(pilot, screen)
 
         def bars() -> list[tuple[str, str]]:
-            return re.findall(r"(red|blue) +[█▏▎▍▌▋▊▉░]+ +(\d+)%", text_of(pilot.app))
+            return re.findall(r"(red|blue) +[▄▖▁]+ +(\d+)%", text_of(pilot.app))
 
         await wait_until(pilot, lambda: len(bars()) == 4)
         assert sorted(label for label, _ in bars()) == ["blue", "blue", "red", "red"]

@@ -30,7 +30,14 @@ from qlora_tui.tui.render.plot import (
     so_far,
     ticks,
 )
-from qlora_tui.tui.render.series import MAX_POINTS, BiasCorrectedEma, DecimatedSeries, Envelope
+from qlora_tui.tui.render.series import (
+    MAX_POINTS,
+    BiasCorrectedEma,
+    DecimatedSeries,
+    Envelope,
+    smooth,
+    without_lag,
+)
 from qlora_tui.tui.screens.train.step_charts import StepChart, graph_lines
 from qlora_tui.tui.terminal_app import changed_cells
 
@@ -94,9 +101,10 @@ def test_a_short_run_has_no_half_steps(steps: int, labels: list[str]) -> None:
     assert [text for _, text in ticks(so_far(steps, steps, "step"), 8)] == labels
 
 
-def test_the_axis_of_steps_ends_at_now_or_at_the_end_of_the_run() -> None:
+def test_the_axis_of_steps_ends_just_after_the_last_step() -> None:
     ends = [so_far(done, 3000).high for done in (3, 11, 140, 1240, 1499, 1500, 1990, 3000, 3001)]
-    assert ends == [10, 15, 150, 1500, 1500, 3000, 3000, 3000, 4000]
+    assert ends == [10, 11, 140, 1250, 1500, 1500, 2000, 3000, 3100]
+    assert so_far(1240, 3000, start=900) == Axis(900, 1240)
 
 
 def test_nan_is_marked_at_the_bottom_without_a_line() -> None:
@@ -175,6 +183,28 @@ def test_a_running_mean_starts_at_the_first_value_skipping_nan() -> None:
     assert smoother.mean == mean
 
 
+def test_a_smoothed_curve_goes_through_its_points_and_ends_at_the_running_mean() -> None:
+    luck, window, steps = random.Random(1), 100.0, 10_000
+    line = [3 - 2 * step / steps for step in range(steps)]
+    values = [loss + luck.gauss(0, 0.1) for loss in line]
+    running, history = BiasCorrectedEma(window), DecimatedSeries()
+    history.extend(range(1, steps + 1), running.smooth(values))
+    decimated = history.envelopes()[0]
+    means = [(low + high) / 2 for low, high in zip(decimated.lows, decimated.highs, strict=True)]
+    for xs, smoothed in (
+        (range(1, steps + 1), smooth(values, window)),
+        (decimated.xs, without_lag(decimated.xs, means, window)),
+    ):
+        lags = [mean - line[round(x) - 1] for x, mean in zip(xs, smoothed, strict=True)]
+        inside = lags[: -len(lags) // 20]
+        assert abs(sum(inside) / len(inside)) < 0.2 * (2 / steps * window), (
+            "a running mean lags by its window"
+        )
+        assert smoothed[-1] == pytest.approx(running.mean, abs=0.01)
+    first, *others = smooth([math.nan, 2.0, math.nan, 1.0], window)
+    assert math.isnan(first) and 2 > others[0] > others[1] > others[2] > 1
+
+
 def test_only_the_cells_that_changed_are_painted() -> None:
     old = Strip([Segment("loss 1.25 "), Segment("step 10")])
     new = Strip([Segment("loss 1.31 "), Segment("step 10")])
@@ -207,7 +237,7 @@ def test_a_spike_has_one_column_in_graph_and_charts() -> None:
 def test_a_graph_of_few_rows_is_a_sparkline_of_all_steps() -> None:
     *blocks, values = drawn_with(80, 5)[1:]
     assert "lr 1e-4" in values and len(blocks) == 3
-    assert {row.count("█") for row in blocks[:2]} == {1} and len(blocks[-1].rstrip()) == 80
+    assert [sum(map(row.count, "▇█")) for row in blocks[:2]] == [1, 1] and len(blocks[-1]) == 80
 
 
 def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_same_decimals() -> None:

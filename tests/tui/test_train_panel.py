@@ -27,7 +27,7 @@ def test_memory_is_a_bar_with_a_track_in_two_lines() -> None:
     line, _ = drawn(
         MachineState("RTX 4090", (Reading(at=1.0, rss_bytes=GIB, cpu_percent=1.0, gpu=gpu),)), 80, 2
     )
-    assert "memory █████░░░░░░░░░░░░░░░ 6.0 of 24.0 GiB" in line
+    assert "memory ▄▄▄▄▄▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁ 6.0 of 24.0 GiB" in line
 
 
 @pytest.mark.parametrize(("height", "lines"), [(24, 16), (8, 8), (4, 4), (2, 2)])

@@ -1,6 +1,7 @@
 """Text and numbers for widgets. Nothing here imports a widget of this app.
 
-plot      axes, graphs of lines and points, bars, columns and sparklines in block characters
+plot      axes, and graphs of lines and points
+meters    charts of a line or two: bars, meters, sparklines, and columns of blocks
 figures   a screen's few key figures, in a line or in large digits
 series    columns of numbers, decimated to what a graph can show
 columns   tables of text lines: columns are declared once, and cut or left out to fit a width

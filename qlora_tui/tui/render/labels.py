@@ -31,7 +31,7 @@ from qlora_tui.runs.status import State, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import cut_name
 from qlora_tui.tui.render.figures import Figure
-from qlora_tui.tui.render.plot import bar
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.workbench import Workbench
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def refusal_words(refusal: UserError) -> str:
 
 
 class FitLine:
-    """A recipe's memory, compared with the available memory: ``NF4 ████░░░░ ~6.3 of 24.0 GiB fits``.
+    """A recipe's memory, compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
 
     ``is_assumed``: whether the available memory is a size that the user entered.
     """

@@ -13,6 +13,7 @@ from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
+from qlora_tui.tui.render.meters import downsample, history
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
@@ -20,8 +21,6 @@ from qlora_tui.tui.render.plot import (
     Curve,
     Mark,
     Plot,
-    blocks,
-    downsample,
     loss_axis,
     no_plot,
     overall,
@@ -29,14 +28,12 @@ from qlora_tui.tui.render.plot import (
     so_far,
     ticks,
 )
-from qlora_tui.tui.render.series import BiasCorrectedEma, Envelope, smoothing_window
+from qlora_tui.tui.render.series import Envelope, smooth, smoothing_window
 
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
 _MIN_SAMPLES = 2.0
-"""Minimum number of recorded losses that the running mean of a run's summary averages over."""
-_MEAN_WEIGHT = 0.1
-"""Weight of the newest step in the running mean."""
+"""Minimum number of recorded losses that the smoothed loss of a run's summary averages over."""
 
 
 LEAST_CHART = 7
@@ -58,7 +55,7 @@ class LossFacts:
     loss: Envelope
     """Loss of each step."""
     mean_loss: Envelope
-    """Running mean of the loss."""
+    """Smoothed loss."""
     last_mean: float | None
     evaluations: Sequence[tuple[int, float]]
     """(step, validation loss) pairs in the order of steps, without values that are not finite."""
@@ -73,10 +70,10 @@ class LossFacts:
 
 
 def run_plot(facts: LossFacts) -> Plot:
-    """Return the chart of a run: the running mean with a filled area below it, the loss of each step as a
+    """Return the chart of a run: the smoothed loss with a filled area below it, the loss of each step as a
     point, and the evaluations joined by a line.
 
-    The axis of losses is scaled to the running mean and the evaluations. Points outside this axis are left
+    The axis of losses is scaled to the smoothed loss and the evaluations. Points outside this axis are left
     out.
     """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
@@ -125,13 +122,13 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:
-    """Return the running mean of the losses in a run's summary.
+    """Return the smoothed losses in a run's summary.
 
     If the run is long, the summary has only a sample of its losses.
     """
     stride = max(1.0, summary.steps[-1] / len(summary.steps)) if summary.steps else 1.0
     window = smoothing_window(summary.total_steps) / stride
-    return BiasCorrectedEma(max(_MIN_SAMPLES, window)).smooth(summary.losses)
+    return smooth(summary.losses, max(_MIN_SAMPLES, window))
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
@@ -163,25 +160,33 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
     if what.is_empty or summary is None or height >= LEAST_CHART:
         return plot(what, width, height)
     means = mean_losses(summary)
-    return [_change(summary, means), *mean_blocks(downsample(means, width), height - 1)][:height]
+    return loss_sparkline(_change(summary), means, width, height)
 
 
-def mean_blocks(columns: Sequence[float | None], height: int) -> list[Content]:
-    """Return a sparkline of ``height`` lines, but at least one, scaled to the lowest and the highest value of
-    ``columns``.
+def loss_sparkline(head: Content, means: Sequence[float], width: int, height: int) -> list[Content]:
+    """Return ``height`` lines: ``head`` and, below it, the smoothed losses as columns between the first and
+    the last of them. One line has only the columns.
     """
+    if not means:
+        return [head, *[Content("")] * (height - 1)]
+    first, last = (format_loss(value) for value in (means[0], means[-1]))
+    cells = max(1, width - len(first) - len(last) - 2)
+    spread = [means[place * len(means) // cells] for place in range(cells)]
+    columns = downsample(means, cells) if len(means) > cells else spread
     finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    return [Content.styled(row, TRAINING_STYLE) for row in blocks(columns, low, high, max(1, height))]
+    rows = history(columns, low, high, max(1, height - 1), TRAINING_STYLE)
+    lines = [Content.assemble(" " * (len(first) + 1), row) for row in rows]
+    lines[0] = Content.assemble((first, "dim"), " ", rows[0])
+    lines[-1] = Content.assemble(lines[-1], (f" {last}", f"{TRAINING_STYLE} bold"))
+    return lines if height == 1 else [head, *lines]
 
 
-def _change(summary: RunSummary, means: Sequence[float]) -> Content:
-    """Return the line above a sparkline, such as ``validation loss 5.006 → 2.781 ★ at 60``. If no validation
-    loss was measured, the line has the smoothed training loss instead.
-    """
+def _change(summary: RunSummary) -> Content:
+    """Return the line above a sparkline, such as ``smoothed loss   validation 5.006 → 2.781 ★ at 60``."""
+    name = Content.styled("smoothed loss", TRAINING_STYLE)
     if summary.best is None or not summary.evaluations:
-        change = f"{format_loss(means[0])} → {format_loss(means[-1])}"
-        return Content.assemble(("smoothed loss ", "dim"), (change, f"{TRAINING_STYLE} bold"))
+        return name
     best, step = summary.best
     first, style = (
         summary.evaluations[0],
@@ -189,14 +194,11 @@ def _change(summary: RunSummary, means: Sequence[float]) -> Content:
     )
     change = f"{format_loss(first[1])} → " if first[0] != step else ""
     change += f"{format_loss(best)} {BEST} at {step:,}"
-    smoothed = f"   ━ smoothed {format_loss(means[-1])}"
-    return Content.assemble(
-        ("validation loss ", "dim"), (change, f"{style} bold"), (smoothed, TRAINING_STYLE)
-    )
+    return Content.assemble(name, ("   validation ", "dim"), (change, f"{style} bold"))
 
 
 def loss_svg(view: RunView) -> str:
-    """Return a picture of a run as SVG: the losses of all recorded steps, their running mean, and the
+    """Return a picture of a run as SVG: the losses of all recorded steps, their smoothed curve, and the
     evaluations.
 
     The colors are readable on both white and black.
@@ -205,7 +207,7 @@ def loss_svg(view: RunView) -> str:
     title = view.run.name
     if view.best is not None:
         title += f": best validation loss {format_loss(view.best.loss)} at step {view.best.step:,}"
-    legend = "gray: loss of each step   blue: running mean   green: validation loss, its best starred"
+    legend = "gray: loss of each step   blue: smoothed   green: validation loss, its best starred"
     parts = [
         *loss_picture(view, frame, ON_ANY),
         text(_LEFT, 28, title, ON_ANY.axis, size=18),
@@ -234,7 +236,7 @@ class Colors:
     axis: str
     grid: str
     fill: str = ""
-    """Color of the area under the running mean; empty for none."""
+    """Color of the area under the smoothed loss; empty for none."""
     grid_opacity: float = 1.0
 
 
@@ -246,7 +248,7 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
     mean, and the evaluations.
     """
     steps, losses = list(view.series.step), list(view.series.loss)
-    means = running_mean(losses)
+    means = smooth(losses, smoothing_window(len(losses)))
     evaluations = finite_losses(view.evaluations)
     finite = [value for value in (*losses, *(loss for _, loss in evaluations)) if math.isfinite(value)]
     x_axis = so_far(view.step, view.step, "step")
@@ -280,19 +282,3 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
         is_best = best == at
         parts.append((star if is_best else circle)(*point, 10 if is_best else 4, colors.validation))
     return parts
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the running mean after each value: the arithmetic mean of the first values, then an exponential
-    moving average.
-
-    Values that are not finite are skipped.
-    """
-    means: list[float] = []
-    mean, count = math.nan, 0
-    for value in values:
-        if math.isfinite(value):
-            count += 1
-            mean = value if count == 1 else mean + max(_MEAN_WEIGHT, 1 / count) * (value - mean)
-        means.append(mean)
-    return means

@@ -1,4 +1,4 @@
-"""Text charts: axes with round ranges, filled curves, points in braille, bars and blocks."""
+"""Graphs in text: axes with round ranges, filled curves, and points in braille."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, product
+from itertools import product
 from operator import itemgetter
 from typing import Literal
 
@@ -30,7 +30,10 @@ _NONE_BELOW = 1.3
 multiplied by this factor.
 """
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
-_REACHES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+_FEW_STEPS = 10.0
+"""Minimum length of the axis of a run that has more steps to train."""
+_END_GRAINS = 40
+"""The axis of steps ends at a multiple of at least this part of its length."""
 _FAR = 1e30
 _EPSILON = 1e-12
 """Smallest value or range that an axis is scaled to, so that its arithmetic stays finite."""
@@ -38,11 +41,6 @@ _LEAST_SPAN = 0.05
 """Minimum height of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
 """Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
-_BAR_EIGHTHS = " ▏▎▍▌▋▊▉"
-_COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
-_BROKEN = -1
-_MIN_BAR = 6
-"""Minimum width of a bar, in cells. A bar with less room is left out."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
@@ -116,20 +114,18 @@ def loss_axis(low: float, high: float) -> Axis:
     return rounded(low, high, unit="loss")
 
 
-def so_far(done: float, total: float, unit: str = "") -> Axis:
-    """Return an axis of steps from 0. Once half of the steps are done, it ends at the last step of the run.
+def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
+    """Return the axis of the steps of a run from ``start``, 0 or later, to just after ``done``, the last one,
+    at most to ``total``.
 
-    In the first half of the run, the axis ends at the next of 1, 1.5, 2, 3, 4, 5, 6, 8 × 10ⁿ steps after
-    ``done``. This spreads out the first steps, and the axis changes only about a dozen times over the whole
-    run.
+    The end is a round number of steps, a few percent after the last step, so that the graph is not drawn anew
+    after each of many steps.
     """
-    reach = 10.0
-    if done > reach:
-        power = 10 ** math.floor(math.log10(done) + 1e-9)
-        reach = next(power * r for r in _REACHES if power * r >= done * (1 - 1e-9))
-    if total >= max(done, 1):
-        reach = total if done >= total / 2 else min(reach, total)
-    return Axis(0.0, max(reach, 1.0), unit)
+    grain = max(1.0, tick_step(0.0, max(done - start, _FEW_STEPS), _END_GRAINS))
+    end = max(math.ceil(done / grain - 1e-9) * grain, start + _FEW_STEPS)
+    if total >= max(done, start + 1):
+        end = min(end, total)
+    return Axis(start, end, unit)
 
 
 def tick_step(low: float, high: float, max_parts: int) -> float:
@@ -172,101 +168,6 @@ def _decimals(step: float) -> int:
 def _clean(value: float) -> float:
     # Rounded, since 3 × 0.1 gives 0.30000000000000004, but the tick is at 0.3.
     return float(f"{value:.12g}")
-
-
-_FULL = 0.8
-
-
-def bar(part: float, width: int) -> str:
-    """Return a bar of ``width`` cells, filled to the fraction ``part`` (from 0; more than 1 is drawn as 1):
-    full blocks, a partial block, then shaded cells.
-    """
-    eighths = round(min(max(part, 0.0), 1.0) * width * 8)
-    full, rest = divmod(eighths, 8)
-    text = "█" * full + (_BAR_EIGHTHS[rest] if rest else "")
-    return text + "░" * (width - len(text))
-
-
-def blocks(
-    values: Sequence[float | None], low: float, high: float, height: int, *, is_apart: bool = False
-) -> list[str]:
-    """Return a column of blocks for each value, as ``height`` rows of characters, top row first.
-
-    ``low`` and ``high`` are the values of the lowest and the highest column. Even the lowest value has a
-    visible column; None is an empty column. With ``is_apart``, the top eighth of the top row stays empty, so
-    that charts one above the other do not merge.
-    """
-    levels = height * 8 - is_apart
-    rows = []
-    filled = [_level(value, low, high, levels) for value in values]
-    for row in range(height - 1, -1, -1):
-        line = ""
-        for level in filled:
-            if level == _BROKEN:
-                line += NOT_A_NUMBER if row == 0 else " "
-            else:
-                line += _COLUMN_EIGHTHS[min(max(level - row * 8, 0), 8)]
-        rows.append(line)
-    return rows
-
-
-def _level(value: float | None, low: float, high: float, levels: int) -> int:
-    if value is None:
-        return 0
-    if not math.isfinite(value):
-        return _BROKEN
-    share = (value - low) / (high - low) if high > low else 0.0
-    return max(1, round(min(max(share, 0.0), 1.0) * levels))
-
-
-def downsample(values: Sequence[float], columns: int) -> list[float | None]:
-    """Divide the values among the columns, and return the mean of each column: NaN if the column has a value
-    that is not finite, and None for columns beyond the data.
-    """
-    if not values:
-        return [None] * columns
-    count = min(columns, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    means: list[float | None] = []
-    for start, end in pairwise(edges):
-        part = values[start:end]
-        means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
-    return means + [None] * (columns - count)
-
-
-def sparkline(losses: tuple[float, ...], width: int) -> str:
-    """Return losses as a sparkline of ``width`` cells, scaled to the round range around them. Cells beyond
-    the data are empty.
-    """
-    means = downsample(losses, width)
-    finite = [mean for mean in means if mean is not None and mean == mean]
-    if not finite:
-        return blocks(means, 0.0, 1.0, 1)[0]
-    axis = rounded(min(finite), max(finite))
-    return blocks(means, axis.low, axis.high, 1, is_apart=True)[0]
-
-
-def level_style(share: float) -> str:
-    """Return the color for a value, given as a fraction of its limit: the color of success below 0.8, of a
-    warning from 0.8 on, and of an error from 1 on.
-    """
-    return "$success" if share < _FULL else "$warning" if share < 1 else "$error"
-
-
-def labeled(label: str, value: str | Content, cells: int) -> Content:
-    """Return a label and its value, ``model SmolLM2-135M``, with the label padded to ``cells``."""
-    return Content.assemble((f"{label:<{cells}}", "dim"), value)
-
-
-def meter(label: str, share: float, value: str, cells: int, width: int) -> Content:
-    """Return a label, a bar filled to the fraction ``share``, and a value: ``memory ████░░░░ 18.2 of 24.0
-    GiB``.
-
-    The label takes ``cells`` cells, and the bar takes the cells of ``width`` that label and value leave.
-    """
-    of_bar = width - cells - len(value) - 1
-    drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""
-    return labeled(label, Content.assemble((drawn, level_style(share)), value), cells)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def _head(card: RunCard) -> list[str]:
 
 def _legend(view: RunView) -> list[str]:
     at: float = _EDGE + _LEFT_WIDTH - _INSIDE
-    names = (("training, running mean", _CURVE.mean), ("validation", _CURVE.validation))
+    names = (("training, smoothed", _CURVE.mean), ("validation", _CURVE.validation))
     parts = []
     for name, color in names if view.best is not None else names[:1]:
         parts.append(text(at, _TOP + 32, name, color, size=15, anchor="end"))

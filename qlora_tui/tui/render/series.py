@@ -243,6 +243,43 @@ class BiasCorrectedEma:
         return smoothed
 
 
+def without_lag(xs: Sequence[float], means: Sequence[float], window: float) -> array[float]:
+    """Return running means without their lag, by averaging them once more from the last to the first.
+
+    Both passes together weight a value at distance d by β^|d|, where β = 1 - 1 / window. The last result is
+    the last mean itself, since no value follows it. The first results reach no further ahead than back, so
+    that the curve begins at the first value. Means that are not finite remain so.
+
+    Args:
+        xs: Place of each mean, ascending; the first of all values is at 1.
+        means: Results of :class:`BiasCorrectedEma`. Each counts for the distance to the next.
+        window: Window of these means, in units of x.
+    """
+    smoothed, beta = array("d", means), 1 - 1 / window
+    mean = weight = 0.0
+    distance = (xs[-1] - xs[-2] if len(xs) > 1 else 0.0) or 1.0
+    for place in range(len(xs) - 1, -1, -1):
+        if place + 1 < len(xs):
+            distance = (xs[place + 1] - xs[place]) or 1.0
+        weight *= beta**distance
+        if math.isfinite(means[place]):
+            weight += distance
+            mean += (means[place] - mean) * max(
+                distance / weight, distance / (max(xs[place], 0.0) + distance)
+            )
+            smoothed[place] = mean
+    return smoothed
+
+
+def smooth(values: Sequence[float], window: float) -> array[float]:
+    """Return the mean around each value, weighted by β^|d| at distance d, where β = 1 - 1 / window.
+
+    The last mean is that of :class:`BiasCorrectedEma`. A value that is not finite counts as the mean of those
+    before it; before the first finite value, the mean is NaN.
+    """
+    return without_lag(range(1, len(values) + 1), BiasCorrectedEma(window).smooth(values), window)
+
+
 _MIN_WINDOW, _MAX_WINDOW = 4, 100
 
 

@@ -34,7 +34,7 @@ from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import key_label, key_name
 from qlora_tui.tui.render.columns import fact_lines
-from qlora_tui.tui.render.plot import blocks, downsample, labeled, meter
+from qlora_tui.tui.render.meters import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
 from qlora_tui.tui.screens.chat.start import ChatStart, run_lines

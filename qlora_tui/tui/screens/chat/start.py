@@ -27,7 +27,7 @@ from qlora_tui.runs.run_summary import RunSummary, summarize
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.tui.key_names import highlight_keys, name_keys
 from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_style
-from qlora_tui.tui.render.plot import labeled
+from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import ViList
 

@@ -23,7 +23,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_percent, format_speed, format_wait, pluralize, truncate_middle
 from qlora_tui.tui.key_names import highlight_keys, key_while_typing, name_keys
 from qlora_tui.tui.render.labels import error_content
-from qlora_tui.tui.render.plot import bar
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5

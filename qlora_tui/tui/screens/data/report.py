@@ -21,7 +21,8 @@ from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, next_step, verdict_sign, verdict_words
-from qlora_tui.tui.render.plot import Axis, bar, blocks, ticks
+from qlora_tui.tui.render.meters import bar, blocks
+from qlora_tui.tui.render.plot import Axis, ticks
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))

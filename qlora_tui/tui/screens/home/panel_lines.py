@@ -61,7 +61,7 @@ from qlora_tui.tui.render.labels import (
     verdict_style,
 )
 from qlora_tui.tui.render.loss import mean_losses
-from qlora_tui.tui.render.plot import bar, labeled, meter, sparkline
+from qlora_tui.tui.render.meters import bar, labeled, meter, sparkline
 from qlora_tui.tui.screens.home.next_step import Steps
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, list_title
 from qlora_tui.tui.system_status import Host, SystemStatus, read_host

@@ -109,7 +109,7 @@ class HomeScreen(WorkScreen):
             }
             #run-graph {
                 margin-top: 0;
-                min-height: 3;
+                min-height: 1;
             }
             #recent-panel {
                 max-height: 4;

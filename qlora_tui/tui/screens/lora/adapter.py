@@ -51,7 +51,7 @@ from qlora_tui.tui.render.labels import (
     verdict_legend,
     verdict_words,
 )
-from qlora_tui.tui.render.plot import bar
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench

@@ -26,7 +26,8 @@ from qlora_tui.formatting import format_count, format_percent, shorten_name
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
-from qlora_tui.tui.render.plot import bar, join_cells
+from qlora_tui.tui.render.meters import bar
+from qlora_tui.tui.render.plot import join_cells
 from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_style
 
 ALL, SOME, NONE = "all", "some", "none"
@@ -385,7 +386,7 @@ class ModuleGrid(Widget, can_focus=True):
         """
         _, *of_kinds = trained = self._trained_by_row()
         most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)
-        drawn = bar(trained[index] / most, cells).rstrip("░") if most and index else ""
+        drawn = bar(trained[index] / most, cells, has_track=False) if most and index else ""
         return f" {drawn:<{cells}}"[: self._bar_cells]
 
     def _trained_by_row(self) -> Sequence[int]:

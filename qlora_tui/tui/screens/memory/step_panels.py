@@ -22,7 +22,7 @@ from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precis
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, verdict_words
-from qlora_tui.tui.render.plot import bar
+from qlora_tui.tui.render.meters import STACKED, bar
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
@@ -80,10 +80,10 @@ class BarPart:
         return f"{self.hue} {self.even_strength}%"
 
     def drawn(self, *, is_even: bool) -> tuple[str, str]:
-        """Return (character, color) of a filled cell. ``is_even``: whether the cell is a full block instead
+        """Return (character, color) of a filled cell. ``is_even``: whether the cell is a plain block instead
         of a texture.
         """
-        return ("█", self.even_style) if is_even else (self.glyph, self.style)
+        return (STACKED, self.even_style) if is_even else (self.glyph, self.style)
 
     @property
     def even_strength(self) -> int:
@@ -399,7 +399,7 @@ def _item_line(
     item: Item | None = None,
 ) -> Content:
     """Return a line with an item's name, size, share of the peak and bar, such as ``  Quantized weights   3.0
-    GiB  47% ▇▇▇▇``, followed by the item's explanation if there is room. ``item``: None for the line of a
+    GiB  47% ▄▄▄▄``, followed by the item's explanation if there is room. ``item``: None for the line of a
     group.
     """
     style = "$foreground bold" if item is None else ""
@@ -409,8 +409,7 @@ def _item_line(
     text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures
     left = width - len(text)
     cells = min(left, _ITEM_BAR)
-    text_of_bar = bar(share, cells).replace("░", " ") if cells >= _MIN_BAR else ""
-    full = len(text_of_bar) - len(text_of_bar.lstrip("█"))
+    text_of_bar = bar(share, cells, has_track=False) if cells >= _MIN_BAR else ""
     beside = ""
     if item is not None and left >= _ITEM_BAR + _MIN_EXPLANATION:
         beside = Content(f"  {item.explanation}").truncate(left - _ITEM_BAR, ellipsis=True).plain
@@ -420,8 +419,7 @@ def _item_line(
         (text[glyphs:], style),
         # With 16 colors, the line under the cursor is reversed, which would swap the colors of bar and
         # background.
-        (drawn[0] * full, f"{drawn[1]} not reverse"),
-        (text_of_bar[full:], f"{part.even_style} not reverse"),
+        (text_of_bar, f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
     )
 

@@ -26,7 +26,7 @@ from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.plot import bar
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.ui_state import save_ui_state

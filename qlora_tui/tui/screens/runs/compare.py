@@ -39,7 +39,7 @@ from qlora_tui.runs.events import Failed
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.plot import Axis, Curve, Plot, loss_axis, no_plot, overall, plot, so_far
-from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope, smoothing_window
+from qlora_tui.tui.render.series import DecimatedSeries, Envelope, smooth, smoothing_window
 from qlora_tui.tui.screens.base import CancelsWorkersFirst
 from qlora_tui.tui.screens.runs.run_list import MARKS
 from qlora_tui.tui.widgets.controls import Drawing
@@ -69,7 +69,7 @@ class ComparedRun:
     name: str
     recipe: Recipe | None
     envelope: Envelope
-    """Curve of the running mean of the training loss, by tokens trained."""
+    """Smoothed training loss, by tokens trained."""
     outcome: Mapping[str, Outcome]
     """Results by label of their row. A row that is empty for all compared runs is not shown."""
 
@@ -95,7 +95,7 @@ def read(run: RunDir) -> ComparedRun:
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     mean_losses = DecimatedSeries()
-    mean_losses.extend(series.tokens, BiasCorrectedEma(smoothing_window(len(series))).smooth(series.loss))
+    mean_losses.extend(series.tokens, smooth(series.loss, smoothing_window(len(series))))
     recipe = run.readable_recipe()
     speed = sorted(series.tokens_per_s)[len(series) // 2] if len(series) else None
     best, last = view.best, view.last_evaluation
@@ -151,7 +151,7 @@ def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
             Curve(one.envelope, one.name, style, mark)
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
         ),
-        legend=(("(training, running mean)", "dim"),),
+        legend=(("(training, smoothed)", "dim"),),
         empty="None of these runs has a step yet.",
     )
 

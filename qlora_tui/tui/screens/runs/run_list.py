@@ -54,7 +54,7 @@ from qlora_tui.tui.render.labels import (
     state_bar,
     targets_words,
 )
-from qlora_tui.tui.render.plot import labeled, sparkline
+from qlora_tui.tui.render.meters import labeled, sparkline
 from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 

@@ -16,7 +16,7 @@ from textual.content import Content
 from qlora_tui.formatting import format_bytes, format_gib, format_percent, format_power, format_reading
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
-from qlora_tui.tui.render.plot import bar, blocks
+from qlora_tui.tui.render.meters import bar, history
 
 _HOT_C = 83
 _LABEL = 8
@@ -224,7 +224,7 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         # Fill a gap of a single second, since two readings may be slightly more than a second apart.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
-    return [Content.styled(row, "$hardware") for row in blocks(slots, 0.0, meter.top, rows, is_apart=True)]
+    return history(slots, 0.0, meter.top, rows, "$hardware")
 
 
 def _power(gpu: GpuMetrics) -> str:

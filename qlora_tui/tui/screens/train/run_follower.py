@@ -11,7 +11,7 @@ import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -37,7 +37,13 @@ from qlora_tui.runs.status import ACTIVE, Status
 from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import EnergyMeter, Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.series import BiasCorrectedEma, DecimatedSeries, Envelope, smoothing_window
+from qlora_tui.tui.render.series import (
+    BiasCorrectedEma,
+    DecimatedSeries,
+    Envelope,
+    smoothing_window,
+    without_lag,
+)
 
 LONG_BYTES = 8 << 20
 """Size of an event log, about 40,000 steps, above which only a sample of the steps is read."""
@@ -81,7 +87,7 @@ class StepEnvelopes:
 
     loss: Envelope
     mean_loss: Envelope
-    """Running mean of the loss."""
+    """Smoothed loss, which does not lag."""
     learning_rate: Envelope
     grad_norm: Envelope
     tokens_per_s: Envelope
@@ -103,6 +109,7 @@ class RunSnapshot:
     loss: float | None
     """Loss of the last step; None before the first step. The next five fields also refer to the last step."""
     mean_loss: float | None
+    """Running mean of the loss: the last value of the smoothed curve."""
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_s: float | None
@@ -225,8 +232,16 @@ class _DecimatedRun:
         """Return the curves from step ``from_step`` on. The result is cached until a step is added."""
         drawn_for = (len(self.steps), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
-            self._drawn = (drawn_for, StepEnvelopes(*self.steps.envelopes(from_step)))
+            envelopes = StepEnvelopes(*self.steps.envelopes(from_step))
+            mean_loss = self._without_lag(envelopes.mean_loss)
+            self._drawn = (drawn_for, replace(envelopes, mean_loss=mean_loss))
         return self._drawn[1]
+
+    def _without_lag(self, running: Envelope) -> Envelope:
+        means = [(low + high) / 2 for low, high in zip(running.lows, running.highs, strict=True)]
+        steps_per_value = max(1.0, self.last_step / max(1, len(self.steps)))
+        window = self.smoother.window * steps_per_value
+        return Envelope.of_points(running.xs, without_lag(running.xs, means, window))
 
 
 class RunFollower:

@@ -52,7 +52,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_style,
 )
-from qlora_tui.tui.render.plot import bar, labeled
+from qlora_tui.tui.render.meters import bar, labeled
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.controls import wrapped
 
@@ -124,7 +124,7 @@ def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) ->
 
 
 def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
-    """Return a line with the run's state and progress, such as ``● training  ██████░░░  86%  step 70/81``.
+    """Return a line with the run's state and progress, such as ``● training  ▄▄▄▄▄▄▁▁▁  86%  step 70/81``.
     Without a step, or with little room, the line has no bar.
     """
     first, share = state_line(snapshot), progress_share(snapshot)
@@ -284,7 +284,7 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """Return the finished micro-batches of a long step, such as ``this step ███░░░░░ 3 of 8``. The text is
+    """Return the finished micro-batches of a long step, such as ``this step ▄▄▄▁▁▁▁▁ 3 of 8``. The text is
     empty in short steps, in steps with one micro-batch, and in any phase except training.
     """
     status = snapshot.status

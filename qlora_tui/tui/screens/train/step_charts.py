@@ -25,19 +25,11 @@ from qlora_tui.tui.render.loss import (
     STEP_DOTS,
     VALIDATION_STYLE,
     LossFacts,
-    mean_blocks,
+    loss_sparkline,
     run_plot,
 )
-from qlora_tui.tui.render.plot import (
-    Axis,
-    Plot,
-    blocks,
-    column_of,
-    plot,
-    rounded,
-    so_far,
-    tick_step,
-)
+from qlora_tui.tui.render.meters import history
+from qlora_tui.tui.render.plot import Axis, Plot, column_of, plot, rounded, so_far, tick_step
 from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
@@ -86,14 +78,15 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
 
 
 def _sparkline(loss: Plot, width: int, height: int) -> list[Content]:
-    """Return the legend, and below it the smoothed loss as blocks up to the last step."""
+    """Return the legend, and below it the smoothed loss as columns, up to the last step."""
     smoothed = loss.curves[-1].envelope
-    end = smoothed.xs[-1] if smoothed.xs else loss.x.high
-    x = replace(loss.x, high=max(end, loss.x.low + 1))
+    means = [
+        low if low <= high else math.nan for low, high in zip(smoothed.lows, smoothed.highs, strict=True)
+    ]
     legend = Content("   ").join(
         Content.styled(text, style) for text, style in loss.legend if text != STEP_DOTS
     )
-    return [legend, *mean_blocks(_by_column(smoothed, x, width), height - 1)][:height]
+    return loss_sparkline(legend, means, width, height)
 
 
 def _chart_lines(
@@ -109,12 +102,10 @@ def _chart_lines(
         columns: Width of the blocks, in cells.
         rows: Height of the chart, in lines.
     """
-    drawn = blocks(_by_column(chart.envelope, x, columns), 0.0, chart.top, rows, is_apart=True)
+    drawn = history(_by_column(chart.envelope, x, columns), 0.0, chart.top, rows, chart.style)
     head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
     heads = [Content(" " * gutter)] * (rows - 1) + [head]
-    return [
-        Content.assemble(head, (row.rstrip(), chart.style)) for head, row in zip(heads, drawn, strict=True)
-    ]
+    return [Content.assemble(head, row.rstrip()) for head, row in zip(heads, drawn, strict=True)]
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
@@ -150,7 +141,7 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
         more.append((f"showing 1 in {snapshot.step_stride:,} steps", "dim"))
     return run_plot(
         LossFacts(
-            x=steps_axis(snapshot.step, view.total_steps, from_step),
+            x=so_far(snapshot.step, view.total_steps, "step", from_step),
             loss=snapshot.envelopes.loss,
             mean_loss=snapshot.envelopes.mean_loss,
             last_mean=snapshot.mean_loss,
@@ -161,17 +152,6 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
             empty=no_steps_words(is_over=view.ending is not None),
         )
     )
-
-
-def steps_axis(step: int, total: int, from_step: float = 0.0) -> Axis:
-    """Return the axis of the steps of a run so far, beginning at ``from_step``. ``total``: the planned number
-    of steps.
-    """
-    whole = so_far(step, total, "step")
-    if from_step <= 0:
-        return whole
-    grain = tick_step(0, max(1.0, step - from_step), 8)
-    return Axis(from_step, max(math.ceil(step / grain) * grain, from_step + 1), "step")
 
 
 def zoom_start(step: int, zoom: int) -> float:
