@@ -133,7 +133,7 @@ def disk_problem(
     where = where if len(where) <= _LONGEST_SHOWN else f"{where[:_LONGEST_SHOWN]}…"
     why = ""
     if error.errno == errno.EEXIST and Path(where).is_symlink() and not Path(where).exists():
-        title, why = "Broken symbolic link", f"It leads to {os.path.realpath(where)}."
+        title, why = "Broken symbolic link", f"The link leads to {os.path.realpath(where)}."
         fix = f"Create that folder, or {elsewhere}."
     if error.errno == errno.ENOSPC and _lacks_inodes(Path(where)):
         why, fix = "The disk has space, but no inodes left: it holds too many files.", "Delete some files."

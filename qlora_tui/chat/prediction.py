@@ -137,7 +137,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
                 "No such column",
                 what=f"{file} has no column {layout.columns[part]!r}, which contained the {part} in "
                 "training.",
-                why=f"Its columns are {', '.join(columns)}.",
+                why=f"The file's columns are {', '.join(columns)}.",
                 fix=f"Name the column with the {part}: --column {part}=COLUMN.",
                 exit_code=EXIT_USAGE,
             )

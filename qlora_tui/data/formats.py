@@ -502,7 +502,7 @@ def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, 
             raise UserError(
                 "No such column",
                 what=f"{name} has no column {column!r}, which columns.{part} names.",
-                why=f"Its columns are {', '.join(columns)}.",
+                why=f"The columns are {', '.join(columns)}.",
                 fix=_near(column, columns),
             )
 

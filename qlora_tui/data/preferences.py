@@ -168,7 +168,7 @@ def sides_problem(
     return UserError(
         f"{_PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {chosen!r} and {rejected!r}, but no column with the question.",
-        why=f"Its columns are {', '.join(columns.names)}.",
+        why=f"The columns are {', '.join(columns.names)}.",
         fix=f'Name the column with the question: columns = {{ prompt = "{example}", chosen = "{chosen}", '
         f'rejected = "{rejected}" }}.',
         code=UNMAPPED_SIDES,

@@ -236,7 +236,7 @@ def _run(
         *arguments,
         result=result,
         title="The repository could not be created" if job == "prepare" else "The upload ended early",
-        subject="Its process",
+        subject="The process that uploads",
         fix="Run the same command again: files already sent are not sent again.",
         on_progress=lambda message: on_status(message.text),
         deadline_s=deadline_s,

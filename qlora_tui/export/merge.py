@@ -167,7 +167,7 @@ def merge(
         if not isinstance(check, str) and not check.agrees:
             raise UserError(
                 "The merged model does not answer like the adapter",
-                what=f"{capitalize(check.sentence)}. It was not kept.",
+                what=f"{capitalize(check.sentence)}. The merged model was not kept.",
                 why="The base stores its weights in an unknown layout, or its files are damaged.",
                 fix="Use the adapter instead, and report the model.",
             )

@@ -114,7 +114,7 @@ class _Names:
                 return str(name)
         raise UserError(
             "This model cannot be exported as GGUF",
-            what=f"It has a tensor {tensor}, which llama.cpp's {self._architecture} lacks.",
+            what=f"The model has a tensor {tensor}, which llama.cpp's {self._architecture} lacks.",
             fix="Export it with `qlora-tui export merge`, and report the model.",
         )
 

@@ -226,7 +226,9 @@ class _Import:
 
     def result(self) -> ImportedRecipe:
         if self._trainer.required not in self._keys:
-            raise self._refused(f"it has no {self._trainer.required}, so it trains every weight, or nothing.")
+            raise self._refused(
+                f"the file has no {self._trainer.required}, so it trains every weight, or nothing."
+            )
         self._read_quantization()
         self._read_targets()
         self._read_data()
@@ -263,7 +265,7 @@ class _Import:
         elif written in rule.values and rule.to:
             self._take(key, value, rule.to, rule.values[written])
         elif rule.refuse:
-            raise self._refused(f"{key} is {shown(value)}: it trains {rule.refuse}.")
+            raise self._refused(f"{key} is {shown(value)}, so the file trains {rule.refuse}.")
         else:
             why = rule.why or f"{rule.to} has no such value"
             self._leave_out(key, value, why)
@@ -396,9 +398,8 @@ class _Import:
         """Determine the training objective, if a stage or a loss names it."""
         stage, loss = self._pop("stage"), self._pop("pref_loss") or "sigmoid"
         if stage in ("rm", "ppo"):
-            raise self._refused(
-                f"stage is {stage}: it trains {'a reward model' if stage == 'rm' else 'a policy by PPO'}."
-            )
+            trained = "a reward model" if stage == "rm" else "a policy by PPO"
+            raise self._refused(f"stage is {stage}, so the file trains {trained}.")
         if stage == "pt":
             self._take("stage", stage, "data.train_on", "everything")
         elif stage == "kto":

@@ -229,7 +229,7 @@ def restore_status(run: RunDir) -> str:
     if status.state == "lost":
         record_outcome(run, determine_outcome(run, None))
     elif is_stranded(run):
-        run_queue.mark_not_queued(run, "It was queued and was not in the queue.")
+        run_queue.mark_not_queued(run, "The run was queued and was not in the queue.")
     else:
         write_status(run, status)
     return f"it is {read_status(run).state} now"

@@ -422,7 +422,7 @@ class _RunnerMonitor:
             raise UserError(
                 "The run was not started",
                 what=f"{self._run.id} is queued, but the runner ended before it started the run.",
-                why=f"Its log ends: {lines[-1]}" if lines else "",
+                why=f"The runner's log ends: {lines[-1]}" if lines else "",
                 fix=f"{runner_log_path()} has the details; `qlora-tui attach {self._run.id}` tries again.",
             )
         ensure_runner()

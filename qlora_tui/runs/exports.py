@@ -265,7 +265,7 @@ def _read(folder: Path) -> Export | None:
         # Otherwise the export has ended regularly, or has just begun.
         before, status = status, status if is_new else _read_status(folder)
         if status == before and not is_new:
-            problem = f"Ended without an error message. Its output: {folder / 'log'}"
+            problem = f"Ended without an error message. The output is in {folder / 'log'}"
             status = replace(before, state="failed", problem=problem)
     return None if request is None or status is None else Export(folder, request, status)
 

@@ -74,7 +74,7 @@ def determine_outcome(
     cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""
     if says_out_of_memory(sentence_in_log(cuda_line)):
         what = "A library found no free GPU memory and ended the trainer."
-        return _out_of_memory(run, what, f"Its message: {cuda_line.strip()}.", exit_code)
+        return _out_of_memory(run, what, f"The library's message: {cuda_line.strip()}.", exit_code)
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
     if problem is not None:
         return events.Failed.from_problem(problem, at=time.time(), exit_code=exit_code)

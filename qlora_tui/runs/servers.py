@@ -124,7 +124,7 @@ def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | N
     output = read_regular(log_path).decode(errors="replace").strip().removeprefix("qlora-tui: ")
     title, _, what = output.partition(": ")
     if not what or process.poll() is None:
-        title, what = "The server did not start", output or "It printed nothing."
+        title, what = "The server did not start", output or "The server printed nothing."
     raise UserError(title, what=" ".join(what.split()), fix=f"The server's output is in {log_path}.")
 
 

@@ -203,7 +203,7 @@ def load_target(name: str) -> Target:
     except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
         keys = ", ".join(Target.__struct_fields__)
         raise UsageError(
-            "Cannot use the target", what=f"{path}: {error}.", fix=f"Its keys are {keys}."
+            "Cannot use the target", what=f"{path}: {error}.", fix=f"The possible keys are {keys}."
         ) from error
     problem = _problem_of(target)
     if problem:

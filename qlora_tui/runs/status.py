@@ -109,7 +109,9 @@ def read_status(run: RunDir) -> Status:
         # Read it again, because the runner may have taken the run since.
         status = recorded_status(run)
         if status.state == "queued":
-            return structs.replace(status, state="stopped", detail="It was queued and is not in the queue.")
+            return structs.replace(
+                status, state="stopped", detail="The run was queued and is not in the queue."
+            )
     if status.state not in ACTIVE:
         return status
     status, seen = _look_for_trainer(run, status)
@@ -203,27 +205,27 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         beats: Whether the process writes a heartbeat. The trainer does; the runner that starts it does not.
     """
     if mark is None:
-        return Sighting(False, "Its status names no process.")
+        return Sighting(False, "The status names no process.")
     if not mark.is_from_this_host:
         is_recent = abs(time.time() - beat_at) < BEAT_S
         if not mark.is_from_this_boot:
             if is_recent:
                 return Sighting(True, f"Running on another machine ({mark.host}).")
-            return Sighting(False, f"It ran on another machine ({mark.host}): {_silence(beat_at)}")
+            return Sighting(False, f"The run was on another machine ({mark.host}): {_silence(beat_at)}")
         held = is_locked(run.trainer_lock_path) if beats else None
         # A runner does not hold the run's lock, and some file systems have no locks.
         is_alive = is_recent if held is None else held
         where = f"in another container ({mark.host})"
-        return Sighting(is_alive, f"Running {where}." if is_alive else f"Its process {where} is gone.")
+        return Sighting(is_alive, f"Running {where}." if is_alive else f"The process {where} is gone.")
     if not mark.is_from_this_boot:
-        return Sighting(False, "The machine was restarted while it ran.")
+        return Sighting(False, "The machine was restarted during the run.")
     state = mark.state
     if state in ("", "Z", "X"):
-        return Sighting(False, "Its process is gone without an exit record; it was probably killed.")
+        return Sighting(False, "The process is gone without an exit record and was probably killed.")
     if state in ("T", "t"):
-        return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues its process.")
+        return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues the process.")
     if beats and abs(time.time() - beat_at) > SILENT_S:
-        waits = " It is waiting for a disk or another device." if state == "D" else ""
+        waits = " The process is waiting for a disk or another device." if state == "D" else ""
         return Sighting(True, f"Not responding: {_silence(beat_at)}{waits}")
     return Sighting(True)
 

@@ -162,7 +162,7 @@ def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedPr
     failed = next((event for event in events if isinstance(event, Failed)), None)
     if failed is not None:
         return _check(name, "error", f"{failed.what} {failed.why}".strip(), failed.fix)
-    last = (done.stdout.decode(errors="replace").strip().splitlines() or ["It printed nothing."])[-1]
+    last = (done.stdout.decode(errors="replace").strip().splitlines() or ["the trainer printed nothing"])[-1]
     text = f"The trainer ended with code {done.returncode}: {last}"
     return _check(name, "error", text, install_command("torch", "bitsandbytes"))
 

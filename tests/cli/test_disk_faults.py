@@ -197,7 +197,7 @@ def test_a_run_that_no_runner_takes_is_not_waited_for(run: RunDir, no_runner: li
     with pytest.raises(UserError, match="The run was not started") as caught:
         list(describe.follow_events(RunView(run)))
     assert no_runner == ["runner"], "one more was tried"
-    assert caught.value.why == "Its log ends: File locks do not work."
+    assert caught.value.why == "The runner's log ends: File locks do not work."
 
 
 def test_doctor_tries_file_locks(monkeypatch: pytest.MonkeyPatch) -> None:

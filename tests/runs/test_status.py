@@ -167,7 +167,7 @@ def test_a_second_machine_is_refused(run: RunDir, capsys: pytest.CaptureFixture[
 
 def test_a_restarted_machine_loses_a_run(run: RunDir) -> None:
     status = says(run, structs.replace(process_identity(), boot_id="the boot before"))
-    assert (status.state, status.detail) == ("lost", "The machine was restarted while it ran.")
+    assert (status.state, status.detail) == ("lost", "The machine was restarted during the run.")
 
 
 def test_another_container_of_one_kernel_is_judged_by_the_lock(

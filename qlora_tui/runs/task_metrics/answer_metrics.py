@@ -194,7 +194,7 @@ def parse_json(text: str) -> Any:
     if fenced := _FENCE.match(inner):
         inner = fenced[1].strip()
     if not inner.startswith(("{", "[")):
-        raise NotJsonError("It is not an object or array.")
+        raise NotJsonError("The answer is not an object or array.")
     try:
         return json.loads(inner, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

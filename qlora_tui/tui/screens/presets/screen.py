@@ -69,7 +69,9 @@ def save_as(
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
-        raise OverwriteError("Preset exists", what=f"You already have a preset {name}. It would be replaced.")
+        raise OverwriteError(
+            "Preset exists", what=f"You already have a preset {name}, which would be replaced."
+        )
     save(name, recipe, note=note, overwrite=overwrite)
     return before
 
