@@ -33,8 +33,9 @@ def style_of(app: Any, text: str) -> Style:
 
 
 def segments_of(app: Any) -> list[list[Segment]]:
-    """What the screen paints, line by line."""
-    return [_flat(strip) for strip in app.screen._compositor.render_update(full=True).strips]
+    """What the screen paints, line by line; of a dialog also what is dim behind it."""
+    painted = app.screen._compositor.render_update(full=True, screen_stack=app._background_screens)
+    return [_flat(strip) for strip in painted.strips]
 
 
 def segments_in_front(app: Any) -> list[list[Segment]]:
