@@ -154,7 +154,7 @@ def _no_config(files: set[str], name: str) -> UserError:
             fix="Choose the base model that adapter_config.json names.",
         )
     return UserError(
-        "This model has no config.json",
+        "No config.json",
         what=f"{name} has no config.json.",
         why="This file describes the model's layers and sizes.",
         fix="Copy the model's config.json into the folder of its weights, or download the model again.",
@@ -206,13 +206,13 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
     """Build the error for ``files`` without loadable weights."""
     if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
         return UserError(
-            "This model has only pickled weights",
+            "Only pickled weights",
             what=f"{name} has {pickled[0]} and no safetensors.",
             why="Opening a pickle can run any code; qlora-tui reads safetensors only.",
             fix="Choose a copy of the model that is saved as safetensors.",
         )
     return MissingFilesError(
-        "This model has no weights",
+        "No weights",
         what=f"{name} has neither {SINGLE} nor {INDEX}.",
         why="There is nothing to train.",
         fix="Download the model again.",

@@ -17,7 +17,7 @@ import msgspec
 from qlora_tui import paths
 from qlora_tui.catalog.adapters import require_fit, trained_on
 from qlora_tui.catalog.architecture_types import context_length_warning
-from qlora_tui.catalog.local_models import ModelFiles, load_model_config, resolve_model
+from qlora_tui.catalog.local_models import ModelFiles, load_model_config, resolve_model, training_refusal
 from qlora_tui.catalog.model_validation import UNUSABLE_TOKENIZER
 from qlora_tui.catalog.optional_kernels import describe_missing, missing_kernels
 from qlora_tui.data.trainable_tokens import check_tokens
@@ -170,6 +170,8 @@ def _model(recipe: Recipe) -> tuple[Check, ModelFiles | None]:
         files = resolve_model(recipe.model.id)
     except UserError as problem:
         return Check.blocked(CheckKind.MODEL, problem), None
+    if (refusal := training_refusal(recipe.model.id)) is not None:
+        return Check.blocked(CheckKind.MODEL, refusal), files
     weights = "a GGUF file, converted on first use" if files.gguf_file else f"in {format_path(files.folder)}"
     text = f"{format_count(files.architecture.total_params)} parameters, {weights}."
     return Check(CheckKind.MODEL, "ok", text), files

@@ -239,14 +239,6 @@ class QloraApp(TerminalApp):
         is_reported = status.gpu is not None or status.trains_on == "cpu"
         return budget_for(status.gpu) if is_reported else self.memory_budget
 
-    @property
-    def cpu_budget(self) -> MemoryBudget | None:
-        """This machine's CPU and its memory, if a run here would use the CPU although the user's settings
-        have a GPU size; otherwise None.
-        """
-        here = self.run_budget
-        return here if here.device.kind == "cpu" and self.memory_budget.is_assumed else None
-
     async def action_quit(self) -> None:
         """Exit at once. Nothing is lost: runs and exports continue, and the app prints how to return to
         them.

@@ -323,7 +323,7 @@ def _refused(hub: FakeHub, repo: FakeRepo) -> Failure:
 def test_a_model_of_pickles_is_refused_before_anything_is_fetched(hub: FakeHub) -> None:
     repo = tiny_repo()
     del repo.files["model.safetensors"]
-    assert _refused(hub, repo).title == "This model has only pickled weights"
+    assert _refused(hub, repo).title == "Only pickled weights"
 
 
 def test_a_model_needing_its_own_code_is_never_downloaded(hub: FakeHub) -> None:

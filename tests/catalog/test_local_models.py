@@ -141,7 +141,7 @@ def test_pickles_beside_safetensors_do_no_harm(tmp_path: Path) -> None:
 def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    assert "no weights" in _refusal(tmp_path).title
+    assert "No weights" in _refusal(tmp_path).title
 
 
 def test_a_model_without_its_tokenizer_is_refused_and_estimated(tmp_path: Path) -> None:

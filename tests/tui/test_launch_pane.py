@@ -105,14 +105,19 @@ async def test_without_a_model_nothing_is_launched_and_the_fix_named() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "✗ error", "No model selected.", "Not ready: model, data", "t Why not")
+        await wait_for_text(
+            pilot, "✗ error", "No model selected.", "Cannot train: no model, no data", "t Why not"
+        )
         await pilot.press("t")
         await wait_for_text(pilot, "Not ready to run")
         assert all_runs() == []
 
 
 def app_with_checks(monkeypatch: pytest.MonkeyPatch, model: Path, *checks: Check) -> QloraApp:
-    """An app whose recipe has a model and data, with this outcome of its checks; no run is started."""
+    """An app whose recipe has a model and data, with this outcome of its checks; no run is started, and no
+    samples are counted.
+    """
+    monkeypatch.setattr(QloraApp, "count_samples", lambda app: None)
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     monkeypatch.setattr(train_module, "preflight", lambda *_, **__: checks)
     app = QloraApp()
@@ -194,7 +199,7 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path)
     )
     async with app.run_test(size=(80, 60)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "Not ready: data")
+        await wait_for_text(pilot, "Cannot train: not valid JSON")
         # The path before it decides where its lines break.
         await wait_until(pilot, lambda: "Line 3 is not valid JSON" in " ".join(text_of(app).split()))
         await wait_until(pilot, lambda: "leave bad rows out" in " ".join(text_of(app).split()))
@@ -209,7 +214,7 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path)
         await wait_for_text(pilot, "checks ok  model, data")
         rows.write_text("{bad\n")
         await pilot.press("6", "5")
-        await wait_for_text(pilot, "Not ready: data")
+        await wait_for_text(pilot, "Cannot train: not valid JSON")
 
 
 @pytest.mark.usefixtures("same_machine")

@@ -95,7 +95,12 @@ async def test_a_stylesheet_is_parsed_once_for_all_screens(
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "Next")
         monkeypatch.setattr(stylesheet, "parse", counted)
-        for key, text in (("5", "Not ready"), ("?", "Help: Train"), ("q", "Not ready"), ("6", "No runs yet")):
+        for key, text in (
+            ("5", "Cannot train"),
+            ("?", "Help: Train"),
+            ("q", "Cannot train"),
+            ("6", "No runs yet"),
+        ):
             await pilot.press(key)
             await wait_for_text(pilot, text)
     assert any("train.tcss" in one for one in read)

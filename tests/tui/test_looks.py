@@ -122,7 +122,7 @@ def lora(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
 
 def launch(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     app = open_on("home", model=str(config_folder(home, "Qwen__Qwen2.5-7B")))
-    return app, keys("5", "Not ready")
+    return app, keys("5", "Cannot train: ")
 
 
 def train(_home: Path, set_clock: Callable[[float], None]) -> tuple[QloraApp, Before]:

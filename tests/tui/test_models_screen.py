@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
             pilot, "On this machine (3)", "135M", "7.62B", "needs", "~6.3 GiB", "✗ old/pickled"
         )
         await pilot.press("j", "j")
-        await wait_for_text(pilot, "✗ This model has only pickled weights", "gpt2")
+        await wait_for_text(pilot, "✗ Only pickled weights", "gpt2")
         await pilot.press("g")
         await wait_for_text(
             pilot,
@@ -263,7 +264,7 @@ async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(
             pilot,
-            "This model has no weights",
+            "No weights",
             "▸ [/]  Find it on the Hub",
             "Enter  Select it for estimates only",
         )
@@ -278,10 +279,14 @@ async def test_a_model_without_its_tokenizer_is_named_where_it_is_estimated(tmp_
     (folder / "tokenizer.json").unlink()
     app = open_on("models", model=str(folder), model_folders=(str(folder.parent),))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "cannot train", "has no tokenizer.json", "▸ [/]  Find it on the Hub")
-        for screen in "34":
+        await wait_for_text(pilot, "has no tokenizer.json", "▸ [/]  Find it on the Hub")
+        for screen in "134250":
             await pilot.press(screen)
-            await wait_for_text(pilot, "cannot train: no tokenizer")
+            await wait_for_text(pilot, "annot train: no tokenizer")
+            await settle(pilot)
+            # A model that cannot be trained has no verdict "fits", and the reason is told once.
+            shown = text_of(pilot.app)
+            assert (shown.count("annot train:"), re.findall("GiB +fits", shown)) == (1, []), shown
 
 
 async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _OF_16 = r"(~?[\d.]+) of 16\.0 GiB (?:\(assumed\) )?(\w+)"
 _OF_32 = r"(~?[\d.]+) of 32\.0 GiB (\w+)"
 PLACES = {
     "1": (r"● Qwen2\.5-7B .*?(~?[\d.]+) GiB ([!?✗ ])", r"● +1,024 +(~?[\d.]+) GiB ([!?✗ ])"),
+    "2": ("memory .*?" + _OF_16, r"● now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does|uncertain)?"),
     "3": (r"› NF4 .*?(~?[\d.]+) GiB (\w+)", "NF4 (fits|tight|does|uncertain)"),
     "4": (r"● *[\d.]+M .*?(~?[\d.]+) GiB ([!?✗ ])",),
     "p": (r"● balanced +(~?[\d.]+) GiB ([!?✗ ])", "memory now .*?" + _OF_16),
@@ -30,10 +31,7 @@ PLACES = {
 """Key of a screen, and where it shows the memory of the recipe as it is, on the assumed GPU."""
 HERE = {
     "0": ("memory .*?" + _OF_32,),
-    "1": ("Launch on CPU: " + _OF_32,),
-    "2": ("memory .*?" + _OF_32, r"● now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does|uncertain)?"),
-    "3": ("Launch on CPU: " + _OF_32,),
-    "5": ("memory " + _OF_32,),
+    "5": ("memory here " + _OF_32,),
 }
 """The same on this machine, which a run would use."""
 _WORDS = {" ": "✓", "fits": "✓", "tight": "!", "uncertain": "?", "does": "✗"}

@@ -28,7 +28,7 @@ CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲
 VISITED = [
     ("6", "Compare"),
     ("5", "chat with it"),
-    ("n", "Not ready"),
+    ("n", "Cannot train"),
     ("x", "Watch another run"),
     ("\r", "chat with it"),
     ("?", "Help: Train"),

@@ -432,7 +432,7 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
         await pilot.press("4")
         app.edit("lora.rank", 32)
         await pilot.press("5")
-        await wait_for_text(pilot, "Gradient accumulation", "Not ready")
+        await wait_for_text(pilot, "Gradient accumulation", "Cannot train")
 
 
 async def test_a_run_that_loads_shows_stages_with_progress_and_time(set_clock: SetClock) -> None:

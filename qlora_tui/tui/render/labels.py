@@ -47,7 +47,7 @@ _VERDICTS = {
 INSTANT = "~"
 """Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
-CANNOT_TRAIN = "✗ cannot train"
+CANNOT_TRAIN = "cannot train"
 """Shown next to the estimate of a model that cannot be trained, for example because its weights are
 missing.
 """
@@ -57,8 +57,6 @@ _MIN_NAME = 9
 _MIN_BAR = 4
 """Minimum width of a bar, in cells. Below it, the bar is left out."""
 _ASSUMED = " (assumed)"
-THIS_CPU = "Launch on CPU:"
-"""Label of the memory of a run on this machine, shown next to estimates for an assumed GPU."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
     "queued": ("◌", "dim"),
@@ -207,9 +205,9 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
     return Content("\n").join(lines)
 
 
-def refusal_words(refusal: UserError) -> str:
-    """Return why a model cannot be trained: ``✗ cannot train: this model has no weights``."""
-    return f"{CANNOT_TRAIN}: {uncapitalize(refusal.title)}"
+def refusal_words(*refusals: UserError) -> str:
+    """Return why nothing can be trained, as every screen says it: ``cannot train: no tokenizer``."""
+    return f"{CANNOT_TRAIN}: {', '.join(uncapitalize(refusal.title) for refusal in refusals)}"
 
 
 class FitLine:
@@ -240,13 +238,6 @@ class FitLine:
         drawn = f"{bar(self._share, cells)} " if cells >= _MIN_BAR else ""
         label = f"{self._label} " if self._label else ""
         return Content.assemble(label, (drawn, self._verdict[1]), f"{figures} ", self._verdict)
-
-
-def fit_here(verdict: Verdict, *, can_train: bool = True) -> FitLine:
-    """Return the line on the memory of a run on this machine, such as ``Launch on CPU: ~1.0 of 23.5 GiB
-    fits``, to be shown next to estimates for an assumed GPU.
-    """
-    return FitLine(THIS_CPU, verdict, can_train=can_train)
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from textual.app import ComposeResult
 from textual.messages import Prune
@@ -91,8 +91,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """Ids of the app's commands that the footer includes on this screen."""
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip is shown below the top bar, since the screen edits the recipe."""
-    SHOWS_MEMORY: ClassVar[bool] = False
-    """Whether the screen itself shows the memory of the recipe, so that the recipe strip leaves it out."""
+    STRIP_TELLS: ClassVar[Literal["nothing", "problem", "step"]] = "step"
+    """What the recipe strip says if the model cannot be trained: nothing where the screen itself says it."""
     _strip: RecipeStrip
     # Otherwise, Textual would focus the first field, and a digit pressed before the screen sets its own focus
     # would be typed into that field.
@@ -131,7 +131,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
             # wait for the import of the memory package.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
-            self._strip = RecipeStrip(with_memory=not self.SHOWS_MEMORY)
+            self._strip = RecipeStrip(tells=self.STRIP_TELLS)
             yield self._strip
         yield from self.compose_body()
         yield CommandFooter(self.FOOTER_APP_COMMANDS, self.command_label)

@@ -1,8 +1,9 @@
-"""The recipe in one line below the top bar; a second line shows its memory, except on screens that have their
-own panel for memory.
-"""
+"""The recipe in one line below the top bar, and why it cannot be trained."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Literal
 
 from rich.cells import cell_len
 from textual.app import RenderResult
@@ -11,23 +12,21 @@ from textual.widget import Widget
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import uncapitalize
-from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import bare_key, command_key, key_hint
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
-    PRECISION_NAMES,
     SEPARATOR,
-    FitLine,
-    cut_cells,
+    next_step,
     recipe_line,
     recipe_parts,
+    refusal_words,
 )
 from qlora_tui.tui.workbench import Workbench
 
-_GAP = 2
+_MAY_SHORTEN = {2, 4}
+"""Places in :func:`recipe_parts` of what may be shortened for other words: the data and the batch."""
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "undo")
 _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
@@ -35,33 +34,34 @@ _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
 
 
 class RecipeStrip(Widget):
-    """The recipe in a line or two, on every screen that edits it."""
+    """The recipe in a line, on every screen that edits it."""
 
     DEFAULT_CSS = """
     RecipeStrip {
         dock: top;
-        height: 2;
+        height: 1;
         margin-top: 1;
         padding: 0 1;
         background: $surface;
-        &.-brief {
-            height: 1;
-        }
     }
     """
 
-    def __init__(self, *, with_memory: bool) -> None:
-        """Create the strip. ``with_memory`` adds a second line with the memory."""
-        super().__init__(classes="" if with_memory else "-brief")
+    def __init__(self, *, tells: Literal["nothing", "problem", "step"]) -> None:
+        """Create the strip.
+
+        Args:
+            tells: If the model cannot be trained, what the strip says about it, besides the recipe: the
+                ``problem``, or also the ``step`` that solves it.
+        """
+        super().__init__()
         # Show the keys at the end of the line dim instead of in the color of links.
         self.auto_links = False
-        self._with_memory = with_memory
+        self._tells = tells
         self._bench: Workbench | None = None
         self._recipe_line = ""
-        self._shown: tuple[Precision, Precision] = ("nf4", "fp16")
-        self._comparison: dict[Precision, Estimate] | UserError | None = None
-        self._budget: MemoryBudget | None = None
-        self._can_train = True
+        self._problem: UserError | None = None
+        self._is_of_model = False
+        """Whether another model, or the rest of its files, solves the problem."""
         self._is_running = False
         self._is_changed_elsewhere = False
 
@@ -76,38 +76,53 @@ class RecipeStrip(Widget):
     def show_recipe(
         self, workbench: Workbench, budget: MemoryBudget, *, is_changed_elsewhere: bool = False
     ) -> None:
-        """Show the recipe, the available memory, and whether another window has changed the recipe."""
+        """Show the recipe, why it cannot be trained or estimated, and whether another window has changed the
+        recipe. ``budget``: the device that the estimate is for.
+        """
         if is_changed_elsewhere != self._is_changed_elsewhere:
             self._is_changed_elsewhere = is_changed_elsewhere
             self.refresh()
-        can_train = workbench.model_refusal() is None
-        shown = (recipe_line(workbench), workbench.comparison(budget.device), budget, can_train)
-        if shown != (self._recipe_line, self._comparison, self._budget, self._can_train):
+        compared = workbench.comparison(budget.device)
+        refusal = workbench.model_refusal()
+        problem = refusal or (compared if isinstance(compared, UserError) else None)
+        shown = (recipe_line(workbench), problem if workbench.recipe.model.id else None, refusal is not None)
+        if shown != (self._recipe_line, self._problem, self._is_of_model):
             self._bench = workbench
-            self._recipe_line, self._comparison, self._budget, self._can_train = shown
-            own = precision_of(workbench.recipe)
-            self._shown = ("nf4" if own == "fp16" else own, "fp16")
+            self._recipe_line, self._problem, self._is_of_model = shown
             self.refresh()
 
     def render(self) -> RenderResult:
         width = self.content_size.width
         prefix = _NEXT_RUN if self._is_running and self.size.width >= WIDE_CELLS else ""
-        problem = Content("") if self._with_memory else self._problem()
-        room = width - len(prefix) - problem.cell_length
-        line, hint = self._line_and_hint(room)
-        gap = " " * (room - cell_len(line) - hint.cell_length)
-        first = Content.assemble((prefix, "dim"), line, gap, hint, problem)
-        return Content("\n").join([first, self._cost_line(width)]) if self._with_memory else first
+        width -= len(prefix)
+        variants = self._problem_variants()
+        problem = next(filter(partial(self._has_room_for, width), variants), variants[-1])
+        line, hint = self._line_and_hint(width - problem.cell_length)
+        gap = " " * (width - problem.cell_length - cell_len(line) - hint.cell_length)
+        return Content.assemble((prefix, "dim"), line, gap, hint, problem)
 
-    def _problem(self) -> Content:
-        """Return why the recipe's memory is unknown or its model cannot be trained; empty if neither is the
-        case, or if there is no model.
+    def _problem_variants(self) -> list[Content]:
+        """Return what the strip says about the problem, longest first."""
+        if self._problem is None or self._tells == "nothing":
+            return [Content("")]
+        shortest = min(uncapitalize(self._problem.title), CANNOT_TRAIN, key=cell_len)
+        variants = [
+            Content.styled(f"  ✗ {words}", "$error") for words in (refusal_words(self._problem), shortest)
+        ]
+        if self._tells == "step" and self._is_of_model:
+            variants.insert(0, Content(" ").join([variants[0], next_step("go.models", "fix")]))
+        return variants
+
+    def _has_room_for(self, width: int, problem: Content) -> bool:
+        """Return whether next to these words there is room for a recipe of which only the data and the batch
+        are shortened.
         """
-        if self._bench is None or not self._bench.recipe.model.id:
-            return Content("")
-        if isinstance(self._comparison, UserError):
-            return Content.styled(f"  ✗ {uncapitalize(self._comparison.title)}", "$error")
-        return Content("") if self._can_train else Content.styled(f"  {CANNOT_TRAIN}", "$error")
+        if self._bench is None:
+            return True
+        full, room = recipe_parts(self._bench), width - problem.cell_length
+        parts = recipe_parts(self._bench, room)
+        shortened = {place for place, part in enumerate(parts) if part != full[place]}
+        return shortened <= _MAY_SHORTEN and cell_len(SEPARATOR.join(parts)) <= room
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """Return the line of the recipe, and the longest variant of the keys (``_HINTS``) that fits next to
@@ -127,38 +142,11 @@ class RecipeStrip(Widget):
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
             shortened = {place for place, part in enumerate(parts) if part != widest[place]}
-            # Parts 2 and 4 are the name of the data and the batch.
-            allowed = {2, 4} if commands == _HINTS[-1] else set()
+            allowed = _MAY_SHORTEN if commands == _HINTS[-1] else set()
             line = SEPARATOR.join(parts)
             if shortened <= allowed and cell_len(line) <= room:
                 return line, hint
         return recipe_line(self._bench, width), Content("")
-
-    def _cost_line(self, width: int) -> Content:
-        if self._comparison is None or self._budget is None:
-            return Content("")
-        if isinstance(self._comparison, UserError):
-            message = f"{self._comparison.what} {self._comparison.fix}".replace("\n", " ")
-            return Content.styled(cut_cells(message, width), "dim")
-        head = () if self._can_train else (Content.styled(CANNOT_TRAIN, "$error"),)
-        costs = [
-            FitLine(
-                PRECISION_NAMES[key],
-                check_fit(self._comparison[key], self._budget.bytes),
-                is_assumed=self._budget.is_assumed,
-                can_train=self._can_train,
-            )
-            for key in self._shown
-        ]
-        room = width - sum(part.cell_length + _GAP for part in head)
-        if sum(cost.least_width for cost in costs) + _GAP > room:
-            costs = costs[:1]
-        each = (room + _GAP) // len(costs) - _GAP
-        if len(costs) > 1:
-            each = min(each, room - _GAP - costs[1].least_width)
-        lines = [cost.draw(max(each, cost.least_width)) for cost in costs]
-        padded = [line.pad_right(max(0, each - line.cell_length)) for line in lines]
-        return Content(" " * _GAP).join([*head, *padded])
 
 
 def reload_hint() -> Content:

@@ -78,7 +78,6 @@ class DataScreen(SourceActions):
     MODE = "data"
     CSS_PATH = "data.tcss"
     EDITS_RECIPE = True
-    SHOWS_MEMORY = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -331,7 +330,7 @@ class DataScreen(SourceActions):
         """Once the report is complete, estimate the costs of other maximum lengths, unless nothing has
         changed.
         """
-        recipe, budget = self.app.workbench.recipe, self.app.run_budget
+        recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         key = (self.report, recipe, budget, self.app.counts)
         if self.report is None or not self.report.complete or key == self._costs_key:
             return
@@ -344,7 +343,7 @@ class DataScreen(SourceActions):
         architecture, machine = self.app.workbench.architecture(), self.app.system_status.machine
         self._forecast = await asyncio.to_thread(forecast, recipe, machine)
         self._costs = await asyncio.to_thread(
-            length_costs, report, recipe, architecture, self.app.run_budget, machine
+            length_costs, report, recipe, architecture, self.app.memory_budget, machine
         )
         self._show_report()
 
@@ -375,8 +374,11 @@ class DataScreen(SourceActions):
         """The memory that the recipe needs, as text; None if unknown. This screen shows the memory among the
         totals, and not in the header.
         """
-        fit = recipe_fit(self.app.workbench, self.app.run_budget)
-        return None if fit is None else fit.draw(0)
+        fit = recipe_fit(self.app.workbench, self.app.memory_budget)
+        if fit is None:
+            return None
+        # A small window has no room for the note that the memory is assumed.
+        return fit.draw(0 if self.has_class("-narrow") else self.size.width, max_bar=0)
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key, self._forecast = [], None, None

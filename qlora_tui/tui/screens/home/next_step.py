@@ -128,13 +128,12 @@ def _prepare(now: HomeState) -> NextStep:
         number = f"{now.local_models} model{'s are' if now.local_models > 1 else ' is'} on this machine"
         return NextStep("go.models", "app.go('models')", "Select a model", number)
     if now.model_error:
-        why = f"{now.model_error}: no run can start"
         step = "Get the model's weights, or select another" if now.can_download else "Select another model"
-        return NextStep("go.models", "app.go('models')", step, why)
+        return NextStep("go.models", "app.go('models')", step, now.model_error)
     if not now.recipe.data.sources:
         return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")
     if now.data_error:
-        return NextStep("go.data", "app.go('data')", "Fix the data", f"{now.data_error}: no run can start")
+        return NextStep("go.data", "app.go('data')", "Fix the data", now.data_error)
     if now.verdict == "does not fit":
         return NextStep(
             "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"

@@ -373,9 +373,9 @@ def recipe_lines(
         head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
         line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
         if refusal is not None:
-            reason = f"  {refusal_words(refusal)}"
+            reason = f"  ✗ {refusal_words(refusal)}"
             has_room = line.cell_length + len(reason) <= width
-            line += Content.styled(reason if has_room else f"  {CANNOT_TRAIN}", "$error")
+            line += Content.styled(reason if has_room else f"  ✗ {CANNOT_TRAIN}", "$error")
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]

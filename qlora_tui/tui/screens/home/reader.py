@@ -25,7 +25,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
-from qlora_tui.tui.render.labels import recipe_fit
+from qlora_tui.tui.render.labels import recipe_fit, refusal_words
 from qlora_tui.tui.screens.home.next_step import HomeState, Steps, next_step, other_steps
 from qlora_tui.tui.screens.home.panel_lines import (
     HomeLayout,
@@ -139,9 +139,9 @@ class HomeReader:
         expected, problem = self._outlook[1:] if is_known else (None, None)
         state = HomeState(
             recipe=workbench.recipe,
-            model_error=refusal.title if refusal else "",
+            model_error=refusal_words(refusal) if refusal else "",
             can_download=isinstance(refusal, MissingFilesError | ModelNotFoundError),
-            data_error=problem.title if problem else "",
+            data_error=refusal_words(problem) if problem else "",
             local_models=len(local_models),
             verdict="" if verdict is None else verdict.word,
             last_run=summary.name if summary else "",

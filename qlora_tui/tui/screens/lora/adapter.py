@@ -43,11 +43,9 @@ from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
-    THIS_CPU,
     fit_figure,
     next_step,
     recipe_fit,
-    refusal_words,
     verdict_legend,
     verdict_words,
 )
@@ -313,23 +311,15 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
     return saved * SAVED_BYTES
 
 
-def adapter_title(
-    workbench: Workbench, budget: MemoryBudget, cpu_budget: MemoryBudget | None, width: int
-) -> Content:
+def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Content:
     """Return the title of the adapter's panel, with the total memory of the recipe: ``Adapter  NF4 6.3 of
     12.0 GiB fits``. If the memory is unknown, return only ``Adapter``.
-
-    ``cpu_budget``: the memory of this machine's CPU if ``budget`` is of a GPU that the machine does not have;
-    otherwise None.
     """
     fit = recipe_fit(workbench, budget, PRECISION_NAMES[precision_of(workbench.recipe)])
     if fit is None:
         return Content("Adapter")
-    here = None if cpu_budget is None else recipe_fit(workbench, cpu_budget, THIS_CPU)
-    also = Content("") if here is None else Content("   ") + here.draw(0)
     title = Content("Adapter  ")
-    line = fit.draw(width - title.cell_length - also.cell_length, max_bar=0) + also
-    return title + line.stylize_before("not bold $foreground")
+    return title + fit.draw(width - title.cell_length, max_bar=0).stylize_before("not bold $foreground")
 
 
 def adapter_text(
@@ -356,11 +346,9 @@ def adapter_text(
     )
     if text.cell_length + len(_WITH) <= width:
         text += Content(_WITH)
-    refusal = workbench.model_refusal()
     train = next_step("go.train", "check and launch")
-    if refusal is not None:
-        train = Content.assemble((f"{refusal_words(refusal)} ", "$error"), next_step("go.models", "fix"))
-    if differs.cell_length + 3 + train.cell_length <= width:
+    has_room = differs.cell_length + 3 + train.cell_length <= width
+    if has_room and workbench.model_refusal() is None:
         differs = Content("   ").join([differs, train])
     return Content("\n").join([text, differs])
 

@@ -68,7 +68,6 @@ class LoraScreen(WorkScreen):
     MODE = "lora"
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
-    SHOWS_MEMORY = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -297,7 +296,7 @@ class LoraScreen(WorkScreen):
         write = partial(setting_lines, recipe, base, self._dora_cost, with_meaning=with_meaning)
         self.query_one(SettingsList).show(write)
         self._show_cursor()
-        title = adapter_title(app.workbench, app.memory_budget, app.cpu_budget, width)
+        title = adapter_title(app.workbench, app.memory_budget, width)
         self.query_one("#lora-cost", Panel).show_title(title)
         text = adapter_text(app.workbench, app.memory_budget, self._known_deltas, width)
         self.query_one("#lora-totals", Lines).show(text)

@@ -21,18 +21,17 @@ from qlora_tui.catalog.architecture_types import Architecture, context_length_wa
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_percent
-from qlora_tui.memory import Estimate, Verdict
+from qlora_tui.memory import Estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
 from qlora_tui.memory.recording import StepTrace
-from qlora_tui.memory.solver import what_if
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
-from qlora_tui.tui.render.labels import PRECISION_NAMES, fit_here
+from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
     ItemsPanel,
@@ -87,7 +86,6 @@ class MemoryScreen(WorkScreen):
     MODE = "memory"
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
-    SHOWS_MEMORY = True
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.assume_gpu"})
 
     @dataclass
@@ -101,10 +99,6 @@ class MemoryScreen(WorkScreen):
         super().__init__()
         self._precision: Precision | None = None
         self._compared: dict[Precision, Estimate] = {}
-        self._here: Verdict | None = None
-        """Verdict on whether the recipe fits this machine's CPU, if the estimates are for an assumed GPU;
-        otherwise None.
-        """
         self._solution = Solution()
         self._shown_for: tuple[Recipe, MemoryBudget, Architecture | None] | None = None
         self._heading = ("", "")
@@ -153,8 +147,6 @@ class MemoryScreen(WorkScreen):
         self._compared = {} if isinstance(compared, UserError) else compared
         if problem is not None:
             return
-        here, architecture = self.app.cpu_budget, self._architecture()
-        self._here = what_if([("", recipe)], architecture, here).get("") if here and architecture else None
         self._solution = Solution()
         self.workers.cancel_group(self, "changes")
         if self._trace_of(precision_of(recipe)) is None:
@@ -347,7 +339,6 @@ class MemoryScreen(WorkScreen):
         title = Content.assemble(self._heading[0], highlight_keys(self._heading[1], "$text-muted not bold"))
         self.query_one("#peak-panel", Panel).show_title(title)
         can_train = self.app.workbench.model_refusal() is None
-        here = None if self._here is None else fit_here(self._here, can_train=can_train).draw(0)
         lines = peak_lines(
             self._compared,
             self.precision,
@@ -356,7 +347,6 @@ class MemoryScreen(WorkScreen):
             self.size.width - _FRAME,
             layers=self._layers,
             can_train=can_train,
-            here=here,
             is_even=has_even_colors(self),
         )
         self.query_one("#bars", Lines).show(lines)

@@ -310,7 +310,6 @@ def peak_lines(
     *,
     layers: int,
     can_train: bool,
-    here: Content | None,
     is_even: bool,
 ) -> list[Content]:
     """Return the lines of the panel on the peak: the bars and their legend, what the peak of one precision
@@ -324,21 +323,15 @@ def peak_lines(
         width: Width of a line, in cells.
         layers: Number of layers of the model.
         can_train: Whether the model can be trained.
-        here: Verdict for this machine's CPU, if the bars are for an assumed GPU; otherwise None.
     """
     most = max(estimate.total_bytes for estimate in compared.values())
-    words = [legend(limit_bytes, most, is_even=is_even)]
-    if here is not None and words[0].cell_length + 3 + here.cell_length <= width:
-        words = [Content("   ").join([*words, here])]
-    elif here is not None:
-        words.append(here)
     levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
         *precision_bars(
             compared, marked, of_recipe, limit_bytes, width, can_train=can_train, is_even=is_even
         ),
-        *words,
+        legend(limit_bytes, most, is_even=is_even),
         *(Content.styled(text, "$text-muted") for text in (levels, reason) if text),
     ]
 

@@ -42,7 +42,7 @@ from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import INSTANT, needed_words, next_step, refusal_words, verdict_words
+from qlora_tui.tui.render.labels import INSTANT, needed_words, next_step, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
@@ -348,7 +348,7 @@ class FitPanel(Panel):
         self.choices.display = bool(solution.changes)
         self.choices.show(partial(choice_lines, solution.changes))
         notes = [train] if is_done and not has_room else []
-        notes += _notes(estimate, budget, solution, refusal, length_warning, is_recipe=is_recipe)
+        notes += _notes(estimate, budget, solution, length_warning, is_recipe=is_recipe)
         expected = format_sizes(verdict.low_bytes, "to", verdict.high_bytes)
         uncertainty = f"Expected: {expected}. Uncertain: {verdict.reason}."
         notes.append(Content.styled(uncertainty, "$text-muted"))
@@ -364,14 +364,10 @@ def _notes(
     estimate: Estimate,
     budget: MemoryBudget,
     solution: Solution,
-    refusal: UserError | None,
     length_warning: UserError | None,
     *,
     is_recipe: bool,
 ) -> Iterator[Content]:
-    if refusal is not None:
-        what_to_do = highlight_keys(f"{key_name('go.models')} shows what to do.")
-        yield Content.assemble((f"{refusal_words(refusal)}. ", "$error"), what_to_do)
     if solution.least_bytes:
         yield highlight_keys(
             "No change makes it fit: even with every change that saves memory, it needs "

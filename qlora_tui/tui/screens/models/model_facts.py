@@ -46,7 +46,6 @@ from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
     error_content,
     fit_figure,
-    fit_here,
     verdict_legend,
 )
 from qlora_tui.tui.screens.memory.step_panels import has_even_colors, is_far_above, legend, stacked_bar
@@ -116,10 +115,6 @@ class ModelFit:
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
     """Sentences on how the figures were obtained, and on kernels that are not installed."""
-    here: Verdict | None = None
-    """Verdict on the recipe with this model on this machine's CPU, if ``budget`` is of an assumed GPU;
-    otherwise None.
-    """
 
 
 class PartsPanel(Panel):
@@ -171,9 +166,6 @@ class ModelSide(Vertical):
         model: Architecture | None,
         recipe: Recipe,
         budget: MemoryBudget,
-        here: MemoryBudget | None,
-        *,
-        can_train: bool,
     ) -> None:
         """Estimate and show the memory of a model. If ``model`` is None, hide the panels.
 
@@ -181,10 +173,8 @@ class ModelSide(Vertical):
             model: Architecture of the model; None if unknown.
             recipe: The recipe, whose model is ignored.
             budget: The memory that the estimates are compared with.
-            here: Memory of this machine's CPU, if ``budget`` is of an assumed GPU; otherwise None.
-            can_train: Whether the model can be trained.
         """
-        fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget, here)
+        fit = None if model is None else await asyncio.to_thread(model_fit, model, recipe, budget)
         panel = self.query_one("#fit-panel", Panel)
         panel.display = fit is not None
         self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
@@ -192,7 +182,7 @@ class ModelSide(Vertical):
             self._parts.show(fit)
             assumed = " (assumed)" if budget.is_assumed else ""
             panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
-            self.query_one("#fit", Lines).show(partial(fit_lines, fit, can_train))
+            self.query_one("#fit", Lines).show(partial(fit_lines, fit))
 
 
 def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
@@ -323,12 +313,9 @@ def parts_lines(
     return [*lines, legend(full_bytes, most, is_even=is_even)]
 
 
-def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
+def fit_lines(fit: ModelFit, width: int) -> list[Content]:
     """Return a line for each length and, if the width suffices for all precisions, for each micro-batch size,
     with the memory in each precision. These lines are followed by the meaning of the signs, and by notes.
-
-    ``can_train``: whether the model can be trained. If not, the verdict for this machine says only that it
-    *would* fit.
     """
 
     def value(row: SettingFit) -> Content:
@@ -350,7 +337,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
         )
         for precision in shown
     ]
-    lines = [] if fit.here is None else [fit_here(fit.here, can_train=can_train).draw(0)]
+    lines: list[Content] = []
     for title, rows in (("length", fit.lengths), ("batch", fit.batches if has_all else ())):
         named = Column[SettingFit](title=f"{title:>{_VALUE_CELLS}}", text=value, width=_VALUE_CELLS)
         lines += [Content("")] if title == "batch" and rows else []
@@ -361,9 +348,7 @@ def fit_lines(fit: ModelFit, can_train: bool, width: int) -> list[Content]:
     return [*lines, verdict_legend(verdicts, width), *notes]
 
 
-def model_fit(
-    model: Architecture, recipe: Recipe, budget: MemoryBudget, here: MemoryBudget | None = None
-) -> ModelFit:
+def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> ModelFit:
     """Return the memory of a model for lengths up to its context, and for several micro-batch sizes and
     ranks. Each estimate takes a few milliseconds.
     """
@@ -395,7 +380,6 @@ def model_fit(
         tuple(rows("lora.rank", compared("lora.rank", _RANKS))),
         budget,
         tuple(filter(None, (note, *kernels))),
-        None if here is None else need(model, recipe, here),
     )
 
 

@@ -25,7 +25,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import fit_figure
+from qlora_tui.tui.render.labels import CANNOT_TRAIN, fit_figure
 from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
@@ -224,7 +224,7 @@ def _local_lines(
         verdict = needs.get(model.path)
         needed: str | Content = "" if verdict is None else fit_figure(verdict)
         if model.refusal:
-            needed = Content.styled("cannot train", "$error")
+            needed = Content.styled(CANNOT_TRAIN, "$error")
         texts = _architecture_texts(model.architecture, format_bytes(model.size_bytes), needed)
         more = (licenses.get(model.path) or _UNKNOWN, _SOURCES[model.source])
         rows.append(

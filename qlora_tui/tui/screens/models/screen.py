@@ -68,7 +68,7 @@ class ModelsScreen(WorkScreen):
     MODE = "models"
     CSS_PATH = "models.tcss"
     EDITS_RECIPE = True
-    SHOWS_MEMORY = True
+    STRIP_TELLS = "problem"
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,13 +343,13 @@ class ModelsScreen(WorkScreen):
     def _show_facts(self) -> None:
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         model = self._models.find(self.query_one(ViList).current)
-        architecture, can_train = None, True
+        architecture = None
         title = "Model"
         lines: Facts = []
         match model:
             case LocalModel():
                 title, lines = model.name, local_facts(model, recipe)
-                architecture, can_train = model.architecture, model.refusal is None
+                architecture = model.architecture
             case HubModel():
                 facts = self._models.hub_facts.get(model.id)
                 speed = load_ui_state().download_bytes_per_s or None
@@ -364,7 +364,7 @@ class ModelsScreen(WorkScreen):
         self.refresh_bindings()
         side = self.query_one(ModelSide)
         side.show(title, lines)
-        side.estimate(architecture, recipe, budget, self.app.cpu_budget, can_train=can_train)
+        side.estimate(architecture, recipe, budget)
 
     def _show_title(self) -> None:
         """Show the title of the list: what Enter does, the memory that needs are compared with, and the

@@ -47,7 +47,7 @@ from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines, hanging
-from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure, fit_here
+from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure
 from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
@@ -356,8 +356,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         else:
             recipe, model = workbench.recipe, workbench.architecture()
             forecasts = (self._forecasts.get(""), self._forecasts.get(preset.name))
-            budgets = (self.app.memory_budget, self.app.cpu_budget)
-            shown = partial(preview, preset, recipe, model, budgets, forecasts)
+            shown = partial(preview, preset, recipe, model, self.app.memory_budget, forecasts)
             self.query_one("#preview", Lines).show(shown)
 
     def action_delete(self) -> None:
@@ -474,7 +473,7 @@ def preview(
     preset: Preset,
     recipe: Recipe,
     architecture: Architecture | UserError,
-    budgets: tuple[MemoryBudget, MemoryBudget | None],
+    budget: MemoryBudget,
     forecasts: tuple[Forecast | None, Forecast | None],
     width: int,
 ) -> Content:
@@ -485,8 +484,7 @@ def preview(
         preset: The preset.
         recipe: The current recipe.
         architecture: Architecture of the recipe's model, or why it is unknown.
-        budgets: The memory that must suffice, and the memory of this machine's CPU if the first is of an
-            assumed GPU, otherwise None.
+        budget: The memory that must suffice.
         forecasts: Forecasts of a run of the current recipe, and of a run after opening the preset; None if
             unknown.
         width: Width of a line, in cells.
@@ -496,7 +494,7 @@ def preview(
     opened = preset.recipe(recipe)
     changes = [change for change in diff_recipes(recipe, opened) if change.path not in DESCRIPTIVE]
     lines = [Content.styled(preset.note or "No note.", "bold")]
-    lines += _memory(recipe, opened if changes else None, architecture, budgets, width)
+    lines += _memory(recipe, opened if changes else None, architecture, budget, width)
     lines += _times(forecasts if changes else forecasts[:1])
     lines.append(Content(""))
     if not changes:
@@ -521,7 +519,7 @@ def _memory(
     recipe: Recipe,
     opened: Recipe | None,
     architecture: Architecture | UserError,
-    budgets: tuple[MemoryBudget, MemoryBudget | None],
+    budget: MemoryBudget,
     width: int,
 ) -> list[Content]:
     """Return lines with the memory of the current recipe and, unless ``opened`` is None, of the recipe after
@@ -529,11 +527,9 @@ def _memory(
     """
     if isinstance(architecture, UserError):
         return []
-    planned, here = budgets
     lines = []
     variants = {"now": recipe} if opened is None else {"now": recipe, "then": opened}
-    verdicts = what_if(variants.items(), architecture, planned)
-    on_cpu = {} if here is None else what_if(variants.items(), architecture, here)
+    verdicts = what_if(variants.items(), architecture, budget)
     for label in variants:
         verdict = verdicts.get(label)
         if verdict is None:
@@ -542,10 +538,8 @@ def _memory(
             )
             continue
         head = Content.styled(f"{f'memory {label}':<12} ", "$text-muted")
-        fit = FitLine("", verdict, is_assumed=planned.is_assumed)
+        fit = FitLine("", verdict, is_assumed=budget.is_assumed)
         lines.append(head + fit.draw(width - head.cell_length, _MAX_BAR))
-        if label in on_cpu:
-            lines.append(Content(" " * head.cell_length) + fit_here(on_cpu[label]).draw(0))
     return lines
 
 

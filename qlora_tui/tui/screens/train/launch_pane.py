@@ -21,7 +21,6 @@ from qlora_tui.formatting import (
     format_number,
     pluralize,
 )
-from qlora_tui.memory import Verdict
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields, get_setting
 from qlora_tui.recipe.schema import Recipe
@@ -35,7 +34,8 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine
+from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, refusal_words
+from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
 from qlora_tui.tui.widgets.settings_form import SettingGroup, SettingsForm
@@ -168,7 +168,7 @@ def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
     return notes
 
 
-class LaunchPane(Vertical):
+class LaunchPane(Vertical, OnQloraApp):
     """The expected time of the run and the key to press now, above the settings and the checks."""
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ class LaunchPane(Vertical):
         """
 
     def compose(self) -> ComposeResult:
-        verdict = Drawing(partial(verdict_lines, (), None, None, ""), id="verdict")
+        verdict = Drawing(partial(verdict_lines, (), None, None, "", ""), id="verdict")
         yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel(_RECIPE_TITLE, SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
@@ -225,9 +225,12 @@ class LaunchPane(Vertical):
             probing: Progress of the measurement of steps; empty if nothing is being measured.
         """
         self._checks = checks
+        # Other screens show what a GPU of the assumed size would need.
+        is_assumed = self.app.memory_budget.is_assumed
+        memory_label = "memory here" if is_assumed else "memory"
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
-        verdict.show(partial(verdict_lines, checks, recipe, expected, probing))
+        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, memory_label))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -285,6 +288,7 @@ def verdict_lines(
     recipe: Recipe | None,
     expected: Forecast | None,
     probing: str,
+    memory_label: str,
     width: int,
     height: int,
 ) -> list[Content]:
@@ -292,7 +296,7 @@ def verdict_lines(
     time, steps and memory, then its plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the measurement of
-    steps; empty if nothing is being measured.
+    steps; empty if nothing is being measured. ``memory_label``: label of the run's memory.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -303,7 +307,9 @@ def verdict_lines(
     plan = Content.styled(_SEPARATOR.join(parts), "dim")
     time = time_figure(checks, expected) if height >= _LARGE_HEIGHT else None
     large = [] if time is None else large_figures([time])
-    headline = _headline(expected, verdict, probing, width, with_time=time is None)
+    can_train = not any(check.problem is not None for check in checks)
+    fit = None if verdict is None else FitLine(memory_label, verdict, can_train=can_train).draw(0)
+    headline = _headline(expected, fit, probing, width, with_time=time is None)
     return [conclusion(checks), *large, *headline, plan][:height]
 
 
@@ -317,7 +323,7 @@ def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure 
 
 
 def _headline(
-    expected: Forecast | None, verdict: Verdict | None, probing: str, width: int, *, with_time: bool
+    expected: Forecast | None, fit: Content | None, probing: str, width: int, *, with_time: bool
 ) -> list[Content]:
     """Return a line with the run's time, steps and memory, such as ``About 25 min   54 steps   memory ~1.0 of
     23.5 GiB fits   judging by vicuna-1``. Parts at the end are left out if the line would be too long. Return
@@ -328,8 +334,8 @@ def _headline(
         known = capitalize(expected.duration) if expected.time else "Time unknown"
         parts += [Content.styled(known, "bold")] if with_time else []
         parts.append(Content(expected.steps))
-    if verdict is not None:
-        parts.append(FitLine("memory", verdict).draw(0))
+    if fit is not None:
+        parts.append(fit)
     if expected is not None or probing:
         parts.append(Content.assemble(*_source(expected, probing)))
     while len(parts) > 1 and Content("   ").join(parts).cell_length > width:
@@ -408,12 +414,11 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
 
 def conclusion(checks: tuple[Check, ...]) -> Content:
     """Return a line that says whether the run can start, and which key to press now."""
-    wrong = errors(checks)
-    if wrong:
+    if wrong := errors(checks):
+        refusals = [check.problem for check in wrong if check.problem is not None]
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
-        return Content.assemble(
-            (f"✗ Not ready: {names}.", "bold $error"), "   ", highlight_keys(_remedy(checks))
-        )
+        words = capitalize(refusal_words(*refusals)) if refusals else f"Not ready: {names}"
+        return Content.assemble((f"✗ {words}.", "bold $error"), "   ", highlight_keys(_remedy(checks)))
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
     launch = highlight_keys(f"   ▸ {key_name('train.launch')} {'queue' if waits else 'launch'} it")
     if count := sum(check.outcome == "warning" for check in checks):

@@ -95,7 +95,7 @@ class TrainScreen(RunCommands):
     ANSWERS_COMMAND = "train.answers"
     CSS_PATH = "train.tcss"
     EDITS_RECIPE = True
-    SHOWS_MEMORY = True
+    STRIP_TELLS = "nothing"
 
     def __init__(self) -> None:
         super().__init__()
