@@ -1,4 +1,4 @@
-"""The app's frame: screens, themes, the recipe being edited, and a poll once a second."""
+"""The app's frame: screens, the recipe being edited, and a poll once a second."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import work
 from textual.actions import ActionParseResult, SkipAction
-from textual.app import App
 from textual.binding import BindingType
-from textual.color import Color
-from textual.command import CommandPalette
 from textual.dom import DOMNode
 from textual.events import Resize
 from textual.signal import Signal
@@ -24,17 +21,15 @@ from qlora_tui.errors import UserError
 from qlora_tui.formatting import GIB, format_sizes
 from qlora_tui.remote.calls import UNREACHABLE, current
 from qlora_tui.settings import Settings
-from qlora_tui.tui import desktop, themes
+from qlora_tui.tui import desktop
 from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS, WIDE_CELLS, is_too_small
-from qlora_tui.tui.color_query import TerminalColor, is_light_by_environment
-from qlora_tui.tui.command_palette import CommandProvider, Palette, previewed_theme
+from qlora_tui.tui.command_palette import CommandProvider, Palette
 from qlora_tui.tui.commands import EVERYWHERE, NUMBERED_SCREENS
 from qlora_tui.tui.key_names import key_names
-from qlora_tui.tui.line_filters import TWO_COLORS
 from qlora_tui.tui.process import AppThreads, DiskFaults, install_shutdown_handlers
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.terminal_app import TerminalApp
+from qlora_tui.tui.themed_app import ThemedApp
 from qlora_tui.tui.threads import run_stoppable
 
 if TYPE_CHECKING:
@@ -48,7 +43,6 @@ if TYPE_CHECKING:
 # they are first used.
 
 SYSTEM_POLL_INTERVAL_S = 1.0
-_HALF = 0.5
 _SETTLE_S = 0.3
 _TELL_AGAIN_S = 20.0
 """Seconds before the user is notified again that the other machine does not respond."""
@@ -61,7 +55,7 @@ def _make_screen(mode: str) -> WorkScreen:
     return screen
 
 
-class QloraApp(TerminalApp):
+class QloraApp(ThemedApp):
     """The app: its screens, its recipe, and what all screens share."""
 
     TITLE = "qlora-tui"
@@ -81,9 +75,8 @@ class QloraApp(TerminalApp):
     VERTICAL_BREAKPOINTS = [(0, "-short"), (TALL_CELLS, "-tall")]  # noqa: RUF012
 
     def __init__(self, settings: Settings | None = None, *, watched_run: RunDir | None = None) -> None:
-        super().__init__()
+        super().__init__(settings or Settings())
         self._watched_run = watched_run
-        self.settings = settings or Settings()
         self.system_status = SystemStatus()
         self.recipe_changed: Signal[Recipe] = Signal(self, "recipe changed")
         self.system_status_changed: Signal[SystemStatus] = Signal(self, "system status changed")
@@ -105,13 +98,6 @@ class QloraApp(TerminalApp):
         self._told_unreachable_at = -_TELL_AGAIN_S
         self._polling = False
         self._is_small = False
-        self._loaded_theme_mtimes: tuple[tuple[str, int], ...] = ()
-        self._theme_problems: list[UserError] = []
-        self._terminal_colors: dict[bool, Color] = {}
-        """The colors that the terminal has reported: its text color under False, its background color under
-        True.
-        """
-        self._is_light = is_light_by_environment()
 
     @cached_property
     def workbench(self) -> Workbench:
@@ -249,11 +235,7 @@ class QloraApp(TerminalApp):
         self.exit()
 
     def on_load(self) -> None:
-        # Set the theme before the first screen is mounted. After that, Textual would parse all style sheets
-        # again and paint the keys twice.
-        self._load_themes()
-        # Textual's default theme lacks variables that the app's style sheets use.
-        self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else themes.DEFAULT
+        self.show_first_theme()
         self.set_keymap(self.settings.keymap)
 
     def on_mount(self) -> None:
@@ -279,9 +261,7 @@ class QloraApp(TerminalApp):
     async def _report_settings(self) -> None:
         """Report errors in the settings and themes once the first screen can show them."""
         await self.shown.wait()
-        problems = [str(problem) for problem in self._theme_problems]
-        if self._wanted_theme not in self.available_themes:
-            problems.append(f"Theme {self.settings.theme!r} does not exist.")
+        problems = self.theme_problems
         if self.settings.keymap:
             from qlora_tui.tui.key_names import validate_keymap
 
@@ -289,70 +269,10 @@ class QloraApp(TerminalApp):
         for problem in problems:
             self.notify(problem, severity="warning", timeout=10)
 
-    @property
-    def _wanted_theme(self) -> str:
-        return self._theme_for(self.settings.theme)
-
-    def _theme_for(self, setting: str) -> str:
-        """Return the name of the theme to show in this terminal for a value of the setting ``theme``."""
-        if self.no_color:
-            return TWO_COLORS.name
-        return themes.choose(
-            setting,
-            few_colors=self._has_few_colors,
-            is_light=self._is_light,
-            knows_terminal=themes.TERMINAL in self.available_themes,
-        )
-
-    def wants_terminal_colors(self) -> bool:
-        return not self.no_color and themes.is_of_terminal(self.settings.theme, self._has_few_colors)
-
-    @property
-    def _has_few_colors(self) -> bool:
-        return self.console.color_system in (None, "standard")
-
-    def on_terminal_color(self, message: TerminalColor) -> None:
-        """Record a color that the terminal has reported, and update the theme. Once both colors of a terminal
-        with 24-bit color are known, the theme that is derived from them becomes available.
-        """
-        self._terminal_colors[message.is_background] = message.color
-        if message.is_background:
-            self._is_light = message.color.brightness > _HALF
-        # With 256 colors, the theme's background would be a similar color, and differ from the terminal's
-        # own.
-        if len(self._terminal_colors) == 2 and self.console.color_system == "truecolor":
-            foreground, background = self._terminal_colors[False], self._terminal_colors[True]
-            self.register_theme(themes.of_terminal(foreground, background))
-        self._show_theme(self._wanted_theme)
-
-    def _show_theme(self, name: str) -> None:
-        """Switch to the theme with this name. Do nothing if there is no such theme, such as when its file
-        could not be read.
-        """
-        if name in self.available_themes:
-            self.theme = name
-
-    def _load_themes(self) -> None:
-        """Register all themes from their files. A file with an error is skipped, and its error is kept to be
-        reported.
-        """
-        self._loaded_theme_mtimes = themes.user_theme_mtimes()
-        loaded, problems = themes.load_themes()
-        for theme in (*loaded, TWO_COLORS):
-            self.register_theme(theme)
-        self._theme_problems = problems
-
-    def watch_theme(self) -> None:
-        """Draw panels as tinted surfaces if the theme has enough colors for them."""
-        few = self.no_color or self.current_theme.ansi or self._has_few_colors
-        self.set_class(not few, "-surfaces", update=False)
-
     def apply_settings(self, settings: Settings) -> None:
         """Apply settings that were changed while the app is running."""
         before, self.settings = self.settings, settings
-        self._show_theme(self._wanted_theme)
-        if self.wants_terminal_colors() and not self._terminal_colors:
-            self.ask_terminal_colors()
+        self.show_wanted_theme()
         if settings.gpu_memory_gib != before.gpu_memory_gib:
             self.recipe_changed.publish(self.workbench.recipe)
 
@@ -393,27 +313,10 @@ class QloraApp(TerminalApp):
                 raise
         self.recipe_changed.publish(self.workbench.recipe)
 
-    def preview_theme(self, setting: str) -> None:
-        """Show the theme for a value of the setting ``theme`` without saving the setting. If ``setting`` is
-        empty, show the theme of the saved setting again.
-        """
-        self._show_theme(self._theme_for(setting or self.settings.theme))
-
     def action_command_palette(self) -> None:
         """Open the command palette, unless it is open."""
         if self.use_command_palette and not isinstance(self.screen, Palette):
             self.push_screen(Palette())
-
-    def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
-        """Preview the theme that the highlighted entry of the palette selects; for any other entry, show the
-        theme in the settings.
-        """
-        self.preview_theme(previewed_theme(message))
-
-    def on_command_palette_closed(self, message: CommandPalette.Closed) -> None:
-        """Switch back to the theme in the settings if the palette was closed without selecting an entry."""
-        if not message.option_selected:
-            self.preview_theme("")
 
     def copy_to_clipboard(self, text: str) -> None:
         """Copy ``text`` to the clipboard in every available way, and notify the user which way worked."""
@@ -573,16 +476,8 @@ class QloraApp(TerminalApp):
         tell_of_change(self)
         for news in system_status.ended_runs:
             desktop.notify_run_ended(self, news)
-        if themes.user_theme_mtimes() != self._loaded_theme_mtimes:
-            had_theme = self._wanted_theme in self.available_themes
-            self._load_themes()
-            for problem in self._theme_problems:
-                self.notify(str(problem), severity="warning", timeout=10)
-            if not had_theme and self._wanted_theme in self.available_themes:
-                self.theme = self._wanted_theme
-            else:
-                # The file of the current theme may have been edited, so paint again with its colors.
-                self.mutate_reactive(App.theme)
+        for problem in self.reload_themes():
+            self.notify(problem, severity="warning", timeout=10)
         if self.has_class("-away") and not system_status.box_silent_s:
             # The box responds again, so its model files can be read.
             self.workbench.forget_architecture()
