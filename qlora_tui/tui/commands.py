@@ -32,8 +32,6 @@ class Command:
     """Whether the command stops, removes or closes something. The palette lists such a command after the
     other commands of its screen, so that Enter does not run it by accident.
     """
-    cli: str = ""
-    """The command-line equivalent, such as ``runs rename``; empty if there is none."""
 
     def binding(self) -> Binding:
         """Convert to a Textual binding."""
