@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from qlora_tui.catalog.gguf_metadata import Metadata, shortest
+from qlora_tui.gguf_format.computed_keys import GATES, GEMMA_27B, rope_but_every_fourth
 
 Config: TypeAlias = dict[str, Any]
 Reader: TypeAlias = Callable[[Metadata, Config], None]
-_SOFTMAX, _SIGMOID = 1, 2
-"""Values of ``expert_gating_func`` (llama.cpp, src/llama-hparams.h)."""
+_SOFTMAX, _SIGMOID = GATES["softmax"], GATES["sigmoid"]
 _ROPE_BASE = 10_000.0
 
 
@@ -42,9 +42,8 @@ class GgufArchitecture:
 
 def _scaled_attention(data: Metadata, config: Config) -> None:
     """Read Gemma's attention scale; 27B models are known by their layers (src/models/gemma2.cpp)."""
-    layers_27b = {"gemma2": 46, "gemma3": 62}[data.architecture]
     width: int = config["head_dim"]
-    if config["num_hidden_layers"] == layers_27b:
+    if config["num_hidden_layers"] == GEMMA_27B[data.architecture]:
         width = config["hidden_size"] // config["num_attention_heads"]
     config["query_pre_attn_scalar"] = width
 
@@ -158,8 +157,8 @@ def _widths(own: str, shared: str = "") -> Reader:
 
 
 def _unrotated_layers(data: Metadata, config: Config) -> None:
-    """Set that every fourth layer of SmolLM3 has no rotary embedding (src/models/smollm3.cpp)."""
-    config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(config["num_hidden_layers"])]
+    """Set that every fourth layer of SmolLM3 has no rotary embedding."""
+    config["no_rope_layers"] = rope_but_every_fourth(config["num_hidden_layers"])
 
 
 def _olmo3(data: Metadata, config: Config) -> None:

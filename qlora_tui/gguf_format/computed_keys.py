@@ -22,16 +22,20 @@ def cannot_compute(why: str) -> UserError:
     )
 
 
+def rope_but_every_fourth(layers: int) -> list[int]:
+    """Return 1 for each layer with a rotary embedding, and 0 for every fourth (src/models/smollm3.cpp)."""
+    return [int((layer + 1) % 4 != 0) for layer in range(layers)]
+
+
 def no_rope_every_fourth(config: Any) -> dict[str, Any]:
     """Return no keys: llama.cpp omits the rotary embedding in every fourth layer. Raises UserError
     otherwise."""
-    usual = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
-    if list(config.no_rope_layers) != usual:
+    if list(config.no_rope_layers) != rope_but_every_fourth(config.num_hidden_layers):
         raise cannot_compute("the layers without rotary embedding are not exactly every fourth one")
     return {}
 
 
-_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 """Number of layers by which llama.cpp recognizes the 27B models, whose attention it scales differently."""
 
 
@@ -39,7 +43,7 @@ def gemma_scale(architecture: str) -> Callable[[Any], dict[str, Any]]:
     """Return a function that checks the attention scale of Gemma 2 or 3, which is built into llama.cpp."""
 
     def keys(config: Any) -> dict[str, Any]:
-        is_27b = config.num_hidden_layers == _GEMMA_27B[architecture]
+        is_27b = config.num_hidden_layers == GEMMA_27B[architecture]
         scaled_by = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
         if config.query_pre_attn_scalar != scaled_by:
             raise cannot_compute(
@@ -187,10 +191,13 @@ def minicpm3(config: Any) -> dict[str, Any]:
     }
 
 
+GATES = {"softmax": 1, "sigmoid": 2}
+"""Values of ``expert_gating_func`` (llama.cpp, src/llama-hparams.h)."""
+
+
 def gating(name: str) -> Callable[[Any], dict[str, Any]]:
     """Return a function for a mixture of experts whose router uses a softmax or a sigmoid."""
-    number = {"softmax": 1, "sigmoid": 2}[name]
-    return lambda config: {"expert_gating_func": number}
+    return lambda config: {"expert_gating_func": GATES[name]}
 
 
 def granite_hybrid(config: Any) -> dict[str, Any]:
