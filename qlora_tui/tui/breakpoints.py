@@ -8,6 +8,13 @@ VERY_WIDE_CELLS = 160
 TALL_CELLS = 30
 """Minimum height at which panels have borders, if the window is also wide enough."""
 
+AIRY_CELLS = 40
+"""Minimum height at which an empty row separates the first panel from the bars above it, and at which a panel
+ends with an empty row.
+"""
+ROOMY_CELLS = 50
+"""Minimum height at which lists are as high as their lines, and panels have all their parts."""
+
 
 def is_too_small(size: Size) -> bool:
     """Return whether a window of this size is too small, so that parts of the screens would be cut off."""

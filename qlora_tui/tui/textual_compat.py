@@ -23,12 +23,14 @@ from textual._xterm_parser import XTermParser
 from textual.app import App
 from textual.binding import Binding
 from textual.cache import LRUCache
-from textual.css.constants import VALID_BORDER
+from textual.css.constants import VALID_BORDER, VALID_LAYOUT
 from textual.css.stylesheet import Stylesheet
 from textual.driver import Driver
 from textual.drivers import linux_driver
 from textual.drivers.linux_driver import LinuxDriver
 from textual.events import MouseEvent
+from textual.layout import Layout
+from textual.layouts.factory import LAYOUT_MAP
 from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
@@ -44,6 +46,7 @@ __all__ = [
     "PromptDriver",
     "active_app",
     "add_border",
+    "add_layout",
     "bindings_of_widget",
     "clear_style_caches",
     "follow_end",
@@ -76,6 +79,15 @@ def add_border(name: str, glyphs: _BorderRows, *, on_parent: tuple[str, ...]) ->
     for table, entry in zip(borders, (glyphs, places, (places[0][1], places[2][1])), strict=True):
         table[name] = entry
     VALID_BORDER.add(name)
+
+
+def add_layout(layout: type[Layout]) -> None:
+    """Add a layout that style sheets can refer to, as in ``layout: NAME`` (``layouts/factory.py``,
+    ``css/constants.py``).
+    """
+    LAYOUT_MAP[layout.name] = layout
+    names: Any = VALID_LAYOUT
+    names.add(layout.name)
 
 
 class HookedApp(App[None]):

@@ -80,6 +80,34 @@ class Panels(QloraApp):
         )
 
 
+class Columns(App[None]):
+    """A list, a text that is never cut, and a graph, in a column."""
+
+    CSS = """
+    Vertical { layout: column; }
+    ViList, #text { height: auto; }
+    #graph { height: 1fr; min-height: 4; }
+    """
+
+    def compose(self) -> ComposeResult:
+        with Vertical():
+            yield Panel("List", ViList(*[Option(f"row {number}") for number in range(20)]))
+            yield Static("one\ntwo\nthree", id="text")
+            yield Drawing(id="graph")
+
+
+@pytest.mark.parametrize(("rows", "heights"), [(60, (22, 3, 35)), (30, (22, 3, 5)), (20, (13, 3, 4))])
+async def test_only_what_scrolls_is_cut_and_only_if_the_rows_do_not_suffice(
+    rows: int, heights: tuple[int, int, int]
+) -> None:
+    app = Columns()
+    async with app.run_test(size=(60, rows)) as pilot:
+        await wait_for_text(pilot, "row 1", "three")
+        shown = [app.query_one(each).outer_size.height for each in ("Panel", "#text", "#graph")]
+        assert tuple(shown) == heights
+        assert (app.query_one(ViList).max_scroll_y > 0) == (rows < 30)
+
+
 @pytest.mark.parametrize(("term", "edge"), [("xterm-256color", "▐"), ("screen", "─")])
 async def test_only_the_panel_with_the_focus_has_a_frame(
     private_home: Path, monkeypatch: pytest.MonkeyPatch, term: str, edge: str

@@ -15,9 +15,11 @@ from textual.widget import Widget
 
 from qlora_tui.errors import UserError
 from qlora_tui.tui import process
+from qlora_tui.tui.breakpoints import AIRY_CELLS, ROOMY_CELLS, WIDE_CELLS
 from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.widgets import column  # noqa: F401  # the style sheets name its layout
 from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     """Whether the recipe strip is shown below the top bar, since the screen edits the recipe."""
     STRIP_TELLS: ClassVar[Literal["nothing", "problem", "step"]] = "step"
     """What the recipe strip says if the model cannot be trained: nothing where the screen itself says it."""
+    IS_DENSE: ClassVar[bool] = False
+    """Whether the panels need so many rows that they end with an empty row only in a roomy window."""
     _strip: RecipeStrip
     # Otherwise, Textual would focus the first field, and a digit pressed before the screen sets its own focus
     # would be typed into that field.
@@ -144,6 +148,12 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
         self.app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
         self.set_timer(_FREEZE_AFTER_S, process.freeze_objects)
+
+    def on_resize(self) -> None:
+        is_wide, height = self.size.width >= WIDE_CELLS, self.size.height
+        self.set_class(is_wide and height >= AIRY_CELLS, "-airy")
+        self.set_class(is_wide and height >= (ROOMY_CELLS if self.IS_DENSE else AIRY_CELLS), "-padded")
+        self.set_class(self.size.height >= ROOMY_CELLS, "-roomy")
 
     def on_screen_resume(self) -> None:
         self.refresh_now()

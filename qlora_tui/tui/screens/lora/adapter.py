@@ -54,6 +54,10 @@ from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
 
+COSTS = "What other choices would cost"
+_ONE_LINE = 1_000
+"""Width of a line that is not wrapped, in cells."""
+
 
 class SettingsList(ViList):
     """A list of settings. The id of a line is the path of the line's setting."""
@@ -448,9 +452,15 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
     return tuple(costs)
 
 
+def costs_title(costs: tuple[ChoiceCost, ...]) -> Content:
+    """Return the title of the panel with the costs, with the meaning of the signs in it."""
+    signs = verdict_legend((cost.verdict for cost in costs), _ONE_LINE)
+    return Content.assemble(COSTS, "   ", signs.stylize_before("not bold $foreground"))
+
+
 def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
-    """Return a heading, a line for each rank, and a legend. A line has parameters, size on disk and memory
-    for as many choices of targets as ``width`` allows.
+    """Return a heading and a line for each rank. A line has parameters, size on disk and memory for as many
+    choices of targets as ``width`` allows.
     """
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:
@@ -489,5 +499,4 @@ def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
     return [
         Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
         *table(columns, rows, width),
-        verdict_legend((cost.verdict for cost in costs), width),
     ]

@@ -30,12 +30,14 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_hint, settings_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.lora.adapter import (
+    COSTS,
     MemoryDeltas,
     SettingsList,
     adapter_text,
     adapter_title,
     choice_costs,
     choice_lines,
+    costs_title,
     cursor_text,
     memory_deltas,
     modules_words,
@@ -68,6 +70,7 @@ class LoraScreen(WorkScreen):
     MODE = "lora"
     CSS_PATH = "lora.tcss"
     EDITS_RECIPE = True
+    IS_DENSE = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class LoraScreen(WorkScreen):
             id="modules-panel",
         )
         yield Panel("Settings", SettingsList(id="lora-settings", classes="quiet"), id="lora-settings-panel")
-        yield Panel("What other choices would cost", Lines(id="choices"), id="choices-panel")
+        yield Panel(COSTS, Lines(id="choices"), id="choices-panel")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -287,7 +290,9 @@ class LoraScreen(WorkScreen):
         self._show_controls_and_totals(recipe)
         if self.has_class("-costs"):
             costs = await asyncio.to_thread(choice_costs, recipe, architecture, budget)
-            self.query_one("#choices-panel", Panel).empty = ""
+            panel = self.query_one("#choices-panel", Panel)
+            panel.empty = ""
+            panel.show_title(costs_title(costs))
             self.query_one("#choices", Lines).show(partial(choice_lines, costs))
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:

@@ -60,8 +60,6 @@ SETTLED_S = 0.15
 """Seconds without a key press after which the slow computations start."""
 TRACE_SETTLED_S = 0.6
 """Seconds without a key press after which a step is traced, which takes a second or more."""
-_ROOMY = 50
-"""Minimum height of the window, in rows, at which all items are shown without scrolling."""
 _FRAME = 4
 """Width of a panel's border and padding, in cells."""
 
@@ -86,6 +84,7 @@ class MemoryScreen(WorkScreen):
     MODE = "memory"
     CSS_PATH = "memory.tcss"
     EDITS_RECIPE = True
+    IS_DENSE = True
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset({"app.assume_gpu"})
 
     @dataclass
@@ -172,7 +171,6 @@ class MemoryScreen(WorkScreen):
         return super().check_action(action, parameters)
 
     def on_resize(self) -> None:
-        self.set_class(self.size.height >= _ROOMY, "-roomy")
         # The lists have their new width only after the layout.
         self.call_after_refresh(self._show_all)
 

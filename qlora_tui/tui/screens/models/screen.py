@@ -55,8 +55,6 @@ EMPTY = (
     "search the Hub by name."
 )
 SEARCH = "name; Enter searches the Hub too"
-_ROOMY = 44
-"""Minimum height of the window, in rows, at which the facts about a model are above its memory."""
 _FRAME = 5
 """Cells of the list's frame that its title cannot use."""
 LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
@@ -144,7 +142,6 @@ class ModelsScreen(WorkScreen):
         self.ask(TextPromptScreen(f"Open a model on {box}", text, "/", _absolute_problem), search)
 
     def on_resize(self) -> None:
-        self.set_class(self.size.height >= _ROOMY, "-roomy")
         # Title and bars have their new width only after the layout. A high window also has bars by
         # micro-batch size.
         self.call_after_refresh(self._show_facts)
