@@ -56,7 +56,6 @@ from qlora_tui.tui.screens.chat.start import (
     offered_prompts,
     read_start,
     recorded_lines,
-    recorded_title,
     start_lines,
 )
 from qlora_tui.tui.screens.modals.dialogs import ask_search
@@ -121,11 +120,11 @@ class ChatScreen(WorkScreen):
                     yield Lines(id="sampling-line")
                     yield Lines(id="chat-start")
                     yield Lines(id="effect")
+                    yield Drawing(id="recorded")
                     yield self.conversation
                     yield Lines(id="unloaded")
                 box = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
                 yield Panel("Message", Starters(), box, id="prompt-panel")
-                yield Panel("", Drawing(id="recorded"), id="recorded-panel")
             yield ChatSide()
 
     # Which model
@@ -556,9 +555,9 @@ class ChatScreen(WorkScreen):
             self.query_one("#chat-start", Lines).show(lines)
         if not self.query_one(PromptBox).text:
             self._show_prompt_length(None)
-        self.query_one("#recorded-panel").display = is_start and bool(self._start.recorded)
-        self.query_one("#recorded-panel", Panel).show_title(recorded_title(self._start))
-        self.query_one("#recorded", Drawing).show(partial(recorded_lines, self._start))
+        recorded = self.query_one("#recorded", Drawing)
+        recorded.display = is_start and bool(self._start.recorded)
+        recorded.show(partial(recorded_lines, self._start))
         self.query_one("#prompt-panel").display = has_source
         self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side

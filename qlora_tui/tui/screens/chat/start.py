@@ -50,17 +50,30 @@ _ENOUGH_WHOLE = 2
 """If at least this many prompts fit with their whole recorded answers, answers are not shortened to make room
 for further prompts.
 """
+_LEAST_CELLS = 40
+"""Minimum width of a column of answers, in cells, if there are more than two."""
 _COLUMN_GAP, _INDENT = 3, 2
 _LABEL = 10
 
 
 @dataclass(frozen=True)
 class RecordedAnswers:
-    """A prompt, with an answer from before training and an answer from after training."""
+    """A prompt with two or more answers to it."""
 
     prompt: str
-    before: str
-    after: str
+    answers: tuple[tuple[str, str], ...]
+    """(name, answer), such as ``base`` or ``step 60`` and its answer, the adapter's last."""
+    by_step: bool = False
+    """Whether the answers are from steps of the training, the earliest first."""
+
+    def select(self, number: int) -> tuple[tuple[str, str], ...]:
+        """Return at most ``number`` of the answers, 2 or more: the last ones or, of answers by step, the
+        first, the last, and steps at equal distances in between.
+        """
+        most = len(self.answers) - 1
+        if not self.by_step or number > most:
+            return self.answers[-number:]
+        return tuple(self.answers[round(place * most / (number - 1))] for place in range(number))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +85,6 @@ class ChatStart:
     prompt``.
     """
     recorded: tuple[RecordedAnswers, ...] = ()
-    columns: tuple[str, str] = ("", "")
-    """Titles of the two columns of answers: ``base`` and ``adapter``, or ``step 0`` and ``step 60``."""
     load_s: float | None = None
     """Seconds that the run's last attempt took to load the model; None if unknown."""
     load_bytes: int | None = None
@@ -92,13 +103,9 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
         kinds.setdefault(prompt, "sample prompt")
     if not questions and (prompt := first_prompt(recipe.data)):
         kinds.setdefault(prompt, "from the data")
-    columns, recorded = ("base", "adapter"), questions
-    if not recorded:
-        recorded, columns = _before_and_after(samples)
     return ChatStart(
         prompts=tuple(kinds.items()),
-        recorded=tuple(recorded[:_MAX_RECORDED]),
-        columns=columns,
+        recorded=(*questions, *_answers_by_step(samples))[:_MAX_RECORDED],
         load_s=load_s,
         load_bytes=chat_bytes(recipe, device),
         summary=None if run is None else summarize(run),
@@ -111,7 +118,9 @@ def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
     recorded: list[RecordedAnswers] = []
     for row in evaluation.rows if evaluation is not None else ():
         if row.row <= _FIRST_ROWS and (prompt := prompt_at(recipe.data, row.source, row.row, row.file)):
-            recorded.append(RecordedAnswers(prompt, row.base, row.adapter))
+            expected = [("expected", row.reference)] if row.reference else []
+            answers = (*expected, ("base", row.base), ("adapter", row.adapter))
+            recorded.append(RecordedAnswers(prompt, answers))
         if len(recorded) == _MAX_RECORDED:
             break
     return recorded
@@ -136,17 +145,18 @@ def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
     return samples, load_s or None
 
 
-def _before_and_after(samples: Sequence[SampleGenerated]) -> tuple[list[RecordedAnswers], tuple[str, str]]:
-    """Return the answers to the sample prompts at the first and the last step that have answers, and the
-    titles of the two columns. Without answers at two different steps, the list and the titles are empty.
+def _answers_by_step(samples: Sequence[SampleGenerated]) -> list[RecordedAnswers]:
+    """Return the answers to each sample prompt, by step. A prompt without answers at two different steps is
+    left out.
     """
-    if not samples or samples[0].step == samples[-1].step:
-        return [], ("", "")
-    before, after = samples[0].step, samples[-1].step
-    first = {sample.prompt: sample.answer for sample in samples if sample.step == before}
-    last = {sample.prompt: sample.answer for sample in samples if sample.step == after}
-    recorded = [RecordedAnswers(prompt, first[prompt], last[prompt]) for prompt in first if prompt in last]
-    return recorded, (f"step {before:,}", f"step {after:,}")
+    by_prompt: dict[str, dict[str, str]] = {}
+    for sample in samples:
+        by_prompt.setdefault(sample.prompt, {})[f"step {sample.step:,}"] = sample.answer
+    return [
+        RecordedAnswers(prompt, tuple(answers.items()), by_step=True)
+        for prompt, answers in by_prompt.items()
+        if len(answers) > 1
+    ]
 
 
 class Starters(ViList):
@@ -216,47 +226,63 @@ def start_lines(
     return lines
 
 
-def recorded_title(start: ChatStart) -> Content:
-    """Return the title of the panel of recorded answers."""
-    before, after = start.columns
-    return Content.assemble("Recorded answers", (f" · {before} and {after}", "not bold $text-muted"))
-
-
 def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
-    """Return each prompt that fits, with its answers before and after training in two columns. If fewer than
+    """Return a heading, and each prompt that fits with its recorded answers side by side. All answers are
+    shown if they fit in one or more rows; otherwise, those that fit in one row. If fewer than
     :data:`_ENOUGH_WHOLE` prompts fit with their whole answers, answers are shortened.
     """
+    heading = [Content.styled("Recorded answers", "bold $primary")]
+    height -= len(heading)
+    most = max(2, (width + _COLUMN_GAP) // (_LEAST_CELLS + _COLUMN_GAP))
+    everything = [_answer_lines(each, each.answers, most, width) for each in start.recorded]
+    side_by_side = [_answer_lines(each, each.select(most), most, width) for each in start.recorded]
+    for blocks in (everything, side_by_side):
+        rows = sum(map(len, blocks))
+        if rows <= height:
+            gap = [Content("")] if rows + len(blocks) - 1 <= height else []
+            return [*heading, *(line for at, block in enumerate(blocks) for line in (*gap[:at], *block))]
     whole: list[Content] = []
-    for number, each in enumerate(start.recorded):
-        lines = _answer_lines(each, start.columns, width, None)
-        if len(whole) + len(lines) > height:
+    for number, block in enumerate(side_by_side):
+        if len(whole) + len(block) > height:
             if number >= _ENOUGH_WHOLE:
-                return whole
+                return heading + whole
             break
-        whole += lines
-    else:
-        return whole
+        whole += block
     count = max(1, min(len(start.recorded), height // (_LEAST_ROWS + 1)))
     rows = max(_LEAST_ROWS, height // count - 1)
-    return [
-        line for each in start.recorded[:count] for line in _answer_lines(each, start.columns, width, rows)
-    ][:height]
+    first = start.recorded[:count]
+    lines = [line for each in first for line in _answer_lines(each, each.select(most), most, width, rows)]
+    return heading + lines[:height]
 
 
 def _answer_lines(
-    answers: RecordedAnswers, names: tuple[str, str], width: int, rows: int | None
+    recorded: RecordedAnswers,
+    answers: Sequence[tuple[str, str]],
+    most: int,
+    width: int,
+    rows: int | None = None,
 ) -> list[Content]:
-    """Return a line with a prompt, and lines with its two answers side by side. ``names``: the titles of the
-    columns. ``rows``: maximum number of lines of an answer; None for whole answers.
+    """Return a line with a prompt, and lines with some of the (name, answer) pairs of its answers.
+
+    Args:
+        recorded: The prompt.
+        answers: The answers to show.
+        most: Maximum number of answers side by side.
+        width: Width of the lines, in cells.
+        rows: Maximum number of lines of an answer; None for whole answers.
     """
-    cells = max(1, (width - _COLUMN_GAP) // 2)
-    lines = [Content.styled(f"▸ {' '.join(answers.prompt.split())}", "bold").truncate(width, ellipsis=True)]
-    columns = (
-        _column(answers.before, names[0], cells, rows, "$text-muted"),
-        _column(answers.after, names[1], cells, rows, ""),
-    )
-    for left, right in zip_longest(*columns, fillvalue=Content("")):
-        lines.append(left.pad_right(cells + _COLUMN_GAP - left.cell_length) + right)
+    columns = min(most, len(answers))
+    cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
+    prompt = f"▸ {' '.join(recorded.prompt.split())}"
+    lines = [Content.styled(prompt, "bold").truncate(width, ellipsis=True)]
+    for first in range(0, len(answers), columns):
+        beside = [
+            _column(answer, name, cells, rows, "" if at == len(answers) - 1 else "$text-muted")
+            for at, (name, answer) in enumerate(answers[first : first + columns], first)
+        ]
+        for parts in zip_longest(*beside, fillvalue=Content("")):
+            padded = [part.pad_right(cells - part.cell_length) for part in parts[:-1]]
+            lines.append(Content(" " * _COLUMN_GAP).join([*padded, parts[-1]]))
     return lines
 
 
