@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from qlora_tui import paths
 from qlora_tui.formatting import (
     format_loss,
     format_nats,
+    format_number,
     format_percent,
+    format_rate,
     pluralize,
     short_model_name,
 )
@@ -72,8 +74,10 @@ class RunSummary:
     """Name of the first data file, and the number of other files."""
     devices: str = ""
     """GPUs of the run, such as ``GPU 1 (RTX 3060)``; empty on a machine with a single GPU."""
-    settings: str = ""
-    """The settings in which runs most often differ, such as ``nf4 r16 2,048×2×8``."""
+    settings: tuple[str, ...] = ()
+    """The settings in which runs most often differ, such as ``nf4``, ``r16``, ``2,048×2×8``, ``lr 0.0002``,
+    ``2 epochs``; empty if the recipe is unreadable.
+    """
     best: tuple[float, int] | None = None
     """Lowest validation loss since training began, and its step."""
     evaluations: tuple[tuple[int, float], ...] = ()
@@ -203,9 +207,9 @@ def summarize(run: RunDir) -> RunSummary:
     ending = view.ending
     best = view.best
     recipe = run.readable_recipe()
-    model, data, settings = "unknown", "", "recipe unreadable"
+    model, data, settings = "unknown", "", tuple[str, ...]()
     if recipe is not None:
-        model, settings = short_model_name(recipe.model.id) or "none", short_settings(recipe)
+        model, settings = short_model_name(recipe.model.id) or "none", main_settings(recipe)
         data = data_words(recipe)
     seconds = series.seconds() if len(series) else None
     return RunSummary(
@@ -291,11 +295,33 @@ def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
     return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))
 
 
-def short_settings(recipe: Recipe) -> str:
-    """Return the main settings, such as ``nf4 r16 2,048×2×8``, for a narrow column of a list."""
+def main_settings(recipe: Recipe) -> tuple[str, ...]:
+    """Return the settings in which runs most often differ, in a few characters each, always in this order:
+    ``nf4``, ``r16``, ``2,048×2×8``, ``lr 0.0002``, ``2 epochs``.
+    """
     training = recipe.training
-    batch = f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}"
-    return f"{recipe.quantization.method} {format_rank(recipe.lora)} {batch}"
+    return (
+        recipe.quantization.method,
+        format_rank(recipe.lora),
+        f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}",
+        f"lr {format_rate(training.learning_rate)}",
+        f"{format_number(training.epochs)} {'epoch' if training.epochs == 1 else 'epochs'}",
+    )
+
+
+def shared_settings(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
+    """Return those of the settings that all of these runs have in common; empty for fewer than two runs."""
+    readable = [summary.settings for summary in summaries if summary.settings]
+    if len(readable) < 2:
+        return ()
+    return tuple(part for part in readable[0] if all(part in settings for settings in readable))
+
+
+def setting_words(shared: Collection[str], summary: RunSummary) -> str:
+    """Return the run's settings, without those that it shares with the runs next to it."""
+    if not summary.settings:
+        return "recipe unreadable"
+    return " ".join(part for part in summary.settings if part not in shared)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from textual.content import Content
@@ -38,7 +39,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
-from qlora_tui.runs.run_summary import RunSummary, data_words
+from qlora_tui.runs.run_summary import RunSummary, data_words, setting_words, shared_settings
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
@@ -323,8 +324,18 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
     columns: tuple[Column[RunSummary], ...] = (
         Column(text=state, width=13),
         Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=0),
-        Column(text=lambda s: s.model, max_width=_MAX_NAME_WIDTH, shown_from=_MIN_WIDTH_FOR_MODELS),
-        Column(text=lambda s: s.settings, max_width=_MAX_NAME_WIDTH, shown_from=_MIN_WIDTH_FOR_MODELS),
+        Column(
+            text=lambda s: s.model,
+            max_width=_MAX_NAME_WIDTH,
+            shown_from=_MIN_WIDTH_FOR_MODELS,
+            shown_if_same=False,
+        ),
+        Column(
+            text=partial(setting_words, shared_settings(summaries)),
+            max_width=_MAX_NAME_WIDTH,
+            shown_from=_MIN_WIDTH_FOR_MODELS,
+            shown_if_empty=False,
+        ),
         Column(text=lambda s: "" if s.best is None else f"best val. {format_loss(s.best[0])}"),
         Column(
             text=lambda s: sparkline(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "",
@@ -479,7 +490,8 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     if not layout.is_large:
         return _validation_lines(summary, layout.right, _FEW_EVALUATIONS)
     width = layout.right
-    facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", summary.settings)]
+    settings = setting_words((), summary)
+    facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", settings)]
     if summary.tokens_per_s is not None:
         facts.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))
     if summary.peak_bytes is not None:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import wrap
@@ -41,7 +42,7 @@ from qlora_tui.runs.describe import describe, done_at_words
 from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Step
 from qlora_tui.runs.exports import Export, read_exports
-from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words
+from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words, setting_words, shared_settings
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
@@ -123,7 +124,6 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
     Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
     Column(title="model", text=lambda s: s.model, max_width=24, dropped=3, shown_if_same=False),
     Column(title="data", text=lambda s: s.data, max_width=24, dropped=2, shown_if_same=False),
-    Column(title="settings", text=lambda s: s.settings, max_width=22, dropped=6),
     Column(
         title="steps",
         text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
@@ -168,7 +168,11 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         is_sentence=True,
     ),
 )
-"""Columns of the list, to the right of the mark and the state."""
+"""Columns of the list, to the right of the mark and the state, except the settings that the runs do not
+share.
+"""
+_SETTINGS = 4
+"""Index of the column with the settings."""
 
 
 class RunTable(LineView):
@@ -283,7 +287,10 @@ class RunTable(LineView):
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
-        titles, *lines = table((head, *_COLUMNS), self._rows, width, title_style="")
+        own = partial(setting_words, shared_settings(self._rows))
+        settings = Column(title="settings", text=own, max_width=40, dropped=6, shown_if_empty=False)
+        columns = (head, *_COLUMNS[:_SETTINGS], settings, *_COLUMNS[_SETTINGS:])
+        titles, *lines = table(columns, self._rows, width, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
             line = lines[self._cursor]
@@ -368,7 +375,7 @@ def preview_title(summary: RunSummary) -> str:
 
 def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Content]:
     """Return two lines for a window without room for the preview: facts about the run, and how it ended."""
-    facts = [part for part in (summary.model, summary.settings) if part]
+    facts = [part for part in (summary.model, setting_words((), summary)) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
     if summary.energy:

@@ -25,7 +25,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
+from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache, shared_settings
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
@@ -248,7 +248,7 @@ class RunsScreen(RunCommands):
         matching = [row for row in summaries if self._filter in _search_text(row)]
         rows = in_order(matching, self.listing.waiting, self.order)
         any_unmeasured = any(row.best is None and row.loss is not None for row in rows)
-        self._show_title(len(rows), len(summaries), any_unmeasured=any_unmeasured)
+        self._show_title(rows, len(summaries), any_unmeasured=any_unmeasured)
         self.set_class(not rows, "-empty")
         self.query_one("#runs-panel", Panel).show_keys(_LIST_KEYS if summaries else ())
         if not rows:
@@ -270,9 +270,12 @@ class RunsScreen(RunCommands):
             self._footer_key = key
             self.refresh_bindings()
 
-    def _show_title(self, shown: int, total: int, *, any_unmeasured: bool) -> None:
+    def _show_title(self, rows: Sequence[RunSummary], total: int, *, any_unmeasured: bool) -> None:
+        shown = len(rows)
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         words = f" · {number}, {self.order.label}" if total else ""
+        if shared := shared_settings(rows):
+            words += f" · all {' '.join(shared)}"
         if any_unmeasured:
             words += " · * training loss, not validated"
         title = Content.assemble("Runs", (words, "not bold $text-muted"))
@@ -495,5 +498,5 @@ def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: O
 
 
 def _search_text(summary: RunSummary) -> str:
-    words = (summary.name, summary.id, summary.model, summary.settings, summary.status.state)
+    words = (summary.name, summary.id, summary.model, *summary.settings, summary.status.state)
     return " ".join(words).casefold()
