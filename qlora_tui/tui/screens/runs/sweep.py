@@ -12,7 +12,7 @@ from typing import ClassVar
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical
+from textual.containers import Container, Vertical
 from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import OptionList
@@ -53,6 +53,8 @@ _INTERVAL_S = 2.0
 """Seconds between two reads of the sweep that is shown."""
 _WHOLE = 100.0
 """The end of the axis of steps, in percent."""
+_WORDS = 24
+"""Minimum width of a trial's outcome, in cells, if it has so many."""
 _STYLES: dict[Outcome, str] = {
     "waiting": "$text-muted",
     "training": "bold $primary",
@@ -105,20 +107,37 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             border: round $primary;
             padding: 0 1;
         }
-        #sweep-verdict, #sweep-bought {
+        #sweep-verdict, #sweep-tables, #sweep-trials, #sweep-bought {
             height: auto;
         }
-        #sweep-trials {
-            height: auto;
-            max-height: 45%;
+        #sweep-tables {
+            layout: column;
+            max-height: 70%;
             margin-top: 1;
         }
         #sweep-bought {
-            max-height: 25%;
             margin-top: 1;
         }
-        &.-short #sweep-bought {
-            display: none;
+        &.-very-wide {
+            #sweep-tables {
+                layout: horizontal;
+            }
+            #sweep-trials {
+                width: 1fr;
+                max-height: 100%;
+            }
+            #sweep-bought {
+                width: 76;
+                margin: 0 0 0 3;
+            }
+        }
+        &.-short {
+            #sweep-tables {
+                max-height: 45%;
+            }
+            #sweep-bought {
+                display: none;
+            }
         }
     }
     """
@@ -150,8 +169,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         with Vertical(id="sweep"):
             yield Lines(id="sweep-verdict")
             yield Drawing(partial(plot, no_plot("Reading the sweep…")), classes="graph")
-            yield ViList(id="sweep-trials")
-            yield Lines(id="sweep-bought")
+            with Container(id="sweep-tables"):
+                yield ViList(id="sweep-trials")
+                yield Lines(id="sweep-bought")
 
     def on_mount(self) -> None:
         self.query_one(ViList).focus()
@@ -364,7 +384,9 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading, and for each trial: its values, its loss in each round, steps and
     outcome. The list is empty if there are no trials.
     """
-    rounds = view.rounds
+    rounds, rows = view.rounds, ranked(view)
+    if not rows:
+        return []
     columns = [
         Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
         Column[Trial](text=trial_name, title="trial", gap=1),
@@ -385,13 +407,10 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         Column[Trial](
             text=lambda trial: Content.styled(trial_words(view, trial), _STYLES[trial.outcome]),
             fills=True,
-            min_width=16,
+            min_width=min(_WORDS, max(len(trial_words(view, trial)) for trial in rows)),
             is_sentence=True,
         ),
     ]
-    rows = ranked(view)
-    if not rows:
-        return []
     heading, *lines = table(columns, rows, width)
     return [
         (f"{HEADING}trials", heading),
