@@ -34,7 +34,7 @@ async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
         await pilot.press("l")
         training = app.workbench.recipe.training
         assert training.gradient_accumulation == 16
-        await wait_for_text(pilot, "* preset: 8", "= 16 sequences per step")
+        await wait_for_text(pilot, "preset: 8", "= 16 sequences per step")
         await pilot.press("backspace")
         assert app.workbench.recipe.training.gradient_accumulation == 8
         await pilot.press("enter", "ctrl+u", *"many", "enter")
@@ -70,11 +70,29 @@ async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
         await pilot.press("j", "j", "l")
         assert app.workbench.recipe.lora.dropout > 0
         await pilot.press("k", "k", "h")
-        await wait_for_text(pilot, "+ LoRA", "* preset: 0")
+        await wait_for_text(pilot, "+ LoRA", "preset: 0")
         await pilot.press("k")
         await wait_until(pilot, lambda: "rsLoRA" not in text_of(app))
         app.edit("data.preferences", "dpo")
-        await wait_for_text(pilot, "Preferences", "Preference data", "* preset: refuse")
+        await wait_for_text(pilot, "Preferences", "Preference data", "preset: refuse")
+
+
+async def test_a_wide_form_has_two_columns_with_every_group_open() -> None:
+    app = QloraApp()
+    async with app.run_test(size=(200, 60)) as pilot:
+        await pilot.press("5")
+        lines = (
+            await wait_for_text(pilot, "− Run", "Kernels", "Max grad norm", "Train embeddings")
+        ).splitlines()
+        row, line = next((row, line) for row, line in enumerate(lines) if "Max grad norm" in line)
+        await pilot.click(offset=(line.index("Max grad"), row))
+        list_ = app.screen.query_one(SettingsForm).list
+        assert list_.field is not None and list_.field.path == "training.max_grad_norm"
+        await pilot.press("enter", "ctrl+u", *"2.5")
+        typed = app.screen.query_one("SettingsForm > Input").region
+        assert typed.offset == (line.index("1", line.index("Max grad")), row)
+        await pilot.press("enter", "j")
+        await wait_for_text(pilot, "* Max grad norm", "2.5  preset: 1")
 
 
 async def test_every_setting_of_the_form_can_be_stepped_both_ways() -> None:

@@ -207,7 +207,7 @@ SCENES = PICTURES | {
     "all keys": over("f1", "Help: all keys"),
     "a file": over("2 o", "Tab complete"),
     "settings": over("f6", "Settings"),
-    "a changed setting": over("f6 j l", "* default"),
+    "a changed setting": over("f6 j l", "default: "),
     "a lost run": watched(lost),
     "no memory": watched(no_memory),
     "not a number": watched(not_a_number),

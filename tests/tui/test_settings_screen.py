@@ -95,7 +95,7 @@ async def test_a_typed_number_is_checked_and_saved() -> None:
         await pilot.press(*"jjj", "enter", "x", "enter")
         await wait_for_text(pilot, "must be a number above 0")
         await pilot.press("backspace", "1", "2", "enter")
-        await wait_for_text(pilot, "12  * default: none")
+        await wait_for_text(pilot, "12  default: none")
         assert app.memory_budget.bytes == 12 << 30
         assert load_settings().gpu_memory_gib == 12
 

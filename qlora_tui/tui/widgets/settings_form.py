@@ -38,6 +38,8 @@ _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
 """Minimum width of the list, in cells, for showing a folded group's values next to its title."""
+_COLUMN_CELLS = 60
+"""Minimum width of a column of groups, in cells, if there are two side by side."""
 _HELP_ROWS = 5
 """Rows that are reserved for the help below the list, including the empty row above the help."""
 _NUMBER_CELLS = 14
@@ -76,7 +78,7 @@ class SettingGroup:
 
 class SettingList(LineView):
     """The settings in their groups, with a cursor. On a setting, Left and Right step its value; on the title
-    of a group, they fold and open the group.
+    of a group, they fold and open the group. A wide list has two columns.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -122,6 +124,9 @@ class SettingList(LineView):
         self._notes: Mapping[str, str] = {}
         self._label_cells = max(len(field.label) for group in groups for field in group.fields)
         self._lines = self._shown_lines()
+        self._has_two_columns = False
+        self._second = len(self._lines)
+        """Index of the first line of the second column; the number of lines if there is one column."""
 
     @property
     def current(self) -> Field | SettingGroup:
@@ -147,15 +152,42 @@ class SettingList(LineView):
         return get_setting(self._values, self.field.path)
 
     @property
-    def value_column(self) -> int:
-        """Column in which the values start, in cells from the left."""
-        return self._label_cells + 4
+    def value_region(self) -> Region:
+        """Where the value under the cursor is, in cells from the upper left corner of the list."""
+        column, row = self._place(self.cursor)
+        before = self._label_cells + 4
+        return Region(column * self._cells + before, row - round(self.scroll_y), self._cells - before, 1)
+
+    @property
+    def _cells(self) -> int:
+        """Width of a column, in cells."""
+        return self.scrollable_content_region.width // (1 + self._has_two_columns)
+
+    def _place(self, line: int) -> tuple[int, int]:
+        """Return (column, row) of a line."""
+        return (0, line) if line < self._second else (1, line - self._second)
+
+    def _line_at(self, column: int, row: int) -> int | None:
+        """Return the index of the line in a column and row; None if there is none."""
+        first, end = ((0, self._second), (self._second, len(self._lines)))[column]
+        return first + row if 0 <= row < end - first else None
+
+    def _arrange(self, width: int) -> int:
+        """Divide the lines among the columns for this width, and return the number of rows."""
+        count = len(self._lines)
+        titles = [at for at, line in enumerate(self._lines) if isinstance(line, SettingGroup)]
+        self._has_two_columns = width >= 2 * _COLUMN_CELLS and bool(titles)
+        self._second = min(titles, key=lambda at: max(at, count - at)) if self._has_two_columns else count
+        return max(self._second, count - self._second)
 
     def on_mount(self) -> None:
         self.virtual_size = Size(1, len(self._lines))
 
+    def on_resize(self) -> None:
+        self.virtual_size = Size(1, self._arrange(self.scrollable_content_region.width))
+
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
-        return len(self._lines)
+        return self._arrange(width)
 
     def show(self, values: Struct, base: Struct, notes: Mapping[str, str] | None = None) -> None:
         """Show ``values``, and mark those that differ from ``base``. ``notes``: a remark to show next to a
@@ -171,10 +203,11 @@ class SettingList(LineView):
         setting is still shown.
         """
         before, lines = self.current, self._shown_lines()
-        is_as_high, self._lines = len(lines) == len(self._lines), lines
+        rows = self.virtual_size.height
+        self._lines = lines
         self.cursor = lines.index(before) if before in lines else min(self.cursor, len(lines) - 1)
-        self.virtual_size = Size(1, len(lines))
-        self.refresh(layout=not is_as_high)
+        self.virtual_size = Size(1, self._arrange(self.scrollable_content_region.width))
+        self.refresh(layout=self.virtual_size.height != rows)
 
     def _shown_lines(self) -> list[Field | SettingGroup]:
         lines: list[Field | SettingGroup] = []
@@ -194,10 +227,14 @@ class SettingList(LineView):
         before, self.cursor = self.cursor, min(max(line, 0), len(self._lines) - 1)
         if self.cursor == before:
             return
-        self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False, force=True)
+        self.scroll_to_region(Region(0, self._place(self.cursor)[1], 1, 1), animate=False, force=True)
         for moved in (before, self.cursor):
-            self.refresh_line(moved)
+            self.refresh_setting(moved)
         self.post_message(self.Moved())
+
+    def refresh_setting(self, line: int | None = None) -> None:
+        """Repaint a line, or else the one under the cursor."""
+        self.refresh_line(self._place(self.cursor if line is None else line)[1])
 
     def action_move(self, places: int) -> None:
         """Move the cursor by this number of lines. It stops at the first and last line."""
@@ -209,8 +246,9 @@ class SettingList(LineView):
         Pressing a letter moves the cursor to its line; any other key only removes the letters.
         """
         top = round(self.scroll_y)
-        bottom = min(top + self.scrollable_content_region.height, len(self._lines))
-        self._letters = dict(zip(_LETTERS, range(top, bottom), strict=False))
+        rows = range(top, top + self.scrollable_content_region.height)
+        visible = [line for line in range(len(self._lines)) if self._place(line)[1] in rows]
+        self._letters = dict(zip(_LETTERS, visible, strict=False))
         self.refresh()
 
     def on_key(self, event: Key) -> None:
@@ -255,15 +293,15 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open each folded group with which all lines still fit ``rows``, unless the user has opened or
-        folded a group.
+        """Open each folded group with which all lines still fit ``rows``, or all groups if the list has two
+        columns. Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
             return
         opened = {group.title for group in self._groups if group.is_open}
         for group in self._groups:
             self._open = opened | {group.title}
-            if len(self._shown_lines()) <= rows:
+            if self._has_two_columns or len(self._shown_lines()) <= rows:
                 opened = self._open
         self._open = opened
         self._show_lines()
@@ -274,7 +312,8 @@ class SettingList(LineView):
         self._show_lines()
         # Scroll the opened group into view, with its title at the top.
         last = min(self.cursor + len(self.group.fields), len(self._lines) - 1) if is_open else self.cursor
-        shown = Region(0, self.cursor, 1, min(last - self.cursor + 1, self.size.height))
+        row = self._place(self.cursor)[1]
+        shown = Region(0, row, 1, min(last - self.cursor + 1, self.size.height))
         self.call_after_refresh(self.scroll_to_region, shown, animate=False, force=True)
         self.post_message(self.Moved())
 
@@ -287,8 +326,9 @@ class SettingList(LineView):
             self.post_message(SettingEdited(path, get_setting(self._base, path)))
 
     def on_click(self, event: Click) -> None:
-        line = event.y + round(self.scroll_y)
-        if 0 <= line < len(self._lines):
+        column = min(1, event.x // max(1, self._cells))
+        line = self._line_at(column, event.y + round(self.scroll_y))
+        if line is not None:
             # A click on a setting moves the cursor there, and another one changes the setting. A click on a
             # group opens or folds it at once.
             is_chosen = line == self.cursor or isinstance(self._lines[line], SettingGroup)
@@ -297,16 +337,21 @@ class SettingList(LineView):
                 self.action_choose()
 
     def on_focus(self) -> None:
-        self.refresh_line(self.cursor)
+        self.refresh_setting()
 
     def on_blur(self) -> None:
         self._letters = {}
         self.refresh()
 
     def render_line(self, y: int) -> Strip:
-        width = self.scrollable_content_region.width
-        line = y + round(self.scroll_y)
-        if line >= len(self._lines):
+        row, cells = y + round(self.scroll_y), self._cells
+        if not self._has_two_columns:
+            return self._render_setting(self._line_at(0, row), cells)
+        parts = [self._render_setting(self._line_at(column, row), cells - 1) for column in (0, 1)]
+        return Strip.join([parts[0], Strip.blank(1, self.rich_style), parts[1]])
+
+    def _render_setting(self, line: int | None, width: int) -> Strip:
+        if line is None:
             return Strip.blank(width, self.rich_style)
         shown = self._lines[line]
         here = line == self.cursor
@@ -323,7 +368,7 @@ class SettingList(LineView):
         its values instead of their number.
         """
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
-        if self._values is not None and self.size.width >= _WIDE_CELLS:
+        if self._values is not None and self._cells >= _WIDE_CELLS:
             values = [(field, get_setting(self._values, field.path)) for field in group.fields]
             texts = (f"{field.label} {abbreviate_home(field.describe(value))}" for field, value in values)
             remark = SEPARATOR.join(texts)
@@ -340,7 +385,11 @@ class SettingList(LineView):
         changed = value != usual
         remark = self._notes.get(field.path)
         head = Content.assemble(
-            (letter, "bold reverse $key") if letter else "›" if here else " ",
+            (letter, "bold reverse $key")
+            if letter
+            else "›"
+            if here
+            else ("*" if changed else " ", "$primary"),
             (f" {field.label:<{self._label_cells}}  ", "bold" if here else ""),
         )
         if here and self.typed_cells:
@@ -348,7 +397,7 @@ class SettingList(LineView):
         return Content.assemble(
             head,
             (field.describe(value), "bold $primary" if changed else ""),
-            (f"  * {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
+            (f"  {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
             (f"  {remark}" if remark else "", "dim"),
         )
 
@@ -366,7 +415,6 @@ class SettingsForm(Vertical):
     }
     SettingsForm > SettingList {
         height: auto;
-        max-height: 85%;
     }
     SettingsForm > #setting-help {
         height: auto;
@@ -451,13 +499,13 @@ class SettingsForm(Vertical):
             return
         box, list_ = self.query_one(Input), self.list
         box.value = _as_text(field, list_.value)
-        room = list_.scrollable_content_region.width - list_.value_column
-        cells = _NUMBER_CELLS if field.kind in ("int", "float") else room
-        list_.typed_cells = min(cells, room)
+        place = list_.value_region
+        cells = _NUMBER_CELLS if field.kind in ("int", "float") else place.width
+        list_.typed_cells = min(cells, place.width)
         box.styles.width = list_.typed_cells
-        box.styles.offset = (list_.value_column, list_.cursor - round(list_.scroll_y))
+        box.styles.offset = place.offset
         self.add_class("-editing")
-        list_.refresh_line(list_.cursor)
+        list_.refresh_setting()
         box.focus()
         box.action_end()
 
@@ -482,7 +530,7 @@ class SettingsForm(Vertical):
         """Stop typing without changing the value."""
         self.remove_class("-editing")
         self.list.typed_cells, self._wrong = 0, ""
-        self.list.refresh_line(self.list.cursor)
+        self.list.refresh_setting()
         self._show_help()
         self.focus()
 

@@ -93,6 +93,8 @@ prefix of several paths that ends with a dot. A setting belongs to the first gro
 """
 _LARGE_HEIGHT = 6
 """Minimum height of the first panel, in lines, for the time in large digits."""
+_MAX_WRAPPED = 14
+"""Maximum number of lines on what the settings of a group do, next to the checks."""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's outcome and name, in cells."""
 _SEPARATOR = " · "
@@ -205,7 +207,9 @@ class LaunchPane(Vertical, OnQloraApp):
         self.query_one("#notes-panel", Panel).show_title(title)
         # A large window also lists what is in the same group.
         group = list_.group if self.screen.has_class("-very-wide") else None
-        self.query_one("#notes", Drawing).show(partial(note_lines, current, group, self._preset))
+        is_roomy = self.screen.has_class("-roomy")
+        notes = partial(note_lines, current, group, self._preset, is_roomy=is_roomy)
+        self.query_one("#notes", Drawing).show(notes)
 
     def show_settings(self, recipe: Recipe, preset: Recipe, notes: Mapping[str, str]) -> None:
         """Show the recipe's settings, and mark those that differ from the preset's."""
@@ -256,31 +260,45 @@ class LaunchPane(Vertical, OnQloraApp):
 
 
 def note_lines(
-    current: Field | SettingGroup, group: SettingGroup | None, preset: Recipe | None, width: int, height: int
+    current: Field | SettingGroup,
+    group: SettingGroup | None,
+    preset: Recipe | None,
+    width: int,
+    height: int,
+    *,
+    is_roomy: bool,
 ) -> list[Content]:
     """Return lines on a setting: what it does, its valid values and the preset's value.
 
     If ``current`` is a group, return a line on each of its settings instead. If ``group``, the group of the
-    setting, is not None, lines on its other settings follow.
+    setting, is not None, lines on its other settings follow. In a roomy window (``is_roomy``), lines that are
+    too long are wrapped instead of cut, unless there are many.
     """
+    most = _MAX_WRAPPED if is_roomy else 0
     if isinstance(current, SettingGroup):
-        return _overview(current.fields, width)
+        return _overview(current.fields, width, most)
     of_preset = "" if preset is None else current.describe(get_setting(preset, current.path))
     facts = {"memory": current.memory, "value": current.expected, "preset": abbreviate_home(of_preset)}
     lines = [Content(current.help)]
     lines += [Content.assemble((f"{name:<8}", "dim"), text) for name, text in facts.items() if text]
     lines = [part for line in lines for part in line.wrap(max(20, width))]
     others = [] if group is None else [field for field in group.fields if field != current]
-    return [*lines, Content(""), *_overview(others, width)] if others else lines
+    return [*lines, Content(""), *_overview(others, width, most)] if others else lines
 
 
-def _overview(settings: Sequence[Field], width: int) -> list[Content]:
-    """Return a line for each setting, with its label and what it does, cut to ``width`` cells."""
+def _overview(settings: Sequence[Field], width: int, most: int) -> list[Content]:
+    """Return the label of each setting with what the setting does, wrapped to at most ``most`` lines, or else
+    in one line that is cut to ``width`` cells.
+    """
     cells = max(len(field.label) for field in settings)
-    lines = [
-        Content.assemble((f"{field.label:<{cells}}  ", "$primary"), (field.help, "dim")) for field in settings
+    rows = [
+        (Content.styled(f"{field.label:<{cells}}  ", "$primary"), Content.styled(field.help, "dim"))
+        for field in settings
     ]
-    return [line.truncate(width, ellipsis=True) for line in lines]
+    wrapped = [line for row in rows for line in hanging(*row, width, _LEAST_TEXT)]
+    if len(wrapped) <= most:
+        return wrapped
+    return [(label + text).truncate(width, ellipsis=True) for label, text in rows]
 
 
 def verdict_lines(
