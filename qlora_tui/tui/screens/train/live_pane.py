@@ -32,13 +32,12 @@ from qlora_tui.tui.screens.train.run_panels import (
     evaluation_lines,
     header_lines,
     health_lines,
-    is_starting,
     outcome_text,
     sample_lines,
     samples_title,
     setup_lines,
-    stage_lines,
 )
+from qlora_tui.tui.screens.train.stage_panel import is_starting, stage_lines
 from qlora_tui.tui.screens.train.step_charts import graph_lines, loss_plot, step_charts
 from qlora_tui.tui.textual_compat import follow_end
 from qlora_tui.tui.widgets.controls import (
