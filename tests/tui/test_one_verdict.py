@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ HERE = {
 _WORDS = {" ": "✓", "fits": "✓", "tight": "!", "uncertain": "?", "does": "✗"}
 
 
-async def figures(pilot: Pilot[Any], places: dict[str, tuple[str, ...]]) -> dict[str, list[tuple[str, ...]]]:
+async def figures(
+    pilot: Pilot[Any], places: Mapping[str, tuple[str, ...]]
+) -> dict[str, list[tuple[str, ...]]]:
     """By screen: (figure, sign of the verdict) from each place, or the sign alone."""
     found = {}
     for key, patterns in places.items():

@@ -30,6 +30,16 @@ def test_memory_is_a_bar_with_a_track_in_two_lines() -> None:
     assert "memory ▄▄▄▄▄▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁ 6.0 of 24.0 GiB" in line
 
 
+def test_power_without_a_limit_is_drawn_by_the_highest_reading_and_not_as_a_share() -> None:
+    powers = [GpuMetrics(at=float(at), index=0, power_w=watts) for at, watts in enumerate((200.0, 50.0))]
+    readings = tuple(Reading(at=each.at, rss_bytes=GIB, cpu_percent=1.0, gpu=each) for each in powers)
+    machine = MachineState("RTX 4090", readings)
+    (power,) = (line for line in drawn(machine, 80, 24) if line.startswith("power"))
+    assert power.split(" 50 W")[0][-2:] == "█▄"
+    (power,) = (line for line in drawn(machine, 80, 8) if line.startswith("power"))
+    assert "▄" not in power
+
+
 @pytest.mark.parametrize(("height", "lines"), [(24, 16), (8, 8), (4, 4), (2, 2)])
 def test_every_gpu_of_a_run_has_its_lines(height: int, lines: int) -> None:
     first, second = (GpuMetrics(at=1.0, index=i, power_w=100.0 + i) for i in range(2))

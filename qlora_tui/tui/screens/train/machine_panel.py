@@ -116,8 +116,8 @@ class _Meter:
     """If the panel has only two lines, index of the line that includes this meter; None to leave it out."""
     history: tuple[float | None, ...] = ()
     """A value for each reading, to be drawn as a chart; empty for no chart."""
-    top: float = 1.0
-    """Value at the top of the chart."""
+    top: float | None = None
+    """Value at the top of the chart; None if unknown, so that the highest value is there."""
     bar: tuple[int | None, int | None] | None = None
     """(used, total) in bytes, to be drawn as a bar with the estimate below it; None for no bar."""
 
@@ -143,7 +143,7 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     return (
         _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
         _Meter("util", format_reading(gpu.utilization_percent), 0, utilizations, 100.0),
-        _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w or 1.0),
+        _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w),
         _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
         _Meter("clock", f"{clock}   fan {format_reading(gpu.fan_percent)}"),
         _Meter("slowed", _throttle(gpu), 1),
@@ -224,13 +224,13 @@ def _meter_chart(meter: _Meter, readings: Sequence[Reading], width: int, rows: i
         # Fill a gap of a single second, since two readings may be slightly more than a second apart.
         if slots[place] is None and slots[place + 1] is not None:
             slots[place] = slots[place - 1]
-    return history(slots, 0.0, meter.top, rows, "$hardware")
+    top = meter.top or max((each for each in slots if each), default=1.0)
+    return history(slots, 0.0, top, rows, "$hardware")
 
 
 def _power(gpu: GpuMetrics) -> str:
-    used = format_power(gpu.power_w)
-    limit = format_power(gpu.power_limit_w)
-    return f"{used} of {limit} W"
+    limit = "" if gpu.power_limit_w is None else f" of {format_power(gpu.power_limit_w)}"
+    return f"{format_power(gpu.power_w)}{limit} W"
 
 
 def _temperature(gpu: GpuMetrics) -> Content:
