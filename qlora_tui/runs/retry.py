@@ -15,12 +15,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct, structs
 
-from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.decoding import decode_json
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import format_bytes, pluralize
-from qlora_tui.memory import cheapest_changes, estimate
-from qlora_tui.memory.budget import local_budget
 from qlora_tui.recipe.aliases import canonical_value
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
@@ -225,6 +222,8 @@ def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
 
 def _fix_for_model(recipe: Recipe | None) -> str:
     """Return what helps if the model itself does not fit. A smaller micro-batch does not help then."""
+    from qlora_tui.memory.budget import local_budget  # not needed by a runner otherwise
+
     choices = ["Close other programs that use this memory"]
     if recipe is not None and recipe.quantization.method in ("int8", "none"):
         choices.append("set the quantization method (quantization.method) to nf4")
@@ -240,6 +239,10 @@ def suggest_settings(recipe: Recipe) -> str:
 
     The failure counts more than the estimate: the unchanged recipe does not fit.
     """
+    from qlora_tui.catalog.local_models import resolve_model
+    from qlora_tui.memory import cheapest_changes, estimate
+    from qlora_tui.memory.budget import local_budget
+
     try:
         architecture, budget = resolve_model(recipe.model.id).architecture, local_budget()
         whole = estimate(recipe, architecture, device=budget.device).process_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -44,10 +45,14 @@ def typed(*lines: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("option", [("--greedy",), ("--seed", "7")])
 def test_an_answer_can_be_reproduced(
-    option: tuple[str, ...], run: RunDir, capsys: pytest.CaptureFixture[str]
+    option: tuple[str, ...], run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from qlora_tui.chat import chat_types
     from qlora_tui.chat.repl import generate_once
 
+    short = partial(Sampling, max_new_tokens=24)
+    monkeypatch.setattr(chat_types, "Sampling", short)
+    monkeypatch.setattr(chat_types, "GREEDY", short(temperature=0.0))
     ask = ("chat", run.id, "--prompt", PROMPT, "--json")
     assert main([*ask, *option]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -256,8 +256,8 @@ def test_only_settings_that_shrink_the_model_are_named(method: str, double: bool
 
 def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
-    monkeypatch.setattr(retry, "resolve_model", lambda id_: files)
-    monkeypatch.setattr(retry, "cheapest_changes", lambda *args, **kwargs: [])
+    monkeypatch.setattr("qlora_tui.catalog.local_models.resolve_model", lambda id_: files)
+    monkeypatch.setattr("qlora_tui.memory.cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))
     held = replace_setting(recipe, "training.gradient_checkpointing", "off")
     assert retry.suggest_settings(held).startswith("Gradient checkpointing saves ")

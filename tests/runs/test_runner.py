@@ -294,6 +294,7 @@ def test_a_file_system_without_locks_is_said(
     assert "File locks do not work" in capsys.readouterr().err
 
 
-def test_the_runner_does_not_import_torch() -> None:
-    code = "import sys, qlora_tui.runs.runner; sys.exit('torch' in sys.modules or 'textual' in sys.modules)"
+def test_the_runner_imports_neither_torch_nor_the_estimate() -> None:
+    unwanted = {"torch", "textual", "qlora_tui.memory"}
+    code = f"import sys, qlora_tui.runs.runner; sys.exit(bool({unwanted} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
