@@ -66,7 +66,7 @@ class LossFacts:
     more: tuple[tuple[str, str], ...] = ()
     """Additional (text, style) items for the legend."""
     empty: str = ""
-    """Text to show instead of a chart without steps."""
+    """Text to show instead of a chart if the run has no steps."""
 
 
 def run_plot(facts: LossFacts) -> Plot:
@@ -164,8 +164,8 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
 
 
 def loss_sparkline(head: Content, means: Sequence[float], width: int, height: int) -> list[Content]:
-    """Return ``height`` lines: ``head`` and, below it, the smoothed losses as columns between the first and
-    the last of them. One line has only the columns.
+    """Return ``height`` lines: ``head`` and, below it, the smoothed losses as columns. The first loss is
+    written before the columns, and the last one after them. If ``height`` is 1, ``head`` is left out.
     """
     if not means:
         return [head, *[Content("")] * (height - 1)]

@@ -25,8 +25,9 @@ _FULL = 0.8
 
 
 def bar(part: float, width: int, *, has_track: bool = True) -> str:
-    """Return a bar of ``width`` cells, filled to the fraction ``part`` (from 0; more than 1 is drawn as 1),
-    to half a cell: low blocks, then a thin track or, without ``has_track``, spaces.
+    """Return a bar of ``width`` cells, filled to the fraction ``part``, which is rounded to half a cell. A
+    fraction above 1 is drawn as 1. The fill is made of low blocks; the rest is a thin track or, without
+    ``has_track``, spaces.
     """
     full, half = divmod(round(min(max(part, 0.0), 1.0) * width * 2), 2)
     return (_BAR * full + _HALF_CELL * half).ljust(width, _TRACK if has_track else " ")
@@ -38,8 +39,8 @@ def blocks(
     """Return a column of blocks for each value, as ``height`` rows of characters, top row first.
 
     ``low`` and ``high`` are the values of the lowest and the highest column. Even the lowest value has a
-    visible column; None is an empty column. With ``is_apart``, the top eighth of the top row stays empty, so
-    that charts one above the other do not merge.
+    visible column, but None has an empty column. With ``is_apart``, the top eighth of the top row stays
+    empty, so that charts one above the other do not merge.
     """
     levels = height * 8 - is_apart
     rows = []
@@ -58,8 +59,9 @@ def blocks(
 def history(
     values: Sequence[float | None], low: float, high: float, height: int, style: str
 ) -> list[Content]:
-    """Return a quantity over time in ``height`` rows, as columns of blocks from ``low`` to ``high``. The
-    columns have a soft shade of a color, since they fill most of the chart.
+    """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the lowest
+    column, and a value of ``high`` the highest. The columns have a soft shade of a color, since they fill
+    most of the chart.
     """
     rows = blocks(values, low, high, height, is_apart=True)
     return [Content.styled(row, f"{style} {_SOFT}") for row in rows]

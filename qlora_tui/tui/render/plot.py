@@ -115,8 +115,8 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
-    """Return the axis of the steps of a run from ``start``, 0 or later, to just after ``done``, the last one,
-    at most to ``total``.
+    """Return the axis of a run's steps. The axis begins at ``start``, which is at least 0, and ends shortly
+    after ``done``, the last finished step, but not after ``total``.
 
     The end is a round number of steps, a few percent after the last step, so that the graph is not drawn anew
     after each of many steps.

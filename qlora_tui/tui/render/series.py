@@ -252,7 +252,8 @@ def without_lag(xs: Sequence[float], means: Sequence[float], window: float) -> a
 
     Args:
         xs: Place of each mean, ascending; the first of all values is at 1.
-        means: Results of :class:`BiasCorrectedEma`. Each counts for the distance to the next.
+        means: Results of :class:`BiasCorrectedEma`. The weight of each is multiplied by the distance to the
+            next mean.
         window: Window of these means, in units of x.
     """
     smoothed, beta = array("d", means), 1 - 1 / window

@@ -50,11 +50,11 @@ class RunCommands(WorkScreen):
 
     @property
     def target_run(self) -> RunDir:
-        """The run of the commands. Raises SkipAction if there is none."""
+        """The run that the commands act on. Raises SkipAction if there is none."""
         raise NotImplementedError
 
     def act_on_target(self, act: Callable[[RunDir], None], done: str) -> None:
-        """Call ``act`` with the run of the commands, and show ``done`` as a notification."""
+        """Call ``act`` with the run that the commands act on, and show ``done`` as a notification."""
         raise NotImplementedError
 
     async def action_chat(self) -> None:
