@@ -105,7 +105,7 @@ def type_problem(fields: ConfigFields) -> UserError | None:
     if model_type in types:
         values = {**config_class(model_type).defaults, **fields.values}
         if model_type not in generators:
-            reason = "for which transformers has no class that does"
+            reason = "for which transformers has no class that generates text"
         elif values.get("is_encoder_decoder") is True:
             reason = "which has an encoder next to its decoder"
         elif is_encoder(model_type) and values.get("is_decoder") is not True:

@@ -121,7 +121,11 @@ class Metadata:
 
     def problem(self, what: str, *, lost: bool = False) -> UserError:
         """Build the error; ``lost`` says that without the value the model would be computed differently."""
-        why = "Without it, training would use a different model than the one in the file." if lost else ""
+        why = (
+            "Without this value, training would use a different model than the one in the file."
+            if lost
+            else ""
+        )
         return gguf_problem(self.path, what, why=why)
 
     def _invalid(self, key: str, value: Any, expected: str) -> UserError:

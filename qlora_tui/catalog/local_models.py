@@ -374,7 +374,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
         "The model cannot be read",
         what=f"{path}: {type(error).__name__}: {error}.",
-        why="One of its files is damaged or malicious.",
+        why="A file of the model is damaged or malicious.",
         fix="Download the model again, or move it away.",
     )
 

@@ -196,7 +196,7 @@ def tokenizer_problem(folder: Path, name: str) -> UserError | None:
     return MissingFilesError(
         "No tokenizer",
         what=f"{name} has no {TOKENIZER}.",
-        why="Without it, text cannot be turned into tokens.",
+        why="Without a tokenizer, text cannot be turned into tokens.",
         fix="Download the model again, with its tokenizer files.",
         code=UNUSABLE_TOKENIZER,
     )

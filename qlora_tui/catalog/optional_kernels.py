@@ -111,7 +111,7 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
         command = install_command(*compiled, options=("--no-build-isolation",), keep=_KEEP)
         begin = "Then" if wheels else "Install with"
         if not shutil.which("nvcc"):
-            begin = "Install the CUDA toolkit, without whose nvcc their setup fails; then run"
+            begin = "Install the CUDA toolkit, whose nvcc the installation needs; then run"
         fixes.append(
             f"{begin} `{command}`, which downloads a build for this torch, or compiles one with nvcc."
         )

@@ -258,7 +258,11 @@ def _on_switch(
     switch = traits.switch
     if switch is None and traits.opens_thought:
         closed = notes.get("thought-closed", 0)
-        closing = f"; it is closed at once in {pluralize(closed, 'row')} without reasoning" if closed else ""
+        closing = (
+            f"; the thought is closed at once in {pluralize(closed, 'row')} without reasoning"
+            if closed
+            else ""
+        )
         return f"Thinking: the template always opens a thought and has no switch{closing}."
     if switch is None:
         no_effect = data.thinking == "on" or (data.thinking == "off" and not notes.get("reasoning-left-out"))

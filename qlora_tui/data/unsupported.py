@@ -44,7 +44,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
     return UserError(
         "Better and worse answers are mixed",
         what=f"{name} {what}",
-        why="Some of them may be worse answers, which must not be learned.",
+        why="Some of the answers may be worse ones, which must not be learned.",
         fix="Convert it: keep the better answer of each row, as columns prompt and completion.",
     )
 
@@ -128,7 +128,7 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
         return UserError(
             "Better and worse answers are mixed",
             what=f"{name} has a list of answers in each row, in {column!r}.",
-            why="Some of them may be worse answers, which must not be learned.",
+            why="Some of the answers may be worse ones, which must not be learned.",
             fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "
             "better and a worse one, as prompt, chosen and rejected.",
         )

@@ -102,7 +102,7 @@ def tokenizer_folder(model: str) -> Path:
             raise UserError(
                 "No tokenizer yet",
                 what=f"{name} is selected for estimates only: its tokenizer is not on this machine.",
-                why="Without it, tokens cannot be counted and the chat template cannot be applied.",
+                why="Without a tokenizer, tokens cannot be counted and the chat template cannot be applied.",
                 fix="Download the whole model, or select one that can be trained.",
             ) from problem
         raise

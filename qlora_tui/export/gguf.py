@@ -206,7 +206,7 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
             "llama.cpp is not available",
             what="The K types and auto need llama.cpp, which writes these files.",
             why=f"{reason}.",
-            fix=f"Without it, choose from {', '.join(FILE_TYPES)}.",
+            fix=f"Without llama.cpp, choose from {', '.join(FILE_TYPES)}.",
             exit_code=EXIT_USAGE,
         )
 

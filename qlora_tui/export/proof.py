@@ -94,7 +94,7 @@ class Proof(Struct, frozen=True, kw_only=True):
             )
         if self.turns_ended != self.turns_ended_by_adapter:
             ends = f"{self.turns_ended} of {self.turns} turns"
-            text += f"; it ends {ends}, the adapter {self.turns_ended_by_adapter}"
+            text += f"; the file ends {ends}, and the adapter {self.turns_ended_by_adapter}"
         if self.different_rows:
             text += f"; llama.cpp splits {self.different_rows} of {self.rows} rows into different tokens"
         elif not self.rows:
@@ -247,7 +247,7 @@ def _wrong_answers(proof: Proof, file_type: str) -> str:
     lost = proof.turns_ended_by_adapter - proof.turns_ended
     if lost >= _FEWER_ENDS and 2 * proof.turns_ended < proof.turns_ended_by_adapter:
         return (
-            f"it ends {proof.turns_ended} of {proof.turns} turns, the adapter "
+            f"it ends {proof.turns_ended} of {proof.turns} turns, and the adapter "
             f"{proof.turns_ended_by_adapter}: answers would not stop"
         )
     return ""

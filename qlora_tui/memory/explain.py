@@ -234,9 +234,9 @@ def _process_sentences(layout: Layout) -> dict[str, str]:
         "fragmentation": (
             "Memory of the allocator in addition to the tensors: free blocks too small for the next tensor, "
             + (
-                "as left by loading and two steps."
+                "which remain after loading and two steps."
                 if layout.execution.device == "cuda"
-                else "above all between the layer inputs that are kept."
+                else "mostly between the layer inputs that are kept."
             )
         ),
         "context": "The CUDA context and loaded kernels, outside torch's allocator.",

@@ -355,7 +355,7 @@ class _Import:
                 self._take(strategy, how, setting, 0)
             elif how == "no":
                 self._pop(interval)
-                why = "one is always done at the end of each epoch"
+                why = "checkpoints and evaluations always happen at the end of each epoch"
                 self._leave_out(strategy, how, why)
             elif isinstance(every, int) and every:
                 self._take(interval, self._pop(interval), setting, every)

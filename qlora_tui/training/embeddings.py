@@ -270,7 +270,7 @@ def use_fp32_copies(model: Any, *, tied: bool) -> None:
     """
     wrappers = model.get_input_embeddings(), model.get_output_embeddings()
     if not all(_is_peft(wrapper, _WHOLE) for wrapper in wrappers):
-        raise _unsupported_model("peft does not copy both")
+        raise _unsupported_model("peft does not copy both embedding and head")
     copies = [wrapper.modules_to_save[_ADAPTER] for wrapper in wrappers]
     if (copies[0].weight is copies[1].weight) != tied:
         raise _unsupported_model("peft does not recognize that its head is tied to its embedding")

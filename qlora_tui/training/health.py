@@ -181,7 +181,7 @@ def check_general_answers(answers: GeneralAnswers) -> Finding | None:
     ]
     if answers.base_json_valid - answers.json_valid >= max(2, _MANY_ANSWERS * answers.json_prompts):
         lost.append(
-            f"{answers.json_valid} of the {answers.json_prompts} asked for JSON give it "
+            f"{answers.json_valid} of the {answers.json_prompts} answers that should be JSON are JSON "
             f"(the base: {answers.base_json_valid})"
         )
     if not lost:

@@ -288,7 +288,7 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
         raise UserError(
             "The model's files do not fit its config",
             what=f"{folder}: {name} is {_shape(stored)} in the files, but {_shape(expected)} in config.json.",
-            why="The files and config.json belong to different models, or a size in it was changed.",
+            why="The files and config.json belong to different models, or a size in config.json was changed.",
             fix="Download the model again, or compare config.json with the one published with the model.",
         )
 

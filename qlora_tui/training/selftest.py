@@ -224,7 +224,7 @@ def _transfer() -> Check:
         return _check(name, "error", text, install_command("torch", "bitsandbytes"))
     copies, products = f"{speed.bytes_per_s / 1e9:.1f} GB/s", f"{speed.flops_per_s / 1e12:.1f} TFLOP/s"
     text = (
-        f"{copies} from pinned memory, and {products} in {device.dtype_name}: the two decide how "
+        f"{copies} from pinned memory, and {products} in {device.dtype_name}: these speeds decide how "
         "much slower streamed layers are"
     )
     return _check(name, "ok", text)

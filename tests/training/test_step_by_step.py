@@ -161,5 +161,5 @@ def test_a_wrong_norm_warns_and_trains_like_the_plain_script(
     assert warning.severity == "warning" and warning.evidence.startswith(
         "The first step differs from transformers and peft, because of the fused RMSNorm: loss "
     )
-    assert warning.remedy.startswith("This run uses their code instead")
+    assert warning.remedy.startswith("This run uses the code of transformers and peft instead")
     assert len(events_of(run, Step)) == STEPS and isinstance(events(run)[-1], Finished)

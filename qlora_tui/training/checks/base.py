@@ -67,7 +67,7 @@ def require_causal(model: Any, device: torch.device) -> None:
         raise UserError(
             "This model computes NaN or infinity",
             what=f"{type(model).__name__}: logits are not finite.",
-            why="A value in its config.json or weights is wrong, or its dtype has too small a range.",
+            why="A value in the model's config.json or weights is wrong, or the dtype has too small a range.",
             fix="Compare config.json with the one published with the model, or set "
             "quantization.compute_dtype to bfloat16 or float32.",
         )

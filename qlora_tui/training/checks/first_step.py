@@ -183,7 +183,7 @@ def verify_first_step(run: Run) -> PreparedBase:
     if not verified.agrees and run.recipe.training.first_step_differs == "stop":
         raise UserError(
             "The first step differs from transformers and peft",
-            what=f"{_difference(verified.comparison)} It also differs without qlora-tui's faster code.",
+            what=f"{_difference(verified.comparison)} The step also differs without qlora-tui's faster code.",
             why="The results of such a run may be wrong.",
             fix=f"{_REPORT} `--set training.first_step_differs=continue` trains anyway.",
         )
@@ -339,11 +339,14 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
     )
     if not verified.agrees:
         remedy = (
-            "This run uses their code throughout, but even so the check fails: its results may be wrong. "
-            f"{_REPORT}"
+            "This run uses only the code of transformers and peft, but even so the check fails: the results "
+            f"may be wrong. {_REPORT}"
         )
     elif names:
-        remedy = f"This run uses their code instead: correct, but slower and using more memory. {_REPORT}"
+        remedy = (
+            "This run uses the code of transformers and peft instead, which is correct, but slower and takes "
+            f"more memory. {_REPORT}"
+        )
     else:
         remedy = f"Each part matches on its own, so this run keeps all of them. {_REPORT}"
     reporter.health("step_differs", evidence, remedy)

@@ -367,9 +367,11 @@ class AdapterAnswer(Panel):
         await self._thought.end(outcome)
         self.text, self.outcome = outcome.text, outcome
         self.show_title(answer_title(self.adapter_name, outcome_words(outcome)))
-        under = _ENDINGS.get(outcome.ending, "" if outcome.text.strip() else "Ended its turn immediately.")
+        under = _ENDINGS.get(
+            outcome.ending, "" if outcome.text.strip() else "The model ended its turn immediately."
+        )
         if not outcome.thought_ended:
-            under = _STILL_THINKING.get(outcome.ending, "Ended its turn without an answer.")
+            under = _STILL_THINKING.get(outcome.ending, "The model ended its turn without an answer.")
         if self.loop:
             under = _LOOP.format(phrase=truncate_middle(self.loop, _MAX_PHRASE))
         if under:

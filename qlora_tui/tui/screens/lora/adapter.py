@@ -220,7 +220,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:
-            return "At a tenth of the learning rate, unless they have their own."
+            return "Embedding LR applies; if it is 0, a tenth of Learning rate."
         case _:
             return "Unsloth trains embeddings for continued pretraining."
 
