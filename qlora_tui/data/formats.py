@@ -476,7 +476,8 @@ def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
         if answers.total() < SNIFFED_ROWS:
             yield f"{seen}{answers.total():,} rows: trained and judged as texts"
         else:
-            yield f"{seen}the first {answers.total():,} rows: judged as texts, unless all rows repeat few answers"
+            first = f"the first {answers.total():,} rows"
+            yield f"{seen}{first}: judged as texts, unless all rows repeat few answers"
 
 
 def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -> int:

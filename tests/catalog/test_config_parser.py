@@ -165,7 +165,11 @@ def test_an_unknown_type_gets_the_nearest_known_name_and_an_upgrade() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("vit", "no class that does"), ("bart", "an encoder next to"), ("bert", "attend to later ones")],
+    [
+        ("vit", "no class that generates text"),
+        ("bart", "an encoder next to"),
+        ("bert", "attend to later ones"),
+    ],
 )
 def test_a_type_that_does_not_continue_text_is_refused(model_type: str, reason: str) -> None:
     with pytest.raises(UserError, match="does not generate text") as caught:

@@ -306,7 +306,7 @@ def test_an_effect_too_small_to_measure_is_said(file_type: str) -> None:
 @pytest.mark.parametrize("ended, by_adapter", [(0, 3), (4, 9), (5, 12), (40, 100)])
 def test_a_file_that_ends_few_turns_is_refused(file_type: str, ended: int, by_adapter: int) -> None:
     proof = proof_of(file_type, 0.3, 0.001, ended, by_adapter)
-    assert f"it ends {ended} of 12 turns, the adapter {by_adapter}" in proof.problem
+    assert f"it ends {ended} of 12 turns, and the adapter {by_adapter}" in proof.problem
 
 
 @pytest.mark.parametrize("ended, by_adapter, loses", [
