@@ -13,7 +13,7 @@ AIRY_CELLS = 40
 ends with an empty row.
 """
 ROOMY_CELLS = 50
-"""Minimum height at which lists are as high as their lines, and panels have all their parts."""
+"""Minimum height at which lists have a row for each of their lines, and panels show all their parts."""
 
 
 def is_too_small(size: Size) -> bool:

@@ -17,7 +17,7 @@ _HALF = 0.5
 
 
 class ThemedApp(TerminalApp):
-    """An app with the theme of its settings, as far as the terminal can show it."""
+    """An app that shows the theme in the settings, as far as the terminal can."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class ThemedApp(TerminalApp):
     def show_first_theme(self) -> None:
         """Load the themes, and show the one in the settings, or the default if it does not exist.
 
-        To be called before the first screen is mounted. After that, Textual would parse all style sheets
-        again and paint the keys twice.
+        To be called before the first screen is mounted: if a theme is set later, Textual parses all style
+        sheets again and paints the keys twice.
         """
         self._load()
         # Textual's default theme lacks variables that the app's style sheets use.
         self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else themes.DEFAULT
 
     def show_wanted_theme(self) -> None:
-        """Show the theme in the settings, after these have changed."""
+        """Show the theme in the settings, after the settings have changed."""
         self._show_theme(self._wanted_theme)
         if self.wants_terminal_colors() and not self._terminal_colors:
             self.ask_terminal_colors()

@@ -94,7 +94,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the recipe strip is shown below the top bar, since the screen edits the recipe."""
     STRIP_TELLS: ClassVar[Literal["nothing", "problem", "step"]] = "step"
-    """What the recipe strip says if the model cannot be trained: nothing where the screen itself says it."""
+    """What the recipe strip says if the model cannot be trained. A screen that says so itself sets
+    ``nothing``.
+    """
     IS_DENSE: ClassVar[bool] = False
     """Whether the panels need so many rows that they end with an empty row only in a roomy window."""
     _strip: RecipeStrip

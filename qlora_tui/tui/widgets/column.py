@@ -1,4 +1,4 @@
-"""The layout of a column of panels, and of the parts of a panel: who gets the rows, and who gives them up."""
+"""The layout of a column of panels, and of the parts of a panel: which of them get or give up rows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LEAST_ROWS = 3
 
 
 class ColumnLayout(VerticalLayout):
-    """A vertical layout in which nothing is cut while there are free rows, and nothing else is pushed out of
-    view.
+    """A vertical layout that cuts no widget while there are free rows, and pushes no widget out of view while
+    another can be cut.
 
-    Each widget with ``height: auto`` gets as many rows as its content has. Those that remain go to the
-    widgets with a height in ``fr``, such as a graph. If the rows do not suffice, what scrolls is cut, the
-    highest first, so that everything below it stays in view.
+    Each widget with ``height: auto`` gets as many rows as its content has. The remaining rows go to the
+    widgets with a height in ``fr``, such as a graph. If the rows do not suffice, widgets that scroll are cut,
+    the highest first, so that everything below them stays in view.
     """
 
     name = "column"

@@ -26,7 +26,9 @@ from qlora_tui.tui.render.labels import (
 from qlora_tui.tui.workbench import Workbench
 
 _MAY_SHORTEN = {2, 4}
-"""Places in :func:`recipe_parts` of what may be shortened for other words: the data and the batch."""
+"""Indexes of the data and the batch in the result of :func:`recipe_parts`. These two parts may be shortened
+to make room for other words.
+"""
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "undo")
 _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
@@ -50,8 +52,8 @@ class RecipeStrip(Widget):
         """Create the strip.
 
         Args:
-            tells: If the model cannot be trained, what the strip says about it, besides the recipe: the
-                ``problem``, or also the ``step`` that solves it.
+            tells: What the strip says, in addition to the recipe, if the model cannot be trained:
+                ``nothing``, the ``problem``, or the problem and the ``step`` that solves it.
         """
         super().__init__()
         # Show the keys at the end of the line dim instead of in the color of links.
@@ -61,7 +63,7 @@ class RecipeStrip(Widget):
         self._recipe_line = ""
         self._problem: UserError | None = None
         self._is_of_model = False
-        """Whether another model, or the rest of its files, solves the problem."""
+        """Whether another model, or the missing files of this one, would solve the problem."""
         self._is_running = False
         self._is_changed_elsewhere = False
 
@@ -114,9 +116,7 @@ class RecipeStrip(Widget):
         return variants
 
     def _has_room_for(self, width: int, problem: Content) -> bool:
-        """Return whether next to these words there is room for a recipe of which only the data and the batch
-        are shortened.
-        """
+        """Return whether the recipe fits next to ``problem`` if only its data and batch are shortened."""
         if self._bench is None:
             return True
         full, room = recipe_parts(self._bench), width - problem.cell_length

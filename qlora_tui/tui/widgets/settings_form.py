@@ -126,7 +126,9 @@ class SettingList(LineView):
         self._lines = self._shown_lines()
         self._has_two_columns = False
         self._second = len(self._lines)
-        """Index of the first line of the second column; the number of lines if there is one column."""
+        """Index of the first line of the second column. If there is only one column, this is the number of
+        lines.
+        """
 
     @property
     def current(self) -> Field | SettingGroup:
@@ -153,7 +155,7 @@ class SettingList(LineView):
 
     @property
     def value_region(self) -> Region:
-        """Where the value under the cursor is, in cells from the upper left corner of the list."""
+        """The area of the value under the cursor, in cells from the upper left corner of the list."""
         column, row = self._place(self.cursor)
         before = self._label_cells + 4
         return Region(column * self._cells + before, row - round(self.scroll_y), self._cells - before, 1)
@@ -233,7 +235,7 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def refresh_setting(self, line: int | None = None) -> None:
-        """Repaint a line, or else the one under the cursor."""
+        """Repaint a line. If ``line`` is None, repaint the line under the cursor."""
         self.refresh_line(self._place(self.cursor if line is None else line)[1])
 
     def action_move(self, places: int) -> None:
@@ -293,8 +295,8 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open each folded group with which all lines still fit ``rows``, or all groups if the list has two
-        columns. Do nothing if the user has opened or folded a group.
+        """Open each folded group after which all lines still fit in ``rows``, or all groups if the list has
+        two columns. Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
             return

@@ -62,13 +62,16 @@ class RecordedAnswers:
 
     prompt: str
     answers: tuple[tuple[str, str], ...]
-    """(name, answer), such as ``base`` or ``step 60`` and its answer, the adapter's last."""
+    """(name, answer) pairs, with the adapter's answer last. ``base`` and ``step 60`` are examples of names.
+    """
     by_step: bool = False
-    """Whether the answers are from steps of the training, the earliest first."""
+    """Whether each answer is from a step of the training. The answer of the earliest step is then first."""
 
     def select(self, number: int) -> tuple[tuple[str, str], ...]:
-        """Return at most ``number`` of the answers, 2 or more: the last ones or, of answers by step, the
-        first, the last, and steps at equal distances in between.
+        """Return at most ``number`` of the answers. ``number`` is at least 2.
+
+        If the answers are by step, these are the first answer, the last, and answers at equal distances in
+        between; otherwise, the last ones.
         """
         most = len(self.answers) - 1
         if not self.by_step or number > most:

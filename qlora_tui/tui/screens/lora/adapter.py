@@ -56,7 +56,7 @@ from qlora_tui.tui.workbench import Workbench
 
 COSTS = "What other choices would cost"
 _ONE_LINE = 1_000
-"""Width of a line that is not wrapped, in cells."""
+"""A width, in cells, at which no line is wrapped."""
 
 
 class SettingsList(ViList):
@@ -453,7 +453,7 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def costs_title(costs: tuple[ChoiceCost, ...]) -> Content:
-    """Return the title of the panel with the costs, with the meaning of the signs in it."""
+    """Return the title of the panel with the costs, followed by the meaning of the panel's signs."""
     signs = verdict_legend((cost.verdict for cost in costs), _ONE_LINE)
     return Content.assemble(COSTS, "   ", signs.stylize_before("not bold $foreground"))
 

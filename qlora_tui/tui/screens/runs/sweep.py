@@ -54,7 +54,7 @@ _INTERVAL_S = 2.0
 _WHOLE = 100.0
 """The end of the axis of steps, in percent."""
 _WORDS = 24
-"""Minimum width of a trial's outcome, in cells, if it has so many."""
+"""Minimum width of the outcomes of trials, in cells, if one of them is at least this long."""
 _STYLES: dict[Outcome, str] = {
     "waiting": "$text-muted",
     "training": "bold $primary",

@@ -94,7 +94,7 @@ prefix of several paths that ends with a dot. A setting belongs to the first gro
 _LARGE_HEIGHT = 6
 """Minimum height of the first panel, in lines, for the time in large digits."""
 _MAX_WRAPPED = 14
-"""Maximum number of lines on what the settings of a group do, next to the checks."""
+"""Maximum number of wrapped lines that describe settings, next to the checks."""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's outcome and name, in cells."""
 _SEPARATOR = " · "
@@ -271,8 +271,8 @@ def note_lines(
     """Return lines on a setting: what it does, its valid values and the preset's value.
 
     If ``current`` is a group, return a line on each of its settings instead. If ``group``, the group of the
-    setting, is not None, lines on its other settings follow. In a roomy window (``is_roomy``), lines that are
-    too long are wrapped instead of cut, unless there are many.
+    setting, is not None, lines on its other settings follow. In a roomy window (``is_roomy``), the lines on
+    several settings are wrapped instead of cut, unless that takes more than :data:`_MAX_WRAPPED` lines.
     """
     most = _MAX_WRAPPED if is_roomy else 0
     if isinstance(current, SettingGroup):
@@ -287,8 +287,8 @@ def note_lines(
 
 
 def _overview(settings: Sequence[Field], width: int, most: int) -> list[Content]:
-    """Return the label of each setting with what the setting does, wrapped to at most ``most`` lines, or else
-    in one line that is cut to ``width`` cells.
+    """Return a line for each setting, with its label and what the setting does. The lines are wrapped if this
+    makes at most ``most`` lines; otherwise, each is cut to ``width`` cells.
     """
     cells = max(len(field.label) for field in settings)
     rows = [
