@@ -63,8 +63,10 @@ def main() -> int:
 
 
 def export_all(run: str, out: Path, types: Iterable[str] = LIMITS) -> list[ExportedFile]:
-    """Export ``run`` as these types into the folder ``out``. Ends this program if an export fails."""
+    """Export ``run`` as these types into the folder ``out``. Ends this program if one is not checked."""
     written = _export("gguf", run, str(out), "--quant", ",".join(types))
+    if written["unchecked_because"]:
+        raise SystemExit(f"The files were not compared: {written['unchecked_because']}.")
     return [_compared(file["file_type"], file["proof"]) for file in written["files"]]
 
 
