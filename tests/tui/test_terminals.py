@@ -150,11 +150,11 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
 async def test_a_too_small_window_says_so_until_it_grows() -> None:
     app = QloraApp()
     async with app.run_test(size=(60, 20)) as pilot:
-        await wait_for_text(pilot, "This window is too small", "It is 60×20", "need 80×24")
+        await wait_for_text(pilot, "This window is too small", "window is 60×20", "need 80×24")
         await pilot.resize_terminal(80, 24)
         assert "too small" not in await wait_for_text(pilot, "Train")
         await pilot.resize_terminal(79, 24)
-        await wait_for_text(pilot, "It is 79×24")
+        await wait_for_text(pilot, "window is 79×24")
         await pilot.press("enter")
         assert "too small" not in await wait_for_text(pilot, "Next")
 
