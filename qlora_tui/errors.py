@@ -97,7 +97,7 @@ _DISK: dict[int, tuple[str, str]] = {
         "The disk quota is used up",
         "Delete some of your files, request a larger quota, or {elsewhere}.",
     ),
-    errno.EROFS: ("The file system is read-only", "Mount it writable, or {elsewhere}."),
+    errno.EROFS: ("The file system is read-only", "Mount the file system writable, or {elsewhere}."),
     errno.EIO: ("The disk reported an error", "See `dmesg` for details, or {elsewhere}."),
     errno.EACCES: ("Permission denied", "Change its permissions, or {elsewhere}."),
     errno.EPERM: ("Permission denied", "Change its permissions, or {elsewhere}."),
@@ -113,7 +113,7 @@ _DISK: dict[int, tuple[str, str]] = {
     errno.ELOOP: ("Circular symbolic link", "Name the file itself instead of the link."),
     errno.EMFILE: ("Too many open files", "Raise the limit: `ulimit -n 4096`."),
     errno.ENFILE: ("Too many open files", "Close other programs."),
-    errno.ESTALE: ("A network folder is gone", "Mount it again."),
+    errno.ESTALE: ("A network folder is gone", "Mount the folder again."),
 }
 """Title and remedy by errno. ``{elsewhere}`` is replaced by a way to use another disk."""
 

@@ -162,7 +162,7 @@ def endpoint() -> str:
         raise UserError(
             "HF_ENDPOINT is not a web address",
             what=f"HF_ENDPOINT is {address!r}.",
-            fix="Set it to an address that starts with https://, or unset it to use huggingface.co.",
+            fix="Set HF_ENDPOINT to an address that starts with https://, or unset it to use huggingface.co.",
         )
     return address
 

@@ -155,7 +155,7 @@ def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFile
         other_name = "If the file is one array of rows, name it .json."
     fixes = {
         "bad-json": f"Correct the line, or download the file again. {other_name}",
-        "bad-encoding": f"Convert it: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
+        "bad-encoding": f"Convert the file: iconv -f {encoding} -t UTF-8 {path.name} > utf8-{path.name}",
         "bad-row": "Check the separator and the quotes of the file. A quote inside a value is written twice, "
         'and the value is in quotes: "a 5"" screen".',
     }

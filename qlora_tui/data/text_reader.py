@@ -26,15 +26,18 @@ CHUNK_BYTES = 1 << 20
 BOM = "\ufeff"
 """Byte order mark, at the start of a file or, in a file joined from several, inside."""
 _BINARY = {
-    b"PK\x03\x04": ("a ZIP archive, as Excel workbooks are", "Unpack it, or save the sheet as CSV in UTF-8."),
+    b"PK\x03\x04": (
+        "a ZIP archive, as Excel workbooks are",
+        "Unpack the archive, or save the sheet as CSV in UTF-8.",
+    ),
     b"BZh": ("compressed with bzip2", "Decompress it, or compress it with gzip or zstd."),
     b"\xfd7zXZ\x00": ("compressed with xz", "Decompress it, or compress it with gzip or zstd."),
-    b"PAR1": ("a Parquet file", "Give it a name that ends in .parquet."),
-    b"ARROW1": ("an Arrow file", "Convert it to Parquet or JSONL."),
+    b"PAR1": ("a Parquet file", "Give the file a name that ends in .parquet."),
+    b"ARROW1": ("an Arrow file", "Convert the file to Parquet or JSONL."),
     b"SQLite format 3\x00": ("an SQLite database", "Export the table as CSV or JSONL."),
     b"\x80\x04\x95": (
         "a pickle, which can run any code",
-        "Convert it to Parquet or JSONL in a place where running its code is safe.",
+        "Convert the file to Parquet or JSONL in a place where running its code is safe.",
     ),
 }
 """Kind of a binary file, keyed by its first bytes, and what the user can do with it."""
@@ -194,7 +197,7 @@ def _refuse_binary(path: Path, start: bytes) -> None:
             "Not UTF-8",
             what=f"{path} is encoded as UTF-16.",
             why="Data files must be UTF-8.",
-            fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
+            fix=f"Convert the file: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}",
         )
     for magic, (what, fix) in _BINARY.items():
         if start.startswith(magic):

@@ -45,7 +45,7 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
         "Better and worse answers are mixed",
         what=f"{name} {what}",
         why="Some of the answers may be worse ones, which must not be learned.",
-        fix="Convert it: keep the better answer of each row, as columns prompt and completion.",
+        fix="Convert the file: keep the better answer of each row, as columns prompt and completion.",
     )
 
 
@@ -64,7 +64,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
             "Text in segments",
             what=f"{name} is in axolotl's template-free format, where each of 'segments' is trained or not.",
             why="qlora-tui lets a chat template decide which parts are trained on.",
-            fix="Convert it to messages, or join the segments into one text to train on all of it.",
+            fix="Convert the file to messages, or join the segments into one text to train on all of it.",
         )
     if problem := _batch(name, values):
         return problem
@@ -129,8 +129,8 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
             "Better and worse answers are mixed",
             what=f"{name} has a list of answers in each row, in {column!r}.",
             why="Some of the answers may be worse ones, which must not be learned.",
-            fix="Convert it: keep the better answer of each row, as columns prompt and completion; or the "
-            "better and a worse one, as prompt, chosen and rejected.",
+            fix="Convert the file: keep the better answer of each row, as columns prompt and completion; or "
+            "the better and a worse one, as prompt, chosen and rejected.",
         )
     return None
 

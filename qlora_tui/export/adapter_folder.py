@@ -130,7 +130,7 @@ def _served_rank(adapter: Path) -> int:
     if why is not None:
         raise UserError(
             "vLLM cannot serve this adapter",
-            what=f"vLLM does not support it: {why}.",
+            what=f"vLLM does not support this adapter: {why}.",
             fix="Export the merged model instead: `qlora-tui export merge`, which vLLM serves as a model.",
         )
     return next(rank for rank in _RANKS if rank >= max(ranks))

@@ -17,8 +17,8 @@ def cannot_compute(why: str) -> UserError:
     """Return the error for a model that llama.cpp would compute differently."""
     return UserError(
         "This model cannot be exported as GGUF",
-        what=f"llama.cpp cannot compute it: {why}.",
-        fix="Export it with `qlora-tui export merge`; transformers and vLLM can load that folder.",
+        what=f"llama.cpp cannot compute the model: {why}.",
+        fix="Export the model with `qlora-tui export merge`; transformers and vLLM can load that folder.",
     )
 
 

@@ -454,7 +454,7 @@ def _unsupported(model_type: str) -> UserError:
         what=f"The model's type, {model_type}, may be {known} in llama.cpp, but this version cannot write it."
         if known
         else f"The model's type is {model_type}, for which no architecture of llama.cpp is known.",
-        fix="Export it with `qlora-tui export merge`: transformers and vLLM load that folder, and "
+        fix="Export the model with `qlora-tui export merge`: transformers and vLLM load that folder, and "
         "llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp has the architecture.",
     )
 

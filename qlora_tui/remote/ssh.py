@@ -261,6 +261,6 @@ def sockets_dir() -> Path:
         raise UserError(
             "No safe folder for the connection",
             what=f"{folder} belongs to another user, or other users have access to it.",
-            fix=f"Delete it, or `chmod 700 {folder}`.",
+            fix=f"Delete the folder, or `chmod 700 {folder}`.",
         )
     return folder

@@ -89,7 +89,7 @@ _UNKNOWN_MEMORY = Check(
     CheckKind.MEMORY,
     "warning",
     "The GPU's memory is unknown, so it is not clear whether the run fits.",
-    "Enter its size: `qlora-tui estimate --gpu-gib`, or GPU memory to assume in the settings.",
+    "Enter the size of this memory: `qlora-tui estimate --gpu-gib`, or GPU memory to assume in the settings.",
 )
 
 

@@ -63,7 +63,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         raise UserError(
             "This tokenizer cannot be exported as GGUF",
             what=f"llama.cpp has no pre-tokenizer with its rules: {' then '.join(rules) or 'none'}.",
-            fix="Export it with `qlora-tui export merge`; transformers and vLLM load that folder.",
+            fix="Export the model with `qlora-tui export merge`; transformers and vLLM load that folder.",
         )
     return name
 
@@ -331,5 +331,5 @@ def _unsupported(why: str) -> UserError:
     return UserError(
         "This tokenizer cannot be exported as GGUF",
         what=f"llama.cpp has no such tokenizer: {why}.",
-        fix="Export it with `qlora-tui export merge`; transformers and vLLM load that folder.",
+        fix="Export the model with `qlora-tui export merge`; transformers and vLLM load that folder.",
     )
