@@ -253,3 +253,16 @@ def store_as(folder: Path, dtype: Any) -> None:
     file = folder / "model.safetensors"
     weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
     save_file(weights, file, {"format": "pt"})
+
+
+def test_a_weight_file_that_was_replaced_is_read_again(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from qlora_tui.adapters.weight_files import read_tensor
+
+    file = tmp_path / "model.safetensors"
+    for value in (1.0, 2.0):
+        save_file({"weight": torch.full((2,), value)}, tmp_path / "draft")
+        (tmp_path / "draft").replace(file)
+        assert read_tensor(file, "weight").tolist() == [value, value]
