@@ -18,7 +18,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.tui.app import QloraApp
 from tests.support.polling import wait_for
 from tests.tui.fake_runs import FakeRun, write_fake_run
-from tests.tui.screen_assertions import wait_for_text
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.terminal_emulator import DEADLINE_S, screen_of, see
 
 pytestmark = pytest.mark.slow
@@ -152,7 +152,7 @@ async def test_a_too_small_window_says_so_until_it_grows() -> None:
     async with app.run_test(size=(60, 20)) as pilot:
         await wait_for_text(pilot, "This window is too small", "window is 60×20", "need 80×24")
         await pilot.resize_terminal(80, 24)
-        assert "too small" not in await wait_for_text(pilot, "Train")
+        await wait_until(pilot, lambda: "too small" not in text_of(app))
         await pilot.resize_terminal(79, 24)
         await wait_for_text(pilot, "window is 79×24")
         await pilot.press("enter")
