@@ -83,6 +83,12 @@ class TerminalApp(HookedApp):
             self.shown.set()
             process.enable_gc()
 
+    def style_context(self) -> object:
+        """Return what the styles of a screen depend on besides its own widgets: the parsed style sheets, and
+        the app's classes and pseudo-classes, such as its theme. Compare it with ``==``.
+        """
+        return self.stylesheet.rules, self.classes, self.pseudo_classes
+
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Return the filters that each line passes through before it is painted."""
         return _MONOCHROME_FILTERS if self.no_color else (_VISIBLE_TEXT, *super().get_line_filters())

@@ -47,6 +47,7 @@ __all__ = [
     "active_app",
     "add_border",
     "add_layout",
+    "add_size_classes",
     "bindings_of_widget",
     "clear_style_caches",
     "follow_end",
@@ -239,6 +240,19 @@ class _WokenSelector(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         return [ready for ready in super().select(timeout) if ready[0].fd != self._wake_fd]
+
+
+def add_size_classes(screen: Screen[Any]) -> None:
+    """Give a new screen the classes of the window's size, such as ``-narrow``, before its widgets are
+    mounted.
+
+    Textual adds these classes only after the first layout (``screen.py``), and then applies the style sheets
+    to the whole screen again.
+    """
+    (width, height), app = screen.app.size, screen.app
+    for cells, breakpoints in ((width, app.HORIZONTAL_BREAKPOINTS), (height, app.VERTICAL_BREAKPOINTS)):
+        classes = screen._get_breakpoint_classes(cells, breakpoints or [])
+        screen.update_classes(dict.fromkeys(classes, True), animate=False)
 
 
 def full_update(screen: Screen[Any]) -> CompositorUpdate:

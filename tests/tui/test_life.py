@@ -21,6 +21,7 @@ from textual.content import Content
 from textual.css import stylesheet
 from textual.css.parse import parse
 from textual.css.query import NoMatches
+from textual.dom import DOMNode
 from textual.pilot import Pilot, WaitForScreenTimeout
 from textual.widget import Widget
 
@@ -82,27 +83,42 @@ def test_the_first_frame_is_whole_and_painted_once() -> None:
     assert painted[: painted.index(b"Help")].count(b" " * 40) >= 15
 
 
-async def test_a_stylesheet_is_parsed_once_for_all_screens(
+async def test_a_stylesheet_is_parsed_once_for_all_screens_and_applied_once_to_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read: list[str] = []
+    styled: list[object] = []
+    update_styles = QloraApp.update_styles
 
     def counted(scope: str, css: str, read_from: Any, **more: Any) -> object:
         read.append(f"{read_from} {more['tie_breaker']}")
         return parse(scope, css, read_from, **more)
 
+    def recorded(app: QloraApp, node: DOMNode, animate: bool = True) -> None:
+        styled.append(node)
+        update_styles(app, node, animate)
+
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "Next")
         monkeypatch.setattr(stylesheet, "parse", counted)
+        monkeypatch.setattr(QloraApp, "update_styles", recorded)
         for key, text in (
+            ("1", "Good first models"),
             ("5", "Cannot train"),
             ("?", "Help: Train"),
             ("q", "Cannot train"),
             ("6", "No runs yet"),
+            ("1", "Good first models"),
         ):
             await pilot.press(key)
             await wait_for_text(pilot, text)
+        styled.clear()
+        await pilot.press("6")
+        await wait_for_text(pilot, "No runs yet")
+        assert app.screen not in styled
+        await pilot.resize_terminal(80, 24)
+        await wait_until(pilot, lambda: app.screen in styled)
     assert any("train.tcss" in one for one in read)
     assert not any("app.tcss" in one for one in read)
     assert len(read) == len(set(read))

@@ -38,6 +38,7 @@ TUI = Path(textual_compat.__file__).parent
         (App, "_display", "find what writes a frame now, and call intercept_update there"),
         (App, "_handle_exception", "find what gets unhandled exceptions now, and call intercept_error there"),
         (App, "_unnotify", "look for a public way to dismiss one notification in dismiss_information"),
+        (Screen, "_get_breakpoint_classes", "look at how Screen sets these classes; see add_size_classes"),
         (Widget, "_check_anchor", "look at how Widget.anchor follows the end now; see follow_end"),
         (
             StylesCache,
@@ -124,6 +125,26 @@ async def test_textual_still_runs_backspace_after_later_letters() -> None:
             field.post_message(events.Key(key, character))
         await pilot.pause()
         assert field.value != "bc", "Textual issue 6605 is fixed: drop OwnKeysFirst in widgets/text_field.py"
+
+
+async def test_a_screen_has_the_classes_of_the_windows_size_before_its_widgets() -> None:
+    seen: list[set[str]] = []
+
+    class Sized(Screen[None]):
+        def compose(self) -> ComposeResult:
+            textual_compat.add_size_classes(self)
+            seen.append(set(self.classes))
+            yield Input()
+
+    class Sizes(App[None]):
+        HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (100, "-wide")]  # noqa: RUF012
+        VERTICAL_BREAKPOINTS = [(0, "-short"), (30, "-tall")]  # noqa: RUF012
+
+    app = Sizes()
+    async with app.run_test(size=(100, 24)) as pilot:
+        await app.push_screen(Sized())
+        await pilot.pause()
+        assert seen == [{"-wide", "-short"}] == [app.screen.classes & {"-narrow", "-wide", "-short", "-tall"}]
 
 
 def _private_uses() -> Iterator[str]:

@@ -9,6 +9,8 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from textual.app import ComposeResult
+from textual.events import ScreenResume
+from textual.geometry import Size
 from textual.messages import Prune
 from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
@@ -19,6 +21,7 @@ from qlora_tui.tui.breakpoints import AIRY_CELLS, ROOMY_CELLS, WIDE_CELLS
 from qlora_tui.tui.commands import Command, screen_commands
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.textual_compat import add_size_classes
 from qlora_tui.tui.widgets import column  # noqa: F401  # the style sheets name its layout
 from qlora_tui.tui.widgets.bars import CommandFooter, TopBar
 
@@ -100,6 +103,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     IS_DENSE: ClassVar[bool] = False
     """Whether the panels need so many rows that they end with an empty row only in a roomy window."""
     _strip: RecipeStrip
+    _styled_for: object = None
+    """The app's style context when the style sheets were last applied to the whole screen."""
     # Otherwise, Textual would focus the first field, and a digit pressed before the screen sets its own focus
     # would be typed into that field.
     AUTO_FOCUS = ""
@@ -131,6 +136,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
 
     def compose(self) -> ComposeResult:
+        # Before there are widgets, or the style sheets would be applied to them once for each class.
+        add_size_classes(self)
+        self._set_room(self.app.size)
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
             # Imported here because Home, which is painted first, has no recipe strip, so that it need not
@@ -150,14 +158,26 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self.app.recipe_changed.subscribe(self, self._recipe_changed, immediate=True)
         self.app.system_status_changed.subscribe(self, self._system_status_changed, immediate=True)
         self.set_timer(_FREEZE_AFTER_S, process.freeze_objects)
+        self._styled_for = self.app.style_context()
 
     def on_resize(self) -> None:
-        is_wide, height = self.size.width >= WIDE_CELLS, self.size.height
-        self.set_class(is_wide and height >= AIRY_CELLS, "-airy")
-        self.set_class(is_wide and height >= (ROOMY_CELLS if self.IS_DENSE else AIRY_CELLS), "-padded")
-        self.set_class(self.size.height >= ROOMY_CELLS, "-roomy")
+        self._set_room(self.size)
 
-    def on_screen_resume(self) -> None:
+    def _set_room(self, size: Size) -> None:
+        """Set the classes that tell how much room a window of this size has."""
+        is_wide, height = size.width >= WIDE_CELLS, size.height
+        classes = {
+            "-airy": is_wide and height >= AIRY_CELLS,
+            "-padded": is_wide and height >= (ROOMY_CELLS if self.IS_DENSE else AIRY_CELLS),
+            "-roomy": height >= ROOMY_CELLS,
+        }
+        self.update_classes(classes, animate=False)
+
+    def on_screen_resume(self, event: ScreenResume) -> None:
+        # Otherwise, Textual applies the style sheets again to every widget of the screen.
+        context = self.app.style_context()
+        event.refresh_styles = context != self._styled_for
+        self._styled_for = context
         self.refresh_now()
 
     def refresh_now(self) -> None:

@@ -508,6 +508,7 @@ class Panel(Vertical):
         """Change the keys in the lower border to these (command id, label) pairs."""
         if tuple(keys) != self._keys:
             self._keys = tuple(keys)
+            self.set_class(bool(keys), "-keys")
             if self.is_attached:
                 self._show_subtitle()
 
@@ -523,7 +524,6 @@ class Panel(Vertical):
         shown = Content("  ").join(hints)
         self._keys_cells = shown.cell_length
         self.border_subtitle = shown if hints else None
-        self.set_class(bool(hints), "-keys")
 
     @property
     def named_commands(self) -> set[str]:
