@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from inspect import iscoroutinefunction as is_async
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,10 @@ import pytest
 import textual.app
 from textual import pilot
 from textual._compositor import Compositor, LayoutUpdate
+from textual.css import stylesheet
+from textual.css.model import RuleSet
+from textual.css.parse import parse
+from textual.css.tokenize import tokenize_values
 from textual.geometry import Region
 from textual.notifications import Notification
 
@@ -150,6 +155,29 @@ def unread_frames_are_not_painted(request: pytest.FixtureRequest, monkeypatch: p
     # Not when a region is dirty, which whoever paints a frame forgets.
     for name in ("update_widgets", "reflow", "reflow_visible"):
         monkeypatch.setattr(Compositor, name, paints_again(getattr(Compositor, name)))
+
+
+class _Tokens(dict[str, Any]):
+    """The variables of a theme, hashed by which they are."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # None in a dict
+
+
+@cache
+def _tokens_of(variables: frozenset[tuple[str, str]]) -> _Tokens:
+    return _Tokens(tokenize_values(dict(variables)))
+
+
+@lru_cache(4096)
+def _rules_of(scope: str, css: str, read_from: Any, **options: Any) -> list[RuleSet]:
+    return list(parse(scope, css, read_from, **options))
+
+
+@pytest.fixture(autouse=True)
+def apps_share_style_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A style sheet is parsed once for each theme, not once for each app."""
+    monkeypatch.setattr(stylesheet, "tokenize_values", lambda values: _tokens_of(frozenset(values.items())))
+    monkeypatch.setattr(stylesheet, "parse", _rules_of)
 
 
 @pytest.fixture(autouse=True)
