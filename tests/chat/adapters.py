@@ -5,6 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+MODEL_WITH_ADAPTER = "tests.chat.adapters:make_model_with_adapter"
+"""A job for :func:`qlora_tui.worker.run_job`, in tests that need no torch themselves."""
+
+
+def make_model_with_adapter(folder: Path, config: dict[str, Any]) -> None:
+    """Write a tiny model with these fields of ``LlamaConfig`` and an adapter on it."""
+    from tests.training.tiny_model import make_tiny_model
+
+    make_adapter(make_tiny_model(folder / "model", **config), folder / "adapter")
+
 
 def make_adapter(model: Path, folder: Path, seed: int = 1, strength: float = 0.3, **config: Any) -> Path:
     """Write a LoRA adapter of rank 4 on all linear modules that really changes the model; returns it.

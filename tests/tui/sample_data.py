@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def ticket(number: int) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, rows: list[Any]) -> Path:
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     """A JSONL file; a text is written as it is, right or wrong."""
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    with path.open("w") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     return path

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import NoneType, SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -22,6 +22,7 @@ from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.recipe.training_settings import Training
+from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
 from qlora_tui.runs.task_metrics.task_evaluation import (
@@ -37,7 +38,10 @@ from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.start import Starters
 from qlora_tui.tui.screens.chat.turn import ChatTurn
+from qlora_tui.worker import run_job
+from tests.chat.adapters import MODEL_WITH_ADAPTER
 from tests.support.deciders import put_decider
+from tests.support.trainer_processes import Trainers
 from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
 from tests.tui.sample_data import tickets
@@ -156,18 +160,18 @@ async def test_settings_are_checked_before_they_are_taken() -> None:
         await wait_for_text(pilot, "seed 2400670123")
 
 
-@pytest.fixture(params=[(16, "training"), (1, "training"), (16, "loading"), (1, "loading")], ids=str)
-def fits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A run in a phase, and whether the free memory is enough for a chat beside it."""
-    free_gib, phase = request.param
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RunDir, bool]]:
+    """Runs, each in one phase with or without memory for a chat beside it: the run, and whether both fit."""
     files = SimpleNamespace(architecture=parse_architecture(config_of("HuggingFaceTB__SmolLM2-135M")))
     monkeypatch.setattr("qlora_tui.catalog.local_models.resolve_model", lambda model_id: files)
-    free = SimpleNamespace(available=free_gib << 30)
-    monkeypatch.setattr(conversation, "psutil", SimpleNamespace(virtual_memory=lambda: free))
-    finished(ADAPTER)
-    busy = write_fake_run(FakeRun(name="busy-run", state="running"))
-    write_status(busy, msgspec.structs.replace(read_status(busy), phase=phase))
-    return bool(free_gib > 1)
+    for phase, free_gib in (("training", 16), ("training", 1), ("loading", 16), ("loading", 1)):
+        free = SimpleNamespace(available=free_gib << 30)
+        monkeypatch.setattr(conversation, "psutil", SimpleNamespace(virtual_memory=lambda f=free: f))
+        run = write_fake_run(FakeRun(name=f"{phase}-with-{free_gib}", state="running"))
+        status = msgspec.structs.replace(read_status(run), phase=cast(Any, phase))
+        write_status(run, status)
+        yield run, free_gib > 1
+        write_status(run, msgspec.structs.replace(status, state="finished", process=None))
 
 
 @pytest.fixture
@@ -183,32 +187,39 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return prompts
 
 
-async def test_loading_asks_only_where_memory_may_run_out(sent: list[str], fits: bool) -> None:
+async def test_loading_asks_only_where_memory_may_run_out(
+    sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
-        await wait_until(pilot, lambda: app.system_status.active is not None)
-        await pilot.press("i", *"Hello", "enter")
-        await wait_until(pilot, lambda: bool(sent) or "A run is training" in text_of(app))
-        assert sent == (["Hello"] if fits else [])
+        for run, fits in busy_machine(monkeypatch):
+            await wait_until(pilot, lambda: app.system_status.active == run)  # noqa: B023
+            sent.clear()
+            await pilot.press("i", "ctrl+u", *"Hello", "enter")
+            await wait_until(pilot, lambda: bool(sent) or "A run is training" in text_of(app))
+            assert sent == (["Hello"] if fits else []), run.id
+            await rest(pilot, chat_of(app)) if fits else await pilot.press("escape")
 
 
-async def test_a_run_that_begins_gets_the_memory_it_lacks(fits: bool) -> None:
+async def test_a_run_that_begins_gets_the_memory_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
-        await wait_until(pilot, lambda: app.system_status.active is not None)
         chat = chat_of(app).conversation
-        chat.ready = loaded = ChatReady(
+        loaded = ChatReady(
             adapter_names=(BASE,), device="CPU", dtype="bf16", context_tokens=99, seconds=1, memory_bytes=1
         )
-        app.system_status_changed.publish(app.system_status)
-        await app.workers.wait_for_complete()
-        assert app.system_status.active is not None
-        has_memory = read_status(app.system_status.active).phase == "training"
-        assert (chat.ready is loaded) == (fits or has_memory)
-        if not (fits or has_memory):
-            await wait_for_text(pilot, "■ Unloaded: busy-run started and needed the memory.")
+        for run, fits in busy_machine(monkeypatch):
+            await wait_until(pilot, lambda: app.system_status.active == run)  # noqa: B023
+            chat.ready = loaded
+            app.system_status_changed.publish(app.system_status)
+            await app.workers.wait_for_complete()
+            has_memory = read_status(run).phase == "training"
+            assert (chat.ready is loaded) == (fits or has_memory), run.id
+        await wait_for_text(pilot, f"■ Unloaded: {run.id} started and needed the memory.")
 
 
 async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
@@ -296,16 +307,15 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def tiny(tmp_path_factory: pytest.TempPathFactory, trainers: Trainers) -> tuple[Path, Path]:
     """A tiny model and an adapter on it."""
-    from tests.chat.adapters import make_adapter
-    from tests.training.tiny_model import make_tiny_model
-
-    model = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+    folder = tmp_path_factory.mktemp("tiny")
     # Rotary positions have no limit: an answer can continue until it is stopped.
-    config = json.loads((model / "config.json").read_bytes())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 20}))
-    return model, make_adapter(model, model.parent / "adapter")
+    config = {"max_position_embeddings": 1 << 20}
+    with pytest.MonkeyPatch.context() as patch:
+        trainers.server.serve([MODEL_WITH_ADAPTER], patch)
+        run_job(MODEL_WITH_ADAPTER, folder, config, result=NoneType, title="No model", subject="Who makes it")
+    return folder / "model", folder / "adapter"
 
 
 @asynccontextmanager

@@ -180,18 +180,6 @@ async def test_search_shows_only_exchanges_with_the_text() -> None:
         await wait_for_text(pilot, "On Monday.")
 
 
-async def test_an_answer_that_repeats_itself_is_stopped_with_a_word() -> None:
-    async with chatting() as (pilot, screen):
-        with_fake_engine(screen)
-        await pilot.press("i", *"Hello", "enter")
-        await rest(pilot, screen)
-        await wait_for_text(pilot, "A calm day.", "kept repeating", "[r]")
-        answers = screen.conversation.turns[0].answers
-        assert answers[ADAPTER].loop == "The light turns."
-        assert answers[ADAPTER].text.count("The light turns.") == 3
-        assert not answers[BASE].loop
-
-
 async def test_a_saved_conversation_is_opened_and_continued() -> None:
     run = finished(ADAPTER)
     app = open_on("chat")
@@ -235,7 +223,9 @@ async def test_tokens_of_a_prompt_are_estimated_and_counted_once_the_model_is_lo
         await wait_for_text(pilot, "Message · 4 tokens")
 
 
-async def test_a_key_each_copies_the_last_answer_of_adapter_and_base(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_repeats_itself_is_stopped_and_a_key_each_copies_the_last_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     finished(ADAPTER)
     copied: list[str] = []
     monkeypatch.setattr(QloraApp, "copy_to_clipboard", lambda app, text: copied.append(text))
@@ -247,8 +237,14 @@ async def test_a_key_each_copies_the_last_answer_of_adapter_and_base(monkeypatch
         await pilot.press("escape", "y", "Y")
         await wait_for_text(pilot, "There is no answer of")
         assert not copied
+        app.clear_notifications()
         await pilot.press("i", *"Hello", "enter")
         await rest(pilot, screen)
+        await wait_for_text(pilot, "A calm day.", "kept repeating", "[r]")
+        answers = screen.conversation.turns[0].answers
+        assert answers[ADAPTER].loop == "The light turns."
+        assert answers[ADAPTER].text.count("The light turns.") == 3
+        assert not answers[BASE].loop
         await pilot.press("escape", "y", "Y")
         assert [text.partition(".")[0] for text in copied] == ["The light turns", "A calm day"]
 
@@ -371,7 +367,19 @@ async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
         )
 
 
-async def test_one_key_turns_thinking_off_and_on() -> None:
+NO_SWITCH = (
+    (ThinkingSupport(kind="none"), "has no switch", "auto"),
+    (ThinkingSupport(kind="always"), "always opens a thought", "auto"),
+    (
+        ThinkingSupport(kind="effort", variable="reasoning_effort", off="low", default="on"),
+        "reasoning_effort = low",
+        "off",
+    ),
+)
+"""What a model makes of thinking, what the key says of that, and the setting afterwards."""
+
+
+async def test_one_key_turns_thinking_off_and_on_or_says_that_the_model_has_no_such_switch() -> None:
     async with chatting(SWITCH) as (pilot, screen):
         await wait_for_text(pilot, "thinking on")
         await pilot.press("ctrl+g")
@@ -379,25 +387,12 @@ async def test_one_key_turns_thinking_off_and_on() -> None:
         await pilot.press("escape", "t")
         await wait_for_text(pilot, "thinking on")
         assert screen.conversation.thinking == "on"
-
-
-@pytest.mark.parametrize(
-    ("thinking", "says", "then"),
-    [
-        (ThinkingSupport(kind="none"), "has no switch", "auto"),
-        (ThinkingSupport(kind="always"), "always opens a thought", "auto"),
-        (
-            ThinkingSupport(kind="effort", variable="reasoning_effort", off="low", default="on"),
-            "reasoning_effort = low",
-            "off",
-        ),
-    ],
-)
-async def test_a_model_without_such_a_switch_says_so(thinking: ThinkingSupport, says: str, then: str) -> None:
-    async with chatting(thinking) as (pilot, screen):
-        await pilot.press("ctrl+g")
-        await wait_until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))
-        assert screen.conversation.thinking == then
+        for thinking, says, then in NO_SWITCH:
+            screen.conversation.thinking = "auto"
+            screen.conversation.ready = ready(thinking)
+            await pilot.press("ctrl+g")
+            await wait_until(pilot, lambda: any(says in note.message for note in pilot.app._notifications))  # noqa: B023
+            assert screen.conversation.thinking == then
 
 
 def test_thoughts_are_kept_in_the_transcript_apart_from_answers() -> None:
@@ -424,15 +419,21 @@ async def answered(pilot: Pilot[Any], screen: ChatScreen, base: str, adapter: st
     return turn
 
 
-async def test_a_key_says_which_answer_is_better() -> None:
+async def test_a_key_says_which_answer_is_better_unless_it_was_cut_off() -> None:
     run = finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(100, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "not loaded yet")
-        await answered(pilot, chat_of(app), "It is late.", "In Oslo.")
+        turn = await answered(pilot, chat_of(app), "It is late.", "In Oslo, which")
+        await turn.answers[ADAPTER].end(replace(OUTCOME, text="In Oslo, which", ending="most tokens"))
+        await pilot.press("greater_than_sign")
+        await wait_for_text(pilot, "The better answer was cut off")
+        assert not choices_path(BASE_MODEL, "pairs").exists()
+        await turn.answers[ADAPTER].end(replace(OUTCOME, text="In Oslo."))
         await pilot.press("greater_than_sign")
         await wait_for_text(pilot, "Saved: adapter is better (1 of the 20 needed", "adapter · ✓ better")
         await wait_for_text(pilot, "1 of 20 choices")
+        await turn.answers[ADAPTER].end(replace(OUTCOME, text="In Oslo.", ending="most tokens"))
         await pilot.press("less_than_sign")
         await wait_for_text(pilot, "base · ✓ better")
         (row,) = rows("pairs")
@@ -443,21 +444,6 @@ async def test_a_key_says_which_answer_is_better() -> None:
         await answered(pilot, chat_of(app), "The same.", "The same.")
         await pilot.press("greater_than_sign")
         await wait_for_text(pilot, "The answers are identical")
-        assert len(rows("pairs")) == 1
-
-
-async def test_an_answer_cut_off_is_not_recorded_as_better() -> None:
-    finished(ADAPTER)
-    app = open_on("chat")
-    async with app.run_test(size=(100, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "not loaded yet")
-        turn = await answered(pilot, chat_of(app), "It is late.", "In Oslo, which")
-        await turn.answers[ADAPTER].end(replace(OUTCOME, text="In Oslo, which", ending="most tokens"))
-        await pilot.press("greater_than_sign")
-        await wait_for_text(pilot, "The better answer was cut off")
-        assert not choices_path(BASE_MODEL, "pairs").exists()
-        await pilot.press("less_than_sign")
-        await wait_for_text(pilot, "base · ✓ better")
         assert len(rows("pairs")) == 1
 
 

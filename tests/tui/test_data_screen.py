@@ -22,9 +22,9 @@ from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, open_on
 
 
-async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str, here: Path) -> None:
+async def test_keys_move_between_rows_and_from_problem_to_problem(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
-    async with data_app(model, "tickets.jsonl").run_test(size=(120, 40)) as pilot:
+    async with data_app(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
         await wait_for_text(
             pilot, "row 1 of 40", "<|im_start|>assistant", "Parcel 1 is on its way.<|im_end|>↵"
         )
@@ -35,6 +35,19 @@ async def test_a_row_shows_trained_tokens_and_keys_move_between_rows(model: str,
         await pilot.press("colon")
         await pilot.press(*"17", "enter")
         await wait_for_text(pilot, "row 17 of 40", "Where is parcel 17?")
+
+        await wait_for_text(pilot, "No answer to learn: 1 row, left out", "Duplicate row: 1 row, used")
+        await wait_for_text(pilot, "too few to learn much", "n next")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 39 of 40", "⚠ Duplicate row")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 40 of 40", "This row cannot be used.")
+        await pilot.press("n")
+        await wait_for_text(pilot, "row 39 of 40")
+        pilot.app.screen.query_one("#problems").focus()
+        # The last line is not about rows: it says that there are few steps.
+        await pilot.press("G", "enter", "k", "enter")
+        await wait_for_text(pilot, "row 40 of 40")
 
 
 async def test_a_large_window_shows_the_next_rows_too(model: str, here: Path) -> None:
@@ -48,15 +61,13 @@ async def test_a_large_window_shows_the_next_rows_too(model: str, here: Path) ->
         await wait_until(pilot, lambda: "row 3 ·" not in text_of(pilot.app))
 
 
-@pytest.mark.parametrize(("weight", "steps"), [(1.0, 5), (3.0, 15)])
-async def test_steps_count_the_weight_of_the_source(
-    model: str, here: Path, weight: float, steps: int
-) -> None:
+async def test_steps_count_the_weight_of_the_source(model: str, here: Path) -> None:
     write_rows(here / "pairs.jsonl", [{"prompt": f"Why {n}?", "completion": f"So {n}."} for n in range(40)])
     app = data_app(model, "pairs.jsonl", packing=False, validation_fraction=0.0)
-    app.workbench.set("data.sources", (Source(path=str(here / "pairs.jsonl"), weight=weight),))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, f"{steps} per epoch")
+        await wait_for_text(pilot, "5 per epoch")
+        app.edit("data.sources", (Source(path="pairs.jsonl", weight=3.0),))
+        await wait_for_text(pilot, "15 per epoch")
 
 
 async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: Path) -> None:
@@ -88,7 +99,11 @@ async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: P
 
 
 async def test_a_row_is_shown_while_a_large_file_is_read(model: str, here: Path) -> None:
-    write_rows(here / "large.jsonl", [ticket(n) for n in range(1, 12_001)])
+    answer = "On its way. " * 1000
+    write_rows(
+        here / "large.jsonl",
+        (f'{{"prompt": "Where is parcel {n}?", "completion": "{answer}"}}' for n in range(1, 10_001)),
+    )
     app = data_app(model, "large.jsonl")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "Where is parcel 1?")
@@ -101,42 +116,50 @@ async def test_a_row_is_shown_while_a_large_file_is_read(model: str, here: Path)
         await wait_for_text(pilot, "Where is parcel 8999?")
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "[o] open")),
-        ([], ("✗ Empty file", "odd.jsonl is empty.", "[x] remove this one")),
-        (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Correct the line")),
-        ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows contain:", "[c] map the columns")),
-    ],
+FILE_ERRORS: tuple[tuple[list[Any] | None, tuple[str, ...]], ...] = (
+    (None, ("✗ No such data", "odd.jsonl does not exist.", "▸ Check the path", "[o] open")),
+    ([], ("✗ Empty file", "odd.jsonl is empty.", "[x] remove this one")),
+    (["{oops"] * 3, ("✗ Not valid JSON", "Line 1 is not valid JSON", "▸ Correct the line")),
+    ([{"a": "b"}] * 3, ("✗ No usable field", "Its rows contain:", "[c] map the columns")),
 )
-async def test_a_files_error_is_shown_in_place_of_the_sample(
-    model: str, here: Path, content: list[Any] | None, says: tuple[str, ...]
-) -> None:
-    if content is not None:
-        write_rows(here / "odd.jsonl", content)
+
+
+async def test_a_files_error_is_shown_in_place_of_the_sample(model: str, here: Path) -> None:
     async with data_app(model, "odd.jsonl").run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, *says)
-        await pilot.press("x")
-        await wait_for_text(pilot, "No data yet.")
-        await pilot.press("u")
-        await wait_for_text(pilot, *says)
+        for content, says in FILE_ERRORS:
+            if content is not None:
+                write_rows(here / "odd.jsonl", content)
+                await pilot.press("f5")
+            await wait_for_text(pilot, *says)
+            await pilot.press("x")
+            await wait_for_text(pilot, "No data yet.")
+            await pilot.press("u")
+            await wait_for_text(pilot, *says)
 
 
-async def test_opening_a_file_replaces_an_unusable_one(model: str, here: Path) -> None:
+async def test_opening_a_file_replaces_an_unusable_one_or_the_demos(model: str, here: Path) -> None:
     write_rows(here / "odd.jsonl", [{"foo": 1}] * 3)
-    good = tickets(here / "tickets.jsonl")
-    other = write_rows(here / "other.jsonl", [ticket(n) for n in range(1, 4)])
-    app = data_app(model, "odd.jsonl")
+    own = tickets(here / "tickets.jsonl")
+    more = write_rows(here / "more.jsonl", [ticket(n) for n in range(1, 4)])
+    app = data_app(model)
+
+    def opened() -> list[str]:
+        return [source.path for source in app.workbench.recipe.data.sources]
+
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "✗ No usable field", "[o] open")
-        screen_of(app).add_source(good)
-        await wait_for_text(pilot, "Where is parcel 1?", "Replaced odd.jsonl")
-        assert [s.path for s in app.workbench.recipe.data.sources] == [str(good)]
-        screen_of(app).add_source(other)
-        assert [s.path for s in app.workbench.recipe.data.sources] == [str(good), str(other)]
-        await pilot.press("u", "u")
-        assert [s.path for s in app.workbench.recipe.data.sources] == ["odd.jsonl"]
+        for first, shown, replaced in (
+            ("odd.jsonl", "✗ No usable field", "Replaced odd.jsonl"),
+            (str(CONVERSATIONS), "conversations.jsonl", "Replaced the demo's data"),
+        ):
+            app.edit("data.sources", (Source(path=first),))
+            await wait_for_text(pilot, shown, "[o] open" if first == "odd.jsonl" else "row 1 of")
+            screen_of(app).add_source(own)
+            await wait_for_text(pilot, "Where is parcel 1?", replaced)
+            assert opened() == [str(own)]
+            screen_of(app).add_source(more)
+            assert opened() == [str(own), str(more)]
+            await pilot.press("u", "u")
+            assert opened() == [first]
 
 
 async def test_a_second_file_is_announced_and_can_replace_the_first(model: str, here: Path) -> None:
@@ -173,58 +196,38 @@ async def test_a_file_fixed_on_disk_is_read_again_on_return(model: str, here: Pa
         await wait_for_text(pilot, "Not valid JSON")
 
 
-async def test_the_first_own_data_replaces_the_demos(model: str, here: Path) -> None:
-    own = tickets(here / "tickets.jsonl")
-    app = data_app(model, str(CONVERSATIONS))
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, "conversations.jsonl")
-        screen_of(app).add_source(own)
-        await wait_for_text(pilot, "Replaced the demo's data", "Parcel 1")
-        assert [source.path for source in app.workbench.recipe.data.sources] == [str(own)]
-        screen_of(app).add_source(own.with_name("more.jsonl"))
-        assert len(app.workbench.recipe.data.sources) == 2
-        await pilot.press("u", "u")
-        assert [source.path for source in app.workbench.recipe.data.sources] == [str(CONVERSATIONS)]
-
-
-async def test_a_file_is_found_by_partial_name_and_remembered(model: str, here: Path) -> None:
+async def test_a_file_is_found_by_partial_name_by_its_path_or_as_a_recent_one(model: str, here: Path) -> None:
     tickets(here / "tickets.jsonl")
     tickets(here / "other.jsonl")
     (here / "picture.png").touch()
+    (here / "set").mkdir()
+    tickets(here / "set" / "tickets.jsonl")
     app = open_on("data", model=model)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("o")
         await wait_for_text(pilot, "other.jsonl", "tickets.jsonl", "../")
         assert isinstance(app.screen, FilePickerScreen)
         assert "picture.png" not in text_of(app)
-        await pilot.press(*"kets")
+        await pilot.press(*"nothing", "enter")
+        await wait_for_text(pilot, "No name here contains 'nothing'")
+        await pilot.press("ctrl+u", *"kets")
         await pilot.press("enter")
         await wait_for_text(pilot, "Where is parcel 1?")
         await pilot.press("o")
         await wait_for_text(pilot, "recent")
         await pilot.press("down", "down", "enter")
         await pilot.pause()
-        assert [Path(s.path).name for s in app.workbench.recipe.data.sources] == [
-            "tickets.jsonl",
-            "tickets.jsonl",
-        ]
+        sources = app.workbench.recipe.data.sources
+        assert [Path(source.path).name for source in sources] == ["tickets.jsonl", "tickets.jsonl"]
 
-
-async def test_a_path_can_be_typed_completed_or_chosen_as_folder(model: str, here: Path) -> None:
-    (here / "set").mkdir()
-    tickets(here / "set" / "tickets.jsonl")
-    app = open_on("data", model=model)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("o")
-        await pilot.press(*"nothing", "enter")
-        await wait_for_text(pilot, "No name here contains 'nothing'")
+        await pilot.press("O")
         app.screen.query_one(Input).value = f"{here}/se"
         await pilot.pause()
         await pilot.press("tab")
         await wait_for_text(pilot, "tickets.jsonl")
         await pilot.press("ctrl+o")
         await wait_for_text(pilot, "set", "Where is parcel 1?")
-        assert app.workbench.recipe.data.sources[0].path == str(here / "set")
+        assert [source.path for source in app.workbench.recipe.data.sources] == [str(here / "set")]
 
 
 async def test_rows_and_problems_go_through_every_file_of_a_folder(model: str, here: Path) -> None:
@@ -273,24 +276,6 @@ async def test_a_dataset_of_the_hub_is_opened_by_its_id(
             await pilot.press("enter")
             await wait_for_text(pilot, "owner/parcels  hub", "row 1 of 3", "Where is parcel 0?")
             assert app.workbench.recipe.data.sources[0].path == "owner/parcels"
-
-
-async def test_the_problem_key_cycles_and_enter_opens_a_problems_rows(model: str, here: Path) -> None:
-    tickets(here / "tickets.jsonl")
-    async with data_app(model, "tickets.jsonl", max_length=1024).run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "No answer to learn: 1 row, left out", "Duplicate row: 1 row, used")
-        await wait_for_text(pilot, "too few to learn much", "n next")
-        await pilot.press("n")
-        await wait_for_text(pilot, "row 39 of 40", "⚠ Duplicate row")
-        await pilot.press("n")
-        await wait_for_text(pilot, "row 40 of 40", "This row cannot be used.")
-        await pilot.press("n")
-        await wait_for_text(pilot, "row 39 of 40")
-        problems = pilot.app.screen.query_one("#problems")
-        problems.focus()
-        # The last line is not about rows: it says that there are few steps.
-        await pilot.press("G", "enter", "k", "enter")
-        await wait_for_text(pilot, "row 40 of 40")
 
 
 async def test_the_fix_key_trains_tokens_the_model_never_learned(private_home: Path, here: Path) -> None:

@@ -43,34 +43,24 @@ async def test_a_digit_typed_while_a_screen_opens_switches_screens(private_home:
             await wait_until(pilot, lambda: app.current_mode == "home")
 
 
-async def test_a_click_on_a_key_in_the_footer_presses_it(private_home: Path) -> None:
-    app = open_on("home", model=readable_model(private_home))
-    async with app.run_test(size=(80, 24)) as pilot:
-        text = await wait_for_text(pilot, *WAY_OUT)
-        await pilot.click(offset=(text.splitlines()[-1].index("? Help"), 23))
-        await wait_for_text(pilot, "Esc close")
-
-
-@pytest.mark.parametrize(
-    ("words", "shown"),
-    [("u undo", "Nothing to undo"), ("o open path", "Open a model")],
-)
-async def test_a_click_on_a_key_anywhere_presses_it(private_home: Path, words: str, shown: str) -> None:
+async def test_a_key_is_named_in_panel_or_footer_and_a_click_on_it_presses_it(private_home: Path) -> None:
     app = open_on("models", model=readable_model(private_home))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        # Its panel grows with the list of models.
-        lines = (await wait_for_text(pilot, words, "Good first models")).splitlines()
-        y = next(number for number, line in enumerate(lines) if words in line)
-        await pilot.click(offset=(lines[y].index(words), y))
-        await wait_for_text(pilot, shown)
-
-
-async def test_the_footer_leaves_out_keys_that_a_panel_names(private_home: Path) -> None:
-    app = open_on("models", model=readable_model(private_home))
-    async with app.run_test(size=(120, 40)) as pilot:
         footer = (await wait_for_text(pilot, "/ search", *WAY_OUT)).splitlines()[-1]
         assert "Download" not in footer and "Search" not in footer
-        await wait_for_text(pilot, "Good first models")
+        for words, shown in (
+            ("u undo", "Nothing to undo"),
+            ("o open path", "Open a model"),
+            ("? Help", "Esc close"),
+        ):
+            # Its panel grows with the list of models.
+            lines = (await wait_for_text(pilot, words, "Good first models")).splitlines()
+            y = next(number for number, line in enumerate(lines) if words in line)
+            await pilot.click(offset=(lines[y].index(words), y))
+            await wait_for_text(pilot, shown)
+            app.clear_notifications()
+            while len(app.screen_stack) > 1:
+                await pilot.press("escape")
         await pilot.press("G")
         await wait_for_text(pilot, "d Download")
         await pilot.resize_terminal(80, 24)

@@ -20,7 +20,7 @@ WORDS: dict[str, Any] = tomllib.loads(Path(help_module.__file__).with_suffix(".t
 
 
 @pytest.mark.slow
-async def test_help_follows_the_state_of_the_run() -> None:
+async def test_help_follows_the_state_of_the_run_and_needs_no_scrolling_at_120_by_40() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5", "question_mark")
@@ -32,13 +32,6 @@ async def test_help_follows_the_state_of_the_run() -> None:
         await pilot.press("question_mark")
         running = await wait_for_text(pilot, "Save a checkpoint now", "Validation loss")
         assert "Launch a run" not in running
-
-
-@pytest.mark.slow
-async def test_help_of_every_screen_needs_no_scrolling_at_120_by_40() -> None:
-    app = QloraApp()
-    write_fake_run(FakeRun(name="tickets", steps=50))
-    async with app.run_test(size=(120, 40)) as pilot:
         for key in "01234567":
             await pilot.press("escape", key)
             await wait_until(pilot, lambda: len(app.screen_stack) == 1)

@@ -159,16 +159,6 @@ async def test_enter_resumes_a_stopped_run_until_another_recipe_is_edited(
         assert isinstance(app.screen, TrainScreen)
 
 
-async def test_a_new_user_is_offered_the_demo_or_the_hub() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, DEMO.text, "Search the Hub", "Good first models", "[1]")
-        await pilot.press("enter")
-        await wait_for_text(pilot, "260 MiB", "only when you launch it")
-        await pilot.press("n")
-        assert isinstance(app.screen, HomeScreen)
-
-
 async def test_a_first_model_is_downloaded_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
     began = []
 
@@ -200,7 +190,7 @@ async def test_home_says_how_long_the_next_run_takes(private_home: Path) -> None
         await wait_for_text(pilot, "Check the recipe", "time    no run like this one yet")
 
 
-async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
+async def test_a_new_user_downloads_the_demo_once_and_keeps_the_screen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     began = []
@@ -217,7 +207,11 @@ async def test_enter_starts_the_demo_download_once_and_keeps_the_screen(
     monkeypatch.setattr(downloads, "start_demo", start)
     app = QloraApp()
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, DEMO.text)
+        await wait_for_text(pilot, DEMO.text, "Search the Hub", "Good first models", "[1]")
+        await pilot.press("enter")
+        await wait_for_text(pilot, "260 MiB", "only when you launch it")
+        await pilot.press("n")
+        assert isinstance(app.screen, HomeScreen) and not began
         await pilot.press("enter", "enter")
         await wait_for_text(pilot, "Fetching…")
         await pilot.press("enter", "d")
@@ -266,7 +260,15 @@ async def test_before_the_first_poll_no_runs_or_steps_are_shown(monkeypatch: pyt
 
 async def test_a_stopped_queue_is_started_from_any_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_monitor, "STALLED_S", 0.0)
-    monkeypatch.setattr(system_monitor, "ensure_runner", ensure_runner)
+    started = list[bool]()
+
+    def once() -> None:
+        if not started:
+            started.append(True)
+            ensure_runner()
+
+    # Without any time to start, the app would start another with each look.
+    monkeypatch.setattr(system_monitor, "ensure_runner", once)
     run = write_fake_run(FakeRun(name="owls", state="queued", steps=0))
     run_queue.enqueue(run)
     # A runner passes over what it cannot train, which takes no torch.
@@ -352,19 +354,16 @@ async def test_the_machine_is_checked_in_the_app(monkeypatch: pytest.MonkeyPatch
         assert order == sorted(order)
 
 
-@pytest.mark.parametrize(
-    ("size", "top"), [((80, 24), "● 67% 12%"), ((120, 40), "● 67% · ● 12%   RTX 4090 ")], ids=["80", "120"]
-)
-async def test_two_runs_and_their_gpus_are_shown(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], top: str
-) -> None:
+async def test_two_runs_and_their_gpus_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     install_nvml_stub(monkeypatch, "two_gpus")
     install_torch(monkeypatch, "12.4")
     write_fake_run(FakeRun(name="crows", steps=36, total=300))
     write_fake_run(FakeRun(name="owls", steps=200, total=300, began=BEGAN + 100))
-    async with QloraApp().run_test(size=size) as pilot:
-        shown = await wait_for_text(pilot, "step 200 of 300", top, "RTX 3060", "of 12.0 GiB")
-    assert "● crows  training  12%  step 36 of 300" in shown and "Earlier runs" not in shown
+    async with QloraApp().run_test(size=(80, 24)) as pilot:
+        for size, top in (((80, 24), "● 67% 12%"), ((120, 40), "● 67% · ● 12%   RTX 4090 ")):
+            await pilot.resize_terminal(*size)
+            shown = await wait_for_text(pilot, "step 200 of 300", top, "RTX 3060", "of 12.0 GiB")
+            assert "● crows  training  12%  step 36 of 300" in shown and "Earlier runs" not in shown
 
 
 def test_each_row_that_home_shows_is_recognized_as_its_format() -> None:

@@ -24,10 +24,18 @@ from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import open_on, settle
 
 
-async def test_the_form_edits_the_recipe_and_checks_what_is_typed() -> None:
+async def test_the_form_edits_the_recipe_checks_what_is_typed_and_launches_nothing_without_a_model() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
+        await wait_for_text(
+            pilot, "✗ error", "No model selected.", "Cannot train: no model, no data", "t Why not"
+        )
+        await pilot.press("t")
+        await wait_for_text(pilot, "Not ready to run")
+        assert all_runs() == []
+        await pilot.press("escape")
+
         await wait_for_text(pilot, "Gradient acc", "Passes over the data")
         await pilot.press("j", "j", "j")
         await wait_for_text(pilot, "Forward passes per optimizer step", "The same at any value")
@@ -119,18 +127,6 @@ async def test_every_setting_of_the_form_can_be_stepped_both_ways() -> None:
         assert len(app.screen_stack) == 1
 
 
-async def test_without_a_model_nothing_is_launched_and_the_fix_named() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(
-            pilot, "✗ error", "No model selected.", "Cannot train: no model, no data", "t Why not"
-        )
-        await pilot.press("t")
-        await wait_for_text(pilot, "Not ready to run")
-        assert all_runs() == []
-
-
 def app_with_checks(monkeypatch: pytest.MonkeyPatch, model: Path, *checks: Check) -> QloraApp:
     """An app whose recipe has a model and data, with this outcome of its checks; no run is started, and no
     samples are counted.
@@ -156,6 +152,20 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
         await pilot.press("t")
         await wait_for_text(pilot, "queued", "waiting in the queue")
         assert len(run_queue.waiting()) == 1
+
+
+async def test_the_footer_says_queue_where_a_launch_would_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    app = app_with_checks(monkeypatch, tmp_path, Check(CheckKind.MODEL, "ok", "there"))
+    async with app.run_test(size=(120, 40)) as pilot:
+        await pilot.press("5")
+        await wait_for_text(pilot, "t Launch")
+        run = actions.submit(app.workbench.recipe)
+        await wait_for_text(pilot, "t Queue")
+        # The footer has these keys, the panels the others.
+        assert text_of(app).count("Check again") + text_of(app).count("check again") == 1
+        run_queue.remove(run)
 
 
 async def test_a_recipe_edited_during_its_checks_is_launched_as_it_was_checked(
@@ -272,17 +282,3 @@ async def test_a_key_measures_three_steps_until_it_is_pressed_again(
         await wait_for_text(pilot, "measured in three steps: 2 s per step, peak 1.0 GiB", "on this machine")
         app.edit("lora.rank", 8)
         await wait_until(pilot, lambda: "measured in three steps" not in text_of(app))
-
-
-async def test_the_footer_says_queue_where_a_launch_would_wait(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    app = app_with_checks(monkeypatch, tmp_path, Check(CheckKind.MODEL, "ok", "there"))
-    async with app.run_test(size=(120, 40)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(pilot, "t Launch")
-        run = actions.submit(app.workbench.recipe)
-        await wait_for_text(pilot, "t Queue")
-        # The footer has these keys, the panels the others.
-        assert text_of(app).count("Check again") + text_of(app).count("check again") == 1
-        run_queue.remove(run)

@@ -40,10 +40,15 @@ def targets(app: QloraApp) -> tuple[str, ...]:
     return app.workbench.recipe.lora.target_modules
 
 
-async def test_space_toggles_a_kind_a_layer_and_a_module(small: str) -> None:
+async def test_space_toggles_a_kind_a_layer_and_a_module_but_not_the_last(small: str) -> None:
     app = open_on("lora", model=small)
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "210 modules")
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
+        await wait_for_text(pilot, "210 modules", "every kind")
+        assert not has_scroll_bar(app)
+        await pilot.press("space")
+        await wait_for_text(pilot, "LoRA needs at least one module.")
+        assert targets(app) == ("all-linear",)
+        app.clear_notifications()
         await pilot.press("j", "space")
         assert targets(app) == KINDS[1:]
         await wait_for_text(pilot, "[-] every kind", "[ ] q_proj", "vs balanced")
@@ -97,15 +102,6 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
         assert left == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1, 2)}
 
 
-async def test_the_last_module_is_not_dropped(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, "every kind")
-        await pilot.press("space")
-        await wait_for_text(pilot, "LoRA needs at least one module.")
-        assert targets(app) == ("all-linear",)
-
-
 async def test_patterns_preview_while_typed_and_apply_on_enter(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
@@ -149,37 +145,20 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         assert app.workbench.recipe.lora == Lora()
 
 
-async def test_a_click_selects_and_a_second_click_or_the_wheel_changes(small: str) -> None:
-    app = open_on("lora", model=small)
-    async with app.run_test(size=(80, 24)) as pilot:
-        lines = (await wait_for_text(pilot, "210 modules", "a A alpha")).splitlines()
-        alpha = 8, next(y for y, line in enumerate(lines) if "a A alpha" in line)
-        settings = app.screen.query_one(SettingsList)
-
-        def value() -> float:
-            return app.workbench.recipe.lora.alpha
-
-        await pilot.click(offset=alpha)
-        assert (settings.current, value()) == ("lora.alpha", 32)
-        await pilot.click(offset=alpha)
-        assert value() == 64
-        for line, then in ((alpha[1], 32), (alpha[1] - 1, 32), (alpha[1], 16)):  # another setting is above it
-            app.post_message(MouseScrollDown(None, 8, line, 0, 0, 0, False, False, False, 8, line))
-            await pilot.pause()
-            assert (settings.current, value()) == ("lora.alpha", then)
+def has_scroll_bar(app: QloraApp) -> bool:
+    shown = app.screen.query_one(ModuleGrid).render()
+    assert isinstance(shown, Content)
+    return any("$scrollbar" in str(span.style) for span in shown.spans)
 
 
-@pytest.mark.parametrize(("name", "scrolls"), [(SMALL, False), ("LiquidAI__LFM2-1.2B", True)])
-async def test_kinds_out_of_view_have_a_scroll_bar(private_home: Path, name: str, scrolls: bool) -> None:
-    app = open_on("lora", model=str(config_folder(private_home, name)))
+async def test_kinds_out_of_view_have_a_scroll_bar(private_home: Path) -> None:
+    app = open_on("lora", model=str(config_folder(private_home, "LiquidAI__LFM2-1.2B")))
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "every kind")
-        shown = app.screen.query_one(ModuleGrid).render()
-        assert isinstance(shown, Content)
-        assert any("$scrollbar" in str(span.style) for span in shown.spans) == scrolls
+        assert has_scroll_bar(app)
 
 
-async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> None:
+async def test_keys_clicks_and_the_wheel_step_a_setting_and_the_totals_follow(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "4.88M of 135M parameters (3.6%)", "LoRA settings as in preset balanced")
@@ -196,7 +175,22 @@ async def test_each_key_steps_its_setting_and_the_totals_follow(small: str) -> N
             True,
         )
         await pilot.press("A", "D", "s", "w")
-        await wait_for_text(pilot, "LoRA settings as in preset balanced")
+        lines = (await wait_for_text(pilot, "LoRA settings as in preset balanced", "a A alpha")).splitlines()
+
+        alpha = 8, next(y for y, line in enumerate(lines) if "a A alpha" in line)
+        settings = app.screen.query_one(SettingsList)
+
+        def value() -> float:
+            return app.workbench.recipe.lora.alpha
+
+        await pilot.click(offset=alpha)
+        assert (settings.current, value()) == ("lora.alpha", 32)
+        await pilot.click(offset=alpha)
+        assert value() == 64
+        for line, then in ((alpha[1], 32), (alpha[1] - 1, 32), (alpha[1], 16)):  # another setting is above it
+            app.post_message(MouseScrollDown(None, 8, line, 0, 0, 0, False, False, False, 8, line))
+            await pilot.pause()
+            assert (settings.current, value()) == ("lora.alpha", then)
 
 
 @pytest.mark.parametrize("width", [60, 120])

@@ -66,7 +66,7 @@ KEYS: tuple[tuple[str, str, object], ...] = (
 )
 
 
-async def test_a_key_changes_a_setting_and_the_bars(
+async def test_a_key_changes_a_setting_and_the_bars_and_costs_little(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "SETTLED_S", 60.0)  # the slower questions are another test's
@@ -74,6 +74,11 @@ async def test_a_key_changes_a_setting_and_the_bars(
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "6.3 GiB")
         start = app.workbench.recipe
+        for rank in (8, 32, 64, 128, 256):
+            # Three estimates, of some 370 allocations and frees each.
+            assert count_estimates(partial(app.edit, "lora.rank", rank)) < 6
+            await pilot.pause()
+        app.workbench.replace(start)
         for keys, path, value in KEYS:
             await pilot.press(*keys.split())
             assert get_setting(app.workbench.recipe, path) == value, keys
@@ -132,12 +137,14 @@ async def test_targets_that_the_model_lacks_are_skipped(private_home: Path) -> N
         assert app.workbench.recipe.lora.target_modules == ("all-linear",)
 
 
-async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> None:
+async def test_the_cheapest_change_or_the_one_under_the_cursor_is_applied_and_undone(
+    seven_billion: str,
+) -> None:
     app = open_on("memory", model=seven_billion, gpu_gib=12)
     _big(app)
     before = app.workbench.recipe
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "does not fit", "▸ a Micro-batch 4 → 1", "same effective")
+        await wait_for_text(pilot, "does not fit", "▸ a Micro-batch 4 → 1", "same effective", "f choose")
         await pilot.press("a")
         assert app.workbench.recipe.training.micro_batch_size < 4
         assert app.workbench.recipe.effective_batch >= before.effective_batch
@@ -148,6 +155,16 @@ async def test_the_cheapest_change_is_applied_and_undone(seven_billion: str) -> 
         assert estimated.band.high_bytes <= app.memory_budget.bytes
         await pilot.press("u")
         assert app.workbench.recipe == before
+        app.clear_notifications()
+
+        await wait_for_text(pilot, "▸ a Micro-batch 4 → 1", "f choose")
+        await pilot.press("f", "j")
+        await wait_for_text(pilot, "Sequence length 8,192")
+        await pilot.press("f", "f", "enter")
+        await wait_for_text(pilot, "Press [u] to undo")
+        assert app.workbench.recipe.data.max_length < 8192
+        assert app.workbench.recipe.training.micro_batch_size == 4
+        assert app.screen.query_one("#items").has_focus
         await pilot.press("a")
         await pilot.pause()
 
@@ -158,17 +175,6 @@ async def test_a_model_larger_than_the_card_is_offered_streamed(seven_billion: s
         await wait_for_text(pilot, "of 28 layers from", "doctor` measures how")
         await pilot.press("a")
         await wait_for_text(pilot, "10 of 28 layers are streamed")
-
-
-async def test_a_key_costs_little(seven_billion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "SETTLED_S", 60.0)
-    app = open_on("memory", model=seven_billion)
-    async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "6.3 GiB")
-        for rank in (8, 32, 64, 128, 256):
-            # Three estimates, of some 370 allocations and frees each.
-            assert count_estimates(partial(app.edit, "lora.rank", rank)) < 6
-            await pilot.pause()
 
 
 async def test_the_exact_form_follows_the_instant_one(
@@ -232,43 +238,35 @@ async def test_another_gpu_size_can_be_assumed_in_the_app(seven_billion: str) ->
         await wait_for_text(pilot, "this machine's memory")
 
 
-async def test_enter_applies_the_change_under_the_cursor(seven_billion: str) -> None:
-    app = open_on("memory", model=seven_billion, gpu_gib=12)
-    _big(app)
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "▸ a ", "f choose")
-        await pilot.press("f", "j")
-        await wait_for_text(pilot, "Sequence length 8,192")
-        await pilot.press("f", "f", "enter")
-        await wait_for_text(pilot, "Press [u] to undo")
-        assert app.workbench.recipe.data.max_length < 8192
-        assert app.workbench.recipe.training.micro_batch_size == 4
-        assert app.screen.query_one("#items").has_focus
+SAVINGS = {
+    "S": r"s S +length +16,384 +[\d,]+ +",
+    "R": r"r R +rank +16 +\d+ +",
+    "t": r"t +targets +all(-linear)? ?→ ?q,k,v,o +",
+    "c": r"c +recompute +on → off +",
+}
+"""Key of a setting, and what its line begins with."""
 
 
-@pytest.mark.parametrize(
-    ("key", "row"),
-    [
-        ("S", r"s S +length +16,384 +[\d,]+ +"),
-        ("R", r"r R +rank +16 +\d+ +"),
-        ("t", r"t +targets +all(-linear)? ?→ ?q,k,v,o +"),
-        ("c", r"c +recompute +on → off +"),
-    ],
-)
-async def test_each_setting_shows_what_its_key_saves(seven_billion: str, key: str, row: str) -> None:
+async def test_each_setting_shows_what_its_key_saves(seven_billion: str) -> None:
     app = open_on("memory", model=seven_billion)
     app.workbench.set("data.max_length", 16384)
     app.workbench.set("training.gradient_checkpointing", "on")
+    start = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await settle(pilot)
         text = text_of(app)
-        shown = re.search(row + r"(?P<saved>[-+][\d.]+( MiB)?)( GiB)? *$", text, re.MULTILINE)
-        assert shown is not None and "micro-batch    1" in text and "~ halving" in text
+        assert "micro-batch    1" in text and "~ halving" in text
         before = app.workbench.estimate(app.memory_budget.device)
-        await pilot.press(key)
-        after = app.workbench.estimate(app.memory_budget.device)
-        assert before is not None and after is not None
-        assert shown["saved"] == format_delta(after.total_bytes - before.total_bytes).removesuffix(" GiB")
+        for key, row in SAVINGS.items():
+            shown = re.search(row + r"(?P<saved>[-+][\d.]+( MiB)?)( GiB)? *$", text, re.MULTILINE)
+            assert shown is not None, key
+            await pilot.press(key)
+            after = app.workbench.estimate(app.memory_budget.device)
+            assert before is not None and after is not None
+            delta = format_delta(after.total_bytes - before.total_bytes).removesuffix(" GiB")
+            assert shown["saved"] == delta, key
+            app.workbench.replace(start)
+            app.recipe_edited()
 
 
 async def test_quality_is_measured_shown_and_stopped(

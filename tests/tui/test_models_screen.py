@@ -71,7 +71,7 @@ def make_three() -> None:
     (pickled / "pytorch_model.bin").write_bytes(b"pickle")
 
 
-async def test_the_selected_model_is_marked_in_the_list() -> None:
+async def test_the_selected_model_is_marked_in_the_list_and_typing_filters_it(hub: FakeHub) -> None:
     make_three()
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
@@ -94,12 +94,6 @@ async def test_the_selected_model_is_marked_in_the_list() -> None:
         await pilot.press("u")
         assert app.workbench.recipe.model.id == ""
 
-
-async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -> None:
-    make_three()
-    app = open_on("models")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "On this machine (3)")
         await pilot.press("slash", *"smollm2")
         await wait_for_text(pilot, "On this machine (1)", "SmolLM2-135M-Instruct")
         await pilot.press("down", "enter")
@@ -107,10 +101,22 @@ async def test_typing_filters_the_list_without_searching_the_hub(hub: FakeHub) -
     assert hub.requests == []
 
 
-async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub) -> None:
+async def test_enter_searches_the_hub_and_fetches_one_models_config(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = open_on("models")
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, "No models on this machine yet.", "Press [d] to download", "SmolLM2")
+        with monkeypatch.context() as unreachable:
+            unreachable.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+            await pilot.press("slash", *"tiny", "enter")
+            await wait_for_text(pilot, "Cannot reach the Hub")
+        await pilot.press("escape")
+        assert isinstance(app.screen, ModelsScreen)
+        # The text typed would hide the models of this machine.
+        await wait_for_text(pilot, "The Hub was not searched for 'tiny'")
+        assert app.screen.query_one(Input).value == ""
+
         await pilot.press("slash", *"tiny", "enter")
         await wait_for_text(
             pilot, "On the Hub, for 'tiny' (2)", "↓1.20M", "gated", "Enter  Load its details from the Hub"
@@ -125,35 +131,10 @@ async def test_enter_searches_the_hub_and_fetches_one_models_config(hub: FakeHub
         await wait_for_text(pilot, "The model is gated", "hf auth login")
 
 
-async def test_a_hub_that_cannot_be_reached_is_said(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    app = open_on("models")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "No models")
-        await pilot.press("slash", *"tiny", "enter")
-        await wait_for_text(pilot, "Cannot reach the Hub")
-        await pilot.press("escape")
-        assert isinstance(app.screen, ModelsScreen)
-        # The text typed would hide the models of this machine.
-        await wait_for_text(pilot, "The Hub was not searched for 'tiny'")
-        assert app.screen.query_one(Input).value == ""
-
-
 async def search_tiny(pilot: Pilot[Any]) -> None:
     await wait_for_text(pilot, "No models")
     await pilot.press("slash", *"tiny", "enter")
     await wait_for_text(pilot, "(2)")
-
-
-async def test_a_download_shows_its_progress_and_ends_in_the_list(hub: FakeHub) -> None:
-    app = open_on("models")
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await search_tiny(pilot)
-        await pilot.press("d")
-        await wait_for_text(pilot, "On this machine (1)", "Enter  Select this model", "here")
-        assert "[c] stop" not in text_of(app)
-        await pilot.press("enter")
-        assert app.workbench.recipe.model.id == TINY
 
 
 @pytest.mark.slow
@@ -200,10 +181,10 @@ def half_is_there() -> bool:
     return False
 
 
-async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
+async def test_a_download_is_stopped_kept_continued_and_ends_in_the_list(hub: FakeHub) -> None:
     hub.stalls = threading.Event()
     app = open_on("models")
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(120, 40)) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
         await wait_for_text(pilot, "↓ org/tiny", "[c] stop")
@@ -214,8 +195,10 @@ async def test_a_download_is_stopped_kept_and_continued(hub: FakeHub) -> None:
         hub.stalls.set()
         hub.stalls = None
         await pilot.press("d")
-        await settle(pilot)
-        await wait_for_text(pilot, "On this machine (1)")
+        await wait_for_text(pilot, "On this machine (1)", "Enter  Select this model", "here")
+        assert "[c] stop" not in text_of(app)
+        await pilot.press("enter")
+        assert app.workbench.recipe.model.id == TINY
     assert any(range_ and range_ != "bytes=0-" for range_ in hub.ranges(""))
 
 
@@ -256,12 +239,22 @@ async def test_a_folder_is_opened_by_its_path(tmp_path: Path) -> None:
         await wait_for_text(pilot, "On this machine (1)", "mine")
 
 
-async def test_a_config_alone_is_selected_for_estimates(tmp_path: Path) -> None:
+async def test_folders_of_the_settings_are_looked_through_and_a_config_alone_is_for_estimates(
+    tmp_path: Path,
+) -> None:
+    for name in ("one", "two"):
+        make_model(tmp_path / "publisher" / name, config_of("HuggingFaceTB__SmolLM2-135M"))
     folder = tmp_path / "planned"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_of("HuggingFaceTB__SmolLM2-135M")))
     app = open_on("models", model_folders=(str(tmp_path),))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
+        await wait_for_text(pilot, "On this machine (3)", "one", "two", "planned")
+        list_ = app.screen.query_one(ViList)
+        for name in ("one", "two", "planned"):
+            await pilot.press("g")
+            while not str(list_.current).endswith(name):
+                await pilot.press("j")
         await wait_for_text(
             pilot,
             "No weights",
@@ -287,17 +280,6 @@ async def test_a_model_without_its_tokenizer_is_named_where_it_is_estimated(tmp_
             # A model that cannot be trained has no verdict "fits", and the reason is told once.
             shown = text_of(pilot.app)
             assert (shown.count("annot train:"), re.findall("GiB +fits", shown)) == (1, []), shown
-
-
-async def test_folders_of_the_settings_are_looked_through(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        make_model(tmp_path / "publisher" / name, config_of("HuggingFaceTB__SmolLM2-135M"))
-    app = open_on("models", model_folders=(str(tmp_path),))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "On this machine (2)", "one", "two")
-        list_ = app.screen.query_one(ViList)
-        await pilot.press("j")
-        assert list_.current is not None and list_.current.endswith("two")
 
 
 def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:

@@ -59,7 +59,7 @@ def test_no_color_is_sent_from_any_screen(how: dict[str, str]) -> None:
         assert {code for codes in sent for code in codes.decode().split(";")} <= ATTRIBUTES
 
 
-def test_cursor_selection_and_fields_differ_by_attributes() -> None:
+def test_cursor_selection_and_fields_differ_by_attributes_and_a_click_finds_its_tab() -> None:
     write_fake_run(FakeRun(name="owls", state="failed", steps=120, total=300, began=BEGAN - 1000))
     write_fake_run(FakeRun(name="bees", state="finished", steps=300, total=300))
     with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
@@ -69,6 +69,9 @@ def test_cursor_selection_and_fields_differ_by_attributes() -> None:
             return screen_of(terminal).style_of(text)
 
         see(terminal, "Next")
+        # A click on the tab "1 Model", in the first line.
+        terminal.press("\x1b[<0;14;1M\x1b[<0;14;1m")
+        see(terminal, "No models on this machine")
         terminal.press("6")
         wait_for(lambda: style_of("6 Runs").reverse and not style_of("0 Home").reverse)
         wait_for(lambda: style_of("bees").reverse and not style_of("owls").reverse)
@@ -83,11 +86,3 @@ def test_cursor_selection_and_fields_differ_by_attributes() -> None:
         see(terminal, "Sampling", "empty: a random seed")
         # The second field is the seed, which is empty.
         wait_for(lambda: style_of("0.95").underscore and style_of("    empty: a random seed").underscore)
-
-
-def test_a_click_finds_what_it_is_on() -> None:
-    with Terminal(APP, env={"NO_COLOR": "1"}) as terminal:
-        see(terminal, "Next")
-        # The tab "2 Data", in the first line.
-        terminal.press("\x1b[<0;14;1M\x1b[<0;14;1m")
-        see(terminal, "No models on this machine")

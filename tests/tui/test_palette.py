@@ -52,7 +52,7 @@ async def test_a_run_a_model_and_a_preset_are_found_by_name_and_come_first_after
         await wait_until(pilot, lambda: lines_of(pilot)[:3] == latest)
 
 
-async def test_a_theme_is_shown_while_the_cursor_is_on_it() -> None:
+async def test_a_theme_is_shown_under_the_cursor_and_a_command_opens_its_screen() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         before = app.theme
@@ -63,11 +63,14 @@ async def test_a_theme_is_shown_while_the_cursor_is_on_it() -> None:
         assert load_settings().theme != "ember"
         await use(pilot, "theme: ember", "Theme: ember")
         await wait_until(pilot, lambda: app.theme == load_settings().theme == "ember")
+        await use(pilot, "rerun", "Rerun")
+        await wait_until(pilot, lambda: app.current_mode == "runs")
 
 
-async def test_a_command_that_does_nothing_now_is_not_offered() -> None:
+async def test_only_what_does_something_now_is_offered_and_what_ends_a_run_is_not_first() -> None:
+    add_recent("palette", "command:train.stop")
     app = QloraApp()
-    async with app.run_test(size=(100, 40)) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5", "ctrl+p")
         await wait_until(pilot, lambda: "Launch" in lines_of(pilot))
         assert "Stop and save" not in text_of(app)
@@ -77,25 +80,7 @@ async def test_a_command_that_does_nothing_now_is_not_offered() -> None:
         await pilot.press("ctrl+p")
         await wait_until(pilot, lambda: "Stop and save" in lines_of(pilot))
         assert "Launch" not in lines_of(pilot)
-
-
-async def test_what_ends_a_run_is_not_first_even_if_it_was_used_last() -> None:
-    write_fake_run(FakeRun(name="tickets", steps=10))
-    add_recent("palette", "command:train.stop")
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("5")
-        await wait_for_text(pilot, "z Pause")
-        await pilot.press("ctrl+p")
-        await wait_until(pilot, lambda: "Stop and save" in lines_of(pilot))
         assert lines_of(pilot)[0] == "Checkpoint"
         await wait_for_text(pilot, "Save a checkpoint now.")
         row = next(line for line in text_of(app).splitlines() if "Checkpoint" in line)
         assert row.rstrip("│ ").endswith("K") and "Save a checkpoint now." in row
-
-
-async def test_the_palette_opens_the_screen_of_another_screens_command() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await use(pilot, "rerun", "Rerun")
-        await wait_until(pilot, lambda: app.current_mode == "runs")

@@ -35,22 +35,30 @@ async def go_to(pilot: Pilot[Any], name: str) -> None:
         await pilot.press("j")
 
 
-async def test_opening_a_preset_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
+async def test_a_preset_says_what_it_changes_keeps_model_and_data_and_is_undone(private_home: Path) -> None:
+    rows = private_home / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 400)
     app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
+    app.workbench.set("data.sources", (Source(path=str(rows)),))
     before = app.workbench.recipe
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(120, 40)) as pilot:
         await go_to(pilot, "paper")
         await wait_for_text(pilot, "Opening this preset changes", "lora.rank", "16 → 64", "memory")
+        await wait_for_text(pilot, "time now", "time then", "known after the first steps", "about 2 steps")
         await pilot.press("enter")
         await wait_for_text(pilot, " paper · SmolLM2-135M")
         assert app.workbench.recipe.lora.rank == 64
-        assert app.workbench.recipe.model == before.model
+        assert (app.workbench.recipe.model, app.workbench.recipe.data.sources) == (
+            before.model,
+            before.data.sources,
+        )
         await pilot.press("u")
         assert app.workbench.recipe == before
         await wait_for_text(pilot, "balanced · SmolLM2-135M")
 
 
-async def test_saving_a_recipe_as_preset_can_be_undone() -> None:
+async def test_a_preset_is_saved_replaced_only_after_a_question_and_undone() -> None:
+    mine("tickets").write_text('note = "by hand"\n[lora]\nrank = 4\n')
     app = open_on("memory")
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("r", "p", "s", *"mine: for tests", "enter")
@@ -65,12 +73,7 @@ async def test_saving_a_recipe_as_preset_can_be_undone() -> None:
         again = open_workbench(Draft())
         assert again.preset == app.workbench.preset == "balanced" and again.modified
 
-
-async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
-    mine("tickets").write_text('note = "by hand"\n[lora]\nrank = 4\n')
-    app = open_on("memory")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("p", "s", *"tickets", "enter")
+        await pilot.press("s", *"tickets", "enter")
         await wait_for_text(pilot, "Preset exists", "y replace it")
         await pilot.press("n")
         assert "by hand" in mine("tickets").read_text()
@@ -79,6 +82,13 @@ async def test_an_edited_file_is_replaced_only_after_a_question() -> None:
         await pilot.press("y")
         await wait_for_text(pilot, "● tickets")
         assert "by hand" not in mine("tickets").read_text()
+
+        # An edit made since is not lost by an undo.
+        mine("tickets").write_text('note = "edited since"\n')
+        await pilot.press("u")
+        await wait_for_text(pilot, "Preset exists", "n keep it")
+        await pilot.press("n")
+        assert "edited since" in mine("tickets").read_text()
 
 
 async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
@@ -95,19 +105,9 @@ async def test_a_deletion_is_undone_exactly_and_shipped_presets_stay() -> None:
         await wait_for_text(pilot, "is a bundled preset")
 
 
-async def test_an_edit_made_since_is_not_lost_by_an_undo() -> None:
-    app = open_on("memory")
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.press("p", "s", *"mine", "enter")
-        await wait_for_text(pilot, "● mine")
-        mine("mine").write_text('note = "edited since"\n')
-        await pilot.press("u")
-        await wait_for_text(pilot, "Preset exists", "n keep it")
-        await pilot.press("n")
-        assert "edited since" in mine("mine").read_text()
-
-
-async def test_a_preset_that_cannot_be_read_is_named_and_explained() -> None:
+async def test_presets_are_imported_with_their_comments_explained_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "theirs.toml").write_text("# from a friend\n[lora]\nrank = 4\n")
+    (tmp_path / "wrong.toml").write_text("[lora]\nrank = 0\n")
     mine("broken").write_text("[lora]\nrnak = 8\n")
     app = open_on("memory")
     async with app.run_test(size=(120, 40)) as pilot:
@@ -117,13 +117,6 @@ async def test_a_preset_that_cannot_be_read_is_named_and_explained() -> None:
         await wait_for_text(pilot, "Esc close")
         await pilot.press("escape")
         assert isinstance(app.screen, PresetsScreen)
-
-
-async def test_presets_are_imported_with_their_comments_and_exported(tmp_path: Path) -> None:
-    (tmp_path / "theirs.toml").write_text("# from a friend\n[lora]\nrank = 4\n")
-    (tmp_path / "wrong.toml").write_text("[lora]\nrank = 0\n")
-    app = open_on("memory")
-    async with app.run_test(size=(120, 40)) as pilot:
         await import_(pilot, tmp_path / "theirs.toml")
         await wait_for_text(pilot, "theirs  yours", "16 → 4")
         assert "from a friend" in mine("theirs").read_text()
@@ -170,13 +163,3 @@ async def test_the_editors_result_for_a_users_preset_is_checked(
         await pilot.press("e")
         await wait_for_text(pilot, "lora.rank", "Esc close")
         assert mine("tickets").read_text() == "[lora]\nrank = -1\n"
-
-
-async def test_a_preset_says_how_long_a_run_takes_with_it(private_home: Path) -> None:
-    rows = private_home / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 400)
-    app = open_on("memory", model=str(config_folder(private_home, "HuggingFaceTB__SmolLM2-135M")))
-    app.workbench.set("data.sources", (Source(path=str(rows)),))
-    async with app.run_test(size=(120, 40)) as pilot:
-        await go_to(pilot, "paper")
-        await wait_for_text(pilot, "time now", "time then", "known after the first steps", "about 2 steps")

@@ -39,7 +39,7 @@ from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
 from tests.tui.fake_runs import BEGAN, TICKETS, FakeRun, write_fake_run
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import open_runs
+from tests.tui.workstation import open_on, open_runs
 
 
 def test_a_summary_is_read_again_only_when_a_file_changed(three_runs: list[RunDir]) -> None:
@@ -84,7 +84,7 @@ async def test_a_runs_last_loss_and_step_are_the_same_everywhere(
     view = RunView(run)
     view.refresh()
     loss = format_loss(view.series.loss[-1])
-    app = QloraApp()
+    app = open_on("home")
     async with app.run_test(size=(150, 40)) as pilot:
         await wait_for_text(pilot, f"loss {loss}", "step 60 of 3,000")
         await pilot.press("6")
@@ -153,11 +153,11 @@ def test_a_run_renamed_or_queued_elsewhere_is_seen_next_poll(three_runs: list[Ru
     assert listing.summaries[0].status.state == "queued"
 
 
-async def test_sorting_keeps_the_cursor_on_its_run(three_runs: list[RunDir]) -> None:
+async def test_sorting_keeps_the_cursor_on_its_run_and_a_new_name_is_shown(three_runs: list[RunDir]) -> None:
     def order() -> list[str]:
         return sorted(("tickets-a", "tickets-b", "poems-c"), key=text_of(app).index)
 
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await open_runs(app)
         await wait_for_text(pilot, "3 runs, newest first", "poems-c")
@@ -166,6 +166,12 @@ async def test_sorting_keeps_the_cursor_on_its_run(three_runs: list[RunDir]) -> 
         await wait_for_text(pilot, "3 runs, by name")
         assert order() == ["poems-c", "tickets-a", "tickets-b"]
         assert screen.current is not None and screen.current.name == "tickets-b"
+        await pilot.press("f2", *(["backspace"] * 20), "enter")
+        await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
+        await pilot.press(*"owls", "enter")
+        await wait_for_text(pilot, "owls  (tickets-b)")
+    assert three_runs[1].path.exists()
+    assert find_run("owls") == three_runs[1]
 
 
 def test_the_active_run_and_the_queue_stay_above_sorted_runs(three_runs: list[RunDir]) -> None:
@@ -219,7 +225,7 @@ async def test_a_slow_reading_of_files_is_awaited(
         return read_files(summary)
 
     monkeypatch.setattr(RunFiles, "read", held)
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(160, 50)) as pilot:
         screen = await open_runs(app)
         await wait_until(pilot, lambda: begun)
@@ -232,7 +238,7 @@ async def test_a_slow_reading_of_files_is_awaited(
 
 
 async def test_two_marked_runs_are_compared_with_only_what_differs(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -284,7 +290,7 @@ async def test_a_run_that_waits_in_slurm_says_why_and_is_withdrawn(
     run = write_fake_run(FakeRun(name="elsewhere", state="queued", steps=0))
     run.slurm_path.write_text('{"target": "gpus", "job": "12"}')
     run.squeue_path.write_text('{"at": 1.0, "states": ["PENDING"], "reason": "Priority"}')
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "Waits in Slurm (Priority), as job 12.")
@@ -301,7 +307,7 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     monkeypatch.setattr(actions, "ensure_runner", lambda: None)
     for name in ("first", "second"):
         run_queue.enqueue(write_fake_run(FakeRun(name=name, state="queued", steps=0, began=BEGAN - 5000)))
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
         shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
@@ -317,16 +323,6 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         assert run_queue.waiting() == ["second", "first"]
 
 
-async def test_quitting_never_asks_and_keeps_deleted_runs(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("D", "q")
-        await wait_until(pilot, lambda: not app.is_running)
-    assert [each.run.id for each in actions.trashed_runs()] == ["tickets-a"]
-
-
 def _are_left(number: int) -> bool:
     return len(all_runs()) == number
 
@@ -334,7 +330,7 @@ def _are_left(number: int) -> bool:
 async def test_deleting_a_run_in_use_asks_first(three_runs: list[RunDir]) -> None:
     handle = hold_folder(three_runs[0].path)
     assert handle is not None
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -346,8 +342,10 @@ async def test_deleting_a_run_in_use_asks_first(three_runs: list[RunDir]) -> Non
     os.close(handle)
 
 
-async def test_u_restores_a_run_deleted_in_this_app(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
+async def test_u_restores_a_deleted_run_and_quitting_keeps_it_without_asking(
+    three_runs: list[RunDir],
+) -> None:
+    app = open_on("runs")
     actions.rename(three_runs[0], "tickets [/a]")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
@@ -363,14 +361,14 @@ async def test_u_restores_a_run_deleted_in_this_app(three_runs: list[RunDir]) ->
         await wait_until(pilot, lambda: "Restored" not in text_of(app))
         assert len(all_runs()) == 3
         assert three_runs[0].recipe().lora.rank == 16
-        await pilot.press("g", "D")
-        await pilot.pause()
+        await pilot.press("g", "D", "q")
+        await wait_until(pilot, lambda: not app.is_running)
     assert [run.id for run in all_runs()] == ["tickets-b", "poems-c"]
     assert [each.run.id for each in actions.trashed_runs()] == ["tickets-a"]
 
 
 async def test_a_deleted_run_leaves_the_list_before_the_next_reading(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
@@ -383,39 +381,22 @@ async def test_a_deleted_run_leaves_the_list_before_the_next_reading(three_runs:
         assert app.screen is screen
 
 
-@pytest.mark.parametrize("state", ["running", "queued"])
-async def test_a_run_that_is_not_over_is_not_deleted(state: State) -> None:
-    run = write_fake_run(FakeRun(steps=20, state=state))
-    if state == "queued":
-        run_queue.enqueue(run)
-    app = QloraApp()
+async def test_a_run_that_is_not_over_is_not_deleted() -> None:
+    states: tuple[State, ...] = ("running", "queued")
+    runs = [write_fake_run(FakeRun(name=state, steps=20, state=state)) for state in states]
+    app = open_on("runs")
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, run.id[:20])
-        await pilot.press("D")
-        await wait_for_text(pilot, "The run has not ended")
-        assert read_status(run).state == state
+        await wait_for_text(pilot, "● running", "◌ queue 1")
+        for run, state in zip(runs, states, strict=True):
+            await pilot.press("D")
+            await wait_for_text(pilot, "The run has not ended")
+            assert read_status(run).state == state
+            await pilot.press("escape", "j")
 
 
-async def test_a_renamed_run_is_listed_and_found_under_its_name(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("f2", *(["backspace"] * 20), "enter")
-        await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
-        await pilot.press(*"owls", "enter")
-        await wait_for_text(pilot, "owls  (tickets-a)")
-    assert three_runs[0].path.exists()
-    assert find_run("owls") == three_runs[0]
-
-
-@pytest.mark.parametrize("is_remote", [False, True])
 async def test_a_runs_folder_opens_or_its_path_is_copied(
-    three_runs: list[RunDir],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_remote: bool,
+    three_runs: list[RunDir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool, opened = tmp_path / "xdg-open", tmp_path / "opened"
     tool.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.part && mv {opened}.part {opened}\n')
@@ -424,19 +405,18 @@ async def test_a_runs_folder_opens_or_its_path_is_copied(
     monkeypatch.setenv("DISPLAY", ":0")
     for variable in ("TMUX", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(variable, raising=False)
-    if is_remote:
-        monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 22")
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "tickets-a")
         await pilot.press("O")
-        if is_remote:
-            await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "cd ")
-            assert app.clipboard == f"cd {three_runs[0].path}"
-        else:
-            await wait_until(pilot, opened.exists)
-            assert opened.read_text() == str(three_runs[0].path)
+        await wait_until(pilot, opened.exists)
+        assert opened.read_text() == str(three_runs[0].path)
+        opened.unlink()
+        monkeypatch.setenv("SSH_CONNECTION", "10.0.0.1 22")
+        await pilot.press("O")
+        await wait_for_text(pilot, "Sent to the terminal (OSC 52)", "cd ")
+        assert app.clipboard == f"cd {three_runs[0].path}" and not opened.exists()
 
 
 def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
@@ -445,8 +425,9 @@ def test_inside_tmux_the_request_is_sent_raw_and_wrapped() -> None:
     assert desktop.set_clipboard("owls", {"TMUX": "x"}) == f"{raw}\x1bPtmux;\x1b{raw}\x1b\\"
 
 
-async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
+async def test_a_runs_recipe_is_used_again_trained_further_and_saved(three_runs: list[RunDir]) -> None:
+    run = find_run("tickets-b")
+    app = open_on("runs")
     before = app.workbench.recipe
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
@@ -457,14 +438,7 @@ async def test_rerun_opens_the_runs_recipe_and_u_undoes_it(three_runs: list[RunD
         await pilot.press("u")
         assert app.workbench.recipe == before
 
-
-async def test_a_finished_run_is_trained_further(three_runs: list[RunDir]) -> None:
-    run = find_run("tickets-b")
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("j", "T")
+        await pilot.press("6", "T")
         await wait_for_text(pilot, "No adapter to start from")
         run.adapter_dir.mkdir(exist_ok=True)
         (run.adapter_dir / "adapter_config.json").write_text("{}")
@@ -473,17 +447,11 @@ async def test_a_finished_run_is_trained_further(three_runs: list[RunDir]) -> No
         lora = app.workbench.recipe.lora
         assert (lora.init_from, lora.rank) == (run.id, 64)
 
-
-async def test_a_runs_settings_are_saved_as_a_preset(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "tickets-a")
-        await pilot.press("j", "S", *"wide", "enter")
+        await pilot.press("6", "S", *"wide", "enter")
         await pilot.pause()
         assert find_preset("wide").settings()["lora"]["rank"] == 64
         assert (paths.user_presets_dir() / "wide.toml").exists()
-        await pilot.press("j", "S", *"wide", "enter")
+        await pilot.press("S", *"wide", "enter")
         await wait_for_text(pilot, "You already have a preset wide")
         await pilot.press("n")
         assert find_preset("wide").settings()["lora"]["rank"] == 64
@@ -491,7 +459,7 @@ async def test_a_runs_settings_are_saved_as_a_preset(three_runs: list[RunDir]) -
 
 @pytest.mark.usefixtures("answers_until_stopped")
 async def test_a_measures_answers_and_a_second_a_stops(three_runs: list[RunDir]) -> None:
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "[a] compares its answers")
@@ -501,10 +469,11 @@ async def test_a_measures_answers_and_a_second_a_stops(three_runs: list[RunDir])
         await wait_for_text(pilot, "Stopped. Press [a] to continue.")
 
 
-async def test_two_keys_at_once_start_one_measurement(
+async def test_two_keys_at_once_start_one_measurement_which_ends_with_the_app(
     three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
 ) -> None:
-    app = QloraApp()
+    """Otherwise the app waits for it, without a terminal."""
+    app = open_on("runs")
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "[a] compares its answers")
@@ -514,26 +483,14 @@ async def test_two_keys_at_once_start_one_measurement(
         await wait_until(pilot, lambda: bool(endless_measurements))
         workers = [worker for worker in app.workers if worker.group == "evaluation"]
         assert sum(not worker.is_finished for worker in workers) == 1
-    assert len(endless_measurements) == 1
-
-
-async def test_leaving_the_app_ends_the_evaluation(
-    three_runs: list[RunDir], endless_measurements: list[Popen[bytes]]
-) -> None:
-    """Otherwise the app waits for it, without a terminal."""
-    app = QloraApp()
-    async with app.run_test(size=(120, 40)) as pilot:
-        await open_runs(app)
-        await wait_for_text(pilot, "[a] compares its answers")
-        await pilot.press("a")
-        await wait_until(pilot, lambda: len(endless_measurements) == 1)
-    assert endless_measurements[0].wait(60)
+    (measurement,) = endless_measurements
+    assert measurement.wait(60)
 
 
 async def test_the_reason_of_a_failure_is_in_the_list_at_80_columns_too() -> None:
     write_fake_run(FakeRun(name="a", state="failed", steps=50, exact=(0.1, 0.5)))
     write_fake_run(FakeRun(name="b", state="finished", steps=300, total=300, exact=(0.1, 0.5)))
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         text = await wait_for_text(pilot, "reason")
@@ -545,7 +502,7 @@ async def test_the_reason_of_a_failure_is_in_the_list_at_80_columns_too() -> Non
 
 async def test_a_run_that_saved_nothing_offers_no_chat() -> None:
     write_fake_run(FakeRun(name="a", state="failed", steps=0))
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "0 checkpoints")
@@ -563,7 +520,7 @@ def test_the_log_ends_with_the_newest_event() -> None:
 
 
 async def test_without_runs_no_key_that_needs_one_is_offered() -> None:
-    app = QloraApp()
+    app = open_on("runs")
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         shown = await wait_for_text(pilot, "No runs yet", "Palette")

@@ -38,32 +38,32 @@ async def open_sweep(pilot: Pilot[Any]) -> None:
     await wait_for_text(pilot, "learning_rate")
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)], ids=["80x24", "120x40", "200x60"])
-async def test_a_finished_sweep_is_judged_and_its_winner_adopted(
-    recipe: Recipe, size: tuple[int, int]
-) -> None:
+async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe) -> None:
     sweep = actions.start(sheet(recipe, rounds=2))
     view = play_all(sweep, best_at(4e-4))
     assert view.winner is not None
     app = open_on("runs")
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=(80, 24)) as pilot:
         await open_sweep(pilot)
-        await wait_for_text(
-            pilot,
-            "· finished",
-            "Better by 0.",
-            "times the noise: trial 3 (learning_rate 0.0004)",
-            "mean of seeds 43 and 44; unchanged 1.",
-            "★ trial 3",
-            "0.0004",
-            "not kept",
-            "at 50%",
-            "at 100%",
-        )
-        # The unchanged recipe is in the chart too, and what would have no effect is not offered.
-        assert text_of(app).count("○") >= 2
-        assert "pause" not in text_of(app) and "stop" not in text_of(app)
-        assert ("effect of each setting" in text_of(app)) == (size[1] > 24)
+        for size in ((80, 24), (120, 40), (200, 60)):
+            await pilot.resize_terminal(*size)
+            await wait_for_text(
+                pilot,
+                "· finished",
+                "Better by 0.",
+                "times the noise: trial 3 (learning_rate 0.0004)",
+                "mean of seeds 43 and 44; unchanged 1.",
+                "★ trial 3",
+                "0.0004",
+                "not kept",
+                "at 50%",
+                "at 100%",
+            )
+            # The unchanged recipe is in the chart too, and what would have no effect is not offered.
+            await wait_until(pilot, lambda: text_of(app).count("○") >= 2)
+            assert "pause" not in text_of(app) and "stop" not in text_of(app)
+            is_tall = size[1] > 24
+            await wait_until(pilot, lambda: ("effect of each setting" in text_of(app)) == is_tall)  # noqa: B023
         await pilot.press("s")
         await pilot.press(*"mine", "enter")
         await wait_until(pilot, lambda: "mine" in [preset.name for preset in list_presets()])

@@ -74,34 +74,28 @@ def test_attach_opens_the_app_unless_told_to_print(words: list[str]) -> None:
         assert terminal.program.wait(DEADLINE_S) == 0
 
 
-@pytest.mark.parametrize("name", ["xterm", "screen", "tmux-256color", "linux"])
+def left(terminal: Terminal) -> bytes:
+    """Quit; what was sent to the terminal after its own screen was back, with its cursor."""
+    terminal.press("q")
+    assert terminal.program.wait(DEADLINE_S) == 0
+    while terminal.read(0):
+        pass
+    _, its_own_screen, since = bytes(terminal.painted).rpartition(b"\x1b[?1049l")
+    assert its_own_screen and b"\x1b[?25h" in terminal.painted
+    return since
+
+
+@pytest.mark.parametrize("name", ["xterm", "screen"])
 def test_every_terminal_is_painted_and_left_as_it_was(name: str) -> None:
     with Terminal(APP, env={"TERM": name}) as terminal:
         see(terminal, "Train", "Help")
-        terminal.press("q")
-        assert terminal.program.wait(DEADLINE_S) == 0
-        while terminal.read(0):
-            pass
-        assert b"\x1b[?1049l" in terminal.painted
-        assert b"\x1b[?25h" in terminal.painted
+        left(terminal)
 
 
-def test_the_shell_says_how_to_come_back_to_an_active_run() -> None:
+def test_after_ctrl_z_and_a_librarys_output_the_screen_is_whole_and_the_shell_names_the_active_run() -> None:
     run = write_fake_run(FakeRun(name="tickets", state="running", steps=300, total=3000))
-    with Terminal(APP) as terminal:
+    with Terminal(APP, env={"TERM": "tmux-256color"}) as terminal:
         see(terminal, "300 of 3,000")
-        terminal.press("q")
-        assert terminal.program.wait(DEADLINE_S) == 0
-        while terminal.read(0):
-            pass
-        in_the_shell = terminal.painted.rpartition(b"\x1b[?1049l")[2].decode()
-        assert f"{run.id} continues." in in_the_shell
-        assert f"Come back: qlora-tui attach {run.id}" in in_the_shell
-
-
-def test_back_from_ctrl_z_the_whole_screen_is_painted_again() -> None:
-    with Terminal(APP) as terminal:
-        see(terminal, "Train")
         terminal.press("\x1a")
         program = psutil.Process(terminal.program.pid)
         wait_for(lambda: terminal.read(0) == b"" and program.status() == psutil.STATUS_STOPPED)
@@ -109,15 +103,15 @@ def test_back_from_ctrl_z_the_whole_screen_is_painted_again() -> None:
         os.kill(terminal.program.pid, signal.SIGCONT)
         see(terminal, "Train", "Next", since=stopped_at)
 
-
-def test_library_output_on_stderr_goes_to_the_log() -> None:
-    with Terminal(APP) as terminal:
-        see(terminal, "Train")
         with Path(f"/proc/{terminal.program.pid}/fd/2").open("a") as descriptor:
             descriptor.write("NVRM: a native warning\n")
         terminal.press("6")
-        assert "native warning" not in see(terminal, "No runs yet")
+        assert "native warning" not in see(terminal, "Compare")
         assert "native warning" in (paths.state_dir() / "qlora-tui.log").read_text()
+
+        in_the_shell = left(terminal).decode()
+        assert f"{run.id} continues." in in_the_shell
+        assert f"Come back: qlora-tui attach {run.id}" in in_the_shell
 
 
 def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
@@ -145,23 +139,22 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
         painted = codecs.getincrementaldecoder("utf-8")().decode(terminal.painted)
         lacking = set(painted) - CODE_PAGE_437
         assert not lacking, shown
+        left(terminal)
 
 
-async def test_a_too_small_window_says_so_until_it_grows() -> None:
+async def test_a_too_small_window_says_so_until_it_grows_whatever_is_over_it() -> None:
     app = QloraApp()
     async with app.run_test(size=(60, 20)) as pilot:
-        await wait_for_text(pilot, "This window is too small", "window is 60×20", "need 80×24")
+        await wait_for_text(pilot, "This window is too small", "The window is 60×20", "need 80×24")
         await pilot.resize_terminal(80, 24)
         await wait_until(pilot, lambda: "too small" not in text_of(app))
         await pilot.resize_terminal(79, 24)
-        await wait_for_text(pilot, "window is 79×24")
+        await wait_for_text(pilot, "The window is 79×24")
         await pilot.press("enter")
         assert "too small" not in await wait_for_text(pilot, "Next")
 
-
-async def test_a_cover_left_behind_a_dialog_or_another_screen_is_gone_when_it_is_reached() -> None:
-    app = QloraApp()
-    async with app.run_test(size=(60, 20)) as pilot:
+        await pilot.resize_terminal(80, 24)
+        await pilot.resize_terminal(60, 20)
         await wait_for_text(pilot, "This window is too small")
         app.show_error(UserError("No such file", what="It is gone."))
         await wait_for_text(pilot, "No such file")

@@ -62,8 +62,12 @@ from tests.tui.screen_assertions import style_of, text_of, wait_for_text, wait_u
 SetClock = Callable[[float], None]
 
 
+def requests(run: RunDir) -> list[dict[str, Any]]:
+    return [json.loads(path.read_bytes()) for path in sorted(run.control_dir.glob("*.json"))]
+
+
 def ask_key(run: RunDir) -> list[str]:
-    return [json.loads(path.read_bytes())["kind"] for path in sorted(run.control_dir.glob("*.json"))]
+    return [request["kind"] for request in requests(run)]
 
 
 async def watching(app: QloraApp, run: RunDir) -> TrainScreen:
@@ -142,16 +146,26 @@ async def test_a_resumed_attempt_replaces_what_was_drawn() -> None:
     assert len(follower.poll().entries) == len(texts)
 
 
-async def test_keys_ask_the_trainer_and_stop_asks_the_user_first() -> None:
+async def test_keys_ask_the_trainer_and_to_pause_or_stop_the_user_first() -> None:
     training = structs.replace(TICKETS.training, sample_prompts=("Where is it?",))
     run = write_fake_run(FakeRun(steps=50, recipe=structs.replace(TICKETS, training=training)))
     app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
+    async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50 of 3,000")
-        for key in "KEAF":
-            await pilot.press(key)
+        await pilot.press("tab")
+        shown = await wait_for_text(pilot, "No answers yet")
+        assert "Press [A] to answer them now." in " ".join(shown.split())
+        await pilot.press(*"KEAF")
         assert ask_key(run) == ["checkpoint", "evaluate", "sample", "finish_epoch"]
+
+        await pilot.press("L")
+        await wait_for_text(pilot, "Learning rate")
+        await pilot.press("ctrl+u", *"fast", "enter")
+        await wait_for_text(pilot, "Enter a number")
+        await pilot.press("ctrl+u", *"5e-5", "enter")
+        assert requests(run)[-1] == {"kind": "set_learning_rate", "value": 5e-5}
+
         await pilot.press("z")
         await wait_for_text(pilot, "Pause the run?", "free its memory", "[r] resumes it")
         await pilot.press("enter", "y")
@@ -162,19 +176,10 @@ async def test_keys_ask_the_trainer_and_stop_asks_the_user_first() -> None:
         assert "stop" not in ask_key(run)
         await pilot.press("s", "y")
         assert ask_key(run)[-1] == "stop"
-
-
-async def test_a_second_stop_gives_up_the_step() -> None:
-    run = write_fake_run(FakeRun(steps=50))
-    app = QloraApp()
-    async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "step 50 of 3,000")
-        await pilot.press("s", "y")
         await wait_for_text(pilot, "Stopping after this step  [s] now")
         await pilot.press("s")
         await wait_for_text(pilot, "The run is stopping now", "training  Stopping now")
-    assert ask_key(run) == ["stop", "stop_now"]
+        assert ask_key(run)[-2:] == ["stop", "stop_now"]
 
 
 async def test_stopping_before_the_first_step_promises_no_checkpoint() -> None:
@@ -190,7 +195,9 @@ async def test_stopping_before_the_first_step_promises_no_checkpoint() -> None:
         assert "save a checkpoint" not in shown
 
 
-async def test_the_stop_question_closes_when_the_run_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_stop_question_and_the_keys_of_a_run_go_when_it_finishes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(dialogs, "CHECK_INTERVAL_S", 0.1)
     run = write_fake_run(FakeRun(steps=50))
     app = QloraApp()
@@ -200,54 +207,29 @@ async def test_the_stop_question_closes_when_the_run_finishes(monkeypatch: pytes
         await pilot.press("s")
         await wait_for_text(pilot, "Stop the run?")
         write_status(run, structs.replace(read_status(run), state="finished", process=None))
-        await wait_for_text(pilot, "✓", "[c] chat with it")
-        assert "Stop the run?" not in text_of(app)
+        shown = await wait_for_text(pilot, "✓", "[c] chat with it")
+        assert "Stop the run?" not in shown and "Stop" not in shown.splitlines()[-1]
+        await pilot.press("s", "K", "z", "r")
+        assert ask_key(run) == []
+        assert app.screen.is_current
 
 
-@pytest.mark.parametrize(
-    ("keys", "question", "answer"),
-    [("s", "Stop the run?", ["y"]), ("L", "The new peak", ["ctrl+u", *"1e-5", "enter"])],
-)
-async def test_an_answer_goes_to_the_run_that_was_asked_about(
-    keys: str, question: str, answer: list[str]
-) -> None:
+async def test_an_answer_goes_to_the_run_that_was_asked_about() -> None:
     run, other = (write_fake_run(FakeRun(name=name, steps=50)) for name in ("asked", "other"))
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await watching(app, run)
-        await wait_for_text(pilot, "step 50 of 3,000")
-        await pilot.press(keys)
-        await wait_for_text(pilot, question)
-        screen.attach(other)
-        await pilot.press(*answer)
-        assert len(ask_key(run)) == 1 and not ask_key(other)
-
-
-async def test_a_learning_rate_is_checked_before_it_is_sent() -> None:
-    run = write_fake_run(FakeRun(steps=50))
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "step 50 of 3,000")
-        await pilot.press("L")
-        await wait_for_text(pilot, "Learning rate")
-        await pilot.press("ctrl+u", *"fast", "enter")
-        await wait_for_text(pilot, "Enter a number")
-        await pilot.press("ctrl+u", *"5e-5", "enter")
-        request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
-        assert request == {"kind": "set_learning_rate", "value": 5e-5}
-
-
-async def test_unavailable_keys_do_nothing() -> None:
-    run = write_fake_run(FakeRun(state="finished", steps=60, total=60))
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        shown = await wait_for_text(pilot, "finished", "[c] chat with it")
-        assert "Stop" not in shown.splitlines()[-1]
-        await pilot.press("s", "K", "z", "r")
-        assert ask_key(run) == []
-        assert app.screen.is_current
+        for keys, question, answer in (
+            ("L", "The new peak", ["ctrl+u", *"1e-5", "enter"]),
+            ("s", "Stop the run?", ["y"]),
+        ):
+            await wait_for_text(pilot, "step 50 of 3,000")
+            await pilot.press(keys)
+            await wait_for_text(pilot, question)
+            screen.attach(other)
+            await pilot.press(*answer)
+            screen.attach(run)
+    assert ask_key(run) == ["set_learning_rate", "stop"] and not ask_key(other)
 
 
 async def test_a_paused_run_is_queued_again_with_r(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,17 +345,6 @@ def test_other_programs_that_take_the_processor_are_a_warning() -> None:
     assert others in "\n".join(line.plain for line in health_lines(follower.poll()))
 
 
-async def test_the_answers_tab_says_which_key_asks_for_them() -> None:
-    run = write_fake_run(FakeRun(steps=50))
-    app = QloraApp()
-    async with app.run_test(size=(80, 24)) as pilot:
-        await watching(app, run)
-        await wait_for_text(pilot, "step 50 of 3,000")
-        await pilot.press("tab")
-        shown = await wait_for_text(pilot, "No answers yet")
-        assert "Press [A] to answer them now." in " ".join(shown.split())
-
-
 def test_loss_and_time_left_are_large_in_a_large_window(set_clock: SetClock) -> None:
     running = FakeRun(steps=1240)
     set_clock(last_at(running) + 1)
@@ -393,17 +364,17 @@ def test_an_improvement_that_may_be_chance_has_no_color_and_names_the_key_that_c
         assert text is not None and "[a] compare rows" in text.plain
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
-@pytest.mark.parametrize(("state", "is_shown"), [("finished", False), ("failed", True)])
-async def test_the_machine_of_a_run_that_ended_well_gives_its_rows_to_the_others(
-    state: State, is_shown: bool, size: tuple[int, int]
-) -> None:
-    run = write_fake_run(FakeRun(state=state, steps=60, total=60))
+async def test_the_machine_of_a_run_that_ended_well_gives_its_rows_to_the_others() -> None:
     app = QloraApp()
-    async with app.run_test(size=size) as pilot:
-        screen = await watching(app, run)
-        await wait_for_text(pilot, state, "Loss and pace")
-        assert bool(screen.query_one("#gpu-panel").region) is is_shown
+    async with app.run_test(size=(80, 24)) as pilot:
+        for size in ((80, 24), (120, 40)):
+            await pilot.resize_terminal(*size)
+            states: tuple[tuple[State, bool], ...] = (("finished", False), ("failed", True))
+            for state, is_shown in states:
+                run = write_fake_run(FakeRun(name=state, state=state, steps=60, total=60))
+                screen = await watching(app, run)
+                await wait_for_text(pilot, run.id, "Loss and pace")
+                assert bool(screen.query_one("#gpu-panel").region) is is_shown, (size, state)
 
 
 def test_the_last_answer_comes_before_the_start_of_the_first_one() -> None:
@@ -458,16 +429,14 @@ async def test_a_run_that_loads_shows_stages_with_progress_and_time(set_clock: S
         await wait_for_text(pilot, "Loss and pace", "tok/s")
 
 
-@pytest.mark.parametrize("mode", ["train", "runs"])
-async def test_a_silent_trainer_is_shown_as_not_responding(
-    monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
+async def test_a_silent_trainer_is_shown_as_not_responding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "SILENT_S", 30.0)
     write_fake_run(FakeRun(name="tickets", state="running", steps=60, total=300))
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await app.switch_mode(mode)
-        await wait_for_text(pilot, "Not responding")
+        for mode in ("train", "runs"):
+            await app.switch_mode(mode)
+            await wait_for_text(pilot, "Not responding")
 
 
 def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,8 +459,7 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
         await pilot.press("tab", "tab")
         await wait_for_text(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
-        request = json.loads(next(run.control_dir.glob("*.json")).read_bytes())
-        assert request == {"kind": "set_learning_rate", "value": 1e-4}
+        assert requests(run) == [{"kind": "set_learning_rate", "value": 1e-4}]
 
 
 async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
