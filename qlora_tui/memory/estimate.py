@@ -44,6 +44,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
+OUTLINE_NOTE = "An outline of the model's layers, until they are read from transformers' class."
 PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 """Precisions that the Memory screen compares; fp16 stands for both 16-bit dtypes."""
 
@@ -304,7 +305,7 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
                 "their kernels are not installed. With the kernels a step takes less."
             )
     elif layout.architecture.is_outline:
-        notes.append("An outline of the model's layers, until they are read from transformers' class.")
+        notes.append(OUTLINE_NOTE)
     elif layout.repeats_states:
         notes.append(
             "Hidden states are repeated in a loop or in parts of a layer, which the shapes of weights do "

@@ -518,12 +518,10 @@ def _loss_words(evidence: RunEvidence) -> str:
             fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)} at the end"
             return f"{fell}; not yet compared row by row"
         return f"{_LEARNED['unclear']}: {_loss_values(before, after)}"
-    values = _loss_values(loss.before, loss.after)
-    if loss.is_lower:
-        return f"{_LEARNED['better']}: {values}"
-    if loss.is_higher:
-        return f"{_LEARNED['worse']}: {values}"
-    return f"{_LEARNED['unclear']}: {values} on {pluralize(loss.rows, 'row')}"
+    outcome: Comparison = "better" if loss.is_lower else "worse" if loss.is_higher else "unclear"
+    # The rows may be fewer than those of an evaluation, so that the losses differ from those on the chart.
+    values = f"{_loss_values(loss.before, loss.after)} on {pluralize(loss.rows, 'row')}"
+    return f"{_LEARNED[outcome]}: {values}"
 
 
 def _loss_values(before: float, after: float) -> str:

@@ -36,7 +36,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.memory import Device, Estimate, Verdict, check_fit, compare, estimate
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, why_int8_is_larger
+from qlora_tui.memory.estimate import OUTLINE_NOTE, PRECISIONS, Precision, precision_of, why_int8_is_larger
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Recipe
 from qlora_tui.remote.calls import at_box
@@ -379,7 +379,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
         tuple(rows("training.micro_batch_size", compared("training.micro_batch_size", _BATCHES))),
         tuple(rows("lora.rank", compared("lora.rank", _RANKS))),
         budget,
-        tuple(filter(None, (note, *kernels))),
+        tuple(filter(None, (note, OUTLINE_NOTE if model.is_outline else "", *kernels))),
     )
 
 
