@@ -274,9 +274,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
     with_adapters(run, ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(200, 60)) as pilot:
-        await wait_for_text(
-            pilot, "Recorded answers", "step 20: ", "step 40: ", "step 300: ", "from the data"
-        )
+        await wait_for_text(pilot, "Recorded answers", "steps 20 to 300: I am sorry", "from the data")
         await wait_for_text(pilot, "Loading Qwen2.5-7B (NF4) takes about 19 s and needs up to", "It learned")
         await app.switch_mode("home")
         answered = TaskRow(
@@ -300,7 +298,8 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         )
         write_task_evaluation(run, evaluation)
         await show_chat(app, with_adapters(run, "step-200"))
-        await wait_for_text(pilot, "base: I cannot know.", "adapter: In Oslo.", "expected: In Bergen.")
+        await wait_for_text(pilot, "base: I cannot know.", "adapter: In Oslo.")
+        await wait_for_text(pilot, "Where is parcel 3?  expected: In Bergen.")
         await wait_for_text(pilot, "validation question")
         await pilot.press("escape", "enter")
         await wait_until(pilot, lambda: sent == ["Where is parcel 3?"])

@@ -57,6 +57,8 @@ _AGE = 10
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Approximate number of characters per token in English text."""
+_COUNTED_LATER = Content.styled("Counted once the model is loaded.", "$text-muted")
+_NONE_SAVED = Content.styled("None yet.", "$text-muted")
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
@@ -205,7 +207,7 @@ class ChatSide(Vertical):
     def compose(self) -> Iterable[Widget]:
         yield Panel("Run", Lines(id="side-run"), keys=(("chat.source", "model"),), id="chat-run-panel")
         yield Panel("Sampling", Lines(id="side-settings"), keys=(("chat.settings", "change"),))
-        yield Panel("Tokens", Lines(id="side-tokens"), id="tokens-panel")
+        yield Panel("Tokens", Lines(id="side-tokens"))
         keys = (("chat.history", "open"), ("chat.clear", "new"))
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
@@ -230,16 +232,15 @@ class ChatSide(Vertical):
             for name, answer in turn.answers.items()
             if answer.outcome is not None
         }
-        self.query_one("#tokens-panel", Panel).empty = "" if chat.ready else "counted once loaded"
-        if chat.ready is not None:
-            self._update("tokens", token_lines(outcomes, chat.ready, width))
+        tokens = [_COUNTED_LATER] if chat.ready is None else token_lines(outcomes, chat.ready, width)
+        self._update("tokens", tokens)
         self._show_history(chat.run_dir, transcript, width)
 
     @work(group="history", exclusive=True)
     async def _show_history(self, run: RunDir | None, transcript: Path | None, width: int) -> None:
         saved = await asyncio.to_thread(list_conversations, run)
-        self.query_one("#history-panel", Panel).empty = "" if saved else "none yet"
-        self._update("history", history_lines(saved, transcript, clock.now(), width))
+        lines = history_lines(saved, transcript, clock.now(), width) if saved else [_NONE_SAVED]
+        self._update("history", lines)
 
     def _update(self, part: str, lines: list[Content]) -> None:
         self.query_one(f"#side-{part}", Lines).show(lines)

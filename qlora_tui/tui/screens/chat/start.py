@@ -4,10 +4,11 @@ model, and facts about the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
@@ -58,14 +59,16 @@ _LABEL = 10
 
 @dataclass(frozen=True)
 class RecordedAnswers:
-    """A prompt with two or more answers to it."""
+    """A prompt and the answers to it."""
 
     prompt: str
     answers: tuple[tuple[str, str], ...]
     """(name, answer) pairs, with the adapter's answer last. ``base`` and ``step 60`` are examples of names.
     """
     by_step: bool = False
-    """Whether each answer is from a step of the training. The answer of the earliest step is then first."""
+    """Whether the answers are from steps of the training. The answer of the earliest step is then first."""
+    expected: str = ""
+    """The answer in the data; empty if the data has none."""
 
     def select(self, number: int) -> tuple[tuple[str, str], ...]:
         """Return at most ``number`` of the answers. ``number`` is at least 2.
@@ -121,9 +124,8 @@ def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
     recorded: list[RecordedAnswers] = []
     for row in evaluation.rows if evaluation is not None else ():
         if row.row <= _FIRST_ROWS and (prompt := prompt_at(recipe.data, row.source, row.row, row.file)):
-            expected = [("expected", row.reference)] if row.reference else []
-            answers = (*expected, ("base", row.base), ("adapter", row.adapter))
-            recorded.append(RecordedAnswers(prompt, answers))
+            answers = (("base", row.base), ("adapter", row.adapter))
+            recorded.append(RecordedAnswers(prompt, answers, expected=row.reference))
         if len(recorded) == _MAX_RECORDED:
             break
     return recorded
@@ -149,17 +151,28 @@ def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
 
 
 def _answers_by_step(samples: Sequence[SampleGenerated]) -> list[RecordedAnswers]:
-    """Return the answers to each sample prompt, by step. A prompt without answers at two different steps is
-    left out.
+    """Return the answers to each sample prompt, by step. Equal answers at successive steps are one answer. A
+    prompt without answers at two different steps is left out.
     """
-    by_prompt: dict[str, dict[str, str]] = {}
+    by_prompt: dict[str, dict[int, str]] = {}
     for sample in samples:
-        by_prompt.setdefault(sample.prompt, {})[f"step {sample.step:,}"] = sample.answer
+        by_prompt.setdefault(sample.prompt, {})[sample.step] = sample.answer
     return [
-        RecordedAnswers(prompt, tuple(answers.items()), by_step=True)
+        RecordedAnswers(prompt, _without_repetition(answers), by_step=True)
         for prompt, answers in by_prompt.items()
         if len(answers) > 1
     ]
+
+
+def _without_repetition(answers: Mapping[int, str]) -> tuple[tuple[str, str], ...]:
+    """Return (name, answer) pairs of the answers at some steps. An example of the name of an answer that is
+    equal at successive steps is ``steps 20 to 60``.
+    """
+    pairs = []
+    for answer, group in groupby(answers.items(), key=itemgetter(1)):
+        first, *later = (step for step, _ in group)
+        pairs.append((f"steps {first:,} to {later[-1]:,}" if later else f"step {first:,}", answer))
+    return tuple(pairs)
 
 
 class Starters(ViList):
@@ -265,19 +278,28 @@ def _answer_lines(
     width: int,
     rows: int | None = None,
 ) -> list[Content]:
-    """Return a line with a prompt, and lines with some of the (name, answer) pairs of its answers.
+    """Return lines with a prompt and the expected answer, and lines with some of the (name, answer) pairs of
+    its answers. An expected answer that is short is on the line of the prompt.
 
     Args:
         recorded: The prompt.
         answers: The answers to show.
         most: Maximum number of answers side by side.
         width: Width of the lines, in cells.
-        rows: Maximum number of lines of an answer; None for whole answers.
+        rows: Maximum number of lines of an answer, including the line of a long expected answer; None for
+            whole answers.
     """
     columns = min(most, len(answers))
     cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
-    prompt = f"▸ {' '.join(recorded.prompt.split())}"
-    lines = [Content.styled(prompt, "bold").truncate(width, ellipsis=True)]
+    prompt = Content.styled(f"▸ {' '.join(recorded.prompt.split())}", "bold")
+    lines = [prompt.truncate(width, ellipsis=True)]
+    if recorded.expected:
+        expected = _column(recorded.expected, "expected", width, None if rows is None else 1, "$text-muted")
+        if len(expected) == 1 and prompt.cell_length + expected[0].cell_length <= width:
+            lines[0] += expected[0]
+        else:
+            lines += expected
+            rows = None if rows is None else max(1, rows - len(expected))
     for first in range(0, len(answers), columns):
         beside = [
             _column(answer, name, cells, rows, "" if at == len(answers) - 1 else "$text-muted")
