@@ -146,7 +146,7 @@ def _run_job(args: argparse.Namespace) -> CommandResult:
 
 def _add_job_arguments(form: argparse.ArgumentParser) -> None:
     """Add the arguments of `export job`."""
-    form.add_argument("recipe", metavar="RECIPE", help="a recipe.toml, or a run")
+    form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
     form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
     form.add_argument(
         "--as",

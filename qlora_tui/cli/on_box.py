@@ -28,6 +28,8 @@ from qlora_tui.remote.ssh import Box
 
 _HERE = ("import", "completion", "store")
 """Commands that only concern this machine, or that only the app starts on a box."""
+_WITH_DATA = ("train", "suggest")
+"""Commands that read a recipe and its data."""
 _PIECE_BYTES = 1 << 16
 
 
@@ -49,7 +51,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
             what=f"`{args.verb}` works only on this machine.",
             fix="Run it without --host.",
         )
-    if args.verb == "train":
+    if args.verb in _WITH_DATA:
         argv = _with_recipe(box, argv, args)
     for value in _inputs(args, parser):
         words = (value, f"={value}")

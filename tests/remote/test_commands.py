@@ -48,3 +48,6 @@ def test_a_run_is_queued_there_with_the_data_from_here(box: FakeBox, tmp_path: P
     assert "org/absent" in checks["model"]["text"]
     assert checks["data"]["outcome"] != "error", checks
     assert list(box.state_home.glob("qlora-tui/uploads/*/rows.jsonl"))
+    asked = call("suggest", "mine.toml", "--model", "org/absent", cwd=tmp_path)
+    assert asked.returncode == 2
+    assert "org/absent" in asked.stderr and "mine.toml" not in asked.stderr
