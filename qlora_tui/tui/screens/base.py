@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
+from textual import on
 from textual.app import ComposeResult
 from textual.events import ScreenResume
 from textual.geometry import Size
@@ -173,11 +174,16 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         }
         self.update_classes(classes, animate=False)
 
-    def on_screen_resume(self, event: ScreenResume) -> None:
-        # Otherwise, Textual applies the style sheets again to every widget of the screen.
+    @on(ScreenResume)
+    def _keep_styles(self, event: ScreenResume) -> None:
+        """Keep Textual from applying the style sheets to every widget again if nothing has changed that they
+        depend on.
+        """
         context = self.app.style_context()
         event.refresh_styles = context != self._styled_for
         self._styled_for = context
+
+    def on_screen_resume(self) -> None:
         self.refresh_now()
 
     def refresh_now(self) -> None:
