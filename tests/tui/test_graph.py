@@ -327,21 +327,29 @@ def test_a_chart_is_filled_by_its_curve_and_its_labels_have_the_same_rows_betwee
     lines = plot(Plot(so_far(50, 81, "step"), loss_axis(low, high), (curve,)), 80, height)[1:-1]
     rows = [row for row, line in enumerate(lines) if line.plain[:6].strip()]
     assert len(rows) > 1 and len({after - before for before, after in pairwise(rows)}) == 1
-    used = [number for number, line in enumerate(lines) if any("▀" <= each <= "▟" for each in line.plain)]
+    used = [number for number, line in enumerate(lines) if any("⠀" < each <= "⣿" for each in line.plain)]
     assert len(used) > 0.7 * len(lines) - 1
     assert height < 12 or used[-1] <= rows[-1]
 
 
-def test_joined_points_go_through_the_cells_of_their_marks() -> None:
-    points = [(float(x), math.sin(x)) for x in range(0, 60, 7)]
-    curve = Curve(Envelope.of_points(*map(list, zip(*points, strict=True))), "", "", look="thin")
-    shown = Plot(Axis(0, 60), Axis(-1, 1), (curve,))
+@pytest.mark.parametrize("rows", range(5, 24))
+def test_a_mark_is_on_its_line_and_in_the_row_nearest_to_its_value(rows: int) -> None:
+    points = [(float(x), 4 + 1.9 * math.sin(x)) for x in range(0, 60, 7)]
+    curve = Curve(Envelope.of_points(*map(list, zip(*points, strict=True))), "", "")
+    shown = Plot(Axis(0, 60), Axis(2, 6), (curve,))
     marked = replace(shown, marks=tuple(Mark(*point, "◆", "") for point in points))
-    line, marks = plot(shown, 90, 20), plot(marked, 90, 20)
-    middle = "".join(chr(0x2800 | bits) for bits in range(256) if bits & 0x20)
-    places = [(y, x) for y, row in enumerate(marks) for x, each in enumerate(row.plain) if each == "◆"]
+    line, marks = plot(shown, 90, rows + 2), plot(marked, 90, rows + 2)
+    labels = {
+        row: float(text)
+        for row, each in enumerate(marks[:-1])
+        if (text := re.match(r"[\d. ]*", each.plain)[0].strip())
+    }
+    (top, high), *_, (bottom, low) = labels.items()
+    places = [(y, x) for x in range(90) for y in range(len(marks)) if marks[y].plain[x : x + 1] == "◆"]
     assert len(places) == len(points)
-    assert all(line[y].plain[x] in middle for y, x in places)
+    for (y, x), (_, value) in zip(places, points, strict=True):
+        assert abs(y - (top + (high - value) / (high - low) * (bottom - top))) <= 0.5 + 1e-6
+        assert "⠀" < line[y].plain[x] <= "⣿"
 
 
 @pytest.mark.parametrize("best", [(76, 2.902), (95, 2.915)], ids=["before the end", "at the end"])

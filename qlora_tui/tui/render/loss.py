@@ -45,6 +45,8 @@ STEP_DOTS = "· step"
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
+STEP_STYLE = "$text-muted dim"
+"""Style of the dots for single steps, which must not outshine the smoothed curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def run_plot(facts: LossFacts) -> Plot:
         x=facts.x,
         y=y,
         curves=(
-            Curve(facts.loss, "loss", "dim", look="points"),
+            Curve(facts.loss, "loss", STEP_STYLE, look="points"),
             Curve(validation, "validation", VALIDATION_STYLE, look="thin"),
             Curve(facts.mean_loss, "smoothed", TRAINING_STYLE, fill=FILL),
         ),

@@ -82,7 +82,18 @@ def column_of(value: float, x: Axis, columns: int) -> int:
 
 def row_of(value: float, y: Axis, rows: int) -> int:
     """Return the row of cells for a value on the y axis, counted from the top."""
-    return rows - 1 - y.place(value, rows * DOTS_HIGH) // DOTS_HIGH
+    return _dot_row(value, y, rows, 1)
+
+
+def _dot_row(value: float, y: Axis, rows: int, dots_high: int) -> int:
+    """Return the row of dots for a value on the y axis, counted from the top, if each of ``rows`` rows of
+    cells is ``dots_high`` dots high.
+
+    The ends of the axis are in the middle of the lowest and of the highest row of cells, so that a line, a
+    mark and a label for one value are in one row of cells. Values outside the axis are clamped to its ends.
+    """
+    share = min(max((value - y.low) / (y.high - y.low), 0.0), 1.0)
+    return rows * dots_high - 1 - math.floor((share * (rows - 1) + 0.5) * dots_high + 1e-9)
 
 
 def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
@@ -182,8 +193,8 @@ class Curve:
     none.
     """
     look: Literal["line", "thin", "points"] = "line"
-    """``line``: a line of blocks. ``thin``: a line of braille dots through the middle of the cells that its
-    marks are in. ``points``: a braille dot for each value, without a line.
+    """``line``: a line of braille dots, two dots thick. ``thin``: a line of single dots. ``points``: a dot
+    for each value, without a line.
     """
     fill: str = ""
     """Color of the area under the curve; empty for none."""
@@ -229,28 +240,12 @@ def no_plot(text: str) -> Plot:
     return Plot(Axis(0, 1), Axis(0, 1), empty=text)
 
 
-@dataclass(frozen=True)
-class _Ink:
-    """A set of characters, each two dots wide, for drawing dot by dot."""
-
-    dots_high: int
-    bits: tuple[tuple[int, ...], tuple[int, ...]]
-    """Bit of each dot of a cell in the index into ``characters``, by the dot's column, then by its row from
-    the top.
-    """
-    characters: str
-    """Characters; the index of each is the sum of the bits of its dots."""
-
-
-_BRAILLE = _Ink(
-    DOTS_HIGH,
-    ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80)),
-    "".join(chr(code) for code in range(0x2800, 0x2900)),
-)
-_BLOCKS = _Ink(2, ((1, 4), (2, 8)), " ▘▝▀▖▌▞▛▗▚▐▜▄▙▟█")
-"""Blocks have half the vertical resolution of braille, but are easier to see. Their half cells align exactly
-with the filled area below a line.
+_BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""Bit of each dot of a braille character in its code point, by the dot's column, then by its row from the
+top.
 """
+_BRAILLE_BLANK = 0x2800
+"""Code point of the braille character without dots."""
 
 
 @dataclass
@@ -262,18 +257,18 @@ class _Canvas:
     filled: dict[tuple[int, int], str] = field(default_factory=dict)
     """Background color by (column, row)."""
 
-    def settle(self, dots: Iterable[tuple[int, int]], ink: _Ink, style: str) -> None:
-        """Draw the dots (x, y) of a curve, counted from the top left, as characters. They replace the
+    def settle(self, dots: Iterable[tuple[int, int]], style: str) -> None:
+        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. They replace the
         characters that were drawn before in the same cells.
         """
         bits: dict[tuple[int, int], int] = {}
         for x, y in dots:
-            cell = (x // DOTS_WIDE, y // ink.dots_high)
-            bits[cell] = bits.get(cell, 0) | ink.bits[x % DOTS_WIDE][y % ink.dots_high]
+            cell = (x // DOTS_WIDE, y // DOTS_HIGH)
+            bits[cell] = bits.get(cell, 0) | _BRAILLE_BITS[x % DOTS_WIDE][y % DOTS_HIGH]
         for cell, each in bits.items():
-            self.cells[cell] = (ink.characters[each], style)
+            self.cells[cell] = (chr(_BRAILLE_BLANK | each), style)
 
-    def fill(self, dots: Iterable[tuple[int, int]], ink: _Ink, color: str) -> None:
+    def fill(self, dots: Iterable[tuple[int, int]], color: str) -> None:
         """Color the background of the cells below a line. A cell on the line is colored if most of the cell
         is below the line.
         """
@@ -283,7 +278,7 @@ class _Canvas:
         for column in range(self.width):
             inside = [tops[x] for x in range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE) if x in tops]
             if inside:
-                first = math.floor(max(inside) / ink.dots_high + 0.5)
+                first = math.floor(max(inside) / DOTS_HIGH + 0.5)
                 for row in range(first, self.height):
                     self.filled[column, row] = color
 
@@ -370,9 +365,7 @@ def _count(low: float, high: float, step: float) -> int:
 
 
 def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
-    ink = _BLOCKS if curve.look == "line" else _BRAILLE
-    dots_wide, dots_high = canvas.width * DOTS_WIDE, canvas.height * ink.dots_high
-    envelope, is_joined = curve.envelope, curve.look == "thin"
+    envelope, dots_wide = curve.envelope, canvas.width * DOTS_WIDE
     dots: set[tuple[int, int]] = set()
     before: tuple[int, int, int] | None = None
     broken_columns = set()
@@ -383,8 +376,6 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             before = None
             continue
         column = x.place(value, dots_wide)
-        if is_joined:
-            column = column // DOTS_WIDE * DOTS_WIDE + DOTS_WIDE // 2
         if broken:
             broken_columns.add(column // DOTS_WIDE)
         if low > high:
@@ -394,18 +385,18 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             # Draw only the lowest and highest value of a stretch: all values between them would draw a
             # vertical line.
             ends = (value for value in (low, high) if y.low <= value <= y.high)
-            dots.update((column, dots_high - 1 - y.place(value, dots_high)) for value in ends)
+            dots.update((column, _dot_row(value, y, canvas.height, DOTS_HIGH)) for value in ends)
             continue
-        top, bottom = dots_high - 1 - y.place(high, dots_high), dots_high - 1 - y.place(low, dots_high)
-        if is_joined:
-            top, bottom = (row // DOTS_HIGH * DOTS_HIGH + DOTS_HIGH // 2 for row in (top, bottom))
+        top, bottom = (_dot_row(end, y, canvas.height, DOTS_HIGH) for end in (high, low))
         dots.update((column, row) for row in range(top, bottom + 1))
         if before is not None and not broken:
             dots.update(_between(before, (column, top, bottom)))
         before = None if broken else (column, top, bottom)
-    canvas.settle(dots, ink, curve.style)
+    if curve.look == "line":
+        dots |= {(column, row + 1) for column, row in dots if row + 1 < canvas.height * DOTS_HIGH}
+    canvas.settle(dots, curve.style)
     if curve.fill:
-        canvas.fill(dots, ink, curve.fill)
+        canvas.fill(dots, curve.fill)
     for column in broken_columns:
         canvas.cells[column, canvas.height - 1] = (NOT_A_NUMBER, "$error bold")
 
