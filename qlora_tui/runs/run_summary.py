@@ -532,7 +532,7 @@ def _forgetting_words(evidence: RunEvidence) -> str:
     if evidence.forgetting is None:
         return "general answers changed much" if evidence.forgot_much else ""
     much = "much" if evidence.forgot_much else "little"
-    return f"general answers changed {much} ({format_nats(evidence.forgetting)} nats)"
+    return f"general answers changed {much} (KL divergence {format_nats(evidence.forgetting)})"
 
 
 def _metric_words(metric: Metric | None) -> str:

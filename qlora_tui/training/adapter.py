@@ -302,7 +302,7 @@ def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) 
         else "The gradients were 0, or the updates too small for the weights' precision.",
         fix=OVERFLOW_REMEDY
         if skipped
-        else "Check the loss masks on the Data screen, and raise training.learning_rate.",
+        else "Check the loss masks on the Data screen, and raise Learning rate.",
     )
 
 

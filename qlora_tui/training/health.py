@@ -25,7 +25,12 @@ _SKIPPED_STEPS = 12
 
 Each skipped step halves the loss scale, which begins at 65,536, so the limit is reached at a scale of 16.
 """
-OVERFLOW_REMEDY = 'Set quantization.compute_dtype to "bfloat16" on an RTX 30 or newer, else to "float32".'
+_REMEMBER = (
+    "If other abilities matter, raise Replay share, the base's own answers in the training data, by 0.1, or "
+    "lower Learning rate, Epochs or Rank."
+)
+"""Remedy for a model that answers general prompts differently from its base."""
+OVERFLOW_REMEDY = 'Set Compute dtype to "bfloat16" on an RTX 30 or newer, else to "float32".'
 _QUIET_STEPS = 20
 """Number of steps before the same finding is reported again."""
 _PLATEAU_STEPS = 200
@@ -69,13 +74,13 @@ def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
     if max_steps and total == max_steps:
         return Finding(
             "few_steps",
-            f"{few}: Max steps (training.max_steps) is {max_steps}.",
-            "Raise training.max_steps, or set it to 0 to train all epochs.",
+            f"{few}: Max steps is {max_steps}.",
+            "Raise Max steps, or set it to 0 to train all epochs.",
         )
     return Finding(
         "few_steps",
         f"{few}.",
-        "Lower training.gradient_accumulation or data.max_length, or raise training.epochs.",
+        "Lower Gradient accumulation or Sequence length, or raise Epochs.",
     )
 
 
@@ -94,8 +99,8 @@ def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overfl
     return Finding(
         "nan_loss",
         f"The {quantity} is {value} at step {step}.",
-        "Lower training.learning_rate or raise training.warmup_ratio, and start again. If it diverges again, "
-        "change quantization.compute_dtype.",
+        "Lower Learning rate or raise Warmup ratio, and start again. If it diverges again, change Compute "
+        "dtype.",
     )
 
 
@@ -136,7 +141,7 @@ class ValidationMonitor:
         return Finding(
             "worse_than_before",
             f"The validation loss is {loss:.3g} at step {step}; before training it was {before:.3g}.",
-            "Lower training.learning_rate and start a new run.",
+            "Lower Learning rate and start a new run.",
         )
 
 
@@ -156,15 +161,15 @@ class ForgettingMonitor:
         if not step or self._reported or divergence <= _FORGETTING:
             return None
         self._reported = True
-        ends = (
-            "" if turn_ends is None else f", and it ends {turn_ends:.0%} of the answers that its base ended"
-        )
+        ends = ""
+        if turn_ends is not None:
+            ended = f"ends {turn_ends:.0%}" if turn_ends else "ends none"
+            ends = f", and the model {ended} of the answers that the base ends"
         return Finding(
             "forgetting",
-            f"The model has moved far from its base on general prompts: {divergence:.2g} nats per token at "
-            f"step {step}{ends}.",
-            "If its other abilities matter, add the base's answers (training.replay_share = 0.1), or lower "
-            "training.learning_rate, training.epochs or lora.rank.",
+            f"Answers to general prompts are far from the base's: KL divergence {divergence:.2g} per token "
+            f"at step {step}{ends}.",
+            _REMEMBER,
         )
 
 
@@ -189,8 +194,7 @@ def check_general_answers(answers: GeneralAnswers) -> Finding | None:
     return Finding(
         "general_answers",
         f"Of {answers.answers} answers to general prompts, {', '.join(lost)}.",
-        "If its other abilities matter, add the base's answers (training.replay_share = 0.1), or lower "
-        "training.learning_rate, training.epochs or lora.rank.",
+        _REMEMBER,
     )
 
 
@@ -279,7 +283,7 @@ class StepMonitor:
                 Finding(
                     "exploding_gradient",
                     f"The gradient norm is {grad_norm:.3g} at step {step}; it is usually about {usual:.3g}.",
-                    "Lower training.learning_rate or training.max_grad_norm if it continues.",
+                    "Lower Learning rate or Max grad norm if it continues.",
                 )
             )
         if math.isfinite(grad_norm):

@@ -289,7 +289,7 @@ def _add_adapter(run: Run) -> Any:
         run.reporter.health(
             "not_checkpointed",
             f"{type(base.model).__name__} does not support gradient checkpointing, which is off in this run.",
-            "The activations of every layer are kept: lower data.max_length or training.micro_batch_size if "
+            "The activations of every layer are kept: lower Sequence length or Micro-batch size if "
             "memory runs out.",
         )
     if training.gradient_checkpointing == "offload" and run.device.kind == "cuda":

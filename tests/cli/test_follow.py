@@ -57,7 +57,7 @@ def test_plain_says_in_sentences_what_the_live_screen_shows(
     first = said.out.splitlines()[0]
     assert first.startswith(f"{run.id}: training, step 640 of 3,000, loss ")
     assert "validation loss" in first and "Not responding" in first and "GPU 9" in first and "61 °C." in first
-    assert said.out.count("not a number") == 1 and "Lower training.learning_rate" in said.out
+    assert said.out.count("not a number") == 1 and "Lower Learning rate" in said.out
     assert "step 641 of 3,000, loss 1.5" in said.out
     assert "warning: Hot. Wait." in said.out and "finished at step 641" in said.out
     assert "\x1b" not in said.out and "\r" not in said.out

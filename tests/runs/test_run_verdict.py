@@ -57,13 +57,13 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
             "It learned: validation loss 2.000 → 1.200 at the end on 20 rows; "
-            "general answers changed little (0.31 nats); answers better: exact match 90%, base 30%.",
+            "general answers changed little (KL divergence 0.31); answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
             "It learned: validation loss 2.000 → 1.200 at the end on 20 rows; "
-            "general answers changed much (2.4 nats).",
+            "general answers changed much (KL divergence 2.4).",
         ),
         (
             RunEvidence(loss=loss(0.5)),
@@ -156,7 +156,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     assert verdict is not None
     learned, changed = verdict.sentence.split("; ")
     assert learned == "It learned: validation loss 2.000 → 1.000 at the end on 9 rows"
-    assert changed == "general answers changed much (2.5 nats)."
+    assert changed == "general answers changed much (KL divergence 2.5)."
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: exact match 90%, base 30%.")

@@ -224,7 +224,7 @@ def _steps(what: FakeRun) -> list[AnyEvent]:
                     kind="nan_loss",
                     severity="error",
                     evidence=f"The loss is not a number at step {step}.",
-                    remedy="Lower training.learning_rate, or use bfloat16 where the GPU has it.",
+                    remedy="Lower Learning rate, or use bfloat16 where the GPU has it.",
                     step=step,
                 )
             )
@@ -268,7 +268,7 @@ def _ending(what: FakeRun) -> RunEnded | None:
                 title="Out of GPU memory",
                 what=f"The backward pass of step {what.steps} needed 1.1 GiB more than there was.",
                 why="Another program took 2.4 GiB of the GPU during the run.",
-                fix="Close it and resume, or halve training.micro_batch_size.",
+                fix="Close it and resume, or halve Micro-batch size.",
                 kind="out_of_memory",
             )
         case "stopped":

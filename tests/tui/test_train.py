@@ -258,7 +258,7 @@ async def test_tab_switches_log_tabs_and_slash_searches() -> None:
         await wait_for_text(pilot, "── step 400 ──", "Please send me your order number")
         assert style_of(app, " answers ").reverse and not style_of(app, " log ").reverse
         await pilot.press("tab")
-        await wait_for_text(pilot, "steps 300 to 302", "times) ▸ Lower training.learning_rate")
+        await wait_for_text(pilot, "steps 300 to 302", "times) ▸ Lower Learning rate")
         await pilot.press("tab")
         await wait_for_text(pilot, "Map: 100%")
         await pilot.press("shift+tab", "shift+tab", "shift+tab", "slash")

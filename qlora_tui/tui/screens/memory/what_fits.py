@@ -426,7 +426,7 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
         return Content(f"{why}, so all layers recompute their activations.")
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     return Content.assemble(
-        f"Needs {format_bytes(least_bytes)}. Uses {total} if ",
+        f"Needs {format_bytes(least_bytes)}. With ",
         (format_bytes(choice.least_free_bytes), "bold"),
-        f" are free, to be about {faster}: {chosen}.",
+        f" free, the run uses {total} and is about {faster}: {chosen}.",
     )
