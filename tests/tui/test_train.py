@@ -356,6 +356,12 @@ def test_loss_and_time_left_are_large_in_a_large_window(set_clock: SetClock) -> 
     assert len(large) == 3 and large[0].plain[2] in "█▀▄" and loss.value not in large[1].plain
 
 
+def test_a_low_panel_of_answers_has_the_beginning_of_an_answer() -> None:
+    snapshot = RunFollower(write_fake_run(FakeRun(steps=700))).poll()
+    question, answer = sample_lines(snapshot, 30, 2)
+    assert question.plain.startswith("▸ ") and len(answer.plain) > 10 and answer.plain.endswith("…")
+
+
 def test_an_improvement_that_may_be_chance_has_no_color_and_names_the_key_that_compares_rows() -> None:
     snapshot = RunFollower(write_fake_run(FakeRun(state="finished", steps=60, total=60))).poll()
     for losses, style in (((2.5, 1.5), ""), ((2.5, 2.5), "$warning")):
@@ -469,7 +475,8 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)
-        await wait_for_text(pilot, "m apply fix", "Out of GPU memory")
+        text = await wait_for_text(pilot, "m Apply fix", "Out of GPU memory")
+        assert text.count("prepare a run with micro-batch") == 1
         await pilot.press("m")
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")

@@ -22,7 +22,7 @@ from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.events import Failed
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name, name_keys
+from qlora_tui.tui.key_names import bare_key, highlight_keys, name_keys
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.plot import no_plot, plot
 from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
@@ -30,8 +30,10 @@ from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapsho
 from qlora_tui.tui.screens.train.run_panels import (
     contention,
     evaluation_lines,
+    fix_text,
     header_lines,
     health_lines,
+    outcome_has_fix,
     outcome_text,
     sample_lines,
     samples_title,
@@ -159,7 +161,9 @@ class LivePane(Vertical):
             not machine.readings, "-empty"
         )
         self.query_one("#health-panel", Panel).show_keys(
-            (("train.fix", "apply fix"),) if snapshot.fix is not None else ()
+            (("train.fix", "apply fix"),)
+            if snapshot.fix is not None and not outcome_has_fix(snapshot)
+            else ()
         )
         self._draw("setup", partial(setup_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
@@ -274,7 +278,7 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
     """Return the warnings, with consecutive equal warnings merged into one entry, followed by a warning about
-    other programs, the run's failure and the key for a fix, where these apply.
+    other programs, the run's failure and, unless the outcome has it, the key for a fix, where these apply.
     """
     entries = []
     for _, group in groupby(
@@ -289,8 +293,8 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         entries.append(LogEntry(snapshot.telemetry[-1].at, "warning", others))
     if isinstance(ending := snapshot.view.ending, Failed):
         entries.append(LogEntry(ending.at, "error", f"{ending.title}: {ending.what}"))
-    if snapshot.fix is not None:
-        entries.append(LogEntry(None, "info", f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
+    if snapshot.fix is not None and not outcome_has_fix(snapshot):
+        entries.append(LogEntry(None, "info", f"▸ {fix_text(snapshot)}"))
     return tuple(entries)
 
 

@@ -34,7 +34,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words, energy_words, format_energy
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
 from qlora_tui.runs.run_summary import data_words, find_defect, last_evaluation, next_evaluation
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, held_words
+from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
@@ -69,10 +69,14 @@ _ENDINGS = {
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
 """(action, time) for each request to end a run. The time is shown only during training."""
+_BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable", "gone")
+"""States of a run that ended by an error."""
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
 """Indent of answers and, by :func:`.wrapped`, of continuation lines, in cells."""
+_LEAST_FOR_ANSWERS = 3
+"""Minimum height of the answers panel, in lines, at which answers are shown in full."""
 _ROWS_OF_FIRST = 2
 """Number of lines that a prompt's first answer may take in a small panel. A larger panel allows more."""
 _GAP = "     "
@@ -117,7 +121,8 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
     progress = "  ".join(progress_facts(snapshot))
     cells = width - first.cell_length - len(progress) - 4
     drawn = f"{bar(share, cells)}  " if share is not None and cells >= _MIN_BAR else ""
-    return Content.assemble(first, "  ", (drawn, "$training"), progress)
+    style = result_label(snapshot.status, None)[2] if snapshot.status.state in _BROKEN else "$training"
+    return Content.assemble(first, "  ", (drawn, style), progress)
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
@@ -231,7 +236,7 @@ def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if view.started_at is not None:
         facts.append(_time_so_far(snapshot, max(0.0, now - view.started_at)))
     if snapshot.fix is not None:
-        facts.append(f"{key_name('train.fix')} {snapshot.fix.label}")
+        facts.append(fix_text(snapshot))
     if checkpoints := _checkpoints(snapshot):
         facts.append(checkpoints)
     if following := next_evaluation(snapshot.recipe, view.data, snapshot.step, last_evaluation(view)):
@@ -316,7 +321,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
         answers: Progress of comparing this run's answers; empty if they are not being compared.
     """
     status, view = snapshot.status, snapshot.view
-    is_error = status.state in ("failed", "lost", "unreadable", "gone")
+    is_error = status.state in _BROKEN
     text, offers = status.detail, []
     if status.state in (*RESUMABLE, "lost"):
         where = "from the last checkpoint" if view.checkpoints else "from step 0"
@@ -349,8 +354,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
     if verdict is not None and not is_error:
         lines.insert(0, Content.styled(verdict.sentence, verdict_style(verdict)))
-    fix = [f"{key_name('train.fix')} {snapshot.fix.label}"] if is_error and snapshot.fix is not None else []
-    lines.append(highlight_keys("▸ " + "\n  ".join([*fix, "   ".join(offers)])))
+    fix = fix_text(snapshot) if outcome_has_fix(snapshot) else ""
+    lines.append(highlight_keys("▸ " + "\n  ".join(filter(None, (fix, "   ".join(offers))))))
     for note, command, verb in (
         (active and f"{active} is running now.", "train.another", "watch it"),
         (answers and f"Comparing answers: {answers}.", "train.answers", "stop"),
@@ -361,13 +366,24 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     return Content("\n").join(line for line in lines if line)
 
 
+def fix_text(snapshot: RunSnapshot) -> str:
+    """Return the key of the fix for a warning or the failure, and what the fix does; empty without a fix."""
+    return "" if snapshot.fix is None else f"{key_name('train.fix')} {snapshot.fix.label}"
+
+
+def outcome_has_fix(snapshot: RunSnapshot) -> bool:
+    """Return whether :func:`outcome_text` includes the fix, which other panels then leave out."""
+    return snapshot.fix is not None and snapshot.status.state in _BROKEN
+
+
 def _uses_of_adapter() -> list[str]:
     return [f"{key_name(f'train.{name}')} {verb}" for name, verb in _USES.items()]
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
     """Return lines on what is wrong: the run's failure, the latest warning of each kind, newest first, a
-    warning about other programs, and the key for a fix. Return no lines if nothing is wrong.
+    warning about other programs, and the key for a fix unless the outcome has it. Return no lines if nothing
+    is wrong.
     """
     latest = {health.kind: health for health in snapshot.health}
     lines = []
@@ -378,8 +394,8 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
         lines.append(Content.assemble((f"{sign} {health.evidence}", style), f" ▸ {health.remedy}"))
     if others := contention(snapshot):
         lines.append(Content.styled(f"! {others}", "$warning"))
-    if snapshot.fix is not None:
-        lines.append(highlight_keys(f"▸ {key_name('train.fix')} {snapshot.fix.label}"))
+    if snapshot.fix is not None and not outcome_has_fix(snapshot):
+        lines.append(highlight_keys(f"▸ {fix_text(snapshot)}"))
     return lines
 
 
@@ -398,9 +414,16 @@ def contention(snapshot: RunSnapshot) -> str:
 
 def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """Return the last answers to the sample prompts. If a prompt was answered at an earlier step too, the
-    beginning of the first answer follows the last answer.
+    beginning of the first answer follows the last answer. If there are less than :data:`_LEAST_FOR_ANSWERS`
+    lines, return only the first prompt and the beginning of its answer.
     """
     step = _sample_step(snapshot)
+    if height < _LEAST_FOR_ANSWERS:
+        return [
+            Content.styled(text, style).truncate(width, ellipsis=True)
+            for sample in [sample for sample in snapshot.samples if sample.step == step][:1]
+            for text, style in ((f"▸ {sample.prompt}", "bold"), (f"  {' '.join(sample.answer.split())}", ""))
+        ]
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
     answers = []
     for sample in snapshot.samples:
