@@ -33,10 +33,12 @@ from qlora_tui.runs.preflight import errors, preflight
 from qlora_tui.runs.process import ensure_runner
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
+    effects_title,
     outcome_words,
     plan_ahead,
     plan_sentence,
     state_sentence,
+    tie_sentence,
     trial_table,
     unequal_sentence,
     verdict_sentence,
@@ -196,8 +198,7 @@ def _show(sweep: SweepDir) -> CommandResult:
     if rows:
         lines += [format_table(rows, header), ""]
     lines.append(verdict_sentence(view))
-    if unequal := unequal_sentence(view):
-        lines.append(unequal)
+    lines += filter(None, (tie_sentence(view), unequal_sentence(view)))
     bought = what_settings_bought(view)
     shares, note = _importances(view)
     if bought:
@@ -205,7 +206,7 @@ def _show(sweep: SweepDir) -> CommandResult:
             [one.path, one.value, str(one.trials), format_loss(one.best), format_loss(one.mean)]
             for one in bought
         ]
-        lines += ["", format_table(table, ["setting", "value", "trials", "best", "mean"])]
+        lines += ["", format_table(table, [effects_title(view), "value", "trials", "best", "mean"])]
     if shares:
         words = ", ".join(f"{path} {share:.0%}" for path, share in shares.items())
         lines += ["", f"Share of the differences in loss that each setting explains: {words}."]

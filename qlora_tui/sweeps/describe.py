@@ -173,6 +173,33 @@ def unequal_sentence(view: SweepView) -> str:
     return warning if names else ""
 
 
+def tie_sentence(view: SweepView) -> str:
+    """Return a sentence that names the trials with the winner's loss, and says why the winner was selected
+    from them; empty if the winner has the lowest loss alone.
+    """
+    winner = view.winner
+    if winner is None or winner.final is None:
+        return ""
+    equal = [
+        str(trial.number)
+        for trial in view.trials
+        if trial.role == "trial"
+        and trial is not winner
+        and trial.final is not None
+        # Compared as they are shown, since a reader would look for a reason.
+        and format_loss(trial.final.loss) == format_loss(winner.final.loss)
+    ]
+    is_exact = all(
+        trial.final is not None and trial.final.loss == winner.final.loss
+        for trial in view.trials
+        if str(trial.number) in equal
+    )
+    why = "was chosen first" if is_exact else "is lower in further decimals"
+    names = f"{'Trials' if equal[1:] else 'Trial'} {join_words(equal)} ended at"
+    loss = format_loss(winner.final.loss)
+    return f"Tie: {names} {loss}, too; trial {winner.number} {why}." if equal else ""
+
+
 def trial_name(trial: Trial) -> str:
     """Return ``unchanged`` for the unchanged recipe, and the trial's number otherwise."""
     return "unchanged" if trial.role == "base" else str(trial.number)
@@ -261,6 +288,13 @@ class Bought:
     best: float
     """Lowest validation loss at the end of the first round, the only round that all trials complete."""
     mean: float
+
+
+def effects_title(view: SweepView) -> str:
+    """Return the title of the table of :func:`what_settings_bought`, with the share of the steps at which its
+    losses were measured.
+    """
+    return "effect of settings" + (f", {round_title(view, 1)}" if view.rounds > 1 else "")
 
 
 def what_settings_bought(view: SweepView) -> list[Bought]:

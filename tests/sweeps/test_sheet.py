@@ -13,11 +13,12 @@ import pytest
 
 from qlora_tui.cli import main
 from qlora_tui.errors import UserError
+from qlora_tui.formatting import format_loss
 from qlora_tui.paths import sweeps_dir
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.sweeps import actions
-from qlora_tui.sweeps.describe import plan_ahead, verdict_sentence, what_settings_bought
+from qlora_tui.sweeps.describe import plan_ahead, tie_sentence, verdict_sentence, what_settings_bought
 from qlora_tui.sweeps.plan import Costs, Plan, judge, plan_group
 from qlora_tui.sweeps.sheet import build_sheet
 from qlora_tui.sweeps.space import Range, apply_point, grid_points, parse_vary, random_point
@@ -111,6 +112,13 @@ def test_a_difference_is_compared_with_the_noise() -> None:
     assert judge(3, 1.2, [], [1.1]).basis == "not_lower" and judge(3, 1.0, [], [1.1]).basis == "noise_unknown"
 
 
+def test_trials_with_equal_losses_are_named(recipe: Recipe) -> None:
+    view = play_all(actions.start(sheet(recipe, {"lora.rank": [8, 16]})), best_at(8e-4))
+    assert view.winner is not None and view.winner.final is not None
+    loss = format_loss(view.winner.final.loss)
+    assert tie_sentence(view) == f"Tie: Trial 2 ended at {loss}, too; trial 1 was chosen first."
+
+
 def test_the_commands_show_and_adopt(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = actions.start(sheet(recipe, rounds=2))
     view = play_all(sweep, best_at(8e-4))
@@ -122,7 +130,7 @@ def test_the_commands_show_and_adopt(recipe: Recipe, capsys: pytest.CaptureFixtu
     assert (
         verdict_sentence(view).startswith("Better: the mean losses of trial 4 (2 runs)") and "winner" in text
     )
-    assert verdict_sentence(view) in text and "not kept" in text
+    assert verdict_sentence(view) in text and "not kept" in text and "Tie" not in text
     best = {one.value: one.best for one in what_settings_bought(view)}
     assert min(best, key=lambda value: best[value]) == "0.0008"
     assert main(["sweep", "adopt", "last", "rates-8"]) == 0

@@ -63,7 +63,7 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe)
             await wait_until(pilot, lambda: text_of(app).count("○") >= 2)
             assert "pause" not in text_of(app) and "stop" not in text_of(app)
             is_tall = size[1] > 24
-            await wait_until(pilot, lambda: ("effect of each setting" in text_of(app)) == is_tall)  # noqa: B023
+            await wait_until(pilot, lambda: ("effect of settings, at 50%" in text_of(app)) == is_tall)  # noqa: B023
         await pilot.press("s")
         await pilot.press(*"mine", "enter")
         await wait_until(pilot, lambda: "mine" in [preset.name for preset in list_presets()])

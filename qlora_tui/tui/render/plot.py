@@ -436,15 +436,16 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
 
 
 def _set_marks(canvas: _Canvas, what: Plot) -> None:
-    free_from: dict[str, int] = {}
+    newest: dict[str, int] = {}
     for mark in what.marks:
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
             continue
         column = column_of(mark.x, what.x, canvas.width)
-        if column >= free_from.get(mark.symbol, 0):
+        # Marks of several curves at one x are in one column.
+        if column - newest.get(mark.symbol, column) not in range(1, _APART):
             row = row_of(mark.y, what.y, canvas.height)
             canvas.cells[column, row] = (mark.symbol, mark.style)
-            free_from[mark.symbol] = column + _APART
+            newest[mark.symbol] = column
 
 
 def join_cells(cells: Iterable[tuple[str, str]]) -> Content:

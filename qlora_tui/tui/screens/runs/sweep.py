@@ -25,11 +25,13 @@ from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
     Bought,
+    effects_title,
     ranked,
     round_loss,
     round_title,
     short_verdict,
     state_sentence,
+    tie_sentence,
     trial_name,
     trial_progress,
     trial_value,
@@ -53,6 +55,8 @@ _INTERVAL_S = 2.0
 """Seconds between two reads of the sweep that is shown."""
 _WHOLE = 100.0
 """The end of the axis of steps, in percent."""
+_OTHER, _UNCHANGED, _WINNER = "•○★"
+"""Marks of evaluations: of other trials, of the unchanged recipe, and of the winner."""
 _WORDS = 24
 """Minimum width of the outcomes of trials, in cells, if one of them is at least this long."""
 _STYLES: dict[Outcome, str] = {
@@ -117,6 +121,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         }
         #sweep-bought {
             margin-top: 1;
+        }
+        .graph {
+            max-height: 16;
         }
         &.-very-wide {
             #sweep-tables {
@@ -217,7 +224,8 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.query_one("#sweep-verdict", Lines).show(partial(verdict_lines, view))
         self.query_one(Drawing).show(partial(plot, sweep_plot(view)))
         self.query_one(ViList).show(partial(trial_lines, view))
-        self.query_one("#sweep-bought", Lines).show(partial(bought_lines, shown.bought, shown.shares))
+        bought = partial(bought_lines, effects_title(view), shown.bought, shown.shares)
+        self.query_one("#sweep-bought", Lines).show(bought)
 
     def _can(self, action: str) -> bool:
         """Return whether an action of the window has an effect on the sweep that is shown."""
@@ -330,22 +338,22 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
         figures.pop()
     if figures:
         lines.append(Content.styled(" ".join(figures), "$text-muted"))
+    if tie := tie_sentence(view):
+        lines.append(Content.styled(tie, "$text-muted"))
     if unequal := unequal_sentence(view):
         lines.append(Content.styled(unequal, "$warning"))
     return lines
 
 
 def sweep_plot(view: SweepView) -> Plot:
-    """Return the plot of validation losses by percentage of the steps, from the first loss on. It has a curve
-    for each trial, with the winner's curve brightest, and a curve for one run of the unchanged recipe, which
-    is a level line if that run has only one loss.
+    """Return the plot of validation losses by percentage of the steps, from the first loss on. It has a mark
+    for each evaluation of a trial, with a line between those of one trial, and the same for one run of the
+    unchanged recipe. The winner is brightest.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
-    curves = []
-    marks: tuple[Mark, ...] = ()
-    firsts = [100 * t.evaluations[0][0] / t.total_steps for t in view.trials if t.evaluations]
-    starts_at = min((share for share in firsts if share < _WHOLE), default=0.0)
+    curves: list[tuple[str, Curve]] = []
+    marks = []
     for trial in view.trials:
         if (
             trial.role == "confirmation"
@@ -353,29 +361,28 @@ def sweep_plot(view: SweepView) -> Plot:
             or (trial.role == "base" and trial not in base)
         ):
             continue
-        name, style, mark = "other trials", "$text-muted", "·"
+        symbol, name, style = _OTHER, "other trials", "$text-muted"
         if trial.role == "base":
-            name, style, mark = "unchanged recipe", "$text", "○"
+            symbol, name, style = _UNCHANGED, "unchanged recipe", "$text"
         elif trial.number == winner:
-            name, style, mark = f"trial {winner}", "$validation", "★"
-        legend[mark] = (f"{mark} {name}", style)
+            symbol, name, style = _WINNER, f"trial {winner}", "$validation"
+        legend[symbol] = (f"{symbol} {name}", style)
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
-        is_level = trial.role == "base" and len(losses) == 1
-        if is_level:
-            shares, losses = [starts_at, shares[0]], losses * 2
-            marks = (Mark(starts_at, losses[0], mark, style),)
-        envelope = Envelope.of_points(shares, losses)
-        curves.append(Curve(envelope, name, style, mark, look="thin" if is_level or mark == "·" else "line"))
-    # The winner comes last, because later curves are drawn over earlier curves.
-    curves.sort(key=lambda curve: "·○★".index(curve.glyph))
-    reach = overall([curve.envelope for curve in curves])
+        line_style = f"{style} dim" if symbol == _OTHER else style
+        curves.append((symbol, Curve(Envelope.of_points(shares, losses), name, line_style, look="thin")))
+        marks += [Mark(share, loss, symbol, style) for share, loss in zip(shares, losses, strict=True)]
+    # The winner comes last, because later curves and marks are drawn over earlier ones.
+    order = _OTHER + _UNCHANGED + _WINNER
+    curves.sort(key=lambda each: order.index(each[0]))
+    marks.sort(key=lambda mark: (mark.x, order.index(mark.symbol)))
+    reach = overall([curve.envelope for _, curve in curves])
     return Plot(
-        x=Axis(starts_at, _WHOLE, "% of the steps"),
+        x=Axis(min((mark.x for mark in marks if mark.x < _WHOLE), default=0.0), _WHOLE, "% of the steps"),
         y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
-        curves=tuple(curves),
-        marks=marks,
-        legend=tuple(legend[mark] for mark in "★○·" if mark in legend),
+        curves=tuple(curve for _, curve in curves),
+        marks=tuple(marks),
+        legend=tuple(legend[symbol] for symbol in reversed(order) if symbol in legend),
         empty="No trial has been validated yet.",
     )
 
@@ -418,9 +425,11 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
     ]
 
 
-def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
+def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
     """Return a table with a line for each value of each setting. A line has the lowest and the mean loss, at
     the end of the first round, of the trials with this value. The list is empty if there are no such losses.
+
+    ``title``: title of the first column, see :func:`effects_title`.
     """
     first = {one.path: one for one in reversed(bought)}
 
@@ -428,7 +437,7 @@ def bought_lines(bought: Sequence[Bought], shares: dict[str, float], width: int)
         return text(one.path) if one is first[one.path] else ""
 
     columns = [
-        Column[Bought](text=partial(once, str), title="effect of each setting"),
+        Column[Bought](text=partial(once, str), title=title),
         Column[Bought](text=lambda one: one.value, title="value"),
         Column[Bought](text=lambda one: str(one.trials), title="trials", right=True),
         Column[Bought](text=lambda one: format_loss(one.best), title="lowest loss", right=True),
