@@ -108,6 +108,31 @@ async def test_only_what_scrolls_is_cut_and_only_if_the_rows_do_not_suffice(
         assert (app.query_one(ViList).max_scroll_y > 0) == (rows < 30)
 
 
+class EndOfColumn(App[None]):
+    """Two panels, the last with a row below it."""
+
+    CSS = """
+    Vertical { layout: column; }
+    #last { margin-bottom: 1; }
+    """
+
+    def compose(self) -> ComposeResult:
+        with Vertical():
+            yield Panel("First", Static("one\ntwo\nthree"))
+            yield Panel("Last", Static("one\ntwo\nthree"), id="last")
+
+
+@pytest.mark.parametrize(("rows", "heights"), [(11, (5, 5)), (10, (5, 4)), (9, (8, 0))])
+async def test_a_panel_without_room_for_two_rows_leaves_its_rows_to_the_one_above(
+    rows: int, heights: tuple[int, int]
+) -> None:
+    app = EndOfColumn()
+    async with app.run_test(size=(60, rows)) as pilot:
+        shown = (await wait_for_text(pilot, "three")).splitlines()
+        assert tuple(panel.outer_size.height for panel in app.query(Panel)) == heights
+        assert not shown[-1].strip() and ("Last" in "".join(shown)) == bool(heights[1])
+
+
 @pytest.mark.parametrize(("term", "edge"), [("xterm-256color", "▐"), ("screen", "─")])
 async def test_only_the_panel_with_the_focus_has_a_frame(
     private_home: Path, monkeypatch: pytest.MonkeyPatch, term: str, edge: str

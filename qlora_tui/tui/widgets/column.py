@@ -11,6 +11,8 @@ from qlora_tui.tui.textual_compat import add_layout
 
 _LEAST_ROWS = 3
 """Minimum number of rows of a widget that gives up rows, in addition to its border and padding."""
+_LEAST_OF_PANEL = 2
+"""Minimum number of rows of a panel at the end of a column, in addition to its border and padding."""
 
 
 class ColumnLayout(VerticalLayout):
@@ -20,6 +22,9 @@ class ColumnLayout(VerticalLayout):
     Each widget with ``height: auto`` gets as many rows as its content has. The remaining rows go to the
     widgets with a height in ``fr``, such as a graph. If the rows do not suffice, widgets that scroll are cut,
     the highest first, so that everything below them stays in view.
+
+    If that does not suffice either, the last panels are cut above their margin. A panel that could not show
+    its title and two rows is left out, and the widget above it gets its rows.
     """
 
     name = "column"
@@ -33,8 +38,18 @@ class ColumnLayout(VerticalLayout):
             (placements[at].region.bottom + placements[at].margin.bottom for at in flowing), default=0
         )
         excess -= size.height
-        if size.height <= 0 or excess <= 0:
+        if size.height <= 0:
             return placements
+        if excess > 0:
+            self._cut(placements, flowing, excess)
+        self._leave_out(placements, flowing, size.height)
+        return placements
+
+    @staticmethod
+    def _cut(placements: list[WidgetPlacement], flowing: list[int], excess: int) -> None:
+        """Cut widgets that scroll by ``excess`` rows in total, and move those below them up. ``flowing``:
+        indices of the placements that are one below the other.
+        """
         heights = {at: placements[at].region.height for at in flowing if _can_scroll(placements[at].widget)}
         least = {at: _LEAST_ROWS + placements[at].widget.gutter.height for at in heights}
         while excess > 0 and (higher := [at for at in heights if heights[at] > least[at]]):
@@ -44,9 +59,31 @@ class ColumnLayout(VerticalLayout):
         for at in flowing:
             each, before = placements[at], placements[at].region
             region = Region(before.x, before.y - moved, before.width, heights.get(at, before.height))
-            placements[at] = WidgetPlacement(region, each.offset, each.margin, each.widget, each.order)
+            placements[at] = each._replace(region=region)
             moved += before.height - region.height
-        return placements
+
+    @staticmethod
+    def _leave_out(placements: list[WidgetPlacement], flowing: list[int], height: int) -> None:
+        """Cut the last panels so that they end above row ``height``, and leave out those that are then too
+        low. ``flowing``: indices of the placements that are one below the other.
+        """
+        gap, is_above_gap = 0, False
+        for at in reversed(flowing):
+            each = placements[at]
+            gap = max(gap, each.margin.bottom)
+            widget, rows = each.widget, height - gap - each.region.y
+            takes_rest = widget.styles.height is not None and widget.styles.height.is_fraction
+            if not (is_above_gap or takes_rest or rows < each.region.height):
+                return
+            if widget.border_title is None or widget.has_focus_within:
+                return
+            x, y, width, before = each.region
+            rows = rows if is_above_gap else min(rows, before)
+            has_room = rows >= _LEAST_OF_PANEL + widget.gutter.height
+            placements[at] = each._replace(region=Region(x, y, width, rows if has_room else 0))
+            if has_room:
+                return
+            is_above_gap = True
 
 
 def _can_scroll(widget: Widget) -> bool:

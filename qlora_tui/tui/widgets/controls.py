@@ -495,7 +495,7 @@ class Panel(Vertical):
         that they are aligned with the contents.
         """
         width, height = self.outer_size
-        if not self.styles.border_left[0] or width < _MIN_FRAME:
+        if not self.styles.border_left[0] or width < _MIN_FRAME or not crop.height:
             return super().render_lines(crop)
         lines = super().render_lines(Region(0, crop.y, width, crop.height))
         if crop.y == 0:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from textual import work
 from textual.actions import SkipAction
-from textual.containers import Horizontal, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input, Static
@@ -128,7 +128,7 @@ class RunsScreen(RunCommands):
                 Drawing(id="run-graph", classes="graph"),
                 id="run-panel",
             )
-            with VerticalScroll(id="preview-side", can_focus=False):
+            with Vertical(id="preview-side"):
                 yield Panel("Result", Lines(id="run-result"), id="result-panel")
                 yield Panel("Settings", Lines(id="run-settings"), keys=(("runs.rerun", "rerun"),))
                 yield Panel(
