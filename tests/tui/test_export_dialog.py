@@ -69,17 +69,23 @@ async def test_a_format_that_needs_an_absent_base_says_so_and_downloads_it(
         shown = await open_dialog(pilot)
         # The sizes follow from the number of parameters that the run recorded.
         for line in (
-            "GGUF Q8_0                  ~7.6 GiB  ✗ needs the base model",
-            "Merged model, 16-bit      ~14.3 GiB  ✗ needs the base model",
+            "GGUF Q8_0                  ~7.6 GiB  llama.cpp, LM Studio",
+            "Merged model, 16-bit      ~14.3 GiB  transformers, vLLM",
+            "+14.3 GiB",
             "Adapter folder              155 MiB  several adapters",
-            "'Qwen/Qwen2.5-7B-Instruct' is not on this machine.",
-            "Enter downloads it (~14.3 GiB)",
         ):
             assert line in shown, shown
-        assert "File" not in shown and "Enter export" not in shown
-        await pilot.press("j", "j", "j")
+        # What can be exported at once comes first, with the cursor on it.
         await wait_for_text(pilot, "Enter export", "Folder ~/models/tickets-adapter")
-        await pilot.press("k", "enter")
+        await pilot.press("j", "j")
+        shown = await wait_for_text(
+            pilot, "'Qwen/Qwen2.5-7B-Instruct' is not on this machine.", "the base (~14.3 GiB)"
+        )
+        assert "File" not in shown and "Enter export" not in shown
+        await pilot.press("enter")
+        await wait_for_text(pilot, "Download the base model?")
+        assert not started
+        await pilot.press("enter")
         await wait_until(pilot, lambda: started)
     assert started == ["Qwen/Qwen2.5-7B-Instruct"]
     assert read_exports(run) == []

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -40,6 +40,7 @@ from qlora_tui.runs.exports import (
     start_export,
 )
 from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
     Base,
     ExportChoice,
@@ -254,32 +255,26 @@ class ExportScreen(ModalScreen[None]):
             self.query_one(ViList).focus()
 
     def _get_base(self, base: Base) -> None:
-        """Download the base on the Model screen, or say why it cannot be downloaded."""
+        """Ask whether to download the base on the Model screen, or say why it cannot be downloaded."""
         from qlora_tui.tui.screens.models.screen import show_download
 
-        if base.can_download:
-            self.dismiss()
-            self.app.call_later(show_download, self.app, base.id)
-        else:
+        def download(answer: bool | None) -> None:
+            if answer:
+                self.dismiss()
+                self.app.call_later(show_download, self.app, base.id)
+
+        if not base.can_download:
             self._say(f"✗ {base.refusal}")
+            return
+        size = f" ~{format_bytes(base.merged_bytes)}" if base.merged_bytes else ""
+        text = f"{base.id}{size} from the Hugging Face Hub, on the Model screen. Export again afterwards."
+        question = ConfirmScreen("Download the base model?", text, "Download", harmless=True)
+        self.app.push_screen(question, download)
 
     def _refresh_exports(self, *, select: Export | None = None) -> None:
         self._exports = {f"{_EARLIER}{e.folder.name}": e for e in read_exports(self._run_dir)}
-        lines = [(f"{HEADING}choices", Content.styled(f"{'Format':<25}{'Size':>10}  Best for", "dim"))]
-        lines += [
-            (
-                each.id,
-                Content.assemble(
-                    f"{each.label:<25}{each.size:>10}  ",
-                    (each.note, "$warning" if each.missing_base else "dim"),
-                ),
-            )
-            for each in self._choices.values()
-        ]
-        if self._exports:
-            lines.append((f"{HEADING}exports", Content.styled("Exports of this run", "bold")))
-            lines += [(id_, export_line(export)) for id_, export in self._exports.items()]
-        self.query_one(ViList).show(lines, select=_EARLIER + select.folder.name if select else None)
+        write = partial(list_lines, tuple(self._choices.values()), dict(self._exports))
+        self.query_one(ViList).show(write, select=_EARLIER + select.folder.name if select else None)
         if self._current_export is not None:
             self._show_detail()
 
@@ -324,6 +319,28 @@ class ExportScreen(ModalScreen[None]):
         message = self.query_one("#export-message", Static)
         message.update(text)
         message.display = True
+
+
+def list_lines(
+    choices: Sequence[ExportChoice], exports: Mapping[str, Export], width: int
+) -> list[tuple[str, Content]]:
+    """Return the (id, line) pairs of the list: headings, formats, and earlier exports by their ids.
+
+    A format that needs a download says so at the right end of its line.
+    """
+    lines = [(f"{HEADING}choices", Content.styled(f"{'Format':<25}{'Size':>10}  Best for", "dim"))]
+    heads = [Content.assemble(f"{each.label:<25}{each.size:>10}  ", (each.note, "dim")) for each in choices]
+    marks = [each.blocked for each in choices]
+    if any(head.cell_length + len(mark) + 2 > width for head, mark in zip(heads, marks, strict=True) if mark):
+        marks = [mark.removesuffix(" download") for mark in marks]
+    for each, head, mark in zip(choices, heads, marks, strict=True):
+        room = max(0, width - len(mark) - 2)
+        needs = Content.styled(f"  {mark}", "$warning")
+        lines.append((each.id, head.truncate(room, ellipsis=True, pad=True) + needs if mark else head))
+    if exports:
+        lines.append((f"{HEADING}exports", Content.styled("Exports of this run", "bold")))
+        lines += [(id_, export_line(export)) for id_, export in exports.items()]
+    return lines
 
 
 def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:

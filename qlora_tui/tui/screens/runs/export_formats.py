@@ -49,7 +49,6 @@ Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
 _NAMES: tuple[Target, ...] = ("Name", "Repository")
 _WITHOUT_BASE: tuple[Form, ...] = ("adapter", "hub-adapter")
 """Forms that contain no weights of the base."""
-_NO_BASE = "✗ needs the base model"
 
 
 @dataclass(frozen=True)
@@ -137,6 +136,16 @@ class ExportChoice:
             return "varies" if self.file_type == AUTO else "unknown"
         return f"{'~' * self.is_estimate}{format_bytes(self.bytes)}"
 
+    @property
+    def blocked(self) -> str:
+        """What the format needs first, such as ``+14.3 GiB download``; empty if it needs nothing."""
+        base = self.missing_base
+        if base is None:
+            return ""
+        if not base.can_download:
+            return "✗ no base model"
+        return f"+{format_bytes(base.merged_bytes)} download" if base.merged_bytes else "+download"
+
 
 def export_choices(
     base: Base,
@@ -145,7 +154,7 @@ def export_choices(
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
-    """Return the formats, most useful first.
+    """Return the formats, those that this machine can write first, and then most useful first.
 
     Args:
         base: The base of the run.
@@ -183,7 +192,7 @@ def export_choices(
             "ollama",
             f"Model in Ollama, {file_type}",
             size,
-            "chat with `ollama run`",
+            "`ollama run`",
             "A GGUF file and its Modelfile in ~/models, given to `ollama create` if Ollama is "
             f"installed.{about_type}",
             "ollama",
@@ -229,8 +238,8 @@ def export_choices(
     if base.refusal is None:
         return choices
     return [
-        each if each.form in _WITHOUT_BASE else replace(each, missing_base=base, note=_NO_BASE)
-        for each in choices
+        *(each for each in choices if each.form in _WITHOUT_BASE),
+        *(replace(each, missing_base=base) for each in choices if each.form not in _WITHOUT_BASE),
     ]
 
 
@@ -243,7 +252,7 @@ def describe_choice(choice: ExportChoice) -> str:
     if not base.can_download:
         return f"{what} {abbreviate_home(base.refusal.why)}\n▸ {abbreviate_home(base.refusal.fix)}"
     size = f" (~{format_bytes(base.merged_bytes)})" if base.merged_bytes else ""
-    return f"{what}\n▸ Enter downloads it{size} on the Model screen, then export again."
+    return f"{what}\n▸ Enter asks before it downloads the base{size} on the Model screen, then export again."
 
 
 def _free_space(choice: ExportChoice) -> str:
