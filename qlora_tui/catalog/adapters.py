@@ -158,8 +158,8 @@ def misfit(folder: Path, what: str) -> UserError:
         "The adapter does not match the recipe",
         what=f"{folder} cannot be trained further: {what}.",
         why="An adapter keeps its modules, ranks and scale while it is trained.",
-        fix="Use the adapter's LoRA settings, which recipe.toml or adapter_config.json in its folder has, or "
-        "clear Start from (lora.init_from).",
+        fix="Use the adapter's LoRA settings (see recipe.toml or adapter_config.json in its folder), or "
+        "clear “Start from” (lora.init_from).",
     )
 
 

@@ -483,7 +483,9 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
 
 
 def _not_understood(config: Mapping[str, Any]) -> str | None:
-    """Describe the first setting that changes the base or is unknown; None if there is none."""
+    """Describe the first setting of an adapter's config that changes the base model's weights, is not
+    supported, or is unknown; None if there is none.
+    """
     init_method = config.get("init_lora_weights")
     if not any(init_method is known or init_method == known for known in _BASE_UNCHANGED):
         return f"init_lora_weights is {str(init_method)[:40]!r}, which changes the weights of the base"

@@ -175,9 +175,10 @@ def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) 
 
 
 def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
-    """Return the names under which peft finds the token rows of an adapter.
+    """Return the map from the names that an adapter's trained token embeddings (peft's ``trainable_tokens``)
+    have in its file to their names in the model.
 
-    Empty for an adapter without token rows, for which peft's own method fails.
+    It is empty for an adapter without any, for which peft's own method returns a name that does not exist.
     """
     if adapter_name not in wrapper.token_adapter.trainable_tokens_delta:
         return {}

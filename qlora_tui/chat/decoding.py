@@ -463,8 +463,8 @@ class DecodeSteps:
         layers = prefix_cache.growing_layers
         if layers is None:
             self.turn_off(
-                "The model keeps something other than all keys and values: a recurrent state, or the end of "
-                "a sliding window."
+                "The model's cache holds not only keys and values for every token: it has a recurrent state, "
+                "or a sliding window that keeps only the last tokens."
             )
             return None
         if prefix_cache.step is None:

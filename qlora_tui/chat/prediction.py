@@ -227,7 +227,7 @@ def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
         if is_begun and not replaces:
             raise UserError(
                 "Another prediction is unfinished",
-                what=f"{log} contains decisions on other data, by another adapter, or with other options.",
+                what=f"{log} contains predictions for other data, by another adapter, or with other options.",
                 fix="Start over with --replace, or choose another name.",
                 exit_code=EXIT_USAGE,
             )

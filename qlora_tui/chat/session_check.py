@@ -32,12 +32,15 @@ class SessionCheck:
         """Adapters whose logits could not be compared."""
 
     def run(self, adapter_name: str, prompt: list[int]) -> None:
-        """Compare the logits of a loaded adapter with the libraries' logits, unless this was done before.
+        """Compare a loaded adapter's logits with those of transformers and peft, unless this was done before.
 
-        The end of the prompt is read in two passes, like a conversation of two turns, with sliding windows
-        shorter than the prompt. If the logits differ, the session from then on reads prompts in one pass, or
-        uses transformers and peft alone, and its ``warning`` says so. If they cannot be compared, ``warning``
-        says why, and nothing else changes.
+        The last tokens of the prompt are read in two passes, like two turns of a conversation, and then the
+        last two tokens one at a time. Meanwhile, the model's sliding windows are limited to a few tokens. If
+        the logits differ, the session turns off what makes them differ: reading in parts, decoding in fixed
+        shapes, its own code, or keeping keys and values. If the logits cannot be compared, it turns off
+        keeping keys and values if they can be compared without those, and otherwise decoding in fixed shapes.
+        ``warning`` is set if answers become slower because the session keeps no keys and values or uses only
+        the code of transformers and peft, if the logits still differ, and if they could not be compared.
         """
         session = self._session
         ids = prompt[-TOKENS:]
@@ -124,8 +127,9 @@ class SessionCheck:
         if not self._agrees_without("keeps_keys", adapter_name, compare):
             return False
         session.warning = (
-            "Answers are slower: with a cache of keys and values this model computes different logits than "
-            "transformers and peft without one, so the conversation is read again for each token."
+            "Answers are slower: with a cache of keys and values, this model's logits differ from those that "
+            "transformers and peft compute without a cache. So the whole conversation is computed again for "
+            "each token."
         )
         return True
 

@@ -474,10 +474,13 @@ def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
     elif layout.format == "decision" and answers:
         seen = f"{len(answers):,} different answers in "
         if answers.total() < SNIFFED_ROWS:
-            yield f"{seen}{answers.total():,} rows: trained and judged as texts"
+            yield f"{seen}{answers.total():,} rows: trained and evaluated as text"
         else:
             first = f"the first {answers.total():,} rows"
-            yield f"{seen}{first}: judged as texts, unless all rows repeat few answers"
+            yield (
+                f"{seen}{first}: evaluated as text, unless the whole data set has few different answers for "
+                "its number of rows"
+            )
 
 
 def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -> int:

@@ -364,4 +364,4 @@ def _control_token(tokenizer: ChatTokenizer, conversation: Conversation) -> str:
         match = tokenizer.control_pattern.search(text)
         if match:
             return text[max(0, match.start() - 40) : match.end() + 40]
-    return "In the tools, a tool call or the thoughts."
+    return "(in the tool definitions, a tool call or the reasoning)"

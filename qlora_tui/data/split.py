@@ -303,7 +303,9 @@ def _similarities(one: Array, other: Array) -> Array:
 
 
 def _joined(label: Array, one: Array, other: Array) -> Array:
-    """Return the labels after merging each pair; a group's label is the smallest number in it."""
+    """Merge the groups of ``one[i]`` and ``other[i]`` for each i, and return the label of each distinct row:
+    the smallest index in its group.
+    """
     import numpy as np
 
     while len(one):

@@ -281,7 +281,9 @@ class Switch(Struct, frozen=True):
     default: OnOff
     """Whether the template thinks if the variable is not set."""
     can_turn_off: bool = True
-    """False for an effort whose lowest level is ``low``, with which the model still thinks."""
+    """Whether ``off`` really stops thinking. False for a reasoning-effort variable without the level
+    ``none``: at its lowest level, ``low``, the model still thinks.
+    """
 
 
 def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:

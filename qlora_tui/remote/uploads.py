@@ -143,7 +143,8 @@ def files_of(path: Path) -> list[Path]:
             raise UserError(
                 "The data cannot be sent",
                 what=f"{str(file)!r} is not a file." if is_utf8 else f"{str(file)!r} is not UTF-8.",
-                why="Data is read more than once, which a pipe or a broken link does not allow."
+                why="Only regular files can be sent, because they are read more than once. This may be a "
+                "pipe or a broken link."
                 if is_utf8
                 else "File names are sent as UTF-8.",
                 fix="Save the content to a file, or delete the link." if is_utf8 else "Rename the file.",

@@ -227,7 +227,8 @@ def pause(run: RunDir) -> None:
 @changes_box
 @disk_problems()
 def train_now(run: RunDir) -> None:
-    """Train a run next and until its end, even outside the hours and while other programs use the GPU.
+    """Make a run the next to train, and let it train to its end, even outside the training hours and while
+    other programs use the GPU.
 
     Raises UserError for a run that cannot be resumed.
     """

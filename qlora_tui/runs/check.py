@@ -260,7 +260,7 @@ def check_queue() -> CheckResult:
     """Check the queue for runs that do not exist."""
     defects = [
         Defect(
-            f"{name} is queued and does not exist",
+            f"{name} is queued, but its folder does not exist",
             "a repair removes it from the queue",
             partial(run_queue.remove, RunDir(paths.runs_dir() / name)),
             "removed from the queue",

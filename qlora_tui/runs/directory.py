@@ -287,7 +287,10 @@ def all_runs() -> list[RunDir]:
 
 
 def find_run(name: str) -> RunDir:
-    """Return the run with this id or name, or the only one that begins with it; ``last`` is the newest."""
+    """Return the run with this id or name, or the only run whose id or name begins with it.
+
+    ``last`` is the newest run.
+    """
     runs = all_runs()
     if name == LAST and runs:
         return runs[0]

@@ -384,7 +384,10 @@ def check_settings() -> list[Check]:
     problem = settings_problem()
     if problem is None:
         return []
-    text = f"The training hours and the setting for other programs cannot be read. {problem.what}"
+    text = (
+        "The settings for training hours and for pausing while other programs use the GPU cannot be read. "
+        f"{problem.what}"
+    )
     return [Check(CheckKind.SETTINGS, "warning", text, problem.fix)]
 
 

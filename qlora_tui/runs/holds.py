@@ -45,7 +45,9 @@ class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def hold_words(hold: Hold) -> str:
-    """Return what a hold waits for, to follow "paused", "waiting" or "resting": ``until 23:00 (hours)``."""
+    """Return what a held run waits for, as words to put after "paused", "waiting" or "resting": ``until 23:00
+    (hours)``.
+    """
     match hold.cause:
         case "hours":
             return f"until {time_words(hold.until or 0.0)} (hours)"

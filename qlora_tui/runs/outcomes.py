@@ -113,7 +113,7 @@ def determine_outcome(
     return events.Failed(
         title="The trainer ended without a message",
         what=f"The trainer exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
-        fix=f"The whole log is {run.log_path}.",
+        fix=f"The whole log is in {run.log_path}.",
         kind="bug",
         exit_code=exit_code,
     )

@@ -46,7 +46,9 @@ _LEARNED: dict[Comparison, str] = {
     "unclear": "Not enough evidence that it learned",
 }
 _ACTIVE_INTERVAL_S = 5.0
-"""Seconds between two readings of an active run's log. Its status is read every time."""
+"""Minimum seconds between two readings of an active run's log. The run's status is read whenever its summary
+is requested.
+"""
 _STEPS = 64
 """Steps sampled from a long run. The curve in a list is only a few cells wide."""
 

@@ -70,7 +70,7 @@ class Reporter:
             self._heartbeat_thread.start()
 
     def stop(self) -> None:
-        """Stop the heartbeat, and try once more to write waiting events."""
+        """Stop the heartbeat, and try once more to write the events that are still waiting."""
         self._stopping.set()
         if self._heartbeat_thread.is_alive():
             self._heartbeat_thread.join()

@@ -25,8 +25,8 @@ _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""Maximum number of characters of a possible beginning of a reply that a person may have typed: Escape,
-``]``, ``1``.
+"""Longest possible beginning of a reply, in characters, that a person may also have typed: Escape, ``]``,
+``1``. A longer one is taken for a part of a reply.
 """
 _TYPED_S = 0.1
 """Seconds to wait for the rest of a possible reply if its beginning may have been typed by a person."""

@@ -297,7 +297,7 @@ def bindings_of_widget(widget: Widget, key: str) -> Sequence[Binding]:
 
 
 def follow_end(widget: Widget) -> None:
-    """Make an anchored widget follow its end again once the user scrolls back to it (``widget.py``).
+    """Make an anchored widget follow its end again once the user scrolls to it (Textual's ``widget.py``).
 
     Textual does this for containers, but a scroll view without children never follows its end again.
     """

@@ -48,7 +48,7 @@ class ThemedApp(TerminalApp):
 
     @property
     def theme_problems(self) -> list[str]:
-        """What is wrong with the theme files and the setting, in sentences."""
+        """What is wrong with the theme files and the theme setting, in sentences."""
         if self._wanted_theme in self.available_themes:
             return [*self._file_problems]
         return [*self._file_problems, f"Theme {self.settings.theme!r} does not exist."]

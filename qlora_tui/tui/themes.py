@@ -107,8 +107,8 @@ def _roles(file: ThemeFile) -> dict[str, str]:
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """Return values for the variables of Textual whose defaults are too faint to read, or cannot be used
-    inside a line (``auto 60%``).
+    """Return values for variables of Textual. Some of their defaults are too faint to read; others, such as
+    ``auto 60%``, lose their percentage where a variable colors only a part of a line.
     """
     background, surface, foreground, primary, training = map(
         Color.parse,

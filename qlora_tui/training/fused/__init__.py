@@ -1,4 +1,5 @@
-"""Parts of a model as autograd functions that save less for the backward, and compute less, than the library.
+"""Parts of a model as autograd functions that save less for the backward pass, and compute less, than the
+code of transformers and peft, called "the library" below.
 
 Each computes the same as the library's code: a module is compared with the library's before it is replaced,
 and ``training.checks`` compares the whole step. :mod:`.lora`: frozen linear layers and their adapters;

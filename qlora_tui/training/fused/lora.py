@@ -59,7 +59,7 @@ from qlora_tui.memory.execution import GROUPS
 from qlora_tui.training.fused.patching import patch_forward
 
 Stack: TypeAlias = tuple[nn.Parameter, ...]
-"""Parameters of the same width that are multiplied together."""
+"""Adapter weights of the same width that are multiplied by the same input in one matrix product."""
 
 
 class AdapterCasts:
@@ -384,7 +384,7 @@ def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list
     """Fuse every plain LoRA module; DoRA, and bases whose weight is not accessible, keep peft's forward.
 
     Returns:
-        The adapter weights of the fused modules, grouped by which are multiplied together.
+        The adapter weights of the fused modules, grouped by the matrix product in which they are multiplied.
     """
     weights = {module: weight for module in model.modules() if (weight := plain_weight(module))}
     stacks: list[Stack] = []

@@ -115,9 +115,9 @@ def _unpin(address: int, device: torch.device) -> None:
 def _clear_error(device: torch.device) -> None:
     """Clear the error that CUDA's runtime keeps after a failed call.
 
-    Otherwise the next kernel launch of the thread would raise it. ``torch/csrc/cuda/shared/cudart.cpp``
-    returns the code without clearing the error and does not bind ``cudaGetLastError``; a launch by torch
-    reads and clears the error.
+    Otherwise, the thread's next kernel launch would raise it. torch neither clears the error when the call
+    fails (``torch/csrc/cuda/shared/cudart.cpp``) nor binds ``cudaGetLastError``. So launch a kernel here,
+    which reads and clears the error, and ignore what it raises.
     """
     with suppress(RuntimeError):
         torch.zeros(1, device=device)

@@ -48,7 +48,7 @@ class Column(Generic[Row]):
     shown_if_empty: bool = True
     """Whether the column is shown even if its text is empty in every row."""
     shown_if_same: bool = True
-    """Whether the column is shown even if its text is the same in all of several rows."""
+    """Whether the column is shown even if there are several rows and its text is the same in all of them."""
     shorter: Callable[[str, int], str] | None = None
     """Function that shortens a string to a width in characters, to use instead of ``cut_range``."""
     is_sentence: bool = False

@@ -2,8 +2,8 @@
 stretch has values that are not finite.
 
 A graph is a few hundred dots wide, but a run may have millions of steps. A :class:`DecimatedSeries` takes
-values as they arrive and keeps what a graph can show: the last few hundred values individually, and the
-values before in stretches of two, of four, and so on. Graphs draw an :class:`Envelope`, which has no more
+values as they arrive and keeps what a graph can show: the last few hundred values individually, and earlier
+values in stretches of two, of four, and so on. Graphs draw an :class:`Envelope`, which has no more
 points than a wide screen has dots.
 """
 

@@ -133,7 +133,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         return ""
 
     def has_command(self, action: str) -> bool:
-        """Return whether an action, named without parameters, belongs to a command of this screen."""
+        """Return whether an action, given by its name without parameters, belongs to a command of this
+        screen.
+        """
         return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
 
     def compose(self) -> ComposeResult:

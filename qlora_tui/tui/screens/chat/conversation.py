@@ -531,15 +531,15 @@ class Conversation(VerticalScroll, OnQloraApp):
             raise
         except EngineClosedError:
             reason = self.unloaded_because or _UNLOADED
-            retry = name_keys("Press {chat.effect} to load the model and measure.")
+            retry = name_keys("Press {chat.effect} to load the model and measure the effect.")
             self.post_message(self.EffectChanged(f"Not measured: {reason}. {retry}"))
         except UserError as problem:
             self.post_message(self.EffectChanged(""))
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer. The note says why the model was unloaded. If the model was
-        not unloaded, it says what was stopped: ``what``, such as ``loading the model``.
+        """Return the note for a stopped answer. If the model was unloaded, the note says why. Otherwise, it
+        says what was stopped: ``what``, such as ``loading the model``.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")

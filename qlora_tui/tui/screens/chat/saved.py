@@ -85,7 +85,7 @@ def append_exchange(
     """Append a prompt, its sampling settings and its answers to today's transcript, and return the path of
     the transcript. Raises OSError.
 
-    ``answers`` and ``thoughts`` are texts by name of the adapter.
+    ``answers`` and ``thoughts`` are texts by adapter name.
     """
     path = transcript_path(run)
     private_dir(path.parent)

@@ -61,7 +61,7 @@ from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
 _TALL = 50
-"""Minimum height of the window, in lines, at which the histogram is higher."""
+"""Minimum height of the window, in lines, at which the histogram has more lines."""
 _COSTS_HEIGHT = 36
 """Minimum height of the window, in lines, at which the table of costs is shown."""
 _SETTLE_S = 0.1

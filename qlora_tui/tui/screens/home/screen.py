@@ -41,7 +41,7 @@ _FRAME = 5
 """Width of a panel's border, padding and scroll bar, in cells."""
 _SHORT_FRAME = 3
 _NUMBERS_HEIGHT = 38
-"""Minimum height of the window, in rows, at which the panel with the run in numbers is shown."""
+"""Minimum height of the window, in rows, at which the panel ``The run in numbers`` is shown."""
 _PRESETS_HEIGHT = 50
 """Minimum height of the window, in rows, at which presets are listed while there is no run."""
 _LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 30

@@ -74,8 +74,8 @@ class BarPart:
 
     @property
     def even_style(self) -> str:
-        """Color of a cell that is filled evenly instead of with the glyph, and looks as bright as the
-        glyph.
+        """Color of a cell that is drawn as a plain block instead of the part's glyph. Both look equally
+        bright.
         """
         return f"{self.hue} {self.even_strength}%"
 

@@ -62,8 +62,8 @@ TARGETS: tuple[tuple[str, ...], ...] = (
 paper.
 """
 _KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8
-"""Widths of the columns before the change in memory, in cells. A long value takes a part of the name's
-column.
+"""Widths, in cells, of the columns to the left of the column with the change in memory. A long value takes up
+a part of the name's column.
 """
 
 

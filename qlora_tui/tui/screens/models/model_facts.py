@@ -424,9 +424,7 @@ def read_license(path: Path) -> str:
 
 @at_box
 def disk_free_bytes(folder: Path) -> int | None:
-    """Return the free space on the disk of a folder, which need not exist, in bytes; None if it cannot be
-    determined.
-    """
+    """Return the free bytes on the disk that a folder is on; None if unknown. The folder need not exist."""
     existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
     try:
         return shutil.disk_usage(existing).free

@@ -131,8 +131,8 @@ class ModelsScreen(WorkScreen):
         self.ask(picker, self._start_scan)
 
     def _ask_for_path_there(self, box: str) -> None:
-        """Ask for a path on the machine named ``box``, as a text, since the file browser cannot list the
-        folders of another machine.
+        """Ask the user to type a path on the other machine, whose name is ``box``, since the file browser
+        cannot list that machine's folders.
         """
 
         def search(path: str) -> None:

@@ -1,5 +1,5 @@
-"""The export dialog: the formats to which a run can be exported, the target, and the earlier exports of the
-run with their progress.
+"""The export dialog: the formats to which a run can be exported, the target, and the exports of the run so
+far, with the progress of those that are not done.
 """
 
 from __future__ import annotations
