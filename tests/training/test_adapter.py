@@ -165,7 +165,7 @@ def test_the_weights_are_those_that_peft_loads(tiny_model: Path, adapter: Path) 
         ({"alpha": 8.0}, "alpha 8 in the recipe, 8 and 16"),
         ({"rank_pattern": {}}, "layers.1.self_attn.q_proj has rank 8 and alpha 6 in the recipe, 4 and 6"),
         ({"alpha_pattern": {}}, "layers.1.self_attn.q_proj has rank 4 and alpha 16 in the recipe, 4 and 6"),
-        ({"target_modules": ("q_proj",)}, "it adapts 12 modules that the recipe does not"),
+        ({"target_modules": ("q_proj",)}, "the adapter has 12 modules that the recipe does not adapt"),
         ({"use_rslora": True}, "rsLoRA is on in the recipe and off in the adapter"),
         ({"use_dora": True}, "DoRA is on in the recipe and off in the adapter"),
         ({"train_embeddings": True}, "Train embeddings is on in the recipe and off in the adapter"),
