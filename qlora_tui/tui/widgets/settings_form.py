@@ -295,17 +295,14 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open each folded group after which all lines still fit in ``rows``, or all groups if the list has
-        two columns. Do nothing if the user has opened or folded a group.
+        """Open all groups if their lines fit in ``rows`` or the list has two columns; otherwise, leave the
+        groups folded that begin folded. Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
             return
-        opened = {group.title for group in self._groups if group.is_open}
-        for group in self._groups:
-            self._open = opened | {group.title}
-            if self._has_two_columns or len(self._shown_lines()) <= rows:
-                opened = self._open
-        self._open = opened
+        self._open = {group.title for group in self._groups}
+        if not self._has_two_columns and len(self._shown_lines()) > rows:
+            self._open = {group.title for group in self._groups if group.is_open}
         self._show_lines()
 
     def _set_open(self, is_open: bool) -> None:

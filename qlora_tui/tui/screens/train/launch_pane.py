@@ -100,20 +100,6 @@ _LEAST_TEXT = 20
 _SEPARATOR = " · "
 _SHORT_HEAD = 10
 """Width of a check's outcome, such as ``✗ error``, in cells."""
-QUESTIONS: dict[CheckKind, str] = {
-    CheckKind.MODEL: "Are the weights on this machine?",
-    CheckKind.DATA: "Can every row be trained on?",
-    CheckKind.SETTINGS: "Do the settings make sense together?",
-    CheckKind.LORA: "Do the targets exist in this model?",
-    CheckKind.LENGTH: "Does the model support this length?",
-    CheckKind.TIME: "How long will it take?",
-    CheckKind.MEMORY: "Does one training step fit?",
-    CheckKind.KERNELS: "Are the model's kernels installed?",
-    CheckKind.GPU: "Is there a GPU, and is it free?",
-    CheckKind.DISK: "Is there room for the checkpoints?",
-    CheckKind.QUEUE: "Will it start at once?",
-}
-"""The question that each check answers, by kind of check."""
 _PLACES: dict[CheckKind, tuple[str, str]] = {
     CheckKind.MODEL: ("go.models", "choose or download the model"),
     CheckKind.DATA: ("go.data", "choose or correct the data"),
@@ -249,9 +235,7 @@ class LaunchPane(Vertical, OnQloraApp):
 
     def _show_check_lines(self) -> None:
         def lines(width: int) -> list[Content]:
-            # A small window has no room for the questions.
-            small = self.screen.has_class("-narrow") or self.screen.has_class("-short")
-            return check_lines(self._checks, width, with_questions=not small, shows_all=shows_all)
+            return check_lines(self._checks, width, shows_all=shows_all)
 
         shows_all = self._shows_all != self.screen.has_class("-very-wide")
         self.query_one("#checks", Lines).show(lines)
@@ -374,15 +358,12 @@ def _source(expected: Forecast | None, probing: str) -> list[Content]:
     return [Content.styled(expected.time.source, "dim")]
 
 
-def check_lines(
-    checks: tuple[Check, ...], width: int, *, with_questions: bool, shows_all: bool
-) -> list[Content]:
-    """Return lines for each check, with problems first.
+def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> list[Content]:
+    """Return lines for each check, with problems first: its outcome, name and result, then its remedy.
 
     Args:
         checks: Results of the checks.
         width: Available width, in cells.
-        with_questions: Whether each check begins with the question that it answers.
         shows_all: Whether passed checks have lines of their own; otherwise they share one line.
     """
     lines: list[Content] = []
@@ -391,18 +372,13 @@ def check_lines(
         if check.outcome == "ok" and not shows_all:
             continue
         sign, style = OUTCOME_SIGNS[check.outcome]
-        head = Content.assemble((f"{sign:<10}", style), (f"{check.label:<9}", "bold"))
         if offered is not None and check.suggested_fix is offered:
             remedy = highlight_keys(f"▸ {key_name('train.fix')} {offered.label}", "$primary")
         else:
             remedy = Content.styled(f"▸ {abbreviate_home(check.fix)}" if check.fix else "", "$primary")
-        text = Content(abbreviate_home(check.text))
-        if with_questions:
-            lines.append(head + Content.styled(QUESTIONS.get(check.kind, ""), "dim"))
-            pieces = [piece for part in (text, remedy) if part for piece in part.wrap(width - _SHORT_HEAD)]
-            lines += [Content(" " * _SHORT_HEAD) + piece for piece in pieces]
-        else:
-            lines += hanging(head, text + " " + remedy if remedy else text, width, _LEAST_TEXT)
+        result = Content.assemble((f"{check.label:<9}", "bold"), abbreviate_home(check.text))
+        lines += hanging(Content.styled(f"{sign:<{_SHORT_HEAD}}", style), result, width, _LEAST_TEXT)
+        lines += hanging(Content(" " * _SHORT_HEAD), remedy, width, _LEAST_TEXT) if remedy else []
     return lines if shows_all else [*lines, *_passed(checks, width)]
 
 
