@@ -339,11 +339,8 @@ def test_a_mark_is_on_its_line_and_in_the_row_nearest_to_its_value(rows: int) ->
     shown = Plot(Axis(0, 60), Axis(2, 6), (curve,))
     marked = replace(shown, marks=tuple(Mark(*point, "◆", "") for point in points))
     line, marks = plot(shown, 90, rows + 2), plot(marked, 90, rows + 2)
-    labels = {
-        row: float(text)
-        for row, each in enumerate(marks[:-1])
-        if (text := re.match(r"[\d. ]*", each.plain)[0].strip())
-    }
+    found = [(row, re.match(r" *(\d+\.?\d*) ", each.plain)) for row, each in enumerate(marks[:-1])]
+    labels = {row: float(label[1]) for row, label in found if label is not None}
     (top, high), *_, (bottom, low) = labels.items()
     places = [(y, x) for x in range(90) for y in range(len(marks)) if marks[y].plain[x : x + 1] == "◆"]
     assert len(places) == len(points)

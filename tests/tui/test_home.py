@@ -98,7 +98,7 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
     wide = run_lines(summary, False, BEGAN, replace(layout, left=100), ["next-one"])[-1].plain
     assert wide.endswith("then next-one")
     large = run_lines(summary, False, BEGAN, replace(layout, left=100, is_large=True))
-    assert len(large) == 5 and large[2].plain[0] in "█▀▄"
+    assert len(large) == 6 and large[3].plain[0] in "█▀▄" and "min left" in large[-1].plain
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def figure_line(figures: Iterable[Figure]) -> Content:
 
 
 def large_figures(figures: Iterable[Figure]) -> list[Content]:
-    """Return the figures next to each other in three lines: numbers in digits of all three lines, units in
-    the last line, and labels in the first.
+    """Return the figures next to each other in three lines: numbers in digits of all three lines, units and
+    labels in the last line, such as ``3 min left``.
     """
     columns = [_large(figure) for figure in figures]
     gap = Content(" " * _GAP)
@@ -77,14 +77,12 @@ def _large(figure: Figure) -> list[Content]:
             ]
         else:
             rows = [*(row + " " * (len(unit.strip()) + 1) for row in rows[:2]), f"{rows[2]} {unit.strip()}"]
-    head = f"  {figure.label}"
-    width = max(len(rows[0].rstrip()) + len(head), len(rows[2]))
     lines = [
-        Content.assemble((rows[0].rstrip(), figure.style), (head, "dim")),
+        Content.styled(rows[0], figure.style),
         Content.styled(rows[1], figure.style),
-        Content.styled(rows[2], figure.style),
+        Content.assemble((rows[2], figure.style), (f" {figure.label}", "dim")),
     ]
-    return [line.pad_right(width - line.cell_length) for line in lines]
+    return [line.pad_right(lines[2].cell_length - line.cell_length) for line in lines]
 
 
 def _digit(character: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -41,7 +41,7 @@ from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.run_summary import RunSummary, data_words, setting_words, shared_settings
 from qlora_tui.runs.servers import ServerStatus
-from qlora_tui.runs.status import ACTIVE, Status, held_words
+from qlora_tui.runs.status import ACTIVE, State, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
@@ -69,6 +69,8 @@ from qlora_tui.tui.system_status import Host, SystemStatus, read_host
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
+_BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
+"""States in which the detail of a run's status is the cause of its end."""
 _MAX_NAME_WIDTH = 44
 """Maximum width of a run's or model's name in the list of runs, in cells."""
 _LABEL = 8
@@ -250,7 +252,7 @@ def run_lines(
     lines += _outcome_lines(summary, layout)
     if summary.verdict is not None:
         lines.append(Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)))
-    if status.state in ("failed", "lost", "unreadable") and status.detail:
+    if status.state in _BROKEN and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines
 
@@ -289,18 +291,25 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
         facts.append(f"step {format_progress(summary.step, summary.total_steps)}")
     if summary.seconds is not None:
         facts.append(f"trained {format_duration(summary.seconds)}")
+    if summary.status.state in _BROKEN:
+        # The cause of the failure, which follows, matters more than the loss.
+        layout = replace(layout, is_large=False)
     return _figures(figures, facts, layout) if figures or facts else []
 
 
 def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout) -> list[Content]:
-    """Return figures, and as many facts as fit. If ``layout.is_large``, the figures are in large digits, with
-    the facts in their last line.
+    """Return figures, and as many facts as fit. If ``layout.is_large``, the figures are in large digits
+    below an empty line, with the facts in their last line.
     """
     text = "  ".join(facts)
     if layout.is_large and figures:
         large = large_figures(figures)
         room = layout.left - large[1].cell_length - 4
-        return [*large[:2], Content.assemble(large[2], "    ", (cut_cells(text, max(0, room)), "dim"))]
+        return [
+            Content(""),
+            *large[:2],
+            Content.assemble(large[2], "    ", (cut_cells(text, max(0, room)), "dim")),
+        ]
     line = figure_line(figures)
     room = layout.left - line.cell_length - 3
     return [Content.assemble(line, "   " if figures else "", (cut_cells(text, max(0, room)), "dim"))]

@@ -37,7 +37,7 @@ ABOVE_PEAK = 1.25
 _WORDS = 41
 """Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
-_MIN_ITEM_NAME, _ITEM_NAME, _ITEM_BAR = 22, 24, 24
+_MIN_ITEM_NAME, _ITEM_NAME, _ITEM_BAR = 24, 26, 24
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
 """Minimum width of an explanation to the right of its item, in cells."""
@@ -377,7 +377,7 @@ def item_lines(estimate: Estimate, is_even: bool, width: int) -> list[tuple[str,
         lines.append((f"{HEADING}{part.name}", _item_line(head, part, drawn, size, estimate, width)))
         items = [item for item in estimate.items if part_of(item.key) is part]
         for item in sorted(items, key=lambda item: -item.bytes):
-            line = _item_line(f"  {item.label}", part, drawn, item.bytes, estimate, width, item)
+            line = _item_line(f"    {item.label}", part, drawn, item.bytes, estimate, width, item)
             lines.append((item.key, line))
     return lines
 
@@ -391,8 +391,8 @@ def _item_line(
     width: int,
     item: Item | None = None,
 ) -> Content:
-    """Return a line with an item's name, size, share of the peak and bar, such as ``  Quantized weights   3.0
-    GiB  47% ▄▄▄▄``, followed by the item's explanation if there is room. ``item``: None for the line of a
+    """Return a line with an item's name, size, share of the peak and bar, such as ``Quantized weights  3 GiB
+    47% ▄▄▄▄``, followed by the item's explanation if there is room. ``item``: None for the line of a
     group.
     """
     style = "$foreground bold" if item is None else ""

@@ -33,6 +33,7 @@ from qlora_tui.tui.screens.train.run_panels import (
     fix_text,
     header_lines,
     health_lines,
+    key_figures,
     outcome_has_fix,
     outcome_text,
     sample_lines,
@@ -131,6 +132,7 @@ class LivePane(Vertical):
         """
         self._snapshot = snapshot
         self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
+        self.query_one("#run-header").set_class(bool(key_figures(snapshot)), "-large")
         self._draw("run-header", partial(header_lines, snapshot, clock.now()))
         outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Lines)
         box.show(outcome or Content(""))

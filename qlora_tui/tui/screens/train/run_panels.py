@@ -42,6 +42,7 @@ from qlora_tui.tui.render.labels import (
     BEST,
     batch_words,
     best_figure,
+    best_word,
     format_ago,
     preference_words,
     progress_figures,
@@ -94,10 +95,12 @@ _row = partial(labeled, cells=_LABEL)
 
 def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
     """Return two lines: state and progress, then key figures and other facts. If ``height`` is at least three
-    and figures are known, return three lines that begin with large figures. ``now``: Unix time.
+    and figures are known, return three lines that begin with large figures, below an empty line if there is
+    room. ``now``: Unix time.
     """
     edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " "
-    return [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
+    lines = [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
+    return [Content(""), *lines] if height > len(lines) == _LARGE_ROWS else lines
 
 
 def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
@@ -145,12 +148,12 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
 
 
 def key_figures(snapshot: RunSnapshot) -> list[Figure]:
-    """Return the key figures that are known: for an active run, the mean loss and the time left; for any
-    other run, the best validation loss.
+    """Return the key figures that are known: for an active run, the mean loss and the time left; for a run
+    that ended well, the best validation loss. A run that failed has none: its cause comes first.
     """
     if snapshot.status.state in ACTIVE:
         return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
-    if snapshot.best is None or snapshot.best.loss is None:
+    if snapshot.best is None or snapshot.best.loss is None or snapshot.status.state in _BROKEN:
         return []
     return [best_figure(snapshot.best.loss, snapshot.view.loss_to_beat)]
 
@@ -298,7 +301,9 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
         # The verdict names the loss before training too.
         before = None if snapshot.verdict is not None else view.loss_before_training
         known = "" if before is None else f", {format_loss(before)} before training"
-        facts.insert(0, f"at step {snapshot.best.step:,}{known}")
+        loss = f"{best_word(view.loss_to_beat)} validation loss {format_loss(snapshot.best.loss)} "
+        has_figure = snapshot.status.state not in _BROKEN
+        facts.insert(0, f"{'' if has_figure else loss}at step {snapshot.best.step:,}{known}")
     elif snapshot.loss is not None:
         facts.insert(0, f"last loss {format_loss(snapshot.loss)}, not validated")
     if isinstance(view.ending, Finished):
