@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_tui.tui.screens.home.next_step import NextStep
     from qlora_tui.tui.screens.home.panel_lines import HomeLayout
     from qlora_tui.tui.screens.home.reader import HomeFacts, HomeReader
+    from qlora_tui.tui.screens.train.screen import TrainScreen
     from qlora_tui.tui.workbench import Workbench
 
 _LAST_SEEN_INTERVAL_S = 30.0
@@ -231,6 +232,13 @@ class HomeScreen(WorkScreen):
             raise SkipAction
         return run
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer the commands of an active run while there is one, and the demo while there is none."""
+        is_active = self.app.system_status.active is not None
+        if action in ("pause", "stop", "demo"):
+            return is_active == (action != "demo")
+        return super().check_action(action, parameters)
+
     async def action_next(self) -> None:
         """Carry out the suggested step."""
         if self.suggestion is not None and not self.downloading_demo:
@@ -241,6 +249,24 @@ class HomeScreen(WorkScreen):
         from qlora_tui.tui.screens.train.screen import show_run
 
         await show_run(self.app, self._last_run)
+
+    async def action_pause(self) -> None:
+        """Watch the active run, and ask whether to pause it."""
+        screen = await self._watch_active_run()
+        screen.action_pause()
+
+    async def action_stop(self) -> None:
+        """Watch the active run, and ask whether to stop it."""
+        screen = await self._watch_active_run()
+        screen.action_stop()
+
+    async def _watch_active_run(self) -> TrainScreen:
+        from qlora_tui.tui.screens.train.screen import TrainScreen
+
+        await self.action_watch()
+        if not isinstance(self.app.screen, TrainScreen):
+            raise SkipAction
+        return self.app.screen
 
     async def action_resume(self) -> None:
         """Queue the last run to be resumed, and watch it."""
@@ -402,6 +428,7 @@ class HomeScreen(WorkScreen):
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
         self.set_class(is_new, "-first")
+        self.refresh_bindings()
         self.query_one("#models-panel").display = facts.models is not None
         # If there are models to choose from, Tab must move to their list.
         self.query_one("#home").can_focus = facts.models is None
