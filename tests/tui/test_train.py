@@ -354,6 +354,8 @@ def test_loss_and_time_left_are_large_in_a_large_window(set_clock: SetClock) -> 
     loss, left = key_figures(snapshot)
     assert f"{loss.value}   {left.value} left" in small[1].plain
     assert len(large) == 3 and large[0].plain[2] in "█▀▄" and loss.value not in large[1].plain
+    ended = RunFollower(write_fake_run(FakeRun(state="finished", steps=600, total=600))).poll()
+    assert "best validation loss     at step" in header_lines(ended, BEGAN + 2000, 150, 3)[-1].plain
     failed = RunFollower(write_fake_run(FakeRun(state="failed", steps=640))).poll()
     assert not key_figures(failed), "its cause comes first"
     assert "best validation loss" in header_lines(failed, BEGAN + 2000, 150, 4)[1].plain

@@ -112,7 +112,9 @@ def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) ->
         return [_progress_line(snapshot, width), Content("  ").join(filter(None, (known, rest)))]
     large = large_figures(figures)
     room = width - large[0].cell_length - len(_GAP)
-    lines = [_progress_line(snapshot, room), *fitted(facts(snapshot, now), room, 2)]
+    first, second = fitted(facts(snapshot, now), room, 2)
+    # A single line of facts is next to the labels of the figures, which it continues.
+    lines = [_progress_line(snapshot, room), *((first, second) if second else (second, first))]
     return [Content.assemble(left, _GAP, right) for left, right in zip(large, lines, strict=True)]
 
 
