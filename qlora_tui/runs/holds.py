@@ -27,7 +27,7 @@ class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     cause: Cause
     until: UnixTime | None = None
-    """Unix time at which the hours begin; None for other causes."""
+    """Unix time at which the training hours begin; None for other causes."""
     program: str = ""
     """Name of the program that uses the GPU."""
     pid: Count = 0

@@ -139,9 +139,9 @@ class QloraApp(ThemedApp):
         tell("The model's structure was read")
 
     def watch_verdict(self) -> Callable[[str], None]:
-        """Return a function that notifies the user if the recipe's verdict on memory has changed since this
-        call, with its argument as the reason. The function does nothing if the recipe or the available memory
-        has changed.
+        """Return a function that is called with a reason. If the recipe's verdict on memory has changed since
+        :meth:`watch_verdict` was called, the function notifies the user of the new verdict and the reason. It
+        does nothing if the recipe or the available memory has changed.
         """
         recipe, budget = self.workbench.recipe, self.memory_budget
         before = self.workbench.verdict(budget)
@@ -204,7 +204,7 @@ class QloraApp(ThemedApp):
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The device to plan for, and its memory: a GPU of the size in the user's settings if they have a
+        """The device to plan for, and its memory: a GPU of the size in the user's settings if these have a
         size, otherwise this machine's GPU or CPU.
         """
         from qlora_tui.memory.budget import budget_for

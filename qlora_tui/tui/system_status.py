@@ -66,7 +66,7 @@ class SystemStatus:
     other_gpu_metrics: tuple[GpuMetrics | None, ...] = ()
     """A reading of each GPU in :attr:`other_gpus`; None for a GPU that does not respond."""
     gpu_choice: str = ""
-    """Why this GPU was selected among several; empty if there is only one."""
+    """Why this GPU was selected among several; empty if there is only one GPU."""
     no_gpu: GpuUnavailableError | None = None
     """Why there is no GPU, or why the GPU does not respond; None if the GPU responds."""
     gpu_problem: UserError | None = None
@@ -90,7 +90,7 @@ class SystemStatus:
     exports: tuple[RunningExport, ...] = ()
     """Exports that are being written, of all runs."""
     servers: tuple[ServerStatus, ...] = ()
-    """Running servers of adapters, which other programs send requests to."""
+    """Running servers, through which other programs use adapters."""
     ended_runs: tuple[RunNotification, ...] = ()
     """Notifications about runs that have ended since the last poll."""
     host: Host | None = None

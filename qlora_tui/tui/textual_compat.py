@@ -263,8 +263,8 @@ def full_update(screen: Screen[Any]) -> CompositorUpdate:
 def clear_style_caches() -> None:
     """Clear Textual's cache of colors, which also holds widgets that no longer exist (``_styles_cache.py``).
 
-    For up to a thousand widgets, this cache keeps in memory everything that the widget has painted: 160 kB
-    for a page of help.
+    This cache keeps in memory everything that up to a thousand widgets have painted: 160 kB for a page of
+    help.
     """
     clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
     if clear is not None:

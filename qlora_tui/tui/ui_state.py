@@ -22,7 +22,7 @@ class UiState(Struct, frozen=True, omit_defaults=True):
     """Contents of ``ui_state.json``."""
 
     recent: Mapping[Kind, tuple[str, ...]] = {}
-    """Recently used paths and texts by their kind, newest first."""
+    """Recently used paths and texts, newest first, by what they are for, such as ``models``."""
     last_seen: float = 0.0
     """Unix time when the app was last in use. Runs that ended after it are announced at the next start."""
     download_bytes_per_s: float = 0.0

@@ -31,9 +31,11 @@ multiplied by this factor.
 """
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _FEW_STEPS = 10.0
-"""Minimum length of the axis of a run that has more steps to train."""
+"""Minimum length, in steps, of the x axis of a run that has more steps to train."""
 _END_GRAINS = 40
-"""The axis of steps ends at a multiple of at least this part of its length."""
+"""Maximum number of parts that the axis of steps is divided into to find its end. The axis ends at the end of
+a part.
+"""
 _FAR = 1e30
 _EPSILON = 1e-12
 """Smallest value or range that an axis is scaled to, so that its arithmetic stays finite."""

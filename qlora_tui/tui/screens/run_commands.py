@@ -69,8 +69,8 @@ class RunCommands(WorkScreen):
         open_folder(self.app, self.target_run.path)
 
     def action_copy(self, verb: str) -> None:
-        """Copy the command that shows the run in a terminal if ``verb`` is ``attach``; otherwise, the command
-        ``verb`` with the run's recipe, such as ``train``.
+        """Copy a command for a terminal. If ``verb`` is ``attach``, the command shows the run. For another
+        verb, such as ``train``, the command applies the verb to the run's recipe.
         """
         run = self.target_run
         words = run.id if verb == "attach" else str(run.recipe_path)

@@ -66,11 +66,11 @@ class AdapterPair:
 
     @classmethod
     def of(cls, adapter_names: tuple[str, ...]) -> AdapterPair:
-        """Return the pair of the base (left) and the newest adapter (right). Without an adapter, both sides
-        are the base.
+        """Return the pair of the base model (left) and the newest adapter (right). Without an adapter, both
+        sides are the base model.
 
         Args:
-            adapter_names: Names of the base, of the run's adapters, newest first, and of the run's GGUF
+            adapter_names: Names of the base model, of the run's adapters, newest first, and of the run's GGUF
                 files.
         """
         adapters = [adapter_name for adapter_name in adapter_names if adapter_name != BASE]

@@ -1,4 +1,6 @@
-"""The Chat screen: base and adapter answer the same prompt, computed from one copy of the base's weights."""
+"""The Chat screen: the base model and an adapter answer the same prompt, with one copy of the base model's
+weights.
+"""
 
 from __future__ import annotations
 
@@ -220,11 +222,13 @@ class ChatScreen(WorkScreen):
     # Which adapters, and how they answer
 
     def action_toggle_adapter(self) -> None:
-        """Let only the base answer if only the adapter answers now; otherwise only the adapter."""
+        """Let only the left adapter answer if only the right adapter answers now; otherwise, let only the
+        right adapter answer.
+        """
         self._choose(self.conversation.pair.switched())
 
     def action_split(self) -> None:
-        """Let only the adapter answer if both answer now; otherwise both, in two columns."""
+        """Let only the right adapter answer if both answer now; otherwise, let both answer in two columns."""
         self._choose(self.conversation.pair.split())
 
     def action_next_adapter(self, side: str) -> None:

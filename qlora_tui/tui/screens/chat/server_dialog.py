@@ -43,8 +43,8 @@ _NOTHING = "No run has an adapter to serve yet."
 
 
 class ServerScreen(TextDialog[None], OnQloraApp):
-    """Shows the running server or, if no server is running, offers to start a server for all runs with the
-    base model of the chat.
+    """Shows the running server or, if no server is running, offers to start a server for all runs that have
+    the same base model as the chat.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [_TOGGLE, _COPY, _CLOSE]

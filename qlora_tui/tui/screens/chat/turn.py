@@ -420,7 +420,7 @@ def answer_title(adapter_name: str, words: str) -> Content:
 
 
 def adapter_style(adapter_name: str) -> str:
-    """Return the style of an adapter's name: the color of training or, for the base, the normal text
+    """Return the style of an adapter's name: the color of training or, for the base model, the normal text
     color.
     """
     return "$foreground" if adapter_name == BASE else "$training"

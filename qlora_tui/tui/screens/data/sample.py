@@ -31,8 +31,8 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 Place: TypeAlias = tuple[str, int]
 """(path, row number) of a row. An empty path means the source's first file."""
 Changes: TypeAlias = Sequence[tuple[float, float]]
-"""(loss before training, loss after training) of each token in the loss, by which the token is shaded; empty
-if the losses were not measured.
+"""(loss before training, loss after training) of each token in the loss. The token is shaded by the change.
+Empty if the losses were not measured.
 """
 
 _EMPTY = (

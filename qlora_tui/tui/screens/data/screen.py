@@ -94,8 +94,8 @@ class DataScreen(SourceActions):
         preferences of this kind; empty if the source is not refused for this reason.
         """
         self._measured: MeasuredRows | None = None
-        """Losses of the source's rows before and after a run, by which tokens are shaded; None until the user
-        has listed the rows by their losses.
+        """Losses of the source's rows before and after a run. Tokens are shaded by the change. None until the
+        user has listed the rows by their losses.
         """
         self._measuring = False
         self._costs: list[LengthCost] = []

@@ -17,7 +17,7 @@ class HomeState:
     local_models: int
     """Number of models on this machine that can be trained."""
     verdict: str = ""
-    """Verdict on whether the recipe fits into memory, as its ``word``; empty if it is not known."""
+    """The ``word`` of the verdict on whether the recipe fits into memory; empty if there is no verdict."""
     model_error: str = ""
     """Why the model cannot be trained, in a few words; empty if no reason is known."""
     can_download: bool = False

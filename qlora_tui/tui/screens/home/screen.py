@@ -336,8 +336,8 @@ class HomeScreen(WorkScreen):
         self.on_descendant_focus()
 
     async def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Put the selected model into the recipe if it is on this machine; otherwise, offer to download
-        it.
+        """Put the selected model into the recipe if the model is on this machine; otherwise, offer to
+        download the model.
         """
         from qlora_tui.tui.screens.models.model_list import DEMO_LINE, LOCAL, STARTER
         from qlora_tui.tui.screens.models.screen import show_download

@@ -136,8 +136,8 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
 }
 """Ids of the commands that change each setting on the screen, by the setting's path."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Name of the glossary entry on a setting, by the setting's path, where the entry is not named like the
-setting.
+"""Name of a setting's glossary entry, by the setting's path, for settings whose entry has another name than
+the setting.
 """
 
 

@@ -1,4 +1,5 @@
-"""A model's linear modules as a table of kinds and layers, and a widget in which modules can be selected.
+"""A model's linear modules as a table, and a widget in which modules can be selected. The table has a row for
+each kind of module, such as ``q_proj``, and a column for each layer.
 
 The widget does not change the recipe: it posts :class:`ModuleGrid.Chosen` with the new selection, and shows
 the selection that the screen passes to :meth:`ModuleGrid.show`.
@@ -53,7 +54,7 @@ def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """All modules of one kind, or of all kinds, grouped by the columns of the table."""
+    """All modules of one kind, such as ``q_proj``, or of all kinds, grouped by the columns of the table."""
 
     name: str
     cells: tuple[tuple[LinearModule, ...], ...]
@@ -140,15 +141,17 @@ CELLS = {ALL: "━", SOME: "╌", NONE: "·"}
 CUSTOM = "◆"
 """Mark of a selected module with a rank or alpha of its own."""
 HEAD = -1
-"""Column of the cursor when it is on the name of a kind, which stands for all layers of the kind."""
+"""Column of the cursor when it is on the name of a kind of module. The name stands for the modules of this
+kind in all layers.
+"""
 LONGEST_KIND = 18
 _BOX_CELLS = 4
 """Width of ``[x] `` before a kind's name, in cells."""
 _TRAINED_CELLS = 7
 """Width of the number of trained parameters after a kind's shape, in cells."""
 _SHARE_CELLS, _BAR_CELLS = 6, 16
-"""Width of a kind's share of the trained parameters, and width of its bar, which only a wide window has, in
-cells.
+"""Widths, in cells, of a kind's share of the trained parameters, and of the bar next to it. Only a wide
+window has the bar.
 """
 _GAP_CELLS = 7
 """Width of the gap before the layers, in cells. In the line of titles, the gap has the word ``layer``."""

@@ -65,8 +65,8 @@ _FRAME = 4
 
 
 class QualityDialog(TextDialog[bool]):
-    """Dialog with the measured effects of quantization, in sentences. Returns whether to keep in 16 bits the
-    layers with the largest error.
+    """Dialog with the measured effects of quantization, in sentences. Returns whether to keep the layers with
+    the largest error in 16 bits.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [

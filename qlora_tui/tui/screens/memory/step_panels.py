@@ -133,7 +133,7 @@ def even_colors(widget: Widget) -> dict[str, str]:
 
 
 def part_of(key: str) -> BarPart:
-    """Return the part that has the item with this key."""
+    """Return the part of the bar that has the item with this key."""
     return next((part for part in PARTS if key in part.keys), PARTS[-1])
 
 
@@ -274,8 +274,8 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
     Args:
         estimate: The estimate.
         layers: Number of layers of the model.
-        short: Whether the line must fit 76 cells, and name the time of the peak, which is otherwise in the
-            timeline.
+        short: Whether the line must fit 76 cells, and name the time of the peak because there is no timeline
+            that names it.
     """
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:

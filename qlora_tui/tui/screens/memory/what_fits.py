@@ -69,9 +69,7 @@ a part of the name's column.
 
 @dataclass(frozen=True)
 class KeyEffect:
-    """What a key would do: the next value of its setting, and the change in the memory of the recipe, in
-    bytes.
-    """
+    """What a key would do: the next value of its setting, and the change in the recipe's memory in bytes."""
 
     value: Any
     bytes: int

@@ -384,7 +384,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Verdict:
-    """Return the verdict on the memory of the recipe with this model in place of its own."""
+    """Return the verdict on the memory that the recipe would need with this model."""
     estimated = estimate(_with_targets(model, recipe, budget.device), model, device=budget.device)
     return check_fit(estimated, budget.bytes)
 

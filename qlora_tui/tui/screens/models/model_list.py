@@ -116,7 +116,9 @@ class ListedModels:
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
     """Details of models on the Hub by id, for the models whose details have been fetched."""
     needs: dict[Path, Verdict] = field(default_factory=dict)
-    """Verdict on the memory of each model of this machine with the current recipe, by the model's path."""
+    """Verdict on the memory that each model of this machine needs with the current recipe, by the model's
+    path.
+    """
     licenses: dict[Path, str] = field(default_factory=dict)
     """License of each model of this machine by the model's path, from its model card."""
     starters: tuple[Starter, ...] = ()

@@ -221,13 +221,13 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         """Changes made since this window was opened, oldest first."""
         self._presets: list[Preset] = []
         self._verdicts: dict[str, Verdict] = {}
-        """Verdict on the memory of the recipe with each preset, by name of the preset; empty if the model is
-        unknown.
+        """Verdict on the memory that the recipe would need with each preset, by the preset's name; empty if
+        the model is unknown.
         """
         self._filter = ""
         self._forecasts: dict[str, Forecast | None] = {}
-        """Forecast of a run with each preset, by name of the preset, and of the unchanged recipe, with an
-        empty name. Names without an entry have not been estimated yet.
+        """Forecast of a run with each preset, by the preset's name. The empty name has the forecast for the
+        unchanged recipe. Names without an entry have not been estimated yet.
         """
 
     @property

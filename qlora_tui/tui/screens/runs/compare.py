@@ -80,8 +80,8 @@ _GENERAL_ANSWERS = {
     "refusals": "refused",
     "valid JSON": "valid JSON",
 }
-"""Rows that count answers to general prompts: name of the count, as in :func:`.general_answer_texts`, by
-label.
+"""Name of each count of answers to general prompts, as in :func:`.general_answer_texts`, by the label of its
+row.
 """
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _BETTER = " ✓"

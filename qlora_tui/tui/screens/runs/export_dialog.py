@@ -255,7 +255,7 @@ class ExportScreen(ModalScreen[None]):
             self.query_one(ViList).focus()
 
     def _get_base(self, base: Base) -> None:
-        """Ask whether to download the base on the Model screen, or say why it cannot be downloaded."""
+        """Ask whether to download the base model on the Model screen, or say why it cannot be downloaded."""
         from qlora_tui.tui.screens.models.screen import show_download
 
         def download(answer: bool | None) -> None:

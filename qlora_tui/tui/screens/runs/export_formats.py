@@ -48,7 +48,7 @@ Target: TypeAlias = Literal["File", "Folder", "Name", "Repository"]
 
 _NAMES: tuple[Target, ...] = ("Name", "Repository")
 _WITHOUT_BASE: tuple[Form, ...] = ("adapter", "hub-adapter")
-"""Forms that contain no weights of the base."""
+"""Forms that contain no weights of the base model."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Base:
 
 
 def base_of(run: RunDir) -> Base:
-    """Return the base of a run. Raises UserError if the run's recipe cannot be read."""
+    """Return the base model of a run. Raises UserError if the run's recipe cannot be read."""
     id_ = run.recipe().model.id
     try:
         architecture = find_files(id_).architecture
@@ -123,9 +123,7 @@ class ExportChoice:
     none.
     """
     missing_base: Base | None = None
-    """The base, if the format contains the base's weights and they cannot be used on this machine; otherwise
-    None.
-    """
+    """The base model, if the format contains its weights and this machine cannot use them; otherwise None."""
 
     @property
     def size(self) -> str:
@@ -154,10 +152,10 @@ def export_choices(
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
-    """Return the formats, those that this machine can write first, and then most useful first.
+    """Return the formats, the most useful first, but formats that this machine cannot write last.
 
     Args:
-        base: The base of the run.
+        base: The base model of the run.
         budget: Memory in which a GGUF file is meant to run.
         adapter_bytes: Size of the adapter; None if unknown.
         file_type: Type of the GGUF files.
@@ -244,7 +242,9 @@ def export_choices(
 
 
 def describe_choice(choice: ExportChoice) -> str:
-    """Return sentences on a format or, if the base that it needs cannot be used, on how to get the base."""
+    """Return sentences on a format or, if the format needs the base model and this machine cannot use it, on
+    how to get the base model.
+    """
     base = choice.missing_base
     if base is None or base.refusal is None:
         return f"{choice.detail}\n{_free_space(choice)}".rstrip()

@@ -168,11 +168,11 @@ _COLUMNS: tuple[Column[RunSummary], ...] = (
         is_sentence=True,
     ),
 )
-"""Columns of the list, to the right of the mark and the state, except the settings that the runs do not
-share.
+"""Columns of the list, to the right of the column with mark and state, without the column for the settings in
+which the runs differ.
 """
 _SETTINGS = 4
-"""Index of the column with the settings."""
+"""Index at which the column for the settings is inserted into the columns."""
 
 
 class RunTable(LineView):

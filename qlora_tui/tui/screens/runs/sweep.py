@@ -58,7 +58,7 @@ _WHOLE = 100.0
 _OTHER, _UNCHANGED, _WINNER = "•○★"
 """Marks of evaluations: of other trials, of the unchanged recipe, and of the winner."""
 _WORDS = 24
-"""Minimum width of the outcomes of trials, in cells, if one of them is at least this long."""
+"""Minimum width, in cells, of the column with the trials' outcomes, if an outcome is at least this long."""
 _STYLES: dict[Outcome, str] = {
     "waiting": "$text-muted",
     "training": "bold $primary",
@@ -347,8 +347,8 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
 
 def sweep_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses by percentage of the steps, from the first loss on. It has a mark
-    for each evaluation of a trial, with a line between those of one trial, and the same for one run of the
-    unchanged recipe. The winner is brightest.
+    for each evaluation of a trial, and a line through the marks of each trial. One run of the unchanged
+    recipe is drawn in the same way. The winner is brightest.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}

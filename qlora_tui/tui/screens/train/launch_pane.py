@@ -164,8 +164,8 @@ class LaunchPane(Vertical, OnQloraApp):
         self._checks: tuple[Check, ...] = ()
         self._preset: Recipe | None = None
         self._shows_all = False
-        """Whether the user has reversed the default, by which passed checks are listed one by one in a very
-        wide window, and share one line in a smaller window.
+        """Whether the user has reversed the default. By default, passed checks are listed one by one in a
+        very wide window, and share one line in a smaller window.
         """
 
     def compose(self) -> ComposeResult:

@@ -169,7 +169,7 @@ class TrainScreen(RunCommands):
 
     @property
     def _is_held(self) -> bool:
-        """Whether the run being watched gave up its GPU because of the permitted hours or another program."""
+        """Whether the run being watched gave up its GPU because of the training hours or another program."""
         hold = self.snapshot.status.hold if self.snapshot else None
         return hold is not None and hold.has_left
 
