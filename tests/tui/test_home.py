@@ -34,7 +34,7 @@ from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import reader as home_reader
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
-from qlora_tui.tui.screens.home.panel_lines import ROW_SHAPES, HomeLayout, run_lines
+from qlora_tui.tui.screens.home.panel_lines import ROW_SHAPES, HomeLayout, numbers_lines, run_lines
 from qlora_tui.tui.screens.home.reader import HomeReader
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.models import downloads
@@ -99,6 +99,13 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
     assert wide.endswith("then next-one")
     large = run_lines(summary, False, BEGAN, replace(layout, left=100, is_large=True))
     assert len(large) == 6 and large[3].plain[0] in "█▀▄" and "min left" in large[-1].plain
+
+
+def test_validations_are_newest_first_and_only_a_notable_rise_is_a_warning() -> None:
+    summary = replace(summarize(write_fake_run(FakeRun())), evaluations=((1, 2.0), (2, 2.004), (3, 2.1)))
+    lines = numbers_lines(summary, HomeLayout(100, 60, 40, is_compact=False))
+    assert [line.plain.split()[1] for line in lines] == ["3", "2", "1"]
+    assert ["$warning" in str(line.spans) for line in lines] == [True, False, False]
 
 
 @pytest.mark.parametrize(

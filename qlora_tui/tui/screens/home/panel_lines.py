@@ -82,6 +82,8 @@ settings.
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
+_NOTABLE_RISE = 0.01
+"""Smallest rise of the validation loss, as a share of the loss, in the color of warnings."""
 _WAY = (
     ("go.models", "choose a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
     ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
@@ -515,14 +517,14 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
 
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
-    """Return a line for each of the last ``count`` evaluations: the loss, and its change since the previous
-    evaluation as a number and a bar. An example is ``step 20   3.032  -0.297 ▄▄▄``.
+    """Return a line for each of the last ``count`` evaluations, newest first: the loss, and its change
+    since the previous evaluation as a number and a bar. An example is ``step 20   3.032  -0.297 ▄▄▄``.
     """
     evaluations = [(step, round(loss, 3)) for step, loss in summary.evaluations[-count - 1 :]]
     changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]
     most = max(map(abs, filter(math.isfinite, changes)), default=0.0) or 1.0
     lines = []
-    for (step, loss), change in list(zip(evaluations, changes, strict=False))[-count:]:
+    for (step, loss), change in list(zip(evaluations, changes, strict=False))[-count:][::-1]:
         best = summary.best is not None and step == summary.best[1]
         line = Content.assemble(
             (f"{f'step {step:,}':<10}", "dim"),
@@ -530,7 +532,7 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
             (BEST if best else " ", "$validation bold"),
         )
         if math.isfinite(change):
-            style = "$validation" if change <= 0 else "$warning"
+            style = "$warning" if change > _NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
             line += Content.styled(f" {format_loss_change(change):>6} ", "" if change <= 0 else style)
             line += Content.styled("▄" * round(abs(change) / most * max(0, width - line.cell_length)), style)
         lines.append(line)

@@ -48,11 +48,11 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
+    SIGNS,
     batch_words,
     format_ago,
     preference_words,
     result_label,
-    state_bar,
     targets_words,
 )
 from qlora_tui.tui.render.meters import labeled, sparkline
@@ -301,9 +301,9 @@ class RunTable(LineView):
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
         sign, word, style = result_label(row.status, row.defect)
         if row.id in self._waiting:
-            word = f"queue {self._waiting.index(row.id) + 1}"
-        bar = state_bar(row.status, row.defect)
-        return Content.assemble(bar, (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
+            # One color for the queue: sign and reason say what a run waits for.
+            word, style = f"queue {self._waiting.index(row.id) + 1}", SIGNS["queued"][1]
+        return Content.assemble(("▌", style), (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
 
 
 _LABEL = 10
