@@ -83,8 +83,8 @@ class QloraApp(ThemedApp):
         self._monitor: BoxMonitor | SystemMonitor | None = None
         self.disk_faults = DiskFaults()
         self.deleted_runs: list[str] = []
-        """Ids of the runs that the user has deleted since the app started and has not restored, in order of
-        deletion.
+        """Ids of runs that the user has deleted since the app started, in order of deletion, without restored
+        runs.
         """
         self.counts = 0
         """Number of times that the recipe's samples were counted. When this number increases, screens replace

@@ -61,7 +61,7 @@ class Entry:
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
-    """Factor on this entry's score, which ranks the results of a search."""
+    """Factor on this entry's score. The score ranks the results of a search."""
 
 
 class Palette(CommandPalette):
@@ -118,8 +118,8 @@ class CommandProvider(Provider):
         return partial(_use, entry)
 
     def _commands_here(self) -> Iterator[Entry]:
-        """Yield the commands that are available now. Commands that stop or remove something come after the
-        screen's other commands, so that Enter does not run one by accident.
+        """Yield the commands that are available now. A command that stops or removes something comes after
+        the screen's other commands, so that Enter does not run it by accident.
         """
         here = self.screen.SCREEN_COMMANDS if isinstance(self.screen, WorkScreen) else ()
         for command in (*sorted(here, key=lambda command: command.ends), *EVERYWHERE):

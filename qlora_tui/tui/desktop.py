@@ -51,12 +51,12 @@ def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str
 
 
 def set_title(text: str) -> str:
-    """Return the escape sequence that sets the window's title (OSC 2), which tmux understands."""
+    """Return the escape sequence (OSC 2) that sets the window's title. tmux understands this sequence."""
     return f"\x1b]2;{_printable(text)}\a"
 
 
 def notification_escape(text: str) -> str:
-    """Return the escape sequence for a desktop notification (OSC 9), which not every terminal supports."""
+    """Return the escape sequence (OSC 9) for a desktop notification. Not every terminal supports it."""
     osc = f"\x1b]9;{_printable(text)}\a"
     return _for_tmux(osc) if os.environ.get("TMUX") else osc
 

@@ -116,8 +116,8 @@ class SystemMonitor:
         no run is waiting or a runner is active.
         """
         self._has_looked_after_sweeps = False
-        """Whether this monitor has started a runner, which also continues sweeps that were killed before they
-        queued a run.
+        """Whether this monitor has started a runner. A runner also continues sweeps that were killed before
+        they queued a run.
         """
 
     def poll_and_recover(self) -> SystemStatus:

@@ -261,7 +261,7 @@ def full_update(screen: Screen[Any]) -> CompositorUpdate:
 
 
 def clear_style_caches() -> None:
-    """Clear Textual's cache of colors, which also holds widgets that no longer exist (``_styles_cache.py``).
+    """Clear Textual's cache of colors (``_styles_cache.py``). It also holds widgets that no longer exist.
 
     This cache keeps in memory everything that up to a thousand widgets have painted: 160 kB for a page of
     help.
@@ -274,7 +274,7 @@ def clear_style_caches() -> None:
 class CachedStylesheet(Stylesheet):
     """A stylesheet that parses each source only once, until a color changes.
 
-    Textual parses all of the app's style sheets again whenever a screen adds its own (PR 2744), which delays
+    Textual parses all of the app's style sheets again whenever a screen adds its own (PR 2744). This delays
     the first key on that screen. Textual also clears its cache of parsed sheets (PR 3575) each time the
     variables are set, even to the same values.
     """

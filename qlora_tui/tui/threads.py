@@ -1,4 +1,4 @@
-"""Long-running work in a thread, which ends when its worker is canceled or when a key stops it."""
+"""Long-running work in a thread. The work ends when its worker is canceled, or when a key stops it."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def recent(kind: Kind) -> tuple[str, ...]:
 
 
 def recent_paths(kind: Kind) -> list[Path]:
-    """Return those of the recent paths of a kind that still exist, newest first."""
+    """Return the recent paths of a kind, newest first, without paths that no longer exist."""
     return [path for path in map(Path, recent(kind)) if _exists(path)]
 
 

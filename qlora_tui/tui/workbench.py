@@ -132,7 +132,8 @@ class Workbench:
         """Record that the recipe was saved as preset ``name``. The recipe does not change, so there is
         nothing to undo.
 
-        Returns the name and recipe of the former base preset, for :meth:`undo_saved_as`.
+        Returns the name and recipe of the preset that the recipe was based on before, for
+        :meth:`undo_saved_as`.
         """
         previous_preset = self._now.preset, self._now.preset_recipe
         self._now = _EditState(self.recipe, name, self.recipe)

@@ -228,8 +228,8 @@ class FitLine:
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """Return the line. If ``width`` has room, it includes a bar of at most ``max_bar`` cells, and a note
-        if the available memory is assumed.
+        """Return the line. If ``width`` allows, the line includes a bar of at most ``max_bar`` cells, and a
+        note if the available memory is assumed.
         """
         figures, free = self._figures, width - self.least_width - 1
         if self._is_assumed and free >= len(_ASSUMED) + _MIN_BAR:

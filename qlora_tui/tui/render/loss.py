@@ -41,7 +41,7 @@ LEAST_CHART = 7
 drawn.
 """
 STEP_DOTS = "· step"
-"""Item of the legend for the loss of each step, which a sparkline lacks."""
+"""Item of the legend for the loss of each step. The legend of a sparkline does not have this item."""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"

@@ -60,7 +60,7 @@ _ANSWER_LINES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RunCard:
-    """Texts and figures on a card, which also shows the loss curve."""
+    """Texts and figures on a run card. The card also shows the loss curve."""
 
     model: str
     data: str

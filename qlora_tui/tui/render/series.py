@@ -275,8 +275,8 @@ def without_lag(xs: Sequence[float], means: Sequence[float], window: float) -> a
 def smooth(values: Sequence[float], window: float) -> array[float]:
     """Return the mean around each value, weighted by β^|d| at distance d, where β = 1 - 1 / window.
 
-    The last mean is that of :class:`BiasCorrectedEma`. A value that is not finite counts as the mean of the
-    values before it; before the first finite value, the mean is NaN.
+    The last mean equals the mean of :class:`BiasCorrectedEma`. A value that is not finite counts as the mean
+    of the values before it; before the first finite value, the mean is NaN.
     """
     return without_lag(range(1, len(values) + 1), BiasCorrectedEma(window).smooth(values), window)
 

@@ -189,9 +189,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self.refresh_now()
 
     def refresh_now(self) -> None:
-        """Show the current recipe and system status, which may have changed while another screen was
-        shown.
-        """
+        """Show the current recipe and system status. Both may have changed while another screen was shown."""
         self._recipe_changed(self.app.workbench.recipe)
         self._system_status_changed(self.app.system_status)
 

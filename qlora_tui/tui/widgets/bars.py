@@ -233,7 +233,7 @@ class CommandFooter(Drawing):
         self._choose()
 
     def _laid_out(self, screen: Screen[object]) -> None:
-        """Choose the keys again if the panels show other keys after a layout, which is rare."""
+        """Choose the keys again if the panels show other keys after a layout. This is rare."""
         named = _named_commands(screen)
         if named != self._named:
             self._named = named

@@ -100,7 +100,7 @@ class ViList(OptionList):
     def get_visual_style(self, *component_classes: str, partial: bool = False) -> VisualStyle:
         """Return the style of the list's lines for these component classes, including ``reverse``.
 
-        Textual omits ``reverse``, which marks the cursor on terminals with few colors.
+        On terminals with few colors, ``reverse`` marks the cursor, but Textual omits it.
         """
         style = super().get_visual_style(*component_classes, partial=partial)
         is_reversed = any(self.get_component_styles(name).text_style.reverse for name in component_classes)
@@ -241,7 +241,9 @@ class Drawing(Widget):
             self.redraw()
 
     def redraw(self) -> None:
-        """Draw again and repaint the lines that differ, which costs half as much as repainting everything."""
+        """Draw again, and repaint only the lines that differ. This costs half as much as repainting
+        everything.
+        """
         if not self.is_mounted:
             return
         height, width = self.styles.height, self.size.width

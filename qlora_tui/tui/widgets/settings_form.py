@@ -66,7 +66,9 @@ class SettingPicked(Message):
 
 @dataclass(frozen=True)
 class SettingGroup:
-    """Settings under a title, which the user can open and fold. A group without a title is always open."""
+    """Settings under a title. The user can open and fold such a group. A group without a title is always
+    open.
+    """
 
     title: str
     fields: tuple[Field, ...]

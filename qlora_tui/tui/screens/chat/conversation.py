@@ -169,7 +169,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 
     async def on_unmount(self) -> None:
-        """End the engine, which frees the model's memory, when the screen is removed."""
+        """When the screen is removed, end the engine. This frees the model's memory."""
         # Cancel the workers that wait for answers, since they would write into widgets that no longer exist.
         self.workers.cancel_node(self)
         await self.engine.kill()

@@ -145,7 +145,9 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """When a server loads or unloads a model, update the header, which names such a server."""
+        """When a server loads or unloads a model, update the header, because it names a server that has a
+        model.
+        """
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None
         if held != self._held_by_server and not self.conversation.busy:

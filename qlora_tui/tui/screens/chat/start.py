@@ -243,9 +243,10 @@ def start_lines(
 
 
 def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
-    """Return a heading, and each prompt that fits with its recorded answers side by side. All answers are
-    shown if they fit in one or more rows; otherwise, those that fit in one row. If fewer than
-    :data:`_ENOUGH_WHOLE` prompts fit with their whole answers, answers are shortened.
+    """Return a heading, and each prompt that fits with its recorded answers side by side. If all prompts fit
+    with all their answers, in one or more rows for each prompt, all of them are shown. Otherwise, each prompt
+    has as many answers as fit in one row. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their whole
+    answers, answers are shortened.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)

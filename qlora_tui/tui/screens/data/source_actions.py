@@ -131,7 +131,9 @@ class SourceActions(WorkScreen):
         self.notify_undoable(f"Removed {Path(source.path).name}.")
 
     def action_weight(self) -> None:
-        """Ask for the weight of the selected source, which says how often its rows are repeated."""
+        """Ask for the weight of the selected source. The weight says how often the source's rows are
+        repeated.
+        """
         source = self._selected
         field = source_fields()["weight"]
 

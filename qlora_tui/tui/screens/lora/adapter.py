@@ -280,7 +280,8 @@ class MemoryDeltas:
 def memory_deltas(
     recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
 ) -> MemoryDeltas | None:
-    """Return the differences in memory, from three estimates, which take about 20 ms. ``base``: the preset.
+    """Return the differences in memory. The three estimates for them take about 20 ms in total. ``base``: the
+    preset.
 
     Return None if the model lacks target modules of the recipe or of the preset.
     """

@@ -59,7 +59,7 @@ from qlora_tui.worker import Progress
 SETTLED_S = 0.15
 """Seconds without a key press after which the slow computations start."""
 TRACE_SETTLED_S = 0.6
-"""Seconds without a key press after which a step is traced, which takes a second or more."""
+"""Seconds without a key press after which a step is traced. A trace takes a second or more."""
 _FRAME = 4
 """Width of a panel's border and padding, in cells."""
 

@@ -48,9 +48,9 @@ from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
 
 HALVED_SETTINGS = ("data.max_length", "training.micro_batch_size", "lora.rank")
-"""Settings with two keys on the Memory screen, which double and halve the value."""
+"""Settings with two keys on the Memory screen: one key doubles the value, the other halves it."""
 CYCLED_SETTINGS = ("lora.target_modules", "training.gradient_checkpointing")
-"""Settings with one key on the Memory screen, which selects the next of several values."""
+"""Settings with one key on the Memory screen. The key selects the next of several values."""
 METHOD_OF_PRECISION = {"nf4": "nf4", "int8": "int8", "fp16": "none"}
 """Value of ``quantization.method`` for each precision."""
 TARGETS: tuple[tuple[str, ...], ...] = (
@@ -204,7 +204,8 @@ def settings_table(
     width: int,
 ) -> Content:
     """Return a line for each setting: its value, the largest value that fits, and the change in memory that
-    its key would make. Largest value and change assume that all other settings are unchanged.
+    its key would make. The largest value and the change in memory assume that all other settings are
+    unchanged.
 
     Args:
         recipe: The recipe.
@@ -260,8 +261,8 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """Return the change in memory, such as ``-102 MiB`` or ``no change``. Without an effect, return ``–`` if
-    effects have been computed (``is_known``), otherwise ``…``.
+    """Return the change in memory, such as ``-102 MiB`` or ``no change``. If ``change`` is None, return ``–``
+    if changes have been computed (``is_known``), otherwise ``…``.
     """
     if change is None:
         return "–" if is_known else "…"

@@ -139,7 +139,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
-        """Close the dialog with the folder that is listed, which stands for all its files."""
+        """Close the dialog with the listed folder. The folder stands for all its files."""
         self.dismiss(self._folder)
 
     def _open(self, path: Path) -> None:

@@ -140,7 +140,7 @@ class ModelSide(Vertical):
     """The facts about one model, and its memory, which is estimated in a thread."""
 
     def __init__(self, parts: PartsPanel) -> None:
-        """Create the panels. ``parts``: the panel with the parts of the memory, which is elsewhere on the
+        """Create the panels. ``parts``: the panel with the parts of the memory. It is elsewhere on the
         screen.
         """
         super().__init__(id="model-side")

@@ -45,7 +45,7 @@ _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
 step.
 """
 _BYTES_PER_WEIGHT = 2
-"""Bytes per weight in a model's files on the Hub, which have 16-bit weights."""
+"""Bytes per weight in a model's files on the Hub, where weights have 16 bits."""
 _UNKNOWN = "–"
 """Placeholder for an unknown value."""
 

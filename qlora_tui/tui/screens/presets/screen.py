@@ -259,9 +259,7 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._show_preview()
 
     def on_option_list_option_selected(self) -> None:
-        """Open the selected preset, which leaves the recipe's model and data unchanged, and close the
-        window.
-        """
+        """Open the selected preset, and close the window. The recipe's model and data stay unchanged."""
         if self.current is not None and open_preset(self.app, self.current.name):
             self.dismiss()
 

@@ -71,7 +71,7 @@ class ComparedRun:
     envelope: Envelope
     """Smoothed training loss, by tokens trained."""
     outcome: Mapping[str, Outcome]
-    """Results by label of their row. A row that is empty for all compared runs is not shown."""
+    """Results by label of their row. A row without a result for any compared run is not shown."""
 
 
 _GENERAL_ANSWERS = {

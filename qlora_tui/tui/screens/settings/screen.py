@@ -1,5 +1,5 @@
-"""The window for the settings of the app, such as the theme, notifications and folders, which are saved in
-config.toml.
+"""The window for the settings of the app, such as the theme, notifications and folders. The settings are
+saved in config.toml.
 """
 
 from __future__ import annotations

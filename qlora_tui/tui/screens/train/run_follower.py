@@ -50,8 +50,8 @@ LONG_BYTES = 8 << 20
 _SAMPLE_STEPS = 10_000
 """Number of steps that are read from an event log of more than :data:`LONG_BYTES`."""
 _RECENT_STEPS = 100
-"""Number of steps that the :class:`RunView` keeps, which is more than it needs to compute the pace. Earlier
-steps are kept only in a decimated series.
+"""Number of steps that the :class:`RunView` keeps, more than it needs to compute the pace. Earlier steps are
+kept only in a decimated series.
 """
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""

@@ -59,7 +59,9 @@ _MIN_BAR = 8
 _STEP_BAR = 8
 """Width of the progress bar within a step, in cells."""
 _LONG_STEP_S = 5.0
-"""Minimum duration of a step, in seconds, for showing its micro-batches, which flicker in shorter steps."""
+"""Minimum duration of a step, in seconds, for showing its micro-batches. In shorter steps, they would
+flicker.
+"""
 _MAX_DETAIL = 48
 """Maximum width of a phase's detail, such as a model's path, in cells."""
 _ENDINGS = {

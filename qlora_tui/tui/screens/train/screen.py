@@ -486,7 +486,7 @@ class TrainScreen(RunCommands):
         self.query_one(LivePane).show_tab(name)
 
     def action_zoom(self, direction: int) -> None:
-        """Halve (1) or double (-1) the range of steps in the graphs, which ends at the last step."""
+        """Halve (1) or double (-1) the range of steps in the graphs. The range ends at the last step."""
         self._zoom = min(max(self._zoom + direction, 0), _MAX_ZOOM)
         self.poll_now()
 

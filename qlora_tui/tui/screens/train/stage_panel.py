@@ -1,4 +1,4 @@
-"""The stages of a run before its first step, which the live pane shows in place of the graph."""
+"""The stages of a run before its first step. The live pane shows the stages in place of the graph."""
 
 from __future__ import annotations
 
