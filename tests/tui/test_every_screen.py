@@ -46,11 +46,11 @@ async def test_a_digit_typed_while_a_screen_opens_switches_screens(private_home:
 async def test_a_key_is_named_in_panel_or_footer_and_a_click_on_it_presses_it(private_home: Path) -> None:
     app = open_on("models", model=readable_model(private_home))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        footer = (await wait_for_text(pilot, "/ search", *WAY_OUT)).splitlines()[-1]
-        assert "Download" not in footer and "Search" not in footer
+        footer = (await wait_for_text(pilot, "r rescan", *WAY_OUT)).splitlines()[-1]
+        assert "/ Search" in footer and "Download" not in footer and "Rescan" not in footer
         for words, shown in (
             ("u undo", "Nothing to undo"),
-            ("o open path", "Open a model"),
+            ("o Open path", "Open a model"),
             ("? Help", "Esc close"),
         ):
             # Its panel grows with the list of models.

@@ -138,15 +138,16 @@ async def search_tiny(pilot: Pilot[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_good_first_models_begin_with_the_largest_that_leaves_half_of_the_memory() -> None:
+def test_the_largest_first_model_that_leaves_half_of_the_memory_is_before_the_others_by_size() -> None:
     budget = budget_for(None, 12 << 30)
     demo, *listed = model_list.starters(Recipe(), budget)
     assert demo.is_demo and demo.verdict.word == "fits"
-    is_small = [each.verdict.needed_bytes <= budget.bytes / 2 for each in listed]
-    assert is_small == sorted(is_small, reverse=True) and not all(is_small)
-    sizes = [each.architecture.total_params for each in listed]
-    count = sum(is_small)
-    assert sizes == sorted(sizes[:count], reverse=True) + sorted(sizes[count:])
+    recommended, *others = [each.architecture.total_params for each in listed]
+    small = [each for each in listed if each.verdict.needed_bytes <= budget.bytes / 2]
+    assert 1 < len(small) < len(listed) and recommended == max(
+        each.architecture.total_params for each in small
+    )
+    assert others == sorted(others)
 
 
 async def test_a_model_to_start_with_is_found_or_downloaded(

@@ -242,7 +242,7 @@ class HomeReader:
                 with suppress(UserError):
                     if model.architecture is not None:
                         needs[model.path] = need(model.architecture, recipe, budget)
-            listed = ListedModels(local=local, needs=needs, starters=starters(recipe, budget), budget=budget)
+            listed = ListedModels(local=local, needs=needs, starters=starters(recipe, budget))
             self._to_choose = (key, listed)
         return self._to_choose[1]
 

@@ -69,9 +69,7 @@ _PARTS_HEIGHT = 38
 """Minimum height of the window, in rows, at which there is a bar with the parts of the memory for each
 length.
 """
-_BATCHES_HEIGHT = 50
-"""Minimum height of the window, in rows, at which there is also a bar for each micro-batch size."""
-_RANKS_HEIGHT = 58
+_RANKS_HEIGHT = 50
 """Minimum height of the window, in rows, at which there is also a bar for each rank."""
 _NAME_CELLS = 13
 
@@ -125,13 +123,12 @@ class PartsPanel(Panel):
         super().__init__("Memory", self._lines, id="parts-panel")
 
     def show(self, fit: ModelFit) -> None:
-        """Show a bar for each length and, if the window is high enough, for each micro-batch size and each
-        rank.
+        """Show a bar for each length and, if the window is high enough, for each rank. Micro-batches of as
+        many tokens would have the bars of the lengths.
         """
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
         groups = {"length": fit.lengths}
         rows = self.screen.size.height
-        groups |= {"micro-batch": fit.batches} if rows >= _BATCHES_HEIGHT else {}
         groups |= {"rank": fit.ranks} if rows >= _RANKS_HEIGHT else {}
         self._lines.show(partial(parts_lines, groups, fit, has_even_colors(self)))
 

@@ -81,7 +81,7 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
     fit. If no model of the list fits, only its first model, the smallest, is included.
 
     Of the models that fit, the largest that leaves half of the memory free for longer sequences and other
-    programs comes first, followed by smaller models, and then by larger models. Call this in a thread.
+    programs comes first, because it is recommended; the others are sorted by size. Call this in a thread.
     """
     file, all_models = starter_file(), []
     for model in (file.demo, *file.models):
@@ -99,8 +99,10 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
         and not (on_cpu and starter.architecture.total_params > _MAX_STARTER_PARAMETERS_ON_CPU)
     ]
     small = [each for each in fitting if each.verdict.needed_bytes <= budget.bytes / 2]
-    large = [each for each in fitting if each not in small]
-    return (*demo, *small[::-1], *large) if fitting else (*demo, *listed[:1])
+    recommended = small[-1:]
+    others = [each for each in fitting if each not in recommended]
+    others.sort(key=lambda each: each.architecture.total_params)
+    return (*demo, *recommended, *others) if fitting else (*demo, *listed[:1])
 
 
 @dataclass
@@ -123,8 +125,6 @@ class ListedModels:
     """License of each model of this machine by the model's path, from its model card."""
     starters: tuple[Starter, ...] = ()
     """Recommended models, which are listed until the Hub is searched."""
-    budget: MemoryBudget | None = None
-    """The memory that ``needs`` are compared with; None until ``needs`` have been estimated."""
 
     @property
     def lists_starters(self) -> bool:
@@ -170,8 +170,7 @@ class ListedModels:
             if model.id not in here and words in model.id.lower() and not (model.is_demo and self.local)
         ][:most]
         if to_start and self.lists_starters:
-            fits_on = self.budget.name if self.budget and self.budget.is_assumed else "this machine"
-            return [*lines, *_starter_lines(to_start, fits_on, width)]
+            return [*lines, *_starter_lines(to_start, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
 
@@ -226,7 +225,7 @@ def _local_lines(
         verdict = needs.get(model.path)
         needed: str | Content = "" if verdict is None else fit_figure(verdict)
         if model.refusal:
-            needed = Content.styled(CANNOT_TRAIN, "$error")
+            needed = Content.styled(f"{CANNOT_TRAIN}  ", "$error")
         texts = _architecture_texts(model.architecture, format_bytes(model.size_bytes), needed)
         more = (licenses.get(model.path) or _UNKNOWN, _SOURCES[model.source])
         rows.append(
@@ -237,14 +236,9 @@ def _local_lines(
     return _lines(f"On {where} ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
 
 
-def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[tuple[str, Content]]:
+def _starter_lines(models: Sequence[Starter], width: int) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading and for each recommended model. The columns are aligned with the
-    columns of :func:`_local_lines`.
-
-    Args:
-        models: The models.
-        fits_on: Name of the device whose memory the models fit, for the heading.
-        width: Width of a line, in cells.
+    columns of :func:`_local_lines`. ``width``: width of a line, in cells.
     """
     rows = []
     for model in models:
@@ -255,7 +249,7 @@ def _starter_lines(models: Sequence[Starter], fits_on: str, width: int) -> list[
         name = f"{model.id} (demo)" if model.is_demo else model.id
         rows.append(_Line(model.line_id, " ", name, texts, note=model.model.good_for))
     columns = _architecture_columns("download", "access")
-    return _lines(f"Good first models for {fits_on}", columns, rows, width)
+    return _lines("Good first models: best, then by size", columns, rows, width)
 
 
 def _hub_lines(
@@ -308,7 +302,7 @@ def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, 
     return (
         ("params", 7, 0),
         (bytes_title, 9, 0),
-        ("needs  ", 13, 0),  # above the figures, which end with a sign
+        ("needs  ", 15, 0),  # above the figures, which end with a sign
         ("context", 9, _WIDE),
         ("license", 12, _WIDE),
         (last, 10, _WIDE),

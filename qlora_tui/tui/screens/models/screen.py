@@ -57,7 +57,6 @@ EMPTY = (
 SEARCH = "name; Enter searches the Hub too"
 _FRAME = 5
 """Cells of the list's frame that its title cannot use."""
-LIST_KEYS = (("models.filter", "search"), ("models.open", "open path"), ("models.rescan", "rescan"))
 
 
 class ModelsScreen(WorkScreen):
@@ -85,7 +84,7 @@ class ModelsScreen(WorkScreen):
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="models-parts"):
             with Vertical(id="models-main"):
-                with Panel("Models", keys=LIST_KEYS, id="models-panel"):
+                with Panel("Models", keys=(("models.rescan", "rescan"),), id="models-panel"):
                     with Horizontal(id="models-filter-line"):
                         yield Static(highlight_keys(name_keys("{models.filter} ")), id="models-filter-label")
                         yield TextField(placeholder=SEARCH, compact=True, id="models-filter")
@@ -393,7 +392,6 @@ class ModelsScreen(WorkScreen):
         self._models.needs = await asyncio.to_thread(
             lambda: {path: need(architecture, recipe, budget) for path, architecture in known}
         )
-        self._models.budget = budget
         if self._models.lists_starters:
             self._models.starters = await asyncio.to_thread(starters, recipe, budget)
         self._show_list()
