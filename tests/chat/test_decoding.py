@@ -271,7 +271,7 @@ def test_in_little_memory_windows_are_cut_and_nothing_recorded(
     expected = answer(loaded(source, None), tokens=90)
     outcome = answer(session, tokens=90)
     assert outcome.text == expected.text and outcome.recorded_tokens == 0
-    assert outcome.note.endswith("or the end of a sliding window.")
+    assert outcome.note.endswith("or a sliding window that keeps only the last tokens.")
     held = [layer.keys.shape[-2] for layer in session._caches[ADAPTER].cache.layers]
     assert min(held) < 8 < max(held)
 
