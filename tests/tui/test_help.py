@@ -39,6 +39,11 @@ async def test_help_follows_the_state_of_the_run_and_needs_no_scrolling_at_120_b
             await wait_for_text(pilot, "Help: ", "Everywhere")
             assert app.screen.query_one(ViScroll).max_scroll_y == 0, text_of(app)
             await pilot.press("escape")
+        await pilot.resize_terminal(80, 24)
+        await pilot.press("5", "question_mark")
+        await wait_for_text(pilot, "Help: Train", "↓ more")
+        await pilot.press("G")
+        await wait_until(pilot, lambda: "↓ more" not in text_of(app))
 
 
 def test_each_command_of_a_screen_with_groups_has_one() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from textual.app import App
 from textual.containers import Grid
@@ -58,6 +58,7 @@ TITLE_FRAME = 6
 """Width of a panel's corners and of the spaces around its title, in cells."""
 
 _READ = "dim"
+_TO_LEARN = " to learn"
 _MOST_BESIDE = 9
 _ROW_CELLS, _ROW_LINES = 62, 12
 """Minimum width, in cells, and height, in lines, of each row if several rows are shown at once."""
@@ -72,7 +73,7 @@ class TokenStyles:
     learned: str
 
     @classmethod
-    def of(cls, app: App[object]) -> TokenStyles:
+    def of(cls, app: App[Any]) -> TokenStyles:
         """Return the styles for the app's theme. If the theme cannot tint the background, tokens to learn are
         underlined.
         """
@@ -87,7 +88,7 @@ class TokenStyles:
     def legend(self) -> Content:
         """Return a text that explains the styles."""
         return Content.assemble(
-            (" to learn ", self.learned),
+            (f"{_TO_LEARN} ", self.learned),
             ("  only read", _READ),
             ("  control token", f"{_READ} italic"),
             "  ",
@@ -132,6 +133,8 @@ class SamplePanel(Panel):
         request: PreviewRequest,
         changes: Changes,
         no_tokens: UserError | None,
+        *,
+        has_legend: bool = True,
     ) -> None:
         """Show a row with its legend.
 
@@ -142,9 +145,10 @@ class SamplePanel(Panel):
             changes: Losses of the row's tokens before and after training; empty if not measured.
             no_tokens: Why the row cannot be shown as the model sees it; None if it can, or if no model is
                 selected.
+            has_legend: Whether to show the legend. If not, the panel's title explains the tint.
         """
         styles = TokenStyles.of(self.app)
-        self.show_legend(legend(shown, changes, styles))
+        self.show_legend(legend(shown, changes, styles) if has_legend else Content(""))
         if shown is None:
             return
         text = sample(shown, problems, request.data, styles, changes)
@@ -308,10 +312,12 @@ def row_title(
     *,
     has_heading: bool = False,
     has_keys: bool = False,
+    learned: str = "",
 ) -> Content:
     """Return the panel's title: the row's number, its number of tokens to learn, and notes, as far as they
     fit. ``has_heading``: whether a heading inside the panel has the number of tokens, so that the title does
-    not. ``has_keys``: whether the title has the keys that change the row.
+    not. ``has_keys``: whether the title has the keys that change the row. ``learned``: the style of tokens to
+    learn, if the title is to explain it.
     """
     path, row = place
     of = name = ""
@@ -337,6 +343,8 @@ def row_title(
     title = next((title for title in titles if len(title) <= width), parts[0])
     first, _, rest = title.partition(" · ")
     head = Content.assemble(first, (f" · {rest}" if rest else "", "not bold $foreground"))
+    if learned and (at := head.plain.find(_TO_LEARN)) >= 0:
+        head = head.stylize(f"$foreground {learned}", at, at + len(_TO_LEARN))
     both = f"{bare_key('data.previous')} {bare_key('data.next')}".replace("Left Right", "←→")
     keys = Content("  ") + key_hint(both, "row")
     return head + keys if has_keys and head.cell_length + keys.cell_length <= width else head
@@ -350,7 +358,7 @@ def _learned_words(shown: Shown, data: Data) -> str:
         return ""
     most = max(shown.token_counts) if data.overflow == "split" else data.max_length
     rendered_tokens = sum(min(count, most) for count in shown.token_counts)
-    return f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens to learn"
+    return f"{sum(shown.trained_counts):,} of {rendered_tokens:,} tokens{_TO_LEARN}"
 
 
 def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:

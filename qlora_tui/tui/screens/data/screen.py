@@ -48,6 +48,7 @@ from qlora_tui.tui.screens.data.row_engines import PreviewRequest
 from qlora_tui.tui.screens.data.sample import (
     TITLE_FRAME,
     SamplePanel,
+    TokenStyles,
     neighbor,
     next_problem,
     parse_place,
@@ -293,7 +294,10 @@ class DataScreen(SourceActions):
         place = RowPlace(self._file_names().get(self.path, ""), self.row)
         changes = () if self._measured is None else self._measured.token_changes(place)
         panel = self.query_one(SamplePanel)
-        panel.show_row(self.shown, self.problems, self._request, changes, self._no_tokens)
+        has_legend = not (self._is_small and self._measured is None)
+        panel.show_row(
+            self.shown, self.problems, self._request, changes, self._no_tokens, has_legend=has_legend
+        )
 
     def _show_place(self) -> None:
         if self._request is not None:
@@ -302,8 +306,12 @@ class DataScreen(SourceActions):
             width = panel.size.width - TITLE_FRAME
             title = partial(row_title, place, self.report, self.shown, self._request.data, width)
             # A larger window has the keys in the border.
-            has_keys = self.has_class("-narrow") or self.has_class("-short")
-            panel.show_title(title(has_heading=panel.has_columns, has_keys=has_keys))
+            learned = TokenStyles.of(self.app).learned if self._is_small and self._measured is None else ""
+            panel.show_title(title(has_heading=panel.has_columns, has_keys=self._is_small, learned=learned))
+
+    @property
+    def _is_small(self) -> bool:
+        return self.has_class("-narrow") or self.has_class("-short")
 
     # The whole source
 

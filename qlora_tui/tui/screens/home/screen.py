@@ -406,6 +406,11 @@ class HomeScreen(WorkScreen):
         budgets, now = (self.app.run_budget, self.app.memory_budget), clock.now()
         return self._reader.read(workbench, budgets, system_status, now, self._layout(size), self.app.counts)
 
+    @property
+    def _trains_on_cpu(self) -> bool:
+        status = self.app.system_status
+        return status.gpu is None and status.trains_on == "cpu"
+
     def _layout(self, size: Size) -> HomeLayout:
         from qlora_tui.tui.screens.home.panel_lines import HomeLayout
 
@@ -440,6 +445,9 @@ class HomeScreen(WorkScreen):
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
         graph.show(partial(summary_lines, facts.last))
+        # In a small window, the rows are for the loss of the run: the top bar says that there is no GPU.
+        says_more = is_new or not self._layout(self.size).is_compact or not self._trains_on_cpu
+        self.query_one("#machine-panel").display = says_more
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
         layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
         has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact

@@ -72,7 +72,16 @@ class HelpScreen(ModalScreen[None]):
                     yield Container(*column)
 
     def on_mount(self) -> None:
-        self.query_one(ViScroll).focus()
+        dialog = self.query_one(ViScroll)
+        dialog.focus()
+        for name in ("scroll_y", "virtual_size", "size"):
+            self.watch(dialog, name, self._show_keys)
+
+    def _show_keys(self) -> None:
+        """Show the dialog's keys and, if there are lines below the window, ``↓ more``."""
+        dialog = self.query_one(ViScroll)
+        more = ["↓ more"] if dialog.scroll_y < dialog.max_scroll_y else []
+        dialog.border_subtitle = dialog_keys(self.BINDINGS, *more)
 
 
 def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:

@@ -88,7 +88,7 @@ def best_loss(summary: RunSummary) -> str:
     return f"{format_loss(loss)}{mark}"
 
 
-_MIN_REASON, _MAX_REASON = 24, 60
+_MIN_REASON, _MAX_REASON = 32, 60
 """Minimum and maximum width of the column with the reason why a run ended, in cells."""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the time, and a number after it, at the end of a generated name such as
