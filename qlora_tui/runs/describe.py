@@ -174,7 +174,7 @@ def format_forgetting(event: events.Evaluated | None) -> str:
     """Return how far the model has diverged from its base on general prompts; empty if not measured."""
     if event is None or event.forgetting is None:
         return ""
-    return f"forgetting {format_nats(event.forgetting)} nats"
+    return f"forgetting {format_nats(event.forgetting)} (KL divergence)"
 
 
 def general_answer_texts(counts: events.GeneralAnswers | None) -> list[tuple[str, str]]:

@@ -482,6 +482,7 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
         await watching(app, run)
         text = await wait_for_text(pilot, "m Apply fix", "Out of GPU memory")
         assert text.count("prepare a run with micro-batch") == 1
+        assert "2.710" in text.partition("Validation")[2]
         await pilot.press("m")
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")
