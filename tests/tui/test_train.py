@@ -463,7 +463,7 @@ def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPat
 async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
     run = write_fake_run(FakeRun(steps=50))
     with EventWriter(run.events_path) as log:
-        log.append(health_event("exploding_gradient", "Lower training.learning_rate."))
+        log.append(health_event("exploding_gradient", "Lower Learning rate."))
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
