@@ -123,7 +123,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
             margin-top: 1;
         }
         .graph {
-            max-height: 16;
+            max-height: 24;
         }
         &.-very-wide {
             #sweep-tables {
@@ -348,7 +348,7 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
 def sweep_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses by percentage of the steps, from the first loss on. It has a mark
     for each evaluation of a trial, and a line through the marks of each trial. One run of the unchanged
-    recipe is drawn in the same way. The winner is brightest.
+    recipe is drawn in the same way. Only the winner and the mark of the unchanged recipe are bright.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
@@ -361,7 +361,7 @@ def sweep_plot(view: SweepView) -> Plot:
             or (trial.role == "base" and trial not in base)
         ):
             continue
-        symbol, name, style = _OTHER, "other trials", "$text-muted"
+        symbol, name, style = _OTHER, "other trials", "$text-muted dim"
         if trial.role == "base":
             symbol, name, style = _UNCHANGED, "unchanged recipe", "$text"
         elif trial.number == winner:
@@ -369,7 +369,7 @@ def sweep_plot(view: SweepView) -> Plot:
         legend[symbol] = (f"{symbol} {name}", style)
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
-        line_style = f"{style} dim" if symbol == _OTHER else style
+        line_style = style if symbol == _WINNER else "$text-muted dim"
         curves.append((symbol, Curve(Envelope.of_points(shares, losses), name, line_style, look="thin")))
         marks += [Mark(share, loss, symbol, style) for share, loss in zip(shares, losses, strict=True)]
     # The winner comes last, because later curves and marks are drawn over earlier ones.
