@@ -169,7 +169,10 @@ class _Rules:
             for option in self._values(kind, schema, fields, root)
         ]
         if not options:
-            raise _unusable(f"The arguments of this model's calls cannot be written for {json.dumps(schema)}")
+            raise _unusable(
+                f"An argument with the schema {json.dumps(schema)} is not supported in this model's format "
+                "for tool calls"
+            )
         return self.rule(" | ".join(options))
 
     def _values(

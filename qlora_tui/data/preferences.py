@@ -154,7 +154,7 @@ def sides_problem(
             _PAIRS_TITLE,
             what=f"{name} compares answers: {chosen!r} is preferred to {rejected!r} in {having} of "
             f"the first {len(values)} rows.",
-            why="Unless you choose how to use the pairs, the rejected answers would be ignored.",
+            why="Without a choice of how to use the pairs, the rejected answers would be ignored.",
             fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
             f"{_choice('chosen')}",
             code=PAIRS,

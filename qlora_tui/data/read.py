@@ -262,7 +262,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         where = f"Row {number}, line {table.line}"
         warnings: tuple[tuple[str, str], ...] = ()
         if table.line - table.first_line > _LEAST_LINES_INSIDE and _holds_rows(cells, len(header), delimiter):
-            taken = f"Row {number} takes lines {table.first_line:,} to {table.line:,}"
+            taken = f"Row {number} spans lines {table.first_line:,} to {table.line:,}"
             warnings = (("rows-in-value", f"{taken}, and each line inside it would be a row."),)
         what = ""
         if table.damage:

@@ -173,7 +173,7 @@ def _refusal(status: int, repo: str) -> UserError | None:
             return UserError(
                 "Too large for the Hub",
                 what=f"The Hub does not accept a file of this size for {repo}.",
-                why="A file is over its limit, or the storage of the account is full.",
+                why="A file is larger than the Hub allows, or the account has no storage left.",
                 fix="Choose a smaller --quant, or free some storage on the Hub.",
             )
     return None

@@ -158,7 +158,7 @@ def reference_answers(
     if not trained:
         raise UserError(
             "There is nothing to compare the file with",
-            what="No row of the run's data has a token that is trained.",
+            what="No row of the run's data has a token that the model is trained on.",
             fix="Compare answers in the chat instead.",
         )
     first = () if tokenizer.bos_id is None else (tokenizer.bos_id,)

@@ -155,8 +155,8 @@ def why_on_the_cpu() -> UserError | None:
         gpu = None
     torch = installed_torch()
     return torch_problem(gpu) or _problem(
-        f"The driver reports {gpu.short_name if gpu else 'a GPU'}, but the installed torch "
-        f"{torch.version if torch else ''} finds none.",
+        f"The driver reports a GPU{f' ({gpu.short_name})' if gpu else ''}, but the installed torch "
+        f"{f'{torch.version} ' if torch else ''}finds no GPU.",
         "The driver was left broken by a suspend or an update, or a container has no access to the GPU.",
         "After a suspend: `sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm`; otherwise reboot.",
     )
@@ -181,7 +181,7 @@ def _no_code(name: str, capability: tuple[int, int], why: str, driver_cuda: tupl
     torch = installed_torch()
     return _problem(
         f"{name} has compute capability {_dotted(capability)}, for which the installed torch "
-        f"{torch.version if torch else ''} has no code.",
+        f"{f'{torch.version} ' if torch else ''}has no code.",
         why,
         _install_fix(_build_for(capability, driver_cuda)),
     )

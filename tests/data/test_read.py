@@ -335,7 +335,7 @@ def test_rows_inside_one_value_are_reported_with_their_lines(
     before, swallowing, after = rows(path)
     assert not before.warnings and not after.warnings
     ((kind, example),) = swallowing.warnings
-    assert kind == "rows-in-value" and f"lines 3 to {4 + len(lines)}" in example
+    assert kind == "rows-in-value" and f"spans lines 3 to {4 + len(lines)}" in example
 
 
 @pytest.mark.parametrize(

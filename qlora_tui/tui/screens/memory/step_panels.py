@@ -6,6 +6,7 @@ With few colors or none, the parts of a bar have different textures.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -265,9 +266,6 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
     return f"{size}, {budget.name}"
 
 
-LOADING_TIME = "while loading"
-
-
 def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
     """Return a line on how much of the peak PyTorch holds, and how much of it is in tensors.
 
@@ -279,26 +277,23 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
     """
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:
-        return f"Fullest {fullest_words(peak_time(estimate, layers))}; PyTorch holds {reserved}"
+        return f"Peak {peak_time(estimate, layers)}; PyTorch holds {reserved}"
     return f"PyTorch holds {reserved} of the peak, {tensors} in tensors"
-
-
-def fullest_words(peak_time: str) -> str:
-    """Return when memory is fullest: ``in backward of the last layer``, or ``while loading``."""
-    return peak_time if peak_time == LOADING_TIME else f"in {peak_time}"
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:
     """Return the time of the peak: ``while loading``, or a part of the step, such as
-    ``backward of the last layer``.
+    ``in the backward pass of the last layer``.
 
     Layers other than the first and the last have their number, from 0, as on the LoRA screen.
     """
     if estimate.peak_phase == LOADING:
-        return LOADING_TIME
-    head, _, number = estimate.peak_phase.rpartition(" layer ")
+        return "while loading"
+    part = re.sub("^loss (forward|backward)$", r"\1 of the loss", estimate.peak_phase)
+    part = re.sub("^(forward|backward) of", r"\1 pass of", part)
+    head, _, number = part.rpartition(" layer ")
     ends = {"0": "first", str(layers - 1): "last"}
-    return f"{head} the {ends[number]} layer" if head and number in ends else estimate.peak_phase
+    return f"in the {head} the {ends[number]} layer" if head and number in ends else f"in the {part}"
 
 
 def peak_lines(

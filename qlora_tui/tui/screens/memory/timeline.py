@@ -22,7 +22,6 @@ from qlora_tui.tui.screens.memory.step_panels import (
     PARTS,
     BarPart,
     even_colors,
-    fullest_words,
     is_far_above,
     part_of,
 )
@@ -57,7 +56,7 @@ def timeline_title(moments: tuple[Moment, ...], limit_bytes: int, peak_time: str
     """Return the title of the timeline, with the time of the peak and, if the limit is not in the graph, the
     limit. ``peak_time``: as :func:`peak_time` returns it.
     """
-    when = f", fullest {fullest_words(peak_time)}"
+    when = f", peak {peak_time}"
     if is_far_above(limit_bytes, max(moment.total_bytes for moment in moments)):
         when += f", far below the limit of {format_bytes(limit_bytes)}"
     return Content.assemble(TIMELINE, (when, "$text-muted not bold"))
