@@ -260,7 +260,7 @@ def error_file() -> IO[bytes]:
 
 
 def last_lines(errors: IO[bytes], count: int) -> str:
-    """Return the last lines of a child's error file, joined to one line."""
+    """Return the last ``count`` lines of a child's error file, joined into one line."""
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_BYTES))
     return " ".join(errors.read().decode(errors="replace").strip().splitlines()[-count:])
 

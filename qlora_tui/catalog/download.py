@@ -269,7 +269,7 @@ class _LargeFile(Struct):
 
 
 class _Sibling(Struct, rename="camel"):
-    """Fields of one file on a model's page."""
+    """What the Hub reports about one file of a model."""
 
     rfilename: str
     size: Count | None = None

@@ -581,7 +581,8 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "hunyuan-dense": GgufArchitecture("hunyuan_v1_dense"),
     "starcoder2": GgufArchitecture("starcoder2", computes={"hidden_act": "gelu_pytorch_tanh"}),
 }
-"""The architectures whose weights convert exactly to transformers', keyed by ``general.architecture``.
+"""The architectures whose weights can be converted exactly to those of transformers, keyed by
+``general.architecture``.
 
 Each one is compared with llama.cpp (tests/export/test_gguf_architectures.py).
 """

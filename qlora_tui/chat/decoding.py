@@ -11,10 +11,11 @@ position, and the keys and values so far. Inside :func:`fixed_shapes`, each laye
 tensor holds, and returns its whole buffer, of which the model's mask hides the unused part.
 
 The first tokens of an answer are computed by the same step before it is recorded, so that an answer does not
-depend on the time of recording. The check of the first prompt compares this step with transformers
-(:mod:`qlora_tui.chat.session_check`), and a recorded step must give the logits of the steps before it. If a
-step cannot be computed or recorded, for example because of a recurrent state or a layer that waits for the
-GPU, tokens are decoded as on a CPU, and ``DecodeSteps.why_not`` has the reason.
+depend on when the step is recorded. The check of the first prompt compares this step with transformers
+(:mod:`qlora_tui.chat.session_check`). When the step has been recorded, the recording is run on the tokens
+that were computed before it, and must reproduce their logits up to rounding. If a step cannot be computed or
+recorded, for example because of a recurrent state or a layer that waits for the GPU, tokens are decoded as on
+a CPU, and ``DecodeSteps.why_not`` has the reason.
 
 Adapters are not merged. Merging into a 4-bit base quantizes it again, and merging into a 16-bit base rounds.
 Both change what was trained, and the base must be able to answer without the adapter too. In a graph, the two

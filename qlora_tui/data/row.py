@@ -16,7 +16,7 @@ from qlora_tui.errors import UserError
 
 
 class Line(Struct, frozen=True):
-    """One unparsed line of a JSONL file, because parsing is slow and can run in another process."""
+    """One line of a JSONL file, not yet parsed: parsing is slow and can be left to another process."""
 
     number: int
     text: bytes

@@ -4,8 +4,8 @@ The format is derived from the template: the template renders an answer with kno
 their names and arguments is the format. So this module reads the format that training taught the model to
 write. There are five kinds of formats: a JSON object with name and arguments (Qwen, Hermes, Llama 3,
 Granite), a name before a JSON object of arguments (DeepSeek, Mistral), a list of calls in Python (LFM2), a
-name before single arguments (Qwen3-Coder, GLM), and a name before an object with bare keys and marked strings
-(Gemma 4). Calls in any other format stay text.
+name before arguments that are written one by one (Qwen3-Coder, GLM), and a name before an object with bare
+keys and marked strings (Gemma 4). Calls in any other format stay text.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 def draft_folder(out: Path) -> Iterator[Path]:
     """Yield a hidden, empty folder next to ``out`` for unfinished files, and delete it afterwards.
 
-    The draft of a killed export is deleted first. Raises UserError if another export writes ``out``, and for
-    any OSError inside the block.
+    The draft of a killed export is deleted first. Raises UserError if another export is writing
+    ``out``, and in place of any OSError inside the block.
     """
     with export_problems(out):
         private_dir(out.parent)

@@ -42,7 +42,7 @@ class LoadedWeight:
     count: int
     """Number of elements."""
     packed: tuple[int, ...] = ()
-    """Bytes of each tensor of the quantized weight; empty if the weight stays as read."""
+    """Bytes of each tensor of the quantized weight; empty if the weight is not quantized."""
     matrices: int = 1
     """Number of parts that are read and quantized in turn in the same memory.
 

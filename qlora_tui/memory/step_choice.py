@@ -84,7 +84,7 @@ class StepChoice:
 
     @property
     def least_free_bytes(self) -> int:
-        """Free memory from which this choice is made."""
+        """The least free memory in which this choice fits without being tight."""
         share = CPU_SHARE if self.estimate.execution.device == "cpu" else 1
         return int(self.estimate.band.high_bytes / (1 - TIGHT_SHARE) / share)
 

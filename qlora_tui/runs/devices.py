@@ -206,7 +206,7 @@ def _free_bytes(gpu: GpuDevice) -> int:
 
 
 def taken_keys() -> set[str]:
-    """Return the keys of the devices that runs use; empty if the file system has no locks."""
+    """Return the keys of the devices in use by runs; empty if the file system has no locks."""
     return {path.stem for path in _locks().glob("*.lock") if is_locked(path)}
 
 

@@ -50,7 +50,7 @@ TRASH = ".deleted"
 
 
 class _Inside:
-    """Path of a file or folder inside the run's folder, by name."""
+    """Descriptor that returns the path of the file or folder ``name`` in a run's folder."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -166,7 +166,7 @@ def log_size(run: RunDir) -> int:
 
 
 def quote_log_end(run: RunDir) -> str:
-    """Return the last lines of the log, joined to one line for a message."""
+    """Return the last lines of the log, joined into one line for a message."""
     return " / ".join(last_log_lines(run.log_path)[-_LOG_LINES:]) or "(empty)"
 
 

@@ -115,9 +115,13 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The content of ``squeue.json``: the state of a job in Slurm when it last changed."""
+    """The content of ``squeue.json``: what Slurm last reported about a job.
+
+    The file is rewritten only when the report changes.
+    """
 
     at: UnixTime
+    """Time at which this report was first seen."""
     states: tuple[str, ...] = ()
     """State and flags of ``squeue --json``, such as ``RUNNING``; empty if Slurm forgot the job."""
     reason: str = ""
@@ -438,5 +442,5 @@ def _call(command: str, *arguments: str) -> str:
 
 
 def _last_lines(lines: Iterable[str]) -> str:
-    """Return the last three lines that a command printed, joined to one line."""
+    """Return the last three lines that a command printed, joined into one line."""
     return " / ".join(visible(line.strip()) for line in list(lines)[-3:] if line.strip())

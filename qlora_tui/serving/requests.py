@@ -285,7 +285,9 @@ class DecideBody(Struct, frozen=True, kw_only=True):
     messages: Annotated[list[SentMessage], Meta(min_length=1)] | None = None
     input: str | None = None
     threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """Probability below which the decision is left to a person."""
+    """If the best option is less probable than this, the reply says to leave the decision to a person
+    (``abstain``).
+    """
 
     @property
     def conversation(self) -> tuple[Message, ...]:

@@ -83,8 +83,9 @@ def add_border(name: str, glyphs: _BorderRows, *, on_parent: tuple[str, ...]) ->
 
 
 def add_layout(layout: type[Layout]) -> None:
-    """Add a layout that style sheets can refer to, as in ``layout: NAME`` (``layouts/factory.py``,
-    ``css/constants.py``).
+    """Add a layout that style sheets can refer to, as in ``layout: NAME``.
+
+    Textual keeps its layouts in ``layouts/factory.py``, and their names in ``css/constants.py``.
     """
     LAYOUT_MAP[layout.name] = layout
     names: Any = VALID_LAYOUT
@@ -157,7 +158,9 @@ class HookedApp(App[None]):
 
 
 _REPORTS_S = 0.3
-"""Seconds after a movement of the mouse during which reports of it may still arrive over a slow link."""
+"""For how many seconds after a mouse event or a color query the terminal's reports may still arrive over a
+slow link.
+"""
 
 
 class PromptDriver(LinuxDriver):

@@ -29,7 +29,7 @@ BORDER_SHARE = 0.3
 SCROLLBAR_SHARE = 0.55
 """Position of a scroll bar's handle between the background (0) and the foreground (1)."""
 SELECTION_SHARE = 0.35
-"""Position of a text selection's background between the background (0) and the primary color (1)."""
+"""Color behind selected text, as a position between the theme's background (0) and its primary color (1)."""
 CHART_FILL_SHARE = 0.14
 """Position of the area under a curve between the panel's surface (0) and the color of training (1)."""
 AUTO, TERMINAL = "auto", "terminal"

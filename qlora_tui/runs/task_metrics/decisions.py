@@ -72,12 +72,12 @@ _DECIDERS = msgspec.json.Decoder(Decider)
 
 
 def write_decider(adapter: Path, decider: Decider) -> None:
-    """Write the file into an adapter's folder. Raises OSError."""
+    """Save a decider in an adapter's folder. Raises OSError."""
     atomic_write(adapter / FILE, msgspec.json.format(msgspec.json.encode(decider)))
 
 
 def read_decider(adapter: Path) -> Decider | None:
-    """Read the file from an adapter's folder; None if it is missing, damaged, or of a later version."""
+    """Return the decider in an adapter's folder; None if it is missing, damaged, or of a later version."""
     decider = read_json(adapter / FILE, _DECIDERS, _MAX_BYTES)
     return decider if decider is not None and decider.version <= _VERSION else None
 

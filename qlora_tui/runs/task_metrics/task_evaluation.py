@@ -143,7 +143,7 @@ def adapter_hash(run: RunDir) -> str:
 
 
 def write_task_evaluation(run: RunDir, evaluation: TaskEvaluation) -> None:
-    """Write the file. Raises OSError."""
+    """Save the evaluation in the run's folder. Raises OSError."""
     atomic_write(run.task_evaluation_path, msgspec.json.encode(evaluation))
 
 

@@ -125,7 +125,9 @@ def point_to(tensor: Tensor, buffer: Tensor) -> None:
 
 
 def _span(tensor: Tensor) -> int:
-    """Return the number of elements from the first to the last of a tensor."""
+    """Return the number of elements in storage from a tensor's first element to its last, including any gaps
+    that its strides leave.
+    """
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 

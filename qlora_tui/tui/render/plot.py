@@ -128,11 +128,12 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
-    """Return the axis of a run's steps. The axis begins at ``start``, which is at least 0, and ends shortly
-    after ``done``, the last finished step, but not after ``total``.
+    """Return the axis of a run's steps. The axis begins at ``start``, which is at least 0, and ends at or
+    shortly after ``done``, the last finished step.
 
-    The end is a round number of steps, a few percent after the last step, so that the graph is not drawn anew
-    after each of many steps.
+    The end is a round number of steps, at most a few percent after ``done``, or ten steps after ``start`` if
+    that is later. So the axis, and with it the whole graph, does not change at every step. The axis does not
+    extend beyond ``total``, unless ``total`` is less than ``done`` or than ``start + 1``.
     """
     grain = max(1.0, tick_step(0.0, max(done - start, _FEW_STEPS), _END_GRAINS))
     end = max(math.ceil(done / grain - 1e-9) * grain, start + _FEW_STEPS)

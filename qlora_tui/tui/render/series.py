@@ -83,11 +83,12 @@ class DecimatedSeries:
             level.shorten(self._most)
 
     def envelopes(self, low: float = -math.inf) -> list[Envelope]:
-        """Return an envelope of each column, starting at x = ``low``, at the finest resolution that has few
-        enough stretches to draw.
+        """Return the envelope of each column of values, from x = ``low`` on.
 
-        A stretch that may contain values before ``low`` is left out, which shortens the curve by a dot or two
-        at most.
+        An envelope has one point for each stretch of successive values. The stretches are the shortest that
+        do not exceed the maximum number of points; the newest values, which may not fill a stretch, can add
+        one point. A stretch that may contain values before ``low`` is left out, which shortens the curve by a
+        dot or two at most.
         """
         number, start = self._resolution(low)
         level = self._levels[number]

@@ -182,7 +182,7 @@ class SamplePanel(Panel):
         return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
-        """Show ``rows``, which follow the first row in the file, next to the first row and below it."""
+        """Show ``rows``, which come after the row that the panel shows first, beside it and below it."""
         styles = TokenStyles.of(self.app)
         self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):

@@ -70,7 +70,7 @@ from qlora_tui.tui.workbench import Workbench
 
 _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
-"""States in which the detail of a run's status is the cause of its end."""
+"""States in which the detail of a run's status says what went wrong."""
 _MAX_NAME_WIDTH = 44
 """Maximum width of a run's or model's name in the list of runs, in cells."""
 _LABEL = 8

@@ -49,7 +49,9 @@ from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
-"""Seconds without a key press after which the differences in memory are computed."""
+"""Seconds without a key press after which the memory is compared with that of the preset and of other
+choices.
+"""
 _COSTS_HEIGHT, _MEANING_HEIGHT = 32, 50
 """Minimum height of the window, in rows, at which the table of other choices is shown (plus a row for each
 row of the grid), and at which settings are explained.
@@ -115,7 +117,7 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """Show the costs of other choices if there is room, or if the user asked for the costs."""
+        """Show what other ranks and target modules would cost, if there is room or the user asked for it."""
         has_room = self._has_room_for_costs
         self.set_class(has_room or self._asks_costs, "-costs")
         self.set_class(self._asks_costs and not has_room, "-only-costs")

@@ -1,5 +1,5 @@
-"""The panels next to the list of models: the facts about one model, and the memory that it needs for each
-length.
+"""The panels next to the list of models: the facts about one model, and the memory that its training needs at
+several sequence lengths, micro-batch sizes and ranks.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class SettingFit:
 
 @dataclass(frozen=True)
 class ModelFit:
-    """Memory of a model for several lengths, micro-batch sizes and ranks. In each estimate, all other
+    """Memory of a model at several sequence lengths, micro-batch sizes and ranks. In each estimate, all other
     settings are the recipe's.
     """
 

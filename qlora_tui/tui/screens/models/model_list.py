@@ -296,8 +296,9 @@ def _hub_lines(
 
 
 def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
-    """Return (title, width in cells, minimum width of the list) for the columns of models with a known
-    architecture. ``bytes_title`` and ``last``: titles of the second and the last column.
+    """Return (title, width in cells, minimum width of the list at which the column is shown) for the columns
+    of models with a known architecture. ``bytes_title`` and ``last``: titles of the second and the last
+    column.
     """
     return (
         ("params", 7, 0),
