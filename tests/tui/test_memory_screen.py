@@ -26,7 +26,7 @@ from qlora_tui.runs import exact_memory
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
-from qlora_tui.tui.screens.memory.step_panels import even_colors, part_of, precision_bars
+from qlora_tui.tui.screens.memory.step_panels import even_colors, item_lines, part_of, precision_bars
 from qlora_tui.tui.screens.memory.timeline import timeline_lines
 from qlora_tui.tui.screens.memory.what_fits import Solution
 from qlora_tui.worker import JobStopped, Progress
@@ -39,6 +39,14 @@ from tests.tui.workstation import config_folder, config_of, open_on, settle
 @pytest.fixture
 def seven_billion(private_home: Path) -> str:
     return str(config_folder(private_home, "Qwen__Qwen2.5-7B"))
+
+
+@pytest.mark.parametrize("width", [30, 37, 38, 40, 46, 90, 160])
+def test_an_item_is_one_line_at_any_width(width: int) -> None:
+    for _, line in item_lines(
+        estimate(Recipe(), parse_architecture(config_of("Qwen__Qwen2.5-7B"))), False, width
+    ):
+        assert line.cell_length <= width and "%" in line.plain
 
 
 def _big(app: QloraApp) -> None:

@@ -38,7 +38,7 @@ ABOVE_PEAK = 1.25
 _WORDS = 41
 """Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
-_MIN_ITEM_NAME, _ITEM_NAME, _ITEM_BAR = 24, 26, 24
+_ITEM_NAME, _ITEM_BAR = 26, 24
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
 """Minimum width of an explanation to the right of its item, in cells."""
@@ -392,12 +392,12 @@ def _item_line(
     """
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
-    figures = f" {format_bytes(size):>9} {format_percent(share):>4} "
-    cells = min(_ITEM_NAME, max(_MIN_ITEM_NAME, width - len(figures)))
+    figures = f" {format_bytes(size):>8} {format_percent(share):>4}"
+    cells = max(0, min(_ITEM_NAME, width - len(figures)))
     text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures
     left = width - len(text)
-    cells = min(left, _ITEM_BAR)
-    text_of_bar = bar(share, cells, has_track=False) if cells >= _MIN_BAR else ""
+    cells = min(left, _ITEM_BAR) - 1
+    text_of_bar = f" {bar(share, cells, has_track=False)}" if cells >= _MIN_BAR else ""
     beside = ""
     if item is not None and left >= _ITEM_BAR + _MIN_EXPLANATION:
         beside = Content(f"  {item.explanation}").truncate(left - _ITEM_BAR, ellipsis=True).plain
