@@ -64,7 +64,8 @@ async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "Memory and speed", "LoRA")
+        # The groups that fit are open.
+        await wait_for_text(pilot, "− Run", "+ Memory and speed", "+ LoRA", "+ Model")
         assert "rsLoRA" not in text_of(app) and "Preference data" not in text_of(app)
         # A 0 is shown as what it means, and only the setting under the cursor is explained.
         await wait_for_text(pilot, "Max steps", "no limit", "Passes over the data")

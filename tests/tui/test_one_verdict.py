@@ -32,7 +32,7 @@ PLACES = {
 """Key of a screen, and where it shows the memory of the recipe as it is, on the assumed GPU."""
 HERE = {
     "0": ("memory .*?" + _OF_32,),
-    "5": ("memory here " + _OF_32,),
+    "5": ("on this [CG]PU " + _OF_32,),
 }
 """The same on this machine, which a run would use."""
 _WORDS = {" ": "✓", "fits": "✓", "tight": "!", "uncertain": "?", "does": "✗"}

@@ -100,10 +100,13 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
 
 def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[Content]:
     """Return ``head`` and, next to it, ``text``, which is wrapped with a hanging indent. Lines are at most
-    ``width`` cells wide, but the text gets at least ``least`` cells per line in any case.
+    ``width`` cells wide, but the text gets at least ``least`` cells per line in any case. A period that
+    would be alone on the last line is left out.
     """
     cells = head.cell_length
     first, *others = text.wrap(max(least, width - cells)) or [Content("")]
+    if others and others[-1].plain.strip() == ".":
+        others.pop()
     return [head + first, *(Content(" " * cells) + other for other in others)]
 
 

@@ -297,14 +297,16 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open all groups if their lines fit in ``rows`` or the list has two columns; otherwise, leave the
-        groups folded that begin folded. Do nothing if the user has opened or folded a group.
+        """Open the groups one by one, in order, each if all lines then fit in ``rows``. If the list has two
+        columns, open all groups. Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
             return
-        self._open = {group.title for group in self._groups}
-        if not self._has_two_columns and len(self._shown_lines()) > rows:
-            self._open = {group.title for group in self._groups if group.is_open}
+        self._open = {group.title for group in self._groups if group.is_open or self._has_two_columns}
+        for group in self._groups:
+            before, self._open = self._open, self._open | {group.title}
+            if not self._has_two_columns and len(self._shown_lines()) > rows:
+                self._open = before
         self._show_lines()
 
     def _set_open(self, is_open: bool) -> None:

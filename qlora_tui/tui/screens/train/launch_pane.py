@@ -216,8 +216,8 @@ class LaunchPane(Vertical, OnQloraApp):
         """
         self._checks = checks
         # Other screens show what a GPU of the assumed size would need.
-        is_assumed = self.app.memory_budget.is_assumed
-        memory_label = "memory here" if is_assumed else "memory"
+        here = "on this CPU" if self.app.run_budget.device.kind == "cpu" else "on this GPU"
+        memory_label = here if self.app.memory_budget.is_assumed else "memory"
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
         verdict.show(partial(verdict_lines, checks, recipe, expected, probing, memory_label))
@@ -368,6 +368,7 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
     """
     lines: list[Content] = []
     offered = first_fix(checks)
+    cells = max((len(check.label) for check in checks), default=0)
     for check in worst_first(checks):
         if check.outcome == "ok" and not shows_all:
             continue
@@ -376,9 +377,9 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
             remedy = highlight_keys(f"▸ {key_name('train.fix')} {offered.label}", "$primary")
         else:
             remedy = Content.styled(f"▸ {abbreviate_home(check.fix)}" if check.fix else "", "$primary")
-        result = Content.assemble((f"{check.label:<9}", "bold"), abbreviate_home(check.text))
-        lines += hanging(Content.styled(f"{sign:<{_SHORT_HEAD}}", style), result, width, _LEAST_TEXT)
-        lines += hanging(Content(" " * _SHORT_HEAD), remedy, width, _LEAST_TEXT) if remedy else []
+        head = Content.assemble((f"{sign:<{_SHORT_HEAD}}", style), (f"{check.label:<{cells}} ", "bold"))
+        lines += hanging(head, Content(abbreviate_home(check.text)), width, _LEAST_TEXT)
+        lines += hanging(Content(" " * head.cell_length), remedy, width, _LEAST_TEXT) if remedy else []
     return lines if shows_all else [*lines, *_passed(checks, width)]
 
 
