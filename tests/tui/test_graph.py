@@ -349,6 +349,29 @@ def test_a_mark_is_on_its_line_and_in_the_row_nearest_to_its_value(rows: int) ->
         assert "⠀" < line[y].plain[x] <= "⣿"
 
 
+def test_the_line_of_evaluations_is_seen_next_to_its_marks_where_it_meets_the_mean() -> None:
+    curve = Envelope.of_points([0.0, 50.0, 100.0], [3.0, 2.5, 2.0])
+    facts = LossFacts(
+        x=Axis(0, 100, "step"),
+        loss=curve,
+        mean_loss=curve,
+        last_mean=2.0,
+        evaluations=((0, 3.0), (50, 2.5), (100, 2.0)),
+        best=None,
+    )
+    cells: dict[str, set[int]] = {}
+    for line in plot(run_plot(facts), 66, 12)[1:-1]:
+        for span in line.spans:
+            columns = range(span.start, span.end)
+            drawn = {column for column in columns if "⠀" < line.plain[column : column + 1] <= "⣿"}
+            cells.setdefault(str(span.style).split()[0], set()).update(drawn)
+    marked = {6, 36, 65}
+    assert cells["$validation"] == {
+        column for column in range(6, 66) if 0 < min(abs(column - mark) for mark in marked) <= 2
+    }
+    assert cells["$training"] | cells["$validation"] | marked == set(range(6, 66))
+
+
 @pytest.mark.parametrize("best", [(76, 2.902), (95, 2.915)], ids=["before the end", "at the end"])
 def test_the_legend_names_the_best_evaluation_in_every_window(best: tuple[int, float]) -> None:
     curve = Envelope.of_points([0.0, 95.0], [4.5, 2.1])

@@ -92,7 +92,7 @@ def run_plot(facts: LossFacts) -> Plot:
         y=y,
         curves=(
             Curve(facts.loss, "loss", STEP_STYLE, look="points"),
-            Curve(validation, "validation", VALIDATION_STYLE, look="thin"),
+            Curve(validation, "validation", VALIDATION_STYLE, look="thin", leads_to_marks=True),
             Curve(facts.mean_loss, "smoothed", TRAINING_STYLE, fill=FILL),
         ),
         marks=tuple(marks),

@@ -47,6 +47,8 @@ _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
 """
+_NEAR = 2
+"""Maximum distance from a mark, in cells, at which the mark's curve may be drawn over later curves."""
 _LONG_LOSS = 1000.0
 """Losses from this value on have abbreviated labels, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
@@ -201,6 +203,8 @@ class Curve:
     """
     fill: str = ""
     """Color of the area under the curve; empty for none."""
+    leads_to_marks: bool = False
+    """Whether the curve is drawn over later curves next to the marks, so that it is seen to join them."""
 
 
 @dataclass(frozen=True)
@@ -317,6 +321,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
         _draw_curve(canvas, curve, what.x, what.y)
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
+    _lead_to_marks(canvas, what)
     _set_marks(canvas, what)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
@@ -436,6 +441,27 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
             row = row_of((low + high) / 2, y, canvas.height)
             canvas.cells[column, row] = (curve.glyph, curve.style)
             due = column + apart
+
+
+def _lead_to_marks(canvas: _Canvas, what: Plot) -> None:
+    """Draw curves that lead to marks over the others next to the marks. A cell has the dots of both curves,
+    so that the other curve is not interrupted.
+    """
+    marks = {column_of(mark.x, what.x, canvas.width) for mark in what.marks}
+    near = {column + away for column in marks for away in range(-_NEAR, _NEAR + 1)}
+    for curve in what.curves:
+        if not curve.leads_to_marks:
+            continue
+        front = _Canvas(canvas.width, canvas.height)
+        _draw_curve(front, curve, what.x, what.y)
+        for place, (text, style) in front.cells.items():
+            before = canvas.cells[place][0]
+            if place[0] in near and _is_braille(before):
+                canvas.cells[place] = (chr(ord(text) | ord(before)), style)
+
+
+def _is_braille(text: str) -> bool:
+    return _BRAILLE_BLANK <= ord(text) <= _BRAILLE_BLANK + 0xFF
 
 
 def _set_marks(canvas: _Canvas, what: Plot) -> None:
