@@ -483,6 +483,8 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
         text = await wait_for_text(pilot, "m Apply fix", "Out of GPU memory")
         assert text.count("prepare a run with micro-batch") == 1
         assert "2.710" in text.partition("Validation")[2]
+        assert "change" in text.partition("Validation")[2] and "Health" not in text
+        assert text.index("m Apply fix") < text.index("r Resume"), "the advised fix comes first"
         await pilot.press("m")
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")

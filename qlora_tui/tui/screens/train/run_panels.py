@@ -90,7 +90,7 @@ _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
 """Smallest fraction of the CPU, used by other programs, that is reported as a cause of slow training."""
-_ROWS_WITH_HEADS = 4
+_ROWS_WITH_HEADS = 2
 """Minimum height of the evaluations panel, in lines, at which the columns always have titles."""
 _row = partial(labeled, cells=_LABEL)
 
@@ -390,13 +390,13 @@ def _uses_of_adapter() -> list[str]:
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return lines on what is wrong: the run's failure, the latest warning of each kind, newest first, a
-    warning about other programs, and the key for a fix unless the outcome has it. Return no lines if nothing
-    is wrong.
+    """Return lines on what is wrong: the latest warning of each kind, newest first, a warning about other
+    programs, and the run's failure and the key for a fix unless the outcome has them. Return no lines if
+    nothing is wrong.
     """
     latest = {health.kind: health for health in snapshot.health}
     lines = []
-    if isinstance(snapshot.view.ending, Failed):
+    if isinstance(snapshot.view.ending, Failed) and snapshot.status.state != "failed":
         lines.append(Content.styled(f"✗ {snapshot.view.ending.title}.", "$error"))
     for health in sorted(latest.values(), key=lambda health: health.step, reverse=True):
         sign, style = ("✗", "$error") if health.severity == "error" else ("!", "$warning")
