@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from msgspec import structs
@@ -35,6 +35,14 @@ class SuggestedFix:
     stop: bool = False
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the next run, by path."""
+    evidence: str = ""
+    """Evidence of the warning that the fix is for; empty if it is for a failure or a check."""
+
+    @property
+    def short_label(self) -> str:
+        """The settings of the next run, such as ``replay share 0.1``; the whole label if none changes."""
+        settings = (f"{_label(path)} {format_value(value)}" for path, value in self.changes.items())
+        return " and ".join(settings) or self.label
 
 
 def suggest_fix(
@@ -59,7 +67,7 @@ def suggest_fix(
     for warning in reversed(health):
         fix = _fix_for(warning.kind, state, recipe)
         if fix is not None:
-            return fix
+            return replace(fix, evidence=warning.evidence)
     return None
 
 
@@ -109,8 +117,7 @@ def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
 
 def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:
     differences = [
-        f"{fields()[path].label.lower()} {format_value(value)}"
-        f" instead of {format_value(get_setting(recipe, path))}"
+        f"{_label(path)} {format_value(value)} instead of {format_value(get_setting(recipe, path))}"
         for path, value in changes.items()
         if value != get_setting(recipe, path)
     ]
@@ -119,3 +126,7 @@ def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:
         if differences
         else None
     )
+
+
+def _label(path: str) -> str:
+    return fields()[path].label.lower()

@@ -474,6 +474,20 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
         assert requests(run) == [{"kind": "set_learning_rate", "value": 1e-4}]
 
 
+async def test_a_small_window_names_the_warning_that_the_key_for_a_fix_is_for() -> None:
+    run = write_fake_run(FakeRun(steps=50, total=50, state="finished"))
+    with EventWriter(run.events_path) as log:
+        log.append(health_event("few_steps", "Train more steps."))
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        await watching(app, run)
+        named = "! It is odd. ▸ [m] gradient accumulation 4"
+        await wait_for_text(pilot, named, "m Apply fix")
+        await pilot.resize_terminal(120, 40)
+        await wait_for_text(pilot, "Health", "instead of 8")
+        await wait_until(pilot, lambda: named not in text_of(app))
+
+
 async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
     run = write_fake_run(FakeRun(steps=50, state="failed"))
     app = QloraApp()

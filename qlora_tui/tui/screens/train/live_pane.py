@@ -30,6 +30,7 @@ from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapsho
 from qlora_tui.tui.screens.train.run_panels import (
     contention,
     evaluation_lines,
+    finding_line,
     fix_text,
     header_lines,
     health_lines,
@@ -103,6 +104,7 @@ class LivePane(Vertical):
             "Run",
             Drawing(id="run-header"),
             Lines(id="run-outcome"),
+            Drawing(id="run-finding"),
             keys=(("train.another", "other run"), ("train.copy", "copy command")),
             id="run-panel",
         )
@@ -137,6 +139,8 @@ class LivePane(Vertical):
         outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Lines)
         box.show(outcome or Content(""))
         box.display = outcome is not None
+        self._draw("run-finding", partial(finding_line, snapshot))
+        self.set_class(bool(snapshot.fix and snapshot.fix.evidence), "-finding")
         self._show_graph(snapshot, from_step)
         self._show_side(snapshot)
         self.show_tab(self._front)

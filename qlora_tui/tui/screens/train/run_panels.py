@@ -385,6 +385,18 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
     return snapshot.fix is not None and snapshot.status.state in _BROKEN
 
 
+def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
+    """Return a line for windows without a panel of warnings: the warning that has a fix, cut to what fits,
+    and the key for the fix. Return no line if there is no such warning.
+    """
+    fix = snapshot.fix
+    if fix is None or not fix.evidence:
+        return []
+    key = highlight_keys(f" ▸ {key_name('train.fix')} {fix.short_label}")
+    warning = Content.styled(f"! {fix.evidence}", "$warning")
+    return [warning.truncate(max(0, width - key.cell_length), ellipsis=True) + key]
+
+
 def _uses_of_adapter() -> list[str]:
     return [f"{key_name(f'train.{name}')} {verb}" for name, verb in _USES.items()]
 
