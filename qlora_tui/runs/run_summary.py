@@ -518,7 +518,7 @@ def _loss_words(evidence: RunEvidence) -> str:
             return "Too early to tell: validation was measured only before training"
         if after < before:
             fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)} at the end"
-            return f"{fell}; not yet compared row by row"
+            return f"{fell}; rows not yet compared"
         return f"{_LEARNED['unclear']}: {_loss_values(before, after)}"
     outcome: Comparison = "better" if loss.is_lower else "worse" if loss.is_higher else "unclear"
     # The rows may be fewer than those of an evaluation, so that the losses differ from those on the chart.

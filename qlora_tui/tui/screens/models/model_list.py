@@ -37,8 +37,10 @@ DEMO_LINE = "demo:"
 """Id of the line of the demo's model."""
 _WIDE = 100
 """Minimum width of the list, in cells, at which it has all columns."""
-_WITH_NOTES = 170
-"""Minimum width of the list, in cells, at which it says what recommended models are good for."""
+_NOTE_CELLS = 20
+"""Minimum width, in cells, of what recommended models are good for; otherwise, the list does not say so."""
+_NOTE_GAP = 3
+"""Cells between the longest name and the notes."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
 _MAX_STARTER_PARAMETERS_ON_CPU = 2_000_000_000
 """Maximum number of parameters of a model that is recommended for a CPU. Larger models take minutes per
@@ -323,11 +325,19 @@ def _lines(
     heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
 ) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading, which includes the titles of the columns, and for each model."""
-    has_notes = width >= _WITH_NOTES and any(row.note for row in rows)
+    shown = [column for column in columns if width >= column[2]]
+    names_cells = max((row.title.cell_length for row in rows), default=0)
+    free = width - max(names_cells, len(heading)) - sum(cells for _, cells, _ in shown) - 1
+    has_notes = any(row.note for row in rows) and free >= _NOTE_CELLS + _NOTE_GAP
     names = Column[_Line](title=heading, text=lambda row: row.title, fills=not has_notes, min_width=10)
-    notes = [
-        Column[_Line](title="good for", text=lambda row: row.note, style="$text-muted", fills=True, gap=3)
-    ]
+    notes = Column[_Line](
+        title="good for",
+        text=lambda row: row.note,
+        style="$text-muted",
+        fills=True,
+        gap=_NOTE_GAP,
+        is_sentence=True,
+    )
     figures = [
         Column[_Line](
             title=title,
@@ -340,5 +350,5 @@ def _lines(
         for number, (title, cells, shown_from) in enumerate(columns)
     ]
     ids = (f"{HEADING}{heading}", *(row.id for row in rows))
-    columns_shown = [names, *figures, *(notes if has_notes else ())]
+    columns_shown = [names, *((notes,) if has_notes else ()), *figures]
     return list(zip(ids, table(columns_shown, rows, width, title_style=""), strict=True))
