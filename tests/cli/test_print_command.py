@@ -11,6 +11,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs, find_run
 from qlora_tui.runs.status import RESUMABLE, read_status
 from tests.cli.conftest import Call
+from tests.data.families import tokenizer_json
 from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.tui.sample_data import readable_model, ticket, write_rows
 
@@ -19,6 +20,7 @@ from tests.tui.sample_data import readable_model, ticket, write_rows
 def train(qwen: Path) -> list[str]:
     """``train`` with a model folder that passes the checks."""
     (qwen / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    (qwen / "tokenizer.json").write_text(tokenizer_json())
     data = qwen.parent / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     return ["train", "--model", str(qwen), "--data", str(data)]

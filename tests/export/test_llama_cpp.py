@@ -25,7 +25,6 @@ pytestmark = pytest.mark.slow
 
 FUNCTIONS = {
     "llama_backend_init", "llama_batch_free", "llama_batch_init",
-    "llama_chat_apply_template",
     "llama_context_default_params", "llama_decode", "llama_free", "llama_get_logits_ith", "llama_get_memory",
     "llama_init_from_model", "llama_memory_clear", "llama_model_chat_template", "llama_model_default_params",
     "llama_model_free", "llama_model_get_vocab", "llama_model_load_from_file", "llama_model_quantize",

@@ -157,6 +157,7 @@ def _private_uses() -> Iterator[str]:
     stored = [node for node in every if isinstance(getattr(node, "ctx", None), ast.Store)]
     ours |= {node.attr for node in stored if isinstance(node, ast.Attribute)}
     ours |= {node.id for node in stored if isinstance(node, ast.Name)}
+    ours.add("_replace")  # a public method of named tuples
     for path, tree in nodes.items():
         if path.name == "textual_compat.py":
             continue
