@@ -114,7 +114,9 @@ class ConfirmScreen(ModalScreen[bool | None]):
 
     @work(exclusive=True)
     async def _check_outdated(self) -> None:
-        if self._is_outdated is not None and await asyncio.to_thread(self._is_outdated):
+        is_outdated = self._is_outdated is not None and await asyncio.to_thread(self._is_outdated)
+        # Meanwhile the dialog may have been closed or covered. Then this would close another screen.
+        if is_outdated and self.app.screen_stack[-1:] == [self]:
             self.dismiss(False)
 
     def compose(self) -> ComposeResult:
