@@ -43,7 +43,7 @@ def targets(app: QloraApp) -> tuple[str, ...]:
 async def test_space_toggles_a_kind_a_layer_and_a_module_but_not_the_last(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
-        await wait_for_text(pilot, "210 modules", "every kind")
+        await wait_for_text(pilot, "210 modules", "every kind", "all 30 layers")
         assert not has_scroll_bar(app)
         await pilot.press("space")
         await wait_for_text(pilot, "LoRA needs at least one module.")
@@ -56,6 +56,7 @@ async def test_space_toggles_a_kind_a_layer_and_a_module_but_not_the_last(small:
         assert targets(app) == ("all-linear",)
         await pilot.press("l", "space")
         assert targets(app) == ("1-29.q_proj", *KINDS[1:])
+        await wait_until(pilot, lambda: "all 30 layers" not in text_of(app))
         await pilot.press("u", "g", "end", "space")
         assert targets(app) == ("0-28.all-linear",)
         await wait_for_text(pilot, "7 modules")

@@ -29,7 +29,7 @@ from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.render.plot import join_cells
-from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_style
+from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_row, cursor_style
 
 ALL, SOME, NONE = "all", "some", "none"
 
@@ -347,8 +347,10 @@ class ModuleGrid(Widget, can_focus=True):
             text = f"{text[: len(shown) - 1]:<{len(shown) - 1}}→"
         if shown.start:
             text = f"←{text[1:]}"
-        share = f"{'share':>{_SHARE_CELLS}}{'':<{self._bar_cells}}"
-        trained = f" {'trains':>{_TRAINED_CELLS}}{share}{' layer':<{_GAP_CELLS}}"
+        share, gap = f"{'share':>{_SHARE_CELLS}}{'':<{self._bar_cells}}", " layer"
+        if all(self._alike(row) for row in self._table.rows):
+            gap, text = "", "layers"
+        trained = f" {'trains':>{_TRAINED_CELLS}}{share}{gap:<{_GAP_CELLS}}"
         label = f"{'module':<{self._head_width - len(trained)}}{trained}"
         return Content.styled(label + text, "$text-muted")
 
@@ -356,17 +358,34 @@ class ModuleGrid(Widget, can_focus=True):
         assert self._table is not None
         row = self._table.rows[index]
         here = index == self._row
-        is_under_cursor = here and self._column == HEAD and self.has_focus
-        head_style = cursor_style(self) if is_under_cursor else "bold" if here else ""
         pieces: list[tuple[str, str]] = [
-            (self._head(index), head_style),
+            (self._head(index), "bold" if here else ""),
             (self._share_bar(index), "$secondary"),
             (" " * _GAP_CELLS, ""),
         ]
-        for place, column in enumerate(shown):
-            width = self._starts[place + 1] - self._starts[place]
-            pieces.append(self._cell(row.cells[column], index, column, width))
-        return join_cells(pieces)
+        if alike := self._alike(row):
+            pieces.append((alike, ""))
+        else:
+            for place, column in enumerate(shown):
+                width = self._starts[place + 1] - self._starts[place]
+                pieces.append(self._cell(row.cells[column], index, column, width))
+        line = join_cells(pieces)
+        is_under_cursor = here and self._column == HEAD and self.has_focus
+        return cursor_row(self, line, self._head_width + self._starts[-1]) if is_under_cursor else line
+
+    def _alike(self, row: ModuleRow) -> str:
+        """Return a text such as ``all 28 layers`` for a row that is selected in every layer with one rank;
+        empty for other rows, and while the cursor is on a layer.
+        """
+        assert self._table is not None
+        layers = sum(layer is not None for layer in self._table.columns)
+        in_layers, outside = row.cells[:layers], row.cells[layers:]
+        text = f"all {layers} layers"
+        if self._column != HEAD or not in_layers or len(text) > self._starts[-1]:
+            return ""
+        is_whole = all(cell and state(cell, self._chosen) == ALL for cell in in_layers)
+        is_whole = is_whole and all(state(cell, self._chosen) == ALL for cell in outside)
+        return text if is_whole and not has_custom_rank(row.modules, self._lora) else ""
 
     def _head(self, index: int) -> str:
         """Return the beginning of a row: check box, kind, shape, trained parameters, and their share of all
