@@ -162,8 +162,8 @@ def test_a_step_on_a_cpu_leaves_the_gaps_in_the_heap_that_were_predicted() -> No
         recipe = _deep_recipe(checkpointing)
         step = closed_form(recipe, architecture, trainer_execution(recipe, cpu))["step"]
         gaps = estimate(recipe, architecture, device=cpu).bytes_of("fragmentation")
-        # The gaps are measured from a quarter more to as much, from one process to the next.
-        assert step + gaps == pytest.approx(int(grown[checkpointing]), rel=0.25), checkpointing
+        # From one process to the next, as much is measured or up to two fifths more.
+        assert step + gaps == pytest.approx(int(grown[checkpointing]), rel=0.3), checkpointing
 
 
 def print_growth() -> None:
