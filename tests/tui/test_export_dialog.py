@@ -71,7 +71,8 @@ async def test_a_format_that_needs_an_absent_base_says_so_and_downloads_it(
         for line in (
             "GGUF Q8_0                  ~7.6 GiB  llama.cpp, LM Studio",
             "Merged model, 16-bit      ~14.3 GiB  transformers, vLLM",
-            "+14.3 GiB",
+            "Best for                Download",
+            "Ollama, Q8_0      ~7.6 GiB  ollama run              14.3 GiB",
             "Adapter folder              155 MiB  several adapters",
         ):
             assert line in shown, shown

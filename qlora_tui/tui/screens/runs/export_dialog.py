@@ -326,21 +326,29 @@ def list_lines(
 ) -> list[tuple[str, Content]]:
     """Return the (id, line) pairs of the list: headings, formats, and earlier exports by their ids.
 
-    A format that needs a download says so at the right end of its line.
+    The last column says how much a format needs to download first, or that it has no base model.
     """
-    lines = [(f"{HEADING}choices", Content.styled(f"{'Format':<25}{'Size':>10}  Best for", "dim"))]
-    heads = [Content.assemble(f"{each.label:<25}{each.size:>10}  ", (each.note, "dim")) for each in choices]
-    marks = [each.blocked for each in choices]
-    if any(head.cell_length + len(mark) + 2 > width for head, mark in zip(heads, marks, strict=True) if mark):
-        marks = [mark.removesuffix(" download") for mark in marks]
-    for each, head, mark in zip(choices, heads, marks, strict=True):
-        room = max(0, width - len(mark) - 2)
-        needs = Content.styled(f"  {mark}", "$warning")
-        lines.append((each.id, head.truncate(room, ellipsis=True, pad=True) + needs if mark else head))
+    head = Content.styled(f"{'Format':<25}{'Size':>10}  Best for", "dim")
+    needs = [each.blocked for each in choices]
+    is_download = any(each.missing_base is not None and each.missing_base.can_download for each in choices)
+    title = "Download" if is_download else ""
+    cells = max(map(len, (title, *needs)))
+    room = max(0, width - cells - 2) if cells else width
+    lines = [(f"{HEADING}choices", _with_last(head, Content.styled(title.rjust(cells), "dim"), room))]
+    for each, need in zip(choices, needs, strict=True):
+        line = Content.assemble(f"{each.label:<25}{each.size:>10}  ", (each.note, "dim"))
+        lines.append((each.id, _with_last(line, Content.styled(need.rjust(cells), "$warning"), room)))
     if exports:
         lines.append((f"{HEADING}exports", Content.styled("Exports of this run", "bold")))
         lines += [(id_, export_line(export)) for id_, export in exports.items()]
     return lines
+
+
+def _with_last(line: Content, last: Content, room: int) -> Content:
+    """Return a line of ``room`` cells followed by the text of a last column, or the line alone if that text
+    is empty.
+    """
+    return line.truncate(room, ellipsis=True, pad=True) + "  " + last if last.plain.strip() else line
 
 
 def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:

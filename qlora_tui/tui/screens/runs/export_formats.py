@@ -136,13 +136,13 @@ class ExportChoice:
 
     @property
     def blocked(self) -> str:
-        """What the format needs first, such as ``+14.3 GiB download``; empty if it needs nothing."""
+        """What the format needs first, such as a download of ``14.3 GiB``; empty if it needs nothing."""
         base = self.missing_base
         if base is None:
             return ""
         if not base.can_download:
             return "✗ no base model"
-        return f"+{format_bytes(base.merged_bytes)} download" if base.merged_bytes else "+download"
+        return format_bytes(base.merged_bytes) if base.merged_bytes else "unknown"
 
 
 def export_choices(
@@ -190,7 +190,7 @@ def export_choices(
             "ollama",
             f"Model in Ollama, {file_type}",
             size,
-            "`ollama run`",
+            "ollama run",
             "A GGUF file and its Modelfile in ~/models, given to `ollama create` if Ollama is "
             f"installed.{about_type}",
             "ollama",
