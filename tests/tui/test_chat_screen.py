@@ -228,15 +228,26 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "not loaded yet")
         screen = chat_of(app)
+        chat, field = screen.conversation, screen.query_one(PromptBox)
         turn = ChatTurn("one\ntwo", (BASE,))
-        screen.conversation.turns.append(turn)
-        await screen.query_one("#conversation").mount(turn)
+        chat.turns.append(turn)
+        await chat.mount(turn)
         screen.show_header()
         await wait_for_text(pilot, "▸ one")
+
+        # The field is directly below a short conversation, and stays in view below a long one.
+        assert field.region.y - turn.region.bottom <= 2
+        long = ChatTurn("three\n" * 40, (BASE,))
+        await chat.mount(long)
+        chat.anchor()
+        await wait_until(pilot, lambda: 0 < chat.scroll_y == chat.max_scroll_y)
+        assert field.region.bottom == screen.size.height - 1
+        await long.remove()
+
         await pilot.press("i", "up")
         await wait_until(pilot, lambda: "▸ one" not in text_of(app))
-        assert not screen.conversation.turns
-        assert screen.query_one(PromptBox).text == "one\ntwo"
+        assert not chat.turns
+        assert field.text == "one\ntwo"
 
 
 async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, sent: list[str]) -> None:
@@ -348,11 +359,6 @@ async def test_base_and_adapter_answer_side_by_side(
         assert list(answers) == [BASE, ADAPTER]
         assert all(a.outcome is not None and a.outcome.new_tokens for a in answers.values())
         await wait_for_text(pilot, "tok", ", wait", "saved in", "Which answer is better? Esc, then [<]")
-        # A short conversation is directly above the field, which is at the bottom.
-        view, last = screen.conversation.region, screen.conversation.turns[-1]
-        assert last.region.bottom + last.styles.margin.bottom == view.bottom
-        assert view.height > 20
-        assert screen.query_one(PromptBox).region.bottom >= screen.size.height - 3
         assert screen.conversation.run_dir is not None
         saved = transcript_path(screen.conversation.run_dir).read_text()
         assert saved.count("> what is red") == 1

@@ -541,7 +541,7 @@ class ChatScreen(WorkScreen):
         chat, has_source = self.conversation, self.conversation.source is not None
         # Two answers take the whole width, unless the window is wide enough for the side column as well.
         starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
-        side_from = _SIDE_CELLS if is_start or len(chat.pair.active) == 1 else VERY_WIDE_CELLS
+        side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
         if starters.has_focus and not is_start:
