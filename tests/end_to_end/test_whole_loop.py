@@ -64,7 +64,7 @@ async def test_a_user_gets_from_model_to_chat_with_the_adapter(tiny_model: Path,
 
         # Change what LoRA does: half the rank, and not every module.
         await pilot.press("4")
-        await wait_until(pilot, lambda: app.screen.query("#modules"))
+        await wait_until(pilot, lambda: "every kind" in text_of(app))
         rank = recipe_of().lora.rank
         await pilot.press("R")
         assert recipe_of().lora.rank == rank // 2
