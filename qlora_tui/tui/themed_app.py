@@ -121,7 +121,7 @@ class ThemedApp(TerminalApp):
 
     def watch_theme(self) -> None:
         """Draw panels as tinted surfaces if the theme has enough colors for them."""
-        few = self.no_color or self.current_theme.ansi or self._has_few_colors
+        few = themes.lacks_shades(self) or self._has_few_colors
         self.set_class(not few, "-surfaces", update=False)
 
     def preview_theme(self, setting: str) -> None:

@@ -12,10 +12,11 @@ import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
+from textual.app import App
 from textual.color import Color, ColorParseError
 from textual.theme import Theme
 
@@ -92,6 +93,11 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         needed = _sixteen_colors(self) if self.ansi else _blended(self)
         parts = {name: getattr(self, name) for name in self.__struct_fields__ if name not in HUES}
         return Theme(**{**parts, "variables": {**_roles(self), **needed, **self.variables}})
+
+
+def lacks_shades(app: App[Any]) -> bool:
+    """Return whether the app shows at most 16 colors, so that a color has no shades."""
+    return app.no_color or app.current_theme.ansi
 
 
 def _roles(file: ThemeFile) -> dict[str, str]:

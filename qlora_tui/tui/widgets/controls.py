@@ -28,6 +28,7 @@ from textual.widgets.option_list import Option
 from qlora_tui.errors import UserError
 from qlora_tui.tui.key_names import bare_key, command_key, pressable
 from qlora_tui.tui.textual_compat import add_border, bindings_of_widget
+from qlora_tui.tui.themes import lacks_shades
 
 HEADING = "heading:"
 _PAGE_ROWS = 10
@@ -390,7 +391,7 @@ def cursor_style(widget: Widget) -> str:
     """Return the style of a cell under a cursor: the theme's cursor colors, or ``reverse`` if the app or its
     theme uses at most 16 colors.
     """
-    if widget.app.no_color or widget.app.current_theme.ansi:
+    if lacks_shades(widget.app):
         return "reverse"
     return "bold $block-cursor-foreground on $block-cursor-background"
 

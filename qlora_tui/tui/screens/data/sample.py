@@ -26,6 +26,7 @@ from qlora_tui.recipe.schema import Data
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_hint, key_name, name_keys
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, error_content
 from qlora_tui.tui.screens.data.row_engines import PreviewRequest
+from qlora_tui.tui.themes import lacks_shades
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 
 Place: TypeAlias = tuple[str, int]
@@ -77,8 +78,7 @@ class TokenStyles:
         """Return the styles for the app's theme. If the theme cannot tint the background, tokens to learn are
         underlined.
         """
-        has_tints = not app.no_color and not app.current_theme.ansi
-        return cls("bold on $training 30%" if has_tints else "bold underline")
+        return cls("bold underline" if lacks_shades(app) else "bold on $training 30%")
 
     def of_piece(self, piece: Piece) -> str:
         """Return the style of a piece of text. All tokens of a piece have the same role."""

@@ -25,6 +25,7 @@ from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, verdict_words
 from qlora_tui.tui.render.meters import STACKED, bar
 from qlora_tui.tui.system_status import SystemStatus
+from qlora_tui.tui.themes import lacks_shades
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 
 _FRAME = 4
@@ -119,7 +120,7 @@ PARTS: tuple[BarPart, ...] = (
 
 def has_even_colors(widget: Widget) -> bool:
     """Return whether parts are told apart by colors alone. A terminal with few colors needs textures."""
-    return not (widget.app.no_color or widget.app.current_theme.ansi)
+    return not lacks_shades(widget.app)
 
 
 def even_colors(widget: Widget) -> dict[str, str]:
