@@ -317,11 +317,17 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     labels = {row_of(value, what.y, rows): text for value, text in scale}
     canvas = _Canvas(columns, rows)
     canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
+    fronts = []
     for curve in what.curves:
-        _draw_curve(canvas, curve, what.x, what.y)
+        layer = _Canvas(columns, rows)
+        _draw_curve(layer, curve, what.x, what.y)
+        canvas.cells |= layer.cells
+        canvas.filled |= layer.filled
+        if curve.leads_to_marks:
+            fronts.append(layer)
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
-    _lead_to_marks(canvas, what)
+    _lead_to_marks(canvas, what, fronts)
     _set_marks(canvas, what)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
@@ -443,17 +449,13 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
             due = column + apart
 
 
-def _lead_to_marks(canvas: _Canvas, what: Plot) -> None:
-    """Draw curves that lead to marks over the others next to the marks. A cell has the dots of both curves,
-    so that the other curve is not interrupted.
+def _lead_to_marks(canvas: _Canvas, what: Plot, fronts: Sequence[_Canvas]) -> None:
+    """Draw curves that lead to marks, ``fronts``, over the others next to the marks. A cell has the dots of
+    both curves, so that the other curve is not interrupted.
     """
     marks = {column_of(mark.x, what.x, canvas.width) for mark in what.marks}
     near = {column + away for column in marks for away in range(-_NEAR, _NEAR + 1)}
-    for curve in what.curves:
-        if not curve.leads_to_marks:
-            continue
-        front = _Canvas(canvas.width, canvas.height)
-        _draw_curve(front, curve, what.x, what.y)
+    for front in fronts:
         for place, (text, style) in front.cells.items():
             before = canvas.cells[place][0]
             if place[0] in near and _is_braille(before):
