@@ -180,24 +180,22 @@ def tie_sentence(view: SweepView) -> str:
     winner = view.winner
     if winner is None or winner.final is None:
         return ""
-    equal = [
-        str(trial.number)
+    lowest, loss = winner.final.loss, format_loss(winner.final.loss)
+    # Compared as they are shown, since a reader would look for a reason.
+    equal = {
+        str(trial.number): trial.final.loss
         for trial in view.trials
         if trial.role == "trial"
         and trial is not winner
         and trial.final is not None
-        # Compared as they are shown, since a reader would look for a reason.
-        and format_loss(trial.final.loss) == format_loss(winner.final.loss)
-    ]
-    is_exact = all(
-        trial.final is not None and trial.final.loss == winner.final.loss
-        for trial in view.trials
-        if str(trial.number) in equal
-    )
+        and format_loss(trial.final.loss) == loss
+    }
+    if not equal:
+        return ""
+    is_exact = set(equal.values()) == {lowest}
     why = "was chosen first" if is_exact else "is lower in further decimals"
-    names = f"{'Trials' if equal[1:] else 'Trial'} {join_words(equal)} ended at"
-    loss = format_loss(winner.final.loss)
-    return f"Tie: {names} {loss}, too; trial {winner.number} {why}." if equal else ""
+    names = f"{'Trials' if len(equal) > 1 else 'Trial'} {join_words(list(equal))}"
+    return f"Tie: {names} ended at {loss}, too; trial {winner.number} {why}."
 
 
 def trial_name(trial: Trial) -> str:
