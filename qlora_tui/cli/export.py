@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 _FORMS = "gguf|ollama|merge|adapter|hub|recipe|job"
 _DEFAULT_TYPE = "Q8_0"
+_NEW_FOLDER = "the folder to write; it must not exist yet"
 _NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
 
 
@@ -98,10 +99,15 @@ def _run_recipe(args: argparse.Namespace) -> CommandResult:
     return CommandResult(data, f"Wrote {out}. Train there: {_NEXT[args.target]}")
 
 
+def _add_places(form: argparse.ArgumentParser) -> None:
+    """Add the arguments of a form that writes a recipe to a folder: the recipe and the folder."""
+    form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
+    form.add_argument("out", metavar="OUT", type=Path, help=_NEW_FOLDER)
+
+
 def _add_recipe_arguments(form: argparse.ArgumentParser) -> None:
     """Add the arguments of `export recipe`."""
-    form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
-    form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    _add_places(form)
     form.add_argument(
         "--as",
         dest="target",
@@ -146,8 +152,7 @@ def _run_job(args: argparse.Namespace) -> CommandResult:
 
 def _add_job_arguments(form: argparse.ArgumentParser) -> None:
     """Add the arguments of `export job`."""
-    form.add_argument("recipe", type=input_path, metavar="RECIPE", help="a recipe.toml, or a run")
-    form.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist yet")
+    _add_places(form)
     form.add_argument(
         "--as",
         dest="scheduler",
@@ -224,9 +229,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     for form in all_forms:
         add_run_argument(form)
     for form, out in (
-        (merge, "the folder to write; it must not exist yet"),
+        (merge, _NEW_FOLDER),
         (gguf, "the .gguf file to write, or a folder for several types"),
-        (adapter, "the folder to write; it must not exist yet"),
+        (adapter, _NEW_FOLDER),
     ):
         form.add_argument("out", metavar="OUT", type=Path, help=out)
     merge.add_argument(
