@@ -173,8 +173,10 @@ def loss_sparkline(head: Content, means: Sequence[float], width: int, height: in
         return [head, *[Content("")] * (height - 1)]
     first, last = (format_loss(value) for value in (means[0], means[-1]))
     cells = max(1, width - len(first) - len(last) - 2)
-    spread = [means[place * len(means) // cells] for place in range(cells)]
-    columns = downsample(means, cells) if len(means) > cells else spread
+    if len(means) < cells:
+        # Fewer losses than columns fill the whole width, too.
+        means = [means[place * len(means) // cells] for place in range(cells)]
+    columns = downsample(means, cells)
     finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     rows = history(columns, low, high, max(1, height - 1), TRAINING_STYLE)
