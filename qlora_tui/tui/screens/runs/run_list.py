@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -119,60 +119,60 @@ def reason(summary: RunSummary) -> Content:
     return Content.styled("" if text == ALL_STEPS_DONE else text, "dim")
 
 
-_COLUMNS: tuple[Column[RunSummary], ...] = (
-    Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
-    Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
-    Column(title="model", text=lambda s: s.model, max_width=24, dropped=3, shown_if_same=False),
-    Column(title="data", text=lambda s: s.data, max_width=24, dropped=2, shown_if_same=False),
-    Column(
-        title="steps",
-        text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
-        max_width=17,
-        right=True,
-        dropped=4,
-    ),
-    Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
-    Column(
-        title="exact",
-        text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
-        right=True,
-        shown_if_empty=False,
-    ),
-    Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else "", dropped=7),
-    Column(
-        title="trained",
-        text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
-        max_width=11,
-        right=True,
-        dropped=5,
-    ),
-    Column(
-        title="mean tok/s",
-        text=lambda s: "" if s.tokens_per_s is None else format_speed(s.tokens_per_s),
-        right=True,
-        dropped=1,
-    ),
-    Column(
-        title="memory",
-        text=lambda s: "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
-        right=True,
-        dropped=1,
-    ),
-    Column(
-        title="reason",
-        text=reason,
-        shrinks=True,
-        min_width=_MIN_REASON,
-        max_width=_MAX_REASON,
-        shown_if_empty=False,
-        is_sentence=True,
-    ),
-)
-"""Columns of the list, to the right of the column with mark and state, without the column for the settings in
-which the runs differ.
-"""
-_SETTINGS = 4
-"""Index at which the column for the settings is inserted into the columns."""
+def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]:
+    """Return the columns of the list, to the right of the column with mark and state. ``own``: returns the
+    settings of a run in which the runs differ.
+    """
+    return (
+        Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
+        Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
+        Column(title="model", text=lambda s: s.model, max_width=24, dropped=3, shown_if_same=False),
+        Column(title="data", text=lambda s: s.data, max_width=24, dropped=2, shown_if_same=False),
+        Column(title="settings", text=own, max_width=40, dropped=6, shown_if_empty=False),
+        Column(
+            title="steps",
+            text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
+            max_width=17,
+            right=True,
+            dropped=4,
+        ),
+        Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
+        Column(
+            title="exact",
+            text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
+            right=True,
+            shown_if_empty=False,
+        ),
+        Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else "", dropped=7),
+        Column(
+            title="trained",
+            text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
+            max_width=11,
+            right=True,
+            dropped=5,
+        ),
+        Column(
+            title="mean tok/s",
+            text=lambda s: "" if s.tokens_per_s is None else format_speed(s.tokens_per_s),
+            right=True,
+            dropped=1,
+        ),
+        Column(
+            title="memory",
+            text=lambda s: "" if s.peak_bytes is None else format_bytes(s.peak_bytes),
+            right=True,
+            dropped=1,
+        ),
+        Column(
+            title="reason",
+            text=reason,
+            shrinks=True,
+            min_width=_MIN_REASON,
+            max_width=_MAX_REASON,
+            shown_if_empty=False,
+            is_sentence=True,
+        ),
+    )
 
 
 class RunTable(LineView):
@@ -288,9 +288,7 @@ class RunTable(LineView):
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
         own = partial(setting_words, shared_settings(self._rows))
-        settings = Column(title="settings", text=own, max_width=40, dropped=6, shown_if_empty=False)
-        columns = (head, *_COLUMNS[:_SETTINGS], settings, *_COLUMNS[_SETTINGS:])
-        titles, *lines = table(columns, self._rows, width, title_style="")
+        titles, *lines = table((head, *_columns(own)), self._rows, width, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
             line = lines[self._cursor]
