@@ -136,8 +136,8 @@ LORA_CONTROLS: dict[str, tuple[str, ...]] = {
 }
 """Ids of the commands that change each setting on the screen, by the setting's path."""
 _TERMS = {"lora.use_rslora": "rsLoRA", "lora.use_dora": "DoRA", "lora.train_embeddings": "embed"}
-"""Name of a setting's glossary entry, by the setting's path, for settings whose entry has another name than
-the setting.
+"""Name of a setting's glossary entry, by the setting's path. A setting that is not listed here has an entry
+with its own name.
 """
 
 
@@ -226,8 +226,8 @@ def advice(path: str, lora: Lora) -> str:
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
-    """Return an explanation of the kind of these modules or, if there are several kinds, of target modules.
-    If ``width`` suffices, a finding of the QLoRA paper follows.
+    """Return an explanation of the modules: of their kind if they are all of one kind; otherwise, of the term
+    "target modules". If ``width`` allows, append what the QLoRA paper says about adapting all layers.
     """
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
@@ -257,18 +257,18 @@ _TARGETS = {
 }
 _RANK_CELLS = 7
 _CHOICE_CELLS, _DISK_CELLS, _CHOICE_BAR_CELLS = 22, 9, 12
-"""Widths in cells: of a choice of targets, including the gap before it; of the size on disk; of the bar."""
+"""Widths, in cells, of a choice of targets (with the gap before it), of the size on disk, and of the bar."""
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
-"""Maximum number of lines on the differences from the preset."""
+"""Maximum number of lines that list differences from the preset."""
 _WITH = " with gradients and optimizer"
 
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Differences in memory, in bytes. They are computed later than other figures, since each takes a further
-    estimate.
+    """Differences in memory, in bytes. Each requires another estimate, so they are computed after the other
+    figures.
     """
 
     dora_bytes: int
@@ -330,11 +330,11 @@ def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Con
 def adapter_text(
     workbench: Workbench, budget: MemoryBudget, known: MemoryDeltas | None, width: int
 ) -> Content:
-    """Return a line with the adapter's parameters, size on disk and memory, if the model is known, and the
-    differences from the preset.
+    """Return the text of the adapter's panel. If the model is known, the first line gives the adapter's
+    parameters, size on disk and memory. The differences from the preset follow.
 
-    The memory is the adapter's share of the peak, as the Memory screen lists it. ``known``: the differences
-    in memory; None until they are computed.
+    The memory is the adapter's share of the peak, as on the Memory screen. ``known``: the differences in
+    memory; None until they are computed.
     """
     differs = difference_text(workbench, known, width)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
@@ -359,8 +359,8 @@ def adapter_text(
 
 
 def difference_text(workbench: Workbench, known: MemoryDeltas | None, width: int) -> Content:
-    """Return the LoRA settings that differ from the preset, as many as fit, and the change in memory that all
-    of these settings make.
+    """Return the LoRA settings that differ from the preset, as many as fit, and their combined effect on
+    memory.
     """
     changes = [
         c for c in diff_recipes(workbench.preset_recipe, workbench.recipe) if c.path.startswith("lora.")
@@ -398,8 +398,8 @@ def cursor_text(modules: Sequence[LinearModule], lora: Lora, *, in_block: bool) 
 
 
 def _own(modules: Sequence[LinearModule], lora: Lora) -> str:
-    """Return the ranks and alphas of these modules, such as ``, rank 32, alpha 16 to 64``. Ranks are left out
-    if the recipe has no rank patterns, and alphas if it has no alpha patterns.
+    """Return text such as ``, rank 32, alpha 16 to 64`` with the ranks and alphas of these modules. If the
+    recipe has no rank patterns, omit the ranks; if it has no alpha patterns, omit the alphas.
     """
     words = ""
     for name, number_of, own in (
@@ -454,14 +454,14 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def costs_title(costs: tuple[ChoiceCost, ...]) -> Content:
-    """Return the title of the panel with the costs, followed by the meaning of the panel's signs."""
+    """Return the title of the panel with the costs, followed by a legend of the signs in the panel."""
     signs = verdict_legend((cost.verdict for cost in costs), _ONE_LINE)
     return Content.assemble(COSTS, "   ", signs.stylize_before("not bold $foreground"))
 
 
 def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
-    """Return a heading and a line for each rank. A line has parameters, size on disk and memory for as many
-    choices of targets as ``width`` allows.
+    """Return a heading, and a line for each rank. A line gives parameters, size on disk and memory, for as
+    many choices of targets as fit into ``width``.
     """
     by_rank: dict[int, list[ChoiceCost]] = {}
     for cost in costs:

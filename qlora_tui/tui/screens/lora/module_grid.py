@@ -66,7 +66,7 @@ class ModuleRow:
 
     @property
     def shape(self) -> str:
-        """Shape ``3584→512``, in → out, of the first module; empty for the row of all kinds."""
+        """Shape of the first module as in→out, such as ``3584→512``; empty for the row of all kinds."""
         if self.name == "every kind":
             return ""
         first = self.modules[0]
@@ -141,8 +141,8 @@ CELLS = {ALL: "━", SOME: "╌", NONE: "·"}
 CUSTOM = "◆"
 """Mark of a selected module with a rank or alpha of its own."""
 HEAD = -1
-"""Column of the cursor when it is on the name of a kind of module. The name stands for the modules of this
-kind in all layers.
+"""Cursor column that selects the name of a kind instead of a layer. The name stands for all modules of the
+kind.
 """
 LONGEST_KIND = 18
 _BOX_CELLS = 4
@@ -154,15 +154,15 @@ _SHARE_CELLS, _BAR_CELLS = 6, 16
 window has the bar.
 """
 _GAP_CELLS = 7
-"""Width of the gap before the layers, in cells. In the line of titles, the gap has the word ``layer``."""
+"""Width of the gap before the layers, in cells. In the header line, the gap contains the word ``layer``."""
 _LEAST_APART = 3
-"""Minimum width of a layer, in cells, at which a gap separates the layer from the next layer."""
+"""Minimum width of a layer's cell, in characters, at which its last character is left blank."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
-"""Strength of the color for rank 1, in percent, and the lowest rank whose color has full strength."""
+"""Strength of the color for rank 1, in percent, and the lowest rank that gets the full color."""
 
 
 def rank_style(rank: int) -> str:
-    """Return the color for this rank. The color is brighter for each doubling of the rank."""
+    """Return the color for this rank. Each doubling of the rank makes the color stronger, up to a maximum."""
     share = min(1.0, log2(rank) / log2(_BRIGHTEST_RANK))
     return f"$primary {_PALEST + (100 - _PALEST) * share:.0f}%"
 
@@ -208,8 +208,8 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._starts: Sequence[int] = ()
-        """First cell of each visible layer, relative to the first visible layer; the last number is the end
-        of the last visible layer.
+        """Left edge of each visible layer, in cells from the first visible layer, followed by the right edge
+        of the last one.
         """
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
@@ -304,7 +304,7 @@ class ModuleGrid(Widget, can_focus=True):
         rows = range(first, min(first + height, len(table.rows)))
         scrolls = len(rows) < len(table.rows)
         width_left = max(1, self.content_size.width - self._head_width - 2 * scrolls)
-        # Scroll to the side as far as needed to keep the cursor's column in view.
+        # Scroll horizontally, just far enough to keep the cursor's column in view.
         column, last = max(self._column, 0), max(0, len(table.columns) - width_left)
         self._first_column = min(max(min(self._first_column, column), column - width_left + 1), last)
         shown = range(self._first_column, min(self._first_column + width_left, len(table.columns)))
@@ -334,8 +334,8 @@ class ModuleGrid(Widget, can_focus=True):
         return max(0, self._row - max(1, self.content_size.height - 1) + 1)
 
     def _axis(self, shown: range) -> Content:
-        """Return the line of titles, with the number of every fifth layer, and with arrows toward layers that
-        are out of view. ``shown``: the visible columns.
+        """Return the header line. It has the number of every fifth layer, and arrows toward layers that are
+        out of view. ``shown``: the visible columns.
         """
         assert self._table is not None
         text = ""
@@ -374,8 +374,8 @@ class ModuleGrid(Widget, can_focus=True):
         return cursor_row(self, line, self._head_width + self._starts[-1]) if is_under_cursor else line
 
     def _alike(self, row: ModuleRow) -> str:
-        """Return a text such as ``all 28 layers`` for a row that is selected in every layer with one rank;
-        empty for other rows, and while the cursor is on a layer.
+        """Return text such as ``all 28 layers`` if the row is selected in every layer with the same rank.
+        Return an empty string for any other row, and while the cursor is on a layer.
         """
         assert self._table is not None
         layers = sum(layer is not None for layer in self._table.columns)
@@ -426,7 +426,7 @@ class ModuleGrid(Widget, can_focus=True):
         text, style = " " * width, ""
         if cell:
             mark = state(cell, self._chosen)
-            # Layers that are wide enough are apart.
+            # Separate the layers if they are wide enough.
             gap = " " if width >= _LEAST_APART else ""
             text, style = CELLS[mark] * (width - len(gap)) + gap, "$text-muted"
             if mark != NONE:

@@ -49,12 +49,10 @@ from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
-"""Seconds without a key press after which the memory is compared with that of the preset and of other
-choices.
-"""
+"""Seconds without a key press after which memory is compared: with the preset and with other choices."""
 _COSTS_HEIGHT, _MEANING_HEIGHT = 32, 50
-"""Minimum height of the window, in rows, at which the table of other choices is shown (plus a row for each
-row of the grid), and at which settings are explained.
+"""Minimum heights of the window, in rows: for the table of other choices (plus one row for each row of the
+grid), and for explanations of the settings.
 """
 
 
@@ -121,9 +119,9 @@ class LoraScreen(WorkScreen):
         has_room = self._has_room_for_costs
         self.set_class(has_room or self._asks_costs, "-costs")
         self.set_class(self._asks_costs and not has_room, "-only-costs")
-        # Without the costs, the modules fill the remaining height. The height is set here, since with a style
-        # class it would change only after the texts have been written, and Textual would not lay out the
-        # panel again.
+        # Without the costs, the modules fill the remaining height. Set the height here instead of with a
+        # style class. A style class would take effect only after the texts are written, and Textual would not
+        # lay out the panel again.
         for part in ("#modules-panel", "#modules"):
             self.query_one(part).styles.height = "auto" if has_room else "1fr"
         self.refresh_bindings()
@@ -166,7 +164,7 @@ class LoraScreen(WorkScreen):
         self._show_cursor()
 
     def on_settings_list_stepped(self, message: SettingsList.Stepped) -> None:
-        """Step the setting that the list asks to step."""
+        """Step the setting that is named in the message."""
         self.action_step_setting(message.path, message.direction)
 
     def on_option_list_option_highlighted(self) -> None:
@@ -205,9 +203,7 @@ class LoraScreen(WorkScreen):
         self.app.edit("lora.target_modules", (ALL_LINEAR,))
 
     def action_set_custom_value(self, name: str) -> None:
-        """Ask for a rank or alpha that only the modules under the cursor get. ``name``: ``rank`` or
-        ``alpha``.
-        """
+        """Ask for a rank or alpha for only the modules under the cursor. ``name``: ``rank`` or ``alpha``."""
         recipe, modules = self.app.workbench.recipe, self.query_one(ModuleGrid).under_cursor
         architecture = self.app.workbench.architecture()
         if isinstance(architecture, UserError) or not modules:
@@ -281,8 +277,8 @@ class LoraScreen(WorkScreen):
         if self.query_one("#targets-input").display:
             self._close_targets_input()
 
-    # Without a description, Textual would format the arguments at each key press, among them thousands of
-    # modules.
+    # Give a description, so that Textual does not format the arguments. Otherwise, it would format thousands
+    # of modules at each key press.
     @work(exclusive=True, group="deltas", description="compute deltas")
     async def _compute_deltas(self, recipe: Recipe, budget: MemoryBudget, architecture: Architecture) -> None:
         await asyncio.sleep(SETTLED_S)
@@ -334,12 +330,11 @@ class LoraScreen(WorkScreen):
             self.query_one(ModuleGrid).show(self._table, self._table.chosen(patterns), recipe.lora)
 
     def _show_cursor(self) -> None:
-        """Show an explanation of the setting that was stepped last or is under the cursor; without such a
-        setting, describe the modules under the cursor. If the target modules have an error, show the error
-        instead.
+        """Update the line below the grid. If the target modules have an error, show the error. Otherwise,
+        explain the setting in ``_explained``; if it is empty, describe the modules under the cursor.
         """
         recipe = self.app.workbench.recipe
-        # While patterns are typed, this line tells what they select.
+        # While the user types patterns, this line shows which modules they select.
         if self._table is None or self.query_one("#targets-input").display:
             return
         try:
@@ -377,9 +372,7 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
 
 
 def validate_number(setting: str, text: str) -> str:
-    """Return what is wrong with a typed value of a setting; empty if the value is valid. An empty text is
-    valid.
-    """
+    """Return the error in a typed value of a setting; empty if the value is valid. Empty text is valid."""
     field = fields()[setting]
     try:
         if text.strip():
@@ -390,9 +383,10 @@ def validate_number(setting: str, text: str) -> str:
 
 
 def _written_out(pattern: str, modules: Sequence[LinearModule]) -> str:
-    """Return a target pattern with an abbreviated kind written out: ``8-23.q`` as ``8-23.q_proj``, if no kind
-    is named ``q`` and exactly one kind begins with ``q_``, and ``all`` as ``all-linear``. Any other pattern
-    is returned unchanged.
+    """Return a target pattern without abbreviations.
+
+    ``all`` becomes ``all-linear``. ``8-23.q`` becomes ``8-23.q_proj`` if no kind is named ``q``, and exactly
+    one kind begins with ``q_``. Any other pattern is returned unchanged.
     """
     layers, dot, kind = pattern.rpartition(".")
     kinds = dict.fromkeys(module.kind for module in modules)

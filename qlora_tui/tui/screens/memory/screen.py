@@ -65,8 +65,8 @@ _FRAME = 4
 
 
 class QualityDialog(TextDialog[bool]):
-    """Dialog with the measured effects of quantization, in sentences. Returns whether to keep the layers with
-    the largest error in 16 bits.
+    """Dialog that describes the measured effects of quantization. Returns whether to keep the layers with the
+    largest error in 16 bits.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -181,8 +181,8 @@ class MemoryScreen(WorkScreen):
         self.app.edit("lora.target_modules", next_targets(now, kinds))
 
     def action_next_bar(self, step: int) -> None:
-        """Show the items of the precision ``step`` places below the current precision. The first precision
-        follows the last.
+        """Show the items of the precision that is ``step`` lines below the current one. Wrap around at the
+        end.
         """
         self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]
         self._show_all()
@@ -280,8 +280,8 @@ class MemoryScreen(WorkScreen):
 
     @work(exclusive=True, group="changes")
     async def _trace_changes(self, recipe: Recipe, budget: MemoryBudget) -> None:
-        """If the recipe itself has been traced, also trace the recipe with each offered change, and with the
-        change that each key would make.
+        """Trace the recipe with each offered change, and with the change that each key would make. Do nothing
+        if the recipe itself has not been traced.
         """
         if self._trace_of(precision_of(recipe)) is not None and not self._solution.is_exact:
             with suppress(UserError, TraceStopped):
@@ -310,8 +310,8 @@ class MemoryScreen(WorkScreen):
         return self._compared[self.precision]
 
     def _exact_words(self) -> str:
-        """Return for which precisions the estimate is exact, and how it was obtained; empty if the recipe has
-        not been traced.
+        """Return a note on the traced estimate: for which precisions it is exact, and with which library it
+        was traced. Return an empty string if the recipe has not been traced.
         """
         own = precision_of(self.app.workbench.recipe)
         traced, name = self._trace_of(own), PRECISION_NAMES[own]

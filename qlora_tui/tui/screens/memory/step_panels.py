@@ -1,7 +1,7 @@
-"""Panels on the memory of a training step: a bar for each precision's peak with the limit, and the items of
-one precision.
+"""Panels for the memory of a training step. One panel compares the peak at each precision with the memory
+limit; the other lists the items of one precision's peak.
 
-With few colors or none, the parts of a bar have different textures.
+On a terminal with few colors or none, the parts of a bar have different textures.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
 _FRAME = 4
 """Width of a panel's border and padding, in cells."""
 _LIMIT_IN_VIEW = 2.5
-"""Maximum ratio of limit to peak at which the limit is on the axis. At a higher ratio, the peak's bar would
-be too short for its parts.
+"""Maximum ratio of limit to peak at which the axis extends to the limit. At a higher ratio, the peak's bar
+would be too short to show its parts.
 """
 ABOVE_PEAK = 1.25
 """Length of an axis that does not reach the limit, relative to the peak."""
@@ -119,7 +119,9 @@ PARTS: tuple[BarPart, ...] = (
 
 
 def has_even_colors(widget: Widget) -> bool:
-    """Return whether parts are told apart by colors alone. A terminal with few colors needs textures."""
+    """Return whether colors alone distinguish the parts. On a terminal with few colors, the parts need
+    textures.
+    """
     return not lacks_shades(widget.app)
 
 
@@ -148,7 +150,7 @@ def parts_of(estimate: Estimate) -> list[tuple[BarPart, int]]:
 
 
 def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
-    """Return whether the limit is so far above the peak that the axis ends just above the peak, and not at
+    """Return whether the limit is far above the peak. If so, the axis ends just above the peak instead of at
     the limit.
     """
     return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
@@ -234,7 +236,7 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
-    """Return the legend of the colors or textures. If the axis is broken, the legend also states the limit.
+    """Return the legend of the colors or textures. If the axis is broken, the legend also gives the limit.
     ``most_bytes``: the highest peak.
     """
     drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)
@@ -268,13 +270,13 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
 
 
 def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
-    """Return a line on how much of the peak PyTorch holds, and how much of it is in tensors.
+    """Return a line that says how much of the peak PyTorch holds, and how much of this is in tensors.
 
     Args:
         estimate: The estimate.
         layers: Number of layers of the model.
-        short: Whether the line must fit 76 cells, and name the time of the peak because there is no timeline
-            that names it.
+        short: Whether to return a line of at most 76 cells. It gives the time of the peak instead of the size
+            of the tensors, because a small window has no timeline.
     """
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:
@@ -308,8 +310,8 @@ def peak_lines(
     can_train: bool,
     is_even: bool,
 ) -> list[Content]:
-    """Return the lines of the panel on the peak: the bars and their legend, what the peak of one precision
-    consists of, and why int8 needs more memory than 16 bits if it does.
+    """Return the lines of the panel for the peak: the bars, their legend, and a breakdown of the peak of one
+    precision. If int8 needs more memory than 16 bits, the last line says why.
 
     Args:
         compared: The estimate for each precision.
@@ -319,6 +321,7 @@ def peak_lines(
         width: Width of a line, in cells.
         layers: Number of layers of the model.
         can_train: Whether the model can be trained.
+        is_even: Whether bars have full blocks instead of textures.
     """
     most = max(estimate.total_bytes for estimate in compared.values())
     levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
@@ -406,8 +409,8 @@ def _item_line(
     return Content.assemble(
         (text[:glyphs], drawn[1]),
         (text[glyphs:], style),
-        # With 16 colors, the line under the cursor is reversed, which would swap the colors of bar and
-        # background.
+        # With 16 colors, Textual reverses the line under the cursor. Do not reverse the bar, since this would
+        # swap its color and its background.
         (text_of_bar, f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
     )

@@ -34,18 +34,16 @@ _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
 """Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
 _TOTAL = BarPart("total", "█", "$primary", frozenset(), strength=60)
-"""What the graph shows if its rows are too few for the parts."""
+"""The single part that is drawn if the graph has too few rows to show all parts."""
 _MIN_PEAK_ROWS = 8
-"""Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, several parts share
-a cell, and a cell has two colors at most.
+"""Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, a cell would
+contain several parts, but it can have only two colors.
 """
 
 
 @dataclass(frozen=True)
 class _GraphColumn:
-    """The moment that a column of the graph shows: of all moments in the column, the moment with the most
-    memory.
-    """
+    """One column of the graph. Of all moments in the column, it shows the one with the most memory."""
 
     phase: Phase
     parts: tuple[tuple[BarPart, int], ...]
@@ -151,8 +149,8 @@ def _has_room_for_parts(
     *,
     is_even: bool,
 ) -> bool:
-    """Return whether the peak is high enough to show parts, and whether each part that is at least an eighth
-    of a row high would be drawn somewhere.
+    """Return whether the graph is tall enough for the parts. The peak must have enough rows, and every part
+    of at least an eighth of a row must be visible somewhere.
     """
     rows = int(peak / row_bytes + 0.5) + 1
     if rows < _MIN_PEAK_ROWS:
@@ -167,9 +165,9 @@ def _drawn_parts(
 ) -> list[BarPart]:
     """Return the one or two parts that a cell shows, the lower part first.
 
-    Without ``is_even``, and in a cell that is not full, the cell shows only its largest part. A full cell
-    shows its lowest part and one of the parts above: the part that is smallest in the whole graph, because it
-    might not be visible anywhere else.
+    Two parts are shown only in a full cell, and only if ``is_even``: the lowest part, and the part above it
+    that is smallest in the whole graph, because it might not be visible anywhere else. Any other cell shows
+    only its largest part.
     """
     filled = sum(share for _, share in covered)
     if filled < 1 / 16:
@@ -182,8 +180,8 @@ def _drawn_parts(
 
 
 def _parts_of_cell(column: _GraphColumn, row: int, row_bytes: float) -> list[tuple[BarPart, float]]:
-    """Return (part, fraction of the cell that the part covers) from the bottom of the cell. The lower half of
-    the lowest row, which is below 0, belongs to the lowest part.
+    """Return (part, fraction of the cell that the part covers), from the bottom of the cell. The lowest row
+    begins half a cell below 0 bytes; this half belongs to the lowest part.
     """
     low, high = (row - 0.5) * row_bytes, (row + 0.5) * row_bytes
     begin, end, covered = -0.5 * row_bytes, 0, list[tuple[BarPart, float]]()
@@ -203,17 +201,15 @@ def _cell(
     sums: Mapping[BarPart, int],
     even: Mapping[str, str],
 ) -> tuple[str, str]:
-    """Return (character, style) of a cell. The character is an eighth block in the highest filled cell of a
-    column, and in a cell with two parts. ``even``: the opaque color of each part, by name, for cells with two
-    parts.
+    """Return (character, style) of a cell. A partly filled cell and a cell with two parts are drawn as an
+    eighth block. ``even``: the opaque color of each part by name, for cells with two parts.
     """
     covered = _parts_of_cell(column, row, row_bytes)
     parts = _drawn_parts(covered, sums, is_even=bool(even))
     if not parts:
         return " ", ""
     filled = sum(share for _, share in covered)
-    # If a column exceeds the limit, the cell that contains the limit also has the color for memory above the
-    # limit.
+    # In a column above the limit, the error color begins in the cell that contains the limit.
     is_over = min((row + 0.5) * row_bytes, column.total_bytes) > limit_bytes
     if filled < 15 / 16:
         return _EIGHTHS[round(filled * 8)], "$error" if is_over else parts[0].even_style
@@ -224,7 +220,7 @@ def _cell(
 
 
 def _draw_limit(cells: list[tuple[str, str]], limit_bytes: int) -> None:
-    """Draw the limit into the empty cells of its row, with a label on the left if there is room."""
+    """Draw the limit into the empty cells of its row. If there is room, write its label on the left."""
     text = f" limit {format_bytes(limit_bytes)} "
     for place, (glyph, _) in enumerate(cells):
         if glyph == " ":

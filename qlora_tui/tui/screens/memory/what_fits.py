@@ -1,8 +1,8 @@
 """Which settings fit into memory, which changes make the recipe fit, and the panels that show both.
 
-:func:`solve` is slow and runs in a thread. The function also reads the header of a GGUF file, to find out
-whether the model has to be converted before its first run. Such a header may have hundreds of thousands of
-tokens.
+:func:`solve` is slow and must run in a thread. One reason is that it reads the header of a GGUF file, to find
+out whether the model has to be converted before its first run. This header can contain hundreds of thousands
+of tokens.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ TARGETS: tuple[tuple[str, ...], ...] = (
 paper.
 """
 _KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8
-"""Widths, in cells, of the columns to the left of the column with the change in memory. A long value takes up
-a part of the name's column.
-"""
+"""Widths, in cells, of the columns to the left of the change in memory."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Solution:
     ``changes`` is not empty.
     """
     step: StepChoice | None = None
-    """How a run would use memory that is free; None if the recipe does not fit."""
+    """How a run would use free memory; None if the recipe does not fit."""
     host_memory: str = ""
     """Sentences on parts of the recipe that are kept in host memory, and on the time that this costs; empty
     if no part is kept there.
@@ -107,8 +105,8 @@ class Solution:
     """The conversion that the model's GGUF file needs before its first run; None if no conversion is needed.
     """
     recipes: tuple[Recipe, ...] = ()
-    """The recipes with each of ``changes``, and the recipes with each value in ``lowered`` for the recipe's
-    precision.
+    """The recipes to trace: the recipe with each of ``changes``, and the recipe with each value in
+    ``lowered`` for the recipe's precision.
     """
     is_exact: bool = False
     """Whether the steps of all ``recipes`` have been traced."""
@@ -155,9 +153,8 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Return the value that a key would set, by path of the setting. The key is the one that lowers the
-    setting or, for a setting with only one key, this key. A setting that the key would not change is left
-    out.
+    """Return the value that a key would set, by path of the setting. If a setting has two keys, this is the
+    key that halves the value. Settings that the key would not change are omitted.
     """
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
@@ -267,15 +264,15 @@ def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
     if change is None:
         return "–" if is_known else "…"
     if not change.bytes:
-        # For gradient checkpointing, the values auto and on need the same memory: auto uses more only if more
-        # is free.
+        # For gradient checkpointing, the values auto and on need the same memory, because auto uses more only
+        # if more is free.
         return "no change"
     return format_delta(change.bytes)
 
 
 def _choice_words(value: Any) -> str:
-    """Return a setting's value in words. Names of modules are abbreviated, ``q,k,v,o`` for ``q_proj`` and so
-    on, or counted if there are too many.
+    """Return a setting's value as text. Names of target modules are abbreviated, such as ``q,v`` for
+    ``q_proj`` and ``v_proj``. If they are still too long, only their number is returned.
     """
     if isinstance(value, str):
         return value
@@ -303,7 +300,7 @@ class FitPanel(Panel):
         super().__init__("Fit", self._needed, self.choices, self._notes, id="fit-panel")
 
     def offer(self, *, changes: bool) -> None:
-        """Show the keys that apply and choose changes if ``changes``; otherwise, hide them."""
+        """If ``changes``, show the keys that apply or choose a change; otherwise, hide these keys."""
         self.show_keys((("memory.apply", "apply ▸"), ("memory.choose", "choose")) if changes else ())
 
     def show(
@@ -389,8 +386,8 @@ def _notes(
 
 
 def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[str, Content]]:
-    """Return (number, text) for each change that makes the recipe fit, cheapest first. The text has the
-    change, the memory of the changed recipe, and what the change costs otherwise.
+    """Return (number, text) for each change that makes the recipe fit, cheapest first. The text describes the
+    change, the memory that the changed recipe needs, and the drawback of the change.
     """
     lines = []
     for number, change in enumerate(changes):
@@ -412,8 +409,8 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
 
 
 def _step_text(choice: StepChoice, least_bytes: int) -> Content:
-    """Return how a run uses memory that is free, and how much faster this makes the run. ``least_bytes``: the
-    minimum memory that the run needs, as the bars show it.
+    """Return how a run uses free memory, and how much faster this makes the run. ``least_bytes``: the minimum
+    memory that the run needs, as the bars show it.
     """
     chosen = describe_choice(choice)
     if not chosen:

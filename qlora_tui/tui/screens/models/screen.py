@@ -1,4 +1,4 @@
-"""The Model screen: models of this machine and of the Hub, and the memory that each would need."""
+"""The Model screen: models on this machine and on the Hub, and the memory that each would need."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ModelsScreen(WorkScreen):
         self._estimate_needs()
 
     def action_rescan(self) -> None:
-        """List the models of this machine again, and check again whether the recipe's model can be
+        """List the models on this machine again, and check again whether the recipe's model can be
         trained.
         """
         self.app.workbench.forget_architecture()
@@ -141,8 +141,8 @@ class ModelsScreen(WorkScreen):
         self.ask(TextPromptScreen(f"Open a model on {box}", text, "/", _absolute_problem), search)
 
     def on_resize(self) -> None:
-        # Title and bars have their new width only after the layout. A high window also has bars by
-        # micro-batch size.
+        # The title and the bars have their new width only after the layout. A taller window may also have
+        # bars for ranks.
         self.call_after_refresh(self._show_facts)
 
     def on_input_changed(self) -> None:
@@ -194,8 +194,8 @@ class ModelsScreen(WorkScreen):
 
     @property
     def selected_hub_model(self) -> str:
-        """Id on the Hub of the model under the cursor, if the model is on the Hub, or if it lacks files that
-        the Hub has; otherwise empty.
+        """Hub id of the model under the cursor if it can be downloaded: a model of the Hub, or a local model
+        with missing files. Empty for any other line.
         """
         match self._models.find(self.query_one(ViList).current):
             case LocalModel() as model:
@@ -288,7 +288,7 @@ class ModelsScreen(WorkScreen):
         self._describe()
 
     async def _list_local(self) -> list[LocalModel]:
-        """List the models of this machine, read the licenses in their model cards, store both, and return the
+        """List the models on this machine, read the licenses in their model cards, store both, and return the
         models.
         """
         local = await asyncio.to_thread(list_local_models, self._searched)
@@ -299,8 +299,8 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """Read the exact structure of each model of which only an outline is known. If the structure of any
-        model was read, list the models again.
+        """For each model with only an outline, read the exact structure. If any structure was read, list the
+        models again.
         """
         if await run_stoppable(describe_models, self._models.local or ()):
             await self._list_local()
@@ -315,7 +315,7 @@ class ModelsScreen(WorkScreen):
         try:
             self._models.hub = await asyncio.to_thread(search_models, query)
         except UserError as problem:
-            # Clear the search text too, since it would still filter the models of this machine.
+            # Clear the search text too, since it would still filter the models on this machine.
             self._models.hub, self.query_one(Input).value = None, ""
             self._show_list()
             self.app.show_error(problem)
@@ -363,8 +363,8 @@ class ModelsScreen(WorkScreen):
         side.estimate(architecture, recipe, budget)
 
     def _show_title(self) -> None:
-        """Show the title of the list: what Enter does, the memory that needs are compared with, and the
-        storage, as far as they fit.
+        """Show the title of the list: what Enter does, the memory for the column ``needs``, and the storage.
+        The last parts are left out if they do not fit.
         """
         panel = self.query_one("#models-panel", Panel)
         match self._models.find(self.query_one(ViList).current):
@@ -384,7 +384,7 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
-        """Estimate the memory that each model of this machine needs, and select the recommended models."""
+        """Estimate the memory that each model on this machine needs, and select the recommended models."""
         if self._models.local is None:
             return  # the local models are not known yet, and the scan calls this method at its end
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget

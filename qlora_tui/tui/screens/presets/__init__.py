@@ -1,3 +1,3 @@
 """The window for presets: ``screen`` lists presets, previews what opening a preset would change, and writes
-their files.
+preset files.
 """

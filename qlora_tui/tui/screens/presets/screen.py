@@ -122,8 +122,8 @@ def editor() -> list[str]:
 
 
 def _editor_setting() -> tuple[str, str]:
-    """Return (name, value) of the environment variable that names the editor. If no variable does, the name
-    is EDITOR and the value is empty.
+    """Return (name, value) of the environment variable that names the editor; (``EDITOR``, empty string) if
+    no such variable is set.
     """
     visual = os.environ.get("VISUAL", "").strip()
     return ("VISUAL", visual) if visual else ("EDITOR", os.environ.get("EDITOR", "").strip())
@@ -482,7 +482,7 @@ def preview(
         preset: The preset.
         recipe: The current recipe.
         architecture: Architecture of the recipe's model, or why it is unknown.
-        budget: The memory that must suffice.
+        budget: The memory limit.
         forecasts: Forecasts of a run of the current recipe, and of a run after opening the preset; None if
             unknown.
         width: Width of a line, in cells.

@@ -51,7 +51,7 @@ _STYLES = ("$training", "$forgetting", "$validation", "$hardware")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One result of a run, such as its speed: the run's cell in a row of the table."""
+    """One result of a run, such as its speed. It is shown as one cell of the comparison table."""
 
     text: str
     """The result as text; empty if the run has no such result."""
@@ -80,9 +80,7 @@ _GENERAL_ANSWERS = {
     "refusals": "refused",
     "valid JSON": "valid JSON",
 }
-"""Name of each count of answers to general prompts, as in :func:`.general_answer_texts`, by the label of its
-row.
-"""
+"""Name of each count in :func:`.general_answer_texts`, by the label of its line in the table."""
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _BETTER = " ✓"
 """Mark after the best value in a row."""
@@ -131,9 +129,7 @@ def _share(part: float | None) -> Outcome:
 
 
 def _reason(view: RunView) -> str:
-    """Return the sentence on why the run failed or was lost; empty if the run has neither failed nor been
-    lost.
-    """
+    """Return why the run failed or was lost; empty if it did not."""
     if isinstance(view.ending, Failed):
         return f"{view.ending.title}: {view.ending.what}"
     return view.status.detail if view.status.state in ("failed", "lost") else ""
@@ -165,8 +161,7 @@ def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...
             continue
         values = tuple("unreadable" if r is None else format_value(get_setting(r, path)) for r in recipes)
         if path == "model.id":
-            # If another run has a model with the name of this model's folder, show only the name of the
-            # folder.
+            # If another run names the same model only by its folder name, show only the folder name here too.
             values = tuple(name if (name := Path(value).name) in values else value for value in values)
         if len(set(values)) > 1:
             rows.append((field.label, values))
@@ -215,8 +210,8 @@ def _incomparable(compared: Sequence[ComparedRun]) -> str:
 
 
 def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
-    """Return the texts of a row. The best values are marked, unless all values are equal, or the values are
-    not comparable. ``same_data``: whether the losses of the runs are comparable.
+    """Return the texts of one line of the table. Mark the best values, unless all values are equal or cannot
+    be compared. ``same_data``: whether the losses of the runs are comparable.
     """
     values = [each.value for each in outcomes if each.value is not None and math.isfinite(each.value)]
     better = outcomes[0].better
@@ -227,9 +222,9 @@ def _marked(outcomes: Sequence[Outcome], *, same_data: bool) -> tuple[str, ...]:
 
 
 def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]]:
-    """Return the lines of a row, each as a tuple with a text for each run.
+    """Return the lines of one row, each as a tuple with a text for each run.
 
-    The reasons why runs failed are wrapped. Any other text that is too long loses its middle.
+    Reasons for failures are wrapped. Any other text that is too long is shortened in the middle.
     """
     if name != "reason":
         return [tuple(truncate_middle(value, width) for value in values)]

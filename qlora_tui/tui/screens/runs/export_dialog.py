@@ -1,5 +1,5 @@
-"""The export dialog: the formats to which a run can be exported, the target, and the exports of the run so
-far, with the progress of those that are not done.
+"""The export dialog: the formats to which a run can be exported, the target, and the run's exports so far,
+with the progress of unfinished ones.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _COPY = Binding("y", "copy", "Copy command")
 _CLOSE = Binding("escape", "dismiss(None)", "Close")
 _SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
 _LINE_WIDTH = 66
-"""Width of the line on an export, in cells, so that it fits a window of 80 columns."""
+"""Width of an export's line, in cells. It fits a window of 80 columns."""
 
 
 def show_export_dialog(app: QloraApp, run: RunDir) -> None:
@@ -324,9 +324,10 @@ class ExportScreen(ModalScreen[None]):
 def list_lines(
     choices: Sequence[ExportChoice], exports: Mapping[str, Export], width: int
 ) -> list[tuple[str, Content]]:
-    """Return the (id, line) pairs of the list: headings, formats, and earlier exports by their ids.
+    """Return (id, line) for each line of the list: headings, formats, and earlier exports.
 
-    The last column says how much a format needs to download first, or that it has no base model.
+    The last column gives the size of the download that a format needs first, or says that the base model is
+    missing.
     """
     head = Content.styled(f"{'Format':<25}{'Size':>10}  Best for", "dim")
     needs = [each.blocked for each in choices]

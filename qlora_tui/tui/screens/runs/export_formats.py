@@ -1,6 +1,5 @@
-"""The formats to which a run can be exported: size, what each is for, and whether this machine can write it.
-
-Read by the export dialog.
+"""The formats to which a run can be exported: the size and the purpose of each, and whether this machine can
+write it. Read by the export dialog.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
 MARKS = "ABCD"
-"""Letters that mark the runs selected for comparison, also in the graph of their losses. No state has a
-letter as its sign.
+"""Letters that mark the runs selected for comparison, in the list and in the graph of losses. They are never
+used as the sign of a state.
 """
 _CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
@@ -120,8 +120,8 @@ def reason(summary: RunSummary) -> Content:
 
 
 def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]:
-    """Return the columns of the list, to the right of the column with mark and state. ``own``: returns the
-    settings of a run in which the runs differ.
+    """Return the columns of the list, to the right of the column with mark and state. ``own``: returns, for a
+    run, those of its settings that differ between runs.
     """
     return (
         Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
@@ -269,7 +269,7 @@ class RunTable(LineView):
             return
         self._cursor = row
         self._is_moved, self.starts_at_top = row > 0, False
-        # The height of the region is 2, because the titles cover one line.
+        # Use a height of 2: the header line covers the top line of the region.
         self.scroll_to_region(Region(0, row, 1, 2), animate=False, force=True)
         self._redraw()
         self.post_message(self.Moved())
@@ -299,7 +299,7 @@ class RunTable(LineView):
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
         sign, word, style = result_label(row.status, row.defect)
         if row.id in self._waiting:
-            # One color for the queue: sign and reason say what a run waits for.
+            # All queued runs have one color. The sign and the reason say what a run waits for.
             word, style = f"queue {self._waiting.index(row.id) + 1}", SIGNS["queued"][1]
         return Content.assemble(("▌", style), (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
 
@@ -353,9 +353,8 @@ def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
 
 
 def run_keys(summary: RunSummary, files: RunFiles | None) -> tuple[tuple[str, str], ...]:
-    """Return (command, verb) for the keys of the run's panel. There are keys for chat and export only if the
-    run can be used. If the run is active, these two keys use its last checkpoint, and their verbs name the
-    checkpoint's step.
+    """Return (command, verb) for the keys of the run's panel. Include chat and export only if the run can be
+    used. For an active run, they use the last checkpoint, and their verbs give its step.
     """
     if not can_be_used(summary, files):
         return (("runs.open", "open"),)

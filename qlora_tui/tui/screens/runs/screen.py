@@ -164,8 +164,8 @@ class RunsScreen(RunCommands):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "restore":
-            # If no run was deleted, the action is not available, so that its key undoes a change of the
-            # recipe, as on other screens.
+            # Without a deleted run, disable the action, so that its key undoes a change of the recipe, as on
+            # other screens.
             return bool(self.app.deleted_runs)
         if action not in ("filter", "sort", "sweeps") and self.has_command(action):
             current = self.current
@@ -240,7 +240,7 @@ class RunsScreen(RunCommands):
             self.refresh_runs()
 
     def show_listing(self) -> None:
-        """Show the runs that were read last and match the filter."""
+        """Show the most recently read runs that match the filter."""
         if self.listing is None:
             return
         # Leave out deleted runs, which a listing from before the deletion still contains.

@@ -58,7 +58,7 @@ _WHOLE = 100.0
 _OTHER, _UNCHANGED, _WINNER = "•○★"
 """Marks of evaluations: of other trials, of the unchanged recipe, and of the winner."""
 _WORDS = 24
-"""Minimum width, in cells, of the column with the trials' outcomes, if an outcome is at least this long."""
+"""Minimum width, in cells, of the outcome column. The column is narrower only if all outcomes are shorter."""
 _STYLES: dict[Outcome, str] = {
     "waiting": "$text-muted",
     "training": "bold $primary",
@@ -78,8 +78,8 @@ class _Shown:
     view: SweepView
     bought: tuple[Bought, ...]
     shares: dict[str, float]
-    """Fraction, 0 to 1, of the differences in loss that each setting explains, by path of the setting; empty
-    if Optuna is not installed.
+    """Fraction (0 to 1) of the variation in loss that each setting explains, by path of the setting; empty if
+    Optuna is not installed.
     """
 
 
@@ -186,8 +186,8 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read the sweep again as soon as no read is in progress. A read of hundreds of trials may take
-        longer than the interval between reads.
+        """Read the sweep again. If a read is in progress, wait for its end: with hundreds of trials, a read
+        may take longer than the interval between reads.
         """
         self._is_due = True
         if not self._is_reading:
@@ -315,7 +315,7 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
         self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))
 
     def action_next(self) -> None:
-        """Show the next older sweep. The newest sweep follows the oldest."""
+        """Show the next older sweep; after the oldest, the newest."""
         self._number = (self._number + 1) % len(self._sweeps)
         self._shown = None
         self._refresh()
@@ -346,9 +346,10 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
 
 
 def sweep_plot(view: SweepView) -> Plot:
-    """Return the plot of validation losses by percentage of the steps, from the first loss on. It has a mark
-    for each evaluation of a trial, and a line through the marks of each trial. One run of the unchanged
-    recipe is drawn in the same way. Only the winner and the mark of the unchanged recipe are bright.
+    """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
+
+    Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
+    trial. Only the winner and the marks of the unchanged recipe are bright.
     """
     winner, base = view.verdict.winner, view.base_trials[:1]
     legend = {}
@@ -426,8 +427,8 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
 
 
 def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
-    """Return a table with a line for each value of each setting. A line has the lowest and the mean loss, at
-    the end of the first round, of the trials with this value. The list is empty if there are no such losses.
+    """Return a table with a line for each value of each setting. It gives the lowest and the mean loss of the
+    trials with this value, at the end of the first round. The list is empty if there are no losses yet.
 
     ``title``: title of the first column, see :func:`effects_title`.
     """

@@ -121,16 +121,16 @@ class SettingsScreen(ModalScreen[None], OnQloraApp):
 
 
 class ThemePicker(ListPicker[str], OnQloraApp):
-    """A list of themes. Until the dialog closes, the app has the theme under the cursor."""
+    """A list of themes. While the dialog is open, the app uses the theme under the cursor."""
 
     def on_option_list_option_highlighted(self) -> None:
-        """Let the app show the theme under the cursor."""
+        """Apply the theme under the cursor to the app."""
         self.app.preview_theme(self.current or "")
 
 
 def _theme_line(name: str, theme: Theme | None) -> Content:
-    """Return the name of a theme with its colors or, for a theme without colors of its own, with words on how
-    its colors are chosen. ``theme``: None for such a theme.
+    """Return a line with the name and the colors of a theme. If ``theme`` is None, the theme has no colors of
+    its own; the line then says how its colors are chosen.
     """
     colors = [theme.variables.get(hue) for hue in (*HUES, "key")] if theme is not None else []
     words = {AUTO: "by the terminal's number of colors", TERMINAL: "made of the terminal's colors"}.get(
@@ -168,8 +168,8 @@ def _groups(fields: dict[str, Field]) -> list[SettingGroup]:
 
 
 def _problem(path: str, value: Any) -> str:
-    """Return what is wrong with the value of a setting, such as a folder that does not exist; empty if the
-    value is valid.
+    """Return the error in the value of a setting, such as a folder that does not exist; empty if the value is
+    valid.
     """
     folders = value if path == "model_folders" else ()
     missing = [folder for folder in folders if not Path(folder).expanduser().is_dir()]

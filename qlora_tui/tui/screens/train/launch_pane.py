@@ -191,7 +191,7 @@ class LaunchPane(Vertical, OnQloraApp):
             else Content.assemble(current.label, (f"  {current.path}", "$text-muted not bold"))
         )
         self.query_one("#notes-panel", Panel).show_title(title)
-        # A large window also lists what is in the same group.
+        # A very wide window also describes the other settings of the group.
         group = list_.group if self.screen.has_class("-very-wide") else None
         is_roomy = self.screen.has_class("-roomy")
         notes = partial(note_lines, current, group, self._preset, is_roomy=is_roomy)
@@ -212,10 +212,11 @@ class LaunchPane(Vertical, OnQloraApp):
             checks: The results.
             recipe: The recipe that was checked.
             expected: The forecast of the run; None if unknown.
-            probing: Progress of the measurement of steps; empty if nothing is being measured.
+            probing: Progress of the step measurement; empty if none is in progress.
         """
         self._checks = checks
-        # Other screens show what a GPU of the assumed size would need.
+        # If the user has assumed another GPU size, the other screens show its memory. Here, a label makes
+        # clear that the memory is this machine's.
         here = "on this CPU" if self.app.run_budget.device.kind == "cpu" else "on this GPU"
         memory_label = here if self.app.memory_budget.is_assumed else "memory"
         verdict = self.query_one("#verdict", Drawing)
@@ -252,11 +253,11 @@ def note_lines(
     *,
     is_roomy: bool,
 ) -> list[Content]:
-    """Return lines on a setting: what it does, its valid values and the preset's value.
+    """Return lines about a setting: what it does, its valid values and the preset's value.
 
-    If ``current`` is a group, return a line on each of its settings instead. If ``group``, the group of the
-    setting, is not None, lines on its other settings follow. In a roomy window (``is_roomy``), the lines on
-    several settings are wrapped instead of cut, unless that takes more than :data:`_MAX_WRAPPED` lines.
+    If ``current`` is a group, return a line for each of its settings instead. If ``group`` is not None, add
+    lines for the other settings of this group. ``is_roomy``: wrap the lines for several settings instead of
+    cutting them, unless this takes more than :data:`_MAX_WRAPPED` lines.
     """
     most = _MAX_WRAPPED if is_roomy else 0
     if isinstance(current, SettingGroup):
@@ -297,8 +298,8 @@ def verdict_lines(
     """Return at most ``height`` lines: whether the run can start and which key to press now, then the run's
     time, steps and memory, then its plan.
 
-    If ``height`` is at least six, the time is in large digits. ``probing``: progress of the measurement of
-    steps; empty if nothing is being measured. ``memory_label``: label of the run's memory.
+    If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
+    empty if none is in progress. ``memory_label``: label of the run's memory.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -346,8 +347,8 @@ def _headline(
 
 
 def _source(expected: Forecast | None, probing: str) -> list[Content]:
-    """Return the progress of the measurement of steps if ``probing`` is not empty; otherwise the source of
-    the expected time or, if the time is unknown, the key that measures it.
+    """Return the progress of the step measurement if ``probing`` is not empty. Otherwise, return the source
+    of the expected time; if the time is unknown, the key that measures it.
     """
     key = key_name("train.probe")
     if probing:
@@ -422,8 +423,9 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
-    """Return a key and what it does about the first error: apply the fix if the check has a fix, otherwise
-    open the screen where the error can be corrected. If there is no such screen, the key checks again.
+    """Return a key, and what it does about the first error. If the check has a fix, the key applies the fix.
+    Otherwise, the key opens the screen where the error can be corrected; if there is no such screen, it runs
+    the checks again.
     """
     first = worst_first(checks)[0]
     if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):

@@ -224,7 +224,7 @@ class LivePane(Vertical):
         self.call_after_refresh(self._show_log_title)
 
     def next_tab(self, places: int) -> None:
-        """Show the tab ``places`` to the right of the current tab. The first tab follows the last."""
+        """Show the tab that is ``places`` to the right of the current tab. Wrap around at either end."""
         if self._snapshot is not None:
             names = _tabs(self._snapshot)
             self.show_tab(names[(names.index(self._front) + places) % len(names)])
@@ -283,8 +283,10 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
-    """Return the warnings, with consecutive equal warnings merged into one entry, followed by a warning about
-    other programs, the run's failure and, unless the outcome has it, the key for a fix, where these apply.
+    """Return the entries of the Health tab. Consecutive equal warnings are merged into one entry.
+
+    After the warnings come a warning about other programs, the run's failure, and the key for a fix. The key
+    is left out if the outcome already has it.
     """
     entries = []
     for _, group in groupby(
@@ -371,7 +373,7 @@ class LogTail(LineView):
             self._rebuild()
 
     def watch_show_vertical_scrollbar(self) -> None:
-        # A scroll bar that appears takes a column, but there is no resize event.
+        # The scroll bar takes up one column when it appears, but Textual sends no resize event.
         self._rewrap()
 
     def render_line(self, y: int) -> Strip:

@@ -66,8 +66,9 @@ class MachineState:
 
 
 def machine_lines(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Return the lines of the panel. With several GPUs, each has an equal share of the height. Otherwise each
-    meter has one or more lines, or, at a height of at most two, the main meters share two lines.
+    """Return the lines of the panel. If there are several GPUs, divide the height equally among them.
+    Otherwise, if the height is at most two, return two lines with the main meters; in a taller panel, each
+    meter has its own lines.
     """
     if not machine.readings:
         return [Content.styled("No readings yet.", "dim")]
@@ -80,8 +81,8 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
 
 
 def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Content]:
-    """Return a line with the name of each GPU of a run, followed by the GPU's meters. If there is little
-    room, utilization and power are next to the name, and only the memory meter follows.
+    """Return the lines of a run on several GPUs. Each GPU has a line with its name, followed by its meters.
+    If there is little room, utilization and power are next to the name, and only the memory meter follows.
     """
     gpus = machine.readings[-1].gpus
     share = height // len(gpus)
@@ -117,7 +118,7 @@ class _Meter:
     history: tuple[float | None, ...] = ()
     """A value for each reading, to be drawn as a chart; empty for no chart."""
     top: float | None = None
-    """Value at the top of the chart; None if unknown, so that the highest value is there."""
+    """Value at the top of the chart; None to use the highest value."""
     bar: tuple[int | None, int | None] | None = None
     """(used, total) in bytes, to be drawn as a bar with the estimate below it; None for no bar."""
 
@@ -152,8 +153,8 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
 
 
 def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
-    """Return the lines of each meter: its value and, if the meter has them, a chart of ``rows`` lines or a
-    bar.
+    """Return the lines of each meter: its value, with a chart of ``rows`` lines or a bar if the meter has
+    one.
 
     All charts end in the same column, with their values next to them.
     """
@@ -179,8 +180,7 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
             text = f"estimate {format_gib(machine.estimate_bytes)}"
             place = round(machine.estimate_bytes / meter.bar[1] * cells) - 1
             place = min(max(place, 0), max(0, cells - 1))
-            # A tick at the end of the bar leaves room for this text, which is shorter than the value next to
-            # the bar.
+            # A tick at the right end needs no extra room: this text fits below the value, which is longer.
             tick = " " * place + f"▲ {text}" if cells else text
             lines.append(Content.assemble(" " * _LABEL, (tick, "dim")))
     return lines
@@ -205,9 +205,9 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
 
 
 def _filled(value: float | None, full: float | None, width: int) -> Content:
-    """Return a bar that is filled by the share of ``value`` in ``full``; empty if one of them is unknown.
+    """Return a bar that is filled to the fraction ``value / full``; empty if either value is unknown.
 
-    In one row, a chart of a steady value would look like a full bar.
+    A chart of one row is not used, because a constant value would look like a full bar.
     """
     return Content.styled(bar(value / full if value and full else 0.0, width), "$hardware")
 

@@ -50,18 +50,18 @@ LONG_BYTES = 8 << 20
 _SAMPLE_STEPS = 10_000
 """Number of steps that are read from an event log of more than :data:`LONG_BYTES`."""
 _RECENT_STEPS = 100
-"""Number of steps that the :class:`RunView` keeps, more than it needs to compute the pace. Earlier steps are
-kept only in a decimated series.
+"""Number of recent steps to keep in the :class:`RunView`, more than it needs to compute the pace. Earlier
+steps are kept only in a decimated series.
 """
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
 _MAX_STAGES = 12
-"""Maximum number of phases that are kept of an attempt. There are fewer phases before the first step."""
+"""Maximum number of phases of an attempt to keep. An attempt has fewer phases before its first step."""
 _MAX_ANSWERS = 60
 """Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
-"""Number of bytes before the end of the trainer's output at which the first read begins."""
+"""Number of bytes at the end of the trainer's output that the first read covers."""
 _MAX_CHARACTERS = 10_000
 """Maximum length of a displayed line of output, in characters."""
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -87,7 +87,7 @@ class StepEnvelopes:
 
     loss: Envelope
     mean_loss: Envelope
-    """Smoothed loss, which does not lag."""
+    """Smoothed loss, without lag."""
     learning_rate: Envelope
     grad_norm: Envelope
     tokens_per_s: Envelope
@@ -356,8 +356,8 @@ def _without_steps(events: Iterable[AnyEvent]) -> list[AnyEvent]:
 
 
 def _entries(events: Sequence[AnyEvent], total_steps: int) -> list[LogEntry]:
-    """Return the log entries of events. Samples, progress, and the reason for a final failure are left out,
-    since other panels show them.
+    """Return the log entries of events. Samples, progress, and the reason for a final failure are omitted,
+    because other panels show them.
     """
     entries = []
     for event in events:
@@ -384,8 +384,8 @@ class OutputTail:
 
     def __init__(self, path: Path, max_lines: int) -> None:
         self.entries: list[LogEntry] = []
-        """The lines read so far. New lines are appended. When the list becomes too long, a new list with its
-        last lines replaces it.
+        """The lines read so far. New lines are appended. If the list becomes too long, it is replaced by a
+        new list with only the last lines.
         """
         self._lines = LineTail(path, end_offset(path, _OUTPUT_BYTES))
         self._max_lines = max_lines

@@ -77,7 +77,7 @@ _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable", "gone")
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
-"""Indent of answers and, by :func:`.wrapped`, of continuation lines, in cells."""
+"""Indent, in cells, of answers and of the continuation lines that :func:`.wrapped` makes."""
 _LEAST_FOR_ANSWERS = 3
 """Minimum height of the answers panel, in lines, at which answers are shown in full."""
 _ROWS_OF_FIRST = 2
@@ -85,20 +85,22 @@ _ROWS_OF_FIRST = 2
 _GAP = "     "
 """Gap between the large figures and the other facts."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""Uses of an adapter: the text for a command, by the name of the command."""
+"""What can be done with an adapter: the label of a command, by the command's name."""
 _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
-"""Smallest fraction of the CPU, used by other programs, that is reported as a cause of slow training."""
+"""Minimum fraction of the CPU that other programs must use to be reported as a cause of slow training."""
 _ROWS_WITH_HEADS = 2
 """Minimum height of the evaluations panel, in lines, at which the columns always have titles."""
 _row = partial(labeled, cells=_LABEL)
 
 
 def header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) -> list[Content]:
-    """Return two lines: state and progress, then key figures and other facts. If ``height`` is at least three
-    and figures are known, return three lines that begin with large figures, below an empty line if there is
-    room. ``now``: Unix time.
+    """Return the header: two lines, or three with large figures. ``now``: Unix time.
+
+    The first line has state and progress; the second has key figures and other facts. If ``height`` is at
+    least three and figures are known, the figures are large, with the state, the progress and the facts to
+    their right. An empty line comes first if there is room.
     """
     edge = state_bar(snapshot.status, find_defect(snapshot.view)) + " "
     lines = [edge + line for line in _header_lines(snapshot, now, width - edge.cell_length, height)]
@@ -115,7 +117,7 @@ def _header_lines(snapshot: RunSnapshot, now: float, width: int, height: int) ->
     large = large_figures(figures)
     room = width - large[0].cell_length - len(_GAP)
     first, second = fitted(facts(snapshot, now), room, 2)
-    # A single line of facts is next to the labels of the figures, which it continues.
+    # If the facts fill only one line, put them into the last line, next to the labels of the figures.
     lines = [_progress_line(snapshot, room), *((first, second) if second else (second, first))]
     return [Content.assemble(left, _GAP, right) for left, right in zip(large, lines, strict=True)]
 
@@ -152,8 +154,9 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
 
 
 def key_figures(snapshot: RunSnapshot) -> list[Figure]:
-    """Return the key figures that are known: for an active run, the mean loss and the time left; for a run
-    that ended well, the best validation loss. A run that failed has none: its cause comes first.
+    """Return the key figures that are known. For an active run, these are the mean loss and the time left;
+    for a run that ended well, the best validation loss. A failed run has none, because the cause of the
+    failure is shown instead.
     """
     if snapshot.status.state in ACTIVE:
         return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
@@ -302,7 +305,7 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view, status = snapshot.view, snapshot.status
     facts = [f"{format_ago(status.at, now)}"] if status.at else []
     if snapshot.best is not None:
-        # The verdict names the loss before training too.
+        # The verdict also gives the loss before training.
         before = None if snapshot.verdict is not None else view.loss_before_training
         known = "" if before is None else f", {format_loss(before)} before training"
         loss = f"{best_word(view.loss_to_beat)} validation loss {format_loss(snapshot.best.loss)} "
@@ -386,7 +389,7 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
 
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return a line for windows without a panel of warnings: the warning that has a fix, cut to what fits,
+    """Return one line for windows without a panel of warnings: the warning that has a fix, shortened to fit,
     and the key for the fix. Return no line if there is no such warning.
     """
     fix = snapshot.fix
@@ -402,9 +405,9 @@ def _uses_of_adapter() -> list[str]:
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return lines on what is wrong: the latest warning of each kind, newest first, a warning about other
-    programs, and the run's failure and the key for a fix unless the outcome has them. Return no lines if
-    nothing is wrong.
+    """Return lines about problems: the run's failure, the latest warning of each kind (newest first), a
+    warning about other programs, and the key for a fix. The failure and the key are left out if the outcome
+    already has them. Return no lines if there are no problems.
     """
     latest = {health.kind: health for health in snapshot.health}
     lines = []
@@ -434,9 +437,11 @@ def contention(snapshot: RunSnapshot) -> str:
 
 
 def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return the last answers to the sample prompts. If a prompt was answered at an earlier step too, the
-    beginning of the first answer follows the last answer. If there are less than :data:`_LEAST_FOR_ANSWERS`
-    lines, return only the first prompt and the beginning of its answer.
+    """Return the last answers to the sample prompts.
+
+    If a prompt was also answered at an earlier step, the beginning of its first answer comes next. If there
+    are fewer than :data:`_LEAST_FOR_ANSWERS` lines, return only the first prompt and the beginning of its
+    last answer.
     """
     step = _sample_step(snapshot)
     if height < _LEAST_FOR_ANSWERS:

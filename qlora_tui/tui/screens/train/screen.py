@@ -117,8 +117,8 @@ class TrainScreen(RunCommands):
         pane, or because the screen has already switched to an active run.
         """
         self._ended_at: float | None = None
-        """Unix time at which the watched run ended, if the screen shows this run only because it was the last
-        run; None if the user chose the run or the pane.
+        """Unix time at which the watched run ended, if the screen chose this run because it was the last one.
+        None if the user chose the run or the pane.
         """
         self._checks_key: object = None
         self._stamps: object = None
@@ -471,8 +471,8 @@ class TrainScreen(RunCommands):
         self.show_recipe(self.app.workbench.recipe)
 
     def action_next_tab(self, places: int) -> None:
-        """Show the tab ``places`` to the right of the current tab. While a run is prepared, move the focus
-        between the recipe and the checks instead.
+        """Show the tab that is ``places`` to the right of the current tab. While a run is prepared, move the
+        focus between the recipe and the checks instead.
         """
         if self.run is not None:
             self.query_one(LivePane).next_tab(places)
@@ -502,9 +502,9 @@ class TrainScreen(RunCommands):
         ask_search(self, "lines", log.search, lambda text: pane.filter_log(text, log.level))
 
     def _confirm(self, title: str, outcome: str, act: Callable[[RunDir], None], done: str) -> None:
-        """Ask whether to act on the run being watched. The question closes by itself if the run is no longer
-        active. ``outcome``: what will happen, as text that follows the run's id. ``done``: the notification
-        afterwards.
+        """Ask whether to act on the run being watched. The question closes by itself once the run is no
+        longer active. ``outcome``: what will happen, as text that follows the run's id. ``done``: the
+        notification after the action.
         """
         run = self.target_run
         question = ConfirmScreen(

@@ -166,7 +166,9 @@ def zoom_start(step: int, zoom: int) -> float:
 
 
 def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
-    """Return the charts, each from zero to a round maximum. Charts that only some runs have come first."""
+    """Return the charts, each from zero to a round maximum. Charts that exist only for some runs are listed
+    first.
+    """
     envelopes = snapshot.envelopes
     points = {float(e.step): e.forgetting for e in snapshot.evaluations if e.forgetting is not None}
     forgetting = Envelope.of_points(tuple(points), tuple(points.values()))
