@@ -54,7 +54,9 @@ def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """All modules of one kind, such as ``q_proj``, or of all kinds, grouped by the columns of the table."""
+    """A row of the table: all modules of one kind, such as ``q_proj``, or of all kinds. They are grouped by
+    column.
+    """
 
     name: str
     cells: tuple[tuple[LinearModule, ...], ...]
@@ -208,8 +210,8 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._starts: Sequence[int] = ()
-        """Left edge of each visible layer, in cells from the first visible layer, followed by the right edge
-        of the last one.
+        """Left edge of each visible layer, in cells, counted from the first visible layer. The last number is
+        the right edge of the last visible layer.
         """
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
@@ -403,8 +405,8 @@ class ModuleGrid(Widget, can_focus=True):
         return f"{box} {name:<{names}} {row.shape:>{shapes}} {count:>{_TRAINED_CELLS}}{share:>{_SHARE_CELLS}}"
 
     def _share_bar(self, index: int) -> str:
-        """Return a bar whose length is a kind's number of trained parameters, relative to the kind with the
-        most. The bar is empty for the row of all kinds.
+        """Return a bar for a kind's number of trained parameters. The kind with the most has the longest bar.
+        The bar is empty for the row of all kinds.
         """
         _, *of_kinds = trained = self._trained_by_row()
         most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)

@@ -115,7 +115,7 @@ PARTS: tuple[BarPart, ...] = (
     BarPart("loss", "▒", "$forgetting", frozenset(("logits",))),
     BarPart("overhead", "░", "$foreground", frozenset()),
 )
-"""The parts of a bar from left to right. The last part has each item that no other part has."""
+"""The parts of a bar from left to right. The last part contains the items that belong to no other part."""
 
 
 def has_even_colors(widget: Widget) -> bool:
@@ -227,7 +227,8 @@ def spare_words(verdict: Verdict) -> str:
 
 def verdict_sentence(verdict: Verdict) -> str:
     """Return the memory that is left or missing, such as ``17.0 GiB to spare`` or ``2.1 GiB over``. If the
-    verdict is uncertain, this is for the upper end of the estimate; otherwise for the expected memory.
+    verdict is uncertain, the figure refers to the upper end of the estimate; otherwise, to the expected
+    memory.
     """
     if verdict.word != "uncertain":
         return spare_words(verdict)
@@ -285,10 +286,10 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:
-    """Return the time of the peak: ``while loading``, or a part of the step, such as
-    ``in the backward pass of the last layer``.
+    """Return the time of the peak: ``while loading``, or a part of the step, such as ``in the backward pass
+    of the last layer``.
 
-    Layers other than the first and the last have their number, from 0, as on the LoRA screen.
+    Layers other than the first and the last are numbered from 0, as on the LoRA screen.
     """
     if estimate.peak_phase == LOADING:
         return "while loading"

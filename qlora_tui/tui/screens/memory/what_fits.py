@@ -98,8 +98,8 @@ class Solution:
     step: StepChoice | None = None
     """How a run would use free memory; None if the recipe does not fit."""
     host_memory: str = ""
-    """Sentences on parts of the recipe that are kept in host memory, and on the time that this costs; empty
-    if no part is kept there.
+    """Sentences about the parts of the recipe that are kept in host memory, and about the time that this
+    costs; empty if there are none.
     """
     conversion: Conversion | None = None
     """The conversion that the model's GGUF file needs before its first run; None if no conversion is needed.

@@ -314,7 +314,7 @@ class Choice(Generic[Picked]):
     """What the dialog returns if the user picks this item."""
     line: Content
     searched: str = ""
-    """Text that the filter searches besides the line."""
+    """Additional text that the filter searches."""
 
 
 class ListPicker(ModalScreen[Picked | None]):

@@ -112,7 +112,7 @@ class ModelFit:
     ranks: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
-    """Sentences on how the figures were obtained, and on kernels that are not installed."""
+    """Sentences about how the figures were obtained, and about kernels that are not installed."""
 
 
 class PartsPanel(Panel):
@@ -421,7 +421,7 @@ def read_license(path: Path) -> str:
 
 @at_box
 def disk_free_bytes(folder: Path) -> int | None:
-    """Return the free bytes on the disk that a folder is on; None if unknown. The folder need not exist."""
+    """Return the free space, in bytes, on a folder's disk; None if unknown. The folder need not exist."""
     existing = next((each for each in (folder, *folder.parents) if each.exists()), folder)
     try:
         return shutil.disk_usage(existing).free

@@ -148,9 +148,7 @@ class ListedModels:
         return models.get(id_)
 
     def copy_here(self, model: HubModel) -> LocalModel | None:
-        """Return the copy of a Hub model on this machine, if there is one that can be trained; otherwise
-        None.
-        """
+        """Return the local copy of a Hub model if there is one that can be trained; otherwise None."""
         return next((m for m in self.local or () if m.id == model.id and m.refusal is None), None)
 
     def lines(

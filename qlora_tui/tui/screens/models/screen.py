@@ -118,8 +118,8 @@ class ModelsScreen(WorkScreen):
         self.query_one(Input).focus()
 
     def action_open_path(self) -> None:
-        """Ask for the folder of a model, a folder with such folders, or a GGUF file, and list the models in
-        it.
+        """Ask for the folder of a model, a folder that contains such folders, or a GGUF file, and list the
+        models in it.
         """
         known = (Path(self.app.workbench.recipe.model.id).parent, *map(Path, self.app.settings.model_folders))
         start = next((folder for folder in known if folder.is_absolute() and folder.is_dir()), None)

@@ -199,8 +199,8 @@ class _PresetChange:
     before: PresetSnapshot
     after: PresetSnapshot
     previous_preset: tuple[str, Recipe] | None
-    """(name, recipe) of the preset that the recipe was based on before it was saved; None if the change was
-    not a save.
+    """(name, recipe) of the preset on which the recipe was based before the save; None if the change was not
+    a save.
     """
 
 
@@ -338,8 +338,8 @@ class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
     @work(exclusive=True, group="forecasts")
     async def _forecast(self, recipes: dict[str, Recipe]) -> None:
-        """Estimate the time of a run of each recipe, by name of the preset. If the data has not been read
-        yet, this takes a moment.
+        """Estimate the time of a run of each recipe. ``recipes``: by the name of their preset. If the data
+        has not been read yet, this takes a moment.
         """
         self._forecasts = {}
         for name, recipe in recipes.items():

@@ -71,7 +71,7 @@ class ComparedRun:
     envelope: Envelope
     """Smoothed training loss, by tokens trained."""
     outcome: Mapping[str, Outcome]
-    """Results by label of their row. A row without a result for any compared run is not shown."""
+    """Results by the label of their row. If no compared run has a result for a row, the row is not shown."""
 
 
 _GENERAL_ANSWERS = {
@@ -89,7 +89,7 @@ _WIDE_COLUMN = 26
 
 
 def read(run: RunDir) -> ComparedRun:
-    """Read the facts about a run that are compared. Reads files, so call it in a thread."""
+    """Read the facts about a run that the comparison needs. Reads files, so call it in a thread."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     mean_losses = DecimatedSeries()
@@ -200,7 +200,7 @@ def comparison_table(compared: Sequence[ComparedRun], width: int) -> Content:
 
 
 def _incomparable(compared: Sequence[ComparedRun]) -> str:
-    """Return a sentence on why the losses are not comparable; empty if they are comparable."""
+    """Return a sentence that says why the losses are not comparable; empty if they are comparable."""
     recipes = [one.recipe for one in compared if one.recipe is not None]
     if len({tuple(str(get_setting(each, path)) for path in _DATA_SETTINGS) for each in recipes}) > 1:
         return "Trained on different data: don't compare the losses."

@@ -370,7 +370,7 @@ def export_line(export: Export, width: int = _LINE_WIDTH) -> Content:
 
 
 def export_detail(export: Export) -> str:
-    """Return sentences on the state and the result of an earlier export."""
+    """Return sentences about the state and the result of an earlier export."""
     status = export.status
     match status.state:
         case "finished":

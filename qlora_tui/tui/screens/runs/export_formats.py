@@ -52,7 +52,7 @@ _WITHOUT_BASE: tuple[Form, ...] = ("adapter", "hub-adapter")
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run's adapter was trained on, as far as this machine knows it."""
+    """The base model of a run's adapter, with what is known about it on this machine."""
 
     id: str
     architecture: Architecture | None = None
@@ -151,7 +151,7 @@ def export_choices(
     file_type: str = _TYPES[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
-    """Return the formats, the most useful first, but formats that this machine cannot write last.
+    """Return the formats, most useful first. Formats that this machine cannot write come last.
 
     Args:
         base: The base model of the run.
@@ -241,8 +241,8 @@ def export_choices(
 
 
 def describe_choice(choice: ExportChoice) -> str:
-    """Return sentences on a format or, if the format needs the base model and this machine cannot use it, on
-    how to get the base model.
+    """Return a description of a format. If the format needs the base model and this machine cannot use it,
+    return how to get the base model instead.
     """
     base = choice.missing_base
     if base is None or base.refusal is None:
@@ -255,8 +255,8 @@ def describe_choice(choice: ExportChoice) -> str:
 
 
 def _free_space(choice: ExportChoice) -> str:
-    """Return a sentence on the free space on the disk of the proposed folder, as a warning if the export does
-    not fit. The text is empty if the free space is unknown, and for uploads.
+    """Return a sentence with the free space on the disk of the proposed folder. If the export does not fit,
+    the sentence is a warning. The text is empty if the free space is unknown, and for uploads.
     """
     free = disk_free_bytes(_folder())
     if free is None or choice.target == "Repository":
@@ -266,8 +266,8 @@ def _free_space(choice: ExportChoice) -> str:
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
-    """Return sentences on the memory that a GGUF file of this type needs, and on what is special about the
-    type.
+    """Return sentences about the memory that a GGUF file of this type needs, and about what is special about
+    the type.
     """
     if kind == AUTO:
         return (

@@ -176,7 +176,7 @@ def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]
 
 
 class RunTable(LineView):
-    """A list with one line per run, below a line of titles that does not scroll."""
+    """A list with one line per run, below a fixed header line."""
 
     BINDINGS: ClassVar[list[BindingType]] = [*LIST_KEYS]
 
@@ -345,7 +345,7 @@ class RunFiles:
 
 def can_be_used(summary: RunSummary, files: RunFiles | None) -> bool:
     """Return whether the run has saved an adapter or checkpoint to chat with, export or compare. ``files``:
-    the contents of the run's folder; if they have not been read yet (None), the result is True.
+    contents of the run's folder; None if they have not been read yet, in which case the result is True.
     """
     if files is None or summary.status.state == "finished":
         return True
@@ -386,9 +386,9 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
 
 
 def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:
-    """Return lines on why the run ended, what is wrong with its result, and what to do; empty if there is
-    nothing to report. ``beside_verdict``: whether the verdict is shown too, so that its loss need not be
-    repeated.
+    """Return lines that say why the run ended, what is wrong with its result, and what to do; empty if there
+    is nothing to report. ``beside_verdict``: whether the verdict is also shown. If so, its loss is not
+    repeated here.
     """
     text = summary.status.detail.replace("\n", " ")
     text = "" if text == ALL_STEPS_DONE else capitalize(text)

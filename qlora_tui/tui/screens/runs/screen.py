@@ -64,7 +64,7 @@ _READ_BUDGET_S = 0.3
 
 @dataclass(frozen=True)
 class Order:
-    """A sort order, and the label with which the title of the list names it."""
+    """A sort order, with its label in the title of the list."""
 
     label: str
     key: Callable[[RunSummary], Any] | None
@@ -259,7 +259,7 @@ class RunsScreen(RunCommands):
         self._refresh_footer()
 
     def _refresh_footer(self) -> None:
-        """Refresh the footer if the run under the cursor has other keys than at the last call."""
+        """Refresh the footer if the keys for the run under the cursor have changed since the last call."""
         current = self.current
         key = (
             None

@@ -326,8 +326,9 @@ class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
 
 
 def verdict_lines(view: SweepView, width: int) -> list[Content]:
-    """Return the verdict as a headline, and a line with as many of the figures behind it as fit. Before the
-    sweep has ended, its state comes first.
+    """Return the verdict as a headline, and a line with as many of its figures as fit. Until the sweep has
+    ended, its state comes first. If there is a tie, or trials had different numbers of tokens, further lines
+    say so.
     """
     headline, figures = short_verdict(view)
     style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"
@@ -455,7 +456,7 @@ def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float],
 
 
 def _wrong(parse: Callable[[str], object], text: str) -> str:
-    """Return sentences on why ``parse`` rejects a typed text; empty if it accepts the text."""
+    """Return sentences that say why ``parse`` rejects a typed text; empty if it accepts the text."""
     try:
         parse(text)
     except UserError as problem:

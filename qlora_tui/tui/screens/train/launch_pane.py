@@ -402,7 +402,7 @@ def worst_first(checks: tuple[Check, ...]) -> list[Check]:
 
 
 def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
-    """Return the fix that a key applies: in display order, the fix of the first check that has a fix. None if
+    """Return the fix that a key applies: the fix of the first check, in display order, that has one. None if
     no check has a fix.
     """
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)

@@ -46,7 +46,7 @@ from qlora_tui.tui.render.series import (
 )
 
 LONG_BYTES = 8 << 20
-"""Size of an event log, about 40,000 steps, above which only a sample of the steps is read."""
+"""Size of an event log, in bytes, above which only a sample of the steps is read: about 40,000 steps."""
 _SAMPLE_STEPS = 10_000
 """Number of steps that are read from an event log of more than :data:`LONG_BYTES`."""
 _RECENT_STEPS = 100

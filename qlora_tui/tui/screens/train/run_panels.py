@@ -73,7 +73,7 @@ _ENDINGS = {
 }
 """(action, time) for each request to end a run. The time is shown only during training."""
 _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable", "gone")
-"""States of a run that ended by an error."""
+"""States of a run that ended because of an error."""
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
@@ -210,7 +210,7 @@ def progress_share(snapshot: RunSnapshot) -> float | None:
 
 
 def progress_facts(snapshot: RunSnapshot) -> list[str]:
-    """Return texts on the progress, such as the step, that follow the progress bar."""
+    """Return texts to show after the progress bar, such as the step."""
     view, state = snapshot.view, snapshot.status.state
     facts = []
     if state in ACTIVE and view.progress is not None and view.phase != "training" and snapshot.step:

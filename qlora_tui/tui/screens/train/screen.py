@@ -394,7 +394,7 @@ class TrainScreen(RunCommands):
 
     @property
     def _when_it_ends(self) -> str:
-        """Text on when a run ends after a request: `` after this step`` if the run has begun to train;
+        """Text that says when a run ends after a request: `` after this step`` if the run has begun to train;
         otherwise empty.
         """
         has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
@@ -555,7 +555,7 @@ def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) 
 
 
 def _rate_problem(text: str) -> str:
-    """Return what is wrong with a typed learning rate; empty if the text is a valid learning rate."""
+    """Return the error in a typed learning rate; empty if the text is a valid learning rate."""
     try:
         rate = float(text)
     except ValueError:

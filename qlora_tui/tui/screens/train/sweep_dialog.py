@@ -141,7 +141,7 @@ class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraAp
             self._show_plan()
 
     def on_input_changed(self) -> None:
-        """Show the sentences on the sweep or, if a field has an error, the error."""
+        """Show the sentences about the sweep or, if a field has an error, the error."""
         self._show_plan()
 
     def _show_plan(self) -> None:
