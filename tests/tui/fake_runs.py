@@ -47,6 +47,8 @@ GIB = 1 << 30
 BEGAN = 1_795_400_000.0
 """23 November 2026, 02:13:20 UTC."""
 
+_WATTS = 312
+
 BEFORE_TRAINING = 2.71
 """Validation loss before training."""
 
@@ -120,6 +122,12 @@ def _loss(what: FakeRun, step: int) -> float:
     return 1.22 + 1.5 * math.exp(-step / (what.total / 9))
 
 
+def _validation_loss(what: FakeRun, step: int) -> float:
+    """Follows the training loss in the first half of the run, and rises above it after that."""
+    worse = max(0.0, 0.00012 * (step - what.total / 2))
+    return round(_loss(what, step) + 0.05 + worse, 4)
+
+
 def _rewards(what: FakeRun, step: int) -> dict[str, Any]:
     """What a preference method measures, which rises over the run; nothing without one."""
     if what.recipe.preference_method is None:
@@ -188,7 +196,7 @@ def _events(what: FakeRun) -> list[AnyEvent]:
         at=_at(what, what.steps) + 1,
         rows=128,
         before=BEFORE_TRAINING,
-        after=round(_loss(what, what.steps) + 0.05, 4),
+        after=_validation_loss(what, what.steps),
         low=-1.44,
         high=-1.31,
     )
@@ -199,6 +207,7 @@ def _events(what: FakeRun) -> list[AnyEvent]:
 def _steps(what: FakeRun) -> list[AnyEvent]:
     luck = random.Random(what.seed)
     every = max(1, what.total // 15)
+    best = BEFORE_TRAINING
     events: list[AnyEvent] = []
     for step in range(1, what.steps + 1):
         lost = step in what.nan
@@ -229,19 +238,19 @@ def _steps(what: FakeRun) -> list[AnyEvent]:
                 )
             )
         if step % every == 0:
-            events += _milestone(what, step)
+            loss = _validation_loss(what, step)
+            events += _milestone(what, step, loss, best=loss < best)
+            best = min(best, loss)
     return events
 
 
-def _milestone(what: FakeRun, step: int) -> list[AnyEvent]:
+def _milestone(what: FakeRun, step: int, loss: float, *, best: bool) -> list[AnyEvent]:
     at = _at(what, step) + 0.5
-    best = 14 * (what.total // 15) >= step
-    worse = 0.0 if step <= what.total // 2 else 0.00012 * (step - what.total / 2)
     return [
         Evaluated(
             at=at,
             step=step,
-            loss=round(_loss(what, step) + 0.05 + worse, 4),
+            loss=loss,
             best=best,
             accuracy=_accuracy(what, step),
             **_rewards(what, step),
@@ -261,7 +270,8 @@ def _ending(what: FakeRun) -> RunEnded | None:
     match what.state:
         case "finished":
             seconds = what.steps * what.seconds_a_step
-            return Finished(at=at, step=what.steps, seconds=seconds, tokens_per_s=2311.0, energy_kwh=0.42)
+            energy = round(seconds * _WATTS / 3.6e6, 3)
+            return Finished(at=at, step=what.steps, seconds=seconds, tokens_per_s=2311.0, energy_kwh=energy)
         case "failed":
             return what.failed or Failed(
                 at=at,
@@ -304,8 +314,9 @@ def _status(what: FakeRun) -> Status:
 
 def _telemetry(what: FakeRun) -> list[Reading]:
     luck = random.Random(what.seed)
-    end = _at(what, what.steps)
-    return [_sample(what, end - 239 + second, luck) for second in range(240)]
+    recent = _at(what, what.steps) - 239
+    earlier = [recent - ago for ago in range(5, round(recent - _at(what, 0)), 5)]
+    return [_sample(what, at, luck) for at in (*reversed(earlier), *(recent + s for s in range(240)))]
 
 
 def _sample(what: FakeRun, at: float, luck: random.Random) -> Reading:
@@ -315,7 +326,7 @@ def _sample(what: FakeRun, at: float, luck: random.Random) -> Reading:
         utilization_percent=min(100, round(96 + luck.gauss(0, 2))),
         memory_used_bytes=round(18.2 * GIB),
         memory_total_bytes=24 * GIB,
-        power_w=round(312 + luck.gauss(0, 9), 1),
+        power_w=round(_WATTS + luck.gauss(0, 9), 1),
         power_limit_w=450.0,
         temperature_c=61,
         sm_clock_mhz=2520,

@@ -634,5 +634,5 @@ def test_a_resting_run_says_so_and_what_it_costs() -> None:
     write_heartbeat(run, structs.replace(status, hold=Hold(cause="temperature", reading=84, bound=80)))
     snapshot = RunFollower(run).poll()
     assert "resting at 84 °C (at most 80)" in state_line(snapshot).plain
-    assert "0.02 kWh, <0.01 EUR" in " ".join(facts(snapshot, BEGAN + 1000))
+    assert "0.08 kWh, 0.02 EUR" in " ".join(facts(snapshot, BEGAN + 1000))
     assert [figure.label for figure in key_figures(snapshot)][-1] == "done"
