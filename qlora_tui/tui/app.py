@@ -1,4 +1,4 @@
-"""The app's frame: screens, the recipe being edited, and a poll once a second."""
+"""The app class: screens, the recipe being edited, and a poll once a second."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _make_screen(mode: str) -> WorkScreen:
 
 
 class QloraApp(ThemedApp):
-    """The app: its screens, its recipe, and what all screens share."""
+    """The app: its screens, the recipe being edited, and the state that all screens share."""
 
     TITLE = "qlora-tui"
     CSS_PATH = "app.tcss"
@@ -83,8 +83,8 @@ class QloraApp(ThemedApp):
         self._monitor: BoxMonitor | SystemMonitor | None = None
         self.disk_faults = DiskFaults()
         self.deleted_runs: list[str] = []
-        """Ids of runs that the user has deleted since the app started, in order of deletion, without restored
-        runs.
+        """Ids of the runs that the user has deleted since the app started, in order of deletion. Restored
+        runs are removed from the list.
         """
         self.counts = 0
         """Number of times that the recipe's samples were counted. When this number increases, screens replace
@@ -139,9 +139,12 @@ class QloraApp(ThemedApp):
         tell("The model's structure was read")
 
     def watch_verdict(self) -> Callable[[str], None]:
-        """Return a function that is called with a reason. If the recipe's verdict on memory has changed since
-        :meth:`watch_verdict` was called, the function notifies the user of the new verdict and the reason. It
-        does nothing if the recipe or the available memory has changed.
+        """Record the recipe's verdict on memory, and return a function that checks whether the verdict has
+        changed.
+
+        The function takes the reason for the check. If the verdict has changed, the function notifies the
+        user of the reason and the new verdict. If the recipe or the available memory has changed too, the
+        function does nothing.
         """
         recipe, budget = self.workbench.recipe, self.memory_budget
         before = self.workbench.verdict(budget)
@@ -158,7 +161,8 @@ class QloraApp(ThemedApp):
 
     def count_samples(self) -> None:
         """Count the samples in the recipe's data in a separate process, then refresh everything that depends
-        on the count. Do nothing if model or data are missing, or unchanged since the last count.
+        on the count. Do nothing if the recipe has no model or no data, or if neither has changed since the
+        last count.
         """
         from qlora_tui.data.sources import every_source, source_stamps
 
@@ -174,7 +178,7 @@ class QloraApp(ThemedApp):
         from qlora_tui.runs.expected_time import count_data
 
         try:
-            # A key that is held down changes the recipe many times, of which only the last is counted.
+            # While a key is held down, the recipe changes many times. Only its last state is counted.
             await asyncio.sleep(_SETTLE_S)
             is_news = await run_stoppable(count_data, recipe)
         except UserError as problem:
@@ -185,7 +189,8 @@ class QloraApp(ThemedApp):
 
     def recall_trace(self) -> bool:
         """Load the stored traces of the recipe's training step, one for each device that estimates are shown
-        for. Return whether any of these traces was not in use before. Reads files, so call it in a thread.
+        for. Return whether at least one trace was loaded that was not already in use. Reads files, so call it
+        in a thread.
         """
         from qlora_tui.runs.exact_memory import recall_trace
 
@@ -198,14 +203,14 @@ class QloraApp(ThemedApp):
 
     @work(exclusive=True, group="recall")
     async def show_exact_memory(self) -> None:
-        """Show the recipe's exact memory on every screen, if a trace of its training step is stored."""
+        """If a trace of the recipe's training step is stored, show the exact memory on every screen."""
         if await asyncio.to_thread(self.recall_trace):
             self.recipe_changed.publish(self.workbench.recipe)
 
     @property
     def memory_budget(self) -> MemoryBudget:
-        """The device to plan for, and its memory: a GPU of the size in the user's settings if these have a
-        size, otherwise this machine's GPU or CPU.
+        """The device that estimates are for, and its memory. If the user's settings have a GPU size, this is
+        a GPU of that size; otherwise, it is this machine's GPU or CPU.
         """
         from qlora_tui.memory.budget import budget_for
 
@@ -217,7 +222,7 @@ class QloraApp(ThemedApp):
         """The device that a run on this machine would use, and its memory, regardless of the GPU size in the
         user's settings.
 
-        If runs would use a GPU about which the driver reports nothing, this equals :attr:`memory_budget`.
+        If the driver reports nothing about the GPU that runs would use, this equals :attr:`memory_budget`.
         """
         from qlora_tui.memory.budget import budget_for
 
@@ -259,7 +264,7 @@ class QloraApp(ThemedApp):
 
     @work
     async def _report_settings(self) -> None:
-        """Report errors in the settings and themes once the first screen can show them."""
+        """Report errors in the settings and themes. Called once the first screen can show them."""
         await self.shown.wait()
         problems = self.theme_problems
         if self.settings.keymap:
@@ -386,8 +391,8 @@ class QloraApp(ThemedApp):
         """
         cause = error.error if isinstance(error, WorkerFailed) else None
         if isinstance(cause, UserError) and cause.code == UNREACHABLE:
-            # Notify the user only now and then: the top line shows the problem too, and background reads fail
-            # every second.
+            # Background reads fail every second, so notify the user only occasionally. The top line always
+            # shows the problem.
             if monotonic() - self._told_unreachable_at > _TELL_AGAIN_S:
                 self._told_unreachable_at = monotonic()
                 self.notify_error(cause)
@@ -439,8 +444,9 @@ class QloraApp(ThemedApp):
         self.push_screen(MachineReportScreen())
 
     async def action_simulate_key(self, key: str) -> None:
-        """Press ``key``, whose name the user has clicked."""
-        # Deferred and sent by the app: a key sent by the clicked panel would skip the panel's own bindings.
+        """Press ``key`` after the user has clicked its name."""
+        # The app sends the key, after the click is handled. A key sent by the clicked panel would skip the
+        # panel's own bindings.
         self.call_later(self.simulate_key, key)
 
     def action_undo(self) -> None:
@@ -459,7 +465,7 @@ class QloraApp(ThemedApp):
         redo_recipe(self)
 
     def _start_polling(self) -> None:
-        # Poll in a worker, since a GPU driver that is slow to answer must not delay a key.
+        # Poll in a worker, so that a slow GPU driver does not delay key presses.
         if not self._polling:
             self._polling = True
             self._poll()
@@ -479,7 +485,7 @@ class QloraApp(ThemedApp):
         for problem in self.reload_themes():
             self.notify(problem, severity="warning", timeout=10)
         if self.has_class("-away") and not system_status.box_silent_s:
-            # The box responds again, so its model files can be read.
+            # The other machine responds again, so its model files can be read.
             self.workbench.forget_architecture()
             self.recipe_changed.publish(self.workbench.recipe)
         self.set_class(system_status.box_silent_s > 0, "-away")
@@ -493,8 +499,8 @@ class QloraApp(ThemedApp):
             self.recipe_changed.publish(self.workbench.recipe)
 
     def _poll_in_thread(self) -> SystemStatus:
-        # Imported here so that the first frame, which comes before the first poll, does not wait for these
-        # modules.
+        # Imported here, so that the first frame, which is shown before the first poll, does not wait for
+        # these modules.
         from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
 
         link = current()

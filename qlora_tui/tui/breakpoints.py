@@ -9,11 +9,13 @@ TALL_CELLS = 30
 """Minimum height at which panels have borders, if the window is also wide enough."""
 
 AIRY_CELLS = 40
-"""Minimum height at which an empty row separates the first panel from the bars above it, and at which a panel
-ends with an empty row.
+"""Minimum height at which panels end with an empty row, and another empty row separates the first panel from
+the bars above it.
 """
 ROOMY_CELLS = 50
-"""Minimum height at which lists have a row for each of their lines, and panels show all their parts."""
+"""Minimum height at which long lines are wrapped instead of cut, and screens with many panels show them in
+full.
+"""
 
 
 def is_too_small(size: Size) -> bool:

@@ -1,8 +1,8 @@
-r"""Asks the terminal for its own colors with OSC 10 and 11, and picks the replies out of the keyboard input.
+r"""Asks the terminal for its own colors with OSC 10 and 11, and removes the replies from the keyboard input.
 
-A reply arrives as if it were typed, at once or after a second on a slow link, in one piece or several: ``ESC
-] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. Textual would read the reply as keys, so it is removed from the input
-first. Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System
+A reply arrives as if the user had typed it: ``ESC ] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. It may arrive in several
+pieces and, on a slow link, after a second. Textual would read the reply as keys, so it is removed from the
+input first. Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System
 Commands".
 """
 
@@ -20,19 +20,19 @@ QUERY = "\x1b]10;?\x1b\\\x1b]11;?\x1b\\"
 """Escape sequences that ask for the foreground and background colors."""
 _REPLY = re.compile(r"\x1b?\](1[01]);([^\x07\x1b]{1,40})(?:\x07|\x1b\\)")
 _BEGINNING = re.compile(r"(?:\x1b|\x1b?\](?:1(?:[01](?:;[\w:/#]{0,40}\x1b?)?)?)?)\Z")
-"""Matches the end of the input if it may be the first part of a reply."""
+"""Matches the end of the input if this end may be the beginning of a reply."""
 _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""Longest possible beginning of a reply, in characters, that a person may also have typed: Escape, ``]``,
-``1``. A longer one is taken for a part of a reply.
+"""Maximum length, in characters, of input that may be the beginning of a reply or typed by a person: Escape,
+``]``, ``1``. Longer input that matches is treated as part of a reply.
 """
 _TYPED_S = 0.1
-"""Seconds to wait for the rest of a possible reply if its beginning may have been typed by a person."""
+"""Seconds to wait for the rest of a possible reply if a person may have typed its beginning."""
 _EXPECTED_S = 3.0
-"""Seconds after the query during which the possible beginning of a reply is held back even if a person may
-have typed it. Later, such input passes through at once.
+"""Seconds after the query during which short input is held back if it may be the beginning of a reply. Later,
+short input passes through at once, since a person has probably typed it.
 """
 _UNABLE = ("linux", "vt", "dumb")
 """Prefixes of ``TERM`` for terminals that print sequences they do not recognize."""

@@ -76,7 +76,7 @@ class Palette(CommandPalette):
 
 def _width(window: int) -> int:
     """Return the palette's width for the window's width, both in cells. The palette fills a small window,
-    since only fragments of the screen behind it would be visible.
+    because the screen behind it would show only fragments.
     """
     return window if window < WIDE_CELLS else min(_WIDTH, window - _MARGIN)
 
@@ -245,9 +245,9 @@ def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
 def _score(matcher: Matcher, query: str, entry: Entry) -> float:
     """Return how well an entry matches a query; 0 if it does not match.
 
-    The score depends on the title, in which the letters of the query must occur in order. If they do not, the
-    entry still matches if every word of the query is the beginning of a word in the entry's help. The help is
-    too long to match letter by letter, since almost any query would match.
+    The score depends on the title, in which the letters of the query must occur in order. Otherwise, the
+    entry matches if every word of the query is the beginning of a word in the entry's help. The help is not
+    matched letter by letter: in such a long text, almost any query would match.
     """
     words = entry.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())

@@ -25,7 +25,8 @@ class Command:
     help: str
     """One sentence for the palette and the help screen."""
     group: str = ""
-    """Heading of its group in the help of its screen; empty if the screen has no groups."""
+    """Heading under which the screen's help lists the command; empty if the screen's commands have no groups.
+    """
     footer: bool = True
     """Whether the footer shows the command."""
     ends: bool = False
@@ -66,8 +67,8 @@ class ScreenEntry:
 def _read() -> dict[str, tuple[Command, ...]]:
     """Return the commands of each section of ``commands.toml``, by the name of the section."""
     sections = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    # Without an ``action``, a command runs the action of its own name on the section's screen or, in these
-    # sections, on the app.
+    # The default action is named after the command. In these two sections it is an action of the app; in all
+    # others, an action of the section's screen.
     actions = {"go": "app.go('{}')", "app": "app.{}"}
     commands: dict[str, tuple[Command, ...]] = {}
     for section, rows in sections.items():
@@ -102,7 +103,7 @@ def screen_commands(name: str) -> tuple[Command, ...]:
 
 
 def by_group(commands: Iterable[Command]) -> list[tuple[str, list[Command]]]:
-    """Return (group, commands) in the order in which the groups first occur."""
+    """Return (group, commands) pairs, ordered by each group's first occurrence."""
     groups: dict[str, list[Command]] = {}
     for command in commands:
         groups.setdefault(command.group, []).append(command)
@@ -110,5 +111,5 @@ def by_group(commands: Iterable[Command]) -> list[tuple[str, list[Command]]]:
 
 
 def commands_by_screen() -> list[tuple[str, tuple[Command, ...]]]:
-    """Return (heading, commands): first the app's own commands, then the commands of each screen."""
+    """Return (heading, commands) pairs: first the app's own commands, then the commands of each screen."""
     return [("Everywhere", EVERYWHERE), *((entry.label, _SECTIONS[entry.name]) for entry in SCREENS)]

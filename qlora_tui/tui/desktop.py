@@ -43,8 +43,8 @@ _SHOWN = 160
 
 
 def set_clipboard(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the escape sequence that copies ``text`` (OSC 52). Inside tmux, the result also contains the
-    sequence in the form for tmux, since tmux may accept only one of the two forms.
+    """Return the escape sequence that copies ``text`` (OSC 52). Inside tmux, the result contains this
+    sequence twice: plain, and wrapped for tmux. tmux may accept only one of the two.
     """
     osc = f"\x1b]52;c;{base64.b64encode(text.encode(errors='replace')).decode()}\a"
     return osc + _for_tmux(osc) if environment.get("TMUX") else osc
@@ -91,8 +91,8 @@ def copy_locally(text: str) -> str:
         if (variable and not os.environ.get(variable)) or not shutil.which(command[0]):
             continue
         try:
-            # Some tools stay in the background to serve the text, and must not keep this app's
-            # output open.
+            # Some tools stay in the background to provide the text. They must not keep this app's output
+            # open.
             done = subprocess.run(
                 command,
                 input=text.encode(errors="replace"),
@@ -140,8 +140,8 @@ def _open(folder: Path) -> bool:
 
 
 def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
-    """Notify the user in the app that a run has ended. If turned on in the settings, also use the bell, the
-    window title and a desktop notification.
+    """Notify the user in the app that a run has ended. If turned on in the settings, also set the window
+    title, send a desktop notification, and ring the bell.
     """
     wanted = app.settings.notify
     app.notify(notification.text, severity="information" if notification.event == "finished" else "error")

@@ -1,5 +1,5 @@
-"""Names of keys for use in sentences, from the user's keymap: ``[u]`` for a character, otherwise a name such
-as ``Enter`` or ``Ctrl+P``.
+"""How keys are written in sentences: ``[u]`` for a character, otherwise a name such as ``Enter`` or
+``Ctrl+P``. The user's keymap determines the keys.
 
 ``key_name("app.undo")`` returns the key of a command. Constant texts contain the command's id instead, as in
 ``Press {app.undo} to undo.``, and go through ``name_keys`` when they are shown.
@@ -39,8 +39,8 @@ def key_names(command_id: str) -> str:
 
 
 def key_while_typing(command_id: str) -> str:
-    """Return the name of a command's first key that is not a character, because in a text field a character
-    key would only insert its character. If all keys of the command are characters, return the first key.
+    """Return the name of a command's key to press while a text field has the focus: the first key that does
+    not type a character. If all keys of the command type characters, return the first key.
     """
     keys = _keys(command_id)
     return _in_brackets(next((key for key in keys if _character(key) is None), keys[0]))
@@ -158,8 +158,8 @@ def _shared_keys(keymap: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, st
         for mine in (command for command in commands if command.id in keymap):
             for other in offered:
                 for key in {*mine.keys(keymap)} & {*other.keys(keymap)}:
-                    # A default key is no error: some keys have two commands that are never available at the
-                    # same time.
+                    # Default keys are not reported. Some default keys have two commands, which are never
+                    # available at the same time.
                     if other.id != mine.id and key not in mine.key.split(","):
                         yield key, (mine.id, other.id)
 

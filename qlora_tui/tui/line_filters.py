@@ -29,9 +29,8 @@ _BLANKS = re.compile(" {2,}$")
 class VisibleTextFilter(LineFilter):
     """Replaces control characters with visible symbols.
 
-    Textual lays out lines as if control characters had no width. To keep the line's width, the cells that a
-    symbol adds are taken from the spaces after the symbol, or from the end of the line if there are too few
-    spaces.
+    Textual lays out lines as if control characters had no width, but a symbol has a width. To keep the line's
+    width, spaces after the symbol are removed. If there are too few spaces, the end of the line is cut off.
     """
 
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:

@@ -35,8 +35,8 @@ def enable_gc() -> None:
 
 
 def freeze_objects() -> None:
-    """Collect garbage, then exempt all current objects from garbage collection, since scanning them would
-    delay a key. Do nothing before :func:`enable_gc`.
+    """Collect garbage, then exempt all current objects from garbage collection, because scanning them would
+    delay key presses. Do nothing before :func:`enable_gc`.
     """
     if _is_tuned:
         gc.collect()
@@ -44,7 +44,9 @@ def freeze_objects() -> None:
 
 
 _BY_SIGNAL = 128
-"""Added to a signal's number to give the exit code of a process that the signal ended, as shells do."""
+"""Offset of exit codes. As in shells, the exit code of a process ended by a signal is 128 plus the signal's
+number.
+"""
 
 
 def install_shutdown_handlers(leave: Callable[[int], object]) -> None:
@@ -61,7 +63,8 @@ def _on_terminal_lost(leave: Callable[[], object]) -> None:
     gone = select.epoll()
     for stream in (sys.__stdin__, sys.__stderr__):
         if stream is not None:
-            # epoll refuses a regular file, which cannot be closed like a terminal.
+            # epoll does not accept regular files. They need not be watched, because only terminals can hang
+            # up.
             with suppress(PermissionError):
                 gone.register(stream.fileno(), 0)  # No events: a hang-up is always reported.
 
@@ -127,8 +130,8 @@ def screen_on(terminal: int) -> io.TextIOWrapper:
 class _Terminal(io.FileIO):
     """A terminal stream that ignores writes once the terminal is closed.
 
-    Otherwise the error would end Textual's writer thread, and the app would wait forever for the thread's
-    queue to empty.
+    If a write raised an error, Textual's writer thread would end, and the app would wait forever for the
+    thread's queue to empty.
     """
 
     def write(self, data: Any, /) -> int:
@@ -139,8 +142,8 @@ class _Terminal(io.FileIO):
 
 
 REPEAT_S = 30.0
-"""Seconds before the same problem is reported again, since an action that is repeated every second would fail
-every second.
+"""Minimum number of seconds between two reports of the same problem. Without this limit, an action that runs
+every second would report its problem every second.
 """
 
 

@@ -1,5 +1,5 @@
-"""The next higher or lower value of a setting, such as the rank or the learning rate, when its key is
-pressed.
+"""Computes the next higher or lower value of a setting, such as the rank or the learning rate, when the
+setting's key is pressed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROUND = (1, 2, 3, 5)
 
 def step_value(field: Field, value: Any, direction: int) -> Any:
     """Return the setting's next value up (``direction`` 1) or down (-1) within its bounds. Return ``value``
-    itself if it is the last one in this direction, or if the setting is text.
+    itself if there is no further value in this direction, or if the setting is text.
     """
     match field.kind:
         case "bool":

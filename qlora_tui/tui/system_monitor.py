@@ -1,7 +1,7 @@
 """Polls the GPU and the runs once a second.
 
-``SystemMonitor.poll_and_recover`` runs in a thread, and its result is published to all screens. If runs are
-waiting although no runner is active, ``poll_and_recover`` also starts a runner.
+``SystemMonitor.poll_and_recover`` runs in a thread, and its result is published to all screens. If runs have
+been waiting without an active runner, ``poll_and_recover`` also starts a runner.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 _RETRY_S = 10.0
 """Seconds between attempts to open the GPU driver after a failure, since an attempt is slow."""
 STALLED_S = 5.0
-"""Seconds that runs may wait without an active run before another runner is started, since a runner needs
-some time to start a run.
+"""Seconds to wait, with runs queued and none active, before another runner is started. A runner needs some
+time to start a run.
 """
 _NOTIFIED: frozenset[State] = frozenset(("finished", "failed"))
 
@@ -50,10 +50,12 @@ class _Exports:
     """Cached result of the last read of a run's exports."""
 
     folder_at: int
-    """Modification time of the run's folder, in nanoseconds: when a file in it was last added or replaced."""
+    """Modification time of the run's folder, in nanoseconds. It changes when a file in the folder is added or
+    replaced.
+    """
     changed_at: int | None
-    """Modification time of the folder of exports, in nanoseconds: when an export was last started or deleted.
-    None for a run without exports.
+    """Modification time of the folder of exports, in nanoseconds; None for a run without exports. It changes
+    when an export is started or deleted.
     """
     running: tuple[RunningExport, ...]
 
@@ -91,7 +93,7 @@ class BoxMonitor:
 
 
 class SystemMonitor:
-    """Polls the GPU and the runs; cheap enough for once a second."""
+    """Polls the GPU and the runs. A poll is cheap enough to be repeated every second."""
 
     def __init__(self) -> None:
         self._runs: list[RunDir] = []
@@ -101,7 +103,7 @@ class SystemMonitor:
         time.
         """
         self._training: set[str] = set()
-        """Ids of runs that an earlier poll saw training. The user is notified when they end."""
+        """Ids of runs that were training at an earlier poll. The user is notified when they end."""
         self._exports: dict[str, _Exports] = {}
         self._cluster = Watch()
         self._driver: Nvml | None = None
@@ -115,9 +117,9 @@ class SystemMonitor:
         """Monotonic time in seconds since which runs have been waiting although no runner is active; None if
         no run is waiting or a runner is active.
         """
-        self._has_looked_after_sweeps = False
-        """Whether this monitor has started a runner. A runner also continues sweeps that were killed before
-        they queued a run.
+        self._has_started_runner = False
+        """Whether this monitor has started a runner. A runner also continues interrupted sweeps that have no
+        queued run, so starting a runner once is enough for them.
         """
 
     def poll_and_recover(self) -> SystemStatus:
@@ -133,11 +135,11 @@ class SystemMonitor:
         training = [(run, status) for run, status in statuses if status.state in ACTIVE]
         active = training[0] if training else (None, None)
         is_training_here = any(not is_on_cluster(run) for run, _ in training)
-        # The run that was active last is not always the newest run: the queue can be reordered, and an older
+        # The last active run is not always the newest run, because the queue can be reordered, and an older
         # run can be resumed.
         over = [(r, s) for r, s in statuses if s.state != "queued" or (s.hold and s.step)]
         last = active if active[0] else max(over, key=lambda pair: pair[1].at, default=(None, None))
-        has_sweeps = not self._has_looked_after_sweeps and any(paths.sweeps_dir().glob("*/active"))
+        has_sweeps = not self._has_started_runner and any(paths.sweeps_dir().glob("*/active"))
         has_work = bool(waiting_ids) or has_sweeps
         self._restart_stalled_runner(is_stalled=has_work)
         return SystemStatus(
@@ -167,8 +169,8 @@ class SystemMonitor:
         """Return the run's exports that are being written. Export files are read only if the folder of
         exports has changed or an export was being written at the last call.
         """
-        # The first export creates a folder in the run's folder, which changes the modification time of the
-        # latter.
+        # The first export creates the folder of exports inside the run's folder. This changes the
+        # modification time of the run's folder.
         folder_at = self._statuses[run.id][0]
         known = self._exports.get(run.id)
         if known is not None and known.changed_at is None and known.folder_at == folder_at:
@@ -191,8 +193,8 @@ class SystemMonitor:
         the machine.
         """
         now = time.monotonic()
-        # A living runner may be waiting for the training hours, or for another program's memory to become
-        # free.
+        # A runner that is alive may have a reason to wait: the training hours have not begun, or another
+        # program uses the memory.
         if not is_stalled or is_locked(runner_lock_path()):
             self._stalled_since = None
         elif self._stalled_since is None:
@@ -202,11 +204,11 @@ class SystemMonitor:
             # If there is not enough memory for a process, or no space for its log, retry later.
             with suppress(OSError):
                 ensure_runner()
-                self._has_looked_after_sweeps = True
+                self._has_started_runner = True
 
     def _ended_runs(self, statuses: list[tuple[RunDir, Status]]) -> tuple[RunNotification, ...]:
         ended = [run for run, status in statuses if run.id in self._training and status.state in _NOTIFIED]
-        # A lost run is checked again, since a living runner may still be recording how the run ended.
+        # Check a lost run again: its runner may still be alive, and about to record how the run ended.
         active_or_lost = {
             run.id for run, status in statuses if status.state in ACTIVE or status.state == "lost"
         }
@@ -246,8 +248,8 @@ class SystemMonitor:
         return None
 
     def _has_free_gpu(self) -> bool:
-        """Return whether at least one of the GPUs that runs may use is not in use by a run; False if there
-        are not several GPUs.
+        """Return whether runs may use several GPUs and at least one of these GPUs is free, that is, not used
+        by a run.
         """
         if self._choice is None or not self._other_gpus:
             return False

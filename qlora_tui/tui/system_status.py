@@ -81,7 +81,7 @@ class SystemStatus:
     also_active_statuses: tuple[Status, ...] = ()
     """The status of each run in :attr:`also_active`."""
     has_free_device: bool = False
-    """Whether a device that runs may use is free."""
+    """Whether at least one of the devices that runs may use is free."""
     active_or_last: RunDir | None = None
     """The active run, or else the run that ended last."""
     active_or_last_status: Status | None = None
@@ -108,8 +108,8 @@ class SystemStatus:
         return next((server for server in self.servers if server.memory_bytes), None)
 
     def continues_without_app(self, watched: RunDir | None = None) -> list[str]:
-        """Return a line for each run, export and server that continues after the app exits, and a last line
-        with the command that opens the app again. Return an empty list if nothing continues.
+        """Return a line for each run, export and server that continues after the app exits, followed by the
+        command that opens the app again. Return an empty list if nothing continues.
 
         Args:
             watched: The run that the Train screen shows; its line comes first, unless it has ended. None if
@@ -156,7 +156,7 @@ class SystemStatus:
 
     @property
     def no_gpu_title(self) -> str:
-        """Words to show in place of a GPU's name if the driver reports no GPU."""
+        """Text to show in place of a GPU's name if the driver reports no GPU."""
         return {"cpu": "no GPU", "unknown": "unknown GPU", "none": "no usable GPU"}[self.trains_on]
 
     @property

@@ -36,8 +36,8 @@ from qlora_tui.tui.textual_compat import (
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
-"""Number of resize events that Textual and its driver send at startup, when nothing but the app can have
-written to the terminal.
+"""Number of resize events that Textual and its driver send at startup. They need no repaint: until then, only
+the app has written to the terminal.
 """
 
 
@@ -49,7 +49,7 @@ class TerminalApp(HookedApp):
     def __init__(self) -> None:
         super().__init__()
         self.stylesheet = CachedStylesheet(variables=self.get_css_variables())
-        # Over a slow link, an animation would only be a delay.
+        # Over a slow link, an animation would only cause delay.
         self.animation_level = "none"
         self.shown = asyncio.Event()
         """Set once the first frame has been written. Work that would delay the first frame waits for this
@@ -59,8 +59,8 @@ class TerminalApp(HookedApp):
         self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     def on_resize(self, event: Resize) -> None:
-        """Send the whole screen: the terminal may show anything, since this event is also sent when the app
-        resumes after Ctrl+Z. Ignore the events at startup.
+        """Send the whole screen, because the terminal may show something else: the app also receives this
+        event when it resumes after Ctrl+Z. Ignore the events at startup.
         """
         self._resizes += 1
         if self._resizes > _RESIZES_AT_START:
@@ -73,7 +73,8 @@ class TerminalApp(HookedApp):
 
     def intercept_update(self, screen: Screen[Any], update: CompositorUpdate) -> CompositorUpdate:
         if isinstance(update, ChopsUpdate) and self._terminal_contents.is_unknown:
-            # Textual laid out the whole screen while updates were batched, and now sends only later changes.
+            # While updates were batched, Textual laid out the whole screen. It now sends only later changes,
+            # so render everything.
             update = full_update(screen)
         return ScreenDiff(update, self._terminal_contents)
 
@@ -84,8 +85,9 @@ class TerminalApp(HookedApp):
             process.enable_gc()
 
     def style_context(self) -> object:
-        """Return what the styles of a screen depend on besides its own widgets: the parsed style sheets, and
-        the app's classes and pseudo-classes, such as its theme. Compare it with ``==``.
+        """Return everything outside a screen that the styles of its widgets depend on: the parsed style
+        sheets, and the app's classes and pseudo-classes, such as its theme. Results can be compared with
+        ``==``.
         """
         return self.stylesheet.rules, self.classes, self.pseudo_classes
 
@@ -138,7 +140,7 @@ class TerminalContents:
         return update.render_segments(console)
 
     def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
-        """Return the whole line, by row, for each row in which a partial update changes cells."""
+        """Return the complete line of each row in which a partial update changes cells, by row."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:
             line = lines.get(y, self._lines[y])
@@ -197,7 +199,7 @@ def _same_cells(one: list[Segment], other: list[Segment], *, from_right: bool = 
         if a == b:
             cells += a.cell_length
             continue
-        # Segments that differ are compared by character if they have the same style and each character is one
+        # Compare two different segments by character if they have the same style and all characters are one
         # cell wide.
         if a.style == b.style and a.cell_length == len(a.text) and b.cell_length == len(b.text):
             pairs = zip(a.text[::-1], b.text[::-1]) if from_right else zip(a.text, b.text)  # noqa: B905

@@ -158,7 +158,7 @@ class HookedApp(App[None]):
 
 
 _REPORTS_S = 0.3
-"""For how many seconds after a mouse event or a color query the terminal's reports may still arrive over a
+"""Seconds after a mouse event or a color query during which the terminal's reports may still arrive over a
 slow link.
 """
 
@@ -167,9 +167,9 @@ class PromptDriver(LinuxDriver):
     """A driver that recognizes the terminal's replies, and whose reader thread ends promptly.
 
     Textual's reader thread checks only every tenth of a second whether it should end, then waits another
-    tenth (``drivers/linux_driver.py``), while the closed app is still on the screen. This driver waits for so
-    long only if the mouse has just moved, since the last mouse reports would otherwise be typed into the
-    shell.
+    tenth (``drivers/linux_driver.py``). Meanwhile, the closed app stays on the screen. The reader thread of
+    this driver ends at once, unless the mouse has just moved. In that case it waits, because unread mouse
+    reports would be typed into the shell.
     """
 
     def __init__(self, app: App[Any], **options: Any) -> None:
@@ -264,10 +264,10 @@ def full_update(screen: Screen[Any]) -> CompositorUpdate:
 
 
 def clear_style_caches() -> None:
-    """Clear Textual's cache of colors (``_styles_cache.py``). It also holds widgets that no longer exist.
+    """Clear Textual's cache of colors (``_styles_cache.py``), which keeps widgets in memory after they are
+    removed.
 
-    This cache keeps in memory everything that up to a thousand widgets have painted: 160 kB for a page of
-    help.
+    It keeps up to a thousand widgets and everything that they have painted. A page of help takes 160 kB.
     """
     clear = getattr(getattr(StylesCache, "get_inner_outer", None), "cache_clear", None)
     if clear is not None:
@@ -300,8 +300,9 @@ def bindings_of_widget(widget: Widget, key: str) -> Sequence[Binding]:
 
 
 def follow_end(widget: Widget) -> None:
-    """Make an anchored widget follow its end again once the user scrolls to it (Textual's ``widget.py``).
+    """Make an anchored widget stick to its end again once the user scrolls back to the end (Textual's
+    ``widget.py``).
 
-    Textual does this for containers, but a scroll view without children never follows its end again.
+    Textual does this for containers, but not for a scroll view without children.
     """
     widget._check_anchor()

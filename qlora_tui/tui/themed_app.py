@@ -1,4 +1,4 @@
-"""The themes of the app: which one it shows in this terminal, previews of others, and edited theme files."""
+"""Selects the app's theme for this terminal, previews themes, and reloads edited theme files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HALF = 0.5
 
 
 class ThemedApp(TerminalApp):
-    """An app that shows the theme in the settings, as far as the terminal can."""
+    """An app that shows the theme in the settings, or a simpler theme if the terminal requires it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class ThemedApp(TerminalApp):
     def show_first_theme(self) -> None:
         """Load the themes, and show the one in the settings, or the default if it does not exist.
 
-        To be called before the first screen is mounted: if a theme is set later, Textual parses all style
-        sheets again and paints the keys twice.
+        Call this before the first screen is mounted. If a theme is set later, Textual parses all style sheets
+        again and paints the keys twice.
         """
         self._load()
         # Textual's default theme lacks variables that the app's style sheets use.
@@ -95,8 +95,8 @@ class ThemedApp(TerminalApp):
         self._terminal_colors[message.is_background] = message.color
         if message.is_background:
             self._is_light = message.color.brightness > _HALF
-        # With 256 colors, the theme's background would be a similar color, and differ from the terminal's
-        # own.
+        # With 256 colors, the theme's background would only be similar to the terminal's, and the difference
+        # would be visible.
         if len(self._terminal_colors) == 2 and self.console.color_system == "truecolor":
             foreground, background = self._terminal_colors[False], self._terminal_colors[True]
             self.register_theme(themes.of_terminal(foreground, background))
@@ -110,8 +110,8 @@ class ThemedApp(TerminalApp):
             self.theme = name
 
     def _load(self) -> None:
-        """Register all themes from their files. A file with an error is skipped, and its error is kept to be
-        reported.
+        """Register all themes from their files. A file with an error is skipped; its error is stored and
+        reported later.
         """
         self._loaded_mtimes = themes.user_theme_mtimes()
         loaded, problems = themes.load_themes()

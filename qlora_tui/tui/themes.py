@@ -96,7 +96,7 @@ class ThemeFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def lacks_shades(app: App[Any]) -> bool:
-    """Return whether the app shows at most 16 colors, so that a color has no shades."""
+    """Return whether the app shows at most 16 colors, which have no lighter or darker shades."""
     return app.no_color or app.current_theme.ansi
 
 
@@ -113,8 +113,8 @@ def _roles(file: ThemeFile) -> dict[str, str]:
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """Return values for variables of Textual. Some of their defaults are too faint to read; others, such as
-    ``auto 60%``, lose their percentage where a variable colors only a part of a line.
+    """Return replacements for some of Textual's variables. Some default colors are too faint to read. Other
+    defaults, such as ``auto 60%``, are shown without their percentage if they style only a part of a line.
     """
     background, surface, foreground, primary, training = map(
         Color.parse,

@@ -64,7 +64,7 @@ class Measurement:
         ``on_change`` is called in the app's thread when :attr:`progress` changes.
         """
         self.progress = ""
-        """Progress of the work, in words; empty while no work runs."""
+        """Description of the progress; empty while no work is running."""
         self._on_change = on_change
         self._stop: Event | None = None
 

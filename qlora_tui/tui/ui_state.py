@@ -1,4 +1,6 @@
-"""What the app remembers between sessions for convenience, in one file, which may be deleted at any time."""
+"""State that the app keeps between sessions for convenience, in one file. The user may delete the file at any
+time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class UiState(Struct, frozen=True, omit_defaults=True):
     """Contents of ``ui_state.json``."""
 
     recent: Mapping[Kind, tuple[str, ...]] = {}
-    """Recently used paths and texts, newest first, by what they are for, such as ``models``."""
+    """Recently used paths and texts, newest first, by kind, such as ``models``."""
     last_seen: float = 0.0
     """Unix time when the app was last in use. Runs that ended after it are announced at the next start."""
     download_bytes_per_s: float = 0.0
@@ -55,7 +57,9 @@ def recent_paths(kind: Kind) -> list[Path]:
 
 
 def add_recent(kind: Kind, text: str | Path) -> None:
-    """Put an entry first in the list of its kind, without a second copy. An empty text is ignored."""
+    """Put an entry first in the list of its kind, and remove an older copy of the entry. An empty text is
+    ignored.
+    """
     state, added = load_ui_state().recent, str(text)
     if added:
         texts = (added, *(other for other in state.get(kind, ()) if other != added))

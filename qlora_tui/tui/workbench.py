@@ -1,9 +1,9 @@
-"""The recipe being edited, with undo; the architecture and estimates derived from it; and its draft.
+"""The recipe being edited: its undo history, its model's architecture, its memory estimates, and its draft
+file.
 
-The draft is a file that keeps the recipe, so that neither a closed terminal nor a power cut loses an edit.
-All windows of the app under one user account share the file. Each window remembers what it last read from the
-file or wrote to it. When another window has changed the file, the window notices this and asks whose recipe
-to keep.
+The draft stores the recipe, so that no edit is lost if the terminal is closed or the power fails. All windows
+of the app under one user account share this file. Each window remembers what it last read from the file or
+wrote to it. If another window has changed the file since, the app asks which recipe to keep.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from qlora_tui.tui.screens.modals.dialogs import DraftChoice
 
 
-# The first frame shows neither an architecture nor an estimate, so the packages for these are imported where
-# they are first needed.
+# The packages for architectures and estimates are imported where they are first needed, because the first
+# frame shows neither.
 
 _UNDO_STEPS = 200
 FIRST_PRESET = "balanced"
@@ -68,8 +68,8 @@ class Workbench:
         self._redo: list[_EditState] = []
         self._architecture: tuple[str, Architecture | UserError] | None = None
         self.on_outline: Callable[[str], object] = lambda model: None
-        """Called with the id of a model, in any thread, if only an outline of the model's architecture was
-        read.
+        """Called with the id of a model if only an outline of its architecture was read, not the exact
+        architecture. May be called in any thread.
         """
         self._trainable: str | None = None
         """Id of the recipe's model if the last check found that this model can be trained; otherwise None."""
@@ -129,8 +129,8 @@ class Workbench:
         self._change_to(_EditState(changed, name, preset_recipe))
 
     def saved_as(self, name: str) -> tuple[str, Recipe]:
-        """Record that the recipe was saved as preset ``name``. The recipe does not change, so there is
-        nothing to undo.
+        """Record that the recipe was saved as preset ``name``. The recipe does not change, so :meth:`undo` is
+        not affected.
 
         Returns the name and recipe of the preset that the recipe was based on before, for
         :meth:`undo_saved_as`.
@@ -167,7 +167,7 @@ class Workbench:
         return self._architecture_of(self.recipe.model.id)
 
     def _architecture_of(self, model: str) -> Architecture | UserError:
-        known = self._architecture  # read once, since another thread may reset the cache at any time
+        known = self._architecture  # Read once, because another thread may reset the cache at any time.
         if known is None or known[0] != model:
             known = self._architecture = (model, _read(model))
             if not isinstance(known[1], UserError) and known[1].is_outline:
@@ -211,8 +211,8 @@ class Workbench:
         self._compared = ()
 
     def comparison(self, device: Device) -> dict[Precision, Estimate] | UserError:
-        """Return the estimate of the recipe's memory on ``device`` for every precision, or the UserError that
-        explains why there is no estimate.
+        """Return the estimates of the recipe's memory on ``device``, by precision, or the UserError that says
+        why there are none.
 
         The estimates are cached until the recipe changes, since both the recipe strip and the screen request
         them.
@@ -220,7 +220,7 @@ class Workbench:
         return self._comparison_of(self.recipe, device)
 
     def _comparison_of(self, recipe: Recipe, device: Device) -> dict[Precision, Estimate] | UserError:
-        # The recipe is an argument, since the user may edit ``self.recipe`` while a thread runs this.
+        # ``recipe`` is an argument, because the user may change ``self.recipe`` while a thread runs this.
         architecture, known = self._architecture_of(recipe.model.id), self._compared
         for of_architecture, of_recipe, of_device, compared in known:
             if of_architecture is architecture and (of_recipe, of_device) == (recipe, device):
@@ -301,8 +301,8 @@ def _move(app: QloraApp, move: Callable[[], bool], done: str, nothing: str, reve
         app.notify(nothing)
         return
     app.recipe_edited()
-    # The current screen usually shows the change of a single setting. Undoing a preset changes many settings,
-    # most of them on other screens, so the user is notified.
+    # A single changed setting is usually visible on the current screen. Undoing a preset changes many
+    # settings, most of them on other screens, so the user is notified.
     if workbench.preset != preset:
         now = (
             f"the preset is {workbench.preset} again"
@@ -338,7 +338,7 @@ _OWN = (
     *("name", "model.id", "model.revision", "lora.init_from"),
     *("data.sources", "data.validation_path"),
 )
-"""Settings that belong to a single run, so that no preset has them."""
+"""Settings that belong to a single run. Presets do not contain them."""
 
 
 def _with_own(recipe: Recipe, source: Recipe) -> Recipe:
@@ -420,16 +420,16 @@ class Draft:
 
     @property
     def aside(self) -> Path:
-        """Path of a second file, for the recipe that is not kept in the draft after two windows have changed
-        the draft.
+        """Path of a second file. If two windows have both changed the draft, the recipe that is not kept in
+        the draft is saved here.
         """
         if self._aside is None:
             self._aside = _free_name("other")
         return self._aside
 
     def is_changed_elsewhere(self) -> bool:
-        """Return whether the file has changed since the last call, and its text is not what this window last
-        read or wrote.
+        """Return whether another window has changed the file since the last call: the file's text is then
+        different from what this window last read or wrote.
         """
         try:
             status = draft_path().stat()
@@ -443,8 +443,8 @@ class Draft:
 
 
 def open_workbench(draft: Draft) -> Workbench:
-    """Return a workbench with the draft's recipe; with a new recipe if there is no draft or it cannot be
-    read.
+    """Return a workbench with the draft's recipe. If there is no draft, or if it cannot be read, return a
+    workbench with a new recipe.
 
     A missing or damaged preset does not affect the recipe.
     """
@@ -513,7 +513,7 @@ def _adopt(app: QloraApp, draft: Draft, other: Workbench) -> None:
 
 
 def tell_of_change(app: QloraApp) -> None:
-    """If another window has changed the draft, notify the user how to load the other window's recipe."""
+    """If another window has changed the draft, tell the user how to load the other window's recipe."""
     from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
 
     # The app has no screens while it closes.
