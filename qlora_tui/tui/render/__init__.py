@@ -1,9 +1,9 @@
 """Text and numbers for widgets. Nothing here imports a widget of this app.
 
 plot      axes, and graphs of lines and points
-meters    charts of a line or two: bars, meters, sparklines, and columns of blocks
+meters    small charts: bars, meters, sparklines, and columns of blocks
 figures   a screen's few key figures, in a line or in large digits
-series    columns of numbers, decimated to what a graph can show
+series    series of numbers, decimated to the resolution of a graph
 columns   tables of text lines: columns are declared once, and cut or left out to fit a width
 labels    wording of recipes, verdicts, run states and errors, shared by all screens
 loss      the loss of a run: the chart that all screens share, and its picture

@@ -15,7 +15,7 @@ from qlora_tui.formatting import cut_range
 
 Row = TypeVar("Row")
 Fact: TypeAlias = tuple[str, str | Content] | Content
-"""A label and its value, or a text without a label."""
+"""A (label, value) pair, or a text without a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Column(Generic[Row]):
     shrinks: bool = False
     """Whether the column shrinks, down to ``min_width``, if the table is too wide."""
     fills: bool = False
-    """Whether the column takes the width that the other columns leave, at least ``min_width``."""
+    """Whether the column takes the remaining width, but at least ``min_width``."""
     right: bool = False
     """Whether the column's texts are right-aligned."""
     style: str = ""
@@ -52,7 +52,7 @@ class Column(Generic[Row]):
     shorter: Callable[[str, int], str] | None = None
     """Function that shortens a string to a width in characters, to use instead of ``cut_range``."""
     is_sentence: bool = False
-    """Whether texts that are too long are cut at their end rather than by ``cut_range``."""
+    """Whether long texts are cut at their end; otherwise, ``cut_range`` selects the part to cut."""
 
 
 def table(
@@ -61,10 +61,10 @@ def table(
     """Return a line of titles, if any column has one, and a line for each row, at most ``width`` cells wide
     if possible.
 
-    Texts that are too long are cut in their least informative part (``cut_range``). If the columns are too
-    wide even at their minimum widths, the last column that shrinks becomes narrower than its minimum.
+    Texts that are too long are cut in their least informative part (``cut_range``). If the columns do not fit
+    even at their minimum widths, the last column that shrinks gets less than its minimum width.
     """
-    columns = [column for column in columns if width >= column.shown_from and _tells(column, rows)]
+    columns = [column for column in columns if width >= column.shown_from and _is_shown(column, rows)]
     texts = [[_on_one_line(column.text(row)) for row in rows] for column in columns]
     widths = [_width(column, cells) for column, cells in zip(columns, texts, strict=True)]
     columns, texts, widths = _fitting(columns, texts, widths, width)
@@ -83,8 +83,8 @@ def table(
 
 
 def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
-    """Return a line or more for each fact: ``license apache-2.0``. Values are aligned, and wrapped in their
-    column; a text without a label is not wrapped.
+    """Return one or more lines for each fact, such as ``license apache-2.0``. Values form a column, and long
+    values are wrapped in this column. A text without a label is not wrapped.
     """
     cells = max((len(fact[0]) for fact in facts if isinstance(fact, tuple)), default=0) + 2
     lines = []
@@ -99,9 +99,9 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Content]:
 
 
 def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[Content]:
-    """Return ``head`` and, next to it, ``text``, which is wrapped with a hanging indent. Lines are at most
-    ``width`` cells wide, but the text gets at least ``least`` cells per line in any case. A period that
-    would be alone on the last line is left out.
+    """Return ``head`` followed by ``text``, which is wrapped with a hanging indent. Lines are at most
+    ``width`` cells wide, unless fewer than ``least`` cells would be left for the text. A period that would be
+    alone on the last line is dropped.
     """
     cells = head.cell_length
     first, *others = text.wrap(max(least, width - cells)) or [Content("")]
@@ -110,8 +110,8 @@ def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[C
     return [head + first, *(Content(" " * cells) + other for other in others)]
 
 
-def _tells(column: Column[Row], rows: Sequence[Row]) -> bool:
-    """Return whether a column is shown, which may depend on whether its texts are all empty
+def _is_shown(column: Column[Row], rows: Sequence[Row]) -> bool:
+    """Return whether a column is shown. A column can be hidden if its texts are all empty
     (``shown_if_empty``) or all the same (``shown_if_same``).
     """
     if column.shown_if_empty and column.shown_if_same:
@@ -126,8 +126,8 @@ def _fitting(
     widths: Sequence[int],
     width: int,
 ) -> tuple[list[Column[Row]], list[list[str | Content]], list[int]]:
-    """Drop columns until the remaining columns fit ``width``, where each column that shrinks or fills counts
-    with its minimum width. Return the remaining columns, their texts and their widths.
+    """Drop columns until the remaining columns fit ``width``. A column that shrinks or fills is counted at
+    its minimum width. Return the remaining columns, their texts and their widths.
     """
     kept = list(zip(columns, texts, widths, strict=True))
 
@@ -192,8 +192,8 @@ def _line(
 
 
 def cut_name(text: Content, width: int) -> Content:
-    """Return the text cut to ``width`` cells: in the part that ``cut_range`` selects or, if it has wide
-    characters, at its end.
+    """Cut the text to ``width`` cells, and return it. ``cut_range`` selects the part to cut. If the text has
+    wide characters, its end is cut instead.
     """
     if text.cell_length != len(text) or width < 3:
         return text.truncate(width, ellipsis=True)

@@ -1,4 +1,4 @@
-"""A screen's few key figures: highlighted in a line, or in digits three rows high."""
+"""The key figures of a screen: in one line, or in large digits that are three rows high."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Figure:
     value: str
     style: str = "bold"
     label_first: bool = True
-    """Whether the label comes first in a line: ``loss 2.56`` rather than ``3 min left``."""
+    """Whether the label is before the value, as in ``loss 2.56``, or after it, as in ``3 min left``."""
 
 
 def figure_line(figures: Iterable[Figure]) -> Content:
@@ -57,8 +57,8 @@ def figure_line(figures: Iterable[Figure]) -> Content:
 
 
 def large_figures(figures: Iterable[Figure]) -> list[Content]:
-    """Return the figures next to each other in three lines: numbers in digits of all three lines, units and
-    labels in the last line, such as ``3 min left``.
+    """Return the figures side by side in three lines. Numbers are in digits that are three lines high. Units
+    and labels are in the last line.
     """
     columns = [_large(figure) for figure in figures]
     gap = Content(" " * _GAP)

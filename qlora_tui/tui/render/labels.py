@@ -48,14 +48,13 @@ INSTANT = "~"
 """Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 CANNOT_TRAIN = "cannot train"
-"""Shown next to the estimate of a model that cannot be trained, for example because its weights are
-missing.
+"""Note next to the estimate of a model that cannot be trained, for example because its weights are missing.
 """
 SEPARATOR = " · "
 _MIN_NAME = 9
 """Minimum width of a shortened name in a recipe's line, in cells."""
 _MIN_BAR = 4
-"""Minimum width of a bar, in cells. Below it, the bar is left out."""
+"""Minimum width of a bar, in cells. If there is less room, the bar is left out."""
 _ASSUMED = " (assumed)"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
@@ -151,8 +150,8 @@ def preference_words(recipe: Recipe) -> str:
 
 
 def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str]:
-    """Return the words of a verdict on memory and their color. ``fits`` becomes ``would fit`` for a model
-    that cannot be trained.
+    """Return (text, color) for a verdict on memory. ``fits`` becomes ``would fit`` for a model that cannot be
+    trained.
     """
     if verdict.word == "fits" and not can_train:
         return "would fit", "$text-muted"
@@ -160,7 +159,7 @@ def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str
 
 
 def verdict_sign(verdict: Verdict) -> Content:
-    """Return the sign of a verdict on memory, such as ``✗``, for places without room for its word."""
+    """Return the sign of a verdict on memory, such as ``✗``. Use it where there is no room for the word."""
     return Content.styled(*_VERDICTS[verdict.word])
 
 
@@ -184,10 +183,10 @@ def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
 
 
 def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
-    """Return the meaning of the signs that these verdicts have in a table: ``✗ does not fit ! tight ~ instant
-    estimate``. The verdict ``fits`` has no sign there.
+    """Return a legend for the signs of these verdicts in a table: ``✗ does not fit ! tight ~ instant
+    estimate``. The verdict ``fits`` has no sign in a table.
 
-    The legend is wrapped between signs to lines of ``width`` cells.
+    The legend is wrapped to ``width`` cells. Lines break only before a sign.
     """
     parts: dict[str, Content] = {}
     for verdict in verdicts:
@@ -206,7 +205,9 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
 
 
 def refusal_words(*refusals: UserError) -> str:
-    """Return why nothing can be trained, as every screen says it: ``cannot train: no tokenizer``."""
+    """Return why the model cannot be trained, in the same wording for all screens: ``cannot train: no
+    tokenizer``.
+    """
     return f"{CANNOT_TRAIN}: {', '.join(uncapitalize(refusal.title) for refusal in refusals)}"
 
 
@@ -241,7 +242,7 @@ class FitLine:
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:
-    """Return the line with the memory of the recipe being edited; None if its memory cannot be estimated."""
+    """Return the line with the estimated memory of the recipe being edited; None if there is no estimate."""
     compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
     if isinstance(compared, UserError):
         return None
@@ -261,12 +262,13 @@ def next_step(command: str, text: str) -> Content:
 
 
 def error_content(error: UserError, *, step: Content | None = None, is_spaced: bool = False) -> Content:
-    """Return an error to show in place of content: title, what happened, why, and what to do.
+    """Return the text of an error that is shown in place of content: title, what happened, why, and what to
+    do.
 
     Args:
         error: The error.
         step: What to do, with its key; replaces the error's own advice. None to show the error's advice.
-        is_spaced: Whether to put empty lines around what happened.
+        is_spaced: Whether to put empty lines around the description of what happened.
     """
     gap = "\n\n" if is_spaced else "\n"
     fix = Content.styled(f"▸ {abbreviate_home(error.fix)}", "$primary") if error.fix else Content("")
@@ -280,8 +282,7 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 
 
 def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
-    """Return (sign, word, color) for a run: for the defect of its result if there is one, otherwise for its
-    state.
+    """Return the (sign, word, color) of a run's state or, if its result has a defect, of the defect.
 
     A queued run that gave up its GPU is labeled ``paused``, or ``waiting`` if it has not trained a step.
     """
@@ -293,8 +294,8 @@ def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str,
 
 
 def verdict_style(verdict: RunVerdict) -> str:
-    """Return the color of a verdict on a run. An improvement that may be due to chance has no color, since it
-    is not a problem.
+    """Return the color of a verdict on a run; no color if the improvement may be due to chance, which is not
+    a problem.
     """
     may_be_chance = verdict.outcome == "unclear" and verdict.has_improved
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
@@ -308,13 +309,13 @@ def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
 
 
 def best_figure(loss: float, loss_to_beat: float | None) -> Figure:
-    """Return the lowest validation loss of a run as a figure. ``loss_to_beat``: see :func:`best_word`."""
+    """Return a run's lowest validation loss as a figure. :func:`best_word` describes ``loss_to_beat``."""
     return Figure(f"{best_word(loss_to_beat)} validation loss", format_loss(loss))
 
 
 def best_word(loss_to_beat: float | None) -> str:
-    """Return the adjective for the lowest validation loss after training began: ``lowest`` if it is not below
-    the loss before training, otherwise ``best``.
+    """Return the adjective for the lowest validation loss after training began: ``best`` if this loss is
+    below the loss before training, otherwise ``lowest``.
 
     Args:
         loss_to_beat: The loss before training, if no later validation loss is below it; otherwise None.
@@ -323,8 +324,8 @@ def best_word(loss_to_beat: float | None) -> str:
 
 
 def progress_figures(mean_loss: float | None, seconds_left: float | None) -> list[Figure]:
-    """Return figures for an active run: its loss, the time left, and the time at which it will be done. A
-    value that is unknown is left out.
+    """Return figures for an active run: its loss, the time left, and the time of its end. Unknown values are
+    left out.
     """
     figures = []
     if mean_loss is not None:
@@ -337,7 +338,9 @@ def progress_figures(mean_loss: float | None, seconds_left: float | None) -> lis
 
 
 def no_steps_words(*, is_over: bool) -> str:
-    """Return the text to show instead of a graph without steps. ``is_over``: whether the run has ended."""
+    """Return the text to show in place of a graph if the run has no steps. ``is_over``: whether the run has
+    ended.
+    """
     return "The run ended before its first step." if is_over else "No steps yet."
 
 

@@ -1,4 +1,4 @@
-"""The loss of a run: the chart that all screens share, and the shapes of the chart's picture for files."""
+"""The loss of a run: the chart that all screens share, and the same chart as a picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from qlora_tui.tui.render.series import Envelope, smooth, smoothing_window
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
 _MIN_SAMPLES = 2.0
-"""Minimum number of recorded losses that the smoothed loss of a run's summary averages over."""
+"""Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
 
 LEAST_CHART = 7
@@ -41,17 +41,17 @@ LEAST_CHART = 7
 drawn.
 """
 STEP_DOTS = "· step"
-"""Item of the legend for the loss of each step. The legend of a sparkline does not have this item."""
+"""Legend item for the loss of each step. The legend of a sparkline does not have this item."""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 STEP_STYLE = "$text-muted dim"
-"""Style of the dots for single steps, which must not outshine the smoothed curve."""
+"""Style of the dots for single steps, less visible than the smoothed curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossFacts:
-    """What the chart of a run's loss shows."""
+    """The contents of a run's loss chart."""
 
     x: Axis
     loss: Envelope
@@ -75,8 +75,7 @@ def run_plot(facts: LossFacts) -> Plot:
     """Return the chart of a run: the smoothed loss with a filled area below it, the loss of each step as a
     point, and the evaluations joined by a line.
 
-    The axis of losses is scaled to the smoothed loss and the evaluations. Points outside this axis are left
-    out.
+    The loss axis is scaled to the smoothed loss and the evaluations. Points outside this range are left out.
     """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
@@ -134,8 +133,8 @@ def mean_losses(summary: RunSummary) -> Sequence[float]:
 
 
 def summary_plot(summary: RunSummary | None) -> Plot:
-    """Return the chart of a run's summary. If there is no summary, or if the run has no steps, the chart is a
-    text that says whether steps will follow.
+    """Return the chart of a run's summary. If there is no summary, or if the run has no steps, return a plot
+    with only a text, which says whether steps will follow.
     """
     if summary is None or not summary.losses:
         is_over = summary is not None and summary.status.state not in {*ACTIVE, "queued", "paused"}
@@ -155,9 +154,7 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 
 
 def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines with a run's loss: a chart or, if ``height`` is too low for a chart, a
-    sparkline.
-    """
+    """Return ``height`` lines with a run's loss: a chart if it fits, otherwise a sparkline."""
     what = summary_plot(summary)
     if what.is_empty or summary is None or height >= LEAST_CHART:
         return plot(what, width, height)
@@ -174,7 +171,7 @@ def loss_sparkline(head: Content, means: Sequence[float], width: int, height: in
     first, last = (format_loss(value) for value in (means[0], means[-1]))
     cells = max(1, width - len(first) - len(last) - 2)
     if len(means) < cells:
-        # Fewer losses than columns fill the whole width, too.
+        # If there are fewer losses than columns, stretch them to the whole width.
         means = [means[place * len(means) // cells] for place in range(cells)]
     columns = downsample(means, cells)
     finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]

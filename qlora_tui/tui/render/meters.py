@@ -1,4 +1,4 @@
-"""Charts of a line or two: bars, meters, sparklines, and columns of blocks."""
+"""Small charts: bars, meters, sparklines, and columns of blocks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STACKED = "▆"
 rows do not merge.
 """
 _SOFT = "50%"
-"""Strength of the color of a chart whose columns fill most of it."""
+"""Opacity of the columns in a chart that is mostly filled."""
 _FULL = 0.8
 
 
 def bar(part: float, width: int, *, has_track: bool = True) -> str:
-    """Return a bar of ``width`` cells, filled to the fraction ``part``, which is rounded to half a cell. A
-    fraction above 1 is drawn as 1. The fill is made of low blocks; the rest is a thin track or, without
-    ``has_track``, spaces.
+    """Return a bar of ``width`` cells. ``part`` is the filled fraction, which is rounded to half a cell; a
+    fraction above 1 is drawn as 1. The filled part consists of low blocks. The rest is a thin track or,
+    without ``has_track``, spaces.
     """
     full, half = divmod(round(min(max(part, 0.0), 1.0) * width * 2), 2)
     return (_BAR * full + _HALF_CELL * half).ljust(width, _TRACK if has_track else " ")
@@ -38,9 +38,9 @@ def blocks(
 ) -> list[str]:
     """Return a column of blocks for each value, as ``height`` rows of characters, top row first.
 
-    ``low`` and ``high`` are the values of the lowest and the highest column. Even the lowest value has a
-    visible column, but None has an empty column. With ``is_apart``, the top eighth of the top row stays
-    empty, so that charts one above the other do not merge.
+    ``low`` and ``high`` are the values of the lowest and the highest column. The lowest value still has a
+    visible column; None has an empty column. With ``is_apart``, the top eighth of the top row stays empty, so
+    that stacked charts do not merge.
     """
     levels = height * 8 - is_apart
     rows = []
@@ -60,8 +60,8 @@ def history(
     values: Sequence[float | None], low: float, high: float, height: int, style: str
 ) -> list[Content]:
     """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the lowest
-    column, and a value of ``high`` the highest. The columns have a soft shade of a color, since they fill
-    most of the chart.
+    column, and a value of ``high`` the highest. The columns are partly transparent, because they fill most of
+    the chart.
     """
     rows = blocks(values, low, high, height, is_apart=True)
     return [Content.styled(row, f"{style} {_SOFT}") for row in rows]
@@ -92,8 +92,8 @@ def downsample(values: Sequence[float], columns: int) -> list[float | None]:
 
 
 def sparkline(losses: tuple[float, ...], width: int) -> str:
-    """Return losses as a sparkline of ``width`` cells, scaled to the round range around them. Cells beyond
-    the data are empty.
+    """Return losses as a sparkline of ``width`` cells, scaled to a round range that contains all losses.
+    Cells beyond the data are empty.
     """
     means = downsample(losses, width)
     finite = [mean for mean in means if mean is not None and mean == mean]
@@ -119,7 +119,8 @@ def meter(label: str, share: float, value: str, cells: int, width: int) -> Conte
     """Return a label, a bar filled to the fraction ``share``, and a value: ``memory ▄▄▄▖▁▁▁▁ 18.2 of 24.0
     GiB``.
 
-    The label takes ``cells`` cells, and the bar takes the cells of ``width`` that label and value leave.
+    The label takes ``cells`` cells. The line is ``width`` cells wide, and the bar fills the space between
+    label and value.
     """
     of_bar = width - cells - len(value) - 1
     drawn = f"{bar(share, of_bar)} " if of_bar >= _MIN_BAR else ""

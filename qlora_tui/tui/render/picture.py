@@ -29,7 +29,7 @@ _BOLD_STROKE = 0.025
 does not have.
 """
 _WIDE, _NARROW, _USUAL = 1.0, 0.34, 0.6
-"""Estimated character widths relative to the font size, on the large side."""
+"""Estimated widths of characters relative to the font size. Most characters are narrower."""
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] ")
 _UPPER = 0.75
 
@@ -80,8 +80,8 @@ def star(x: float, y: float, radius: float, color: str) -> str:
 
 
 def arrow(x: float, y: float, length: float, color: str) -> list[str]:
-    """Return the shapes of an arrow that starts at (x, y) and points right, since not every font has an
-    arrow.
+    """Return the shapes of an arrow that starts at (x, y) and points right. Shapes are used because not every
+    font has an arrow.
     """
     tip, half = x + length, length / 4
     head = area([(tip - 1.6 * half, y - half), (tip, y), (tip - 1.6 * half, y + half)], color)
@@ -145,7 +145,7 @@ def broken(words: str, width: float, size: float, most: int) -> list[str]:
 
 
 def _fitting(words: str, width: float, size: float) -> int:
-    """Return how many characters of the text fit ``width`` at this font size, but at least one."""
+    """Return how many characters of the text fit ``width`` at this font size. The result is at least 1."""
     used = 0.0
     for number, character in enumerate(words):
         used += size * _character_width(character)

@@ -22,25 +22,22 @@ _GRID_PARTS = 4
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
-"""When the shortest of several axes is selected, the length of an axis with only two labels is multiplied by
-this factor.
+"""Penalty factor for axes with only two labels. Of several possible axes, the one with the smallest product
+of length and penalties is selected.
 """
 _NONE_BELOW = 1.3
-"""When the shortest of several axes is selected, the length of an axis without a label at its low end is
-multiplied by this factor.
-"""
+"""Penalty factor for axes without a label at the low end."""
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _FEW_STEPS = 10.0
-"""Minimum length, in steps, of the x axis of a run that has more steps to train."""
+"""Minimum length of the step axis, in steps, if the run has at least this many steps in total."""
 _END_GRAINS = 40
-"""Maximum number of parts that the axis of steps is divided into to find its end. The axis ends at the end of
-a part.
+"""The step axis ends at a multiple of a round number of steps. At most this many multiples fit on the axis.
 """
 _FAR = 1e30
 _EPSILON = 1e-12
-"""Smallest value or range that an axis is scaled to, so that its arithmetic stays finite."""
+"""Minimum magnitude of the values and of the range of an axis, so that its arithmetic stays finite."""
 _LEAST_SPAN = 0.05
-"""Minimum height of a loss axis relative to the loss."""
+"""Minimum range of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
 """Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
 _APART = 3
@@ -48,7 +45,7 @@ _APART = 3
 line.
 """
 _NEAR = 2
-"""Maximum distance from a mark, in cells, at which the mark's curve may be drawn over later curves."""
+"""Distance from a mark, in cells, within which the mark's curve is drawn over later curves."""
 _LONG_LOSS = 1000.0
 """Losses from this value on have abbreviated labels, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
@@ -63,8 +60,8 @@ class Axis:
     unit: str = ""
 
     def place(self, value: float, cells: int) -> int:
-        """Return the number of the cell that a value falls into, if ``cells`` cells divide the axis: 0 is at
-        ``low``.
+        """Return the index of the cell that contains a value, if the axis is divided into ``cells`` cells.
+        Cell 0 is at ``low``.
 
         Values outside the axis are clamped to its ends.
         """
@@ -90,11 +87,11 @@ def row_of(value: float, y: Axis, rows: int) -> int:
 
 
 def _dot_row(value: float, y: Axis, rows: int, dots_high: int) -> int:
-    """Return the row of dots for a value on the y axis, counted from the top, if each of ``rows`` rows of
-    cells is ``dots_high`` dots high.
+    """Return the row of dots for a value on the y axis, counted from the top. There are ``rows`` rows of
+    cells, each ``dots_high`` dots high.
 
-    The ends of the axis are in the middle of the lowest and of the highest row of cells, so that a line, a
-    mark and a label for one value are in one row of cells. Values outside the axis are clamped to its ends.
+    The ends of the axis are in the middle of the lowest and highest row of cells, so that a line, a mark and
+    a label at the same value are in the same row. Values outside the axis are clamped to its ends.
     """
     share = min(max((value - y.low) / (y.high - y.low), 0.0), 1.0)
     return rows * dots_high - 1 - math.floor((share * (rows - 1) + 0.5) * dots_high + 1e-9)
@@ -104,8 +101,8 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
     """Return an axis that contains ``low`` and ``high``, and that begins and ends at multiples of a round
     step. The step divides the range into at most ``ticks`` parts.
 
-    While the range of values grows, the axis changes only when a value leaves it, so that the graph does not
-    jump.
+    If the range of values grows but stays within this axis, the result is the same, so the graph rarely
+    jumps.
     """
     low, high = (min(max(value, -_FAR), _FAR) for value in (low, high))
     size = max(abs(low), abs(high))
@@ -130,12 +127,12 @@ def loss_axis(low: float, high: float) -> Axis:
 
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
-    """Return the axis of a run's steps. The axis begins at ``start``, which is at least 0, and ends at or
-    shortly after ``done``, the last finished step.
+    """Return the axis of a run's steps: from ``start``, which is at least 0, to a round number at or shortly
+    after ``done``, the last finished step.
 
-    The end is a round number of steps, at most a few percent after ``done``, or ten steps after ``start`` if
-    that is later. So the axis, and with it the whole graph, does not change at every step. The axis does not
-    extend beyond ``total``, unless ``total`` is less than ``done`` or than ``start + 1``.
+    The end is at most a few percent after ``done``, but at least ten steps after ``start``. Because the end
+    is round, the axis does not change at every step. The axis does not extend beyond ``total``, unless
+    ``total`` is less than ``done`` or ``start + 1``.
     """
     grain = max(1.0, tick_step(0.0, max(done - start, _FEW_STEPS), _END_GRAINS))
     end = max(math.ceil(done / grain - 1e-9) * grain, start + _FEW_STEPS)
@@ -188,7 +185,7 @@ def _clean(value: float) -> float:
 
 @dataclass(frozen=True)
 class Curve:
-    """An envelope to draw as a curve, with its look and its name."""
+    """An envelope that is drawn as a curve, and the curve's look."""
 
     envelope: Envelope
     name: str
@@ -204,7 +201,7 @@ class Curve:
     fill: str = ""
     """Color of the area under the curve; empty for none."""
     leads_to_marks: bool = False
-    """Whether the curve is drawn over later curves next to the marks, so that it is seen to join them."""
+    """Whether the curve connects the marks. Such a curve is drawn over later curves near the marks."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +229,7 @@ class Plot:
     empty: str = ""
     """Text to show instead of the graph if there is no curve."""
     gutter: int = 0
-    """Minimum number of cells to the left of the graph, so that charts one above the other can align their x
-    axes.
-    """
+    """Minimum number of cells to the left of the graph, for aligning the x axes of stacked charts."""
 
     @property
     def is_empty(self) -> bool:
@@ -303,8 +298,8 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and the
     scale of x below.
 
-    A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a
-    stretch without finite values.
+    A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a gap
+    without finite values.
     """
     rows = max(1, height - 2)
     if what.is_empty:
@@ -337,20 +332,20 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines with only the text ``empty`` in the middle."""
+    """Return ``height`` lines that are blank except for the middle one, which has the text ``what.empty``."""
     lines = [Content("")] * height
     lines[height // 2] = Content.styled(what.empty.center(width).rstrip(), "dim")
     return lines
 
 
 def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
-    """Return the axis and its (value, label) ticks. The axis is lengthened as little as possible, so that the
-    ticks are a whole number of rows apart. If ``rows`` are too few for such ticks, return the axis unchanged,
-    with the ticks that fit.
+    """Return the axis and its (value, label) ticks. The axis is extended as little as possible to make the
+    distance between ticks a whole number of rows. If there are too few rows for such ticks, the axis is
+    unchanged and has the ticks that fit.
     """
     span, best = y.high - y.low, (math.inf, y, 0.0)
     first = math.floor(math.log10(span)) if span > 0 else 0
-    # Labels of losses have enough decimals for multiples of 2.5 × 10ⁿ, too.
+    # Ticks at multiples of 2.5 × 10ⁿ need more decimals, which only labels of losses have.
     sizes = (*_ROUND, _QUARTER) if y.unit == "loss" else _ROUND
     for size, power in product(sizes, (first - 1, first)):
         step = _clean(size * 10.0**power)
@@ -396,8 +391,7 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             before = None
             continue
         if curve.look == "points":
-            # Draw only the lowest and highest value of a stretch: all values between them would draw a
-            # vertical line.
+            # Draw only the lowest and the highest value. The values between them would form a vertical line.
             ends = (value for value in (low, high) if y.low <= value <= y.high)
             dots.update((column, _dot_row(value, y, canvas.height, DOTS_HIGH)) for value in ends)
             continue
@@ -416,8 +410,8 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
-    """Yield the dots of a line that joins two stretches, each given as (x, top, bottom). At each end, the
-    line touches the point of the stretch that is closest to the middle of the other stretch.
+    """Yield the dots of a line that connects two vertical segments, each given as (x, top, bottom). At each
+    end, the line begins at the point of the segment that is closest to the middle of the other segment.
     """
     x0, top0, bottom0 = before
     x1, top1, bottom1 = after
@@ -450,8 +444,8 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
 
 
 def _lead_to_marks(canvas: _Canvas, what: Plot, fronts: Sequence[_Canvas]) -> None:
-    """Draw curves that lead to marks, ``fronts``, over the others next to the marks. A cell has the dots of
-    both curves, so that the other curve is not interrupted.
+    """Near the marks, draw the curves in ``fronts`` over the other curves. These curves connect the marks. A
+    cell with two curves shows the dots of both, so that neither is interrupted.
     """
     marks = {column_of(mark.x, what.x, canvas.width) for mark in what.marks}
     near = {column + away for column in marks for away in range(-_NEAR, _NEAR + 1)}
@@ -472,7 +466,7 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
             continue
         column = column_of(mark.x, what.x, canvas.width)
-        # Marks of several curves at one x are in one column.
+        # Marks of several curves at the same x are in the same column, and all of them are drawn.
         if column - newest.get(mark.symbol, column) not in range(1, _APART):
             row = row_of(mark.y, what.y, canvas.height)
             canvas.cells[column, row] = (mark.symbol, mark.style)
@@ -480,9 +474,7 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
 
 
 def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
-    """Return a line of (character, style) cells, with one span of style for adjacent cells that have the same
-    style.
-    """
+    """Return a line of (character, style) cells. Adjacent cells of the same style share one span."""
     parts: list[tuple[str, str]] = []
     for text, style in cells:
         if parts and parts[-1][1] == style:

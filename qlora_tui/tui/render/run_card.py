@@ -1,8 +1,8 @@
 """The run card: one picture of a run for sharing, 1200 × 630, as SVG or PNG.
 
 It shows the model, the data, the loss curve, the loss before and after training, one question with the
-answers before and after training, and the time, memory and energy of the run. Files appear without their
-folders, and nothing says who trained the model or where.
+answers before and after training, and the time, memory and energy of the run. File names appear without their
+folders. Nothing says who trained the model, or where.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _TOP, _SPLIT, _BOTTOM = 142, 424, 602
 """Top of the panels, top of the lower panel, and bottom of the panels, in units of the picture."""
 _LEFT_WIDTH = 650
 _MAX_CHARACTERS = 400
-"""Maximum number of characters of a name or answer that are read, since a hostile file may have millions."""
+"""Maximum number of characters of a name or answer that are read. A malicious file may have millions."""
 _ANSWER_LINES = 4
 
 

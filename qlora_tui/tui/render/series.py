@@ -1,10 +1,9 @@
-"""Columns of numbers, decimated for drawing: minimum and maximum of each stretch of values, and whether the
-stretch has values that are not finite.
+"""Series of numbers, decimated for drawing. Consecutive values are merged into buckets. A bucket has a
+minimum, a maximum, and a flag for values that are not finite.
 
 A graph is a few hundred dots wide, but a run may have millions of steps. A :class:`DecimatedSeries` takes
-values as they arrive and keeps what a graph can show: the last few hundred values individually, and earlier
-values in stretches of two, of four, and so on. Graphs draw an :class:`Envelope`, which has no more
-points than a wide screen has dots.
+values as they arrive. It keeps the last few hundred values individually, and older values in buckets of two,
+of four, and so on. Graphs draw an :class:`Envelope`, which has no more points than a wide screen has dots.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ MAX_POINTS = 640
 
 @dataclass(frozen=True)
 class Envelope:
-    """A curve ready to draw. Each point is a single value or a stretch of values."""
+    """A curve ready to draw. Each point is a bucket of one or more consecutive values."""
 
     xs: tuple[float, ...] = ()
-    """The x of the last value of each stretch."""
+    """The x of the last value of each bucket."""
     lows: tuple[float, ...] = ()
-    """Lowest finite value of each stretch; ``inf`` if the stretch has no finite value."""
+    """Lowest finite value of each bucket; ``inf`` if the bucket has no finite value."""
     highs: tuple[float, ...] = ()
-    """Highest finite value of each stretch; ``-inf`` if the stretch has no finite value."""
+    """Highest finite value of each bucket; ``-inf`` if the bucket has no finite value."""
     broken: tuple[bool, ...] = ()
-    """Whether the stretch contains NaN or infinity."""
+    """Whether each bucket contains NaN or infinity."""
 
     @classmethod
     def of_points(cls, xs: Sequence[float], values: Sequence[float]) -> Envelope:
@@ -52,8 +51,8 @@ class Envelope:
 
 
 class DecimatedSeries:
-    """Columns of values over a common x, to which values are appended. Memory grows with the logarithm of the
-    number of values.
+    """Several columns of values that share their x. Values can be appended. Memory grows with the logarithm
+    of the number of values.
     """
 
     def __init__(self, columns: int = 1, most: int = MAX_POINTS) -> None:
@@ -61,7 +60,7 @@ class DecimatedSeries:
         self._first = math.inf
         """The x of the first value."""
         self._levels = [_Level(columns)]
-        """Levels, which have stretches of 1, 2, 4, 8… values. Each level keeps its most recent stretches."""
+        """Levels with buckets of 1, 2, 4, 8 and so on values. Each level keeps its most recent buckets."""
 
     def __len__(self) -> int:
         return self._levels[0].count
@@ -69,7 +68,8 @@ class DecimatedSeries:
     def extend(self, xs: Sequence[float], *columns: Sequence[float]) -> None:
         """Append values to all columns.
 
-        ``xs`` must ascend from the last x on. Each of ``columns`` must have as many values as ``xs``.
+        ``xs`` must be in ascending order, and continue from the last x. Each of ``columns`` must have as many
+        values as ``xs``.
         """
         if len(xs) and not len(self):
             self._first = xs[0]
@@ -85,16 +85,16 @@ class DecimatedSeries:
     def envelopes(self, low: float = -math.inf) -> list[Envelope]:
         """Return the envelope of each column of values, from x = ``low`` on.
 
-        An envelope has one point for each stretch of successive values. The stretches are the shortest that
-        do not exceed the maximum number of points; the newest values, which may not fill a stretch, can add
-        one point. A stretch that may contain values before ``low`` is left out, which shortens the curve by a
-        dot or two at most.
+        An envelope has one point for each bucket. The buckets are the smallest for which the envelope does
+        not exceed the maximum number of points. The newest values, which may not fill a bucket, can add one
+        point. A bucket that may contain values before ``low`` is left out, so the curve may be a dot or two
+        shorter.
         """
         number, start = self._resolution(low)
         level = self._levels[number]
-        # The newest values do not fill a stretch of this length yet. These values are in the levels with
-        # shorter stretches: each such level with an odd count has one stretch that is not yet part of a
-        # longer one. All these stretches are drawn as one.
+        # The newest values do not fill a bucket of this level yet. They are in the levels with smaller
+        # buckets: each such level with an odd count has one bucket that is not yet part of a larger one.
+        # These buckets are drawn as a single point.
         rest = [shorter for shorter in self._levels[:number] if shorter.count % 2]
         xs = tuple(level.xs[start:])
         if rest:
@@ -110,13 +110,13 @@ class DecimatedSeries:
         return envelopes
 
     def _resolution(self, low: float) -> tuple[int, int]:
-        """Return the index of the finest level that has few enough stretches from ``low`` on, and the index
-        of the first of those stretches.
+        """Return the index of the finest level that has few enough buckets from ``low`` on, and the index of
+        its first such bucket.
         """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
-            # A level that has dropped stretches has more than enough left to fill the graph, so it is
-            # selected only if none from ``low`` on were dropped.
+            # A level that has dropped buckets still has more than enough of them to fill the graph. So such a
+            # level is selected only if no bucket from ``low`` on was dropped.
             if len(level.xs) - start <= self._most:
                 return number, start + (number > 0 and low > self._first)
         raise AssertionError("the last level has all there is")
@@ -124,8 +124,8 @@ class DecimatedSeries:
 
 @dataclass
 class _Extremes:
-    """The stretches of one column in one level: lowest and highest value of each, and whether the stretch is
-    broken.
+    """The buckets of one column in one level: lowest and highest value of each bucket, and whether the bucket
+    has values that are not finite.
     """
 
     lows: array[float] = field(default_factory=lambda: array("d"))
@@ -134,7 +134,7 @@ class _Extremes:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
-        """Return a stretch for each value."""
+        """Return a bucket for each value."""
         # A sum is finite only if every value is finite. Checking it takes one pass in C instead of a loop in
         # Python.
         if math.isfinite(sum(values)):
@@ -148,7 +148,7 @@ class _Extremes:
 
     @classmethod
     def over(cls, parts: Sequence[_Extremes]) -> _Extremes:
-        """Return one stretch that merges all stretches of all parts."""
+        """Merge all buckets of all parts, and return the result as one bucket."""
         return cls(
             array("d", [min(low for part in parts for low in part.lows)]),
             array("d", [max(high for part in parts for high in part.highs)]),
@@ -164,7 +164,7 @@ class _Extremes:
         return _Extremes(self.lows[start:], self.highs[start:], self.broken[start:])
 
     def pairs(self, start: int, end: int) -> _Extremes:
-        """Return a stretch for each pair of adjacent stretches from index ``start`` up to ``end``."""
+        """Merge pairs of adjacent buckets from index ``start`` up to ``end``, and return the results."""
         one, other = slice(start, end, 2), slice(start + 1, end, 2)
         return _Extremes(
             array("d", map(min, self.lows[one], self.lows[other])),
@@ -177,7 +177,7 @@ class _Extremes:
 
 
 class _Level:
-    """The most recent stretches of a given length, for every column."""
+    """The most recent buckets of a given size, for every column."""
 
     def __init__(self, columns: int) -> None:
         self.xs = array("d")
@@ -186,7 +186,7 @@ class _Level:
 
     @property
     def count(self) -> int:
-        """Number of stretches that were ever appended."""
+        """Number of buckets that were ever appended."""
         return self.dropped + len(self.xs)
 
     def extend(self, xs: Sequence[float], columns: Sequence[_Extremes]) -> None:
@@ -197,16 +197,16 @@ class _Level:
             column.extend(more)
 
     def pair_into(self, longer: _Level) -> None:
-        """Append a stretch to ``longer``, the level with stretches twice as long, for each new pair of
-        stretches.
+        """Merge each new pair of buckets, and append the result to ``longer``, the level whose buckets are
+        twice as large.
         """
         start = 2 * longer.count - self.dropped
         end = start + (len(self.xs) - start) // 2 * 2
         longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
 
     def shorten(self, most: int) -> None:
-        """Drop the oldest stretches. This is done only once there are more than twice as many as ``most``, so
-        that it is rare.
+        """Drop the oldest buckets once there are more than twice as many as ``most``. Dropping is then rarely
+        needed.
         """
         if len(self.xs) <= 2 * most:
             return
@@ -245,16 +245,17 @@ class BiasCorrectedEma:
 
 
 def without_lag(xs: Sequence[float], means: Sequence[float], window: float) -> array[float]:
-    """Return running means without their lag, by averaging them once more from the last to the first.
+    """Remove the lag of running means, by averaging the means once more from the last to the first.
 
-    Both passes together weight a value at distance d by β^|d|, where β = 1 - 1 / window. The last result is
-    the last mean itself, since no value follows it. The first results reach no further ahead than back, so
-    that the curve begins at the first value. Means that are not finite remain so.
+    Both passes together weight a value at distance d by β^|d|, where β = 1 - 1 / window. The last result
+    equals the last mean, because no value follows it. Near the beginning, the window after a value is limited
+    to the distance from the first value, so that the curve begins at the first value. Means that are not
+    finite remain so.
 
     Args:
-        xs: Place of each mean, ascending; the first of all values is at 1.
-        means: Results of :class:`BiasCorrectedEma`. The weight of each is multiplied by the distance to the
-            next mean.
+        xs: The x of each mean, in ascending order. The first value is at x = 1.
+        means: Results of :class:`BiasCorrectedEma`. A mean's weight is multiplied by the distance to the next
+            mean.
         window: Window of these means, in units of x.
     """
     smoothed, beta = array("d", means), 1 - 1 / window
@@ -286,7 +287,5 @@ _MIN_WINDOW, _MAX_WINDOW = 4, 100
 
 
 def smoothing_window(total_steps: int) -> float:
-    """Return the number of steps that the running mean averages over: a thirtieth of the run, so that its
-    trend shows.
-    """
+    """Return the window of the running mean, in steps: a thirtieth of the run, to make the trend visible."""
     return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))

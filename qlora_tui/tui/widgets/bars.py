@@ -34,7 +34,7 @@ _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
 
 
 class TopBar(Widget):
-    """Top line.
+    """The top line: the names of the screens, and the status.
 
     The line never wraps: the status is shortened to the space that the screens' names leave, and in a narrow
     window ``0 Home`` shrinks to its digit.
@@ -56,7 +56,7 @@ class TopBar(Widget):
         self._status = SystemStatus()
 
     def show_status(self, system_status: SystemStatus) -> None:
-        """Show this status, and repaint only if its text has changed."""
+        """Show this status. Repaint only if its text has changed."""
         before = self.status_options(self._status)
         self._status = system_status
         if self.status_options(system_status) != before:
@@ -83,7 +83,7 @@ class TopBar(Widget):
 
     @staticmethod
     def status_options(system_status: SystemStatus) -> list[str]:
-        """Return texts for the status, longest first, from which the first that fits is shown."""
+        """Return texts for the status, longest first. The first text that fits is shown."""
         if system_status.box_silent_s:
             return _silence_texts(system_status)
         runs, gpus = _run_texts(system_status), _gpu_texts(system_status)
@@ -92,14 +92,14 @@ class TopBar(Widget):
         options = [f"{run}   {gpu}" for run in (*with_more, *runs) for gpu in gpus]
         options += [*with_more, _shares_text(system_status), *runs, gpus[-1], ""]
         if system_status.box:
-            # If space is short, the name of the other machine is shown rather than its state.
+            # If there is little space, only the name of the other machine is shown, not its state.
             whole = [f"{system_status.box_note or system_status.box}   {option}" for option in options]
             options = [*whole, system_status.box, *options]
         return [option.strip() + " " for option in options]
 
 
 def _silence_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts, longest first, which say that another machine has not responded for some time and that
+    """Return texts, longest first, that say that the other machine has not responded for some time, and that
     its runs continue.
     """
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
@@ -139,7 +139,7 @@ def _shares_text(system_status: SystemStatus) -> str:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return what goes on in addition to the active run: ``● 12% · 2 waiting · exporting Q8_0``; empty if
+    """Return what happens in addition to the active run: ``● 12% · 2 waiting · exporting Q8_0``; empty if
     nothing does.
     """
     others = system_status.also_active_statuses
@@ -186,7 +186,7 @@ def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
 
 class CommandFooter(Drawing):
     """The last line, with keys and labels: ``s Stop z Pause ^P Palette``. A click on a key presses it. Keys
-    that a panel shows in its border are left out. Keys for which there is no room are only in the help.
+    that a panel shows in its border are left out. Keys that do not fit are shown only in the help.
 
     Textual's Footer, which this replaces, mounts a widget for each key at every change of focus, and style
     caches keep these widgets alive.
@@ -233,7 +233,9 @@ class CommandFooter(Drawing):
         self._choose()
 
     def _laid_out(self, screen: Screen[object]) -> None:
-        """Choose the keys again if the panels show other keys after a layout. This is rare."""
+        """After a layout, choose the keys again if the keys in the panels' borders have changed. This is
+        rare.
+        """
         named = _named_commands(screen)
         if named != self._named:
             self._named = named

@@ -1,4 +1,6 @@
-"""The layout of a column of panels, and of the parts of a panel: which of them get or give up rows."""
+"""The vertical layout of panels, and of the parts of a panel. It decides which widgets get free rows, and
+which lose rows.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ from textual.widget import Widget
 from qlora_tui.tui.textual_compat import add_layout
 
 _LEAST_ROWS = 3
-"""Minimum number of rows of a widget that gives up rows, in addition to its border and padding."""
+"""Minimum number of rows of a widget that is cut, in addition to its border and padding."""
 _LEAST_OF_PANEL = 2
 """Minimum number of rows of a panel at the end of a column, in addition to its border and padding."""
 
 
 class ColumnLayout(VerticalLayout):
-    """A vertical layout that cuts no widget while there are free rows, and pushes no widget out of view while
-    another can be cut.
+    """A vertical layout that cuts a widget only if there are no free rows, and pushes a widget out of view
+    only if no other widget can be cut.
 
     Each widget with ``height: auto`` gets as many rows as its content has. The remaining rows go to the
     widgets with a height in ``fr``, such as a graph. If the rows do not suffice, widgets that scroll are cut,
@@ -47,8 +49,8 @@ class ColumnLayout(VerticalLayout):
 
     @staticmethod
     def _cut(placements: list[WidgetPlacement], flowing: list[int], excess: int) -> None:
-        """Cut widgets that scroll by ``excess`` rows in total, and move those below them up. ``flowing``:
-        indices of the placements that are one below the other.
+        """Cut scrolling widgets by ``excess`` rows in total, and move the widgets below them up. ``flowing``:
+        indices of the placements that are stacked vertically.
         """
         heights = {at: placements[at].region.height for at in flowing if _can_scroll(placements[at].widget)}
         least = {at: _LEAST_ROWS + placements[at].widget.gutter.height for at in heights}
@@ -64,8 +66,8 @@ class ColumnLayout(VerticalLayout):
 
     @staticmethod
     def _leave_out(placements: list[WidgetPlacement], flowing: list[int], height: int) -> None:
-        """Cut the last panels so that they end above row ``height``, and leave out those that are then too
-        low. ``flowing``: indices of the placements that are one below the other.
+        """Cut the last panels so that they end above row ``height``. Leave out panels that would have too few
+        rows. ``flowing``: indices of the placements that are stacked vertically.
         """
         gap, is_above_gap = 0, False
         for at in reversed(flowing):
@@ -87,7 +89,7 @@ class ColumnLayout(VerticalLayout):
 
 
 def _can_scroll(widget: Widget) -> bool:
-    """Return whether a widget, or a part of it that is shown, scrolls if it has fewer rows than lines."""
+    """Return whether a widget or one of its visible descendants scrolls if its content does not fit."""
     return widget.display and (
         widget.styles.overflow_y in ("auto", "scroll") or any(map(_can_scroll, widget.children))
     )

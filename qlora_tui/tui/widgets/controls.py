@@ -33,7 +33,7 @@ from qlora_tui.tui.themes import lacks_shades
 HEADING = "heading:"
 _PAGE_ROWS = 10
 _ALL_ROWS = 100_000
-"""A number of rows larger than the length of any list, for moving to the first or the last row."""
+"""A number of rows that is larger than any list. Moving by this number leads to the first or last row."""
 ROW_KEYS = (
     Binding("up,k", "move(-1)", show=False),
     Binding("down,j", "move(1)", show=False),
@@ -42,7 +42,8 @@ ROW_KEYS = (
     Binding("g", f"move({-_ALL_ROWS})", show=False),
     Binding("G", f"move({_ALL_ROWS})", show=False),
 )
-"""Keys that move a widget's cursor from row to row, except Home and End, which some widgets use otherwise.
+"""Keys that move a widget's cursor from row to row. Home and End are not included, because some widgets use
+them for something else.
 
 The widget must have an ``action_move``, which takes a number of rows and stops at the first and last row.
 """
@@ -68,7 +69,7 @@ WriteList: TypeAlias = Callable[[int], Sequence[tuple[str, Content]]]
 
 
 class ViList(OptionList):
-    """A compact list without a border. The cursor stays on its option when the lines around it change."""
+    """A compact list without a border. The cursor stays on its option when other lines change."""
 
     DEFAULT_CSS = """
     ViList, ViList:focus {
@@ -115,7 +116,7 @@ class ViList(OptionList):
 
     def scroll_to_highlight(self, top: bool = False) -> None:
         super().scroll_to_highlight(top)
-        # At the first option, scroll to the top, so that a heading above the option is in view as well.
+        # At the first option, scroll to the top, so that a heading above the option is visible too.
         if self.highlighted is not None and all(
             option.disabled for option in self.options[: self.highlighted]
         ):
@@ -127,8 +128,8 @@ class ViList(OptionList):
         return None if self.highlighted is None else self.options[self.highlighted].id
 
     def show(self, lines: Sequence[tuple[str, Content]] | WriteList, select: str | None = None) -> None:
-        """Show these (id, line) pairs. If ``lines`` is a function, it is called at once, and again when the
-        width changes.
+        """Show these (id, line) pairs. If ``lines`` is a function, it is called now, and again when the width
+        changes.
 
         The cursor moves to the option ``select``. Without ``select``, the cursor stays on its option, or on
         its row if the option is gone. The cursor skips lines whose id begins with ``HEADING``.
@@ -203,7 +204,7 @@ Draw: TypeAlias = Callable[[int, int], Sequence[Content]]
 shown.
 """
 _UNLIMITED_ROWS = 10_000
-"""A number of rows larger than the height of any drawing, for a drawing that is as high as its lines."""
+"""A number of rows that is larger than any drawing. It is used for a drawing that is as high as its lines."""
 
 
 class Drawing(Widget):
@@ -288,13 +289,15 @@ class Drawing(Widget):
 
 
 def _parts(draw: Draw) -> object:
-    """Return the function and its arguments. Two drawings for which these are equal draw the same."""
+    """Return the function and its arguments. If they are equal for two drawings, the drawings
+    look the same.
+    """
     return (draw.func, draw.args, draw.keywords) if isinstance(draw, partial) else draw
 
 
 def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
     """Wrap lines to ``width`` cells, with an indent of two cells. If there are more than ``height`` lines,
-    the line at that height says where the rest is.
+    the last line that fits says where to find the rest.
     """
     shown: list[Content] = []
     for line in lines:
@@ -324,14 +327,14 @@ Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
 
 
 class Lines(Static):
-    """A widget of text that may depend on the width. A text that is shown again is not repainted, and the
-    widget is not laid out again if the lines of the text keep their heights.
+    """A widget of text that may depend on the width. If the text has not changed, it is not repainted. If the
+    heights of its lines have not changed, the widget is not laid out again.
     """
 
     _write: Write | None = None
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:
-        """Show a text or its lines. If ``text`` is a function, it is called at once, and again when the width
+        """Show a text or its lines. If ``text`` is a function, it is called now, and again when the width
         changes.
         """
         self._write = text if callable(text) else None
@@ -494,8 +497,8 @@ class Panel(Vertical):
         self.border_title = self._title + reason if self._empty else self._title
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        """Return the rendered lines, with title and keys one cell further out than Textual draws them, so
-        that they are aligned with the contents.
+        """Return the rendered lines. Title and keys are aligned with the contents, one cell further out than
+        Textual draws them.
         """
         width, height = self.outer_size
         if not self.styles.border_left[0] or width < _MIN_FRAME or not crop.height:

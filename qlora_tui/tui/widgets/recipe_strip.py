@@ -63,7 +63,9 @@ class RecipeStrip(Widget):
         self._recipe_line = ""
         self._problem: UserError | None = None
         self._is_of_model = False
-        """Whether another model, or the missing files of this one, would solve the problem."""
+        """Whether the problem would be solved by selecting another model or by downloading this model's
+        missing files.
+        """
         self._is_running = False
         self._is_changed_elsewhere = False
 
@@ -116,7 +118,9 @@ class RecipeStrip(Widget):
         return variants
 
     def _has_room_for(self, width: int, problem: Content) -> bool:
-        """Return whether the recipe fits next to ``problem`` if only its data and batch are shortened."""
+        """Return whether the recipe fits next to ``problem`` without shortening more than its
+        data and batch.
+        """
         if self._bench is None:
             return True
         full, room = recipe_parts(self._bench), width - problem.cell_length

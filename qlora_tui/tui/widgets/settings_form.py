@@ -37,9 +37,9 @@ _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
 """Letters that label lines to jump to, in the order in which they are used: home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
-"""Minimum width of the list, in cells, for showing a folded group's values next to its title."""
+"""Minimum width of the list, in cells, at which a folded group shows its values next to its title."""
 _COLUMN_CELLS = 60
-"""Minimum width of a column of groups, in cells, if there are two side by side."""
+"""Minimum width of each of two columns of groups, in cells."""
 _HELP_ROWS = 5
 """Rows that are reserved for the help below the list, including the empty row above the help."""
 _NUMBER_CELLS = 14
@@ -66,8 +66,8 @@ class SettingPicked(Message):
 
 @dataclass(frozen=True)
 class SettingGroup:
-    """Settings under a title. The user can open and fold such a group. A group without a title is always
-    open.
+    """Settings under a title. The user can open and fold the group. A group without a title is
+    always open.
     """
 
     title: str
@@ -256,8 +256,8 @@ class SettingList(LineView):
         self.refresh()
 
     def on_key(self, event: Key) -> None:
-        """While letters are shown, remove them on any key, and move the cursor if the key is one of the
-        letters.
+        """If letters are shown, remove them. If the key is one of these letters, move the cursor
+        to its line.
         """
         if not self._letters:
             return
@@ -283,8 +283,8 @@ class SettingList(LineView):
             self.post_message(SettingEdited(field.path, after))
 
     def action_choose(self) -> None:
-        """Change the setting under the cursor: step it if it has a few choices, otherwise let the user pick
-        or type its value. On the title of a group, open the group if it is folded, and fold it if it is open.
+        """Change the setting under the cursor. If it has a few choices, step it to the next one; otherwise,
+        let the user pick or type a value. On the title of a group, open or fold the group.
         """
         field = self.field
         if field is None:
@@ -297,7 +297,7 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open the groups one by one, in order, each if all lines then fit in ``rows``. If the list has two
+        """Open each group, in order, unless the lines would no longer fit in ``rows``. If the list has two
         columns, open all groups. Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
@@ -332,8 +332,8 @@ class SettingList(LineView):
         column = min(1, event.x // max(1, self._cells))
         line = self._line_at(column, event.y + round(self.scroll_y))
         if line is not None:
-            # A click on a setting moves the cursor there, and another one changes the setting. A click on a
-            # group opens or folds it at once.
+            # The first click on a setting moves the cursor to the setting, and the next click changes it. A
+            # click on a group opens or folds the group at once.
             is_chosen = line == self.cursor or isinstance(self._lines[line], SettingGroup)
             self.go_to(line)
             if is_chosen:
@@ -408,7 +408,7 @@ class SettingList(LineView):
 class SettingsForm(Vertical):
     """A list of settings, and below it the help for the setting under the cursor.
 
-    To change a value by typing, type it in the row of its setting.
+    Values are typed in the row of their setting.
     """
 
     DEFAULT_CSS = """
@@ -558,7 +558,7 @@ class SettingsForm(Vertical):
 
 def _expected(field: Field) -> str:
     """Return the values that a setting accepts and two keys: ``a whole number from 1 to 1,024 · Enter apply ·
-    Esc cancel``. The words ``in quotes`` are removed, since quotes are only needed in files.
+    Esc cancel``. The words ``in quotes`` are removed, because quotes are needed only in files.
     """
     return f"{field.expected.replace(' in quotes', '')} · Enter apply · Esc cancel"
 
