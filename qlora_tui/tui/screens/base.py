@@ -57,12 +57,13 @@ class OnQloraApp(Widget):
     """A widget of this app, with a typed ``app``."""
 
     @property
-    def app(self) -> QloraApp:  # type: ignore[override]  # Textual's is any app, whatever it returns
+    def app(self) -> QloraApp:  # type: ignore[override]  # Textual's property returns App[object]
         """The app, typed as QloraApp."""
         return cast("QloraApp", super().app)
 
     def ask(self, dialog: ModalScreen[Answer | None], then: Callable[[Answer], object]) -> None:
-        """Open a dialog, and call ``then`` with its answer, unless the dialog was closed or answered with no.
+        """Open a dialog, and call ``then`` with its answer. Do not call ``then`` if the dialog was closed or
+        the answer is no.
 
         The dialog opens at once, so that keys typed ahead reach the dialog. ``then`` may be a coroutine
         function. If ``then`` raises UserError, the error is shown.
@@ -81,12 +82,12 @@ class OnQloraApp(Widget):
 
 
 class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
-    """Base of the screens between which the user switches, such as Train. Subclasses define ``MODE`` and
+    """Base class of the screens that the user switches between, such as Train. Subclasses define ``MODE`` and
     ``compose_body``.
 
-    Textual itself calls ``on_mount`` and ``on_screen_resume`` of each class in the hierarchy, and the methods
-    of this class last. A subclass that also called them with ``super()`` would run them twice, and would
-    subscribe the screen twice.
+    Textual calls ``on_mount`` and ``on_screen_resume`` of each class in the hierarchy, and calls those of
+    this class last. A subclass must not call them with ``super()``: they would run twice, and subscribe the
+    screen twice.
     """
 
     MODE: ClassVar[str]
@@ -96,18 +97,20 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     FOOTER_APP_COMMANDS: ClassVar[frozenset[str]] = frozenset()
     """Ids of the app's commands that the footer includes on this screen."""
     EDITS_RECIPE: ClassVar[bool] = False
-    """Whether the recipe strip is shown below the top bar, since the screen edits the recipe."""
+    """Whether the screen edits the recipe. If so, the recipe strip is shown below the top bar."""
     STRIP_TELLS: ClassVar[Literal["nothing", "problem", "step"]] = "step"
-    """What the recipe strip says if the model cannot be trained. A screen that says so itself sets
+    """What the recipe strip says if the model cannot be trained. A screen that shows this problem itself sets
     ``nothing``.
     """
     IS_DENSE: ClassVar[bool] = False
-    """Whether the panels need so many rows that they end with an empty row only in a roomy window."""
+    """Whether the panels need many rows. If so, they end with an empty row only in a window of at least
+    ``ROOMY_CELLS`` rows.
+    """
     _strip: RecipeStrip
     _styled_for: object = None
     """The app's style context when the style sheets were last applied to the whole screen."""
-    # Otherwise, Textual would focus the first field, and a digit pressed before the screen sets its own focus
-    # would be typed into that field.
+    # Textual must not focus the first field: a digit pressed before the screen sets its own focus would be
+    # typed into this field.
     AUTO_FOCUS = ""
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -118,7 +121,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     @property
     def help_state(self) -> str:
-        """State of the screen that help explains, as named in ``help.toml``; empty for the default state."""
+        """Name of the screen's current state in ``help.toml``, which has a help text for each state; empty
+        for the default state.
+        """
         return ""
 
     @property
@@ -139,13 +144,14 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
 
     def compose(self) -> ComposeResult:
-        # Before there are widgets, or the style sheets would be applied to them once for each class.
+        # Set the classes before there are widgets. Later, the style sheets would be applied to all widgets
+        # again for each class.
         add_size_classes(self)
         self._set_room(self.app.size)
         yield TopBar(self.MODE)
         if self.EDITS_RECIPE:
-            # Imported here because Home, which is painted first, has no recipe strip, so that it need not
-            # wait for the import of the memory package.
+            # Imported here, because the recipe strip imports the memory package. Home, which is painted
+            # first, has no recipe strip and need not wait.
             from qlora_tui.tui.widgets.recipe_strip import RecipeStrip
 
             self._strip = RecipeStrip(tells=self.STRIP_TELLS)
@@ -167,7 +173,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self._set_room(self.size)
 
     def _set_room(self, size: Size) -> None:
-        """Set the classes that tell how much room a window of this size has."""
+        """Set the CSS classes for a window of this size."""
         is_wide, height = size.width >= WIDE_CELLS, size.height
         classes = {
             "-airy": is_wide and height >= AIRY_CELLS,
@@ -178,8 +184,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
 
     @on(ScreenResume)
     def _keep_styles(self, event: ScreenResume) -> None:
-        """Keep Textual from applying the style sheets to every widget again if nothing has changed that they
-        depend on.
+        """If nothing that the style sheets depend on has changed, keep Textual from applying them to every
+        widget again.
         """
         context = self.app.style_context()
         event.refresh_styles = context != self._styled_for

@@ -33,14 +33,17 @@ from qlora_tui.visible import visible
 
 _ROWS_SHOWN = 100
 _WIDE_COLUMNS = 110
-"""Minimum width of the terminal, in columns, at which the whole table of answers fits a dialog."""
+"""Minimum width of the terminal, in columns, at which the table of answers fits into a dialog."""
 
 
 class RunCommands(WorkScreen):
-    """A screen with commands for one run: chat, export, answers, run card, folder and place in the queue."""
+    """A screen with commands for one run: chat, export, answers, run card, folder, and position
+    in the queue.
+    """
 
     ANSWERS_COMMAND: ClassVar[str]
-    """Id of the screen's command that starts measuring. During a measurement, the same command stops it."""
+    """Id of the screen's command that starts a measurement of answers, or stops the measurement in progress.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,8 +90,8 @@ class RunCommands(WorkScreen):
         self.evaluate(self.target_run)
 
     def evaluate(self, run: RunDir) -> None:
-        """Stop the measurement if one is in progress. Otherwise, show the answers of a run, and measure them
-        first if that has not been done yet.
+        """If a measurement is in progress, stop it. Otherwise, show the answers of a run. If they have not
+        been measured yet, measure them first.
         """
         if not self._measurement.stop():
             self._evaluate(run)

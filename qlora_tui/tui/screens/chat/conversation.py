@@ -1,4 +1,4 @@
-"""A conversation with a model: loads the model in the engine, sends requests to it, and shows the answers in
+"""A conversation with a model. It loads the model in the engine, sends requests, and shows the answers in
 turns.
 """
 
@@ -88,24 +88,25 @@ class AdapterPair:
         return self.left == self.right
 
     def split(self) -> AdapterPair:
-        """If both adapters answer, return the pair with only the right adapter answering; otherwise with both
-        answering. The pair is unchanged if it is :attr:`single`.
+        """Toggle split view, and return the resulting pair. If both adapters answered, only the right-hand
+        adapter answers; otherwise, both answer. A :attr:`single` pair does not change.
         """
         if self.single:
             return self
         return replace(self, shown="right" if self.shown == "both" else "both")
 
     def switched(self) -> AdapterPair:
-        """If only the right adapter answers, return the pair with only the left adapter answering; otherwise
-        with only the right adapter answering. The pair is unchanged if it is :attr:`single`.
+        """Switch to the other adapter, and return the resulting pair. If only the right-hand adapter
+        answered, only the left-hand adapter answers; otherwise, only the right-hand adapter answers. A
+        :attr:`single` pair does not change.
         """
         if self.single:
             return self
         return replace(self, shown="left" if self.shown == "right" else "right")
 
     def next(self, side: str) -> AdapterPair:
-        """Return the pair with the run's next adapter on this side, ``left`` or ``right``. The adapter of the
-        other side is skipped. If there is no further adapter, the pair is unchanged.
+        """Select the run's next adapter on this side, ``left`` or ``right``, and return the resulting pair.
+        The adapter of the other side is skipped. If there is no further adapter, the pair does not change.
         """
         own, other = (self.left, self.right) if side == "left" else (self.right, self.left)
         free = [adapter_name for adapter_name in self.adapter_names if adapter_name != other]
@@ -123,7 +124,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Posted when the model, its activity, or the turns have changed."""
 
         doing: str = ""
-        """The current activity, such as loading the model; empty if the activity is not to be shown."""
+        """The activity to show, such as loading the model; empty if none is to be shown."""
 
     @dataclass
     class EffectChanged(message.Message):
@@ -157,8 +158,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Requests that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
-        """Ids of runs and addresses of servers that may be in memory together with the chat's model, because
-        both fit or because the user allowed it.
+        """Ids of runs and addresses of servers that may share the memory with the chat's model, because there
+        is room for both or because the user allowed it.
         """
         self.unloaded_because = ""
         """Why the model was unloaded; empty while the model is loaded, and if the user unloaded it."""
@@ -202,7 +203,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         for request in self._open_requests:
             request.stop()
         for worker in self.workers.cancel_group(self, "answers"):
-            # The worker writes into the turns until the worker has ended.
+            # Wait for the worker to end, because it writes into the turns.
             with suppress(WorkerError):
                 await worker.wait()
         await self.remove_children(turns)
@@ -226,7 +227,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         return turn
 
     async def unfold(self, unfolded: bool) -> None:
-        """Show all thoughts in full if ``unfolded``; otherwise fold each thought into one line."""
+        """If ``unfolded``, show all thoughts in full; otherwise, fold each thought into one line."""
         self.unfolded = unfolded
         for turn in self.turns:
             for answer in turn.answers.values():
@@ -241,7 +242,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.post_message(self.Changed())
 
     def measure(self) -> None:
-        """Start to measure the effect of the right adapter."""
+        """Start to measure the effect of the right-hand adapter."""
         self._asking = self._measure()
         self.post_message(self.Changed())
 
@@ -263,7 +264,7 @@ class Conversation(VerticalScroll, OnQloraApp):
 
     async def unload(self) -> None:
         """Unload the model. The next prompt loads it again."""
-        # Reset this first: a request to a model that still counts as loaded would start the engine again.
+        # Reset this first: while the model counts as loaded, a request would start the engine again.
         self.ready = None
         await self.engine.close()
         self.post_message(self.Changed())
@@ -324,8 +325,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether the model may be loaded. If the model may not fit into memory together with a run or
-        a server, ask the user.
+        """Return whether the model may be loaded. If there may not be enough memory for the model and a run
+        or server, ask the user.
         """
         if self.ready is not None:
             return True
@@ -355,8 +356,8 @@ class Conversation(VerticalScroll, OnQloraApp):
     async def _may_share(
         self, who: str, status: Status | None, *, title: str, what: str, is_over: Callable[[], bool]
     ) -> bool:
-        """Return whether the chat's model may be in memory together with a run or a server. If both may not
-        fit, ask the user, and remember the answer if it is yes.
+        """Return whether the chat's model may share the memory with a run or a server. If there may not be
+        room for both, ask the user. If the user agrees, do not ask again.
 
         Args:
             who: Id of the run, or address of the server.
@@ -379,7 +380,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         return True
 
     async def _fits_beside(self, status: Status | None, *, is_loaded: bool = False) -> bool:
-        """Return whether the free memory is enough for what the chat and the active run have yet to allocate.
+        """Return whether there is enough free memory for everything that the chat and the active run still
+        have to allocate.
 
         Args:
             status: Status of the run; None without a run. From its first step on, a run has allocated its
@@ -408,15 +410,17 @@ class Conversation(VerticalScroll, OnQloraApp):
         return free_bytes is not None and None not in sizes and sum(filter(None, sizes)) <= free_bytes
 
     def _yield_memory_to_run(self, system_status: SystemStatus) -> None:
-        """If a run has become active, unload the model, unless run and model fit into memory together."""
+        """If a run has become active, and there is not enough memory for the run and the model, unload the
+        model.
+        """
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
-            self._shares_with.add(active.id)  # while the app finds out whether both fit
+            self._shares_with.add(active.id)  # until the app knows whether there is room for both
             self._unload_for(active)
 
     @work
     async def _unload_for(self, run: RunDir) -> None:
-        """Unload the model for a run that is starting, unless both fit into memory."""
+        """Unload the model to make room for a run that is starting, unless there is room for both."""
         if not await self._fits_beside(read_status(run), is_loaded=True):
             self._shares_with.discard(run.id)
             self.unloaded_because = f"{run.id} started and needed the memory"
@@ -508,7 +512,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Show the probability of each label below the answer. For adapters in GGUF files, do nothing."""
         name = answer.adapter_name
         if self.source is None or name not in self.source.adapter_names:
-            return  # llama.cpp computes the answers of this adapter
+            return  # llama.cpp computes the answers of this adapter, without probabilities of labels
         asked = Decide(messages=self.messages(turn, name), adapter_name=name)
         answer.show_decision(await self.engine.ask(asked).result())
 
@@ -538,8 +542,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer. If the model was unloaded, the note says why. Otherwise, it
-        says what was stopped: ``what``, such as ``loading the model``.
+        """Return the note for a stopped answer. If the model was unloaded, the note says why; otherwise, it
+        says what was stopped. ``what``: the stopped activity, such as ``loading the model``.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")

@@ -121,7 +121,7 @@ class AnswerArea(OwnKeysFirst, TextArea):
 
 
 class AnswerEditor(ModalScreen[str | None]):
-    """Dialog that returns the edited answer; None if the user canceled, or left the answer unchanged or
+    """Dialog that returns the edited answer; None if the user canceled, or if the answer is unchanged or
     empty.
     """
 
@@ -201,12 +201,12 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self.query_one(Input).focus()
 
     def on_input_submitted(self) -> None:
-        """Apply the settings: Enter was pressed in a number field."""
+        """Apply the settings when Enter is pressed in a number field."""
         self.action_apply()
 
     def action_earlier_prompt(self) -> None:
-        """Replace the text of the system prompt with the next earlier prompt. After the last earlier prompt,
-        the text that was in the field at first appears again.
+        """Replace the system prompt with the next earlier prompt. After the last earlier prompt, restore the
+        text that was in the field at first.
         """
         if self._earlier_prompts:
             field = self.query_one(TextArea)
@@ -236,8 +236,8 @@ def _number(name: str, text: str) -> float | int | None:
 
 
 def _words(error: Exception) -> str:
-    """Return a readable message for an error in a field. An example of msgspec's own message is
-    ``Expected `float` <= 5.0 - at `$.temperature` ``.
+    """Return a readable message for an error in a field. msgspec's own message looks like ``Expected `float`
+    <= 5.0 - at `$.temperature` ``.
     """
     text = str(error)
     what, _, where = text.partition(" - at `$.")

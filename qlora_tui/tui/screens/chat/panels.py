@@ -1,5 +1,5 @@
-"""Panels around a conversation: which adapters answer with which settings, the adapter's effect, and the side
-column.
+"""Panels around a conversation: the adapters that answer and their settings, the adapter's effect, and the
+side column.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def loaded_text(ready: ChatReady) -> str:
 
 
 def unloaded_text(chat: Conversation, server: ServerStatus | None) -> str:
-    """Return a note for the time when the chat has no model in memory: that a server has one, or else why the
-    chat's model was unloaded. The note is empty if neither applies.
+    """Return the note to show while the chat has no model in memory. If a server holds a model, the note says
+    so; otherwise, it says why the chat's model was unloaded. If neither applies, the note is empty.
 
     Args:
         server: A server that holds a model in memory; None if no server does.
@@ -105,8 +105,8 @@ def unloaded_text(chat: Conversation, server: ServerStatus | None) -> str:
 
 
 def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
-    """Return the thinking mode, such as ``thinking on``. The text is empty if the model cannot think, or if
-    no model is loaded and the mode is ``auto``.
+    """Return the thinking mode, such as ``thinking on``; empty if the model cannot think, or if no model is
+    loaded and the mode is ``auto``.
     """
     if ready is None:
         return "" if setting == "auto" else f"thinking {setting}"
@@ -123,15 +123,17 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
 
 
 def answering_text(pair: AdapterPair) -> str:
-    """Return which adapters answer, for terminals without color; empty if there is only one adapter."""
+    """Return a text that says which adapters answer, for terminals without color; empty if there is only one
+    adapter.
+    """
     if pair.single:
         return ""
     return "both answer" if pair.shown == "both" else f"only {pair.active[0]} answers"
 
 
 def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
-    """Return (label, value, short value) rows on the adapters that answer, judgments and sampling settings.
-    Most settings with the default value have an empty short value.
+    """Return (label, value, short value) rows for the adapters that answer, the judgments and the sampling
+    settings. For most settings, the short value is empty if the setting has its default value.
     """
     sampling, greedy = chat.sampling, not chat.sampling.temperature
     answering, thinks = answering_text(chat.pair), thinking_text(chat.thinking, chat.ready)
@@ -163,8 +165,8 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
-    """Return a line with the short values of :func:`session_rows` and the path of the transcript.
-    ``transcript``: None if nothing was saved; then the line has the key that changes the settings.
+    """Return a line with the short values of :func:`session_rows` and the path of the transcript. If nothing
+    was saved (``transcript`` is None), the line has the key that changes the settings instead of a path.
     """
     parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)
@@ -247,8 +249,8 @@ class ChatSide(Vertical):
 
 
 def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
-    """Return lines on the loaded model, on how much of its context each adapter's last answer used, and on
-    the speed of that answer. ``outcomes``: the result of each adapter's last answer, by adapter.
+    """Return lines on the loaded model and on each adapter's last answer: how much of the context the answer
+    used, and its speed. ``outcomes``: the result of the last answer, by adapter.
     """
     lines = [
         labeled("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}", _LABEL),
@@ -290,7 +292,7 @@ def conversation_line(saved: SavedConversation, now: float, width: int) -> Conte
 
 
 def prompt_title(text: str, tokens: int | None, *, has_suggestions: bool) -> Content:
-    """Return the title of the prompt field, with the length of ``text``: ``Message · 12 tokens``.
+    """Return the title of the prompt field with the length of its text: ``Message · 12 tokens``.
 
     If ``text`` is empty, the title has no length, and it names the suggested messages if there are any.
 

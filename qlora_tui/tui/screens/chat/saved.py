@@ -1,5 +1,5 @@
-"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. They are saved
-in the run's folder or, for a base model without a run, next to the runs' folders.
+"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. Files of a run
+are in the run's folder. Files of a base model without a run are next to the runs' folders.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ _CONVERSATIONS = msgspec.json.Decoder(SavedConversation)
 def transcript_path(run: RunDir | None) -> Path:
     """Return the path of today's transcript.
 
-    The transcript is in the folder of the run. For a base model without a run, and for a deleted run, it is
-    in a folder for all such chats. For a run on another machine (``--host``), it is on this machine, next to
-    the copies of that machine's runs.
+    The transcript is in the run's folder. For a base model without a run, and for a deleted run, it is in a
+    folder that all such chats share. For a run on another machine (``--host``), it is on this machine, next
+    to the copies of that machine's runs.
     """
     if run is not None and current() is not None:
         folder = paths.state_dir() / "chats" / run.id
@@ -68,8 +68,8 @@ def transcript_path(run: RunDir | None) -> Path:
 
 
 def format_setting(value: float) -> str:
-    """Return a setting with all of its digits, so that a user who types this text sets the same value. A
-    seed, for example, must not be rounded.
+    """Format a setting with all of its digits, so that the user can type it to get the same value. A seed,
+    for example, must not be rounded.
     """
     return str(value) if isinstance(value, int) else format_number(value)
 
@@ -136,8 +136,8 @@ def save_conversation(path: Path, turns: Sequence[ChatTurn], system_prompt: str)
 
 
 def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation]]:
-    """Return (path, conversation) for the newest saved conversations with a run, newest first. Unreadable
-    files are left out. ``run``: None for conversations with a base model without a run.
+    """Return (path, conversation) pairs of the newest saved conversations with a run, newest first.
+    Unreadable files are left out. ``run``: None for conversations with a base model alone.
     """
     try:
         paths = sorted(transcript_path(run).parent.glob("*.json"), reverse=True)[:_MAX_LISTED]

@@ -70,10 +70,10 @@ if TYPE_CHECKING:
     from qlora_tui.tui.system_status import SystemStatus
 
 _TYPING_ACTIONS = ("stop", "leave_field", "toggle_adapter", "scroll_conversation", "thinking", "unfold")
-"""Actions with keys that do not type text. The footer shows only these while a prompt is being written."""
+"""Actions whose keys do not type text. While a prompt is being written, the footer shows only these."""
 _SIDE_CELLS = 120
-"""Minimum width of the window, in cells, for a side column next to one answer. Next to two answers, the
-column needs a very wide window.
+"""Minimum width of the window, in cells, at which the side column is shown if one adapter answers. If two
+answer, the side column needs a very wide window.
 """
 _HIGH_CELLS = 50
 """Minimum height of the window, in cells, at which more starter prompts are offered."""
@@ -85,8 +85,8 @@ _MAX_SEARCH = 24
 _TITLE_FRAME, _FRAME, _SHORT_FRAME = 6, 4, 2
 """Cells around a panel's title, and around its contents with and without a border."""
 _CHOICES: dict[ChoiceKind, str] = {"edits": "edit", "pairs": "choice"}
-"""Noun for each kind of judgment. If there are enough judgments of both kinds, a run is trained on the kind
-that is listed first.
+"""Noun for each kind of judgment. If there are enough judgments of both kinds, the first kind is used for
+training.
 """
 
 
@@ -145,7 +145,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """When a server loads or unloads a model, update the header, because it names a server that has a
+        """If a server has loaded or unloaded a model, update the header, which names the server that holds a
         model.
         """
         server = system_status.loaded_server
@@ -224,13 +224,15 @@ class ChatScreen(WorkScreen):
     # Which adapters, and how they answer
 
     def action_toggle_adapter(self) -> None:
-        """Let only the left adapter answer if only the right adapter answers now; otherwise, let only the
-        right adapter answer.
+        """Switch to the other adapter: if only the right-hand adapter answers, let only the left-hand adapter
+        answer; otherwise, let only the right-hand adapter answer.
         """
         self._choose(self.conversation.pair.switched())
 
     def action_split(self) -> None:
-        """Let only the right adapter answer if both answer now; otherwise, let both answer in two columns."""
+        """Toggle split view: if both adapters answer, let only the right-hand adapter answer; otherwise, let
+        both answer side by side.
+        """
         self._choose(self.conversation.pair.split())
 
     def action_next_adapter(self, side: str) -> None:
@@ -244,7 +246,7 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def action_thinking(self) -> None:
-        """Turn thinking off if it is on, otherwise on. If the model cannot do that, notify the user."""
+        """Turn thinking on or off. If the model does not support this, notify the user."""
         chat = self.conversation
         if chat.source is None:
             return
@@ -343,7 +345,7 @@ class ChatScreen(WorkScreen):
     async def _count_tokens(self, text: str) -> None:
         await asyncio.sleep(_COUNT_AFTER_S)
         if self.conversation.ready is None or text != self.query_one(PromptBox).text:
-            # The prompt has changed, or the model was unloaded and a request would start the engine.
+            # Either the prompt has changed, or the model was unloaded and a request would start the engine.
             return
         try:
             tokens = await self.conversation.engine.ask(CountTokens(text=text)).result()
@@ -387,7 +389,7 @@ class ChatScreen(WorkScreen):
         self.conversation.scroll_relative(y=3 * by, animate=False)
 
     def action_effect(self) -> None:
-        """Measure the effect of the right adapter."""
+        """Measure the effect of the right-hand adapter."""
         if self.conversation.pair.single:
             self.notify("This chat has no adapter to measure.")
         elif not self.conversation.busy:
@@ -477,8 +479,8 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_train_on_choices(self) -> None:
-        """Prepare a run on the saved edits if there are enough, or else on the saved choices. If there are
-        not enough of either, notify the user.
+        """Prepare a run on the saved edits if there are enough; otherwise, on the saved choices. If there are
+        too few of both, notify the user.
         """
         source, run = self.conversation.source, self.conversation.run_dir
         if source is None:
@@ -502,7 +504,9 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_descendant_focus(self) -> None:
-        """Before the first message, update the header, because it says what Enter does."""
+        """Before the first message, update the header when the focus moves. The header says what
+        Enter does.
+        """
         if self.has_class("-start"):
             self.call_later(self.show_header)
 
@@ -539,7 +543,8 @@ class ChatScreen(WorkScreen):
     def show_header(self, doing: str = "") -> None:
         """Update everything around the turns. ``doing``: the current activity; empty if there is none."""
         chat, has_source = self.conversation, self.conversation.source is not None
-        # Two answers take the whole width, unless the window is wide enough for the side column as well.
+        # If the window is not wide enough for two answers and the side column, two answers take the whole
+        # width.
         starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
         side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS

@@ -33,7 +33,7 @@ _COPY = Binding("y", "copy", "Copy address")
 _CLOSE = Binding("escape,q", "dismiss", "Close")
 _NARROW_CELLS = 66
 _NAMES = 6
-"""Maximum number of models that are listed by name. Of further models, only the number is shown."""
+"""Maximum number of models that are listed by name. If there are more, only their number is shown."""
 _WHAT = (
     "A server lets other programs use base, runs and checkpoints through an OpenAI-compatible API: scripts, "
     "editors, Open WebUI. The server continues after this app exits, and frees the GPU for each run that "
@@ -111,7 +111,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
 
     @work(exclusive=True)
     async def _do(self, doing: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Await ``work``, show ``doing`` in the meantime, and then show the servers that are running."""
+        """Await ``work``. Show ``doing`` in the meantime, and the running servers afterwards."""
         self._doing = doing
         self._show()
         try:

@@ -37,22 +37,22 @@ _WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions
 _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
-"""Maximum numbers of starter prompts, as (of each kind, in total): in a low window, and in a high window."""
+"""Maximum number of starter prompts of each kind, and in total: in a low window, and in a high window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000
-"""Number of rows at the beginning of a file in which validation questions are looked up. A limit keeps the
-wait short.
+"""Number of rows, from the beginning of a file, that are searched for validation questions. The limit keeps
+the search short.
 """
 _MAX_RECORDED = 12
 _LEAST_ROWS = 3
 """Minimum number of lines to which a recorded answer is shortened."""
 _ENOUGH_WHOLE = 2
-"""If at least this many prompts fit with their whole recorded answers, answers are not shortened to make room
-for further prompts.
+"""If at least this many prompts fit with their recorded answers in full, no answers are shortened to make
+room for more prompts.
 """
 _LEAST_CELLS = 40
-"""Minimum width of a column of answers, in cells, if there are more than two."""
+"""Minimum width of a column of answers, in cells, if there are more than two columns."""
 _COLUMN_GAP, _INDENT = 3, 2
 _LABEL = 10
 
@@ -66,15 +66,17 @@ class RecordedAnswers:
     """(name, answer) pairs, with the adapter's answer last. ``base`` and ``step 60`` are examples of names.
     """
     by_step: bool = False
-    """Whether the answers are from steps of the training. The answer of the earliest step is then first."""
+    """Whether the answers come from different training steps. If so, they are ordered by step, earliest
+    first.
+    """
     expected: str = ""
     """The answer in the data; empty if the data has none."""
 
     def select(self, number: int) -> tuple[tuple[str, str], ...]:
         """Return at most ``number`` of the answers. ``number`` is at least 2.
 
-        If the answers are by step, these are the first answer, the last, and answers at equal distances in
-        between; otherwise, the last ones.
+        If the answers come from different steps, return the first, the last, and answers at equal distances
+        in between; otherwise, return the last ones.
         """
         most = len(self.answers) - 1
         if not self.by_step or number > most:
@@ -151,8 +153,8 @@ def _events(run: RunDir) -> tuple[list[SampleGenerated], float | None]:
 
 
 def _answers_by_step(samples: Sequence[SampleGenerated]) -> list[RecordedAnswers]:
-    """Return the answers to each sample prompt, by step. Equal answers at successive steps are one answer. A
-    prompt without answers at two different steps is left out.
+    """Return the answers to each sample prompt, ordered by step. Equal answers at successive steps are
+    merged. Prompts with answers at only one step are left out.
     """
     by_prompt: dict[str, dict[int, str]] = {}
     for sample in samples:
@@ -165,8 +167,8 @@ def _answers_by_step(samples: Sequence[SampleGenerated]) -> list[RecordedAnswers
 
 
 def _without_repetition(answers: Mapping[int, str]) -> tuple[tuple[str, str], ...]:
-    """Return (name, answer) pairs of the answers at some steps. An example of the name of an answer that is
-    equal at successive steps is ``steps 20 to 60``.
+    """Return (name, answer) pairs. Equal answers at successive steps are merged into one pair with a name
+    such as ``steps 20 to 60``.
     """
     pairs = []
     for answer, group in groupby(answers.items(), key=itemgetter(1)):
@@ -243,10 +245,11 @@ def start_lines(
 
 
 def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
-    """Return a heading, and each prompt that fits with its recorded answers side by side. If all prompts fit
-    with all their answers, in one or more rows for each prompt, all of them are shown. Otherwise, each prompt
-    has as many answers as fit in one row. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their whole
-    answers, answers are shortened.
+    """Return a heading and the prompts with their recorded answers side by side.
+
+    If everything fits, each prompt has all its answers, in one or more rows. Otherwise, each prompt has only
+    one row of answers, and prompts that do not fit are left out. If fewer than :data:`_ENOUGH_WHOLE` prompts
+    fit with their answers in full, the answers are shortened.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
@@ -279,16 +282,16 @@ def _answer_lines(
     width: int,
     rows: int | None = None,
 ) -> list[Content]:
-    """Return lines with a prompt and the expected answer, and lines with some of the (name, answer) pairs of
-    its answers. An expected answer that is short is on the line of the prompt.
+    """Return lines with a prompt, the expected answer, and the given answers side by side. If the expected
+    answer is short, it is on the line of the prompt.
 
     Args:
         recorded: The prompt.
-        answers: The answers to show.
+        answers: (name, answer) pairs of the answers to show.
         most: Maximum number of answers side by side.
         width: Width of the lines, in cells.
-        rows: Maximum number of lines of an answer, including the line of a long expected answer; None for
-            whole answers.
+        rows: Maximum number of lines of an answer, including the line of a long expected answer; None to show
+            answers in full.
     """
     columns = min(most, len(answers))
     cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
@@ -313,8 +316,8 @@ def _answer_lines(
 
 
 def _column(answer: str, name: str, cells: int, rows: int | None, style: str) -> list[Content]:
-    """Return lines of ``cells`` cells that begin with the title of the column, followed by the answer.
-    ``rows``: maximum number of lines; None for the whole answer.
+    """Return a column of ``cells`` cells: ``name``, followed by the answer. ``rows``: maximum number of
+    lines; None to show the answer in full.
     """
     head = Content.styled(f"{name}: ", "dim")
     wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)
@@ -329,7 +332,7 @@ def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
     if summary is None:
         return lines
     lines.append(labeled("steps", format_progress(summary.step, summary.total_steps), _LABEL))
-    if summary.best is not None and summary.verdict is None:  # which has the loss of this adapter
+    if summary.best is not None and summary.verdict is None:  # The verdict contains the loss of this adapter.
         loss, step = summary.best
         lines.append(labeled("best", f"validation {format_loss(loss)} at step {step:,}", _LABEL))
     if summary.verdict is not None:

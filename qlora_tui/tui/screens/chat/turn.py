@@ -33,14 +33,14 @@ _ENDINGS = {
     "context full": "Cut off: the context is full.",
     "stopped": "Stopped.",
 }
-"""Note below an answer that the model did not end itself, by finish reason."""
+"""Note below an answer that is incomplete, by finish reason."""
 _STILL_THINKING = {
     "most tokens": "Still thinking at the token limit. Press {chat.settings} to raise it, or {chat.thinking} "
     "to turn thinking off.",
     "context full": "Still thinking when the context was full. Press {chat.thinking} to turn thinking off.",
     "stopped": "Stopped while thinking.",
 }
-"""Note for generation that ended before the thought was complete, by finish reason."""
+"""Note below a thought that is incomplete, by finish reason."""
 _LOOP = (
     "Stopped: the model kept repeating “{phrase}”. Press {{chat.retry}} for another answer, or "
     "{{chat.settings}} to set a repetition penalty."
@@ -57,8 +57,8 @@ _QUESTION = (
 
 
 class StreamingMarkdown(Markdown):
-    """Markdown that grows piece by piece. Call :meth:`append_text` for each piece, and :meth:`finish` after
-    the last.
+    """Markdown to which text is appended piece by piece. Call :meth:`append_text` for each piece, and
+    :meth:`finish` after the last piece.
     """
 
     DEFAULT_CSS = """
@@ -95,7 +95,7 @@ class StreamingMarkdown(Markdown):
 
 
 def _parser() -> MarkdownIt:
-    """Return a parser for GitHub's Markdown that keeps single line breaks, because models mean them as line
+    """Return a parser for GitHub's Markdown that keeps single line breaks, because models write them as line
     breaks.
     """
     parser = MarkdownIt("gfm-like")
@@ -484,8 +484,8 @@ class ChatTurn(Vertical):
         yield Static(highlight_keys(name_keys(_QUESTION), "dim"), classes="question")
 
     def show_question(self, visible: bool) -> None:
-        """Show the keys that select the better answer if ``visible`` and there are two different answers;
-        otherwise hide them.
+        """If ``visible``, and there are two different answers, show the keys that select the better answer;
+        otherwise, hide these keys.
         """
         texts = {answer.text.strip() for answer in self.answers.values()} - {""}
         self.query_one(".question").display = visible and len(texts) > 1

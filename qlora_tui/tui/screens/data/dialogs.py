@@ -1,5 +1,5 @@
-"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows by how their loss changed in
-a run.
+"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows by the change of their loss
+in a run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LINE_WIDTH = 200
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
     """Dialog in which the user types a column of the file for each part of a format, such as the answer.
-    Returns the column by part; None if closed with Escape.
+    Returns a mapping from parts to columns; None if closed with Escape.
     """
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
@@ -119,7 +119,7 @@ def _reads(choice: FormatChoice) -> Content:
 def preference_picker(*, rated: bool) -> ListPicker[str]:
     """Return a dialog for choosing a value of ``data.preferences``.
 
-    ``rated``: whether the answers are rated one by one, instead of being compared in pairs.
+    ``rated``: whether the answers are rated one by one, not compared in pairs.
     """
     better_only = (
         ("good only", "ignore the bad answers") if rated else ("chosen only", "ignore the rejected answers")
@@ -160,7 +160,7 @@ class MeasuredRows:
     losses: RowLosses
 
     def token_changes(self, place: RowPlace) -> tuple[tuple[float, float], ...]:
-        """Return (loss before, loss after) for each token in the loss of this row; empty if the row was not
+        """Return (loss before, loss after) for each token to learn in this row; empty if the row was not
         measured.
         """
         row = self.losses.row_of(self.number, place)

@@ -36,8 +36,8 @@ _MAX_HISTOGRAM = 72
 """Maximum number of columns of the histogram. More columns would only make the bars wider."""
 _HATCHED = str.maketrans("▄▅▆▇█", "▒▒▒▒▒")
 _TIMED_WIDTH = 46
-"""Minimum width of the table of costs, in cells, for a column of times. A narrower table has no times, since
-the time at the recipe's length is also among the totals.
+"""Minimum width of the table of costs, in cells, at which it has a column of times. A narrower table has
+none, because the totals already include the time at the recipe's length.
 """
 
 
@@ -124,16 +124,16 @@ class ProblemsPanel(Panel):
         bad_rows = skippable_rows(report, problems)
         lines, unsaid = [], bad_rows
         for problem in problems:
-            # Only the first problem with bad rows mentions the key, which leaves out the bad rows of all
-            # problems.
+            # The key leaves out the bad rows of all problems, so only the first problem with bad rows
+            # mentions it.
             skipped, unsaid = (unsaid, 0) if is_bad_row(problem) else (0, unsaid)
             several = len(report.files) > 1
             line = problem_line(problem, recipe.data, brief=brief, several=several, bad_rows=skipped)
             lines.append((f"{problem.kind} {problem.path}", line))
         if few_steps := few_steps_line(expected, recipe, brief=brief):
             lines.append(("steps", few_steps))
-        # Unless the list has the focus, keep the cursor on the first line, since errors that are found later
-        # are inserted above.
+        # Unless the list has the focus, keep the cursor on the first line. Errors that are found later are
+        # inserted above the current lines.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
         # If problems are brief, a single problem without a key is shown in the title.
@@ -156,8 +156,8 @@ class ProblemsPanel(Panel):
 
 
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
-    """Return the report's problems, except problems with tokens that the recipe already trains. If the source
-    has only bad rows, the fixes of the problems with bad rows say that nothing would remain.
+    """Return the report's problems, without problems with tokens that the recipe already trains. If all rows
+    of the source are bad, the fix of each problem with bad rows says that no rows would remain.
     """
     if report is None:
         return ()
@@ -176,8 +176,8 @@ def _has_usable_rows(report: Report) -> bool:
 
 
 def skippable_rows(report: Report | None, problems: Sequence[DataProblem]) -> int:
-    """Return the number of bad rows that prevent a run from starting, and that can be left out; 0 if no row
-    would remain.
+    """Return the number of bad rows that prevent a run from starting and can be left out; 0 if no rows would
+    remain.
     """
     if report is None or not _has_usable_rows(report):
         return 0
@@ -209,7 +209,7 @@ def totals(
         expected: The forecast of the run; None if unknown.
         fit: The memory that the run needs, as text; None if unknown.
         brief: Whether only the first of the sentences about reasoning is included.
-        evidence: Whether to say how the format was recognized; otherwise, the columns are named.
+        evidence: Whether to say how the format was recognized. If not, the columns are named instead.
     """
     counts, data = report.counts, recipe.data
     facts: list[Fact] = []
@@ -292,8 +292,8 @@ def problem_line(
         problem: The problem.
         data: The data settings of the recipe.
         brief: Whether the text must be a single line.
-        several: Whether the source has several files, so that the problem's file must be named.
-        bad_rows: Number of bad rows of all problems, which the fix leaves out; 0 if the text for another
+        several: Whether the source has several files. If so, the text names the problem's file.
+        bad_rows: Number of bad rows of all problems, which the fix leaves out; 0 if the text of another
             problem states this number.
     """
     sign, style = SEVERITY_SIGNS[problem.severity]
@@ -325,8 +325,8 @@ def _fix_label(problem: DataProblem, bad_rows: int) -> str:
 
 
 def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) -> Content | None:
-    """Return a warning, with its fix, that the run has too few steps. Return None if the run has enough
-    steps, or if the number of steps is not known yet. ``brief``: whether the text must be a single line.
+    """If the run has too few steps, return a warning and its fix. Return None if the run has enough steps, or
+    if the number of steps is not known yet. ``brief``: whether the text must be a single line.
     """
     if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
         return None
@@ -358,8 +358,8 @@ def _length_words(expected: Forecast | None) -> str:
 def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
     """Return the lengths of samples as bars in ``height`` lines, with the highest count and an axis.
 
-    Bars beyond ``cut_at`` are hatched, and the axis has a mark at this length. If no sample is longer, or if
-    ``cut_at`` is None, nothing is hatched or marked.
+    Bars beyond the length ``cut_at`` are hatched, and the axis has a mark at this length. If no sample is
+    longer, or if ``cut_at`` is None, there are no hatched bars and no mark.
     """
     bins = lengths.histogram
     most = max((bin_.count for bin_ in bins), default=0)

@@ -1,5 +1,5 @@
-"""The engines of the Data screen: one for single rows, which therefore appear at once, and one for reports on
-whole sources.
+"""The two engines of the Data screen: one for single rows, and one for reports on whole sources. With
+separate engines, rows appear at once instead of waiting for a report.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ class PreviewRequest:
     model: str
     template: str
     stamps: tuple[tuple[str, int, int], ...]
-    """(path, modification time, size) of each file, so that the request for a changed file is a different
-    request.
-    """
+    """(path, modification time, size) of each file. If a file changes, the request is no longer equal."""
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
         """Return the request for source ``number``, from 0, of the recipe.
 
-        In the request, settings that do not affect the rows have default values, so that a change of such a
-        setting does not make another request.
+        Settings that do not affect the rows have default values in the request, so a change of such a setting
+        leaves the request equal.
         """
         data = Data(
             max_length=recipe.data.max_length,
@@ -52,9 +50,9 @@ class PreviewRequest:
 
 
 class DataPreviews:
-    """Two engine processes, one for single rows and one for reports. The engine for reports starts after the
-    other has returned a row, since two engines that start at once slow each other down. Neither engine loads
-    torch.
+    """Two engine processes: one for single rows and one for reports. Two engines that start at the same time
+    would slow each other down, so the engine for reports starts after the first row was returned. Neither
+    engine loads torch.
     """
 
     def __init__(self) -> None:
@@ -71,7 +69,7 @@ class DataPreviews:
     async def row(
         self, wanted: PreviewRequest, number: int, path: str = ""
     ) -> tuple[Shown, UserError | None]:
-        """Return (row, error). Normally, the row is as the model sees it, and the error is None.
+        """Return (row, error). Usually, the row is as the model sees it, and the error is None.
 
         If the row cannot be rendered for the model, the row is as it is in the file, and the error says why.
         Without a model, the row is as it is in the file, and the error is None.
@@ -97,7 +95,8 @@ class DataPreviews:
         except UserError as problem:
             if not wanted.model:
                 raise
-            # If the file caused the error, and not the model, this request fails with the same error.
+            # If the error was caused by the file rather than by the model, this request fails with the same
+            # error.
             plain = msgspec.structs.replace(request, model="", template="")
             return await self._rows.ask(plain).result(), problem
         finally:

@@ -1,5 +1,5 @@
-"""Rows of the data as the model will see them: their panel, the styles of their tokens, and the way from one
-row to another.
+"""Rows of the data as the model will see them: the panel with the rows, the styles of tokens, and navigation
+between rows.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from qlora_tui.tui.widgets.controls import Lines, Panel, ViScroll
 Place: TypeAlias = tuple[str, int]
 """(path, row number) of a row. An empty path means the source's first file."""
 Changes: TypeAlias = Sequence[tuple[float, float]]
-"""(loss before training, loss after training) of each token in the loss. The token is shaded by the change.
-Empty if the losses were not measured.
+"""(loss before training, loss after training) of each token to learn; empty if not measured. The change
+determines the token's shade.
 """
 
 _EMPTY = (
@@ -113,8 +113,8 @@ _CHANGES_LEGEND = Content.assemble(
 
 
 class SamplePanel(Panel):
-    """Shows a row, further rows if there is room, and a legend of the styles; without a row, shows the
-    reason.
+    """Shows a row, further rows if there is room, and a legend of the styles. If there is no row, it shows
+    the reason.
     """
 
     def __init__(self) -> None:
@@ -173,16 +173,16 @@ class SamplePanel(Panel):
 
     @property
     def has_columns(self) -> bool:
-        """Whether there is room for rows next to each other, so that each row needs a heading."""
+        """Whether rows fit side by side. If so, each row needs a heading."""
         return self._columns > 1
 
     @property
     def _columns(self) -> int:
-        """Number of rows that fit next to each other."""
+        """Number of columns, that is, how many rows fit side by side."""
         return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
-        """Show ``rows``, which come after the row that the panel shows first, beside it and below it."""
+        """Show ``rows`` after the first row: next to it and below it."""
         styles = TokenStyles.of(self.app)
         self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):
@@ -266,7 +266,7 @@ def legend(shown: Shown | None, changes: Changes, styles: TokenStyles) -> Conten
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
     """Return the error for a source that cannot be read, with the columns of the file, if known, and the keys
-    that may help. ``fields``: an example value by name of the column.
+    that may help. ``fields``: an example value for each column, by the column's name.
     """
     keys = [
         (key_name("data.reload"), "read it again"),
@@ -297,8 +297,8 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
 
 
 def refused_preferences(error: UserError) -> Literal["", "pairs", "ratings"]:
-    """Return the kind of preferences in a file that was refused because the recipe does not say how to train
-    on preferences of this kind. The text is empty if ``error`` is any other error.
+    """Return the kind of preferences in a refused file. A file is refused if the recipe does not say how to
+    train on this kind. Return an empty text if ``error`` is any other error.
     """
     return "pairs" if error.code == PAIRS else "ratings" if error.code == RATED else ""
 
@@ -315,9 +315,17 @@ def row_title(
     learned: str = "",
 ) -> Content:
     """Return the panel's title: the row's number, its number of tokens to learn, and notes, as far as they
-    fit. ``has_heading``: whether a heading inside the panel has the number of tokens, so that the title does
-    not. ``has_keys``: whether the title has the keys that change the row. ``learned``: the style of tokens to
-    learn, if the title is to explain it.
+    fit.
+
+    Args:
+        place: The row.
+        report: The report on the source, for the number of rows; None if there is none yet.
+        shown: The contents of the row; None if they have not been read.
+        data: The data settings of the recipe.
+        width: Available width, in cells.
+        has_heading: Whether a heading inside the panel has the number of tokens. If so, the title does not.
+        has_keys: Whether the title has the keys that show other rows.
+        learned: The style of tokens to learn, if the title explains it; otherwise empty.
     """
     path, row = place
     of = name = ""
@@ -326,8 +334,8 @@ def row_title(
         name = f"{Path(file.path).name} "
         of = f" of {file.last_row:,}" if file.last_row else ""
     elif report and report.complete:
-        # In a JSONL file, rows are numbered by line. With blank lines, the last number exceeds the number of
-        # rows.
+        # In a JSONL file, rows are numbered by line. If there are blank lines, the last number is larger than
+        # the number of rows.
         rows = report.counts.rows + report.counts.excluded
         of = f" of {max(rows, report.files[0].last_row):,}"
     elif report:
@@ -370,8 +378,7 @@ def neighbor(place: Place, by: int, files: Sequence[FileReport]) -> Place:
     """
     path, row = place
     number = _file_number(path, files)
-    # Rows of a JSONL file are numbered by line, and lines may be blank. Only the last row is certain to
-    # exist.
+    # Rows of a JSONL file are numbered by line. Some lines may be blank, but the last row always exists.
     if by > 0 and files and row >= (files[number].last_row or row + 1):
         return (files[number + 1].path, 1) if number + 1 < len(files) else place
     if by < 0 and row == 1:
@@ -383,7 +390,7 @@ def parse_place(text: str, path: str, files: Sequence[FileReport]) -> Place | No
     """Return the place for a typed row number: ``17`` in the file ``path``, or ``part-2 17`` in the first
     file whose name contains ``part-2``.
 
-    Return None if the text is neither of the two.
+    Return None if the text has neither form, or if no file name contains the text before the number.
     """
     name, _, digits = text.strip().rpartition(" ")
     digits = digits.replace(",", "")
@@ -400,8 +407,7 @@ def next_problem(
     problems: Sequence[DataProblem], place: Place, by: int, files: Sequence[FileReport]
 ) -> Place | None:
     """Return the place of the next row with one of these problems or, if ``by`` is negative, of the previous
-    such row. After the last such row, start again at the first, and the other way round. None if no problem
-    has a row.
+    such row. The search wraps around at either end. Return None if no problem has a row.
     """
     places = sorted({(_file_number(p.path, files), row) for p in problems for row in p.rows})
     if not places:
@@ -421,8 +427,8 @@ def _file_number(path: str, files: Sequence[FileReport]) -> int:
 def _styled(piece: Piece, styles: TokenStyles) -> Content:
     text = piece.text
     if piece.in_loss and not piece.special:
-        # Line breaks are invisible. Marks are put only at the edges of the learned text, since marks inside
-        # would make the text hard to read.
+        # Line breaks at the edges of the learned text would be invisible, so they are marked. Marks inside
+        # the text would make it hard to read.
         inner = text.strip("\n")
         before = len(text) - len(text.lstrip("\n"))
         after = len(text) - before - len(inner)
@@ -431,8 +437,8 @@ def _styled(piece: Piece, styles: TokenStyles) -> Content:
 
 
 def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[Content | tuple[str, str]]:
-    """Return the row's only sample with its tokens shaded by their changes. The list is empty if the row has
-    several samples, or if ``changes`` does not have one item for each token to learn.
+    """Return the row's sample with each token shaded by its change. Return an empty list if the row has
+    several samples, or if ``changes`` does not have exactly one item for each token to learn.
     """
     if len(shown.samples) != 1 or len(shown.trained_texts) != 1 or not changes:
         return []
@@ -458,7 +464,9 @@ def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[
 
 
 def _shaded(text: str, change: float) -> Content:
-    """Return a token shaded by the change of its loss in nats, with a mark for terminals without color."""
+    """Return a token shaded by the change of its loss, in nats, and with a mark for terminals
+    without color.
+    """
     # The mark is put between a leading space and the word.
     word = text.lstrip(" ")
     space = text[: len(text) - len(word)]

@@ -66,7 +66,9 @@ _TALL = 50
 _COSTS_HEIGHT = 36
 """Minimum height of the window, in lines, at which the table of costs is shown."""
 _SETTLE_S = 0.1
-"""Seconds to wait before the whole source is read, since holding down a key changes the recipe many times."""
+"""Seconds to wait after a change before the whole source is read. A key that is held down changes the recipe
+many times.
+"""
 _SOURCE_KEYS = (("data.open", "add"), ("data.replace", "replace"), ("data.remove", "remove"))
 _VIEWS = ("both", "figures", "sample")
 
@@ -91,8 +93,8 @@ class DataScreen(SourceActions):
         self._no_tokens: UserError | None = None
         """Why the row cannot be shown as the model sees it; None if it can, or if no model is selected."""
         self._refused_preferences: Literal["", "pairs", "ratings"] = ""
-        """Kind of preferences in a source that is refused because the recipe does not say how to train on
-        preferences of this kind; empty if the source is not refused for this reason.
+        """Kind of preferences in the source, if the source is refused because the recipe does not say how to
+        train on this kind; otherwise empty.
         """
         self._measured: MeasuredRows | None = None
         """Losses of the source's rows before and after a run. Tokens are shaded by the change. None until the
@@ -128,7 +130,7 @@ class DataScreen(SourceActions):
         await self.previews.kill()
 
     def on_resize(self) -> None:
-        # Draw after the layout, since bars and titles depend on the panels' new widths.
+        # Draw after the layout, because bars and titles depend on the panels' new widths.
         self.call_after_refresh(self._show_report)
         self.call_after_refresh(self._show_row)
         if self._request is not None and self.shown is not None:
@@ -137,7 +139,7 @@ class DataScreen(SourceActions):
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "fix":
             return bool(self._refused_preferences) or has_fix(self.report, self.problems)
-        # Without a source, the only command of this screen is the command that opens data.
+        # Without a source, the only available command of this screen is the one that opens data.
         return not self.has_command(action) or action == "open" or self.source is not None
 
     # Sources
@@ -200,8 +202,8 @@ class DataScreen(SourceActions):
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
 
     def action_problem(self, by: int) -> None:
-        """Show the next row with a problem or, if ``by`` is negative, the previous such row. After the last
-        such row, start again at the first, and the other way round.
+        """Show the next row with a problem or, if ``by`` is negative, the previous such row. The search wraps
+        around at either end.
         """
         if not any(problem.rows for problem in self.problems):
             complete = self.report is not None and self.report.complete
@@ -234,8 +236,8 @@ class DataScreen(SourceActions):
             await self.previews.start()
 
     def _set_request(self, wanted: PreviewRequest) -> None:
-        """Read the row and the report for this request. If the source has changed, clear the screen first; if
-        its path has changed, begin at the first row.
+        """Read the row and the report for this request. If the source has changed, clear the screen first. If
+        its path has changed, show the first row.
         """
         before, self._request = self._request, wanted
         if before is None or before.source != wanted.source:
@@ -305,7 +307,7 @@ class DataScreen(SourceActions):
             panel = self.query_one(SamplePanel)
             width = panel.size.width - TITLE_FRAME
             title = partial(row_title, place, self.report, self.shown, self._request.data, width)
-            # A larger window has the keys in the border.
+            # A larger window shows the keys in the border.
             learned = TokenStyles.of(self.app).learned if self._is_small and self._measured is None else ""
             panel.show_title(title(has_heading=panel.has_columns, has_keys=self._is_small, learned=learned))
 
@@ -335,8 +337,8 @@ class DataScreen(SourceActions):
         self._update_costs()
 
     def _update_costs(self) -> None:
-        """Once the report is complete, estimate the costs of other maximum lengths, unless nothing has
-        changed.
+        """If the report is complete and something has changed, estimate the costs of other
+        maximum lengths.
         """
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         key = (self.report, recipe, budget, self.app.counts)
@@ -379,8 +381,8 @@ class DataScreen(SourceActions):
 
     @property
     def _fit(self) -> Content | None:
-        """The memory that the recipe needs, as text; None if unknown. This screen shows the memory among the
-        totals, and not in the header.
+        """The memory that the recipe needs, as text; None if unknown. This screen shows it in the totals
+        instead of in the header.
         """
         fit = recipe_fit(self.app.workbench, self.app.memory_budget)
         if fit is None:
@@ -395,15 +397,13 @@ class DataScreen(SourceActions):
         self.query_one(TotalsPanel).show_text(Content(""))
         self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
         self.query_one(ProblemsPanel).show(None, (), recipe, None, brief=True)
-        if self.shown is None:  # otherwise a row is still shown, although not all rows can be read
+        if self.shown is None:  # If not all rows can be read, a row may still be shown.
             panel = self.query_one(SamplePanel)
             panel.show_legend(Content(""))
             panel.show_title("Sample")
 
     def action_view(self) -> None:
-        """Switch from sample and statistics to the statistics alone, then to the sample alone, then to both
-        again.
-        """
+        """Cycle through three views: sample and statistics, statistics only, sample only."""
         body = self.query_one("#data-body")
         now = next((view for view in _VIEWS if body.has_class(f"-{view}")), "both")
         body.set_class(False, f"-{now}")
@@ -418,9 +418,9 @@ class DataScreen(SourceActions):
         return unfixed_problems(self.report, self.app.workbench.recipe.lora.trainable_tokens)
 
     def action_fix(self) -> None:
-        """Change a setting that fixes a problem. Of the following problems, the first that exists is fixed:
-        refused preferences (the user is asked how to train on them), bad rows, texts that are too long,
-        untrained tokens.
+        """Fix a problem by changing a setting. The first of these problems that exists is fixed: refused
+        preferences (the user is asked how to train on them), bad rows, texts that are too long, untrained
+        tokens.
         """
         if self._refused_preferences:
             rated = self._refused_preferences == "ratings"
@@ -441,8 +441,8 @@ class DataScreen(SourceActions):
         self.notify_undoable(chosen if choice == "chosen" else f"Trains with {choice}.")
 
     def action_bad_rows(self) -> None:
-        """If the recipe refuses bad rows, let runs leave them out; otherwise, let the recipe refuse bad rows
-        again.
+        """Toggle the setting for bad rows: a run either refuses to start with bad rows, or leaves
+        them out.
         """
         bad_rows = skippable_rows(self.report, self.problems)
         skips = self.app.workbench.recipe.data.bad_rows == "skip"
@@ -457,7 +457,7 @@ class DataScreen(SourceActions):
     # Losses of the rows in a run
 
     def action_row_losses(self) -> None:
-        """List the rows of the source by how their loss changed in the newest run that trained on the
+        """List the rows of the source by the change of their loss in the newest run that trained on the
         source.
         """
         if self._measuring:

@@ -44,11 +44,11 @@ class SourceActions(WorkScreen):
         self._unreadable_source: Source | None = None
         """The source that was read last if none of its rows could be read; otherwise None."""
         self._fields: dict[str, str] = {}
-        """Example value by name of the column, for a file in an unknown format whose columns the user may
-        map.
+        """For a file in an unknown format, whose columns the user may map: an example value for each column,
+        by the column's name.
         """
         self._mapping_format = "prompt-completion"
-        """The format for which columns are mapped if the unreadable source has the format ``auto``."""
+        """The format for which the user maps columns if the unreadable source has the format ``auto``."""
 
     @property
     def source(self) -> Source | None:
@@ -90,9 +90,8 @@ class SourceActions(WorkScreen):
     def add_source(self, path: Path) -> None:
         """Add a path to the sources, and select it.
 
-        Instead of being added, the path replaces the selected source if that source cannot be read, since no
-        run could start with an unreadable source. The path also replaces the demo's data if they are the only
-        source.
+        If the selected source cannot be read, the path replaces it, because no run could start with an
+        unreadable source. If the only source is the demo's data, the path replaces it too.
         """
         sources = self.app.workbench.recipe.data.sources
         if [Path(source.path) for source in sources] == [CONVERSATIONS] and path != CONVERSATIONS:
@@ -180,9 +179,7 @@ class SourceActions(WorkScreen):
         )
 
     def action_validation(self) -> None:
-        """Ask whether to validate on a fraction of the rows or on a file, and set the fraction or the path
-        that the user types.
-        """
+        """Ask for validation data: a fraction of the rows, or the path of a file."""
         data = self.app.workbench.recipe.data
 
         def validate(text: str) -> str:
@@ -205,7 +202,7 @@ class SourceActions(WorkScreen):
 
 def source_line(source: Source, alone: bool) -> Content:
     """Return the line of a source in the list: its name, size and weight. ``alone``: whether there is no
-    other source; a weight of 1 is then left out.
+    other source. If so, a weight of 1 is left out.
     """
     path = Path(source.path)
     weight = "" if alone and source.weight == 1 else f"  weight {format_number(source.weight)}"

@@ -27,7 +27,7 @@ class HomeState:
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
-    """Whether the last run ended after the app was last used."""
+    """Whether the last run ended while the app was not in use."""
     last_checkpoint: int = 0
     """Step of the last run's newest intact checkpoint; 0 if there is none."""
     last_total_steps: int = 0
@@ -45,9 +45,7 @@ class NextStep:
     """A step to suggest, with its reason and its command."""
 
     command: str
-    """Id of the command that carries out the step; empty if the step has no command, and only Enter on Home
-    carries it out.
-    """
+    """Id of the command that carries out the step; empty if only Enter on Home does."""
     action: str
     """The Textual action that carries out the step."""
     text: str

@@ -70,7 +70,7 @@ from qlora_tui.tui.workbench import Workbench
 
 _CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
 _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
-"""States in which the detail of a run's status says what went wrong."""
+"""States in which a run's status has details on what went wrong."""
 _MAX_NAME_WIDTH = 44
 """Maximum width of a run's or model's name in the list of runs, in cells."""
 _LABEL = 8
@@ -91,8 +91,8 @@ _WAY = (
     ("go.train", "launch; the run continues when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
-"""(command of the screen, what the screen is for, a further fact) for each screen on the way to an
-adapter.
+"""(command of the screen, purpose of the screen, a further fact) for each screen on the way from a model to
+an adapter.
 """
 
 
@@ -105,7 +105,7 @@ class HomeLayout:
     left: int
     right: int
     is_compact: bool
-    """Whether panels must have no borders, and as few lines as possible."""
+    """Whether panels have no borders and as few lines as possible."""
     is_large: bool = False
     """Whether there is room for large digits."""
 
@@ -184,8 +184,8 @@ def other_run_line(name: str, status: Status, width: int) -> Content:
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Return the compact lines of :func:`gpu_lines`, the machine's memory and its disk in one line. Parts at
-    the end are left out if the line is too long.
+    """Return one line with the compact lines of :func:`gpu_lines`, the machine's memory and its disk. If the
+    line is too long, parts at its end are left out.
     """
     lines = gpu_lines(system_status, budget, width, is_compact=True)
     if system_status.gpu is not None and system_status.gpu_problem is None and system_status.other_gpus:
@@ -294,7 +294,7 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
     if summary.seconds is not None:
         facts.append(f"trained {format_duration(summary.seconds)}")
     if summary.status.state in _BROKEN:
-        # The cause of the failure, which follows, matters more than the loss.
+        # The cause of the failure follows, and is more important than the loss.
         layout = replace(layout, is_large=False)
     return _figures(figures, facts, layout) if figures or facts else []
 
@@ -483,11 +483,13 @@ ROW_SHAPES = {
     "prompt-completion": '{"prompt": "…", "completion": "…"}',
     "text": '{"text": "…"}',
 }
-"""A row of the most common formats, by the format's name."""
+"""An example row of each of the most common formats, by the format's name."""
 
 
 def shape_lines() -> list[Content]:
-    """Return a row of the most common formats, and which files may contain such rows."""
+    """Return an example row of each of the most common formats, and the types of files that may contain such
+    rows.
+    """
     cells = max(map(len, ROW_SHAPES))
     files = "JSON, JSONL, CSV, Parquet or text, from files, folders or the Hub; recognized from the columns."
     rows = [Content.assemble(f"  {name:<{cells}}  ", (row, "dim")) for name, row in ROW_SHAPES.items()]
@@ -540,16 +542,16 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
 
 
 def _none_yet(command: str) -> Content:
-    """Return ``none yet``, followed by the key of ``command``. This command opens the screen where something
-    can be selected.
+    """Return ``none yet``, followed by the key of ``command``, which opens the screen for selecting
+    something.
     """
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
 
 def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:
     """Return the title of the list of models, with the memory that models must fit. If the list has the
-    focus, the title also says what Enter does with the model whose line has the id ``selected``; otherwise,
-    how to reach the list.
+    focus, the title also says what Enter does with the selected model; otherwise, it says how to reach the
+    list. ``selected``: id of the selected line.
     """
     verb = "select" if (selected or "").startswith(LOCAL) else "download"
     hint = key_hint("Enter", f"to {verb} it") if has_focus else key_hint("Tab", "to choose one")
@@ -578,10 +580,9 @@ def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> 
     Args:
         steps: The suggested step and the alternatives.
         width: Width of a line, in cells.
-        is_large: Whether there is room for a line of space between steps, and for reasons on lines of their
-            own.
-        has_enter: Whether Enter carries out the suggested step now. If not, the key of the step's command is
-            shown.
+        is_large: Whether there is room for an empty line between steps, and for each reason on its own line.
+        has_enter: Whether Enter currently carries out the suggested step. If not, the key of the step's
+            command is shown.
     """
     step, others = steps
     first_key = key_name("home.next" if has_enter or not step.command else step.command)

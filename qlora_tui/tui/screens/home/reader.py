@@ -92,7 +92,7 @@ class HomeReader:
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
-        """List the presets again now, and the models of this machine at the next read."""
+        """Read the presets again now, and the models of this machine at the next :meth:`read`."""
         self._local_models, self._presets = None, list_presets()
 
     def read(
@@ -225,7 +225,7 @@ class HomeReader:
 
     def _outlook_key(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> object:
         last, stamps = system_status.active_or_last_status, map(source_stamps, every_source(recipe.data))
-        # The first steps of the active run improve the forecast for the next run.
+        # During its first steps, the active run improves the forecast for the next run with each step.
         now = (last.state, min(last.step, LEAST_STEPS)) if last else None
         return (recipe, counts, system_status.gpu, now, list(stamps))
 

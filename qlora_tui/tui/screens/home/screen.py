@@ -46,9 +46,7 @@ _NUMBERS_HEIGHT = 38
 _PRESETS_HEIGHT = 50
 """Minimum height of the window, in rows, at which presets are listed while there is no run."""
 _LEAST_MODELS, _ROWS_BESIDE_MODELS = 5, 30
-"""Minimum number of recommended models in the list, and number of rows of the window that other panels
-need.
-"""
+"""Minimum number of recommended models in the list, and number of rows that the other panels need."""
 
 
 class HomeScreen(WorkScreen):
@@ -200,8 +198,8 @@ class HomeScreen(WorkScreen):
         try:
             await app.shown.wait()
             if not app.system_status.is_known:
-                # Before the system status is known, a suggestion could be wrong, and Enter would carry it
-                # out.
+                # Suggest nothing before the system status is known. A suggestion could be wrong, and Enter
+                # would carry it out.
                 self.query_one("#gpu", Lines).show(Content.styled("looking…", "dim"))
                 return
             await asyncio.to_thread(import_module, "qlora_tui.tui.screens.home.reader")
@@ -233,7 +231,9 @@ class HomeScreen(WorkScreen):
         return run
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Offer the commands of an active run while there is one, and the demo while there is none."""
+        """Return whether a command is available. The commands of an active run require an active run; the
+        demo requires that there is none.
+        """
         is_active = self.app.system_status.active is not None
         if action in ("pause", "stop", "demo"):
             return is_active == (action != "demo")
@@ -445,7 +445,8 @@ class HomeScreen(WorkScreen):
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
         graph.show(partial(summary_lines, facts.last))
-        # In a small window, the rows are for the loss of the run: the top bar says that there is no GPU.
+        # In a small window, the rows of this panel are used for the run's loss. The top bar says that there
+        # is no GPU.
         says_more = is_new or not self._layout(self.size).is_compact or not self._trains_on_cpu
         self.query_one("#machine-panel").display = says_more
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
@@ -461,7 +462,7 @@ class HomeScreen(WorkScreen):
 
             title = reload_hint()  # the panel has no room for the preset as well
         self.query_one("#recipe-panel", Panel).show_title(title)
-        # While there is no run, the presets take the rows of the panel for the run.
+        # While there is no run, the presets are shown in the place of the run's panel.
         has_rows = layout.is_large and self.size.height >= _PRESETS_HEIGHT
         for name in ("#presets-panel", "#shapes-panel"):
             self.query_one(name).display = is_new and has_rows
