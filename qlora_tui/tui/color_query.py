@@ -25,8 +25,8 @@ _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""Maximum length, in characters, of input that may be the beginning of a reply or typed by a person: Escape,
-``]``, ``1``. Longer input that matches is treated as part of a reply.
+"""Maximum length of input, in characters, that may have been typed by a person although it looks like the
+beginning of a reply: Escape, ``]``, ``1``. Longer input that matches is treated as part of a reply.
 """
 _TYPED_S = 0.1
 """Seconds to wait for the rest of a possible reply if a person may have typed its beginning."""

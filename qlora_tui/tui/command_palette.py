@@ -31,15 +31,17 @@ if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
 
 _OTHER_SCREEN_FACTOR = 0.8
-"""Factor on the scores of other screens' commands, so that they rank below the current screen's commands."""
+"""Factor by which the scores of other screens' commands are multiplied, so that these commands rank below the
+current screen's.
+"""
 _HELP_SCORE = 0.3
 """Score of an entry if its title does not match the query, but every word of the query is the beginning of a
 word in the entry's help.
 """
 _WIDTH, _FRAME, _MARGIN = 140, 5, 8
-"""Cells: maximum width of the palette, its frame and padding, and its margin in a wide window."""
+"""Maximum width of the palette, width of its frame and padding, and its margin in a wide window, in cells."""
 _NAME_CELLS = 20
-"""Width of the column of names; a longer name moves its description to the right."""
+"""Width of the column of names, in cells. A longer name moves its description to the right."""
 _SHOWN_RECENT = 5
 _RECENT_BONUS = 0.2
 """Bonus for recently used entries, as a fraction of the score."""
@@ -61,7 +63,7 @@ class Entry:
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
-    """Factor on this entry's score. The score ranks the results of a search."""
+    """Factor by which this entry's score is multiplied. The score ranks the results of a search."""
 
 
 class Palette(CommandPalette):
@@ -245,9 +247,9 @@ def previewed_theme(message: CommandPalette.OptionHighlighted) -> str:
 def _score(matcher: Matcher, query: str, entry: Entry) -> float:
     """Return how well an entry matches a query; 0 if it does not match.
 
-    The score depends on the title, in which the letters of the query must occur in order. Otherwise, the
-    entry matches if every word of the query is the beginning of a word in the entry's help. The help is not
-    matched letter by letter: in such a long text, almost any query would match.
+    The score depends on the title, in which the letters of the query must occur in order. If the title does
+    not match, the entry still matches if every word of the query is the beginning of a word in the entry's
+    help. The help is not matched letter by letter: in such a long text, almost any query would match.
     """
     words = entry.help.casefold().split()
     in_help = all(any(word.startswith(part) for word in words) for part in query.casefold().split())

@@ -26,7 +26,9 @@ class UiState(Struct, frozen=True, omit_defaults=True):
     recent: Mapping[Kind, tuple[str, ...]] = {}
     """Recently used paths and texts, newest first, by kind, such as ``models``."""
     last_seen: float = 0.0
-    """Unix time when the app was last in use. Runs that ended after it are announced at the next start."""
+    """Unix time when the app was last in use. Runs that ended after this time are announced at the next
+    start.
+    """
     download_bytes_per_s: float = 0.0
     """Speed of the last completed download, in bytes per second; 0 before the first download."""
 

@@ -428,8 +428,8 @@ class Draft:
         return self._aside
 
     def is_changed_elsewhere(self) -> bool:
-        """Return whether another window has changed the file since the last call: the file's text is then
-        different from what this window last read or wrote.
+        """Return whether another window has changed the file since the last call, that is, whether the file's
+        text differs from what this window last read or wrote.
         """
         try:
             status = draft_path().stat()

@@ -101,7 +101,7 @@ def run_plot(facts: LossFacts) -> Plot:
 
 
 def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
-    """Return (text, style) items for the legend, with the newest values, the most important item first."""
+    """Return (text, style) items for the legend, with the newest values. The most important item is first."""
     items: list[tuple[str, str]] = []
     if facts.last_mean is not None:
         items.append((f"━ smoothed {format_loss(facts.last_mean)}", f"{TRAINING_STYLE} bold"))

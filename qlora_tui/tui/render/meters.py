@@ -13,7 +13,7 @@ from qlora_tui.tui.render.plot import NOT_A_NUMBER, rounded
 _COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BROKEN = -1
 _MIN_BAR = 6
-"""Minimum width of a bar, in cells. A bar with less room is left out."""
+"""Minimum width of a bar, in cells. If there is less room, the bar is left out."""
 _BAR, _HALF_CELL, _TRACK = "▄▖▁"
 STACKED = "▆"
 """Cell of a bar with several parts. Like the cells of ``bar``, it leaves room above, so that bars in adjacent

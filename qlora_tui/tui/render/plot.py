@@ -444,7 +444,7 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
 
 
 def _lead_to_marks(canvas: _Canvas, what: Plot, fronts: Sequence[_Canvas]) -> None:
-    """Near the marks, draw the curves in ``fronts`` over the other curves. These curves connect the marks. A
+    """Draw the curves that connect marks, ``fronts``, over the other curves in the cells near the marks. A
     cell with two curves shows the dots of both, so that neither is interrupted.
     """
     marks = {column_of(mark.x, what.x, canvas.width) for mark in what.marks}

@@ -205,8 +205,8 @@ class _Level:
         longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
 
     def shorten(self, most: int) -> None:
-        """Drop the oldest buckets once there are more than twice as many as ``most``. Dropping is then rarely
-        needed.
+        """Drop the oldest buckets once there are more than twice as many as ``most``. Because of this margin,
+        buckets are rarely dropped.
         """
         if len(self.xs) <= 2 * most:
             return

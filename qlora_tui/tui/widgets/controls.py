@@ -415,7 +415,7 @@ def _lines(content: Content, width: int) -> list[int]:
 
 
 _MIN_FRAME = 3
-"""Minimum width, in cells, of a frame that has anything between its corners."""
+"""Minimum width of a frame, in cells: two corners and one cell between them."""
 _ARROWS = {"Left": "←", "Right": "→", "Up": "↑", "Down": "↓"}
 
 

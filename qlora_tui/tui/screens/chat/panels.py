@@ -50,7 +50,7 @@ UNFOCUSED_HINT = "{chat.write} writes a message"
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
-"""Minimum number of columns of the chart of layers, however narrow the window is."""
+"""Minimum number of columns of the layer chart, even in a narrow window."""
 _LABEL = 12
 _AGE = 10
 """Width of a conversation's age, in cells."""
@@ -166,7 +166,7 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
 
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:
     """Return a line with the short values of :func:`session_rows` and the path of the transcript. If nothing
-    was saved (``transcript`` is None), the line has the key that changes the settings instead of a path.
+    was saved (``transcript`` is None), the path is replaced by the key that changes the settings.
     """
     parts = [brief for _, _, brief in session_rows(chat) if brief]
     line = " · ".join(parts)

@@ -89,8 +89,8 @@ class ChatStart:
     """What the Chat screen shows before the first message."""
 
     prompts: tuple[tuple[str, str], ...] = ()
-    """(prompt, kind) of the starter prompts, except the unrelated prompts. An example of a kind is ``sample
-    prompt``.
+    """(prompt, kind) pairs of the starter prompts, without the unrelated prompts. An example of a kind is
+    ``sample prompt``.
     """
     recorded: tuple[RecordedAnswers, ...] = ()
     load_s: float | None = None
@@ -121,7 +121,7 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
 
 
 def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
-    """Return the answers of the run's evaluation to the first validation questions."""
+    """Return the first validation questions, with the answers that the run's evaluation recorded."""
     evaluation = read_task_evaluation(run)
     recorded: list[RecordedAnswers] = []
     for row in evaluation.rows if evaluation is not None else ():
@@ -200,8 +200,8 @@ class Starters(ViList):
 
 
 def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str], ...]:
-    """Return (prompt, kind) for the starter prompts to offer, the unrelated prompts last. ``is_high``:
-    whether the window has room for more prompts.
+    """Return the (prompt, kind) pairs of the starter prompts to offer, with the unrelated prompts last.
+    ``is_high``: whether the window has room for more prompts.
     """
     of_kind, of_all = _MANY if is_high else _FEW
     offered: list[tuple[str, str]] = []
@@ -212,7 +212,7 @@ def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str]
 
 
 def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for each (prompt, kind), with the kind at the right end of the line."""
+    """Return an (id, line) pair for each prompt, with the kind at the right end of the line."""
     lines = []
     for number, (prompt, kind) in enumerate(offered):
         room = max(0, width - len(kind) - 4)

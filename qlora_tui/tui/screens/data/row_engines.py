@@ -27,14 +27,16 @@ class PreviewRequest:
     model: str
     template: str
     stamps: tuple[tuple[str, int, int], ...]
-    """(path, modification time, size) of each file. If a file changes, the request is no longer equal."""
+    """(path, modification time, size) of each file. A request for a changed file is not equal to an earlier
+    request.
+    """
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
         """Return the request for source ``number``, from 0, of the recipe.
 
-        Settings that do not affect the rows have default values in the request, so a change of such a setting
-        leaves the request equal.
+        In the request, settings that do not affect the rows have default values. Requests that differ only in
+        such settings are therefore equal.
         """
         data = Data(
             max_length=recipe.data.max_length,

@@ -83,7 +83,7 @@ _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
 _NOTABLE_RISE = 0.01
-"""Smallest rise of the validation loss, as a share of the loss, in the color of warnings."""
+"""Minimum rise of the validation loss that is shown in the color of warnings, as a fraction of the loss."""
 _WAY = (
     ("go.models", "choose a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
     ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
@@ -542,8 +542,8 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
 
 
 def _none_yet(command: str) -> Content:
-    """Return ``none yet``, followed by the key of ``command``, which opens the screen for selecting
-    something.
+    """Return ``none yet`` and the key of ``command``. The command opens the screen where the missing item is
+    selected.
     """
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 
@@ -559,7 +559,7 @@ def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) ->
 
 
 def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for each model on this machine, and for at most ``most`` recommended models of the
+    """Return (id, line) for each model on this machine, and for at most ``most`` recommended models from the
     Hub.
     """
     return models.lines("", "", max(_LEAST_MODEL_CELLS, width), most)

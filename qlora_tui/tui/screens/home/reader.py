@@ -230,8 +230,8 @@ class HomeReader:
         return (recipe, counts, system_status.gpu, now, list(stamps))
 
     def _models(self, recipe: Recipe, budget: MemoryBudget, local: list[LocalModel]) -> ListedModels | None:
-        """Return the models of this machine and recommended models of the Hub; None if the recipe already has
-        a model.
+        """Return the models on this machine and recommended models from the Hub; None if the recipe already
+        has a model.
         """
         if recipe.model.id:
             return None
@@ -247,7 +247,7 @@ class HomeReader:
         return self._to_choose[1]
 
     def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
-        """Return the runs that are neither queued nor the active or last run, newest first."""
+        """Return the runs, newest first, without queued runs and without the active or last run."""
         shown = {
             *system_status.waiting_ids,
             *(run.id for run in system_status.also_active),

@@ -445,8 +445,8 @@ class HomeScreen(WorkScreen):
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
         graph.show(partial(summary_lines, facts.last))
-        # In a small window, the rows of this panel are used for the run's loss. The top bar says that there
-        # is no GPU.
+        # In a small window without a GPU, hide the panel to make room for the run's loss. The top bar says
+        # that there is no GPU.
         says_more = is_new or not self._layout(self.size).is_compact or not self._trains_on_cpu
         self.query_one("#machine-panel").display = says_more
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
