@@ -82,7 +82,7 @@ class ViList(OptionList):
     ViList > .option-list--option-disabled {
         color: $text-muted;
     }
-    /* Next to what has the focus at first, a second cursor would look like a choice that was made. */
+    /* Another widget has the focus at first. A second cursor in this list would look like a selection. */
     ViList.quiet:blur > .option-list--option-highlighted {
         background: transparent;
         text-style: none;

@@ -89,7 +89,7 @@ class HomeScreen(WorkScreen):
         &.-very-wide #home-side {
             width: 60;
         }
-        /* Without a run: the way to one. */
+        /* Without a run, show the steps that lead to one. */
         &.-first #way-panel {
             display: block;
         }
