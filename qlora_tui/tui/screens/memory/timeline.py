@@ -201,8 +201,9 @@ def _cell(
     sums: Mapping[BarPart, int],
     even: Mapping[str, str],
 ) -> tuple[str, str]:
-    """Return (character, style) of a cell. A partly filled cell and a cell with two parts are drawn as an
-    eighth block. ``even``: the opaque color of each part by name, for cells with two parts.
+    """Return (character, style) of a cell. A cell that is partly filled or has two parts is drawn with a
+    block character, in steps of an eighth of a cell. ``even``: the opaque color of each part by name, for
+    cells with two parts.
     """
     covered = _parts_of_cell(column, row, row_bytes)
     parts = _drawn_parts(covered, sums, is_even=bool(even))

@@ -401,7 +401,7 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
             verdict_words(change.verdict),
             (f", {change.cost}" if change.cost else "", "$text-muted"),
         )
-        # The first four cells of a text have a mark and a key. Further lines are indented by four cells.
+        # The first four cells of a text contain a mark and a key. Further lines are indented by four cells.
         pieces = [*head[4:].wrap(width - 4), *details.wrap(width - 4)]
         wrapped = [(Content("    ") if below else head[:4]) + piece for below, piece in enumerate(pieces)]
         lines.append((str(number), Content("\n").join(wrapped)))

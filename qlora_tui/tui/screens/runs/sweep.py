@@ -54,7 +54,7 @@ from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 _INTERVAL_S = 2.0
 """Seconds between two reads of the sweep that is shown."""
 _WHOLE = 100.0
-"""The end of the axis of steps, in percent."""
+"""The end of the step axis, in percent."""
 _OTHER, _UNCHANGED, _WINNER = "•○★"
 """Marks of evaluations: of other trials, of the unchanged recipe, and of the winner."""
 _WORDS = 24

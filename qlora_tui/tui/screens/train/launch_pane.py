@@ -92,7 +92,7 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 prefix of several paths that ends with a dot. A setting belongs to the first group with a match.
 """
 _LARGE_HEIGHT = 6
-"""Minimum height of the first panel, in lines, for the time in large digits."""
+"""Minimum height of the first panel, in lines, at which the time is in large digits."""
 _MAX_WRAPPED = 14
 """Maximum number of wrapped lines that describe settings, next to the checks."""
 _LEAST_TEXT = 20

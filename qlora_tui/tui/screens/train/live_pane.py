@@ -90,7 +90,7 @@ _ANSWER_NOW = " Press {train.sample} to answer them now."
 
 
 class LivePane(Vertical):
-    """Panels for one run: header, graph and log, next to GPU, health, setup and evaluations."""
+    """The panels for one run: header, graph and log, and next to them GPU, health, setup and evaluations."""
 
     def __init__(self) -> None:
         super().__init__(id="live")

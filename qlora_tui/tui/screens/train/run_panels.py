@@ -191,7 +191,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
     if status.state in ACTIVE and status.hold is not None:
         parts.append((f"  {held_words(status)}", "$warning"))
     elif status.hold is None and status.state in ("queued", *ACTIVE) and status.detail:
-        # A note such as suspended, not responding, or on another machine matters more than the phase's
+        # If there is a note, such as ``suspended`` or ``not responding``, show it instead of the phase's
         # detail.
         parts.append((f"  {status.detail}", "$warning"))
     elif status.state == "running" and view.phase_detail and not snapshot.ending_request:

@@ -97,7 +97,7 @@ def _chart_lines(
     Args:
         chart: The quantity to draw.
         x: The axis of steps.
-        names: Width of the names of all charts, in cells.
+        names: Width of the column with the charts' names, in cells.
         gutter: Width of everything to the left of the blocks, in cells.
         columns: Width of the blocks, in cells.
         rows: Height of the chart, in lines.
