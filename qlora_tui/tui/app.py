@@ -189,8 +189,7 @@ class QloraApp(ThemedApp):
 
     def recall_trace(self) -> bool:
         """Load the stored traces of the recipe's training step, one for each device that estimates are shown
-        for. Return whether at least one trace was loaded that was not already in use. Reads files, so call it
-        in a thread.
+        for. Return True if any of them was not already in use. Reads files, so call it in a thread.
         """
         from qlora_tui.runs.exact_memory import recall_trace
 

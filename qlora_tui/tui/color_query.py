@@ -20,13 +20,13 @@ QUERY = "\x1b]10;?\x1b\\\x1b]11;?\x1b\\"
 """Escape sequences that ask for the foreground and background colors."""
 _REPLY = re.compile(r"\x1b?\](1[01]);([^\x07\x1b]{1,40})(?:\x07|\x1b\\)")
 _BEGINNING = re.compile(r"(?:\x1b|\x1b?\](?:1(?:[01](?:;[\w:/#]{0,40}\x1b?)?)?)?)\Z")
-"""Matches the end of the input if this end may be the beginning of a reply."""
+"""Matches the last characters of the input if they may be an incomplete reply."""
 _COLOR = re.compile(
     r"rgba?:([0-9a-f]{1,4})/([0-9a-f]{1,4})/([0-9a-f]{1,4})(?:/[0-9a-f]{1,4})?", re.IGNORECASE
 )
 _TYPED = 3
-"""Maximum length of input, in characters, that may have been typed by a person although it looks like the
-beginning of a reply: Escape, ``]``, ``1``. Longer input that matches is treated as part of a reply.
+"""Longest input, in characters, that a person may have typed although it looks like the beginning of a reply:
+Escape, ``]``, ``1``. Longer input is treated as part of a reply.
 """
 _TYPED_S = 0.1
 """Seconds to wait for the rest of a possible reply if a person may have typed its beginning."""

@@ -19,7 +19,7 @@ class Command:
     key: str
     """The default key in Textual's notation; several keys are separated by commas."""
     action: str
-    """The Textual action that it runs."""
+    """The Textual action that the command runs."""
     label: str
     """Label in the footer: one or two words."""
     help: str

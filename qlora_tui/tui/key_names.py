@@ -93,7 +93,7 @@ def name_keys(text: str) -> str:
 
 
 def highlight_keys(text: str, style: str = "") -> Content:
-    """Return ``text`` in ``style``, with its keys in the color of keys. A click on a key presses it. ``[u]``
+    """Return ``text`` in ``style``, with its keys in the key color. A click on a key presses it. ``[u]``
     keeps its brackets.
     """
     content = Content.styled(text, style)

@@ -66,7 +66,7 @@ def _on_terminal_lost(leave: Callable[[], object]) -> None:
             # epoll does not accept regular files. They need not be watched, because only terminals can hang
             # up.
             with suppress(PermissionError):
-                gone.register(stream.fileno(), 0)  # No events: a hang-up is always reported.
+                gone.register(stream.fileno(), 0)  # no event mask, because poll() always reports a hang-up
 
     def is_gone() -> None:
         loop.remove_reader(gone.fileno())

@@ -140,7 +140,7 @@ class TerminalContents:
         return update.render_segments(console)
 
     def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
-        """Return the complete lines of the rows in which a partial update changes cells, by row."""
+        """Return the complete new line of each row in which a partial update changes cells, by row."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:
             line = lines.get(y, self._lines[y])

@@ -197,7 +197,7 @@ class Workbench:
         try:
             refusal = training_refusal(model)
         except UserError as problem:
-            # The box does not respond.
+            # The other machine does not respond.
             return problem
         self._trainable = model if refusal is None else None
         return refusal

@@ -58,8 +58,8 @@ class Column(Generic[Row]):
 def table(
     columns: Sequence[Column[Row]], rows: Sequence[Row], width: int, title_style: str = "dim"
 ) -> list[Content]:
-    """Return a line of titles, if any column has one, and a line for each row, at most ``width`` cells wide
-    if possible.
+    """Return a header line, if any column has a title, and a line for each row. Lines are at most ``width``
+    cells wide if possible.
 
     Texts that are too long are cut in their least informative part (``cut_range``). If the columns do not fit
     even at their minimum widths, the last column that shrinks gets less than its minimum width.

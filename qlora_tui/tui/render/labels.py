@@ -129,8 +129,8 @@ def batch_words(recipe: Recipe, *, short: bool = False) -> str:
 
 
 def targets_words(recipe: Recipe, width: int) -> str:
-    """Return the names of the LoRA's target modules, or how many there are if the names are longer than
-    ``width`` characters.
+    """Return the names of the LoRA target modules, or their number if the names are longer than ``width``
+    characters.
     """
     patterns = recipe.lora.target_modules
     names = ",".join(patterns)

@@ -29,7 +29,9 @@ _BOLD_STROKE = 0.025
 does not have.
 """
 _WIDE, _NARROW, _USUAL = 1.0, 0.34, 0.6
-"""Estimated widths of characters relative to the font size. Most characters are narrower."""
+"""Estimated widths of characters relative to the font size. The estimates are generous: most characters are
+narrower.
+"""
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] ")
 _UPPER = 0.75
 

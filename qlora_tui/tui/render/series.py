@@ -115,8 +115,8 @@ class DecimatedSeries:
         """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
-            # A level that has dropped buckets still has more than enough of them to fill the graph. So such a
-            # level is selected only if no bucket from ``low`` on was dropped.
+            # A level that drops old buckets keeps more than ``self._most``. If buckets from ``low`` on were
+            # dropped, all kept buckets are after ``low``, which is too many for this condition.
             if len(level.xs) - start <= self._most:
                 return number, start + (number > 0 and low > self._first)
         raise AssertionError("the last level has all there is")

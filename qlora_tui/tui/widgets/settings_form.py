@@ -596,7 +596,7 @@ def _parsed(field: Field, typed: str) -> Any:
 
 
 def _problem(field: Field, problem: Exception) -> str:
-    """Return what is wrong with a typed value, without a period, with the setting's label instead of its
+    """Return the error in a typed value, without a final period, and with the setting's label instead of its
     path.
     """
     if isinstance(problem, InvalidRecipeError):

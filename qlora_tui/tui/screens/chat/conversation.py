@@ -158,8 +158,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Requests that the engine has not finished."""
         self._last_warning = ""
         self._shares_with: set[str] = set()
-        """Ids of runs and addresses of servers that may share the memory with the chat's model, because there
-        is room for both or because the user allowed it.
+        """Ids of runs and addresses of servers that are allowed to share the memory with the chat's model,
+        because there is room for both or because the user agreed.
         """
         self.unloaded_because = ""
         """Why the model was unloaded; empty while the model is loaded, and if the user unloaded it."""
@@ -415,7 +415,7 @@ class Conversation(VerticalScroll, OnQloraApp):
         """
         active = system_status.active
         if self.ready is not None and active is not None and active.id not in self._shares_with:
-            self._shares_with.add(active.id)  # until the app knows whether there is room for both
+            self._shares_with.add(active.id)  # until _unload_for knows whether there is room for both
             self._unload_for(active)
 
     @work

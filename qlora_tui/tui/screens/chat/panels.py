@@ -249,8 +249,8 @@ class ChatSide(Vertical):
 
 
 def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
-    """Return lines on the loaded model and on each adapter's last answer: how much of the context the answer
-    used, and its speed. ``outcomes``: the result of the last answer, by adapter.
+    """Return lines about the loaded model and about each adapter's last answer: how much of the context the
+    answer used, and its speed. ``outcomes``: the result of the last answer, by adapter.
     """
     lines = [
         labeled("model", f"{ready.dtype}, {format_bytes(ready.memory_bytes)}", _LABEL),

@@ -37,7 +37,9 @@ _WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions
 _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
-"""Maximum number of starter prompts of each kind, and in total: in a low window, and in a high window."""
+"""Maximum number of starter prompts of each kind, and in total. ``_FEW`` applies to a low window, ``_MANY``
+to a high window.
+"""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000

@@ -44,8 +44,8 @@ _LINE_WIDTH = 200
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
-    """Dialog in which the user types a column of the file for each part of a format, such as the answer.
-    Returns a mapping from parts to columns; None if closed with Escape.
+    """Dialog in which the user types the name of the file's column for each part of a format, such as the
+    answer. Returns a mapping from parts to columns; None if closed with Escape.
     """
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012

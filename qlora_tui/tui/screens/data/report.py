@@ -156,8 +156,8 @@ class ProblemsPanel(Panel):
 
 
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
-    """Return the report's problems, without problems with tokens that the recipe already trains. If all rows
-    of the source are bad, the fix of each problem with bad rows says that no rows would remain.
+    """Return the report's problems, except those about tokens that the recipe already trains. If all rows of
+    the source are bad, the fix of each problem with bad rows says that no rows would remain.
     """
     if report is None:
         return ()

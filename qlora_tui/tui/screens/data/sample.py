@@ -192,7 +192,7 @@ class SamplePanel(Panel):
                 column.update(_heading(row, data) + sample(row, (), data, styles))
 
     def show_empty(self) -> None:
-        """Show a text on how to open data."""
+        """Show a text that says how to open data."""
         self.show_text(highlight_keys(name_keys(_EMPTY)))
 
     def show_legend(self, text: Content) -> None:

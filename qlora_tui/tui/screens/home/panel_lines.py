@@ -113,8 +113,8 @@ class HomeLayout:
 def gpu_lines(
     system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
-    """Return lines on the GPU: its name, utilization and memory. If there is no GPU, the lines say so, and
-    name the device that runs use. Unless ``is_compact``, lines on the machine's memory and disk follow.
+    """Return lines about the GPU: its name, utilization and memory. If there is no GPU, the lines say so, and
+    name the device that runs use. Unless ``is_compact``, lines about the machine's memory and disk follow.
 
     Args:
         system_status: The latest readings.
@@ -170,8 +170,8 @@ def _short_gpu_line(gpu: GpuDevice, metrics: GpuMetrics | None) -> Content:
 
 
 def other_run_line(name: str, status: Status, width: int) -> Content:
-    """Return a line of at most ``width`` cells on a run other than the active one, with its phase and
-    progress: ``● crows  training  12%  step 36 of 300``.
+    """Return a line of at most ``width`` cells about a run other than the active one, with its phase and
+    progress: ``● crows training 12% step 36 of 300``.
     """
     sign, _, style = result_label(status, None)
     steps = ""
@@ -224,8 +224,8 @@ def run_lines(
     layout: HomeLayout,
     waiting: Sequence[str] = (),
 ) -> list[Content]:
-    """Return lines on the active or last run: its name and state, and then its progress and next events if it
-    is active, or its outcome if it has ended.
+    """Return lines about the active or last run. The first has its name and state. If the run is active, its
+    progress and next events follow; if it has ended, its outcome.
 
     Args:
         summary: The run.
@@ -279,7 +279,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
 
 
 def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return lines on a run that has ended: its best loss, its steps, and the time that they took."""
+    """Return lines about a run that has ended: its best loss, its steps, and the time that they took."""
     figures, facts = [], []
     if summary.best is not None:
         loss, step = summary.best
@@ -378,7 +378,7 @@ def recipe_lines(
     *,
     is_compact: bool,
 ) -> list[Content]:
-    """Return lines on the recipe being edited, its verdict on memory, and its expected time.
+    """Return lines about the recipe being edited, its verdict on memory, and its expected time.
 
     Args:
         workbench: The recipe.

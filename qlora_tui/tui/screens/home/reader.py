@@ -92,7 +92,7 @@ class HomeReader:
         self._to_choose: tuple[object, ListedModels | None] = (None, None)
 
     def invalidate_models(self) -> None:
-        """Read the presets again now, and the models of this machine at the next :meth:`read`."""
+        """Read the presets again now, and the models on this machine at the next :meth:`read`."""
         self._local_models, self._presets = None, list_presets()
 
     def read(
