@@ -99,8 +99,8 @@ class TopBar(Widget):
 
 
 def _silence_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts, longest first, that say that the other machine has not responded for some time, and that
-    its runs continue.
+    """Return texts, longest first, for another machine that no longer responds. The longest text adds that
+    the runs there continue.
     """
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
     return [f"{option} " for option in (f"{silence}; its runs continue", silence, "no answer", "")]

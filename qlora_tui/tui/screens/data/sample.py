@@ -265,8 +265,8 @@ def legend(shown: Shown | None, changes: Changes, styles: TokenStyles) -> Conten
 
 
 def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
-    """Return the error for a source that cannot be read, with the columns of the file, if known, and the keys
-    that may help. ``fields``: an example value for each column, by the column's name.
+    """Return the error for a source that cannot be read, and the keys that may help. If the columns of the
+    file are known, they are listed too. ``fields``: an example value for each column, by the column's name.
     """
     keys = [
         (key_name("data.reload"), "read it again"),

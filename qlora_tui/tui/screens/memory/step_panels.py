@@ -391,9 +391,8 @@ def _item_line(
     width: int,
     item: Item | None = None,
 ) -> Content:
-    """Return a line with an item's name, size, share of the peak and bar, such as ``Quantized weights  3 GiB
-    47% ▄▄▄▄``, followed by the item's explanation if there is room. ``item``: None for the line of a
-    group.
+    """Return a line with an item's name, size, share of the peak and bar: ``Quantized weights 3 GiB 47%
+    ▄▄▄▄``. If there is room, the item's explanation follows. ``item``: None for the line of a group.
     """
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes

@@ -80,8 +80,8 @@ def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
     """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the previous preset
     of this name, for undo.
 
-    Raises UserError if the file is not a preset, and OverwriteError if ``overwrite`` is False and the user
-    has a preset of this name that was edited outside the app.
+    A preset of this name that was edited outside the app is replaced only if ``overwrite``; otherwise,
+    OverwriteError is raised. Raises UserError if the file is not a preset.
     """
     toml.load(path)
     before = take_snapshot(path.stem)
@@ -542,8 +542,8 @@ def _memory(
 
 
 def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
-    """Return lines with the expected time of a run of the current recipe, and of a run after opening the
-    preset, such as ``time then    about 25 min   54 steps``, and a line with the source of the estimate.
+    """Return lines with the expected time of a run, now and after opening the preset: ``time then about 25
+    min 54 steps``. A last line gives the source of the estimate. An unknown time has no line.
     """
     lines, source = [], ""
     for label, expected in zip(("now", "then"), forecasts, strict=False):

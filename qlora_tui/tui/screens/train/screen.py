@@ -113,8 +113,8 @@ class TrainScreen(RunCommands):
         self._follower: RunFollower | None = None
         self._polling = False
         self._is_pinned = False
-        """Whether the screen must not switch to another run by itself, because the user chose the run or the
-        pane, or because the screen has already switched to an active run.
+        """Whether the screen must not switch to another run by itself. True if the user chose the run or the
+        pane, or if the screen has already switched to an active run.
         """
         self._ended_at: float | None = None
         """Unix time at which the watched run ended, if the screen chose this run because it was the last one.
