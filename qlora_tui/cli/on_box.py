@@ -17,19 +17,17 @@ import msgspec
 from qlora_tui import paths
 from qlora_tui.cli.command_tree import arguments_of, subparsers
 from qlora_tui.cli.subcommand import ProgressLine, add_recipe_arguments, input_path, recipe_from_args
+from qlora_tui.cli.sweep import sheet_from_args
 from qlora_tui.errors import UsageError
 from qlora_tui.files import atomic_write
 from qlora_tui.publishing import new_draft
 from qlora_tui.recipe.layering import with_absolute_paths
-from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.toml import dump
 from qlora_tui.remote import uploads
 from qlora_tui.remote.ssh import Box
 
 _HERE = ("import", "completion", "store")
 """Commands that only concern this machine, or that only the app starts on a box."""
-_WITH_DATA = ("train", "suggest")
-"""Commands that read a recipe and its data."""
 _PIECE_BYTES = 1 << 16
 
 
@@ -51,8 +49,8 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
             what=f"`{args.verb}` works only on this machine.",
             fix="Run it without --host.",
         )
-    if args.verb in _WITH_DATA:
-        argv = _with_recipe(box, argv, args)
+    if hasattr(args, "recipe") and hasattr(args, "sets"):
+        argv = _with_recipe(box, argv, args, parser)
     for value in _inputs(args, parser):
         words = (value, f"={value}")
         if Path(value).exists() and any(word.endswith(words) for word in argv):
@@ -92,16 +90,23 @@ def _inputs(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterat
             yield from [value] if isinstance(value, str) else value
 
 
-def _with_recipe(box: Box, argv: list[str], args: argparse.Namespace) -> list[str]:
+def _with_recipe(
+    box: Box, argv: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> list[str]:
     """Send the recipe and its data; return the command with the sent recipe in place of the options."""
-    recipe = recipe_from_args(args)
+    sheet = sheet_from_args(args) if args.verb == "sweep" else None
+    recipe = recipe_from_args(args) if sheet is None else sheet.recipe
     local = with_absolute_paths(recipe).data
     sources = tuple(msgspec.structs.replace(source, path=_sent(box, source.path)) for source in local.sources)
     data = msgspec.structs.replace(local, sources=sources, validation_path=_sent(box, local.validation_path))
-    there = _send_recipe(box, msgspec.structs.replace(recipe, data=data))
+    recipe = msgspec.structs.replace(recipe, data=data)
+    text = dump(recipe) if sheet is None else msgspec.structs.replace(sheet, recipe=recipe).dump()
+    there = _send_text(box, text)
     options = argparse.ArgumentParser(add_help=False)
     add_recipe_arguments(options)
     at = argv.index(args.verb) + 1
+    if argv[at:] and argv[at] in subparsers(subparsers(parser)[args.verb]):
+        at += 1
     _, rest = options.parse_known_args(argv[at:])
     if args.recipe:
         rest.remove(args.recipe)
@@ -119,7 +124,7 @@ def _send(box: Box, path: Path) -> str:
         )
 
 
-def _send_recipe(box: Box, recipe: Recipe) -> str:
+def _send_text(box: Box, text: str) -> str:
     with new_draft(paths.cache_dir()) as folder:
-        atomic_write(folder / "recipe.toml", dump(recipe))
+        atomic_write(folder / "recipe.toml", text)
         return uploads.send(box, folder / "recipe.toml")

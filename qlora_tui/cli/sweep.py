@@ -19,7 +19,6 @@ from qlora_tui.cli.subcommand import (
     checks_as_data,
     format_checks,
     format_table,
-    input_path,
     positive_int,
     whole_number,
 )
@@ -82,10 +81,11 @@ def run(args: argparse.Namespace) -> CommandResult:
             return _list()
 
 
-def _start(args: argparse.Namespace) -> CommandResult:
+def sheet_from_args(args: argparse.Namespace) -> Sheet:
+    """Build a sweep from the arguments of ``sweep start``. Raises UserError."""
     settings = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
-    sheet = build_sheet(
-        file=Path(args.file).expanduser() if args.file else None,
+    return build_sheet(
+        file=Path(args.recipe).expanduser() if args.recipe else None,
         preset=args.preset,
         sets=args.sets,
         model=args.model,
@@ -93,6 +93,10 @@ def _start(args: argparse.Namespace) -> CommandResult:
         settings=settings,
         vary=dict(map(parse_vary, args.vary)),
     )
+
+
+def _start(args: argparse.Namespace) -> CommandResult:
+    sheet = sheet_from_args(args)
     deadline = actions.parse_until(args.until) if args.until else None
     if args.lasts:
         deadline = time.time() + actions.parse_duration(args.lasts)
@@ -284,9 +288,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     start = commands.add_parser("start", help="start a sweep; it runs in the background")
     start.add_argument(
-        "file",
+        "recipe",
         nargs="?",
-        type=input_path,
         metavar="FILE.toml",
         help="a recipe, with or without a table [sweep]",
     )

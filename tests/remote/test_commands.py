@@ -51,3 +51,8 @@ def test_a_run_is_queued_there_with_the_data_from_here(box: FakeBox, tmp_path: P
     asked = call("suggest", "mine.toml", "--model", "org/absent", cwd=tmp_path)
     assert asked.returncode == 2
     assert "org/absent" in asked.stderr and "mine.toml" not in asked.stderr
+    (tmp_path / "sheet.toml").write_text((tmp_path / "mine.toml").read_text() + "[sweep]\ntrials = 2\n")
+    words = ("sweep", "start", "sheet.toml", "--model", "org/absent", "--vary", "lora.rank=4,8")
+    started = call(*words, cwd=tmp_path)
+    assert started.returncode == 2
+    assert "org/absent" in started.stderr.splitlines()[-1], started.stderr
