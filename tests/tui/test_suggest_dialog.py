@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 from textual.pilot import Pilot
 
+from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Source
+from qlora_tui.runs.suggestions import Suggestion
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, ErrorScreen
+from qlora_tui.tui.screens.train import suggest_dialog
 from qlora_tui.tui.screens.train.suggest_dialog import SuggestScreen
 from qlora_tui.tui.widgets.controls import ViList
 from tests.tui.sample_data import readable_model, tickets
-from tests.tui.screen_assertions import wait_for_text, wait_until
+from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import go_to, open_on, settle
 
 
@@ -72,4 +77,30 @@ async def test_without_a_model_the_dialog_says_what_is_missing() -> None:
         await pilot.press("5", "f")
         await wait_for_text(pilot, "Nothing to suggest", "a model and data")
         await pilot.press("escape")
+        assert len(app.screen_stack) == 1
+
+
+@pytest.mark.slow
+async def test_a_dialog_that_fails_under_another_window_closes_itself_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_covered = Event()
+
+    def refuse(*_: object) -> tuple[Suggestion, ...]:
+        is_covered.wait(10)
+        raise UserError("No suggestions", what="The data were deleted.")
+
+    app = app_with_data(tmp_path)
+    async with app.run_test(size=(120, 40)) as pilot:
+        await open_suggestions(pilot)
+        dialog = app.screen
+        monkeypatch.setattr(suggest_dialog, "suggest", refuse)
+        await pilot.press("space")
+        await app.push_screen(ConfirmScreen("Above", "", harmless=True))
+        is_covered.set()
+        await wait_until(pilot, lambda: isinstance(app.screen, ErrorScreen))
+        await pilot.press("escape")
+        assert "Above" in text_of(app)
+        await pilot.press("escape")
+        await wait_until(pilot, lambda: dialog not in app.screen_stack)
         assert len(app.screen_stack) == 1

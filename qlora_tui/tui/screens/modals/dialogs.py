@@ -8,12 +8,14 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 from textual import work
 from textual.app import ComposeResult
+from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
@@ -51,6 +53,28 @@ Answer = TypeVar("Answer")
 Picked = TypeVar("Picked")
 
 
+class WorkerDialog(ModalScreen[Picked], CancelsWorkersFirst):
+    """A dialog that a worker may close, so that another screen may cover the dialog when that happens."""
+
+    _leave: Callable[[], object] | None = None
+    """Closes the dialog once it is on top again; None as long as the dialog is open."""
+
+    def dismiss(self, result: Picked | None = None) -> AwaitComplete:
+        """Close this dialog with its result: at once, or as soon as no other screen covers it.
+
+        Textual would close the screen on top, whichever that is.
+        """
+        if self.is_active:
+            return super().dismiss(result)
+        self._leave = partial(self.dismiss, result)
+        return AwaitComplete()
+
+    def on_screen_resume(self) -> None:
+        """Close the dialog if a worker wanted to close it while another screen covered it."""
+        if self._leave is not None:
+            self._leave()
+
+
 class TextDialog(ModalScreen[Answer | None]):
     """Dialog with a title, paragraphs, and the keys that close it. Returns the answer that belongs to the
     pressed key; None if the key has no answer.
@@ -72,7 +96,7 @@ class TextDialog(ModalScreen[Answer | None]):
             yield from self._paragraphs
 
 
-class ConfirmScreen(ModalScreen[bool | None]):
+class ConfirmScreen(WorkerDialog[bool | None]):
     """Question that returns True for yes, and False for no. Escape means no. Enter means yes if ``harmless``;
     otherwise, Enter does nothing.
     """
@@ -114,9 +138,7 @@ class ConfirmScreen(ModalScreen[bool | None]):
 
     @work(exclusive=True)
     async def _check_outdated(self) -> None:
-        is_outdated = self._is_outdated is not None and await asyncio.to_thread(self._is_outdated)
-        # Do not close another screen if this dialog was closed or covered in the meantime.
-        if is_outdated and self.app.screen_stack[-1:] == [self]:
+        if self._is_outdated is not None and await asyncio.to_thread(self._is_outdated):
             self.dismiss(False)
 
     def compose(self) -> ComposeResult:

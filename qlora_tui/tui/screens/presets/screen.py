@@ -20,7 +20,6 @@ from textual.app import ComposeResult, SuspendNotSupported
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from qlora_tui.catalog.architecture_types import Architecture
@@ -48,8 +47,8 @@ from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines, hanging
 from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure
-from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
-from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, write_or_ask
+from qlora_tui.tui.screens.base import OnQloraApp
+from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, WorkerDialog, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
 from qlora_tui.tui.widgets.controls import Lines, TextField, ViList
 from qlora_tui.tui.workbench import open_preset
@@ -204,7 +203,7 @@ class _PresetChange:
     """
 
 
-class PresetsScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
+class PresetsScreen(WorkerDialog[None], OnQloraApp):
     """A list of the built-in presets and the user's presets, and a preview of what opening the preset under
     the cursor would change.
     """

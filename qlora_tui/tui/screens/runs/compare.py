@@ -19,7 +19,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from qlora_tui.formatting import (
@@ -40,7 +39,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.render.plot import Axis, Curve, Plot, loss_axis, no_plot, overall, plot, so_far
 from qlora_tui.tui.render.series import DecimatedSeries, Envelope, smooth, smoothing_window
-from qlora_tui.tui.screens.base import CancelsWorkersFirst
+from qlora_tui.tui.screens.modals.dialogs import WorkerDialog
 from qlora_tui.tui.screens.runs.run_list import MARKS
 from qlora_tui.tui.widgets.controls import Drawing
 
@@ -233,7 +232,7 @@ def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]
     return list(zip_longest(*wrapped, fillvalue=""))
 
 
-class CompareScreen(ModalScreen[None], CancelsWorkersFirst):
+class CompareScreen(WorkerDialog[None]):
     """The comparison of runs in the whole window. Escape closes it."""
 
     DEFAULT_CSS = """

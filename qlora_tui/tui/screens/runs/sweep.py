@@ -14,7 +14,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Container, Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList
 
 from qlora_tui.errors import UserError
@@ -46,8 +45,8 @@ from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, no_plot, overall, plot
 from qlora_tui.tui.render.series import Envelope
-from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
-from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
+from qlora_tui.tui.screens.base import OnQloraApp
+from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, WorkerDialog, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
 from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 
@@ -97,7 +96,7 @@ def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
     return _Shown(view, tuple(what_settings_bought(view)), shares)
 
 
-class SweepScreen(ModalScreen[None], CancelsWorkersFirst, OnQloraApp):
+class SweepScreen(WorkerDialog[None], OnQloraApp):
     """A sweep in the whole window: verdict, curves, trials, and the effect of each setting on the loss.
     Escape closes it.
     """

@@ -12,7 +12,6 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 
 from qlora_tui.errors import UserError
@@ -23,7 +22,8 @@ from qlora_tui.runs.doctor import Machine
 from qlora_tui.runs.suggestion_facts import read_facts
 from qlora_tui.runs.suggestions import Suggestion, SuggestionFacts, Topic, suggest
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp, WorkScreen
+from qlora_tui.tui.screens.base import OnQloraApp, WorkScreen
+from qlora_tui.tui.screens.modals.dialogs import WorkerDialog
 from qlora_tui.tui.threads import Measurement
 from qlora_tui.tui.widgets.controls import ViList
 
@@ -34,7 +34,7 @@ _LABEL = 17
 _READING = "Reading the data, the memory and earlier runs…"
 
 
-class SuggestScreen(ModalScreen[tuple[Suggestion, ...] | None], CancelsWorkersFirst, OnQloraApp):
+class SuggestScreen(WorkerDialog[tuple[Suggestion, ...] | None], OnQloraApp):
     """Dialog that returns the ticked suggestions; None if the dialog was closed without an answer, or if no
     suggestion is ticked.
     """

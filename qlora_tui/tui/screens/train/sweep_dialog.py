@@ -13,7 +13,6 @@ from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
-from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from qlora_tui.errors import UsageError, UserError
@@ -31,7 +30,8 @@ from qlora_tui.sweeps.plan import Costs
 from qlora_tui.sweeps.sheet import AUTO_ROUNDS, Sheet, Sweep
 from qlora_tui.sweeps.space import parse_vary
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.screens.base import CancelsWorkersFirst, OnQloraApp
+from qlora_tui.tui.screens.base import OnQloraApp
+from qlora_tui.tui.screens.modals.dialogs import WorkerDialog
 from qlora_tui.tui.screens.runs.sweep import SweepScreen
 from qlora_tui.tui.widgets.controls import TextField
 
@@ -96,7 +96,7 @@ def draft_sentence(draft: Draft, costs: Costs | None) -> str:
     return f"{plan_sentence(sheet, plan.trials, plan.rounds, costs)}{why}"
 
 
-class StartSweepScreen(ModalScreen[Draft | None], CancelsWorkersFirst, OnQloraApp):
+class StartSweepScreen(WorkerDialog[Draft | None], OnQloraApp):
     """Dialog that returns the sweep to start; None if closed with Escape."""
 
     CSS_PATH = Path(__file__).parents[1] / "modals/modal.tcss"
