@@ -54,15 +54,18 @@ Picked = TypeVar("Picked")
 
 
 class WorkerDialog(ModalScreen[Picked], CancelsWorkersFirst):
-    """A dialog that a worker may close, so that another screen may cover the dialog when that happens."""
+    """A dialog that a worker may close, possibly while another screen covers the dialog."""
 
     _leave: Callable[[], object] | None = None
-    """Closes the dialog once it is on top again; None as long as the dialog is open."""
+    """Closes the dialog when no other screen covers it any more; None unless the dialog was to be closed
+    while it was covered.
+    """
 
     def dismiss(self, result: Picked | None = None) -> AwaitComplete:
-        """Close this dialog with its result: at once, or as soon as no other screen covers it.
+        """Close this dialog with its result. If another screen covers the dialog, close it when it is on top
+        again.
 
-        Textual would close the screen on top, whichever that is.
+        Textual's own method would close the screen on top instead of this dialog.
         """
         if self.is_active:
             return super().dismiss(result)
@@ -70,7 +73,7 @@ class WorkerDialog(ModalScreen[Picked], CancelsWorkersFirst):
         return AwaitComplete()
 
     def on_screen_resume(self) -> None:
-        """Close the dialog if a worker wanted to close it while another screen covered it."""
+        """Close the dialog if :meth:`dismiss` was called while another screen covered it."""
         if self._leave is not None:
             self._leave()
 
