@@ -17,7 +17,7 @@ from textual.content import Content
 from textual.strip import Strip
 
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.loss import LossFacts, run_plot
+from qlora_tui.tui.render.loss import SMOOTHED, LossFacts, run_plot
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
     Axis,
@@ -221,7 +221,7 @@ SPIKE = Envelope(
 
 
 def drawn_with(width: int, height: int) -> list[str]:
-    plot = Plot(Axis(0, 100, "step"), Axis(0, 10, "loss"), (Curve(SPIKE, "loss", ""),))
+    plot = Plot(Axis(0, 100, "step"), Axis(0, 10, "loss"), (Curve(SPIKE, SMOOTHED, ""),))
     charts = (StepChart("lr", "1e-4", SPIKE, 10.0), StepChart("tok/s", "12,345", SPIKE, 10.0))
     return [line.plain for line in graph_lines(plot, charts, width, height)]
 
@@ -275,20 +275,27 @@ def test_the_axis_fits_the_mean_and_leaves_out_a_spike_of_one_step() -> None:
     assert sum("⠀" < each <= "⣿" for each in drawn) == 2
 
 
-def test_the_fill_is_all_that_is_under_the_line() -> None:
-    descent = Envelope.of_points([0.0, 1.0], [8.0, 0.0])
-    lines = plot(Plot(Axis(0, 1), Axis(0, 8), (Curve(descent, "", "red", fill="blue"),)), 20, 12)[1:-1]
-    columns = lines[0].cell_length
-    for column in range(2, columns):
-        filled = [
-            any("blue" in str(span.style) and span.start <= column < span.end for span in line.spans)
-            for line in lines
-        ]
-        drawn = [line.plain[column : column + 1] not in ("", " ", "┈") for line in lines]
-        assert filled == sorted(filled), "there is a gap in the fill"
-        under = len(lines) - filled.index(True) if any(filled) else 0
-        below_line = len(lines) - 1 - max(at for at, each in enumerate(drawn) if each)
-        assert 0 <= under - below_line <= sum(drawn)
+@pytest.mark.parametrize("low", [0.0, 6.0])
+def test_the_fill_is_under_all_cells_of_its_line_and_fades_above_a_cut_axis(low: float) -> None:
+    steps = [float(step) for step in range(40)]
+    curve = Curve(
+        Envelope.of_points(steps, [low + 4 + 3.9 * math.cos(step / 4) for step in steps]),
+        "",
+        "red",
+        fill="blue",
+    )
+    lines = plot(Plot(Axis(0, 39), Axis(low, low + 8), (curve,)), 30, 14)[1:-1]
+    fills = [
+        {column: str(span.style) for span in line.spans for column in range(span.start, span.end)}
+        for line in lines
+    ]
+    shades = set()
+    for column in range(4, lines[0].cell_length):
+        filled = ["blue" in styles.get(column, "") for styles in fills]
+        lowest = max(row for row, line in enumerate(lines) if "⠀" < line.plain[column] <= "⣿")
+        assert filled == [row > lowest for row in range(len(lines))]
+        shades |= {fills[row][column].split()[-1] for row in range(lowest + 1, len(lines))}
+    assert shades == {"100%"} if low == 0 else len(shades) > 3
 
 
 ROWS = [("qwen2.5-7b-tickets-1", 12), ("owls", 3_400)]
@@ -349,27 +356,49 @@ def test_a_mark_is_on_its_line_and_in_the_row_nearest_to_its_value(rows: int) ->
         assert "⠀" < line[y].plain[x] <= "⣿"
 
 
-def test_the_line_of_evaluations_is_seen_next_to_its_marks_where_it_meets_the_mean() -> None:
-    curve = Envelope.of_points([0.0, 50.0, 100.0], [3.0, 2.5, 2.0])
+@given(
+    st.lists(st.floats(1.0, 4.0), min_size=2, max_size=8),
+    st.lists(st.floats(1.0, 4.0), min_size=2, max_size=40),
+    st.integers(7, 30),
+    st.integers(40, 120),
+)
+def test_each_line_of_a_loss_chart_is_seen_in_all_its_columns_and_meets_its_marks(
+    validation: list[float], smoothed: list[float], height: int, width: int
+) -> None:
+    def over_all(losses: list[float]) -> list[float]:
+        return [100 * number / (len(losses) - 1) for number in range(len(losses))]
+
+    evaluations = [(round(step), loss) for step, loss in zip(over_all(validation), validation, strict=True)]
     facts = LossFacts(
         x=Axis(0, 100, "step"),
-        loss=curve,
-        mean_loss=curve,
-        last_mean=2.0,
-        evaluations=((0, 3.0), (50, 2.5), (100, 2.0)),
-        best=None,
+        loss=Envelope(),
+        mean_loss=Envelope.of_points(over_all(smoothed), smoothed),
+        last_mean=smoothed[-1],
+        evaluations=evaluations,
+        best=evaluations[-1],
     )
-    cells: dict[str, set[int]] = {}
-    for line in plot(run_plot(facts), 66, 12)[1:-1]:
-        for span in line.spans:
-            columns = range(span.start, span.end)
-            drawn = {column for column in columns if "⠀" < line.plain[column : column + 1] <= "⣿"}
-            cells.setdefault(str(span.style).split()[0], set()).update(drawn)
-    marked = {6, 36, 65}
-    assert cells["$validation"] == {
-        column for column in range(6, 66) if 0 < min(abs(column - mark) for mark in marked) <= 2
+    shown = run_plot(facts)
+    lines = plot(shown, width, height)[1:-1]
+    alone = {
+        curve.name: plot(replace(shown, curves=(curve,), marks=()), width, height)[1:-1]
+        for curve in shown.curves
     }
-    assert cells["$training"] | cells["$validation"] | marked == set(range(6, 66))
+    for row, line in enumerate(lines):
+        styles = {place: str(span.style) for span in line.spans for place in range(span.start, span.end)}
+        for column, text in enumerate(line.plain):
+            dots = {
+                name: ord(each) - 0x2800
+                for name, drawn in alone.items()
+                if "⠀" < (each := drawn[row].plain[column : column + 1]) <= "⣿"
+            }
+            if text in "◆★":
+                # The line of the evaluations is in the middle of the cells of their marks.
+                assert dots["validation"] & 0b00010010
+            elif dots:
+                assert "⠀" < text <= "⣿"
+                assert all((ord(text) - 0x2800) & each == each for each in dots.values())
+                assert styles[column].startswith("$validation" if "validation" in dots else "$training")
+    assert {"".join(line.plain for line in lines).count(mark) > 0 for mark in "◆★"} == {True}
 
 
 @pytest.mark.parametrize("best", [(76, 2.902), (95, 2.915)], ids=["before the end", "at the end"])

@@ -40,6 +40,8 @@ LEAST_CHART = 7
 """Minimum height of a loss chart, in lines: five rows, a legend and a scale. With fewer lines, a sparkline is
 drawn.
 """
+SMOOTHED = "smoothed"
+"""Name of the curve of the smoothed loss."""
 STEP_DOTS = "· step"
 """Legend item for the loss of each step. The legend of a sparkline does not have this item."""
 VALIDATION = "◆"
@@ -91,8 +93,8 @@ def run_plot(facts: LossFacts) -> Plot:
         y=y,
         curves=(
             Curve(facts.loss, "loss", STEP_STYLE, look="points"),
-            Curve(validation, "validation", VALIDATION_STYLE, look="thin", leads_to_marks=True),
-            Curve(facts.mean_loss, "smoothed", TRAINING_STYLE, fill=FILL),
+            Curve(facts.mean_loss, SMOOTHED, TRAINING_STYLE, fill=FILL),
+            Curve(validation, "validation", VALIDATION_STYLE, look="thin", joins_marks=True),
         ),
         marks=tuple(marks),
         legend=_legend(facts),
@@ -176,7 +178,11 @@ def loss_sparkline(head: Content, means: Sequence[float], width: int, height: in
     columns = downsample(means, cells)
     finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    rows = history(columns, low, high, max(1, height - 1), TRAINING_STYLE)
+    row_count = max(1, height - 1)
+    spread = (high - low) or 1.0
+    # The lowest loss has half a row, since a thinner column looks like none.
+    base = low - spread / (2 * row_count - 1)
+    rows = history(columns, base, low + spread, row_count, TRAINING_STYLE, has_track=False)
     lines = [Content.assemble(" " * (len(first) + 1), row) for row in rows]
     lines[0] = Content.assemble((first, "dim"), " ", rows[0])
     lines[-1] = Content.assemble(lines[-1], (f" {last}", f"{TRAINING_STYLE} bold"))

@@ -21,6 +21,7 @@ rows do not merge.
 """
 _SOFT = "50%"
 """Opacity of the columns in a chart that is mostly filled."""
+_TRACK_STYLE = "on $chart-fill"
 _FULL = 0.8
 
 
@@ -57,14 +58,22 @@ def blocks(
 
 
 def history(
-    values: Sequence[float | None], low: float, high: float, height: int, style: str
+    values: Sequence[float | None],
+    low: float,
+    high: float,
+    height: int,
+    style: str,
+    *,
+    has_track: bool = True,
 ) -> list[Content]:
     """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the lowest
     column, and a value of ``high`` the highest. The columns are partly transparent, because they fill most of
-    the chart.
+    the chart. Unless ``has_track`` is false, the background up to ``high`` is a track, which shows the share
+    that the columns reach.
     """
     rows = blocks(values, low, high, height, is_apart=True)
-    return [Content.styled(row, f"{style} {_SOFT}") for row in rows]
+    shade = f"{style} {_SOFT}" + (f" {_TRACK_STYLE}" if has_track else "")
+    return [Content.styled(row, shade) for row in rows]
 
 
 def _level(value: float | None, low: float, high: float, levels: int) -> int:

@@ -17,8 +17,14 @@ from qlora_tui.tui.render.series import Envelope
 
 DOTS_WIDE, DOTS_HIGH = 2, 4
 """Width and height of a braille character in dots. Points are drawn with these dots."""
+_MIDDLE_DOT = 1
+"""Row of dots at the middle of a cell, counted from the top of the cell, for a line that is two dots thick or
+thinner.
+"""
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
+_LEAST_FILLED = 7
+"""Minimum number of rows of a graph with areas under its curves: in fewer rows, they are large blocks."""
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
@@ -44,8 +50,6 @@ _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
 """
-_NEAR = 2
-"""Distance from a mark, in cells, within which the mark's curve is drawn over later curves."""
 _LONG_LOSS = 1000.0
 """Losses from this value on have abbreviated labels, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
@@ -199,9 +203,13 @@ class Curve:
     for each value, without a line.
     """
     fill: str = ""
-    """Color of the area under the curve; empty for none."""
-    leads_to_marks: bool = False
-    """Whether the curve connects the marks. Such a curve is drawn over later curves near the marks."""
+    """Color of the area under the curve; empty for none. If the axis does not begin at zero, the color fades
+    toward the bottom, where the area would look as if it ended at zero. A graph of few rows has no area.
+    """
+    joins_marks: bool = False
+    """Whether each point of the curve has a mark. The line then goes through the middle of the cells of its
+    points, where the marks are.
+    """
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Plot:
-    """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves."""
+    """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
+
+    A cell has one color, so a cell that several lines share has the dots of all of them, in the color of the
+    last one.
+    """
 
     x: Axis
     y: Axis
@@ -256,33 +268,35 @@ class _Canvas:
     height: int
     cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
     """(character, style) by (column, row)."""
+    lines: dict[tuple[int, int], int] = field(default_factory=dict)
+    """The dots of all lines, as bits of a braille character, by (column, row)."""
     filled: dict[tuple[int, int], str] = field(default_factory=dict)
     """Background color by (column, row)."""
 
-    def settle(self, dots: Iterable[tuple[int, int]], style: str) -> None:
-        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. They replace the
-        characters that were drawn before in the same cells.
+    def settle(self, dots: Iterable[tuple[int, int]], style: str, *, is_line: bool) -> None:
+        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. In cells that
+        lines share, the dots are added to those of earlier lines. Otherwise, they replace what was drawn.
         """
         bits: dict[tuple[int, int], int] = {}
         for x, y in dots:
             cell = (x // DOTS_WIDE, y // DOTS_HIGH)
             bits[cell] = bits.get(cell, 0) | _BRAILLE_BITS[x % DOTS_WIDE][y % DOTS_HIGH]
         for cell, each in bits.items():
+            if is_line:
+                each = self.lines[cell] = each | self.lines.get(cell, 0)
             self.cells[cell] = (chr(_BRAILLE_BLANK | each), style)
 
-    def fill(self, dots: Iterable[tuple[int, int]], color: str) -> None:
-        """Color the background of the cells below a line. A cell on the line is colored if most of the cell
-        is below the line.
-        """
-        tops: dict[int, int] = {}
+    def fill(self, dots: Iterable[tuple[int, int]], color: str, *, fades: bool) -> None:
+        """Color the background of the cells below all cells that a line touches."""
+        lowest: dict[int, int] = {}
         for x, y in dots:
-            tops[x] = min(y, tops.get(x, y))
-        for column in range(self.width):
-            inside = [tops[x] for x in range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE) if x in tops]
-            if inside:
-                first = math.floor(max(inside) / DOTS_HIGH + 0.5)
-                for row in range(first, self.height):
-                    self.filled[column, row] = color
+            column, row = x // DOTS_WIDE, y // DOTS_HIGH
+            lowest[column] = max(row, lowest.get(column, row))
+        top = min(lowest.values(), default=0)
+        for column, touched in lowest.items():
+            for row in range(touched + 1, self.height):
+                share = math.sqrt((self.height - row) / (self.height - top)) if fades else 1.0
+                self.filled[column, row] = f"{color} {share:.0%}"
 
     def line(self, row: int) -> Content:
         """Return the row with this number, counted from the top, as text."""
@@ -312,17 +326,10 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     labels = {row_of(value, what.y, rows): text for value, text in scale}
     canvas = _Canvas(columns, rows)
     canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
-    fronts = []
     for curve in what.curves:
-        layer = _Canvas(columns, rows)
-        _draw_curve(layer, curve, what.x, what.y)
-        canvas.cells |= layer.cells
-        canvas.filled |= layer.filled
-        if curve.leads_to_marks:
-            fronts.append(layer)
+        _draw_curve(canvas, curve, what.x, what.y)
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
-    _lead_to_marks(canvas, what, fronts)
     _set_marks(canvas, what)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
@@ -395,18 +402,25 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             ends = (value for value in (low, high) if y.low <= value <= y.high)
             dots.update((column, _dot_row(value, y, canvas.height, DOTS_HIGH)) for value in ends)
             continue
-        top, bottom = (_dot_row(end, y, canvas.height, DOTS_HIGH) for end in (high, low))
+        top, bottom = (_line_row(curve, end, y, canvas.height) for end in (high, low))
         dots.update((column, row) for row in range(top, bottom + 1))
         if before is not None and not broken:
             dots.update(_between(before, (column, top, bottom)))
         before = None if broken else (column, top, bottom)
     if curve.look == "line":
         dots |= {(column, row + 1) for column, row in dots if row + 1 < canvas.height * DOTS_HIGH}
-    canvas.settle(dots, curve.style)
-    if curve.fill:
-        canvas.fill(dots, curve.fill)
+    canvas.settle(dots, curve.style, is_line=curve.look != "points")
+    if curve.fill and canvas.height >= _LEAST_FILLED:
+        canvas.fill(dots, curve.fill, fades=y.low > 0)
     for column in broken_columns:
         canvas.cells[column, canvas.height - 1] = (NOT_A_NUMBER, "$error bold")
+
+
+def _line_row(curve: Curve, value: float, y: Axis, rows: int) -> int:
+    """Return the row of dots in which a line passes a value of its curve, counted from the top."""
+    if curve.joins_marks:
+        return row_of(value, y, rows) * DOTS_HIGH + _MIDDLE_DOT
+    return _dot_row(value, y, rows, DOTS_HIGH)
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
@@ -441,23 +455,6 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
             row = row_of((low + high) / 2, y, canvas.height)
             canvas.cells[column, row] = (curve.glyph, curve.style)
             due = column + apart
-
-
-def _lead_to_marks(canvas: _Canvas, what: Plot, fronts: Sequence[_Canvas]) -> None:
-    """Draw the curves that connect marks, ``fronts``, over the other curves in the cells near the marks. A
-    cell with two curves shows the dots of both, so that neither is interrupted.
-    """
-    marks = {column_of(mark.x, what.x, canvas.width) for mark in what.marks}
-    near = {column + away for column in marks for away in range(-_NEAR, _NEAR + 1)}
-    for front in fronts:
-        for place, (text, style) in front.cells.items():
-            before = canvas.cells[place][0]
-            if place[0] in near and _is_braille(before):
-                canvas.cells[place] = (chr(ord(text) | ord(before)), style)
-
-
-def _is_braille(text: str) -> bool:
-    return _BRAILLE_BLANK <= ord(text) <= _BRAILLE_BLANK + 0xFF
 
 
 def _set_marks(canvas: _Canvas, what: Plot) -> None:

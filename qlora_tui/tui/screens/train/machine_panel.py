@@ -18,7 +18,8 @@ from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.meters import bar, history
 
-_HOT_C = 83
+_HOT_C, _HOTTEST_C = 83, 100
+"""Temperatures in °C: from which a GPU is called hot, and at the top of the chart."""
 _LABEL = 8
 """Width of the label before a chart, in cells."""
 _MIN_CHART = 6
@@ -119,6 +120,8 @@ class _Meter:
     """A value for each reading, to be drawn as a chart; empty for no chart."""
     top: float | None = None
     """Value at the top of the chart; None to use the highest value."""
+    top_text: str = ""
+    """``top`` as text, shown where the chart has two rows; empty if ``value`` names it."""
     bar: tuple[int | None, int | None] | None = None
     """(used, total) in bytes, to be drawn as a bar with the estimate below it; None for no bar."""
 
@@ -134,7 +137,7 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
         history = tuple(reading.cpu_percent for reading in readings)
         return (
             _Meter("memory", memory, 0, bar=(last.rss_bytes, machine.host_bytes)),
-            _Meter("CPU", percent, 0, history, 100.0 * machine.cores),
+            _Meter("CPU", percent, 0, history, 100.0 * machine.cores, format_percent(machine.cores)),
         )
     memory = f"{format_gib(gpu.memory_used_bytes)} of {format_gib(gpu.memory_total_bytes)} GiB"
     powers = tuple(None if each is None else each.power_w for each in gpus)
@@ -143,9 +146,9 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
     return (
         _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
-        _Meter("util", format_reading(gpu.utilization_percent), 0, utilizations, 100.0),
+        _Meter("util", format_reading(gpu.utilization_percent), 0, utilizations, 100.0, "100%"),
         _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w),
-        _Meter("temp", _temperature(gpu), 1, degrees, 100.0),
+        _Meter("temp", _temperature(gpu), 1, degrees, _HOTTEST_C, f"{_HOTTEST_C} °C"),
         _Meter("clock", f"{clock}   fan {format_reading(gpu.fan_percent)}"),
         _Meter("slowed", _throttle(gpu), 1),
         _Meter("trainer", f"{format_bytes(last.rss_bytes)}, CPU {format_percent(last.cpu_percent / 100)}"),
@@ -174,7 +177,9 @@ def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: 
         else:
             above, last = [], Content("")
         gap = " " if last.cell_length else ""
-        lines += [Content(" " * _LABEL) + row for row in above]
+        for number, row in enumerate(above):
+            top = f" {meter.top_text}" if number == 0 and row.cell_length else ""
+            lines.append(Content.assemble(" " * _LABEL, row, (top, "dim")))
         lines.append(Content.assemble((f"{meter.name:<{_LABEL}}", "dim"), last, gap, meter.value))
         if meter.bar and meter.bar[1] and machine.estimate_bytes is not None:
             text = f"estimate {format_gib(machine.estimate_bytes)}"

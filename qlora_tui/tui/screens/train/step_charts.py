@@ -7,6 +7,7 @@ were scaled to its own range, a constant 98 % would look like 0 %. Values that a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from textual.content import Content
@@ -22,6 +23,7 @@ from qlora_tui.runs.view import finite_losses
 from qlora_tui.tui.render.labels import no_steps_words
 from qlora_tui.tui.render.loss import (
     LEAST_CHART,
+    SMOOTHED,
     STEP_DOTS,
     VALIDATION_STYLE,
     LossFacts,
@@ -35,6 +37,10 @@ from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_ROWS, _TALL_ROWS = 12, 28
 """Minimum height, in rows, at which charts are drawn below the graph, and at which each chart has two rows.
+"""
+_HEADROOM, _TOP_PARTS = 1.2, 10
+"""Minimum height of a chart as a multiple of its highest value, so that a steady value is no full chart, and
+maximum number of round parts of that height.
 """
 _MIN_VALUE_CELLS = 7
 """Minimum width of a chart's value, such as ``1.27e-4``, in cells, so that the graph does not move when the
@@ -52,6 +58,8 @@ class StepChart:
     envelope: Envelope
     top: float
     """Value at the top of the chart."""
+    top_text: str = ""
+    """``top`` as text, shown where a chart has two rows."""
     style: str = "$secondary"
 
 
@@ -79,7 +87,7 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
 
 def _sparkline(loss: Plot, width: int, height: int) -> list[Content]:
     """Return the legend, and below it the smoothed loss as columns, up to the last step."""
-    smoothed = loss.curves[-1].envelope
+    smoothed = next(curve.envelope for curve in loss.curves if curve.name == SMOOTHED)
     means = [
         low if low <= high else math.nan for low, high in zip(smoothed.lows, smoothed.highs, strict=True)
     ]
@@ -92,7 +100,8 @@ def _sparkline(loss: Plot, width: int, height: int) -> list[Content]:
 def _chart_lines(
     chart: StepChart, x: Axis, names: int, gutter: int, columns: int, rows: int
 ) -> list[Content]:
-    """Return the chart as ``rows`` lines of blocks, with its name and value to the left of the last line.
+    """Return the chart as ``rows`` lines of blocks, with its name and value to the left of the last line. If
+    there are several lines, the value at the top of the chart is to the left of the first.
 
     Args:
         chart: The quantity to draw.
@@ -104,8 +113,9 @@ def _chart_lines(
     """
     drawn = history(_by_column(chart.envelope, x, columns), 0.0, chart.top, rows, chart.style)
     head = Content.assemble((f"{chart.name:<{names}} ", "dim"), f"{chart.value:>{gutter - names - 2}} ")
-    heads = [Content(" " * gutter)] * (rows - 1) + [head]
-    return [Content.assemble(head, row.rstrip()) for head, row in zip(heads, drawn, strict=True)]
+    top = Content.styled(f"{chart.top_text:>{gutter - 1}} ", "dim")
+    heads = [top, *[Content(" " * gutter)] * (rows - 2), head] if rows > 1 else [head]
+    return [Content.assemble(head, row) for head, row in zip(heads, drawn, strict=True)]
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
@@ -175,19 +185,25 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     margin, recipe = snapshot.reward_margin, snapshot.recipe
     trains_preferences = recipe is not None and recipe.preference_method is not None
     return (
-        *([_chart("margin", format_nats(margin), envelopes.reward_margin)] if trains_preferences else ()),
+        *([_chart("margin", format_nats, margin, envelopes.reward_margin)] if trains_preferences else ()),
         *(
-            [_chart("forget", format_nats(forgetting.highs[-1]), forgetting, "$forgetting")]
+            [_chart("forget", format_nats, forgetting.highs[-1], forgetting, "$forgetting")]
             if len(forgetting.xs) > 1
             else ()
         ),
-        _chart("lr", format_rate(snapshot.learning_rate), envelopes.learning_rate),
-        _chart("grad", format_float(snapshot.grad_norm), envelopes.grad_norm),
-        _chart("tok/s", format_speed(snapshot.tokens_per_s), envelopes.tokens_per_s, "$hardware"),
+        _chart("lr", format_rate, snapshot.learning_rate, envelopes.learning_rate),
+        _chart("grad", format_float, snapshot.grad_norm, envelopes.grad_norm),
+        _chart("tok/s", format_speed, snapshot.tokens_per_s, envelopes.tokens_per_s, "$hardware"),
     )
 
 
-def _chart(name: str, value: str, envelope: Envelope, style: str = "$secondary") -> StepChart:
+def _chart(
+    name: str,
+    to_text: Callable[[float | None], str],
+    value: float | None,
+    envelope: Envelope,
+    style: str = "$secondary",
+) -> StepChart:
     high = envelope.high
-    top = rounded(0.0, high).high if high else 1.0
-    return StepChart(name, value, envelope, top, style)
+    top = rounded(0.0, high * _HEADROOM, _TOP_PARTS).high if high and high > 0 else 1.0
+    return StepChart(name, to_text(value), envelope, top, to_text(top) if high else "", style)
