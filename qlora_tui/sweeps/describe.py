@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
+
+from msgspec import to_builtins
 
 from qlora_tui.formatting import (
     capitalize,
@@ -17,6 +21,7 @@ from qlora_tui.formatting import (
     join_words,
     pluralize,
 )
+from qlora_tui.recipe.fields import get_setting
 from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps.plan import Costs, Plan, plan_group, share_of
 from qlora_tui.sweeps.sheet import Sheet
@@ -198,14 +203,30 @@ def tie_sentence(view: SweepView) -> str:
     return f"Tie: {names} ended at {loss}, too; trial {winner.number} {why}."
 
 
-def trial_name(trial: Trial) -> str:
-    """Return ``unchanged`` for the unchanged recipe, and the trial's number otherwise."""
+def is_repeat(view: SweepView, trial: Trial) -> bool:
+    """Return whether a run has the values of an earlier run and a different seed."""
+    return trial.role == "confirmation" or trial in view.base_trials[1:]
+
+
+def trial_name(view: SweepView, trial: Trial) -> str:
+    """Return ``unchanged`` for the unchanged recipe, and the trial's number otherwise. A repeat of the run
+    above it is marked: ``└ 14``.
+    """
+    if is_repeat(view, trial):
+        return f"└ {trial.number}"
     return "unchanged" if trial.role == "base" else str(trial.number)
 
 
-def trial_value(trial: Trial, path: str) -> str:
-    """Return a trial's value of a setting that varies; a dash if the trial does not vary it."""
-    return value_text(trial.values[path]) if path in trial.values else "–"
+def value_of(view: SweepView, trial: Trial, path: str) -> Any:
+    """Return a run's value of a setting that varies, as in TOML. A run of the unchanged recipe has the
+    recipe's value.
+    """
+    return trial.values[path] if path in trial.values else to_builtins(get_setting(view.sheet.recipe, path))
+
+
+def trial_value(view: SweepView, trial: Trial, path: str) -> str:
+    """Return a run's value of a setting that varies; empty for a repeat of the run above it."""
+    return "" if is_repeat(view, trial) else value_text(value_of(view, trial, path))
 
 
 def trial_progress(trial: Trial) -> str:
@@ -228,8 +249,8 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
     header = ["trial", *names, *(round_title(view, number) for number in rounds), "steps", ""]
     rows = [
         [
-            trial_name(trial),
-            *(trial_value(trial, path) for path in paths),
+            trial_name(view, trial),
+            *(trial_value(view, trial, path) for path in paths),
             *(round_loss(view, number, trial) for number in rounds),
             trial_progress(trial),
             trial_words(view, trial),
@@ -261,19 +282,22 @@ def round_loss(view: SweepView, number: int, trial: Trial) -> str:
 
 
 def ranked(view: SweepView) -> list[Trial]:
-    """Return the winner's runs, then those of the unchanged recipe, then trials by round and loss."""
-    winner = view.winner
+    """Return the winner, then the other runs by round and loss. The repeats of a run follow it."""
 
-    def rank(trial: Trial) -> tuple[int, int, float]:
+    def rank(trial: Trial) -> tuple[bool, int, float]:
         last = max(trial.results, default=0)
-        loss = trial.results[last].loss if last else float("inf")
-        if winner is not None and trial.role == "confirmation" and trial.values == winner.values:
-            return 1, 0, trial.number
-        if trial is winner:
-            return 0, 0, 0.0
-        return ("base", "trial", "confirmation").index(trial.role) + 2, -last, loss
+        loss = trial.results[last].loss if last else math.inf
+        reached = view.rounds if trial.role != "trial" and trial.final is not None else last
+        return trial is not view.winner, -reached, loss
 
-    return sorted(view.trials, key=rank)
+    def repeats(trial: Trial) -> list[Trial]:
+        if trial.role == "base":
+            return view.base_trials[1:]
+        return view.confirmations_of(trial)
+
+    firsts = [trial for trial in view.trials if not is_repeat(view, trial)]
+    rows = {run.number: run for trial in sorted(firsts, key=rank) for run in (trial, *repeats(trial))}
+    return list(rows.values())
 
 
 @dataclass(frozen=True)
@@ -308,6 +332,18 @@ def what_settings_bought(view: SweepView) -> list[Bought]:
             parts.setdefault(label, []).append(trial.results[1].loss)
         bought += [Bought(path, label, len(of), min(of), mean(of)) for label, of in parts.items()]
     return bought
+
+
+def main_setting(bought: Sequence[Bought], shares: Mapping[str, float]) -> str:
+    """Return the path of the setting that explains most of the differences in loss or, without ``shares``,
+    whose values differ most in their mean loss; empty if there are no losses.
+    """
+    means: dict[str, list[float]] = {}
+    for one in bought:
+        means.setdefault(one.path, []).append(one.mean)
+    return max(
+        means, key=lambda path: (shares.get(path, 0.0), max(means[path]) - min(means[path])), default=""
+    )
 
 
 def _order(value: object, values: object) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from textual.widgets import Input
 from qlora_tui.recipe.presets import find_preset, list_presets
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.sweeps import actions
+from qlora_tui.sweeps.describe import main_setting, ranked, trial_name, what_settings_bought
 from qlora_tui.sweeps.directory import all_sweeps
+from qlora_tui.sweeps.space import Range, Space, Values
 from qlora_tui.sweeps.view import read_sweep
 from qlora_tui.tui import system_monitor
 from qlora_tui.tui.screens.runs.sweep import SweepScreen
+from qlora_tui.tui.screens.runs.sweep_charts import setting_plot
 from tests.sweeps.conftest import best_at, no_runner, play_all, recipe, sheet
 from tests.tui.sample_data import readable_model, tickets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -127,3 +131,44 @@ async def test_a_sweep_is_started_from_the_recipe_on_screen(tmp_path: Path) -> N
         await pilot.press("enter")
         await wait_until(pilot, lambda: isinstance(app.screen, SweepScreen))
         assert read_sweep(all_sweeps()[0]).deadline is not None
+
+
+@pytest.mark.parametrize(
+    ("rates", "places"),
+    [
+        ([8e-4, 1e-4, 4e-4], {1e-4: 0.0, 2e-4: 1.0, 4e-4: 2.0, 8e-4: 3.0}),
+        (Range(low=4e-4, high=4e-3, log=True, points=3), {2e-4: math.log10(2e-4), 4e-3: math.log10(4e-3)}),
+    ],
+    ids=["list", "range"],
+)
+def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
+    recipe: Recipe, rates: Values, places: dict[float, float]
+) -> None:
+    vary: Space = {"training.learning_rate": rates, "lora.rank": [8, 16]}
+    view = play_all(actions.start(sheet(recipe, vary, rounds=2)), best_at(4e-4))
+    path = main_setting(what_settings_bought(view), {})
+    assert path == "training.learning_rate"
+    chart = setting_plot(view, path)
+    results = sorted(result.loss for trial in view.trials for result in trial.results.values())
+    assert sorted(mark.y for mark in chart.marks) == results
+    assert all(chart.x.low < mark.x < chart.x.high for mark in chart.marks)
+    unchanged = {mark.x for mark in chart.marks if mark.symbol == "○"}
+    assert unchanged == {places[2e-4]}
+    assert {mark.x for mark in chart.marks} >= set(places.values()) - {places[2e-4]}
+    (best,) = (mark for mark in chart.marks if mark.symbol == "★")
+    assert view.winner is not None and view.winner.final is not None
+    assert best.y == view.winner.final.loss and best == chart.marks[-1]
+    # Each round has a line through its lowest losses.
+    assert [curve.envelope.low for curve in chart.curves] == [
+        min(trial.results[number].loss for trial in view.of_group(1) if number in trial.results)
+        for number in (1, 2)
+    ]
+
+
+def test_repeats_are_below_their_run_and_runs_in_order_of_their_results(recipe: Recipe) -> None:
+    view = play_all(actions.start(sheet(recipe, rounds=2)), best_at(4e-4))
+    names = [trial_name(view, trial) for trial in ranked(view)]
+    assert names[0] == str(view.verdict.winner) and len(names) == len(view.trials)
+    firsts = [name for name in names if not name.startswith("└")]
+    assert names == [firsts[0], *names[1:3], firsts[1], *names[4:6], *firsts[2:]]
+    assert firsts[1] == "unchanged" or "unchanged" in firsts[1:3]

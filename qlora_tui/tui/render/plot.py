@@ -234,6 +234,10 @@ class Plot:
     y: Axis
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
+    has_all_marks: bool = False
+    """Whether marks with the same symbol may be next to each other; otherwise, some are left out."""
+    x_ticks: tuple[tuple[float, str], ...] = ()
+    """(value, label) ticks of the x axis, in order; empty for round numbers."""
     legend: tuple[tuple[str, str], ...] = ()
     """(text, style) items for the line above the graph. If they do not all fit, the last items are
     dropped.
@@ -334,7 +338,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
-    lines.append(_foot(what.x, gutter, columns))
+    lines.append(_foot(what, gutter, columns))
     return lines[-height:] if height < 3 else lines
 
 
@@ -464,7 +468,7 @@ def _set_marks(canvas: _Canvas, what: Plot) -> None:
             continue
         column = column_of(mark.x, what.x, canvas.width)
         # Marks of several curves at the same x are in the same column, and all of them are drawn.
-        if column - newest.get(mark.symbol, column) not in range(1, _APART):
+        if what.has_all_marks or column - newest.get(mark.symbol, column) not in range(1, _APART):
             row = row_of(mark.y, what.y, canvas.height)
             canvas.cells[column, row] = (mark.symbol, mark.style)
             newest[mark.symbol] = column
@@ -491,18 +495,19 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
     return line
 
 
-def _foot(x: Axis, gutter: int, columns: int) -> Content:
-    """Return the line below the graph: the scale of ``x``, with as many labels as fit."""
-    text = [" "] * (gutter + columns)
+def _foot(what: Plot, gutter: int, columns: int) -> Content:
+    """Return the line below the graph: the scale of x, with as many labels as fit."""
+    x, text = what.x, [" "] * (gutter + columns)
     free_from = gutter
-    end = gutter + columns - (len(x.unit) + 1)
-    for value, label in ticks(x, max(1, columns // 12)):
+    end = gutter + columns - (len(x.unit) + 1 if x.unit else 0)
+    for value, label in what.x_ticks or ticks(x, max(1, columns // 12)):
         start = gutter + column_of(value, x, columns) - len(label) // 2
-        start = max(gutter, start)
+        start = max(gutter, min(start, gutter + columns - len(label)))
         if start >= free_from and start + len(label) <= end:
             text[start : start + len(label)] = label
             free_from = start + len(label) + 1
-    text[end + 1 :] = x.unit
+    if x.unit:
+        text[end + 1 :] = x.unit
     return Content.styled("".join(text), "dim")
 
 

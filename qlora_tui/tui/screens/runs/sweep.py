@@ -12,7 +12,7 @@ from typing import ClassVar
 from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Container, Vertical
+from textual.containers import Container, Horizontal, Vertical
 from textual.content import Content
 from textual.widgets import OptionList
 
@@ -25,6 +25,7 @@ from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
     Bought,
     effects_title,
+    main_setting,
     ranked,
     round_loss,
     round_title,
@@ -43,19 +44,15 @@ from qlora_tui.sweeps.study import importances
 from qlora_tui.sweeps.view import Outcome, SweepView, Trial, read_sweep
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, no_plot, overall, plot
-from qlora_tui.tui.render.series import Envelope
+from qlora_tui.tui.render.plot import no_plot, plot
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, WorkerDialog, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
+from qlora_tui.tui.screens.runs.sweep_charts import setting_plot, steps_plot
 from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 
 _INTERVAL_S = 2.0
 """Seconds between two reads of the sweep that is shown."""
-_WHOLE = 100.0
-"""The end of the step axis, in percent."""
-_OTHER, _UNCHANGED, _WINNER = "•○★"
-"""Marks of evaluations: of other trials, of the unchanged recipe, and of the winner."""
 _WORDS = 24
 """Minimum width, in cells, of the outcome column. The column is narrower only if all outcomes are shorter."""
 _STYLES: dict[Outcome, str] = {
@@ -103,11 +100,16 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
 
     DEFAULT_CSS = """
     SweepScreen {
+        /* The names of the screens stay in view. */
+        background: transparent;
         #sweep {
             width: 100%;
             height: 100%;
+            margin-top: 1;
             background: $background;
-            border: round $primary;
+            border: round $border;
+            border-title-color: $primary;
+            border-title-style: bold;
             padding: 0 1;
         }
         #sweep-verdict, #sweep-tables, #sweep-trials, #sweep-bought {
@@ -115,16 +117,26 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
         }
         #sweep-tables {
             layout: column;
-            max-height: 70%;
+            max-height: 60%;
             margin-top: 1;
         }
         #sweep-bought {
             margin-top: 1;
         }
+        #sweep-charts {
+            max-height: 36;
+        }
         .graph {
-            max-height: 24;
+            width: 1fr;
+        }
+        #sweep-steps {
+            display: none;
         }
         &.-very-wide {
+            #sweep-steps {
+                display: block;
+                margin-left: 3;
+            }
             #sweep-tables {
                 layout: horizontal;
             }
@@ -174,7 +186,10 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
     def compose(self) -> ComposeResult:
         with Vertical(id="sweep"):
             yield Lines(id="sweep-verdict")
-            yield Drawing(partial(plot, no_plot("Reading the sweep…")), classes="graph")
+            with Horizontal(id="sweep-charts"):
+                reading = partial(plot, no_plot("Reading the sweep…"))
+                yield Drawing(reading, id="sweep-setting", classes="graph")
+                yield Drawing(id="sweep-steps", classes="graph")
             with Container(id="sweep-tables"):
                 yield ViList(id="sweep-trials")
                 yield Lines(id="sweep-bought")
@@ -221,7 +236,9 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
             ]
         dialog.border_subtitle = dialog_keys(bindings, "Enter open")
         self.query_one("#sweep-verdict", Lines).show(partial(verdict_lines, view))
-        self.query_one(Drawing).show(partial(plot, sweep_plot(view)))
+        path = main_setting(shown.bought, shown.shares) or next(iter(view.sheet.sweep.vary))
+        self.query_one("#sweep-setting", Drawing).show(partial(plot, setting_plot(view, path)))
+        self.query_one("#sweep-steps", Drawing).show(partial(plot, steps_plot(view)))
         self.query_one(ViList).show(partial(trial_lines, view))
         bought = partial(bought_lines, effects_title(view), shown.bought, shown.shares)
         self.query_one("#sweep-bought", Lines).show(bought)
@@ -345,49 +362,6 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
     return lines
 
 
-def sweep_plot(view: SweepView) -> Plot:
-    """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
-
-    Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
-    trial. Only the winner and the marks of the unchanged recipe are bright.
-    """
-    winner, base = view.verdict.winner, view.base_trials[:1]
-    legend = {}
-    curves: list[tuple[str, Curve]] = []
-    marks = []
-    for trial in view.trials:
-        if (
-            trial.role == "confirmation"
-            or not trial.evaluations
-            or (trial.role == "base" and trial not in base)
-        ):
-            continue
-        symbol, name, style = _OTHER, "other trials", "$text-muted dim"
-        if trial.role == "base":
-            symbol, name, style = _UNCHANGED, "unchanged recipe", "$text"
-        elif trial.number == winner:
-            symbol, name, style = _WINNER, f"trial {winner}", "$validation"
-        legend[symbol] = (f"{symbol} {name}", style)
-        shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
-        losses = [loss for _, loss in trial.evaluations]
-        line_style = style if symbol == _WINNER else "$text-muted dim"
-        curves.append((symbol, Curve(Envelope.of_points(shares, losses), name, line_style, look="thin")))
-        marks += [Mark(share, loss, symbol, style) for share, loss in zip(shares, losses, strict=True)]
-    # The winner comes last, because later curves and marks are drawn over earlier ones.
-    order = _OTHER + _UNCHANGED + _WINNER
-    curves.sort(key=lambda each: order.index(each[0]))
-    marks.sort(key=lambda mark: (mark.x, order.index(mark.symbol)))
-    reach = overall([curve.envelope for _, curve in curves])
-    return Plot(
-        x=Axis(min((mark.x for mark in marks if mark.x < _WHOLE), default=0.0), _WHOLE, "% of the steps"),
-        y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
-        curves=tuple(curve for _, curve in curves),
-        marks=tuple(marks),
-        legend=tuple(legend[symbol] for symbol in reversed(order) if symbol in legend),
-        empty="No trial has been validated yet.",
-    )
-
-
 def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading, and for each trial: its values, its loss in each round, steps and
     outcome. The list is empty if there are no trials.
@@ -397,9 +371,11 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         return []
     columns = [
         Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
-        Column[Trial](text=trial_name, title="trial", gap=1),
+        Column[Trial](text=partial(trial_name, view), title="trial", gap=1),
         *(
-            Column[Trial](text=partial(trial_value, path=path), title=path.rpartition(".")[2], max_width=24)
+            Column[Trial](
+                text=partial(trial_value, view, path=path), title=path.rpartition(".")[2], max_width=24
+            )
             for path in view.sheet.sweep.vary
         ),
         *(

@@ -1,0 +1,201 @@
+"""Charts of a sweep: losses by the values of a varied setting, and losses over the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_tui.sweeps.describe import round_title, value_of
+from qlora_tui.sweeps.plan import share_of
+from qlora_tui.sweeps.space import Range, Values, value_text
+from qlora_tui.sweeps.view import SweepView
+from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overall, ticks
+from qlora_tui.tui.render.series import Envelope
+
+_OTHER, _UNCHANGED, _WINNER = "•○★"
+"""Marks of losses: of other trials, of the unchanged recipe, and of the winner."""
+_WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
+    "bold $validation",
+    "bold $text",
+    "$text",
+    "$text-muted dim",
+)
+_MARGIN = 0.03
+"""Room at each end of the axis of a range, as a fraction of its length."""
+_TICKS = 8
+"""Maximum number of ticks on the axis of a range that is not logarithmic."""
+_ROUND = (1, 2, 5)
+_LONGEST = 20
+"""Maximum length of the label of a value."""
+_NOTHING = "No trial has been validated yet."
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """An axis for the values of a setting."""
+
+    axis: Axis
+    ticks: tuple[tuple[float, str], ...]
+    """(place, label) pairs in order."""
+    values: Values
+    """The values that the sweep varies."""
+
+    def place(self, value: Any) -> float | None:
+        """Return the place of a value on the axis; None if the axis does not have it."""
+        if isinstance(self.values, Range):
+            return _of_range(self.values, value)
+        text = value_text(value)
+        return next((place for place, label in self.ticks if label == text), None)
+
+    @property
+    def has_order(self) -> bool:
+        """Whether the values are numbers."""
+        return isinstance(self.values, Range) or all(map(_is_number, self.values))
+
+
+def _scale(values: Values, more: Sequence[Any]) -> _Scale:
+    """Return the axis for the values of a setting and for ``more`` values.
+
+    A range has a linear or logarithmic axis. The values of a list are at equal distances, numbers in their
+    order.
+    """
+    if isinstance(values, Range):
+        ends = [_of_range(values, value) for value in (values.low, values.high, *more)]
+        places = [place for place in ends if place is not None]
+        low, high = min(places), max(places)
+        room = (high - low) * _MARGIN
+        axis = Axis(low - room, high + room)
+        return _Scale(axis, _log_ticks(axis) if values.log else tuple(ticks(axis, _TICKS)), values)
+    listed = list(values)
+    listed += [value for value in more if value_text(value) not in map(value_text, values)]
+    if all(map(_is_number, listed)):
+        listed.sort()
+    labels = tuple((float(number), value_text(value)) for number, value in enumerate(listed))
+    return _Scale(Axis(-0.5, len(listed) - 0.5), labels, values)
+
+
+def _of_range(values: Range, value: Any) -> float | None:
+    if not _is_number(value) or (values.log and value <= 0):
+        return None
+    return math.log10(value) if values.log else float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _log_ticks(axis: Axis) -> tuple[tuple[float, str], ...]:
+    powers = range(math.floor(axis.low), math.ceil(axis.high) + 1)
+    numbers = [float(f"{part}e{power}") for power in powers for part in _ROUND]
+    inside = [number for number in numbers if axis.low <= math.log10(number) <= axis.high]
+    if len(inside) < 2:
+        inside = [float(f"{10**place:.2g}") for place in (axis.low, axis.high)]
+    return tuple((math.log10(number), f"{number:g}") for number in inside)
+
+
+def setting_plot(view: SweepView, path: str) -> Plot:
+    """Return the plot of validation losses by the value of a setting: a mark for each trial at the end of
+    each of its rounds, and one for each run of the unchanged recipe. A line joins the lowest losses of a
+    round, if the values are numbers.
+    """
+    scale = _scale(view.sheet.sweep.vary[path], [value_of(view, base, path) for base in view.base_trials[:1]])
+    marks, lowest = [], dict[int, dict[float, float]]()
+    for trial in view.trials:
+        place = scale.place(value_of(view, trial, path))
+        if place is None:
+            continue
+        for number, result in trial.results.items():
+            is_last = trial.role != "trial" or number == view.rounds
+            symbol, style = _OTHER, _LAST_STYLE if is_last else _EARLIER_STYLE
+            if trial.role == "base":
+                symbol, style = _UNCHANGED, _UNCHANGED_STYLE
+            elif trial.number == view.verdict.winner and number == trial.rounds:
+                symbol, style = _WINNER, _WINNER_STYLE
+            marks.append(Mark(place, result.loss, symbol, style))
+            if trial.role == "trial":
+                losses = lowest.setdefault(number, {})
+                losses[place] = min(result.loss, losses.get(place, math.inf))
+    curves = [
+        Curve(
+            Envelope.of_points(*zip(*sorted(losses.items()), strict=True)),
+            "",
+            _EARLIER_STYLE,
+            look="thin",
+            joins_marks=True,
+        )
+        for _, losses in sorted(lowest.items())
+        if scale.has_order
+    ]
+    reached = [mark.y for mark in marks]
+    return Plot(
+        x=scale.axis,
+        x_ticks=tuple((place, label[:_LONGEST]) for place, label in scale.ticks),
+        y=loss_axis(min(reached), max(reached)) if reached else Axis(0.0, 1.0, "loss"),
+        curves=tuple(curves),
+        marks=_in_order(marks),
+        has_all_marks=True,
+        legend=_legend(view, path, {mark.symbol for mark in marks}),
+        empty=_NOTHING,
+    )
+
+
+def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """Return the marks in the order in which they are drawn, the most important last."""
+    order = _OTHER + _UNCHANGED + _WINNER
+    return tuple(sorted(marks, key=lambda mark: (order.index(mark.symbol), mark.style != _EARLIER_STYLE)))
+
+
+def _legend(view: SweepView, path: str, symbols: set[str]) -> tuple[tuple[str, str], ...]:
+    rounds = [round_title(view, number) for number in range(1, view.rounds + 1)]
+    items = [(f"by {path.rpartition('.')[2]}", "dim")]
+    if _WINNER in symbols:
+        items.append((f"{_WINNER} trial {view.verdict.winner}", _WINNER_STYLE))
+    if _UNCHANGED in symbols:
+        items.append((f"{_UNCHANGED} unchanged", _UNCHANGED_STYLE))
+    if _OTHER in symbols:
+        items.append((f"{_OTHER} {rounds[-1] if rounds[1:] else 'other trials'}", _LAST_STYLE))
+    if rounds[1:]:
+        items.append((f"{_OTHER} earlier", _EARLIER_STYLE))
+    return tuple(items)
+
+
+def steps_plot(view: SweepView) -> Plot:
+    """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
+
+    Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
+    trial. Only the winner and the marks of the unchanged recipe are bright.
+    """
+    base = view.base_trials[:1]
+    curves, marks = [], []
+    for trial in view.trials:
+        if trial.role == "confirmation" or (trial.role == "base" and trial not in base):
+            continue
+        if not trial.evaluations:
+            continue
+        symbol, style = _OTHER, _EARLIER_STYLE
+        if trial.role == "base":
+            symbol, style = _UNCHANGED, _UNCHANGED_STYLE
+        elif trial.number == view.verdict.winner:
+            symbol, style = _WINNER, _WINNER_STYLE
+        shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
+        losses = [loss for _, loss in trial.evaluations]
+        line_style = style if symbol == _WINNER else _EARLIER_STYLE
+        envelope = Envelope.of_points(shares, losses)
+        curves.append((symbol, Curve(envelope, "", line_style, look="thin", joins_marks=True)))
+        marks += [Mark(share, loss, symbol, style) for share, loss in zip(shares, losses, strict=True)]
+    # The winner comes last, because later curves are drawn over earlier ones.
+    curves.sort(key=lambda each: each[0] == _WINNER)
+    reach = overall([curve.envelope for _, curve in curves])
+    ends = [100 * share_of(number, view.rounds) for number in range(1, view.rounds + 1)]
+    return Plot(
+        x=Axis(min((mark.x for mark in marks if mark.x < ends[-1]), default=0.0), ends[-1]),
+        x_ticks=tuple((end, f"{end:.3g}%") for end in ends),
+        y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
+        curves=tuple(curve for _, curve in curves),
+        marks=_in_order(marks),
+        has_all_marks=True,
+        legend=(("over the steps", "dim"),),
+        empty=_NOTHING,
+    )
