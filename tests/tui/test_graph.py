@@ -17,7 +17,7 @@ from textual.content import Content
 from textual.strip import Strip
 
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.loss import SMOOTHED, LossFacts, run_plot
+from qlora_tui.tui.render.loss import SMOOTHED, STEP_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
     Axis,
@@ -356,13 +356,16 @@ def test_a_mark_is_on_its_line_and_in_the_row_nearest_to_its_value(rows: int) ->
         assert "⠀" < line[y].plain[x] <= "⣿"
 
 
+COLORS = {"validation": "$validation", "smoothed": "$training", "loss": STEP_STYLE}
+
+
 @given(
     st.lists(st.floats(1.0, 4.0), min_size=2, max_size=8),
     st.lists(st.floats(1.0, 4.0), min_size=2, max_size=40),
     st.integers(7, 30),
     st.integers(40, 120),
 )
-def test_each_line_of_a_loss_chart_is_seen_in_all_its_columns_and_meets_its_marks(
+def test_no_stretch_of_a_line_of_a_loss_chart_vanishes_and_each_meets_its_marks(
     validation: list[float], smoothed: list[float], height: int, width: int
 ) -> None:
     def over_all(losses: list[float]) -> list[float]:
@@ -383,6 +386,8 @@ def test_each_line_of_a_loss_chart_is_seen_in_all_its_columns_and_meets_its_mark
         curve.name: plot(replace(shown, curves=(curve,), marks=()), width, height)[1:-1]
         for curve in shown.curves
     }
+    seen: dict[str, set[int]] = {name: set() for name in alone}
+    reached: dict[str, set[int]] = {name: set() for name in alone}
     for row, line in enumerate(lines):
         styles = {place: str(span.style) for span in line.spans for place in range(span.start, span.end)}
         for column, text in enumerate(line.plain):
@@ -397,7 +402,16 @@ def test_each_line_of_a_loss_chart_is_seen_in_all_its_columns_and_meets_its_mark
             elif dots:
                 assert "⠀" < text <= "⣿"
                 assert all((ord(text) - 0x2800) & each == each for each in dots.values())
-                assert styles[column].startswith("$validation" if "validation" in dots else "$training")
+                (color,) = (name for name in alone if styles[column].startswith(COLORS[name]))
+                assert color in dots
+                seen[color].add(column)
+            for name in dots:
+                reached[name].add(column)
+    marked = {column for line in lines for column, text in enumerate(line.plain) if text in "◆★"}
+    for name, columns in reached.items():
+        hidden = columns - seen[name] - marked
+        # Where lines share all their cells, their dashes are two cells long.
+        assert not any({column, column + 1, column + 2} <= hidden for column in hidden), name
     assert {"".join(line.plain for line in lines).count(mark) > 0 for mark in "◆★"} == {True}
 
 

@@ -46,6 +46,8 @@ _LEAST_SPAN = 0.05
 """Minimum range of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
 """Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
+_DASH = 2
+"""Length of the dashes of each color, in cells, where lines share their cells."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
@@ -226,8 +228,8 @@ class Mark:
 class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
-    A cell has one color, so a cell that several lines share has the dots of all of them, in the color of the
-    last one.
+    A cell has one color. Cells that several lines share have the dots of all of them. If a line has no other
+    cells, it is dashed in its color and those of the lines that share its cells.
     """
 
     x: Axis
@@ -272,8 +274,10 @@ class _Canvas:
     height: int
     cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
     """(character, style) by (column, row)."""
-    lines: dict[tuple[int, int], int] = field(default_factory=dict)
-    """The dots of all lines, as bits of a braille character, by (column, row)."""
+    lines: dict[tuple[int, int], tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    """The dots of all lines, as bits of a braille character, and the styles of these lines, by (column,
+    row).
+    """
     filled: dict[tuple[int, int], str] = field(default_factory=dict)
     """Background color by (column, row)."""
 
@@ -287,8 +291,20 @@ class _Canvas:
             bits[cell] = bits.get(cell, 0) | _BRAILLE_BITS[x % DOTS_WIDE][y % DOTS_HIGH]
         for cell, each in bits.items():
             if is_line:
-                each = self.lines[cell] = each | self.lines.get(cell, 0)
+                before, styles = self.lines.get(cell, (0, ()))
+                each, _ = self.lines[cell] = before | each, (style, *styles)
             self.cells[cell] = (chr(_BRAILLE_BLANK | each), style)
+
+    def color_shared_cells(self) -> None:
+        """Color the cells that lines share, so that no line vanishes. A line that has a cell of its own in
+        the same column is seen there, and gives way. The colors of the other lines take turns.
+        """
+        seen = {(column, *styles) for (column, _), (_, styles) in self.lines.items() if len(styles) == 1}
+        for cell, (bits, styles) in self.lines.items():
+            if len(styles) > 1 and self.cells[cell][0] == chr(_BRAILLE_BLANK | bits):
+                column = cell[0]
+                unseen = [style for style in styles if (column, style) not in seen] or styles
+                self.cells[cell] = (self.cells[cell][0], unseen[column // _DASH % len(unseen)])
 
     def fill(self, dots: Iterable[tuple[int, int]], color: str, *, fades: bool) -> None:
         """Color the background of the cells below all cells that a line touches."""
@@ -332,6 +348,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
     for curve in what.curves:
         _draw_curve(canvas, curve, what.x, what.y)
+    canvas.color_shared_cells()
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)

@@ -94,7 +94,7 @@ def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
 
 
 class SweepScreen(WorkerDialog[None], OnQloraApp):
-    """A sweep in the whole window: verdict, curves, trials, and the effect of each setting on the loss.
+    """A sweep in the whole window: verdict, charts, trials, and the effect of each setting on the loss.
     Escape closes it.
     """
 
