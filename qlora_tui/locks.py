@@ -19,10 +19,10 @@ _RETRY_S = 0.05
 
 @contextmanager
 def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
-    """Hold an exclusive lock on a file inside the block; yield None if another process holds it.
+    """Hold an exclusive lock on a file for the duration of the block; yield None if another process holds it.
 
-    The file is created if needed. ``patience_s`` is the time to retry in seconds. Raises UserError if the
-    file system has no locks, and OSError if the file cannot be opened.
+    The file is created if needed. ``patience_s``: how long to keep retrying, in seconds. Raises UserError if
+    the file system has no locks, and OSError if the file cannot be opened.
     """
     deadline = time.monotonic() + patience_s
     with path.open("a+") as file:

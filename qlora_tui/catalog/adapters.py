@@ -88,7 +88,7 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
             raise _problem(file, f"{key} has {len(patterns):,} entries")
         for pattern in patterns:
             if not _is_plain(pattern):
-                raise _problem(file, f"{key} has the key {pattern[:80]!r}, which is no plain name")
+                raise _problem(file, f"{key} has the key {pattern[:80]!r}, which is not a plain module name")
     return values
 
 
@@ -110,7 +110,9 @@ def with_exact_targets(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     for key, value in patterns.items():
         for pattern in [value] if isinstance(value, str) else value or ():
             if not _is_plain(pattern):
-                raise _problem(folder / CONFIG, f"{key} has {pattern[:80]!r}, which is no plain name")
+                raise _problem(
+                    folder / CONFIG, f"{key} has {pattern[:80]!r}, which is not a plain module name"
+                )
     return config
 
 

@@ -458,7 +458,7 @@ class Batches:
             self._agreed = LogitsComparison(worst, comparison.noise).agrees
             if not self._agreed:
                 self.turn_off(
-                    f"computed together, their logits differed by {worst:.2g} of the logits' standard "
+                    f"computed together, the rows' logits differed by {worst:.2g} of the logits' standard "
                     f"deviation, of which rounding accounts for about {comparison.noise:.2g}"
                 )
         return self._agreed

@@ -260,7 +260,9 @@ class Constraint:
         self._matcher.consume_token(token_id)
 
     def applies(self, *, is_outside: bool) -> bool:
-        """Return whether the next token is constrained. ``is_outside``: it is in a thought or a mark."""
+        """Return whether the next token is constrained. ``is_outside``: whether the token is part of a
+        thought or a marker, and not of the answer proper.
+        """
         return self._has_begun or not is_outside
 
     @property

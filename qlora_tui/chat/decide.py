@@ -52,7 +52,7 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
         run = _run_of(session.source, adapter_name)
         raise UserError(
             "No decisions",
-            what=f"No decisions were measured for {run.id if run else 'this model'}.",
+            what=f"No decisions have been measured for {run.id if run else 'this model'}.",
             why="The answers of its run must be labels or objects with enumerated fields, and the run needs "
             "validation rows.",
             fix=f"Measure them with `qlora-tui evaluate {run.id if run else 'RUN'} --again`, or choose "

@@ -24,7 +24,7 @@ from qlora_tui.errors import EXIT_USAGE, UserError
 
 _MAX_SAMPLES = 24
 _MAX_TOKENS = 1024
-"""Most tokens used of one conversation; the rest of a longer one adds no information."""
+"""Maximum number of tokens to use from one conversation; tokens beyond it add no information."""
 _ROWS_AT_ONCE = 64
 """Number of vocabulary-wide rows compared at a time."""
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -106,7 +106,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
     if decider is None:
         raise UserError(
             "The run makes no decisions",
-            what=f"{run.id} has no measured decisions.",
+            what=f"No decisions have been measured for {run.id}.",
             why="The answers of the run must be labels or objects with enumerated fields, and the run needs "
             "validation rows.",
             fix=f"Measure them with `qlora-tui evaluate {run.id} --again`, or choose another run.",
@@ -152,11 +152,11 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
 
 
 def predict(request: Prediction, report: Report) -> Predicted:
-    """Decide every row of a file, continuing an earlier call.
+    """Predict a label for every row of a file, resuming where an interrupted call stopped.
 
     Raises:
-        UserError: The run decides nothing, a file cannot be read or written, the output exists, or another
-            process writes it.
+        UserError: No decisions have been measured for the run, a file cannot be read or written, the output
+            exists, or another process writes it.
     """
     decider, layout = check_prediction(request)
     file, out = Path(request.file), Path(request.out)
@@ -174,7 +174,7 @@ def predict(request: Prediction, report: Report) -> Predicted:
         if _fingerprint(request, decider) != fingerprint:
             raise UserError(
                 "The file has changed",
-                what=f"{file} was changed while its rows were decided.",
+                what=f"{file} was changed during the prediction.",
                 fix="Predict the file again with --replace.",
             )
         draft = out.with_name(f".{out.name}.draft")

@@ -200,7 +200,7 @@ def _with_notes(reply: AnswerStream[PrefixCache]) -> Iterator[TextChunk]:
     if thought is not None:
         _note(
             f"Still thinking after {pluralize(thought.tokens, 'token')} without an answer. "
-            "--thinking off asks it to answer at once."
+            "--thinking off asks the model to answer at once."
         )
 
 

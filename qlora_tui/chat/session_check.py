@@ -84,10 +84,11 @@ class SessionCheck:
             f"about {comparison.noise:.2g}"
         )
         session.warning = (
-            f"Answers are slower: {how}. This chat now uses the code of both, and agrees with it."
+            f"Answers are slower: {how}. This chat now uses the code of transformers and peft, and agrees "
+            f"with it."
             if again.agrees
-            else f"Do not rely on these answers: {how}, and by {again.difference:.2g} even "
-            "with the layers of both. Please report the model and the version of transformers."
+            else f"Do not rely on these answers: {how}, and by {again.difference:.2g} even with the layers "
+            f"of transformers and peft. Please report the model and the version of transformers."
         )
 
     def _compare(self, adapter_name: str, ids: list[int]) -> LogitsComparison:

@@ -91,7 +91,7 @@ def _seed(text: str) -> int:
     """Parse a seed for torch's random numbers."""
     seed = whole_number(text)
     if seed >= 2**32:
-        raise argparse.ArgumentTypeError("it must be below 2^32")
+        raise argparse.ArgumentTypeError("must be below 2^32")
     return seed
 
 

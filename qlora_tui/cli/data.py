@@ -97,7 +97,7 @@ def _blame(args: argparse.Namespace) -> CommandResult:
     if losses is None:
         with ProgressLine() as line:
             losses = measure_row_losses(
-                run, lambda done, total: line.show(f"{done * 100 // max(1, total)} % of the rows measured")
+                run, lambda done, total: line.show(f"{done * 100 // max(1, total)}% of the rows measured")
             )
     return CommandResult(data=msgspec.to_builtins(losses), text=_format_losses(losses, args.rows))
 
@@ -119,8 +119,8 @@ def _format_losses(losses: RowLosses, count: int) -> str:
     classes = ", ".join(f"{number:,} {name}" for name, number in losses.counts().items())
     return (
         f"{pluralize(len(losses.rows), 'row')} of {losses.run}: {classes}.\n"
-        "Loss in nats per trained token. The most suspicious rows come first: those whose answer hardly "
-        "fits their own prompt better than another row's.\n" + format_table(rows, header)
+        "Loss in nats per trained token. The most suspicious rows come first: their answers fit another "
+        "row's prompt almost as well as their own.\n" + format_table(rows, header)
     )
 
 
@@ -177,8 +177,8 @@ def _format_report(report: Report, data: Data) -> str:
     if report.lengths and report.lengths.count:
         length = report.lengths
         lines.append(
-            f"length in {length.unit}: half up to {length.p50:,}, 90 % up to {length.p90:,}, "
-            f"99 % up to {length.p99:,}, longest {length.longest:,} (row {length.longest_row:,})"
+            f"length in {length.unit}: 50% up to {length.p50:,}, 90% up to {length.p90:,}, 99% up to "
+            f"{length.p99:,}, longest {length.longest:,} (row {length.longest_row:,})"
         )
     if report.too_long:
         lines.append(f"{pluralize(report.too_long, 'row')} longer than the sequence length")

@@ -64,8 +64,8 @@ def _format_result(result: DemoResult) -> str:
             lines.append(f"{a:<{column}} │ {b}".rstrip())
         lines.append("")
     lines += [
-        f"voice            {result.in_voice} of {len(result.samples)} answers to questions that are not in "
-        "the data are in the keeper's voice, end, and do not repeat",
+        f"voice            {result.in_voice} of {len(result.samples)} answers to questions outside the data "
+        f"are in the keeper's voice, complete, and free of repetition",
         f"loss             {format_loss(result.loss_first)} → {format_loss(result.loss_last)} in "
         f"{result.steps} steps",
         f"validation loss  {format_loss(result.validation_loss_before)} → "

@@ -136,7 +136,8 @@ def run(args: argparse.Namespace) -> CommandResult:
     is_clear = check_fit(estimate, budget.bytes).word in ("fits", "does not fit")
     if not args.exact and not (estimate.exact and is_clear):
         lines.append(
-            "note: --exact runs a step of the model without its weights, in seconds, and narrows the range"
+            "note: --exact narrows the range: in a few seconds, it runs one step of the model without its "
+            "weights"
         )
     lines += [f"warning: {warning}" for warning in data["warnings"]]
     quality = _measured_quality(recipe) if args.quality else None
@@ -314,7 +315,9 @@ def _describe_trace(traced: StepTrace) -> str:
     """Return a description of the libraries with which a step was traced."""
     text = f"exact: traced with transformers {traced.transformers}"
     if traced.uncertain:
-        text += f", with its own code in place of the kernels of {join_words(list(traced.uncertain))}"
+        text += (
+            f", using transformers' own code in place of the kernels of {join_words(list(traced.uncertain))}"
+        )
     return text
 
 

@@ -128,9 +128,9 @@ def _account(rows: WrittenRows, exported: ExportedRecipe) -> str:
     """Return a report on what was written and what was omitted."""
     lines = [f"{rows.train:,} samples to train on, {rows.validation:,} for validation."]
     if rows.weighted:
-        lines.append("The weights of answers in the loss have no counterpart.")
+        lines.append("Weights of answers in the loss were not exported, because they have no counterpart.")
     if exported.left_out:
-        lines.append(f"Without a counterpart ({len(exported.left_out)}):")
+        lines.append(f"Settings without a counterpart ({len(exported.left_out)}):")
         lines += align_columns([[f"  {one.key}", format_value(one.value)] for one in exported.left_out])
     return "\n".join(lines)
 
@@ -292,7 +292,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
             type=positive_int,
             default=COMPARED_TOKENS,
             metavar="N",
-            help="compare answers on as many validation rows as have N trained tokens in total "
+            help="compare answers on validation rows with N trained tokens in total "
             f"(default: {COMPARED_TOKENS:,})",
         )
         add_json_argument(form)

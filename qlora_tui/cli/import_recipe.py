@@ -42,14 +42,14 @@ def _account(imported: ImportedRecipe) -> str:
         f"{pluralize(len(imported.unneeded), 'key')} without effect here."
     ]
     if imported.left_out:
-        lines.append(f"Without a counterpart ({len(imported.left_out)}):")
+        lines.append(f"Keys without a counterpart ({len(imported.left_out)}):")
         rows = [
             [f"  {left.key} = {shown(left.value, _LONGEST_VALUE)}", left.why or "not understood"]
             for left in imported.left_out
         ]
         lines += align_columns(rows)
     if not imported.layer.get("data", {}).get("sources"):
-        lines.append("No data was found: name it with --data, or in data.sources.")
+        lines.append("No data was found: specify it with --data, or in data.sources.")
     return "\n".join(lines)
 
 

@@ -33,12 +33,12 @@ KINDS = {
         "16-bit weights converted from GGUF files; runs on these files need them again",
         r".+-[0-9a-f]{12,20}|SmolLM2-135M-Instruct",
     ),
-    "gguf-tokenizers": ("tokenizers of GGUF files that were not converted yet", r".+-[0-9a-f]{20}"),
+    "gguf-tokenizers": ("tokenizers of GGUF files that have not been converted yet", r".+-[0-9a-f]{20}"),
     "counted": ("lengths of samples, from which the steps of a run are counted", r"[0-9a-f]{64}\.json"),
     "tokenized": ("data as token ids", r"[0-9a-f]{32}"),
     "datasets": ("facts about Hub datasets", r".+\.json"),
     "base-answers": (
-        "answers of base models to general prompts, which evaluations compare with",
+        "answers of base models to general prompts, against which evaluations measure forgetting",
         r".+-[0-9a-f]{16}\.safetensors",
     ),
     "task-answers": (

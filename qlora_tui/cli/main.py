@@ -53,7 +53,7 @@ SUBCOMMANDS = {
     "resume": ("runs", "Resume a stopped, paused, failed or lost run from its last checkpoint."),
     "ask": ("runs", "Send a request to a running trainer (checkpoint, evaluate, …)."),
     "evaluate": ("chat", "Compare answers of a run's adapter and its base to validation prompts."),
-    "predict": ("predict", "Write a run's decision on each row of a file, with its probability."),
+    "predict": ("predict", "Predict the label of each row of a file, with its probability."),
     "chat": ("chat", "Chat with a run's adapter, or with the base model."),
     "serve": ("serve", "Serve runs and their base to other programs, as an OpenAI-compatible HTTP server."),
     "mcp": ("mcp_server", "Offer these commands as tools to AI assistants (Model Context Protocol)."),

@@ -40,7 +40,8 @@ _INSTRUCTIONS = (
     "qlora-tui fine-tunes language models with QLoRA on this machine's GPU. `doctor` says whether it can "
     "train, `estimate` whether a recipe fits. A tool that changes something first replies with a plan: show "
     "it to the user, and call the tool again with the same arguments and the plan's `confirm`. A command "
-    "ends with its call: start runs with `train` and `detach`, watch them with `runs`, and start servers "
+    "cannot outlive its call: start runs with `train` and `detach`, watch them with `runs`, and start "
+    "servers "
     "with `serve` and `background`."
 )
 
@@ -85,7 +86,7 @@ class CommandTool:
         """Return the JSON schema of the arguments."""
         properties = {name: _property(action) for name, action in self._actions.items()}
         if self.may_change:
-            text = "the code of the plan that this call carries out; without it only the plan is made"
+            text = "code of the plan to carry out; without a code, the call only returns a plan"
             properties[_CONFIRM] = {"type": "string", "description": text}
         required = [
             name

@@ -33,7 +33,7 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
             request,
             result=Predicted,
             title="The prediction failed",
-            subject="The process that decides the rows",
+            subject="The process that predicts the labels",
             fix="Run the same command again: it continues with the remaining rows.",
             on_progress=lambda progress: line.show_share(progress.done, progress.total, "rows"),
         )
@@ -43,12 +43,13 @@ def run_predict(args: argparse.Namespace) -> CommandResult:
 def _lines(predicted: Predicted) -> list[str]:
     lines = [f"{pluralize(predicted.rows, 'row')} written to {format_path(Path(predicted.out))}."]
     if predicted.resumed:
-        lines.append(f"{pluralize(predicted.resumed, 'row')} had already been decided.")
+        lines.append(f"{pluralize(predicted.resumed, 'row')} had already been predicted.")
     if predicted.abstained:
         lines.append(f"{pluralize(predicted.abstained, 'row')} left to a person: below the threshold.")
     if predicted.undecided:
         lines.append(
-            f"{pluralize(predicted.undecided, 'row')} could not be decided: predicted_problem says why."
+            f"{pluralize(predicted.undecided, 'row')} could not be predicted: the column predicted_problem "
+            f"says why."
         )
     return lines
 
@@ -56,7 +57,7 @@ def _lines(predicted: Predicted) -> list[str]:
 def _column(text: str) -> tuple[str, str]:
     part, equals, column = text.partition("=")
     if not equals or not part or not column:
-        raise argparse.ArgumentTypeError("it must be PART=COLUMN, as in text=body")
+        raise argparse.ArgumentTypeError("must be PART=COLUMN, as in text=body")
     return part, column
 
 
@@ -66,7 +67,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError("it must be a probability from 0 to 1")
+        raise argparse.ArgumentTypeError("must be a probability from 0 to 1")
     return value
 
 
@@ -77,7 +78,7 @@ def _predict_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         dest="run_id",
         metavar="RUN",
-        help="run whose adapter decides: an id or name, the beginning of one, or `last`",
+        help="run whose adapter predicts: an id or name, the beginning of one, or `last`",
     )
     parser.add_argument(
         "-o", "--out", required=True, type=Path, metavar="OUT", help="a .csv, .jsonl or .parquet file"

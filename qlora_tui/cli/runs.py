@@ -382,7 +382,7 @@ def _stop_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_argument(parser)
-    parser.add_argument("--now", action="store_true", help=f"{NOW_HELP}; also for a run that waits")
+    parser.add_argument("--now", action="store_true", help=f"{NOW_HELP}; also applies to a waiting run")
     parser.add_argument("--follow", action="store_true", help="also follow the run to its end")
 
 

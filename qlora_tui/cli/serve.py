@@ -119,8 +119,8 @@ def _stop(port: int | None) -> CommandResult:
     if port is None and len(running) > 1:
         raise UsageError(
             "Which server?",
-            what=f"{len(running)} are running:\n{others}",
-            fix="Name the port of the server to stop.",
+            what=f"{len(running)} servers are running:\n{others}",
+            fix="Choose the server to stop with --port.",
         )
     server = next((each for each in running if port in (None, each.port)), None)
     if server is None:
@@ -174,14 +174,14 @@ def _commands_of_others(run: RunDir) -> CommandResult:
 def _alias(text: str) -> tuple[str, str]:
     alias, _, name = text.partition("=")
     if not alias or not name:
-        raise argparse.ArgumentTypeError("it must be NAME=MODEL, as in gpt-4o-mini=my-run")
+        raise argparse.ArgumentTypeError("must be NAME=MODEL, as in gpt-4o-mini=my-run")
     return alias, name
 
 
 def _port(text: str) -> int:
     port = whole_number(text)
     if port > 65_535:
-        raise argparse.ArgumentTypeError("it must be at most 65535")
+        raise argparse.ArgumentTypeError("must be at most 65535")
     return port
 
 

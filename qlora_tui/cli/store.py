@@ -317,7 +317,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
         choices=("stream", "receive", "engine", "job"),
-        help="send changes of the runs, receive data files, or run an engine or a job of the app",
+        help="send changes to runs, receive data files, or run an engine or a job of the app",
     )
     parser.add_argument("job", nargs="?", metavar="JOB", help="the job's function")
 

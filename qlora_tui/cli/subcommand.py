@@ -170,14 +170,14 @@ def format_table(rows: list[list[str]], header: list[str]) -> str:
 def positive_int(text: str) -> int:
     """Parse an integer of at least 1."""
     if not whole_number(text):
-        raise argparse.ArgumentTypeError("it must be a whole number above 0")
+        raise argparse.ArgumentTypeError("must be a whole number above 0")
     return int(text)
 
 
 def whole_number(text: str) -> int:
     """Parse an integer of at least 0."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError("it must be a whole number, 0 or more")
+        raise argparse.ArgumentTypeError("must be a whole number, 0 or more")
     return int(text)
 
 
@@ -188,7 +188,7 @@ def positive_float(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError("it must be a number above 0")
+        raise argparse.ArgumentTypeError("must be a number above 0")
     return value
 
 

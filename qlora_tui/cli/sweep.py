@@ -133,7 +133,7 @@ def _memory_note(sheet: Sheet, machine: Machine) -> str:
         return ""
     values = ", ".join(f"{path} = {value_text(value)}" for path, value in point.items())
     return (
-        f"{memory.outcome}: in the trial that takes the most memory ({values}): {memory.text} "
+        f"{memory.outcome}: the trial with {values} takes the most memory: {memory.text} "
         "A trial that runs out of memory is retried with settings that need less, and fails if none fits."
     )
 
@@ -317,7 +317,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         type=positive_int,
         metavar="N",
-        help="seeds with which the recipe and the winner are trained, to measure the noise (default: 3)",
+        help="number of seeds with which the recipe and the winner are trained, to measure the noise "
+        "(default: 3)",
     )
     start.add_argument("--seed", type=whole_number, metavar="N", help="seed of the random values")
     start.add_argument("--name", help="name of the sweep, with which its id begins")

@@ -251,7 +251,9 @@ def text_of(content: Any, where: str) -> str:
         return content
     text, reasoning, calls = _content_of(content, where)
     if (count := count_texts(content)) > 1:
-        raise RowRejectedError("wrong-format", f"{capitalize(where)} is a list of {count} texts, not one.")
+        raise RowRejectedError(
+            "wrong-format", f"{capitalize(where)} is a list of {count} texts instead of a single text."
+        )
     if reasoning or calls:
         kind = "reasoning" if reasoning else "tool_call"
         raise RowRejectedError("unsupported-part", f"{capitalize(where)} has a part of type {kind!r}.")
@@ -336,7 +338,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     if not 0 <= weight <= _LARGEST_WEIGHT:
         raise RowRejectedError(
             "wrong-format",
-            f"Turn {number} has the weight {weight:g}, not from 0 to {_LARGEST_WEIGHT:,}.",
+            f"Turn {number} has the weight {weight:g}, which is not between 0 and {_LARGEST_WEIGHT:,}.",
         )
     content, reasoning, part_calls = _content_of(
         next((turn[k] for k in CONTENT_KEYS if k in turn), None), f"turn {number}"

@@ -175,7 +175,8 @@ def _require_whole_characters(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise RowRejectedError(
-            "template-refuses", "The template writes half of a character, which no tokenizer can read."
+            "template-refuses",
+            "The template outputs an unpaired surrogate (half a character), which no tokenizer can encode.",
         ) from None
     return text
 

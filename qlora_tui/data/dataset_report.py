@@ -259,7 +259,7 @@ def _on_switch(
     if switch is None and traits.opens_thought:
         closed = notes.get("thought-closed", 0)
         closing = (
-            f"; the thought is closed at once in {pluralize(closed, 'row')} without reasoning"
+            f"; the thought is closed immediately in {pluralize(closed, 'row')} without reasoning"
             if closed
             else ""
         )
@@ -284,15 +284,16 @@ def _on_switch(
         why = "" if data.thinking == "off" else ", since none has reasoning"
         return f"Thinking: off for every row ({switch.variable}){why}."
     if on and off:
-        return f"Thinking: on for the {on:,} with reasoning, off for {off:,} ({switch.variable})."
+        with_it = pluralize(on, "row")
+        return f"Thinking: on for the {with_it} with reasoning, off for {off:,} without ({switch.variable})."
     return f"Thinking: on for every row ({switch.variable}), since each has reasoning." if on else ""
 
 
 def _on_effort(switch: Switch, data: Data) -> str:
     name, least = switch.variable, switch.off[switch.variable]
     if data.thinking == "off":
-        return f"Thinking: {name} = {least}; this template cannot turn it off."
-    return f"Thinking: {name} is the template's default; it can be lowered, not turned off."
+        return f"Thinking: {name} = {least}; this template cannot turn thinking off."
+    return f"Thinking: {name} has the template's default; thinking can be reduced, but not turned off."
 
 
 def prompt_thinking(setting: Thinking, notes: Mapping[str, int]) -> Thinking:

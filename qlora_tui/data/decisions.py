@@ -28,7 +28,7 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
     for separators in ((", ", ": "), (",", ":"))
     for ascii_ in (False, True)
 )
-"""Ways to write an object of JSON on one line."""
+"""Ways to write a JSON object on one line."""
 
 
 class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -470,7 +470,7 @@ def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
             last = parse(row, layout).messages[-1:]
             answers.update(message.content.strip() for message in last if message.role == "assistant")
     if (decision := decision_of(answers)) is not None:
-        yield f"the answers decide between {decision.describe()}; their probabilities are evaluated"
+        yield f"the answers are {decision.describe()}; their probabilities are evaluated"
     elif layout.format == "decision" and answers:
         seen = f"{len(answers):,} different answers in "
         if answers.total() < SNIFFED_ROWS:

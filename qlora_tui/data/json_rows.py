@@ -59,7 +59,7 @@ def without_repeats(pairs: list[tuple[str, Any]], repeated: list[str]) -> dict[s
 
 
 def repeated_key_warning(repeated: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Return the warning for keys that occur twice in a row's objects; empty if there are none."""
+    """Return the warning about duplicate keys within an object of a row; empty if there are none."""
     if not repeated:
         return ()
     return (("repeated-key", f"The key {repeated[0]!r} comes twice in one object; the last value is read."),)
@@ -72,7 +72,10 @@ def _row(number: int, value: Any, values: _Values | None = None) -> Row:
             number=number, value=value, warnings=repeated_key_warning(values.repeated if values else ())
         )
     place = values.undecodable_byte() if values is not None else ""
-    what = place or f"Row {number} holds half of a character, or a byte that is not UTF-8"
+    what = (
+        place
+        or f"Row {number} contains an unpaired surrogate (half a character), or a byte that is not UTF-8"
+    )
     return Row(number=number, kind="bad-encoding", error=f"{what}.")
 
 

@@ -154,7 +154,7 @@ def sides_problem(
             _PAIRS_TITLE,
             what=f"{name} compares answers: {chosen!r} is preferred to {rejected!r} in {having} of "
             f"the first {len(values)} rows.",
-            why="Without a choice of how to use the pairs, the rejected answers would be ignored.",
+            why="If you do not choose how to use the pairs, the rejected answers are ignored.",
             fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
             f"{_choice('chosen')}",
             code=PAIRS,
@@ -189,7 +189,7 @@ def ratings_problem(
             _RATED_TITLE,
             what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good "
             f"and {bad} bad.",
-            why="Without a choice of how to use the ratings, they would be ignored.",
+            why="If you do not choose how to use the ratings, they are ignored.",
             fix='To learn from both kinds, set data.preferences = "kto". '
             f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
             code=RATED,

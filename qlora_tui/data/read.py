@@ -243,7 +243,9 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         except csv.Error as error:
             table.check_quotes()
             if not header:
-                raise BrokenFileError("bad-row", table.first_line, "a line end inside the header") from error
+                raise BrokenFileError(
+                    "bad-row", table.first_line, "a line break inside the header"
+                ) from error
             number += 1
             yield Row(
                 number=number,
@@ -340,7 +342,7 @@ class _TableLines:
         if place := self._unclosed_quote():
             line, text_follows_on = place
             what = "a quote opens a value here"
-            closing = f"where it closes, on line {text_follows_on}, text follows" if text_follows_on else ""
+            closing = f"text follows the closing quote on line {text_follows_on}" if text_follows_on else ""
             raise BrokenFileError("bad-row", line, f"{what}, and {closing or 'is not closed'}")
 
     def check_damage(self) -> None:

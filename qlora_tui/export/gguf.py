@@ -349,7 +349,7 @@ class _Export:
     def _checked(self, path: Path, file_type: str) -> GgufFile:
         proof = None
         if isinstance(self.reference, Reference):
-            words = f"Asking llama.cpp for the answers of the {file_type} file"
+            words = f"Running the {file_type} file in llama.cpp to get its answers"
             self.on_status(words)
             differences = self.content.vocabulary.differences
             proof = prove(self.reference, path, file_type, differences, row_progress(self.on_status, words))

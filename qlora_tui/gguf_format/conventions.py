@@ -455,7 +455,7 @@ def _unsupported(model_type: str) -> UserError:
         if known
         else f"The model's type is {model_type}, for which no architecture of llama.cpp is known.",
         fix="Export the model with `qlora-tui export merge`: transformers and vLLM load that folder, and "
-        "llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp has the architecture.",
+        "llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp supports the architecture.",
     )
 
 

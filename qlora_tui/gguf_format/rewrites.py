@@ -207,8 +207,9 @@ INPUTS_FIRST = (
         lambda values, config: values if values.shape[2] == config.moe_intermediate_size else values.mT,
     ),
 )
-"""Rules for experts that are published as (experts, inputs, outputs), and that transformers writes as it
-computes with them."""
+"""Rules for experts that are published as (experts, inputs, outputs), and that transformers saves in the same
+layout that it uses in memory.
+"""
 
 
 def _times(pattern: str, factor: Callable[[Any], float]) -> Rewrite:

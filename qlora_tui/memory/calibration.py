@@ -56,8 +56,8 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     own_process: bool = False
     """Whether the process did only the run's work.
 
-    Before this field existed, the trainer of a GGUF file's first run also converted the file, whose peak is
-    then included in ``measured_process_bytes``.
+    In records without this field, the first run on a GGUF file also converted the file in the trainer's
+    process, and ``measured_process_bytes`` includes the peak of the conversion.
     """
     counts_gaps: bool = False
     """Whether the prediction counts the gaps in a CPU's heap between kept layer inputs.

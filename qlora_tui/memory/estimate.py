@@ -318,8 +318,8 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         )
     elif layout.architecture.own_code:
         notes.append(
-            "The class adds its own code to attention, or cannot be tried without weights: what it computes "
-            "in addition to the products of its modules is unknown."
+            "This model's class has its own attention code, or cannot be test-run without weights. So the "
+            "memory that it uses in addition to its modules is unknown."
         )
     elif not layout.exact:
         notes.append(

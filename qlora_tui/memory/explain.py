@@ -190,7 +190,7 @@ def _activation_sentences(layout: Layout) -> dict[str, str]:
             else f"A dropped copy of each target's input, and its mask: {tokens} × width."
         ),
         "scores": (
-            f"Attention written out: {layout.rows} × {layout.architecture.heads} heads × "
+            f"Attention scores held in full: {layout.rows} × {layout.architecture.heads} heads × "
             f"{layout.length:,}² scores per matrix, several at a time."
         ),
         "mask": f"Attention mask: {layout.length:,}² elements.",

@@ -115,13 +115,14 @@ def describe_quality(quality: Quality) -> list[str]:
     names = join_words([str(layer) for layer in quality.kept_layers])
     if quality.gain >= NOTABLE_GAIN:
         lines.append(
-            f"With {'layers' if len(quality.kept_layers) > 1 else 'layer'} {names} in 16 bits (+"
-            f"{format_bytes(quality.kept_bytes)}): {format_small_percent(kept.changed)} of the next tokens, "
-            f'KL {format_nats(kept.divergence)}. Set quantization.skip = ["{quality.skip}"].'
+            f"Keeping {'layers' if len(quality.kept_layers) > 1 else 'layer'} {names} in 16 bits (+"
+            f"{format_bytes(quality.kept_bytes)}) brings this to {format_small_percent(kept.changed)} of the "
+            f"next tokens, KL {format_nats(kept.divergence)}. To keep them, set "
+            f'quantization.skip = ["{quality.skip}"].'
         )
     else:
         lines.append(
-            f"No layer stands out: with {names} in 16 bits the KL is {format_nats(kept.divergence)}."
+            f"No layer stands out: keeping {names} in 16 bits gives a KL of {format_nats(kept.divergence)}."
         )
     return lines
 

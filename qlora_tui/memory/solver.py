@@ -165,7 +165,7 @@ class SavingOption:
     """One setting that can change, with its values from the mildest to the strongest."""
 
     cost: str | None
-    """Cost in words; None if it is the time of copies, which depends on the value."""
+    """Description of the cost; None if the cost is time spent copying data, which depends on the value."""
     steps: tuple[tuple[str, dict[str, Any]], ...]
 
 

@@ -56,7 +56,7 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
             streams and training.gradient_checkpointing == "off",
             ("quantization.streamed_layers", "training.gradient_checkpointing"),
             "quantization.streamed_layers needs gradient checkpointing: a streamed layer is recomputed "
-            "in the backward pass, because another one has taken its place",
+            "in the backward pass, because another layer has taken its place on the GPU",
             'set training.gradient_checkpointing = "on" or quantization.streamed_layers = 0',
         ),
         (

@@ -88,7 +88,7 @@ def export_recipe(recipe: Recipe, target: Target, files: Sequence[str]) -> Expor
         raise UsageError(
             "No recipe for other trainers",
             what="The base is a GGUF file, which other trainers do not read.",
-            fix="Set model.id to the model that the file was made of.",
+            fix="Set model.id to the model that the file was made from.",
         )
     if target == "axolotl" and recipe.preference_method in ("orpo", "kto"):
         raise UsageError(

@@ -90,13 +90,13 @@ class Field(Struct, frozen=True, kw_only=True):
             case "bool":
                 return "true or false"
             case "text":
-                return f"a {self._filled}text in quotes{self._lengths('character')}"
+                return f"a {self._filled}string in quotes{self._lengths('character')}"
             case "texts":
-                return f"a {self._filled}list of texts{self._lengths('item')}"
+                return f"a {self._filled}list of strings{self._lengths('item')}"
             case "tables":
                 return "a list of tables"
             case "names":
-                return "a table of texts"
+                return "a table of strings"
             case "numbers":
                 return "a table of target patterns and numbers within the setting's bounds"
 

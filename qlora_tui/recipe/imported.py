@@ -259,7 +259,7 @@ class _Import:
         elif (written := _written(value)) in map(_written, rule.off):
             self._unneeded.append(key)
         elif isinstance(value, Expression) and written not in rule.values:
-            self._leave_out(key, value, "only running the script would give its value")
+            self._leave_out(key, value, "its value is known only when the script runs")
         elif rule.to and not rule.values:
             self._take(key, value, rule.to, _as_kind(value, rule.to))
         elif written in rule.values and rule.to:

@@ -295,9 +295,9 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Preferences,
         about(
             "Preference data",
-            "Rows with chosen and rejected answers, or with ratings: refuse them, train on the chosen and "
-            "well-rated answers only, or train on both kinds: pairs with orpo, dpo or simpo, rated answers "
-            "with kto, which takes pairs too.",
+            "How to use rows with chosen and rejected answers, or with ratings. refuse: not at all. chosen: "
+            "train only on the chosen and well-rated answers. orpo, dpo, simpo: learn from pairs. kto: "
+            "learn from rated answers or pairs.",
             "A pair is two sequences. dpo and kto also compute the base without gradients, which takes time.",
         ),
     ] = "refuse"

@@ -202,8 +202,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Task prompts",
             "Validation prompts that base and adapter answer at the end, if answers can be right or wrong: "
-            "JSON, tool calls, a few words. If the answers are labels, up to 1,000 rows are decided. Takes "
-            "at most 3 % of the run's time: prompts that are not answered by then are left out. 0: none.",
+            "JSON, tool calls, a few words. If the answers are labels, up to 1,000 rows are predicted. "
+            "Takes at most 3% of the run's time: prompts that are not answered by then are left out. 0: "
+            "none.",
             ge=0,
             le=1000,
         ),

@@ -44,8 +44,8 @@ def refuse_on_box(title: str, command: str) -> None:
     if (link := current()) is not None:
         raise UserError(
             title,
-            what=f"The app is connected to {link.box.name}. On another machine, this action is available "
-            "only as a command.",
+            what=f"The app is connected to {link.box.name}. On a remote machine, this action is available "
+            f"only from the command line.",
             fix=f"Use this command: `qlora-tui --host {link.box.name} {command}`.",
         )
 

@@ -177,7 +177,7 @@ def _checkpoints(run: RunDir) -> Iterator[Defect]:
 def _adapter(run: RunDir, state: State) -> Iterator[Defect]:
     if leftovers.moved_aside(run) or not (run.adapter_dir.exists() or state == "finished"):
         return
-    damage = adapter_damage(run.adapter_dir) if run.adapter_dir.exists() else "there is none"
+    damage = adapter_damage(run.adapter_dir) if run.adapter_dir.exists() else "the folder is missing"
     if damage is None:
         return
     if state != "finished":
@@ -229,10 +229,10 @@ def restore_status(run: RunDir) -> str:
     if status.state == "lost":
         record_outcome(run, determine_outcome(run, None))
     elif is_stranded(run):
-        run_queue.mark_not_queued(run, "The run was queued and was not in the queue.")
+        run_queue.mark_not_queued(run, "The run's status was queued, but the run was not in the queue.")
     else:
         write_status(run, status)
-    return f"it is {read_status(run).state} now"
+    return f"its state is now {read_status(run).state}"
 
 
 def _measurements(run: RunDir) -> Iterator[Defect]:

@@ -127,8 +127,8 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
         suggested_fix = SuggestedFix("train all epochs", changes={"training.max_steps": 0})
         about = "about" if length.is_complete else "less than"
         text = (
-            f"Max steps is {limit:,}: the run ends after {about} "
-            f"{format_float(limit / length.steps_per_epoch, 2)} of the {of_epochs} set."
+            f"Max steps is {limit:,}, so the run ends after {about} "
+            f"{format_float(limit / length.steps_per_epoch, 2)} of {of_epochs}."
         )
         every = f" ({length.about}{pluralize(steps, 'step')})" if length.is_complete else ""
         fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
@@ -140,8 +140,8 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
         fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
     elif limit > steps * margin:
         text = (
-            f"Epochs is {format_number(epochs)}: the run ends after {length.about}"
-            f"{pluralize(steps, 'step')}, before the {limit:,} of Max steps."
+            f"Epochs is {format_number(epochs)}, so the run ends after {length.about}"
+            f"{pluralize(steps, 'step')}, before reaching Max steps ({limit:,})."
         )
         fix = "To train longer, raise Epochs (training.epochs)."
     else:

@@ -86,7 +86,9 @@ class RunDir:
     control_dir = _Inside("control")
     checkpoints_dir = _Inside("checkpoints")
     replay_path = _Inside("replay.jsonl")
-    """Answers of the base that the run trains on; exists only if its recipe replays answers."""
+    """The base model's own answers, which the run replays in training. Exists only if its recipe uses
+    replay.
+    """
     starting_adapter_path = _Inside("starting_adapter.safetensors")
     """The adapter that the run started from; exists only if the run compares answers with it."""
     row_losses_path = _Inside("row_losses.json")

@@ -32,7 +32,9 @@ class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Name of the program that uses the GPU."""
     pid: Count = 0
     devices: str = ""
-    """The GPUs that the run waits for, because other runs use them or are before it: ``GPU 0 (RTX 4090)``."""
+    """The GPUs that the run waits for, because other runs are using them or are ahead of it in the queue:
+    ``GPU 0 (RTX 4090)``.
+    """
     reading: float | None = None
     """Temperature in °C or mean power in W."""
     bound: float | None = None

@@ -89,7 +89,8 @@ _UNKNOWN_MEMORY = Check(
     CheckKind.MEMORY,
     "warning",
     "The GPU's memory is unknown, so it is not clear whether the run fits.",
-    "Enter the size of this memory: `qlora-tui estimate --gpu-gib`, or GPU memory to assume in the settings.",
+    "Enter the memory size with `qlora-tui estimate --gpu-gib`, or under “GPU memory to assume” in the "
+    "settings.",
 )
 
 
@@ -209,7 +210,10 @@ def _reference_point(recipe: Recipe) -> list[Check]:
     traits = recipe.preference_traits
     if traits is None or not traits.rates_answers or recipe.data.packing or recipe.effective_batch > 1:
         return []
-    text = f"A step has one answer, but {traits.label} needs other answers for its reference point."
+    text = (
+        f"Each step has only one answer, but {traits.label} estimates its reference point from the other "
+        f"answers of a step."
+    )
     fix = "Raise Gradient accumulation (training.gradient_accumulation) to 8 or more."
     more = SuggestedFix("set Gradient accumulation to 8", changes={"training.gradient_accumulation": 8})
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=more)]
@@ -372,7 +376,7 @@ def _memory(
             low, high = format_gib(verdict.low_bytes), format_gib(verdict.high_bytes)
             fix = (
                 f"A step may take {low} to {high} GiB. The Memory screen and `qlora-tui estimate` name the "
-                "cheapest change with which it certainly fits."
+                f"cheapest change that makes the step fit with certainty."
             )
             check = Check(CheckKind.MEMORY, "warning", text, fix, verdict=verdict)
     return check, estimated

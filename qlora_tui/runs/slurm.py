@@ -149,8 +149,8 @@ class SeenJob(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Describe the state of the job with this id, in a sentence."""
         if self.waits:
             # The most important part comes first, because lists truncate the sentence.
-            start = f" from about {time_words(self.starts_at)}," if self.starts_at else ""
-            return f"Waits in Slurm ({self.reason or 'no reason given'}),{start} as job {job}."
+            until = f" until about {time_words(self.starts_at)}" if self.starts_at else ""
+            return f"Waiting in Slurm ({self.reason or 'no reason given'}){until} as job {job}."
         if self.runs:
             return f"On {self.nodes or 'a node'}, Slurm job {job}."
         if not self.states:
@@ -227,7 +227,7 @@ def _problem_of(target: Target) -> str:
         if not option.startswith("-"):
             return f"extra has {option!r}, which is not an option such as --mem=64G."
         if name.removeprefix("--") in _OWN_OPTIONS or _OWN_SHORT_OPTIONS.match(option):
-            return f"extra has {option}, which the other keys or this program decide."
+            return f"extra has {option}, which another key or this program sets."
     return ""
 
 
@@ -299,8 +299,8 @@ def submit(script: Path) -> str:
     match = re.search(r"^(\d+)(;.*)?$", printed, re.MULTILINE)
     if match is None:
         raise UserError(
-            "The job's number is unknown",
-            what=f"sbatch printed {printed.strip()!r}, which has no job number.",
+            "The job ID is unknown",
+            what=f"sbatch printed {printed.strip()!r}, which contains no job ID.",
             fix="Run `squeue --me` to see whether the job was submitted; if not, try again.",
         )
     return match[1]

@@ -110,7 +110,9 @@ def read_status(run: RunDir) -> Status:
         status = recorded_status(run)
         if status.state == "queued":
             return structs.replace(
-                status, state="stopped", detail="The run was queued and is not in the queue."
+                status,
+                state="stopped",
+                detail="The run's status was queued, but the run is not in the queue.",
             )
     if status.state not in ACTIVE:
         return status
@@ -171,7 +173,9 @@ def held_words(status: Status) -> str:
 
 
 def refuse_other_machines() -> None:
-    """Raise UserError while another machine trains a run of this state folder: both would take runs."""
+    """Raise UserError if another machine is training a run from this state folder, since both machines would
+    take runs from the same queue.
+    """
     for run in all_runs():
         status = read_status(run)
         mark = status.process

@@ -220,7 +220,7 @@ def _suggested(
 def _left(facts: SuggestionFacts, topic: Topic, path: str, why: str) -> Suggestion:
     """Return a suggestion that leaves one setting unchanged, with the reason ``why``."""
     return replace(
-        _suggested(facts, topic, path, get_setting(facts.recipe, path), f"Left as it is: {why}"),
+        _suggested(facts, topic, path, get_setting(facts.recipe, path), f"Unchanged: {why}"),
         is_known=False,
     )
 
@@ -254,13 +254,11 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         if recipe.trains_pairs
         else pluralize(count, "sample")
     )
-    seen = f"{what} of at most {pluralize(longest, 'token')} (95% up to {below:,}), "
+    seen = f"{what} of at most {pluralize(longest, 'token')} (95% up to {below:,}; "
     seen += "counted" if facts.known.is_exact else "estimated from the text"
-    if not facts.known.is_complete:
-        seen += " of the part that was read"
+    seen += ")" if facts.known.is_complete else " of the part that was read)"
     if suggested >= longest:
-        whole = "it whole" if count == 1 else "every one whole"
-        return _suggested(facts, "length", path, suggested, f"{seen}: {suggested:,} keeps {whole}.")
+        return _suggested(facts, "length", path, suggested, f"{seen}: {suggested:,} truncates none.")
     longer = sum(length > suggested for length in lengths)
     fate = "dropped" if recipe.data.overflow == "drop" else "split" if _splits(recipe) else "cut"
     verb = "is" if longer == 1 else "are"
@@ -382,7 +380,7 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
         step += f" ({pluralize(rows, 'sequence')} of {format_number(round(per_sequence, 1))})"
     steps = max(1, round(seen / per_step))
     if rows == gpus and per_step > 1.5 * wanted:
-        of_each = "a step has one sequence" if gpus == 1 else f"each of {gpus} GPUs computes a sequence"
+        of_each = "a step has at least one sequence" if gpus == 1 else f"each of {gpus} GPUs needs a sequence"
         why = f"{step} are the minimum, because {of_each}"
         if per_sequence > _PACKED:
             why += ", packed (data.packing)"
@@ -393,7 +391,7 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     elif wanted < _SAMPLES_PER_STEP:
         why = (
             f"{step} {'gives' if round(per_step) == 1 else 'give'} {pluralize(steps, 'step')}; "
-            f"with the usual {_SAMPLES_PER_STEP} it would be a short run of "
+            f"with the usual {_SAMPLES_PER_STEP} the run would have only "
             f"{max(1, round(seen / _SAMPLES_PER_STEP)):,}"
         )
     else:
@@ -582,7 +580,7 @@ def _beyond_sources(recipe: Recipe) -> str:
         alphas = " and ".join(map(format_number, _ALPHAS))
         return f"the published rates are for alpha {alphas}, not {format_number(lora.alpha)}"
     if training.lora_plus_ratio > 1:
-        return "LoRA+ divides the rate between A and B, for which no paper cited here has a figure"
+        return "LoRA+ uses different rates for A and B, for which no paper cited here has a figure"
     if lora.init_from:
         return "the run continues an adapter, for which no paper cited here has a rate"
     return ""

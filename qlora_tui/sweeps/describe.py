@@ -235,7 +235,9 @@ def trial_progress(trial: Trial) -> str:
 
 
 def trial_words(view: SweepView, trial: Trial) -> str:
-    """Return a trial's outcome, with its seed if others differ only in that, or whether it is the winner."""
+    """Return a trial's outcome. The seed precedes it if the trial only repeats settings with another seed.
+    ``winner`` follows the outcome of the winner.
+    """
     words = outcome_words(trial)
     if trial.role != "trial":
         return f"seed {trial.seed}, {words}"

@@ -230,7 +230,7 @@ def _answer(
     deadline: float,
     clock: Callable[[], float],
 ) -> tuple[dict[int, tuple[tuple[int, ...], tuple[int, ...]]], int]:
-    """Return base and adapter answers keyed by prompt number, and the most tokens that an answer had."""
+    """Return the answers of base and adapter by prompt number, and the longest answer's length in tokens."""
     model = run.model
     context = _context(model)
     limit = answer_limit(max(len(prompt.reference) for prompt in prompts), context)

@@ -55,7 +55,7 @@ class GgufTokenizer:
     def _texts(self, key: str) -> tuple[str, ...]:
         value = self._get(key)
         if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
-            raise ValueError(f"its tokenizer.ggml.{key} is not a list of texts")
+            raise ValueError(f"its tokenizer.ggml.{key} is not a list of strings")
         return value
 
     def special_id(self, name: str) -> int | None:

@@ -180,7 +180,7 @@ def _mapped(file: Path, header: GgufHeader, tensor: str, shape: Shape) -> tuple[
 
 
 def _elements(source: Any, data: list[tuple[Any, Any]], experts: range | None) -> Iterator[Any]:
-    """Yield the elements of a tensor in float32, or only those of some indices of its first dimension."""
+    """Yield the elements of a tensor in float32, or only those at some indices of its first dimension."""
     import torch
     from gguf import dequantize
 

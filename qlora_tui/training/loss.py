@@ -1,13 +1,14 @@
 """Cross-entropy of the tokens in the loss only, computed through the output head in chunks.
 
 The stock loss needs logits for every token, in fp32, and their gradient, which are often the largest item in
-memory. Here prompt tokens have no logits. The tokens in the loss pass the head one chunk at a time, with a
-few rows of the chunk in fp32. The gradient of a chunk overwrites its logits, so no tensor as wide as the
-vocabulary outlives the chunk. Liger's kernel can replace the chunks (:mod:`qlora_tui.training.liger`).
+memory. Here prompt tokens have no logits. The tokens in the loss go through the head one chunk at a time,
+with a few rows of the chunk in fp32. The gradient of a chunk overwrites its logits, so no tensor as wide as
+the vocabulary outlives the chunk. Liger's kernel can replace the chunks (:mod:`qlora_tui.training.liger`).
 
 Methods that compare answers need the loss of each token, and weight it by a function of the answers' log
-probabilities. The gradient of a token's loss at its hidden state does not depend on that weight, so the
-forward computes this gradient too and the backward only scales it: each token passes the head once.
+probabilities. The gradient of a token's loss with respect to its hidden state does not depend on that weight.
+So the forward pass computes this gradient too, and the backward pass only scales it: each token goes through
+the head once.
 
 Shapes for a packed sequence of 1,000 tokens, 600 in the loss, hidden size 576, vocabulary 49,152, on CPU::
 

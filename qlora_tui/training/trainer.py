@@ -175,12 +175,13 @@ class Trainer:
             release_free_memory()
 
     def try_step(self, batch: dict[str, Any], *, fresh: bool) -> None:
-        """Run a step of one micro-batch to measure its memory, and restore everything that it changes.
+        """Run a step of one micro-batch to measure its memory, then restore weights and random numbers.
 
         Args:
-            batch: on the CPU.
-            fresh: also update the weights, without loss scaling; the optimizer's states then stay allocated,
-                as in every step except the first. A resumed run already has them.
+            batch: A batch on the CPU.
+            fresh: Whether the run is not resumed. If so, the optimizer also updates the weights, without loss
+                scaling, which allocates the optimizer's states as in every step except the first. The states
+                are reset, but stay allocated. A resumed run already has them.
         """
         items = max(1, int((batch["labels"][:, 1:] >= 0).sum()))
         trained = [p for p in self.model.parameters() if p.requires_grad]

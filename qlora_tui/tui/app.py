@@ -155,7 +155,7 @@ class QloraApp(ThemedApp):
             now = self.workbench.verdict(self.memory_budget)
             if now is not None and now.word != before.word:
                 figures = format_sizes(now.needed_bytes, "of", now.available_bytes)
-                self.notify(f"{why}: {figures}, {now.word}. The estimate before was: {before.word}.")
+                self.notify(f"{why}: {figures}, {now.word}. Previous estimate: {before.word}.")
 
         return tell
 

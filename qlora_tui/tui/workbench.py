@@ -520,8 +520,8 @@ def tell_of_change(app: QloraApp) -> None:
     is_asking = any(isinstance(screen, DraftChangedScreen) for screen in app.screen_stack)
     if app.screen_stack and not is_asking and app.draft.is_changed_elsewhere():
         app.notify(
-            f"Another window changed the recipe. Press {key_name('app.reload')} to load it; your next edit "
-            "asks which recipe to keep.",
+            f"Another window changed the recipe. Press {key_name('app.reload')} to load it. If you edit "
+            f"first, the app asks which recipe to keep.",
             severity="warning",
             timeout=10,
         )

@@ -178,7 +178,7 @@ def test_the_command_writes_what_its_output_is_named(
     assert rows[2]["predicted_label"] is None and "too long" in rows[2]["predicted_problem"]
     assert json.loads(rows[0]["predicted_probabilities"]).keys() == set(LABELS)
     assert main([*command, "-o", str(tmp_path / "out.csv")]) == 0
-    assert "2 rows could not be decided" in capsys.readouterr().out
+    assert "2 rows could not be predicted" in capsys.readouterr().out
     with (tmp_path / "out.csv").open(newline="") as lines:
         cells = list(csv.DictReader(lines))
     assert float(cells[0]["predicted_probability"]) == pytest.approx(rows[0]["predicted_probability"])

@@ -269,7 +269,7 @@ def test_a_step_that_is_uncertain_is_traced_on_request(call: Call, monkeypatch: 
     call(*estimated)  # describes the model, which is a job; what follows starts none
     with monkeypatch.context() as patch:
         patch.setattr(worker, "module_argv", None)
-        assert "--exact runs a step" in call(*estimated).out
+        assert "--exact narrows the range" in call(*estimated).out
     said = call(*estimated, "--exact", "--json")
     trace, nf4 = said.json["trace"], said.json["precisions"]["nf4"]
     assert trace["precision"] == "nf4" and trace["exact"] and nf4["exact"]

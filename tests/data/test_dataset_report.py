@@ -36,13 +36,13 @@ def rows(path: Path, *conversations: tuple[str, ...]) -> Source:
 @pytest.mark.parametrize(
     ("model", "data", "words"),
     [
-        ("smollm3", Data(), ("2 of 3 rows, to learn", "on for the 2 with reasoning, off for 1")),
+        ("smollm3", Data(), ("2 of 3 rows, to learn", "on for the 2 rows with reasoning, off for 1 without")),
         ("smollm3", Data(reasoning_in_loss=False), ("only read",)),
         ("smollm3", Data(thinking="off"), ("2 of 3 rows, left out",)),
         ("smollm3", Data(thinking="on"), ("an empty thought is learned from 1 row",)),
         ("deepseek-v3.1", Data(), ("drops it from earlier turns: 1 row",)),
         ("chatml", Data(thinking="on"), ("on has no effect",)),
-        ("opens-thinking", Data(), ("always opens a thought", "closed at once in 1 row")),
+        ("opens-thinking", Data(), ("always opens a thought", "closed immediately in 1 row")),
     ],
 )
 def test_reasoning_is_counted_with_what_becomes_of_it(

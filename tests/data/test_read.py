@@ -279,9 +279,9 @@ def test_an_undecodable_header_is_an_error_of_the_file(tmp_path: Path) -> None:
         ('q,a\n"q1\n",a1\n"q2\n","a2\n' + "q3,a3\n" * 99, "Line 5: a quote opens"),
         (
             'q,a\nq1,"a1\nq2,"a2"\nq3,a3\n',
-            "Line 2: a quote opens a value here, and where it closes, on line 3",
+            "Line 2: a quote opens a value here, and text follows the closing quote on line 3",
         ),
-        ('q,a\nq1,"a"b\nq2,a2\n', "on line 2, text follows"),
+        ('q,a\nq1,"a"b\nq2,a2\n', "text follows the closing quote on line 2"),
         ('q,"a\nq1,a1\n', "Line 1: a quote opens"),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_bound_that_is_no_bound_is_a_usage_error(bound: str, capsys: pytest.Ca
     with pytest.raises(SystemExit) as ended:
         main(["export", "gguf", "last", "out.gguf", "--within", bound])
     assert ended.value.code == 2
-    assert "it must be a number above 0" in capsys.readouterr().err
+    assert "must be a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

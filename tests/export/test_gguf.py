@@ -90,7 +90,7 @@ def test_rows_that_no_k_block_fits_are_explained(tmp_path: Path) -> None:
     types = result.files[0].types
     assert types.counts["Q4_K"] + types.counts.get("Q6_K", 0) == 2  # down_proj of both layers
     assert types.row_lengths == (64,) and types.replaced_count == sum(types.counts.values()) - 2
-    assert types.sentence.endswith("rows of 64 are not made of whole blocks of 256")
+    assert types.sentence.endswith("row lengths 64 are not multiples of the block size 256")
     assert types.sentence in result.summary
 
 

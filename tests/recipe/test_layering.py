@@ -123,7 +123,7 @@ def test_a_set_value_needs_no_quotes(argument: str, value: Any) -> None:
             'lora.target_modules: "" is not a target pattern\n  Write all-linear, a module name '
             "(q_proj), layers and a name (8-23.q_proj), or a full module path",
         ),
-        ("data.sources=", 'data.sources[1].path must be a non-empty text in quotes, not ""'),
+        ("data.sources=", 'data.sources[1].path must be a non-empty string in quotes, not ""'),
     ],
 )
 def test_a_wrong_set_names_itself(argument: str, message: str) -> None:

@@ -64,7 +64,7 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         (
             f"name = '{'n' * 81}'",
-            f'line 1: name must be a text in quotes of at most 80 characters, not "{"n" * 39}…"',
+            f'line 1: name must be a string in quotes of at most 80 characters, not "{"n" * 39}…"',
         ),
         (
             "[quantization]\nmethod = 'nf5'",
@@ -73,7 +73,7 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         (
             "[lora]\ntarget_modules = []",
-            "line 2: lora.target_modules must be a non-empty list of texts, not an empty list",
+            "line 2: lora.target_modules must be a non-empty list of strings, not an empty list",
         ),
         (
             "[lora]\ntarget_modules = ['8-3.q_proj']",
@@ -85,7 +85,7 @@ def refused(text: str) -> InvalidRecipeError:
         ),
         (
             "[[data.sources]]\nformat = 'text'",
-            "line 1: data.sources[1] has no path\n  Add path = …, a non-empty text in quotes",
+            "line 1: data.sources[1] has no path\n  Add path = …, a non-empty string in quotes",
         ),
         (
             "[data]\nmax_length = 10\nsources = [\n  { path = 'a', weight = 0 },\n]",

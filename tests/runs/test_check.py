@@ -217,7 +217,7 @@ def half_an_evaluation(run: RunDir) -> None:
 
 DAMAGES: list[tuple[Callable[[RunDir], None], str, str]] = [
     (damaged_weights, "adapter: adapter_model.safetensors has changed since it was written", "failed"),
-    (no_adapter, "adapter: there is none", "failed"),
+    (no_adapter, "adapter: the folder is missing", "failed"),
     (adapter_moved_aside, "adapter was moved to .adapter.part/earlier", "finished"),
     (checkpoint_moved_aside, "step-2 was moved to .step-2.part/earlier", "finished"),
     (damaged_checkpoint, "checkpoint of step 2: optimizer.pt has changed since it was written", "finished"),

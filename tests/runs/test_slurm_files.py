@@ -113,7 +113,7 @@ def test_a_script_saves_before_the_limit_and_starts_again(run: RunDir) -> None:
             "queued",
             SeenJob(at=2e9, states=("PENDING",), reason="Priority"),
             "queued",
-            "Waits in Slurm (Priority)",
+            "Waiting in Slurm (Priority)",
         ),
         ("queued", SeenJob(at=2e9, states=("CANCELLED",)), "stopped", "has ended: cancelled"),
         ("queued", SeenJob(at=1.0, states=("TIMEOUT",)), "queued", "has ended"),
@@ -123,7 +123,7 @@ def test_a_script_saves_before_the_limit_and_starts_again(run: RunDir) -> None:
             "running",
             SeenJob(at=2e9, states=("PENDING",), reason="BeginTime"),
             "queued",
-            "Waits in Slurm (BeginTime)",
+            "Waiting in Slurm (BeginTime)",
         ),
         ("running", SeenJob(at=1.0, states=("RUNNING",), nodes="node7"), "running", "does not respond"),
         ("running", SeenJob(at=2e9, states=("NODE_FAIL",)), "lost", "has ended: node fail"),
@@ -220,7 +220,7 @@ def test_a_job_that_still_waits_is_not_submitted_twice(run: RunDir, commands: Pa
     write_status(run, Status(state="failed", at=5.0))
     with pytest.raises(UserError) as error:
         actions.resume(run)
-    assert "Waits in Slurm (Priority), as job 12." in error.value.what
+    assert "Waiting in Slurm (Priority) as job 12." in error.value.what
 
 
 def test_a_limit_is_proposed_from_measured_speed_and_a_short_one_refused(

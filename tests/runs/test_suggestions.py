@@ -115,7 +115,7 @@ def test_what_is_suggested_fits_is_stable_and_has_its_reason(machine: str) -> No
 def test_the_length_keeps_every_sample_whole_as_far_as_memory_context_and_batch_allow() -> None:
     short = by_topic(facts(TICKETS))["length"]
     assert short.changes == {"data.max_length": 640}
-    assert "1,240 samples of at most 612 tokens" in short.reason and "every one whole" in short.reason
+    assert "1,240 samples of at most 612 tokens" in short.reason and "truncates none" in short.reason
     by_memory = by_topic(facts(LONG))["length"]
     assert (
         "no longer length fits in 12.0 GiB free" in by_memory.reason
@@ -165,7 +165,7 @@ def test_what_is_said_of_a_step_holds_for_short_packed_samples_several_gpus_and_
     tiny = batch([1] * 2000).reason
     assert "125 samples per step" in tiny and "are the minimum" in tiny and "near" not in tiny
     many = batch([1000] * 3000, **{"training.gpus": 64}).reason
-    assert "64 samples per step are the minimum, because each of 64 GPUs computes a sequence; 32" in many
+    assert "64 samples per step are the minimum, because each of 64 GPUs needs a sequence; 32" in many
     assert "16 samples per step" in batch([1000] * 1500, **{"training.max_steps": 50}).reason.lower()
     rated = batch(FEW, **{"data.preferences": "kto", "data.packing": False})
     assert rated.changes == {"training.micro_batch_size": 8, "training.gradient_accumulation": 1}
@@ -221,7 +221,7 @@ def test_the_rate_is_the_published_one_for_the_size_and_the_optimizer() -> None:
     ):
         changed: dict[str, Any] = {path: value}
         left = rate(**changed)
-        assert not left.is_known and not left.changes and left.reason.startswith("Left as it is")
+        assert not left.is_known and not left.changes and left.reason.startswith("Unchanged")
 
 
 def test_earlier_runs_decide_the_rate_only_if_they_differ_in_nothing_else() -> None:

@@ -50,7 +50,9 @@ def test_a_temperature_makes_an_overconfident_model_honest() -> None:
     assert before is not None and after is not None and after.high < before.low
     assert report.after.accuracy == report.before.accuracy
     lines = "\n".join(decision_lines(report))
-    assert "temperature of 3." in lines and "Decide alone above 0." in lines and "to a person" in lines
+    assert (
+        "temperature of 3." in lines and "Let the model decide above 0." in lines and "to a person" in lines
+    )
 
 
 def test_a_bias_is_kept_where_it_helps_rows_it_has_not_seen() -> None:
@@ -112,7 +114,7 @@ def test_thresholds_decide_rows_they_were_not_chosen_on() -> None:
     for each in report.thresholds:
         assert each.right / each.rows > each.target - 0.04
         assert each.rows < 1000
-    lines = [line for line in decision_lines(report) if line.startswith("Decide alone")]
+    lines = [line for line in decision_lines(report) if line.startswith("Let the model")]
     assert len(lines) == len(report.thresholds) > 1
 
 

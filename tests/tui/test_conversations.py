@@ -235,7 +235,7 @@ async def test_an_answer_that_repeats_itself_is_stopped_and_a_key_each_copies_th
         screen = chat_of(app)
         with_fake_engine(screen)
         await pilot.press("escape", "y", "Y")
-        await wait_for_text(pilot, "There is no answer of")
+        await wait_for_text(pilot, "has no answer to copy yet")
         assert not copied
         app.clear_notifications()
         await pilot.press("i", *"Hello", "enter")
@@ -453,7 +453,7 @@ async def test_twenty_choices_become_a_run_from_the_same_adapter(monkeypatch: py
     async with app.run_test(size=(100, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "not loaded yet")
         await pilot.press("escape", "C")
-        await wait_for_text(pilot, "0 choices, 0 edits so far; 20 of a kind are enough")
+        await wait_for_text(pilot, "0 choices, 0 edits so far; training needs 20 choices or 20 edits")
         monkeypatch.setattr("qlora_tui.tui.screens.chat.screen.ENOUGH", 1)
         await answered(pilot, chat_of(app), "It is late.", "In Oslo.")
         await pilot.press("greater_than_sign")

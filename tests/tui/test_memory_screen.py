@@ -201,7 +201,7 @@ async def test_the_exact_form_follows_the_instant_one(
         await wait_for_text(pilot, "instant estimate; tracing…", "6.3 GiB")
         ready.set()
         await wait_for_text(pilot, "changes exact (traced)", " 17.2 GiB")
-        await wait_for_text(pilot, "traced: 17.2 of 16.0 GiB, uncertain. The estimate before was: fits.")
+        await wait_for_text(pilot, "traced: 17.2 of 16.0 GiB, uncertain. Previous estimate: fits.")
         # What halving the length saves, and the change that fits, follow.
         await wait_for_text(pilot, "NF4 and its changes exact", "-7.5 GiB")
         asked.clear()

@@ -294,9 +294,9 @@ async def test_a_run_that_waits_in_slurm_says_why_and_is_withdrawn(
     app = open_on("runs")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "Waits in Slurm (Priority), as job 12.")
+        await wait_for_text(pilot, "Waiting in Slurm (Priority) as job 12.")
         await pilot.press("g", "enter")
-        await wait_for_text(pilot, "▸ waiting", "Waits in Slurm (Priority), as job 12.")
+        await wait_for_text(pilot, "▸ waiting", "Waiting in Slurm (Priority) as job 12.")
         await pilot.press("6", "w")
         await wait_for_text(pilot, "Removed from the queue.")
     assert (tmp_path / "cancelled").read_text() == "12\n" and read_status(run).state == "stopped"

@@ -63,7 +63,7 @@ async def test_a_theme_is_shown_at_once_and_saved_once_it_is_chosen() -> None:
         await pilot.press("f6")
         await wait_for_text(pilot, "Settings", "auto", "Colors of the app")
         await pilot.press("enter")
-        await wait_for_text(pilot, "Enter apply", "by the terminal's number of colors")
+        await wait_for_text(pilot, "Enter apply", "chosen by the terminal's number of colors")
         names = theme_names()
         await pilot.press("down")
         await wait_until(pilot, lambda: app.theme == names[1])

@@ -241,7 +241,8 @@ class StoredTypes(Struct, frozen=True):
         count = f"{self.replaced_count} of {sum(self.counts.values())} matrices"
         return (
             f"{count} are {' and '.join(self.replaced)}, "
-            f"which makes the file larger: rows of {lengths} are not made of whole blocks of {self.block}"
+            f"which makes the file larger: row lengths {lengths} are not multiples of the block size "
+            f"{self.block}"
         )
 
 

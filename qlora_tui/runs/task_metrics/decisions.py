@@ -150,7 +150,7 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
             f"{bias}, fitted on {pluralize(calibration.rows, 'validation row')}."
         )
         yield (
-            "Below, each row is judged by a calibration fitted on other rows (5 folds); 95% intervals are in "
+            "Below, the calibration of each row was fitted on other rows (5 folds); 95% intervals are in "
             "parentheses."
         )
     else:
@@ -185,15 +185,19 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
 
 
 def threshold_sentence(threshold: Threshold, rows: int) -> str:
-    """Return ``Decide alone above 0.83: 71% of rows, 98.4% right (97% to 99%); the rest to a person.``"""
+    """Return a sentence on the rows that the model may decide alone, such as ``Let the model decide above
+    0.83: 71% of rows, 98.4% right (97% to 99%); leave the rest to a person.``
+    """
     low, high = map(format_percent, share_interval(threshold.right, threshold.rows))
     share = format_percent(threshold.right / threshold.rows, 1)
     right = f"{format_percent(threshold.rows / rows)} of rows, {share} right ({low} to {high})"
     if not threshold.confidence:
-        return f"Decide every row alone: {right}."
+        return f"Let the model decide every row: {right}."
     # Show every digit, because 0.9962 is not 1.
     digits = max(2, len(repr(threshold.confidence)) - len("0."))
-    return f"Decide alone above {threshold.confidence:.{digits}f}: {right}; the rest to a person."
+    return (
+        f"Let the model decide above {threshold.confidence:.{digits}f}: {right}; leave the rest to a person."
+    )
 
 
 def _confusion_lines(report: DecisionReport) -> Iterator[str]:

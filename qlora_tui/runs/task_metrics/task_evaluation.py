@@ -187,7 +187,7 @@ def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False)
     how = (
         f"with greedy answers of up to {evaluation.max_new_tokens:,} tokens"
         if decisions is None
-        else f"each decided between {len(decisions.options):,} options"
+        else f"each with a choice between {len(decisions.options):,} options"
     )
     lines = [
         f"{pluralize(len(evaluation.rows), 'validation prompt')} of {evaluation.run}, {how}.",

@@ -246,7 +246,7 @@ class _DeferredRead:
         return self.read_whole()
 
     def expert(self, number: int) -> Tensor:
-        """Return the matrix of one expert, equal to its part of the whole tensor."""
+        """Return the matrix of one expert, identical to the corresponding slice of the whole tensor."""
         matrix: Tensor = self.stored[number : number + 1][0]
         return matrix.to(device=self.device, dtype=self.dtype if matrix.is_floating_point() else None)
 

@@ -49,9 +49,10 @@ def allow_kernels(allowed: bool) -> None:
 
 
 def find_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
-    """Return the module of kernels for tensors of this dtype on this device; None if torch computes.
+    """Return the module of kernels for tensors of this dtype on this device; None to fall back to torch.
 
-    Returns None before :func:`verify_kernels`: every forward calls this function, and cannot try kernels.
+    Always returns None until :func:`verify_kernels` has run, because every forward pass calls this function
+    and kernels cannot be tested there.
     """
     return _verified.get((device, dtype)) if _is_allowed else None
 

@@ -214,7 +214,7 @@ def loss_svg(view: RunView) -> str:
     title = view.run.name
     if view.best is not None:
         title += f": best validation loss {format_loss(view.best.loss)} at step {view.best.step:,}"
-    legend = "gray: loss of each step   blue: smoothed   green: validation loss, its best starred"
+    legend = "gray: loss of each step   blue: smoothed   green: validation loss (★ best)"
     parts = [
         *loss_picture(view, frame, ON_ANY),
         text(_LEFT, 28, title, ON_ANY.axis, size=18),

@@ -45,7 +45,7 @@ _HELP_ROWS = 5
 _NUMBER_CELLS = 14
 """Width of the field for typing a number, in cells."""
 _TEXT_SEPARATOR = " | "
-"""Separates the items of a setting that is a list of texts, while the user edits it."""
+"""Separates the items of a setting that is a list of strings, while the user edits it."""
 
 
 @dataclass

@@ -370,8 +370,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             return True
         text = (
             f"{what}, and there may not be enough free memory for the chat's model too. If you load the "
-            "model, one of the two may run out of memory. If you do not, nothing is sent, and your message "
-            "stays in the field."
+            f"model, the chat or the other process may run out of memory. Otherwise nothing is sent, and "
+            f"your message stays in the field."
         )
         question = ConfirmScreen(title, text, yes="Load anyway", no="Not now", is_outdated=is_over)
         if not await self._fits_beside(status) and not await self.app.push_screen_wait(question):

@@ -380,7 +380,7 @@ class ChatScreen(WorkScreen):
         name = pair.left if side == "left" else pair.right
         answers = [turn.answers[name] for turn in self.conversation.turns if name in turn.answers]
         if not answers or not answers[-1].text:
-            self.notify(f"There is no answer of {name} to copy yet.")
+            self.notify(f"{name} has no answer to copy yet.")
             return
         self.app.copy_to_clipboard(answers[-1].text.strip())
 
@@ -433,7 +433,7 @@ class ChatScreen(WorkScreen):
         """Record that, of the last two answers, the answer on this side (``left`` or ``right``) is better."""
         turn = self.conversation.last_answered(2)
         if turn is None:
-            self.notify("There are not two answers to choose from. Show base and adapter side by side first.")
+            self.notify("A choice needs two answers. Show base and adapter side by side first.")
             return
         left, right = list(turn.answers.values())[:2]
         chosen, rejected = (left, right) if side == "left" else (right, left)
@@ -443,7 +443,7 @@ class ChatScreen(WorkScreen):
             self.notify(
                 f"The better answer was cut off: a model trained on it would stop there too. "
                 f"{key_name('chat.settings')} raises the limit and {key_name('chat.retry')} asks again, or "
-                f"{key_name('chat.edit_answer')} edits it.",
+                f"{key_name('chat.edit_answer')} edits the answer.",
                 severity="warning",
             )
         else:
@@ -490,15 +490,15 @@ class ChatScreen(WorkScreen):
         if kind is None:
             so_far = ", ".join(pluralize(counts[kind], _CHOICES[kind]) for kind in reversed(_CHOICES))
             self.notify(
-                f"{so_far} so far; {ENOUGH} of a kind are enough to train on. "
-                f"{key_name('chat.prefer_right')} and {key_name('chat.prefer_left')} choose, "
-                f"{key_name('chat.edit_answer')} edits."
+                f"{so_far} so far; training needs {ENOUGH} choices or {ENOUGH} edits. "
+                f"{key_name('chat.prefer_right')} and {key_name('chat.prefer_left')} record a choice, "
+                f"{key_name('chat.edit_answer')} an edit."
             )
             return
         run_id = run.id if run is not None and source.adapters else ""
         if self.app.load_recipe(recipe_on_choices(source.recipe, kind, run_id)):
-            start = f", from the adapter of {run_id}" if run_id else ""
-            self.notify_undoable(f"Prepared a run on your {kind}{start}.")
+            start = f", starting from the adapter of {run_id}" if run_id else ""
+            self.notify_undoable(f"Prepared a run that trains on your {kind}{start}.")
         await prepare_run(self.app)
 
     # What is shown around the conversation

@@ -277,8 +277,10 @@ def unreadable_text(error: UserError, fields: dict[str, str]) -> Content:
         # The error's fix is to edit the recipe file. On this screen, a key does the same.
         error = error.replace(fix=f"Press {key_name('data.columns')} to map the columns.")
     if kind := refused_preferences(error):
-        sides = "chosen or on both answers" if kind == "pairs" else "good or on all answers"
-        error = error.replace(fix=f"Press {key_name('data.fix')} to train on the {sides}.")
+        sides = (
+            "the chosen answers only, or on both" if kind == "pairs" else "the good answers only, or on all"
+        )
+        error = error.replace(fix=f"Press {key_name('data.fix')} to train on {sides}.")
         keys = [(key_name("data.fix"), "choose how to train on them"), *keys]
     parts: list[Content | tuple[str, str]] = [error_content(error, is_spaced=True)]
     if fields and not kind:

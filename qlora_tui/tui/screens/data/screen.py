@@ -512,7 +512,7 @@ class DataScreen(SourceActions):
             self._change_source(without_rows(source, rows))
         self.notify(
             f"Queued {queued.name} without {pluralize(len(rows), 'row')}; the recipe leaves them out too. "
-            f"Press {key_name('app.undo')} to undo the change of the recipe."
+            f"Press {key_name('app.undo')} to undo the change to the recipe."
         )
 
     def _file_names(self) -> dict[str, str]:

@@ -491,7 +491,10 @@ def shape_lines() -> list[Content]:
     rows.
     """
     cells = max(map(len, ROW_SHAPES))
-    files = "JSON, JSONL, CSV, Parquet or text, from files, folders or the Hub; recognized from the columns."
+    files = (
+        "JSON, JSONL, CSV, Parquet or text, from files, folders or the Hub. The format is recognized "
+        "from the columns."
+    )
     rows = [Content.assemble(f"  {name:<{cells}}  ", (row, "dim")) for name, row in ROW_SHAPES.items()]
     return [*rows, Content.styled(f"  {files}", "dim")]
 

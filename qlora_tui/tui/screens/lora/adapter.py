@@ -216,7 +216,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_rslora" if lora.use_rslora:
             return "Scales by alpha/√rank, so that high ranks keep learning."
         case "lora.use_rslora":
-            return f"Scales the update {format_float(sqrt(lora.rank))} times as much, for high ranks."
+            return f"On: scales the update {format_float(sqrt(lora.rank))} times as much, for high ranks."
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:
@@ -231,7 +231,7 @@ def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> st
     """
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
-    fell_short = "In the QLoRA paper, fewer layers did worse than full fine-tuning."
+    fell_short = "In the QLoRA paper, adapting fewer layers did worse than full fine-tuning."
     all_needed = "The QLoRA paper needed all layers to match full fine-tuning."
     meaning = explain(kind if kind in GLOSSARY else "target modules")
     words = f"{meaning} {all_needed if lora.target_modules == (ALL_LINEAR,) else fell_short}"

@@ -282,7 +282,7 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:
         return f"Peak {peak_time(estimate, layers)}; PyTorch holds {reserved}"
-    return f"PyTorch holds {reserved} of the peak, {tensors} in tensors"
+    return f"At the peak, PyTorch holds {reserved}, of which {tensors} in tensors"
 
 
 def peak_time(estimate: Estimate, layers: int) -> str:

@@ -288,10 +288,10 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
         text = (
-            f"Both recipes stay on disk. Until you choose, yours is in {format_path(aside)}; after that, "
-            "the recipe that you did not choose is there. Changes from your recipe to the other one:"
+            f"Both recipes stay on disk. {format_path(aside)} contains yours until you choose, and then the "
+            f"recipe that you did not choose. Changes from your recipe to the other one:"
         )
-        listed = "\n".join(shown) or "Only the presets that the two recipes started from differ."
+        listed = "\n".join(shown) or "The two recipes differ only in the presets that they started from."
         super().__init__(
             "Another window of the app changed the recipe",
             Static(text, markup=False),

@@ -69,7 +69,7 @@ def save_as(
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
         raise OverwriteError(
-            "Preset exists", what=f"You already have a preset {name}, which would be replaced."
+            "Preset exists", what=f"You already have a preset named {name}. Saving would replace it."
         )
     save(name, recipe, note=note, overwrite=overwrite)
     return before
@@ -367,7 +367,7 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
     async def action_undo(self) -> None:
         if not self._undo:
             key = key_name("app.undo")
-            self.notify(f"No preset was changed here. To undo a change of the recipe, press Esc, then {key}.")
+            self.notify(f"No preset was changed here. To undo a change to the recipe, press Esc, then {key}.")
             return
         change = self._undo[-1]
         before = change.before

@@ -267,7 +267,10 @@ class ExportScreen(ModalScreen[None]):
             self._say(f"✗ {base.refusal}")
             return
         size = f" ~{format_bytes(base.merged_bytes)}" if base.merged_bytes else ""
-        text = f"{base.id}{size} from the Hugging Face Hub, on the Model screen. Export again afterwards."
+        text = (
+            f"{base.id}{size} is downloaded from the Hugging Face Hub on the Model screen. Export again "
+            f"afterwards."
+        )
         question = ConfirmScreen("Download the base model?", text, "Download", harmless=True)
         self.app.push_screen(question, download)
 

@@ -190,8 +190,8 @@ def export_choices(
             f"Model in Ollama, {file_type}",
             size,
             "ollama run",
-            "A GGUF file and its Modelfile in ~/models, given to `ollama create` if Ollama is "
-            f"installed.{about_type}",
+            "A GGUF file and its Modelfile in ~/models. If Ollama is installed, `ollama create` imports the "
+            "model.{about_type}",
             "ollama",
             file_type=file_type,
             target="Name",
@@ -223,7 +223,8 @@ def export_choices(
             f"Upload {uploaded}",
             uploaded_size,
             "sharing on the Hugging Face Hub",
-            "Goes to a private repository, with a model card. Type its name, or owner/name. Needs "
+            "Uploads to a private repository, with a model card. Type the repository's name, or owner/name. "
+            "Needs "
             "HF_TOKEN or `hf auth login`.",
             form,
             is_estimate=form != "hub-adapter",
@@ -251,7 +252,10 @@ def describe_choice(choice: ExportChoice) -> str:
     if not base.can_download:
         return f"{what} {abbreviate_home(base.refusal.why)}\n▸ {abbreviate_home(base.refusal.fix)}"
     size = f" (~{format_bytes(base.merged_bytes)})" if base.merged_bytes else ""
-    return f"{what}\n▸ Enter asks before it downloads the base{size} on the Model screen, then export again."
+    return (
+        f"{what}\n▸ Enter asks whether to download the base{size} on the Model screen. Export again "
+        f"afterwards."
+    )
 
 
 def _free_space(choice: ExportChoice) -> str:
@@ -282,7 +286,10 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
     lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
     if lengths:
         rows = join_words([f"{length:,}" for length in lengths])
-        text += f" Rows of {rows} weights are not multiples of 256, so llama.cpp stores them as larger types."
+        text += (
+            f" Row lengths of {rows} are not multiples of 256, so llama.cpp stores those tensors as "
+            f"larger types."
+        )
     return text
 
 

@@ -455,7 +455,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         if not summary.verdict.has_answers and not answers:
             lines.append(
                 highlight_keys(
-                    name_keys("{runs.evaluate} compares its answers with the base's answers."), "dim"
+                    name_keys("{runs.evaluate} compares the adapter's answers with the base's."), "dim"
                 )
             )
     return lines

@@ -133,9 +133,10 @@ def _theme_line(name: str, theme: Theme | None) -> Content:
     its own; the line then says how its colors are chosen.
     """
     colors = [theme.variables.get(hue) for hue in (*HUES, "key")] if theme is not None else []
-    words = {AUTO: "by the terminal's number of colors", TERMINAL: "made of the terminal's colors"}.get(
-        name, ""
-    )
+    words = {
+        AUTO: "chosen by the terminal's number of colors",
+        TERMINAL: "uses the terminal's own colors",
+    }.get(name, "")
     swatches = [("██ ", color) for color in colors if color]
     return Content.assemble((f"{name:<16}", "bold"), *swatches, (words, "$text-muted"))
 

@@ -547,7 +547,7 @@ def _outcome_of_stopping(snapshot: RunSnapshot | None, *, pauses: bool = False) 
             return "will save a checkpoint after this step and free its memory."
         best = ""
         if snapshot is not None and snapshot.best is not None and snapshot.is_best_saved:
-            best = f" Its best checkpoint, of step {snapshot.best.step:,}, stays."
+            best = f" Its best checkpoint, of step {snapshot.best.step:,}, is kept."
         return f"will save a checkpoint and the adapter of this step, then stop. It can be resumed.{best}"
     if snapshot.view.checkpoints:
         return "has not trained a step since it was resumed. It can be resumed from its last checkpoint."

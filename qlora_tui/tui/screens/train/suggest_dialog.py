@@ -163,7 +163,7 @@ class SuggestScreen(WorkerDialog[tuple[Suggestion, ...] | None], OnQloraApp):
         if chosen:
             self.dismiss(chosen)
         else:
-            self.notify("No suggestion is ticked: nothing changes.")
+            self.notify("No suggestion is selected, so nothing changes.")
             self.dismiss(None)
 
 
