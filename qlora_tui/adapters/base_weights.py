@@ -145,7 +145,11 @@ def assign_deltas(
         if parameter is not None and isinstance(update, ExpertDelta | LoraDelta):
             update = replace(update, transposed=layout.is_transposed(parameter))
         if parameter is None or not update.fits(shape):
-            there = f"{shape} in the base and {update.shape} here" if shape else "the base has no such weight"
+            there = (
+                f"{shape} in the base and {update.shape} in the adapter"
+                if shape
+                else "the base has no such weight"
+            )
             raise UserError(
                 "The adapter does not fit",
                 what=f"{adapter} changes {module}: {there}.",
@@ -205,5 +209,6 @@ def _require_tied(deltas: AdapterDeltas, head: OutputHead) -> None:
         raise UserError(
             "The adapter cannot be merged into this base",
             what="The adapter trained embedding and head separately, but the base has one matrix for both.",
-            fix="Use the adapter with peft, or train one with lora.train_embeddings, which keeps them tied.",
+            fix="Use the adapter with peft, or train an adapter with lora.train_embeddings, which keeps "
+            "them tied.",
         )

@@ -278,7 +278,8 @@ def _expert_update(
     rank = ranks.get(get_pattern_key(list(ranks), parameter), config.get("r", 8))
     if len(down) % rank:
         raise _unreadable(
-            folder, f"the factors of {parameter} have {len(down)} rows, no multiple of rank {rank}."
+            folder,
+            f"the factors of {parameter} have {len(down)} rows, which is not a multiple of rank {rank}.",
         )
     return ExpertDelta(down=down, up=up, experts=len(down) // rank, scale=_scale(parameter, rank, config))
 

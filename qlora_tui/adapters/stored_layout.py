@@ -105,9 +105,9 @@ class StoredLayout:
         }:
             raise UserError(
                 "This base cannot be merged",
-                what=f"{self._folder} stores {first} as {stored[0]} and others, which transformers reads but "
-                "does not write.",
-                why="A merged model has the tensors of its base.",
+                what=f"{self._folder} stores {first} as {stored[0]} and other tensors, a layout that "
+                f"transformers reads but cannot write.",
+                why="A merged model is saved in the layout of its base.",
                 fix="Use the adapter with peft instead.",
             )
         return TensorGroup(stored, {n: t.shape for n, t in parameters.items()}, group.converter, patterns)

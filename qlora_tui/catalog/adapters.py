@@ -81,7 +81,7 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
     except (msgspec.ValidationError, OverflowError) as error:
         raise _problem(file, f"{error}") from None
     if config.layer_replication:
-        raise _problem(file, "layer_replication is set, and layers cannot be replicated here")
+        raise _problem(file, "layer_replication is set, which is not supported")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, key) or {}
         if len(patterns) > MAX_PATTERNS:

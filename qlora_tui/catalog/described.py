@@ -90,7 +90,7 @@ def _describe(configs: list[Mapping[str, Any]], should_stop: Callable[[], bool])
         configs,
         result=list[Description],
         title="The model's structure could not be read",
-        subject="The process that builds it without weights",
+        subject="The process that builds the model without weights",
         fix="Compare its config.json with the one published with the model, or choose another model.",
         deadline_s=DEADLINE_S,
         should_stop=should_stop,

@@ -189,8 +189,8 @@ def read_gguf(path: Path, *, vocabulary: bool = False) -> GgufHeader:
 
 _AGAIN = "Download the file again, or choose the model in the Hugging Face format."
 _OTHER_FORMAT = (
-    "Download the original model in the Hugging Face format (safetensors) and choose that; "
-    "the file's publisher names it."
+    "Download the original model in the Hugging Face format (safetensors) and choose it. The page of the "
+    "GGUF file names the original model."
 )
 
 

@@ -312,7 +312,7 @@ def _gemma4(data: Metadata, config: Config) -> None:
     config["intermediate_size"] = own.pop()
     double = bool(last) and last == {2 * config["intermediate_size"]}
     if last and not double and last != {config["intermediate_size"]}:
-        raise data.problem("gemma4.feed_forward_length is neither one nor twice the first one")
+        raise data.problem("gemma4.feed_forward_length is neither the first value nor twice the first value")
     config["use_double_wide_mlp"] = double
     config["hidden_size_per_layer_input"] = data.count("embedding_length_per_layer_input") or 0
     table = data.header.tensors.get("per_layer_token_embd.weight")

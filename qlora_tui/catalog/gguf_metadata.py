@@ -45,7 +45,9 @@ class Metadata:
         name = f"{self.architecture}.{key}"
         self._unread.discard(name)
         if name in self.header.lengths and name not in self.header.values:
-            raise self.problem(f"{name} is a list of {self.header.lengths[name]:,} texts or too many numbers")
+            raise self.problem(
+                f"{name} is a list of {self.header.lengths[name]:,} strings, or of too many numbers"
+            )
         return self.header.values.get(name)
 
     def peek(self, key: str) -> Any:

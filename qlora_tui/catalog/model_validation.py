@@ -467,8 +467,8 @@ def adapter_without_code(config: Mapping[str, Any], where: str) -> tuple[dict[st
         raise UserError(
             "Cannot read the adapter",
             what=f"{where}: {not_understood}.",
-            why="Such an adapter would silently change the base, or compute something else than in its "
-            "training.",
+            why="Such an adapter would silently change the base, or compute something other than what it "
+            "was trained for.",
             fix="Convert it to a plain LoRA adapter with peft, or choose another.",
         )
     clean = {key: value for key, value in config.items() if key in _ADAPTER_KEYS}

@@ -90,7 +90,7 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
     """Return the consequence of missing these packages, and how to install them."""
     names = join_words([package.distribution for package in packages])
     are = "are" if len(packages) > 1 else "is"
-    text = f"Some layers run as plain PyTorch, much slower: {names} {are} not installed."
+    text = f"Some layers run much slower, as plain PyTorch, because {names} {are} not installed."
     if any(package.module == "fla" for package in packages):
         text += (
             " With flash-linear-attention a step of Qwen3.5-9B took 0.70 s instead of 1.22 "
@@ -111,7 +111,7 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
         command = install_command(*compiled, options=("--no-build-isolation",), keep=_KEEP)
         begin = "Then" if wheels else "Install with"
         if not shutil.which("nvcc"):
-            begin = "Install the CUDA toolkit, whose nvcc the installation needs; then run"
+            begin = "Install the CUDA toolkit, because the installation needs its nvcc. Then run"
         fixes.append(
             f"{begin} `{command}`, which downloads a build for this torch, or compiles one with nvcc."
         )

@@ -25,7 +25,9 @@ from qlora_tui.training.adapter import MISREAD_REMEDY, misread_by_peft
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Possible values of vLLM's ``--max-lora-rank``."""
 _DEFAULT_RANK = 16
-_MERGE_MEASURES = " `qlora-tui export merge` measures that, and merges it into the weights that are closer."
+_MERGE_MEASURES = (
+    " `qlora-tui export merge` measures the difference, and merges the adapter into the closer weights."
+)
 
 
 class AdapterFolder(Struct, frozen=True, kw_only=True):

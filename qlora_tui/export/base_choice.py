@@ -48,7 +48,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         if self.unmeasured_because:
             return (
                 "Merged into the dequantized 4-bit base weights of the training. Not compared with the "
-                f"original 16-bit ones: {self.unmeasured_because}."
+                f"original 16-bit weights: {self.unmeasured_because}."
             )
         if self.original_divergence is None or self.dequantized_divergence is None:
             return ""
@@ -112,7 +112,7 @@ def choose_base(
         return BaseChoice(chosen="dequantized", unmeasured_because=reference)
     if lacking := lacking_memory(model_folder(recipe)):
         return BaseChoice(chosen="dequantized", unmeasured_because=lacking)
-    words = "Comparing the adapter on {} base weights with its training"
+    words = "Comparing the adapter on {} base weights with the trained model"
     try:
         session = load_session(unquantized(source), on_status)
         session.ensure_loaded(adapter_name)

@@ -166,7 +166,7 @@ def _refusal(status: int, repo: str) -> UserError | None:
             return UserError(
                 "The repository is being changed by another upload",
                 what=f"The Hub reports a conflict on {repo}.",
-                why="Another upload to it, or to this account, is in progress.",
+                why="Another upload to this repository, or to this account, is in progress.",
                 fix=f"Wait until it ends. {_AGAIN}",
             )
         case 413:

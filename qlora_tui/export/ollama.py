@@ -179,11 +179,13 @@ def _notes(template: OllamaTemplate, tokenizer: ChatTokenizer) -> tuple[str, ...
     if not template.text:
         return (
             f"The Modelfile has no TEMPLATE: {template.reason}. Ollama then guesses one, and may answer "
-            "differently; llama-server uses the model's own.",
+            "differently; llama-server uses the model's own template.",
         )
     notes = [template.note] if template.note else []
     if tokenizer.traits.tools:
-        notes.append("The TEMPLATE has no tools; llama-server uses the model's own, which has them.")
+        notes.append(
+            "The TEMPLATE does not support tools; llama-server uses the model's own template, which does."
+        )
     return tuple(notes)
 
 

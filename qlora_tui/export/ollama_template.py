@@ -83,8 +83,8 @@ def ollama_template(tokenizer: ChatTokenizer, thinking: Thinking, *, adds_bos: b
     note = (
         ""
         if keeps_spaces
-        else "The model's template removes spaces around each message, which Ollama's cannot; otherwise "
-        "both render alike."
+        else "The model's template removes spaces around each message, which Ollama's template cannot do. "
+        "Otherwise both render alike."
     )
     return OllamaTemplate(text, note=note)
 

@@ -76,7 +76,7 @@ def gemma3n(config: Any) -> dict[str, Any]:
     if [share == _SPARSITY for share in sparsity] != [
         layer < _SPARSE_LAYERS for layer in range(len(sparsity))
     ]:
-        raise cannot_compute("its sparse layers are not exactly the first ten, of 95 %")
+        raise cannot_compute("its sparse layers are not exactly the first ten, with a sparsity of 95%")
     if (first := _first_shared_layer(config)) != _FIRST_SHARED:
         raise cannot_compute(f"its layers share keys and values from {first} on, not from {_FIRST_SHARED}")
     return {

@@ -144,7 +144,10 @@ def describe(error: CudaError) -> UserError:
     why = f'CUDA says: "{error.sentence}". {text.why}'
     may_be_suspension = error.failure in (CudaFailure.LOST, CudaFailure.UNKNOWN, CudaFailure.DRIVER)
     if may_be_suspension and _suspended_s() - _suspended_before_s > _SUSPENSION_S:
-        what = "The machine was suspended while the GPU computed, and the GPU lost what it held."
+        what = (
+            "The machine was suspended while the GPU computed, and the contents of the GPU's memory were "
+            "lost."
+        )
         return UserError(text.title, what=what, why=f'CUDA says: "{error.sentence}".', fix=text.fix)
     fix = text.fix
     if in_windows and (setting := without_growing_segments(os.environ)):

@@ -128,13 +128,13 @@ class Estimate:
 
     @property
     def correction_words(self) -> str:
-        """Return ``corrected +2 % from 3 runs``; empty if no run was measured on this machine."""
+        """Return ``corrected +2% from 3 runs``; empty if no run was measured on this machine."""
         if self.correction is None:
             return ""
         runs = f"{self.correction.runs} run{'s' if self.correction.runs > 1 else ''}"
         if not self.correction.applies:
-            return f"{runs} measured, {MIN_RUNS} are needed to correct"
-        return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f} % from {runs}"
+            return f"{runs} measured, {MIN_RUNS} are needed for a correction"
+        return f"corrected {(self.process_bytes / self.uncorrected_bytes - 1) * 100:+.0f}% from {runs}"
 
     def bytes_of(self, key: str) -> int:
         """Return the bytes of one item; 0 if the item does not exist at the peak."""
@@ -329,8 +329,8 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
     elif BEYOND_RULES * layout.architecture.saves_beyond_rules > STEP_UNCERTAINTY:
         share = format_percent(layout.architecture.saves_beyond_rules)
         notes.append(
-            f"In a trial, layers of this class saved up to {share} more or less for their backward than the "
-            "shapes of their modules show."
+            f"In a trial, layers of this class saved up to {share} more or less memory for the backward "
+            f"pass than the shapes of their modules suggest."
         )
     return tuple(notes)
 

@@ -42,7 +42,7 @@ LABELS: dict[str, str] = {
     "kv_cache": "General answers",
     "loading": "Loading the weights",
     "workspace": "cuBLAS workspace",
-    "unsplit": "Uncut blocks",
+    "unsplit": "Unsplit blocks",
     "kernels": "oneDNN kernels",
     "fragmentation": "Allocator slack",
     "context": "CUDA context",
@@ -118,7 +118,7 @@ def _scales_sentence(recipe: Recipe) -> str:
     if recipe.quantization.method == "int8":
         return "One 4-byte scale per output row."
     if recipe.quantization.double_quantization:
-        return "One scale per 64 weights: 1 byte each, 4 more per 256 of them, and one code table per module."
+        return "One 1-byte scale per 64 weights, 4 bytes per 256 scales, and one code table per module."
     return "One 4-byte scale per 64 weights, and one code table per module; double quantization quarters it."
 
 
@@ -229,7 +229,8 @@ def _process_sentences(layout: Layout) -> dict[str, str]:
             "Memory for loading, beyond that of a training step: 16-bit weights before they are quantized."
         ),
         "workspace": "cuBLAS keeps a workspace in the allocator's pool.",
-        "unsplit": "Up to 1 MiB per tensor, not split off without expandable segments.",
+        "unsplit": "Up to 1 MiB per tensor: without expandable segments, the allocator does not split off "
+        "smaller remainders.",
         "kernels": "Code that oneDNN compiles and caches for each shape of a product.",
         "fragmentation": (
             "Memory of the allocator in addition to the tensors: free blocks too small for the next tensor, "

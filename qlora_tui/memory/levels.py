@@ -412,7 +412,7 @@ class Conversion:
         if run_bytes is not None:
             beside = "more than the run" if self.peak_bytes > run_bytes else "less than the run"
         return (
-            f"Before the first run {self.file} is converted in a separate process: "
+            f"Before the first run, {self.file} is converted in a separate process: "
             f"{format_bytes(self.peak_bytes)}, {beside}."
         )
 

@@ -243,7 +243,7 @@ class CompletionBody(_CommonBody, frozen=True, kw_only=True):
             with suppress(msgspec.ValidationError):
                 return msgspec.convert(given, kind)  # type: ignore[return-value]  # one of the kinds
         raise ApiError(
-            400, "prompt must be a text, a list of token ids, or a list of either.", param="prompt"
+            400, "prompt must be a string, a list of token ids, or a list of either.", param="prompt"
         )
 
     def completions(self, model: ServedModel, context_tokens: int) -> list[Completion]:

@@ -99,8 +99,8 @@ def short_verdict(view: SweepView) -> tuple[str, list[str]]:
     else:
         headline = f"Not better: {_with_values(winner)} differs by less than the noise"
     losses = (
-        f"{format_loss(verdict.found)}, mean of {_seeds(view.confirmations_of(winner))}; unchanged "
-        f"{format_loss(verdict.base)}, of {_seeds(view.base_trials)}."
+        f"{format_loss(verdict.found)}, mean of {_seeds(view.confirmations_of(winner))}; unchanged recipe "
+        f"{format_loss(verdict.base)}, mean of {_seeds(view.base_trials)}."
     )
     return headline, [losses, f"Noise (95%): {format_float(noise)}."]
 

@@ -128,7 +128,7 @@ def why_no_flash(device: ComputeDevice) -> str:
         None: "",
         "no GPU": "Flash attention needs a CUDA GPU.",
         "float32": "Flash attention computes in 16 bits only.",
-        "old GPU": f"Flash attention needs a GPU from Ampere on (RTX 30), but this is a {device.name}.",
+        "old GPU": f"Flash attention needs an Ampere GPU (RTX 30) or newer, but this is a {device.name}.",
         "old torch": f"Flash attention needs torch 2.11 or newer, but {torch.__version__} is installed.",
     }
     return reasons[_flash_obstacle(device)]

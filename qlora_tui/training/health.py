@@ -26,7 +26,7 @@ _SKIPPED_STEPS = 12
 Each skipped step halves the loss scale, which begins at 65,536, so the limit is reached at a scale of 16.
 """
 _REMEMBER = (
-    "If other abilities matter, raise Replay share, the base's own answers in the training data, by 0.1, or "
+    "If other abilities matter, raise Replay share (the base's own answers in the training data) by 0.1, or "
     "lower Learning rate, Epochs or Rank."
 )
 """Remedy for a model that answers general prompts differently from its base."""
@@ -164,7 +164,7 @@ class ForgettingMonitor:
         ends = ""
         if turn_ends is not None:
             ended = f"ends {turn_ends:.0%}" if turn_ends else "ends none"
-            ends = f", and the model {ended} of the answers that the base ends"
+            ends = f", and of the answers that the base ends, the model {ended}"
         return Finding(
             "forgetting",
             f"Answers to general prompts are far from the base's: KL divergence {divergence:.2g} per token "

@@ -114,7 +114,7 @@ def auto_class(config: Any) -> Any:
             return loader
         unread = model_class.__name__
     if unread:
-        reason = f"{unread}, with which transformers loads it, does not read the weights of this type"
+        reason = f"transformers loads it as {unread}, which does not read the weights of this type"
         raise unbuildable(config.model_type, reason)
     raise unbuildable(config.model_type, f"no class of transformers {library_version()} generates text")
 

@@ -174,5 +174,5 @@ def test_texts_that_are_changed_otherwise_are_refused(tmp_path: Path, kind: str)
     "node", [{"type": "Whitespace"}, {"type": "Punctuation", "behavior": "Isolated"}, None]
 )
 def test_rules_that_split_otherwise_have_no_name(node: Any) -> None:
-    with pytest.raises(UserError, match="no pre-tokenizer with its rules"):
+    with pytest.raises(UserError, match="no pre-tokenizer with this tokenizer's rules"):
         pre_tokenizer_name({"pre_tokenizer": node, "model": {}})

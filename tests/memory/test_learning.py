@@ -55,7 +55,7 @@ def test_one_run_corrects_nothing_and_is_counted() -> None:
     assert (
         estimated.process_bytes == estimate(Recipe(), qwen_7b()).process_bytes == estimated.uncorrected_bytes
     )
-    assert estimated.correction_words == "1 run measured, 2 are needed to correct"
+    assert estimated.correction_words == "1 run measured, 2 are needed for a correction"
 
 
 def test_tensors_are_scaled_and_the_context_is_taken_as_measured() -> None:
@@ -83,7 +83,7 @@ def test_a_corrected_estimate_says_so_and_still_adds_up() -> None:
         assert corrected.allocated_bytes <= corrected.reserved_bytes <= corrected.process_bytes
         assert corrected.band.low_bytes <= corrected.process_bytes <= corrected.band.high_bytes
         change = corrected.process_bytes / corrected.uncorrected_bytes - 1
-        assert corrected.correction_words == f"corrected {change * 100:+.0f} % from 2 runs"
+        assert corrected.correction_words == f"corrected {change * 100:+.0f}% from 2 runs"
 
 
 def test_a_tiny_cpu_run_does_not_distort_a_large_one() -> None:

@@ -62,7 +62,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     if name is None:
         raise UserError(
             "This tokenizer cannot be exported as GGUF",
-            what=f"llama.cpp has no pre-tokenizer with its rules: {' then '.join(rules) or 'none'}.",
+            what=f"llama.cpp has no pre-tokenizer with this tokenizer's rules: "
+            f"{' then '.join(rules) or 'none'}.",
             fix="Export the model with `qlora-tui export merge`; transformers and vLLM load that folder.",
         )
     return name
@@ -252,7 +253,7 @@ def _tokens(
         types[unknown] = CONTROL if is_byte_level else UNKNOWN
     if len(set(tokens)) < rows:
         repeated, _ = Counter(tokens).most_common(1)[0]
-        raise _unsupported(f"two of its tokens are written {repeated!r}")
+        raise _unsupported(f"two of its tokens have the same text, {repeated!r}")
     return tokens, types
 
 

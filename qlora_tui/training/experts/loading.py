@@ -219,7 +219,7 @@ def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
             row += len(part)
             del part
         if matrix is None or row != layout.rows:
-            raise ValueError(f"an expert with {row} rows, and not {layout.rows}")
+            raise ValueError(f"an expert with {row} rows instead of {layout.rows}")
         yield matrix
 
 

@@ -191,7 +191,7 @@ def export_choices(
             size,
             "ollama run",
             "A GGUF file and its Modelfile in ~/models. If Ollama is installed, `ollama create` imports the "
-            "model.{about_type}",
+            f"model.{about_type}",
             "ollama",
             file_type=file_type,
             target="Name",
