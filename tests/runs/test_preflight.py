@@ -278,7 +278,7 @@ def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str
 
 
 def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
-    assert _with_steps(tmp_path, 6) == ["Max steps is 6: the run ends after about 0.46 of the 2 epochs set."]
+    assert _with_steps(tmp_path, 6) == ["Max steps is 6, so the run ends after about 0.46 of 2 epochs."]
     assert _with_steps(tmp_path, 0) == ["About 26 steps in 2 epochs."]
 
 

@@ -252,7 +252,7 @@ def _starter_lines(models: Sequence[Starter], width: int) -> list[tuple[str, Con
         name = f"{model.id} (demo)" if model.is_demo else model.id
         rows.append(_Line(model.line_id, " ", name, texts, note=model.model.good_for))
     columns = _architecture_columns("download", "access")
-    return _lines("Good first models: demo, recommended, others by size", columns, rows, width)
+    return _lines("Good first models", columns, rows, width)
 
 
 def _hub_lines(
