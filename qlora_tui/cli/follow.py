@@ -8,7 +8,14 @@ from collections.abc import Callable
 
 from qlora_tui.cli.subcommand import print_json
 from qlora_tui.errors import EXIT_FAILURE
-from qlora_tui.runs.describe import PhaseFilter, describe, follow_events, summarize_status, unknown_lines
+from qlora_tui.runs.describe import (
+    PhaseFilter,
+    current_health,
+    describe,
+    follow_events,
+    summarize_status,
+    unknown_lines,
+)
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import AnyEvent, Failed, Progress, Step
 from qlora_tui.runs.status import RESUMABLE
@@ -60,7 +67,7 @@ def follow_plain(run: RunDir) -> int:
         phases.is_new(event)
     machine = _LastSample(run)
     print(f"{run.id}: {summarize_status(view, machine.poll())}", flush=True)
-    for health in {warning.kind: warning for warning in view.health}.values():
+    for health in {warning.kind: warning for warning in current_health(view)}.values():
         _print_line(health.at, describe(health))
     if view.ending is not None:
         _print_line(view.ending.at, describe(view.ending))

@@ -15,6 +15,7 @@ from pathlib import Path
 from qlora_tui import paths
 from qlora_tui.formatting import (
     format_loss,
+    format_loss_change,
     format_nats,
     format_number,
     format_percent,
@@ -45,6 +46,10 @@ _LEARNED: dict[Comparison, str] = {
     "worse": "It got worse",
     "unclear": "Not enough evidence that it learned",
 }
+NOTABLE_RISE = 0.01
+"""Smallest rise of the validation loss, as a share of the loss, that is worth a word or a color. Smaller
+differences are common between two evaluations of a model that no longer learns.
+"""
 _ACTIVE_INTERVAL_S = 5.0
 """Minimum seconds between two readings of an active run's log. The run's status is read whenever its summary
 is requested.
@@ -378,6 +383,8 @@ class RunEvidence:
     """Validation loss with its interval; None for runs of earlier versions, or without validation data."""
     losses: tuple[float, float | None] | None = None
     """Validation loss before training and at its end, without an interval; None if not measured."""
+    best_step: int | None = None
+    """Step of the lowest validation loss, if the loss has risen clearly since; None otherwise."""
     forgetting: float | None = None
     """Divergence from the base on general prompts, in nats; None if not measured."""
     forgot_much: bool = False
@@ -442,10 +449,14 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
             interval=None if change.low is None or change.high is None else Interval(change.low, change.high),
         )
     before, last = view.loss_before_training, view.trained_evaluation
+    losses = finite_losses(each for each in view.evaluations if each.step)
+    best_step, lowest = min(losses, key=lambda each: each[1], default=(0, math.inf))
+    has_risen = bool(losses) and losses[-1][1] > lowest * (1 + NOTABLE_RISE)
     return RunEvidence(
         preferences=preferences,
         loss=loss,
         losses=None if before is None else (before, None if last is None else last.loss),
+        best_step=best_step if has_risen else None,
         forgetting=None if last is None else last.forgetting,
         forgot_much=any(health.kind in _FORGETTING_WARNINGS for health in view.health),
         metric=evaluation.metrics[0] if evaluation is not None and evaluation.metrics else None,
@@ -486,7 +497,8 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
     elif loss is not None and (loss.is_lower or loss.is_higher):
         outcome = "better" if loss.is_lower else "worse"
     learned = _loss_words(evidence) if preferences is None else _preference_words(preferences)
-    parts = [learned, _forgetting_words(evidence), _metric_words(metric)]
+    risen = "" if evidence.best_step is None else f"best at step {evidence.best_step:,}, worse since"
+    parts = [learned, risen, _forgetting_words(evidence), _metric_words(metric)]
     return RunVerdict(
         outcome,
         f"{'; '.join(filter(None, parts))}.",
@@ -517,24 +529,32 @@ def _loss_words(evidence: RunEvidence) -> str:
         if after is None:
             return "Too early to tell: validation was measured only before training"
         if after < before:
-            fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)} at the end"
+            fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)}"
             return f"{fell}; rows not yet compared"
-        return f"{_LEARNED['unclear']}: {_loss_values(before, after)}"
-    outcome: Comparison = "better" if loss.is_lower else "worse" if loss.is_higher else "unclear"
-    # The rows may be fewer than those of an evaluation, so that the losses differ from those on the chart.
-    values = f"{_loss_values(loss.before, loss.after)} on {pluralize(loss.rows, 'row')}"
-    return f"{_LEARNED[outcome]}: {values}"
+        return f"{_LEARNED['unclear']}: validation loss {format_loss(before)} → {format_loss(after)}"
+    # The rows compared may be fewer than those of an evaluation. The sentence has no loss of theirs, which
+    # would differ from the losses on the chart.
+    interval, compared = loss.interval, pluralize(loss.rows, "row")
+    if interval is None or loss.rows < MIN_ROWS:
+        return f"{_LEARNED['unclear']}: only {compared} compared"
+    if not (loss.is_lower or loss.is_higher):
+        change = f"{format_loss_change(interval.low)} to {format_loss_change(interval.high)}"
+        return f"{_LEARNED['unclear']}: change of the validation loss {change} {_measure(compared)}"
+    low, high = sorted((abs(interval.low), abs(interval.high)))
+    size = f"{format_loss(low)} to {format_loss(high)} {'lower' if loss.is_lower else 'higher'}"
+    outcome: Comparison = "better" if loss.is_lower else "worse"
+    return f"{_LEARNED[outcome]}: validation loss {size} {_measure(compared)}"
 
 
-def _loss_values(before: float, after: float) -> str:
-    return f"validation loss {format_loss(before)} → {format_loss(after)} at the end"
+def _measure(compared: str) -> str:
+    return f"on {compared} compared (95% interval)"
 
 
 def _forgetting_words(evidence: RunEvidence) -> str:
     if evidence.forgetting is None:
-        return "general answers changed much" if evidence.forgot_much else ""
+        return "much forgetting" if evidence.forgot_much else ""
     much = "much" if evidence.forgot_much else "little"
-    return f"general answers changed {much} (KL divergence {format_nats(evidence.forgetting)})"
+    return f"{much} forgetting ({format_nats(evidence.forgetting)})"
 
 
 def _metric_words(metric: Metric | None) -> str:

@@ -13,6 +13,7 @@ from statistics import fmean, median
 
 from qlora_tui.formatting import pluralize
 from qlora_tui.gpu.metrics import GpuMetrics
+from qlora_tui.runs.describe import MUCH_FORGETTING, forgetting_evidence
 from qlora_tui.runs.events import GeneralAnswers
 from qlora_tui.runs.suggested_fix import FEW_STEPS
 
@@ -39,11 +40,6 @@ _PLATEAU = 0.002
 """Share by which the mean loss must fall from the earlier half to the later one."""
 _WORSE = 0.05
 """Share above the validation loss before training at which a loss counts as clearly worse."""
-_FORGETTING = 2.0
-"""Limit in nats per token, at which each token of the base's own answer becomes 7 times less likely.
-
-The demo, which teaches a style, reaches 1.4.
-"""
 _MANY_ANSWERS = 0.25
 """Share of general answers that must be worse than the base's to be a finding."""
 _IDLE_S = 60.0
@@ -158,19 +154,10 @@ class ForgettingMonitor:
             divergence: mean KL(base ‖ model), in nats.
             turn_ends: share of the base's turn ends that the model keeps; None if the base has none.
         """
-        if not step or self._reported or divergence <= _FORGETTING:
+        if not step or self._reported or divergence <= MUCH_FORGETTING:
             return None
         self._reported = True
-        ends = ""
-        if turn_ends is not None:
-            ended = f"ends {turn_ends:.0%}" if turn_ends else "ends none"
-            ends = f", and of the answers that the base ends, the model {ended}"
-        return Finding(
-            "forgetting",
-            f"Answers to general prompts are far from the base's: KL divergence {divergence:.2g} per token "
-            f"at step {step}{ends}.",
-            _REMEMBER,
-        )
+        return Finding("forgetting", forgetting_evidence(step, divergence, turn_ends), _REMEMBER)
 
 
 def check_general_answers(answers: GeneralAnswers) -> Finding | None:
@@ -193,7 +180,7 @@ def check_general_answers(answers: GeneralAnswers) -> Finding | None:
         return None
     return Finding(
         "general_answers",
-        f"Of {answers.answers} answers to general prompts, {', '.join(lost)}.",
+        f"Forgetting: of {answers.answers} answers to general prompts, {', '.join(lost)}.",
         _REMEMBER,
     )
 

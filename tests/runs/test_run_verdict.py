@@ -1,4 +1,4 @@
-"""Whether a run worked, in one sentence, by what is known of it."""
+"""Whether a run worked, in one sentence, by what is known of it, and the warnings beside it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import pytest
 
 from qlora_tui.recipe.schema import Data, Lora, Preferences, Recipe
+from qlora_tui.runs.describe import current_health
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import (
@@ -56,40 +57,47 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
-            "It learned: validation loss 2.000 → 1.200 at the end on 20 rows; "
-            "general answers changed little (KL divergence 0.31); answers better: exact match 90%, base 30%.",
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "little forgetting (0.31); answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
-            "It learned: validation loss 2.000 → 1.200 at the end on 20 rows; "
-            "general answers changed much (KL divergence 2.4).",
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "much forgetting (2.4).",
         ),
         (
             RunEvidence(loss=loss(0.5)),
             "worse",
-            "It got worse: validation loss 2.000 → 2.500 at the end on 20 rows.",
+            "It got worse: validation loss 0.369 to 0.631 higher on 20 rows compared (95% interval).",
         ),
         (
             RunEvidence(loss=loss(-0.05)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.000 → 1.950 at the end on 20 rows.",
+            "Not enough evidence that it learned: change of the validation loss -0.181 to +0.081 on 20 rows "
+            "compared (95% interval).",
+        ),
+        (
+            RunEvidence(loss=loss(-0.8), best_step=640),
+            "better",
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "best at step 640, worse since.",
         ),
         (
             RunEvidence(loss=loss(-0.8, rows=4)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.000 → 1.200 at the end on 4 rows.",
+            "Not enough evidence that it learned: only 4 rows compared.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(9, 10)),
             "better",
-            "It learned: validation loss 2.000 → 1.200 at the end on 20 rows; "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
             "answers not clearly better: exact match 50%, base 45% on 20 prompts.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(18, 6)),
             "worse",
-            "It learned: validation loss 2.000 → 1.200 at the end on 20 rows; "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
             "answers worse: exact match 30%, base 90%.",
         ),
         (
@@ -121,12 +129,12 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(losses=(2.5, 1.5)),
             "unclear",
-            "Validation loss fell from 2.500 to 1.500 at the end; rows not yet compared.",
+            "Validation loss fell from 2.500 to 1.500; rows not yet compared.",
         ),
         (
             RunEvidence(losses=(2.5, 2.5)),
             "unclear",
-            "Not enough evidence that it learned: validation loss 2.500 → 2.500 at the end.",
+            "Not enough evidence that it learned: validation loss 2.500 → 2.500.",
         ),
     ],
 )
@@ -136,7 +144,7 @@ def test_the_verdict_says_what_the_evidence_allows(
     verdict = judge_run(evidence)
     assert (verdict.outcome, verdict.sentence) == (outcome, sentence)
     assert verdict.has_answers == (evidence.metric is not None)
-    assert verdict.lacks_rows == sentence.endswith(("rows not yet compared.", "2.500 → 2.500 at the end."))
+    assert verdict.lacks_rows == sentence.endswith(("rows not yet compared.", "2.500 → 2.500."))
 
 
 def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
@@ -153,11 +161,36 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     verdict = summarize(run).verdict
     assert verdict is not None
     learned, changed = verdict.sentence.split("; ")
-    assert learned == "It learned: validation loss 2.000 → 1.000 at the end on 9 rows"
-    assert changed == "general answers changed much (KL divergence 2.5)."
+    assert learned == "It learned: validation loss 0.800 to 1.200 lower on 9 rows compared (95% interval)"
+    assert changed == "much forgetting (2.5)."
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: exact match 90%, base 30%.")
+
+
+def test_a_clear_rise_after_the_best_loss_is_part_of_the_evidence(run: RunDir) -> None:
+    view, best_steps = RunView(run), []
+    with EventWriter(run.events_path) as log:
+        for step, loss_then in ((0, 2.0), (5, 1.5), (10, 1.4), (15, 1.405), (20, 1.5)):
+            log.append(Evaluated(at=1.0, step=step, loss=loss_then))
+            view.refresh()
+            best_steps.append(gather_evidence(view, None, None).best_step)
+    assert best_steps == [None, None, None, None, 10]
+
+
+def test_a_warning_of_forgetting_has_its_latest_value(run: RunDir) -> None:
+    with EventWriter(run.events_path) as log:
+        for step, divergence in ((10, 1.0), (20, 2.1), (30, 2.6)):
+            log.append(Evaluated(at=1.0, step=step, loss=1.0, forgetting=divergence, general_turn_ends=0.0))
+            if step == 20:
+                log.append(
+                    Health(at=1.0, step=20, kind="forgetting", severity="warning", evidence="", remedy="")
+                )
+    view = RunView(run)
+    view.refresh()
+    (warning,) = current_health(view)
+    assert warning.evidence.startswith("Forgetting is 2.6: general answers no longer end. ")
+    assert "at step 30 (2.1 at step 20)" in warning.evidence
 
 
 @pytest.mark.parametrize(

@@ -194,10 +194,8 @@ def test_forgetting_is_reported_once_and_not_before_training() -> None:
     assert monitor.check(0, 3.0, None) is None
     assert monitor.check(10, 1.2, 1.0) is None
     finding = monitor.check(20, 2.4, 0.25)
-    assert (
-        finding is not None
-        and "divergence 2.4 per token" in finding.evidence
-        and "25% of the answers" in finding.evidence
+    assert finding is not None and finding.evidence.startswith(
+        "Forgetting is 2.4: only 25% of general answers end."
     )
     assert monitor.check(30, 2.9, 0.2) is None
 

@@ -39,7 +39,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
-from qlora_tui.runs.run_summary import RunSummary, data_words, setting_words, shared_settings
+from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary, data_words, setting_words, shared_settings
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, State, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
@@ -82,8 +82,6 @@ settings.
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
 _MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
-_NOTABLE_RISE = 0.01
-"""Minimum rise of the validation loss that is shown in the color of warnings, as a fraction of the loss."""
 _WAY = (
     ("go.models", "choose a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
     ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
@@ -537,7 +535,7 @@ def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Conte
             (BEST if best else " ", "$validation bold"),
         )
         if math.isfinite(change):
-            style = "$warning" if change > _NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
+            style = "$warning" if change > NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
             line += Content.styled(f" {format_loss_change(change):>6} ", "" if change <= 0 else style)
             line += Content.styled("▄" * round(abs(change) / most * max(0, width - line.cell_length)), style)
         lines.append(line)

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control
-from qlora_tui.runs.describe import PhaseFilter, describe, unknown_lines
+from qlora_tui.runs.describe import PhaseFilter, current_health, describe, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import LineTail, end_offset
 from qlora_tui.runs.events import (
@@ -318,7 +318,7 @@ class RunFollower:
 
     def _snapshot(self, decimated_run: _DecimatedRun) -> RunSnapshot:
         view = decimated_run.view
-        series = view.series
+        series, health = view.series, current_health(view)
         return RunSnapshot(
             view=view,
             status=view.status,
@@ -334,7 +334,7 @@ class RunFollower:
             evaluations=tuple(view.evaluations),
             best=view.best,
             samples=tuple(view.samples),
-            health=tuple(view.health),
+            health=health,
             entries=self._entries,
             output=self._output.entries,
             telemetry=tuple(self._readings),
@@ -342,7 +342,7 @@ class RunFollower:
             seconds_trained=decimated_run.seconds_trained,
             seconds_left=view.seconds_left,
             seconds_per_step=view.seconds_per_step,
-            fix=suggest_fix(view.status.state, view.health, view.ending, self._recipe, view.plan),
+            fix=suggest_fix(view.status.state, health, view.ending, self._recipe, view.plan),
             step_stride=decimated_run.step_stride,
             stages=tuple(self._stages),
             recipe=self._recipe,

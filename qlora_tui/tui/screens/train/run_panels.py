@@ -389,15 +389,17 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
 
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return one line for windows without a panel of warnings: the warning that has a fix, shortened to fit,
-    and the key for the fix. Return no line if there is no such warning.
+    """Return a line for windows without a panel of warnings: the warning that has a fix, or its first
+    sentence, cut to what fits, and the key for the fix. Return no line if there is no such warning.
     """
     fix = snapshot.fix
     if fix is None or not fix.evidence:
         return []
     key = highlight_keys(f" ▸ {key_name('train.fix')} {fix.short_label}")
-    warning = Content.styled(f"! {fix.evidence}", "$warning")
-    return [warning.truncate(max(0, width - key.cell_length), ellipsis=True) + key]
+    room = max(0, width - key.cell_length)
+    options = [fix.evidence, f"{fix.evidence.partition('. ')[0]}."]
+    text = next((option for option in options if len(option) + 2 <= room), fix.evidence)
+    return [Content.styled(f"! {text}", "$warning").truncate(room, ellipsis=True) + key]
 
 
 def _uses_of_adapter() -> list[str]:

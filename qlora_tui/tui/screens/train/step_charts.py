@@ -187,7 +187,7 @@ def step_charts(snapshot: RunSnapshot) -> tuple[StepChart, ...]:
     return (
         *([_chart("margin", format_nats, margin, envelopes.reward_margin)] if trains_preferences else ()),
         *(
-            [_chart("forget", format_nats, forgetting.highs[-1], forgetting, "$forgetting")]
+            [_chart("forgetting", format_nats, forgetting.highs[-1], forgetting, "$forgetting")]
             if len(forgetting.xs) > 1
             else ()
         ),
