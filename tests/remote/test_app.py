@@ -63,7 +63,7 @@ async def test_stop_and_delete_ask_here_and_act_on_the_box(
         await wait_until(pilot, lambda: app.system_status.active is not None)
         await pilot.press("5")
         await wait_until(pilot, lambda: getattr(app.screen, "state", "") == "running")
-        await pilot.press("s")
+        await pilot.press("Z")
         await wait_for_text(pilot, "Stop the run?")
         await pilot.press("y")
         await wait_until(pilot, lambda: control.pending_ending(training) == "stop")

@@ -271,7 +271,7 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
         assert isinstance(screen.focused, PromptBox)
         assert not screen.query_one(Starters).display
         await rest(pilot, screen)
-        await pilot.press("escape", "x")
+        await pilot.press("escape", "n")
         await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
 
 
@@ -389,7 +389,7 @@ async def test_base_and_adapter_answer_side_by_side(
         await rest(pilot, screen)
         assert screen.conversation.turns[1].answers[ADAPTER].text == first
 
-        await pilot.press("e")
+        await pilot.press("l")
         await pilot.press(*"!", "enter")
         await rest(pilot, screen)
         assert [turn.prompt for turn in screen.conversation.turns] == ["what is red", "and blue!"]

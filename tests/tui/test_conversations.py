@@ -189,7 +189,7 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
         engine = with_fake_engine(screen)
         await pilot.press("i", *"Hello", "enter")
         await rest(pilot, screen)
-        await pilot.press("escape", "x", "h")
+        await pilot.press("escape", "n", "h")
         await wait_for_text(pilot, "Saved conversations", "Hello")
         assert not screen.conversation.turns
         await pilot.press("enter")

@@ -75,7 +75,7 @@ async def test_keys_change_length_split_weight_and_loss_mask(model: str, here: P
     app = data_app(model, "tickets.jsonl", max_length=64)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "✂ 64")
-        await pilot.press("plus", "t", "e", "b")
+        await pilot.press("plus", "t", "a", "b")
         data = app.workbench.recipe.data
         assert (data.max_length, data.overflow, data.train_on, data.packing) == (
             128,

@@ -17,7 +17,7 @@ from textual.widget import Widget
 from qlora_tui.gpu.metrics import GpuDevice
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.commands import SCREENS, ScreenEntry, screen_commands
+from qlora_tui.tui.commands import COMMANDS, SCREENS, Command, ScreenEntry, screen_commands
 from qlora_tui.tui.key_names import validate_keymap
 from qlora_tui.tui.screens.home.panel_lines import gpu_lines
 from qlora_tui.tui.system_monitor import SystemMonitor
@@ -112,6 +112,18 @@ def test_every_command_has_its_action(screen: ScreenEntry) -> None:
     for command in (*screen_commands(screen.name), screen.opened_by):
         namespace, _, action = command.action.partition("(")[0].rpartition(".")
         assert hasattr(QloraApp if namespace else screen_class, f"action_{action}"), command.id
+
+
+def test_a_letter_that_ends_something_does_nothing_else_on_any_screen() -> None:
+    by_letter: dict[str, list[Command]] = {}
+    for command in COMMANDS.values():
+        for key in command.key.split(","):
+            by_letter.setdefault(key, []).append(command)
+    letters = {key: commands for key, commands in by_letter.items() if len(key) == 1}
+    for letter, commands in letters.items():
+        assert len({command.ends for command in commands}) == 1, (letter, commands)
+    assert {command.label for command in letters["Z"]} == {"Stop and save"}
+    assert {command.label for command in letters["e"]} == {"Export"}
 
 
 def test_a_keymap_with_mistakes_gets_a_sentence_for_each() -> None:

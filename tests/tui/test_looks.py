@@ -114,7 +114,7 @@ def lora(home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
 
     async def before(pilot: Pilot[Any]) -> None:
         await go_to(pilot, "4", "every kind")
-        await pilot.press("down", "right", "right", "x", "right", "right", "down")
+        await pilot.press("down", "right", "right", "V", "right", "right", "down")
         await settle(pilot)
 
     return app, before

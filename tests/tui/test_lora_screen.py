@@ -93,11 +93,11 @@ async def test_a_block_of_cells_is_toggled_and_can_be_left(small: str) -> None:
     app = open_on("lora", model=small)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "every kind")
-        await pilot.press("j", "x", "l", "l", "j")
-        await wait_for_text(pilot, "Block: 6 modules", "[x] toggle")
+        await pilot.press("j", "V", "l", "l", "j")
+        await wait_for_text(pilot, "Block: 6 modules", "[V] toggle")
         await pilot.press("escape")
         assert targets(app) == ("all-linear",)
-        await pilot.press("x", "h", "h", "x")
+        await pilot.press("V", "h", "h", "V")
         table = ModuleTable(describe(config_of(SMALL)))
         left = {m.name for m in table.modules} - {m.name for m in match_modules(targets(app), table.modules)}
         assert left == {f"model.layers.{layer}.self_attn.k_proj" for layer in (0, 1, 2)}
@@ -127,7 +127,7 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
     async with app.run_test(size=(120, 40)) as pilot:
         before = await wait_for_text(pilot, "every kind", "4.88M of 135M parameters")
         assert "◆" not in before
-        await pilot.press("j", "l", "x", "l", "l", "e")
+        await pilot.press("j", "l", "V", "l", "l", "c")
         await wait_for_text(pilot, "Rank of 0-2.q_proj", "3 modules")
         await pilot.press(*"4096", "enter")
         await wait_for_text(pilot, "✗ The value must be a whole number from 1 to 1,024.")
@@ -135,10 +135,10 @@ async def test_marked_modules_get_their_own_rank_and_u_undoes_it(small: str) -> 
         # 24 more on 3 modules, in 576 and out 576.
         await wait_for_text(pilot, "◆◆━◆━━━━", "4.97M of 135M", "rank_pattern: none → 0-2.q_proj = 40")
         assert app.workbench.recipe.lora.rank_pattern == {"0-2.q_proj": 40}
-        await pilot.press("E", *"64", "enter")
+        await pilot.press("C", *"64", "enter")
         await wait_until(pilot, lambda: app.workbench.recipe.lora.alpha_pattern == {"2.q_proj": 64.0})
         await wait_for_text(pilot, "trainable, rank 40,")
-        await pilot.press("e", "enter")
+        await pilot.press("c", "enter")
         await pilot.pause()
         assert app.workbench.recipe.lora.rank_pattern == {"0-1.q_proj": 40}
         await pilot.press("u", "u", "u")
@@ -165,7 +165,7 @@ async def test_keys_clicks_and_the_wheel_step_a_setting_and_the_totals_follow(sm
         await wait_for_text(pilot, "4.88M of 135M parameters (3.6%)", "LoRA settings as in preset balanced")
         await pilot.press("r")
         await wait_for_text(pilot, "9.77M of 135M", "37 MiB on disk", "rank: 16 → 32")
-        await pilot.press("R", "a", "d", "s", "w")
+        await pilot.press("R", "a", "o", "s", "w")
         await wait_for_text(pilot, "alpha: 32 → 64", "rslora: off →", "DoRA        on*")
         lora = app.workbench.recipe.lora
         assert (lora.rank, lora.alpha, lora.dropout, lora.use_rslora, lora.use_dora) == (
@@ -175,7 +175,7 @@ async def test_keys_clicks_and_the_wheel_step_a_setting_and_the_totals_follow(sm
             True,
             True,
         )
-        await pilot.press("A", "D", "s", "w")
+        await pilot.press("A", "O", "s", "w")
         lines = (await wait_for_text(pilot, "LoRA settings as in preset balanced", "a A alpha")).splitlines()
 
         alpha = 8, next(y for y, line in enumerate(lines) if "a A alpha" in line)

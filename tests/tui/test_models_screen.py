@@ -195,16 +195,16 @@ async def test_a_download_is_stopped_kept_continued_and_ends_in_the_list(hub: Fa
     async with app.run_test(size=(120, 40)) as pilot:
         await search_tiny(pilot)
         await pilot.press("d")
-        await wait_for_text(pilot, "↓ org/tiny", "[c] stop")
+        await wait_for_text(pilot, "↓ org/tiny", "[x] stop")
         wait_for(half_is_there, saying="half of the weights")
-        await pilot.press("d", "c")
+        await pilot.press("d", "x")
         await settle(pilot)
-        assert "[c] stop" not in text_of(app)
+        assert "[x] stop" not in text_of(app)
         hub.stalls.set()
         hub.stalls = None
         await pilot.press("d")
         await wait_for_text(pilot, "On this machine (1)", "Enter  Select this model", "here")
-        assert "[c] stop" not in text_of(app)
+        assert "[x] stop" not in text_of(app)
         await pilot.press("enter")
         assert app.workbench.recipe.model.id == TINY
     assert any(range_ and range_ != "bytes=0-" for range_ in hub.ranges(""))

@@ -297,7 +297,7 @@ async def test_a_run_that_waits_in_slurm_says_why_and_is_withdrawn(
         await wait_for_text(pilot, "Waiting in Slurm (Priority) as job 12.")
         await pilot.press("g", "enter")
         await wait_for_text(pilot, "▸ waiting", "Waiting in Slurm (Priority) as job 12.")
-        await pilot.press("6", "w")
+        await pilot.press("6", "x")
         await wait_for_text(pilot, "Removed from the queue.")
     assert (tmp_path / "cancelled").read_text() == "12\n" and read_status(run).state == "stopped"
 
@@ -311,16 +311,16 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
     app = open_on("runs")
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await open_runs(app)
-        shown = await wait_for_text(pilot, "queue 1", "queue 2", "w Withdraw")
+        shown = await wait_for_text(pilot, "queue 1", "queue 2", "x Withdraw")
         assert shown.index("first") < shown.index("second") < shown.index("tickets-a")
         await pilot.press("J")
         assert run_queue.waiting() == ["second", "first"]
         await pilot.pause()
-        await pilot.press("w")
+        await pilot.press("x")
         await wait_for_text(pilot, "■ stopped", "Removed from the queue. Press [r] to queue it again.")
         assert run_queue.waiting() == ["second"]
         await pilot.press("r")
-        await wait_for_text(pilot, "queue 2", "Queued. Press [w] to remove it from the queue.")
+        await wait_for_text(pilot, "queue 2", "Queued. Press [x] to remove it from the queue.")
         assert run_queue.waiting() == ["second", "first"]
 
 

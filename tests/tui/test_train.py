@@ -170,14 +170,14 @@ async def test_keys_ask_the_trainer_and_to_pause_or_stop_the_user_first() -> Non
         await wait_for_text(pilot, "Pause the run?", "free its memory", "[r] resumes it")
         await pilot.press("enter", "y")
         assert ask_key(run)[-1] == "pause"
-        await pilot.press("s")
+        await pilot.press("Z")
         await wait_for_text(pilot, "Stop the run?", "adapter of this step")
         await pilot.press("n")
         assert "stop" not in ask_key(run)
-        await pilot.press("s", "y")
+        await pilot.press("Z", "y")
         assert ask_key(run)[-1] == "stop"
-        await wait_for_text(pilot, "Stopping after this step  [s] now")
-        await pilot.press("s")
+        await wait_for_text(pilot, "Stopping after this step  [Z] now")
+        await pilot.press("Z")
         await wait_for_text(pilot, "The run is stopping now", "training  Stopping now")
         assert ask_key(run)[-2:] == ["stop", "stop_now"]
 
@@ -190,7 +190,7 @@ async def test_stopping_before_the_first_step_promises_no_checkpoint() -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "loading")
-        await pilot.press("s")
+        await pilot.press("Z")
         shown = await wait_for_text(pilot, "Stop the run?", "nothing is saved", "from step 0")
         assert "save a checkpoint" not in shown
 
@@ -204,13 +204,13 @@ async def test_the_stop_question_and_the_keys_of_a_run_go_when_it_finishes(
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await watching(app, run)
         await wait_for_text(pilot, "step 50 of 3,000")
-        await pilot.press("s")
+        await pilot.press("Z")
         await wait_for_text(pilot, "Stop the run?")
         write_status(run, structs.replace(read_status(run), state="finished", process=None))
         await wait_until(pilot, lambda: "Stop the run?" not in text_of(app))
         shown = await wait_for_text(pilot, "✓", "[c] chat with it")
         assert "Stop" not in shown.splitlines()[-1]
-        await pilot.press("s", "K", "z", "r")
+        await pilot.press("Z", "K", "z", "r")
         assert ask_key(run) == []
         assert app.screen.is_current
 
@@ -222,7 +222,7 @@ async def test_an_outdated_question_closes_itself_only(monkeypatch: pytest.Monke
     async with app.run_test(size=(80, 24)) as pilot:
         screen = await watching(app, run)
         await wait_for_text(pilot, "step 50 of 3,000")
-        await pilot.press("s")
+        await pilot.press("Z")
         await wait_for_text(pilot, "Stop the run?")
         question = app.screen
         assert isinstance(question, dialogs.ConfirmScreen)
@@ -242,7 +242,7 @@ async def test_an_answer_goes_to_the_run_that_was_asked_about() -> None:
         screen = await watching(app, run)
         for keys, question, answer in (
             ("L", "The new peak", ["ctrl+u", *"1e-5", "enter"]),
-            ("s", "Stop the run?", ["y"]),
+            ("Z", "Stop the run?", ["y"]),
         ):
             await wait_for_text(pilot, "step 50 of 3,000")
             for _ in range(200):
@@ -267,8 +267,8 @@ async def test_a_paused_run_is_queued_again_with_r(monkeypatch: pytest.MonkeyPat
         await pilot.press("r")
         await wait_for_text(pilot, "waiting in the queue")
         assert run_queue.waiting() == [run.id]
-        assert "w Withdraw" in await wait_for_text(pilot, "waiting in the queue")
-        await pilot.press("w")
+        assert "x Withdraw" in await wait_for_text(pilot, "waiting in the queue")
+        await pilot.press("x")
         await wait_for_text(pilot, "Removed from the queue")
 
 
@@ -318,7 +318,7 @@ async def test_another_run_is_chosen_from_a_list() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await pilot.press("x")
+        await pilot.press("o")
         await wait_for_text(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
         await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] resume from step 0")
