@@ -225,7 +225,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
         return Sighting(False, "The machine was restarted during the run.")
     state = mark.state
     if state in ("", "Z", "X"):
-        return Sighting(False, "The process is gone without an exit record and was probably killed.")
+        return Sighting(False, "Probably killed: the process ended without an exit record.")
     if state in ("T", "t"):
         return Sighting(True, f"Suspended: `kill -CONT {mark.pid}` continues the process.")
     if beats and abs(time.time() - beat_at) > SILENT_S:

@@ -25,6 +25,8 @@ _KEYS = re.compile(
 )
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
 _MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
+_PRESS = "app.simulate_key"
+"""Action of a click on the name of a key."""
 _KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.values()))
 
 
@@ -202,8 +204,15 @@ def _invalid_key(name: str, key: str) -> str:
     return f'config.toml: {name} in [keymap] has the key "{key}", which does not exist.{hint}'
 
 
+def keys_in(content: Content) -> set[str]:
+    """Return the keys, in Textual's notation, that a click on some part of ``content`` presses."""
+    styles = (span.style for span in content.spans)
+    clicks = (style.meta.get("@click") for style in styles if isinstance(style, Style))
+    return {click[1][0] for click in clicks if isinstance(click, tuple) and click[0] == _PRESS}
+
+
 def _pressing(key: str) -> Style:
-    return Style.from_meta({"@click": ("app.simulate_key", (key,))})
+    return Style.from_meta({"@click": (_PRESS, (key,))})
 
 
 def _textual_key(shown: str) -> str:

@@ -24,9 +24,10 @@ from qlora_tui.tui.system_monitor import SystemMonitor
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.support.nvml_stub import install_nvml_stub, install_torch
+from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
-from tests.tui.workstation import config_folder, open_on
+from tests.tui.workstation import config_folder, open_on, settle
 
 WAY_OUT = ("^P Palette", "? Help")
 
@@ -65,6 +66,23 @@ async def test_a_key_is_named_in_panel_or_footer_and_a_click_on_it_presses_it(pr
         await wait_for_text(pilot, "d Download")
         await pilot.resize_terminal(80, 24)
         await wait_for_text(pilot, "/ Search")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+async def test_the_footer_leaves_out_the_keys_that_texts_and_borders_name(
+    private_home: Path, size: tuple[int, int]
+) -> None:
+    write_fake_run(FakeRun(state="finished", steps=300, total=300))
+    app = open_on("home", model=readable_model(private_home))
+    async with app.run_test(size=size) as pilot:
+        for digit in "01234567":
+            await pilot.press(digit)
+            await settle(pilot)
+            *above, footer = text_of(app).splitlines()
+            shown = re.findall(r"(?:^|  )(\S+) [A-Z]", footer)
+            named = set(re.findall(r"\[(\S)\]", "\n".join(above[1:])))
+            assert not named & set(shown), (digit, footer)
 
 
 async def test_closed_screens_are_freed(private_home: Path) -> None:

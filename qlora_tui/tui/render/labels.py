@@ -289,8 +289,9 @@ def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str,
     if defect is not None:
         return "!", defect.word, "$error"
     is_held = status.hold is not None and status.hold.has_left
-    sign, style = SIGNS["paused" if is_held else status.state]
-    return sign, held_words(status).partition(" ")[0] if is_held else status.state, style
+    word = held_words(status).partition(" ")[0] if is_held else status.state
+    sign, style = SIGNS["paused" if word == "paused" else status.state]
+    return sign, word, style
 
 
 def verdict_style(verdict: RunVerdict) -> str:

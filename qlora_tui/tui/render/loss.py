@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.formatting import format_loss
-from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.formatting import format_loss, format_loss_change
+from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
@@ -289,3 +290,39 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
         is_best = best == at
         parts.append((star if is_best else circle)(*point, 10 if is_best else 4, colors.validation))
     return parts
+
+
+def validation_lines(
+    evaluations: Sequence[tuple[int, float, str]], best_step: int | None, width: int, height: int
+) -> list[Content]:
+    """Return titles, and a line for each evaluation that fits, newest first: the loss, and its change since
+    the previous evaluation as a number and a bar. An example is ``20  3.032 ★ -0.297 ▄▄▄``.
+
+    Args:
+        evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
+        best_step: Step of the best evaluation; None if there is none.
+        width: Width of the lines, in cells.
+        height: Maximum number of lines. If there is only one, the titles are left out.
+    """
+    losses = [round(loss, 3) for _, loss, _ in evaluations]
+    changes = [math.nan, *(after - before for before, after in pairwise(losses))]
+    has_titles = height > 1 or not evaluations
+    first = max(0, len(evaluations) - height + has_titles)
+    most = max((abs(change) for change in changes[first:] if math.isfinite(change)), default=0.0) or 1.0
+    lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
+    for number in reversed(range(first, len(evaluations))):
+        (step, loss, more), change = evaluations[number], changes[number]
+        is_best = step == best_step
+        line = Content.assemble(
+            (f"{step:>7,}  ", "dim"),
+            (f"{format_loss(loss):<6}", "bold" if is_best else ""),
+            (f" {BEST}" if is_best else "  ", "$validation bold"),
+        )
+        style = "$warning" if change > NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
+        change_text = format_loss_change(change) if math.isfinite(change) else ""
+        line += Content.assemble((f" {change_text:>7}", "dim" if change <= 0 else style), more)
+        if math.isfinite(change):
+            room = max(0, width - line.cell_length - 1)
+            line += Content.styled(f" {'▄' * round(abs(change) / most * room)}", style)
+        lines.append(line)
+    return lines

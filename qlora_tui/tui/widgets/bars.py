@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, TypeAlias
 
 from textual.app import App, RenderResult
 from textual.binding import ActiveBinding
-from textual.content import Content
+from textual.content import Content, Span
+from textual.errors import NoWidget
 from textual.events import Click
 from textual.screen import Screen
 from textual.widget import Widget
@@ -17,7 +19,7 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.widgets.controls import Drawing, Panel
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel
 
 if TYPE_CHECKING:
     from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
@@ -67,7 +69,9 @@ class TopBar(Widget):
         width_left = self.size.width - navigation.cell_length - 1
         system_status = next((p for p in self.status_options(self._status) if len(p) <= width_left), "")
         gap = " " * max(1, self.size.width - navigation.cell_length - len(system_status))
-        return Content.assemble(navigation, gap, system_status)
+        signs = re.finditer("●", system_status)
+        status = Content(system_status, [Span(*sign.span(), "$training") for sign in signs])
+        return Content.assemble(navigation, gap, status)
 
     def _navigation(self) -> Content:
         parts: list[Content | str] = []
@@ -185,8 +189,9 @@ def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
 
 
 class CommandFooter(Drawing):
-    """The last line, with keys and labels: ``s Stop z Pause ^P Palette``. A click on a key presses it. Keys
-    that a panel shows in its border are left out. Keys that do not fit are shown only in the help.
+    """The last line, with keys and labels: ``Z Stop z Pause ^P Palette``. A click on a key presses it. Keys
+    that a panel names, in its border or in a text that is visible as a whole, are left out. Keys for which
+    there is no room are shown only in the help.
 
     Textual's Footer, which this replaces, mounts a widget for each key at every change of focus, and style
     caches keep these widgets alive.
@@ -212,7 +217,7 @@ class CommandFooter(Drawing):
         self._label_of = label_of
         self._shown: list[ActiveBinding] = []
         self._named: set[str] = set()
-        """Ids of the commands whose keys panels show in their borders."""
+        """Ids of the commands whose keys panels show in their borders, and keys that their texts name."""
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
@@ -229,21 +234,23 @@ class CommandFooter(Drawing):
         for active in screen.active_bindings.values():
             if active.binding.show or active.binding.id in self._also:
                 shown.setdefault(active.binding.action, active)
-        self._shown, self._named = list(shown.values()), _named_commands(screen)
+        self._shown, self._named = list(shown.values()), _named(screen)
         self._choose()
 
     def _laid_out(self, screen: Screen[object]) -> None:
-        """After a layout, choose the keys again if the keys in the panels' borders have changed. This is
+        """After a layout, choose the keys again if the keys that the panels name have changed. This is
         rare.
         """
-        named = _named_commands(screen)
+        named = _named(screen)
         if named != self._named:
             self._named = named
             self._choose()
 
     def _choose(self) -> None:
         """Show the commands whose keys no panel shows."""
-        shown = [active for active in self._shown if active.binding.id not in self._named]
+        shown = [
+            active for active in self._shown if not self._named & {active.binding.id, active.binding.key}
+        ]
         own = [active for active in shown if not isinstance(active.node, App)]
         of_app = [active for active in shown if isinstance(active.node, App)]
         also = [active for active in of_app if active.binding.id in self._also]
@@ -291,5 +298,20 @@ class CommandFooter(Drawing):
         )
 
 
-def _named_commands(screen: Screen[object]) -> set[str]:
-    return set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
+def _named(screen: Screen[object]) -> set[str]:
+    """Return the ids of the commands in the borders of panels, and the keys in their texts."""
+    named = set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
+    for panel in screen.query(Panel):
+        for text in panel.query("Lines, Drawing").results():
+            if isinstance(text, Lines | Drawing) and _is_whole(text):
+                named |= text.named_keys
+    return named
+
+
+def _is_whole(widget: Widget) -> bool:
+    """Return whether all lines of a widget are visible."""
+    try:
+        found = widget.screen.find_widget(widget)
+    except NoWidget:
+        return False
+    return bool(found.region) and found.visible_region == found.region

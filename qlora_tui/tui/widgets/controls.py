@@ -26,7 +26,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from qlora_tui.errors import UserError
-from qlora_tui.tui.key_names import bare_key, command_key, pressable
+from qlora_tui.tui.key_names import bare_key, command_key, keys_in, pressable
 from qlora_tui.tui.textual_compat import add_border, bindings_of_widget
 from qlora_tui.tui.themes import lacks_shades
 
@@ -261,6 +261,13 @@ class Drawing(Widget):
         if changed := [Region(0, y, self.size.width, 1) for y, (old, new) in lines if old != new]:
             self.refresh(*changed)
 
+    @property
+    def named_keys(self) -> set[str]:
+        """Keys that the lines name, in Textual's notation."""
+        if self.has_class("graph") or not self.size:
+            return set()
+        return set[str]().union(*map(keys_in, self._draw(*self.size)))
+
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
         self._row_count = len(self._draw(width, _UNLIMITED_ROWS))
         return self._row_count
@@ -332,6 +339,11 @@ class Lines(Static):
     """
 
     _write: Write | None = None
+
+    @property
+    def named_keys(self) -> set[str]:
+        """Keys that the text names, in Textual's notation."""
+        return keys_in(self.content) if isinstance(self.content, Content) else set()
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:
         """Show a text or its lines. If ``text`` is a function, it is called now, and again when the width

@@ -5,11 +5,9 @@ Import this module only after the first frame has been painted, since its own im
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 from textual.content import Content
 
@@ -22,7 +20,6 @@ from qlora_tui.formatting import (
     format_duration,
     format_gib,
     format_loss,
-    format_loss_change,
     format_number,
     format_percent,
     format_power,
@@ -39,7 +36,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
-from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary, data_words, setting_words, shared_settings
+from qlora_tui.runs.run_summary import RunSummary, data_words, setting_words, shared_settings
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, State, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
@@ -47,7 +44,6 @@ from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
-    BEST,
     CANNOT_TRAIN,
     batch_words,
     best_figure,
@@ -61,7 +57,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_style,
 )
-from qlora_tui.tui.render.loss import mean_losses
+from qlora_tui.tui.render.loss import mean_losses, validation_lines
 from qlora_tui.tui.render.meters import bar, labeled, meter, sparkline
 from qlora_tui.tui.screens.home.next_step import Steps
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, list_title
@@ -514,32 +510,14 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
         facts.append(("energy", summary.energy))
     lines = fact_lines([fact for fact in facts if fact[1]], width)
     if summary.evaluations:
-        lines += [Content(""), Content.styled("validation loss, and its change", "dim")]
-        lines += _validation_lines(summary, width, _MAX_EVALUATIONS)
+        lines += [Content(""), *_validation_lines(summary, width, _MAX_EVALUATIONS)]
     return lines
 
 
 def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
-    """Return a line for each of the last ``count`` evaluations, newest first: the loss, and its change
-    since the previous evaluation as a number and a bar. An example is ``step 20   3.032  -0.297 ▄▄▄``.
-    """
-    evaluations = [(step, round(loss, 3)) for step, loss in summary.evaluations[-count - 1 :]]
-    changes = [math.nan, *(after[1] - before[1] for before, after in pairwise(evaluations))]
-    most = max(map(abs, filter(math.isfinite, changes)), default=0.0) or 1.0
-    lines = []
-    for (step, loss), change in list(zip(evaluations, changes, strict=False))[-count:][::-1]:
-        best = summary.best is not None and step == summary.best[1]
-        line = Content.assemble(
-            (f"{f'step {step:,}':<10}", "dim"),
-            (f"{format_loss(loss):>7} ", "bold" if best else ""),
-            (BEST if best else " ", "$validation bold"),
-        )
-        if math.isfinite(change):
-            style = "$warning" if change > NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
-            line += Content.styled(f" {format_loss_change(change):>6} ", "" if change <= 0 else style)
-            line += Content.styled("▄" * round(abs(change) / most * max(0, width - line.cell_length)), style)
-        lines.append(line)
-    return lines
+    best_step = None if summary.best is None else summary.best[1]
+    evaluations = [(step, loss, "") for step, loss in summary.evaluations]
+    return validation_lines(evaluations, best_step, width, count + 1)
 
 
 def _none_yet(command: str) -> Content:
@@ -595,7 +573,7 @@ def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> 
         also = "" if not is_next or each.command in ("home.demo", "") else f" (or {key_name(each.command)})"
         first = Content.assemble(
             ("▸ " if is_next else "  ", "bold $primary"),
-            (f"{key:<{column}}  ", "bold $key"),
+            highlight_keys(f"{key:<{column}}  "),
             (each.text, "bold" if is_next else ""),
             (also, "dim"),
         )

@@ -440,8 +440,10 @@ class HomeScreen(WorkScreen):
         self._show_models()
         panel = self.query_one("#run-panel", Panel)
         panel.show_title("Run" if is_new or is_active else "Last run")
-        keys = (("go.train", "watch"),) if is_active else (("go.train", "open"), ("home.export", "export"))
-        panel.show_keys(() if is_new else keys)
+        first, others = facts.steps
+        offered = {step.command for step in (first, *others)}
+        keys = [("go.train", "watch")] if is_active else [("go.train", "open"), ("home.export", "export")]
+        panel.show_keys(() if is_new else [key for key in keys if key[0] not in offered])
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
         graph.show(partial(summary_lines, facts.last))
@@ -453,7 +455,7 @@ class HomeScreen(WorkScreen):
         layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
         has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact
         numbers.display = has_room and bool(facts.lines["numbers"])
-        numbers.show_title("The run in numbers" if layout.is_large else "Validation loss, and its change")
+        numbers.show_title("The run in numbers" if layout.is_large else "Validation")
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
         title = Content(f"Next run · {preset}")

@@ -88,8 +88,8 @@ def best_loss(summary: RunSummary) -> str:
     return f"{format_loss(loss)}{mark}"
 
 
-_MIN_REASON, _MAX_REASON = 32, 60
-"""Minimum and maximum width of the column with the reason why a run ended, in cells."""
+_MIN_REASON = 32
+"""Minimum width of the column with the reason why a run ended, in cells. It takes what the others leave."""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the time, and a number after it, at the end of a generated name such as
 ``owls-20261130-0752-2``.
@@ -168,7 +168,6 @@ def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]
             text=reason,
             shrinks=True,
             min_width=_MIN_REASON,
-            max_width=_MAX_REASON,
             shown_if_empty=False,
             is_sentence=True,
         ),
@@ -299,8 +298,9 @@ class RunTable(LineView):
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
         sign, word, style = result_label(row.status, row.defect)
         if row.id in self._waiting:
-            # All queued runs have one color. The sign and the reason say what a run waits for.
-            word, style = f"queue {self._waiting.index(row.id) + 1}", SIGNS["queued"][1]
+            # All queued runs have one sign and color. The reason says what a run waits for.
+            sign, style = SIGNS["queued"]
+            word = f"queue {self._waiting.index(row.id) + 1}"
         return Content.assemble(("▌", style), (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
 
 
@@ -435,7 +435,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("best", f"validation {format_loss(loss)} at step {step:,}"))
     elif summary.loss is not None:
         rows.append(("last", f"training {format_loss(summary.loss)}"))
-    # A verdict includes the loss before training.
+    # A verdict compares with the loss before training.
     if summary.loss_to_beat is not None and summary.verdict is None:
         rows.append(("before", f"{format_loss(summary.loss_to_beat)}, lower than after training"))
     if summary.accuracy is not None:

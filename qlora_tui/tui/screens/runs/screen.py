@@ -312,7 +312,10 @@ class RunsScreen(RunCommands):
         panel = self.query_one("#run-panel", Panel)
         panel.show_title(preview_title(summary))
         panel.show_keys(run_keys(summary, files))
-        compare = (("runs.evaluate", "compare answers"),) if can_be_used(summary, files) else ()
+        # A verdict without answers names the key itself.
+        is_named = summary.verdict is not None and not summary.verdict.has_answers
+        has_key = can_be_used(summary, files) and not is_named
+        compare = (("runs.evaluate", "compare answers"),) if has_key else ()
         self.query_one("#result-panel", Panel).show_keys(compare)
         if is_short:
             detail = detail_lines(summary, files.exports if files else ())

@@ -166,11 +166,6 @@ class LivePane(Vertical):
         self.query_one("#gpu").set_class(machine.has_no_gpu, "-no-gpu").set_class(
             not machine.readings, "-empty"
         )
-        self.query_one("#health-panel", Panel).show_keys(
-            (("train.fix", "apply fix"),)
-            if snapshot.fix is not None and not outcome_has_fix(snapshot)
-            else ()
-        )
         self._draw("setup", partial(setup_lines, snapshot))
         self.query_one("#samples-panel", Panel).show_title(samples_title(snapshot))
         # Panels without contents are hidden, so that the remaining panels have more lines.

@@ -18,7 +18,6 @@ from qlora_tui.formatting import (
     format_duration,
     format_float,
     format_loss,
-    format_loss_change,
     format_number,
     format_path,
     format_percent,
@@ -32,7 +31,7 @@ from qlora_tui.formatting import (
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words, energy_words, format_energy
-from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished, phase_label
+from qlora_tui.runs.events import ALL_STEPS_DONE, Evaluated, Failed, Finished, phase_label
 from qlora_tui.runs.run_summary import data_words, find_defect, last_evaluation, next_evaluation
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, held_words
 from qlora_tui.runs.view import RunView
@@ -51,6 +50,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_style,
 )
+from qlora_tui.tui.render.loss import validation_lines
 from qlora_tui.tui.render.meters import bar, labeled
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.controls import wrapped
@@ -90,8 +90,6 @@ _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
 """Minimum fraction of the CPU that other programs must use to be reported as a cause of slow training."""
-_ROWS_WITH_HEADS = 2
-"""Minimum height of the evaluations panel, in lines, at which the columns always have titles."""
 _row = partial(labeled, cells=_LABEL)
 
 
@@ -540,32 +538,14 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 
 
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return a line for each evaluation that fits, newest first: the loss, its change since the previous
-    evaluation, and the percentage of exact answers or of correct comparisons if it was measured.
+    """Return a line for each evaluation that fits, with the percentage of exact answers or of correct
+    comparisons if it was measured.
     """
-    evaluations = snapshot.evaluations
-    lines: list[Content] = []
-    rows = height
-    if rows >= _ROWS_WITH_HEADS or rows > len(evaluations):
-        lines.append(Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim"))
-        rows -= 1
-    for number in range(len(evaluations) - 1, max(-1, len(evaluations) - 1 - rows), -1):
-        each = evaluations[number]
-        before = evaluations[number - 1].loss if number else None
-        change = ""
-        if each.loss is not None and before is not None and math.isfinite(each.loss - before):
-            change = format_loss_change(each.loss - before)
-        exact = "" if each.accuracy is None else f"{format_percent(each.accuracy):>5} exact"
-        if each.reward_accuracy is not None:
-            exact = f"{format_percent(each.reward_accuracy):>5} right"
-        star = f" {BEST}" if each is snapshot.best else "  "
-        lines.append(
-            Content.assemble(
-                (f"{each.step:>7,}  ", "dim"),
-                f"{format_loss(math.nan if each.loss is None else each.loss):<6}",
-                (star, "$success bold"),
-                (f" {change:>7}", "dim"),
-                exact,
-            )
-        )
-    return lines
+
+    def share(event: Evaluated) -> str:
+        if event.reward_accuracy is not None:
+            return f"{format_percent(event.reward_accuracy):>5} right"
+        return "" if event.accuracy is None else f"{format_percent(event.accuracy):>5} exact"
+
+    rows = [(e.step, math.nan if e.loss is None else e.loss, share(e)) for e in snapshot.evaluations]
+    return validation_lines(rows, None if snapshot.best is None else snapshot.best.step, width, height)
