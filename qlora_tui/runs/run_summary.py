@@ -547,7 +547,7 @@ def _loss_words(evidence: RunEvidence) -> str:
 
 
 def _measure(compared: str) -> str:
-    return f"on {compared} compared (95% interval)"
+    return f"on {compared} (95% interval)"
 
 
 def _forgetting_words(evidence: RunEvidence) -> str:

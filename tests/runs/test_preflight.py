@@ -60,7 +60,7 @@ def test_a_missing_tokenizer_is_an_error_of_the_model_alone(tmp_path: Path) -> N
         (CheckKind.MODEL, "error"),
         (CheckKind.DATA, "ok"),
     ]
-    conclusion = verdict_lines(checks, Recipe(), None, "", "memory", 120, 6)[0].plain
+    conclusion = verdict_lines(checks, Recipe(), None, "", "this CPU", "", 120, 6)[0].plain
     assert conclusion == "✗ Cannot train: no tokenizer.   ▸ [1] choose or download the model"
     (data, _) = with_count(passed[1:] + passed[:1], UserError("Not UTF-8", what="a"))
     assert (data.kind, data.outcome) == (CheckKind.DATA, "error")

@@ -57,30 +57,30 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
             "little forgetting (0.31); answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
             "much forgetting (2.4).",
         ),
         (
             RunEvidence(loss=loss(0.5)),
             "worse",
-            "It got worse: validation loss 0.369 to 0.631 higher on 20 rows compared (95% interval).",
+            "It got worse: validation loss 0.369 to 0.631 higher on 20 rows (95% interval).",
         ),
         (
             RunEvidence(loss=loss(-0.05)),
             "unclear",
             "Not enough evidence that it learned: change of the validation loss -0.181 to +0.081 on 20 rows "
-            "compared (95% interval).",
+            "(95% interval).",
         ),
         (
             RunEvidence(loss=loss(-0.8), best_step=640),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
             "best at step 640, worse since.",
         ),
         (
@@ -91,13 +91,13 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(9, 10)),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
             "answers not clearly better: exact match 50%, base 45% on 20 prompts.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(18, 6)),
             "worse",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows compared (95% interval); "
+            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
             "answers worse: exact match 30%, base 90%.",
         ),
         (
@@ -161,7 +161,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     verdict = summarize(run).verdict
     assert verdict is not None
     learned, changed = verdict.sentence.split("; ")
-    assert learned == "It learned: validation loss 0.800 to 1.200 lower on 9 rows compared (95% interval)"
+    assert learned == "It learned: validation loss 0.800 to 1.200 lower on 9 rows (95% interval)"
     assert changed == "much forgetting (2.5)."
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict

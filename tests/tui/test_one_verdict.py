@@ -20,8 +20,8 @@ from tests.tui.sample_data import readable_model, tickets
 from tests.tui.screen_assertions import text_of, wait_for_text
 from tests.tui.workstation import open_on, settle
 
-_OF_16 = r"(~?[\d.]+) of 16\.0 GiB (?:\(assumed\) )?(\w+)"
-_OF_32 = r"(~?[\d.]+) of 32\.0 GiB (\w+)"
+_OF_16 = r"(~?[\d.]+) of 16\.0 GiB (?:\(assumed GPU\) )?(\w+)"
+_OF_32 = r"(~?[\d.]+) of 32\.0 GiB (?:\(this [CG]PU\) )?(\w+)"
 PLACES = {
     "1": (r"● Qwen2\.5-7B .*?(~?[\d.]+) GiB ([!?✗ ])", r"● +1,024 +(~?[\d.]+) GiB ([!?✗ ])"),
     "2": ("memory .*?" + _OF_16, r"● now +1,024 +\d+% +(~?[\d.]+) GiB +(tight|does|uncertain)?"),
@@ -32,7 +32,7 @@ PLACES = {
 """Key of a screen, and where it shows the memory of the recipe as it is, on the assumed GPU."""
 HERE = {
     "0": ("memory .*?" + _OF_32,),
-    "5": ("on this [CG]PU " + _OF_32,),
+    "5": ("memory .*?" + _OF_32,),
 }
 """The same on this machine, which a run would use."""
 _WORDS = {" ": "✓", "fits": "✓", "tight": "!", "uncertain": "?", "does": "✗"}

@@ -55,7 +55,6 @@ _MIN_NAME = 9
 """Minimum width of a shortened name in a recipe's line, in cells."""
 _MIN_BAR = 4
 """Minimum width of a bar, in cells. If there is less room, the bar is left out."""
-_ASSUMED = " (assumed)"
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
 SIGNS: dict[State, tuple[str, str]] = {
     "queued": ("◌", "dim"),
@@ -214,14 +213,12 @@ def refusal_words(*refusals: UserError) -> str:
 class FitLine:
     """A recipe's memory, compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
 
-    ``is_assumed``: whether the available memory is a size that the user entered.
+    ``place``: whose memory this is (see :func:`place_words`); empty if this is not to be shown.
     """
 
-    def __init__(
-        self, label: str, verdict: Verdict, *, is_assumed: bool = False, can_train: bool = True
-    ) -> None:
+    def __init__(self, label: str, verdict: Verdict, *, place: str = "", can_train: bool = True) -> None:
         self._label = label
-        self._is_assumed = is_assumed
+        self._note = f" ({place})" if place else ""
         self._share = verdict.needed_bytes / verdict.available_bytes
         sizes = format_sizes(verdict.needed_bytes, "of", verdict.available_bytes)
         self._figures = f"{'' if verdict.is_exact else INSTANT}{sizes}"
@@ -233,12 +230,21 @@ class FitLine:
         note if the available memory is assumed.
         """
         figures, free = self._figures, width - self.least_width - 1
-        if self._is_assumed and free >= len(_ASSUMED) + _MIN_BAR:
-            figures, free = figures + _ASSUMED, free - len(_ASSUMED)
+        if free >= len(self._note) + _MIN_BAR:
+            figures, free = figures + self._note, free - len(self._note)
         cells = free if max_bar is None else min(free, max_bar)
         drawn = f"{bar(self._share, cells)} " if cells >= _MIN_BAR else ""
         label = f"{self._label} " if self._label else ""
         return Content.assemble(label, (drawn, self._verdict[1]), f"{figures} ", self._verdict)
+
+
+def place_words(budget: MemoryBudget) -> str:
+    """Return whose memory a recipe is compared with: ``assumed GPU``, ``this CPU``, or the GPU's name. Every
+    screen uses these words.
+    """
+    if budget.is_assumed:
+        return "assumed GPU"
+    return "this CPU" if budget.device.kind == "cpu" else budget.name
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:
@@ -249,7 +255,7 @@ def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> F
     return FitLine(
         label,
         check_fit(compared[precision], budget.bytes),
-        is_assumed=budget.is_assumed,
+        place=place_words(budget),
         can_train=workbench.model_refusal() is None,
     )
 

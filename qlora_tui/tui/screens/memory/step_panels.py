@@ -22,7 +22,7 @@ from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precision, why_int8_is_larger
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, verdict_words
+from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, place_words, verdict_words
 from qlora_tui.tui.render.meters import STACKED, bar
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.themes import lacks_shades
@@ -265,9 +265,8 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
     gpu, free = system_status.gpu, system_status.free_bytes
     if gpu is not None and budget.name == gpu.short_name:
         return f"{size}: {budget.name}" + ("" if free is None else f", {format_gib(free)} free now")
-    if budget.is_assumed:
-        return f"{size} (assumed; {key_name('app.assume_gpu')} changes it)"
-    return f"{size}, {budget.name}"
+    change = f"; {key_name('app.assume_gpu')} changes it" if budget.is_assumed else ""
+    return f"{size} ({place_words(budget)}{change})"
 
 
 def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:

@@ -332,7 +332,8 @@ class FitPanel(Panel):
         more = "" if is_said else f", {verdict_sentence(verdict)}"
         train = next_step("go.train", "check and launch")
         is_done = is_recipe and refusal is None and verdict.fits_even_if_tight
-        title = Content.styled(f"{name} {word}{more}", style)
+        # Without a color of its own, a title has that of all titles.
+        title = Content.styled(f"{name} {word}{more}", "" if style == "$text-muted" else style)
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
         figure = Figure(
@@ -379,7 +380,7 @@ def _notes(
         # The warning's ``what`` is left out, since the length is in the table of settings.
         yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
     if solution.step is not None and is_recipe:
-        yield _step_text(solution.step, estimate.total_bytes)
+        yield _step_text(solution.step, estimate.total_bytes, budget.bytes)
     if solution.host_memory and is_recipe:
         yield Content(solution.host_memory)
     yield from map(Content, estimate.notes)
@@ -408,9 +409,13 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
     return lines
 
 
-def _step_text(choice: StepChoice, least_bytes: int) -> Content:
-    """Return how a run uses free memory, and how much faster this makes the run. ``least_bytes``: the minimum
-    memory that the run needs, as the bars show it.
+def _step_text(choice: StepChoice, least_bytes: int, all_bytes: int) -> Content:
+    """Return how a run uses free memory, and how much faster this makes the run.
+
+    Args:
+        choice: How the run uses free memory.
+        least_bytes: The minimum memory that the run needs, as the bars show it.
+        all_bytes: All memory of the device.
     """
     chosen = describe_choice(choice)
     if not chosen:
@@ -421,8 +426,9 @@ def _step_text(choice: StepChoice, least_bytes: int) -> Content:
         )
         return Content(f"{why}, so all layers recompute their activations.")
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
+    free = format_sizes(choice.least_free_bytes, "of", all_bytes)
     return Content.assemble(
-        f"Needs {format_bytes(least_bytes)}. With ",
-        (format_bytes(choice.least_free_bytes), "bold"),
-        f" free, the run uses {total} and is about {faster}: {chosen}.",
+        "Needs at least ",
+        (format_bytes(least_bytes), "bold"),
+        f". Uses {total} if {free} are free, and is then about {faster}: {chosen}.",
     )

@@ -46,6 +46,7 @@ from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
     error_content,
     fit_figure,
+    place_words,
     verdict_legend,
 )
 from qlora_tui.tui.screens.memory.step_panels import has_even_colors, is_far_above, legend, stacked_bar
@@ -177,8 +178,7 @@ class ModelSide(Vertical):
         self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
         if fit is not None:
             self._parts.show(fit)
-            assumed = " (assumed)" if budget.is_assumed else ""
-            panel.show_title(f"Memory needed, of {format_gib(budget.bytes)} GiB{assumed}")
+            panel.show_title(f"Memory, of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
             self.query_one("#fit", Lines).show(partial(fit_lines, fit))
 
 

@@ -25,7 +25,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import CANNOT_TRAIN, fit_figure
+from qlora_tui.tui.render.labels import CANNOT_TRAIN, fit_figure, place_words
 from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
@@ -181,8 +181,8 @@ def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
     """Return two parts of the list's title: the word ``Models``, followed by ``hint``, the key to press; and
     an explanation of the column ``needs``.
     """
-    of = f"{format_gib(budget.bytes)} GiB{' (assumed)' if budget.is_assumed else ''}"
-    needs = Content.styled(f"needs: memory to train, of {of}", "not bold $text-muted")
+    of = f"{format_gib(budget.bytes)} GiB ({place_words(budget)})"
+    needs = Content.styled(f"needs: to train, of {of}", "not bold $text-muted")
     return [Content("  ").join(["Models", hint] if hint else ["Models"]), needs]
 
 

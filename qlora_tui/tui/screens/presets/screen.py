@@ -46,7 +46,7 @@ from qlora_tui.runs.expected_time import Forecast, forecast
 from qlora_tui.tui.commands import COMMANDS, screen_commands
 from qlora_tui.tui.key_names import dialog_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines, hanging
-from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure
+from qlora_tui.tui.render.labels import FitLine, error_content, fit_figure, place_words
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen, WorkerDialog, write_or_ask
 from qlora_tui.tui.screens.modals.help import screen_help
@@ -535,7 +535,7 @@ def _memory(
             )
             continue
         head = Content.styled(f"{f'memory {label}':<12} ", "$text-muted")
-        fit = FitLine("", verdict, is_assumed=budget.is_assumed)
+        fit = FitLine("", verdict, place=place_words(budget))
         lines.append(head + fit.draw(width - head.cell_length, _MAX_BAR))
     return lines
 

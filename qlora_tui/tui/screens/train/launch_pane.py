@@ -17,6 +17,7 @@ from textual.content import Content
 from qlora_tui.formatting import (
     abbreviate_home,
     capitalize,
+    format_bytes,
     format_duration,
     format_number,
     pluralize,
@@ -34,7 +35,7 @@ from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, refusal_words
+from qlora_tui.tui.render.labels import OUTCOME_SIGNS, FitLine, place_words, refusal_words
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
@@ -169,7 +170,7 @@ class LaunchPane(Vertical, OnQloraApp):
         """
 
     def compose(self) -> ComposeResult:
-        verdict = Drawing(partial(verdict_lines, (), None, None, "", ""), id="verdict")
+        verdict = Drawing(partial(verdict_lines, (), None, None, "", "", ""), id="verdict")
         yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel(_RECIPE_TITLE, SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
@@ -215,13 +216,17 @@ class LaunchPane(Vertical, OnQloraApp):
             probing: Progress of the step measurement; empty if none is in progress.
         """
         self._checks = checks
-        # If the user has assumed another GPU size, the other screens show its memory. Here, a label makes
-        # clear that the memory is this machine's.
-        here = "on this CPU" if self.app.run_budget.device.kind == "cpu" else "on this GPU"
-        memory_label = here if self.app.memory_budget.is_assumed else "memory"
+        # If the user has assumed another GPU size, the other screens compare with its memory.
+        planned = self.app.memory_budget
+        others = (
+            f"Model, Memory and LoRA plan for {format_bytes(planned.bytes)} ({place_words(planned)})"
+            if planned.is_assumed
+            else ""
+        )
+        place = place_words(self.app.run_budget)
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
-        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, memory_label))
+        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place, others))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -291,7 +296,8 @@ def verdict_lines(
     recipe: Recipe | None,
     expected: Forecast | None,
     probing: str,
-    memory_label: str,
+    place: str,
+    others: str,
     width: int,
     height: int,
 ) -> list[Content]:
@@ -299,11 +305,12 @@ def verdict_lines(
     time, steps and memory, then its plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
-    empty if none is in progress. ``memory_label``: label of the run's memory.
+    empty if none is in progress. ``place``: whose memory the run uses. ``others``: a note on the memory
+    that the other screens plan for; empty if it is the same.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
-    parts = _plan(recipe)
+    parts = [*filter(None, (others,)), *_plan(recipe)]
     while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
         parts.pop()
     verdict = next((check.verdict for check in checks if check.verdict is not None), None)
@@ -311,7 +318,8 @@ def verdict_lines(
     time = time_figure(checks, expected) if height >= _LARGE_HEIGHT else None
     large = [] if time is None else large_figures([time])
     can_train = not any(check.problem is not None for check in checks)
-    fit = None if verdict is None else FitLine(memory_label, verdict, can_train=can_train).draw(0)
+    line = None if verdict is None else FitLine("memory", verdict, place=place, can_train=can_train)
+    fit = None if line is None else line.draw(width, 0)
     headline = _headline(expected, fit, probing, width, with_time=time is None)
     return [conclusion(checks), *large, *headline, plan][:height]
 
