@@ -15,7 +15,6 @@ from textual.screen import Screen
 from textual.widget import Widget
 
 from qlora_tui.formatting import format_duration, format_gib, format_percent, format_progress, format_reading
-from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.commands import NUMBERED_SCREENS
 from qlora_tui.tui.key_names import bare_key, short_key
 from qlora_tui.tui.system_status import SystemStatus
@@ -38,8 +37,7 @@ _Items: TypeAlias = list[tuple[Content, ActiveBinding]]
 class TopBar(Widget):
     """The top line: the names of the screens, and the status.
 
-    The line never wraps: the status is shortened to the space that the screens' names leave, and in a narrow
-    window ``0 Home`` shrinks to its digit.
+    The line never wraps: the status is shortened to the space that the screens' names leave.
     """
 
     DEFAULT_CSS = """
@@ -76,12 +74,8 @@ class TopBar(Widget):
     def _navigation(self) -> Content:
         parts: list[Content | str] = []
         for screen in NUMBERED_SCREENS:
-            is_current = screen.name == self._mode
-            # In a narrow window, the status needs the space that the name of Home would take.
-            is_bare = screen.name == "home" and not is_current and self.size.width < WIDE_CELLS
-            key = bare_key(screen.opened_by.id)
-            text = f" {key} " if is_bare else f" {key} {screen.label} "
-            style = "reverse bold" if is_current else ""
+            text = f" {bare_key(screen.opened_by.id)} {screen.label} "
+            style = "reverse bold" if screen.name == self._mode else ""
             parts.append(Content.styled(text, style).stylize(f"@click={screen.opened_by.action}"))
         return Content.assemble(*parts)
 

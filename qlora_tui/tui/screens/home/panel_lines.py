@@ -82,6 +82,7 @@ _WAY = (
     ("go.models", "choose a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
     ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
     ("go.memory", "see what fills the GPU, and what would fit", "one key applies the cheapest change"),
+    ("go.lora", "optional: select what is trained, and its rank", "presets train all linear layers"),
     ("go.train", "launch; the run continues when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )

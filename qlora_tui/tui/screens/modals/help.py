@@ -101,21 +101,24 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     if entry.is_modal:
         return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
 
-    # The second column also has the terms and the app's commands, each after an empty line.
-    below = len(_sentences("", terms, _COLUMN_CELLS)) + len(_everywhere(_COLUMN_CELLS)) + 2
+    # The second column also has the terms, and the shorter one the app's commands, each after an empty line.
+    below, last = len(_sentences("", terms, _COLUMN_CELLS)) + 1, len(_everywhere(_COLUMN_CELLS)) + 1
 
-    def height(first: int) -> int:
-        """Return the approximate height of the page, in lines, if the first column has the first ``first``
-        groups.
+    def heights(first: int) -> tuple[int, int]:
+        """Return the approximate heights of the columns without the app's commands, in lines, if the first
+        column has the first ``first`` groups.
         """
         left, right = (len(_key_sentences(part, _COLUMN_CELLS)) for part in (groups[:first], groups[first:]))
-        return max(left, right + below)
+        return left, right + below
 
-    first = min(range(1, len(groups) + 1), key=height)
-    parts = [
+    first = min(range(1, len(groups) + 1), key=lambda first: max(*heights(first), min(heights(first)) + last))
+    left, right = (
         [_text(partial(_key_sentences, part))] if part else [] for part in (groups[:first], groups[first:])
-    ]
-    return HelpScreen(entry.label, parts[0], [*parts[1], words, _text(_everywhere)])
+    )
+    right.append(words)
+    shorter = left if heights(first)[0] < heights(first)[1] else right
+    shorter.append(_text(_everywhere))
+    return HelpScreen(entry.label, left, right)
 
 
 def all_keys_screen() -> HelpScreen:
