@@ -18,7 +18,7 @@ from qlora_tui.sweeps.directory import all_sweeps
 from qlora_tui.sweeps.space import Range, Space, Values
 from qlora_tui.sweeps.view import read_sweep
 from qlora_tui.tui import system_monitor
-from qlora_tui.tui.screens.runs.sweep import SweepScreen
+from qlora_tui.tui.screens.runs.sweep import SweepScreen, trial_lines
 from qlora_tui.tui.screens.runs.sweep_charts import setting_plot
 from tests.sweeps.conftest import best_at, no_runner, play_all, recipe, sheet
 from tests.tui.sample_data import readable_model, tickets
@@ -163,6 +163,17 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
         min(trial.results[number].loss for trial in view.of_group(1) if number in trial.results)
         for number in (1, 2)
     ]
+
+
+def test_a_sweep_in_its_first_round_has_the_losses_of_that_round_only(recipe: Recipe) -> None:
+    view = play_all(actions.start(sheet(recipe, rounds=3)), best_at(4e-4), most=3)
+    assert [text for text, _ in setting_plot(view, "training.learning_rate").legend] == [
+        "by learning_rate",
+        "○ unchanged",
+        "• earlier",
+    ]
+    (_, heading), *rows = trial_lines(view, 74)
+    assert "at 25%" in heading.plain and "at 50%" not in heading.plain and len(rows) == len(view.trials)
 
 
 def test_repeats_are_below_their_run_and_runs_in_order_of_their_results(recipe: Recipe) -> None:

@@ -384,6 +384,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
                 title=round_title(view, number),
                 right=True,
                 dropped=0 if number == rounds else 1 + number,
+                shown_if_empty=False,
             )
             for number in range(1, rounds + 1)
         ),

@@ -136,7 +136,7 @@ def setting_plot(view: SweepView, path: str) -> Plot:
         curves=tuple(curves),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=_legend(view, path, {mark.symbol for mark in marks}),
+        legend=_legend(view, path, {(mark.symbol, mark.style) for mark in marks}),
         empty=_NOTHING,
     )
 
@@ -147,18 +147,16 @@ def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     return tuple(sorted(marks, key=lambda mark: (order.index(mark.symbol), mark.style != _EARLIER_STYLE)))
 
 
-def _legend(view: SweepView, path: str, symbols: set[str]) -> tuple[tuple[str, str], ...]:
-    rounds = [round_title(view, number) for number in range(1, view.rounds + 1)]
-    items = [(f"by {path.rpartition('.')[2]}", "dim")]
-    if _WINNER in symbols:
-        items.append((f"{_WINNER} trial {view.verdict.winner}", _WINNER_STYLE))
-    if _UNCHANGED in symbols:
-        items.append((f"{_UNCHANGED} unchanged", _UNCHANGED_STYLE))
-    if _OTHER in symbols:
-        items.append((f"{_OTHER} {rounds[-1] if rounds[1:] else 'other trials'}", _LAST_STYLE))
-    if rounds[1:]:
-        items.append((f"{_OTHER} earlier", _EARLIER_STYLE))
-    return tuple(items)
+def _legend(view: SweepView, path: str, drawn: set[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return (text, style) items for the legend of ``drawn`` marks, given as (symbol, style)."""
+    words = {
+        (_WINNER, _WINNER_STYLE): f"trial {view.verdict.winner}",
+        (_UNCHANGED, _UNCHANGED_STYLE): "unchanged",
+        (_OTHER, _LAST_STYLE): round_title(view, view.rounds) if view.rounds > 1 else "other trials",
+        (_OTHER, _EARLIER_STYLE): "earlier",
+    }
+    items = [(f"{mark[0]} {text}", mark[1]) for mark, text in words.items() if mark in drawn]
+    return ((f"by {path.rpartition('.')[2]}", "dim"), *items)
 
 
 def steps_plot(view: SweepView) -> Plot:
