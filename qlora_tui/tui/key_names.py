@@ -26,7 +26,7 @@ _KEYS = re.compile(
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
 _MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
 _PRESS = "app.simulate_key"
-"""Action of a click on the name of a key."""
+"""Name of the action that a click on a key's name runs."""
 _KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.values()))
 
 
@@ -205,7 +205,7 @@ def _invalid_key(name: str, key: str) -> str:
 
 
 def keys_in(content: Content) -> set[str]:
-    """Return the keys, in Textual's notation, that a click on some part of ``content`` presses."""
+    """Return the keys that clicks on parts of ``content`` press, in Textual's notation."""
     styles = (span.style for span in content.spans)
     clicks = (style.meta.get("@click") for style in styles if isinstance(style, Style))
     return {click[1][0] for click in clicks if isinstance(click, tuple) and click[0] == _PRESS}

@@ -213,7 +213,7 @@ def refusal_words(*refusals: UserError) -> str:
 class FitLine:
     """A recipe's memory, compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
 
-    ``place``: whose memory this is (see :func:`place_words`); empty if this is not to be shown.
+    ``place``: the device whose memory is available, as :func:`place_words` names it; empty to leave it out.
     """
 
     def __init__(self, label: str, verdict: Verdict, *, place: str = "", can_train: bool = True) -> None:
@@ -239,8 +239,8 @@ class FitLine:
 
 
 def place_words(budget: MemoryBudget) -> str:
-    """Return whose memory a recipe is compared with: ``assumed GPU``, ``this CPU``, or the GPU's name. Every
-    screen uses these words.
+    """Return the name of the device whose memory a recipe is compared with, in the same wording for all
+    screens: ``assumed GPU``, ``this CPU``, or the GPU's name.
     """
     if budget.is_assumed:
         return "assumed GPU"

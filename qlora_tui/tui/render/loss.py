@@ -42,7 +42,7 @@ LEAST_CHART = 7
 drawn.
 """
 SMOOTHED = "smoothed"
-"""Name of the curve of the smoothed loss."""
+"""Name of the smoothed loss's curve."""
 STEP_DOTS = "· step"
 """Legend item for the loss of each step. The legend of a sparkline does not have this item."""
 VALIDATION = "◆"
@@ -181,7 +181,7 @@ def loss_sparkline(head: Content, means: Sequence[float], width: int, height: in
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     row_count = max(1, height - 1)
     spread = (high - low) or 1.0
-    # The lowest loss has half a row, since a thinner column looks like none.
+    # The column of the lowest loss is half a row high. A lower column would be hard to see.
     base = low - spread / (2 * row_count - 1)
     rows = history(columns, base, low + spread, row_count, TRAINING_STYLE, has_track=False)
     lines = [Content.assemble(" " * (len(first) + 1), row) for row in rows]
@@ -295,14 +295,14 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
 def validation_lines(
     evaluations: Sequence[tuple[int, float, str]], best_step: int | None, width: int, height: int
 ) -> list[Content]:
-    """Return titles, and a line for each evaluation that fits, newest first: the loss, and its change since
-    the previous evaluation as a number and a bar. An example is ``20  3.032 ★ -0.297 ▄▄▄``.
+    """Return a header line, and a line for each evaluation that fits, newest first. A line has the loss, and
+    its change since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
         best_step: Step of the best evaluation; None if there is none.
         width: Width of the lines, in cells.
-        height: Maximum number of lines. If there is only one, the titles are left out.
+        height: Maximum number of lines. If it is 1, the header line is left out.
     """
     losses = [round(loss, 3) for _, loss, _ in evaluations]
     changes = [math.nan, *(after - before for before, after in pairwise(losses))]

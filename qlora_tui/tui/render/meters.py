@@ -68,8 +68,7 @@ def history(
 ) -> list[Content]:
     """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the lowest
     column, and a value of ``high`` the highest. The columns are partly transparent, because they fill most of
-    the chart. Unless ``has_track`` is false, the background up to ``high`` is a track, which shows the share
-    that the columns reach.
+    the chart. With ``has_track``, all rows have a background, which shows how high the columns could be.
     """
     rows = blocks(values, low, high, height, is_apart=True)
     shade = f"{style} {_SOFT}" + (f" {_TRACK_STYLE}" if has_track else "")

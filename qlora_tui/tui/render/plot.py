@@ -18,13 +18,15 @@ from qlora_tui.tui.render.series import Envelope
 DOTS_WIDE, DOTS_HIGH = 2, 4
 """Width and height of a braille character in dots. Points are drawn with these dots."""
 _MIDDLE_DOT = 1
-"""Row of dots at the middle of a cell, counted from the top of the cell, for a line that is two dots thick or
-thinner.
+"""Row of dots in the middle of a cell, counted from 0 at the top of the cell. A line that is drawn there may
+be one or two dots thick.
 """
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
 _LEAST_FILLED = 7
-"""Minimum number of rows of a graph with areas under its curves: in fewer rows, they are large blocks."""
+"""Minimum number of rows of a graph at which the areas under its curves are filled. In fewer rows, the areas
+would look like large blocks.
+"""
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
@@ -47,7 +49,7 @@ _LEAST_SPAN = 0.05
 NOT_A_NUMBER = "×"
 """Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
 _DASH = 2
-"""Length of the dashes of each color, in cells, where lines share their cells."""
+"""Length of a dash, in cells. Lines that share cells are drawn as dashes of alternating colors."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
@@ -205,12 +207,13 @@ class Curve:
     for each value, without a line.
     """
     fill: str = ""
-    """Color of the area under the curve; empty for none. If the axis does not begin at zero, the color fades
-    toward the bottom, where the area would look as if it ended at zero. A graph of few rows has no area.
+    """Color of the area under the curve; empty for none. If the y axis does not begin at zero, the color
+    fades toward the bottom, because a solid area would suggest that the axis begins at zero. A graph with few
+    rows has no areas.
     """
     joins_marks: bool = False
-    """Whether each point of the curve has a mark. The line then goes through the middle of the cells of its
-    points, where the marks are.
+    """Whether each point of the curve has a mark. If so, the line passes through the middle of the marks'
+    cells.
     """
 
 
@@ -228,8 +231,8 @@ class Mark:
 class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
-    A cell has one color. Cells that several lines share have the dots of all of them. If a line has no other
-    cells, it is dashed in its color and those of the lines that share its cells.
+    A cell that several lines share shows the dots of all of them, but can have only one color. Where a line
+    has no cells of its own, its color alternates with the colors of the other lines.
     """
 
     x: Axis
@@ -237,9 +240,11 @@ class Plot:
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
     has_all_marks: bool = False
-    """Whether marks with the same symbol may be next to each other; otherwise, some are left out."""
+    """Whether all marks are drawn. If not, a mark that is too close to another mark with the same symbol is
+    left out.
+    """
     x_ticks: tuple[tuple[float, str], ...] = ()
-    """(value, label) ticks of the x axis, in order; empty for round numbers."""
+    """(value, label) pairs for the ticks of the x axis, in order; empty for ticks at round numbers."""
     legend: tuple[tuple[str, str], ...] = ()
     """(text, style) items for the line above the graph. If they do not all fit, the last items are
     dropped.
@@ -275,15 +280,16 @@ class _Canvas:
     cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
     """(character, style) by (column, row)."""
     lines: dict[tuple[int, int], tuple[int, tuple[str, ...]]] = field(default_factory=dict)
-    """The dots of all lines, as bits of a braille character, and the styles of these lines, by (column,
-    row).
+    """(dots, styles) by (column, row): the dots of all lines in the cell, as bits of a braille character, and
+    the styles of these lines.
     """
     filled: dict[tuple[int, int], str] = field(default_factory=dict)
     """Background color by (column, row)."""
 
     def settle(self, dots: Iterable[tuple[int, int]], style: str, *, is_line: bool) -> None:
-        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. In cells that
-        lines share, the dots are added to those of earlier lines. Otherwise, they replace what was drawn.
+        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. If ``is_line``,
+        the dots are added to the dots of other lines in the same cell. Otherwise, they replace the contents
+        of the cell.
         """
         bits: dict[tuple[int, int], int] = {}
         for x, y in dots:
@@ -296,8 +302,8 @@ class _Canvas:
             self.cells[cell] = (chr(_BRAILLE_BLANK | each), style)
 
     def color_shared_cells(self) -> None:
-        """Color the cells that lines share, so that no line vanishes. A line that has a cell of its own in
-        the same column is seen there, and gives way. The colors of the other lines take turns.
+        """Color the cells that several lines share, so that each line remains visible. Lines without a cell
+        of their own in this column have priority. If there are several such lines, their colors alternate.
         """
         seen = {(column, *styles) for (column, _), (_, styles) in self.lines.items() if len(styles) == 1}
         for cell, (bits, styles) in self.lines.items():
@@ -307,7 +313,7 @@ class _Canvas:
                 self.cells[cell] = (self.cells[cell][0], unseen[column // _DASH % len(unseen)])
 
     def fill(self, dots: Iterable[tuple[int, int]], color: str, *, fades: bool) -> None:
-        """Color the background of the cells below all cells that a line touches."""
+        """Color the background of the cells below a line."""
         lowest: dict[int, int] = {}
         for x, y in dots:
             column, row = x // DOTS_WIDE, y // DOTS_HIGH
@@ -438,7 +444,7 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _line_row(curve: Curve, value: float, y: Axis, rows: int) -> int:
-    """Return the row of dots in which a line passes a value of its curve, counted from the top."""
+    """Return the row of dots in which a curve's line is drawn at ``value``, counted from the top."""
     if curve.joins_marks:
         return row_of(value, y, rows) * DOTS_HIGH + _MIDDLE_DOT
     return _dot_row(value, y, rows, DOTS_HIGH)

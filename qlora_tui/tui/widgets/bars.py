@@ -184,8 +184,8 @@ def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
 
 class CommandFooter(Drawing):
     """The last line, with keys and labels: ``Z Stop z Pause ^P Palette``. A click on a key presses it. Keys
-    that a panel names, in its border or in a text that is visible as a whole, are left out. Keys for which
-    there is no room are shown only in the help.
+    that a panel names in its border, or in a text that is completely visible, are left out. Keys that do not
+    fit are shown only in the help.
 
     Textual's Footer, which this replaces, mounts a widget for each key at every change of focus, and style
     caches keep these widgets alive.
@@ -211,7 +211,7 @@ class CommandFooter(Drawing):
         self._label_of = label_of
         self._shown: list[ActiveBinding] = []
         self._named: set[str] = set()
-        """Ids of the commands whose keys panels show in their borders, and keys that their texts name."""
+        """Ids of the commands in the panels' borders, and the keys in the panels' texts."""
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
@@ -293,7 +293,7 @@ class CommandFooter(Drawing):
 
 
 def _named(screen: Screen[object]) -> set[str]:
-    """Return the ids of the commands in the borders of panels, and the keys in their texts."""
+    """Return the ids of the commands in the panels' borders, and the keys in the panels' texts."""
     named = set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
     for panel in screen.query(Panel):
         for text in panel.query("Lines, Drawing").results():
@@ -303,7 +303,7 @@ def _named(screen: Screen[object]) -> set[str]:
 
 
 def _is_whole(widget: Widget) -> bool:
-    """Return whether all lines of a widget are visible."""
+    """Return whether the whole widget is visible."""
     try:
         found = widget.screen.find_widget(widget)
     except NoWidget:

@@ -263,7 +263,7 @@ class Drawing(Widget):
 
     @property
     def named_keys(self) -> set[str]:
-        """Keys that the lines name, in Textual's notation."""
+        """The keys that occur in the lines, in Textual's notation."""
         if self.has_class("graph") or not self.size:
             return set()
         return set[str]().union(*map(keys_in, self._draw(*self.size)))
@@ -342,7 +342,7 @@ class Lines(Static):
 
     @property
     def named_keys(self) -> set[str]:
-        """Keys that the text names, in Textual's notation."""
+        """The keys that occur in the text, in Textual's notation."""
         return keys_in(self.content) if isinstance(self.content, Content) else set()
 
     def show(self, text: Content | Sequence[Content] | Write) -> None:

@@ -334,7 +334,7 @@ def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
     if summary is None:
         return lines
     lines.append(labeled("steps", format_progress(summary.step, summary.total_steps), _LABEL))
-    if summary.best is not None and summary.verdict is None:  # which says how far the loss fell
+    if summary.best is not None and summary.verdict is None:  # A verdict already says how far the loss fell.
         loss, step = summary.best
         lines.append(labeled("best", f"validation {format_loss(loss)} at step {step:,}", _LABEL))
     if summary.verdict is not None:

@@ -332,7 +332,7 @@ class FitPanel(Panel):
         more = "" if is_said else f", {verdict_sentence(verdict)}"
         train = next_step("go.train", "check and launch")
         is_done = is_recipe and refusal is None and verdict.fits_even_if_tight
-        # Without a color of its own, a title has that of all titles.
+        # An empty style gives the title the usual color of titles.
         title = Content.styled(f"{name} {word}{more}", "" if style == "$text-muted" else style)
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
@@ -415,7 +415,7 @@ def _step_text(choice: StepChoice, least_bytes: int, all_bytes: int) -> Content:
     Args:
         choice: How the run uses free memory.
         least_bytes: The minimum memory that the run needs, as the bars show it.
-        all_bytes: All memory of the device.
+        all_bytes: The total memory of the device.
     """
     chosen = describe_choice(choice)
     if not chosen:

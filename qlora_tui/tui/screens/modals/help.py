@@ -101,12 +101,13 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     if entry.is_modal:
         return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
 
-    # The second column also has the terms, and the shorter one the app's commands, each after an empty line.
+    # The terms are at the end of the second column. The app's commands are at the end of the shorter column.
+    # An empty line precedes each.
     below, last = len(_sentences("", terms, _COLUMN_CELLS)) + 1, len(_everywhere(_COLUMN_CELLS)) + 1
 
     def heights(first: int) -> tuple[int, int]:
-        """Return the approximate heights of the columns without the app's commands, in lines, if the first
-        column has the first ``first`` groups.
+        """Return the approximate heights of both columns, in lines, without the app's commands. ``first``:
+        number of groups in the first column.
         """
         left, right = (len(_key_sentences(part, _COLUMN_CELLS)) for part in (groups[:first], groups[first:]))
         return left, right + below

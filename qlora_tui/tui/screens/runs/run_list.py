@@ -89,7 +89,9 @@ def best_loss(summary: RunSummary) -> str:
 
 
 _MIN_REASON = 32
-"""Minimum width of the column with the reason why a run ended, in cells. It takes what the others leave."""
+"""Minimum width of the column with the reason why a run ended, in cells. The column takes the width that the
+other columns leave.
+"""
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the time, and a number after it, at the end of a generated name such as
 ``owls-20261130-0752-2``.
@@ -435,7 +437,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("best", f"validation {format_loss(loss)} at step {step:,}"))
     elif summary.loss is not None:
         rows.append(("last", f"training {format_loss(summary.loss)}"))
-    # A verdict compares with the loss before training.
+    # A verdict already includes the loss before training.
     if summary.loss_to_beat is not None and summary.verdict is None:
         rows.append(("before", f"{format_loss(summary.loss_to_beat)}, lower than after training"))
     if summary.accuracy is not None:

@@ -23,27 +23,27 @@ _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
     "$text-muted dim",
 )
 _MARGIN = 0.03
-"""Room at each end of the axis of a range, as a fraction of its length."""
+"""Margin at each end of the axis for a range of values, as a fraction of the range."""
 _TICKS = 8
-"""Maximum number of ticks on the axis of a range that is not logarithmic."""
+"""Maximum number of ticks on a linear axis."""
 _ROUND = (1, 2, 5)
 _LONGEST = 20
-"""Maximum length of the label of a value."""
+"""Maximum length of a value's label, in characters."""
 _NOTHING = "No trial has been validated yet."
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """An axis for the values of a setting."""
+    """The axis for the values of a setting."""
 
     axis: Axis
     ticks: tuple[tuple[float, str], ...]
-    """(place, label) pairs in order."""
+    """(position on the axis, label) pairs, in order."""
     values: Values
     """The values that the sweep varies."""
 
     def place(self, value: Any) -> float | None:
-        """Return the place of a value on the axis; None if the axis does not have it."""
+        """Return the position of a value on the axis; None if the value is not on the axis."""
         if isinstance(self.values, Range):
             return _of_range(self.values, value)
         text = value_text(value)
@@ -51,15 +51,15 @@ class _Scale:
 
     @property
     def has_order(self) -> bool:
-        """Whether the values are numbers."""
+        """Whether the values are numbers, which have an order."""
         return isinstance(self.values, Range) or all(map(_is_number, self.values))
 
 
 def _scale(values: Values, more: Sequence[Any]) -> _Scale:
-    """Return the axis for the values of a setting and for ``more`` values.
+    """Return the axis for the values of a setting. The axis also has the values in ``more``.
 
-    A range has a linear or logarithmic axis. The values of a list are at equal distances, numbers in their
-    order.
+    For a range, the axis is linear or logarithmic. The values of a list are evenly spaced; if they are
+    numbers, they are sorted.
     """
     if isinstance(values, Range):
         ends = [_of_range(values, value) for value in (values.low, values.high, *more)]
@@ -96,9 +96,9 @@ def _log_ticks(axis: Axis) -> tuple[tuple[float, str], ...]:
 
 
 def setting_plot(view: SweepView, path: str) -> Plot:
-    """Return the plot of validation losses by the value of a setting: a mark for each trial at the end of
-    each of its rounds, and one for each run of the unchanged recipe. A line joins the lowest losses of a
-    round, if the values are numbers.
+    """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
+    each of its rounds, and each run of the unchanged recipe has a mark. If the values are numbers, a line
+    connects the lowest losses of each round.
     """
     scale = _scale(view.sheet.sweep.vary[path], [value_of(view, base, path) for base in view.base_trials[:1]])
     marks, lowest = [], dict[int, dict[float, float]]()
@@ -142,7 +142,7 @@ def setting_plot(view: SweepView, path: str) -> Plot:
 
 
 def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
-    """Return the marks in the order in which they are drawn, the most important last."""
+    """Return the marks in drawing order: the most important marks are drawn last."""
     order = _OTHER + _UNCHANGED + _WINNER
     return tuple(sorted(marks, key=lambda mark: (order.index(mark.symbol), mark.style != _EARLIER_STYLE)))
 

@@ -216,7 +216,7 @@ class LaunchPane(Vertical, OnQloraApp):
             probing: Progress of the step measurement; empty if none is in progress.
         """
         self._checks = checks
-        # If the user has assumed another GPU size, the other screens compare with its memory.
+        # If the user has assumed a GPU size, the other screens compare the recipe with this size.
         planned = self.app.memory_budget
         others = (
             f"Model, Memory and LoRA plan for {format_bytes(planned.bytes)} ({place_words(planned)})"
@@ -305,8 +305,8 @@ def verdict_lines(
     time, steps and memory, then its plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
-    empty if none is in progress. ``place``: whose memory the run uses. ``others``: a note on the memory
-    that the other screens plan for; empty if it is the same.
+    empty if none is in progress. ``place``: the device whose memory the run uses. ``others``: a note on the
+    memory that the other screens assume; empty if it is the same.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]

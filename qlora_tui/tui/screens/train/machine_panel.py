@@ -19,7 +19,9 @@ from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.meters import bar, history
 
 _HOT_C, _HOTTEST_C = 83, 100
-"""Temperatures in °C: from which a GPU is called hot, and at the top of the chart."""
+"""Temperatures in °C: the lowest at which a GPU counts as hot, and the temperature at the top of
+the chart.
+"""
 _LABEL = 8
 """Width of the label before a chart, in cells."""
 _MIN_CHART = 6
@@ -121,7 +123,7 @@ class _Meter:
     top: float | None = None
     """Value at the top of the chart; None to use the highest value."""
     top_text: str = ""
-    """``top`` as text, shown where the chart has two rows; empty if ``value`` names it."""
+    """``top`` as text, which is shown if the chart has two rows; empty if ``value`` already contains it."""
     bar: tuple[int | None, int | None] | None = None
     """(used, total) in bytes, to be drawn as a bar with the estimate below it; None for no bar."""
 

@@ -387,8 +387,9 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
 
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return a line for windows without a panel of warnings: the warning that has a fix, or its first
-    sentence, cut to what fits, and the key for the fix. Return no line if there is no such warning.
+    """Return a line for windows without a panel of warnings: the warning that has a fix, and the key for the
+    fix. If the warning is too long, only its first sentence is shown, cut if necessary. Return no line if
+    there is no such warning.
     """
     fix = snapshot.fix
     if fix is None or not fix.evidence:
@@ -538,8 +539,8 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 
 
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return a line for each evaluation that fits, with the percentage of exact answers or of correct
-    comparisons if it was measured.
+    """Return the lines of :func:`validation_lines` for the run's evaluations. If it was measured, a line
+    includes the percentage of exact answers or of correct comparisons.
     """
 
     def share(event: Evaluated) -> str:

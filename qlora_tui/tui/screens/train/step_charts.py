@@ -39,8 +39,8 @@ _MIN_ROWS, _TALL_ROWS = 12, 28
 """Minimum height, in rows, at which charts are drawn below the graph, and at which each chart has two rows.
 """
 _HEADROOM, _TOP_PARTS = 1.2, 10
-"""Minimum height of a chart as a multiple of its highest value, so that a steady value is no full chart, and
-maximum number of round parts of that height.
+"""Minimum value at the top of a chart, as a multiple of the highest value, so that a constant value does not
+fill the chart; and maximum number of steps of a round size from zero to the top.
 """
 _MIN_VALUE_CELLS = 7
 """Minimum width of a chart's value, such as ``1.27e-4``, in cells, so that the graph does not move when the
@@ -59,7 +59,7 @@ class StepChart:
     top: float
     """Value at the top of the chart."""
     top_text: str = ""
-    """``top`` as text, shown where a chart has two rows."""
+    """``top`` as text, which is shown if the chart has two rows."""
     style: str = "$secondary"
 
 
@@ -101,7 +101,7 @@ def _chart_lines(
     chart: StepChart, x: Axis, names: int, gutter: int, columns: int, rows: int
 ) -> list[Content]:
     """Return the chart as ``rows`` lines of blocks, with its name and value to the left of the last line. If
-    there are several lines, the value at the top of the chart is to the left of the first.
+    there are several lines, the value at the top of the chart is to the left of the first line.
 
     Args:
         chart: The quantity to draw.
