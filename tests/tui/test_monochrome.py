@@ -25,7 +25,7 @@ VISITED = [
     ("2", "No data yet"),
     ("3", "has no model"),
     ("4", "r R rank"),
-    ("5", "n New run"),
+    ("5", "o Other run"),
     ("6", "v Compare"),
     ("?", "Help: Runs"),
     ("q", "v Compare"),

@@ -29,7 +29,7 @@ VISITED = [
     ("6", "Compare"),
     ("5", "chat with it"),
     ("n", "Cannot train"),
-    ("x", "Watch another run"),
+    ("o", "Watch another run"),
     ("\r", "chat with it"),
     ("?", "Help: Train"),
     ("q", "chat with it"),
