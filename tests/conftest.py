@@ -25,11 +25,19 @@ from qlora_tui.memory import traces
 from qlora_tui.settings import GPU_VARIABLE
 from tests.support.descriptions import Descriptions, descriptions, quick_descriptions
 from tests.support.nvml_stub import install_nvml_stub
-from tests.support.quick_starts import IMPORTS, SHARED, quick_workers, started, worker_server
+from tests.support.quick_starts import (
+    IMPORTS,
+    SHARED,
+    quick_confined,
+    quick_workers,
+    started,
+    worker_server,
+)
 from tests.support.trainer_processes import quick_trainers, trainers
 
 __all__ = [
     "descriptions",
+    "quick_confined",
     "quick_descriptions",
     "quick_trainers",
     "quick_workers",

@@ -15,8 +15,6 @@ import importlib
 import os
 import resource
 import signal
-import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,10 +23,10 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qlora_tui import paths, worker
 from qlora_tui.errors import UserError
 
 if TYPE_CHECKING:
+    import subprocess
     from multiprocessing.connection import Connection
 
 T = TypeVar("T")
@@ -177,7 +175,12 @@ class Confined:
         return self._connection
 
     def _start(self) -> Connection:
+        # Imported only here, because a child does not need them.
+        import socket
+        import subprocess
         from multiprocessing.connection import Connection
+
+        from qlora_tui import worker
 
         if not self._owner:
             atexit.register(self.close)
@@ -201,6 +204,8 @@ class Confined:
 
 def _log() -> Path:
     """Return the file of a child's stderr, which is the log, because a message may contain text of a row."""
+    from qlora_tui import paths
+
     with suppress(OSError, UserError):
         log = paths.log_path()
         if os.access(log.parent, os.W_OK):

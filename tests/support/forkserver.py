@@ -6,8 +6,8 @@ Each child is a real process that runs ``python -m MODULE`` from its first line,
 killed like any other; it only skips the seconds of imports.
 
 A request through the Unix socket is a line of JSON: null, answered by 0 once children start at once; or
-``module``, ``arguments``, ``environment``, ``folder``, and whether it ``ignores_term``, with the standard
-streams as file descriptors, answered by the child's process id and, once it has ended, its exit code.
+``module``, ``arguments``, ``environment``, ``folder``, and whether it ``ignores_term``, with the child's
+descriptors from 0 on, answered by the child's process id and, once it has ended, its exit code.
 ``BEFORE_TRAINER`` in the environment is code to run first: see :mod:`tests.training.fault_injection`. A child
 other than a trainer, which outlives who started it, is killed when the client has ended. Its imports, its
 memory and what it reads from the environment at import time are the server's: a test about those sets
@@ -30,8 +30,6 @@ import traceback
 import warnings
 from typing import Any
 
-from qlora_tui.catalog import library_types
-
 TRAINER = "qlora_tui.training"
 TORCHRUN = "torch.distributed.run"
 _REQUEST_S = 30.0
@@ -52,9 +50,10 @@ def main() -> None:
             importlib.import_module(module)
     if "qlora_tui.training.attempt" in sys.argv:
         _prepare_training()
-    # Parsed from the source of transformers, once in each process.
-    library_types.config_classes()
-    library_types.text_generators()
+    if library_types := sys.modules.get("qlora_tui.catalog.library_types"):
+        # Parsed from the source of transformers, once in each process.
+        library_types.config_classes()
+        library_types.text_generators()
     # What a power cut would take: see ``skip_fsync`` in tests/conftest.py.
     os.fsync = os.fstat  # type: ignore[assignment]
     # What is here now is in every child: a collection there need not go over it, and copy its pages.
@@ -90,7 +89,7 @@ def _prepare_training() -> None:
 
 def _start(events: selectors.BaseSelector, client: socket.socket) -> None:
     client.settimeout(_REQUEST_S)
-    line, streams, _, _ = socket.recv_fds(client, 1 << 20, 3)
+    line, streams, _, _ = socket.recv_fds(client, 1 << 20, 4)
     while not line.endswith(b"\n") and (more := client.recv(1 << 20)):
         line += more
     if not line.endswith(b"\n"):
@@ -144,7 +143,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     # The server's sockets, and those of its other clients.
-    os.closerange(3, 1 << 16)
+    os.closerange(len(streams), 1 << 16)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["ignores_term"]:

@@ -70,7 +70,12 @@ WORKER_MODULES = (
     "tests.catalog.hub_question",
 )
 """The same without torch."""
-
+CONFINED_MODULES = (
+    "qlora_tui.data.chat_template",
+    "qlora_tui.data.arrow_rows",
+    "qlora_tui.data.dataset_scan",
+)
+"""What confined children import; almost each process of a test starts one."""
 
 IMPORTS = {
     "descriptions": (
@@ -80,6 +85,7 @@ IMPORTS = {
         "peft",  # asked for models with convolutions; more than a second in each fork
         "bitsandbytes",
     ),
+    "confined": CONFINED_MODULES,
     "trainers": TRAINING_IMPORTS,
     "workers": WORKER_IMPORTS,
 }
@@ -150,6 +156,14 @@ def started(folder: Path, *names: str) -> Iterator[None]:
     finally:
         for process in processes:
             process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_confined() -> Iterator[None]:
+    """Confined children of all processes start at once."""
+    with fork_server("confined") as server, pytest.MonkeyPatch.context() as patch:
+        server.serve(CONFINED_MODULES, patch, waits=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ class ForkRequest:
     """A child that a fork server starts; see :mod:`tests.support.forkserver`."""
 
     def __init__(self, server: str, module: str, arguments: list[str], streams: list[int]) -> None:
-        """Ask the server for a child that runs ``module``; ``streams``: its standard streams."""
+        """Ask the server for a child that runs ``module``; ``streams``: its descriptors from 0 on."""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(server)
         request = {
