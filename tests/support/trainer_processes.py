@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from qlora_tui.catalog.local_models import resolve_model
+from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.retry import RetryPlan
 from tests.support.quick_start.fork_request import ForkRequest
@@ -40,7 +43,12 @@ class Trainers:
         self.server = server
 
     def start(self, run: RunDir, plan: RetryPlan | None = None) -> Trainer:
-        """A trainer for ``run``, in the environment as it is now."""
+        """A trainer for ``run``, in the environment as it is now.
+
+        It finds its model described, which otherwise another process would do for each.
+        """
+        with suppress(UserError):
+            resolve_model(run.recipe().model.id)
         self.server.wait_until_ready()
         return Trainer(self.server.socket, run, (plan or RetryPlan()).to_arguments())
 

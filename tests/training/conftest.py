@@ -24,10 +24,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty short conversations."""
+    """Thirty short conversations."""
     file = tmp_path_factory.mktemp("data") / "facts.jsonl"
     with file.open("w") as lines:
-        for i in range(60):
+        for i in range(30):
             messages = [
                 {"role": "user", "content": f"what is {i}"},
                 {"role": "assistant", "content": f"the answer is {i * 7 % 13} and {'fox ' * (i % 9)}"},

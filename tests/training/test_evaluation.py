@@ -87,7 +87,7 @@ def test_the_share_of_exact_answers_is_that_of_greedy_search(
 
 
 def test_long_answers_have_no_share(recipe: MakeRecipe, trainers: Trainers) -> None:
-    run = create_run(recipe({"training.max_steps": 1}))
+    run = create_run(recipe({"training.max_steps": 1, "data.validation_fraction": 0.2}))
     assert trainers.run(run) == 0
     assert [e.accuracy for e in events_of(run, Evaluated)] == [None, None]
 

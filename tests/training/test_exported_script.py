@@ -26,9 +26,9 @@ def test_a_script_has_the_loss_of_a_run(recipe: MakeRecipe, trainers: Trainers, 
         "lora.dropout": 0.0,
         "training.epochs": 3.0,
         "training.warmup_ratio": 0.0,
-        # A step has all 54 rows, whatever their order.
+        # A step has all 27 rows, whatever their order.
         "training.micro_batch_size": 9,
-        "training.gradient_accumulation": 6,
+        "training.gradient_accumulation": 3,
     }
     asked = recipe(settings)
     (tmp_path / "recipe.toml").write_text(dump(asked))

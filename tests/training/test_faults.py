@@ -122,7 +122,7 @@ def test_out_of_memory_during_training_resumes_smaller_from_the_checkpoint(
     recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inject_fault(monkeypatch, "inject_oom({4: 2, 6: 1, 8: 0.5})")
-    run = actions.submit(recipe({**WIDE, "training.epochs": 3.0}))
+    run = actions.submit(recipe({**WIDE, "training.epochs": 6.0}))
     wait_for(lambda: read_status(run).state == "finished", seconds=120, saying="the end")
     attempts = events_of(run, Started)
     assert [(a.micro_batch_size, a.gradient_accumulation, a.gradient_checkpointing) for a in attempts] == [
@@ -137,7 +137,7 @@ def test_out_of_memory_during_training_resumes_smaller_from_the_checkpoint(
     assert len(warnings) == 3 and "micro-batch 1 × accumulation 4 and gradient checkpointing" in warnings[-1]
     data = events_of(run, DataReady)[0]
     assert list(losses(run)) == list(range(1, data.total_steps + 1))
-    assert events_of(run, Step)[-1].tokens == 3 * data.tokens
+    assert events_of(run, Step)[-1].tokens == 6 * data.tokens
     assert isinstance(events(run)[-1], Finished)
 
 

@@ -115,6 +115,7 @@ def test_a_step_and_an_evaluation_given_up_are_repeated_exactly(
 ) -> None:
     settings = {
         "lora.dropout": 0.1,
+        "training.epochs": 4.0,
         "training.gradient_accumulation": 4,
         "training.log_every": 2,
         "training.eval_every": 2,
