@@ -43,7 +43,10 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
         model: on ``meta``.
     """
     linears = {module: name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    if not _may_read(modules.values(), {name.rpartition(".")[2] for name in linears.values()}):
+    files = {type(module).__module__ for module in modules.values()}
+    files = {file for file in files if file.startswith("transformers.")}
+    kinds = {name.rpartition(".")[2] for name in linears.values()}
+    if not any(_weights_used_in(file) & kinds for file in files):
         return DirectReads()
     tokens = torch.zeros((1, _TOKENS), dtype=torch.long, device="meta")
     # In a quantized model some classes call modules whose weights they otherwise read.
@@ -53,7 +56,8 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
     was_training = model.training
     found: list[_Reads] = []
     try:
-        for quantized in (True, False):
+        # Each forward takes up to a second.
+        for quantized in (True, False) if any(map(_may_be_quantized, files)) else (True,):
             found.append(reads := _Reads(linears))
             forwards = {module: reads.forward_of(module) for module in model.modules()}
             for config in configs:
@@ -74,12 +78,6 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
     )
 
 
-def _may_read(modules: Iterable[nn.Module], kinds: set[str]) -> bool:
-    """Return whether the modules' source uses a weight of such a kind after initialization."""
-    files = {type(module).__module__ for module in modules}
-    return any(_weights_used_in(file) & kinds for file in files if file.startswith("transformers."))
-
-
 @cache
 def _weights_used_in(module_name: str) -> frozenset[str]:
     """Return the attributes whose ``weight`` the source of a Python module uses after initialization."""
@@ -91,6 +89,12 @@ def _weights_used_in(module_name: str) -> frozenset[str]:
         for node in ast.walk(function)
         if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.value, ast.Attribute)
     )
+
+
+@cache
+def _may_be_quantized(module_name: str) -> bool:
+    """Return whether the source of a Python module tests whether the model is quantized."""
+    return "_is_quantized" in inspect.getsource(sys.modules[module_name])
 
 
 class _Reads(TorchFunctionMode):
