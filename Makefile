@@ -25,6 +25,7 @@ help:
 	@echo "make check        lint, formatting, types, architecture"
 	@echo "make check-kernels compile the Triton kernels for each supported GPU, without one (fetches 0.5 GB)"
 	@echo "make check-models train a tiny model of each type that transformers builds, and list what came of it"
+	@echo "make check-every-model the tests that walk over models, with all of them: make test takes those unlike"
 	@echo "make check-recipes let axolotl's schema read exported recipes (fetches 10 MB)"
 	@echo "make docs         write the generated pages of docs/: settings, commands, keys, manual page"
 	@echo "make screenshots  draw the pictures of README and docs, from recorded runs"
@@ -75,6 +76,10 @@ check-kernels: $(addprefix .triton/,$(TRITONS))
 
 check-models: $(INSTALLED)
 	$(BIN)/python -m bench.model_types --out docs/reference/models.json; status=$$?; $(BIN)/python -m docs.generate; exit $$status
+
+check-every-model: $(INSTALLED)
+	EVERY_MODEL=1 $(BIN)/pytest -n 2 -k "each_type or transformers_counts" \
+		tests/export/test_gguf_architectures.py tests/catalog/test_config_parser.py
 
 # Its schema needs none of axolotl's other dependencies.
 AXOLOTL := axolotl==0.19.0 pillow==13.0.0

@@ -19,13 +19,10 @@ pytestmark = pytest.mark.slow
 
 TRAINED = {
     "gpt2": "fast",  # transposed matrices, learned positions
-    "gpt_oss": "fast",  # fused experts, sliding windows, sinks
     "gemma4": "fast",  # images and text, inputs for each layer
     "emu3": "fast",  # images and text, a text class that does not find its weights
-    "deepseek_v3": "fast",  # latent attention, routed and shared experts
     "qwen3_next": "padded",  # linear attention, experts
     "zamba": "padded, not merged: its layers share weights",
-    "falcon_h1": "padded",  # state space beside attention in each layer
 }
 """By type: how it is computed."""
 
