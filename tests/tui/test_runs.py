@@ -453,7 +453,7 @@ async def test_a_runs_recipe_is_used_again_trained_further_and_saved(three_runs:
         assert find_preset("wide").settings()["lora"]["rank"] == 64
         assert (paths.user_presets_dir() / "wide.toml").exists()
         await pilot.press("S", *"wide", "enter")
-        await wait_for_text(pilot, "You already have a preset wide")
+        await wait_for_text(pilot, "You already have a preset named wide")
         await pilot.press("n")
         assert find_preset("wide").settings()["lora"]["rank"] == 64
 
@@ -463,7 +463,7 @@ async def test_a_measures_answers_and_a_second_a_stops(three_runs: list[RunDir])
     app = open_on("runs")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares its answers")
+        await wait_for_text(pilot, "[a] compares the adapter")
         await pilot.press("a")
         await wait_for_text(pilot, "3 of 14")
         await pilot.press("a")
@@ -477,7 +477,7 @@ async def test_two_keys_at_once_start_one_measurement_which_ends_with_the_app(
     app = open_on("runs")
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares its answers")
+        await wait_for_text(pilot, "[a] compares the adapter")
         assert isinstance(app.screen, run_commands.RunCommands)
         app.screen.evaluate(three_runs[0])
         app.screen.evaluate(three_runs[0])
