@@ -347,7 +347,7 @@ def manual_page() -> str:
         ".B qlora\\-tui",
         "[options] [command]",
         ".SH DESCRIPTION",
-        "Without a command it opens the app. A run is a background process and a folder of files: it does",
+        "Without a command, the app opens. A run is a background process and a folder of files: it does",
         "not end with the terminal that started it.",
         ".SH OPTIONS",
         *_roff_arguments(command_parser(None)),

@@ -90,8 +90,8 @@ class Hours:
         for part, after in pairwise(parts):
             if not _TIMES.search(part) and _TIMES.search(after) and after[:1].isalpha():
                 raise ValueError(
-                    f"{part}, {after} has two readings. Write `{part} {after}` for these hours on all of the "
-                    f"days, or `{after}, {part}` for all of {part}."
+                    f"{part}, {after} is ambiguous. Write `{part} {after}` if the hours apply to all of "
+                    f"these days, or `{after}, {part}` if {part} is a whole day."
                 )
         return cls(text.strip(), tuple(windows))
 

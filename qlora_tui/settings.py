@@ -46,7 +46,7 @@ class NotificationSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         _about(
             "Webhook",
-            "URL that gets a small JSON message when a run has ended, whether the app is open or not.",
+            "URL that receives a small JSON message when a run has ended, whether the app is open or not.",
             pattern=r"^(https?://\S+)?$",
         ),
     ] = ""
@@ -54,8 +54,8 @@ class NotificationSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         _about(
             "Command",
-            "Shell command to run when a run has ended, whether the app is open or not; $QLORA_TUI_TEXT is "
-            "the message, one sentence.",
+            "Shell command to run when a run has ended, whether the app is open or not; $QLORA_TUI_TEXT "
+            "contains the message, one sentence.",
         ),
     ] = ""
 

@@ -177,7 +177,7 @@ def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
             "The adapter cannot be merged into this base",
             what=f"The base has one weight for {parameter} and {other}; the adapter changes each use "
             "separately.",
-            why="A merged weight is the same for both.",
+            why="A merged weight would be the same for both uses.",
             fix="Use the adapter with peft, or in Chat.",
             code=SHARED_WEIGHT,
         )

@@ -221,8 +221,8 @@ def read_deltas(folder: Path) -> AdapterDeltas:
         if match is None:
             raise UserError(
                 "This adapter cannot be merged",
-                what=f"The adapter contains {key}, which is neither the LoRA of a linear module nor the row "
-                "of a token.",
+                what=f"The adapter contains {key}, which is neither a LoRA weight of a linear module nor a "
+                f"trained token row.",
                 fix="Load the adapter with peft, and use merge_and_unload instead.",
             )
         parts.setdefault(match[1], {})[match[2].removesuffix(".weight")] = tensor

@@ -201,7 +201,7 @@ def _damaged(plan: DownloadPlan, file: HubFile, partial: IO[bytes], what: str) -
         "The download is damaged",
         what=f"{file.name} of {plan.id} {what}.",
         why="The file was changed in transit, or by a disk error.",
-        fix="Download the model again; this file then starts over.",
+        fix="Download the model again. This file is then downloaded from the start.",
     )
 
 

@@ -305,8 +305,8 @@ class AdapterSet:
         if folder is None:
             raise UserError(
                 "No such adapter",
-                what=f"{adapter_name!r} is not available. Choose one of {', '.join((BASE, *self.folders))}.",
-                fix="Use one of these names.",
+                what=f"{adapter_name!r} is not available.",
+                fix=f"Choose one of {', '.join((BASE, *self.folders))}.",
                 exit_code=EXIT_USAGE,
             )
         self._load(adapter_name, Path(folder))

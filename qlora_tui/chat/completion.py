@@ -58,10 +58,10 @@ def completion_prompt(session: ChatSession, completion: Completion) -> list[int]
     if not prompt or not all(0 <= token_id < session.vocabulary for token_id in prompt):
         raise UserError(
             "The prompt cannot be read",
-            what="The prompt has no token."
+            what="The prompt contains no tokens."
             if not prompt
-            else f"The prompt has a token id outside 0 to {session.vocabulary - 1:,}.",
-            fix="Send a text, or token ids of this model's tokenizer.",
+            else f"The prompt contains a token id outside the range 0 to {session.vocabulary - 1:,}.",
+            fix="Send text, or token ids of this model's tokenizer.",
             exit_code=EXIT_USAGE,
         )
     session.check_length(len(prompt) + completion.answers)

@@ -464,7 +464,8 @@ class DecodeSteps:
         layers = prefix_cache.growing_layers
         if layers is None:
             self.turn_off(
-                "The model's cache holds not only keys and values for every token: it has a recurrent state, "
+                "The model's cache holds more than keys and values for every token: it has a recurrent "
+                "state, "
                 "or a sliding window that keeps only the last tokens."
             )
             return None
@@ -486,7 +487,7 @@ class DecodeSteps:
             return True
         if (free_bytes := self.free_bytes()) < _MIN_FREE_BYTES:
             free = format_bytes(free_bytes)
-            self.why_not = f"Only {free} of GPU memory was free to record the decoding step."
+            self.why_not = f"Only {free} of GPU memory was free, too little to record the decoding step."
             return True
         self.why_not = step.record(self._record, comparison.noise)
         return not self.why_not

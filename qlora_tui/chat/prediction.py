@@ -115,7 +115,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
     if out.suffix not in WRITERS:
         raise UserError(
             "Unknown output format",
-            what=f"{out} ends in {out.suffix or 'nothing'}.",
+            what=f"The extension of {out} is {out.suffix or 'missing'}.",
             fix=f"Use a name that ends in {', '.join(WRITERS)}.",
             exit_code=EXIT_USAGE,
         )

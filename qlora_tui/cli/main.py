@@ -58,7 +58,10 @@ SUBCOMMANDS = {
     "serve": ("serve", "Serve runs and their base to other programs, as an OpenAI-compatible HTTP server."),
     "mcp": ("mcp_server", "Offer these commands as tools to AI assistants (Model Context Protocol)."),
     "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),
-    "store": ("store", "Serve the app of another machine over stdin and stdout; started by its `--host`."),
+    "store": (
+        "store",
+        "Serve another machine's app over stdin and stdout; its option `--host` starts this command.",
+    ),
     "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),
     "cache": ("installation", "List the caches with their sizes; --clear deletes one."),
@@ -276,7 +279,7 @@ def command_parser(name_called: str | None) -> argparse.ArgumentParser:
     """Return the parser of all commands. Only the called command has its arguments."""
     parser = argparse.ArgumentParser(
         prog="qlora-tui",
-        description="Fine-tune language models with QLoRA on one GPU. Without a command it opens the app.",
+        description="Fine-tune language models with QLoRA on one GPU. Without a command, the app opens.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-tui {__version__}")
     add_gpu_gib_argument(parser)

@@ -127,6 +127,6 @@ def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
         reasons.append(f"{counts.dropped:,} have nothing to learn within {recipe.data.max_length:,} tokens")
     return UserError(
         "Nothing to train on",
-        what=f"None of the {pluralize(counts.rows, 'row')} gives a sample: {' and '.join(reasons)}.",
+        what=f"None of the {pluralize(counts.rows, 'row')} yields a sample: {' and '.join(reasons)}.",
         fix=fix,
     )

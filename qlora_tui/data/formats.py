@@ -518,7 +518,7 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 def _turn_a_row(name: str, why: str) -> UserError:
     return UserError(
-        "Conversations are split over rows",
+        "Conversations are split across rows",
         what=f"{name}: {why}",
         why="A conversation must be in one row, with all of its turns.",
         fix="Join the turns of each conversation into a list of messages, or use a file with joined turns; "

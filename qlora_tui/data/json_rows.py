@@ -62,7 +62,12 @@ def repeated_key_warning(repeated: Sequence[str]) -> tuple[tuple[str, str], ...]
     """Return the warning about duplicate keys within an object of a row; empty if there are none."""
     if not repeated:
         return ()
-    return (("repeated-key", f"The key {repeated[0]!r} comes twice in one object; the last value is read."),)
+    return (
+        (
+            "repeated-key",
+            f"The key {repeated[0]!r} appears twice in one object; only the last value is read.",
+        ),
+    )
 
 
 def _row(number: int, value: Any, values: _Values | None = None) -> Row:

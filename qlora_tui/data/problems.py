@@ -275,12 +275,12 @@ class ProblemCounter:
             texts = "One text holds" if problem.count == 1 else f"{problem.count:,} texts hold"
             example = (
                 f"{texts} {long.length:,} characters, more than {data.max_length:,} tokens can hold; "
-                f"splitting makes about {rows} of them (an estimate: {BYTES_PER_TOKEN} bytes a token)."
+                f"splitting gives about {rows} (estimated at {BYTES_PER_TOKEN} bytes per token)."
             )
         else:
             example = (
                 f'data.overflow = "{data.overflow}" {_LOSES[data.overflow]} {long.remaining:,} of '
-                f"{long.length:,} tokens; splitting makes {rows} of them."
+                f"{long.length:,} tokens; splitting gives {rows}."
             )
         estimated = long.remaining is None
         return replace(problem, example=example, split_rows=long.split_rows, is_estimate=estimated)

@@ -250,7 +250,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
             yield Row(
                 number=number,
                 kind="bad-row",
-                error=f"Row {number}, line {table.line}: a carriage return in a value without quotes.",
+                error=f"Row {number}, line {table.line}: a carriage return in an unquoted value.",
             )
             continue
         if not header:

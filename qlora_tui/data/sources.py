@@ -210,7 +210,7 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
         raise UserError(
             "No such data",
             what=f"{path} does not exist.",
-            fix="Check the path; relative paths start at the folder you are in.",
+            fix="Check the path; relative paths start at the current folder.",
         )
     if not path.is_dir():
         _check_regular(path)

@@ -123,7 +123,8 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
                 "Several examples per row",
                 what=f"{name} has several examples per row, in the list {column!r}.",
                 why="Each row must be one conversation.",
-                fix=f"Write a row for each: jq -c '{{instruction: .{prompt}}} + (.{column}[] | {fields})'.",
+                fix=f"Write one row per example: jq -c '{{instruction: .{prompt}}} + (.{column}[] | "
+                f"{fields})'.",
             )
         return UserError(
             "Better and worse answers are mixed",

@@ -133,6 +133,6 @@ def _served_rank(adapter: Path) -> int:
         raise UserError(
             "vLLM cannot serve this adapter",
             what=f"vLLM does not support this adapter: {why}.",
-            fix="Export the merged model instead: `qlora-tui export merge`, which vLLM serves as a model.",
+            fix="Export the merged model instead: `qlora-tui export merge`. vLLM can serve the merged model.",
         )
     return next(rank for rank in _RANKS if rank >= max(ranks))

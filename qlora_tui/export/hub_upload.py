@@ -159,8 +159,8 @@ def _refusal(status: int, repo: str) -> UserError | None:
             return UserError(
                 "No permission to write to the repository",
                 what=f"The token on this machine may not write to {repo}.",
-                why="The token can only read, or the name belongs to another account.",
-                fix=f"Create a token that can write on {endpoint()}/settings/tokens, or use another name.",
+                why="The token is read-only, or the name belongs to another account.",
+                fix=f"Create a token with write access at {endpoint()}/settings/tokens, or use another name.",
             )
         case 409 | 412:
             return UserError(

@@ -302,7 +302,7 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         if traced.uncertain and layout.execution.device == "cuda":
             notes.append(
                 f"{join_words(list(traced.uncertain))}: traced with transformers' own code, which runs where "
-                "their kernels are not installed. With the kernels a step takes less."
+                "their kernels are not installed. With the kernels, a step takes less memory."
             )
     elif layout.architecture.is_outline:
         notes.append(OUTLINE_NOTE)

@@ -203,7 +203,7 @@ def _user_path(name: str) -> Path:
         raise UsageError(
             "Invalid preset name",
             what=f"{name!r} {reason}.",
-            fix="Use letters, digits, dashes and dots: my-preset.",
+            fix="Use letters, digits, dashes and dots, as in my-preset.",
         )
     with disk_problems("No folder for presets", fix=_CHECK_DISK):
         return paths.user_presets_dir() / f"{name}.toml"

@@ -109,7 +109,7 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             "Streamed layers",
             "Layers whose frozen weights stay in host memory and are copied to the GPU for each pass: for a "
             "model that does not fit, at the cost of speed. 0: none.",
-            "Two of them are on the GPU at a time; all of them take host memory.",
+            "Two layers are on the GPU at a time; all streamed layers take host memory.",
             ge=0,
             le=1024,
         ),

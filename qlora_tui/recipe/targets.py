@@ -320,7 +320,7 @@ def _no_match_error(text: str, pattern: _Pattern, modules: Sequence[Module], set
         prefix = text[: len(text) - len(pattern.kind)]
         hint = did_you_mean(pattern.kind, [*kinds, ALL_LINEAR], prefix + "{}")
         what = f'{setting} has "{text}", but the model has no {pattern.kind}.'
-        return _problem(title, what, hint, why=f"The model's kinds are {', '.join(kinds) or 'none'}.")
+        return _problem(title, what, hint, why=f"The model's module kinds are {', '.join(kinds) or 'none'}.")
     layers = sorted({m.layer for m in language if m.layer is not None and pattern.kind in _kinds_of(m)})
     has = f"{pattern.kind} is in layers {_format_ranges(layers, layers)}."
     what = f'{setting} has "{text}", but the model has no such layers.'

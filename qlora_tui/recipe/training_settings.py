@@ -103,7 +103,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Literal["cosine", "linear", "polynomial", "cosine_with_restarts", "wsd", "constant"],
         about(
             "LR scheduler",
-            "How the learning rate decays after warmup. cosine_with_restarts: LR cycles times (arXiv "
+            "How the learning rate decays after warmup. cosine_with_restarts: repeatedly (LR cycles; arXiv "
             "1608.03983). wsd: only in the last steps (arXiv 2405.18392). constant: not at all.",
         ),
     ] = "cosine"
@@ -121,8 +121,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Optimizer",
             "auto: AdamW with states in 32 bits if memory allows, else paged AdamW in 8 bits. adamw: 32 "
-            "bits. paged: states move to host memory while GPU memory is short. lion: with a third of "
-            "AdamW's rate (arXiv 2302.06675). adafactor: almost no states.",
+            "bits. paged: states move to host memory while GPU memory is short. lion: use a third of "
+            "AdamW's learning rate (arXiv 2302.06675). adafactor: almost no states.",
             "Bytes per trained parameter: AdamW 8, lion 4, a quarter in 8 bits, adafactor near 0.",
         ),
     ] = "auto"
@@ -280,7 +280,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "NEFTune alpha",
             "Noise on the embeddings while training, against overfitting to few conversations (arXiv "
-            "2310.05914): 5 to 15. The training loss then includes the noise. 0: none.",
+            "2310.05914). Try 5 to 15. The training loss then includes the noise. 0: none.",
             ge=0,
             le=1000,
         ),
@@ -298,7 +298,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         about(
             "LR power",
-            "With polynomial: the rate is the remaining share of the steps to this power. 1 is linear.",
+            "With polynomial: the rate is the remaining share of the steps, raised to this power. 1 is "
+            "linear.",
             gt=0,
             le=10,
         ),

@@ -66,7 +66,7 @@ class Box:
         if not self.name.strip() or self.name.startswith("-"):
             raise UserError(
                 "No host",
-                what=f"{self.name!r} is not the name of a host.",
+                what=f"{self.name!r} is not a valid host name.",
                 fix="Use a name that `ssh` accepts: `qlora-tui --host user@box`.",
                 exit_code=EXIT_USAGE,
             )

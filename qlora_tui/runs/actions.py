@@ -115,13 +115,13 @@ def _is_compared(run: RunDir) -> bool:
 def _instead_of_resuming(run: RunDir, state: State) -> str:
     if state == "finished":
         return (
-            f"All steps of the run are done. Chat with it: `qlora-tui chat {run.id}`. "
+            f"The run has completed all of its steps. Chat with it: `qlora-tui chat {run.id}`. "
             f"To train its adapter further: `qlora-tui train {shlex.quote(str(run.recipe_path))} "
             f"--init-from {run.id}`."
         )
     if state in ACTIVE or state == "queued":
-        return f"The run needs no resuming. Watch it: `qlora-tui attach {run.id}`."
-    return "Only a run that failed, was stopped, paused or lost can be resumed."
+        return f"The run does not need to be resumed. Watch it: `qlora-tui attach {run.id}`."
+    return "Only failed, stopped, paused and lost runs can be resumed."
 
 
 @at_box

@@ -99,7 +99,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
     if counted is not None and not counted.lengths:
         return [Check.blocked(CheckKind.DATA, nothing_left(counted.counts, recipe)), *checks]
     if not complete:
-        later = "Rows not read yet are checked when the run starts."
+        later = "Rows that have not been read yet are checked when the run starts."
         checks.append(Check(CheckKind.DATA, "note", f"{'; '.join(descriptions)}. {later}"))
     elif not result.warnings:
         checks.append(_rows_used(trained, excluded, f"{'; '.join(descriptions)}."))

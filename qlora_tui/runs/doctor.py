@@ -346,8 +346,9 @@ def host_memory_problem(needed_bytes: int, limit_bytes: int | None = None) -> Us
         what=f"Streamed layers and offloaded inputs need {format_gib(needed_bytes)} GiB of host memory, but "
         f"only {format_gib(free)} GiB are free.",
         why="1 GiB is left free for other programs.",
-        fix="Close other programs, or choose a smaller model, fewer Streamed layers "
-        "(quantization.streamed_layers), or Gradient checkpointing (training.gradient_checkpointing) on.",
+        fix="Close other programs, choose a smaller model, lower Streamed layers "
+        "(quantization.streamed_layers), or set Gradient checkpointing (training.gradient_checkpointing) to "
+        "on.",
     )
 
 

@@ -59,7 +59,7 @@ def measure_in_child(
         raise UserError(
             "The measurement cannot be read",
             what=f"The result that the measuring process wrote to {run.path} cannot be read.",
-            fix="Check the disk with this folder, and try again.",
+            fix="Check the disk that holds this folder, and try again.",
         )
     return measured
 

@@ -78,7 +78,7 @@ def save_run(
     if not len(view.series):
         raise UserError(
             "No steps yet",
-            what=f"{run.name} has recorded no step.",
+            what=f"{run.name} has not recorded any steps.",
             fix="Try again after the run has trained a step.",
         )
     write_new(file, content(view, kind))

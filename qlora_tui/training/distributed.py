@@ -127,7 +127,7 @@ def require_whole_model() -> None:
             raise UsageError(
                 f"{name} is not supported",
                 what=f"The trainer was started with {variable}, which shards the model over several GPUs.",
-                why="Weights in NF4 come out wrong or not at all when they are sharded (bitsandbytes issue "
+                why="NF4 weights are wrong or missing after sharding (bitsandbytes issue "
                 "1945, accelerate issue 3983).",
                 fix="Start it with torchrun, or queue it: each GPU then holds the whole model. A model "
                 "larger than a GPU trains on one GPU with streamed layers (quantization.streamed_layers).",

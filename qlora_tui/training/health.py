@@ -116,7 +116,7 @@ class OverflowMonitor:
             return None
         return Finding(
             "gradients_overflow",
-            f"The gradients overflowed float16 in {self._in_a_row} steps in a row, up to step {step}.",
+            f"The gradients overflowed float16 in {self._in_a_row} consecutive steps, up to step {step}.",
             OVERFLOW_REMEDY,
         )
 
@@ -173,7 +173,7 @@ def check_general_answers(answers: GeneralAnswers) -> Finding | None:
     ]
     if answers.base_json_valid - answers.json_valid >= max(2, _MANY_ANSWERS * answers.json_prompts):
         lost.append(
-            f"{answers.json_valid} of the {answers.json_prompts} answers that should be JSON are JSON "
+            f"{answers.json_valid} of the {answers.json_prompts} answers that should be JSON are valid "
             f"(the base: {answers.base_json_valid})"
         )
     if not lost:

@@ -208,5 +208,5 @@ def describe_failure(report_to: str, error: Exception) -> tuple[str, str]:
             text = text.replace(value, "…")
     return (
         f"{TRACKER_NAMES[report_to]} failed: {text[:_LONGEST_TEXT].rstrip('.')}. The run continues.",
-        "Everything is in the run's own events: see Runs, or `qlora-tui runs save`.",
+        "All of this data is also in the run's own events: see Runs, or `qlora-tui runs save`.",
     )

@@ -147,7 +147,7 @@ def test_scores_come_with_the_text_of_their_tokens(session: Any) -> None:
     ("given", "words"),
     [
         ({"text": ""}, "no token"),
-        ({"token_ids": (5, 384)}, "outside 0 to 383"),
+        ({"token_ids": (5, 384)}, "outside the range 0 to 383"),
         ({"token_ids": (-1,)}, "outside"),
         ({"token_ids": (5,) * 2048}, "2,048 tokens"),
         ({"messages": QUESTION, "template_variables": {"messages": 1}}, "messages"),

@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_written_is_explained(
 
 def test_a_run_without_steps_is_not_saved(call: Call, tmp_path: Path) -> None:
     write_fake_run(FakeRun(name="owls", state="queued", steps=0))
-    assert "has recorded no step" in call("runs", "save", "owls", str(tmp_path / "x.csv")).err
+    assert "has not recorded any steps" in call("runs", "save", "owls", str(tmp_path / "x.csv")).err
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def test_single_turn_rows_are_rejected_unlike_other_role_rows() -> None:
     turn = {"message_id": "x", "parent_id": None, "role": "prompter", "text": "Hi"}
     with pytest.raises(UserError) as raised:
         read(turn)
-    assert raised.value.title == "Conversations are split over rows" and "'role'" in raised.value.what
+    assert raised.value.title == "Conversations are split across rows" and "'role'" in raised.value.what
     for labels in ({"name": ["spam"], "value": [0.0]}, "good"):
-        with pytest.raises(UserError, match="Conversations are split over rows"):
+        with pytest.raises(UserError, match="Conversations are split across rows"):
             read({**turn, "labels": labels})
     assert read({"text": "Hi", "labels": {"name": ["spam"]}})[0] == "text"
     assert read(turn, "text")[0] == "text"

@@ -280,8 +280,8 @@ def test_what_stays_of_a_text_is_counted_in_tokens(tmp_path: Path) -> None:
         p for p in inspect(source, tokenizer, Data(max_length=64)).problems if p.kind == "long-text"
     )
     assert problem.example == (
-        f'data.overflow = "cut-right" keeps the first 64 of {whole:,} tokens; splitting makes '
-        f"{-(-whole // 64)} rows of them."
+        f'data.overflow = "cut-right" keeps the first 64 of {whole:,} tokens; splitting gives '
+        f"{-(-whole // 64)} rows."
     )
 
 
@@ -291,7 +291,7 @@ def test_without_a_tokenizer_the_rows_of_a_split_are_estimated(tmp_path: Path) -
     rows = -(-characters // (4 * 64))
     problem = next(p for p in inspect(source, None, Data(max_length=64)).problems if p.kind == "long-text")
     assert f"One text holds {characters:,} characters" in problem.example
-    assert f"about {rows} rows of them (an estimate" in problem.example
+    assert f"about {rows} rows (estimated" in problem.example
     assert (problem.split_rows, problem.is_estimate) == (rows, True)
     assert "long-text" not in {p.kind for p in inspect(source, None, Data(max_length=1024)).problems}
 

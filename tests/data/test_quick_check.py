@@ -58,7 +58,7 @@ def test_skipped_bad_rows_are_warned_of_and_do_not_block(tmp_path: Path) -> None
     assert result.complete
     assert [(warning.title, warning.rows, warning.fix) for warning in result.warnings] == [
         ("Not valid JSON", (301,), "The row is left out."),
-        ("Not in the format of the rest", (302,), "The row is left out."),
+        ("Not in the format of the other rows", (302,), "The row is left out."),
     ]
     assert result.sizes[0].rows == 303 and result.sizes[0].samples == 301
 

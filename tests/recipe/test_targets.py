@@ -67,7 +67,7 @@ def test_an_unknown_kind_lists_all_kinds_and_the_closest() -> None:
         targets.match_modules(["3-5.q_porj"], llama(8))
     assert str(caught.value) == (
         'Unknown target module: lora.target_modules has "3-5.q_porj", but the model has no q_porj.\n'
-        "  The model's kinds are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.\n"
+        "  The model's module kinds are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.\n"
         "  Did you mean 3-5.q_proj?"
     )
     assert caught.value.exit_code == 2

@@ -55,7 +55,7 @@ def test_why_a_box_cannot_be_reached_is_said_in_the_words_of_ssh(
     with pytest.raises(UserError, match="ssh is not installed") as error:
         Box("box", asks=False).open_program("--version")
     assert "apt install openssh-client" in error.value.fix
-    with pytest.raises(UserError, match="not the name of a host"):
+    with pytest.raises(UserError, match="not a valid host name"):
         Box("-oProxyCommand=x")
 
 

@@ -255,5 +255,5 @@ def test_answers_that_got_worse_are_a_finding() -> None:
     finding = check_general_answers(counts(7, 1, 1))
     assert finding is not None
     assert "7 end their turn (the base: 10)" in finding.evidence
-    assert "1 of the 3 answers that should be JSON are JSON (the base: 3)" in finding.evidence
+    assert "1 of the 3 answers that should be JSON are valid (the base: 3)" in finding.evidence
     assert "loop" not in finding.evidence

@@ -56,7 +56,7 @@ def test_only_steps_skipped_in_a_row_are_too_many() -> None:
     skipped = [*[True] * 11, False, *[True] * 12]
     findings = [monitor.check(step, is_skipped=is_skipped) for step, is_skipped in enumerate(skipped, 1)]
     assert [finding is not None for finding in findings] == [*[False] * 23, True]
-    assert findings[-1] is not None and "12 steps in a row, up to step 24" in findings[-1].evidence
+    assert findings[-1] is not None and "12 consecutive steps, up to step 24" in findings[-1].evidence
 
 
 def test_a_loss_of_exactly_zero_is_told() -> None:

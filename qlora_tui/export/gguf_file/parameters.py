@@ -206,7 +206,8 @@ def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str
     if window and not convention.windows and window < length:
         length = window
         notes.append(
-            f"Each token attends to the {window:,} before it, which llama.cpp does not support for this "
+            f"Each token attends only to the {window:,} tokens before it, which llama.cpp does not support "
+            f"for this "
             f"family. The file's context length is {window:,} tokens, so that the answers agree."
         )
     return length, tuple(notes)

@@ -146,7 +146,7 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     if calibration.rows:
         bias = " and a bias for each label" if calibration.bias else ""
         yield (
-            f"Probabilities are calibrated by a temperature of {format_float(calibration.temperature)}"
+            f"Probabilities are calibrated with a temperature of {format_float(calibration.temperature)}"
             f"{bias}, fitted on {pluralize(calibration.rows, 'validation row')}."
         )
         yield (
@@ -176,7 +176,10 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     yield ""
     yield from align_columns(table)
     if honest:
-        yield "By chance: the calibration error that exact probabilities would show on these rows."
+        yield (
+            "By chance: the calibration error that perfectly calibrated probabilities would show on these "
+            "rows."
+        )
     yield ""
     if report.thresholds:
         yield from (threshold_sentence(threshold, report.rows) for threshold in report.thresholds)

@@ -169,7 +169,7 @@ def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence
     if not arrive():
         raise UserError(
             "Layers do not arrive on the GPU",
-            what="A layer that was copied to the GPU differs there from the one in host memory.",
+            what="A layer that was copied to the GPU differs from the original in host memory.",
             why="The driver reports no error. Training would use wrong weights.",
             fix="Update the GPU driver (under WSL2, the Windows driver), and restart the machine.",
         )

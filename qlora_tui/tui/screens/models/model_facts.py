@@ -279,7 +279,7 @@ def storage_words(models: Sequence[LocalModel]) -> str:
     """Return the size of all models on this machine, and the free disk space, as far as they are known."""
     free = disk_free_bytes(hub_cache_dir())
     used = [f"{format_bytes(sum(model.size_bytes for model in models))} here"] if models else []
-    return ", ".join([*used, *([] if free is None else [f"{format_bytes(free)} of the disk free"])])
+    return ", ".join([*used, *([] if free is None else [f"{format_bytes(free)} free on the disk"])])
 
 
 def parts_lines(

@@ -324,7 +324,7 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
     def action_stop(self) -> None:
         """Ask for confirmation, and stop the sweep."""
         text = (
-            "The run in training saves and stops, and the sweep's other runs leave the queue. Results "
+            "The run that is training saves and stops, and the sweep's other runs leave the queue. Results "
             "are kept."
         )
         question = ConfirmScreen("Stop the sweep?", text, "Stop", "Continue")
@@ -448,7 +448,7 @@ def show_sweeps(screen: OnQloraApp, sweep_id: str = "") -> None:
     sweeps = all_sweeps()
     if not sweeps:
         screen.app.notify(
-            f"No sweeps yet. Press {key_name('train.sweep')} on the screen Train, before a launch."
+            f"No sweeps yet. Press {key_name('train.sweep')} on the Train screen, before a launch."
         )
         return
     number = next((number for number, sweep in enumerate(sweeps) if sweep.id == sweep_id), 0)
