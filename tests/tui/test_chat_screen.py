@@ -235,8 +235,9 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         screen.show_header()
         await wait_for_text(pilot, "▸ one")
 
-        # The field is directly below a short conversation, and stays in view below a long one.
-        assert field.region.y - turn.region.bottom <= 2
+        # The field is above the footer, and the last turn directly above the field, however long it is.
+        assert field.region.bottom == screen.size.height - 1
+        assert turn.region.bottom == screen.query_one("#prompt-panel").region.y
         long = ChatTurn("three\n" * 40, (BASE,))
         await chat.mount(long)
         chat.anchor()
@@ -264,15 +265,17 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
         await wait_for_text(pilot, "What is red?", "sample prompt", "Where is my parcel?", "unrelated")
         screen = chat_of(app)
         await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
+        await wait_for_text(pilot, "Enter asks it")
         await pilot.press("i")
-        await wait_for_text(pilot, "Enter sends what you type", "Enter: send")
+        await wait_for_text(pilot, "Esc selects", "Enter: send")
         await pilot.press("up", "down", "enter")
         await wait_until(pilot, lambda: sent == ["Where is\nmy parcel?"])
-        assert isinstance(screen.focused, PromptBox)
-        assert not screen.query_one(Starters).display
         await rest(pilot, screen)
-        await pilot.press("escape", "n")
-        await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
+        await wait_until(pilot, lambda: screen.query_one(Starters).option_count == 2)
+        # The prompts that were not asked stay above the field, and Enter asks the next.
+        assert isinstance(screen.focused, Starters)
+        await pilot.press("enter")
+        await wait_until(pilot, lambda: sent[1:] == ["What is red?"])
 
 
 async def test_before_the_first_message_the_runs_validation_questions_and_their_answers_are_shown(
@@ -286,14 +289,16 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
     app = open_on("chat")
     async with app.run_test(size=(200, 60)) as pilot:
         await wait_for_text(pilot, "Recorded answers", "steps 20 to 300: I am sorry", "from the data")
-        await wait_for_text(pilot, "Loading Qwen2.5-7B (NF4) takes about 19 s and needs up to", "It learned")
+        await wait_for_text(
+            pilot, "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to", "It learned"
+        )
         await app.switch_mode("home")
         answered = TaskRow(
             source=0,
             row=3,
             prompt="…",
             reference="In Bergen.",
-            base="I cannot know.",
+            base="I cannot know. " * 20 + "Ask the carrier.",
             adapter="In Oslo.",
             base_ended=True,
             adapter_ended=True,
@@ -309,10 +314,14 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         )
         write_task_evaluation(run, evaluation)
         await show_chat(app, with_adapters(run, "step-200"))
-        await wait_for_text(pilot, "base: I cannot know.", "adapter: In Oslo.")
-        await wait_for_text(pilot, "Where is parcel 3?  expected: In Bergen.")
+        await wait_for_text(pilot, "base: I cannot know.", "adapter: In Oslo.", "expected: In Bergen.")
         await wait_for_text(pilot, "validation question")
-        await pilot.press("escape", "enter")
+        # The base's answer is whole while the cursor is on its prompt.
+        await pilot.press("escape", "down")
+        assert "Ask the carrier." not in text_of(app)
+        await pilot.press("up")
+        await wait_for_text(pilot, "Ask the carrier.")
+        await pilot.press("enter")
         await wait_until(pilot, lambda: sent == ["Where is parcel 3?"])
 
 

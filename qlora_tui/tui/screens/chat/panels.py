@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from textual import work
 from textual.containers import Vertical
@@ -29,10 +30,9 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
-from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import key_label, key_name
+from qlora_tui.tui.key_names import bare_key, key_label, key_name
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.meters import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -48,6 +48,8 @@ NOTHING_TO_CHAT_WITH = (
 )
 UNFOCUSED_HINT = "{chat.write} writes a message"
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
+Suggested: TypeAlias = Literal["shown", "selected"]
+"""Whether the suggested messages have the focus (``selected``)."""
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Minimum number of columns of the layer chart, even in a narrow window."""
@@ -57,8 +59,8 @@ _AGE = 10
 _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Approximate number of characters per token in English text."""
-_COUNTED_LATER = Content.styled("Counted once the model is loaded.", "$text-muted")
-_NONE_SAVED = Content.styled("None yet.", "$text-muted")
+_LEAST_SHARE = 0.03
+"""Minimum share of the context for which a bar is drawn."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
@@ -209,7 +211,7 @@ class ChatSide(Vertical):
     def compose(self) -> Iterable[Widget]:
         yield Panel("Run", Lines(id="side-run"), keys=(("chat.source", "model"),), id="chat-run-panel")
         yield Panel("Sampling", Lines(id="side-settings"), keys=(("chat.settings", "change"),))
-        yield Panel("Tokens", Lines(id="side-tokens"))
+        yield Panel("Tokens", Lines(id="side-tokens"), id="tokens-panel")
         keys = (("chat.history", "open"), ("chat.clear", "new"))
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
 
@@ -234,14 +236,16 @@ class ChatSide(Vertical):
             for name, answer in turn.answers.items()
             if answer.outcome is not None
         }
-        tokens = [_COUNTED_LATER] if chat.ready is None else token_lines(outcomes, chat.ready, width)
-        self._update("tokens", tokens)
-        self._show_history(chat.run_dir, transcript, width)
+        self.query_one("#tokens-panel").display = chat.ready is not None
+        if chat.ready is not None:
+            self._update("tokens", token_lines(outcomes, chat.ready, width))
+        self._show_history(chat, transcript, width)
 
     @work(group="history", exclusive=True)
-    async def _show_history(self, run: RunDir | None, transcript: Path | None, width: int) -> None:
-        saved = await asyncio.to_thread(list_conversations, run)
-        lines = history_lines(saved, transcript, clock.now(), width) if saved else [_NONE_SAVED]
+    async def _show_history(self, chat: Conversation, transcript: Path | None, width: int) -> None:
+        saved = await asyncio.to_thread(list_conversations, chat.run_dir)
+        lines = history_lines(saved, chat, transcript, clock.now(), width)
+        self.query_one("#history-panel").display = bool(lines)
         self._update("history", lines)
 
     def _update(self, part: str, lines: list[Content]) -> None:
@@ -259,7 +263,11 @@ def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, widt
     for name, outcome in outcomes.items():
         used = outcome.prompt_tokens + outcome.new_tokens
         label = truncate_middle(name, _LABEL - 1)
-        lines.append(meter(label, used / ready.context_tokens, f"{used:,}", _LABEL, width))
+        share = used / ready.context_tokens
+        if share < _LEAST_SHARE:
+            lines.append(labeled(label, f"{used:,} tokens", _LABEL))
+        else:
+            lines.append(meter(label, share, f"{used:,}", _LABEL, width))
         speed = f", {format_speed(outcome.tokens_per_s)} tok/s" if outcome.tokens_per_s else ""
         answer = f"{outcome.prompt_tokens:,} read, {outcome.new_tokens:,} written{speed}"
         lines.append(Content.styled(f"  {answer}", "dim"))
@@ -267,12 +275,18 @@ def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, widt
 
 
 def history_lines(
-    conversations: Sequence[tuple[Path, SavedConversation]], transcript: Path | None, now: float, width: int
+    conversations: Sequence[tuple[Path, SavedConversation]],
+    chat: Conversation,
+    transcript: Path | None,
+    now: float,
+    width: int,
 ) -> list[Content]:
-    """Return lines with the transcript's path, if there is a transcript, and the given conversations.
-    ``now``: the current Unix time.
+    """Return lines with the transcript's path, if there is a transcript, with the conversation in progress,
+    and with the other conversations that were saved. ``now``: the current Unix time.
     """
-    lines = [conversation_line(saved, now, width) for _, saved in conversations]
+    lines = [conversation_line(saved, now, width) for path, saved in conversations if path != chat.path]
+    if chat.turns:
+        lines.insert(0, _conversation_line("now", chat.turns[0].prompt, len(chat.turns), width))
     if transcript is not None:
         lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))
     return lines
@@ -284,25 +298,33 @@ def conversation_line(saved: SavedConversation, now: float, width: int) -> Conte
     """
     seconds = now - saved.at
     age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
-    prompt = " ".join(saved.turns[0].prompt.split())
-    number = f" ({len(saved.turns)})" if len(saved.turns) > 1 else ""
-    left = max(8, width - max(_AGE, len(age)) - 2 - len(number))
-    shown = prompt if len(prompt) <= left else prompt[: left - 1] + "…"
+    return _conversation_line(age, saved.turns[0].prompt, len(saved.turns), width)
+
+
+def _conversation_line(age: str, prompt: str, turns: int, width: int) -> Content:
+    number = f" ({turns})" if turns > 1 else ""
+    room = max(8, width - max(_AGE, len(age)) - 2 - len(number))
+    shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True)
     return Content.assemble((f"{age:<{_AGE}}  ", "dim"), shown, (number, "dim"))
 
 
-def prompt_title(text: str, tokens: int | None, *, has_suggestions: bool) -> Content:
-    """Return the title of the prompt field with the length of its text: ``Message · 12 tokens``.
+def prompt_title(text: str, tokens: int | None, suggested: Suggested | None) -> Content:
+    """Return the title of the prompt field, with the length of ``text``: ``Message · 12 tokens``.
 
-    If ``text`` is empty, the title has no length, and it names the suggested messages if there are any.
+    If ``text`` is empty, the title has no length, and it has the key for the suggested messages if there are
+    any.
 
     Args:
         text: The text in the field.
         tokens: Number of tokens, counted by the tokenizer; None to estimate it.
-        has_suggestions: Whether suggested messages are shown above the field.
+        suggested: State of the suggested messages above the field; None if there are none.
     """
     if not text:
-        return Content("Suggested messages" if has_suggestions else "Message")
+        key, verb = (
+            ("Enter", "asks it") if suggested == "selected" else (bare_key("chat.leave"), "selects one")
+        )
+        hint = Content.assemble("  ", (key, "$key bold"), (f" {verb}", "not bold $text-muted"))
+        return Content("Message") if suggested is None else Content("Suggested messages") + hint
     estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
     number = f"about {pluralize(estimate, 'token')}" if tokens is None else pluralize(tokens, "token")
     return Content.assemble("Message", (f" · {number}", "not bold $text-muted"))

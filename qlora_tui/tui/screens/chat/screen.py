@@ -5,7 +5,7 @@ weights.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -27,7 +27,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS
+from qlora_tui.tui.breakpoints import AIRY_CELLS, TALL_CELLS, VERY_WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -44,6 +44,7 @@ from qlora_tui.tui.screens.chat.panels import (
     NOTHING_TO_CHAT_WITH,
     UNFOCUSED_HINT,
     ChatSide,
+    Suggested,
     effect_text,
     loaded_text,
     prompt_title,
@@ -57,7 +58,6 @@ from qlora_tui.tui.screens.chat.start import (
     Starters,
     offered_prompts,
     read_start,
-    recorded_lines,
     start_lines,
 )
 from qlora_tui.tui.screens.modals.dialogs import ask_search
@@ -100,6 +100,7 @@ class ChatScreen(WorkScreen):
         super().__init__()
         self.conversation = Conversation(
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
+            Drawing(id="chat-start"),
         )
         self.source_name = ""
         self.search = ""
@@ -120,9 +121,7 @@ class ChatScreen(WorkScreen):
             with Vertical(id="chat-main"):
                 with Panel("Chat", id="chat-panel"):
                     yield Lines(id="sampling-line")
-                    yield Lines(id="chat-start")
                     yield Lines(id="effect")
-                    yield Drawing(id="recorded")
                     yield self.conversation
                     yield Lines(id="unloaded")
                 box = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
@@ -310,21 +309,30 @@ class ChatScreen(WorkScreen):
             starters.focus()
 
     def on_option_list_option_selected(self, event: Starters.OptionSelected) -> None:
-        """Send the selected starter prompt."""
-        box = self.query_one(PromptBox)
-        box.focus()
-        box.post_message(PromptBox.Sent(self.query_one(Starters).prompt(event.option)))
+        """Send the selected starter prompt. The starter prompts keep the focus, so that Enter asks the
+        next.
+        """
+        self._send(self.query_one(Starters).prompt(event.option), lambda: None)
+
+    def on_option_list_option_highlighted(self) -> None:
+        """Show all of the recorded answers to the prompt under the cursor."""
+        if self.has_class("-start"):
+            self._show_start()
 
     async def on_prompt_box_sent(self, event: PromptBox.Sent) -> None:
         """Send the prompt. If the model is still answering, put the prompt back into the field instead."""
         box = self.query_one(PromptBox)
+        self._send(event.text, lambda: box.put(event.text))
+
+    def _send(self, prompt: str, cancel: Callable[[], object]) -> None:
+        """Send a prompt. ``cancel`` is called if the model is still answering, or is not to be loaded."""
         if self.conversation.busy:
-            box.put(event.text)
+            cancel()
             self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
             return
         # End the search, so that the new exchange is shown.
         self._search_for("")
-        self.conversation.send(event.text, lambda: box.put(event.text))
+        self.conversation.send(prompt, cancel)
 
     async def on_prompt_box_recalled(self) -> None:
         """Move the last prompt from the conversation back into the field. Before the first prompt, focus the
@@ -356,8 +364,11 @@ class ChatScreen(WorkScreen):
             self._show_prompt_length(tokens)
 
     def _show_prompt_length(self, tokens: int | None) -> None:
-        text, has_suggestions = self.query_one(PromptBox).text, self.query_one(Starters).display
-        title = prompt_title(text, tokens, has_suggestions=has_suggestions)
+        text, starters = self.query_one(PromptBox).text, self.query_one(Starters)
+        suggested: Suggested | None = None
+        if starters.display:
+            suggested = "selected" if starters.has_focus else "shown"
+        title = prompt_title(text, tokens, suggested)
         self.query_one("#prompt-panel", Panel).show_title(title)
 
     async def action_stop(self) -> None:
@@ -504,11 +515,8 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_descendant_focus(self) -> None:
-        """Before the first message, update the header when the focus moves. The header says what
-        Enter does.
-        """
-        if self.has_class("-start"):
-            self.call_later(self.show_header)
+        """Update the title of the prompt field, because it says what Enter does."""
+        self.call_later(self._show_prompt_length, None)
 
     def on_resize(self) -> None:
         self.call_after_refresh(self.show_header)
@@ -549,28 +557,21 @@ class ChatScreen(WorkScreen):
         side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
-        if starters.has_focus and not is_start:
+        asked = {turn.prompt for turn in chat.turns}
+        is_high = self.size.height >= (_HIGH_CELLS if is_start else AIRY_CELLS)
+        offered = offered_prompts(self._start, asked, is_high=is_high)
+        if starters.has_focus and not offered:
             # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
             self.set_focus(None)
+        self.set_class(has_source, "-answering")
         self.set_class(has_source and is_start, "-start")
-        self.query_one("#chat-start").display = starters.display = has_source and is_start
-        if chat.source is not None:
-            starters.offer(offered_prompts(self._start, is_high=self.size.height >= _HIGH_CELLS))
-            lines = start_lines(
-                self._start,
-                chat.source.recipe,
-                self._room,
-                is_loaded=chat.ready is not None,
-                is_writing=isinstance(self.focused, PromptBox),
-            )
-            self.query_one("#chat-start", Lines).show(lines)
+        starters.display = has_source and bool(offered)
+        starters.offer(offered)
+        self.query_one(ChatSide).display = has_source and has_side
+        self._show_start()
         if not self.query_one(PromptBox).text:
             self._show_prompt_length(None)
-        recorded = self.query_one("#recorded", Drawing)
-        recorded.display = is_start and bool(self._start.recorded)
-        recorded.show(partial(recorded_lines, self._start))
         self.query_one("#prompt-panel").display = has_source
-        self.query_one(ChatSide).display = has_source and has_side
         self.query_one("#sampling-line").display = has_source and not has_side
         unloaded = unloaded_text(chat, self.app.system_status.loaded_server)
         self.query_one("#unloaded", Lines).show(Content.styled(unloaded, "$warning"))
@@ -591,6 +592,26 @@ class ChatScreen(WorkScreen):
         if has_side:
             self.query_one(ChatSide).show(chat, self._start, path)
         self._focus_starters()
+
+    def _show_start(self) -> None:
+        """Show what the model is, and recorded answers, above the turns."""
+        chat, drawing, is_start = (
+            self.conversation,
+            self.query_one("#chat-start", Drawing),
+            self.has_class("-start"),
+        )
+        drawing.display = chat.source is not None and not self.search
+        if chat.source is not None:
+            draw = partial(
+                start_lines,
+                self._start,
+                chat.source.recipe,
+                self.query_one(Starters).selected_prompt if is_start else "",
+                is_loaded=chat.ready is not None,
+                is_described=bool(self.query_one(ChatSide).display),
+                fills=is_start,
+            )
+            drawing.show(draw)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:

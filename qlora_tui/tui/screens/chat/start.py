@@ -1,10 +1,10 @@
-"""What the Chat screen shows before the first message: starter prompts, time and memory for loading the
-model, and facts about the run.
+"""What the Chat screen shows before the first message, and above it: starter prompts, time and memory for
+loading the model, and facts about the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
@@ -17,29 +17,37 @@ from textual.widgets.option_list import Option
 
 from qlora_tui.chat.chat_sources import chat_bytes
 from qlora_tui.data.sources import first_prompt, prompt_at
-from qlora_tui.formatting import format_bytes, format_duration, format_loss, format_progress, short_model_name
+from qlora_tui.formatting import (
+    format_bytes,
+    format_duration,
+    format_loss,
+    format_number,
+    format_progress,
+    short_model_name,
+)
 from qlora_tui.memory import Device
 from qlora_tui.memory.estimate import precision_of
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import PhaseChanged, SampleGenerated, Started
-from qlora_tui.runs.run_summary import RunSummary, summarize
+from qlora_tui.runs.run_summary import RunSummary, data_words, summarize
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
-from qlora_tui.tui.key_names import highlight_keys, name_keys
-from qlora_tui.tui.render.labels import PRECISION_NAMES, verdict_style
+from qlora_tui.tui.render.columns import fact_lines
+from qlora_tui.tui.render.labels import PRECISION_NAMES, targets_words, verdict_style
 from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import ViList
 
-_ASK = "▸ Enter asks the question under the cursor, {chat.write} lets you write your own."
-_WRITE = "▸ Enter sends what you type, {chat.leave} goes back to the questions."
 _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
-"""Maximum number of starter prompts of each kind, and in total. ``_FEW`` applies to a low window, ``_MANY``
-to a high window.
+"""Maximum numbers of starter prompts before the first message, as (of each kind, in total): in a low window,
+and in a high window.
 """
+_LATER, _MANY_LATER = 2, 3
+"""Maximum numbers of starter prompts during a conversation: in a low window, and in a high window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000
@@ -47,15 +55,19 @@ _FIRST_ROWS = 2000
 the search short.
 """
 _MAX_RECORDED = 12
+_COMPARED_ROWS = 2
+"""Maximum number of lines of the answers next to the adapter's last answer, such as the base's."""
 _LEAST_ROWS = 3
 """Minimum number of lines to which a recorded answer is shortened."""
 _ENOUGH_WHOLE = 2
-"""If at least this many prompts fit with their recorded answers in full, no answers are shortened to make
-room for more prompts.
+"""If at least this many prompts fit with the adapter's whole last answer, these answers are not shortened to
+make room for further prompts.
 """
 _LEAST_CELLS = 40
 """Minimum width of a column of answers, in cells, if there are more than two columns."""
 _COLUMN_GAP, _INDENT = 3, 2
+_SCROLL = 3
+"""How far a key for a page scrolls the conversation, as a multiple of the keys for lines."""
 _LABEL = 10
 
 
@@ -184,33 +196,63 @@ class Starters(ViList):
     prompts.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "select", "Ask")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "select", "Ask"),
+        Binding("pageup,ctrl+u", f"screen.scroll_conversation({-_SCROLL})", show=False),
+        Binding("pagedown,ctrl+d", f"screen.scroll_conversation({_SCROLL})", show=False),
+    ]
 
     def __init__(self) -> None:
         super().__init__(id="starters", classes="quiet")
         self._prompts: tuple[tuple[str, str], ...] = ()
+        self._was_moved = False
+        """Whether the user has moved the cursor since these prompts were offered."""
 
     def offer(self, prompts: tuple[tuple[str, str], ...]) -> None:
         """Show these (prompt, kind) pairs, with the cursor on the first."""
         if prompts != self._prompts:
-            self._prompts = prompts
-            self.show(lambda width: _starter_lines(prompts, width))
+            self._prompts, self._was_moved = prompts, False
+            self.show(lambda width: _starter_lines(prompts, width), select="0")
 
     def prompt(self, option: Option) -> str:
         """Return the full prompt of an option."""
         return self._prompts[int(option.id or 0)][0]
 
+    @property
+    def selected_prompt(self) -> str:
+        """The full prompt to which the user has moved the cursor; empty if the cursor was not moved."""
+        if self.highlighted is None or not self._was_moved:
+            return ""
+        return self.prompt(self.get_option_at_index(self.highlighted))
 
-def offered_prompts(start: ChatStart, *, is_high: bool) -> tuple[tuple[str, str], ...]:
-    """Return the (prompt, kind) pairs of the starter prompts to offer, with the unrelated prompts last.
-    ``is_high``: whether the window has room for more prompts.
+    def action_cursor_down(self) -> None:
+        self._was_moved = True
+        super().action_cursor_down()
+
+    def action_cursor_up(self) -> None:
+        self._was_moved = True
+        super().action_cursor_up()
+
+
+def offered_prompts(
+    start: ChatStart, asked: Collection[str], *, is_high: bool
+) -> tuple[tuple[str, str], ...]:
+    """Return (prompt, kind) for the starter prompts to offer, the unrelated prompts last.
+
+    Args:
+        start: The contents of the screen.
+        asked: The prompts of the conversation, which are not offered again; empty before the first message.
+        is_high: Whether the window has room for more prompts.
     """
     of_kind, of_all = _MANY if is_high else _FEW
     offered: list[tuple[str, str]] = []
     for prompt, kind in start.prompts:
         if sum(kind == other for _, other in offered) < of_kind and len(offered) < of_all - 1:
             offered.append((prompt, kind))
-    return (*offered, *[(prompt, "unrelated") for prompt in _UNRELATED][: of_all - len(offered)])
+    offered += [(prompt, "unrelated") for prompt in _UNRELATED][: of_all - len(offered)]
+    if asked:
+        of_all = _MANY_LATER if is_high else _LATER
+    return tuple([each for each in offered if each[0] not in asked][:of_all])
 
 
 def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
@@ -224,57 +266,99 @@ def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple
 
 
 def start_lines(
-    start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_writing: bool
+    start: ChatStart,
+    recipe: Recipe,
+    opened: str,
+    width: int,
+    height: int,
+    *,
+    is_loaded: bool,
+    is_described: bool,
+    fills: bool,
 ) -> list[Content]:
-    """Return lines that say which keys to press and, unless the model is loaded, how much time and memory
-    loading the model takes.
+    """Return lines on what answers, followed by the recorded answers.
 
     Args:
         start: The contents of the screen.
         recipe: The recipe whose model answers.
+        opened: The prompt whose recorded answers are shown in full.
         width: Width of a line, in cells.
+        height: Maximum number of lines.
         is_loaded: Whether the model is loaded.
-        is_writing: Whether the prompt field has the focus.
+        is_described: Whether another panel describes the run.
+        fills: Whether there are ``height`` lines, with the recorded answers at the bottom.
     """
-    lines = [highlight_keys(name_keys(_WRITE if is_writing else _ASK))]
+    above = _model_lines(start, recipe, width, is_loaded=is_loaded, is_described=is_described)
+    below = recorded_lines(start, opened, width, height - len(above) - 1) if start.recorded else []
+    rows_between = height - len(above) - len(below) if fills else min(1, len(below))
+    return [*above, *[Content("")] * rows_between, *below]
+
+
+def _model_lines(
+    start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_described: bool
+) -> list[Content]:
+    """Return lines on the base, with the time and memory for loading it unless it is loaded, and, unless
+    another panel describes them, on the adapter and on what it learned.
+    """
+    base = f"{short_model_name(recipe.model.id)} ({PRECISION_NAMES[precision_of(recipe)]})"
     if not is_loaded:
         took = [] if start.load_s is None else [f"takes about {format_duration(start.load_s)}"]
         took += [] if start.load_bytes is None else [f"needs up to {format_bytes(start.load_bytes)}"]
-        model = f"{short_model_name(recipe.model.id)} ({PRECISION_NAMES[precision_of(recipe)]})"
-        words = f"Loading {model} {' and '.join(took)}." if took else f"The first message loads {model}."
-        lines.append(Content.styled(words, "$text-muted").truncate(width, ellipsis=True))
-    return lines
+        base += f" · loading {' and '.join(took)}" if took else ", loaded with the first message"
+    facts: list[tuple[str, str | Content]] = [("base", Content.styled(base, "$text-muted"))]
+    summary = start.summary
+    if summary is not None and not is_described:
+        lora = recipe.lora
+        settings = f"{format_rank(lora)} alpha {format_number(lora.alpha)} {targets_words(recipe, 24)}"
+        steps = format_progress(summary.step, summary.total_steps)
+        facts.append(("adapter", f"{settings} · {steps} steps on {data_words(recipe)}"))
+        if summary.verdict is not None:
+            sentence = Content.styled(summary.verdict.sentence, verdict_style(summary.verdict))
+            facts.append(("result", sentence))
+        elif summary.best is not None:
+            facts.append(("result", _best_words(*summary.best)))
+    return fact_lines(facts, width)
 
 
-def recorded_lines(start: ChatStart, width: int, height: int) -> list[Content]:
-    """Return a heading and the prompts with their recorded answers side by side.
+def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> list[Content]:
+    """Return a heading, and each prompt that fits with its recorded answers side by side. Answers next to the
+    adapter's last answer, such as the base's, have at most :data:`_COMPARED_ROWS` lines, except those to the
+    prompt ``opened``.
 
-    If everything fits, each prompt has all its answers, in one or more rows. Otherwise, each prompt has only
-    one row of answers, and prompts that do not fit are left out. If fewer than :data:`_ENOUGH_WHOLE` prompts
-    fit with their answers in full, the answers are shortened.
+    If all prompts fit with all their answers, in one or more rows for each prompt, all of them are shown.
+    Otherwise, each prompt has as many answers as fit in one row. If fewer than :data:`_ENOUGH_WHOLE` prompts
+    fit with their whole last answers, these are shortened too.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
     most = max(2, (width + _COLUMN_GAP) // (_LEAST_CELLS + _COLUMN_GAP))
-    everything = [_answer_lines(each, each.answers, most, width) for each in start.recorded]
-    side_by_side = [_answer_lines(each, each.select(most), most, width) for each in start.recorded]
+
+    def block(recorded: RecordedAnswers, answers: Sequence[tuple[str, str]]) -> list[Content]:
+        compared = None if recorded.prompt == opened else _COMPARED_ROWS
+        return _answer_lines(recorded, answers, most, width, compared=compared)
+
+    everything = [block(each, each.answers) for each in start.recorded]
+    side_by_side = [block(each, each.select(most)) for each in start.recorded]
     for blocks in (everything, side_by_side):
         rows = sum(map(len, blocks))
         if rows <= height:
             gap = [Content("")] if rows + len(blocks) - 1 <= height else []
             return [*heading, *(line for at, block in enumerate(blocks) for line in (*gap[:at], *block))]
     whole: list[Content] = []
-    for number, block in enumerate(side_by_side):
-        if len(whole) + len(block) > height:
+    for number, lines in enumerate(side_by_side):
+        if len(whole) + len(lines) > height:
             if number >= _ENOUGH_WHOLE:
                 return heading + whole
             break
-        whole += block
+        whole += lines
     count = max(1, min(len(start.recorded), height // (_LEAST_ROWS + 1)))
     rows = max(_LEAST_ROWS, height // count - 1)
-    first = start.recorded[:count]
-    lines = [line for each in first for line in _answer_lines(each, each.select(most), most, width, rows)]
-    return heading + lines[:height]
+    shortened = [
+        line
+        for each in start.recorded[:count]
+        for line in _answer_lines(each, each.select(most), most, width, rows, compared=_COMPARED_ROWS)
+    ]
+    return heading + shortened[: max(0, height)]
 
 
 def _answer_lines(
@@ -283,17 +367,20 @@ def _answer_lines(
     most: int,
     width: int,
     rows: int | None = None,
+    *,
+    compared: int | None,
 ) -> list[Content]:
-    """Return lines with a prompt, the expected answer, and the given answers side by side. If the expected
-    answer is short, it is on the line of the prompt.
+    """Return a line with a prompt, lines with the expected answer, and lines with some of the (name, answer)
+    pairs of its answers.
 
     Args:
         recorded: The prompt.
         answers: (name, answer) pairs of the answers to show.
         most: Maximum number of answers side by side.
         width: Width of the lines, in cells.
-        rows: Maximum number of lines of an answer, including the line of a long expected answer; None to show
-            answers in full.
+        rows: Maximum number of lines of an answer, including the lines of the expected answer; None for whole
+            answers.
+        compared: Maximum number of lines of an answer other than the last; None for whole answers.
     """
     columns = min(most, len(answers))
     cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
@@ -301,14 +388,14 @@ def _answer_lines(
     lines = [prompt.truncate(width, ellipsis=True)]
     if recorded.expected:
         expected = _column(recorded.expected, "expected", width, None if rows is None else 1, "$text-muted")
-        if len(expected) == 1 and prompt.cell_length + expected[0].cell_length <= width:
-            lines[0] += expected[0]
-        else:
-            lines += expected
-            rows = None if rows is None else max(1, rows - len(expected))
+        lines += expected
+        rows = None if rows is None else max(1, rows - len(expected))
+    limits = [each for each in (rows, compared) if each is not None]
     for first in range(0, len(answers), columns):
         beside = [
-            _column(answer, name, cells, rows, "" if at == len(answers) - 1 else "$text-muted")
+            _column(answer, name, cells, rows, "")
+            if at == len(answers) - 1
+            else _column(answer, name, cells, min(limits, default=None), "$text-muted")
             for at, (name, answer) in enumerate(answers[first : first + columns], first)
         ]
         for parts in zip_longest(*beside, fillvalue=Content("")):
@@ -334,9 +421,12 @@ def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
     if summary is None:
         return lines
     lines.append(labeled("steps", format_progress(summary.step, summary.total_steps), _LABEL))
-    if summary.best is not None and summary.verdict is None:  # A verdict already says how far the loss fell.
-        loss, step = summary.best
-        lines.append(labeled("best", f"validation {format_loss(loss)} at step {step:,}", _LABEL))
+    if summary.best is not None and summary.verdict is None:  # which says how far the loss fell
+        lines.append(labeled("best", _best_words(*summary.best), _LABEL))
     if summary.verdict is not None:
         lines += Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)).wrap(width)
     return lines
+
+
+def _best_words(loss: float, step: int) -> str:
+    return f"validation {format_loss(loss)} at step {step:,}"

@@ -14,6 +14,7 @@ from textual import events
 from textual.app import ComposeResult
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.geometry import Size
 from textual.widgets import Markdown, Static
 
 from qlora_tui.chat.chat_types import BASE, Decided, GenerationResult
@@ -46,6 +47,8 @@ _LOOP = (
     "{{chat.settings}} to set a repetition penalty."
 )
 _MAX_PHRASE = 60
+_GROWTH_ROWS = 6
+"""Number of rows by which answers grow while they are generated."""
 _MOST_BARS, _MAX_BAR = 6, 30
 """Maximum number of options with a bar, and maximum width of a bar in cells."""
 _LEAST_SHOWN = 0.005
@@ -307,6 +310,8 @@ class AdapterAnswer(Panel):
         empty.
         """
         self.outcome: GenerationResult | None = None
+        self.is_growing = False
+        """Whether the answer or its thought has begun and has not ended."""
 
     def compose(self) -> ComposeResult:
         yield self._thought
@@ -328,6 +333,7 @@ class AdapterAnswer(Panel):
 
     async def append_text(self, chunk: TextChunk) -> None:
         """Append a piece of the thought if ``chunk.thought`` is True, otherwise a piece of the answer."""
+        self.is_growing = True
         if chunk.thought:
             await self._thought.append_text(chunk)
             return
@@ -363,8 +369,7 @@ class AdapterAnswer(Panel):
 
     async def end(self, outcome: GenerationResult) -> None:
         """Complete the answer, and show its speed and why it ended."""
-        await self._answer.finish()
-        await self._thought.end(outcome)
+        await self._finish(outcome)
         self.text, self.outcome = outcome.text, outcome
         self.show_title(answer_title(self.adapter_name, outcome_words(outcome)))
         under = _ENDINGS.get(
@@ -391,17 +396,24 @@ class AdapterAnswer(Panel):
 
     async def stop(self, words: str) -> None:
         """Mark the answer as stopped, with the note ``words``. The text so far is kept."""
-        await self._answer.finish()
-        await self._thought.end()
+        await self._finish()
         self.show_title(answer_title(self.adapter_name, "stopped"))
         self._show_note(words)
 
     async def fail(self, problem: UserError) -> None:
         """Show the error that prevented or interrupted the answer. The text so far is kept."""
-        await self._answer.finish()
-        await self._thought.end()
+        await self._finish()
         self.show_title(answer_title(self.adapter_name, "no answer"))
         self._update_note(error_content(problem))
+
+    async def _finish(self, outcome: GenerationResult | None = None) -> None:
+        """Paint what has not been painted yet, and end the thought. ``outcome``: as for
+        :meth:`ThoughtView.end`.
+        """
+        await self._answer.finish()
+        await self._thought.end(outcome)
+        self.is_growing = False
+        self.refresh(layout=True)
 
     def _show_note(self, words: str) -> None:
         self._update_note(highlight_keys(f"■ {words}", "dim"))
@@ -436,21 +448,37 @@ def outcome_words(outcome: GenerationResult) -> str:
     return f"{outcome.new_tokens:,} tok{speed}, wait {first}" if outcome.new_tokens else "nothing"
 
 
+class Answers(Horizontal):
+    """The answers of a turn, side by side.
+
+    While an answer is being generated, the height is a multiple of :data:`_GROWTH_ROWS`. The conversation
+    ends at the bottom of the window, so every further row moves, and repaints, all rows above.
+    """
+
+    DEFAULT_CSS = """
+    Answers {
+        height: auto;
+    }
+    """
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        rows = super().get_content_height(container, viewport, width)
+        is_growing = any(isinstance(each, AdapterAnswer) and each.is_growing for each in self.children)
+        return -(-rows // _GROWTH_ROWS) * _GROWTH_ROWS if is_growing else rows
+
+
 class ChatTurn(Vertical):
     """A prompt and the answers of the adapters."""
 
     DEFAULT_CSS = """
     ChatTurn {
         height: auto;
-        margin-bottom: 1;
+        margin-top: 1;
     }
     ChatTurn .prompt {
         height: auto;
         padding: 0 1;
         text-style: bold;
-    }
-    ChatTurn Horizontal {
-        height: auto;
     }
     ChatTurn .question {
         height: auto;
@@ -479,8 +507,7 @@ class ChatTurn(Vertical):
 
     def compose(self) -> ComposeResult:
         yield Static(f"▸ {self.prompt}", classes="prompt", markup=False)
-        with Horizontal():
-            yield from self.answers.values()
+        yield Answers(*self.answers.values())
         yield Static(highlight_keys(name_keys(_QUESTION), "dim"), classes="question")
 
     def show_question(self, visible: bool) -> None:
