@@ -45,11 +45,14 @@ from qlora_tui.data.sources import (
 from qlora_tui.data.step_plan import StepCount, count_steps
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.formatting import capitalize, format_bytes, format_float, format_number, pluralize
+from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Recipe, Source
 from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 
+_ENOUGH_STEPS = 30
+"""Number of optimizer steps to which a fix for too few steps raises a run, if possible."""
 _MARGIN = 1.25
 """Factor by which Max steps and Epochs must differ before an estimate decides which of them ends the run."""
 _Fingerprint = tuple[Path, int, bytes, int, int]
@@ -104,7 +107,7 @@ def check_data(recipe: Recipe, model_files: ModelFiles | None) -> list[Check]:
     elif not result.warnings:
         checks.append(_rows_used(trained, excluded, f"{'; '.join(descriptions)}."))
     length = run_length(recipe, model_files)
-    return [*checks, *(_check_step_limit(recipe, length) if length else [])]
+    return [*checks, *(_check_step_limit(recipe, length, model_files) if length else [])]
 
 
 def data_error(recipe: Recipe, model_files: ModelFiles | None = None) -> UserError | None:
@@ -117,7 +120,7 @@ def data_error(recipe: Recipe, model_files: ModelFiles | None = None) -> UserErr
     return next((check.problem for check in check_data(recipe, model_files) if check.problem), None)
 
 
-def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
+def _check_step_limit(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> list[Check]:
     """Report the number of steps, with a warning if they are too few or if Max steps and Epochs disagree."""
     limit, epochs, steps = recipe.training.max_steps, recipe.training.epochs, length.all_steps
     of_epochs = "1 epoch" if epochs == 1 else f"{format_number(epochs)} epochs"
@@ -138,6 +141,7 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
         text = f"The run has only {length.about}{pluralize(steps, 'step')}: it will hardly learn anything."
         sequences = pluralize(recipe.effective_batch, "sequence")
         fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
+        suggested_fix = _more_steps(recipe, length, model)
     elif limit > steps * margin:
         text = (
             f"Epochs is {format_number(epochs)}, so the run ends after {length.about}"
@@ -148,6 +152,22 @@ def _check_step_limit(recipe: Recipe, length: RunLength) -> list[Check]:
         text = capitalize(f"{length.about}{pluralize(length.steps, 'step')} in {of_epochs}.")
         return [Check(CheckKind.SETTINGS, "ok", text)]
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=suggested_fix)]
+
+
+def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> SuggestedFix | None:
+    """Return the largest gradient accumulation with which the run has :data:`_ENOUGH_STEPS`, or otherwise 1;
+    None if the accumulation is 1 already.
+    """
+    path, accumulation, more = "training.gradient_accumulation", recipe.training.gradient_accumulation, length
+    while accumulation > 1 and more.steps < _ENOUGH_STEPS:
+        accumulation //= 2
+        more = run_length(replace_setting(recipe, path, accumulation), model) or length
+    if more.steps <= length.steps:
+        return None
+    label = (
+        f"accumulation {accumulation}: {more.about}{pluralize(more.steps, 'step')} instead of {length.steps}"
+    )
+    return SuggestedFix(label, changes={path: accumulation})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -264,8 +265,8 @@ def test_a_dataset_of_the_hub_is_no_missing_file(tmp_path: Path) -> None:
     assert "split test, because it has none for training" in _data_check(recipe).text
 
 
-def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str]:
-    """Settings warnings about 200 rows of some 500 tokens: about 12 steps an epoch."""
+def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> Check:
+    """The check of the settings with 200 rows of some 500 tokens: about 12 steps an epoch."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "why? " * 200, "completion": "so. " * 240}) + "\n")
     rows.write_text(rows.read_text() * 200)
@@ -274,12 +275,21 @@ def _with_steps(tmp_path: Path, max_steps: int, epochs: float = 2.0) -> list[str
         training=Training(max_steps=max_steps, epochs=epochs),
     )
     checks = preflight(recipe, Machine(budget_for(None)))
-    return [check.text for check in checks if check.kind is CheckKind.SETTINGS]
+    [found] = [check for check in checks if check.kind is CheckKind.SETTINGS]
+    return found
 
 
 def test_a_step_limit_below_the_epochs_is_a_warning(tmp_path: Path) -> None:
-    assert _with_steps(tmp_path, 6) == ["Max steps is 6, so the run ends after about 0.46 of 2 epochs."]
-    assert _with_steps(tmp_path, 0) == ["About 26 steps in 2 epochs."]
+    limited = _with_steps(tmp_path, 6)
+    assert limited.text == "Max steps is 6, so the run ends after about 0.46 of 2 epochs."
+    assert _with_steps(tmp_path, 0).text == "About 26 steps in 2 epochs."
+
+
+def test_a_run_of_few_steps_is_offered_a_smaller_accumulation(tmp_path: Path) -> None:
+    fix = _with_steps(tmp_path, 0, epochs=0.5).suggested_fix
+    assert fix is not None
+    assert fix.changes == {"training.gradient_accumulation": 1}
+    assert re.fullmatch(r"accumulation 1: about \d\d steps instead of \d", fix.label)
 
 
 @pytest.mark.slow

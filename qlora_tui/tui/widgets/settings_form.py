@@ -297,8 +297,8 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open each group, in order, unless the lines would no longer fit in ``rows``. If the list has two
-        columns, open all groups. Do nothing if the user has opened or folded a group.
+        """Open the first groups, as many as fit in ``rows``. If the list has two columns, open all groups. Do
+        nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
             return
@@ -307,6 +307,7 @@ class SettingList(LineView):
             before, self._open = self._open, self._open | {group.title}
             if not self._has_two_columns and len(self._shown_lines()) > rows:
                 self._open = before
+                break
         self._show_lines()
 
     def _set_open(self, is_open: bool) -> None:
@@ -373,8 +374,12 @@ class SettingList(LineView):
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self._cells >= _WIDE_CELLS:
             values = [(field, get_setting(self._values, field.path)) for field in group.fields]
-            texts = (f"{field.label} {abbreviate_home(field.describe(value))}" for field, value in values)
-            remark = SEPARATOR.join(texts)
+            texts = [f"{field.label} {abbreviate_home(field.describe(value))}" for field, value in values]
+            room = self._cells - len(group.title) - 4
+            while len(texts) > 1 and len(SEPARATOR.join([*texts, "…"])) > room:
+                texts.pop()
+            more = ["…"] if len(texts) < len(values) else []
+            remark = SEPARATOR.join([*texts, *more])
         return Content.assemble(
             (letter, "bold reverse $key") if letter else ("−" if is_open else "+", "$primary"),
             (f" {group.title}", "bold $primary"),

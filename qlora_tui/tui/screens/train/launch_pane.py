@@ -21,6 +21,7 @@ from qlora_tui.formatting import (
     format_duration,
     format_number,
     pluralize,
+    truncate_middle,
 )
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields, get_setting
@@ -361,9 +362,9 @@ def _source(expected: Forecast | None, probing: str) -> list[Content]:
     key = key_name("train.probe")
     if probing:
         measuring = Content.styled(f"measuring three steps: {probing}   ", "$primary")
-        return [measuring, highlight_keys(f"{key} stop", "dim")]
+        return [measuring, highlight_keys(f"{key} stop", "$text-muted")]
     if expected is None or expected.time is None:
-        return [highlight_keys(f"{key} measures it in three steps", "dim")]
+        return [highlight_keys(f"{key} measures it in three steps", "$text-muted")]
     return [Content.styled(expected.time.source, "dim")]
 
 
@@ -387,7 +388,9 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
         else:
             remedy = Content.styled(f"▸ {abbreviate_home(check.fix)}" if check.fix else "", "$primary")
         head = Content.assemble((f"{sign:<{_SHORT_HEAD}}", style), (f"{check.label:<{cells}} ", "bold"))
-        lines += hanging(head, Content(abbreviate_home(check.text)), width, _LEAST_TEXT)
+        room = max(_LEAST_TEXT, width - head.cell_length)
+        words = (truncate_middle(word, room) for word in abbreviate_home(check.text).split(" "))
+        lines += hanging(head, Content(" ".join(words)), width, _LEAST_TEXT)
         lines += hanging(Content(" " * head.cell_length), remedy, width, _LEAST_TEXT) if remedy else []
     return lines if shows_all else [*lines, *_passed(checks, width)]
 
@@ -424,9 +427,14 @@ def conclusion(checks: tuple[Check, ...]) -> Content:
         words = capitalize(refusal_words(*refusals)) if refusals else f"Not ready: {names}"
         return Content.assemble((f"✗ {words}.", "bold $error"), "   ", highlight_keys(_remedy(checks)))
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    launch = highlight_keys(f"   ▸ {key_name('train.launch')} {'queue' if waits else 'launch'} it")
+    mark = "" if first_fix(checks) is not None else "▸ "
+    launch = highlight_keys(f"   {mark}{key_name('train.launch')} {'queue' if waits else 'launch'} it")
     if count := sum(check.outcome == "warning" for check in checks):
-        return Content.styled(f"! Ready, with {pluralize(count, 'warning')}.", "bold $warning") + launch
+        warnings = pluralize(count, "warning")
+        if (fix := first_fix(checks)) is not None:
+            remedy = highlight_keys(f"  ▸ {key_name('train.fix')} {fix.label}")
+            return Content.assemble((f"! {capitalize(warnings)}.", "bold $warning"), remedy, launch)
+        return Content.styled(f"! Ready, with {warnings}.", "bold $warning") + launch
     return Content.styled("✓ Ready.", "bold $success") + launch
 
 
