@@ -41,6 +41,9 @@ _NOTE_CELLS = 20
 """Minimum width, in cells, of the column that says what a recommended model is good for. If there is less
 room, the column is hidden.
 """
+_LEAST_FIGURES = 3
+"""Number of columns with figures that the list has even if what the models are good for is cut."""
+_STARTERS_HEADING = "Good first models"
 _NOTE_GAP = 3
 """Cells between the longest name and the notes."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
@@ -165,15 +168,18 @@ class ListedModels:
             most: Maximum number of recommended models; None for all.
         """
         local = [model for model in self.local or () if words in model.name.lower()]
-        lines = _local_lines(local, chosen, width, self.needs, self.licenses) if self.local else []
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
         to_start = [
             model
             for model in self.starters
             if model.id not in here and words in model.id.lower() and not (model.is_demo and self.local)
         ][:most]
-        if to_start and self.lists_starters:
-            return [*lines, *_starter_lines(to_start, width)]
+        starters = _starter_rows(to_start) if self.lists_starters else []
+        columns, width = _fitting(starters, width) if starters else (len(_figure_columns("", "")), width)
+        lines = _local_lines(local, chosen, width, columns, self.needs, self.licenses) if self.local else []
+        if starters:
+            shown = _figure_columns("download", "access")[:columns]
+            return [*lines, *_lines(_STARTERS_HEADING, shown, starters, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
 
@@ -216,6 +222,7 @@ def _local_lines(
     models: Sequence[LocalModel],
     chosen: str,
     width: int,
+    columns: int,
     needs: Mapping[Path, Verdict],
     licenses: Mapping[Path, str],
 ) -> list[tuple[str, Content]]:
@@ -236,13 +243,12 @@ def _local_lines(
         )
     link = current()
     where = "this machine" if link is None else link.box.name
-    return _lines(f"On {where} ({len(models)})", _architecture_columns("on disk", "from"), rows, width)
+    shown = _figure_columns("on disk", "from")[:columns]
+    return _lines(f"On {where} ({len(models)})", shown, rows, width)
 
 
-def _starter_lines(models: Sequence[Starter], width: int) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading and for each recommended model. The columns are aligned with the
-    columns of :func:`_local_lines`. ``width``: width of a line, in cells.
-    """
+def _starter_rows(models: Sequence[Starter]) -> list[_Line]:
+    """Return the rows of the recommended models. Their columns are those of :func:`_local_lines`."""
     rows = []
     for model in models:
         needed = fit_figure(model.verdict)
@@ -251,8 +257,24 @@ def _starter_lines(models: Sequence[Starter], width: int) -> list[tuple[str, Con
         texts = (*texts, model.model.license, access)
         name = f"{model.id} (demo)" if model.is_demo else model.id
         rows.append(_Line(model.line_id, " ", name, texts, note=model.model.good_for))
-    columns = _architecture_columns("download", "access")
-    return _lines("Good first models", columns, rows, width)
+    return rows
+
+
+def _fitting(rows: Sequence[_Line], width: int) -> tuple[int, int]:
+    """Return how many columns with figures the list shows, and its width in cells, at most ``width``.
+
+    What the models are good for is more useful than the last columns, which the panel with the model's facts
+    has too. These columns are left out if the notes would be cut. A wider list would only have gaps.
+    """
+    columns = _figure_columns("", "")
+    names = max(len(_STARTERS_HEADING), *(row.title.cell_length for row in rows))
+    words = names + 1 + _NOTE_GAP + max(len(row.note) for row in rows)
+    shown = [cells for _, cells, shown_from in columns if width >= shown_from]
+    while len(shown) > _LEAST_FIGURES and words + sum(shown) > width:
+        shown.pop()
+    if width - names - 1 - sum(shown) < _NOTE_CELLS + _NOTE_GAP:  # the list has no notes
+        return len(columns), width
+    return len(shown), min(width, words + sum(shown))
 
 
 def _hub_lines(
@@ -298,7 +320,7 @@ def _hub_lines(
     return _lines(f"On the Hub, for {query!r} ({len(models)})", columns, rows, width)
 
 
-def _architecture_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
+def _figure_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], ...]:
     """Return (title, width in cells, minimum width of the list at which the column is shown) for the columns
     of models with a known architecture. ``bytes_title`` and ``last``: titles of the second and the last
     column.
