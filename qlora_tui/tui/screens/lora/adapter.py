@@ -40,16 +40,14 @@ from qlora_tui.recipe.fields import diff_recipes, fields, format_value, get_sett
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
-from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.columns import Column, hanging, table
 from qlora_tui.tui.render.labels import (
     PRECISION_NAMES,
     fit_figure,
     next_step,
     recipe_fit,
     verdict_legend,
-    verdict_words,
 )
-from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
@@ -151,7 +149,7 @@ def setting_lines(
         base: The preset that the recipe is compared with.
         dora_cost: The memory that DoRA adds, as text; empty if unknown.
         width: Width of a line, in cells.
-        with_meaning: Whether a second line explains the setting.
+        with_meaning: Whether further lines explain the setting.
     """
     lines = []
     for path in LORA_CONTROLS:
@@ -159,8 +157,9 @@ def setting_lines(
         advice = setting_advice(path, recipe, base, dora_cost)
         line = Content.assemble(head, (f" {advice}", "$text-muted")).truncate(width, ellipsis=True)
         if with_meaning:
-            meaning = f"{' ' * head.cell_length} {explain(term_of(path))}"
-            line += Content("\n") + Content.styled(meaning, "dim").truncate(width, ellipsis=True)
+            indent = Content(" " * (head.cell_length + 1))
+            meaning = Content.styled(explain(term_of(path)), "dim")
+            line = Content("\n").join([line, *hanging(indent, meaning, width)])
         lines.append((path, line))
     return lines
 
@@ -256,8 +255,10 @@ _TARGETS = {
     "q, v": ("q_proj", "v_proj"),
 }
 _RANK_CELLS = 7
-_CHOICE_CELLS, _DISK_CELLS, _CHOICE_BAR_CELLS = 22, 9, 12
-"""Widths, in cells, of a choice of targets (with the gap before it), of the size on disk, and of the bar."""
+_CHOICE_CELLS, _DISK_CELLS, _CHOICE_GAP, _MAX_SPREAD = 22, 9, 3, 12
+"""Widths, in cells, of a choice of targets (with the gap before it), of the size on disk, of that gap, and of
+what a wide window adds to the gap at most.
+"""
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
@@ -470,34 +471,30 @@ def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
     names = [cost.targets for cost in rows[0]] if rows else []
     names = names[: max(1, (width - _RANK_CELLS) // _CHOICE_CELLS)]
     with_disk = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS)
-    bar_cells = _CHOICE_BAR_CELLS + 1
-    with_bar = width >= _RANK_CELLS + len(names) * (_CHOICE_CELLS + _DISK_CELLS + bar_cells)
+    choice_cells = _CHOICE_CELLS + (_DISK_CELLS if with_disk else 0)
+    spare = max(0, width - _RANK_CELLS - len(names) * choice_cells) // max(1, len(names))
+    gap = _CHOICE_GAP + min(_MAX_SPREAD, spare)
 
     def cell(row: list[ChoiceCost], number: int) -> Content:
         cost = row[number]
         mark, weight = ("●", "bold") if cost.is_current else (" ", "")
         disk = f"{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}" if with_disk else ""
-        verdict = cost.verdict
-        memory = fit_figure(verdict, is_current=cost.is_current)
-        share = verdict.needed_bytes / verdict.available_bytes
-        style = "$hardware 55%" if verdict.word == "fits" else verdict_words(verdict)[1]
-        drawn = (f" {bar(share, _CHOICE_BAR_CELLS)}", style) if with_bar else ""
+        memory = fit_figure(cost.verdict, is_current=cost.is_current)
         return Content.assemble(
             (mark, "bold $primary"),
             (f"{format_count(cost.trained):>6}{disk}", weight),
             " " * (12 - memory.cell_length),
             memory,
-            drawn,
         )
 
     disk_cells = _DISK_CELLS if with_disk else 0
-    more_cells = disk_cells + (bar_cells if with_bar else 0)
     title = f" {'params':>6}{'disk' if with_disk else '':>{disk_cells}}{'memory':>10}"
     columns = [Column[list[ChoiceCost]](title="rank", text=lambda row: f"{row[0].rank}", width=4, right=True)]
     for number in range(len(names)):
-        columns.append(Column(title=title, text=partial(cell, number=number), gap=3))
-    heads = "".join(f"{name:<{_CHOICE_CELLS + more_cells}}" for name in names)
+        columns.append(Column(title=title, text=partial(cell, number=number), gap=gap))
+    heads = "".join(f"{name:<{choice_cells + gap - _CHOICE_GAP}}" for name in names)
+    indent = " " * (_RANK_CELLS + 1 + gap - _CHOICE_GAP)
     return [
-        Content(" " * (_RANK_CELLS + 1) + heads.rstrip()).stylize("bold"),
+        Content(indent + heads.rstrip()).stylize("bold"),
         *table(columns, rows, width),
     ]

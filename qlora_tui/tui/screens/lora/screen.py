@@ -8,6 +8,7 @@ from functools import partial
 
 import msgspec
 from textual import work
+from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Input
@@ -91,16 +92,18 @@ class LoraScreen(WorkScreen):
             ("lora.all", "all"),
         )
         yield Panel("Adapter", Lines(id="lora-totals"), id="lora-cost")
-        yield Panel(
-            "Target modules",
-            TextField(compact=True, id="targets-input"),
-            ModuleGrid(id="modules"),
-            ModelProblem(),
-            Lines(id="under-cursor"),
-            keys=keys,
-            id="modules-panel",
-        )
-        yield Panel("Settings", SettingsList(id="lora-settings", classes="quiet"), id="lora-settings-panel")
+        with Vertical(id="lora-parts"):
+            yield Panel(
+                "Target modules",
+                TextField(compact=True, id="targets-input"),
+                ModuleGrid(id="modules"),
+                ModelProblem(),
+                Lines(id="under-cursor"),
+                keys=keys,
+                id="modules-panel",
+            )
+            settings = SettingsList(id="lora-settings", classes="quiet")
+            yield Panel("Settings", settings, id="lora-settings-panel")
         yield Panel(COSTS, Lines(id="choices"), id="choices-panel")
 
     def on_mount(self) -> None:
@@ -122,7 +125,7 @@ class LoraScreen(WorkScreen):
         # Without the costs, the modules fill the remaining height. Set the height here instead of with a
         # style class. A style class would take effect only after the texts are written, and Textual would not
         # lay out the panel again.
-        for part in ("#modules-panel", "#modules"):
+        for part in ("#lora-parts", "#modules-panel", "#modules"):
             self.query_one(part).styles.height = "auto" if has_room else "1fr"
         self.refresh_bindings()
 
@@ -347,8 +350,13 @@ class LoraScreen(WorkScreen):
         if self._explained:
             text = one_line(self._explained)
         elif self.has_class("-costs") and not self.has_class("-only-costs"):
-            words = modules_words(grid.under_cursor, recipe.lora, grid.content_size.width)
-            text += Content.styled(f"\n{words}", "dim")
+            # The same number of lines for every module, so that the panels below do not move.
+            gap = "\n" if self.has_class("-roomy") else "  "
+            width = grid.content_size.width
+            room = width if gap == "\n" else width - text.cell_length - len(gap)
+            text += Content.styled(f"{gap}{modules_words(grid.under_cursor, recipe.lora, room)}", "dim")
+        if self.has_class("-costs") and not self.has_class("-roomy"):
+            text = text.truncate(max(1, grid.content_size.width), ellipsis=True)
         self.query_one("#under-cursor", Lines).show(text)
 
 
