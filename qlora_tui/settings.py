@@ -146,7 +146,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str | float,
         _about(
             "Price of a kWh",
-            "Price with its unit, as in 0.30 EUR: the cost of a run is then shown next to its energy. Only "
+            "Price with its unit, as in 0.30 EUR. If set, the cost of a run is shown next to its energy. "
+            "Only "
             "the energy of the GPU is counted.",
         ),
     ] = ""

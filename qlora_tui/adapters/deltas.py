@@ -210,7 +210,7 @@ def read_deltas(folder: Path) -> AdapterDeltas:
             ids = _ids_of(match[1], config)
             if len(ids) != len(tensor) or not ids:
                 raise _unreadable(
-                    folder, f"{match[1]} has {len(tensor)} rows, but {CONFIG} names {len(ids)}."
+                    folder, f"{match[1]} has {len(tensor)} rows, but {CONFIG} names {len(ids)} tokens."
                 )
             rows[match[1]] = EmbeddingRowDelta(ids, tensor)
             continue

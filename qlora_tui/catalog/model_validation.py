@@ -207,7 +207,7 @@ def no_weights_problem(files: Iterable[str], name: str) -> UserError:
     if pickled := sorted(file for file in files if file.endswith(PICKLE_SUFFIXES)):
         return UserError(
             "Only pickled weights",
-            what=f"{name} has {pickled[0]} and no safetensors.",
+            what=f"{name} has only pickled weights ({pickled[0]}), no safetensors.",
             why="Opening a pickle can run any code; qlora-tui reads safetensors only.",
             fix="Choose a copy of the model that is saved as safetensors.",
         )

@@ -93,7 +93,10 @@ def _next(args: argparse.Namespace, changes: dict[str, Any]) -> str:
     if not changes:
         return "Nothing to change."
     sets = " ".join(f"--set {path}={value}" for path, value in changes.items())
-    return f"Nothing was changed. Write a recipe with -o RECIPE.toml, or pass to train: {sets}"
+    return (
+        f"Nothing was changed. Write a recipe with -o RECIPE.toml, or pass these options to `qlora-tui "
+        f"train`: {sets}"
+    )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

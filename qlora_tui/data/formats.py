@@ -560,7 +560,7 @@ def _nothing_fits(name: str, wanted: str, columns: Columns) -> UserError:
             fix='Map the columns by hand, or let format = "auto" choose.',
             code=NOT_IN_FORMAT,
         )
-    fix, code = "A row is an object with named fields. A file that is one array of rows is named .json.", ""
+    fix, code = "A row is an object with named fields. If the file is one array of rows, name it .json.", ""
     if names:
         fix, code = mapping_hint(columns.values, names)
     return UserError(

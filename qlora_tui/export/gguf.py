@@ -370,5 +370,5 @@ def _refused(file_type: str, problem: str) -> _RefusedError:
         what=f"{file_type}: {problem}.",
         fix="Choose a larger type, such as Q8_0."
         if file_type not in ("F16", "BF16", "Q8_0")
-        else "Use the adapter or `qlora-tui export merge`, and report the model.",
+        else "Use the adapter or `qlora-tui export merge`, and report the problem.",
     )

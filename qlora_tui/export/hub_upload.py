@@ -74,7 +74,7 @@ def prepare(repo_name: str, is_public: bool, base: str) -> Prepared:
     if not is_public and not info.private:
         raise UserError(
             "The repository is public",
-            what=f"{repo} exists already, and everybody can read it.",
+            what=f"{repo} already exists, and it is public.",
             why="Uploads are private unless --public is given.",
             fix="Use --public, choose another name, or make it private on its settings page.",
         )

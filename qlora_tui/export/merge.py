@@ -169,7 +169,7 @@ def merge(
                 "The merged model does not answer like the adapter",
                 what=f"{capitalize(check.sentence)}. The merged model was not kept.",
                 why="The base stores its weights in an unknown layout, or its files are damaged.",
-                fix="Use the adapter instead, and report the model.",
+                fix="Use the adapter instead, and report the problem.",
             )
         size = size_of(folder)
         publish_new(folder, out)

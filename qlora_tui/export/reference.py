@@ -230,7 +230,7 @@ def _require_same(computed: Tensor, logits: Tensor) -> None:
         raise UserError(
             "The answers cannot be compared",
             what="The model does not compute its logits from its output layer's matrix alone.",
-            fix="Compare answers in the chat instead, and report the model.",
+            fix="Compare answers in the chat instead, and report the problem.",
         )
 
 

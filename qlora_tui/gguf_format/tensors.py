@@ -115,7 +115,7 @@ class _Names:
         raise UserError(
             "This model cannot be exported as GGUF",
             what=f"The model has a tensor {tensor}, which llama.cpp's {self._architecture} lacks.",
-            fix="Export the model with `qlora-tui export merge`, and report the model.",
+            fix="Export the model with `qlora-tui export merge`, and report the problem.",
         )
 
 

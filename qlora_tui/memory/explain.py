@@ -119,7 +119,10 @@ def _scales_sentence(recipe: Recipe) -> str:
         return "One 4-byte scale per output row."
     if recipe.quantization.double_quantization:
         return "One 1-byte scale per 64 weights, 4 bytes per 256 scales, and one code table per module."
-    return "One 4-byte scale per 64 weights, and one code table per module; double quantization quarters it."
+    return (
+        "One 4-byte scale per 64 weights, and one code table per module; double quantization reduces "
+        "this to about a quarter."
+    )
 
 
 def _training_sentences(layout: Layout) -> dict[str, str]:
@@ -151,7 +154,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
         "optimizer": f"{moments}{paged}.",
         "optimizer_step": "Square roots of all second moments at once: 4 bytes per trained parameter."
         if execution.optimizer == "adamw"
-        else "Copies of one matrix at a time while it is updated.",
+        else "Copies of the matrix that is being updated, one matrix at a time.",
     }
 
 
@@ -168,7 +171,7 @@ def _activation_sentences(layout: Layout) -> dict[str, str]:
     stream = 4 if execution.cast_to_float32 else compute
     return {
         "checkpoints": (
-            f"Two layer inputs, to and from host memory: 2 × {tokens} × {hidden} × {stream} bytes."
+            f"Two layer inputs in transit to or from host memory: 2 × {tokens} × {hidden} × {stream} bytes."
             if execution.offloads_inputs
             else f"One hidden state per layer, to recompute from: {layers} × {tokens} × {hidden} × "
             f"{stream} bytes."
@@ -244,7 +247,7 @@ def _process_sentences(layout: Layout) -> dict[str, str]:
         "tokenizer": (
             f"{tokens:,} tokens × {TOKENIZER_BYTES_PER_TOKEN} bytes: vocabulary twice, merges, and the file."
         ),
-        "runtime": "The process before the model: Python, torch, transformers, peft, bitsandbytes.",
+        "runtime": "The process before the model is loaded: Python, torch, transformers, peft, bitsandbytes.",
     }
 
 

@@ -101,7 +101,8 @@ def require_4_bit_experts(settings: Quantization, architecture: Architecture) ->
     raise UserError(
         "This model's experts need 4 bits",
         what=f"quantization.{setting}, but the model stores its experts in 4-bit floats (MXFP4).",
-        why="The experts are read into 4 bits, one by one; in 16 bits they would take four times the memory.",
+        why="The experts are loaded in 4 bits, one by one. In 16 bits, they would take four times the "
+        "memory.",
         fix=f"Set quantization.{remedy}.",
         exit_code=EXIT_USAGE,
     )

@@ -148,7 +148,7 @@ class Lora(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Target modules",
             "all-linear, module names (q_proj), or names in a range of layers (8-23.q_proj, 0-3.all-linear).",
-            "More targets: more memory for adapter, gradients and optimizer.",
+            "More targets take more memory for adapter, gradients and optimizer.",
             min_length=1,
         ),
     ] = (ALL_LINEAR,)
@@ -270,7 +270,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Sequence length",
             "Tokens in one sequence. Overflow decides what happens to longer samples.",
-            "Activations and loss grow in proportion.",
+            "Activations and loss grow in proportion to the length.",
             ge=16,
             le=1_048_576,
         ),

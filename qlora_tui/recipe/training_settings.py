@@ -37,7 +37,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "Micro-batch size",
             "Sequences in one forward pass.",
-            "Activations grow in proportion.",
+            "Activations grow in proportion to the micro-batch.",
             ge=1,
             le=4096,
         ),

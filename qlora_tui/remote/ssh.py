@@ -228,7 +228,7 @@ def _no_program(box: str, words: list[str]) -> UserError:
     return UserError(
         f"{box} has another version",
         what=f"{words[3]} on the box is version {words[2]}, and this machine has {__version__}.",
-        why="Both machines read the same files, so they must have the same version.",
+        why="Both machines read the same files, so they must run the same version of qlora-tui.",
         fix=fix,
     )
 

@@ -171,7 +171,7 @@ def _too_few(count: int, there: int, why: str) -> UsageError:
         "Not enough GPUs",
         what=f"The recipe asks for {count} GPUs (training.gpus), but only {there} can be used.",
         why=why,
-        fix=f"Set training.gpus to {there}, or to all." if there else "Set training.gpus to 1.",
+        fix=f"Set training.gpus to {there}, or to 0 for all of them." if there else "Set training.gpus to 1.",
     )
 
 

@@ -112,7 +112,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
             )
         if sweep.rounds > 1 and (why := self._unsafe_schedule(sweep.rounds)):
             raise UsageError(
-                "This schedule cannot be halved",
+                "This schedule does not allow halving",
                 what=why,
                 why="Trials are compared in the middle of their runs, before such a schedule has lowered the "
                 "learning rate: the comparison would favor trials with a low rate.",

@@ -234,7 +234,7 @@ def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str)
     if state.base_hash and state.base_hash != base_hash:
         raise UserError(
             "The base model has changed",
-            what=f"The weights in {files.folder} are not those that the run had at step {state.step}.",
+            what=f"The weights in {files.folder} differ from the run's weights at step {state.step}.",
             why="An adapter fits only the weights that it was trained on.",
             fix="Restore the model's files, or start a new run.",
         )
@@ -256,8 +256,8 @@ def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) ->
     if data_hash != state.data_hash:
         raise UserError(
             "The data has changed",
-            what=f"The tokenized data is not what it was at step {state.step}: "
-            f"{data_hash[:12]} now, {state.data_hash[:12]} then.",
+            what=f"The tokenized data has changed since step {state.step}: its hash is now {data_hash[:12]}, "
+            f"and was {state.data_hash[:12]}.",
             why="A data file, the tokenizer or its chat template has changed.",
             fix="Restore the files, or start a new run.",
         )

@@ -270,7 +270,7 @@ class StepMonitor:
                 Finding(
                     "exploding_gradient",
                     f"The gradient norm is {grad_norm:.3g} at step {step}; it is usually about {usual:.3g}.",
-                    "Lower Learning rate or Max grad norm if it continues.",
+                    "Lower Learning rate or Max grad norm if this continues.",
                 )
             )
         if math.isfinite(grad_norm):

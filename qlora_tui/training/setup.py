@@ -353,7 +353,7 @@ def _keep_padding(run: Run, base: PreparedBase) -> PreparedBase:
         "rows_differ",
         "Before the resume, samples were packed. Now packed attention does not pass its check, "
         "and sequences are padded.",
-        "Some samples of this epoch may be repeated and others skipped. Start a new run to avoid it.",
+        "Some samples of this epoch may be repeated and others skipped. To avoid this, start a new run.",
     )
     return base
 

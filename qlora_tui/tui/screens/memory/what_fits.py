@@ -372,7 +372,7 @@ def _notes(
             "or use a larger GPU."
         )
     if solution.changes and not is_recipe:
-        yield Content("The changes are for the recipe's precision.")
+        yield Content("These changes apply to the recipe's precision.")
     if conversion := solution.conversion:
         on_cpu = budget.device.kind == "cpu"
         yield Content(conversion.words(estimate.process_bytes if on_cpu else None))
