@@ -26,6 +26,8 @@ from qlora_tui.recipe.validation import find_issues
 
 _DATASETS = TABLES.datasets
 _MAX_BYTES = 4_000_000
+_MAX_DEPTH = 50
+"""Largest number of nested lists and tables in a YAML file. Settings of trainers have at most five."""
 _SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
 """Endings of keys whose values are never shown."""
 _LONGEST_VALUE = 60
@@ -143,9 +145,16 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
         else:
             import yaml  # importing takes a tenth of a second
 
-            # A few lines of nested aliases can expand to more than fits in memory.
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                raise ValueError("YAML aliases (*name) are not read")
+            # A few lines of nested aliases can expand to more than fits in memory, and PyYAML's time grows
+            # with the square of the depth.
+            depth = 0
+            for event in yaml.parse(text, yaml.SafeLoader):
+                if isinstance(event, yaml.AliasEvent):
+                    raise ValueError("YAML aliases (*name) are not read")
+                depth += isinstance(event, yaml.CollectionStartEvent)
+                depth -= isinstance(event, yaml.CollectionEndEvent)
+                if depth > _MAX_DEPTH:
+                    raise RecursionError
             value = yaml.safe_load(text)
     except RecursionError:
         raise _unknown_file(path, "it is nested too deeply") from None

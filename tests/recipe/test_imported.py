@@ -195,7 +195,7 @@ def test_an_adapter(folder: Path) -> None:
         ("adapter_config.json", json.dumps(PEFT | {"peft_type": "IA3"}), "peft_type"),
         ("a.yml", "a: &x [1]\nb: *x\n", "aliases"),
         ("a.yml", "a: [1\n", "line 2"),
-        ("a.yml", "[" * 5000, "a.yml"),
+        ("a.yml", "[" * 5000, "nested too deeply"),
         ("a.py", "def f(:\n", "Python"),
         ("a.yml", "name: someone\n", "no settings"),
     ],
