@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 
 from qlora_tui.catalog import described
 from qlora_tui.gpu import torch_env
+from qlora_tui.gpu.torch_env import faster_imports
 from qlora_tui.memory import traces
 from qlora_tui.settings import GPU_VARIABLE
 from tests.support.descriptions import Descriptions, descriptions, quick_descriptions
@@ -45,6 +46,7 @@ __all__ = [
     "worker_server",
 ]
 
+_collection = ExitStack()
 _HOME_NUMBERS = itertools.count()
 ALL_SLOW = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.slow\b", re.MULTILINE)
 _LONGEST_ID = 60
@@ -78,9 +80,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(shared.close)
 
 
-def pytest_sessionstart() -> None:
-    """Collect no garbage while tests are collected: it took a quarter of that time and freed nothing."""
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Collect no garbage while tests are collected: it took a quarter of that time and freed nothing.
+
+    Workers of pytest-xdist, which import torch anyway, leave its compiler aside as the program does.
+    """
     gc.disable()
+    if hasattr(session.config, "workerinput") and session.config.option.markexpr != "not slow":
+        _collection.enter_context(faster_imports())
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -127,6 +134,7 @@ def pytest_collection_finish() -> None:
 
     Collections took a fifth of the processor time of tests that draw screens.
     """
+    _collection.close()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     gc.enable()

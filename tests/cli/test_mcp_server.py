@@ -8,11 +8,9 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from mcp.client.session import ClientSession
-from mcp.client.stdio import StdioServerParameters, stdio_client
 
 from qlora_tui.cli.main import SUBCOMMANDS, _with_action, command_parser
 from qlora_tui.cli.main import main as run_command
@@ -22,6 +20,9 @@ from qlora_tui.installation import install_command
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import create_run
 
+if TYPE_CHECKING:
+    from mcp.client.session import ClientSession
+
 pytestmark = pytest.mark.slow
 
 TOOLS = {tool.name: tool for tool in command_tools()}
@@ -29,6 +30,9 @@ TOOLS = {tool.name: tool for tool in command_tools()}
 
 @asynccontextmanager
 async def connected() -> AsyncIterator[ClientSession]:
+    from mcp.client.session import ClientSession  # a second in each worker that collects these tests
+    from mcp.client.stdio import StdioServerParameters, stdio_client
+
     server = StdioServerParameters(
         command=sys.executable, args=["-m", "qlora_tui", "mcp"], env=dict(os.environ), cwd=Path.cwd()
     )

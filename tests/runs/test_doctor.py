@@ -157,6 +157,7 @@ def test_a_logout_that_would_end_runs_is_told(
     assert doctor.check_logout() == []
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_gpus_that_cannot_exchange_gradients_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By torchrun with two processes, which here use gloo."""
     install_nvml_stub(monkeypatch, "two_gpus")

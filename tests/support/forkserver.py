@@ -30,6 +30,8 @@ import traceback
 import warnings
 from typing import Any
 
+from qlora_tui.gpu.torch_env import faster_imports
+
 TRAINER = "qlora_tui.training"
 TORCHRUN = "torch.distributed.run"
 _REQUEST_S = 30.0
@@ -44,10 +46,11 @@ def main() -> None:
     events.register(sys.stdin, selectors.EVENT_READ)
     if any(key.fileobj is sys.stdin for key, _ in events.select()):
         return
-    for module in sys.argv[2:]:
-        # Some are optional, or belong to one version of a library.
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+    with faster_imports() if "bitsandbytes" in sys.argv else contextlib.nullcontext():
+        for module in sys.argv[2:]:
+            # Some are optional, or belong to one version of a library.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
     if "qlora_tui.training.attempt" in sys.argv:
         _prepare_training()
     if library_types := sys.modules.get("qlora_tui.catalog.library_types"):

@@ -13,8 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from transformers import Trainer as StockTrainer
-from transformers import TrainingArguments, get_scheduler
+from transformers import get_scheduler
 
 from qlora_tui.gpu import torch_env
 from qlora_tui.memory.execution import Device, trainer_execution
@@ -89,6 +88,9 @@ def groups(model: Any, optimizer: Any) -> list[tuple[set[str], float, float]]:
 
 @pytest.mark.parametrize("optimizer", fields()["training.optimizer"].choices)
 def test_every_optimizer_is_that_of_transformers(varied: Any, tmp_path: Path, optimizer: Any) -> None:
+    from transformers import Trainer as StockTrainer  # which imports datasets
+    from transformers import TrainingArguments
+
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         optim=OPTIMIZERS[optimizer],
