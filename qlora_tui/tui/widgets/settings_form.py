@@ -297,8 +297,8 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open the first groups, as many as fit in ``rows``. If the list has two columns, open all groups. Do
-        nothing if the user has opened or folded a group.
+        """Open as many of the first groups as fit in ``rows``. If the list has two columns, open all groups.
+        Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
             return

@@ -49,7 +49,7 @@ NOTHING_TO_CHAT_WITH = (
 UNFOCUSED_HINT = "{chat.write} writes a message"
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
 Suggested: TypeAlias = Literal["shown", "selected"]
-"""Whether the suggested messages have the focus (``selected``)."""
+"""State of the suggested messages: ``selected`` if they have the focus, otherwise ``shown``."""
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Minimum number of columns of the layer chart, even in a narrow window."""
@@ -60,7 +60,7 @@ _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Approximate number of characters per token in English text."""
 _LEAST_SHARE = 0.03
-"""Minimum share of the context for which a bar is drawn."""
+"""Minimum fraction of the context that an answer must use to get a bar."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
@@ -281,8 +281,8 @@ def history_lines(
     now: float,
     width: int,
 ) -> list[Content]:
-    """Return lines with the transcript's path, if there is a transcript, with the conversation in progress,
-    and with the other conversations that were saved. ``now``: the current Unix time.
+    """Return lines with the transcript's path, if there is a transcript, the conversation in progress, and
+    the other saved conversations. ``now``: the current Unix time.
     """
     lines = [conversation_line(saved, now, width) for path, saved in conversations if path != chat.path]
     if chat.turns:
@@ -309,10 +309,10 @@ def _conversation_line(age: str, prompt: str, turns: int, width: int) -> Content
 
 
 def prompt_title(text: str, tokens: int | None, suggested: Suggested | None) -> Content:
-    """Return the title of the prompt field, with the length of ``text``: ``Message · 12 tokens``.
+    """Return the title of the prompt field, with the length of its text: ``Message · 12 tokens``.
 
-    If ``text`` is empty, the title has no length, and it has the key for the suggested messages if there are
-    any.
+    If ``text`` is empty, the title has no length. If there are suggested messages, it then has the key for
+    them.
 
     Args:
         text: The text in the field.

@@ -309,13 +309,13 @@ class ChatScreen(WorkScreen):
             starters.focus()
 
     def on_option_list_option_selected(self, event: Starters.OptionSelected) -> None:
-        """Send the selected starter prompt. The starter prompts keep the focus, so that Enter asks the
-        next.
+        """Send the selected starter prompt. The focus stays on the starter prompts, so that Enter sends the
+        next one.
         """
         self._send(self.query_one(Starters).prompt(event.option), lambda: None)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Show all of the recorded answers to the prompt under the cursor."""
+        """Show the recorded answers to the prompt under the cursor in full."""
         if self.has_class("-start"):
             self._show_start()
 
@@ -325,7 +325,9 @@ class ChatScreen(WorkScreen):
         self._send(event.text, lambda: box.put(event.text))
 
     def _send(self, prompt: str, cancel: Callable[[], object]) -> None:
-        """Send a prompt. ``cancel`` is called if the model is still answering, or is not to be loaded."""
+        """Send a prompt. ``cancel`` is called if the model is still answering, or if the user decides not to
+        load it.
+        """
         if self.conversation.busy:
             cancel()
             self.notify(f"The model is still answering. Press {key_name('chat.stop')} to stop it.")
@@ -515,7 +517,7 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_descendant_focus(self) -> None:
-        """Update the title of the prompt field, because it says what Enter does."""
+        """Update the title of the prompt field when the focus moves. The title says what Enter does."""
         self.call_later(self._show_prompt_length, None)
 
     def on_resize(self) -> None:
@@ -594,7 +596,7 @@ class ChatScreen(WorkScreen):
         self._focus_starters()
 
     def _show_start(self) -> None:
-        """Show what the model is, and recorded answers, above the turns."""
+        """Show facts about the model, and the recorded answers, above the turns."""
         chat, drawing, is_start = (
             self.conversation,
             self.query_one("#chat-start", Drawing),

@@ -1,5 +1,5 @@
-"""What the Chat screen shows before the first message, and above it: starter prompts, time and memory for
-loading the model, and facts about the run.
+"""What the Chat screen shows before and above the first message: starter prompts, time and memory for loading
+the model, and facts about the run.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from qlora_tui.tui.widgets.controls import ViList
 _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
-"""Maximum numbers of starter prompts before the first message, as (of each kind, in total): in a low window,
-and in a high window.
+"""Maximum number of starter prompts of each kind, and in total, before the first message. ``_FEW`` applies to
+a low window, ``_MANY`` to a high window.
 """
 _LATER, _MANY_LATER = 2, 3
-"""Maximum numbers of starter prompts during a conversation: in a low window, and in a high window."""
+"""Maximum number of starter prompts during a conversation, in a low window and in a high window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000
@@ -56,18 +56,20 @@ the search short.
 """
 _MAX_RECORDED = 12
 _COMPARED_ROWS = 2
-"""Maximum number of lines of the answers next to the adapter's last answer, such as the base's."""
+"""Maximum number of lines of each answer that is shown for comparison with the adapter's last answer, such as
+the base model's.
+"""
 _LEAST_ROWS = 3
 """Minimum number of lines to which a recorded answer is shortened."""
 _ENOUGH_WHOLE = 2
-"""If at least this many prompts fit with the adapter's whole last answer, these answers are not shortened to
-make room for further prompts.
+"""If at least this many prompts fit with the adapter's last answer in full, these answers are not shortened
+to make room for more prompts.
 """
 _LEAST_CELLS = 40
 """Minimum width of a column of answers, in cells, if there are more than two columns."""
 _COLUMN_GAP, _INDENT = 3, 2
 _SCROLL = 3
-"""How far a key for a page scrolls the conversation, as a multiple of the keys for lines."""
+"""How far Page Up and Page Down scroll the conversation, as a multiple of what other keys scroll."""
 _LABEL = 10
 
 
@@ -220,7 +222,7 @@ class Starters(ViList):
 
     @property
     def selected_prompt(self) -> str:
-        """The full prompt to which the user has moved the cursor; empty if the cursor was not moved."""
+        """The full prompt under the cursor; empty if the user has not moved the cursor."""
         if self.highlighted is None or not self._was_moved:
             return ""
         return self.prompt(self.get_option_at_index(self.highlighted))
@@ -237,11 +239,12 @@ class Starters(ViList):
 def offered_prompts(
     start: ChatStart, asked: Collection[str], *, is_high: bool
 ) -> tuple[tuple[str, str], ...]:
-    """Return (prompt, kind) for the starter prompts to offer, the unrelated prompts last.
+    """Return the (prompt, kind) pairs of the starter prompts to offer, with the unrelated prompts last.
 
     Args:
         start: The contents of the screen.
-        asked: The prompts of the conversation, which are not offered again; empty before the first message.
+        asked: The prompts that were sent in the conversation. They are not offered again. Empty before the
+            first message.
         is_high: Whether the window has room for more prompts.
     """
     of_kind, of_all = _MANY if is_high else _FEW
@@ -276,7 +279,7 @@ def start_lines(
     is_described: bool,
     fills: bool,
 ) -> list[Content]:
-    """Return lines on what answers, followed by the recorded answers.
+    """Return lines about the model and the adapter, followed by the recorded answers.
 
     Args:
         start: The contents of the screen.
@@ -286,7 +289,7 @@ def start_lines(
         height: Maximum number of lines.
         is_loaded: Whether the model is loaded.
         is_described: Whether another panel describes the run.
-        fills: Whether there are ``height`` lines, with the recorded answers at the bottom.
+        fills: Whether to return ``height`` lines, with the recorded answers in the last lines.
     """
     above = _model_lines(start, recipe, width, is_loaded=is_loaded, is_described=is_described)
     below = recorded_lines(start, opened, width, height - len(above) - 1) if start.recorded else []
@@ -297,8 +300,8 @@ def start_lines(
 def _model_lines(
     start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_described: bool
 ) -> list[Content]:
-    """Return lines on the base, with the time and memory for loading it unless it is loaded, and, unless
-    another panel describes them, on the adapter and on what it learned.
+    """Return lines about the base model and, unless ``is_described``, about the adapter and what it has
+    learned. Unless ``is_loaded``, the lines include the time and memory for loading the base model.
     """
     base = f"{short_model_name(recipe.model.id)} ({PRECISION_NAMES[precision_of(recipe)]})"
     if not is_loaded:
@@ -321,13 +324,14 @@ def _model_lines(
 
 
 def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> list[Content]:
-    """Return a heading, and each prompt that fits with its recorded answers side by side. Answers next to the
-    adapter's last answer, such as the base's, have at most :data:`_COMPARED_ROWS` lines, except those to the
-    prompt ``opened``.
+    """Return a heading and the prompts with their recorded answers side by side.
 
-    If all prompts fit with all their answers, in one or more rows for each prompt, all of them are shown.
-    Otherwise, each prompt has as many answers as fit in one row. If fewer than :data:`_ENOUGH_WHOLE` prompts
-    fit with their whole last answers, these are shortened too.
+    The adapter's last answer is compared with the other answers, such as the base model's. These have at most
+    :data:`_COMPARED_ROWS` lines, unless the prompt is ``opened``.
+
+    If everything fits, each prompt has all its answers, in one or more rows. Otherwise, each prompt has only
+    one row of answers, and prompts that do not fit are left out. If fewer than :data:`_ENOUGH_WHOLE` prompts
+    fit with their last answers in full, the last answers are shortened too.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
@@ -370,17 +374,16 @@ def _answer_lines(
     *,
     compared: int | None,
 ) -> list[Content]:
-    """Return a line with a prompt, lines with the expected answer, and lines with some of the (name, answer)
-    pairs of its answers.
+    """Return lines with a prompt, the expected answer, and the given answers side by side.
 
     Args:
         recorded: The prompt.
         answers: (name, answer) pairs of the answers to show.
         most: Maximum number of answers side by side.
         width: Width of the lines, in cells.
-        rows: Maximum number of lines of an answer, including the lines of the expected answer; None for whole
-            answers.
-        compared: Maximum number of lines of an answer other than the last; None for whole answers.
+        rows: Maximum number of lines of an answer, including the lines of the expected answer; None to show
+            answers in full.
+        compared: Maximum number of lines of each answer except the last; None to show them in full.
     """
     columns = min(most, len(answers))
     cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
@@ -421,7 +424,7 @@ def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
     if summary is None:
         return lines
     lines.append(labeled("steps", format_progress(summary.step, summary.total_steps), _LABEL))
-    if summary.best is not None and summary.verdict is None:  # which says how far the loss fell
+    if summary.best is not None and summary.verdict is None:  # A verdict already says how far the loss fell.
         lines.append(labeled("best", _best_words(*summary.best), _LABEL))
     if summary.verdict is not None:
         lines += Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)).wrap(width)

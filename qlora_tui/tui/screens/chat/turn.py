@@ -48,7 +48,7 @@ _LOOP = (
 )
 _MAX_PHRASE = 60
 _GROWTH_ROWS = 6
-"""Number of rows by which answers grow while they are generated."""
+"""Number of rows by which the height of answers grows at a time while they are generated."""
 _MOST_BARS, _MAX_BAR = 6, 30
 """Maximum number of options with a bar, and maximum width of a bar in cells."""
 _LEAST_SHOWN = 0.005
@@ -311,7 +311,7 @@ class AdapterAnswer(Panel):
         """
         self.outcome: GenerationResult | None = None
         self.is_growing = False
-        """Whether the answer or its thought has begun and has not ended."""
+        """Whether the answer or its thought has begun but not ended."""
 
     def compose(self) -> ComposeResult:
         yield self._thought
@@ -407,8 +407,8 @@ class AdapterAnswer(Panel):
         self._update_note(error_content(problem))
 
     async def _finish(self, outcome: GenerationResult | None = None) -> None:
-        """Paint what has not been painted yet, and end the thought. ``outcome``: as for
-        :meth:`ThoughtView.end`.
+        """Paint the text that has not been painted yet, and end the thought. :meth:`ThoughtView.end`
+        describes ``outcome``.
         """
         await self._answer.finish()
         await self._thought.end(outcome)
@@ -451,8 +451,9 @@ def outcome_words(outcome: GenerationResult) -> str:
 class Answers(Horizontal):
     """The answers of a turn, side by side.
 
-    While an answer is being generated, the height is a multiple of :data:`_GROWTH_ROWS`. The conversation
-    ends at the bottom of the window, so every further row moves, and repaints, all rows above.
+    While an answer is being generated, the height is rounded up to a multiple of :data:`_GROWTH_ROWS`. The
+    end of the conversation is at the bottom of the window, so each additional row moves and repaints all rows
+    above it.
     """
 
     DEFAULT_CSS = """

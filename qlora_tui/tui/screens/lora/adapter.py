@@ -256,8 +256,8 @@ _TARGETS = {
 }
 _RANK_CELLS = 7
 _CHOICE_CELLS, _DISK_CELLS, _CHOICE_GAP, _MAX_SPREAD = 22, 9, 3, 12
-"""Widths, in cells, of a choice of targets (with the gap before it), of the size on disk, of that gap, and of
-what a wide window adds to the gap at most.
+"""Widths, in cells: of a choice of targets, including the gap before it; of the size on disk; of the gap; and
+the maximum that a wide window adds to the gap.
 """
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""

@@ -350,7 +350,7 @@ class LoraScreen(WorkScreen):
         if self._explained:
             text = one_line(self._explained)
         elif self.has_class("-costs") and not self.has_class("-only-costs"):
-            # The same number of lines for every module, so that the panels below do not move.
+            # Use the same number of lines for every module, so that the panels below do not move.
             gap = "\n" if self.has_class("-roomy") else "  "
             width = grid.content_size.width
             room = width if gap == "\n" else width - text.cell_length - len(gap)

@@ -42,7 +42,7 @@ _NOTE_CELLS = 20
 room, the column is hidden.
 """
 _LEAST_FIGURES = 3
-"""Number of columns with figures that the list has even if what the models are good for is cut."""
+"""Minimum number of columns with figures. These columns are shown even if the notes are cut."""
 _STARTERS_HEADING = "Good first models"
 _NOTE_GAP = 3
 """Cells between the longest name and the notes."""
@@ -248,7 +248,7 @@ def _local_lines(
 
 
 def _starter_rows(models: Sequence[Starter]) -> list[_Line]:
-    """Return the rows of the recommended models. Their columns are those of :func:`_local_lines`."""
+    """Return the rows of the recommended models, with the same columns as :func:`_local_lines`."""
     rows = []
     for model in models:
         needed = fit_figure(model.verdict)
@@ -261,10 +261,12 @@ def _starter_rows(models: Sequence[Starter]) -> list[_Line]:
 
 
 def _fitting(rows: Sequence[_Line], width: int) -> tuple[int, int]:
-    """Return how many columns with figures the list shows, and its width in cells, at most ``width``.
+    """Return the number of columns with figures that the list shows, and the list's width in cells, which is
+    at most ``width``.
 
-    What the models are good for is more useful than the last columns, which the panel with the model's facts
-    has too. These columns are left out if the notes would be cut. A wider list would only have gaps.
+    The notes, which say what the models are good for, are more useful than the last columns, whose figures
+    are also in the panel of facts. So the last columns are left out if the notes would be cut. The list is no
+    wider than its contents.
     """
     columns = _figure_columns("", "")
     names = max(len(_STARTERS_HEADING), *(row.title.cell_length for row in rows))
