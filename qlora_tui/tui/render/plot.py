@@ -302,8 +302,9 @@ class _Canvas:
             self.cells[cell] = (chr(_BRAILLE_BLANK | each), style)
 
     def color_shared_cells(self) -> None:
-        """Color the cells that several lines share, so that each line remains visible. Lines without a cell
-        of their own in this column have priority. If there are several such lines, their colors alternate.
+        """Color the cells that several lines share. A line that has no cell of its own in the column gets the
+        color of the shared cells there, so that it remains visible. If there are several such lines, or none,
+        the colors alternate.
         """
         seen = {(column, *styles) for (column, _), (_, styles) in self.lines.items() if len(styles) == 1}
         for cell, (bits, styles) in self.lines.items():

@@ -57,12 +57,12 @@ class WorkerDialog(ModalScreen[Picked], CancelsWorkersFirst):
     """A dialog that a worker may close, possibly while another screen covers the dialog."""
 
     _leave: Callable[[], object] | None = None
-    """Closes the dialog when no other screen covers it any more; None unless the dialog was to be closed
-    while it was covered.
+    """Closes the dialog. Set if :meth:`dismiss` was called while another screen covered the dialog; otherwise
+    None.
     """
 
     def dismiss(self, result: Picked | None = None) -> AwaitComplete:
-        """Close this dialog with its result. If another screen covers the dialog, close it when it is on top
+        """Close this dialog with its result. If another screen covers the dialog, close it once it is on top
         again.
 
         Textual's own method would close the screen on top instead of this dialog.

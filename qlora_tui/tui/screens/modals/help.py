@@ -101,8 +101,8 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     if entry.is_modal:
         return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
 
-    # The terms are at the end of the second column. The app's commands are at the end of the shorter column.
-    # An empty line precedes each.
+    # The terms come last in the second column, and the app's commands last in the shorter column. Each is
+    # preceded by an empty line.
     below, last = len(_sentences("", terms, _COLUMN_CELLS)) + 1, len(_everywhere(_COLUMN_CELLS)) + 1
 
     def heights(first: int) -> tuple[int, int]:

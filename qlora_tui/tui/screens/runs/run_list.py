@@ -89,7 +89,7 @@ def best_loss(summary: RunSummary) -> str:
 
 
 _MIN_REASON = 32
-"""Minimum width of the column with the reason why a run ended, in cells. The column takes the width that the
+"""Minimum width, in cells, of the column with the reason why a run ended. The column fills the width that the
 other columns leave.
 """
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")

@@ -312,7 +312,7 @@ class RunsScreen(RunCommands):
         panel = self.query_one("#run-panel", Panel)
         panel.show_title(preview_title(summary))
         panel.show_keys(run_keys(summary, files))
-        # If the answers have not been compared, the text of the verdict already names the key.
+        # Unless the answers have been compared, the text of the verdict already names the key.
         is_named = summary.verdict is not None and not summary.verdict.has_answers
         has_key = can_be_used(summary, files) and not is_named
         compare = (("runs.evaluate", "compare answers"),) if has_key else ()

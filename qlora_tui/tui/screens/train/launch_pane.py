@@ -217,7 +217,7 @@ class LaunchPane(Vertical, OnQloraApp):
             probing: Progress of the step measurement; empty if none is in progress.
         """
         self._checks = checks
-        # If the user has assumed a GPU size, the other screens compare the recipe with this size.
+        # If the user has assumed a GPU size, the other screens compare the recipe with that size.
         planned = self.app.memory_budget
         others = (
             f"Model, Memory and LoRA plan for {format_bytes(planned.bytes)} ({place_words(planned)})"

@@ -539,8 +539,8 @@ def _batch(view: RunView, recipe: Recipe) -> str:
 
 
 def evaluation_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return the lines of :func:`validation_lines` for the run's evaluations. If it was measured, a line
-    includes the percentage of exact answers or of correct comparisons.
+    """Return the lines of :func:`validation_lines` for the run's evaluations. Each line also has the
+    percentage of correct comparisons or of exact answers, if measured.
     """
 
     def share(event: Evaluated) -> str:

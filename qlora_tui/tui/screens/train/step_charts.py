@@ -39,8 +39,8 @@ _MIN_ROWS, _TALL_ROWS = 12, 28
 """Minimum height, in rows, at which charts are drawn below the graph, and at which each chart has two rows.
 """
 _HEADROOM, _TOP_PARTS = 1.2, 10
-"""Minimum value at the top of a chart, as a multiple of the highest value, so that a constant value does not
-fill the chart; and maximum number of steps of a round size from zero to the top.
+"""``_HEADROOM``: minimum ratio of the top of a chart to the highest value, so that a constant value does not
+fill the chart. ``_TOP_PARTS``: maximum number of round steps from zero to the top.
 """
 _MIN_VALUE_CELLS = 7
 """Minimum width of a chart's value, such as ``1.27e-4``, in cells, so that the graph does not move when the
