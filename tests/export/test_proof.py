@@ -29,7 +29,7 @@ from qlora_tui.export.gguf_file.parameters import hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import CONTROL, NORMAL, Vocabulary
 from qlora_tui.export.gguf_file.writer import StoredTypes
 from qlora_tui.export.proof import Proof, judged, prove
-from qlora_tui.export.reference import compared_rows, reference_answers, row_progress
+from qlora_tui.export.reference import Reference, compared_rows, reference_answers, row_progress
 from qlora_tui.gguf_format import conventions, rewrites, tensors
 from qlora_tui.gguf_format.conventions import CONVENTIONS
 from tests.export.export_sources import make_source
@@ -162,6 +162,12 @@ def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatS
     return source_of
 
 
+@pytest.fixture(scope="module")
+def reference_of(source_of: Callable[[str], ChatSource]) -> Callable[[str], Reference]:
+    """The trained model's answers, computed once for each source."""
+    return cache(lambda kind: reference_answers(source_of(kind), "adapter", lambda words: None))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_right_files_are_exported(tmp_path: Path, kind: str, quantization: str) -> None:
@@ -189,10 +195,15 @@ def test_an_embedding_trained_apart_from_a_tied_head_is_refused(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_refused(
-    source_of: Callable[[str], ChatSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    source_of: Callable[[str], ChatSource],
+    reference_of: Callable[[str], Reference],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     kind, break_it, says = BROKEN[name]
-    source = source_of(kind)
+    source, reference = source_of(kind), reference_of(kind)
+    monkeypatch.setattr(gguf, "reference_or_reason", lambda *_: reference)
     break_it(monkeypatch)
     with pytest.raises(UserError, match=r"does not answer like the adapter|could not") as refused:
         export_gguf(source, "adapter", tmp_path / "out" / "model.gguf", ["F16"])
