@@ -134,7 +134,7 @@ def test_a_step_of_real_widths_uses_the_predicted_memory() -> None:
     assert predicted == pytest.approx(_measured(model, recipe, 0.0), rel=0.06)
 
 
-DEEP = TINY | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 10}
+DEEP = TINY | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
 """Layer inputs of 2 MiB at 1,024 tokens, and tensors of 5.5 MiB in between."""
 
 
