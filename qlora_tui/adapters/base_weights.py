@@ -53,7 +53,7 @@ def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
         tenths = done * 10 // max(total, 1)
         if tenths > reported:
             reported = tenths
-            on_status(f"{words}: {tenths * 10} %")
+            on_status(f"{words}: {tenths * 10}%")
 
     return report
 

@@ -169,7 +169,7 @@ class Confined:
                 raise UserError(
                     "A process could not be started",
                     what=f"{sys.executable}: {error.strerror or error}.",
-                    why="Files from others are read in a separate process with limits.",
+                    why="Untrusted files are read in a separate process with limits.",
                     fix="Close other programs, or raise the limits of this account (`ulimit -a`).",
                 ) from error
         return self._connection

@@ -74,7 +74,7 @@ def trace(request: TraceRequest) -> StepTrace:
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise _untraced(
-            f"The model's code fails without values of tensors ({reason_of(error)})",
+            f"The model's code fails on tensors without values ({reason_of(error)})",
             f"transformers {version('transformers')} cannot run this model without its weights.",
         ) from error
 

@@ -177,7 +177,7 @@ def test_evaluate_compares_a_run_with_its_base(
     assert evaluation.loss.rows == 8 and evaluation.loss.before != evaluation.loss.after
     assert main(["evaluate", run.id, "--rows", "1"]) == 0
     out = capsys.readouterr().out
-    assert "8 validation prompts" in out and "row 1" in out and "each decided between 2 options" in out
+    assert "8 validation prompts" in out and "row 1" in out and "each with a choice between 2 options" in out
     assert "too few to calibrate" in out
     # An evaluation that was killed goes on with the scores that it has.
     with monkeypatch.context() as patched:

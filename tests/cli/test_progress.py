@@ -31,13 +31,13 @@ def test_progress_takes_one_line_of_a_terminal(monkeypatch: pytest.MonkeyPatch, 
     with ProgressLine() as line:
         line.show("Writing")
         line.show("too early")
-        line.show("Asking llama.cpp " * 9, is_due=True)
+        line.show("Writing the file " * 9, is_due=True)
     lines = screen.getvalue().splitlines()
     if is_terminal:
         assert "\n" not in screen.getvalue()
         assert screen.getvalue().endswith("\r\x1b[K") and max(map(len, lines)) < 60
     else:
-        assert lines == ["Writing", "Asking llama.cpp " * 9]
+        assert lines == ["Writing", "Writing the file " * 9]
 
 
 def test_a_share_is_a_bar_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,9 @@ def test_models_are_freed_before_the_file_is_written(
 def test_without_data_the_weights_of_the_training_are_taken(inflated: ChatSource, tmp_path: Path) -> None:
     (Path(inflated.recipe.model.id).parent / "rows.jsonl").unlink()
     choice = merge(inflated, "adapter", tmp_path / "merged").base
-    assert choice.chosen == "dequantized" and "Not compared with the original 16-bit ones" in choice.sentence
+    assert (
+        choice.chosen == "dequantized" and "Not compared with the original 16-bit weights" in choice.sentence
+    )
 
 
 @pytest.mark.parametrize("failing", ["loading", "computing"])

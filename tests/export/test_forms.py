@@ -138,12 +138,12 @@ def test_the_last_words_of_an_export_are_always_shown(run: RunDir, monkeypatch: 
     shown: list[str] = []
 
     def work(on_status: Callable[[str], None]) -> None:
-        for words in ("Writing: 90 %", "Writing: 100 %", "Asking llama.cpp"):
+        for words in ("Writing: 90%", "Writing: 100%", "Running the file"):
             on_status(words)
             shown.append(activity(run))
 
     do_job(start(run), monkeypatch, work)
-    assert shown == ["Writing: 90 %", "Writing: 100 %", "Asking llama.cpp"]
+    assert shown == ["Writing: 90%", "Writing: 100%", "Running the file"]
     status = read_exports(run)[0].status
     assert (status.state, status.paths) == ("finished", tuple(WRITTEN.sizes))
 

@@ -145,7 +145,7 @@ def test_two_tokens_written_alike_are_refused(tmp_path: Path) -> None:
         {"id": size + 1, "content": "a▁b", **usual},
     ]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="two of its tokens are written 'a b'"):
+    with pytest.raises(UserError, match="two of its tokens have the same text, 'a b'"):
         read_vocabulary(ChatTokenizer.from_folder(folder), size + 2)
 
 
@@ -156,7 +156,7 @@ def test_a_repeated_token_of_a_large_vocabulary_is_named(tmp_path: Path) -> None
     rows = 100_000
     vocab |= {f"[PAD{rows - 1}]": len(vocab)}
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="two of its tokens are written"):
+    with pytest.raises(UserError, match="two of its tokens have the same text"):
         read_vocabulary(ChatTokenizer.from_folder(folder), rows)
 
 
