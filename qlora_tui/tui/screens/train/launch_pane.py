@@ -220,7 +220,7 @@ class LaunchPane(Vertical, OnQloraApp):
         # If the user has assumed a GPU size, the other screens compare the recipe with that size.
         planned = self.app.memory_budget
         others = (
-            f"Model, Memory and LoRA plan for {format_bytes(planned.bytes)} ({place_words(planned)})"
+            f"Model, Memory and LoRA assume {format_bytes(planned.bytes)} ({place_words(planned)})"
             if planned.is_assumed
             else ""
         )
