@@ -77,6 +77,8 @@ class FakeRun:
     has_gpu: bool = True
     health: bool = False
     recipe: Recipe = TICKETS
+    final_loss: float = 1.22
+    """Training loss that the run approaches."""
     exact: tuple[float, float] | None = None
     """Share of exact answers before training and at its end, for short-answer data."""
 
@@ -119,7 +121,7 @@ def _at(what: FakeRun, step: float) -> float:
 
 
 def _loss(what: FakeRun, step: int) -> float:
-    return 1.22 + 1.5 * math.exp(-step / (what.total / 9))
+    return what.final_loss + 1.5 * math.exp(-step / (what.total / 9))
 
 
 def _validation_loss(what: FakeRun, step: int) -> float:
@@ -170,11 +172,11 @@ def _events(what: FakeRun) -> list[AnyEvent]:
         PhaseChanged(at=began + 21, phase="tokenizing"),
         DataReady(
             at=began + 30,
-            samples=4571,
-            validation_samples=241,
-            tokens=3_200_000,
-            trained_tokens=1_100_000,
-            rows=1600,
+            samples=8 * what.total,
+            validation_samples=max(1, what.total * 2 // 5),
+            tokens=1750 * what.total,
+            trained_tokens=600 * what.total,
+            rows=8 * what.total,
             steps_per_epoch=what.total // 2,
             total_steps=what.total,
             data_hash="0f",
@@ -277,7 +279,7 @@ def _ending(what: FakeRun) -> RunEnded | None:
                 at=at,
                 title="Out of GPU memory",
                 what=f"The backward pass of step {what.steps} needed 1.1 GiB more than there was.",
-                why="Another program took 2.4 GiB of the GPU during the run.",
+                why="Another program took 5.1 GiB of the GPU during the run.",
                 fix="Close it and resume, or halve Micro-batch size.",
                 kind="out_of_memory",
             )

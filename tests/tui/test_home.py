@@ -365,7 +365,7 @@ async def test_while_a_run_trains_the_footer_has_its_keys_in_place_of_the_demo()
     write_fake_run(FakeRun(steps=50))
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
-        text = await wait_for_text(pilot, "z Pause", "s Stop and save")
+        text = await wait_for_text(pilot, "z Pause", "Z Stop and save")
         assert "d Demo" not in text
         await pilot.press("z")
         await wait_for_text(pilot, "Pause the run?")
