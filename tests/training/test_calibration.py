@@ -83,7 +83,7 @@ def test_the_report_of_one_row_can_be_stored() -> None:
     one = judged(*decided(1, sharpness=1.0))
     assert msgspec.json.decode(msgspec.json.encode(one), type=DecisionReport) == one
     lines = "\n".join(decision_lines(one))
-    assert "inf" not in lines and "calibrated" not in lines and "-" not in lines
+    assert "inf" not in lines and "are calibrated" not in lines and "-" not in lines
 
 
 def test_rows_are_judged_by_fits_to_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:

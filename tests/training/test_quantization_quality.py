@@ -114,7 +114,7 @@ def test_a_layer_with_outliers_is_named(method: Any, tmp_path: Path) -> None:
     quality = measured(saved(model, tmp_path), Quantization(method=method))
     assert quality.kept_layers == (2,) and quality.kept_bytes > 0
     if method == "nf4":
-        assert quality.gain > NOTABLE_GAIN and "With layer 2 in 16 bits" in describe_quality(quality)[-1]
+        assert quality.gain > NOTABLE_GAIN and "Keeping layer 2 in 16 bits" in describe_quality(quality)[-1]
         # What is taken over into a recipe is what was measured.
         skipping = measured(tmp_path, Quantization(skip=(quality.skip,)))
         assert skipping.all_layers.divergence == pytest.approx(quality.with_kept.divergence, rel=1e-4)
