@@ -10,7 +10,7 @@ gpu       GPU metrics through the driver of a vendor, such as NVML
 memory    memory estimates of a recipe, and the largest settings that fit
 data      conversations from files
 runs      run directories, events, queue, runner, control requests, retries
-sweeps    many runs of one recipe with varied settings, and whether the best is better than chance
+sweeps    many runs of one recipe with varied settings, and whether the best leads by more than chance
 training  the trainer process
 adapters  the weight updates of an adapter, and the base's weights with an adapter merged in
 chat      answers of base and adapter

@@ -122,7 +122,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         _about(
             "Yield",
-            "Pause a run while another program uses its GPU, such as a game or Ollama: the run saves, frees "
+            "Pause a run while another program, such as a game or Ollama, uses its GPU: the run saves, frees "
             "the memory, and continues when that program has ended.",
         ),
     ] = msgspec.field(default=False, name="yield")

@@ -296,7 +296,7 @@ def context_length_warning(length: int, architecture: Architecture) -> UserError
     )
     return UserError(
         "Longer than the model's context",
-        what=f"Samples may be {length:,} tokens long, and the model's context is {limit:,}.",
+        what=f"Samples can be up to {length:,} tokens long, but the model's context is only {limit:,}.",
         why="The model has no embedding for later positions: a longer sample makes the run fail."
         if learned_positions
         else "The model was not trained on later positions, so longer samples will be learned poorly.",

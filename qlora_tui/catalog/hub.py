@@ -432,7 +432,7 @@ def _disk_problem(error: OSError) -> UserError:
         return UserError(
             "The disk is full",
             what="There is no space left on the disk of the model cache.",
-            fix="Free some space, or set HF_HOME to a larger disk, and resume the download.",
+            fix="Free some space, or set HF_HOME to a folder on a larger disk, and resume the download.",
         )
     return UserError(
         "Cannot write the model",

@@ -84,8 +84,8 @@ class SessionCheck:
             f"about {comparison.noise:.2g}"
         )
         session.warning = (
-            f"Answers are slower: {how}. This chat now uses the code of transformers and peft, and agrees "
-            f"with it."
+            f"Answers are slower: {how}. This chat now runs the code of transformers and peft, and its "
+            f"results match theirs."
             if again.agrees
             else f"Do not rely on these answers: {how}, and by {again.difference:.2g} even with the layers "
             f"of transformers and peft. Please report the model and the version of transformers."

@@ -45,7 +45,10 @@ SUBCOMMANDS = {
     ),
     "suggest": ("suggest", "Suggest length, rank, epochs, batch and learning rate, each with its reason."),
     "train": ("train", "Queue a training run and follow it."),
-    "sweep": ("sweep", "Train variations of a recipe, and test whether the best is better than chance."),
+    "sweep": (
+        "sweep",
+        "Train variations of a recipe, and test whether the best leads by more than chance.",
+    ),
     "runs": ("runs", "List every run and the queue; rename, save, delete or check them."),
     "attach": ("runs", "Watch a run in the app; into a pipe, or with --log, print its events."),
     "stop": ("runs", "Stop a run after saving a checkpoint and the adapter."),

@@ -200,7 +200,9 @@ class ToolServer:
                 plan = {"plan": shlex.join(["qlora-tui", *argv]), "does": tool.help, _CONFIRM: expected}
                 return _result(json.dumps(plan, ensure_ascii=False))
             if not hmac.compare_digest(code, expected):
-                return _result("This is not the code of a plan with these arguments.", is_error=True)
+                return _result(
+                    "This confirmation code does not belong to a plan with these arguments.", is_error=True
+                )
         return await _run(argv)
 
 

@@ -45,7 +45,7 @@ def run_on_box(box: Box, argv: list[str], args: argparse.Namespace, parser: argp
     """
     if args.verb in _HERE:
         raise UsageError(
-            "Not a command for another machine",
+            "This command cannot be run on another machine",
             what=f"`{args.verb}` works only on this machine.",
             fix="Run it without --host.",
         )

@@ -355,5 +355,5 @@ def _no_space(folder: Path, error: OSError) -> UserError:
     return UserError(
         "No disk space",
         what=f"The tokenized data does not fit on the disk that holds {folder.parent}: {error.strerror}.",
-        fix="Free some space, or set XDG_CACHE_HOME to a larger disk.",
+        fix="Free some space, or set XDG_CACHE_HOME to a folder on a larger disk.",
     )

@@ -354,7 +354,7 @@ def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], lay
         column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
         if good is None:
             raise RowRejectedError(
-                "rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is not rated good."
+                "rated-bad", f"{column!r} is {cells[RATING]!r}: the answer does not have a good rating."
             )
         if not good and not layout.method:
             raise RowRejectedError("rated-bad", f"{column!r} is {cells[RATING]!r}: the answer is rated bad.")

@@ -105,7 +105,7 @@ class ChatService:
             raise UserError(
                 "The effect of a GGUF file cannot be measured",
                 what="The effect is measured by comparing an adapter with its base.",
-                fix="Choose the adapter. The export has already compared the file with the adapter.",
+                fix="Choose the adapter instead; the export already compared this file with it.",
                 exit_code=EXIT_USAGE,
             )
         with reported_memory(session.compute_device):

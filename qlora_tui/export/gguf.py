@@ -310,7 +310,7 @@ class _Export:
             Path(file.path).unlink()
         assert nearest is not None
         raise UserError(
-            "No file type meets --within",
+            "No file type is within the --within limit",
             what=f"The closest type: {nearest.sentence}. --within allows a KL divergence of at most "
             f"{format_number(self.within)}, and almost as many answers must end their turn as with the "
             "adapter.",
@@ -361,7 +361,10 @@ class _Export:
 def _turn_ends_warning(file_type: str) -> str:
     larger = next_larger(file_type)
     advice = f" Try a larger type: {larger}." if larger else ""
-    return f"{file_type} ends fewer turns than the adapter: some answers will run on.{advice}"
+    return (
+        f"With {file_type}, the model fails to stop after an answer more often than with the adapter, so "
+        f"some answers will run on.{advice}"
+    )
 
 
 def _refused(file_type: str, problem: str) -> _RefusedError:

@@ -151,7 +151,10 @@ def describe(error: CudaError) -> UserError:
         return UserError(text.title, what=what, why=f'CUDA says: "{error.sentence}".', fix=text.fix)
     fix = text.fix
     if in_windows and (setting := without_growing_segments(os.environ)):
-        fix = f"Set `{setting}`: growing segments fail on some versions of this driver. Otherwise: {fix}"
+        fix = (
+            f"Set `{setting}`: expandable segments fail on some versions of this driver. If that does not "
+            f"help: {fix}"
+        )
     if error.failure is CudaFailure.NO_CODE:
         try:
             gpu = default_cuda_device()

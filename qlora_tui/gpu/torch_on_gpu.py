@@ -137,7 +137,7 @@ def architecture_problem(
     torch = installed_torch()
     # The driver supports at least the CUDA version of this torch.
     cuda = (torch and torch.cuda) or (12, 0)
-    return _no_code(name, capability, f"This torch has code for {', '.join(architectures)}.", cuda)
+    return _no_code(name, capability, f"This build of torch supports only {', '.join(architectures)}.", cuda)
 
 
 def why_on_the_cpu() -> UserError | None:

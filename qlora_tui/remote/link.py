@@ -233,7 +233,7 @@ class Link:
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
             raise UserError(
-                "The file is not the run's data",
+                "The file does not contain this run's data",
                 what=f"A run on {self.box.name} uses {path}, but the copy on this machine is different.",
                 why="A box must not choose which files are sent to it.",
                 fix="To send this file, use another path, such as the path of a copy or of a link.",

@@ -143,7 +143,7 @@ def _inside(path: str) -> PurePosixPath:
     if not inside.parts or inside.is_absolute() or ".." in inside.parts or path.startswith(("..", _COMING)):
         raise UserError(
             "The box sent a path outside its runs",
-            what=f"{path!r} leads outside the folder of runs.",
+            what=f"{path!r} points outside the runs folder.",
             fix="Do not work on this box: its qlora-tui may have been manipulated.",
         )
     return inside

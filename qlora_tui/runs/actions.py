@@ -266,7 +266,7 @@ def rename(run: RunDir, name: str) -> None:
 def validate_name(name: str) -> str:
     """Return what is wrong with a run name, in a sentence; empty if the name is valid."""
     if not name.strip() or not name.strip().isprintable():
-        return "A name is one non-empty line."
+        return "A name must be a single, non-empty line."
     if name.strip() == LAST:
         return f"`{LAST}` stands for the newest run."
     return f"The name is longer than {LONGEST_NAME} characters." if len(name.strip()) > LONGEST_NAME else ""

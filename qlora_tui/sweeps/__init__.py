@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one recipe with varied settings, and whether the best of them is better than chance.
+"""Sweeps: runs of one recipe with varied settings, and whether the best of them leads by more than chance.
 
 sheet       a recipe with a table ``[sweep]``, and whether it can be run as a sweep
 space       which settings are varied, over which values; grid and random points

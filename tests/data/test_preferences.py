@@ -242,7 +242,11 @@ def test_a_rating_column_is_recognized_in_any_format(
 
 @pytest.mark.parametrize(
     ("rating", "reason"),
-    [(False, "the answer is rated bad"), (None, "is not rated good"), (3, "is not rated good")],
+    [
+        (False, "the answer is rated bad"),
+        (None, "does not have a good rating"),
+        (3, "does not have a good rating"),
+    ],
 )
 def test_a_row_left_out_says_its_rating(rating: Any, reason: str) -> None:
     columns = {"prompt": "prompt", "completion": "completion", "rating": "label"}

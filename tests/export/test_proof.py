@@ -231,7 +231,7 @@ def test_a_type_of_few_bits_without_the_adapter_is_refused(
 def test_a_bound_that_no_type_is_within_leaves_nothing(
     source_of: Callable[[str], ChatSource], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="No file type meets --within") as refused:
+    with pytest.raises(UserError, match="No file type is within the --within limit") as refused:
         export_gguf(source_of("smollm2"), "adapter", tmp_path / "out", ["auto"], within=0.0)
     assert "The closest type: Q8_0: same top token" in refused.value.what
     assert not (tmp_path / "out").exists()

@@ -167,7 +167,7 @@ async def test_sorting_keeps_the_cursor_on_its_run_and_a_new_name_is_shown(three
         assert order() == ["poems-c", "tickets-a", "tickets-b"]
         assert screen.current is not None and screen.current.name == "tickets-b"
         await pilot.press("f2", *(["backspace"] * 20), "enter")
-        await wait_for_text(pilot, "Rename the run", "✗ A name is one non-empty line")
+        await wait_for_text(pilot, "Rename the run", "✗ A name must be a single, non-empty line")
         await pilot.press(*"owls", "enter")
         await wait_for_text(pilot, "owls  (tickets-b)")
     assert three_runs[1].path.exists()

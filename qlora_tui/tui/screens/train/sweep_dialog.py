@@ -120,7 +120,7 @@ class StartSweepScreen(WorkerDialog[Draft | None], OnQloraApp):
             dialog.border_title = "Find better settings"
             dialog.border_subtitle = dialog_keys(self.BINDINGS, "Tab next field", "Enter start")
             yield Static(
-                "Trains variations of this recipe, and tests whether the best is better than chance.\n\n"
+                "Trains variations of this recipe, and tests whether the best leads by more than chance.\n\n"
                 "Vary: settings with a range or values, separated by semicolons",
                 markup=False,
             )
