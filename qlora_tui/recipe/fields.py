@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 from msgspec import Meta, Struct
 
-from qlora_tui.formatting import format_number, pluralize
+from qlora_tui.formatting import format_number, pluralize, uncapitalize
 from qlora_tui.recipe.schema import Recipe, Source
 
 Kind = Literal["int", "float", "bool", "text", "choice", "texts", "tables", "names", "numbers"]
@@ -173,6 +173,26 @@ def fields_of(struct: type[Struct]) -> dict[str, Field]:
 def sections() -> tuple[str, ...]:
     """Return the names of the sections: ``model``, ``quantization``, ``lora``, ``data``, ``training``."""
     return tuple(dict.fromkeys(field.section for field in fields().values() if field.section))
+
+
+def setting_name(path: str) -> str:
+    """Return the name of a setting within a sentence: ``learning rate`` for ``training.learning_rate``."""
+    return uncapitalize(fields()[path].label)
+
+
+def name_settings(text: str) -> str:
+    """Replace each setting's path in a text for people by the label that forms show: ``Lower Learning rate``
+    for ``Lower training.learning_rate`` and for ``Lower Learning rate (training.learning_rate)``.
+
+    Paths in commands, such as ``--set lora.rank=8``, are kept.
+    """
+
+    def name(match: re.Match[str]) -> str:
+        field = fields().get(match[1] or match[2])
+        return match[0] if field is None else "" if match[1] else field.label
+
+    path = rf"((?:{'|'.join(sections())})\.[a-z_]+)"
+    return re.sub(rf" \({path}\)|(?<![\w.-])(?<!--set ){path}(?!\w|=|\.\w)", name, text)
 
 
 def source_fields() -> dict[str, Field]:

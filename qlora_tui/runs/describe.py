@@ -12,6 +12,7 @@ from msgspec import structs
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
+    capitalize,
     format_bytes,
     format_count,
     format_duration,
@@ -34,6 +35,7 @@ from qlora_tui.formatting import (
 from qlora_tui.gpu.metrics import GpuMetrics
 from qlora_tui.hours import Clock
 from qlora_tui.locks import is_locked
+from qlora_tui.recipe.fields import name_settings
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_log_lines
@@ -189,7 +191,7 @@ def format_forgetting(event: events.Evaluated | None) -> str:
 def forgetting_evidence(
     step: int, divergence: float, turn_ends: float | None, since: tuple[int, float] | None = None
 ) -> str:
-    """Return what a warning of forgetting says. Its first sentence is short enough for one line.
+    """Return what a warning of forgetting says, its effect first, in a sentence that fits one line.
 
     Args:
         step: Step of the latest evaluation.
@@ -197,24 +199,41 @@ def forgetting_evidence(
         turn_ends: Share of the base's turn ends that the model keeps; None if the base has none.
         since: Step and divergence of the first warning, if it was earlier.
     """
-    effect = "other abilities are at risk" if divergence > MUCH_FORGETTING else "the base's style is lost"
-    if turn_ends is not None and turn_ends < _FEW_TURN_ENDS:
-        some = f"only {format_percent(turn_ends)} of general answers end"
-        effect = some if turn_ends else "general answers no longer end"
     was = "" if since is None else f" ({format_nats(since[1])} at step {since[0]:,})"
+    effect = forgetting_effect(divergence, turn_ends)
     return (
-        f"Forgetting is {format_nats(divergence)}: {effect}. Measured at step {step:,}{was} as the KL "
-        "divergence from the base on general prompts; "
-        f"above {MUCH_FORGETTING:g}, other abilities are at risk."
+        f"{capitalize(effect)}. {capitalize(forgetting_words(divergence))}: "
+        f"KL divergence from the base on general prompts at step {step:,}{was}."
     )
 
 
+def forgetting_words(divergence: float) -> str:
+    """Return forgetting with its scale: ``forgetting 1.4 (2 is a lot)``. ``divergence``: nats per token."""
+    return f"forgetting {format_nats(divergence)} ({MUCH_FORGETTING:g} is a lot)"
+
+
+def forgetting_effect(divergence: float, turn_ends: float | None) -> str:
+    """Return what has changed in answers to general prompts: ``general answers no longer end``.
+
+    Args:
+        divergence: Mean KL(base ‖ model) on general prompts, in nats per token.
+        turn_ends: Share of the base's turn ends that the model keeps; None if the base has none.
+    """
+    if turn_ends is not None and turn_ends < _FEW_TURN_ENDS:
+        some = f"only {format_percent(turn_ends)} of general answers end"
+        return some if turn_ends else "general answers no longer end"
+    return "other abilities are at risk" if divergence > MUCH_FORGETTING else "general answers have changed"
+
+
 def current_health(view: RunView) -> tuple[events.Health, ...]:
-    """Return the findings of a run, with the latest value of forgetting in its warning."""
+    """Return the findings of a run, with settings named by their labels, and with the latest value of
+    forgetting in its warning.
+    """
     measured = [(e.step, e.forgetting, e.general_turn_ends) for e in view.evaluations if e.step]
     known = [(step, value, ends) for step, value, ends in measured if value is not None]
 
     def current(health: events.Health) -> events.Health:
+        health = structs.replace(health, remedy=name_settings(health.remedy))
         if health.kind != "forgetting" or not known:
             return health
         first = next(((step, value) for step, value, _ in known if step >= health.step), known[-1][:2])

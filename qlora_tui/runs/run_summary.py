@@ -16,7 +16,6 @@ from qlora_tui import paths
 from qlora_tui.formatting import (
     format_loss,
     format_loss_change,
-    format_nats,
     format_number,
     format_percent,
     format_rate,
@@ -26,7 +25,7 @@ from qlora_tui.formatting import (
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
-from qlora_tui.runs.describe import format_energy
+from qlora_tui.runs.describe import forgetting_effect, forgetting_words, format_energy
 from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
@@ -365,7 +364,9 @@ class RunVerdict:
 
     outcome: Comparison
     sentence: str
-    has_answers: bool
+    cautions: tuple[str, ...] = ()
+    """Parts of the sentence that warn although the run worked, such as ``best at step 640, worse since``."""
+    has_answers: bool = False
     """Whether answers were measured."""
     has_improved: bool = False
     """Whether the first figure of the sentence improved, even if only by chance."""
@@ -387,6 +388,8 @@ class RunEvidence:
     """Step of the lowest validation loss, if the loss has risen clearly since; None otherwise."""
     forgetting: float | None = None
     """Divergence from the base on general prompts, in nats; None if not measured."""
+    turn_ends: float | None = None
+    """Share of the base's turn ends that the answers to general prompts keep; None if not measured."""
     forgot_much: bool = False
     """Whether the run had a warning about forgetting."""
     metric: Metric | None = None
@@ -458,6 +461,7 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
         losses=None if before is None else (before, None if last is None else last.loss),
         best_step=best_step if has_risen else None,
         forgetting=None if last is None else last.forgetting,
+        turn_ends=None if last is None else last.general_turn_ends,
         forgot_much=any(health.kind in _FORGETTING_WARNINGS for health in view.health),
         metric=evaluation.metrics[0] if evaluation is not None and evaluation.metrics else None,
     )
@@ -498,10 +502,12 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
         outcome = "better" if loss.is_lower else "worse"
     learned = _loss_words(evidence) if preferences is None else _preference_words(preferences)
     risen = "" if evidence.best_step is None else f"best at step {evidence.best_step:,}, worse since"
-    parts = [learned, risen, _forgetting_words(evidence), _metric_words(metric)]
+    forgot = _forgetting_words(evidence)
+    parts = [learned, risen, forgot, _metric_words(metric)]
     return RunVerdict(
         outcome,
         f"{'; '.join(filter(None, parts))}.",
+        cautions=tuple(filter(None, (risen, forgot if evidence.forgot_much else ""))),
         has_answers=metric is not None,
         has_improved=(
             preferences.right > preferences.expected
@@ -539,22 +545,21 @@ def _loss_words(evidence: RunEvidence) -> str:
         return f"{_LEARNED['unclear']}: only {compared} compared"
     if not (loss.is_lower or loss.is_higher):
         change = f"{format_loss_change(interval.low)} to {format_loss_change(interval.high)}"
-        return f"{_LEARNED['unclear']}: change of the validation loss {change} {_measure(compared)}"
+        moved = format_loss_change(loss.after - loss.before)
+        return f"{_LEARNED['unclear']}: validation loss changed by {moved} (95%: {change}; {compared})"
     low, high = sorted((abs(interval.low), abs(interval.high)))
-    size = f"{format_loss(low)} to {format_loss(high)} {'lower' if loss.is_lower else 'higher'}"
     outcome: Comparison = "better" if loss.is_lower else "worse"
-    return f"{_LEARNED[outcome]}: validation loss {size} {_measure(compared)}"
-
-
-def _measure(compared: str) -> str:
-    return f"on {compared} (95% interval)"
+    moved = f"{'fell' if loss.is_lower else 'rose'} by {format_loss(abs(loss.after - loss.before))}"
+    size = f"95%: {format_loss(low)} to {format_loss(high)}"
+    return f"{_LEARNED[outcome]}: validation loss {moved} ({size}; {compared})"
 
 
 def _forgetting_words(evidence: RunEvidence) -> str:
+    """Return ``forgetting 0.31 (2 is a lot)``, preceded by the cause of a warning."""
     if evidence.forgetting is None:
         return "much forgetting" if evidence.forgot_much else ""
-    much = "much" if evidence.forgot_much else "little"
-    return f"{much} forgetting ({format_nats(evidence.forgetting)})"
+    effect = forgetting_effect(evidence.forgetting, evidence.turn_ends) if evidence.forgot_much else ""
+    return f"{effect}{', ' if effect else ''}{forgetting_words(evidence.forgetting)}"
 
 
 def _metric_words(metric: Metric | None) -> str:

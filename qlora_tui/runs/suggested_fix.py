@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import structs
 
 from qlora_tui.formatting import format_rate
-from qlora_tui.recipe.fields import fields, format_value, get_setting
+from qlora_tui.recipe.fields import format_value, get_setting, setting_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
 from qlora_tui.runs.retry import RetryPlan, reduce_memory
@@ -41,7 +41,7 @@ class SuggestedFix:
     @property
     def short_label(self) -> str:
         """The settings of the next run, such as ``replay share 0.1``; the whole label if none changes."""
-        settings = (f"{_label(path)} {format_value(value)}" for path, value in self.changes.items())
+        settings = (f"{setting_name(path)} {format_value(value)}" for path, value in self.changes.items())
         return " and ".join(settings) or self.label
 
 
@@ -117,7 +117,7 @@ def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
 
 def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:
     differences = [
-        f"{_label(path)} {format_value(value)} instead of {format_value(get_setting(recipe, path))}"
+        f"{setting_name(path)} {format_value(value)} instead of {format_value(get_setting(recipe, path))}"
         for path, value in changes.items()
         if value != get_setting(recipe, path)
     ]
@@ -126,7 +126,3 @@ def _next_run(recipe: Recipe, changes: dict[str, Any]) -> SuggestedFix | None:
         if differences
         else None
     )
-
-
-def _label(path: str) -> str:
-    return fields()[path].label.lower()

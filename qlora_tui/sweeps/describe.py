@@ -21,7 +21,7 @@ from qlora_tui.formatting import (
     join_words,
     pluralize,
 )
-from qlora_tui.recipe.fields import get_setting
+from qlora_tui.recipe.fields import get_setting, setting_name
 from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps.plan import Costs, Plan, plan_group, share_of
 from qlora_tui.sweeps.sheet import Sheet
@@ -106,7 +106,7 @@ def short_verdict(view: SweepView) -> tuple[str, list[str]]:
 
 
 def _with_values(trial: Trial) -> str:
-    values = (f"{path.rpartition('.')[2]} {value_text(value)}" for path, value in trial.values.items())
+    values = (f"{setting_name(path)} {value_text(value)}" for path, value in trial.values.items())
     return f"trial {trial.number} ({', '.join(values)})"
 
 
@@ -247,8 +247,13 @@ def trial_words(view: SweepView, trial: Trial) -> str:
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
     """Return the header of a table, and a row for each run in the order of :func:`ranked`."""
     paths, rounds = list(view.sheet.sweep.vary), range(1, view.rounds + 1)
-    names = [path.rpartition(".")[2] for path in paths]
-    header = ["trial", *names, *(round_title(view, number) for number in rounds), "steps", ""]
+    header = [
+        "trial",
+        *map(setting_name, paths),
+        *(round_title(view, number) for number in rounds),
+        "steps",
+        "",
+    ]
     rows = [
         [
             trial_name(view, trial),

@@ -57,30 +57,30 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
-            "little forgetting (0.31); answers better: exact match 90%, base 30%.",
+            "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
+            "forgetting 0.31 (2 is a lot); answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
-            "much forgetting (2.4).",
+            "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
+            "other abilities are at risk, forgetting 2.4 (2 is a lot).",
         ),
         (
             RunEvidence(loss=loss(0.5)),
             "worse",
-            "It got worse: validation loss 0.369 to 0.631 higher on 20 rows (95% interval).",
+            "It got worse: validation loss rose by 0.500 (95%: 0.369 to 0.631; 20 rows).",
         ),
         (
             RunEvidence(loss=loss(-0.05)),
             "unclear",
-            "Not enough evidence that it learned: change of the validation loss -0.181 to +0.081 on 20 rows "
-            "(95% interval).",
+            "Not enough evidence that it learned: validation loss changed by -0.050 "
+            "(95%: -0.181 to +0.081; 20 rows).",
         ),
         (
             RunEvidence(loss=loss(-0.8), best_step=640),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
+            "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
             "best at step 640, worse since.",
         ),
         (
@@ -91,13 +91,13 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(9, 10)),
             "better",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
+            "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
             "answers not clearly better: exact match 50%, base 45% on 20 prompts.",
         ),
         (
             RunEvidence(loss=loss(-0.8), metric=accuracy(18, 6)),
             "worse",
-            "It learned: validation loss 0.669 to 0.931 lower on 20 rows (95% interval); "
+            "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
             "answers worse: exact match 30%, base 90%.",
         ),
         (
@@ -160,9 +160,10 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
         log.append(Finished(at=now, step=1, seconds=1.0, tokens_per_s=9.0))
     verdict = summarize(run).verdict
     assert verdict is not None
-    learned, changed = verdict.sentence.split("; ")
-    assert learned == "It learned: validation loss 0.800 to 1.200 lower on 9 rows (95% interval)"
-    assert changed == "much forgetting (2.5)."
+    learned, changed = verdict.sentence.rsplit("; ", 1)
+    assert learned == "It learned: validation loss fell by 1.000 (95%: 0.800 to 1.200; 9 rows)"
+    assert changed == "other abilities are at risk, forgetting 2.5 (2 is a lot)."
+    assert verdict.cautions == (changed.removesuffix("."),)
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
     assert verdict is not None and verdict.sentence.endswith("answers better: exact match 90%, base 30%.")
@@ -178,19 +179,21 @@ def test_a_clear_rise_after_the_best_loss_is_part_of_the_evidence(run: RunDir) -
     assert best_steps == [None, None, None, None, 10]
 
 
-def test_a_warning_of_forgetting_has_its_latest_value(run: RunDir) -> None:
+def test_a_warning_of_forgetting_has_its_latest_value_and_names_settings(run: RunDir) -> None:
+    remedy = "Lower training.learning_rate, or Rank (lora.rank), as with --set lora.rank=8."
     with EventWriter(run.events_path) as log:
         for step, divergence in ((10, 1.0), (20, 2.1), (30, 2.6)):
             log.append(Evaluated(at=1.0, step=step, loss=1.0, forgetting=divergence, general_turn_ends=0.0))
             if step == 20:
                 log.append(
-                    Health(at=1.0, step=20, kind="forgetting", severity="warning", evidence="", remedy="")
+                    Health(at=1.0, step=20, kind="forgetting", severity="warning", evidence="", remedy=remedy)
                 )
     view = RunView(run)
     view.refresh()
     (warning,) = current_health(view)
-    assert warning.evidence.startswith("Forgetting is 2.6: general answers no longer end. ")
+    assert warning.evidence.startswith("General answers no longer end. Forgetting 2.6 (2 is a lot): ")
     assert "at step 30 (2.1 at step 20)" in warning.evidence
+    assert warning.remedy == "Lower Learning rate, or Rank, as with --set lora.rank=8."
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def no_runner_of_the_app(monkeypatch: pytest.MonkeyPatch) -> None:
 async def open_sweep(pilot: Pilot[Any]) -> None:
     await go_to(pilot, "6", "Runs")
     await pilot.press("W")
-    await wait_for_text(pilot, "learning_rate")
+    await wait_for_text(pilot, "learning rate")
 
 
 async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe) -> None:
@@ -55,8 +55,8 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe)
                 pilot,
                 "· finished",
                 "Better by 0.",
-                "times the noise: trial 3 (learning_rate 0.0004)",
-                "mean of seeds 43 and 44; unchanged 1.",
+                "times the noise: trial 3 (learning rate 0.0004)",
+                "mean of seeds 43 and 44; unchanged recipe 1.",
                 "★ trial 3",
                 "0.0004",
                 "not kept",
@@ -168,7 +168,7 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
 def test_a_sweep_in_its_first_round_has_the_losses_of_that_round_only(recipe: Recipe) -> None:
     view = play_all(actions.start(sheet(recipe, rounds=3)), best_at(4e-4), most=3)
     assert [text for text, _ in setting_plot(view, "training.learning_rate").legend] == [
-        "by learning_rate",
+        "by learning rate",
         "○ unchanged",
         "• earlier",
     ]

@@ -308,6 +308,15 @@ def verdict_style(verdict: RunVerdict) -> str:
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
 
+def verdict_content(verdict: RunVerdict) -> Content:
+    """Return the sentence of a verdict in its color, with the parts that warn in the color of warnings."""
+    content = Content.styled(verdict.sentence, verdict_style(verdict))
+    for part in verdict.cautions:
+        start = verdict.sentence.index(part)
+        content = content.stylize("$warning", start, start + len(part))
+    return content
+
+
 def state_bar(status: Status, defect: ResultDefect | None = None) -> Content:
     """Return ``▌`` in the color that :func:`result_label` gives the run, for the left edge of lines that also
     name the run's state or defect.

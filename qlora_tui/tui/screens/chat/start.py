@@ -35,7 +35,7 @@ from qlora_tui.runs.events import PhaseChanged, SampleGenerated, Started
 from qlora_tui.runs.run_summary import RunSummary, data_words, summarize
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.tui.render.columns import fact_lines
-from qlora_tui.tui.render.labels import PRECISION_NAMES, targets_words, verdict_style
+from qlora_tui.tui.render.labels import PRECISION_NAMES, targets_words, verdict_content
 from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import ViList
@@ -316,7 +316,7 @@ def _model_lines(
         steps = format_progress(summary.step, summary.total_steps)
         facts.append(("adapter", f"{settings} · {steps} steps on {data_words(recipe)}"))
         if summary.verdict is not None:
-            sentence = Content.styled(summary.verdict.sentence, verdict_style(summary.verdict))
+            sentence = verdict_content(summary.verdict)
             facts.append(("result", sentence))
         elif summary.best is not None:
             facts.append(("result", _best_words(*summary.best)))
@@ -427,7 +427,7 @@ def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
     if summary.best is not None and summary.verdict is None:  # A verdict already says how far the loss fell.
         lines.append(labeled("best", _best_words(*summary.best), _LABEL))
     if summary.verdict is not None:
-        lines += Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)).wrap(width)
+        lines += verdict_content(summary.verdict).wrap(width)
     return lines
 
 

@@ -55,7 +55,7 @@ from qlora_tui.tui.render.labels import (
     refusal_words,
     result_label,
     targets_words,
-    verdict_style,
+    verdict_content,
 )
 from qlora_tui.tui.render.loss import mean_losses, validation_lines
 from qlora_tui.tui.render.meters import bar, labeled, meter, sparkline
@@ -248,7 +248,7 @@ def run_lines(
         lines = [Content("  ").join(lines)]
     lines += _outcome_lines(summary, layout)
     if summary.verdict is not None:
-        lines.append(Content.styled(summary.verdict.sentence, verdict_style(summary.verdict)))
+        lines.append(verdict_content(summary.verdict))
     if status.state in _BROKEN and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from textwrap import wrap
 from typing import ClassVar
 
 from textual.binding import BindingType
@@ -54,6 +53,7 @@ from qlora_tui.tui.render.labels import (
     preference_words,
     result_label,
     targets_words,
+    verdict_content,
 )
 from qlora_tui.tui.render.meters import labeled, sparkline
 from qlora_tui.tui.screens.runs.export_dialog import export_line
@@ -381,7 +381,7 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
         facts.append(summary.energy)
     second = Content("  ").join(ending(summary))
     if summary.verdict is not None and summary.defect is None and summary.status.state == "finished":
-        second = Content(summary.verdict.sentence)
+        second = verdict_content(summary.verdict)
     if exports:
         second += Content.assemble(("  Export: " if second else "Export: ", "dim"), export_line(exports[0]))
     return [Content(" · ".join(facts)), second]
@@ -453,7 +453,7 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
         rows.append(("answers", answers))
     lines = _rows(rows, width)
     if summary.verdict is not None:
-        lines += [Content(line) for line in wrap(summary.verdict.sentence, width)]
+        lines += verdict_content(summary.verdict).wrap(width)
         if not summary.verdict.has_answers and not answers:
             lines.append(
                 highlight_keys(

@@ -18,6 +18,7 @@ from textual.widgets import OptionList
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_loss, format_percent, uncapitalize
+from qlora_tui.recipe.fields import setting_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.holds import time_words
@@ -373,9 +374,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         Column[Trial](text=lambda trial: Content.styled("▌", _STYLES[trial.outcome])),
         Column[Trial](text=partial(trial_name, view), title="trial", gap=1),
         *(
-            Column[Trial](
-                text=partial(trial_value, view, path=path), title=path.rpartition(".")[2], max_width=24
-            )
+            Column[Trial](text=partial(trial_value, view, path=path), title=setting_name(path), max_width=24)
             for path in view.sheet.sweep.vary
         ),
         *(
@@ -415,7 +414,7 @@ def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float],
         return text(one.path) if one is first[one.path] else ""
 
     columns = [
-        Column[Bought](text=partial(once, str), title=title),
+        Column[Bought](text=partial(once, setting_name), title=title),
         Column[Bought](text=lambda one: one.value, title="value"),
         Column[Bought](text=lambda one: str(one.trials), title="trials", right=True),
         Column[Bought](text=lambda one: format_loss(one.best), title="lowest loss", right=True),

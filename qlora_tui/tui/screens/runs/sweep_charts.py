@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_tui.recipe.fields import setting_name
 from qlora_tui.sweeps.describe import round_title, value_of
 from qlora_tui.sweeps.plan import share_of
 from qlora_tui.sweeps.space import Range, Values, value_text
@@ -156,7 +157,7 @@ def _legend(view: SweepView, path: str, drawn: set[tuple[str, str]]) -> tuple[tu
         (_OTHER, _EARLIER_STYLE): "earlier",
     }
     items = [(f"{mark[0]} {text}", mark[1]) for mark, text in words.items() if mark in drawn]
-    return ((f"by {path.rpartition('.')[2]}", "dim"), *items)
+    return ((f"by {setting_name(path)}", "dim"), *items)
 
 
 def steps_plot(view: SweepView) -> Plot:

@@ -24,7 +24,7 @@ from qlora_tui.formatting import (
     truncate_middle,
 )
 from qlora_tui.recipe.conflicts import require_runnable
-from qlora_tui.recipe.fields import Field, fields, get_setting
+from qlora_tui.recipe.fields import Field, fields, get_setting, name_settings
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
 from qlora_tui.runs import actions as run_actions
@@ -386,10 +386,14 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
         if offered is not None and check.suggested_fix is offered:
             remedy = highlight_keys(f"▸ {key_name('train.fix')} {offered.label}", "$primary")
         else:
-            remedy = Content.styled(f"▸ {abbreviate_home(check.fix)}" if check.fix else "", "$primary")
+            remedy = Content.styled(
+                f"▸ {name_settings(abbreviate_home(check.fix))}" if check.fix else "", "$primary"
+            )
         head = Content.assemble((f"{sign:<{_SHORT_HEAD}}", style), (f"{check.label:<{cells}} ", "bold"))
         room = max(_LEAST_TEXT, width - head.cell_length)
-        words = (truncate_middle(word, room) for word in abbreviate_home(check.text).split(" "))
+        words = (
+            truncate_middle(word, room) for word in name_settings(abbreviate_home(check.text)).split(" ")
+        )
         lines += hanging(head, Content(" ".join(words)), width, _LEAST_TEXT)
         lines += hanging(Content(" " * head.cell_length), remedy, width, _LEAST_TEXT) if remedy else []
     return lines if shows_all else [*lines, *_passed(checks, width)]

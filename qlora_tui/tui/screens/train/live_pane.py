@@ -82,7 +82,7 @@ _TITLE_FRAME = 4
 """Width of the border to the left and right of a panel's title, in cells."""
 _NO_EVENTS = "No events yet."
 _EMPTY = {
-    "answers": "No answers yet. Sample prompts (training.sample_prompts) are answered at each evaluation.",
+    "answers": "No answers yet. Sample prompts are answered at each evaluation.",
     "health": "No warnings.",
 }
 """Text of a tab without entries. Tabs that are not listed here show ``_NO_EVENTS``."""

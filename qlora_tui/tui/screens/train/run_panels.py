@@ -48,7 +48,7 @@ from qlora_tui.tui.render.labels import (
     result_label,
     state_bar,
     targets_words,
-    verdict_style,
+    verdict_content,
 )
 from qlora_tui.tui.render.loss import validation_lines
 from qlora_tui.tui.render.meters import bar, labeled
@@ -363,7 +363,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     first, *others = text.splitlines() or [""]
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
     if verdict is not None and not is_error:
-        lines.insert(0, Content.styled(verdict.sentence, verdict_style(verdict)))
+        lines.insert(0, verdict_content(verdict))
     fix = fix_text(snapshot) if outcome_has_fix(snapshot) else ""
     lines.append(highlight_keys("▸ " + "\n  ".join(filter(None, (fix, "   ".join(offers))))))
     for note, command, verb in (

@@ -89,7 +89,7 @@ def draft_sentence(draft: Draft, costs: Costs | None) -> str:
     ``costs``: the time that a run takes; None if unknown.
     """
     sheet = draft.sheet
-    why = "" if sheet.is_safe_to_halve else " Several rounds need training.lr_scheduler wsd or constant."
+    why = "" if sheet.is_safe_to_halve else " Several rounds need LR scheduler wsd or constant."
     plan = plan_ahead(sheet, draft.deadline, costs)
     if isinstance(plan, str):
         return plan if costs is not None else f"{plan}{why}"
