@@ -91,7 +91,9 @@ class QloraApp(ThemedApp):
         estimated sample counts with exact ones.
         """
         self.count_problem: UserError | None = None
-        """Why the samples of the recipe's data could not be counted."""
+        """Why the samples of the recipe's data could not be counted; None if they could, or before the first
+        count.
+        """
         self._counting: object = None
         self.farewell: list[str] = []
         """Lines to print to the terminal after the app has exited."""

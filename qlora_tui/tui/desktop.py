@@ -125,7 +125,7 @@ def _open(folder: Path) -> bool:
     if opener is None:
         return False
     try:
-        # In a session of its own, so that the file manager outlives the app.
+        # Start the file manager in its own session, so that it outlives the app.
         subprocess.Popen(
             [opener, str(folder)],
             stdin=subprocess.DEVNULL,

@@ -41,8 +41,8 @@ def key_names(command_id: str) -> str:
 
 
 def key_while_typing(command_id: str) -> str:
-    """Return the name of a command's key to press while a text field has the focus: the first key that does
-    not type a character. If all keys of the command type characters, return the first key.
+    """Return the name of the key that runs a command while a text field has the focus: the first key that
+    does not type a character. If all keys of the command type characters, return the first key.
     """
     keys = _keys(command_id)
     return _in_brackets(next((key for key in keys if _character(key) is None), keys[0]))

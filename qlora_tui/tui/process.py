@@ -36,7 +36,7 @@ def enable_gc() -> None:
 
 def freeze_objects() -> None:
     """Collect garbage, then exempt all current objects from garbage collection, because scanning them would
-    delay key presses. Do nothing before :func:`enable_gc`.
+    delay key presses. Do nothing if :func:`enable_gc` has not been called.
     """
     if _is_tuned:
         gc.collect()

@@ -114,12 +114,12 @@ class SystemMonitor:
         self._no_gpu: GpuUnavailableError | None = None
         self._retry_at = 0.0
         self._stalled_since: float | None = None
-        """Monotonic time in seconds since which runs have been waiting although no runner is active; None if
-        no run is waiting or a runner is active.
+        """Monotonic time, in seconds, at which runs began to wait without an active runner; None if no run is
+        waiting or a runner is active.
         """
         self._has_started_runner = False
-        """Whether this monitor has started a runner. A runner also continues interrupted sweeps that have no
-        queued run, so starting a runner once is enough for them.
+        """Whether this monitor has started a runner. Interrupted sweeps without a queued run need a runner
+        started only once, because it then continues all of them.
         """
 
     def poll_and_recover(self) -> SystemStatus:

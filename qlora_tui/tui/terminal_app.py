@@ -36,8 +36,8 @@ from qlora_tui.tui.textual_compat import (
 _VISIBLE_TEXT = VisibleTextFilter()
 _MONOCHROME_FILTERS = (_VISIBLE_TEXT, MonochromeFilter())
 _RESIZES_AT_START = 2
-"""Number of resize events that Textual and its driver send at startup. They need no repaint: until then, only
-the app has written to the terminal.
+"""Number of resize events that Textual and its driver send at startup. They need no repaint: up to that
+point, nothing but the app has written to the terminal.
 """
 
 
@@ -59,8 +59,8 @@ class TerminalApp(HookedApp):
         self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     def on_resize(self, event: Resize) -> None:
-        """Send the whole screen, because the terminal may show something else: the app also receives this
-        event when it resumes after Ctrl+Z. Ignore the events at startup.
+        """Send the whole screen. The app also receives this event when it resumes after Ctrl+Z, when the
+        terminal shows something else. Ignore the events at startup.
         """
         self._resizes += 1
         if self._resizes > _RESIZES_AT_START:
@@ -140,7 +140,7 @@ class TerminalContents:
         return update.render_segments(console)
 
     def _full_lines(self, update: ChopsUpdate) -> dict[int, Strip]:
-        """Return the complete new line of each row in which a partial update changes cells, by row."""
+        """Return the complete new line of each row that a partial update changes, by row."""
         lines: dict[int, Strip] = {}
         for y, x1, x2 in update.spans:
             line = lines.get(y, self._lines[y])

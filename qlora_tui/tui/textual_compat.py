@@ -93,8 +93,8 @@ def add_layout(layout: type[Layout]) -> None:
 
 
 class HookedApp(App[None]):
-    """An app with hooks for its output, its errors and its notifications, which Textual's ``App`` does not
-    offer.
+    """An app with hooks for its output, its errors and its notifications. Textual's ``App`` has no such
+    hooks.
     """
 
     def get_driver_class(self) -> type[Driver]:
@@ -278,8 +278,8 @@ class CachedStylesheet(Stylesheet):
     """A stylesheet that parses each source only once, until a color changes.
 
     Textual parses all of the app's style sheets again whenever a screen adds its own (PR 2744). This delays
-    the first key on that screen. Textual also clears its cache of parsed sheets (PR 3575) each time the
-    variables are set, even to the same values.
+    the response to the first key press on that screen. Textual also clears its cache of parsed sheets (PR
+    3575) each time the variables are set, even to the same values.
     """
 
     def __init__(self, *, variables: dict[str, str] | None = None) -> None:

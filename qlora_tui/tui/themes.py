@@ -24,15 +24,17 @@ from qlora_tui import paths
 from qlora_tui.errors import UserError
 
 MUTED_SHARE = 0.7
-"""Position of muted text between the background (0) and the foreground (1)."""
+"""Color of muted text, as a position between the background (0) and the foreground (1)."""
 BORDER_SHARE = 0.3
-"""Position of an unfocused panel's border between the background (0) and the foreground (1)."""
+"""Color of an unfocused panel's border, as a position between the background (0) and the foreground (1)."""
 SCROLLBAR_SHARE = 0.55
-"""Position of a scroll bar's handle between the background (0) and the foreground (1)."""
+"""Color of a scroll bar's handle, as a position between the background (0) and the foreground (1)."""
 SELECTION_SHARE = 0.35
 """Color behind selected text, as a position between the theme's background (0) and its primary color (1)."""
 CHART_FILL_SHARE = 0.14
-"""Position of the area under a curve between the panel's surface (0) and the color of training (1)."""
+"""Color of the area under a curve, as a position between the panel's surface (0) and the color of training
+(1).
+"""
 AUTO, TERMINAL = "auto", "terminal"
 """Special values of the setting ``theme``: ``auto`` selects a theme by the terminal's number of colors, and
 ``terminal`` selects the theme that is derived from the terminal's own colors.
@@ -46,8 +48,8 @@ _STEPS = {
     "block-cursor-blurred-background": 0.1,
     "block-cursor-background": 0.16,
 }
-"""Position of each background in the theme ``terminal`` between the terminal's background (0) and foreground
-(1).
+"""Colors of the backgrounds in the theme ``terminal``, as positions between the terminal's background (0) and
+foreground (1).
 """
 HUES = ("training", "validation", "forgetting", "hardware")
 _OTHER_HUES = {

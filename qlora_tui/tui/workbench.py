@@ -377,7 +377,7 @@ class Draft:
         self._aside: Path | None = None
         self._is_settled = False
         """Whether this window has written the draft since its last conflict with another window. If so, the
-        next conflict gets a new file in :attr:`aside`.
+        next conflict uses a new file for :attr:`aside`.
         """
 
     def load(self) -> SavedDraft:

@@ -20,7 +20,7 @@ Fact: TypeAlias = tuple[str, str | Content] | Content
 
 @dataclass(frozen=True, kw_only=True)
 class Column(Generic[Row]):
-    """One column of a table, each line of which shows an object of the type ``Row``."""
+    """A column of a table. Each line of the table shows an object of the type ``Row``."""
 
     text: Callable[[Row], str | Content]
     """Returns the column's text for a row: a string, which is shown in ``style``, or a Content with its own

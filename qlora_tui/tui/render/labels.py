@@ -43,7 +43,9 @@ _VERDICTS = {
     "uncertain": ("?", "$warning"),
     "does not fit": ("✗", "$error"),
 }
-"""(sign, color) of each verdict on memory. Color is never the only cue: the word or the sign is shown too."""
+"""(symbol, color) of each verdict on memory. Color is never the only cue: the word or the symbol is shown
+too.
+"""
 INSTANT = "~"
 """Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
@@ -68,16 +70,16 @@ SIGNS: dict[State, tuple[str, str]] = {
     "unreadable": ("?", "$error"),
     "gone": ("✗", "$error"),
 }
-"""(sign, color) by run state. The word is always shown too."""
+"""(symbol, color) by run state. The name of the state is always shown too."""
 OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
     "note": ("· note", "$primary"),
     "warning": ("! warning", "$warning"),
     "error": ("✗ error", "$error"),
 }
-"""(sign and word, color) by outcome of a check, from best to worst."""
+"""(symbol and word, color) by outcome of a check, from best to worst."""
 SEVERITY_SIGNS = {"error": ("✗", "$error"), "warning": ("⚠", "$warning")}
-"""(sign, color) by severity of a data problem."""
+"""(symbol, color) by severity of a data problem."""
 BEST = "★"
 """Marks the best evaluation."""
 
@@ -128,8 +130,8 @@ def batch_words(recipe: Recipe, *, short: bool = False) -> str:
 
 
 def targets_words(recipe: Recipe, width: int) -> str:
-    """Return the names of the LoRA target modules, or their number if the names are longer than ``width``
-    characters.
+    """Return the names of the LoRA target modules. If the names are longer than ``width`` characters, return
+    their number instead.
     """
     patterns = recipe.lora.target_modules
     names = ",".join(patterns)
@@ -158,7 +160,7 @@ def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str
 
 
 def verdict_sign(verdict: Verdict) -> Content:
-    """Return the sign of a verdict on memory, such as ``✗``. Use it where there is no room for the word."""
+    """Return the symbol of a verdict on memory, such as ``✗``. Use the symbol where the word does not fit."""
     return Content.styled(*_VERDICTS[verdict.word])
 
 
@@ -168,12 +170,12 @@ def needed_words(verdict: Verdict) -> str:
 
 
 def fit_sign(verdict: Verdict) -> Content:
-    """Return the verdict's sign for a table, such as ``✗``; a space if the recipe fits."""
+    """Return the verdict's symbol for a table, such as ``✗``; a space if the recipe fits."""
     return Content(" ") if verdict.word == "fits" else verdict_sign(verdict)
 
 
 def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
-    """Return the memory that a recipe needs and the sign of the verdict, such as ``~13.1 GiB ✗``, for a
+    """Return the memory that a recipe needs and the symbol of the verdict, such as ``~13.1 GiB ✗``, for a
     table. ``is_current`` makes the text bold.
     """
     style = "" if verdict.word == "fits" else _VERDICTS[verdict.word][1]
@@ -182,10 +184,10 @@ def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
 
 
 def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
-    """Return a legend for the signs of these verdicts in a table: ``✗ does not fit ! tight ~ instant
-    estimate``. The verdict ``fits`` has no sign in a table.
+    """Return a legend for the symbols of these verdicts in a table: ``✗ does not fit ! tight ~ instant
+    estimate``. The verdict ``fits`` has no symbol in a table.
 
-    The legend is wrapped to ``width`` cells. Lines break only before a sign.
+    The legend is wrapped to ``width`` cells. Lines break only before a symbol.
     """
     parts: dict[str, Content] = {}
     for verdict in verdicts:
@@ -204,16 +206,16 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
 
 
 def refusal_words(*refusals: UserError) -> str:
-    """Return why the model cannot be trained, in the same wording for all screens: ``cannot train: no
+    """Return why the model cannot be trained, worded the same on every screen: ``cannot train: no
     tokenizer``.
     """
     return f"{CANNOT_TRAIN}: {', '.join(uncapitalize(refusal.title) for refusal in refusals)}"
 
 
 class FitLine:
-    """A recipe's memory, compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
+    """A recipe's memory compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
 
-    ``place``: the device whose memory is available, as :func:`place_words` names it; empty to leave it out.
+    ``place``: the device that the memory belongs to, as :func:`place_words` names it; empty to leave it out.
     """
 
     def __init__(self, label: str, verdict: Verdict, *, place: str = "", can_train: bool = True) -> None:
@@ -226,8 +228,8 @@ class FitLine:
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """Return the line. If ``width`` allows, the line includes a bar of at most ``max_bar`` cells, and a
-        note if the available memory is assumed.
+        """Return the line. If there is room within ``width``, the line includes a bar of at most ``max_bar``
+        cells, and a note if the available memory is assumed.
         """
         figures, free = self._figures, width - self.least_width - 1
         if free >= len(self._note) + _MIN_BAR:
@@ -288,7 +290,7 @@ def error_content(error: UserError, *, step: Content | None = None, is_spaced: b
 
 
 def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str, str]:
-    """Return the (sign, word, color) of a run's state or, if its result has a defect, of the defect.
+    """Return the (symbol, word, color) of a run's state or, if its result has a defect, of the defect.
 
     A queued run that gave up its GPU is labeled ``paused``, or ``waiting`` if it has not trained a step.
     """
@@ -301,8 +303,8 @@ def result_label(status: Status, defect: ResultDefect | None) -> tuple[str, str,
 
 
 def verdict_style(verdict: RunVerdict) -> str:
-    """Return the color of a verdict on a run; no color if the improvement may be due to chance, which is not
-    a problem.
+    """Return the color of a verdict on a run. An improvement that may be due to chance is not a problem, so
+    it has no color.
     """
     may_be_chance = verdict.outcome == "unclear" and verdict.has_improved
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
@@ -340,8 +342,8 @@ def best_word(loss_to_beat: float | None) -> str:
 
 
 def progress_figures(mean_loss: float | None, seconds_left: float | None) -> list[Figure]:
-    """Return figures for an active run: its loss, the time left, and the time of its end. Unknown values are
-    left out.
+    """Return figures for an active run: its loss, the time left, and the expected end time. Unknown values
+    are left out.
     """
     figures = []
     if mean_loss is not None:

@@ -16,8 +16,8 @@ _MIN_BAR = 6
 """Minimum width of a bar, in cells. If there is less room, the bar is left out."""
 _BAR, _HALF_CELL, _TRACK = "▄▖▁"
 STACKED = "▆"
-"""Cell of a bar with several parts. Like the cells of ``bar``, it leaves room above, so that bars in adjacent
-rows do not merge.
+"""Cell of a bar with several parts. Like the cells of ``bar``, it leaves space at its top, so that bars in
+adjacent rows do not merge.
 """
 _SOFT = "50%"
 """Opacity of the columns in a chart that is mostly filled."""

@@ -55,7 +55,7 @@ _APART = 3
 line.
 """
 _LONG_LOSS = 1000.0
-"""Losses from this value on have abbreviated labels, to leave room for the chart."""
+"""Losses of at least this value have abbreviated labels, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
 
 

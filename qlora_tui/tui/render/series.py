@@ -115,8 +115,8 @@ class DecimatedSeries:
         """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
-            # A level that drops old buckets keeps more than ``self._most``. If buckets from ``low`` on were
-            # dropped, all kept buckets are after ``low``, which is too many for this condition.
+            # A level that has dropped buckets still has more than ``self._most``. If it has dropped buckets
+            # from ``low`` on, all its buckets are after ``low``, so it does not meet this condition.
             if len(level.xs) - start <= self._most:
                 return number, start + (number > 0 and low > self._first)
         raise AssertionError("the last level has all there is")

@@ -144,8 +144,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         return any(action == command.action.partition("(")[0] for command in self.SCREEN_COMMANDS)
 
     def compose(self) -> ComposeResult:
-        # Set the classes before there are widgets. Later, the style sheets would be applied to all widgets
-        # again for each class.
+        # Set the classes before there are widgets. If they were set later, the style sheets would be applied
+        # to all widgets again for each class.
         add_size_classes(self)
         self._set_room(self.app.size)
         yield TopBar(self.MODE)

@@ -137,8 +137,8 @@ def _shares_text(system_status: SystemStatus) -> str:
 
 
 def _waiting_text(system_status: SystemStatus) -> str:
-    """Return what happens in addition to the active run: ``● 12% · 2 waiting · exporting Q8_0``; empty if
-    nothing does.
+    """Return a text about other active runs, queued runs, exports and servers, such as ``● 12% · 2 waiting ·
+    exporting Q8_0``; empty if there are none.
     """
     others = system_status.also_active_statuses
     parts = [_progress_texts(status)[-1] for status in others]

@@ -22,11 +22,11 @@ class ColumnLayout(VerticalLayout):
     only if no other widget can be cut.
 
     Each widget with ``height: auto`` gets as many rows as its content has. The remaining rows go to the
-    widgets with a height in ``fr``, such as a graph. If the rows do not suffice, widgets that scroll are cut,
-    the highest first, so that everything below them stays in view.
+    widgets with a height in ``fr``, such as a graph. If there are too few rows, widgets that scroll are cut,
+    the tallest first, so that everything below them stays in view.
 
-    If that does not suffice either, the last panels are cut above their margin. A panel that could not show
-    its title and two rows is left out, and the widget above it gets its rows.
+    If there are still too few rows, the last panels are cut so that their margin stays in view. A panel that
+    could not show its title and two rows is left out, and the widget above it gets its rows.
     """
 
     name = "column"

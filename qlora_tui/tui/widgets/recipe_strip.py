@@ -36,7 +36,7 @@ _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
 
 
 class RecipeStrip(Widget):
-    """The recipe in a line, on every screen that edits it."""
+    """The recipe on one line, on every screen that edits it."""
 
     DEFAULT_CSS = """
     RecipeStrip {

@@ -214,7 +214,7 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
             field.text = self._earlier_prompts.pop(0)
 
     def action_apply(self) -> None:
-        """Close the dialog with the settings if all fields are valid; otherwise show what is wrong."""
+        """If all fields are valid, close the dialog and return the settings; otherwise show what is wrong."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         try:
             numbers: dict[str, Any] = {name: _number(name, text) for name, text in given.items()}

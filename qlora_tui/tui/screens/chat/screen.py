@@ -492,8 +492,8 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     async def action_train_on_choices(self) -> None:
-        """Prepare a run on the saved edits if there are enough; otherwise, on the saved choices. If there are
-        too few of both, notify the user.
+        """Prepare a run that trains on the saved edits if there are enough, otherwise on the saved choices.
+        If there are too few of both, notify the user.
         """
         source, run = self.conversation.source, self.conversation.run_dir
         if source is None:

@@ -44,10 +44,10 @@ _MAX_OF_KIND = 5
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MANY = (2, 5), (5, 10)
 """Maximum number of starter prompts of each kind, and in total, before the first message. ``_FEW`` applies to
-a low window, ``_MANY`` to a high window.
+a short window, ``_MANY`` to a tall window.
 """
 _LATER, _MANY_LATER = 2, 3
-"""Maximum number of starter prompts during a conversation, in a low window and in a high window."""
+"""Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _FIRST_ROWS = 2000
@@ -56,8 +56,8 @@ the search short.
 """
 _MAX_RECORDED = 12
 _COMPARED_ROWS = 2
-"""Maximum number of lines of each answer that is shown for comparison with the adapter's last answer, such as
-the base model's.
+"""Maximum number of lines of each answer that the adapter's last answer is compared with, such as the base
+model's answer.
 """
 _LEAST_ROWS = 3
 """Minimum number of lines to which a recorded answer is shortened."""

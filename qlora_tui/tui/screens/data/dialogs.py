@@ -110,7 +110,7 @@ def format_picker(choices: Sequence[FormatChoice], now: str) -> ListPicker[str]:
 
 
 def _reads(choice: FormatChoice) -> Content:
-    """Return a sign for whether a format can read all, some, or none of the rows."""
+    """Return a symbol that says whether a format can read all, some, or none of the rows."""
     if not choice.read:
         return Content.styled("✗", "$error")
     return Content.styled("✓", "$success") if choice.read == choice.rows else Content.styled("!", "$warning")
@@ -143,7 +143,7 @@ _ROW_SIGNS: dict[RowClass, tuple[str, str]] = {
     "memorized": ("=", "$primary"),
     "learned": ("✓", "$success"),
 }
-"""(sign, style) of each class of rows. The sign distinguishes the classes on terminals without color."""
+"""(symbol, style) of each class of rows. The symbol distinguishes the classes on terminals without color."""
 _MAX_PLACE_WIDTH = 22
 """Maximum width of the text that identifies a row, in cells: its number, with the name of its file if the
 source has several files.

@@ -125,7 +125,7 @@ class ProblemsPanel(Panel):
         lines, unsaid = [], bad_rows
         for problem in problems:
             # The key leaves out the bad rows of all problems, so only the first problem with bad rows
-            # mentions it.
+            # mentions the key.
             skipped, unsaid = (unsaid, 0) if is_bad_row(problem) else (0, unsaid)
             several = len(report.files) > 1
             line = problem_line(problem, recipe.data, brief=brief, several=several, bad_rows=skipped)

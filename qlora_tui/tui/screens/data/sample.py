@@ -182,7 +182,7 @@ class SamplePanel(Panel):
         return max(1, self.size.width // _ROW_CELLS)
 
     def show_beside(self, rows: Sequence[Shown], data: Data) -> None:
-        """Show ``rows`` after the first row: next to it and below it."""
+        """Show ``rows``, the rows that follow the first one, beside and below it."""
         styles = TokenStyles.of(self.app)
         self.query_one("#samples").styles.grid_size_columns = self._columns
         for number, column in enumerate(self.query(".next-sample").results(Static)):

@@ -546,8 +546,8 @@ def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, 
 
 
 def _time_words(expected: Forecast) -> tuple[str, str]:
-    """Return (duration, note): ``about 25 min`` and ``54 steps, judging by vicuna-1``. The note has no steps
-    until the samples have been counted.
+    """Return (duration, note): ``about 25 min`` and ``54 steps, judging by vicuna-1``. The note states the
+    number of steps only after the samples have been counted.
     """
     source = expected.time.source if expected.time else ""
     note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))

@@ -78,8 +78,8 @@ class HomeReader:
 
     def __init__(self, seen_at: float, started_at: float) -> None:
         self._seen_at = seen_at
-        """Unix time at which the app was last in use before this start. At the first start, the time of the
-        start.
+        """Unix time at which the app was last in use before this start. If the app was never used before, the
+        time of this start.
         """
         self._started_at = started_at
         self._summaries = SummaryCache()
@@ -214,8 +214,8 @@ class HomeReader:
         return done
 
     def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
-        """Check whether the data can be used, estimate the time of a run, and store both for the next read.
-        This takes seconds if the data is large. ``counts``: how often samples have been counted.
+        """Check whether the data can be used, estimate how long a run takes, and store both results for the
+        next read. This takes seconds if the data is large. ``counts``: how often samples have been counted.
         """
         key, files = self._outlook_key(recipe, system_status, counts), None
         with suppress(UserError):
