@@ -392,8 +392,8 @@ class QloraApp(ThemedApp):
         """
         cause = error.error if isinstance(error, WorkerFailed) else None
         if isinstance(cause, UserError) and cause.code == UNREACHABLE:
-            # Background reads fail every second, so notify the user only occasionally. The top line always
-            # shows the problem.
+            # A background read that fails is repeated every second, so notify the user only occasionally.
+            # The top line always shows the problem.
             if monotonic() - self._told_unreachable_at > _TELL_AGAIN_S:
                 self._told_unreachable_at = monotonic()
                 self.notify_error(cause)

@@ -35,7 +35,7 @@ _EXPECTED_S = 3.0
 short input passes through at once, since a person has probably typed it.
 """
 _UNABLE = ("linux", "vt", "dumb")
-"""Prefixes of ``TERM`` for terminals that print sequences they do not recognize."""
+"""Prefixes of the ``TERM`` values of terminals that print sequences they do not recognize."""
 
 
 @dataclass

@@ -77,8 +77,8 @@ class Palette(CommandPalette):
 
 
 def _width(window: int) -> int:
-    """Return the palette's width for the window's width, both in cells. The palette fills a small window,
-    because the screen behind it would show only fragments.
+    """Return the width of the palette in a window that is ``window`` cells wide. The palette fills a small
+    window, because the screen behind it would show only fragments.
     """
     return window if window < WIDE_CELLS else min(_WIDTH, window - _MARGIN)
 

@@ -108,7 +108,7 @@ class SystemMonitor:
         self._cluster = Watch()
         self._driver: Nvml | None = None
         self._other_gpus: tuple[GpuDevice, ...] = ()
-        """The GPUs that runs may use in addition to the chosen one."""
+        """The GPUs that runs are allowed to use, without the chosen one."""
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
         self._no_gpu: GpuUnavailableError | None = None
@@ -248,9 +248,7 @@ class SystemMonitor:
         return None
 
     def _has_free_gpu(self) -> bool:
-        """Return whether runs may use several GPUs and at least one of these GPUs is free, that is, not used
-        by a run.
-        """
+        """Return whether runs are allowed to use several GPUs, and at least one of these GPUs has no run."""
         if self._choice is None or not self._other_gpus:
             return False
         return any(is_free(RunDevice.of_gpu(gpu).key) for gpu in (self._choice.gpu, *self._other_gpus))

@@ -62,7 +62,7 @@ class SystemStatus:
     gpu: GpuDevice | None = None
     gpu_metrics: GpuMetrics | None = None
     other_gpus: tuple[GpuDevice, ...] = ()
-    """The other GPUs that runs may use."""
+    """The other GPUs that runs are allowed to use."""
     other_gpu_metrics: tuple[GpuMetrics | None, ...] = ()
     """A reading of each GPU in :attr:`other_gpus`; None for a GPU that does not respond."""
     gpu_choice: str = ""
@@ -81,7 +81,7 @@ class SystemStatus:
     also_active_statuses: tuple[Status, ...] = ()
     """The status of each run in :attr:`also_active`."""
     has_free_device: bool = False
-    """Whether at least one of the devices that runs may use is free."""
+    """Whether at least one of the devices that runs are allowed to use is free."""
     active_or_last: RunDir | None = None
     """The active run, or else the run that ended last."""
     active_or_last_status: Status | None = None

@@ -72,7 +72,7 @@ def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError:
-        # The name is too long for the file system, or the folder may not be read.
+        # The name is too long for the file system, or there is no permission to read the folder.
         return False
 
 

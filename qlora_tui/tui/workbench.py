@@ -373,7 +373,8 @@ class Draft:
         """Inode and modification time (ns) of the file when it was last compared with ``_known``."""
         self._is_loaded = False
         self.is_newer = False
-        """Whether the file held another window's text when :meth:`is_changed_elsewhere` last compared it."""
+        """Whether the file held another window's text at the last comparison in :meth:`is_changed_elsewhere`.
+        """
         self._aside: Path | None = None
         self._is_settled = False
         """Whether this window has written the draft since its last conflict with another window. If so, the

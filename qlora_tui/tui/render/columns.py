@@ -44,7 +44,9 @@ class Column(Generic[Row]):
     shown_from: int = 0
     """Minimum width of the table, in cells, at which the column is shown."""
     dropped: int = 0
-    """Position in the order in which columns are left out if the table is too wide; 0 means never."""
+    """Position in the order in which columns are left out if the table is too wide; 0 for a column that is
+    never left out.
+    """
     shown_if_empty: bool = True
     """Whether the column is shown even if its text is empty in every row."""
     shown_if_same: bool = True

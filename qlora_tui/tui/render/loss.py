@@ -49,7 +49,7 @@ VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 STEP_STYLE = "$text-muted dim"
-"""Style of the dots for single steps, less visible than the smoothed curve."""
+"""Style of the dots for single steps, which are less visible than the smoothed curve."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from qlora_tui.tui.render.series import Envelope
 DOTS_WIDE, DOTS_HIGH = 2, 4
 """Width and height of a braille character in dots. Points are drawn with these dots."""
 _MIDDLE_DOT = 1
-"""Row of dots in the middle of a cell, counted from 0 at the top of the cell. A line that is drawn there may
-be one or two dots thick.
+"""Row of dots in the middle of a cell, counted from 0 at the top of the cell. A line drawn in this row can be
+one or two dots thick.
 """
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""

@@ -54,7 +54,7 @@ _TOP, _SPLIT, _BOTTOM = 142, 424, 602
 """Top of the panels, top of the lower panel, and bottom of the panels, in units of the picture."""
 _LEFT_WIDTH = 650
 _MAX_CHARACTERS = 400
-"""Maximum number of characters of a name or answer that are read. A malicious file may have millions."""
+"""Maximum number of characters of a name or answer that are read. A malicious file can have millions."""
 _ANSWER_LINES = 4
 
 

@@ -1,7 +1,7 @@
 """Series of numbers, decimated for drawing. Consecutive values are merged into buckets. A bucket has a
 minimum, a maximum, and a flag for values that are not finite.
 
-A graph is a few hundred dots wide, but a run may have millions of steps. A :class:`DecimatedSeries` takes
+A graph is a few hundred dots wide, but a run can have millions of steps. A :class:`DecimatedSeries` takes
 values as they arrive. It keeps the last few hundred values individually, and older values in buckets of two,
 of four, and so on. Graphs draw an :class:`Envelope`, which has no more points than a wide screen has dots.
 """
@@ -86,9 +86,9 @@ class DecimatedSeries:
         """Return the envelope of each column of values, from x = ``low`` on.
 
         An envelope has one point for each bucket. The buckets are the smallest for which the envelope does
-        not exceed the maximum number of points. The newest values, which may not fill a bucket, can add one
-        point. A bucket that may contain values before ``low`` is left out, so the curve may be a dot or two
-        shorter.
+        not exceed the maximum number of points. The newest values can add one point, because they do not
+        always fill a bucket. A bucket that may contain values before ``low`` is left out, so the curve may be
+        a dot or two shorter.
         """
         number, start = self._resolution(low)
         level = self._levels[number]
@@ -205,8 +205,8 @@ class _Level:
         longer.extend(self.xs[start + 1 : end : 2], [column.pairs(start, end) for column in self.columns])
 
     def shorten(self, most: int) -> None:
-        """Drop the oldest buckets once there are more than twice as many as ``most``. Because of this margin,
-        buckets are rarely dropped.
+        """If there are more than ``2 * most`` buckets, drop the oldest, so that ``most + 1`` buckets remain.
+        Because of this margin, buckets are rarely dropped.
         """
         if len(self.xs) <= 2 * most:
             return
@@ -248,9 +248,9 @@ def without_lag(xs: Sequence[float], means: Sequence[float], window: float) -> a
     """Remove the lag of running means, by averaging the means once more from the last to the first.
 
     Both passes together weight a value at distance d by β^|d|, where β = 1 - 1 / window. The last result
-    equals the last mean, because no value follows it. Near the beginning, the window after a value is limited
-    to the distance from the first value, so that the curve begins at the first value. Means that are not
-    finite remain so.
+    equals the last mean, because no value follows it. Near the start, the backward pass looks ahead from a
+    value no farther than the distance back to the first value, so that the curve begins at the first value.
+    Means that are not finite remain so.
 
     Args:
         xs: The x of each mean, in ascending order. The first value is at x = 1.

@@ -200,7 +200,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         self._system_status_changed(self.app.system_status)
 
     def action_step_setting(self, path: str, direction: int = 1) -> None:
-        """Step a setting up to its next value (1), or down to its previous value (-1)."""
+        """Step the setting at ``path`` to its next value up (``direction`` 1) or down (-1)."""
         from qlora_tui.recipe.fields import fields, get_setting  # Home does not need these
         from qlora_tui.tui.setting_stepper import step_value
 

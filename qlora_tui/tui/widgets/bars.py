@@ -154,8 +154,8 @@ def _waiting_text(system_status: SystemStatus) -> str:
 
 
 def _gpu_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts about the GPUs that runs may use, longest first: all GPUs in full, all GPUs with only
-    their utilization, and only the chosen GPU.
+    """Return texts about the GPUs that runs are allowed to use, longest first: all GPUs in full, all GPUs
+    with only their utilization, and only the chosen GPU.
     """
     if system_status.gpu is None:
         return [system_status.no_gpu_title]

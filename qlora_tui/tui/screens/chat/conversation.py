@@ -325,8 +325,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         )
 
     async def _may_load(self) -> bool:
-        """Return whether the model may be loaded. If there may not be enough memory for the model and a run
-        or server, ask the user.
+        """Return whether to load the model. If a run or server might not leave enough memory for the model,
+        ask the user.
         """
         if self.ready is not None:
             return True
@@ -356,8 +356,8 @@ class Conversation(VerticalScroll, OnQloraApp):
     async def _may_share(
         self, who: str, status: Status | None, *, title: str, what: str, is_over: Callable[[], bool]
     ) -> bool:
-        """Return whether the chat's model may share the memory with a run or a server. If there may not be
-        room for both, ask the user. If the user agrees, do not ask again.
+        """Return whether the chat's model is allowed to share the memory with a run or a server. If there
+        might not be room for both, ask the user. If the user agrees, do not ask again.
 
         Args:
             who: Id of the run, or address of the server.

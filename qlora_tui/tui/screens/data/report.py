@@ -136,7 +136,7 @@ class ProblemsPanel(Panel):
         # inserted above the current lines.
         select = lines[0][0] if lines and not self._list.has_focus else None
         self._list.show(lines, select)
-        # If problems are brief, a single problem without a key is shown in the title.
+        # If each problem takes one line, a single problem without a key is shown in the title.
         is_title = brief and len(lines) == 1 and not has_fix(report, problems)
         self._list.display = not is_title
         if is_title:
@@ -208,7 +208,7 @@ def totals(
         width: Available width, in cells.
         expected: The forecast of the run; None if unknown.
         fit: The memory that the run needs, as text; None if unknown.
-        brief: Whether only the first of the sentences about reasoning is included.
+        brief: Whether to include only the first sentence about reasoning.
         evidence: Whether to say how the format was recognized. If not, the columns are named instead.
     """
     counts, data = report.counts, recipe.data

@@ -44,8 +44,8 @@ class SourceActions(WorkScreen):
         self._unreadable_source: Source | None = None
         """The source that was read last if none of its rows could be read; otherwise None."""
         self._fields: dict[str, str] = {}
-        """For a file in an unknown format, whose columns the user may map: an example value for each column,
-        by the column's name.
+        """An example value for each column of a file in an unknown format, by the column's name. The user can
+        map these columns.
         """
         self._mapping_format = "prompt-completion"
         """The format for which the user maps columns if the unreadable source has the format ``auto``."""

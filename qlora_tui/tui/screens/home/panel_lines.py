@@ -440,7 +440,8 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
 
 def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Content]:
     """Return lines for each screen on the way from a model to an answer: what has been done there or, if
-    nothing has been done yet, what the screen is for. ``done``: what has been done, by command of the screen.
+    nothing has been done yet, what the screen is for. ``done``: what has been done, by the id of the command
+    that opens the screen.
     """
     lines: list[Content] = []
     was_done = False

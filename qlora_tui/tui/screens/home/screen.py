@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 
 _LAST_SEEN_INTERVAL_S = 30.0
 _SIDE, _WIDE_SIDE = 42, 60
-"""Width of the right column, in cells. The style sheet has the same widths."""
+"""Width of the right column, in cells: in most windows, and in a very wide window. The style sheet has the
+same widths.
+"""
 _FRAME = 5
 """Width of a panel's border, padding and scroll bar, in cells."""
 _SHORT_FRAME = 3
