@@ -64,6 +64,7 @@ WORKER_IMPORTS = (
 )
 WORKER_MODULES = (
     "qlora_tui.engine",
+    "qlora_tui.engine.data_service:count_data",
     "qlora_tui.export.hub_upload:prepare",
     "qlora_tui.export.hub_upload:upload",
     "qlora_tui.export.llama_cpp.worker",
