@@ -59,7 +59,7 @@ class TerminalApp(HookedApp):
         self._terminal_contents = TerminalContents(fallback_glyphs(os.environ.get("TERM", "")))
 
     def on_resize(self, event: Resize) -> None:
-        """Send the whole screen. The app also receives this event when it resumes after Ctrl+Z, when the
+        """Send the whole screen. The app also receives this event when it resumes after Ctrl+Z. By then, the
         terminal shows something else. Ignore the events at startup.
         """
         self._resizes += 1

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 _SHEETS = 1024
-"""Number of parsed style sheets to cache, more than the app has.
+"""Number of parsed style sheets to cache. The app has fewer style sheets.
 
 Textual caches 64 sheets and parses all sheets in the same order each time, so with more than 64 sheets every
 lookup would miss.
@@ -113,7 +113,7 @@ class HookedApp(App[None]):
         return False
 
     def write_escape(self, sequence: str) -> None:
-        """Send an escape sequence to the terminal, such as its title or a notification."""
+        """Send an escape sequence to the terminal, for example to set its title or to show a notification."""
         if self._driver is not None:
             self._driver.write(sequence)
 

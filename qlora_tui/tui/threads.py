@@ -24,8 +24,8 @@ async def run_stoppable(function: Callable[..., T], *arguments: Any) -> T:
     """Run ``function`` in a thread and return its result.
 
     ``function`` gets the keyword argument ``should_stop``, a function that returns True once this call is
-    canceled. Otherwise, closing the app would cancel the worker but not the thread, and the app would wait
-    until the thread ends.
+    canceled. Without ``should_stop``, closing the app would cancel the worker but not the thread, and the app
+    would wait until the thread ends.
     """
     stop = Event()
     try:

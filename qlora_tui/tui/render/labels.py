@@ -241,8 +241,8 @@ class FitLine:
 
 
 def place_words(budget: MemoryBudget) -> str:
-    """Return the name of the device whose memory a recipe is compared with, in the same wording for all
-    screens: ``assumed GPU``, ``this CPU``, or the GPU's name.
+    """Return the name of the device whose memory a recipe is compared with, worded the same on every screen:
+    ``assumed GPU``, ``this CPU``, or the GPU's name.
     """
     if budget.is_assumed:
         return "assumed GPU"

@@ -87,8 +87,8 @@ class DecimatedSeries:
 
         An envelope has one point for each bucket. The buckets are the smallest for which the envelope does
         not exceed the maximum number of points. The newest values can add one point, because they do not
-        always fill a bucket. A bucket that may contain values before ``low`` is left out, so the curve may be
-        a dot or two shorter.
+        always fill a bucket. A bucket that may contain values before ``low`` is left out, so the curve can
+        begin a dot or two later.
         """
         number, start = self._resolution(low)
         level = self._levels[number]

@@ -106,7 +106,7 @@ def _silence_texts(system_status: SystemStatus) -> list[str]:
 
 def _run_texts(system_status: SystemStatus) -> list[str]:
     """Return texts for the active run, longest first: ``● step 1,240 of 3,000`` and ``● 41%``. Before the
-    first step, and without an active run, there is only one text, which may be empty.
+    first step, and without an active run, there is only one text, which can be empty.
     """
     status = system_status.active_status
     if status is None:

@@ -60,7 +60,7 @@ _NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Approximate number of characters per token in English text."""
 _LEAST_SHARE = 0.03
-"""Minimum fraction of the context that an answer must use to get a bar."""
+"""An answer that uses less than this fraction of the context has no bar."""
 _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
@@ -311,8 +311,8 @@ def _conversation_line(age: str, prompt: str, turns: int, width: int) -> Content
 def prompt_title(text: str, tokens: int | None, suggested: Suggested | None) -> Content:
     """Return the title of the prompt field, with the length of its text: ``Message · 12 tokens``.
 
-    If ``text`` is empty, the title has no length. If there are suggested messages, it then has the key for
-    them.
+    If ``text`` is empty, the title has no length. Instead, it has the key for the suggested messages, if
+    there are any.
 
     Args:
         text: The text in the field.

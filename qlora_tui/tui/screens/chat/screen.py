@@ -315,7 +315,7 @@ class ChatScreen(WorkScreen):
         self._send(self.query_one(Starters).prompt(event.option), lambda: None)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Show the recorded answers to the prompt under the cursor in full."""
+        """Show in full the recorded answers to the prompt under the cursor."""
         if self.has_class("-start"):
             self._show_start()
 

@@ -115,8 +115,8 @@ def _keep_line_ends(state: object) -> None:
 
 
 class ThoughtLine(Static):
-    """``Thought for 12 s, 340 tokens``, and the key that unfolds all thoughts. A click unfolds only this
-    thought.
+    """A line such as ``Thought for 12 s, 340 tokens``, with the key that unfolds all thoughts. A click on the
+    line unfolds only this thought.
     """
 
     async def on_click(self, event: events.Click) -> None:

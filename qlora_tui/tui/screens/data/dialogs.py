@@ -178,7 +178,7 @@ class MeasuredRows:
 
 
 def newest_run_on(source: Source) -> tuple[RunDir, int] | None:
-    """Return the newest run with an adapter that trained on a source, and the index of the source in that
+    """Return the newest run that trained on a source and has an adapter, and the index of the source in that
     run's recipe; None if there is no such run.
     """
     path = Path(source.path).expanduser().absolute()

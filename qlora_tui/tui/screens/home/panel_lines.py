@@ -86,8 +86,8 @@ _WAY = (
     ("go.train", "launch; the run continues when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
-"""(command of the screen, purpose of the screen, a further fact) for each screen on the way from a model to
-an adapter.
+"""(id of the command that opens the screen, purpose of the screen, a further fact) for each screen on the way
+from a model to an adapter.
 """
 
 
@@ -179,8 +179,8 @@ def other_run_line(name: str, status: Status, width: int) -> Content:
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Return one line with the compact lines of :func:`gpu_lines`, the machine's memory and its disk. If the
-    line is too long, parts at its end are left out.
+    """Join the compact lines of :func:`gpu_lines`, the machine's memory and its disk into one line, and
+    return it. If the line is too long, parts at its end are left out.
     """
     lines = gpu_lines(system_status, budget, width, is_compact=True)
     if system_status.gpu is not None and system_status.gpu_problem is None and system_status.other_gpus:
@@ -381,7 +381,7 @@ def recipe_lines(
         refusal: Why the model cannot be trained; None if it can be.
         expected: The forecast of a run; None if unknown.
         width: Width of a line, in cells.
-        is_compact: Whether to use as few lines as possible, rather than a line for each item.
+        is_compact: Whether to use as few lines as possible. If not, each item has its own line.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()

@@ -47,7 +47,7 @@ from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.workbench import Workbench, draft_written_at
 
 _MAX_RECENT = 40
-"""Maximum number of recent runs to read, more than a window with 60 rows shows."""
+"""Maximum number of recent runs to read. A window with 60 rows shows fewer runs."""
 
 
 @dataclass(frozen=True)
