@@ -97,7 +97,7 @@ class RunSummary:
     losses: tuple[float, ...] = ()
     """Sampled training losses in order; NaN for a loss that was not a number."""
     seconds: float | None = None
-    """Training time in seconds, without evaluations and pauses; None before the first step."""
+    """Training time in seconds, excluding evaluations and pauses; None before the first step."""
     tokens_per_s: float | None = None
     """Tokens per second of training time; None before the first step."""
     peak_bytes: int | None = None

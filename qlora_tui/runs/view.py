@@ -50,7 +50,7 @@ class StepSeries:
             column.append(math.nan if value is None else value)
 
     def seconds(self, first: int = 0) -> float:
-        """Return the training time of the steps from index ``first`` on, without evaluations and pauses.
+        """Return the training time of the steps from index ``first`` on, excluding evaluations and pauses.
 
         Computed from the trainer's own throughput, because the clock may have been set.
         """

@@ -54,7 +54,7 @@ from qlora_tui.tui.workbench import Workbench
 
 COSTS = "What other choices would cost"
 _ONE_LINE = 1_000
-"""A width, in cells, at which no line is wrapped."""
+"""A width, in cells, that is larger than any line, so that no line wraps."""
 
 
 class SettingsList(ViList):
@@ -73,13 +73,14 @@ class SettingsList(ViList):
         direction: int
 
     _clicked: int | None = None
-    """Index of the option that was clicked last; None if the list has lost the focus since then."""
+    """Index of the option that was clicked last; None if no option was clicked since the list got the focus.
+    """
 
     def on_click(self, event: Click) -> None:
         """Move the cursor to the clicked setting. If the previous click was on the same setting, step the
         setting up.
         """
-        event.prevent_default()  # otherwise, the list would step the setting at the first click
+        event.prevent_default()  # otherwise, the first click would already step the setting
         at = event.style.meta.get("option")
         if at is not None and at == self._clicked:
             self.action_step(1)
@@ -142,7 +143,7 @@ with its own name.
 def setting_lines(
     recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, with_meaning: bool = False
 ) -> list[tuple[str, Content]]:
-    """Return (path, line) for each setting, with advice on it.
+    """Return (path, line) for each setting. The line has the keys, the value, and advice on the value.
 
     Args:
         recipe: The recipe being edited.
@@ -225,8 +226,8 @@ def advice(path: str, lora: Lora) -> str:
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
-    """Return an explanation of the modules: of their kind if they are all of one kind; otherwise, of the term
-    "target modules". If ``width`` allows, append what the QLoRA paper says about adapting all layers.
+    """If all modules are of one kind, return an explanation of this kind; otherwise, explain the term "target
+    modules". If ``width`` allows, append what the QLoRA paper says about adapting all layers.
     """
     kinds = {module.kind for module in modules}
     kind = next(iter(kinds)) if len(kinds) == 1 else ""
@@ -256,8 +257,9 @@ _TARGETS = {
 }
 _RANK_CELLS = 7
 _CHOICE_CELLS, _DISK_CELLS, _CHOICE_GAP, _MAX_SPREAD = 22, 9, 3, 12
-"""Widths, in cells: of a choice of targets, including the gap before it; of the size on disk; of the gap; and
-the maximum that a wide window adds to the gap.
+"""Widths, in cells. ``_CHOICE_CELLS``: the column of a choice of targets, including the gap before the
+column. ``_DISK_CELLS``: the size on disk. ``_CHOICE_GAP``: the gap. ``_MAX_SPREAD``: the maximum number of
+cells that a wide window adds to the gap.
 """
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
@@ -268,8 +270,8 @@ _WITH = " with gradients and optimizer"
 
 @dataclass(frozen=True)
 class MemoryDeltas:
-    """Differences in memory, in bytes. Each requires another estimate, so they are computed after the other
-    figures.
+    """Differences in memory, in bytes. They are computed after the other figures, because each difference
+    requires another estimate.
     """
 
     dora_bytes: int
@@ -281,8 +283,7 @@ class MemoryDeltas:
 def memory_deltas(
     recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
 ) -> MemoryDeltas | None:
-    """Return the differences in memory. The three estimates for them take about 20 ms in total. ``base``: the
-    preset.
+    """Return the differences in memory. This takes about 20 ms, for three estimates. ``base``: the preset.
 
     Return None if the model lacks target modules of the recipe or of the preset.
     """
@@ -455,7 +456,7 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
 
 
 def costs_title(costs: tuple[ChoiceCost, ...]) -> Content:
-    """Return the title of the panel with the costs, followed by a legend of the signs in the panel."""
+    """Return the title of the panel with the costs, followed by a legend of the symbols in the panel."""
     signs = verdict_legend((cost.verdict for cost in costs), _ONE_LINE)
     return Content.assemble(COSTS, "   ", signs.stylize_before("not bold $foreground"))
 

@@ -54,8 +54,8 @@ def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """A row of the table: all modules of one kind, such as ``q_proj``, or of all kinds. They are grouped by
-    column.
+    """A row of the table: the modules of one kind, such as ``q_proj``, or of all kinds. The modules are
+    grouped by column.
     """
 
     name: str
@@ -141,7 +141,7 @@ def toggled(modules: Sequence[LinearModule], chosen: frozenset[str]) -> frozense
 BOXES = {ALL: "[x]", SOME: "[-]", NONE: "[ ]"}
 CELLS = {ALL: "━", SOME: "╌", NONE: "·"}
 CUSTOM = "◆"
-"""Mark of a selected module with a rank or alpha of its own."""
+"""Marks a selected module whose rank or alpha differs from the recipe's."""
 HEAD = -1
 """Cursor column that selects the name of a kind instead of a layer. The name stands for all modules of the
 kind.
@@ -150,17 +150,19 @@ LONGEST_KIND = 18
 _BOX_CELLS = 4
 """Width of ``[x] `` before a kind's name, in cells."""
 _TRAINED_CELLS = 7
-"""Width of the number of trained parameters after a kind's shape, in cells."""
+"""Width, in cells, of the trained-parameter count that is shown after a module kind's shape."""
 _SHARE_CELLS, _BAR_CELLS = 6, 16
-"""Widths, in cells, of a kind's share of the trained parameters, and of the bar next to it. Only a wide
-window has the bar.
+"""Widths, in cells. ``_SHARE_CELLS``: a kind's share of the trained parameters. ``_BAR_CELLS``: the bar that
+shows this share in a wide window.
 """
 _GAP_CELLS = 7
 """Width of the gap before the layers, in cells. In the header line, the gap contains the word ``layer``."""
 _LEAST_APART = 3
-"""Minimum width of a layer's cell, in characters, at which its last character is left blank."""
+"""Minimum width of a layer's column at which its last character is left blank, to separate the layers."""
 _PALEST, _BRIGHTEST_RANK = 40, 256
-"""Strength of the color for rank 1, in percent, and the lowest rank that gets the full color."""
+"""``_PALEST``: strength of the color for rank 1, in percent. ``_BRIGHTEST_RANK``: lowest rank that is shown
+in the full color.
+"""
 
 
 def rank_style(rank: int) -> str:
@@ -215,7 +217,9 @@ class ModuleGrid(Widget, can_focus=True):
         """
 
     def show(self, table: ModuleTable, chosen: frozenset[str], lora: Lora) -> None:
-        """Show the modules of a model, with the modules in ``chosen`` selected and the ranks of ``lora``."""
+        """Show the modules of a model. ``chosen``: names of the selected modules. ``lora``: settings with the
+        ranks of the modules.
+        """
         if table is not self._table:
             self._row, self._column, self._block_from = 0, HEAD, None
             self.styles.max_height = len(table.rows) + 1
@@ -229,8 +233,8 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def under_cursor(self) -> Sequence[LinearModule]:
-        """The modules that would be toggled now: the modules in one cell, of one kind, of one layer, or in
-        the block being marked.
+        """The modules that the toggle key would select or deselect. These are the modules in one cell, of one
+        kind, of one layer, or in the block being marked.
         """
         if self._table is None:
             return ()

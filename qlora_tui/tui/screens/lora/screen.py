@@ -50,10 +50,10 @@ from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
-"""Seconds without a key press after which memory is compared: with the preset and with other choices."""
+"""Seconds without a key press after which the memory is compared with the preset and with other choices."""
 _COSTS_HEIGHT, _MEANING_HEIGHT = 32, 50
-"""Minimum heights of the window, in rows: for the table of other choices (plus one row for each row of the
-grid), and for explanations of the settings.
+"""Minimum heights of the window, in rows. ``_COSTS_HEIGHT``: for the table of other choices, not counting the
+rows of the grid. ``_MEANING_HEIGHT``: for explanations of the settings.
 """
 
 
@@ -80,7 +80,9 @@ class LoraScreen(WorkScreen):
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
         self._deltas_key: tuple[Recipe, MemoryBudget, bool] | None = None
         self._asks_costs = False
-        """Whether the costs are shown instead of the settings, in a window without room for both."""
+        """Whether the user has asked for the costs. In a window without room for both, they replace the
+        settings.
+        """
         self._explained = ""
         """Path of the setting that is explained; empty if the modules under the cursor are described."""
 
@@ -118,7 +120,9 @@ class LoraScreen(WorkScreen):
         self.call_after_refresh(lambda: self.show_recipe(self.app.workbench.recipe))
 
     def _lay_out(self) -> None:
-        """Show what other ranks and target modules would cost, if there is room or the user asked for it."""
+        """Show the costs of other ranks and target modules if there is room, or if the user has asked for
+        them.
+        """
         has_room = self._has_room_for_costs
         self.set_class(has_room or self._asks_costs, "-costs")
         self.set_class(self._asks_costs and not has_room, "-only-costs")

@@ -181,7 +181,7 @@ class MemoryScreen(WorkScreen):
         self.app.edit("lora.target_modules", next_targets(now, kinds))
 
     def action_next_bar(self, step: int) -> None:
-        """Show the items of the precision that is ``step`` lines below the current one. Wrap around at the
+        """Select the precision that is ``step`` lines further down, and show its items. Wrap around at the
         end.
         """
         self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]

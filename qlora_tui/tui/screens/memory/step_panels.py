@@ -67,7 +67,7 @@ class BarPart:
     hue: str
     keys: frozenset[str]
     strength: int = 100
-    """Strength of the color in percent, below 100 for a part that fills most of a graph."""
+    """Strength of the color, in percent. Less than 100 for a part that fills most of a graph."""
 
     @property
     def style(self) -> str:
@@ -76,13 +76,13 @@ class BarPart:
 
     @property
     def even_style(self) -> str:
-        """Color of a cell that is drawn as a plain block instead of the part's glyph. Both look equally
-        bright.
+        """Color of a cell that is drawn as a full block instead of the part's glyph. In this color, the block
+        looks as bright as the glyph.
         """
         return f"{self.hue} {self.even_strength}%"
 
     def drawn(self, *, is_even: bool) -> tuple[str, str]:
-        """Return (character, color) of a filled cell. ``is_even``: whether the cell is a plain block instead
+        """Return (character, color) of a filled cell. ``is_even``: whether the cell is a full block instead
         of a texture.
         """
         return (STACKED, self.even_style) if is_even else (self.glyph, self.style)
@@ -137,7 +137,7 @@ def even_colors(widget: Widget) -> dict[str, str]:
 
 
 def part_of(key: str) -> BarPart:
-    """Return the part of the bar that has the item with this key."""
+    """Return the part of the bar that contains the item with this key."""
     return next((part for part in PARTS if key in part.keys), PARTS[-1])
 
 
@@ -226,9 +226,8 @@ def spare_words(verdict: Verdict) -> str:
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """Return the memory that is left or missing, such as ``17.0 GiB to spare`` or ``2.1 GiB over``. If the
-    verdict is uncertain, the figure refers to the upper end of the estimate; otherwise, to the expected
-    memory.
+    """Return the memory that is left or missing, such as ``17.0 GiB to spare``. If the verdict is uncertain,
+    compare the upper end of the estimate and say so: ``2.1 GiB over at the upper end``.
     """
     if verdict.word != "uncertain":
         return spare_words(verdict)
@@ -238,7 +237,7 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
     """Return the legend of the colors or textures. If the axis is broken, the legend also gives the limit.
-    ``most_bytes``: the highest peak.
+    ``most_bytes``: the highest peak, in bytes.
     """
     drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)
     words = [Content.assemble((glyph * 2, style), (f" {name}", "dim")) for name, glyph, style in drawn]
@@ -275,8 +274,8 @@ def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
     Args:
         estimate: The estimate.
         layers: Number of layers of the model.
-        short: Whether to return a line of at most 76 cells. It gives the time of the peak instead of the size
-            of the tensors, because a small window has no timeline.
+        short: Whether to return a line of at most 76 cells. The short line gives the time of the peak instead
+            of the size of the tensors, because a small window has no timeline.
     """
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     if short:

@@ -43,7 +43,9 @@ contain several parts, but it can have only two colors.
 
 @dataclass(frozen=True)
 class _GraphColumn:
-    """One column of the graph. Of all moments in the column, it shows the one with the most memory."""
+    """One column of the graph. If several moments fall into the column, it shows the moment with the most
+    memory.
+    """
 
     phase: Phase
     parts: tuple[tuple[BarPart, int], ...]
@@ -165,9 +167,9 @@ def _drawn_parts(
 ) -> list[BarPart]:
     """Return the one or two parts that a cell shows, the lower part first.
 
-    Two parts are shown only in a full cell, and only if ``is_even``: the lowest part, and the part above it
-    that is smallest in the whole graph, because it might not be visible anywhere else. Any other cell shows
-    only its largest part.
+    A cell shows two parts only if the cell is full and ``is_even`` is True. The first is the lowest part. The
+    second is the part above it that is smallest in the whole graph, because this part might not be visible in
+    any other cell. Otherwise, the cell shows only its largest part.
     """
     filled = sum(share for _, share in covered)
     if filled < 1 / 16:

@@ -1,8 +1,8 @@
 """Which settings fit into memory, which changes make the recipe fit, and the panels that show both.
 
-:func:`solve` is slow and must run in a thread. One reason is that it reads the header of a GGUF file, to find
-out whether the model has to be converted before its first run. This header can contain hundreds of thousands
-of tokens.
+:func:`solve` is slow, so it must run in a thread. For example, it reads the header of a GGUF file to find out
+whether the model must be converted before its first run. Such a header can contain hundreds of thousands of
+tokens.
 """
 
 from __future__ import annotations
@@ -58,8 +58,7 @@ TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "o_proj"),
     ("q_proj", "v_proj"),
 )
-"""Target modules that a key selects in turn: as in the QLoRA paper, as in many recipes, as in the LoRA
-paper.
+"""Target modules that a key cycles through: those of the QLoRA paper, of many recipes, and of the LoRA paper.
 """
 _KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8
 """Widths, in cells, of the columns to the left of the change in memory."""

@@ -124,7 +124,7 @@ class ConfirmScreen(WorkerDialog[bool | None]):
             text: The consequences of a yes.
             yes: What the key for yes does, in a few words.
             no: What the key for no does, in a few words.
-            harmless: Whether nothing can be lost by a yes, so that Enter means yes.
+            harmless: Whether a yes cannot lose anything. If so, Enter means yes.
             is_outdated: Called every second in a thread. Once it returns True, the answer is no.
         """
         super().__init__()
@@ -208,14 +208,13 @@ class TextPromptScreen(ModalScreen[str | None]):
 
 
 def ask_search(screen: OnQloraApp, things: str, before: str, show: Callable[[str], None]) -> None:
-    """Ask for a text to search for, and call ``show`` with it. If the text is empty, ``show`` must show
-    everything.
+    """Ask for a search text, and pass it to ``show``. If the text is empty, ``show`` must show everything.
 
     Args:
         screen: The screen that asks.
         things: What is searched, as a plural noun, such as ``lines``.
         before: The current search text.
-        show: Called with the text, unless the user cancels.
+        show: Called with the search text, unless the user cancels.
     """
     text = f"Show only {things} that contain this text. Leave empty to show all."
     screen.ask(TextPromptScreen("Search", text, before), show)

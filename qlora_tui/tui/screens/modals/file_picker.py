@@ -19,9 +19,7 @@ from qlora_tui.tui.ui_state import Kind, recent_paths
 from qlora_tui.tui.widgets.controls import TextField, ViList
 
 _MAX_ENTRIES = 500
-"""Maximum number of entries of a folder that are listed. To list other entries, the user types a part of a
-name.
-"""
+"""Maximum number of a folder's entries to list. To list other entries, the user types a part of a name."""
 _MAX_RECENT = 6
 
 
@@ -54,9 +52,9 @@ class FilePickerScreen(ModalScreen[Path | None]):
             kind: Kind of the recent paths that are offered.
             endings: Endings of the names of files that are listed.
             start: The folder in which to start; None for the current folder.
-            is_id: Returns whether a text is an id on the Hub, which is then returned as a path.
-            is_one: Returns whether a folder counts as one item, such as a model, so that Enter selects it
-                instead of opening it.
+            is_id: Returns whether a text is an id on the Hub. If so, the dialog returns the id as a path.
+            is_one: Returns whether a folder counts as one item, such as a model. If so, Enter selects the
+                folder instead of opening it.
         """
         super().__init__()
         self._is_id = is_id
@@ -184,8 +182,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
         return files + [p for p in entries if p.is_dir()]
 
     def _entry_line(self, path: Path) -> Content:
-        """Return the line of an entry. A folder to be opened has its name and a slash; any other entry has
-        its name and size.
+        """Return the line of an entry. For a folder that Enter opens, the line has the name and a slash; for
+        any other entry, the name and the size.
         """
         if path.is_dir() and not self._is_one(path):
             return Content.styled(f"{path.name}/", "bold")

@@ -1,4 +1,4 @@
-"""Help: a page for each screen, with the keys that are available now and the signs and terms on the screen,
+"""Help: a page for each screen, with the keys that are available now and the symbols and terms on the screen,
 and a page with all keys.
 """
 
@@ -45,7 +45,7 @@ _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machi
 commands.
 """
 _Row: TypeAlias = tuple[tuple[str, ...], str]
-"""A row of help: (cells, sentence), with the cells before the sentence."""
+"""A row of the help: the cells shown at the left, and the sentence that follows them."""
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[Command]]]
 _LEAST_SENTENCE = 16
 _COLUMN_CELLS = 50
@@ -85,7 +85,7 @@ class HelpScreen(ModalScreen[None]):
 
 
 def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
-    """Return the page of help on a screen: the keys that are available now, and the signs and terms on the
+    """Return the page of help on a screen: the keys that are available now, and the symbols and terms on the
     screen.
 
     Args:
@@ -129,14 +129,14 @@ def all_keys_screen() -> HelpScreen:
 
 
 def _text(write: Callable[[int], list[Content]]) -> Drawing:
-    """Return a widget that shows the lines that ``write`` returns for the widget's width. The widget is as
-    high as these lines.
+    """Return a widget that shows the lines that ``write`` returns for the widget's width. The widget has as
+    many rows as there are lines.
     """
     return Drawing(lambda width, height: write(width), classes="help-text")
 
 
 def words_of(name: str, state: str) -> dict[str, str]:
-    """Return the explanation of each sign and term of a screen in this state, by the sign or term."""
+    """Return the explanation of each symbol and term of a screen in this state, by the symbol or term."""
     tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     table = tables.get(name, {})
     of_state = table.get(state, {})

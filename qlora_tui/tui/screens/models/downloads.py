@@ -1,9 +1,9 @@
 """Running downloads: child processes that continue when the screen or the app is closed, their messages, and
 their panel.
 
-A child process writes messages of :mod:`qlora_tui.worker`. The app reads them through a plain pipe and does
-not start the process with asyncio. asyncio kills subprocesses that it started when its loop ends, but a
-download should continue.
+A child process writes messages of :mod:`qlora_tui.worker`. The app reads the messages through a plain pipe.
+It does not start the process with asyncio, because asyncio kills its subprocesses when its event loop ends,
+and a download must continue.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Download:
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Speed over the last few seconds; None until it can be measured, or if no bytes have arrived."""
+        """Average speed over the last few seconds; None until it can be measured, or if no bytes arrived in
+        this time.
+        """
         if len(self._seen) < 2:
             return None
         (before_s, before), (now_s, now) = self._seen[0], self._seen[-1]

@@ -117,7 +117,7 @@ class ModelFit:
 
 
 class PartsPanel(Panel):
-    """What a model's memory consists of, in the recipe's precision."""
+    """Panel that breaks down the memory a model takes at the recipe's precision."""
 
     def __init__(self) -> None:
         self._lines = Lines(id="parts")
@@ -125,7 +125,7 @@ class PartsPanel(Panel):
 
     def show(self, fit: ModelFit) -> None:
         """Show a bar for each length and, in a tall window, for each rank. There are no bars for micro-batch
-        sizes, because a micro-batch with as many tokens as a length would have the same bar.
+        sizes: a micro-batch size and a length with the same number of tokens have the same bar.
         """
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
         groups = {"length": fit.lengths}
@@ -312,7 +312,7 @@ def parts_lines(
 
 def fit_lines(fit: ModelFit, width: int) -> list[Content]:
     """Return a line for each length, with the memory in each precision. If the width suffices for all
-    precisions, lines for micro-batch sizes follow. Next come a legend of the signs, and notes.
+    precisions, lines for micro-batch sizes follow. A legend of the symbols and notes come last.
     """
 
     def value(row: SettingFit) -> Content:

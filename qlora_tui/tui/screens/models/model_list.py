@@ -30,7 +30,7 @@ from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
 LOCAL, HUB, STARTER = "local:", "hub:", "starter:"
-"""Prefixes of the ids of lines. After ``LOCAL``, an id has the path of a model; after any other prefix, the
+"""Prefixes of line ids. ``LOCAL`` is followed by a model's path; ``HUB`` and ``STARTER`` are followed by a
 model's id on the Hub.
 """
 DEMO_LINE = "demo:"
@@ -85,7 +85,7 @@ class Starter:
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
     """Return the recommended first models: the demo's model, followed by the models of a short list that fit.
-    If none of them fits, include only the first and smallest model of the list.
+    If none of them fits, only the smallest of them follows.
 
     The first model after the demo's is the recommended one: the largest that needs at most half of the
     memory. The other half is left for longer sequences and other programs. The remaining models are sorted by
@@ -184,8 +184,8 @@ class ListedModels:
 
 
 def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
-    """Return two parts of the list's title: the word ``Models``, followed by ``hint``, the key to press; and
-    an explanation of the column ``needs``.
+    """Return two parts of the list's title: first, ``Models`` and ``hint``, which names the key to press;
+    second, an explanation of the column ``needs``.
     """
     of = f"{format_gib(budget.bytes)} GiB ({place_words(budget)})"
     needs = Content.styled(f"needs: to train, of {of}", "not bold $text-muted")
@@ -330,7 +330,7 @@ def _figure_columns(bytes_title: str, last: str) -> tuple[tuple[str, int, int], 
     return (
         ("params", 7, 0),
         (bytes_title, 9, 0),
-        ("needs  ", 15, 0),  # padded on the right, where the figures have a sign
+        ("needs  ", 15, 0),  # padded on the right, because each figure ends with a symbol
         ("context", 9, _WIDE),
         ("license", 12, _WIDE),
         (last, 10, _WIDE),

@@ -299,8 +299,8 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """For each model with only an outline, read the exact structure. If any structure was read, list the
-        models again.
+        """For each model of which only an outline is known, read the exact structure. If any structure was
+        read, list the models again.
         """
         if await run_stoppable(describe_models, self._models.local or ()):
             await self._list_local()
@@ -386,7 +386,7 @@ class ModelsScreen(WorkScreen):
     async def _estimate_needs(self) -> None:
         """Estimate the memory that each model on this machine needs, and select the recommended models."""
         if self._models.local is None:
-            return  # the local models are not known yet, and the scan calls this method at its end
+            return  # the scan for local models is still running; it calls this method when it ends
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         known = [(m.path, m.architecture) for m in self._models.local if m.architecture is not None]
         self._models.needs = await asyncio.to_thread(

@@ -165,13 +165,13 @@ def edit(preset: Preset) -> None:
 
 _COMMANDS = screen_commands("presets")
 _SHOWN = [command for command in _COMMANDS if command.footer and command.id != "presets.filter"]
-"""Commands whose keys are in the lower border, since a dialog has no footer."""
+"""Commands whose keys are shown in the lower border, because a dialog has no footer."""
 _ALWAYS = (
     COMMANDS["presets.filter"].binding(),
     Binding("escape", "leave", "Close"),
     Binding("question_mark", "help", "Help"),
 )
-"""Keys that are in the upper border."""
+"""Keys that are shown in the upper border."""
 _NEED_WIDTH = 30
 """Minimum width of the list, in cells, at which the memory of each preset is shown."""
 _LABEL_WIDTH = 80
@@ -284,8 +284,8 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
         self.app.push_screen(screen_help(self.app, "presets"))
 
     def action_leave(self) -> None:
-        """Close the field for a name; if it is not shown, close the filter; if that is not shown either,
-        close the window.
+        """Close the field for a name if it is shown; otherwise, the filter if it is shown; otherwise, the
+        window.
         """
         line, field = self.query_one("#save-line"), self.query_one("#preset-filter", Input)
         if line.display:
@@ -337,8 +337,8 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
 
     @work(exclusive=True, group="forecasts")
     async def _forecast(self, recipes: dict[str, Recipe]) -> None:
-        """Estimate the time of a run of each recipe. ``recipes``: by the name of their preset. If the data
-        has not been read yet, this takes a moment.
+        """Estimate the time of a run of each recipe. ``recipes``: the recipes, by the name of their preset.
+        If the data has not been read yet, this takes a moment.
         """
         self._forecasts = {}
         for name, recipe in recipes.items():

@@ -152,7 +152,9 @@ def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
 
 
 def differing(compared: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return (label, value by run) for each setting that differs between runs."""
+    """Return (label, values) for each setting that differs between runs. The values are in the order of the
+    runs.
+    """
     recipes = [one.recipe for one in compared]
     rows = []
     for path, field in fields().items():
@@ -233,7 +235,7 @@ def _cells(name: str, values: Sequence[str], width: int) -> list[tuple[str, ...]
 
 
 class CompareScreen(WorkerDialog[None]):
-    """The comparison of runs in the whole window. Escape closes it."""
+    """A comparison of runs that fills the window. Escape closes it."""
 
     DEFAULT_CSS = """
     CompareScreen {

@@ -108,7 +108,7 @@ class ExportChoice:
     note: str
     """What the format is best for, in a few words."""
     detail: str
-    """A description, in sentences."""
+    """Description of the format, in full sentences."""
     form: Form
     is_estimate: bool = True
     """Whether ``bytes`` is computed from the model's parameters. If not, it was read from a file."""
@@ -135,7 +135,9 @@ class ExportChoice:
 
     @property
     def blocked(self) -> str:
-        """What the format needs first, such as a download of ``14.3 GiB``; empty if it needs nothing."""
+        """What must be done before the export: the size of a download, such as ``14.3 GiB``, or
+        ``✗ no base model``; empty if nothing must be done.
+        """
         base = self.missing_base
         if base is None:
             return ""
@@ -155,7 +157,7 @@ def export_choices(
 
     Args:
         base: The base model of the run.
-        budget: Memory in which a GGUF file is meant to run.
+        budget: The memory that is available for running a GGUF file.
         adapter_bytes: Size of the adapter; None if unknown.
         file_type: Type of the GGUF files.
         hub_form: The form to upload: one of :data:`HUB_FORMS`, or the type of a GGUF file.
@@ -202,7 +204,8 @@ def export_choices(
             "Merged model, 16-bit",
             base.merged_bytes,
             "transformers, vLLM",
-            "A folder with base and adapter merged into one model, compared with both before it is kept.",
+            "A folder with the base model and the adapter merged into one model. The merged model is checked "
+            "against base + adapter before it is saved.",
             "merge",
             suffix="-merged",
             target="Folder",
@@ -294,13 +297,14 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
 
 
 def _folder() -> Path:
-    """Return the folder in which exports are proposed."""
+    """Return the default folder for exports."""
     return Path.home() / "models"
 
 
 def proposed_target(choice: ExportChoice, run_name: str, checkpoint: int | None = None) -> str:
-    """Return an unused path in the folder for exports or, if the choice needs a name, a name derived from
-    ``run_name``. ``checkpoint``: step of the checkpoint; None for the final adapter.
+    """Return an unused path in the default folder for exports. If the choice needs a name instead of a path,
+    return a name derived from ``run_name``. ``checkpoint``: step of the checkpoint; None for the final
+    adapter.
     """
     stem = re.sub(r"[^\w.-]+", "-", run_name).strip("-") or "adapter"
     if checkpoint is not None:

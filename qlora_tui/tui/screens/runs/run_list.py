@@ -60,8 +60,8 @@ from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
 MARKS = "ABCD"
-"""Letters that mark the runs selected for comparison, in the list and in the graph of losses. They are never
-used as the sign of a state.
+"""Letters that mark the runs selected for comparison, in the list and in the graph of losses. No run state
+uses one of these letters as its symbol.
 """
 _CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
@@ -93,7 +93,7 @@ _MIN_REASON = 32
 other columns leave.
 """
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
-"""Matches the time, and a number after it, at the end of a generated name such as
+"""Matches the time of day, and the number that may follow it, at the end of a generated name such as
 ``owls-20261130-0752-2``.
 """
 _HEAD = 15
@@ -122,8 +122,8 @@ def reason(summary: RunSummary) -> Content:
 
 
 def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]:
-    """Return the columns of the list, to the right of the column with mark and state. ``own``: returns, for a
-    run, those of its settings that differ between runs.
+    """Return the columns of the list, to the right of the column with mark and state. ``own``: returns a
+    run's values of the settings that differ between runs, as text.
     """
     return (
         Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
@@ -300,7 +300,7 @@ class RunTable(LineView):
         mark = MARKS[self._marked.index(row.id)] if row.id in self._marked else " "
         sign, word, style = result_label(row.status, row.defect)
         if row.id in self._waiting:
-            # All queued runs have one sign and color. The reason says what a run waits for.
+            # All queued runs have the same symbol and color. The reason says what a run waits for.
             sign, style = SIGNS["queued"]
             word = f"queue {self._waiting.index(row.id) + 1}"
         return Content.assemble(("▌", style), (f"{mark} ", "$primary"), (f"{sign} {word:<10}", style))
@@ -333,7 +333,7 @@ class RunFiles:
 
     @classmethod
     def read(cls, summary: RunSummary) -> RunFiles:
-        """Read the run's folder. This may take long, so call it in a thread."""
+        """Read the run's folder. This can be slow, so call it in a thread."""
         recipe = summary.run.readable_recipe()
         return cls(
             recipe,
@@ -520,8 +520,8 @@ def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:
 
 
 def _size(folder: Path) -> int:
-    """Return the total size in bytes of all files in the folder. A file that vanishes in the meantime counts
-    as 0.
+    """Return the total size in bytes of all files in the folder. A file that is deleted in the meantime
+    counts as 0.
     """
     total = 0
     for path, _, names in os.walk(folder):

@@ -59,7 +59,7 @@ _LIST_KEYS = (("runs.sort", "sort"), ("runs.filter", "filter"))
 _FILES_INTERVAL_S = 5.0
 """Minimum time between two reads of the folder of the run under the cursor, in seconds."""
 _READ_BUDGET_S = 0.3
-"""Approximate time limit of a read, in seconds. To list hundreds of runs, several reads are needed."""
+"""Approximate time limit of a read, in seconds. Listing hundreds of runs takes several reads."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class RunsScreen(RunCommands):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         if action == "restore":
-            # Without a deleted run, disable the action, so that its key undoes a change of the recipe, as on
+            # If no run was deleted, disable the action. Its key then undoes a change of the recipe, as on
             # other screens.
             return bool(self.app.deleted_runs)
         if action not in ("filter", "sort", "sweeps") and self.has_command(action):
@@ -397,7 +397,7 @@ class RunsScreen(RunCommands):
         await self._prepare(replace_setting(run.recipe(), "lora.init_from", run.id))
 
     async def _prepare(self, recipe: Recipe) -> None:
-        """Load a recipe, and switch to the Train screen with the checks before its launch."""
+        """Load a recipe, and switch to the Train screen, which checks the recipe before launch."""
         if self.app.load_recipe(recipe):
             self.notify_undoable("Loaded the run's recipe.")
         await prepare_run(self.app)
@@ -460,8 +460,8 @@ class RunsScreen(RunCommands):
             self._act_on(run, lambda run: run_actions.restore_run(run.id), then)
 
     def _refuse_while_acting(self) -> None:
-        """Raise UserError while an action of this screen is in progress on a slow machine, so that no run is
-        deleted or restored twice.
+        """Raise UserError if an action of this screen is still in progress, as on a slow machine. Otherwise,
+        a run might be deleted or restored twice.
         """
         if any(worker.group == SLOW_ACTIONS for worker in self.workers):
             raise UserError(

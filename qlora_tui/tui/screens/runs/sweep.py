@@ -70,7 +70,7 @@ _STYLES: dict[Outcome, str] = {
 
 @dataclass(frozen=True)
 class _Shown:
-    """A sweep, and what is computed from it for the window."""
+    """A sweep, and the values computed from it for the window."""
 
     view: SweepView
     bought: tuple[Bought, ...]
@@ -95,8 +95,8 @@ def _read(sweep: SweepDir, before: _Shown | None) -> _Shown:
 
 
 class SweepScreen(WorkerDialog[None], OnQloraApp):
-    """A sweep in the whole window: verdict, charts, trials, and the effect of each setting on the loss.
-    Escape closes it.
+    """A window with a sweep: verdict, charts, trials, and the effect of each setting on the loss. Escape
+    closes the window.
     """
 
     DEFAULT_CSS = """

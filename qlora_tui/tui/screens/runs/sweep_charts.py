@@ -16,7 +16,7 @@ from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overal
 from qlora_tui.tui.render.series import Envelope
 
 _OTHER, _UNCHANGED, _WINNER = "•○★"
-"""Marks of losses: of other trials, of the unchanged recipe, and of the winner."""
+"""Symbols for the losses of other trials, of the unchanged recipe, and of the winner."""
 _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
     "bold $validation",
     "bold $text",
@@ -57,7 +57,7 @@ class _Scale:
 
 
 def _scale(values: Values, more: Sequence[Any]) -> _Scale:
-    """Return the axis for the values of a setting. The axis also has the values in ``more``.
+    """Return the axis for the values of a setting. The axis also includes the values in ``more``.
 
     For a range, the axis is linear or logarithmic. The values of a list are evenly spaced; if they are
     numbers, they are sorted.

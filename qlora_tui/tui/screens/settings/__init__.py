@@ -1,1 +1,1 @@
-"""The window for the settings of the app: ``screen`` is a form for :class:`qlora_tui.settings.Settings`."""
+"""The settings window: ``screen`` is a form for :class:`qlora_tui.settings.Settings`."""

@@ -1,4 +1,4 @@
-"""The window for the settings of the app, such as the theme, notifications and folders. The settings are
+"""The settings window: the theme, notifications, folders, and other settings of the app. The settings are
 saved in config.toml.
 """
 
@@ -145,9 +145,7 @@ _SWATCHES = (*HUES, "key", "warning", "error")
 
 
 def _swatches() -> Content:
-    """Return the colors of the app's theme with their names. When the theme changes, the colors change
-    too.
-    """
+    """Return the colors of the app's theme with their names. The colors follow the theme when it changes."""
     shown = [Content.assemble(("███ ", f"${name}"), (name, "$text-muted")) for name in _SWATCHES]
     return Content("  ").join(shown)
 

@@ -166,8 +166,8 @@ class LaunchPane(Vertical, OnQloraApp):
         self._checks: tuple[Check, ...] = ()
         self._preset: Recipe | None = None
         self._shows_all = False
-        """Whether the user has reversed the default. By default, passed checks are listed one by one in a
-        very wide window, and share one line in a smaller window.
+        """Whether the user has reversed the default. By default, each passed check has its own line in a very
+        wide window; in a smaller window, all passed checks share one line.
         """
 
     def compose(self) -> ComposeResult:

@@ -60,7 +60,7 @@ SIGNS: dict[Level, tuple[str, str]] = {
     "warning": ("!", "$warning"),
     "error": ("✗", "$error"),
 }
-"""(sign, color) of a log entry, by level."""
+"""(symbol, color) of a log entry, by level."""
 LEVELS: tuple[tuple[str, frozenset[Level]], ...] = (
     ("", frozenset(SIGNS)),
     ("warnings only", frozenset(("warning", "error"))),
@@ -302,8 +302,8 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_note(snapshot: RunSnapshot) -> str:
-    """Return a sign and a number for the Health tab: ``✗1`` for one error or, without errors, ``!2`` for two
-    warnings; ``✓`` if there are none. Warnings of one kind count once.
+    """Return a symbol and a number for the Health tab: ``✗1`` for one error or, without errors, ``!2`` for
+    two warnings; ``✓`` if there are none. Warnings of one kind count once.
     """
     severities = list({health.kind: health.severity for health in snapshot.health}.values())
     errors = severities.count("error") + isinstance(snapshot.view.ending, Failed)
@@ -332,8 +332,8 @@ class LogTail(LineView):
         """Index in :data:`LEVELS` of the levels that are shown."""
 
     def show(self, entries: Sequence[LogEntry], empty: str | None = None) -> None:
-        """Show these entries. If ``entries`` is the list of the last call, to which entries were appended,
-        only the appended entries are processed.
+        """Show these entries. If ``entries`` is the same list as in the last call, only the entries appended
+        since then are processed.
 
         ``empty``: the text to show if there are no entries; None to keep the last such text.
         """

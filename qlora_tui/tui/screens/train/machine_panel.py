@@ -19,8 +19,8 @@ from qlora_tui.runs.telemetry import Reading
 from qlora_tui.tui.render.meters import bar, history
 
 _HOT_C, _HOTTEST_C = 83, 100
-"""Temperatures in °C: the lowest at which a GPU counts as hot, and the temperature at the top of
-the chart.
+"""``_HOT_C``: lowest temperature, in °C, at which a GPU counts as hot. ``_HOTTEST_C``: temperature at the top
+of the chart.
 """
 _LABEL = 8
 """Width of the label before a chart, in cells."""
@@ -30,8 +30,8 @@ _CHARTS_FROM = 3
 this.
 """
 _SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
-"""Maximum height of the panel, in rows, at which it has only two lines, and minimum height at which each
-chart has two rows.
+"""``_SHORT_ROWS``: maximum height of the panel, in rows, at which it shows only two lines.
+``_TALL_PANEL_ROWS``: minimum height at which each chart has two rows.
 """
 
 

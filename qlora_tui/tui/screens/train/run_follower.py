@@ -127,7 +127,7 @@ class RunSnapshot:
     """Readings of the machine, newest last."""
     energy_kwh: float | None
     seconds_trained: float
-    """Training time over all steps, without evaluations and pauses."""
+    """Training time over all steps, excluding evaluations and pauses."""
     seconds_left: float | None
     seconds_per_step: float | None
     """Duration of a recent step in seconds; None until it is known."""
@@ -136,7 +136,7 @@ class RunSnapshot:
     warning or failure has one.
     """
     step_stride: int
-    """Distance between two steps of the graph, in steps; more than 1 only in a very long run."""
+    """Distance between neighboring points of the graph, in steps; more than 1 only in a very long run."""
     stages: tuple[PhaseChanged, ...] = ()
     """The first phases of the current attempt."""
     recipe: Recipe | None = None
@@ -161,7 +161,7 @@ class RunSnapshot:
 
     @property
     def has_validation(self) -> bool:
-        """Whether the run has validation data. True if that is not known yet."""
+        """Whether the run has validation data. True if this is not known yet."""
         return self.view.data is None or bool(self.view.data.validation_samples)
 
 

@@ -85,7 +85,7 @@ _ROWS_OF_FIRST = 2
 _GAP = "     "
 """Gap between the large figures and the other facts."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""What can be done with an adapter: the label of a command, by the command's name."""
+"""Labels of the commands that use an adapter, by the command's name."""
 _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
@@ -198,8 +198,8 @@ def state_line(snapshot: RunSnapshot) -> Content:
 
 
 def progress_share(snapshot: RunSnapshot) -> float | None:
-    """Return the fraction of steps done, 0 to 1; None before the first step, when the stages show their own
-    progress, and if the run is queued or finished.
+    """Return the fraction of steps done, from 0 to 1. Return None if the run is queued or finished, and
+    before the first step, because the stages then show their own progress.
     """
     if snapshot.status.state in ("finished", "queued") or not snapshot.step:
         return None

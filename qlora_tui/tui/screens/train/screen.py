@@ -70,7 +70,7 @@ RUN_POLL_INTERVAL_S = 1.0
 _PREPARING = frozenset(
     ("launch", "suggest", "sweep", "probe", "recheck", "watch_another", "next_tab", "level")
 )
-"""Actions available while a run is prepared. All other actions need a run that is being watched."""
+"""Actions available while a run is being prepared. All other actions need a run that is being watched."""
 _PREPARING_ONLY = frozenset(("launch", "suggest", "sweep", "probe", "recheck"))
 _STATES: Mapping[str, Collection[State]] = {
     "pause": ACTIVE,
@@ -394,8 +394,8 @@ class TrainScreen(RunCommands):
 
     @property
     def _when_it_ends(self) -> str:
-        """Text that says when a run ends after a request: `` after this step`` if the run has begun to train;
-        otherwise empty.
+        """Return the text that says when the run will stop once the user has asked it to:
+        `` after this step`` if training has begun; otherwise empty.
         """
         has_begun = self.snapshot is None or self.snapshot.view.phase in STEP_PHASES
         return " after this step" if has_begun else ""

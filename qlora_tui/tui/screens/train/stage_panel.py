@@ -22,7 +22,7 @@ _TO_COME: dict[Phase, str] = {
 }
 """What each stage works on, by phase, in the order in which a run goes through the stages."""
 _STAGE_CELLS = 13
-"""Width of a stage's sign and name, in cells."""
+"""Width of a stage's symbol and name, in cells."""
 _MAX_BAR = 30
 _MIN_WIDTH_FOR_BAR = 60
 

@@ -36,7 +36,8 @@ from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_ROWS, _TALL_ROWS = 12, 28
-"""Minimum height, in rows, at which charts are drawn below the graph, and at which each chart has two rows.
+"""``_MIN_ROWS``: minimum height, in rows, at which charts are drawn below the graph. ``_TALL_ROWS``: minimum
+height at which each chart has two rows.
 """
 _HEADROOM, _TOP_PARTS = 1.2, 10
 """``_HEADROOM``: minimum ratio of the top of a chart to the highest value, so that a constant value does not
@@ -165,8 +166,8 @@ def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
 
 
 def zoom_start(step: int, zoom: int) -> float:
-    """Return the step at which graphs begin: 0 if ``zoom`` is 0; otherwise a round number, so that about the
-    last half, quarter, eighth… of the steps is shown if ``zoom`` is 1, 2, 3….
+    """Return the step at which graphs begin. If ``zoom`` is 0, return 0. Otherwise, return a round number, so
+    that the graphs show about the last half (``zoom`` 1), quarter (2) or eighth (3) of the steps, and so on.
     """
     if zoom <= 0 or step < 4:
         return 0.0
