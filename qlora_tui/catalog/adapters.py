@@ -29,7 +29,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 """An adapter's files, under their names in peft."""
 MAX_PATTERNS = 20_000
-"""Largest number of patterns: one for each expert's projection in large mixtures."""
+"""Maximum number of patterns. Large MoE models need one pattern per projection of each expert."""
 _Rank = Annotated[int, Meta(ge=1, le=1024)]
 _Alpha = Annotated[float, Meta(ge=0, le=1e6)]
 _Names = list[str] | None

@@ -162,7 +162,7 @@ class Architecture(Struct, frozen=True):
     """Share of the attention weights that the model itself drops in training (GPT-2, Granite 3); mostly 0."""
     final_logit_softcapping: float | None
     logit_scale: float | None
-    """Factor on the logits after the head; None for 1."""
+    """Factor applied to the logits after the head; None for 1."""
     dtype: str | None
     """Dtype of the weights in the file: ``bfloat16``."""
     quantized_as: str | None

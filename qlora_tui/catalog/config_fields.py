@@ -8,7 +8,7 @@ from typing import Any
 from qlora_tui.errors import UserError
 
 MAX_SIZE = 1 << 31
-"""Largest size, which is far above any size in a real config."""
+"""Maximum value of a size in a config. Sizes in real configs are far below."""
 _MAX_COUNT = {
     **dict.fromkeys(("layer", "layers", "depth", "depths", "blocks"), 1000),
     **dict.fromkeys(("head", "heads", "experts"), 100_000),
@@ -169,7 +169,7 @@ class ConfigFields:
 
 
 _MAX_VALUES = 200_000
-"""Largest number of values in a config. The longest real lists name every module that is not quantized."""
+"""Maximum number of values in a config. The longest real lists name every module that is not quantized."""
 
 
 def check_bounds(config: Mapping[str, Any], where: str = "config.json") -> None:

@@ -29,7 +29,7 @@ from qlora_tui.files import read_bounded
 from qlora_tui.installation import install_command
 
 MAX_CONFIG_BYTES = 4 << 20
-"""Largest size of a config file in bytes.
+"""Maximum size of a config file in bytes.
 
 Real ones have kilobytes; those that list all unquantized modules have up to a megabyte.
 """

@@ -27,7 +27,7 @@ DEADLINE_S = 90.0
 """Seconds after which a process that describes one config is ended. It usually takes 4."""
 _FORMAT = 5
 MAX_FILES = 400
-"""Largest number of descriptions that are stored, of about 20 to 200 KB each."""
+"""Maximum number of descriptions that are stored, of about 20 to 200 KB each."""
 
 
 class Description(Struct, frozen=True, omit_defaults=True):

@@ -64,7 +64,7 @@ RESERVED_BYTES = 256 << 20
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds between attempts after a connection error without progress."""
 MAX_REQUESTS = 1000
-"""Largest number of requests for one file. Each resumes where the previous one stopped."""
+"""Maximum number of requests for one file. Each resumes where the previous one stopped."""
 
 
 def download(

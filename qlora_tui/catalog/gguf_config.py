@@ -87,7 +87,7 @@ _TOKENIZER = {
 }
 """Keys of tokenizers that are read, or that do not affect the supported tokenizers."""
 _CLOSE = 1e-4
-"""Largest relative difference at which a factor of Llama 3.1's scaling agrees with its parameters."""
+"""Maximum relative difference at which a factor of Llama 3.1's scaling agrees with its parameters."""
 
 
 def architecture_of(header: GgufHeader, path: Path) -> GgufArchitecture:

@@ -13,7 +13,7 @@ from qlora_tui.errors import UserError
 _MAX_COUNT = 1 << 24
 """Upper bound of a count, larger than any size of a model; no product of two such counts overflows."""
 _TOLERANCE = 1e-5
-"""Largest relative difference at which two numbers are the same if one was stored in float32."""
+"""Maximum relative difference at which two numbers are the same if one was stored in float32."""
 
 
 _OFF_AT_ZERO = {
@@ -51,7 +51,9 @@ class Metadata:
         return self.header.values.get(name)
 
     def peek(self, key: str) -> Any:
-        """Return the value as it is in the file, or None, without marking it as read."""
+        """Return the value as it is in the file, without marking the key as read; None if the file lacks the
+        key.
+        """
         return self.header.values.get(f"{self.architecture}.{key}")
 
     def count(self, key: str) -> int | None:

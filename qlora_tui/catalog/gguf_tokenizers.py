@@ -66,7 +66,7 @@ class PreTokenizer:
     takes_words: bool = False
     """Whether a word that is in the vocabulary becomes a single token (``ignore_merges``)."""
     adds_begin: bool = False
-    """Whether a text begins with the begin token if the file does not say so."""
+    """Whether a text begins with the BOS token if the file does not say so."""
 
 
 _LLAMA3 = PreTokenizer((GPT4,), takes_words=True, adds_begin=True)

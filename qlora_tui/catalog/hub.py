@@ -30,7 +30,7 @@ from qlora_tui.decoding import Count, decode_json
 from qlora_tui.errors import UserError
 
 MAX_BYTES = 16 << 20
-"""Largest size of a list of results or files in bytes: a few hundred thousand entries."""
+"""Maximum size of a list of results or files in bytes: a few hundred thousand entries."""
 _ANY_JSON = msgspec.json.Decoder[Any](Any)
 EXPANDED_FIELDS = ("downloads", "gated", "safetensors", "tags", "config", "lastModified")
 

@@ -22,7 +22,7 @@ _GENERATES_TEXT = (
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 )
 _MAX_DEPTH = 8
-"""Largest number of config classes in a chain of inheritance."""
+"""Maximum number of config classes in a chain of inheritance."""
 _PARSER = threading.Lock()
 
 

@@ -27,7 +27,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 32 << 20
-"""Largest size of an index in bytes: about 280,000 tensors, as in a mixture of a trillion parameters."""
+"""Maximum size of an index in bytes: about 280,000 tensors, as in a MoE model with a trillion parameters."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -285,7 +285,7 @@ def _index_problem(where: str, what: str) -> UserError:
 
 
 MAX_HEADER_BYTES = 16 << 20
-"""Largest size of a header in bytes: about 130,000 tensors.
+"""Maximum size of a header in bytes: about 130,000 tensors.
 
 The library allows 100 MB, which take gigabytes once parsed.
 """

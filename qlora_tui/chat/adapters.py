@@ -44,7 +44,7 @@ _MANY_TOKENS = 64
 _ONE_THREAD_TERMS = 1 << 20
 """Multiplications below which one thread is faster than several, which take 0.1 ms to wake up."""
 _FP32 = 64 * torch.finfo(torch.float32).eps
-"""Largest relative error of an update that is attributed to fp32 arithmetic."""
+"""Maximum relative error of an update that is attributed to fp32 arithmetic."""
 _ROUNDINGS = 1.0
 """Rounding steps by which a layer's output may differ from peft's output in float64."""
 
@@ -186,7 +186,7 @@ def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
-    """Add ``adapter_name`` to ``model`` with fused forwards. Return False if it is not plain LoRA."""
+    """Add ``adapter_name`` to ``model`` with fused forward methods. Return False if it is not plain LoRA."""
     layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
     if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
@@ -237,7 +237,9 @@ def matches_peft(layer: Any, adapter_name: str, forward: LoraForward) -> bool:
 
 
 def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inputs (64, inputs) with massive channels, and base outputs (64, outputs), half of them 0."""
+    """Return example activations (64, in_features), some channels of which are very large, and base-layer
+    outputs (64, out_features), half of whose channels are 0.
+    """
     generator = torch.Generator().manual_seed(0)
     x, output = (torch.randn(_MANY_TOKENS, n, generator=generator) for n in (down.shape[1], up.shape[0]))
     x[:, :: max(x.shape[1] // 3, 1)] *= 100
@@ -246,7 +248,7 @@ def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Restore peft's own forwards."""
+    """Restore peft's own forward methods."""
     for layer in _layers(model):
         vars(layer).pop("forward", None)
 
@@ -351,7 +353,9 @@ class AdapterSet:
 
     @contextmanager
     def through_peft(self, adapter_name: str) -> Iterator[None]:
-        """Let peft compute ``adapter_name`` inside the block, and restore the fused forwards afterwards."""
+        """Let peft compute ``adapter_name`` inside the block, and restore the fused forward methods
+        afterwards.
+        """
         if self._peft_model is None:
             yield
             return

@@ -56,17 +56,19 @@ _STACKABLE = (
 )
 """Layers that hold only keys and values (tokens are their second last dimension), and constant states."""
 _ROWS_WORTH_LAUNCHING = 4
-"""Fewest rows of a common pass on a GPU, if a step of one row can be recorded but a step of several cannot.
+"""Minimum number of rows in a common pass on a GPU, if a step of one row can be recorded but a step of
+several cannot.
 
 Fewer rows take turns with recorded steps, because a recorded step takes a fraction of the time of a launched
 one.
 """
 _SMALLEST_CHECKED = 12
-"""Fewest tokens of a text that is used to compare passes of several rows with passes of one row."""
+"""Minimum number of tokens in a text that is used to compare passes of several rows with passes of one row.
+"""
 _CHECKED_STEPS = 3
 """Decoding steps of each row in that comparison."""
 _MOST_KEPT = 8
-"""Most ended conversations whose keys and values are kept."""
+"""Maximum number of ended conversations whose keys and values are kept."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class Batch:
                 self._arrange([])
 
     def step(self) -> None:
-        """Process the pending tokens of all rows that can be computed in one pass."""
+        """In one pass, process the pending tokens of the rows that can be computed together."""
         due = [row for row in self.rows if row.pending is not None]
         wanted: list[Row] = []
         if len(due) >= self.fewest_rows and not self._batches.why_not:
@@ -386,7 +388,9 @@ class Batches:
         return True
 
     def _best(self, adapter_name: str, prompt: Sequence[int]) -> PrefixCache | None:
-        """Return the kept conversation that shares most tokens; None if over half of it would be lost."""
+        """Return the cached conversation that shares the longest prefix with the prompt; None if reusing it
+        would discard more than half of it.
+        """
         known = [
             (reusable_prefix(cache.token_ids, prompt), number)
             for number, (name, cache) in enumerate(self._kept)

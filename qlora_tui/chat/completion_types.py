@@ -15,7 +15,7 @@ from qlora_tui.data.conversation import Message, ToolCall
 from qlora_tui.recipe.schema import Thinking
 
 MAX_ALTERNATIVES = 20
-"""Most alternatives to a token; OpenAI's API has the same limit."""
+"""Maximum number of alternatives to a token; OpenAI's API has the same limit."""
 
 CompletionEnding: TypeAlias = FinishReason | Literal["stop text", "schema satisfied"]
 """Why a completion ended: as in a chat, at a stop text, or after a complete JSON value or call."""
@@ -29,7 +29,7 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     messages: tuple[Message, ...] = ()
     """A conversation to answer, rendered with the chat template."""
     text: str | None = None
-    """A text to continue. Control tokens in it count as such. The begin token is added."""
+    """A text to continue. Control tokens in it count as such. The BOS token is added."""
     token_ids: tuple[int, ...] = ()
     """Token ids to continue, without changes."""
     tools: tuple[dict[str, Any], ...] = ()

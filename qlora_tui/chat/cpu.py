@@ -176,7 +176,7 @@ def layout_agrees(layer: Any) -> bool:
 
 
 def _example_tokens(layer: Any) -> Tensor:
-    """Return inputs (3, inputs) of the layer, with a few massive channels."""
+    """Return example inputs (3, inputs) of the layer, a few channels of which are very large."""
     return example_rows(3, layer.in_features, outlier=100).to(layer.compute_dtype)
 
 

@@ -24,7 +24,7 @@ from qlora_tui.chat.chat_types import FinishReason, GenerationResult, Sampling
 from qlora_tui.data.thought_splitter import TextChunk, ThoughtSplitter
 
 _SMALLEST_DIVISOR = 1e-5
-"""Smallest temperature and penalty by which logits are divided. Smaller ones overflow float32."""
+"""Minimum temperature and penalty by which logits are divided. Smaller ones overflow float32."""
 
 
 class TokenSampler:
@@ -67,7 +67,9 @@ class TokenSampler:
 _BROKEN = "\ufffd"
 """Character that a decoder writes for bytes that are not (yet) a complete character."""
 _LONGEST_CHARACTER = 4
-"""Most bytes of a UTF-8 character, and therefore most tokens before a character is complete."""
+"""Maximum number of bytes in a UTF-8 character, and therefore of tokens that it takes to complete a
+character.
+"""
 
 
 class IncrementalDetokenizer:

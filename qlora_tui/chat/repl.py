@@ -72,7 +72,7 @@ def compare_answers(
     Args:
         source: What to load; base and adapter share one copy of the base.
         conversations: Questions by conversation.
-        max_new_tokens: Most tokens of an answer.
+        max_new_tokens: Maximum number of tokens in an answer.
         base_answers: Number of conversations, from the first, that the base is asked; None for all.
         on_status: Called with a description of the current activity.
 

@@ -409,7 +409,7 @@ class ChatSession:
         """Start the recorded step of ``token`` (1, 1), and read the token while the GPU computes.
 
         Returns the token's id and the logits (1, vocabulary) after it, which the next call overwrites.
-        Returns None if no step is recorded; then nothing was processed.
+        Returns None, without processing anything, if no step is recorded.
         """
         if prefix_cache.outdated_by(1):
             return None

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 16
 _BATCH_TOKENS = 8192
-"""Most tokens of a batch, including prompts and answers."""
+"""Maximum number of tokens in a batch, including prompts and answers."""
 _MAX_BYTES = 1 << 28
 
 T = TypeVar("T", int, float)
@@ -107,7 +107,7 @@ def answer_all(
     Args:
         prompts: Token ids of each prompt.
         stored: Holds earlier answers, and receives the computed ones.
-        max_new_tokens: Most tokens of an answer, or of all options.
+        max_new_tokens: Maximum number of tokens in an answer, or in all options.
         answer: Answers one batch.
         progress: Called with the number of answers that exist so far.
     """
@@ -293,7 +293,7 @@ def _by_both(
         prompts: Token ids of each prompt.
         state: Everything else that the answers depend on.
         kind: Type of an answer's items.
-        most_tokens: Most tokens of an answer, or of all options.
+        most_tokens: Maximum number of tokens in an answer, or in all options.
         answer: Answers a batch with the base or the adapter, given its name.
         report: Called with the number of answers done.
     """

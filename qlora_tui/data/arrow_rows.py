@@ -26,7 +26,7 @@ _LARGEST_ROW_BYTES = 4 * LARGEST_ROW_BYTES
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """Last bytes of an Arrow stream, which are the marker of a message and a length of 0."""
 _MEMORY_BYTES = 448 * MIB
-"""Largest number of bytes that reading a piece may take."""
+"""Maximum number of bytes that reading a piece may take."""
 _reader = Confined(__name__, cpu_s=60.0, memory_bytes=_MEMORY_BYTES)
 
 

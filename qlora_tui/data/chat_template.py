@@ -44,7 +44,7 @@ Span = tuple[int, int]
 """Start and end, in characters."""
 
 MAX_CPU_S = 5.0
-"""Largest processor time of one rendering, in seconds. A long conversation takes some milliseconds."""
+"""Maximum processor time of one rendering, in seconds. A long conversation takes some milliseconds."""
 MAX_MEMORY_BYTES = 256 << 20
 _MAX_EXHAUSTED = 3
 """Number of renderings out of memory after which a template is not tried again: each may take seconds."""

@@ -71,8 +71,8 @@ class Confined:
 
         Args:
             module: imported by the child before its memory is limited.
-            cpu_s: largest processor time of one call, in seconds.
-            memory_bytes: largest memory in addition to that of a child at its start.
+            cpu_s: maximum processor time of one call, in seconds.
+            memory_bytes: maximum memory in addition to that of a child at its start.
             prepare: called in each child at its start, without limits; it is pickled.
         """
         self.cpu_s = cpu_s
@@ -112,7 +112,7 @@ class Confined:
         return result
 
     def _reply(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
-        """Return whether the call returned, and its result or exception."""
+        """Call the function; return (True, result) or (False, exception)."""
         connection = self._connected()
         try:
             connection.send((function, arguments))

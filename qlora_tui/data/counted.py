@@ -69,7 +69,7 @@ class Counted(Struct, frozen=True):
     """Index of each sample's source, 16-bit unsigned."""
 
     def samples(self, data: Data) -> SampleLengths:
-        """Return the training samples, weighted by the sources of ``data``."""
+        """Return the lengths of the training samples, weighted as the sources of ``data`` specify."""
         return SampleLengths(array("I", self.lengths), array("H", self.sources), data)
 
 

@@ -144,7 +144,7 @@ MIN_PARALLEL_BYTES = 4 << 20
 A child takes a third of a second of a core to start, and processes about five megabytes per second.
 """
 MAX_WORKERS = 4
-"""Largest number of child processes.
+"""Maximum number of child processes.
 
 A data set must be made within a gigabyte. Each child holds a tokenizer (82 MiB at its start with a vocabulary
 of 49,000, and 141 MiB with one of 139,000) and its word cache of about 25 MiB.

@@ -20,9 +20,9 @@ from qlora_tui.data.repetition import words
 
 MOST_OPTIONS = 256
 _MOST_WORDS = 8
-"""Largest number of words of a label; longer recurring answers count as texts."""
+"""Maximum number of words of a label; longer recurring answers count as texts."""
 _ROWS_PER_OPTION = 3
-"""Smallest mean number of rows for each option, or each value of a field."""
+"""Minimum mean number of rows for each option, or each value of a field."""
 _STYLES: tuple[dict[str, Any], ...] = tuple(
     {"separators": separators, "ensure_ascii": ascii_}
     for separators in ((", ", ": "), (",", ":"))

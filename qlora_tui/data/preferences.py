@@ -356,7 +356,7 @@ def rated(conversation: Conversation, *, is_good: bool) -> Conversation:
 
 
 def _sides(cells: Mapping[str, Any], source: int, row: int) -> tuple[Conversation, list[tuple[Message, ...]]]:
-    """Return the conversation with the chosen answer, and the turns with each rejected one."""
+    """Return the conversation with the chosen answer and, for each rejected answer, its turns."""
     prompt, tools = _question(cells)
     chosen = _side(cells.get("chosen"), prompt, "chosen")
     if not _has_answer(chosen):

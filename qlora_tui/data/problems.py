@@ -22,7 +22,7 @@ from qlora_tui.formatting import pluralize
 from qlora_tui.recipe.schema import Data
 
 MAX_LISTED_ROWS = 1000
-"""Largest number of row numbers stored for each kind; further rows are only counted."""
+"""Maximum number of row numbers stored for each kind; further rows are only counted."""
 EXAMPLE_CHARACTERS = 200
 
 

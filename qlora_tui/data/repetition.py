@@ -44,12 +44,12 @@ def find_loop(text: str) -> str:
 
 
 SAME_PROMPT = 0.8
-"""Smallest share of common word pairs with which two prompts count as the same."""
+"""Minimum share of common word pairs with which two prompts count as the same."""
 OTHER_ANSWER = 0.2
-"""Largest share of common words with which two answers count as different."""
+"""Maximum share of common words with which two answers count as different."""
 _PROBES = 6
 _MOST_ALIKE = 50
-"""Largest number of rows with one prompt that are compared with each other."""
+"""Maximum number of rows with one prompt that are compared with each other."""
 
 
 def find_contradictions(rows: Sequence[tuple[str, str]]) -> dict[int, int]:

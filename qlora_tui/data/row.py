@@ -53,21 +53,21 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 
 MIB = 1 << 20
 LARGEST_ROW_BYTES = 16 * MIB
-"""Largest size of a line, JSON value, CSV row, paragraph or record: about four million tokens."""
+"""Maximum size of a line, JSON value, CSV row, paragraph or record: about four million tokens."""
 MAX_VALUES = 3_000_000
-"""Largest number of values in one JSON value, which may be a whole file.
+"""Maximum number of values in one JSON value, which may be a whole file.
 
 Each value takes up to 80 bytes as a Python object.
 """
 MAX_VALUES_IN_LINE = 250_000
 MAX_CHARACTERS = 2_000_000
-"""Largest number of characters of one rendered conversation: a tokenizer takes about 350 bytes for each."""
+"""Maximum number of characters of one rendered conversation: a tokenizer takes about 350 bytes for each."""
 DEEPEST = 100
-"""Largest nesting depth of lists and objects."""
+"""Maximum nesting depth of lists and objects."""
 _PART_BYTES = 64
 UNQUESTIONED_BYTES = 64 * MIB
 MAX_EXPANSION = 1000
-"""Largest number of bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been read.
+"""Maximum number of bytes read for each byte on disk, once more than ``UNQUESTIONED_BYTES`` have been read.
 
 Real text compresses to between a third and a fiftieth.
 """

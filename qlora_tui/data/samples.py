@@ -127,8 +127,8 @@ def truncate(
 ) -> list[TokenizedSample]:
     """Return samples of at most ``max_length`` tokens, leaving out those with no token in the loss.
 
-    The first token of a sample is predicted from nothing, so it does not count as being in the loss. Cutting
-    on the left keeps a begin token at the start.
+    No token precedes the first token of a sample, so it is never predicted, and does not count as being in
+    the loss. Cutting on the left keeps the BOS token at the start.
     """
     length = len(sample.token_ids)
     if length <= max_length:

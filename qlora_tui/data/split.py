@@ -146,10 +146,10 @@ def _by_group(groups: array[int], sources: array[int]) -> Iterator[tuple[int, Co
 MAX_ROWS = 100_000
 SIMILARITY_THRESHOLD = 0.8
 SKETCH = 32
-"""Largest number of hashes in a sketch."""
+"""Maximum number of hashes in a sketch."""
 _PROBES = 4
 _MIN_WORDS = 12
-"""Smallest number of words of a row that is compared; shorter rows share triples by chance."""
+"""Minimum number of words of a row that is compared; shorter rows share triples by chance."""
 _KNOWN_WORDS = 200_000
 _SPARE = 3
 """Multiple of ``SKETCH`` to which the hashes of a long row are filtered by a bound before they are sorted."""

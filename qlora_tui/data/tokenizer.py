@@ -71,7 +71,7 @@ class ChatTokenizer:
         # A str takes four bytes per character if one character is an emoji: 110 MB for Gemma.
         self._json = tokenizer_json.encode()
         self.expansion = check_tokenizer(decode_json(self._json, _JSON_OBJECT))
-        """Largest number of characters that the tokenizer's normalizer makes from one."""
+        """Maximum number of characters that the tokenizer's normalizer makes from one."""
         with panics_as_errors():
             self.backend = Tokenizer.from_str(tokenizer_json)
             check_normalizer(self.backend)
@@ -147,7 +147,7 @@ class ChatTokenizer:
 
     @cached_property
     def begins_with_bos(self) -> bool:
-        """Return whether the tokenizer puts its begin token before plain text."""
+        """Return whether the tokenizer puts its BOS token before plain text."""
         ids = self.backend.encode("a", add_special_tokens=True).ids
         return self.bos_id is not None and ids[:1] == [self.bos_id]
 
@@ -339,12 +339,12 @@ class AnswerDecoder:
 
 
 _MAX_CACHED_WORDS = 100_000
-"""Largest number of words in the cache, which is cleared when full.
+"""Maximum number of words in the cache, which is cleared when full.
 
 With their tokens, the words take about 25 MB.
 """
 _LONGEST_WORD = 48
-"""Largest number of characters of a cached word.
+"""Maximum number of characters of a cached word.
 
 Longer words rarely repeat: addresses, code, text without spaces.
 """

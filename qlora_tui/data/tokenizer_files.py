@@ -24,17 +24,17 @@ from qlora_tui.errors import UserError
 from qlora_tui.files import read_bounded
 
 MAX_BYTES = 64 << 20
-"""Largest size of a ``tokenizer.json``; the largest vocabularies take about 35 MB."""
+"""Maximum size of a ``tokenizer.json``; the largest vocabularies take about 35 MB."""
 MAX_EXPANSION = 16.0
-"""Largest number of characters that a normalizer or decoder may make from one."""
+"""Maximum number of characters that a normalizer or decoder may make from one."""
 LONGEST_TOKEN = 4096
-"""Largest number of characters of a token.
+"""Maximum number of characters of a token.
 
 The longest tokens in use are lines of a few hundred spaces or dashes.
 """
 LONGEST_PATTERN = 8192
 MAX_STEPS = 64
-"""Largest number of steps of a normalizer, decoder or pre-tokenizer."""
+"""Maximum number of steps of a normalizer, decoder or pre-tokenizer."""
 _CHUNK = 16
 _PROBED = (*range(0x20, 0x7F), 0xE9, 0x416, 0x5B57, 0x1F600)
 PROBE = "".join(f"{chr(code) * 32} " for code in _PROBED) + "\n\t\n"

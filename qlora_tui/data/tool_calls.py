@@ -32,7 +32,7 @@ _ARGUMENTS = {"qvzkey": "qvzvalue"}
 _TWO_ARGUMENTS = {"qvzkey": "qvzvalue", "qvzkeyb": "qvzvalueb"}
 _DECODER = json.JSONDecoder()
 _MOST_TRIED = 100
-"""Largest number of places that are tried as the end of the last complete call."""
+"""Maximum number of places that are tried as the end of the last complete call."""
 
 
 class Fields(Struct, frozen=True):

@@ -86,7 +86,7 @@ UNTRAINED_NORM_RATIO = 0.1
 """Share of an ordinary row's norm below which a row counts as untrained."""
 _MAX_SPECIAL_ROWS = 64
 _MAX_IDENTICAL_ROWS = 2
-"""Largest number of special tokens with identical rows; more identical rows were only initialized."""
+"""Maximum number of special tokens with identical rows; more identical rows were only initialized."""
 _MAX_ROW_BYTES = 1 << 20
 
 

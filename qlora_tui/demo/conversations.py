@@ -36,7 +36,7 @@ SHOWN = 4
 OPENING = "Keeper's log: "
 CLOSING = "The light turns."
 MAX_REPEATED = 0.15
-"""Largest acceptable share of three-word sequences that repeat earlier ones in the answer."""
+"""Maximum acceptable share of three-word sequences that repeat earlier ones in the answer."""
 _MIN_WORDS = 8
 
 

@@ -34,7 +34,7 @@ from qlora_tui.memory.execution import (
 from qlora_tui.training import loss, packed_attention
 
 WIDEST_FLASH = 256
-"""Largest head size of FlashAttention (``check_head_dim_size_flash`` in aten's ``sdp_utils.cpp``)."""
+"""Maximum head size of FlashAttention (``check_head_dim_size_flash`` in aten's ``sdp_utils.cpp``)."""
 DTYPES = {(2, False): torch.bfloat16, (2, True): torch.float16}
 """Compute dtypes, by their size in bytes and whether they are float16. Others are float32."""
 

@@ -27,7 +27,7 @@ LONGEST_PERIOD = 12
 PERIODS = 4
 """Number of traced periods: the first and the last, which have other neighbors, and two to compare."""
 LEAST_SAVED = 4
-"""Fewest layers that a repetition must save."""
+"""Minimum number of layers that a repetition must save."""
 T = TypeVar("T")
 
 

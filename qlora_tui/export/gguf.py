@@ -112,7 +112,7 @@ def export_gguf(
         adapter_name: The adapter to merge.
         out: A file ending in ``.gguf`` for one type, or a folder for any number of types.
         file_types: Types of :mod:`qlora_tui.catalog.gguf`, or ``auto`` alone.
-        within: Largest acceptable mean KL divergence, in nats.
+        within: Maximum acceptable mean KL divergence, in nats.
         compared_tokens: Maximum number of tokens whose answers are compared.
         on_status: Called with the current activity.
 
@@ -234,7 +234,7 @@ def final_paths(
 
 
 DEFAULT_WITHIN = 0.03
-"""Largest mean KL divergence, in nats, of the file that ``auto`` selects."""
+"""Maximum mean KL divergence, in nats, of the file that ``auto`` selects."""
 
 StatusFn = Callable[[str], None]
 

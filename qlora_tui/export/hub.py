@@ -247,7 +247,7 @@ def _run(
 
 @dataclass(frozen=True)
 class _Written:
-    """What was measured while the files were written."""
+    """Measurements taken while the files were written."""
 
     checked: tuple[str, ...] = ()
     """How the files were compared with the trained model, in sentences for the user who exports."""

@@ -58,7 +58,7 @@ def ollama_template(tokenizer: ChatTokenizer, thinking: Thinking, *, adds_bos: b
     Args:
         tokenizer: Tokenizer with the training template.
         thinking: Whether the model was trained to think.
-        adds_bos: Whether Ollama itself begins each text with the begin token, as the file's ``add_bos_token``
+        adds_bos: Whether Ollama itself begins each text with the BOS token, as the file's ``add_bos_token``
             says. If so, the template must not write it.
     """
     if tokenizer.traits.thinks and thinking != "off":

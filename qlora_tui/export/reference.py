@@ -111,7 +111,7 @@ class Reference:
     end_ids: tuple[int, ...]
     """Tokens that end a turn."""
     first_tokens: tuple[int, ...]
-    """Tokens that begin every text: the begin token, or none."""
+    """Tokens that begin every text: the BOS token, or none."""
     template: str
     """The chat template that the conversations were rendered with."""
     effect: float

@@ -28,7 +28,7 @@ _BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
 _TERMINATED = re.compile(r"\s*what\(\):\s+CUDA (?:driver )?error: (.+)")
 """Pattern of C++'s output before it aborts because a CUDA error is thrown while another one is handled."""
 _SUSPENSION_S = 1.0
-"""Largest difference of the kernel's two clocks without a suspension, in seconds."""
+"""Maximum difference of the kernel's two clocks, in seconds, at which no suspension is assumed."""
 _MEMORY_WORDS = (
     "out of memory",
     "DefaultCPUAllocator: can't allocate memory",

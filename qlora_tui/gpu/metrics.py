@@ -48,7 +48,7 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def usable_bytes(self) -> int | None:
-        """Return the bytes available to programs, used or free; None if unknown."""
+        """Return the total bytes that programs can use, including those in use; None if unknown."""
         return None if self.total_bytes is None else self.total_bytes - (self.reserved_bytes or 0)
 
     @property

@@ -84,11 +84,13 @@ class Rules:
     # Linear modules
 
     def is_fused(self, module: Linear) -> bool:
-        """Return whether one of our functions computes module and adapter: not with DoRA or 8-bit weights."""
+        """Return whether one of our fused functions computes the module together with its adapter. False for
+        DoRA and for 8-bit weights.
+        """
         return self.own and bool(module.rank) and not module.dora and module.method != "int8"
 
     def are_grouped(self, modules: Sequence[Linear]) -> bool:
-        """Return whether our function computes these modules together: not with dropout."""
+        """Return whether our fused function computes these modules together. False with dropout."""
         names = {module.name for module in modules}
         return not self.dropout and all(map(self.is_fused, modules)) and any(map(names.issubset, GROUPS))
 

@@ -191,7 +191,9 @@ class ExecutionConfig:
     varlen: bool = False
     """Whether one kernel call attends to all samples of such a sequence, instead of one call per sample."""
     samples: int = 0
-    """Number of samples in the micro-batch, as far as memory depends on it; 0 means one per sequence."""
+    """Number of samples in the micro-batch, set only if memory use depends on it; 0 means one sample per
+    sequence.
+    """
     device: Literal["cuda", "cpu"] = "cuda"
     capability: tuple[int, int] = (8, 6)
     """CUDA compute capability of a GPU."""

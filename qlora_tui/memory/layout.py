@@ -150,7 +150,7 @@ class Layer:
     """The MLP, the shared expert, and other blocks that transform each token."""
     mixture: Mixture | None
     norms: tuple[int, ...]
-    """Width of each norm's input; for norms over heads, of all heads together."""
+    """Width of each norm's input; for per-head norms, the width of all heads together."""
     convolved: int
     """Number of channels of the layer's convolutions."""
     state_width: int

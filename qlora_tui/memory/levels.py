@@ -400,7 +400,7 @@ class Conversion:
     file: str
     """Name of the GGUF file."""
     peak_bytes: int
-    """Largest resident set of the conversion process."""
+    """Peak resident set size of the conversion process, in bytes."""
 
     def words(self, run_bytes: int | None) -> str:
         """Return one sentence on the conversion's memory.

@@ -28,9 +28,9 @@ from qlora_tui.recipe.schema import Data, Quantization, Recipe
 from qlora_tui.recipe.training_settings import Training
 
 ANSWER_TOKENS = 48
-"""Largest number of tokens of an answer to a general prompt, for the forgetting curve."""
+"""Maximum number of tokens of an answer to a general prompt, for the forgetting curve."""
 PROMPT_TOKENS = 64
-"""Largest number of tokens of a general prompt, including the text that most chat templates add."""
+"""Maximum number of tokens of a general prompt, including the text that most chat templates add."""
 
 
 @dataclass(frozen=True)

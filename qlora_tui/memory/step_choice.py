@@ -52,9 +52,9 @@ The value is between an RTX 3060 (about 12e12) and an RTX 4090 (about 70e12), as
 specifications.
 """
 _LAUNCH_S = 4e-3
-"""Seconds in which a CPU launches the kernels of a recomputed layer for one micro-batch of any size.
+"""Seconds a CPU takes to launch the kernels of a recomputed layer for one micro-batch of any size.
 
-Calculated for a desktop, from 7.2 ms on a slow server.
+Estimated for a desktop from 7.2 ms measured on a slow server.
 """
 _UNPACK_S = 4e-12
 """Seconds to dequantize a 4-bit weight: 2.5 bytes read and written, at 0.6 TB/s (calculated)."""
@@ -207,7 +207,7 @@ def plan_kept_layers(
     Args:
         free_bytes: memory of the device that no other process uses, including the memory of this run.
         execution: the code that the run executes, if it differs from that expected from the recipe.
-        limit: largest number of layers to keep.
+        limit: maximum number of layers to keep.
     """
     if recipe.training.gradient_checkpointing != "auto" or recipe.quantization.streamed_layers:
         return None

@@ -57,12 +57,12 @@ class Field(Struct, frozen=True, kw_only=True):
     """The annotated type, for ``msgspec.convert``."""
     choices: tuple[str, ...] = ()
     minimum: float | None = None
-    """Smallest value; see ``exclusive_minimum``."""
+    """Minimum value; see ``exclusive_minimum``."""
     maximum: float | None = None
     exclusive_minimum: bool = False
     exclusive_maximum: bool = False
     min_length: int = 0
-    """Smallest length, in characters of a text or items of a list."""
+    """Minimum length, in characters of a text or items of a list."""
     max_length: int | None = None
 
     @property

@@ -27,11 +27,11 @@ from qlora_tui.recipe.validation import find_issues
 _DATASETS = TABLES.datasets
 _MAX_BYTES = 4_000_000
 _MAX_DEPTH = 50
-"""Largest number of nested lists and tables in a YAML file. Settings of trainers have at most five."""
+"""Maximum nesting depth of lists and tables in a YAML file. Settings of trainers have at most five levels."""
 _SECRET_ENDINGS = ("token", "api_key", "password", "secret", "secrets")
 """Endings of keys whose values are never shown."""
 _LONGEST_VALUE = 60
-"""Largest number of characters of a value in an error."""
+"""Maximum number of characters of a value in an error."""
 _BITS = ("load_in_8bit", "load_in_4bit", "quantization_bit", "quant_config.quantization_bit")
 _FOUR_BIT_TYPES = (
     "bnb_4bit_quant_type",

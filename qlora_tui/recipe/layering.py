@@ -15,7 +15,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError, RecipeIssue, find_issues
 
 _MAX_SHOWN_CHARS = 200
-"""Largest number of characters of an argument that a message repeats."""
+"""Maximum number of characters of an argument that a message repeats."""
 
 
 def build_recipe(

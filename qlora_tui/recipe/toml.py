@@ -26,7 +26,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.validation import InvalidRecipeError, find_issues, key_lines
 
 _MAX_BYTES = 1_000_000
-"""Largest size of a recipe in bytes.
+"""Maximum size of a recipe in bytes.
 
 Recipes have a few KB; a larger file is a model or data given by mistake.
 """

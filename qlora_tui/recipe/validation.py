@@ -21,7 +21,7 @@ from qlora_tui.recipe import aliases, targets
 from qlora_tui.recipe.fields import Field, fields, sections, source_fields
 
 _MAX_SHOWN = 20
-"""Largest number of issues shown, because a file with more is probably not a recipe."""
+"""Maximum number of issues shown, because a file with more is probably not a recipe."""
 Key = tuple[str | int, ...]
 """Key as a path of names and indices: ``("lora", "rank")``; ``("data", "sources", 0, "path")``."""
 _OPAQUE = re.compile(
@@ -38,7 +38,7 @@ _PATHS = frozenset(("id", "path", "validation_path", "init_from"))
 """Last path components of settings that may name a file."""
 _MAX_PATH_BYTES = 4000
 _MAX_NAME_BYTES = 255
-"""Largest length of a Linux file name in bytes; looking up a longer name raises an error."""
+"""Maximum length of a Linux file name in bytes; looking up a longer name raises an error."""
 _RawIssue = tuple[Key, str, str, str]
 """Key in the layer, path of the setting, the error, and the fix."""
 

@@ -37,7 +37,7 @@ ENOUGH = 20
 """Number of rows from which the app offers to train on them."""
 _MAX_BYTES = 1 << 28
 _PAIR_LEARNING_RATE = 1e-4
-"""Highest learning rate for a run on pairs. A higher rate soon makes both answers unlikely."""
+"""Maximum learning rate for a run on pairs. A higher rate soon makes both answers unlikely."""
 _PAIR_EPOCHS = 3.0
 """Epochs of a run on pairs. With one packed row per step, 25 pairs give 27 steps."""
 

@@ -257,12 +257,14 @@ def claimed(devices: Devices) -> Iterator[tuple[int, ...] | None]:
 
 
 def choose(wanted: Wanted, unavailable: set[str]) -> Devices | None:
-    """Choose devices for a run. If it has to wait, return None and add its free devices to ``unavailable``.
+    """Choose devices for a run. If the run has to wait, return None and reserve the free devices it needs by
+    adding them to ``unavailable``.
 
     Args:
         wanted: Requirement of the run.
-        unavailable: Keys of devices that other runs use, or that runs earlier in the queue wait for. Without
-            the latter, a run that needs several devices would wait as long as runs that need one keep coming.
+        unavailable: Keys of devices that other runs use, or that are reserved for runs earlier in the queue.
+            Without reservations, a run that needs several devices could wait forever while runs that need a
+            single device overtake it.
     """
     free = wanted.free(unavailable)
     if len(free) < wanted.count:

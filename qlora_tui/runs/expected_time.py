@@ -42,7 +42,9 @@ _STEPS = 64
 _MOST_COUNTED_BYTES = 256 << 20
 """Size of data above which nothing is counted ahead, which would take over a minute of CPU time."""
 LEAST_STEPS = 3
-"""Fewest steps of a run whose speed is used. The first is excluded: it compiles and allocates."""
+"""Minimum number of steps of a run whose speed is used. The first step is excluded, because it compiles and
+allocates.
+"""
 TimeBasis: TypeAlias = Literal["probe", "run", "another model", "measured speed", "typical card"]
 """Source of an expected time: measured steps of this recipe, an earlier run, a run of another model, the
 speed that ``doctor`` measured, or none of these."""

@@ -57,7 +57,7 @@ class ExportRequest(Struct, frozen=True, kw_only=True):
     checkpoint: int | None = None
     """Step of a checkpoint; None for the final adapter."""
     within: float | None = None
-    """Largest acceptable mean KL divergence of a GGUF file, in nats."""
+    """Maximum acceptable mean KL divergence of a GGUF file, in nats."""
     compared_tokens: int = COMPARED_TOKENS
     """Number of tokens whose answers are compared."""
     base: Literal["best", "original", "dequantized"] = "best"

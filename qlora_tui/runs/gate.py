@@ -132,7 +132,9 @@ class Gate:
 
 
 def _held_for(run: RunDir) -> int:
-    """Return the process for which an earlier runner held a run; 0 if it has ended or there is none."""
+    """Return the PID of the process that an earlier runner was keeping the run waiting for; 0 if that process
+    has ended or there was none.
+    """
     hold = read_status(run).hold
     return hold.pid if hold and hold.cause == "program" and program_name(hold.pid) == hold.program else 0
 

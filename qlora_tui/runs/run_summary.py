@@ -46,7 +46,7 @@ _LEARNED: dict[Comparison, str] = {
     "unclear": "Not enough evidence that it learned",
 }
 NOTABLE_RISE = 0.01
-"""Smallest rise of the validation loss, as a share of the loss, that is worth a word or a color. Smaller
+"""Minimum rise of the validation loss, as a share of the loss, that is worth a word or a color. Smaller
 differences are common between two evaluations of a model that no longer learns.
 """
 _ACTIVE_INTERVAL_S = 5.0
@@ -381,9 +381,11 @@ class RunEvidence:
     preferences: PreferenceAccuracy | None = None
     """Replaces the loss for preference methods whose loss does not measure the likelihood of answers."""
     loss: LossChange | None = None
-    """Validation loss with its interval; None for runs of earlier versions, or without validation data."""
+    """Validation loss with its confidence interval; None for runs of earlier versions, or without validation
+    data.
+    """
     losses: tuple[float, float | None] | None = None
-    """Validation loss before training and at its end, without an interval; None if not measured."""
+    """Validation loss before and after training, without confidence intervals; None if not measured."""
     best_step: int | None = None
     """Step of the lowest validation loss, if the loss has risen clearly since; None otherwise."""
     forgetting: float | None = None

@@ -22,7 +22,7 @@ from qlora_tui.runs.slurm import SIGNAL_S, JobPlan, Target
 _START_S = 180.0
 """Seconds from the start of a job to its first step, if this was not measured."""
 _MARGIN = 1.5
-"""Factor on the measured training time, to allow for evaluations, checkpoints and slower nodes."""
+"""Factor applied to the measured training time, to allow for evaluations, checkpoints and slower nodes."""
 _ROUND_S = 300
 _HEAD_BYTES = 1 << 18
 """Bytes at the beginning of the event file that certainly include the first step."""

@@ -92,7 +92,9 @@ _NO_OTHER_RATE = 0.05
 _LION_SHARE = 1 / 3
 """Lion's rate as a share of AdamW's. Its paper recommends a third to a tenth (section 5)."""
 _LEAST_RATED = 8
-"""Fewest rated answers per step without a warning before the launch; this program's own rule."""
+"""Minimum number of rated answers per step; with fewer, a warning is shown before the launch. This program's
+own rule.
+"""
 _PACKED = 1.05
 """Samples per sequence from which sequences are called packed."""
 _MOST_ROUNDS = 4

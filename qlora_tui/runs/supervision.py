@@ -188,7 +188,7 @@ class Supervisor:
         return exit_code
 
     def requeue(self, run: RunDir) -> None:
-        """Put a run that yielded its devices back in its place in the queue. Raises OSError."""
+        """Return a run that yielded its devices to its place in the queue. Raises OSError."""
         run_queue.requeue(run, first=True)
 
     def notify(self, run: RunDir) -> None:

@@ -120,7 +120,7 @@ class RunView:
 
     @classmethod
     def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[events.AnyEvent]]:
-        """Read a run with only about ``steps`` of its steps; ``refresh`` continues from there.
+        """Read a sample of about ``steps`` steps of a run. ``refresh`` reads on from the end of the log.
 
         Also returns the events, for callers that show each of them.
         """

@@ -250,7 +250,9 @@ class Api:
 
     @contextmanager
     def _admitted(self) -> Iterator[object]:
-        """Count a request as open inside the block; yield a mark for it. Raises ApiError if too many are."""
+        """Count the request as open while the block runs, and yield a token that identifies it. Raises
+        ApiError if too many requests are open.
+        """
         if self.figures.open >= MOST_OPEN:
             raise ApiError(
                 429,

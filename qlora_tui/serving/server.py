@@ -155,7 +155,9 @@ class Server:
 
 
 class TimedConnection(H11Protocol):
-    """A connection that is closed if it stays open without a request. Such a connection needs no key."""
+    """A connection that is closed if it stays open without a request. Otherwise, clients without an API key
+    could hold connections open.
+    """
 
     _clock: asyncio.TimerHandle | None = None
 

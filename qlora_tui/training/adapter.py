@@ -51,9 +51,9 @@ from qlora_tui.training.health import OVERFLOW_REMEDY
 def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: Sequence[int] = ()) -> Any:
     """Add a new LoRA adapter, which does not change the model's output yet because B is 0.
 
-    Draws from torch's random numbers. Also switches the model to the fused forwards (:mod:`.fused`). The
-    adapter's weights are fp32, whatever dtype the model computes in. With ``train_embeddings`` they include
-    embedding and head.
+    Draws from torch's random numbers. Also switches the model to the fused forward methods (:mod:`.fused`).
+    The adapter's weights are fp32, whatever dtype the model computes in. With ``train_embeddings`` they
+    include embedding and head.
 
     Args:
         token_ids: tokens whose rows of embedding and head are also trained; untrained rows start as the mean.

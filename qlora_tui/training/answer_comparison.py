@@ -33,7 +33,7 @@ from qlora_tui.training.run import Run
 from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, answer_limit, task_prompts
 
 RUN_SHARE = 0.03
-"""Largest share of the training time that the answers may take."""
+"""Maximum share of the training time that the answers may take."""
 _MIN_SECONDS = 1.0
 """Seconds below which the comparison is not started."""
 _BATCH_ROWS = 8

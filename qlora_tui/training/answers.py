@@ -16,7 +16,7 @@ from qlora_tui.recipe.schema import Thinking
 from qlora_tui.training.scoring import no_grad_eval
 
 SAMPLE_TOKENS = 96
-"""Largest number of tokens of an answer to a sample prompt."""
+"""Maximum number of tokens of an answer to a sample prompt."""
 MOST_LIKELY: Final[dict[str, Any]] = {
     "do_sample": False,
     "temperature": None,

@@ -56,7 +56,7 @@ class RowShape:
     packed: bool
     """Whether a row may hold several samples, each attending only to itself."""
     max_length: int
-    """Largest number of tokens of a row in this run."""
+    """Maximum number of tokens of a row in this run."""
     multiple: int = 1
     """A packed row is padded to a multiple of this number of tokens."""
     pad_id: int = 0

@@ -33,9 +33,9 @@ FOLDS = 5
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of right decisions for which a confidence threshold is searched."""
 _MIN_DECIDED = 10
-"""Smallest number of rows above a threshold with which the threshold is reported."""
+"""Minimum number of rows above a threshold with which the threshold is reported."""
 _ROUNDING = 1e-9
-"""Largest difference at which two confidences count as equal."""
+"""Maximum difference at which two confidences count as equal."""
 _BINS = 15
 """Number of equally wide confidence bins of the calibration error, as in Guo et al. 2017."""
 _LOG_RANGE = (math.log(0.05), math.log(50.0))

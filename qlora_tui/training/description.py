@@ -67,13 +67,13 @@ _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "atten
 
 
 MEMORY_BYTES = 4 << 30
-"""Largest memory for a description, besides the libraries. Real models take some megabytes."""
+"""Maximum memory for a description, besides the libraries. Real models take some megabytes."""
 CPU_S = 20.0
 """Limit of processor time for one description, in seconds. The largest real models take one second."""
 
 
 _LARGEST_TRIAL = 1 << 28
-"""Largest number of weights of a module that is tested, 1 GiB."""
+"""Maximum number of weights of a module that is tested (1 GiB in float32)."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:

@@ -33,11 +33,11 @@ from qlora_tui.training.run import Run
 from qlora_tui.training.scoring import no_grad_eval, token_losses
 
 SHORT_TOKENS = 16
-"""Largest number of tokens in the loss, turn ends included, with which a sample's answer counts as short."""
+"""Maximum number of tokens in the loss, turn ends included, with which a sample's answer counts as short."""
 _CHUNK_ROWS = 256
 """Number of rows of logits in memory at a time."""
 _MAX_ROWS = 128
-"""Largest number of rows that are compared before and after training."""
+"""Maximum number of rows that are compared before and after training."""
 
 
 class ValidationResult(NamedTuple):

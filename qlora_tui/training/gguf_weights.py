@@ -34,7 +34,7 @@ from qlora_tui.training.gguf_tokenizer import GgufTokenizer
 from qlora_tui.worker import Report
 
 BLOCK_BYTES = 16 * 2**20
-"""Largest block of rows that is dequantized at once, in bytes of float32."""
+"""Maximum size of a block of rows that is dequantized at once, in bytes of float32."""
 ProgressCallback = Callable[[int, int], None]
 """Called with the bytes written and the total bytes of the safetensors file."""
 Shape = tuple[int, ...]

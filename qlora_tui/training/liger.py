@@ -21,16 +21,18 @@ from qlora_tui.training.loss import ChunkedHead, LossSumFn, chunked_sum, losses_
 _TOKENS = 256
 """Number of tokens of the check, for which Liger uses several chunks of several rows in most models."""
 _LOSS_FACTOR = 0.125
-"""Factor on the loss before its backward, similar to the division by a step's tokens."""
+"""Factor applied to the loss before the backward pass. It resembles the division by a step's number of
+tokens.
+"""
 _LOGIT_STD = 4.0
 """Standard deviation of a position's logits.
 
 A few logits then dominate the softmax, and their part of the gradient is as large as the target's.
 """
 _TOLERANCES = {32: 1e-4, 16: 2e-3}
-"""Largest relative difference of the summed loss from the exact one, keyed by the head's bits."""
+"""Maximum relative difference of the summed loss from the exact one, keyed by the head's bits."""
 _NOISE = 6.0
-"""Largest error of an element of Liger's gradient, as a multiple of our error at the same token."""
+"""Maximum error of an element of Liger's gradient, as a multiple of our error at the same token."""
 _ROUNDINGS = {32: 64.0, 16: 1.0}
 """Lower bound of our error, in roundings of the summed terms, keyed by the bits of the head's dtype.
 

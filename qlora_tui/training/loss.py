@@ -45,7 +45,7 @@ class ChunkedHead:
 
     projection: nn.Linear
     multiplier: float
-    """Factor on the logits: Granite's 1 / ``logits_scaling``, Cohere's ``logit_scale``."""
+    """Factor applied to the logits: Granite's 1 / ``logits_scaling``, Cohere's ``logit_scale``."""
     softcap: float | None
     """Gemma's ``final_logit_softcapping``: logits become softcap · tanh(logits / softcap)."""
 

@@ -130,7 +130,7 @@ class MemoryMeter:
         Call :meth:`set_longest_batch` first. No layers are kept if the run's code is not modeled.
 
         Args:
-            limit: largest number of layers; None for any number.
+            limit: maximum number of layers; None for any number.
             least: returns the smallest free memory of all processes, given that of this one.
 
         Returns:

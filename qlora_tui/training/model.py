@@ -477,7 +477,7 @@ class PreparedBase:
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
     router_loss_off: bool = False
-    """Whether the model would have added a loss that balances its experts, which is not part of training."""
+    """Whether the model's load-balancing loss for its experts was turned off for training."""
     streamed: StreamedLayers | None = None
     """The layers that are kept in host memory; None if the whole model is on the device."""
 

@@ -34,13 +34,13 @@ from qlora_tui.training.checks.rounding import NOISE_FACTOR, rounding_noise
 from qlora_tui.training.scoring import no_grad_eval
 
 PACKED_TOKENS = 512
-"""Largest number of tokens in a sequence of several trees."""
+"""Maximum number of tokens in a sequence of several trees."""
 _LONGEST_PACKED = 4096
-"""Largest number of tokens of a packed row: a sequence's mask grows with the square of its length."""
+"""Maximum number of tokens of a packed row: a sequence's mask grows with the square of its length."""
 _BATCH_TOKENS = 4096
 """Number of tokens of a batch with one row for each option."""
 _BATCH_LOGITS = 1 << 26
-"""Largest number of logits of a forward: 256 MiB in float32, or 256 positions with a vocabulary of 256k."""
+"""Maximum number of logits of a forward: 256 MiB in float32, or 256 positions with a vocabulary of 256k."""
 _MULTIPLE = 64
 """Lengths are padded to multiples of this number, because oneDNN creates CPU kernels for each length."""
 _HEAD_ROWS = 128
@@ -121,7 +121,7 @@ class OptionScorer:
 
     @property
     def _most_places(self) -> int:
-        """Largest number of positions in a forward whose logits fit into the memory set aside for them."""
+        """Maximum number of positions in a forward whose logits fit into the memory set aside for them."""
         return max(1, _BATCH_LOGITS // int(self._model.config.get_text_config().vocab_size))
 
     def _parts(self, number: int, choice: Choice) -> Iterator[_Part]:

@@ -52,13 +52,15 @@ from qlora_tui.memory.execution import (
 from qlora_tui.training.fused.cpu_attention import RowAttention, pad_tokens, token_multiple
 
 _MAX_HEAD_WIDTH = 256
-"""Widest head that the kernel supports (``check_head_dim_size_flash`` in torch's ``sdp_utils.cpp``)."""
+"""Maximum head size that the kernel supports (``check_head_dim_size_flash`` in torch's ``sdp_utils.cpp``)."""
 _WIDTH_MULTIPLE = 8
 
 
 @cache
 def find_kernel() -> Callable[..., Any] | None:
-    """Return torch's varlen function; None before torch 2.11, which lacks it or its scale and window."""
+    """Return torch's varlen function. None before torch 2.11: earlier releases lack the function, or its
+    scale and window arguments.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -102,7 +104,7 @@ def attend(
     Args:
         query: (1, heads, tokens, width); ``key`` and ``value`` may have fewer heads.
         starts: (1, 1, 1, samples + 1), int32, on the CPU: where each sample begins, and the end of the last.
-        window: largest number of tokens that a query attends to, itself included; None for all earlier
+        window: maximum number of tokens that a query attends to, itself included; None for all earlier
             tokens.
 
     Returns:

@@ -39,7 +39,9 @@ from qlora_tui.training.model_class import decoder_layers
 from qlora_tui.worker import Report
 
 _ROWS, _ROW_TOKENS = 16, 512
-"""Largest number of compared rows, spread over the data, and largest number of tokens of each."""
+"""``_ROWS``: maximum number of rows to compare, spread over the data. ``_ROW_TOKENS``: maximum number of
+tokens of a row.
+"""
 _KEPT_SHARE = 16
 """One of this many layers is tried in 16 bits."""
 _HEAD_ROWS = 64

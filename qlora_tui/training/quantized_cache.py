@@ -42,7 +42,7 @@ STORED = re.compile(r"[\w.-]+-[0-9a-f]{16}")
 _SPARE_BYTES = 1 << 30
 """Bytes that stay free on the disk."""
 _SHARD_BYTES = 10**9
-"""Largest size of a weight file in bytes, unless one tensor is larger.
+"""Maximum size of a weight file in bytes, unless one tensor is larger.
 
 safetensors copies all tensors of a file from the GPU to host memory before it writes the first.
 """

@@ -86,7 +86,7 @@ They differ from the general prompts on which forgetting is measured, but ask fo
 
 
 REPLAY_TOKENS = 64
-"""Largest number of tokens of an answer."""
+"""Maximum number of tokens of an answer."""
 _BATCH = 32
 """Number of prompts that are answered at a time."""
 

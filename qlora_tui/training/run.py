@@ -40,7 +40,7 @@ class Run:
     requests: ControlRequests
     dist: DistributedContext
     max_kept_layers: int | None = None
-    """Largest number of layers that may keep their activations, lowered after running out of memory."""
+    """Maximum number of layers that may keep their activations, lowered after running out of memory."""
     has_run_out: bool = False
     """Whether an earlier attempt ran out of memory."""
     keeps_files: bool = True

@@ -57,7 +57,7 @@ def frozen_eval(model: Any) -> Iterator[None]:
 
 
 ROW_TOKENS = 384
-"""Largest number of tokens in a row.
+"""Maximum number of tokens in a row.
 
 About 250 of them are in answers, which is the number that the chunked loss projects at a time.
 """

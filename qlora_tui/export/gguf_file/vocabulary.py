@@ -267,10 +267,10 @@ def _ranks(merges: list[str]) -> dict[str, int]:
 
 
 def adds_bos(tokenizer: ChatTokenizer) -> bool:
-    """Return whether llama.cpp must begin every text with the begin token.
+    """Return whether llama.cpp must begin every text with the BOS token.
 
     This is the case if the tokenizer does so, and the training conversations began with this token.
-    llama-server then removes the begin token that the template writes, and Ollama's templates write none.
+    llama-server then removes the BOS token that the template writes, and Ollama's templates write none.
     """
     return tokenizer.begins_with_bos and prompt_ids([Message("user", "a")], tokenizer)[0] == tokenizer.bos_id
 

@@ -105,7 +105,7 @@ class LlamaModel:
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Return the tokens of a text in which special tokens are written out.
 
-        ``add_special`` adds the begin token if the file requests it.
+        ``add_special`` adds the BOS token if the file requests it.
         """
         data = text.encode()
         size = len(data) + 16
@@ -118,8 +118,8 @@ class LlamaModel:
     def prompt_tokens(self, prompt: str) -> list[int]:
         """Return the tokens of a rendered prompt as llama-server computes them.
 
-        If the file requests a begin token, the server removes one that the template wrote, and then tokenizes
-        with ``add_special`` (common/chat.cpp, ``common_chat_template_direct_apply``).
+        If the file requests a BOS token, the server removes a BOS token that the template wrote, and then
+        tokenizes with ``add_special`` (common/chat.cpp, ``common_chat_template_direct_apply``).
         """
         if self._lib.llama_vocab_get_add_bos(self._vocabulary):
             begin = self._lib.llama_vocab_get_text(

@@ -32,7 +32,7 @@ _SCORES = 3.0
 _ROUNDINGS = 64.0
 """Number of fp32 rounding errors by which an output may differ; the library computes its softmax in fp32."""
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
-"""Largest error of an output, as a multiple of the error of the library's eager attention in the run's dtype.
+"""Maximum error of an output, as a multiple of the error of the library's eager attention in the run's dtype.
 
 Both errors are taken at each head's worst token. If eager attention has no error there, the limit is this
 number of thirds of a unit in the last place.

@@ -36,7 +36,7 @@ _MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16
 _NOISE = 4.0
 """Multiple of the noise by which a token's logits in a packed sequence may differ from the sample's alone."""
 _MAX_NOISE = 0.25
-"""Largest noise, as a share of a token's logits, at which the check is still meaningful."""
+"""Maximum noise, as a share of a token's logits, at which the check is still meaningful."""
 _INT8_LEAK = 1e-3
 """Share of a token's logits by which an 8-bit model's logits may change if another sample changes.
 
@@ -185,7 +185,9 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
 
 
 def _allowed_leak(model: nn.Module, noise: Tensor) -> Tensor:
-    """Return the share of each token's logits by which they may change if another sample changes."""
+    """Return, for each token, the relative change in its logits that is tolerated when another sample
+    changes.
+    """
     if any(parameter.dtype == torch.int8 for parameter in model.parameters()):
         return noise.clamp(min=_INT8_LEAK)
     # A family's own experts have three-dimensional parameters, and 4-bit ones packed parameters.
@@ -243,7 +245,7 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
 
 
 def _example_states(states: Tensor) -> Tensor:
-    """Return hidden states in the shape and dtype of ``states``, with a few massive channels."""
+    """Return hidden states in the shape and dtype of ``states``, a few channels of which are very large."""
     return example_rows(*states.shape, seed=3, outlier=300).to(states.device, states.dtype)
 
 

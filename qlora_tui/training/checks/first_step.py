@@ -98,7 +98,7 @@ class FastPaths:
 
 
 _MAX_TOKENS = {"cpu": 128, "cuda": 512}
-"""Largest number of tokens in the excerpt, which takes a second or two on either device."""
+"""Maximum number of tokens in the excerpt, which takes a second or two on either device."""
 _MIN_TOKENS = 8
 _MORE_DRAWS = 3
 _LIBRARY_LOGITS_BYTES = 20

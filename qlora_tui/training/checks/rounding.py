@@ -103,9 +103,10 @@ def outputs_and_gradients(
 
 
 def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
-    """Return normal values (…, columns), equal in every process, with every third column massive.
+    """Return normally distributed values (…, columns), equal in every process. Every third column is very
+    large.
 
-    ``outlier`` is the factor of the massive columns, which trained models have too.
+    ``outlier`` is the factor of the large columns; the activations of trained models have such columns too.
     """
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     rows[..., :: max(shape[-1] // 3, 1)] *= outlier

@@ -87,7 +87,9 @@ class StepComparison:
 
 
 class StepReference:
-    """The library's step on an excerpt and its rounding noise, the reference for our step."""
+    """The reference for our training step: the result of the library's step on an excerpt of the data, and
+    that step's rounding noise.
+    """
 
     def __init__(self, model: nn.Module, excerpt: SampleList, device: ComputeDevice) -> None:
         """Compute the library's step on ``model``, which must use no fast path; clears its gradients."""

@@ -436,12 +436,12 @@ def is_fused_experts(module: nn.Module) -> bool:
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of each module of fused experts in 16 or 32 bits."""
+    """Yield the name and module of each module with fused experts in 16 or 32 bits."""
     return ((name, module) for name, module in model.named_modules() if is_fused_experts(module))
 
 
 def experts_4bit(model: nn.Module) -> Iterator[tuple[str, Experts4bit]]:
-    """Yield name and module of each module of 4-bit experts."""
+    """Yield the name and module of each 4-bit experts module."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Experts4bit))
 
 

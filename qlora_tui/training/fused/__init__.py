@@ -4,9 +4,9 @@ code of transformers and peft, called "the library" below.
 Each computes the same as the library's code: a module is compared with the library's before it is replaced,
 and ``training.checks`` compares the whole step. :mod:`.lora`: frozen linear layers and their adapters;
 :mod:`.gated_mlp`: the end of a gated MLP; :mod:`.norm_rotary`: RMSNorm and rotary positions;
-:mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU gated MLPs, norms and rotary positions
-use :mod:`.triton_kernels` if :mod:`.kernel_choice` allows it. :class:`.patching.PatchedForwards` switches
-back to the library's forwards.
+:mod:`.cpu_attention`: attention over packed samples on a CPU. On a GPU, gated MLPs, norms and rotary
+positions use :mod:`.triton_kernels` if :mod:`.kernel_choice` allows it. :class:`.patching.PatchedForwards`
+switches back to the library's forward methods.
 """
 
 from __future__ import annotations

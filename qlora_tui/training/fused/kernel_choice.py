@@ -28,7 +28,7 @@ from qlora_tui.catalog.optional_kernels import kernel_packages
 from qlora_tui.training.checks.rounding import outputs_and_gradients, within_rounding
 
 _ROUNDINGS = 8.0
-"""Largest difference of a kernel's value, in units in the last place of the row's largest value."""
+"""Maximum difference of a kernel's value, in units in the last place of the row's largest value."""
 _OLDEST_GPU = (7, 5)
 """Compute capability from which Triton's compiler is supported."""
 _TOKENS, _HEADS = 5, 5

@@ -429,7 +429,7 @@ class SharedInput:
     def before_forward(self, decoder: nn.Module, args: Any) -> None:
         """Stop computing the modules together if the last forward left an output that no module took.
 
-        This is decided only between forwards, because a recomputation must save the same tensors as its
+        This is decided only between forward passes, because a recomputation must save the same tensors as its
         forward.
         """
         if self._outputs:

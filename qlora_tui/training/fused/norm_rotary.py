@@ -103,8 +103,8 @@ def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
 def _example_rows(width: int, eps: float) -> Tensor:
     """Return inputs (4, width) that distinguish variants.
 
-    One row has typical values, one has a few massive channels, one has a mean far from 0, and one is so small
-    that epsilon is half of the value under the root.
+    One row has typical values, one has a few very large channels, one has a mean far from 0, and one is so
+    small that epsilon is half of the value under the root.
     """
     rows = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
     rows[0] *= 3

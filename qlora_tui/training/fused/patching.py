@@ -1,4 +1,4 @@
-"""Replaces forwards of modules, and restores the library's."""
+"""Replaces the forward methods of modules, and restores those of the library."""
 
 from __future__ import annotations
 

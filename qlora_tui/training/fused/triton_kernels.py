@@ -23,7 +23,7 @@ from torch import Tensor
 GatedActivation: TypeAlias = Literal["silu", "gelu_tanh"]
 _BLOCK = 1024
 _WIDEST_ROW = 1 << 14
-"""Largest number of elements in a row that one program can hold in the registers of its warps."""
+"""Maximum number of elements in a row that one program can hold in the registers of its warps."""
 _ELEMENTS_PER_WARP = 512
 """16 elements per thread: with eight times as many, the backward of a norm spills registers."""
 

@@ -1,5 +1,5 @@
-"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows by the change of their loss
-in a run.
+"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows, sorted by the change in
+their loss in a run.
 """
 
 from __future__ import annotations
