@@ -183,9 +183,9 @@ def _use_text(gpu: GpuDevice, metrics: GpuMetrics | None) -> str:
 
 
 class CommandFooter(Drawing):
-    """The last line, with keys and labels: ``Z Stop z Pause ^P Palette``. A click on a key presses it. Keys
-    that a panel names in its border, or in a text that is completely visible, are left out. Keys that do not
-    fit are shown only in the help.
+    """The last line, with keys and labels: ``Z Stop z Pause ^P Palette``. Clicking a key presses it. Keys
+    that a panel names in its border, or in a text that is fully visible, are left out. Keys that do not fit
+    are shown only in the help.
 
     Textual's Footer, which this replaces, mounts a widget for each key at every change of focus, and style
     caches keep these widgets alive.

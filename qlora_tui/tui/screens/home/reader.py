@@ -113,7 +113,8 @@ class HomeReader:
             system_status: The latest readings.
             now: The current Unix time.
             layout: Widths of the panels.
-            counts: How often samples have been counted. A new count invalidates the last :meth:`look_ahead`.
+            counts: Number of times that samples have been counted. A new count invalidates the last
+                :meth:`look_ahead`.
         """
         budget, planned = budgets
         local_models = self._local_models  # the app may reset it in the meantime
@@ -215,7 +216,8 @@ class HomeReader:
 
     def look_ahead(self, recipe: Recipe, system_status: SystemStatus, counts: int) -> None:
         """Check whether the data can be used, estimate how long a run takes, and store both results for the
-        next read. This takes seconds if the data is large. ``counts``: how often samples have been counted.
+        next read. This takes seconds if the data is large. ``counts``: number of times that samples have been
+        counted.
         """
         key, files = self._outlook_key(recipe, system_status, counts), None
         with suppress(UserError):
