@@ -17,7 +17,9 @@ EXIT_FAILURE = 1
 EXIT_USAGE = 2
 """Exit code: the call itself was invalid (a bad argument, an invalid recipe)."""
 EXIT_DISK = 74
-"""Exit code of a trainer after a disk error (``EX_IOERR`` of sysexits.h), which its events may lack."""
+"""Exit code of a trainer after a disk error (``EX_IOERR`` of sysexits.h). The trainer may be unable to write
+an event about such an error.
+"""
 INTERNAL_ERROR = "Internal error"
 """Title of an exception that indicates a bug in this program."""
 

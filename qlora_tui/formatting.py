@@ -188,7 +188,9 @@ def abbreviate_home(text: str) -> str:
 
 
 def short_model_name(model_id: str) -> str:
-    """Return the last part of a model's id or path; for a GGUF file or its conversion, the model's name."""
+    """Return the last part of a model's id or path. For a GGUF file, or a model converted from one, return
+    the model's name.
+    """
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 

@@ -17,7 +17,9 @@ _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "su
 _DAY_GROUPS = {"weekdays": range(5), "weekends": range(5, 7)}
 _DAY_MINUTES = 24 * 60
 _LONGEST_S = 8 * _DAY_MINUTES * 60.0
-"""Seconds of open hours without a gap after which they count as endless, because hours repeat every week."""
+"""Maximum duration of open hours without a gap, in seconds. Because hours repeat every week, longer open
+hours never end.
+"""
 _TIMES = re.compile(r"(?<![:\d])(\d{1,2})(?::(\d\d))?-(\d{1,2})(?::(\d\d))?(?![:\d])")
 _LOCAL_ZONE = Path("/etc/localtime")
 

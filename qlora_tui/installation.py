@@ -63,7 +63,9 @@ class _Package:
         return cls(name, tuple(filter(None, extras.rstrip("]").split(","))))
 
     def words(self, editable_option: str = "--editable", *before: str) -> list[str]:
-        """Return the arguments that name this package. If it is not editable, ``before`` precedes them."""
+        """Return the arguments that name this package. ``before``: arguments to put first, unless the package
+        is editable.
+        """
         extras = f"[{','.join(self.extras)}]" if self.extras else ""
         if self.editable:
             return [editable_option, f"{self.editable}{extras}"]

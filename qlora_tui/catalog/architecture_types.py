@@ -157,9 +157,10 @@ class Architecture(Struct, frozen=True):
     gated: bool
     """Whether the MLP multiplies two projections (gate and up)."""
     residual_dropout: float
-    """Share of each half's output that the model itself drops in training (GPT-2, OPT, Phi-2); mostly 0."""
+    """Share of each half's output that the model itself drops in training (GPT-2, OPT, Phi-2); usually 0."""
     attention_dropout: float
-    """Share of the attention weights that the model itself drops in training (GPT-2, Granite 3); mostly 0."""
+    """Share of the attention weights that the model itself drops in training (GPT-2, Granite 3); usually 0.
+    """
     final_logit_softcapping: float | None
     logit_scale: float | None
     """Factor applied to the logits after the head; None for 1."""
@@ -200,7 +201,9 @@ class Architecture(Struct, frozen=True):
     chunk_size: int = 0
     """Number of tokens that the recurrent layers compute at a time; 0 if it is unknown."""
     layer_runs: tuple[int, ...] = ()
-    """How often a forward runs each layer and saves its tensors, if some layers run in a loop (HRM)."""
+    """How many times a forward pass runs each layer and saves its tensors, if some layers run in a loop
+    (HRM).
+    """
     own_code: bool = False
     """Whether the class passes unusual tensors to attention, or cannot be tried without tensor values.
 

@@ -39,7 +39,7 @@ MAX_TEXT_BYTES = 4 << 20
 The longest chat templates have a hundred thousand characters.
 """
 MAX_TEXTS_BYTES = 16 << 20
-"""Total size of the texts in one file, in bytes. No real file comes near it, so a larger file is refused."""
+"""Total size of the texts in one file, in bytes. Real files have far less. A file with more is refused."""
 MAX_ARRAY = 4096
 """Length of the longest array of numbers that is read; arrays about a model's layers have a few hundred."""
 MAX_TOKENS = 1 << 22

@@ -29,7 +29,9 @@ class GgufArchitecture:
     constants: tuple[str, ...] = ()
     """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that the architecture computes with."""
     computes: Mapping[str, Any] = field(default_factory=dict)
-    """Config fields for computations without a key in the file, if transformers' default may differ."""
+    """Config fields of computations that the file does not describe. A field is listed if transformers'
+    default might differ.
+    """
     partial_rotation: bool = False
     """Whether transformers' class can rotate only a part of a head."""
     by_layer: tuple[str, ...] = ()
@@ -353,7 +355,9 @@ def _dense_width(data: Metadata, config: Config) -> None:
 
 
 def _parallel_residual(data: Metadata, config: Config) -> None:
-    """Read whether attention and MLP of a layer have the same input; if no key says so, the norms show it."""
+    """Read whether attention and MLP of a layer have the same input. If no key says so, infer it from the
+    norms.
+    """
     named = data.value("use_parallel_residual")
     both = data.has_in_a_layer("ffn_norm.weight")
     config["use_parallel_residual"] = not both if named is None else bool(named)

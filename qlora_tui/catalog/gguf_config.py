@@ -60,7 +60,9 @@ CONSTANTS: dict[str, tuple[str, ...]] = {
     "residual_scale": ("residual_multiplier",),
     "use_parallel_residual": ("use_parallel_residual",),
 }
-"""Keys that some architectures compute with, and the fields for each, of which a config class has one."""
+"""Keys that some architectures compute with, and the config fields for each key. A config class has one of
+these fields.
+"""
 _PRESENT = {
     "attention_bias": ("attn_q.bias", "attn_qkv.bias"),
     "attention_out_bias": ("attn_output.bias",),
@@ -156,7 +158,7 @@ def to_hf_config(header: GgufHeader, path: Path) -> Config:
 
 
 def _check_file(data: Metadata) -> None:
-    """Raise UserError for one of several files, for an unknown tokenizer, and for a file without sizes."""
+    """Raise UserError if the file is only a part of a model, contains no model, or has an unknown tokenizer."""
     files = data.header.values.get("split.count")
     if isinstance(files, int) and files > 1:
         raise data.problem(f"the rest of the model is in other files (split.count is {files})")

@@ -124,7 +124,9 @@ class Metadata:
                 raise self.problem(f"{name} ({said}) is not understood", lost=True)
 
     def problem(self, what: str, *, lost: bool = False) -> UserError:
-        """Build the error; ``lost`` says that without the value the model would be computed differently."""
+        """Return an error for the file. ``lost``: whether to add that ignoring the value would change the
+        model.
+        """
         why = (
             "Without this value, training would use a different model than the one in the file."
             if lost

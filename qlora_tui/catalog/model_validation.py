@@ -390,7 +390,9 @@ _REMOVED_KEYS = frozenset(
         "runtime_config",
     )
 )  # fmt: skip
-"""Keys of modules to import, files of statistics and places of computation, which adapters do not need."""
+"""Keys that an adapter does not need for its computation. They name modules to import, files with statistics,
+and devices.
+"""
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
 """Keys about an adapter's origin, which every adapter has and which are not read here."""
 _PEFT_DEFAULTS = {"megatron_core": "megatron.core"}

@@ -59,7 +59,7 @@ class Prediction(Struct, frozen=True, kw_only=True):
     probabilities: bool = False
     """Whether to write the probability of every option."""
     replaces: bool = False
-    """Whether to replace the output, and an unfinished prediction with other settings, if they exist."""
+    """Whether an existing output, and an unfinished prediction with other settings, are replaced."""
 
 
 class Predicted(Struct, frozen=True, kw_only=True):

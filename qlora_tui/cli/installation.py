@@ -239,7 +239,9 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "sets": settings,
     "presets show name": preset_names,
 }
-"""Completions of an argument, by its ``dest``, or by command and ``dest`` if ``dest`` alone is ambiguous."""
+"""Functions that return the completions of an argument, keyed by its ``dest``, or by command and ``dest`` if
+``dest`` alone is ambiguous.
+"""
 
 
 def _set_completers(parser: argparse.ArgumentParser) -> None:

@@ -148,7 +148,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
-    """Build a recipe from preset, file and options, of which the last counts most. Raises UserError."""
+    """Build a recipe from preset, file and options. Options override the file, and the file overrides the
+    preset. Raises UserError.
+    """
     # the app loads this module and does not need this import
     from qlora_tui.recipe.layering import build_recipe
 

@@ -469,7 +469,9 @@ def question_answer(cells: Cells) -> tuple[Message, ...]:
 
 
 def _choices(value: Any) -> list[tuple[str, str]]:
-    """Return letter and text of each choice, from a list or an object as in ARC and MedQA; else empty."""
+    """Return the letter and text of each choice, from a list, or from an object as in ARC and MedQA; empty
+    for other values.
+    """
     value = decoded(value)
     if isinstance(value, dict) and isinstance(value.get("text"), list):
         texts, letters = value["text"], value.get("label")
@@ -485,7 +487,7 @@ def _choices(value: Any) -> list[tuple[str, str]]:
 
 
 def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
-    """Return letter and text of the choice that an answer identifies by letter, text, or number from 0."""
+    """Return the letter and text of the choice that an answer identifies by letter, text, or number from 0."""
     choice = str(answer).strip()
     for letter, text in choices:
         if choice in (letter, text, text.strip()):

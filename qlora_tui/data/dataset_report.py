@@ -93,7 +93,9 @@ def _percentile(ordered: list[tuple[int, int]], total: int, percent: int) -> int
 
 
 def _histogram(ordered: list[tuple[int, int]], p99: int) -> tuple[Bin, ...]:
-    """Return even bins for nearly all samples, and one last bin for a tail that would flatten the others."""
+    """Return bins of equal width for nearly all samples. A long tail goes into one last bin, since it would
+    flatten the other bins.
+    """
     longest = ordered[-1][0]
     width = _round_width(min(longest, 1.15 * p99) / (_BINS - 1))
     bins: Counter[int] = Counter()

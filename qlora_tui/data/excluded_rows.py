@@ -60,7 +60,9 @@ def format_row_numbers(numbers: Iterable[int]) -> str:
 _GROUP = re.compile(r'\s*(?:("(?:[^"\\]|\\.)*")\s*:|([^;:"]+):)?([^;:"]*)(?:;|\Z)')
 _PLAIN_NAME = re.compile(r"(?!\s)[^;:\"\x00-\x1f\x7f\ud800-\udfff]+(?<!\s)")
 EVERY_FILE = ""
-"""Key of rows that are left out of every file, and name of a source's only file if it is not a folder."""
+"""Key of the rows that are left out of every file of a source. If the source is a single file, this is also
+the key of that file.
+"""
 
 
 class RowPlace(NamedTuple):

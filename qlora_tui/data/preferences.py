@@ -294,7 +294,9 @@ def rating_of(
 
 
 def _are_answered(values: list[dict[str, Any]], column: str) -> bool:
-    """Return whether most lists of turns hold an answer; a label next to a question alone is its class."""
+    """Return whether most lists of turns contain an answer. If they do not, a label next to them is a class,
+    and not a rating of an answer.
+    """
     answered = 0
     for value in values:
         with suppress(RowRejectedError):

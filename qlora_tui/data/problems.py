@@ -208,7 +208,9 @@ def max_characters(data: Data) -> int:
 
 
 def estimated_long_text(conversation: Conversation, data: Data) -> LongText | None:
-    """Estimate, without a tokenizer, the length of a plain text that is certain to be cut or dropped."""
+    """If a plain text is certain to be cut or dropped, estimate its length without a tokenizer; otherwise
+    return None.
+    """
     text = conversation.text
     if data.overflow == "split" or len(text) <= max_characters(data):
         return None

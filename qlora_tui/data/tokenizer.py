@@ -364,7 +364,9 @@ class Marked(Struct, frozen=True):
 
 
 def token_at(encoding: Encoding, character: int) -> tuple[int, bool]:
-    """Return the first token that begins at ``character`` or later, and whether the previous one spans it."""
+    """Return (index of the first token that begins at ``character`` or later, whether the token before it
+    extends beyond ``character``).
+    """
     token = encoding.char_to_token(character)
     if token is None:
         offsets = encoding.offsets

@@ -179,7 +179,9 @@ def _parts(step: MicroStep) -> dict[_Part, tuple[Mark, Sequence[Event]]]:
 def _relative(
     events: Sequence[Event], layer: int, keys: Mapping[int, Key]
 ) -> list[tuple[str, int | None, int, int]]:
-    """Return each event's storage as the part that allocates it, the distance in layers, and its number."""
+    """Identify the storage of each event relative to ``layer``. Return (part that allocates the storage,
+    distance in layers, number within the part, size); the distance is None outside layers.
+    """
     relative: list[tuple[str, int | None, int, int]] = []
     for number, size in events:
         part, of_layer, place = keys[number]

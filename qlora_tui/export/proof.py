@@ -71,7 +71,9 @@ class Proof(Struct, frozen=True, kw_only=True):
 
     @property
     def loses_turn_ends(self) -> bool:
-        """Whether the file ends clearly fewer turns than the adapter: by over 1, and by over 1 in 20."""
+        """Whether the file ends clearly fewer turns than the adapter. The difference must be more than 1, and
+        more than 1 in 20.
+        """
         lost = self.turns_ended_by_adapter - self.turns_ended
         return lost > max(1, self.turns_ended_by_adapter // 20)
 

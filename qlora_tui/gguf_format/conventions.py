@@ -62,7 +62,9 @@ class Convention:
     architecture: str
     """Value of ``general.architecture``."""
     types: tuple[str, ...] = ()
-    """Model types of transformers. Empty: only the model type that is spelled like the architecture."""
+    """Model types of transformers that use the architecture. If empty, only the model type with the same
+    name.
+    """
     when: Callable[[Any], bool] = lambda config: True
     """Returns whether the architecture applies to a config of these model types."""
     rewrites: tuple[Rewrite, ...] = ()

@@ -81,7 +81,7 @@ class GpuProcess(msgspec.Struct, frozen=True, omit_defaults=True):
     computes: bool = True
     """False if the process only draws, as a desktop does."""
     busy_percent: Count | None = None
-    """Share of the last seconds in which the process's kernels ran; None also if it was not requested."""
+    """Share of the last seconds in which the process's kernels ran; None if unknown or not requested."""
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -101,7 +101,9 @@ def export_recipe(recipe: Recipe, target: Target, files: Sequence[str]) -> Expor
 
 
 class _Export:
-    """The export of one recipe: settings are written one by one, and those left over have no counterpart."""
+    """The export of one recipe. Settings are written one by one; those that remain have no counterpart in the
+    other trainer.
+    """
 
     def __init__(self, recipe: Recipe, target: Target) -> None:
         self._recipe = recipe

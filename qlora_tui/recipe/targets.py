@@ -275,7 +275,9 @@ class _Grid:
 
 
 def _format_ranges(layers: Iterable[int], places: Sequence[int]) -> str:
-    """Return ``0-3,7``. ``places`` are the existing layers: a range may skip numbers that do not exist."""
+    """Return the layers as ranges, such as ``0-3,7``. ``places``: numbers of all existing layers. A range may
+    include numbers of layers that do not exist.
+    """
     included = set(layers)
     ranges: list[list[int]] = []
     joined = False

@@ -32,7 +32,9 @@ Recipes have a few KB; a larger file is a model or data given by mistake.
 """
 
 BEFORE: dict[str, Any] = {"quantization.experts": False, "training.auto_micro_batch": False}
-"""Values of settings in runs of versions that did not have the setting, if they are not its default."""
+"""Values of settings that earlier versions did not have, for runs of those versions. Only values that differ
+from the default are listed.
+"""
 
 _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 

@@ -229,7 +229,9 @@ class Link:
                 self.sending = ""
 
     def _check_same(self, path: str, local: Path) -> None:
-        """Raise UserError if a run's path on the box names different data here, which is never sent."""
+        """Raise UserError if the local file at the path of a run's data differs from the box's copy. The
+        local file is never sent in that case.
+        """
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
             raise UserError(

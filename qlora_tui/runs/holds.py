@@ -73,7 +73,9 @@ def time_words(at: float) -> str:
 
 
 class Switch:
-    """A switch with delays: on after a condition has lasted a while, off after it was clear a while."""
+    """A switch with delays. It turns on once a condition has held for a while, and off once the condition has
+    been false for a while.
+    """
 
     def __init__(self, on_after_s: float, off_after_s: float, *, most_off_after_s: float = 0.0) -> None:
         """Create a switch that is off.
@@ -204,7 +206,9 @@ class Sharing:
         return self.user if is_held else None
 
     def _grown(self, memory: Mapping[int, int]) -> set[int]:
-        """Return the processes that took memory which no other process has released since the run began."""
+        """Return the processes whose memory has grown since the run began by more than other processes have
+        released.
+        """
         pids = memory.keys() | self._at_start.keys()
         taken = {pid: memory.get(pid, 0) - self._at_start.get(pid, 0) for pid in pids}
         given_back, grown = sum(max(0, -each) for each in taken.values()), set[int]()

@@ -81,7 +81,9 @@ def share_within(lengths: Lengths, limit: int) -> float:
 
 
 def _parts(lengths: Lengths, limit: int) -> list[tuple[int, float]]:
-    """Return count and part below ``limit`` of each bin. The part exceeds 1 if the whole bin is below."""
+    """Return (count, fraction below ``limit``) for each bin. The fraction exceeds 1 if ``limit`` is above the
+    bin.
+    """
     parts, low = [], 0
     for bin_ in lengths.histogram:
         parts.append((bin_.count, max(0.0, (limit - low) / (bin_.up_to - low))))

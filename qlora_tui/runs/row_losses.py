@@ -27,11 +27,17 @@ from qlora_tui.runs.measuring import measure_in_child
 RowClass: TypeAlias = Literal["learned", "never learned", "memorized", "contradicting"]
 _JOB = "qlora_tui.training.row_losses:measure"
 MEMORIZED = 0.1
-"""Nats per token up to which a row is memorized: each of its tokens is predicted with 90 % or more."""
+"""Maximum loss of a memorized row, in nats per token. Its tokens are predicted with a probability of 0.9 or
+more.
+"""
 _UNRELATED = 0.25
-"""A row is never learned if its prompt helps less than this fraction of what prompts help in most rows."""
+"""A row counts as never learned if its prompt, compared with another row's prompt, lowers the loss by less
+than this fraction of the median.
+"""
 _MIN_HELP = 0.05
-"""Nats per token that prompts must help in most rows for the comparison to mean anything."""
+"""Minimum median by which prompts lower the loss, in nats per token. With a smaller median, the comparison is
+meaningless.
+"""
 
 
 class RowLoss(Struct, frozen=True, kw_only=True):

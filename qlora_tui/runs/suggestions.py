@@ -171,7 +171,9 @@ class Suggestion:
 
     @property
     def change(self) -> str:
-        """The change as text: ``1,024 → 640``, ``16, as it is``, or ``16, left`` if no value is known."""
+        """The change as text, such as ``1,024 → 640``. Without a change, the text is ``16, as it is``; if no
+        value is known, ``16, left``.
+        """
         if self.changes:
             return f"{self.now} → {self.then}"
         return f"{self.now}, {'as it is' if self.is_known else 'left'}"
@@ -459,7 +461,9 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
-    """Return the best rate of runs that differ only in it, and the reason; None without two of them."""
+    """Compare runs that differ only in the learning rate. Return the best rate and the reason; None if there
+    are fewer than two such rates.
+    """
     groups: dict[bytes, list[PastRun]] = {}
     for run in alike:
         groups.setdefault(_all_but_the_rate(run), []).append(run)

@@ -15,7 +15,9 @@ from typing import Literal, TypeAlias
 from qlora_tui.sweeps.sheet import AUTO_ROUNDS, HALVING
 
 _T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""One-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom. Higher degrees use the last."""
+"""One-sided 95 % quantiles of Student's t for 1 to 10 degrees of freedom. The last value is also used for
+more degrees of freedom.
+"""
 _CAUTION = 1.1
 """Safety factor on predicted times, because trials with more parameters are slower than the base."""
 _MOST_TRIALS = 64

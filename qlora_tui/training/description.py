@@ -63,7 +63,9 @@ _PER_TOKEN = (
 _ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function", "activation", "mlp_hidden_act")
 _RESIDUAL_DROPOUTS = ("resid_pdrop", "residual_dropout", "resid_dropout", "hidden_dropout", "dropout")
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-"""Names of the attention dropout in transformers' configs; the class defaults are those of the family."""
+"""Names of the attention dropout in transformers' configs. If a config lacks the value, the default of its
+class applies.
+"""
 
 
 MEMORY_BYTES = 4 << 30

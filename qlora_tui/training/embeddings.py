@@ -243,7 +243,9 @@ _ADAPTER = "default"
 
 
 def peft_options(model: Any) -> dict[str, Any]:
-    """Return peft's options that train embedding and head of a bare model. Raises UserError if it cannot."""
+    """Return peft's options for training the embedding and head of a model without adapters. Raises UserError
+    if the model does not support this.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (
         not isinstance(embedding, nn.Embedding)

@@ -278,7 +278,8 @@ class DivergenceSums(NamedTuple):
     turns: int
     """Number of answers that the base ended."""
     turns_ended: int
-    """Number of answers that the base ended and at whose end the model also finds an end most likely."""
+    """Number of the answers that the base ended for which the model, too, predicts the end at that position.
+    """
 
 
 class BaseDivergence:

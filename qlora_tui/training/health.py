@@ -128,7 +128,9 @@ class ValidationMonitor:
         self._is_worse = False
 
     def check(self, step: int, loss: float, before: float | None) -> Finding | None:
-        """Return a finding if the loss is clearly worse than ``before``; again only after a recovery."""
+        """Return a finding if the loss is clearly worse than ``before``. Return another one only if the loss
+        has recovered in between.
+        """
         if not step or before is None:
             return None
         was_worse, self._is_worse = self._is_worse, not loss <= before * (1 + _WORSE)
@@ -161,7 +163,9 @@ class ForgettingMonitor:
 
 
 def check_general_answers(answers: GeneralAnswers) -> Finding | None:
-    """Return a finding if many more general answers than the base's run on, loop, refuse or lack JSON."""
+    """Return a finding if, compared with the base, many more answers to general prompts run on, loop, refuse,
+    or are not valid JSON.
+    """
     lost = [
         f"{count} {verb} (the base: {base})"
         for count, base, verb, worse in (

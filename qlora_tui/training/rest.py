@@ -21,7 +21,7 @@ Even an idle GPU may exceed a bound, and other processes of the run are waiting.
 """
 _LOOK_S = 1.0
 _CURRENT_S = 5.0
-"""Age in seconds up to which a reading counts; a GPU without recent readings does not delay the run."""
+"""Maximum age of a reading, in seconds. A GPU without a recent reading does not delay the run."""
 
 
 class Rest:

@@ -158,7 +158,9 @@ def _success(name: str, environment: Environment, events: Sequence[AnyEvent]) ->
 
 
 def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedProcess[bytes]) -> Check:
-    """Return the check for the run's end, described by its last event; a killed trainer leaves no event."""
+    """Return a failed check with the error in the run's events. If the trainer was killed, there is no such
+    event; the check then has the trainer's exit code and last line of output.
+    """
     failed = next((event for event in events if isinstance(event, Failed)), None)
     if failed is not None:
         return _check(name, "error", f"{failed.what} {failed.why}".strip(), failed.fix)

@@ -342,7 +342,10 @@ def _verify(run: Run) -> None:
 
 
 def _keep_padding(run: Run, base: PreparedBase) -> PreparedBase:
-    """Keep padding in a resumed run: packed sequences would hold other samples than its first steps."""
+    """If a resumed run began with padded sequences, return the base with padded sequences again, because
+    packed sequences would change which samples each step contains. If the run began with packed sequences
+    that are no longer possible, warn.
+    """
     checkpoint = run.checkpoint
     if checkpoint is None or checkpoint.state.padding_free == base.padding_free:
         return base

@@ -71,7 +71,9 @@ def gguf_content(source: ChatSource, tokenizer: ChatTokenizer, weights: MergedWe
 
 
 def _scalars(weights: MergedWeights, convention: Convention) -> dict[str, list[float]]:
-    """Return the numbers that the file stores as keys, but the weight files as one tensor in each layer."""
+    """Return the numbers that a GGUF file stores under keys. The weight files store them in a tensor for each
+    layer.
+    """
     layers: dict[str, dict[int, float]] = {key: {} for key in convention.scalars.values()}
     for tensor in weights:
         for ending, key in convention.scalars.items():

@@ -277,7 +277,9 @@ def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tenso
 
 
 def _tokens(model: nn.Module, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return token ids of two variants of a first sample, different at every position, and of a second."""
+    """Return token ids of a first sample, of the first sample with every token changed, and of a second
+    sample.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a config
     first = torch.randint(vocabulary, (1, _FIRST), generator=generator)

@@ -139,7 +139,9 @@ def _product(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 
 
 def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]:
-    """Return the kernels, and the activation's name in them; None and an empty name if torch computes."""
+    """Return the Triton kernels and their name of the activation. If torch must compute the product, return
+    None and an empty name.
+    """
     kernels = find_kernels(gate.device, gate.dtype)
     name = "" if kernels is None else _name_of(act)
     return (kernels if name else None), name

@@ -96,7 +96,9 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
 
 
 def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
-    """Return the variants that differ in ``dtype``; in float32 the time of the cast does not matter."""
+    """Return the variants whose results differ in ``dtype``. In float32, it does not matter when the input is
+    cast.
+    """
     return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
 
@@ -176,7 +178,9 @@ _NAME = "apply_rotary_pos_emb"
 _TOKENS = 5
 """Number of tokens of the check."""
 _ROUNDINGS = 2.0
-"""Number of roundings of a sum's terms by which an element may differ: of both products and the sum."""
+"""Maximum difference of an element, in rounding errors of the terms of its sum. Both products and the sum are
+rounded.
+"""
 
 
 def fuse_rotary(model: Any, device: torch.device, dtype: torch.dtype) -> None:
