@@ -158,7 +158,7 @@ def to_hf_config(header: GgufHeader, path: Path) -> Config:
 
 
 def _check_file(data: Metadata) -> None:
-    """Raise UserError if the file is only a part of a model, contains no model, or has an unknown tokenizer."""
+    """Raise UserError if the file is a part of a model, contains no model, or has an unknown tokenizer."""
     files = data.header.values.get("split.count")
     if isinstance(files, int) and files > 1:
         raise data.problem(f"the rest of the model is in other files (split.count is {files})")

@@ -487,7 +487,7 @@ def _choices(value: Any) -> list[tuple[str, str]]:
 
 
 def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
-    """Return the letter and text of the choice that an answer identifies by letter, text, or number from 0."""
+    """Return letter and text of the choice that an answer identifies by letter, text, or number from 0."""
     choice = str(answer).strip()
     for letter, text in choices:
         if choice in (letter, text, text.strip()):

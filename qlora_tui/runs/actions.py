@@ -311,7 +311,7 @@ def check_deletable(run: RunDir) -> None:
 
 @at_box
 def uses_of(run: RunDir) -> list[str]:
-    """Return what uses an ended run, as clauses to show before it is deleted."""
+    """Return descriptions of what uses an ended run, as clauses to show before the run is deleted."""
     uses = [
         f"{other.name}, which is queued, starts from its adapter"
         for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())

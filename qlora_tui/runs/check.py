@@ -48,7 +48,7 @@ class Defect:
     repair: Callable[[], object] | None = field(default=None, compare=False)
     """Performs the repair. Raises OSError or UserError."""
     done: str = field(default="", compare=False)
-    """What the repair did, in a clause; empty if ``repair`` returns this text."""
+    """What the repair did, in a clause; empty if ``repair`` returns the clause instead."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def check_queue() -> CheckResult:
 
 
 def check_leftovers() -> CheckResult:
-    """Return what killed processes left incomplete, as a check result."""
+    """Return a check result for the incomplete files that killed processes left behind."""
     defects = [
         Defect(what, "a repair deletes it", partial(leftovers.delete, path), "deleted")
         for path in leftovers.leftovers()

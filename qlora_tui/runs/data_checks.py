@@ -52,7 +52,7 @@ from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.suggested_fix import FEW_STEPS, SuggestedFix
 
 _ENOUGH_STEPS = 30
-"""Number of optimizer steps to which a fix for too few steps raises a run, if possible."""
+"""Number of optimizer steps that a fix for too few steps aims at."""
 _MARGIN = 1.25
 """Factor by which Max steps and Epochs must differ before an estimate decides which of them ends the run."""
 _Fingerprint = tuple[Path, int, bytes, int, int]

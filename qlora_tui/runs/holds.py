@@ -118,7 +118,7 @@ class Switch:
 
 
 SOON_S = 600.0
-"""Seconds within which a program that returns counts as never gone."""
+"""If a program uses the GPU again within this many seconds, it counts as never having stopped."""
 _USED_FOR_S = 2.0
 _GONE_FOR_S = 30.0
 _MOST_GONE_FOR_S = 480.0
@@ -133,7 +133,7 @@ _BUSY_PERCENT = 20
 Moving windows and videos stay below.
 """
 _SETTLES_FOR_S = 10.0
-"""Seconds from the first reading during which a program seen idle counts as permanent."""
+"""Seconds after the first reading in which programs that are idle are recorded as permanent."""
 
 
 class Sharing:

@@ -79,7 +79,9 @@ class RowLoss(Struct, frozen=True, kw_only=True):
 
     @property
     def suspicion(self) -> float:
-        """Loss of the answer after its own prompt minus after another; high for a wrong answer."""
+        """Loss of the answer after its own prompt, minus its loss after another prompt. A high value
+        indicates a wrong answer.
+        """
         return self.after - self.other_prompt
 
 

@@ -62,7 +62,7 @@ class _Job(Supervisor):
         signal.signal(signal.SIGTERM, self._on_signal)
 
     def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
-        """Claim nothing: Slurm gives each GPU to one job at a time."""
+        """Do not claim devices: Slurm gives each GPU to one job at a time."""
         return nullcontext(())
 
     def awake(self) -> AbstractContextManager[None]:

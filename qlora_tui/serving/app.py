@@ -83,7 +83,9 @@ class Figures:
 
 
 class EventStream(StreamingResponse):
-    """A response of events from an iterator, which is closed however the connection ends."""
+    """A response that streams events from an iterator. The iterator is closed in any case, even if the client
+    disconnects.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""

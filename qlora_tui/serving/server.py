@@ -172,7 +172,7 @@ class TimedConnection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Start the timeout of the next request, or of the rest of a body that nobody reads."""
+        """Start the timeout for the next request, or for the rest of a request body that nobody reads."""
         super().on_response_complete()
         self._watch()
 

@@ -30,7 +30,7 @@ from qlora_tui.sweeps.view import Outcome, SweepView, Trial
 
 _BINS = 3
 _SEVERAL = 2.0
-"""From this many times the noise on, a difference is given as a multiple of it."""
+"""If a difference is at least this many times the noise, it is given as a multiple of the noise."""
 _OUTCOMES: dict[Outcome, str] = {
     "waiting": "waiting",
     "training": "in training",
@@ -327,7 +327,9 @@ def effects_title(view: SweepView) -> str:
 
 
 def what_settings_bought(view: SweepView) -> list[Bought]:
-    """Return the losses of the first round by setting and value, after equally many tokens."""
+    """Return the losses of the first round by setting and value. All were measured after the same number of
+    tokens.
+    """
     bought = []
     trials = [trial for trial in view.trials if trial.role == "trial" and 1 in trial.results]
     for path, values in view.sheet.sweep.vary.items():

@@ -144,7 +144,7 @@ class Verdict:
     noise: float | None = None
     """Standard deviation between seeds, pooled; None if unknown."""
     margin: float | None = None
-    """Difference that chance exceeds in one of twenty sweeps."""
+    """Difference that is exceeded by chance in one of twenty sweeps."""
     base_runs: int = 0
     found_runs: int = 0
 
