@@ -17,8 +17,9 @@ from textual.content import Content
 from textual.strip import Strip
 
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.loss import SMOOTHED, STEP_STYLE, LossFacts, run_plot
+from qlora_tui.tui.render.loss import SMOOTHED, TRAINING_STYLE, VALIDATION_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.plot import (
+    LEAST_CHART,
     NOT_A_NUMBER,
     Axis,
     Curve,
@@ -234,10 +235,11 @@ def test_a_spike_has_one_column_in_graph_and_charts() -> None:
     assert tops == [tips[0]] * 2
 
 
-def test_a_graph_of_few_rows_is_a_sparkline_of_all_steps() -> None:
-    *blocks, values = drawn_with(80, 5)[1:]
-    assert "lr 1e-4" in values and len(blocks) == 3
-    assert [sum(map(row.count, "▇█")) for row in blocks[:2]] == [1, 1] and len(blocks[-1]) == 80
+def test_a_graph_of_few_rows_is_a_line_between_its_lowest_and_highest_value() -> None:
+    _, top, *_, bottom, values = (line.rstrip() for line in drawn_with(80, 6))
+    assert "lr 1e-4" in values
+    assert top.split()[0] == "9.000" and bottom.split()[0] == "1.000"
+    assert bottom.endswith("⠤") or bottom[-1] in "⣀⣤"
 
 
 def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_same_decimals() -> None:
@@ -275,27 +277,22 @@ def test_the_axis_fits_the_mean_and_leaves_out_a_spike_of_one_step() -> None:
     assert sum("⠀" < each <= "⣿" for each in drawn) == 2
 
 
-@pytest.mark.parametrize("low", [0.0, 6.0])
-def test_the_fill_is_under_all_cells_of_its_line_and_fades_above_a_cut_axis(low: float) -> None:
+@pytest.mark.parametrize(("low", "height"), [(0.0, 20), (0.0, 12), (6.0, 20)])
+def test_a_fill_is_under_its_line_if_the_axis_begins_at_zero_and_rows_are_many(
+    low: float, height: int
+) -> None:
     steps = [float(step) for step in range(40)]
-    curve = Curve(
-        Envelope.of_points(steps, [low + 4 + 3.9 * math.cos(step / 4) for step in steps]),
-        "",
-        "red",
-        fill="blue",
-    )
-    lines = plot(Plot(Axis(0, 39), Axis(low, low + 8), (curve,)), 30, 14)[1:-1]
-    fills = [
-        {column: str(span.style) for span in line.spans for column in range(span.start, span.end)}
-        for line in lines
-    ]
-    shades = set()
+    losses = [low + 4 + 3.9 * math.cos(step / 4) for step in steps]
+    curve = Curve(Envelope.of_points(steps, losses), "", "red", fill="blue")
+    lines = plot(Plot(Axis(0, 39), Axis(low, low + 8), (curve,)), 30, height)[1:-1]
     for column in range(4, lines[0].cell_length):
-        filled = ["blue" in styles.get(column, "") for styles in fills]
+        filled = [
+            any("blue" in str(span.style) and span.start <= column < span.end for span in line.spans)
+            for line in lines
+        ]
         lowest = max(row for row, line in enumerate(lines) if "⠀" < line.plain[column] <= "⣿")
-        assert filled == [row > lowest for row in range(len(lines))]
-        shades |= {fills[row][column].split()[-1] for row in range(lowest + 1, len(lines))}
-    assert shades == {"100%"} if low == 0 else len(shades) > 3
+        has_fill = low == 0 and height == 20
+        assert filled == [has_fill and row > lowest for row in range(len(lines))]
 
 
 ROWS = [("qwen2.5-7b-tickets-1", 12), ("owls", 3_400)]
@@ -339,24 +336,54 @@ def test_a_chart_is_filled_by_its_curve_and_its_labels_have_the_same_rows_betwee
     assert height < 12 or used[-1] <= rows[-1]
 
 
-@pytest.mark.parametrize("rows", range(5, 24))
-def test_a_mark_is_on_its_line_and_in_the_row_nearest_to_its_value(rows: int) -> None:
+def dots_of(lines: list[Content], style: str) -> dict[int, set[int]]:
+    """The rows of dots by column of cells, of what is drawn in a color."""
+    rows: dict[int, set[int]] = {}
+    for row, line in enumerate(lines):
+        for span in line.spans:
+            for column in range(span.start, span.end):
+                bits = ord(line.plain[column]) - 0x2800
+                if str(span.style) == style and 0 < bits < 256:
+                    inside = (dot for dot, mask in enumerate((0x09, 0x12, 0x24, 0xC0)) if bits & mask)
+                    rows.setdefault(column, set()).update(4 * row + dot for dot in inside)
+    return dict(sorted(rows.items()))
+
+
+@pytest.mark.parametrize("height", range(5, 41))
+def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_marks_are_not_flat(
+    height: int,
+) -> None:
     points = [(float(x), 4 + 1.9 * math.sin(x)) for x in range(0, 60, 7)]
-    curve = Curve(Envelope.of_points(*map(list, zip(*points, strict=True))), "", "")
-    shown = Plot(Axis(0, 60), Axis(2, 6), (curve,))
-    marked = replace(shown, marks=tuple(Mark(*point, "◆", "") for point in points))
-    line, marks = plot(shown, 90, rows + 2), plot(marked, 90, rows + 2)
-    found = [(row, re.match(r" *(\d+\.?\d*) ", each.plain)) for row, each in enumerate(marks[:-1])]
-    labels = {row: float(label[1]) for row, label in found if label is not None}
+    curve = Curve(Envelope.of_points(*map(list, zip(*points, strict=True))), "", "red", look="dotted")
+    marks = tuple(Mark(*point, "blue", "★" if point == points[3] else "") for point in points)
+    shown = Plot(Axis(0, 60), Axis(2, 6), (curve,), marks)
+    lines = plot(shown, 90, height)
+    is_low = height < LEAST_CHART
+    body = lines[1:] if is_low else lines[1:-1]
+    labels = {
+        row: float(found[1])
+        for row, line in enumerate(body)
+        if (found := re.match(r" *(\d+\.?\d*) ", line.plain))
+    }
     (top, high), *_, (bottom, low) = labels.items()
-    places = [(y, x) for x in range(90) for y in range(len(marks)) if marks[y].plain[x : x + 1] == "◆"]
-    assert len(places) == len(points)
-    for (y, x), (_, value) in zip(places, points, strict=True):
-        assert abs(y - (top + (high - value) / (high - low) * (bottom - top))) <= 0.5 + 1e-6
-        assert "⠀" < line[y].plain[x] <= "⣿"
-
-
-COLORS = {"validation": "$validation", "smoothed": "$training", "loss": STEP_STYLE}
+    if is_low:
+        low, high = min(y for _, y in points), max(y for _, y in points)
+    blocks, line = dots_of(body, "blue"), dots_of(body, "red")
+    assert len(blocks) == len(points)
+    rows = []
+    for dots, (_, value) in zip(blocks.values(), points, strict=True):
+        assert len(dots) <= 3 and max(dots) - min(dots) < 3
+        exact = (high - value) / (high - low)
+        if is_low:
+            exact *= 4 * len(body)
+        else:
+            exact = 4 * (top + 0.5 + exact * (bottom - top))
+        rows.append(exact)
+        assert min(dots) - 1e-6 <= exact <= max(dots) + 1 + 1e-6
+    for (here, there), (left, right) in zip(pairwise(rows), pairwise(blocks), strict=True):
+        between = set().union(*(line.get(column, set()) for column in range(left + 1, right)))
+        assert abs(here - there) <= 2 or len(between) > 1
+    assert "".join(each.plain for each in body).count("★") == 1
 
 
 @given(
@@ -365,7 +392,7 @@ COLORS = {"validation": "$validation", "smoothed": "$training", "loss": STEP_STY
     st.integers(7, 30),
     st.integers(40, 120),
 )
-def test_no_stretch_of_a_line_of_a_loss_chart_vanishes_and_each_meets_its_marks(
+def test_the_smoothed_line_is_solid_and_validation_is_drawn_where_cells_are_free(
     validation: list[float], smoothed: list[float], height: int, width: int
 ) -> None:
     def over_all(losses: list[float]) -> list[float]:
@@ -386,8 +413,7 @@ def test_no_stretch_of_a_line_of_a_loss_chart_vanishes_and_each_meets_its_marks(
         curve.name: plot(replace(shown, curves=(curve,), marks=()), width, height)[1:-1]
         for curve in shown.curves
     }
-    seen: dict[str, set[int]] = {name: set() for name in alone}
-    reached: dict[str, set[int]] = {name: set() for name in alone}
+    stars = 0
     for row, line in enumerate(lines):
         styles = {place: str(span.style) for span in line.spans for place in range(span.start, span.end)}
         for column, text in enumerate(line.plain):
@@ -396,23 +422,15 @@ def test_no_stretch_of_a_line_of_a_loss_chart_vanishes_and_each_meets_its_marks(
                 for name, drawn in alone.items()
                 if "⠀" < (each := drawn[row].plain[column : column + 1]) <= "⣿"
             }
-            if text in "◆★":
-                # The line of the evaluations is in the middle of the cells of their marks.
-                assert dots["validation"] & 0b00010010
-            elif dots:
-                assert "⠀" < text <= "⣿"
-                assert all((ord(text) - 0x2800) & each == each for each in dots.values())
-                (color,) = (name for name in alone if styles[column].startswith(COLORS[name]))
-                assert color in dots
-                seen[color].add(column)
-            for name in dots:
-                reached[name].add(column)
-    marked = {column for line in lines for column, text in enumerate(line.plain) if text in "◆★"}
-    for name, columns in reached.items():
-        hidden = columns - seen[name] - marked
-        # Where lines share all their cells, their dashes are two cells long.
-        assert not any({column, column + 1, column + 2} <= hidden for column in hidden), name
-    assert {"".join(line.plain for line in lines).count(mark) > 0 for mark in "◆★"} == {True}
+            stars += text == "★"
+            if "smoothed" in dots:
+                assert (ord(text) - 0x2800) & dots["smoothed"] == dots["smoothed"]
+                assert styles[column] in {TRAINING_STYLE, f"{VALIDATION_STYLE} bold"}
+            elif dots and text != "★":
+                assert styles[column].startswith(VALIDATION_STYLE)
+    assert stars <= 1 and (stars or max(map(abs, map(float.__sub__, smoothed, smoothed[1:]))) > 0.3)
+    columns = dots_of(alone["smoothed"], TRAINING_STYLE)
+    assert set(columns) >= set(range(min(columns), max(columns) + 1))
 
 
 @pytest.mark.parametrize("best", [(76, 2.902), (95, 2.915)], ids=["before the end", "at the end"])

@@ -14,7 +14,6 @@ from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
-from qlora_tui.tui.render.meters import downsample, history
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
@@ -37,14 +36,10 @@ _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
 
-LEAST_CHART = 7
-"""Minimum height of a loss chart, in lines: five rows, a legend and a scale. With fewer lines, a sparkline is
-drawn.
-"""
 SMOOTHED = "smoothed"
 """Name of the smoothed loss's curve."""
 STEP_DOTS = "· step"
-"""Legend item for the loss of each step. The legend of a sparkline does not have this item."""
+"""Legend item for the loss of each step."""
 VALIDATION = "◆"
 """Marks an evaluation."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
@@ -78,24 +73,23 @@ def run_plot(facts: LossFacts) -> Plot:
     """Return the chart of a run: the smoothed loss with a filled area below it, the loss of each step as a
     point, and the evaluations joined by a line.
 
-    The loss axis is scaled to the smoothed loss and the evaluations. Points outside this range are left out.
+    The loss axis is scaled to the smoothed loss and the evaluations. Points outside the graph are left out.
     """
     shown = [(step, loss) for step, loss in facts.evaluations if step >= facts.x.low]
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
     reach = overall([facts.mean_loss, validation]) or overall([facts.loss])
     y = loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss")
-    marks = [
-        Mark(step, loss, VALIDATION, VALIDATION_STYLE) for step, loss in shown if (step, loss) != facts.best
-    ]
+    style = f"{VALIDATION_STYLE} bold"
+    marks = [Mark(step, loss, style) for step, loss in shown if (step, loss) != facts.best]
     if facts.best is not None:
-        marks.append(Mark(*facts.best, BEST, f"{VALIDATION_STYLE} bold"))
+        marks.append(Mark(*facts.best, style, BEST))
     return Plot(
         x=facts.x,
         y=y,
         curves=(
             Curve(facts.loss, "loss", STEP_STYLE, look="points"),
             Curve(facts.mean_loss, SMOOTHED, TRAINING_STYLE, fill=FILL),
-            Curve(validation, "validation", VALIDATION_STYLE, look="thin", joins_marks=True),
+            Curve(validation, "validation", VALIDATION_STYLE, look="dotted"),
         ),
         marks=tuple(marks),
         legend=_legend(facts),
@@ -157,52 +151,8 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 
 
 def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines with a run's loss: a chart if it fits, otherwise a sparkline."""
-    what = summary_plot(summary)
-    if what.is_empty or summary is None or height >= LEAST_CHART:
-        return plot(what, width, height)
-    means = mean_losses(summary)
-    return loss_sparkline(_change(summary), means, width, height)
-
-
-def loss_sparkline(head: Content, means: Sequence[float], width: int, height: int) -> list[Content]:
-    """Return ``height`` lines: ``head`` and, below it, the smoothed losses as columns. The first loss is
-    written before the columns, and the last one after them. If ``height`` is 1, ``head`` is left out.
-    """
-    if not means:
-        return [head, *[Content("")] * (height - 1)]
-    first, last = (format_loss(value) for value in (means[0], means[-1]))
-    cells = max(1, width - len(first) - len(last) - 2)
-    if len(means) < cells:
-        # If there are fewer losses than columns, stretch them to the whole width.
-        means = [means[place * len(means) // cells] for place in range(cells)]
-    columns = downsample(means, cells)
-    finite = [mean for mean in columns if mean is not None and math.isfinite(mean)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    row_count = max(1, height - 1)
-    spread = (high - low) or 1.0
-    # The column of the lowest loss is half a row high. A lower column would be hard to see.
-    base = low - spread / (2 * row_count - 1)
-    rows = history(columns, base, low + spread, row_count, TRAINING_STYLE, has_track=False)
-    lines = [Content.assemble(" " * (len(first) + 1), row) for row in rows]
-    lines[0] = Content.assemble((first, "dim"), " ", rows[0])
-    lines[-1] = Content.assemble(lines[-1], (f" {last}", f"{TRAINING_STYLE} bold"))
-    return lines if height == 1 else [head, *lines]
-
-
-def _change(summary: RunSummary) -> Content:
-    """Return the line above a sparkline, such as ``smoothed loss   validation 5.006 → 2.781 ★ at 60``."""
-    name = Content.styled("smoothed loss", TRAINING_STYLE)
-    if summary.best is None or not summary.evaluations:
-        return name
-    best, step = summary.best
-    first, style = (
-        summary.evaluations[0],
-        "$warning" if summary.loss_to_beat is not None else VALIDATION_STYLE,
-    )
-    change = f"{format_loss(first[1])} → " if first[0] != step else ""
-    change += f"{format_loss(best)} {BEST} at {step:,}"
-    return Content.assemble(name, ("   validation ", "dim"), (change, f"{style} bold"))
+    """Return ``height`` lines with the chart of a run's loss."""
+    return plot(summary_plot(summary), width, height)
 
 
 def loss_svg(view: RunView) -> str:

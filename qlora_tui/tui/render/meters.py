@@ -58,21 +58,14 @@ def blocks(
 
 
 def history(
-    values: Sequence[float | None],
-    low: float,
-    high: float,
-    height: int,
-    style: str,
-    *,
-    has_track: bool = True,
+    values: Sequence[float | None], low: float, high: float, height: int, style: str
 ) -> list[Content]:
     """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the lowest
     column, and a value of ``high`` the highest. The columns are partly transparent, because they fill most of
-    the chart. With ``has_track``, all rows have a background, which shows how high the columns could be.
+    the chart. All rows have a background, which shows how high the columns could be.
     """
     rows = blocks(values, low, high, height, is_apart=True)
-    shade = f"{style} {_SOFT}" + (f" {_TRACK_STYLE}" if has_track else "")
-    return [Content.styled(row, shade) for row in rows]
+    return [Content.styled(row, f"{style} {_SOFT} {_TRACK_STYLE}") for row in rows]
 
 
 def _level(value: float | None, low: float, high: float, levels: int) -> int:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from operator import itemgetter
-from typing import Literal
 
 from textual.content import Content
 
 from qlora_tui.formatting import format_loss
+from qlora_tui.tui.render.canvas import DOTS_HIGH, DOTS_WIDE, Canvas, Look
 from qlora_tui.tui.render.series import Envelope
 
-DOTS_WIDE, DOTS_HIGH = 2, 4
-"""Width and height of a braille character in dots. Points are drawn with these dots."""
-_MIDDLE_DOT = 1
-"""Row of dots in the middle of a cell, counted from 0 at the top of the cell. A line drawn in this row can be
-one or two dots thick.
-"""
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
-_LEAST_FILLED = 7
+_LEAST_FILLED = 14
 """Minimum number of rows of a graph at which the areas under its curves are filled. In fewer rows, the areas
-would look like large blocks.
+would look like stairs.
+"""
+LEAST_CHART = 7
+"""Minimum height of a graph with round labels, in lines: five rows, a legend and a scale of x. A lower graph
+has no scale of x, and its only labels are the lowest and the highest value.
 """
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
@@ -48,8 +46,6 @@ _LEAST_SPAN = 0.05
 """Minimum range of a loss axis relative to the loss."""
 NOT_A_NUMBER = "×"
 """Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
-_DASH = 2
-"""Length of a dash, in cells. Lines that share cells are drawn as dashes of alternating colors."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
@@ -98,11 +94,12 @@ def _dot_row(value: float, y: Axis, rows: int, dots_high: int) -> int:
     """Return the row of dots for a value on the y axis, counted from the top. There are ``rows`` rows of
     cells, each ``dots_high`` dots high.
 
-    The ends of the axis are in the middle of the lowest and highest row of cells, so that a line, a mark and
-    a label at the same value are in the same row. Values outside the axis are clamped to its ends.
+    The ends of the axis are in the middle of the lowest and highest row of cells, where their labels are.
+    Values outside the graph are clamped to its first and last row.
     """
-    share = min(max((value - y.low) / (y.high - y.low), 0.0), 1.0)
-    return rows * dots_high - 1 - math.floor((share * (rows - 1) + 0.5) * dots_high + 1e-9)
+    share = min(max((value - y.low) / (y.high - y.low), -1.0), 2.0)
+    row = rows * dots_high - 1 - math.floor((share * (rows - 1) + 0.5) * dots_high + 1e-9)
+    return min(max(row, 0), rows * dots_high - 1)
 
 
 def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
@@ -202,29 +199,22 @@ class Curve:
     """A symbol that is repeated along the curve, so that curves can be told apart without color; empty for
     none.
     """
-    look: Literal["line", "thin", "points"] = "line"
-    """``line``: a line of braille dots, two dots thick. ``thin``: a line of single dots. ``points``: a dot
-    for each value, without a line.
-    """
+    look: Look = "line"
     fill: str = ""
-    """Color of the area under the curve; empty for none. If the y axis does not begin at zero, the color
-    fades toward the bottom, because a solid area would suggest that the axis begins at zero. A graph with few
-    rows has no areas.
-    """
-    joins_marks: bool = False
-    """Whether each point of the curve has a mark. If so, the line passes through the middle of the marks'
-    cells.
+    """Color of the area under the curve; empty for none. An area is drawn only in a graph of many rows
+    whose y axis begins at zero.
     """
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A symbol at the point (``x``, ``y``) of a graph."""
+    """A block of dots at the point (``x``, ``y``) of a graph."""
 
     x: float
     y: float
-    symbol: str
     style: str
+    label: str = ""
+    """A symbol next to the block: above it, or below it if a line is above it; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +222,8 @@ class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
     A cell that several lines share shows the dots of all of them, but can have only one color. Where a line
-    has no cells of its own, its color alternates with the colors of the other lines.
+    has no cells of its own, its color alternates with the colors of the other lines. A dotted line has no
+    dots in the cells of marks, or next to dots of other lines, and in a shared cell it has their color.
     """
 
     x: Axis
@@ -240,7 +231,7 @@ class Plot:
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
     has_all_marks: bool = False
-    """Whether all marks are drawn. If not, a mark that is too close to another mark with the same symbol is
+    """Whether all marks are drawn. If not, a mark that is too close to another mark with the same label is
     left out.
     """
     x_ticks: tuple[tuple[float, str], ...] = ()
@@ -265,105 +256,43 @@ def no_plot(text: str) -> Plot:
     return Plot(Axis(0, 1), Axis(0, 1), empty=text)
 
 
-_BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""Bit of each dot of a braille character in its code point, by the dot's column, then by its row from the
-top.
-"""
-_BRAILLE_BLANK = 0x2800
-"""Code point of the braille character without dots."""
-
-
-@dataclass
-class _Canvas:
-    width: int
-    height: int
-    cells: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
-    """(character, style) by (column, row)."""
-    lines: dict[tuple[int, int], tuple[int, tuple[str, ...]]] = field(default_factory=dict)
-    """(dots, styles) by (column, row): the dots of all lines in the cell, as bits of a braille character, and
-    the styles of these lines.
-    """
-    filled: dict[tuple[int, int], str] = field(default_factory=dict)
-    """Background color by (column, row)."""
-
-    def settle(self, dots: Iterable[tuple[int, int]], style: str, *, is_line: bool) -> None:
-        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. If ``is_line``,
-        the dots are added to the dots of other lines in the same cell. Otherwise, they replace the contents
-        of the cell.
-        """
-        bits: dict[tuple[int, int], int] = {}
-        for x, y in dots:
-            cell = (x // DOTS_WIDE, y // DOTS_HIGH)
-            bits[cell] = bits.get(cell, 0) | _BRAILLE_BITS[x % DOTS_WIDE][y % DOTS_HIGH]
-        for cell, each in bits.items():
-            if is_line:
-                before, styles = self.lines.get(cell, (0, ()))
-                each, _ = self.lines[cell] = before | each, (style, *styles)
-            self.cells[cell] = (chr(_BRAILLE_BLANK | each), style)
-
-    def color_shared_cells(self) -> None:
-        """Color the cells that several lines share. A line that has no cell of its own in the column gets the
-        color of the shared cells there, so that it remains visible. If there are several such lines, or none,
-        the colors alternate.
-        """
-        seen = {(column, *styles) for (column, _), (_, styles) in self.lines.items() if len(styles) == 1}
-        for cell, (bits, styles) in self.lines.items():
-            if len(styles) > 1 and self.cells[cell][0] == chr(_BRAILLE_BLANK | bits):
-                column = cell[0]
-                unseen = [style for style in styles if (column, style) not in seen] or styles
-                self.cells[cell] = (self.cells[cell][0], unseen[column // _DASH % len(unseen)])
-
-    def fill(self, dots: Iterable[tuple[int, int]], color: str, *, fades: bool) -> None:
-        """Color the background of the cells below a line."""
-        lowest: dict[int, int] = {}
-        for x, y in dots:
-            column, row = x // DOTS_WIDE, y // DOTS_HIGH
-            lowest[column] = max(row, lowest.get(column, row))
-        top = min(lowest.values(), default=0)
-        for column, touched in lowest.items():
-            for row in range(touched + 1, self.height):
-                share = math.sqrt((self.height - row) / (self.height - top)) if fades else 1.0
-                self.filled[column, row] = f"{color} {share:.0%}"
-
-    def line(self, row: int) -> Content:
-        """Return the row with this number, counted from the top, as text."""
-        return join_cells(self._cell((column, row)) for column in range(self.width))
-
-    def _cell(self, place: tuple[int, int]) -> tuple[str, str]:
-        text, style = self.cells.get(place, (" ", ""))
-        color = self.filled.get(place)
-        return (text, f"{style} on {color}".lstrip() if color else style)
-
-
 def plot(what: Plot, width: int, height: int) -> list[Content]:
-    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and the
-    scale of x below.
+    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and, from
+    ``LEAST_CHART`` lines on, the scale of x below.
 
     A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a gap
     without finite values.
     """
-    rows = max(1, height - 2)
     if what.is_empty:
         return _nothing(what, width, height)
-    y, scale = _even(what.y, rows)
+    has_foot = height >= LEAST_CHART
+    rows = max(2, height - 1 - has_foot)
+    y, labels = _even(what.y, rows) if has_foot else _ends(what, rows)
     what = replace(what, y=y)
-    labels_end = max((len(text) for _, text in scale), default=0) + 1
+    labels_end = max(map(len, labels.values()), default=0) + 1
     gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
-    labels = {row_of(value, what.y, rows): text for value, text in scale}
-    canvas = _Canvas(columns, rows)
-    canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
+    canvas = Canvas(columns, rows)
+    if has_foot:
+        canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
+    dotted = [curve for curve in what.curves if curve.look == "dotted"]
     for curve in what.curves:
-        _draw_curve(canvas, curve, what.x, what.y)
+        if curve not in dotted:
+            _draw_curve(canvas, curve, what.x, what.y)
     canvas.color_shared_cells()
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
-    _set_marks(canvas, what)
+    labels_at = _set_marks(canvas, what)
+    for curve in dotted:
+        _draw_curve(canvas, curve, what.x, what.y)
+    for place, mark in labels_at:
+        canvas.set_label(place, mark.label, mark.style)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
-    lines.append(_foot(what, gutter, columns))
-    return lines[-height:] if height < 3 else lines
+    if has_foot:
+        lines.append(_foot(what, gutter, columns))
+    return lines[:height]
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
@@ -373,8 +302,28 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
     return lines
 
 
-def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
-    """Return the axis and its (value, label) ticks. The axis is extended as little as possible to make the
+def _ends(what: Plot, rows: int) -> tuple[Axis, dict[int, str]]:
+    """Return the axis of a graph with few rows, and its labels by row. The lowest and the highest value of
+    the lines and marks are at the bottom and at the top of the graph, and are its only labels.
+    """
+    y = what.y
+    reach = overall(
+        [
+            *(curve.envelope for curve in what.curves if curve.look != "points"),
+            Envelope.of_points([mark.x for mark in what.marks], [mark.y for mark in what.marks]),
+        ]
+    )
+    low, high = (min(max(value, -_FAR), _FAR) for value in reach or (0.0, 0.0))
+    if high - low > max(_LEAST_SPAN * max(abs(low), abs(high)), _EPSILON):
+        y = replace(y, low=low, high=high)
+    span = y.high - y.low
+    labels = {0: y.text(y.high, span / 10), rows - 1: y.text(y.low, span / 10)}
+    # The ends of an axis are in the middle of a row.
+    return replace(y, low=y.low + span / 2 / rows, high=y.high - span / 2 / rows), labels
+
+
+def _even(y: Axis, rows: int) -> tuple[Axis, dict[int, str]]:
+    """Return the axis and its labels by row. The axis is extended as little as possible to make the
     distance between ticks a whole number of rows. If there are too few rows for such ticks, the axis is
     unchanged and has the ticks that fit.
     """
@@ -395,12 +344,12 @@ def _even(y: Axis, rows: int) -> tuple[Axis, list[tuple[float, str]]]:
                     best = min(best, (length, replace(y, low=low, high=high), step), key=itemgetter(0))
     _, y, step = best
     if not step:
-        return y, ticks(y, max(1, rows - 1))[: max(1, rows)]
+        return y, {row_of(value, y, rows): text for value, text in ticks(y, max(1, rows - 1))}
     values = [
         _clean((math.ceil(y.low / step - 1e-9) + number) * step)
         for number in range(_count(y.low, y.high, step))
     ]
-    return y, [(value, y.text(value, step)) for value in values]
+    return y, {row_of(value, y, rows): y.text(value, step) for value in values}
 
 
 def _count(low: float, high: float, step: float) -> int:
@@ -408,7 +357,7 @@ def _count(low: float, high: float, step: float) -> int:
     return math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1
 
 
-def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
+def _draw_curve(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
     envelope, dots_wide = curve.envelope, canvas.width * DOTS_WIDE
     dots: set[tuple[int, int]] = set()
     before: tuple[int, int, int] | None = None
@@ -427,28 +376,24 @@ def _draw_curve(canvas: _Canvas, curve: Curve, x: Axis, y: Axis) -> None:
             continue
         if curve.look == "points":
             # Draw only the lowest and the highest value. The values between them would form a vertical line.
-            ends = (value for value in (low, high) if y.low <= value <= y.high)
+            half_row = (y.high - y.low) / 2 / max(1, canvas.height - 1)
+            ends = (value for value in (low, high) if -half_row <= value - y.low <= y.high - y.low + half_row)
             dots.update((column, _dot_row(value, y, canvas.height, DOTS_HIGH)) for value in ends)
             continue
-        top, bottom = (_line_row(curve, end, y, canvas.height) for end in (high, low))
+        top, bottom = (_dot_row(end, y, canvas.height, DOTS_HIGH) for end in (high, low))
         dots.update((column, row) for row in range(top, bottom + 1))
         if before is not None and not broken:
             dots.update(_between(before, (column, top, bottom)))
         before = None if broken else (column, top, bottom)
     if curve.look == "line":
         dots |= {(column, row + 1) for column, row in dots if row + 1 < canvas.height * DOTS_HIGH}
-    canvas.settle(dots, curve.style, is_line=curve.look != "points")
-    if curve.fill and canvas.height >= _LEAST_FILLED:
-        canvas.fill(dots, curve.fill, fades=y.low > 0)
+    if curve.look == "dotted":
+        dots = {(column, row) for column, row in dots if column % 2 == 0}
+    canvas.settle(dots, curve.style, curve.look)
+    if curve.fill and canvas.height >= _LEAST_FILLED and y.low <= 0:
+        canvas.fill(dots, curve.fill)
     for column in broken_columns:
         canvas.cells[column, canvas.height - 1] = (NOT_A_NUMBER, "$error bold")
-
-
-def _line_row(curve: Curve, value: float, y: Axis, rows: int) -> int:
-    """Return the row of dots in which a curve's line is drawn at ``value``, counted from the top."""
-    if curve.joins_marks:
-        return row_of(value, y, rows) * DOTS_HIGH + _MIDDLE_DOT
-    return _dot_row(value, y, rows, DOTS_HIGH)
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
@@ -469,7 +414,7 @@ def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Itera
         here = there
 
 
-def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of: int) -> None:
+def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of: int) -> None:
     if not curve.glyph:
         return
     apart = 16
@@ -485,28 +430,23 @@ def _set_glyphs(canvas: _Canvas, curve: Curve, x: Axis, y: Axis, number: int, of
             due = column + apart
 
 
-def _set_marks(canvas: _Canvas, what: Plot) -> None:
+def _set_marks(canvas: Canvas, what: Plot) -> list[tuple[tuple[int, int], Mark]]:
+    """Draw the marks. Return the (column, row) of each mark that has a label, and the mark."""
     newest: dict[str, int] = {}
+    labeled = []
     for mark in what.marks:
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
             continue
         column = column_of(mark.x, what.x, canvas.width)
         # Marks of several curves at the same x are in the same column, and all of them are drawn.
-        if what.has_all_marks or column - newest.get(mark.symbol, column) not in range(1, _APART):
-            row = row_of(mark.y, what.y, canvas.height)
-            canvas.cells[column, row] = (mark.symbol, mark.style)
-            newest[mark.symbol] = column
-
-
-def join_cells(cells: Iterable[tuple[str, str]]) -> Content:
-    """Return a line of (character, style) cells. Adjacent cells of the same style share one span."""
-    parts: list[tuple[str, str]] = []
-    for text, style in cells:
-        if parts and parts[-1][1] == style:
-            parts[-1] = (parts[-1][0] + text, style)
-        else:
-            parts.append((text, style))
-    return Content.assemble(*parts)
+        if what.has_all_marks or column - newest.get(mark.label, column) not in range(1, _APART):
+            middle = _dot_row(mark.y, what.y, canvas.height, DOTS_HIGH)
+            rows = range(max(0, middle - 1), min(middle + 2, canvas.height * DOTS_HIGH))
+            canvas.set_mark(product(range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE), rows), mark.style)
+            newest[mark.label] = column
+            if mark.label:
+                labeled.append(((column, middle // DOTS_HIGH), mark))
+    return labeled
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:

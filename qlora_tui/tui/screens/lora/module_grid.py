@@ -27,8 +27,8 @@ from qlora_tui.formatting import format_count, format_percent, shorten_name
 from qlora_tui.recipe.schema import Lora
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
 from qlora_tui.tui.breakpoints import WIDE_CELLS
+from qlora_tui.tui.render.canvas import join_cells
 from qlora_tui.tui.render.meters import bar
-from qlora_tui.tui.render.plot import join_cells
 from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_row, cursor_style
 
 ALL, SOME, NONE = "all", "some", "none"

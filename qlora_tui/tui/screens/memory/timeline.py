@@ -16,7 +16,8 @@ from textual.widget import Widget
 
 from qlora_tui.formatting import GIB, format_bytes
 from qlora_tui.memory.step import PHASES, Moment, Phase
-from qlora_tui.tui.render.plot import join_cells, label, tick_step
+from qlora_tui.tui.render.canvas import join_cells
+from qlora_tui.tui.render.plot import label, tick_step
 from qlora_tui.tui.screens.memory.step_panels import (
     ABOVE_PEAK,
     PARTS,

@@ -49,7 +49,7 @@ from qlora_tui.tui.render.plot import no_plot, plot
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, WorkerDialog, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
-from qlora_tui.tui.screens.runs.sweep_charts import setting_plot, steps_plot
+from qlora_tui.tui.screens.runs.sweep_charts import setting_lines, steps_plot
 from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 
 _INTERVAL_S = 2.0
@@ -238,7 +238,7 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
         dialog.border_subtitle = dialog_keys(bindings, "Enter open")
         self.query_one("#sweep-verdict", Lines).show(partial(verdict_lines, view))
         path = main_setting(shown.bought, shown.shares) or next(iter(view.sheet.sweep.vary))
-        self.query_one("#sweep-setting", Drawing).show(partial(plot, setting_plot(view, path)))
+        self.query_one("#sweep-setting", Drawing).show(partial(setting_lines, view, path))
         self.query_one("#sweep-steps", Drawing).show(partial(plot, steps_plot(view)))
         self.query_one(ViList).show(partial(trial_lines, view))
         bought = partial(bought_lines, effects_title(view), shown.bought, shown.shares)

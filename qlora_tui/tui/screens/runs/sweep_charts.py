@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from textual.content import Content
 
 from qlora_tui.recipe.fields import setting_name
 from qlora_tui.sweeps.describe import round_title, value_of
 from qlora_tui.sweeps.plan import share_of
 from qlora_tui.sweeps.space import Range, Values, value_text
 from qlora_tui.sweeps.view import SweepView
-from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overall, ticks
+from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overall, plot, ticks
 from qlora_tui.tui.render.series import Envelope
 
 _OTHER, _UNCHANGED, _WINNER = "•○★"
-"""Symbols for the losses of other trials, of the unchanged recipe, and of the winner."""
+"""Symbols in the legend for losses of other trials, of the unchanged recipe, and of the winner. In the chart,
+the last two are written next to their marks.
+"""
 _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
     "bold $validation",
-    "bold $text",
+    "bold $secondary",
     "$text",
-    "$text-muted dim",
+    "$text-muted",
 )
+_FEW_ROWS = 12
+"""Height of a chart, in lines, below which it shows only the last round that any trial has finished."""
 _MARGIN = 0.03
 """Margin at each end of the axis for a range of values, as a fraction of the range."""
 _TICKS = 8
@@ -96,25 +102,34 @@ def _log_ticks(axis: Axis) -> tuple[tuple[float, str], ...]:
     return tuple((math.log10(number), f"{number:g}") for number in inside)
 
 
-def setting_plot(view: SweepView, path: str) -> Plot:
+def setting_lines(view: SweepView, path: str, width: int, height: int) -> list[Content]:
+    """Return ``height`` lines with the plot of validation losses by the value of a setting."""
+    return plot(setting_plot(view, path, only_last=height < _FEW_ROWS), width, height)
+
+
+def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot:
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the values are numbers, a line
-    connects the lowest losses of each round.
+    connects the lowest losses of each round. With ``only_last``, only the last round with results is drawn.
     """
     scale = _scale(view.sheet.sweep.vary[path], [value_of(view, base, path) for base in view.base_trials[:1]])
     marks, lowest = [], dict[int, dict[float, float]]()
+    last_round = max((number for trial in view.trials for number in trial.results), default=0)
     for trial in view.trials:
         place = scale.place(value_of(view, trial, path))
         if place is None:
             continue
         for number, result in trial.results.items():
+            if only_last and trial.role == "trial" and number < last_round:
+                continue
             is_last = trial.role != "trial" or number == view.rounds
-            symbol, style = _OTHER, _LAST_STYLE if is_last else _EARLIER_STYLE
+            label, style = "", _LAST_STYLE if is_last else _EARLIER_STYLE
             if trial.role == "base":
-                symbol, style = _UNCHANGED, _UNCHANGED_STYLE
+                label = _UNCHANGED if trial is view.base_trials[0] else ""
+                style = _UNCHANGED_STYLE
             elif trial.number == view.verdict.winner and number == trial.rounds:
-                symbol, style = _WINNER, _WINNER_STYLE
-            marks.append(Mark(place, result.loss, symbol, style))
+                label, style = _WINNER, _WINNER_STYLE
+            marks.append(Mark(place, result.loss, style, label))
             if trial.role == "trial":
                 losses = lowest.setdefault(number, {})
                 losses[place] = min(result.loss, losses.get(place, math.inf))
@@ -122,11 +137,10 @@ def setting_plot(view: SweepView, path: str) -> Plot:
         Curve(
             Envelope.of_points(*zip(*sorted(losses.items()), strict=True)),
             "",
-            _EARLIER_STYLE,
+            _LAST_STYLE if number == view.rounds else _EARLIER_STYLE,
             look="thin",
-            joins_marks=True,
         )
-        for _, losses in sorted(lowest.items())
+        for number, losses in sorted(lowest.items())
         if scale.has_order
     ]
     reached = [mark.y for mark in marks]
@@ -137,26 +151,26 @@ def setting_plot(view: SweepView, path: str) -> Plot:
         curves=tuple(curves),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=_legend(view, path, {(mark.symbol, mark.style) for mark in marks}),
+        legend=_legend(view, path, {mark.style for mark in marks}),
         empty=_NOTHING,
     )
 
 
 def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     """Return the marks in drawing order: the most important marks are drawn last."""
-    order = _OTHER + _UNCHANGED + _WINNER
-    return tuple(sorted(marks, key=lambda mark: (order.index(mark.symbol), mark.style != _EARLIER_STYLE)))
+    order = (_EARLIER_STYLE, _LAST_STYLE, _UNCHANGED_STYLE, _WINNER_STYLE)
+    return tuple(sorted(marks, key=lambda mark: order.index(mark.style)))
 
 
-def _legend(view: SweepView, path: str, drawn: set[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    """Return (text, style) items for the legend of ``drawn`` marks, given as (symbol, style)."""
+def _legend(view: SweepView, path: str, drawn: set[str]) -> tuple[tuple[str, str], ...]:
+    """Return (text, style) items for the legend of marks with the styles ``drawn``."""
     words = {
-        (_WINNER, _WINNER_STYLE): f"trial {view.verdict.winner}",
-        (_UNCHANGED, _UNCHANGED_STYLE): "unchanged",
-        (_OTHER, _LAST_STYLE): round_title(view, view.rounds) if view.rounds > 1 else "other trials",
-        (_OTHER, _EARLIER_STYLE): "earlier",
+        _WINNER_STYLE: f"{_WINNER} trial {view.verdict.winner}",
+        _UNCHANGED_STYLE: f"{_UNCHANGED} unchanged",
+        _LAST_STYLE: f"{_OTHER} {round_title(view, view.rounds) if view.rounds > 1 else 'other trials'}",
+        _EARLIER_STYLE: f"{_OTHER} earlier",
     }
-    items = [(f"{mark[0]} {text}", mark[1]) for mark, text in words.items() if mark in drawn]
+    items = [(text, style) for style, text in words.items() if style in drawn]
     return ((f"by {setting_name(path)}", "dim"), *items)
 
 
@@ -164,7 +178,7 @@ def steps_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
 
     Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
-    trial. Only the winner and the marks of the unchanged recipe are bright.
+    trial. Only the winner and the marks of the unchanged recipe are bright; their last marks have symbols.
     """
     base = view.base_trials[:1]
     curves, marks = [], []
@@ -173,17 +187,18 @@ def steps_plot(view: SweepView) -> Plot:
             continue
         if not trial.evaluations:
             continue
-        symbol, style = _OTHER, _EARLIER_STYLE
+        label, style = "", _EARLIER_STYLE
         if trial.role == "base":
-            symbol, style = _UNCHANGED, _UNCHANGED_STYLE
+            label, style = _UNCHANGED, _UNCHANGED_STYLE
         elif trial.number == view.verdict.winner:
-            symbol, style = _WINNER, _WINNER_STYLE
+            label, style = _WINNER, _WINNER_STYLE
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
-        line_style = style if symbol == _WINNER else _EARLIER_STYLE
+        line_style = style if label == _WINNER else _EARLIER_STYLE
         envelope = Envelope.of_points(shares, losses)
-        curves.append((symbol, Curve(envelope, "", line_style, look="thin", joins_marks=True)))
-        marks += [Mark(share, loss, symbol, style) for share, loss in zip(shares, losses, strict=True)]
+        curves.append((label, Curve(envelope, "", line_style, look="thin")))
+        marks += [Mark(share, loss, style) for share, loss in zip(shares, losses, strict=True)]
+        marks[-1] = replace(marks[-1], label=label)
     # The winner comes last, because later curves are drawn over earlier ones.
     curves.sort(key=lambda each: each[0] == _WINNER)
     reach = overall([curve.envelope for _, curve in curves])

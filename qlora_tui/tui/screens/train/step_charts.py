@@ -22,12 +22,8 @@ from qlora_tui.runs.describe import format_exact, format_rewards
 from qlora_tui.runs.view import finite_losses
 from qlora_tui.tui.render.labels import no_steps_words
 from qlora_tui.tui.render.loss import (
-    LEAST_CHART,
-    SMOOTHED,
-    STEP_DOTS,
     VALIDATION_STYLE,
     LossFacts,
-    loss_sparkline,
     run_plot,
 )
 from qlora_tui.tui.render.meters import history
@@ -67,14 +63,12 @@ class StepChart:
 def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: int) -> list[Content]:
     """Return the loss graph with the charts below it.
 
-    If there is no room for the charts, only their latest values are shown. If there is no room for the graph
-    either, a sparkline of the smoothed loss takes its place.
+    If there is no room for the charts, only their latest values are shown.
     """
     if loss.is_empty or not charts:
         return plot(loss, width, height)
     if height < _MIN_ROWS:
-        rows = height - 1
-        return [*(plot if rows >= LEAST_CHART else _sparkline)(loss, width, rows), _values(charts)]
+        return [*plot(loss, width, height - 1), _values(charts)]
     names = max(len(chart.name) for chart in charts)
     values = max(_MIN_VALUE_CELLS, *(len(chart.value) for chart in charts))
     gutter = names + values + 2
@@ -84,18 +78,6 @@ def graph_lines(loss: Plot, charts: tuple[StepChart, ...], width: int, height: i
         line for chart in charts for line in _chart_lines(chart, loss.x, names, gutter, width - gutter, rows)
     ]
     return [*upper, *below, foot]
-
-
-def _sparkline(loss: Plot, width: int, height: int) -> list[Content]:
-    """Return the legend, and below it the smoothed loss as columns, up to the last step."""
-    smoothed = next(curve.envelope for curve in loss.curves if curve.name == SMOOTHED)
-    means = [
-        low if low <= high else math.nan for low, high in zip(smoothed.lows, smoothed.highs, strict=True)
-    ]
-    legend = Content("   ").join(
-        Content.styled(text, style) for text, style in loss.legend if text != STEP_DOTS
-    )
-    return loss_sparkline(legend, means, width, height)
 
 
 def _chart_lines(
