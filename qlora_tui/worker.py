@@ -44,7 +44,9 @@ def module_argv(module: str, *arguments: str) -> list[str]:
 
 
 def subprocess_env() -> dict[str, str]:
-    """Return this process's environment, in which a child finds this package and prints unbuffered."""
+    """Return the environment of this process, with variables that let a child find this package and print
+    without buffering.
+    """
     paths = dict.fromkeys((_PACKAGE, *filter(None, os.environ.get(PYTHONPATH, "").split(os.pathsep))))
     return {**os.environ, PYTHONPATH: os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 

@@ -45,7 +45,9 @@ def model_folder(recipe: Recipe, on_status: StatusFn = lambda words: None) -> Pa
 
 
 def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Return a function that reports progress every 10 %: a terminal shows each status on a line."""
+    """Return a function that reports progress every 10 %, because a terminal shows each status on its own
+    line.
+    """
     reported = 0
 
     def report(done: int, total: int) -> None:

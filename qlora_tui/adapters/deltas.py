@@ -263,7 +263,9 @@ def is_whole_matrix(key: str, config: dict[str, Any]) -> bool:
 
 
 def _ids_of(module: str, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the token ids of a module's rows: a list is for the embedding, a mapping is by module."""
+    """Return the token ids of a module's rows. In the config, a list applies to the embedding; a mapping has
+    a list for each module.
+    """
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((ids for name, ids in indices.items() if f".{module}".endswith(f".{name}")), None)

@@ -34,7 +34,7 @@ _Rank = Annotated[int, Meta(ge=1, le=1024)]
 _Alpha = Annotated[float, Meta(ge=0, le=1e6)]
 _Names = list[str] | None
 _PLAIN_PATTERN = re.compile(r"\^?(?:\\?[\w.\-]|\[[\w\-]+\])*\$?")
-"""Pattern of patterns that are matched in one pass: characters, escaped ones and sets of them."""
+"""Matches patterns without repetition: characters, escaped characters and character sets."""
 _LORA_KEY = re.compile(r"base_model\.model\.(.+?)\.lora_\w+(?:\.\w+)*")
 
 

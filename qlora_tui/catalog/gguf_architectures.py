@@ -428,7 +428,7 @@ def _folded_factors(data: Metadata, config: Config) -> None:
 
 
 def _gpt_oss(data: Metadata, config: Config) -> None:
-    """Read gpt-oss, whose YaRN does not round the limits of its ramp, although no key says so."""
+    """Read gpt-oss. Its YaRN does not round the limits of the ramp, but no key of the file says so."""
     if config["rope_parameters"]["rope_type"] == "yarn":
         config["rope_parameters"]["truncate"] = False
 

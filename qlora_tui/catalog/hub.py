@@ -200,7 +200,7 @@ _HEADERS_S = 60.0
 """Seconds for a response to begin, even if parts of its headers keep arriving."""
 _WINDOW_S = 30.0
 _LEAST_BYTES = 30 << 10
-"""Number of bytes below which, within a window of time, a response counts as too slow to end."""
+"""Minimum number of bytes that a response must deliver in such a window. A slower response is abandoned."""
 _MAX_REDIRECTS = 10
 T = TypeVar("T")
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")

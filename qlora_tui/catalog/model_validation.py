@@ -162,7 +162,7 @@ def _no_config(files: set[str], name: str) -> UserError:
 
 
 def weights_problem(folder: Path, name: str) -> UserError | None:
-    """Return the problem with the weights in ``folder``: pickled, missing or incomplete; else None."""
+    """Return the problem with the weights in ``folder``: pickled, missing or incomplete; otherwise None."""
     try:
         weight_names = weight_files(folder)
     except UserError as problem:
@@ -334,7 +334,7 @@ _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 
 def quantized_refusal(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> UserError | None:
-    """Return why weights whose quantization the config does not describe cannot be loaded; else None.
+    """Return why weights whose quantization the config does not describe cannot be loaded; otherwise None.
 
     A library would take matrices of 8-bit integers for weights, and ignore their scales.
     """

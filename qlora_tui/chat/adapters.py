@@ -270,7 +270,7 @@ def _has(layer: Any, adapter_name: str) -> bool:
 
 
 def _is_plain(layer: Any, adapter_name: str) -> bool:
-    """Return whether the update is scale · B·A·x, which is not true of DoRA and of embeddings."""
+    """Return whether the update is scale · B·A·x. False for DoRA and for embeddings."""
     return (
         adapter_name in layer.lora_A
         and type(layer.lora_A[adapter_name]) is nn.Linear

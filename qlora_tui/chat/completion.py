@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from qlora_tui.chat.session import ChatSession
 
 _SCORED_TOKENS = 128
-"""Prompt tokens of one pass if each is scored, which needs all their logits in memory, twice."""
+"""Number of prompt tokens per pass if every token is scored. Scoring needs the logits of all tokens in
+memory, twice.
+"""
 
 
 def completion_prompt(session: ChatSession, completion: Completion) -> list[int]:

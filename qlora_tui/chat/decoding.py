@@ -300,7 +300,9 @@ def _new_cache(config: Any, size: BufferSize, *, keep_windows: bool) -> Any:
 
 
 def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
-    """Return a buffer for ``tokens`` with the content, then zeros: masked values must be finite."""
+    """Return a buffer for ``tokens`` with the content, followed by zeros, because masked values must be
+    finite, too.
+    """
     batch, heads, _, width = sample.shape
     buffer = torch.zeros((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
     if filled is not None:
@@ -317,7 +319,7 @@ position that never advances would pass.
 _WARM_UPS = 2
 """Steps that run before recording, in which libraries choose kernels and allocate workspaces."""
 _MIN_FREE_BYTES = 512 * 2**20
-"""Free memory that recording requires: a graph has its own memory for intermediate results."""
+"""Minimum free memory for recording, in bytes. A graph has its own memory for intermediate results."""
 
 Function = Callable[[], None]
 """A function that reads and writes fixed tensors."""

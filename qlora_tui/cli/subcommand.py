@@ -100,7 +100,9 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_gpu_gib_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add ``--gpu-gib``. A subcommand suppresses the default, so that an earlier value counts."""
+    """Add ``--gpu-gib``. Subcommands pass ``SUPPRESS`` as ``default``, so that a value given before the
+    subcommand is kept.
+    """
     parser.add_argument(
         "--gpu-gib",
         type=positive_float,

@@ -91,7 +91,9 @@ def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _pickled(batch: Any, names: dict[str, list[str]]) -> bytes:
-    """Return the pickled rows of a batch; too many bytes for a piece if they take too much memory."""
+    """Return the pickled rows of a batch. If the rows take too much memory, return more bytes than a piece
+    can have.
+    """
     try:
         values = batch.to_pylist()
         for column, labels in names.items():

@@ -84,7 +84,7 @@ class Confined:
         self._connection: Connection | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        """ID of the process that started the child; after a fork, the fork starts another child."""
+        """PID of the process that started the child. A forked process starts its own child."""
 
     @property
     def pid(self) -> int | None:

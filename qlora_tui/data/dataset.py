@@ -301,7 +301,9 @@ def _excluded_key(source: Source) -> list[int] | dict[str, list[int]]:
 
 
 def _layout_key(layout: RowFormat) -> dict[str, object]:
-    """Return the settings that affect how rows are read; in the earlier form without a method."""
+    """Return the settings that affect how rows are read. Without a preference method, the result equals that
+    of earlier versions.
+    """
     fields: dict[str, object] = msgspec.structs.asdict(layout)
     if not layout.method:
         del fields["method"]

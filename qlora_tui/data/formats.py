@@ -170,7 +170,7 @@ def _pick(format_: str, part: str, columns: Columns, taken: Iterable[str], by_ha
 
 
 def _only_prose(columns: Columns) -> str:
-    """Return the one column besides the label whose texts have several words; else empty."""
+    """Return the one column besides the label whose texts have several words; otherwise empty."""
     label = columns.first(PARTS["decision"]["label"])
     if not label or decision_of(Counter(json_text(value.get(label)) for value in columns.values)) is None:
         return ""

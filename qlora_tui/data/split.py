@@ -152,7 +152,9 @@ _MIN_WORDS = 12
 """Minimum number of words of a row that is compared; shorter rows share triples by chance."""
 _KNOWN_WORDS = 200_000
 _SPARE = 3
-"""Multiple of ``SKETCH`` to which the hashes of a long row are filtered by a bound before they are sorted."""
+"""Before the hashes of a long row are sorted, a bound reduces their number to about this multiple of
+``SKETCH``.
+"""
 _INT64_MIN = -(1 << 63)
 _PUNCTUATION = str.maketrans({c: " " for c in map(chr, range(128)) if not c.isalnum()})
 

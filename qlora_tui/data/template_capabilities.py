@@ -287,7 +287,9 @@ class Switch(Struct, frozen=True):
 
 
 def switch_of(template: ChatTemplate, turns: Turns) -> Switch | None:
-    """Return the switch of ``template``, probed on the conversation ``turns``; None if there is none."""
+    """Find the template's switch for thinking by rendering the conversation ``turns``. Return None if there
+    is none.
+    """
 
     def prompt(variables: Mapping[str, Any]) -> str | None:
         try:

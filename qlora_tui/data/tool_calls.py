@@ -59,7 +59,9 @@ class CallShape(Struct, frozen=True):
     first: str
     """Text before the arguments of the first call; :func:`named` inserts the function's name."""
     further: str
-    """Text between the arguments of two calls, with the second's name; empty if only one is possible."""
+    """Text between the arguments of two calls, which includes the name of the second function. Empty if an
+    answer can have only one call.
+    """
     last: str
     """Text after the arguments of the last call."""
     fields: Fields | None = None
@@ -212,7 +214,7 @@ def call_format(tokenizer: ChatTokenizer) -> CallFormat | None:
 
 
 def _observed(fields: Fields, tokenizer: ChatTokenizer) -> Fields:
-    """Return ``fields`` completed with how the template writes constants and orders keys."""
+    """Return ``fields``, completed with the constants and the order of keys that the template writes."""
     text = _written(tokenizer, ToolCall(_NAME, {"qvz3": True, "qvz2": False, "qvz1": None}))
     found = [re.search(word, text) for word in ("[Tt]rue", "[Ff]alse", "null|None")]
     words = [match[0] if match else "" for match in found]

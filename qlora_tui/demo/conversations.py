@@ -64,6 +64,8 @@ def voice_faults(answer: str, *, ended: bool) -> tuple[str, ...]:
 
 
 def _closes_twice(answer: str) -> bool:
-    """Return whether the closing line occurs before the end, or its words occur directly before it."""
+    """Return whether the closing line occurs before the end of the answer, or its words occur directly before
+    the closing line.
+    """
     before = answer.removesuffix(CLOSING).rstrip()
     return CLOSING in before or before.lower().endswith(CLOSING.lower())

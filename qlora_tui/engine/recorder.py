@@ -36,7 +36,9 @@ class TooManyOperations(Exception):
 
 
 class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own
-    """Records storages created under this mode until they are freed. Earlier ones are ignored."""
+    """Records storages that are created under this mode, until they are freed. Storages created earlier are
+    ignored.
+    """
 
     def __init__(self, vocabulary: int = 0, tokens: int = 0, *, device: str = "meta") -> None:
         """Record tensors on ``device``.

@@ -126,7 +126,7 @@ def breaks_process(error: BaseException) -> bool:
 
 
 def sentence_in_log(line: str) -> str:
-    """Return CUDA's sentence in a line that a library wrote before it ended the process; else empty."""
+    """Return CUDA's sentence in a line that a library wrote before it ended the process; otherwise empty."""
     match = _BITSANDBYTES.fullmatch(line) or _TERMINATED.fullmatch(line)
     return match[1] if match else ""
 
@@ -176,7 +176,9 @@ def _by_sentence(sentence: str) -> CudaError | None:
 
 
 def _suspended_s() -> float:
-    """Return how long the machine was suspended, in seconds, which only one of two clocks counts."""
+    """Return how long the machine was suspended, in seconds: the difference between a clock that counts
+    suspensions and a clock that does not.
+    """
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock) - time.monotonic()
 

@@ -58,7 +58,9 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
     @property
     def multiprocessors(self) -> int | None:
-        """Return the number of multiprocessors, of 64 cores each on Turing and the A100, later 128."""
+        """Return the number of multiprocessors. Each has 64 cores on Turing and the A100, and 128 cores on
+        later GPUs.
+        """
         if self.cores is None or self.capability is None:
             return None
         return self.cores // (64 if self.capability <= (8, 0) else 128)

@@ -76,7 +76,9 @@ class Rules:
         """Bytes per element of the hidden states and of norms' outputs."""
         unquantized = layout.recipe.quantization.method == "none"
         self.size = self.compute if execution.autocast and unquantized else self.hidden_size
-        """Bytes per element of linear modules' outputs; a packed one casts back to its input's dtype."""
+        """Bytes per element of linear modules' outputs. A module with packed weights casts its output to the
+        dtype of its input.
+        """
         self.dropout = layout.recipe.lora.dropout > 0
         self.own = execution.own_fused
         self.cuda = execution.device == "cuda"

@@ -480,7 +480,7 @@ def step_timeline(
 
 
 def _loading(frozen: dict[str, int], read_bytes: int, estimated: Estimate) -> list[Moment]:
-    """Return the moments of loading the weights, which are fullest when the last ones are read."""
+    """Return the moments of loading the weights. Memory is highest when the last weights are read."""
     read = {"loading": read_bytes}
     outside = {OVERHEAD: estimated.loading_process_bytes - sum(frozen.values()) - read_bytes}
     parts = []

@@ -28,7 +28,7 @@ CURRENT: Version = (5, 24)
 FUSED_EXPERTS: Version = (5, 0)
 """First version in which experts are two 3-D parameters; before, each matrix was a linear module."""
 _THREADED_READING: tuple[Version, Version] = ((5, 0), (5, 4))
-"""First version that reads weights in threads while quantizing, and first that no longer does."""
+"""(first version that reads weights in threads while quantizing, first version that no longer does)."""
 _LABELS_SHIFTED: Version = (4, 49)
 """First version in which ``ForCausalLMLoss`` pads the labels."""
 _LOSS_FUNCTION: Version = (4, 48)

@@ -53,7 +53,7 @@ LABELS: dict[str, str] = {
 
 
 def describe_choice(choice: StepChoice) -> str:
-    """Return a sentence on how a run uses free memory if its recipe leaves that open; else empty."""
+    """Return a sentence on how a run uses free memory if its recipe leaves that open; otherwise empty."""
     recipe, training, words = choice.given, choice.recipe.training, []
     if training.micro_batch_size != recipe.training.micro_batch_size:
         split = f"{training.micro_batch_size} × {training.gradient_accumulation}"

@@ -299,7 +299,7 @@ def _on_cpu(allocated: int, doubt: _Doubt, checkpoint_bytes: int, layout: Layout
 
 
 def _mapped_bytes(layout: Layout) -> int:
-    """Return the bytes of the chunked loss's tensors that are mapped separately and leave no gaps."""
+    """Return the bytes of the chunked loss's tensors that the allocator maps separately, without gaps."""
     execution = layout.execution
     if execution.loss != "chunked":
         return 0

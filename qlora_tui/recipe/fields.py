@@ -36,7 +36,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
     "quantization.streamed_layers",
     "training.gpus",
 )
-"""Settings that change no trained step: those on reports and saving, and on the use of memory."""
+"""Settings that change no training step. They are about reports, saving, and the use of memory."""
 DESCRIPTIVE = frozenset(("name", "note"))
 """Settings that describe the recipe without affecting the run."""
 
@@ -107,7 +107,7 @@ class Field(Struct, frozen=True, kw_only=True):
 
     @property
     def zero_meaning(self) -> str:
-        """Return the meaning of 0 if the help states it, such as ``no limit``; else empty."""
+        """Return the meaning of 0 if the help states it, such as ``no limit``; otherwise empty."""
         match = re.search(r"\b0: (.+?)\.(?: |$)", self.help)
         return match[1] if match else ""
 

@@ -65,7 +65,9 @@ class Preset(Struct, frozen=True, kw_only=True):
 
 
 class OverwriteError(UserError):
-    """Raised if saving would replace an edited file, or one that the app did not write: ask first."""
+    """Raised if saving would replace a file that was edited, or that the app did not write. The caller should
+    ask first.
+    """
 
 
 class PresetSnapshot(Struct, frozen=True):

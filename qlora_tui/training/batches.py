@@ -178,7 +178,9 @@ def on_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, An
 
 
 def mask_all_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the micro-batch without labels, for a process that has none left while others have one."""
+    """Return the micro-batch with all labels masked. A process computes it if it has no micro-batch left
+    while other processes have one.
+    """
     labels = torch.full_like(batch["labels"], IGNORED)
     no_answers: dict[str, Any] = {"sides": [], "answer_tokens": []} if "sides" in batch else {}
     return batch | {"labels": labels, "loss_positions": loss_positions(labels)} | no_answers

@@ -138,7 +138,9 @@ def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions)
 def answer_prompt(
     conversation: Conversation, tokenizer: ChatTokenizer, options: RenderOptions
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return the token ids before a conversation's last answer, and of the answer; None without one."""
+    """Return the token ids before a conversation's last answer, and those of the answer; None if there is no
+    answer.
+    """
     try:
         sample = render(conversation, tokenizer, options)[-1]
     except RowRejectedError:

@@ -33,7 +33,9 @@ class DirectReads(NamedTuple):
     quantized: frozenset[str] = frozenset()
     """Modules of a quantized model."""
     bypassed: frozenset[str] = frozenset()
-    """Modules that the code never calls, quantized or not, so that an adapter would change nothing."""
+    """Modules that the code never calls, whether quantized or not. An adapter on such a module would have no
+    effect.
+    """
 
 
 def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:

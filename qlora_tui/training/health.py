@@ -144,7 +144,9 @@ class ValidationMonitor:
 
 
 class ForgettingMonitor:
-    """Compares each divergence from the base on general prompts with that of learning a style."""
+    """Warns once if the answers to general prompts diverge more from the base than learning a style would
+    explain.
+    """
 
     def __init__(self) -> None:
         self._reported = False

@@ -488,7 +488,7 @@ class PreparedBase:
 
     @property
     def loss_description(self) -> str:
-        """The loss, and the reason if it is not the expected one, for the run's events."""
+        """Description of the loss for the run's events, with the reason if it is not the expected loss."""
         return ": ".join(filter(None, (self.loss, self.loss_reason)))
 
 

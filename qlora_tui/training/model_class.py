@@ -376,7 +376,9 @@ def _fields_in(code: ast.AST, local: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _field(node: ast.Attribute, local: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the setting, with its value, that ``config.x`` or a module's ``self.x`` reads; else empty."""
+    """Return {setting: value} for the setting that ``config.x`` or a module's ``self.x`` reads; empty if it
+    reads none.
+    """
     from transformers import PreTrainedConfig
 
     path, place = [], node.value

@@ -145,7 +145,9 @@ class ReplaySamples:
         return self._samples.length(i) if row is None else len(row.prompt_ids) + len(row.answer_ids)
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Return the indices of one epoch in random order; the base's answers take turns over the epochs."""
+        """Return the indices of one epoch in random order. Each epoch continues with the base's answers where
+        the previous epoch ended.
+        """
         order = list(self._samples.epoch(epoch, seed))
         count = replayed(len(order), self._share)
         if self._rows and count:

@@ -21,7 +21,9 @@ class Sample(NamedTuple):
 
 
 class SampleList:
-    """A data set of samples in memory, or made one at a time; an epoch has them in order."""
+    """A data set of samples that are in memory, or that a sequence creates on access. Every epoch has the
+    same order.
+    """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self._samples = samples

@@ -163,7 +163,7 @@ def _tokenize(run: Run) -> PreparedDataset:
 
 
 def _choose_step(run: Run) -> None:
-    """Choose the settings that depend on free memory: the optimizer, and the rows at a time."""
+    """Choose the settings that depend on free memory: the optimizer and the micro-batch size."""
     recipe, lengths = run.recipe, run.data.train.lengths()
     if not (recipe.training.optimizer == "auto" or recipe.training.auto_micro_batch):
         run.meter.set_recipe(recipe)

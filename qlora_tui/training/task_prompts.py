@@ -69,7 +69,9 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
 
 
 def answer_limit(longest_reference: int, context_length: int) -> int:
-    """Return the token limit of an answer: 1.5 times the longest reference, rounded up, within context."""
+    """Return the token limit of an answer: 1.5 times the longest reference, rounded up, but at most half of
+    the context.
+    """
     wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
     return min(max(_MIN_NEW_TOKENS, wanted), _MAX_NEW_TOKENS, max(1, context_length // 2))
 

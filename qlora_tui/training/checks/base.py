@@ -32,7 +32,8 @@ _UNTRAINED = 3
 _ROUNDINGS = 16.0
 """Number of fp32 rounding errors by which the loss and the gradient of a token's logits may differ."""
 _MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Lower bound of the noise, as a share of a token's logits: a short sample may show too little."""
+"""Lower bound of the noise, as a share of a token's logits. Noise measured on a short sample can be too low.
+"""
 _NOISE = 4.0
 """Multiple of the noise by which a token's logits in a packed sequence may differ from the sample's alone."""
 _MAX_NOISE = 0.25

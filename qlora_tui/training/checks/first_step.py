@@ -287,7 +287,9 @@ def _describe_error(error: Exception) -> str:
 def _first_sequences(
     step_plan: StepPlan, samples: TokenizedDataset, micro_batch: int
 ) -> Sequence[PackedSamples]:
-    """Return the first micro-batch with two samples, which can reveal leaks, or else the first one."""
+    """Return the first micro-batch with two samples, because it can reveal leaks between samples. If there is
+    none, return the first micro-batch.
+    """
     every = (
         sequences for step in step_plan.steps for sequences in micro_batches(step.sequences, micro_batch)
     )

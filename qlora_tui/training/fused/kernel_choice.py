@@ -64,7 +64,7 @@ def verify_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def refusal_of_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why the tried kernels are not used; empty if they are used, or were not tried."""
+    """Return why the kernels were refused after a trial; empty if they are used, or were not tried."""
     return _refusals.get((device, dtype), "") if _is_allowed else ""
 
 
@@ -189,7 +189,8 @@ class InstalledKernels:
     def __init__(self, model: Any) -> None:
         """Find the functions in ``model``, which has no adapter."""
         self._functions: list[tuple[dict[str, Any], str, Any]] = []
-        """For each function: the names of its module, its own name there, and the function."""
+        """(namespace of the function's module, name of the function in it, the function) for each function.
+        """
         if not any(package.is_installed for package in kernel_packages(model.config.model_type)):
             return
         for module in sorted({type(module).__module__ for module in model.modules()}):

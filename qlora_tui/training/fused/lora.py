@@ -90,7 +90,7 @@ class AdapterCasts:
         decoder.register_forward_pre_hook(self._before_forward)
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ``parameter`` in ``dtype``: its copy if that is valid, else a new cast."""
+        """Return ``parameter`` in ``dtype``: the copy if it is valid, otherwise a new cast."""
         copy = self._valid_copy(parameter, dtype)
         return parameter.to(dtype) if copy is None else copy
 

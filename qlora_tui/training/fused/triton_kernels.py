@@ -342,7 +342,9 @@ def _tile_of(width: int) -> tuple[int, int]:
 
 
 def _launch_options(elements: int) -> dict[str, Any]:
-    """Return launch options for a tile of ``elements``: warps, and products rounded as in torch."""
+    """Return launch options for a tile of ``elements``: the number of warps, and no fused multiply-add, so
+    that products are rounded as in torch.
+    """
     warps = min(max(elements // _ELEMENTS_PER_WARP, 4), 16)
     return {"num_warps": warps, "enable_fp_fusion": False}
 

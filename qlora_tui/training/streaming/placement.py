@@ -57,7 +57,9 @@ class StreamedCheckpoint:
         return outputs
 
     def _before_backward(self, gradient: Tensor) -> None:
-        """Fetch the weights; called with the gradient of the layer's output, after the later layers."""
+        """Fetch the weights. Called with the gradient of the layer's output, after the backward pass of all
+        later layers.
+        """
         self._enter("backward")
 
 

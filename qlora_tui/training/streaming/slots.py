@@ -71,7 +71,9 @@ class Copies:
 _STATE_PACKAGES = ("bitsandbytes", "qlora_tui")
 """Packages whose objects may hold tensors of a quantized weight."""
 _MIN_DIMENSIONS = 2
-"""Number of dimensions from which a plain parameter or buffer moves: norms and biases have one."""
+"""Minimum number of dimensions of a plain parameter or buffer that moves. Norms and biases, with one
+dimension, stay.
+"""
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes of every module: parameters, buffers, submodules, hooks."""
@@ -169,7 +171,7 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _is_state(value: Any) -> bool:
-    """Return whether an object holds the state of a quantized weight; modules do not count."""
+    """Return whether an object holds the state of a quantized weight. False for modules."""
     package = type(value).__module__.partition(".")[0]
     return package in _STATE_PACKAGES and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
 
