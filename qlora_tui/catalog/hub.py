@@ -56,7 +56,7 @@ class HubModel(Struct, frozen=True):
 
     id: str
     parameters: int | None
-    """Number of parameters on the Hub, where a tied head that is stored twice counts twice."""
+    """Number of parameters according to the Hub. If a tied head is stored separately, it counts twice."""
     downloads: int
     """Number of downloads in the last month."""
     gated: bool

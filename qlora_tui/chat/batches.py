@@ -468,7 +468,8 @@ class Batches:
         return self._agreed
 
     def _difference(self, adapter_name: str, token_ids: list[int]) -> float:
-        """Return the largest difference between the logits of a row within a batch and of the same row alone.
+        """Return the largest difference between a row's logits within a batch and its logits when computed
+        alone.
 
         Three texts of different lengths and ends join one after another and leave in the same order.
         """

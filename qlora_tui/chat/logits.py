@@ -88,7 +88,9 @@ class ModelHead:
 
 
 TOKENS = 16
-"""Tokens at the prompt's end that are compared, which costs little more than one token of the answer."""
+"""Number of tokens at the end of the prompt that are compared. This costs little more than generating one
+token.
+"""
 
 
 @dataclass(frozen=True)

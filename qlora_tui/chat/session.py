@@ -577,7 +577,7 @@ def reported_memory(device: ComputeDevice) -> Iterator[None]:
 
 
 def _model_ends(model: Any) -> frozenset[int]:
-    """Return the end tokens of the model's own generation settings."""
+    """Return the end-of-sequence tokens in the model's own generation settings."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     if ends is None:
         return frozenset()

@@ -214,7 +214,9 @@ def preset_names() -> Iterable[str]:
 
 
 def model_names() -> Iterable[str]:
-    """Return the models on this machine whose weights can be used, also if only for an estimate."""
+    """Return the models on this machine whose weights can be used. Some of them, such as models without a
+    tokenizer, cannot be trained.
+    """
     from pathlib import Path
 
     from qlora_tui.catalog.local_models import list_local_models

@@ -261,7 +261,9 @@ def text_of(content: Any, where: str) -> str:
 
 
 def count_texts(value: Any) -> int:
-    """Count the texts in a list, plain or in objects without a type; typed parts are one text."""
+    """Count the texts in a list. Texts may be plain strings, or in objects without a type. Typed parts count
+    as one text.
+    """
     if not isinstance(value, list):
         return 0
     return sum(isinstance(one, str) or (isinstance(one, Mapping) and "type" not in one) for one in value)

@@ -124,7 +124,7 @@ class Counts(Struct):
     conversations: int = 0
     """Rows that gave at least one sample."""
     samples: int = 0
-    """Number of samples, or of pairs with a method that compares two answers."""
+    """Number of samples; for a method that compares two answers, number of pairs."""
     tokens: int = 0
     trained_tokens: int = 0
     left_out: int = 0

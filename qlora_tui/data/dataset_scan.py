@@ -137,9 +137,11 @@ class DatasetScanner:
 
 
 MIN_CHILD_BYTES = 256 << 10
-"""Bytes of data from which one child pays off, because here each rendering is a call to the renderer."""
+"""Minimum size of the data, in bytes, at which a single child process is faster than this process, which must
+call the renderer for each row.
+"""
 MIN_PARALLEL_BYTES = 4 << 20
-"""Bytes of data from which several children pay off.
+"""Minimum size of the data, in bytes, at which several child processes are faster than one.
 
 A child takes a third of a second of a core to start, and processes about five megabytes per second.
 """

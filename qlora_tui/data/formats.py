@@ -184,7 +184,7 @@ def _only_prose(columns: Columns) -> str:
 
 
 def _may_be(part: str, cell: Cell) -> bool:
-    """Return whether a value may be a part other than a list of turns."""
+    """Return whether a value can be a part that is not a list of turns."""
     return (
         (cell.turns not in ("messages", "sharegpt") or part in ("prompt", "completion"))
         and (part != "label" or cell.is_label)

@@ -126,7 +126,9 @@ def problem_of(
     skips_bad_rows: bool = False,
     **facts: Any,
 ) -> DataProblem:
-    """Build a problem of a declared kind; ``facts`` are other fields, or replace declared ones."""
+    """Build a problem of a declared kind. ``facts``: values of further fields, or of declared fields to
+    override.
+    """
     check = check_of(kind, skips_bad_rows=skips_bad_rows)
     declared = {"severity": check.severity, "title": check.title, "fix": check.fix}
     return DataProblem(kind=kind, count=count, rows=tuple(rows), example=example, **declared | facts)

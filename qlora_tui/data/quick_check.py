@@ -163,7 +163,9 @@ def _estimated_tokens(text: str, messages: Sequence[Message]) -> int:
 
 
 def _sample_lengths(conversation: Conversation, data: Data) -> list[int]:
-    """Estimate the tokens of a conversation's samples, each cut or split at the length limit."""
+    """Estimate the number of tokens in each sample of a conversation, after it was cut or split at the length
+    limit.
+    """
     limit = data.max_length
     lengths = [_estimated_tokens(side.text, side.messages) for side in (conversation, *conversation.rejected)]
     if data.preferences in PAIR_METHODS:

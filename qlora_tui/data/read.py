@@ -407,7 +407,9 @@ class _LineIndex:
         self._before = array("Q", [0])
 
     def chunk_of(self, line: int) -> tuple[int, int]:
-        """Return the last megabyte that begins before this line, and the number of line ends before it."""
+        """Return (number of the last megabyte that begins before this line, number of line ends before this
+        megabyte).
+        """
         if self._before[-1] < line - 1:
             self._count_on(line)
         chunk = max(0, bisect_left(self._before, line - 1) - 1)

@@ -71,7 +71,7 @@ class ChatTokenizer:
         # A str takes four bytes per character if one character is an emoji: 110 MB for Gemma.
         self._json = tokenizer_json.encode()
         self.expansion = check_tokenizer(decode_json(self._json, _JSON_OBJECT))
-        """Maximum number of characters that the tokenizer's normalizer makes from one."""
+        """Maximum number of characters that the tokenizer's normalizer produces for one character."""
         with panics_as_errors():
             self.backend = Tokenizer.from_str(tokenizer_json)
             check_normalizer(self.backend)

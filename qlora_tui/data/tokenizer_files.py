@@ -26,7 +26,7 @@ from qlora_tui.files import read_bounded
 MAX_BYTES = 64 << 20
 """Maximum size of a ``tokenizer.json``; the largest vocabularies take about 35 MB."""
 MAX_EXPANSION = 16.0
-"""Maximum number of characters that a normalizer or decoder may make from one."""
+"""Maximum number of characters that a normalizer or decoder may produce for one character."""
 LONGEST_TOKEN = 4096
 """Maximum number of characters of a token.
 
@@ -42,7 +42,7 @@ PROBE = "".join(f"{chr(code) * 32} " for code in _PROBED) + "\n\t\n"
 
 
 def check_tokenizer(content: dict[str, Any]) -> float:
-    """Return the largest number of characters that the normalizer makes from one.
+    """Return the maximum number of characters that the normalizer produces for one character.
 
     Raises ValueError if the tokenizer exceeds a limit.
     """

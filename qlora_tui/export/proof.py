@@ -152,7 +152,9 @@ def prove(
 
 
 def judged(proof: Proof, file_type: str) -> Proof:
-    """Return the proof with the problem of the file's answers, and with whether the effect is measurable."""
+    """Return the proof with two more results: the problem with the file's answers, if any, and whether the
+    adapter's effect is measurable.
+    """
     proof = replace(proof, effect_is_measurable=proof.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES))
     return replace(proof, problem=proof.problem or _wrong_answers(proof, file_type))
 

@@ -109,7 +109,7 @@ def says_out_of_memory(message: str) -> bool:
 
 
 def cuda_error(error: BaseException) -> CudaError | None:
-    """Return the CUDA error in an exception; None if there is none, or one for a bug report."""
+    """Return the CUDA error in an exception; None if there is none, or if it is a bug in this program."""
     code = getattr(error, "error_code", None)
     if isinstance(code, int) and code in _FAILURES:
         return CudaError(*_FAILURES[code])

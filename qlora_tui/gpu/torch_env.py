@@ -190,7 +190,9 @@ def torch_version() -> tuple[int, ...]:
 
 _KERNEL_RELEASE = Path("/proc/sys/kernel/osrelease")
 _GPU_OF_WINDOWS = Path("/dev/dxg")
-"""The device of Linux's ``dxgkrnl``, which kernels without Microsoft's name have too."""
+"""The device of Linux's ``dxgkrnl`` driver. It also exists in WSL kernels whose version does not mention
+Microsoft.
+"""
 
 
 def is_wsl2() -> bool:

@@ -115,7 +115,7 @@ class CachingAllocator:
     def malloc(self, size: int) -> MemoryBlock:
         """Allocate a tensor in the smallest free block that is large enough, or in new memory.
 
-        Written as one function, like ``free``, because a step makes ten thousand of these calls.
+        This is a single function, like ``free``, for speed: a step makes ten thousand of these calls.
         """
         size = max(1, -(-size // ALLOCATION_BYTES)) * ALLOCATION_BYTES
         pool = self._small if size <= SMALL else self._large

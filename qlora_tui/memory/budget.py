@@ -80,7 +80,9 @@ def _budget_for(gpu: GpuDevice | None, assumed_bytes: int | None) -> MemoryBudge
 
 
 def local_budget(assumed_bytes: int | None = None) -> MemoryBudget:
-    """Return the budget of this machine, whose driver is queried, or of an assumed size."""
+    """Return the memory budget of an assumed GPU of ``assumed_bytes``. If None, query the driver and return
+    the budget of this machine.
+    """
     try:
         gpu = default_cuda_device()
     except GpuUnavailableError:

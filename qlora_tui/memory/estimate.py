@@ -499,9 +499,8 @@ def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
 
 
 def closed_form(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
-    """Return the estimate's own values of the figures in a trace.
-
-    They are frozen weights, adapter, gradients, and the step's peak beyond weights and adapter.
+    """Return the closed-form estimate of the figures that a trace contains: frozen weights, adapter,
+    gradients, and the step's peak beyond weights and adapter.
     """
     layout = build_layout(recipe, architecture, execution)
     resident = static_items(layout)

@@ -61,7 +61,9 @@ class Block:
     first: tuple[Linear, ...]
     """Modules that read the hidden states, in order; in attention those of queries, keys and values."""
     middle: tuple[Linear, ...]
-    """Modules that read a narrower tensor (in latent attention, or after a convolution)."""
+    """Modules that read a tensor narrower than the hidden states, as in latent attention or after a
+    convolution.
+    """
     last: Linear | None
     """The projection back to the hidden states."""
 

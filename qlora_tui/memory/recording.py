@@ -69,7 +69,9 @@ class MicroStep:
 
 
 def step_moments(micro_steps: Sequence[MicroStep]) -> list[Moment]:
-    """Return the fullest moment of each part of the last micro-step, without tensors from before the step."""
+    """Return the moment with the most memory in each part of the last micro-step. Tensors allocated before
+    the step are not included.
+    """
     step = micro_steps[-1]
     totals = [0, *accumulate(size for _, size in step.events)]
     ends = [mark.at for mark in step.marks[1:]] + [len(step.events)]

@@ -170,7 +170,7 @@ def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
 
 
 def with_micro_batch(recipe: Recipe, rows: int) -> Recipe:
-    """Return the recipe with ``rows`` rows at a time, and the same number of rows in a step as before."""
+    """Return the recipe with the micro-batch size ``rows``. The number of rows in a step stays the same."""
     accumulation = recipe.effective_batch // rows
     training = structs.replace(
         recipe.training, micro_batch_size=rows, gradient_accumulation=accumulation, auto_micro_batch=False

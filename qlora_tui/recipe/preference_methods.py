@@ -25,7 +25,7 @@ class PreferenceTraits:
     rates_answers: bool = False
     """Whether a sample is one answer that is good or bad, instead of a pair of answers."""
     uses_reference: bool = False
-    """Whether rewards are relative to the model before training, which each step computes too.
+    """Whether rewards are relative to the model before training. If so, each step also computes that model.
 
     All rewards are then 0 before training.
     """

@@ -230,7 +230,7 @@ def create_run(recipe: Recipe, gpu: str = "", *, sweep: str = "", pause_at: floa
 
     Args:
         recipe: Recipe of the run.
-        gpu: GPU that the user chose, or empty.
+        gpu: The GPU that the user chose; empty if none.
         sweep: The sweep that creates the run, and the number of its trial.
         pause_at: See :meth:`RunDir.set_pause_at`.
 
@@ -335,7 +335,9 @@ def match_runs(runs: Sequence[RunDir], name: str) -> list[RunDir]:
 
 
 def _created(path: Path) -> tuple[float, str]:
-    """Return when the run was first queued, which repairs do not change; if unreadable, its recipe's time."""
+    """Return (Unix time at which the run was first queued, name of its folder), for sorting. Repairs do not
+    change this time. If it cannot be read, the time of the recipe file is used.
+    """
     try:
         event = decode(read_from(path / "events.jsonl", 0, _FIRST_EVENT_BYTES).partition(b"\n")[0])
         return (path / "recipe.toml").stat().st_mtime if event is None else event.at, path.name

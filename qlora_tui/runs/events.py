@@ -148,7 +148,7 @@ class StepChosen(Event, tag="step_chosen", frozen=True, kw_only=True):
 
 
 class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
-    """Number of layers that keep their activations, if the recipe leaves it to the free memory."""
+    """Number of layers that keep their activations, if the recipe lets free memory determine this number."""
 
     kept_layers: Count
     layers: Count

@@ -84,7 +84,9 @@ class ExportStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
     activity: str = ""
     """What the export does now, or did last."""
     paths: tuple[str, ...] = ()
-    """The files or folder that were written. Also set if the export was canceled just after that."""
+    """The files or folder that were written. Also set if the export was canceled right after they were
+    written.
+    """
     bytes: int = 0
     file_type: str = ""
     """GGUF type of the file. With ``auto``, the chosen type."""

@@ -33,7 +33,7 @@ _CGROUPS = Path("/proc/self/cgroup")
 _HIERARCHIES = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
 _MIN_SAVING = 0.1
-"""Minimum share by which a recipe must shrink if it was estimated to fit but did not."""
+"""Minimum reduction of a recipe's memory, as a share, if the recipe was estimated to fit but did not."""
 
 
 class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -51,7 +51,9 @@ from qlora_tui.settings import Settings, current_settings
 LOOK_S = 5.0
 """Seconds after which the devices of a waiting run are checked again, if no change was noticed."""
 POSTPONE_S, MAX_POSTPONE_S = 60.0, 3600.0
-"""Seconds after which a run that could not be started is tried again, at first and at most."""
+"""Seconds after which a run that could not be started is tried again. ``POSTPONE_S``: the first wait.
+``MAX_POSTPONE_S``: the longest wait.
+"""
 
 
 def main() -> int:
@@ -93,7 +95,9 @@ class _Queue:
         self._holds: dict[str, Hold | None] = {}
         """Last hold of each waiting run, by the run's id."""
         self._postponed: dict[str, tuple[float, float]] = {}
-        """Runs that could not be started, by id: when to try again, and the wait after another failure."""
+        """For each run that could not be started, by id: (Unix time of the next attempt, seconds to wait if
+        that attempt fails).
+        """
         self._training: dict[str, tuple[threading.Thread, Devices]] = {}
         """Threads that supervise runs, with the devices of the runs, by the run's id."""
         self._has_ended = threading.Event()

@@ -80,7 +80,9 @@ _EPOCHS = (1.0, 3.0)
 """Range of epochs that Unsloth's guide recommends. The QLoRA paper's OASST1 runs have 3 epochs: 1,875
 steps of 16 out of 9,209 samples."""
 _EPOCHS_OF_FEW = (3.0, 15.0)
-"""Epochs for few samples. LIMA trained 15 on 1,000 samples, and kept a checkpoint of the 5th to 10th."""
+"""Range of epochs for few samples. LIMA trained for 15 epochs on 1,000 samples, and kept a checkpoint of
+epochs 5 to 10.
+"""
 _FEW_SAMPLES = 1000
 """Number of LIMA's samples."""
 _RATES = ((13.5e9, 2e-4), (math.inf, 1e-4))

@@ -53,7 +53,9 @@ class Supervisor:
     """Command that starts the trainer, such as srun."""
 
     def __init__(self, hold: Callable[[RunDir, Iterable[RunDevice]], Hold | None]) -> None:
-        """Create a supervisor. ``hold`` returns why a run on these devices must end now, or None."""
+        """Create a supervisor. ``hold``: returns why a run on these devices must end now; None if it may
+        continue.
+        """
         self._hold = hold
 
     def begin(self, run: RunDir, devices: Devices) -> None:

@@ -49,7 +49,9 @@ from qlora_tui.sweeps.view import Group, SweepView, Trial, read_sweep, time_left
 from qlora_tui.worker import start_detached
 
 _DRAWS = 1000
-"""Number of random points drawn to find an untried one. After that, all points count as tried."""
+"""Maximum number of random points that are drawn to find an untried point. If none is found, all points count
+as tried.
+"""
 LOCK_S = 120.0
 """Seconds to wait for another driver's lock, which is normally held for less than one second."""
 

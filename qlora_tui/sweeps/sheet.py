@@ -46,7 +46,9 @@ class Sweep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     trials: Annotated[int, Meta(ge=0, le=1000)] = 0
     """Number of trials; 0 for the whole grid, or for as many as fit before the deadline."""
     rounds: Annotated[int, Meta(ge=0, le=8)] = 0
-    """Rounds of successive halving. 1: every trial completes its steps. 0: 1, or planned for the deadline."""
+    """Number of rounds of successive halving. 1: every trial completes all its steps. 0: planned for the
+    deadline if there is one; otherwise 1.
+    """
     seeds: Annotated[int, Meta(ge=1, le=16)] = 3
     """Number of seeds for the unchanged recipe and the winner; 1 does not measure the noise."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0

@@ -364,7 +364,8 @@ def _active_weight(wrapper: Any) -> nn.Parameter | None:
 
 
 def _compute_in(module: Any, dtype: torch.dtype) -> None:
-    """Make a module with an fp32 weight compute in ``dtype``; an embedding casts the rows that it looks up.
+    """Make a module with an fp32 weight compute in ``dtype``. An embedding casts only the rows that it looks
+    up.
 
     The forward of an embedding can be switched to a reference, whose gradient autograd computes.
     """

@@ -124,7 +124,7 @@ def convert_in_child(
 
 
 def folder_of(file: Path) -> Path:
-    """Return the folder of a file's conversion, which is another one if the file changes."""
+    """Return the folder of a file's conversion. If the file changes, the folder changes too."""
     try:
         stat = file.stat()
     except OSError as error:

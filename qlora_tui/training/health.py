@@ -1,4 +1,4 @@
-"""Detects problems in training; each finding has its evidence and a remedy.
+"""Detects problems in training. Each finding has evidence and a remedy.
 
 These are pure functions of numbers: :mod:`qlora_tui.training.loop` passes loss and gradient norm of each
 step, and :mod:`qlora_tui.training.reporter` the metrics of the GPU.

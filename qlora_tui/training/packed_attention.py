@@ -171,7 +171,7 @@ def packed_attention_of(model: Any) -> AttentionFunction | None:
 def segment_mask(lengths: list[int]) -> Tensor:
     """Return the attention mask that holds ``cu_seqlens``, (1, 1, 1, samples + 1), int32.
 
-    For example, [3, 1] gives 0, 3, 4.
+    For example, the lengths [3, 1] give 0, 3, 4.
     """
     starts = torch.zeros(1, 1, 1, len(lengths) + 1, dtype=torch.int32)
     starts[0, 0, 0, 1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)

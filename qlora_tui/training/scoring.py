@@ -131,7 +131,7 @@ def token_losses(
 ) -> list[tuple[float, ...]]:
     """Return the cross-entropy of each trained token of each sample, in nats.
 
-    The first token of a sample is left out, because it is predicted from nothing.
+    The first token of a sample is left out, because no token precedes it.
 
     Args:
         model: a peft model, with its adapter enabled or disabled.

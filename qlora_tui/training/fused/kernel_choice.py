@@ -80,7 +80,9 @@ def kernel_remedy() -> str:
 
 
 def _try_kernels(device: torch.device, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
-    """Return the kernels, or the reason why they are refused; neither if there is nothing to try."""
+    """Return (kernels, empty string) if they work, or (None, reason) if they are refused. If there is nothing
+    to try, return (None, empty string).
+    """
     # Triton's interpreter runs on a CPU, in tests.
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return None, ""

@@ -477,7 +477,7 @@ def _patch_forward(member: AdaptedModule, shared: SharedInput) -> None:
 
 
 def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor:
-    """Return the rows of every A."""
+    """Return the factors A of all adapters, stacked as rows."""
     return adapters[0].casts.cast_stack([adapter.a for adapter in adapters], dtype)
 
 

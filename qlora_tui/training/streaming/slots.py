@@ -221,7 +221,9 @@ def aligned(size_bytes: int) -> int:
 
 
 Pass: TypeAlias = Literal["forward", "backward", "no gradient"]
-"""Why a layer runs: for the forward of a step, its recomputation and backward, or an evaluation."""
+"""The pass in which a layer runs: the forward pass of a step, its backward pass with recomputation, or an
+evaluation.
+"""
 _SLOTS = 2
 
 
@@ -255,9 +257,8 @@ class LayerSlots:
         return tuple(self._held)
 
     def receives(self, place: int) -> bool:
-        """Return whether the bytes of a layer arrive in its slot, which is marked empty afterwards.
-
-        They are copied twice, because on affected systems the first copy may succeed.
+        """Return whether the bytes of a layer arrive in its slot. The slot is then marked empty. The bytes
+        are copied twice, because on affected systems the first copy may succeed.
         """
         slot, source = self._slot_of(place), self._layers[place]
         assert source is not None

@@ -226,8 +226,8 @@ def spare_words(verdict: Verdict) -> str:
 
 
 def verdict_sentence(verdict: Verdict) -> str:
-    """Return the memory that is left or missing, such as ``17.0 GiB to spare``. If the verdict is uncertain,
-    compare the upper end of the estimate and say so: ``2.1 GiB over at the upper end``.
+    """Return the memory that is left or missing, such as ``17.0 GiB to spare``. For an uncertain verdict,
+    return the figure for the upper end of the estimate: ``2.1 GiB over at the upper end``.
     """
     if verdict.word != "uncertain":
         return spare_words(verdict)

@@ -79,7 +79,9 @@ _GENERAL_ANSWERS = {
     "refusals": "refused",
     "valid JSON": "valid JSON",
 }
-"""Name of each count in :func:`.general_answer_texts`, by the label of its line in the table."""
+"""The name that :func:`.general_answer_texts` gives each count, by the label of the count's line in the
+table.
+"""
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _BETTER = " ✓"
 """Mark after the best value in a row."""

@@ -122,8 +122,8 @@ class ExportScreen(ModalScreen[None]):
         self._steps = list(steps)
         self._exports: dict[str, Export] = {}
         self._proposed = ""
-        """The target that the dialog proposed last. A different text in the field was typed by the user, and
-        is therefore kept.
+        """The target that the dialog proposed last. If the field contains a different text, the user typed
+        it, and it is kept.
         """
 
     def compose(self) -> ComposeResult:
