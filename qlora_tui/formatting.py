@@ -65,7 +65,7 @@ def format_count(number: int | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Format a duration in seconds: ``41 min``, ``3 h 12 min``, ``25 s``; NA if unknown."""
+    """Format a duration in seconds: ``41 min``, ``3 h 12 min``, ``2 h``, ``25 s``; NA if unknown."""
     if seconds is None:
         return "NA"
     whole = round(seconds)
@@ -76,8 +76,8 @@ def format_duration(seconds: float | None) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
-        return f"{hours} h {minutes:02d} min"
-    return f"{hours // 24} d {hours % 24} h"
+        return f"{hours} h {minutes:02d} min" if minutes else f"{hours} h"
+    return f"{hours // 24} d {hours % 24} h" if hours % 24 else f"{hours // 24} d"
 
 
 def format_wait(seconds: float) -> str:

@@ -209,7 +209,7 @@ def forgetting_evidence(
 
 def forgetting_words(divergence: float) -> str:
     """Return forgetting with its scale: ``forgetting 1.4 (2 is a lot)``. ``divergence``: nats per token."""
-    return f"forgetting {format_nats(divergence)} ({MUCH_FORGETTING:g} is a lot)"
+    return f"forgetting {format_nats(divergence)} ({format_number(MUCH_FORGETTING)} is a lot)"
 
 
 def forgetting_effect(divergence: float, turn_ends: float | None) -> str:

@@ -81,8 +81,8 @@ class RunSummary:
     devices: str = ""
     """GPUs of the run, such as ``GPU 1 (RTX 3060)``; empty on a machine with a single GPU."""
     settings: tuple[str, ...] = ()
-    """The settings in which runs most often differ, such as ``nf4``, ``r16``, ``2,048×2×8``, ``lr 0.0002``,
-    ``2 epochs``; empty if the recipe is unreadable.
+    """The settings in which runs most often differ, such as ``nf4``, ``r16``, ``2,048 tok``,
+    ``lr 0.0002``, ``2 epochs``; empty if the recipe is unreadable.
     """
     best: tuple[float, int] | None = None
     """Lowest validation loss since training began, and its step."""
@@ -303,15 +303,24 @@ def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
 
 def main_settings(recipe: Recipe) -> tuple[str, ...]:
     """Return the settings in which runs most often differ, in a few characters each, always in this order:
-    ``nf4``, ``r16``, ``2,048×2×8``, ``lr 0.0002``, ``2 epochs``.
+    ``nf4``, ``r16``, ``2,048 tok``, ``batch 2 × 8``, ``lr 0.0002``, ``2 epochs``.
     """
     training = recipe.training
     return (
         recipe.quantization.method,
         format_rank(recipe.lora),
-        f"{recipe.data.max_length:,}×{training.micro_batch_size}×{training.gradient_accumulation}",
+        *length_and_batch(recipe),
         f"lr {format_rate(training.learning_rate)}",
         f"{format_number(training.epochs)} {'epoch' if training.epochs == 1 else 'epochs'}",
+    )
+
+
+def length_and_batch(recipe: Recipe) -> tuple[str, str]:
+    """Return ``1,024 tok``, ``batch 1 × 8``: sequence length, and micro-batch size × accumulation."""
+    training = recipe.training
+    return (
+        f"{recipe.data.max_length:,} tok",
+        f"batch {training.micro_batch_size} × {training.gradient_accumulation}",
     )
 
 
@@ -327,7 +336,7 @@ def setting_words(shared: Collection[str], summary: RunSummary) -> str:
     """Return the run's settings, without those that it shares with the runs next to it."""
     if not summary.settings:
         return "recipe unreadable"
-    return " ".join(part for part in summary.settings if part not in shared)
+    return " · ".join(part for part in summary.settings if part not in shared)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -26,7 +26,7 @@ from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words
-from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
+from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words, length_and_batch
 from qlora_tui.runs.status import State, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import cut_name
@@ -84,25 +84,29 @@ BEST = "★"
 """Marks the best evaluation."""
 
 
-def recipe_line(workbench: Workbench, width: int | None = None) -> str:
+def recipe_line(workbench: Workbench, width: int | None = None, *, names_preset: bool = True) -> str:
     """Return the recipe in one line, cut to ``width`` cells: ``balanced* · Qwen2.5-7B · tickets.jsonl · r16
-    all-linear · 2,048 tok · batch 2 × 8``. If ``width`` is None, the line is not cut.
+    all-linear · 2,048 tok · batch 2 × 8``. If ``width`` is None, the line is not cut. Without
+    ``names_preset``, the line begins with the model.
     """
-    line = SEPARATOR.join(recipe_parts(workbench, width))
+    room = width
+    if width is not None and not names_preset:
+        room = width + len(_preset_words(workbench)) + len(SEPARATOR)
+    parts = recipe_parts(workbench, room)
+    line = join_parts(parts if names_preset else parts[1:])
     return line if width is None else cut_cells(line, width)
 
 
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
-    """Return the parts of a recipe's line: preset, model, data, adapter and batch.
+    """Return the parts of a recipe's line: preset, model, data, adapter, and length with batch.
 
-    If the parts do not fit ``width`` cells, the batch is abbreviated to ``× 2 × 8``. If this is not enough,
-    the name of the data is shortened, then the name of the model, then the name of the preset. Numbers are
-    never cut. Without ``width``, nothing is shortened.
+    If the parts do not fit ``width`` cells, the name of the data is shortened, then the name of the model,
+    then the name of the preset. After that, the LoRA targets, the preset and the data are left out one after
+    the other, so that numbers are not cut. Without ``width``, nothing is shortened.
     """
     recipe = workbench.recipe
-    star = "*" if workbench.modified else ""
     parts = [
-        f"{workbench.preset or 'defaults'}{star}",
+        _preset_words(workbench),
         short_model_name(recipe.model.id) or "no model",
         data_words(recipe),
         f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
@@ -110,23 +114,29 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
     ]
     if width is None:
         return parts
-    if cell_len(SEPARATOR.join(parts)) > width:
-        parts[-1] = batch_words(recipe, short=True)
     for place in (2, 1, 0):
-        over = cell_len(SEPARATOR.join(parts)) - width
+        over = cell_len(join_parts(parts)) - width
         cells = cell_len(parts[place])
         if over > 0 and cells > _MIN_NAME + 1:
             parts[place] = cut_name(Content(parts[place]), max(_MIN_NAME, cells - over)).plain
+    for place, shorter in ((3, format_rank(recipe.lora)), (0, ""), (2, "")):
+        if cell_len(join_parts(parts)) > width:
+            parts[place] = shorter
     return parts
 
 
-def batch_words(recipe: Recipe, *, short: bool = False) -> str:
-    """Return ``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation.
+def join_parts(parts: Sequence[str]) -> str:
+    """Return the line of :func:`recipe_parts`, without the parts that are left out."""
+    return SEPARATOR.join(filter(None, parts))
 
-    With ``short``, return ``1,024 tok × 1 × 8``, for windows of 80 columns.
-    """
-    batch = f"{recipe.training.micro_batch_size} × {recipe.training.gradient_accumulation}"
-    return f"{recipe.data.max_length:,} tok {'×' if short else '· batch'} {batch}"
+
+def _preset_words(workbench: Workbench) -> str:
+    return f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
+
+
+def batch_words(recipe: Recipe) -> str:
+    """Return ``1,024 tok · batch 1 × 8``: sequence length, micro-batch size, gradient accumulation."""
+    return SEPARATOR.join(length_and_batch(recipe))
 
 
 def targets_words(recipe: Recipe, width: int) -> str:
@@ -247,6 +257,26 @@ def place_words(budget: MemoryBudget) -> str:
     if budget.is_assumed:
         return "assumed GPU"
     return "this CPU" if budget.device.kind == "cpu" else budget.name
+
+
+def assumed_words(budget: MemoryBudget, machine: MemoryBudget) -> tuple[str, ...]:
+    """Return variants of a note that estimates are for a GPU of an assumed size, longest first; empty if they
+    are for this machine.
+
+    Args:
+        budget: The memory that the recipe is compared with.
+        machine: The memory of the device on which a run would train.
+    """
+    if not budget.is_assumed:
+        return ()
+    size = format_bytes(budget.bytes)
+    here = "CPU" if machine.device.kind == "cpu" else machine.name
+    return (
+        f"planning for {size} GPU (assumed) · this machine: {here}",
+        f"for {size} GPU (assumed) · here: {here}",
+        f"{size} GPU (assumed)",
+        f"{size} assumed",
+    )
 
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:

@@ -231,7 +231,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
             app = self.app
             is_newer = app.draft.is_newer
             app.show_exact_memory()
-            self._strip.show_recipe(app.workbench, app.memory_budget, is_changed_elsewhere=is_newer)
+            self._strip.show_recipe(
+                app.workbench, app.memory_budget, app.run_budget, is_changed_elsewhere=is_newer
+            )
 
     def _system_status_changed(self, system_status: SystemStatus) -> None:
         if self.is_current:

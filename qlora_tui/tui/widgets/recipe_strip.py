@@ -17,7 +17,8 @@ from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import bare_key, command_key, key_hint
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
-    SEPARATOR,
+    assumed_words,
+    join_parts,
     next_step,
     recipe_line,
     recipe_parts,
@@ -25,10 +26,8 @@ from qlora_tui.tui.render.labels import (
 )
 from qlora_tui.tui.workbench import Workbench
 
-_MAY_SHORTEN = {2, 4}
-"""Indexes of the data and the batch in the result of :func:`recipe_parts`. These two parts may be shortened
-to make room for other words.
-"""
+_DATA = 2
+"""Index of the data's name in the result of :func:`recipe_parts`. It may be shortened for other words."""
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "undo")
 _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
@@ -68,6 +67,7 @@ class RecipeStrip(Widget):
         """
         self._is_running = False
         self._is_changed_elsewhere = False
+        self._assumed: tuple[str, ...] = ()
 
     def show_running(self, *, is_running: bool) -> None:
         """Show whether a run is active. If a run is active and the window is wide, the line says that the
@@ -78,13 +78,27 @@ class RecipeStrip(Widget):
             self.refresh()
 
     def show_recipe(
-        self, workbench: Workbench, budget: MemoryBudget, *, is_changed_elsewhere: bool = False
+        self,
+        workbench: Workbench,
+        budget: MemoryBudget,
+        machine: MemoryBudget,
+        *,
+        is_changed_elsewhere: bool = False,
     ) -> None:
         """Show the recipe, why it cannot be trained or estimated, and whether another window has changed the
-        recipe. ``budget``: the device that the estimate is for.
+        recipe.
+
+        Args:
+            workbench: The recipe.
+            budget: The device that the estimate is for. The line says if its size is assumed.
+            machine: The device on which a run would train.
+            is_changed_elsewhere: Whether another window has changed the recipe.
         """
         if is_changed_elsewhere != self._is_changed_elsewhere:
             self._is_changed_elsewhere = is_changed_elsewhere
+            self.refresh()
+        if (assumed := assumed_words(budget, machine)) != self._assumed:
+            self._assumed = assumed
             self.refresh()
         compared = workbench.comparison(budget.device)
         refusal = workbench.model_refusal()
@@ -99,11 +113,23 @@ class RecipeStrip(Widget):
         width = self.content_size.width
         prefix = _NEXT_RUN if self._is_running and self.size.width >= WIDE_CELLS else ""
         width -= len(prefix)
+        assumed = self._assumed_note(width)
+        width -= assumed.cell_length
         variants = self._problem_variants()
         problem = next(filter(partial(self._has_room_for, width), variants), variants[-1])
         line, hint = self._line_and_hint(width - problem.cell_length)
         gap = " " * (width - problem.cell_length - cell_len(line) - hint.cell_length)
-        return Content.assemble((prefix, "dim"), line, gap, hint, problem)
+        return Content.assemble((prefix, "dim"), line, gap, hint, assumed, problem)
+
+    def _assumed_note(self, width: int) -> Content:
+        """Return the longest note on an assumed GPU for which no name in the recipe's line is shortened, or
+        else the shortest; empty without an assumed size.
+        """
+        notes = [Content.styled(f"  {words}", "$warning") for words in self._assumed]
+        if not notes or self._bench is None:
+            return Content("")
+        room = width - cell_len(join_parts(recipe_parts(self._bench)))
+        return next((note for note in notes if note.cell_length <= room), notes[-1])
 
     def _problem_variants(self) -> list[Content]:
         """Return what the strip says about the problem, longest first."""
@@ -118,22 +144,19 @@ class RecipeStrip(Widget):
         return variants
 
     def _has_room_for(self, width: int, problem: Content) -> bool:
-        """Return whether the recipe fits next to ``problem`` without shortening more than its
-        data and batch.
-        """
+        """Return whether the recipe fits next to ``problem`` without shortening more than the data's name."""
         if self._bench is None:
             return True
         full, room = recipe_parts(self._bench), width - problem.cell_length
         parts = recipe_parts(self._bench, room)
         shortened = {place for place, part in enumerate(parts) if part != full[place]}
-        return shortened <= _MAY_SHORTEN and cell_len(SEPARATOR.join(parts)) <= room
+        return shortened <= {_DATA} and cell_len(join_parts(parts)) <= room
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """Return the line of the recipe, and the longest variant of the keys (``_HINTS``) that fits next to
         it. The keys are empty if no variant fits.
 
-        To make room for the shortest variant, the name of the data may be shortened and the batch
-        abbreviated.
+        To make room for the shortest variant, the name of the data may be shortened.
         """
         if self._bench is None:
             return "", Content("")
@@ -146,8 +169,8 @@ class RecipeStrip(Widget):
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
             shortened = {place for place, part in enumerate(parts) if part != widest[place]}
-            allowed = _MAY_SHORTEN if commands == _HINTS[-1] else set()
-            line = SEPARATOR.join(parts)
+            allowed = {_DATA} if commands == _HINTS[-1] else set()
+            line = join_parts(parts)
             if shortened <= allowed and cell_len(line) <= room:
                 return line, hint
         return recipe_line(self._bench, width), Content("")

@@ -309,7 +309,7 @@ def problem_line(
         row_outcome(problem, data),
         (where, "dim"),
         highlight_keys(f"{begin}▸ {key_name('data.fix')} {fix}", "$primary") if fix else "",
-        (f"{begin}▸ {problem.fix}" if problem.fix and not (brief and fix) else "", "dim"),
+        (f"{begin}▸ {problem.fix}" if problem.fix and not (brief and fix) else "", "dim" if fix else ""),
     )
 
 
@@ -339,9 +339,9 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
     # If Max steps ends the run, more epochs or smaller batches do not make it longer.
     change = "raise Max steps" if length.steps < length.all_steps else "raise Epochs"
     if brief:
-        return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}", "dim")
+        return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}")
     less = less if change == "raise Epochs" else ""
-    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}{less}.", "dim")
+    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}{less}.")
 
 
 def _length_words(expected: Forecast | None) -> str:

@@ -403,7 +403,8 @@ def recipe_lines(
     if is_compact:
         line = Content("   ").join([*memory, *time])
         return [
-            Content(recipe_line(workbench, width)),
+            # The panel's title names the preset.
+            Content(recipe_line(workbench, width, names_preset=False)),
             *([line] if line.cell_length <= width else [*memory, *time]),
         ]
     size = ""

@@ -47,6 +47,7 @@ from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.labels import (
+    SEPARATOR,
     SIGNS,
     batch_words,
     format_ago,
@@ -88,7 +89,7 @@ def best_loss(summary: RunSummary) -> str:
     return f"{format_loss(loss)}{mark}"
 
 
-_MIN_REASON = 32
+_MIN_REASON = 28
 """Minimum width, in cells, of the column with the reason why a run ended. The column fills the width that the
 other columns leave.
 """
@@ -107,6 +108,14 @@ def short_name(name: str, width: int) -> str:
     time_of_day = _TIME_OF_DAY.search(name)
     kept = time_of_day[0] if time_of_day else ""
     return shorten_name(name.removesuffix(kept), width - len(kept)) + kept
+
+
+def whole_settings(text: str, width: int) -> str:
+    """Return as many of the settings in a text as fit ``width`` cells, so that no number is cut."""
+    settings = text.split(SEPARATOR)
+    while len(settings) > 1 and len(SEPARATOR.join(settings)) > width:
+        settings.pop()
+    return SEPARATOR.join(settings)
 
 
 def reason(summary: RunSummary) -> Content:
@@ -130,7 +139,14 @@ def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]
         Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
         Column(title="model", text=lambda s: s.model, max_width=24, dropped=3, shown_if_same=False),
         Column(title="data", text=lambda s: s.data, max_width=24, dropped=2, shown_if_same=False),
-        Column(title="settings", text=own, max_width=40, dropped=6, shown_if_empty=False),
+        Column(
+            title="settings",
+            text=own,
+            max_width=44,
+            dropped=8,
+            shown_if_empty=False,
+            shorter=whole_settings,
+        ),
         Column(
             title="steps",
             text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",

@@ -275,7 +275,7 @@ class RunsScreen(RunCommands):
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         words = f" · {number}, {self.order.label}" if total else ""
         if shared := shared_settings(rows):
-            words += f" · all {' '.join(shared)}"
+            words += f" · all {' · '.join(shared)}"
         if any_unmeasured:
             words += " · * training loss, not validated"
         title = Content.assemble("Runs", (words, "not bold $text-muted"))
