@@ -11,7 +11,9 @@ from qlora_tui.catalog.gguf import GgufHeader, gguf_problem
 from qlora_tui.errors import UserError
 
 _MAX_COUNT = 1 << 24
-"""Upper bound of a count, larger than any size of a model; no product of two such counts overflows."""
+"""Upper bound of a count. It is larger than any size in a real model, and the product of two such counts does
+not overflow.
+"""
 _TOLERANCE = 1e-5
 """Maximum relative difference at which two numbers are the same if one was stored in float32."""
 
@@ -57,7 +59,9 @@ class Metadata:
         return self.header.values.get(f"{self.architecture}.{key}")
 
     def count(self, key: str) -> int | None:
-        """Return an integer above zero, or None. If there is one for each layer, all must be equal."""
+        """Return an integer above zero; None if the key is absent. If the key has a value for each layer, all
+        values must be equal.
+        """
         value = self.value(key)
         if isinstance(value, tuple) and value:
             if len(set(value)) > 1:

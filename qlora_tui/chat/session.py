@@ -72,7 +72,9 @@ class ChatSession:
         config = model.config.get_text_config()
         self.context_length = int(getattr(config, "max_position_embeddings", 1 << 30))
         self._shares_keys = bool(getattr(config, "num_kv_shared_layers", 0))
-        """Whether layers share keys. They compute one token if ``logits_to_keep`` is an integer."""
+        """Whether layers share keys. In such models, these layers compute only one token if
+        ``logits_to_keep`` is an integer.
+        """
         self.end_ids = frozenset(tokenizer.turn_end_ids) | _model_ends(model)
         self._decoder = AnswerDecoder(tokenizer)
         self._model = model

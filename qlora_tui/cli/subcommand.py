@@ -282,7 +282,7 @@ class ProgressLine:
         self._is_terminal = sys.stderr.isatty()
         self._shown_at = -_LOG_INTERVAL_S
         self._first_share: tuple[int, float] | None = None
-        """The first amount done that was shown, and its time on the monotonic clock."""
+        """(amount done, monotonic time) when progress was first shown."""
 
     def __enter__(self) -> Self:
         return self

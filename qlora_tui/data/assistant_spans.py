@@ -226,9 +226,10 @@ class _SpanFinder:
         return begin, core_end + self._closing(after, whole[core_end:])
 
     def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
-        """Find the start of the turn with its core at ``core_start``, if the text between can be explained.
+        """Return the start of the turn whose core begins at ``core_start``. Return None if the text before
+        the core has an unknown origin.
 
-        That text must be everything that the template writes there in a last turn, or the end of it right
+        This text must be everything that the template writes there in a last turn, or the end of it, right
         after the header.
         """
         if whole[:core_start].endswith(before):

@@ -234,7 +234,7 @@ class ProblemCounter:
     """Counts the problems of one file."""
 
     def __init__(self, source: int = 0, path: str = "", data: Data | None = None) -> None:
-        """Count the problems of one file; ``data`` determines what happens to bad rows and long texts."""
+        """Prepare to count the problems of one file. ``data``: settings for bad rows and long texts."""
         self._place: dict[str, Any] = {"source": source, "path": path}
         self._data = data or Data()
         self._tallies: dict[str, _Tally] = {}

@@ -60,7 +60,7 @@ def mark_control_tokens(text: str, pattern: re.Pattern[str]) -> tuple[str, bool]
 
 
 def span_edges(sample: SampleText) -> list[int]:
-    """Return where spans begin and end, except at the start and the end of the text."""
+    """Return the positions at which spans begin or end, without the start and the end of the text."""
     return sorted({place for span in sample.spans for place in span if 0 < place < len(sample.text)})
 
 

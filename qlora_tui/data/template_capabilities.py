@@ -328,7 +328,8 @@ def variables(switch: Switch | None, thinking: Thinking) -> dict[str, Any]:
 
 
 def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Conversation) -> Thinking:
-    """Return the setting for one conversation: ``auto`` becomes on if an answer has reasoning, else off.
+    """Return the setting for one conversation: ``auto`` becomes ``on`` if an answer has reasoning, otherwise
+    ``off``.
 
     If the template has effort levels but cannot turn thinking off, the result stays ``auto``, the template's
     default.

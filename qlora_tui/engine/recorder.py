@@ -58,7 +58,9 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         self._item = ""
         self._operations = 0
         self._known: dict[int, tuple[int, int]] = {}
-        """Number and bytes of each live storage, by address; 0 if it is older than the recording."""
+        """(number, bytes) of each live storage, by address. The number is 0 if the storage is older than the
+        recording.
+        """
 
     def restart(self) -> None:
         """Reset the peak to the bytes that are currently allocated."""

@@ -279,7 +279,7 @@ def _heads_apart(values: Tensor, config: Any) -> Tensor:
 
 
 def falcon_key_heads(config: Any) -> int:
-    """Return the number of key heads of a Falcon model, whose config may name an unused number."""
+    """Return the number of key heads of a Falcon model. Its config can contain a number that is not used."""
     many: int = config.num_kv_heads
     return many if config.new_decoder_architecture or not config.multi_query else 1
 

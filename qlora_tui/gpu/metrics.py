@@ -67,7 +67,7 @@ class GpuDevice(msgspec.Struct, frozen=True):
 
 
 def parse_version(text: str | None) -> tuple[int, int] | None:
-    """Return major and minor number of a version such as ``12.4``; None for None."""
+    """Return the major and minor number of a version such as ``12.4``; None if ``text`` is None."""
     if text is None:
         return None
     major, _, minor = text.partition(".")

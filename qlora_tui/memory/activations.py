@@ -45,7 +45,7 @@ ACTIVATIONS_OF_RESULT = ("relu",)
 TRITON_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 """Activations that the Triton kernel of a gated MLP supports, under their names in configs."""
 NORM_STEPS = 3
-"""Number of float32 tensors in the backward of a norm that computes in steps."""
+"""Number of float32 tensors in the backward pass of a norm that is computed in several operations."""
 
 Items = Counter[str]
 
@@ -61,7 +61,9 @@ class Half:
     forward: Items
     """Bytes besides saved tensors, at the fullest moment of the forward."""
     backward: tuple[Items, ...]
-    """Bytes besides saved tensors and the gradient of the hidden states, at moments of the backward."""
+    """Bytes at several moments of the backward pass, in addition to the saved tensors and the gradient of the
+    hidden states.
+    """
 
 
 class Rules:
@@ -520,7 +522,7 @@ def takes_one_call(layout: Layout) -> bool:
 
 
 def _one_after_another(parts: Sequence[Half]) -> Half:
-    """Return several parts of a half as one; the backward begins with the last part."""
+    """Return several consecutive parts of a half as one half. The backward pass begins with the last part."""
     saved, kept, forward = Items(), Items(), Items()
     moments: list[Items] = []
     whole = Items()

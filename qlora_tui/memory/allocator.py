@@ -159,7 +159,8 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Release the segments that are entirely free, like ``torch.cuda.empty_cache``.
 
-        PyTorch would also release free steps of a growing segment, but no caller uses both.
+        PyTorch would also release free parts of an expandable segment, but no caller uses both this method
+        and expandable segments.
         """
         for pool in () if self._expandable else (self._small, self._large):
             for size, _, block in list(pool.free):

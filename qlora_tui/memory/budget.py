@@ -31,7 +31,7 @@ class MemoryBudget:
     name: str
     """Name for messages: ``RTX 4090``, ``a GPU with 24.0 GiB``, ``this machine's memory``."""
     is_assumed: bool = False
-    """Whether the user gave the size, so that it is not this machine's."""
+    """Whether the size was given by the user instead of read from this machine."""
 
     def with_traces(self, traces: KnownTraces) -> MemoryBudget:
         """Return this budget for a device with these traces."""

@@ -89,7 +89,7 @@ class Correction:
     factor: float = 1.0
     """Factor for the reserved level."""
     outside_bytes: int | None = None
-    """Process bytes outside the reserved level; None if no run measured them."""
+    """Bytes of the process that the allocator has not reserved; None if no run measured them."""
     low: float = 1.0
     """Smallest ratio of measured to predicted bytes among the runs."""
     high: float = 1.0

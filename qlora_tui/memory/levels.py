@@ -324,7 +324,7 @@ ATTENTION_PRODUCTS = 5
 The backward is in training/fused/cpu_attention.py. The forward generates no kernel.
 """
 FULL_ROWS = 4
-"""Number of different lengths of packed sequences, which are all nearly full."""
+"""Assumed number of different lengths among packed sequences, which are all nearly full."""
 
 
 def kernel_bytes(layout: Layout) -> int:

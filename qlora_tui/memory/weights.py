@@ -51,7 +51,7 @@ def four_bit_scale_sizes(weights: int, nested: bool) -> tuple[int, ...]:
 def expert_method(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig
 ) -> Literal["nf4", "fp4", "none"]:
-    """Return how the trainer stores fused experts; only this project's trainer quantizes them."""
+    """Return how the trainer stores fused experts. Only the trainer of this project quantizes them."""
     return quantized_experts(recipe.quantization, architecture) if execution.own_fused else "none"
 
 

@@ -260,9 +260,9 @@ class _Grid:
         return tuple(patterns)
 
     def _layer_patterns(self, kind: str, full: set[int | None], uncovered: set[int | None]) -> list[str]:
-        """Return patterns of one kind that match at least the ``uncovered`` and at most the ``full`` layers.
-
-        Of these two sets, the one with the shorter patterns is used.
+        """Return patterns for the selected modules of one kind: a range of layers, and the names of modules
+        outside layers. The range has either the ``uncovered`` layers, which no other pattern matches yet, or
+        all ``full`` layers, which are selected completely. The shorter range is used.
         """
         places = sorted(layer for layer in self._cells[kind] if layer is not None)
         patterns = [module.name for module in self._cells[kind][None]] if None in uncovered else []

@@ -131,7 +131,9 @@ def _parts(dotted: str) -> Key:
 
 
 def _inside_arrays(parts: Key, arrays: dict[Key, int]) -> Key:
-    """Insert array indices; ``data.sources.columns`` after ``[[data.sources]]`` is in the last source."""
+    """Return the path with indices of arrays inserted. For example, ``data.sources.columns`` below
+    ``[[data.sources]]`` refers to the last source.
+    """
     key: Key = ()
     for position, part in enumerate(parts):
         key = (*key, part)

@@ -265,7 +265,9 @@ def check_exchange() -> list[Check]:
 
 
 def _exchange(processes: int, environ: Mapping[str, str] = {}) -> tuple[float | None, str]:
-    """Return the bytes per second that processes reduce together; None with the reason in a clause."""
+    """Return (bytes per second at which the processes reduce data, empty string), or (None, reason as a
+    clause) if they cannot.
+    """
     command = module_argv(*torchrun_command(processes, "qlora_tui.training.all_reduce"))
     variables = worker.subprocess_env() | PCI_BUS_ORDER_ENV | threads_variable(processes) | dict(environ)
     with error_file() as errors:

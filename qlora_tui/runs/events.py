@@ -256,7 +256,7 @@ class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=
 
     rows: Count
     before: float
-    """Loss of the base, or of the adapter that the run started from."""
+    """Loss before training: of the base, or of the adapter that the run started from."""
     after: float
     low: float | None
     """Lower end of the 95 % interval of after minus before (bootstrap over rows); None for one row."""

@@ -40,7 +40,9 @@ _RUNS = 20
 """Number of earlier runs that are read, newest first."""
 _STEPS = 64
 _MOST_COUNTED_BYTES = 256 << 20
-"""Size of data above which nothing is counted ahead, which would take over a minute of CPU time."""
+"""Maximum size of the data, in bytes, for counting its samples ahead of a run. Counting more data would take
+over a minute of CPU time.
+"""
 LEAST_STEPS = 3
 """Minimum number of steps of a run whose speed is used. The first step is excluded, because it compiles and
 allocates.

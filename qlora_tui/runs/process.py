@@ -122,7 +122,9 @@ def _real_boot_id() -> str:
 
 
 def _look_up(pid: int) -> tuple[str, int]:
-    """Return state and start tick of the process that currently has a PID; an empty state if none."""
+    """Return the state and the start tick of the process that currently has this PID. If there is no such
+    process, the state is empty.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
         # The second field is the command in parentheses, which may contain any characters.

@@ -29,7 +29,9 @@ __all__ = ["waiting"]
 
 
 def enqueue(run: RunDir, *, first: bool = False) -> None:
-    """Queue a run, as the last or the next one. A second call changes nothing. Raises OSError."""
+    """Add a run at the end of the queue or, with ``first``, at the front. A second call changes nothing.
+    Raises OSError.
+    """
     _enter(run, again=False, first=first)
 
 

@@ -171,7 +171,9 @@ def _wait_for_last_trainer(run: RunDir) -> None:
 
 
 def _is_held(run: RunDir) -> bool:
-    """Return whether the previous job left the run at its limit, and was killed before requeueing."""
+    """Return whether the previous job paused the run at its time limit, but was killed before it was
+    requeued.
+    """
     ending = last_event(run.events_path)
     return isinstance(ending, Paused) and ending.hold is not None
 

@@ -20,7 +20,9 @@ FEW_STEPS = 10
 """Number of optimizer steps below which a run learns hardly anything, and a check warns."""
 
 _REPLAY = 0.1
-"""Amount by which a fix for forgetting raises ``training.replay_share``, a share of the base's answers."""
+"""Amount by which a fix for forgetting raises ``training.replay_share``, the share of the base's answers
+among the samples.
+"""
 _MOST_REPLAY = 0.5
 
 

@@ -86,7 +86,9 @@ def read_facts(
 
 
 def _free_bytes(machine: Machine) -> int:
-    """Return the free memory in bytes; all memory if a run is active, because it will be free again."""
+    """Return the free memory, in bytes. If a run is active, return all memory, because the run will free its
+    memory.
+    """
     if machine.active or machine.budget.is_assumed or machine.free_bytes is None:
         return machine.budget.bytes
     return machine.free_bytes

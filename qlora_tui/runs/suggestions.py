@@ -504,7 +504,7 @@ _RULES: dict[Topic, Callable[[SuggestionFacts, Recipe], Suggestion]] = {
 
 
 def _multiple(tokens: float, rounded: Callable[[float], int]) -> int:
-    """Round a length to a multiple of LENGTH_STEP, which is at least LENGTH_STEP."""
+    """Round a length to a multiple of LENGTH_STEP. The result is at least LENGTH_STEP."""
     return max(1, rounded(tokens / LENGTH_STEP)) * LENGTH_STEP
 
 

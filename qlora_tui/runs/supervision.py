@@ -186,7 +186,9 @@ class Supervisor:
         )
 
     def code_of_trainer(self, exit_code: int) -> int:
-        """Return the trainer's exit code, negative for a signal, given that of the started program."""
+        """Return the trainer's exit code, given the exit code of the program that was started. The result is
+        negative if a signal ended the trainer.
+        """
         return exit_code
 
     def requeue(self, run: RunDir) -> None:

@@ -152,7 +152,9 @@ class RunView:
 
     @property
     def step(self) -> int:
-        """The last completed step. Events record some steps, and the heartbeat of this attempt every step."""
+        """The last completed step. The events record only some steps; the heartbeat of this attempt has the
+        latest step.
+        """
         last_step = self.series.step[-1] if len(self.series) else 0
         beats = self.started_at is None or self.status.at >= self.started_at
         return max(last_step, self.status.step) if beats else last_step

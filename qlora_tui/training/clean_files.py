@@ -100,7 +100,9 @@ PUBLISHER = "kernels-community"
 
 
 def pin_publisher() -> None:
-    """Make transformers load kernels only from :data:`PUBLISHER`; some families name other publishers."""
+    """Make transformers load kernels only from :data:`PUBLISHER`, although the code of some families names
+    other publishers.
+    """
     if find_spec("kernels") is None:
         return
     from transformers.integrations import hub_kernels

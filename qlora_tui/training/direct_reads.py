@@ -107,7 +107,7 @@ class _Reads(TorchFunctionMode):
         self.read: set[nn.Linear] = set()
         self.called: set[nn.Module] = set()
         self._owners: dict[int, list[nn.Linear]] = {}
-        """Modules keyed by the id of their weight, which several may share."""
+        """Modules by the id of their weight. Several modules can share a weight."""
         for module in linears:
             self._owners.setdefault(id(module.weight), []).append(module)
         self._running: list[nn.Module] = []

@@ -44,13 +44,15 @@ class MemoryMeter:
         self._architecture = architecture
         self._device = device
         self.execution = trainer_execution(recipe, _as_estimated(device), architecture)
-        """The execution that the estimate assumes: at first the expected one, later that of :meth:`use`."""
+        """The execution that the estimate assumes. Initially the expected execution; :meth:`use` replaces it
+        with the actual execution.
+        """
         self.is_modelled = False
         """Whether loss and code paths are known and the estimate models them."""
         self.estimate = self._estimate(recipe, corrected=True)
         """The estimate; None if it does not support the model."""
         self._longest_batch: Recipe | None = None
-        """The recipe with its sequences as long as those of the longest micro-batch."""
+        """The recipe, with the sequence length of the longest micro-batch."""
         self._longest_batch_estimate: Estimate | None = None
 
     def use(self, base: PreparedBase, *, triton: bool) -> None:

@@ -294,7 +294,8 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
 
 
 def _layers_in_files(model: Any, unused: Iterable[str]) -> tuple[int, int]:
-    """Return the number of layers in the files, whose ``unused`` weights the model lacks, and of the model.
+    """Return (number of layers in the files, number of layers in the model). ``unused``: names of the weights
+    in the files that the model lacks.
 
     Layers that only predict later tokens (``num_nextn_predict_layers``) are deliberately left out of both.
     """

@@ -253,7 +253,7 @@ class TelemetryRecorder:
         self._thread = threading.Thread(target=self._sample_host, name="telemetry", daemon=True)
 
     def start(self, *, gpus: int) -> None:
-        """Start recording the first ``gpus`` GPUs, which are those of the run."""
+        """Start recording the first ``gpus`` GPUs, which are the GPUs of the run."""
         self._process.cpu_percent()
         psutil.cpu_percent()
         devices: list[GpuDevice] = []

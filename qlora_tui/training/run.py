@@ -26,7 +26,9 @@ from qlora_tui.training.rest import Rest
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Run:
-    """Everything that training, validation and saving read. ``setup`` sets the remaining fields."""
+    """Everything that training, validation and saving read. ``setup`` sets the fields that are not passed to
+    the constructor.
+    """
 
     directory: RunDir
     recipe: Recipe

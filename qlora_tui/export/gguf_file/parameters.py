@@ -88,7 +88,9 @@ def _first(config: Any, names: Iterable[str]) -> Any:
 
 
 def _constant(key: str, value: Any) -> Any:
-    """Return a constant as llama.cpp reads it; None to leave its default, which has no effect."""
+    """Return a constant as llama.cpp reads it; None if the key can be omitted, because llama.cpp's default
+    has no effect.
+    """
     if value is None:
         # llama.cpp's default is a bound, although the class has none.
         return 0.0 if key.endswith("softcapping") else None

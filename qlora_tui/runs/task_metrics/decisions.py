@@ -133,7 +133,9 @@ class DecisionReport(Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: Quality
     """Quality of the adapter without calibration."""
     after: Quality
-    """Quality of the adapter with calibration, each row by a fit to other rows."""
+    """Quality of the adapter with calibration. Each row is evaluated with a calibration that was fitted to
+    other rows.
+    """
     confusion: tuple[tuple[int, ...], ...]
     """Numbers of rows, by right option and chosen option."""
     thresholds: tuple[Threshold, ...] = ()

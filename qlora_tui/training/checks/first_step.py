@@ -136,7 +136,7 @@ class VerificationResult:
 
 
 def require_text_model(run: Run) -> None:
-    """Raise UserError if the run's model, as the libraries compute it, is not a causal model of text."""
+    """Raise UserError unless the run's model, computed by the libraries, is a causal language model."""
     paths = FastPaths(run.model, run.base)
     paths.use(())
     require_causal(run.base.model, run.device.torch_device)
@@ -211,7 +211,9 @@ def verify_step(
     paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
     def compare(names: Collection[FastPath]) -> tuple[StepComparison, bool]:
-        """Return this process's comparison with the fast paths ``names``, and whether all processes agree."""
+        """Return (this process's comparison with the fast paths ``names``, whether the comparisons of all
+        processes agree).
+        """
         paths.use(names)
         comparison = _in_every_process(
             dist, lambda: _compare_or_blame(reference, packed="packed attention" in names, pad_id=pad_id)
