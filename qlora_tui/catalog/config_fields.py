@@ -17,7 +17,7 @@ _MAX_COUNT = {
 
 
 def size_bound(key: str) -> int:
-    """Return the largest size that a config may have under ``key``."""
+    """Return the maximum size that is allowed under ``key`` in a config."""
     return _MAX_COUNT.get(key.rpartition("_")[2], MAX_SIZE)
 
 

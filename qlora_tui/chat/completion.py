@@ -146,7 +146,7 @@ class StopTexts:
         return ready
 
     def rest(self) -> str:
-        """Return the text that is still held back when no more follows."""
+        """Return the text that is still held back. Call this when no more text follows."""
         return "" if self.matched else self.pending
 
 

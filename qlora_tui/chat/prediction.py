@@ -69,9 +69,9 @@ class Predicted(Struct, frozen=True, kw_only=True):
     rows: int
     decided: int
     abstained: int
-    """Rows that are left to a person, because no option reaches the threshold."""
+    """Number of rows that are left to a person, because no option reaches the threshold."""
     undecided: int
-    """Rows that could not be read, or that exceed the model's context."""
+    """Number of rows that could not be read, or that exceed the model's context."""
     resumed: int
     """Rows that were decided by an earlier call."""
 

@@ -87,7 +87,9 @@ class Cell(Struct, frozen=True):
     """The kinds that a value could be, regardless of its column."""
 
     turns: Literal["", "messages", "sharegpt", "pairs", "texts"]
-    """The spelling of a list of turns; or pairs of question and answer, or texts that may alternate."""
+    """The form of a list of turns: the keys of OpenAI or ShareGPT, pairs of question and answer, or texts
+    whose speakers alternate. Empty if the value is not a list of turns.
+    """
     is_object: bool
     """Whether the value is an object, or a list of objects that are neither turns nor typed parts."""
     is_label: bool
@@ -374,7 +376,7 @@ def _declared_calls(turn: Mapping[str, Any], number: int) -> tuple[ToolCall, ...
 
 
 def _is_blank(value: Any) -> bool:
-    """Return whether a value is empty, as is an object whose fields are all null."""
+    """Return whether a value is empty. An object is empty if all of its fields are null."""
     if isinstance(value, dict | list):
         return all(map(_is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or value == ""

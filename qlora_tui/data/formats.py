@@ -60,7 +60,8 @@ _PAIRED = frozenset(
     for names in PARTS[format_].values()
     for name in names
 )
-"""Columns that hold the last question or its answer if there is also a history."""
+"""Names of columns that hold only the last question or its answer if another column holds the earlier turns.
+"""
 _PROSE_WORDS = 3
 """Number of words from which a text is not a name, a date or a number."""
 _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.REJECTED)

@@ -71,7 +71,9 @@ def repeated_key_warning(repeated: Sequence[str]) -> tuple[tuple[str, str], ...]
 
 
 def _row(number: int, value: Any, values: _Values | None = None) -> Row:
-    """Return a row. ``values`` has its line number; None if the row is from a whole-file object."""
+    """Return a row. ``values``: the reader that knows the row's line number; None if the whole file is one
+    object.
+    """
     if not has_lone_surrogate(value):
         return Row(
             number=number, value=value, warnings=repeated_key_warning(values.repeated if values else ())

@@ -346,7 +346,9 @@ class _TableLines:
             raise BrokenFileError("bad-row", line, f"{what}, and {closing or 'is not closed'}")
 
     def check_damage(self) -> None:
-        """Raise ``BrokenFileError`` if bytes that are not text may hide an opening quote."""
+        """Raise ``BrokenFileError`` if bytes that are not UTF-8 precede a quote in a cell, because the quote
+        might be an opening quote.
+        """
         hidden_quote = re.compile(
             rf'(?:\A|\n|{re.escape(self._delimiter)})[^"{re.escape(self._delimiter)}]*\ufffd"'
         )

@@ -85,7 +85,7 @@ def members(pairs: Sequence[int]) -> tuple[int, ...]:
 
 
 PackedSamples: TypeAlias = tuple[int, ...]
-"""Indices of the samples in one sequence; a single one without packing."""
+"""Indices of the samples in one sequence; without packing, a single index."""
 
 
 REPLAYED_TOKENS = 90

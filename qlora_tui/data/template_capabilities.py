@@ -40,7 +40,9 @@ class TemplateCapabilities(Struct, frozen=True):
     calls_without_content: bool
     """Whether a turn with calls and no text must have no content key."""
     words_hide_calls: bool
-    """Whether the template omits the calls of a turn with text, so that the text is left out."""
+    """Whether the template omits the tool calls of a turn that also has text. For such templates, the text is
+    left out to keep the calls.
+    """
     reasoning: bool
     """Whether the template writes ``reasoning_content``; if not, the content has it in ``<think>`` tags."""
     own_tags: bool

@@ -226,7 +226,7 @@ _MARKS = ("### Human:", "### Instruction:", "\n\nHuman:", "[INST]", "<|im_start|
 
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
-"""Columns that hold a question or task, whichever column holds the answer."""
+"""Names of columns that hold a question or a task, whatever the name of the answer's column is."""
 
 
 _TREE = ("parent_id", "message_tree_id", "message_id")

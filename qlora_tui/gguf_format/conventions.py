@@ -102,7 +102,9 @@ _ROUTING = frozenset({"expert_weights_scale", "expert_weights_norm"})
 _GROUPS = frozenset({"expert_group_count", "expert_group_used_count"})
 
 _EXAONE_32B = 64
-"""Number of layers by which llama.cpp recognizes the model with windows, whose other layers do not rotate."""
+"""Number of layers by which llama.cpp recognizes the model with sliding windows. Its layers without a window
+have no rotary embedding.
+"""
 
 _EXPERTS_EVERYWHERE = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 

@@ -94,7 +94,7 @@ def _log_bitsandbytes_warnings() -> None:
     import logging
 
     class LogHandler(logging.FileHandler):
-        """Writes to the log; reports once if the log cannot be written, and continues."""
+        """Writes to the log. If the log cannot be written, reports this once and continues."""
 
         def emit(self, record: logging.LogRecord) -> None:
             try:

@@ -141,9 +141,9 @@ def architecture_problem(
 
 
 def why_on_the_cpu() -> UserError | None:
-    """Return why this process must not compute on the CPU if torch sees no GPU; None if it may.
+    """Return why this process must not fall back to the CPU if torch sees no GPU; None if it is allowed to.
 
-    It may if the machine has no GPU, or the user chose the CPU.
+    Computing on the CPU is allowed if the machine has no GPU, or if the user chose the CPU.
     """
     try:
         gpu = choose_gpu().gpu

@@ -185,7 +185,7 @@ class Layout:
     token_rows: int
     """Number of tokens whose rows of embedding and head are trained."""
     trained_matrix: int
-    """Number of elements of the head if embedding and head are trained completely; else 0."""
+    """Number of elements of the head if embedding and head are trained completely; otherwise 0."""
     own_head: bool
     """Whether the head is untied, and trained separately from the embedding."""
     adapter_shapes: tuple[tuple[int, ...], ...]

@@ -254,10 +254,10 @@ of 221 once torch is imported, and 1,117 instead of 475 with the other libraries
 RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
 """Uncertainty of ``RUNTIME_BYTES`` for other versions and builds of the libraries."""
 HEAP_HOLES = 6
-"""Divisor: a step's allocations leave one part in this many as gaps in the heap.
+"""Ratio of the bytes that a step allocates to the gaps that these allocations leave in the heap.
 
-Rows and samples of other lengths leave holes that are too small for the next ones, and glibc returns only the
-memory at the heap's top. Measured over the demo, in float32 and in bfloat16.
+Rows and samples of other lengths leave gaps that are too small for the next allocations, and glibc returns
+only the memory at the top of the heap. Measured over the demo, in float32 and in bfloat16.
 """
 CHECKPOINT_HOLES = 2
 """Bytes of gaps in the heap for each byte of kept layer inputs.
@@ -269,7 +269,8 @@ grew by 541, 1,632 and 1,813 MiB; predicted were 424, 1,274 and 1,538. Allocatio
 (``M_MMAP_THRESHOLD``) leave no gaps, but make a step a fifth slower.
 """
 MAPPED_BYTES = 32 * MIB
-"""Size from which glibc maps a block separately and returns all of it (``DEFAULT_MMAP_THRESHOLD_MAX``)."""
+"""Minimum size of a block that glibc maps separately and returns completely (``DEFAULT_MMAP_THRESHOLD_MAX``).
+"""
 
 
 def _on_cpu(allocated: int, doubt: _Doubt, checkpoint_bytes: int, layout: Layout) -> MemoryLevels:

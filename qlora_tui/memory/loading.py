@@ -113,7 +113,9 @@ def _reading_order(
 
 
 def _natural(weight: LoadedWeight) -> list[int | str]:
-    """Return a sort key for the natural order of names, in which numbers compare as numbers."""
+    """Return a sort key for the natural order of names, which compares digits as numbers: ``layers.2`` before
+    ``layers.10``.
+    """
     parts: list[int | str] = [*_NUMBERS.split(weight.name)]
     parts[1::2] = map(int, parts[1::2])
     return parts

@@ -327,7 +327,9 @@ def slowdown(
 
 
 def describe_slowdown(recipe: Recipe, architecture: Architecture, device: Device) -> str:
-    """Return the slowdown by copies, ``about 1.6× slower``, or how to measure it."""
+    """Return how much copying slows down training, such as ``about 1.6× slower``. If the speed was not
+    measured, return how to measure it.
+    """
     if device.speed is None:
         return "slower: `qlora-tui doctor` measures how much"
     execution = trainer_execution(recipe, device, architecture)

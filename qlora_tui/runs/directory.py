@@ -153,7 +153,8 @@ class RunDir:
         return share if 0 < share < 1 else None
 
     def set_pause_at(self, share: float | None) -> None:
-        """Make the run validate, save and pause after this share of its steps; with None, train to its end.
+        """Make the run validate, save and pause after this share of its steps. If None, the run trains to its
+        end.
 
         Takes effect with the next attempt. Raises OSError.
         """

@@ -64,7 +64,9 @@ _CGROUP = Path("/proc/self/cgroup")
 _BUS_S = 5.0
 """Seconds after which systemd counts as not responding."""
 _DISK_BYTES = 5 * 2**30
-"""Free space below which a model's download or a few checkpoints can fill the disk."""
+"""Free space, in bytes, below which a check warns, because a model's download or a few checkpoints could fill
+the disk.
+"""
 
 
 class CheckKind(Enum):

@@ -145,7 +145,9 @@ class Sharing:
     """
 
     def __init__(self, waits_for: int = 0) -> None:
-        """Begin without readings. ``waits_for`` is the process that the run already waits for."""
+        """Begin without readings. ``waits_for``: PID of the process that the run is already waiting for; 0 if
+        none.
+        """
         self._switch = Switch(_USED_FOR_S, _GONE_FOR_S, most_off_after_s=_MOST_GONE_FOR_S)
         self._at_start = {waits_for: 0}
         """Memory of each process when the run began, or at the first reading."""

@@ -50,7 +50,9 @@ def moved_aside(run: RunDir) -> list[Path]:
 
 
 def sweep_own(run: RunDir) -> None:
-    """Delete what earlier trainers of this run left incomplete. For the trainer that holds the run."""
+    """Delete incomplete files that earlier trainers of this run left behind. Only the trainer that holds the
+    run may call this.
+    """
     for folder in (run.path, run.checkpoints_dir):
         for path in abandoned_in(folder):
             delete(path)

@@ -72,7 +72,9 @@ class RunNotification(Struct, frozen=True, kw_only=True):
 
 
 def notification_for(run: RunDir) -> RunNotification | None:
-    """Return the notification about a run; None if there is nothing to report, and for a sweep's runs."""
+    """Return the notification about a run. Return None if there is nothing to report, or if the run belongs
+    to a sweep.
+    """
     if run.sweep:
         return None
     ending = last_event(run.events_path)

@@ -42,7 +42,7 @@ _CALL_S = 30.0
 SUBMITTING_S = 2 * _CALL_S
 """Seconds after which a run without a job counts as not submitted: its submitter was killed."""
 _CANCEL_S = 15.0
-"""Seconds for which cancelling is repeated if the job still waits."""
+"""Seconds for which the request to cancel a job is repeated while the job is still waiting."""
 _AGAIN_S = 0.5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")

@@ -50,7 +50,9 @@ _STATE = "state.json"
 _HEADER = 1 << 20
 _SAMPLE = _END = 1 << 12
 _SAMPLES = 64
-"""Number of places in a weight file that are hashed to recognize it, besides its beginning and end."""
+"""Number of samples of a weight file that are hashed to identify the file, in addition to its beginning and
+end.
+"""
 _BATCH_SPLIT = frozenset(
     {"training.micro_batch_size", "training.gradient_accumulation", "training.auto_micro_batch"}
 )

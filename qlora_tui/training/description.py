@@ -75,7 +75,7 @@ CPU_S = 20.0
 
 
 _LARGEST_TRIAL = 1 << 28
-"""Maximum number of weights of a module that is tested (1 GiB in float32)."""
+"""Maximum number of weights of a module that is tested: 1 GiB in float32."""
 
 
 def describe_all(configs: list[dict[str, Any]]) -> list[Description]:
@@ -528,7 +528,7 @@ class _Tree:
 
 
 def _computes_product(module: nn.Linear) -> bool:
-    """Return whether a linear module computes the same as ``nn.Linear`` with its weights, by a test."""
+    """Test whether a linear module computes the same as an ``nn.Linear`` with its weights."""
     if module.weight.numel() > _LARGEST_TRIAL:
         return False
     values = {name: torch.randn(value.shape) for name, value in module.named_parameters()}

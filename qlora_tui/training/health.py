@@ -41,7 +41,7 @@ _PLATEAU = 0.002
 _WORSE = 0.05
 """Share above the validation loss before training at which a loss counts as clearly worse."""
 _MANY_ANSWERS = 0.25
-"""Share of general answers that must be worse than the base's to be a finding."""
+"""Minimum share of general answers that must be worse than those of the base for a finding."""
 _IDLE_S = 60.0
 _IDLE_PERCENT = 5
 _USED_BYTES = 1 << 30

@@ -34,7 +34,7 @@ _TOLERANCES = {32: 1e-4, 16: 2e-3}
 _NOISE = 6.0
 """Maximum error of an element of Liger's gradient, as a multiple of our error at the same token."""
 _ROUNDINGS = {32: 64.0, 16: 1.0}
-"""Lower bound of our error, in roundings of the summed terms, keyed by the bits of the head's dtype.
+"""Lower bound of our error, in rounding errors of the summed terms, keyed by the bits of the head's dtype.
 
 In fp32 the rounding of a logit is many times the rounding of its probability.
 """

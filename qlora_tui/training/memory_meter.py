@@ -48,7 +48,7 @@ class MemoryMeter:
         with the actual execution.
         """
         self.is_modelled = False
-        """Whether loss and code paths are known and the estimate models them."""
+        """Whether the loss and the code paths of the run are known, and the estimate models them."""
         self.estimate = self._estimate(recipe, corrected=True)
         """The estimate; None if it does not support the model."""
         self._longest_batch: Recipe | None = None
@@ -98,7 +98,7 @@ class MemoryMeter:
         self._longest_batch_estimate = self._estimate(self._longest_batch, corrected=False)
 
     def set_recipe(self, recipe: Recipe) -> None:
-        """Estimate with the settings of the recipe that have been resolved."""
+        """Update the estimate for a recipe whose automatic settings have been resolved."""
         self._recipe = recipe
         self.execution = trainer_execution(recipe, _as_estimated(self._device), self._architecture)
         self.estimate = self._estimate(recipe, corrected=True)

@@ -484,7 +484,7 @@ class PreparedBase:
 
     @property
     def padding_free(self) -> bool:
-        """Whether a micro-batch is one sequence of isolated samples, with or without ``data.packing``."""
+        """Whether a micro-batch is one sequence of isolated samples. Independent of ``data.packing``."""
         return self.packed is not None
 
     @property

@@ -190,7 +190,7 @@ class StreamedModel:
         self._place_the_rest()
 
     def _place_the_rest(self) -> None:
-        """Copy everything outside the layers to the device: embeddings, head, norms and all buffers."""
+        """Copy to the device all parameters outside the layers (embeddings, head, norms), and all buffers."""
         in_layers = {id(p) for layer in self.layers for p in layer.parameters()}
         for parameter in self._model.parameters():
             if id(parameter) not in in_layers:

@@ -199,7 +199,7 @@ class Reporter:
                 self._end_without_run()
 
     def _is_deleted(self) -> bool:
-        """Return whether the run's files were deleted while their disk still exists."""
+        """Return whether the run's files were deleted. False if their disk is gone, too."""
         try:
             return self._run.is_deleted and self._run.path.parent.stat().st_dev == self._disk
         except OSError:

@@ -185,7 +185,7 @@ def _measure(run: RunDir, report: Report) -> None:
 
 
 def _texts(samples: TokenizedDataset, i: int, tokenizer: ChatTokenizer) -> tuple[str, str]:
-    """Return the text of sample ``i``'s input, and the text that it is trained on."""
+    """Return (text outside the loss, text in the loss) of sample ``i``, without special tokens."""
     ids = list(zip(samples.token_ids(i), samples.loss_mask(i), strict=True))
     read, trained = (
         tokenizer.decode([t for t, in_loss in ids if in_loss == side and t not in tokenizer.special_ids])

@@ -172,7 +172,9 @@ class LoraParameters:
 
     @property
     def scale(self) -> float:
-        """LoRA scaling times the 1 / (1 - p) of dropout, which costs less here than on the inputs."""
+        """LoRA scaling times dropout's factor 1 / (1 - p). Applying this factor here costs less than scaling
+        the inputs.
+        """
         return self.scaling / (1 - self.p)
 
 
