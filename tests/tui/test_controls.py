@@ -122,8 +122,8 @@ class EndOfColumn(App[None]):
             yield Panel("Last", Static("one\ntwo\nthree"), id="last")
 
 
-@pytest.mark.parametrize(("rows", "heights"), [(11, (5, 5)), (10, (5, 4)), (9, (8, 0))])
-async def test_a_panel_without_room_for_two_rows_leaves_its_rows_to_the_one_above(
+@pytest.mark.parametrize(("rows", "heights"), [(14, (5, 8)), (11, (5, 5)), (10, (5, 4)), (9, (8, 0))])
+async def test_the_last_panel_takes_free_rows_and_without_two_rows_leaves_its_own_to_the_one_above(
     rows: int, heights: tuple[int, int]
 ) -> None:
     app = EndOfColumn()

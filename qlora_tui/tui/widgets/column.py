@@ -25,6 +25,9 @@ class ColumnLayout(VerticalLayout):
     widgets with a height in ``fr``, such as a graph. If there are too few rows, widgets that scroll are cut,
     the tallest first, so that everything below them stays in view.
 
+    If rows remain and no widget takes them, they go to the last panel that is not empty, so that the surfaces
+    of columns next to each other end in the same row.
+
     If there are still too few rows, the last panels are cut so that their margin stays in view. A panel that
     could not show its title and two rows is left out, and the widget above it gets its rows.
     """
@@ -44,6 +47,8 @@ class ColumnLayout(VerticalLayout):
             return placements
         if excess > 0:
             self._cut(placements, flowing, excess)
+        elif excess < 0 and not (parent.styles.height is not None and parent.styles.height.is_auto):
+            self._stretch(placements, flowing, -excess)
         self._leave_out(placements, flowing, size.height)
         return placements
 
@@ -63,6 +68,22 @@ class ColumnLayout(VerticalLayout):
             region = Region(before.x, before.y - moved, before.width, heights.get(at, before.height))
             placements[at] = each._replace(region=region)
             moved += before.height - region.height
+
+    @staticmethod
+    def _stretch(placements: list[WidgetPlacement], flowing: list[int], rows: int) -> None:
+        """Give ``rows`` more rows to the last panel that has content, and move the widgets below it down.
+        ``flowing``: indices of the placements that are stacked vertically. Without such a panel, nothing
+        changes.
+        """
+        panels = [at for at in flowing if placements[at].widget.border_title is not None]
+        filled = [at for at in panels if not placements[at].widget.has_class("-empty")]
+        if not filled or flowing[-1] not in panels:
+            return
+        for at in flowing[flowing.index(filled[-1]) :]:
+            x, y, width, height = placements[at].region
+            is_last = at == filled[-1]
+            region = Region(x, y, width, height + rows) if is_last else Region(x, y + rows, width, height)
+            placements[at] = placements[at]._replace(region=region)
 
     @staticmethod
     def _leave_out(placements: list[WidgetPlacement], flowing: list[int], height: int) -> None:

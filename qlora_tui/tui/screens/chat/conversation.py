@@ -167,6 +167,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Number of judgments of this model's answers, by kind."""
 
     def on_mount(self) -> None:
+        # The end stays in view, after a resize too, unless the user scrolls up.
+        self.anchor()
         self.app.system_status_changed.subscribe(self, self._yield_memory_to_run, immediate=True)
 
     async def on_unmount(self) -> None:
@@ -207,6 +209,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             with suppress(WorkerError):
                 await worker.wait()
         await self.remove_children(turns)
+        self.anchor()
         self.post_message(self.Changed())
 
     async def open_saved(self, path: Path, saved: SavedConversation) -> None:

@@ -32,7 +32,7 @@ from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
-from qlora_tui.tui.key_names import bare_key, key_label, key_name
+from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name, name_keys
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.meters import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -48,6 +48,17 @@ NOTHING_TO_CHAT_WITH = (
 )
 UNFOCUSED_HINT = "{chat.write} writes a message"
 HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
+TIPS = (
+    ("compare", "{chat.split} shows one answer or both, and {chat.next_adapter} selects another checkpoint."),
+    ("measure", "{chat.effect} measures how much the adapter changes the base model."),
+    (
+        "judge",
+        "{chat.prefer_left} or {chat.prefer_right} marks the better answer, and {chat.edit_answer} edits it. "
+        "{chat.train_choices} trains on what you marked.",
+    ),
+    ("reuse", "{chat.copy} copies the last answer, and {chat.serve} serves the model to other programs."),
+)
+"""(label, sentence) pairs on what to do with answers; keys are named by command."""
 Suggested: TypeAlias = Literal["shown", "selected"]
 """State of the suggested messages: ``selected`` if they have the focus, otherwise ``shown``."""
 _MIN_NAME_WIDTH = 16
@@ -203,7 +214,7 @@ def effect_text(measured: Effect, width: int) -> Content:
 
 
 class ChatSide(Vertical):
-    """The column next to the conversation: run, sampling settings, tokens, and saved conversations."""
+    """The column next to the conversation: run, sampling settings, tokens, saved conversations, and tips."""
 
     def __init__(self) -> None:
         super().__init__(id="chat-side")
@@ -214,6 +225,7 @@ class ChatSide(Vertical):
         yield Panel("Tokens", Lines(id="side-tokens"), id="tokens-panel")
         keys = (("chat.history", "open"), ("chat.clear", "new"))
         yield Panel("Conversations", Lines(id="side-history"), keys=keys, id="history-panel")
+        yield Panel("What to try", Lines(id="side-tips"), id="tips-panel")
 
     def show(self, chat: Conversation, start: ChatStart, transcript: Path | None) -> None:
         """Show a conversation and its run.
@@ -230,6 +242,8 @@ class ChatSide(Vertical):
         self._update(
             "settings", fact_lines([(label, value) for label, value, _ in session_rows(chat)], width)
         )
+        tips = [(label, highlight_keys(name_keys(text))) for label, text in TIPS]
+        self._update("tips", fact_lines(tips, width))
         outcomes = {
             name: answer.outcome
             for turn in chat.turns

@@ -99,6 +99,7 @@ class ChatScreen(WorkScreen):
     def __init__(self) -> None:
         super().__init__()
         self.conversation = Conversation(
+            Static(id="conversation-room"),
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
             Drawing(id="chat-start"),
         )
@@ -315,7 +316,7 @@ class ChatScreen(WorkScreen):
         self._send(self.query_one(Starters).prompt(event.option), lambda: None)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Show in full the recorded answers to the prompt under the cursor."""
+        """Give the recorded answers to the prompt under the cursor priority."""
         if self.has_class("-start"):
             self._show_start()
 
@@ -611,7 +612,7 @@ class ChatScreen(WorkScreen):
                 self.query_one(Starters).selected_prompt if is_start else "",
                 is_loaded=chat.ready is not None,
                 is_described=bool(self.query_one(ChatSide).display),
-                fills=is_start,
+                folds=not is_start,
             )
             drawing.show(draw)
 

@@ -23,6 +23,7 @@ from qlora_tui.formatting import (
     format_loss,
     format_number,
     format_progress,
+    pluralize,
     short_model_name,
 )
 from qlora_tui.memory import Device
@@ -34,6 +35,7 @@ from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import PhaseChanged, SampleGenerated, Started
 from qlora_tui.runs.run_summary import RunSummary, data_words, summarize
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
+from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.labels import PRECISION_NAMES, targets_words, verdict_content
 from qlora_tui.tui.render.meters import labeled
@@ -277,31 +279,42 @@ def start_lines(
     *,
     is_loaded: bool,
     is_described: bool,
-    fills: bool,
+    folds: bool,
 ) -> list[Content]:
     """Return lines about the model and the adapter, followed by the recorded answers.
 
     Args:
         start: The contents of the screen.
         recipe: The recipe whose model answers.
-        opened: The prompt whose recorded answers are shown in full.
+        opened: The prompt whose recorded answers have priority if not all answers fit.
         width: Width of a line, in cells.
         height: Maximum number of lines.
         is_loaded: Whether the model is loaded.
         is_described: Whether another panel describes the run.
-        fills: Whether to return ``height`` lines, with the recorded answers in the last lines.
+        folds: Whether to return one line about the model and one about the recorded answers, since there are
+            messages below.
     """
-    above = _model_lines(start, recipe, width, is_loaded=is_loaded, is_described=is_described)
-    below = recorded_lines(start, opened, width, height - len(above) - 1) if start.recorded else []
-    rows_between = height - len(above) - len(below) if fills else min(1, len(below))
-    return [*above, *[Content("")] * rows_between, *below]
+    facts = _model_facts(start, recipe, is_loaded=is_loaded, is_described=is_described)
+    if folds:
+        base, *others = [Content("") + value for _, value in facts]
+        joined = Content(" · ").join([base, *reversed(others)])
+        lines = [Content.styled(joined.plain, "$text-muted").truncate(width, ellipsis=True)]
+        if start.recorded:
+            hint = f"+ {pluralize(len(start.recorded), 'prompt')} with recorded answers: "
+            hint += f"{key_name('chat.clear')} starts a new conversation and shows them"
+            lines.append(highlight_keys(hint, "$text-muted").truncate(width, ellipsis=True))
+        return lines
+    above = fact_lines(facts, width)
+    if not start.recorded:
+        return above
+    return [*above, Content(""), *recorded_lines(start, opened, width, height - len(above) - 1)]
 
 
-def _model_lines(
-    start: ChatStart, recipe: Recipe, width: int, *, is_loaded: bool, is_described: bool
-) -> list[Content]:
-    """Return lines about the base model and, unless ``is_described``, about the adapter and what it has
-    learned. Unless ``is_loaded``, the lines include the time and memory for loading the base model.
+def _model_facts(
+    start: ChatStart, recipe: Recipe, *, is_loaded: bool, is_described: bool
+) -> list[tuple[str, str | Content]]:
+    """Return (label, value) pairs for the base model and, unless ``is_described``, for the adapter and what
+    it has learned. Unless ``is_loaded``, the pairs include the time and memory for loading the base model.
     """
     base = f"{short_model_name(recipe.model.id)} ({PRECISION_NAMES[precision_of(recipe)]})"
     if not is_loaded:
@@ -320,49 +333,52 @@ def _model_lines(
             facts.append(("result", sentence))
         elif summary.best is not None:
             facts.append(("result", _best_words(*summary.best)))
-    return fact_lines(facts, width)
+    return facts
 
 
 def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> list[Content]:
     """Return a heading and the prompts with their recorded answers side by side.
 
-    The adapter's last answer is compared with the other answers, such as the base model's. These have at most
-    :data:`_COMPARED_ROWS` lines, unless the prompt is ``opened``.
-
-    If everything fits, each prompt has all its answers, in one or more rows. Otherwise, each prompt has only
-    one row of answers, and prompts that do not fit are left out. If fewer than :data:`_ENOUGH_WHOLE` prompts
-    fit with their last answers in full, the last answers are shortened too.
+    If everything fits, each prompt has all its answers in full, in one or more rows. Otherwise, each prompt
+    has only one row of answers, the ``opened`` prompt comes first, and prompts that do not fit are left out.
+    Answers to compare the adapter's last answer with, such as the base model's, have at most
+    :data:`_COMPARED_ROWS` lines if the whole answers would not fit. If fewer than :data:`_ENOUGH_WHOLE`
+    prompts fit with their last answers in full, the last answers are shortened too.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
     most = max(2, (width + _COLUMN_GAP) // (_LEAST_CELLS + _COLUMN_GAP))
-
-    def block(recorded: RecordedAnswers, answers: Sequence[tuple[str, str]]) -> list[Content]:
-        compared = None if recorded.prompt == opened else _COMPARED_ROWS
-        return _answer_lines(recorded, answers, most, width, compared=compared)
-
-    everything = [block(each, each.answers) for each in start.recorded]
-    side_by_side = [block(each, each.select(most)) for each in start.recorded]
-    for blocks in (everything, side_by_side):
-        rows = sum(map(len, blocks))
-        if rows <= height:
-            gap = [Content("")] if rows + len(blocks) - 1 <= height else []
-            return [*heading, *(line for at, block in enumerate(blocks) for line in (*gap[:at], *block))]
-    whole: list[Content] = []
-    for number, lines in enumerate(side_by_side):
-        if len(whole) + len(lines) > height:
-            if number >= _ENOUGH_WHOLE:
-                return heading + whole
+    everything = [_answer_lines(each, each.answers, most, width) for each in start.recorded]
+    if sum(map(len, everything)) <= height:
+        return heading + _separated(everything, height)
+    recorded = sorted(start.recorded, key=lambda each: each.prompt != opened)
+    blocks: list[list[Content]] = []
+    for each in recorded:
+        room = height - sum(map(len, blocks))
+        for compared in (None, _COMPARED_ROWS):
+            lines = _answer_lines(each, each.select(most), most, width, compared=compared)
+            if len(lines) <= room:
+                blocks.append(lines)
+                break
+        else:
             break
-        whole += lines
-    count = max(1, min(len(start.recorded), height // (_LEAST_ROWS + 1)))
+    is_open = bool(blocks) and recorded[0].prompt == opened
+    if is_open or len(blocks) >= min(_ENOUGH_WHOLE, len(recorded)):
+        return heading + _separated(blocks, height)
+    count = max(1, min(len(recorded), height // (_LEAST_ROWS + 1)))
     rows = max(_LEAST_ROWS, height // count - 1)
     shortened = [
         line
-        for each in start.recorded[:count]
+        for each in recorded[:count]
         for line in _answer_lines(each, each.select(most), most, width, rows, compared=_COMPARED_ROWS)
     ]
     return heading + shortened[: max(0, height)]
+
+
+def _separated(blocks: Sequence[list[Content]], height: int) -> list[Content]:
+    """Return the lines of all blocks, with an empty line between blocks if that fits into ``height`` rows."""
+    gap = [Content("")] if sum(map(len, blocks)) + len(blocks) - 1 <= height else []
+    return [line for at, block in enumerate(blocks) for line in (*gap[:at], *block)]
 
 
 def _answer_lines(
@@ -372,9 +388,10 @@ def _answer_lines(
     width: int,
     rows: int | None = None,
     *,
-    compared: int | None,
+    compared: int | None = None,
 ) -> list[Content]:
-    """Return lines with a prompt, the expected answer, and the given answers side by side.
+    """Return lines with a prompt, the expected answer, and the given answers. The answers are side by side;
+    the expected answer is next to them if there is room for its column, and otherwise above them.
 
     Args:
         recorded: The prompt.
@@ -385,14 +402,16 @@ def _answer_lines(
             answers in full.
         compared: Maximum number of lines of each answer except the last; None to show them in full.
     """
-    columns = min(most, len(answers))
-    cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
     prompt = Content.styled(f"▸ {' '.join(recorded.prompt.split())}", "bold")
     lines = [prompt.truncate(width, ellipsis=True)]
-    if recorded.expected:
+    if recorded.expected and len(answers) < most:
+        answers = (("expected", recorded.expected), *answers)
+    elif recorded.expected:
         expected = _column(recorded.expected, "expected", width, None if rows is None else 1, "$text-muted")
         lines += expected
         rows = None if rows is None else max(1, rows - len(expected))
+    columns = min(most, len(answers))
+    cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
     limits = [each for each in (rows, compared) if each is not None]
     for first in range(0, len(answers), columns):
         beside = [
