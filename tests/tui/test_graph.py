@@ -33,11 +33,10 @@ from qlora_tui.tui.render.plot import (
 )
 from qlora_tui.tui.render.series import (
     MAX_POINTS,
-    BiasCorrectedEma,
     DecimatedSeries,
     Envelope,
+    local_fits,
     smooth,
-    without_lag,
 )
 from qlora_tui.tui.screens.train.step_charts import StepChart, graph_lines
 from qlora_tui.tui.terminal_app import changed_cells
@@ -176,34 +175,28 @@ def test_a_growing_curve_equals_one_drawn_at_once(pieces: list[list[float]], mos
             assert history.envelopes(low) == at_once.envelopes(low)
 
 
-def test_a_running_mean_starts_at_the_first_value_skipping_nan() -> None:
-    smoother = BiasCorrectedEma()
-    assert list(smoother.smooth([4.0, math.nan, 4.0])) == [4.0, 4.0, 4.0]
-    (mean,) = smoother.smooth([2.0])
-    assert 2.0 < mean < 4.0
-    assert smoother.mean == mean
+@pytest.mark.parametrize("steps", [2, 7, 900, 10_000])
+def test_a_linear_fall_is_smoothed_exactly_up_to_both_ends(steps: int) -> None:
+    line = [3 - 2 * step / steps for step in range(1, steps + 1)]
+    assert list(smooth(line, 100.0)) == pytest.approx(line)
+    history, xs = DecimatedSeries(columns=2), [float(step) for step in range(1, steps + 1)]
+    history.extend(xs, line, xs)
+    loss, step = history.envelopes()
+    fits = local_fits(step.means, loss.means, 100.0, at=loss.xs)
+    assert list(fits) == pytest.approx([line[round(x) - 1] for x in loss.xs])
+    assert loss.xs[-1] == steps
 
 
-def test_a_smoothed_curve_goes_through_its_points_and_ends_at_the_running_mean() -> None:
-    luck, window, steps = random.Random(1), 100.0, 10_000
-    line = [3 - 2 * step / steps for step in range(steps)]
-    values = [loss + luck.gauss(0, 0.1) for loss in line]
-    running, history = BiasCorrectedEma(window), DecimatedSeries()
-    history.extend(range(1, steps + 1), running.smooth(values))
-    decimated = history.envelopes()[0]
-    means = [(low + high) / 2 for low, high in zip(decimated.lows, decimated.highs, strict=True)]
-    for xs, smoothed in (
-        (range(1, steps + 1), smooth(values, window)),
-        (decimated.xs, without_lag(decimated.xs, means, window)),
-    ):
-        lags = [mean - line[round(x) - 1] for x, mean in zip(xs, smoothed, strict=True)]
-        inside = lags[: -len(lags) // 20]
-        assert abs(sum(inside) / len(inside)) < 0.2 * (2 / steps * window), (
-            "a running mean lags by its window"
-        )
-        assert smoothed[-1] == pytest.approx(running.mean, abs=0.01)
-    first, *others = smooth([math.nan, 2.0, math.nan, 1.0], window)
-    assert math.isnan(first) and 2 > others[0] > others[1] > others[2] > 1
+def test_smoothing_removes_noise_and_skips_what_is_not_a_number() -> None:
+    luck, steps = random.Random(1), 3_000
+    line = [1 + 2 * math.exp(-step / 1_000) for step in range(steps)]
+    smoothed = smooth([loss + luck.gauss(0, 0.1) for loss in line], 100.0)
+    errors = [fit - loss for fit, loss in zip(smoothed, line, strict=True)]
+    assert sum(error * error for error in errors) / steps < 0.02**2
+    assert abs(smoothed[-1] - line[-1]) < 0.04
+    first, *others = smooth([math.nan, 2.0, math.nan, 1.0, math.inf], 100.0)
+    assert math.isnan(first) and others == pytest.approx([2.0, 1.5, 1.0, 1.0])
+    assert all(map(math.isnan, smooth([math.nan] * 3, 9.0)))
 
 
 def test_only_the_cells_that_changed_are_painted() -> None:

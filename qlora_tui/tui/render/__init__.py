@@ -2,7 +2,7 @@
 
 plot      axes, and graphs of lines and points
 canvas    the cells of a graph, with the dots of braille characters
-meters    small charts: bars, meters, sparklines, and columns of blocks
+meters    small charts: bars, meters, and columns of blocks
 figures   a screen's few key figures, in a line or in large digits
 series    series of numbers, decimated to the resolution of a graph
 columns   tables of text lines: columns are declared once, and cut or left out to fit a width

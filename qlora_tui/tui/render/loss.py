@@ -14,6 +14,7 @@ from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     NOT_A_NUMBER,
@@ -32,6 +33,8 @@ from qlora_tui.tui.render.series import Envelope, smooth, smoothing_window
 
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
+_CHANGE_WIDTH = 8
+"""Width of the bar for the change of a validation loss, in cells. A full bar is a loss that fell to 0."""
 _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
@@ -153,6 +156,17 @@ def summary_plot(summary: RunSummary | None) -> Plot:
 def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[Content]:
     """Return ``height`` lines with the chart of a run's loss."""
     return plot(summary_plot(summary), width, height)
+
+
+def change_of_loss(summary: RunSummary) -> Content:
+    """Return the change from the first to the best validation loss, in percent, and a bar: ``-53% ▄▄▄▄▖▁▁▁``.
+    All runs have the same scale. The text is empty if there is only one evaluation.
+    """
+    if len(summary.evaluations) < 2 or summary.best is None or not summary.evaluations[0][1] > 0:
+        return Content("")
+    change = summary.best[0] / summary.evaluations[0][1] - 1
+    style = VALIDATION_STYLE if change < 0 else "$warning"
+    return Content.assemble(f"{change:>+4.0%} ", (bar(-change, _CHANGE_WIDTH), style))
 
 
 def loss_svg(view: RunView) -> str:

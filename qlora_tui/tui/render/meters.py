@@ -1,4 +1,4 @@
-"""Small charts: bars, meters, sparklines, and columns of blocks."""
+"""Small charts: bars, meters, and columns of blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.tui.render.plot import NOT_A_NUMBER, rounded
+from qlora_tui.tui.render.plot import NOT_A_NUMBER
 
 _COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BROKEN = -1
@@ -90,18 +90,6 @@ def downsample(values: Sequence[float], columns: int) -> list[float | None]:
         part = values[start:end]
         means.append(sum(part) / len(part) if all(map(math.isfinite, part)) else math.nan)
     return means + [None] * (columns - count)
-
-
-def sparkline(losses: tuple[float, ...], width: int) -> str:
-    """Return losses as a sparkline of ``width`` cells, scaled to a round range that contains all losses.
-    Cells beyond the data are empty.
-    """
-    means = downsample(losses, width)
-    finite = [mean for mean in means if mean is not None and mean == mean]
-    if not finite:
-        return blocks(means, 0.0, 1.0, 1)[0]
-    axis = rounded(min(finite), max(finite))
-    return blocks(means, axis.low, axis.high, 1, is_apart=True)[0]
 
 
 def level_style(share: float) -> str:

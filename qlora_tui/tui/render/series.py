@@ -12,8 +12,8 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from operator import or_
+from dataclasses import dataclass, field, replace
+from operator import add, or_
 
 MAX_POINTS = 640
 """Maximum number of points in an envelope: about the number of dots across a wide terminal."""
@@ -31,6 +31,10 @@ class Envelope:
     """Highest finite value of each bucket; ``-inf`` if the bucket has no finite value."""
     broken: tuple[bool, ...] = ()
     """Whether each bucket contains NaN or infinity."""
+    means: tuple[float, ...] = ()
+    """Mean of the finite values of each bucket; NaN if the bucket has no finite value. Empty for a curve that
+    was not decimated.
+    """
 
     @classmethod
     def of_points(cls, xs: Sequence[float], values: Sequence[float]) -> Envelope:
@@ -105,7 +109,9 @@ class DecimatedSeries:
             if rest:
                 shown.extend(_Extremes.over([shorter.columns[place].part(-1) for shorter in rest]))
             envelopes.append(
-                Envelope(xs, tuple(shown.lows), tuple(shown.highs), tuple(map(bool, shown.broken)))
+                Envelope(
+                    xs, tuple(shown.lows), tuple(shown.highs), tuple(map(bool, shown.broken)), shown.means()
+                )
             )
         return envelopes
 
@@ -124,13 +130,15 @@ class DecimatedSeries:
 
 @dataclass
 class _Extremes:
-    """The buckets of one column in one level: lowest and highest value of each bucket, and whether the bucket
-    has values that are not finite.
+    """The buckets of one column in one level: lowest and highest value of each bucket, whether the bucket has
+    values that are not finite, and the sum and the number of its finite values.
     """
 
     lows: array[float] = field(default_factory=lambda: array("d"))
     highs: array[float] = field(default_factory=lambda: array("d"))
     broken: bytearray = field(default_factory=bytearray)
+    sums: array[float] = field(default_factory=lambda: array("d"))
+    counts: array[float] = field(default_factory=lambda: array("d"))
 
     @classmethod
     def of(cls, values: Sequence[float]) -> _Extremes:
@@ -138,12 +146,15 @@ class _Extremes:
         # A sum is finite only if every value is finite. Checking it takes one pass in C instead of a loop in
         # Python.
         if math.isfinite(sum(values)):
-            return cls(array("d", values), array("d", values), bytearray(len(values)))
+            lows, highs, sums = (array("d", values) for _ in range(3))
+            return cls(lows, highs, bytearray(len(values)), sums, array("d", [1.0]) * len(values))
         finite = [math.isfinite(value) for value in values]
         return cls(
             array("d", (v if good else math.inf for v, good in zip(values, finite, strict=True))),
             array("d", (v if good else -math.inf for v, good in zip(values, finite, strict=True))),
             bytearray(not good for good in finite),
+            array("d", (v if good else 0.0 for v, good in zip(values, finite, strict=True))),
+            array("d", map(float, finite)),
         )
 
     @classmethod
@@ -153,15 +164,26 @@ class _Extremes:
             array("d", [min(low for part in parts for low in part.lows)]),
             array("d", [max(high for part in parts for high in part.highs)]),
             bytearray([any(any(part.broken) for part in parts)]),
+            array("d", [sum(sum(part.sums) for part in parts)]),
+            array("d", [sum(sum(part.counts) for part in parts)]),
         )
+
+    def means(self) -> tuple[float, ...]:
+        """Return the mean of each bucket's finite values; NaN for a bucket without finite values."""
+        pairs = zip(self.sums, self.counts, strict=True)
+        return tuple(total / count if count else math.nan for total, count in pairs)
 
     def extend(self, more: _Extremes) -> None:
         self.lows.extend(more.lows)
         self.highs.extend(more.highs)
         self.broken.extend(more.broken)
+        self.sums.extend(more.sums)
+        self.counts.extend(more.counts)
 
     def part(self, start: int) -> _Extremes:
-        return _Extremes(self.lows[start:], self.highs[start:], self.broken[start:])
+        columns = (self.lows, self.highs, self.sums, self.counts)
+        lows, highs, sums, counts = (column[start:] for column in columns)
+        return _Extremes(lows, highs, self.broken[start:], sums, counts)
 
     def pairs(self, start: int, end: int) -> _Extremes:
         """Merge pairs of adjacent buckets from index ``start`` up to ``end``, and return the results."""
@@ -170,10 +192,13 @@ class _Extremes:
             array("d", map(min, self.lows[one], self.lows[other])),
             array("d", map(max, self.highs[one], self.highs[other])),
             bytearray(map(or_, self.broken[one], self.broken[other])),
+            array("d", map(add, self.sums[one], self.sums[other])),
+            array("d", map(add, self.counts[one], self.counts[other])),
         )
 
     def drop(self, count: int) -> None:
         del self.lows[:count], self.highs[:count], self.broken[:count]
+        del self.sums[:count], self.counts[:count]
 
 
 class _Level:
@@ -217,75 +242,98 @@ class _Level:
         self.dropped += over
 
 
-class BiasCorrectedEma:
-    """An exponential moving average with bias correction.
+@dataclass
+class _Moments:
+    """Weighted sums over points at distances d from a place that moves along x: of 1, d, d², y and d·y."""
 
-    The update is ``m += (x - m) · (1 - β) / (1 - βⁿ)``, the bias correction of Adam (Kingma and Ba 2015,
-    section 3). Values that are not finite are skipped.
-    """
+    beta: float
+    """Factor of a point's weight for each unit of distance."""
+    ones: float = 0.0
+    d: float = 0.0
+    dd: float = 0.0
+    y: float = 0.0
+    dy: float = 0.0
 
-    def __init__(self, window: float = 20.0) -> None:
-        self.window = window
-        """Number of values that the mean averages over: β = 1 - 1 / window."""
-        self.mean = math.nan
-        """The current mean; NaN before the first finite value."""
-        self._decay = 1.0
+    def move(self, step: float) -> None:
+        """Move the place by ``step``. The weights of all points fall with the size of the step."""
+        fall = self.beta ** abs(step)
+        self.dd = fall * (self.dd - 2 * step * self.d + step * step * self.ones)
+        self.dy = fall * (self.dy - step * self.y)
+        self.d = fall * (self.d - step * self.ones)
+        self.ones *= fall
+        self.y *= fall
 
-    def smooth(self, values: Sequence[float]) -> array[float]:
-        """Return the mean after each of these values."""
-        mean, decay, beta = self.mean, self._decay, 1 - 1 / self.window
-        smoothed = array("d")
-        for value in values:
-            if math.isfinite(value):
-                decay *= beta
-                mean = value if mean != mean else mean + (value - mean) * (1 - beta) / (1 - decay)
-            smoothed.append(mean)
-        self.mean, self._decay = mean, decay
-        return smoothed
+    def add(self, value: float, weight: float) -> None:
+        """Add a point at the place. A value that is not finite is skipped."""
+        if math.isfinite(value):
+            self.ones += weight
+            self.y += weight * value
 
 
-def without_lag(xs: Sequence[float], means: Sequence[float], window: float) -> array[float]:
-    """Remove the lag of running means, by averaging the means once more from the last to the first.
+def local_fits(
+    xs: Sequence[float],
+    values: Sequence[float],
+    window: float,
+    weights: Sequence[float] | None = None,
+    at: Sequence[float] | None = None,
+) -> array[float]:
+    """Return for each point the height of a straight line, fitted to all points by weighted least squares
+    (local linear regression: Cleveland 1979, with exponential weights).
 
-    Both passes together weight a value at distance d by β^|d|, where β = 1 - 1 / window. The last result
-    equals the last mean, because no value follows it. Near the start, the backward pass looks ahead from a
-    value no farther than the distance back to the first value, so that the curve begins at the first value.
-    Means that are not finite remain so.
+    A point at distance d has the weight β^|d|, where β = 1 - 1 / window. A linear trend is reproduced
+    exactly, also at both ends, where a mean would lag behind it. Values that are not finite are skipped: the
+    result is NaN before the first finite value, and constant after the last one.
 
     Args:
-        xs: The x of each mean, in ascending order. The first value is at x = 1.
-        means: Results of :class:`BiasCorrectedEma`. A mean's weight is multiplied by the distance to the next
-            mean.
-        window: Window of these means, in units of x.
+        xs: The x of each value, in ascending order.
+        values: The values.
+        window: Width of the weights, in units of x, at least 1.
+        weights: Additional weight of each value; 1 if None.
+        at: The x at which the line of each point is evaluated; ``xs`` if None.
     """
-    smoothed, beta = array("d", means), 1 - 1 / window
-    mean = weight = 0.0
-    distance = (xs[-1] - xs[-2] if len(xs) > 1 else 0.0) or 1.0
-    for place in range(len(xs) - 1, -1, -1):
-        if place + 1 < len(xs):
-            distance = (xs[place + 1] - xs[place]) or 1.0
-        weight *= beta**distance
-        if math.isfinite(means[place]):
-            weight += distance
-            mean += (means[place] - mean) * max(
-                distance / weight, distance / (max(xs[place], 0.0) + distance)
-            )
-            smoothed[place] = mean
-    return smoothed
+    heights = array("d", [math.nan]) * len(values)
+    finite = [place for place, value in enumerate(values) if math.isfinite(value)]
+    if not finite:
+        return heights
+    weights, at, beta = weights or [1.0] * len(values), at or xs, 1 - 1 / window
+    after, moments = _Moments(beta), []
+    for place in range(finite[-1], finite[0] - 1, -1):
+        moments.append(replace(after))
+        after.add(values[place], weights[place])
+        after.move((xs[place - 1] if place else xs[place]) - xs[place])
+    before = _Moments(beta)
+    for place in range(finite[0], finite[-1] + 1):
+        before.add(values[place], weights[place])
+        heights[place] = _line_at(before, moments.pop(), at[place] - xs[place])
+        if place < finite[-1]:
+            before.move(xs[place + 1] - xs[place])
+    heights[finite[-1] + 1 :] = array("d", [heights[finite[-1]]]) * (len(values) - 1 - finite[-1])
+    return heights
+
+
+def _line_at(before: _Moments, after: _Moments, distance: float) -> float:
+    """Return the height, at this distance, of the line fitted to the points of both moments."""
+    ones, d, dd = before.ones + after.ones, before.d + after.d, before.dd + after.dd
+    y, dy = before.y + after.y, before.dy + after.dy
+    spread = dd - d * d / ones
+    if spread <= 1e-9 * max(dd, 1e-9):
+        return y / ones
+    slope = (dy - d * y / ones) / spread
+    return (y - slope * d) / ones + slope * distance
 
 
 def smooth(values: Sequence[float], window: float) -> array[float]:
-    """Return the mean around each value, weighted by β^|d| at distance d, where β = 1 - 1 / window.
-
-    The last mean equals the mean of :class:`BiasCorrectedEma`. A value that is not finite counts as the mean
-    of the values before it; before the first finite value, the mean is NaN.
+    """Return, for each value, the height of a line fitted to the values around it: ``local_fits`` for values
+    at x = 1, 2, 3….
     """
-    return without_lag(range(1, len(values) + 1), BiasCorrectedEma(window).smooth(values), window)
+    return local_fits(range(1, len(values) + 1), values, window)
 
 
 _MIN_WINDOW, _MAX_WINDOW = 4, 100
 
 
 def smoothing_window(total_steps: int) -> float:
-    """Return the window of the running mean, in steps: a thirtieth of the run, to make the trend visible."""
+    """Return the width of the weights that smooth a loss, in steps: a thirtieth of the run, to make the trend
+    visible.
+    """
     return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))

@@ -57,21 +57,21 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_content,
 )
-from qlora_tui.tui.render.loss import mean_losses, validation_lines
-from qlora_tui.tui.render.meters import bar, labeled, meter, sparkline
+from qlora_tui.tui.render.loss import change_of_loss, mean_losses, validation_lines
+from qlora_tui.tui.render.meters import bar, labeled, meter
 from qlora_tui.tui.screens.home.next_step import Steps
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, list_title
 from qlora_tui.tui.system_status import Host, SystemStatus, read_host
 from qlora_tui.tui.workbench import Workbench
 
-_CURVE_WIDTH, _SHORT_CURVE_WIDTH = 24, 12
+_CURVE_WIDTH = 24
 _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
 """States in which a run's status has details on what went wrong."""
 _MAX_NAME_WIDTH = 44
 """Maximum width of a run's or model's name in the list of runs, in cells."""
 _LABEL = 8
 """Width of the label before a bar, in cells."""
-_MIN_WIDTH_FOR_CURVES, _MIN_WIDTH_FOR_MODELS = 90, 140
+_MIN_WIDTH_FOR_BARS, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Minimum width, in cells, at which the list of runs has curves, and at which it also has models and
 settings.
 """
@@ -323,7 +323,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
 
     def when(summary: RunSummary) -> str:
         at = summary.status.at
-        if at and width < _MIN_WIDTH_FOR_CURVES:
+        if at and width < _MIN_WIDTH_FOR_BARS:
             return f"{format_duration(max(0.0, now - at))} ago"
         return format_ago(at, now) if at else ""
 
@@ -343,11 +343,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
             shown_if_empty=False,
         ),
         Column(text=lambda s: "" if s.best is None else f"best val. {format_loss(s.best[0])}"),
-        Column(
-            text=lambda s: sparkline(s.losses, _SHORT_CURVE_WIDTH) if s.losses else "",
-            style="$primary",
-            shown_from=_MIN_WIDTH_FOR_CURVES,
-        ),
+        Column(text=change_of_loss, shown_from=_MIN_WIDTH_FOR_BARS, shown_if_empty=False),
         Column(text=when, style="dim"),
     )
     return table(columns, summaries[:height], width)

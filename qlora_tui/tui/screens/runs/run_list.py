@@ -56,7 +56,8 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_content,
 )
-from qlora_tui.tui.render.meters import labeled, sparkline
+from qlora_tui.tui.render.loss import change_of_loss
+from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
 
@@ -64,7 +65,6 @@ MARKS = "ABCD"
 """Letters that mark the runs selected for comparison, in the list and in the graph of losses. No run state
 uses one of these letters as its symbol.
 """
-_CURVE_WIDTH = 10
 _LOSS_WIDTH = 9
 
 
@@ -161,7 +161,7 @@ def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]
             right=True,
             shown_if_empty=False,
         ),
-        Column(title="loss", text=lambda s: sparkline(s.losses, _CURVE_WIDTH) if s.losses else "", dropped=7),
+        Column(title="change", text=change_of_loss, dropped=7, shown_if_empty=False),
         Column(
             title="trained",
             text=lambda s: "" if s.seconds is None else format_duration(s.seconds),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -38,11 +38,10 @@ from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.telemetry import EnergyMeter, Reading, TelemetryTail
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.render.series import (
-    BiasCorrectedEma,
     DecimatedSeries,
     Envelope,
+    local_fits,
     smoothing_window,
-    without_lag,
 )
 
 LONG_BYTES = 8 << 20
@@ -53,6 +52,8 @@ _RECENT_STEPS = 100
 """Number of recent steps to keep in the :class:`RunView`, more than it needs to compute the pace. Earlier
 steps are kept only in a decimated series.
 """
+_FIT_WINDOWS = 8
+"""Number of windows before a curve whose steps take part in the fit of the smoothed loss."""
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
@@ -109,7 +110,7 @@ class RunSnapshot:
     loss: float | None
     """Loss of the last step; None before the first step. The next five fields also refer to the last step."""
     mean_loss: float | None
-    """Running mean of the loss: the last value of the smoothed curve."""
+    """Smoothed loss at the last step: the last value of the smoothed curve."""
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_s: float | None
@@ -171,10 +172,7 @@ class _DecimatedRun:
     def __init__(self, view: RunView) -> None:
         self.view = view
         self.steps = DecimatedSeries(columns=6)
-        """Columns: loss, running mean of the loss, learning rate, gradient norm, tokens per second, reward
-        margin.
-        """
-        self.smoother = BiasCorrectedEma()
+        """Columns: loss, step, learning rate, gradient norm, tokens per second, reward margin."""
         self.last_step = 0
         """The last step that was read."""
         self.seconds_trained = 0.0
@@ -183,6 +181,8 @@ class _DecimatedRun:
         """Minimum distance from one kept step to the next, in steps. Steps with a loss that is not finite are
         always kept.
         """
+        self.mean_loss: float | None = None
+        """Smoothed loss at the last step, set by ``envelopes``; None before the first step."""
         self._due = 0
         self._drawn: tuple[object, StepEnvelopes] | None = None
 
@@ -200,7 +200,6 @@ class _DecimatedRun:
         first = bisect_right(series.step, self.last_step)
         self.seconds_trained += series.seconds(first)
         new = self._select(first)
-        self.smoother.window = smoothing_window(view.total_steps)
         columns = (
             series.step,
             series.loss,
@@ -210,7 +209,7 @@ class _DecimatedRun:
             series.reward_margin,
         )
         steps, loss, *others = ([column[at] for at in new] for column in columns)
-        self.steps.extend(steps, loss, self.smoother.smooth(loss), *others)
+        self.steps.extend(steps, loss, steps, *others)
         if len(series):
             self.last_step = series.step[-1]
         series.keep_last(_RECENT_STEPS)
@@ -232,16 +231,28 @@ class _DecimatedRun:
         """Return the curves from step ``from_step`` on. The result is cached until a step is added."""
         drawn_for = (len(self.steps), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
-            envelopes = StepEnvelopes(*self.steps.envelopes(from_step))
-            mean_loss = self._without_lag(envelopes.mean_loss)
+            envelopes, whole = StepEnvelopes(*self.steps.envelopes(from_step)), self._smoothed(0.0)
+            self.mean_loss = whole.means[-1] if whole.means else None
+            mean_loss = self._smoothed(from_step) if from_step else whole
             self._drawn = (drawn_for, replace(envelopes, mean_loss=mean_loss))
         return self._drawn[1]
 
-    def _without_lag(self, running: Envelope) -> Envelope:
-        means = [(low + high) / 2 for low, high in zip(running.lows, running.highs, strict=True)]
+    def _smoothed(self, from_step: float) -> Envelope:
+        """Return the smoothed loss from step ``from_step`` on. Steps before it take part in the fit."""
         steps_per_value = max(1.0, self.last_step / max(1, len(self.steps)))
-        window = self.smoother.window * steps_per_value
-        return Envelope.of_points(running.xs, without_lag(running.xs, means, window))
+        window = smoothing_window(self.view.total_steps) * steps_per_value
+        loss, step, *_ = self.steps.envelopes(from_step - _FIT_WINDOWS * window)
+        fits = local_fits(
+            step.means,
+            loss.means,
+            window,
+            weights=[
+                last - first + steps_per_value for first, last in zip(step.lows, step.highs, strict=True)
+            ],
+            at=loss.xs,
+        )
+        begin = bisect_left(loss.xs, from_step)
+        return replace(Envelope.of_points(loss.xs[begin:], fits[begin:]), means=tuple(fits[begin:]))
 
 
 class RunFollower:
@@ -319,14 +330,15 @@ class RunFollower:
     def _snapshot(self, decimated_run: _DecimatedRun) -> RunSnapshot:
         view = decimated_run.view
         series, health = view.series, current_health(view)
+        envelopes = decimated_run.envelopes(self.from_step)
         return RunSnapshot(
             view=view,
             status=view.status,
-            envelopes=decimated_run.envelopes(self.from_step),
+            envelopes=envelopes,
             step=view.step,
             epoch=series.epoch[-1] if len(series) else 0.0,
             loss=view.loss,
-            mean_loss=decimated_run.smoother.mean if len(decimated_run.steps) else None,
+            mean_loss=decimated_run.mean_loss,
             learning_rate=series.learning_rate[-1] if len(series) else None,
             grad_norm=series.grad_norm[-1] if len(series) else None,
             tokens_per_s=series.tokens_per_s[-1] if len(series) else None,
