@@ -27,10 +27,12 @@ _BRAILLE_BLANK = 0x2800
 
 
 _LABEL_PLACES = sorted(
-    product(range(-3, 4), (-5, -4, -3, -2, -1, 1, 2, 3, 4, 5)),
-    key=lambda place: (abs(place[0]) * 2 + abs(place[1]), place[0] != 0, place[1] > 0),
+    product(range(-3, 4), range(1, 6), (False, True)),
+    key=lambda place: (abs(place[0]) * 2 + place[1], place[0] != 0, place[2]),
 )
-"""Places of a label relative to its mark, in (columns to the right, rows down), the preferred place first."""
+"""Places of a label relative to its mark, as (columns to the right, distance in rows, whether the label is
+below), the preferred place first.
+"""
 
 
 def _by_cell(dots: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
@@ -93,13 +95,12 @@ class Canvas:
             self.marked.add(cell)
             self.cells[cell] = (chr(_BRAILLE_BLANK | bits), style)
 
-    def set_label(self, place: tuple[int, int], text: str, style: str) -> None:
-        """Write a label into the cell above a mark in the cell ``place``, or into another cell close to the
-        mark, if lines are in that cell. The label is left out if there is no such cell.
+    def set_label(self, column: int, rows: range, text: str, style: str) -> None:
+        """Write a label into the cell above a mark in the given rows of a column, or into another cell close
+        to the mark if lines are in that cell. The label is left out if there is no such cell.
         """
-        column, row = place
-        for right, down in _LABEL_PLACES:
-            cell = (column + right, row + down)
+        for right, away, is_below in _LABEL_PLACES:
+            cell = (column + right, rows[-1] + away if is_below else rows[0] - away)
             if 0 <= cell[0] < self.width and 0 <= cell[1] < self.height and cell not in self.lines:
                 self.lines[cell] = 0, (style,)
                 self.cells[cell] = (text, style)

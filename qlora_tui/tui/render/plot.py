@@ -285,8 +285,8 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     labels_at = _set_marks(canvas, what)
     for curve in dotted:
         _draw_curve(canvas, curve, what.x, what.y)
-    for place, mark in labels_at:
-        canvas.set_label(place, mark.label, mark.style)
+    for column, cells, mark in labels_at:
+        canvas.set_label(column, cells, mark.label, mark.style)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
@@ -430,8 +430,8 @@ def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of:
             due = column + apart
 
 
-def _set_marks(canvas: Canvas, what: Plot) -> list[tuple[tuple[int, int], Mark]]:
-    """Draw the marks. Return the (column, row) of each mark that has a label, and the mark."""
+def _set_marks(canvas: Canvas, what: Plot) -> list[tuple[int, range, Mark]]:
+    """Draw the marks. Return the column and the rows of cells of each mark that has a label, and the mark."""
     newest: dict[str, int] = {}
     labeled = []
     for mark in what.marks:
@@ -445,7 +445,7 @@ def _set_marks(canvas: Canvas, what: Plot) -> list[tuple[tuple[int, int], Mark]]
             canvas.set_mark(product(range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE), rows), mark.style)
             newest[mark.label] = column
             if mark.label:
-                labeled.append(((column, middle // DOTS_HIGH), mark))
+                labeled.append((column, range(rows[0] // DOTS_HIGH, rows[-1] // DOTS_HIGH + 1), mark))
     return labeled
 
 
