@@ -16,6 +16,7 @@ from textual.widgets.option_list import Option
 
 from qlora_tui import tui
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.render.loss import validation_lines
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViList
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 
@@ -119,11 +120,11 @@ class EndOfColumn(App[None]):
     def compose(self) -> ComposeResult:
         with Vertical():
             yield Panel("First", Static("one\ntwo\nthree"))
-            yield Panel("Last", Static("one\ntwo\nthree"), id="last")
+            yield Panel("Last", Lines(Content("one\ntwo\nthree")), id="last")
 
 
 @pytest.mark.parametrize(("rows", "heights"), [(14, (5, 8)), (11, (5, 5)), (10, (5, 4)), (9, (8, 0))])
-async def test_the_last_panel_takes_free_rows_and_without_two_rows_leaves_its_own_to_the_one_above(
+async def test_the_last_panel_takes_free_rows_says_what_it_hides_and_without_two_rows_is_left_out(
     rows: int, heights: tuple[int, int]
 ) -> None:
     app = EndOfColumn()
@@ -131,6 +132,15 @@ async def test_the_last_panel_takes_free_rows_and_without_two_rows_leaves_its_ow
         shown = (await wait_for_text(pilot, "three")).splitlines()
         assert tuple(panel.outer_size.height for panel in app.query(Panel)) == heights
         assert not shown[-1].strip() and ("Last" in "".join(shown)) == bool(heights[1])
+        assert [line.split() for line in shown if "↓" in line] == [["two", "1", "more", "↓"]] * (rows == 10)
+
+
+def test_validation_that_does_not_fit_says_how_it_began() -> None:
+    evaluations = [(0, 4.0, ""), (10, 3.0, ""), (20, 2.9, ""), (30, 2.95, "")]
+    assert len(validation_lines(evaluations, 20, 40, 5)) == 5
+    _, newest, best, earlier = (line.plain for line in validation_lines(evaluations, 20, 40, 4))
+    assert newest.count("▄") == best.count("▄") // 2 > 5  # the scale is that of the rows shown
+    assert earlier.strip() == "2 earlier, 4.000 at step 0"
 
 
 @pytest.mark.parametrize(("term", "edge"), [("xterm-256color", "▐"), ("screen", "─")])

@@ -259,8 +259,9 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
 def validation_lines(
     evaluations: Sequence[tuple[int, float, str]], best_step: int | None, width: int, height: int
 ) -> list[Content]:
-    """Return a header line, and a line for each evaluation that fits, newest first. A line has the loss, and
-    its change since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``.
+    """Return a header line, and a line for each evaluation, newest first. A line has the loss, and its change
+    since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
+    the last line has the number of those left out, and the first loss.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
@@ -271,7 +272,8 @@ def validation_lines(
     losses = [round(loss, 3) for _, loss, _ in evaluations]
     changes = [math.nan, *(after - before for before, after in pairwise(losses))]
     has_titles = height > 1 or not evaluations
-    first = max(0, len(evaluations) - height + has_titles)
+    rows = height - has_titles
+    first = 0 if len(evaluations) <= rows else len(evaluations) - max(1, rows - 1)
     most = max((abs(change) for change in changes[first:] if math.isfinite(change)), default=0.0) or 1.0
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(range(first, len(evaluations))):
@@ -289,4 +291,8 @@ def validation_lines(
             room = max(0, width - line.cell_length - 1)
             line += Content.styled(f" {'▄' * round(abs(change) / most * room)}", style)
         lines.append(line)
+    if first and rows > 1:
+        step, loss, _ = evaluations[0]
+        earlier = f"{first:,} earlier, {format_loss(loss)} at step {step:,}"
+        lines.append(Content.styled(f"{'':>2}{earlier}", "dim"))
     return lines

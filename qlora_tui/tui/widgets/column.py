@@ -30,6 +30,8 @@ class ColumnLayout(VerticalLayout):
 
     If there are still too few rows, the last panels are cut so that their margin stays in view. A panel that
     could not show its title and two rows is left out, and the widget above it gets its rows.
+
+    In a panel, a widget that does not fit ends where the panel ends, so that it can say how much is hidden.
     """
 
     name = "column"
@@ -50,6 +52,11 @@ class ColumnLayout(VerticalLayout):
         elif excess < 0 and not (parent.styles.height is not None and parent.styles.height.is_auto):
             self._stretch(placements, flowing, -excess)
         self._leave_out(placements, flowing, size.height)
+        if parent.border_title is not None:
+            for at in flowing:
+                x, y, width, height = placements[at].region
+                region = Region(x, y, width, max(0, min(height, size.height - y)))
+                placements[at] = placements[at]._replace(region=region)
         return placements
 
     @staticmethod

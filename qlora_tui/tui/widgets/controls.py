@@ -290,8 +290,13 @@ class Drawing(Widget):
         width, height = self.size
         if not width or not height:
             return []
-        lines = list(self._draw(width, height))[:height]
-        lines += [Content("")] * (height - len(lines))
+        lines = list(self._draw(width, height))
+        while lines and not lines[-1]:
+            lines.pop()
+        if (hidden := len(lines) - height) > 0 and height > 1:
+            note = more_below(hidden)
+            lines[height - 1] = lines[height - 1].truncate(width - note.cell_length, pad=True) + note
+        lines = lines[:height] + [Content("")] * (height - len(lines))
         return render_strips(self, Content("\n").join(lines), width, height)
 
 
@@ -300,6 +305,11 @@ def _parts(draw: Draw) -> object:
     look the same.
     """
     return (draw.func, draw.args, draw.keywords) if isinstance(draw, partial) else draw
+
+
+def more_below(rows: int) -> Content:
+    """Return the end of the last visible row of a text of which this many rows are hidden: ``3 more ↓``."""
+    return Content.styled(f"  {rows:,} more ↓", "dim")
 
 
 def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
@@ -335,7 +345,8 @@ Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
 
 class Lines(Static):
     """A widget of text that may depend on the width. If the text has not changed, it is not repainted. If the
-    heights of its lines have not changed, the widget is not laid out again.
+    heights of its lines have not changed, the widget is not laid out again. If the widget has fewer rows than
+    its text, its last row ends with the number of hidden rows.
     """
 
     _write: Write | None = None
@@ -354,6 +365,17 @@ class Lines(Static):
             self._show(text)
         elif self.content_size.width:
             self._show(text(self.content_size.width))
+
+    def render_line(self, y: int) -> Strip:
+        if y == self.size.height - 1 > 0 and isinstance(self.content, Content):
+            hidden = sum(_lines(self.content, self.size.width)) - self.size.height
+            if hidden > 0:
+                note = more_below(hidden)
+                room = self.size.width - note.cell_length
+                return Strip.join(
+                    [super().render_line(y).crop(0, room), render_line(self, note, note.cell_length)]
+                )
+        return super().render_line(y)
 
     def on_resize(self) -> None:
         if self._write is not None and self.content_size.width:

@@ -80,7 +80,7 @@ def machine_lines(machine: MachineState, width: int, height: int) -> list[Conten
     meters = _meters(machine)
     if height <= _SHORT_ROWS:
         return _short_lines(machine, meters, width)
-    return _lines(machine, meters, width, rows=2 if height >= _TALL_PANEL_ROWS else 1)
+    return _lines(machine, meters, width, rows=2 if height >= _TALL_PANEL_ROWS else 1)[:height]
 
 
 def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Content]:

@@ -488,7 +488,7 @@ def _sample_step(snapshot: RunSnapshot) -> int | None:
 
 
 def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
-    """Return labeled facts about the run: model, data, settings, and how steps are computed."""
+    """Return labeled facts about the run, as many as fit: model, data, settings, how steps are computed."""
     view, recipe, lines = snapshot.view, snapshot.recipe, []
     if recipe is not None:
         schedule = f"{format_rate(recipe.training.learning_rate)} {recipe.training.lr_scheduler}"
@@ -522,7 +522,7 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
             _row("optim", environment.optimizer),
             _row("loss", environment.loss),
         ]
-    return lines
+    return lines[:height]
 
 
 def _batch(view: RunView, recipe: Recipe) -> str:
