@@ -155,7 +155,7 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     unchanged = {mark.x for mark in chart.marks if mark.label == "○"}
     assert unchanged == {places[2e-4]}
     assert {mark.x for mark in chart.marks} >= set(places.values()) - {places[2e-4]}
-    (best,) = (mark for mark in chart.marks if mark.symbol == "★")
+    (best,) = (mark for mark in chart.marks if mark.label == "★")
     assert view.winner is not None and view.winner.final is not None
     assert best.y == view.winner.final.loss and best == chart.marks[-1]
     # Each round has a line through its lowest losses.
