@@ -58,6 +58,8 @@ MUCH_FORGETTING = 2.0
 
 The demo, which teaches a style, reaches 1.4.
 """
+_FAR_ABOVE = 1.25
+"""Multiple of the estimated memory above which a measured peak is marked as a warning."""
 _FEW_TURN_ENDS = 0.5
 """Share of the base's turn ends below which a warning says that answers no longer end."""
 
@@ -104,10 +106,11 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
                 f"{format_bytes(event.slot_bytes)} on the device"
             )
         case events.MemoryMeasured():
-            return (
-                f"memory: {format_bytes(event.measured_bytes)} measured, "
-                f"{format_bytes(event.estimated_bytes)} estimated"
-            )
+            estimated = f"{format_bytes(event.estimated_bytes)} estimated"
+            if exceeds_estimate(event):
+                more = format_percent(event.measured_bytes / event.estimated_bytes - 1)
+                estimated = f"{more} more than the {estimated}"
+            return f"memory: {format_bytes(event.measured_bytes)} measured, {estimated}"
         case events.Step():
             return (
                 f"step {format_progress(event.step, total_steps)}  loss {format_loss(_number(event.loss))}  "
@@ -167,6 +170,11 @@ def describe(event: events.AnyEvent, total_steps: int = 0) -> str:
             return f"paused at step {event.step:,}{f' {hold_words(event.hold)}' if event.hold else ''}"
         case events.Failed():
             return f"failed: {event.problem()}"
+
+
+def exceeds_estimate(event: events.MemoryMeasured) -> bool:
+    """Return whether a measured peak is so far above its estimate that the estimate was wrong."""
+    return event.estimated_bytes > 0 and event.measured_bytes > _FAR_ABOVE * event.estimated_bytes
 
 
 def format_rewards(event: events.Step | events.Evaluated | None) -> str:

@@ -4,6 +4,7 @@ with the progress of unfinished ones.
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from textual import work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
@@ -39,7 +41,8 @@ from qlora_tui.runs.exports import (
     restart_export,
     start_export,
 )
-from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary, summarize
+from qlora_tui.tui.key_names import dialog_keys, highlight_keys
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
     Base,
@@ -121,6 +124,7 @@ class ExportScreen(ModalScreen[None]):
         self._choices = {choice.id: choice for choice in choices()}
         self._steps = list(steps)
         self._exports: dict[str, Export] = {}
+        self._summary: RunSummary | None = None
         self._proposed = ""
         """The target that the dialog proposed last. If the field contains a different text, the user typed
         it, and it is kept.
@@ -131,6 +135,7 @@ class ExportScreen(ModalScreen[None]):
             dialog.border_title = escape(f"Export {self._run_dir.name}")
             yield ViList()
             yield Static("", id="export-detail", markup=False)
+            yield Static("", id="export-weights", markup=False)
             with Horizontal(id="export-target"):
                 yield Static("", id="export-label", markup=False)
                 yield TextField("", id="export-path", compact=True)
@@ -140,8 +145,15 @@ class ExportScreen(ModalScreen[None]):
 
     def on_mount(self) -> None:
         self.query_one(ViList).focus()
+        self._read_result()
         self._refresh_exports()
         self.set_interval(_READ_INTERVAL_S, self._refresh_exports)
+
+    @work
+    async def _read_result(self) -> None:
+        """Read which step was the best, which takes a moment for a long run, and say so."""
+        self._summary = await asyncio.to_thread(summarize, self._run_dir)
+        self._show_detail()
 
     def on_option_list_option_highlighted(self) -> None:
         """Describe the format or export under the cursor, and propose a target for a format."""
@@ -291,7 +303,8 @@ class ExportScreen(ModalScreen[None]):
         if detail.content != text:
             detail.update(text)
         self.query_one("#export-dialog").border_subtitle = self._keys(choice, export)
-        self.query_one("#export-target").display = choice is not None and not is_blocked
+        for part in ("#export-weights", "#export-target"):
+            self.query_one(part).display = choice is not None and not is_blocked
         if choice is not None:
             self._show_target(choice)
 
@@ -299,6 +312,8 @@ class ExportScreen(ModalScreen[None]):
         field, step = self.query_one(TextField), self._steps[0]
         label = choice.target if step is None else f"Checkpoint {step:,} · {choice.target}"
         self.query_one("#export-label", Static).update(label)
+        weights = weights_line(self._summary, step, has_others=len(self._steps) > 1)
+        self.query_one("#export-weights", Static).update(weights)
         if field.value == self._proposed:
             self._proposed = proposed_target(choice, self._run_dir.name, step)
             field.value = self._proposed
@@ -322,6 +337,29 @@ class ExportScreen(ModalScreen[None]):
         message = self.query_one("#export-message", Static)
         message.update(text)
         message.display = True
+
+
+def weights_line(summary: RunSummary | None, step: int | None, *, has_others: bool) -> Content:
+    """Return which weights are exported: ``Weights: last step 1,200; best at 640   [c] other checkpoints``.
+    The line is a warning if the validation loss is clearly lower at another step.
+
+    Args:
+        summary: Summary of the run; None until it has been read.
+        step: Step of the checkpoint to export; None for the final adapter.
+        has_others: Whether there are other weights to select.
+    """
+    if summary is None:
+        return Content("")
+    at = summary.step if step is None else step
+    text, style = f"Weights: {'last step' if step is None else 'checkpoint'} {at:,}", ""
+    losses = dict(summary.evaluations)
+    if summary.best is not None:
+        lowest, best = summary.best
+        text += ", the best" if best == at else f"; best at {best:,}"
+        is_worse = at in losses and losses[at] > lowest * (1 + NOTABLE_RISE)
+        style = "$warning" if is_worse else ""
+    keys = highlight_keys("   [c] other checkpoints", "dim") if has_others else ""
+    return Content.styled(text, style) + keys
 
 
 def list_lines(

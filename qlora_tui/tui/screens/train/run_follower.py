@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import control
-from qlora_tui.runs.describe import PhaseFilter, current_health, describe, unknown_lines
+from qlora_tui.runs.describe import PhaseFilter, current_health, describe, exceeds_estimate, unknown_lines
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import LineTail, end_offset
 from qlora_tui.runs.events import (
@@ -26,6 +26,7 @@ from qlora_tui.runs.events import (
     Evaluated,
     Failed,
     Health,
+    MemoryMeasured,
     PhaseChanged,
     Progress,
     SampleGenerated,
@@ -385,6 +386,8 @@ def _entries(events: Sequence[AnyEvent], total_steps: int) -> list[LogEntry]:
 def _level(event: AnyEvent) -> Level:
     if isinstance(event, Failed):
         return "error"
+    if isinstance(event, MemoryMeasured) and exceeds_estimate(event):
+        return "warning"
     return event.severity if isinstance(event, Health) else "info"
 
 
