@@ -164,9 +164,9 @@ def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> 
         more = run_length(replace_setting(recipe, path, accumulation), model) or length
     if more.steps <= length.steps:
         return None
-    label = (
-        f"accumulation {accumulation}: {more.about}{pluralize(more.steps, 'step')} instead of {length.steps}"
-    )
+    rows = accumulation * recipe.training.micro_batch_size
+    every = f"every {'sequence' if rows == 1 else f'{rows} sequences'}"
+    label = f"update after {every}: {more.about}{pluralize(more.steps, 'step')} instead of {length.steps}"
     return SuggestedFix(label, changes={path: accumulation})
 
 

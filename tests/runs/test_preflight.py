@@ -61,8 +61,9 @@ def test_a_missing_tokenizer_is_an_error_of_the_model_alone(tmp_path: Path) -> N
         (CheckKind.MODEL, "error"),
         (CheckKind.DATA, "ok"),
     ]
-    conclusion = verdict_lines(checks, Recipe(), None, "", "this CPU", "", 120, 6)[0].plain
-    assert conclusion == "✗ Cannot train: no tokenizer.   ▸ [1] choose or download the model"
+    verdict, remedy, *_ = verdict_lines(checks, Recipe(), None, "", "this CPU", "", 120, 6)
+    assert verdict.plain == "✗ Cannot train: no tokenizer."
+    assert remedy.plain == "▸ [1] choose or download the model"
     (data, _) = with_count(passed[1:] + passed[:1], UserError("Not UTF-8", what="a"))
     assert (data.kind, data.outcome) == (CheckKind.DATA, "error")
 
@@ -289,7 +290,7 @@ def test_a_run_of_few_steps_is_offered_a_smaller_accumulation(tmp_path: Path) ->
     fix = _with_steps(tmp_path, 0, epochs=0.5).suggested_fix
     assert fix is not None
     assert fix.changes == {"training.gradient_accumulation": 1}
-    assert re.fullmatch(r"accumulation 1: about \d\d steps instead of \d", fix.label)
+    assert re.fullmatch(r"update after every sequence: about \d\d steps instead of \d", fix.label)
 
 
 @pytest.mark.slow

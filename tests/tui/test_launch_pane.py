@@ -42,7 +42,7 @@ async def test_the_form_edits_the_recipe_checks_what_is_typed_and_launches_nothi
         await pilot.press("l")
         training = app.workbench.recipe.training
         assert training.gradient_accumulation == 16
-        await wait_for_text(pilot, "preset: 8", "= 16 sequences per step")
+        await wait_for_text(pilot, "preset: 8", "= 16 sequences")
         await pilot.press("backspace")
         assert app.workbench.recipe.training.gradient_accumulation == 8
         await pilot.press("enter", "ctrl+u", *"many", "enter")
@@ -101,7 +101,7 @@ async def test_a_wide_form_has_two_columns_with_every_group_open() -> None:
         typed = app.screen.query_one("SettingsForm > Input").region
         assert typed.offset == (line.index("1", line.index("Max grad")), row)
         await pilot.press("enter", "j")
-        await wait_for_text(pilot, "* Max grad norm", "2.5  preset: 1")
+        await wait_for_text(pilot, "● Max grad norm", "2.5  preset: 1")
 
 
 async def test_every_setting_of_the_form_can_be_stepped_both_ways() -> None:
@@ -212,7 +212,7 @@ async def test_the_fix_key_resolves_the_first_check_with_a_fix(tmp_path: Path) -
     app.workbench.replace(Recipe(data=Data(sources=(Source(path=str(book)),), max_length=64)))
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "▸ [m] split into about 47 rows")
+        await wait_for_text(pilot, "[m] split into about 47 rows")
         await pilot.press("m")
         await wait_for_text(pilot, "Split into about 47 rows. Press [u] to undo.", "checks ok  data")
         assert app.workbench.recipe.data.overflow == "split"
@@ -273,7 +273,7 @@ async def test_a_key_measures_three_steps_until_it_is_pressed_again(
     app = open_on("train", model=readable_model(private_home))
     app.workbench.set("data.sources", (Source(path=str(rows)),))
     async with app.run_test(size=(160, 40)) as pilot:
-        await wait_for_text(pilot, "[b] measures it in three steps", "· note    time")
+        await wait_for_text(pilot, "[b] measures the time in three steps", "· note    time")
         for end in ("b", ""):
             await pilot.press("b")
             await wait_for_text(pilot, "measuring three steps: training step 1 of 3", "[b] stop")

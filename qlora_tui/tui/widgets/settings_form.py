@@ -297,7 +297,7 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open as many of the first groups as fit in ``rows``. If the list has two columns, open all groups.
+        """Open the groups, first to last, that fit in ``rows``. If the list has two columns, open all groups.
         Do nothing if the user has opened or folded a group.
         """
         if self._is_arranged:
@@ -307,7 +307,6 @@ class SettingList(LineView):
             before, self._open = self._open, self._open | {group.title}
             if not self._has_two_columns and len(self._shown_lines()) > rows:
                 self._open = before
-                break
         self._show_lines()
 
     def _set_open(self, is_open: bool) -> None:
@@ -397,14 +396,14 @@ class SettingList(LineView):
             if letter
             else "›"
             if here
-            else ("*" if changed else " ", "$primary"),
+            else ("●" if changed else " ", "$primary"),
             (f" {field.label:<{self._label_cells}}  ", "bold" if here else ""),
         )
         if here and self.typed_cells:
             return head + Content.styled(f"{'':<{self.typed_cells}}  {_expected(field)}", "dim")
         return Content.assemble(
             head,
-            (field.describe(value), "bold $primary" if changed else ""),
+            (field.describe(value), "bold $primary" if changed else "" if here else "dim"),
             (f"  {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
             (f"  {remark}" if remark else "", "dim"),
         )

@@ -222,7 +222,7 @@ def advice(path: str, lora: Lora) -> str:
         case _ if lora.train_embeddings:
             return "Embedding LR applies; if it is 0, a tenth of Learning rate."
         case _:
-            return "Unsloth trains embeddings for continued pretraining."
+            return "Trains embeddings and head too, for new languages (Unsloth)."
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:

@@ -149,7 +149,7 @@ def setting_notes(recipe: Recipe, expected: Forecast | None) -> dict[str, str]:
     training = recipe.training
     rows = pluralize(recipe.effective_batch, "pair" if recipe.trains_pairs else "sequence")
     notes = {
-        "training.gradient_accumulation": f"× {training.micro_batch_size} = {rows} per step",
+        "training.gradient_accumulation": f"× {training.micro_batch_size} = {rows}",
         "lora.rank": f"alpha {format_number(recipe.lora.alpha)}",
     }
     if expected is not None and expected.length.is_complete:
@@ -227,6 +227,7 @@ class LaunchPane(Vertical, OnQloraApp):
         place = place_words(self.app.run_budget)
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
+        verdict.set_class(bool(others), "-assumed")
         verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place, others))
         self._show_check_lines()
 
@@ -302,8 +303,8 @@ def verdict_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return at most ``height`` lines: whether the run can start and which key to press now, then the run's
-    time, steps and memory, then its plan.
+    """Return at most ``height`` lines: whether the run can start, its steps and time, then the key to press
+    first if there is one, then the run's memory, then its plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
     empty if none is in progress. ``place``: the device whose memory the run uses. ``others``: a note on the
@@ -321,8 +322,8 @@ def verdict_lines(
     can_train = not any(check.problem is not None for check in checks)
     line = None if verdict is None else FitLine("memory", verdict, place=place, can_train=can_train)
     fit = None if line is None else line.draw(width, 0)
-    headline = _headline(expected, fit, probing, width, with_time=time is None)
-    return [conclusion(checks), *large, *headline, plan][:height]
+    concluded = conclusion(checks, expected, with_time=time is None)
+    return [*concluded, *large, *_headline(checks, expected, fit, probing, width), plan][:height]
 
 
 def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure | None:
@@ -334,18 +335,22 @@ def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure 
     return Figure("on this machine", format_duration(expected.time.seconds))
 
 
+def _length_words(expected: Forecast, *, with_time: bool) -> Content:
+    """Return the run's steps and, if ``with_time``, its time, such as ``54 steps, about 25 min``."""
+    time = f", {expected.duration or 'time unknown'}" if with_time else ""
+    return Content.styled(f"{expected.steps}{time}", "bold")
+
+
 def _headline(
-    expected: Forecast | None, fit: Content | None, probing: str, width: int, *, with_time: bool
+    checks: tuple[Check, ...], expected: Forecast | None, fit: Content | None, probing: str, width: int
 ) -> list[Content]:
-    """Return a line with the run's time, steps and memory, such as ``About 25 min   54 steps   memory ~1.0 of
-    23.5 GiB fits   judging by vicuna-1``. Parts at the end are left out if the line would be too long. Return
-    no line if nothing is known.
+    """Return a line with the run's memory and the source of its time, such as ``memory ~1.0 of 23.5 GiB fits
+    judging by vicuna-1``. If a check has an error, the run's steps and time come first. Parts at the end are
+    left out if the line would be too long. Return no line if nothing is known.
     """
     parts = []
-    if expected is not None:
-        known = capitalize(expected.duration) if expected.time else "Time unknown"
-        parts += [Content.styled(known, "bold")] if with_time else []
-        parts.append(Content(expected.steps))
+    if expected is not None and errors(checks):
+        parts.append(_length_words(expected, with_time=True))
     if fit is not None:
         parts.append(fit)
     if expected is not None or probing:
@@ -364,7 +369,7 @@ def _source(expected: Forecast | None, probing: str) -> list[Content]:
         measuring = Content.styled(f"measuring three steps: {probing}   ", "$primary")
         return [measuring, highlight_keys(f"{key} stop", "$text-muted")]
     if expected is None or expected.time is None:
-        return [highlight_keys(f"{key} measures it in three steps", "$text-muted")]
+        return [highlight_keys(f"{key} measures the time in three steps", "$text-muted")]
     return [Content.styled(expected.time.source, "dim")]
 
 
@@ -423,23 +428,23 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
-def conclusion(checks: tuple[Check, ...]) -> Content:
-    """Return a line that says whether the run can start, and which key to press now."""
+def conclusion(checks: tuple[Check, ...], expected: Forecast | None, *, with_time: bool) -> list[Content]:
+    """Return a line that says whether the run can start, with its steps and, if ``with_time``, its time. If a
+    key corrects an error or improves the run, a second line has that key.
+    """
     if wrong := errors(checks):
         refusals = [check.problem for check in wrong if check.problem is not None]
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
         words = capitalize(refusal_words(*refusals)) if refusals else f"Not ready: {names}"
-        return Content.assemble((f"✗ {words}.", "bold $error"), "   ", highlight_keys(_remedy(checks)))
+        return [Content.styled(f"✗ {words}.", "bold $error"), highlight_keys(_remedy(checks))]
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    mark = "" if first_fix(checks) is not None else "▸ "
-    launch = highlight_keys(f"   {mark}{key_name('train.launch')} {'queue' if waits else 'launch'} it")
-    if count := sum(check.outcome == "warning" for check in checks):
-        warnings = pluralize(count, "warning")
-        if (fix := first_fix(checks)) is not None:
-            remedy = highlight_keys(f"  ▸ {key_name('train.fix')} {fix.label}")
-            return Content.assemble((f"! {capitalize(warnings)}.", "bold $warning"), remedy, launch)
-        return Content.styled(f"! Ready, with {warnings}.", "bold $warning") + launch
-    return Content.styled("✓ Ready.", "bold $success") + launch
+    parts = [highlight_keys(f"▸ {key_name('train.launch')} {'queue' if waits else 'launch'} it", "bold")]
+    parts += [] if expected is None else [_length_words(expected, with_time=with_time)]
+    count = sum(check.outcome == "warning" for check in checks)
+    state = (f"! {pluralize(count, 'warning')}", "$warning") if count else ("✓ Ready.", "bold $success")
+    lines = [Content("   ").join([*parts, Content.styled(*state)])]
+    fix = first_fix(checks)
+    return [*lines, highlight_keys(f"  {key_name('train.fix')} {fix.label}")] if fix is not None else lines
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
