@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.toml import dump
 from qlora_tui.runs import exports
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import ALL_STEPS_DONE
 from qlora_tui.runs.exports import (
     ExportRequest,
     ExportStatus,
@@ -22,9 +24,12 @@ from qlora_tui.runs.exports import (
     start_export,
     write_export_status,
 )
+from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.status import Status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.models.downloads import DownloadsPanel
 from qlora_tui.tui.screens.runs import export_formats
+from qlora_tui.tui.screens.runs.export_dialog import weights_line
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.screen_assertions import wait_for_text, wait_until
@@ -205,3 +210,26 @@ async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: p
         await wait_for_text(pilot, "GGUF on the Hub  Starting")
         (export,) = read_exports(run)
         assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)
+
+
+def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(run: RunDir) -> None:
+    summary = RunSummary(
+        run=run,
+        name="tickets",
+        status=Status(state="finished", at=1.0, detail=ALL_STEPS_DONE),
+        step=1200,
+        total_steps=1200,
+        loss=1.0,
+        best=(1.287, 640),
+        evaluations=((0, 2.7), (640, 1.287), (1200, 1.342)),
+    )
+    last = weights_line(summary, None, has_others=True)
+    assert (
+        last.plain.startswith("Weights: last step 1,200; best at 640") and last.spans[0].style == "$warning"
+    )
+    best = weights_line(summary, 640, has_others=False)
+    assert best.plain == "Weights: checkpoint 640, the best" and not best.spans
+    early = replace(
+        summary, status=Status(state="finished", at=1.0, detail="the adapter is from the best step, 640")
+    )
+    assert "(the adapter is from the best step, 640)" in weights_line(early, None, has_others=False).plain

@@ -33,6 +33,7 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.directory import RunDir
+from qlora_tui.runs.events import ALL_STEPS_DONE
 from qlora_tui.runs.exports import (
     Export,
     cancel_export,
@@ -350,6 +351,12 @@ def weights_line(summary: RunSummary | None, step: int | None, *, has_others: bo
     """
     if summary is None:
         return Content("")
+    keys = highlight_keys("   [c] other checkpoints", "dim") if has_others else ""
+    reason = summary.status.detail
+    if step is None and summary.status.state == "finished" and reason not in ("", ALL_STEPS_DONE):
+        # After early stopping, the adapter is from the best step if its checkpoint was intact. The trainer's
+        # reason says which.
+        return Content(f"Weights: final adapter ({reason})") + keys
     at = summary.step if step is None else step
     text, style = f"Weights: {'last step' if step is None else 'checkpoint'} {at:,}", ""
     losses = dict(summary.evaluations)
@@ -358,7 +365,6 @@ def weights_line(summary: RunSummary | None, step: int | None, *, has_others: bo
         text += ", the best" if best == at else f"; best at {best:,}"
         is_worse = at in losses and losses[at] > lowest * (1 + NOTABLE_RISE)
         style = "$warning" if is_worse else ""
-    keys = highlight_keys("   [c] other checkpoints", "dim") if has_others else ""
     return Content.styled(text, style) + keys
 
 
