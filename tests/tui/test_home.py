@@ -103,7 +103,7 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
 
 def test_validations_are_newest_first_and_only_a_notable_rise_is_a_warning() -> None:
     summary = replace(summarize(write_fake_run(FakeRun())), evaluations=((1, 2.0), (2, 2.004), (3, 2.1)))
-    _, *lines = numbers_lines(summary, HomeLayout(100, 60, 40, is_compact=False))
+    _, *lines = numbers_lines(summary, False, 40, 10)
     assert [line.plain.split()[0] for line in lines] == ["3", "2", "1"]
     assert ["$warning" in str(line.spans) for line in lines] == [True, False, False]
 

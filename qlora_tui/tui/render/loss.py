@@ -263,6 +263,9 @@ def validation_lines(
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
     the last line has the number of those left out, and the first loss.
 
+    The largest change after the first change has a full bar, whichever lines fit. The first change has no
+    bar, since it is usually so large that no other bar would be visible.
+
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
         best_step: Step of the best evaluation; None if there is none.
@@ -274,7 +277,7 @@ def validation_lines(
     has_titles = height > 1 or not evaluations
     rows = height - has_titles
     first = 0 if len(evaluations) <= rows else len(evaluations) - max(1, rows - 1)
-    most = max((abs(change) for change in changes[first:] if math.isfinite(change)), default=0.0) or 1.0
+    most = max((abs(change) for change in changes[2:] if math.isfinite(change)), default=0.0) or 1.0
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(range(first, len(evaluations))):
         (step, loss, more), change = evaluations[number], changes[number]
@@ -287,7 +290,7 @@ def validation_lines(
         style = "$warning" if change > NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
         change_text = format_loss_change(change) if math.isfinite(change) else ""
         line += Content.assemble((f" {change_text:>7}", "dim" if change <= 0 else style), more)
-        if math.isfinite(change):
+        if number > 1 and math.isfinite(change):
             room = max(0, width - line.cell_length - 1)
             line += Content.styled(f" {'▄' * round(abs(change) / most * room)}", style)
         lines.append(line)

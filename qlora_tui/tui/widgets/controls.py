@@ -293,9 +293,8 @@ class Drawing(Widget):
         lines = list(self._draw(width, height))
         while lines and not lines[-1]:
             lines.pop()
-        if (hidden := len(lines) - height) > 0 and height > 1:
-            note = more_below(hidden)
-            lines[height - 1] = lines[height - 1].truncate(width - note.cell_length, pad=True) + note
+        if len(lines) > height > 1:
+            lines[height - 1] = more_below(len(lines) - height + 1)
         lines = lines[:height] + [Content("")] * (height - len(lines))
         return render_strips(self, Content("\n").join(lines), width, height)
 
@@ -308,7 +307,7 @@ def _parts(draw: Draw) -> object:
 
 
 def more_below(rows: int) -> Content:
-    """Return the end of the last visible row of a text of which this many rows are hidden: ``3 more ↓``."""
+    """Return the last visible row of a text of which this many rows are hidden: ``3 more ↓``."""
     return Content.styled(f"  {rows:,} more ↓", "dim")
 
 
@@ -370,11 +369,7 @@ class Lines(Static):
         if y == self.size.height - 1 > 0 and isinstance(self.content, Content):
             hidden = sum(_lines(self.content, self.size.width)) - self.size.height
             if hidden > 0:
-                note = more_below(hidden)
-                room = self.size.width - note.cell_length
-                return Strip.join(
-                    [super().render_line(y).crop(0, room), render_line(self, note, note.cell_length)]
-                )
+                return render_line(self, more_below(hidden + 1), self.size.width)
         return super().render_line(y)
 
     def on_resize(self) -> None:

@@ -77,7 +77,7 @@ settings.
 """
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
-_MAX_EVALUATIONS, _FEW_EVALUATIONS = 16, 8
+_MAX_EVALUATIONS = 16
 _WAY = (
     ("go.models", "choose a base model that fits this machine", "from the Hub, a folder or a GGUF file"),
     ("go.data", "open your data; see what will be learned", "conversations, prompts and answers, or text"),
@@ -492,13 +492,12 @@ def shape_lines() -> list[Content]:
     return [*rows, Content.styled(f"  {files}", "dim")]
 
 
-def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return lines with the validation losses of a run. If ``layout.is_large``, facts about the run come
-    first.
+def numbers_lines(summary: RunSummary, is_large: bool, width: int, height: int) -> list[Content]:
+    """Return up to ``height`` lines with the validation losses of a run. If ``is_large``, facts about the
+    run come first.
     """
-    if not layout.is_large:
-        return _validation_lines(summary, layout.right, _FEW_EVALUATIONS)
-    width = layout.right
+    if not is_large:
+        return _validation_lines(summary, width, height)
     settings = setting_words((), summary)
     facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", settings)]
     if summary.tokens_per_s is not None:
@@ -509,14 +508,14 @@ def numbers_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
         facts.append(("energy", summary.energy))
     lines = fact_lines([fact for fact in facts if fact[1]], width)
     if summary.evaluations:
-        lines += [Content(""), *_validation_lines(summary, width, _MAX_EVALUATIONS)]
+        lines += [Content(""), *_validation_lines(summary, width, max(1, height - len(lines) - 1))]
     return lines
 
 
-def _validation_lines(summary: RunSummary, width: int, count: int) -> list[Content]:
+def _validation_lines(summary: RunSummary, width: int, height: int) -> list[Content]:
     best_step = None if summary.best is None else summary.best[1]
     evaluations = [(step, loss, "") for step, loss in summary.evaluations]
-    return validation_lines(evaluations, best_step, width, count + 1)
+    return validation_lines(evaluations, best_step, width, min(height, _MAX_EVALUATIONS + 1))
 
 
 def _none_yet(command: str) -> Content:

@@ -31,7 +31,6 @@ from qlora_tui.tui.screens.home.panel_lines import (
     HomeLayout,
     gpu_lines,
     machine_line,
-    numbers_lines,
     other_run_line,
     preset_lines,
     queue_lines,
@@ -55,7 +54,7 @@ class HomeFacts:
     """What Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
-    """Lines by panel: run, gpu, queue, recipe, way, presets, shapes, numbers."""
+    """Lines by panel: run, gpu, queue, recipe, way, presets, shapes."""
     steps: Steps
     last: RunSummary | None
     """The active run or, if there is none, the last run; None if there are no runs."""
@@ -182,7 +181,6 @@ class HomeReader:
             "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
             "presets": preset_lines(self._presets, workbench.preset) if summary is None else [],
             "shapes": shape_lines() if summary is None else [],
-            "numbers": numbers_lines(summary, layout) if summary is not None else [],
         }
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},

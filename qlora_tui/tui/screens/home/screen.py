@@ -79,7 +79,7 @@ class HomeScreen(WorkScreen):
         #run-graph {
             margin-top: 1;
         }
-        #recent-runs {
+        #recent-runs, #numbers {
             height: auto;
         }
         #recent-panel {
@@ -166,7 +166,7 @@ class HomeScreen(WorkScreen):
                     yield Panel("Queue", Lines(id="queue"), id="queue-panel")
                     keys = (("app.presets", "presets"),)
                     yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
-                    yield Panel("The run in numbers", Lines(id="numbers"), id="numbers-panel")
+                    yield Panel("The run in numbers", Drawing(id="numbers"), id="numbers-panel")
 
     def on_mount(self) -> None:
         for hidden in ("#models-panel", "#presets-panel", "#shapes-panel"):
@@ -431,7 +431,7 @@ class HomeScreen(WorkScreen):
     def _show_run(self, facts: HomeFacts) -> None:
         """Show the titles, charts and keys that depend on the runs."""
         from qlora_tui.tui.render.loss import summary_lines
-        from qlora_tui.tui.screens.home.panel_lines import recent_lines
+        from qlora_tui.tui.screens.home.panel_lines import numbers_lines, recent_lines
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
         self.set_class(is_new, "-first")
@@ -456,7 +456,11 @@ class HomeScreen(WorkScreen):
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
         layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
         has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact
-        numbers.display = has_room and bool(facts.lines["numbers"])
+        has_numbers = facts.last is not None and (layout.is_large or bool(facts.last.evaluations))
+        numbers.display = has_room and has_numbers
+        if facts.last is not None:
+            draw = partial(numbers_lines, facts.last, layout.is_large)
+            self.query_one("#numbers", Drawing).show(draw)
         numbers.show_title("The run in numbers" if layout.is_large else "Validation")
         workbench = self.app.workbench
         preset = f"{workbench.preset or 'defaults'}{'*' if workbench.modified else ''}"
