@@ -397,13 +397,13 @@ class SettingList(LineView):
             else "›"
             if here
             else ("●" if changed else " ", "$primary"),
-            (f" {field.label:<{self._label_cells}}  ", "bold" if here else ""),
+            (f" {field.label:<{self._label_cells}}  ", "bold" if here else "$text-muted"),
         )
         if here and self.typed_cells:
             return head + Content.styled(f"{'':<{self.typed_cells}}  {_expected(field)}", "dim")
         return Content.assemble(
             head,
-            (field.describe(value), "bold $primary" if changed else "" if here else "dim"),
+            (field.describe(value), "bold $primary" if changed else ""),
             (f"  {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
             (f"  {remark}" if remark else "", "dim"),
         )
