@@ -43,8 +43,8 @@ SMOOTHED = "smoothed"
 """Name of the smoothed loss's curve."""
 STEP_DOTS = "· step"
 """Legend item for the loss of each step."""
-VALIDATION = "◆"
-"""Marks an evaluation."""
+VALIDATION = "⠿"
+"""Marks an evaluation: the dots that the chart draws."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 STEP_STYLE = "$text-muted dim"
 """Style of the dots for single steps, which are less visible than the smoothed curve."""
@@ -110,12 +110,12 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
     last = facts.evaluations[-1] if facts.evaluations else None
     if facts.best is not None:
         step, loss = facts.best
-        word = f"{best_word(facts.loss_to_beat)}{' validation' if facts.best == last else ''}"
-        text, style = f"{BEST} {word} {format_loss(loss)} at {step:,}", f"{VALIDATION_STYLE} bold"
+        text = f"{BEST} {best_word(facts.loss_to_beat)} {format_loss(loss)} at {step:,}"
+        style = f"{VALIDATION_STYLE} bold"
         if facts.loss_to_beat is not None:
             text, style = f"{text}, {format_loss(facts.loss_to_beat)} before training", "$warning bold"
         items.append((text, style))
-    if last is not None and last != facts.best:
+    if last is not None:
         items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
     if facts.loss.xs:
         items.append((STEP_DOTS, "dim"))
