@@ -283,11 +283,12 @@ async def test_a_model_without_its_tokenizer_is_named_where_it_is_estimated(tmp_
         await wait_for_text(pilot, "has no tokenizer.json", "▸ [/]  Find it on the Hub")
         for screen in "134250":
             await pilot.press(screen)
-            await wait_for_text(pilot, "annot train: no tokenizer")
+            await wait_for_text(pilot, "no tokenizer")
             await settle(pilot)
             # A model that cannot be trained has no verdict "fits", and the reason is told once.
             shown = text_of(pilot.app)
-            assert (shown.count("annot train:"), re.findall("GiB +fits", shown)) == (1, []), shown
+            reasons = re.findall("(?:annot train:|✗) no tokenizer", shown)
+            assert (len(reasons), re.findall("GiB +fits", shown)) == (1, []), shown
 
 
 def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:

@@ -113,9 +113,9 @@ class RecipeStrip(Widget):
         width = self.content_size.width
         prefix = _NEXT_RUN if self._is_running and self.size.width >= WIDE_CELLS else ""
         width -= len(prefix)
-        assumed = self._assumed_note(width)
-        width -= assumed.cell_length
         variants = self._problem_variants()
+        assumed = self._assumed_note(width - variants[0].cell_length)
+        width -= assumed.cell_length
         problem = next(filter(partial(self._has_room_for, width), variants), variants[-1])
         line, hint = self._line_and_hint(width - problem.cell_length)
         gap = " " * (width - problem.cell_length - cell_len(line) - hint.cell_length)
