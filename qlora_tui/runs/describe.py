@@ -216,8 +216,8 @@ def forgetting_evidence(
 
 
 def forgetting_words(divergence: float) -> str:
-    """Return forgetting with its scale: ``forgetting 1.4 (2 is a lot)``. ``divergence``: nats per token."""
-    return f"forgetting {format_nats(divergence)} ({format_number(MUCH_FORGETTING)} is a lot)"
+    """Return forgetting and how much is a lot: ``forgetting 1.4 of 2``. ``divergence``: nats per token."""
+    return f"forgetting {format_nats(divergence)} of {format_number(MUCH_FORGETTING)}"
 
 
 def forgetting_effect(divergence: float, turn_ends: float | None) -> str:

@@ -566,11 +566,12 @@ def _loss_words(evidence: RunEvidence) -> str:
 
 
 def _forgetting_words(evidence: RunEvidence) -> str:
-    """Return ``forgetting 0.31 (2 is a lot)``, preceded by the cause of a warning."""
+    """Return ``forgetting 0.31 of 2`` or, if the run has a warning of forgetting, what has changed."""
     if evidence.forgetting is None:
         return "much forgetting" if evidence.forgot_much else ""
-    effect = forgetting_effect(evidence.forgetting, evidence.turn_ends) if evidence.forgot_much else ""
-    return f"{effect}{', ' if effect else ''}{forgetting_words(evidence.forgetting)}"
+    if evidence.forgot_much:
+        return forgetting_effect(evidence.forgetting, evidence.turn_ends)
+    return forgetting_words(evidence.forgetting)
 
 
 def _metric_words(metric: Metric | None) -> str:

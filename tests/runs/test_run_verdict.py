@@ -58,13 +58,13 @@ def accuracy(base: int, adapter: int, rows: int = 20) -> Metric:
             RunEvidence(loss=loss(-0.8), forgetting=0.31, metric=accuracy(6, 18)),
             "better",
             "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
-            "forgetting 0.31 (2 is a lot); answers better: exact match 90%, base 30%.",
+            "forgetting 0.31 of 2; answers better: exact match 90%, base 30%.",
         ),
         (
             RunEvidence(loss=loss(-0.8), forgetting=2.4, forgot_much=True),
             "better",
             "It learned: validation loss fell by 0.800 (95%: 0.669 to 0.931; 20 rows); "
-            "other abilities are at risk, forgetting 2.4 (2 is a lot).",
+            "other abilities are at risk.",
         ),
         (
             RunEvidence(loss=loss(0.5)),
@@ -162,7 +162,7 @@ def test_a_summary_has_the_verdict_of_its_run(run: RunDir) -> None:
     assert verdict is not None
     learned, changed = verdict.sentence.rsplit("; ", 1)
     assert learned == "It learned: validation loss fell by 1.000 (95%: 0.800 to 1.200; 9 rows)"
-    assert changed == "other abilities are at risk, forgetting 2.5 (2 is a lot)."
+    assert changed == "other abilities are at risk."
     assert verdict.cautions == (changed.removesuffix("."),)
     put_evaluation(run, answers(6, 18), loss(0.5))
     verdict = summarize(run).verdict
@@ -191,7 +191,7 @@ def test_a_warning_of_forgetting_has_its_latest_value_and_names_settings(run: Ru
     view = RunView(run)
     view.refresh()
     (warning,) = current_health(view)
-    assert warning.evidence.startswith("General answers no longer end. Forgetting 2.6 (2 is a lot): ")
+    assert warning.evidence.startswith("General answers no longer end. Forgetting 2.6 of 2: ")
     assert "at step 30 (2.1 at step 20)" in warning.evidence
     assert warning.remedy == "Lower Learning rate, or Rank, as with --set lora.rank=8."
 

@@ -416,7 +416,10 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
         lines.append(Content.styled(f"✗ {snapshot.view.ending.title}.", "$error"))
     for health in sorted(latest.values(), key=lambda health: health.step, reverse=True):
         sign, style = ("✗", "$error") if health.severity == "error" else ("!", "$warning")
-        lines.append(Content.assemble((f"{sign} {health.evidence}", style), f" ▸ {health.remedy}"))
+        # The first sentence is the warning; the measurements after it may be below a limit.
+        headline, dot, details = health.evidence.partition(". ")
+        evidence = Content.assemble((f"{sign} {headline}{dot}", style), (details, "$text-muted"))
+        lines.append(evidence + f" ▸ {health.remedy}")
     if others := contention(snapshot):
         lines.append(Content.styled(f"! {others}", "$warning"))
     if snapshot.fix is not None and not outcome_has_fix(snapshot):
