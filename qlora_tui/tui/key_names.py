@@ -16,6 +16,7 @@ from textual.content import Content
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys, _character_to_key, format_key
 from textual.style import Style
 
+from qlora_tui.formatting import capitalize
 from qlora_tui.settings import Settings
 from qlora_tui.tui.commands import COMMANDS, SCREENS, commands_by_screen
 from qlora_tui.tui.textual_compat import active_app
@@ -111,15 +112,20 @@ def pressable(text: str, key: str) -> Content:
     return Content.styled(text, _pressing(key))
 
 
-def settings_title(up: tuple[str, str], down: tuple[str, str]) -> Content:
-    """Return the title of a panel of settings. The title names the two keys of one setting as an example for
-    the other settings: ``Settings: s doubles S halves``.
+def settings_title(up: tuple[str, str], down: tuple[str, str], *, is_short: bool = False) -> Content:
+    """Return the title of a panel of settings, with what the two keys of each setting do: ``lower case
+    doubles, capital halves``. If the keymap of the user has other keys, the title names those of one setting.
 
     Args:
-        up: Id of the command that raises the setting, and the verb to show for this command.
+        up: Id of the command that raises a setting, and the verb to show for this command.
         down: Id of the command that lowers the setting, and the verb to show for this command.
+        is_short: Whether to leave out the word ``Settings``.
     """
-    hints = [key_hint(bare_key(command_id), does) for command_id, does in (up, down)]
+    keys = [bare_key(command_id) for command_id, _ in (up, down)]
+    if keys[0].islower() and keys[1] == keys[0].upper():
+        words = f"lower case {up[1]}, capital {down[1]}"
+        return Content(capitalize(words) if is_short else f"Settings: {words}")
+    hints = [key_hint(key, does) for key, (_, does) in zip(keys, (up, down), strict=True)]
     return Content.assemble("Settings: ", Content("  ").join(hints))
 
 

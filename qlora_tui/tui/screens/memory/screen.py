@@ -21,7 +21,7 @@ from qlora_tui.catalog.architecture_types import Architecture, context_length_wa
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_percent
-from qlora_tui.memory import Estimate
+from qlora_tui.memory import Estimate, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
@@ -29,13 +29,13 @@ from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, trace_all
-from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.step_panels import (
     ItemsPanel,
     budget_words,
+    fit_words,
     has_even_colors,
     peak_lines,
     peak_time,
@@ -100,7 +100,7 @@ class MemoryScreen(WorkScreen):
         self._compared: dict[Precision, Estimate] = {}
         self._solution = Solution()
         self._shown_for: tuple[Recipe, MemoryBudget, Architecture | None] | None = None
-        self._heading = ("", "")
+        self._heading = Content("")
         self._timeline: tuple[Estimate, tuple[Moment, ...]] | None = None
         self._offered: object = None
         self._trace_note = ""
@@ -126,8 +126,6 @@ class MemoryScreen(WorkScreen):
             yield Panel(TIMELINE, Drawing(id="timeline"), id="timeline-panel")
 
     def on_mount(self) -> None:
-        title = settings_title(("memory.length_up", "doubles"), ("memory.length_down", "halves"))
-        self.query_one("#memory-settings-panel", Panel).show_title(title)
         self.query_one("#items").focus()
 
     def show_recipe(self, recipe: Recipe) -> None:
@@ -317,25 +315,37 @@ class MemoryScreen(WorkScreen):
         traced, name = self._trace_of(own), PRECISION_NAMES[own]
         if traced is None:
             return ""
+        if self.has_class("-narrow"):
+            return "exact (traced)" if self.precision == own else ""
         what = f"{name} and its changes" if self._solution.is_exact else name
         if not self.has_class("-very-wide"):
             return f"{what} exact (traced)"
         return f"{what} exact (traced with transformers {traced.transformers}), others instant estimates"
 
-    def _heading_text(self) -> tuple[str, str]:
+    def _heading_text(self) -> Content:
+        """Return the title above the bars: in a narrow window, the verdict, otherwise the memory that the
+        bars are compared with. Notes that do not fit are left out.
+        """
+        budget = self.app.memory_budget
+        if self.has_class("-narrow"):
+            name, verdict = PRECISION_NAMES[self.precision], check_fit(self._estimate, budget.bytes)
+            can_train = self.app.workbench.model_refusal() is None
+            title = fit_words(name, verdict, budget.bytes, can_train=can_train)
+        else:
+            against = f" against {budget_words(budget, self.app.system_status)}"
+            title = Content(peak_words(self._compared))
+            title += highlight_keys(against, "$text-muted not bold")
         trace_note = self._trace_note or self._exact_words()
-        notes = [
-            text for text in (self._quality.progress, self._estimate.correction_words, trace_note) if text
-        ]
-        peak = peak_words(self._compared, short=bool(notes) and self.size.width < WIDE_CELLS)
-        budget = budget_words(self.app.memory_budget, self.app.system_status)
-        return peak, "; ".join([f" against {budget}", *notes])
+        for note in filter(None, (self._quality.progress, self._estimate.correction_words, trace_note)):
+            words = highlight_keys(f"; {note}", "$text-muted not bold")
+            if title.cell_length + words.cell_length <= self.size.width - _FRAME:
+                title += words
+        return title
 
     def _show_bars(self) -> None:
         self._refresh_offered_keys()
         self._heading = self._heading_text()
-        title = Content.assemble(self._heading[0], highlight_keys(self._heading[1], "$text-muted not bold"))
-        self.query_one("#peak-panel", Panel).show_title(title)
+        self.query_one("#peak-panel", Panel).show_title(self._heading)
         can_train = self.app.workbench.model_refusal() is None
         lines = peak_lines(
             self._compared,
@@ -363,6 +373,9 @@ class MemoryScreen(WorkScreen):
         lowered = self._solution.lowered.get(self.precision, {})
         table = partial(settings_table, recipe, fitting, lowered, context)
         self.query_one("#memory-settings", Lines).show(table)
+        up, down = ("memory.length_up", "doubles"), ("memory.length_down", "halves")
+        title = settings_title(up, down, is_short=self.has_class("-narrow"))
+        self.query_one("#memory-settings-panel", Panel).show_title(title)
 
     def _show_fit(self) -> None:
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget

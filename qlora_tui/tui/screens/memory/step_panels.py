@@ -15,14 +15,14 @@ from textual.color import Color
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
+from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent, format_sizes
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precision, why_int8_is_larger
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, place_words, verdict_words
+from qlora_tui.tui.render.labels import INSTANT, PRECISION_NAMES, needed_words, place_words, verdict_words
 from qlora_tui.tui.render.meters import STACKED, bar
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.themes import lacks_shades
@@ -246,13 +246,30 @@ def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Conte
     return Content("  ").join(words)
 
 
-def peak_words(compared: Mapping[Precision, Estimate], *, short: bool) -> str:
-    """Return ``Peak of a training step`` or, if ``short``, ``Peak``. If precisions reach their peak while the
-    model is being loaded, the text names these precisions.
+def fit_words(name: str, verdict: Verdict, budget_bytes: int, *, can_train: bool) -> Content:
+    """Return whether a precision fits, such as ``NF4 fits: 6.4 of 12.0 GiB, 5.6 GiB to spare``.
+
+    Args:
+        name: Name of the precision.
+        verdict: The verdict on the precision.
+        budget_bytes: The memory that the estimate is compared with.
+        can_train: Whether the model can be trained.
+    """
+    word, style = verdict_words(verdict, can_train=can_train)
+    needed = format_sizes(verdict.needed_bytes, "of", budget_bytes)
+    about = "" if verdict.is_exact else INSTANT
+    text = f"{name} {word}: {about}{needed}, {verdict_sentence(verdict)}"
+    # An empty style gives a title the usual color of titles.
+    return Content.styled(text, "" if style == "$text-muted" else style)
+
+
+def peak_words(compared: Mapping[Precision, Estimate]) -> str:
+    """Return ``Peak of a training step``. If precisions reach their peak while the model is being loaded,
+    the text names these precisions.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
-        return "Peak" if short else "Peak of a training step"
+        return "Peak of a training step"
     if len(loading) == len(compared):
         return "Peak, while loading,"
     return f"Peak ({' and '.join(loading)}: while loading)"

@@ -326,8 +326,9 @@ class FitPanel(Panel):
         """
         verdict = check_fit(estimate, budget.bytes)
         word, style = verdict_words(verdict, can_train=refusal is None)
-        # In a wide window, the memory that is left or missing is already next to the bars.
-        is_said = not self.screen.has_class("-narrow") and verdict.word in ("fits", "does not fit")
+        # The memory that is left or missing is already next to the bars or, in a narrow window, above them.
+        is_narrow = self.screen.has_class("-narrow")
+        is_said = is_narrow or verdict.word in ("fits", "does not fit")
         more = "" if is_said else f", {verdict_sentence(verdict)}"
         train = next_step("go.train", "check and launch")
         is_done = is_recipe and refusal is None and verdict.fits_even_if_tight
@@ -346,7 +347,8 @@ class FitPanel(Panel):
         notes = [train] if is_done and not has_room else []
         notes += _notes(estimate, budget, solution, length_warning, is_recipe=is_recipe)
         expected = format_sizes(verdict.low_bytes, "to", verdict.high_bytes)
-        uncertainty = f"Expected: {expected}. Uncertain: {verdict.reason}."
+        why = "" if is_narrow else f" Uncertain: {verdict.reason}."
+        uncertainty = f"Expected: {expected}.{why}"
         notes.append(Content.styled(uncertainty, "$text-muted"))
         self._notes.show(notes)
 
