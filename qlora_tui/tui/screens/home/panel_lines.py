@@ -41,7 +41,7 @@ from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, State, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
 from qlora_tui.tui.key_names import highlight_keys, key_hint, key_name
-from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
+from qlora_tui.tui.render.columns import Column, Fact, fact_lines, hanging, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     CANNOT_TRAIN,
@@ -454,20 +454,21 @@ def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Co
     return lines
 
 
-def preset_lines(presets: Sequence[Preset], current: str) -> list[Content]:
-    """Return a line for each readable preset, with its name and purpose. ``current``: name of the recipe's
-    preset, which is marked.
+def preset_lines(presets: Sequence[Preset], current: str, width: int) -> list[Content]:
+    """Return lines for each readable preset, with its name and purpose. ``current``: name of the recipe's
+    preset, which is marked. ``width``: width of a line, in cells, at which long purposes are wrapped.
     """
     cells = max((len(preset.name) for preset in presets), default=0)
-    return [
-        Content.assemble(
-            ("● " if preset.name == current else "  ", "bold $primary"),
-            (f"{preset.name:<{cells}}  ", "bold" if preset.name == current else ""),
-            (preset.note, "dim"),
-        )
-        for preset in presets
-        if preset.problem is None
-    ]
+    lines = []
+    for preset in presets:
+        if preset.problem is None:
+            is_current = preset.name == current
+            head = Content.assemble(
+                ("● " if is_current else "  ", "bold $primary"),
+                (f"{preset.name:<{cells}}  ", "bold" if is_current else ""),
+            )
+            lines += hanging(head, Content.styled(preset.note, "dim"), width)
+    return lines
 
 
 ROW_SHAPES = {
@@ -479,17 +480,19 @@ ROW_SHAPES = {
 """An example row of each of the most common formats, by the format's name."""
 
 
-def shape_lines() -> list[Content]:
+def shape_lines(width: int) -> list[Content]:
     """Return an example row of each of the most common formats, and the types of files that may contain such
-    rows.
+    rows. ``width``: width of a line, in cells, at which long rows are wrapped.
     """
-    cells = max(map(len, ROW_SHAPES))
+    cells = max(map(len, ROW_SHAPES)) + 2
     files = (
         "JSON, JSONL, CSV, Parquet or text, from files, folders or the Hub. The format is recognized "
         "from the columns."
     )
-    rows = [Content.assemble(f"  {name:<{cells}}  ", (row, "dim")) for name, row in ROW_SHAPES.items()]
-    return [*rows, Content.styled(f"  {files}", "dim")]
+    lines = []
+    for name, row in ROW_SHAPES.items():
+        lines += hanging(Content(f"{name:<{cells}}"), Content.styled(row, "dim"), width)
+    return [*lines, Content.styled(files, "dim")]
 
 
 def numbers_lines(summary: RunSummary, is_large: bool, width: int, height: int) -> list[Content]:

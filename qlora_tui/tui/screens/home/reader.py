@@ -179,9 +179,12 @@ class HomeReader:
                 is_compact=layout.is_compact,
             ),
             "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
-            "presets": preset_lines(self._presets, workbench.preset) if summary is None else [],
-            "shapes": shape_lines() if summary is None else [],
+            "presets": [],
+            "shapes": [],
         }
+        if summary is None:
+            lines["presets"] = preset_lines(self._presets, workbench.preset, layout.left)
+            lines["shapes"] = shape_lines(layout.right)
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},
             (step, other_steps(state, step)),

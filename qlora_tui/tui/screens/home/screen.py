@@ -154,10 +154,6 @@ class HomeScreen(WorkScreen):
                     yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
                     keys = (("app.presets", "open one"),)
                     yield Panel("Presets", Lines(id="presets"), keys=keys, id="presets-panel")
-                    keys = (("go.data", "open data"),)
-                    yield Panel(
-                        "What your data may look like", Lines(id="shapes"), keys=keys, id="shapes-panel"
-                    )
                     keys = (("go.runs", "all runs"),)
                     yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
                 with Vertical(id="home-side"):
@@ -167,6 +163,10 @@ class HomeScreen(WorkScreen):
                     keys = (("app.presets", "presets"),)
                     yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
                     yield Panel("The run in numbers", Drawing(id="numbers"), id="numbers-panel")
+                    keys = (("go.data", "open data"),)
+                    yield Panel(
+                        "What your data may look like", Lines(id="shapes"), keys=keys, id="shapes-panel"
+                    )
 
     def on_mount(self) -> None:
         for hidden in ("#models-panel", "#presets-panel", "#shapes-panel"):
