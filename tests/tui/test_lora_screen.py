@@ -201,6 +201,21 @@ def test_the_meaning_of_a_setting_stays_in_its_line(width: int) -> None:
 
 
 @pytest.mark.slow
+async def test_a_very_large_window_has_bars_below_panels_that_end_in_the_same_row(small: str) -> None:
+    app = open_on("home", model=small, gpu_gib=12)
+    async with app.run_test(size=(200, 60)) as pilot:
+        await pilot.press("4")
+        await wait_for_text(pilot, "● rank 16", "rank 256", "base weights")
+        ends = [app.screen.query_one(f"#{name}-panel").region.bottom for name in ("modules", "lora-settings")]
+        assert ends[0] == ends[1]
+        shown = text_of(app)
+        assert shown.index("A higher rank can learn more") < shown.index("The QLoRA paper found")
+        await pilot.resize_terminal(200, 46)
+        await wait_for_text(pilot, " params     disk    memory")
+        assert "base weights" not in text_of(app)
+
+
+@pytest.mark.slow
 def test_modules_of_a_vision_tower_are_left_out() -> None:
     table = ModuleTable(describe(config_of("google__gemma-3-4b-it")))
     assert table.modules

@@ -1,11 +1,12 @@
-"""The vertical layout of panels, and of the parts of a panel. It decides which widgets get free rows, and
-which lose rows.
+"""The layouts of panels. The vertical one, which is also that of the parts of a panel, decides which widgets
+get free rows, and which lose rows. The horizontal one makes panels end in the same row.
 """
 
 from __future__ import annotations
 
 from textual.geometry import Region, Size
 from textual.layout import ArrangeResult, WidgetPlacement
+from textual.layouts.horizontal import HorizontalLayout
 from textual.layouts.vertical import VerticalLayout
 from textual.widget import Widget
 
@@ -123,4 +124,24 @@ def _can_scroll(widget: Widget) -> bool:
     )
 
 
+class RowLayout(HorizontalLayout):
+    """A horizontal layout whose widgets all end in the same row, that of the highest widget."""
+
+    name = "row"
+
+    def arrange(
+        self, parent: Widget, children: list[Widget], size: Size, greedy: bool = True
+    ) -> ArrangeResult:
+        placements = super().arrange(parent, children, size, greedy)
+        flowing = [each for each in placements if not each.overlay and not each.absolute]
+        bottom = max((each.region.bottom for each in flowing), default=0)
+        return [
+            each._replace(region=each.region._replace(height=bottom - each.region.y))
+            if each in flowing
+            else each
+            for each in placements
+        ]
+
+
 add_layout(ColumnLayout)
+add_layout(RowLayout)

@@ -142,9 +142,15 @@ class ViList(OptionList):
         place = self.highlighted or 0
         ids = [id_ for id_, _ in lines]
         if ids == [option.id for option in self.options]:
+            is_changed = False
             for index, (_, line) in enumerate(lines):
                 if self.options[index].prompt != line:
                     self.replace_option_prompt_at_index(index, line)
+                    is_changed = True
+            if is_changed and isinstance(self.parent, Widget):
+                # Lines may wrap to another number of rows. Textual keeps the height of the list's parent.
+                self.refresh(layout=True)
+                self.parent.refresh(layout=True)
         elif ids:
             self.set_options(Option(line, id_, disabled=id_.startswith(HEADING)) for id_, line in lines)
             # If the order of the options has changed, the option under the cursor may be out of view.

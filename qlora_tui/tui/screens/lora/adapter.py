@@ -9,6 +9,7 @@ Costs are trained parameters, size on disk and memory, for the recipe and for ot
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod, sqrt
@@ -31,11 +32,10 @@ from qlora_tui.formatting import (
     format_small_percent,
 )
 from qlora_tui.glossary import GLOSSARY, explain
-from qlora_tui.memory import Device, estimate
+from qlora_tui.memory import Device, Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict, precision_of
 from qlora_tui.memory.layout import vocabulary_shapes
-from qlora_tui.memory.solver import what_if
 from qlora_tui.recipe.fields import diff_recipes, fields, format_value, get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
@@ -49,6 +49,7 @@ from qlora_tui.tui.render.labels import (
     verdict_legend,
 )
 from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
+from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench
 
@@ -143,24 +144,26 @@ with its own name.
 def setting_lines(
     recipe: Recipe, base: Recipe, dora_cost: str, width: int, *, with_meaning: bool = False
 ) -> list[tuple[str, Content]]:
-    """Return (path, line) for each setting. The line has the keys, the value, and advice on the value.
+    """Return (path, line) for each setting. The line has the keys, the value, and advice on the value. With
+    ``with_meaning``, the meaning of the setting comes before the advice, and both are wrapped.
 
     Args:
         recipe: The recipe being edited.
         base: The preset that the recipe is compared with.
         dora_cost: The memory that DoRA adds, as text; empty if unknown.
         width: Width of a line, in cells.
-        with_meaning: Whether further lines explain the setting.
+        with_meaning: Whether there is room to explain the setting.
     """
     lines = []
     for path in LORA_CONTROLS:
         head = control_line(path, recipe, base)
         advice = setting_advice(path, recipe, base, dora_cost)
-        line = Content.assemble(head, (f" {advice}", "$text-muted")).truncate(width, ellipsis=True)
         if with_meaning:
             indent = Content(" " * (head.cell_length + 1))
-            meaning = Content.styled(explain(term_of(path)), "dim")
-            line = Content("\n").join([line, *hanging(indent, meaning, width)])
+            meaning = hanging(head + " ", Content(explain(term_of(path))), width)
+            line = Content("\n").join([*meaning, *hanging(indent, Content.styled(advice, "dim"), width)])
+        else:
+            line = Content.assemble(head, (f" {advice}", "$text-muted")).truncate(width, ellipsis=True)
         lines.append((path, line))
     return lines
 
@@ -261,6 +264,10 @@ _CHOICE_CELLS, _DISK_CELLS, _CHOICE_GAP, _MAX_SPREAD = 22, 9, 3, 12
 column. ``_DISK_CELLS``: the size on disk. ``_CHOICE_GAP``: the gap. ``_MAX_SPREAD``: the maximum number of
 cells that a wide window adds to the gap.
 """
+_CHOICE_NAME_CELLS, _PARAMS_CELLS, _FIGURE_CELLS = 18, 7, 13
+_GROUP_CELLS = _CHOICE_NAME_CELLS + _PARAMS_CELLS + _DISK_CELLS + 2 + _FIGURE_CELLS
+"""Width of a line of :func:`choice_bars` without its bar, in cells."""
+_LEAST_BAR, _GROUP_GAP = 16, 4
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
 _MAX_LINES = 2
@@ -425,6 +432,7 @@ class ChoiceCost:
     is_current: bool
     trained: int
     saved_bytes: int
+    estimate: Estimate
     verdict: Verdict
 
 
@@ -448,10 +456,12 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
         for name, targets in choices.items()
     }
     costs = []
-    for (rank, name), verdict in what_if(variants.items(), architecture, budget).items():
-        changed = variants[rank, name]
-        trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
-        costs.append(ChoiceCost(rank, name, changed == recipe, trained, saved, verdict))
+    for (rank, name), changed in variants.items():
+        with suppress(UserError):
+            estimated = estimate(changed, architecture, device=budget.device)
+            verdict = check_fit(estimated, budget.bytes)
+            trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
+            costs.append(ChoiceCost(rank, name, changed == recipe, trained, saved, estimated, verdict))
     return tuple(costs)
 
 
@@ -461,7 +471,76 @@ def costs_title(costs: tuple[ChoiceCost, ...]) -> Content:
     return Content.assemble(COSTS, "   ", signs.stylize_before("not bold $foreground"))
 
 
-def choice_lines(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
+def choice_lines(
+    costs: tuple[ChoiceCost, ...], with_bars: bool, is_even: bool, width: int, height: int
+) -> list[Content]:
+    """Return the costs of each choice as lines: with bars if there is room for all bars, otherwise as a
+    table.
+
+    Args:
+        costs: The costs to show.
+        with_bars: Whether bars may be drawn.
+        is_even: Whether bars have full blocks instead of textures.
+        width: Width of a line, in cells.
+        height: Number of lines that are in view.
+    """
+    bars = _choice_bars(costs, is_even, width, height) if with_bars else []
+    return bars or _choice_table(costs, width)
+
+
+def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, height: int) -> list[Content]:
+    """Return a group of lines for each choice of targets, and a legend; an empty list without room for them.
+
+    A group has a line for each rank, with parameters, size on disk, and a bar of the memory, divided as on
+    the Memory screen. Groups are side by side if ``height`` requires it.
+    """
+    most, limit = max(cost.estimate.total_bytes for cost in costs), costs[0].verdict.available_bytes
+    full_bytes = most if is_far_above(limit, most) else limit
+    groups: dict[str, list[ChoiceCost]] = {}
+    for cost in costs:
+        groups.setdefault(cost.targets, []).append(cost)
+    for number in range(1, len(groups) + 1):
+        cells = (width - _GROUP_GAP * (number - 1)) // number
+        if cells < _GROUP_CELLS + _LEAST_BAR:
+            break
+        drawn = [_group_lines(name, group, full_bytes, is_even, cells) for name, group in groups.items()]
+        lines: list[Content] = []
+        for at in range(0, len(drawn), number):
+            lines += [Content("")] if lines else []
+            pairs = zip(*drawn[at : at + number], strict=True)
+            lines += [Content(" " * _GROUP_GAP).join(parts) for parts in pairs]
+        lines.append(legend(full_bytes, most, is_even=is_even))
+        if len(lines) <= height:
+            return lines
+    return []
+
+
+def _group_lines(
+    name: str, group: Sequence[ChoiceCost], full_bytes: int, is_even: bool, width: int
+) -> list[Content]:
+    """Return a heading and a line for each rank, each ``width`` cells wide, for one choice of targets.
+    ``full_bytes``: the memory that the whole width of a bar stands for.
+    """
+    heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  memory"
+    lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]
+    for cost in group:
+        figure = fit_figure(cost.verdict, is_current=cost.is_current)
+        figures = (
+            f"{format_count(cost.trained):>{_PARAMS_CELLS}}{format_bytes(cost.saved_bytes):>{_DISK_CELLS}}"
+        )
+        rank = f" {f'rank {cost.rank}':<{_CHOICE_NAME_CELLS - 2}}"
+        lines.append(
+            Content.assemble(
+                ("●" if cost.is_current else " ", "bold $primary"),
+                (f"{rank}{figures}  ", "bold" if cost.is_current else ""),
+                stacked_bar(cost.estimate, full_bytes, width - _GROUP_CELLS, is_even=is_even),
+                figure.pad_left(_FIGURE_CELLS - figure.cell_length),
+            )
+        )
+    return [line.truncate(width, pad=True) for line in lines]
+
+
+def _choice_table(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
     """Return a heading, and a line for each rank. A line gives parameters, size on disk and memory, for as
     many choices of targets as fit into ``width``.
     """

@@ -46,8 +46,9 @@ from qlora_tui.tui.screens.lora.adapter import (
     setting_lines,
 )
 from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable
+from qlora_tui.tui.screens.memory.step_panels import has_even_colors
 from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
-from qlora_tui.tui.widgets.controls import Lines, ModelProblem, Panel, TextField
+from qlora_tui.tui.widgets.controls import Drawing, Lines, ModelProblem, Panel, TextField
 
 SETTLED_S = 0.1
 """Seconds without a key press after which the memory is compared with the preset and with other choices."""
@@ -78,7 +79,7 @@ class LoraScreen(WorkScreen):
         self._table: ModuleTable | None = None
         self._table_of: object = None
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
-        self._deltas_key: tuple[Recipe, MemoryBudget, bool] | None = None
+        self._deltas_key: object = None
         self._asks_costs = False
         """Whether the user has asked for the costs. In a window without room for both, they replace the
         settings.
@@ -106,7 +107,7 @@ class LoraScreen(WorkScreen):
             )
             settings = SettingsList(id="lora-settings", classes="quiet")
             yield Panel("Settings", settings, id="lora-settings-panel")
-        yield Panel(COSTS, Lines(id="choices"), id="choices-panel")
+        yield Panel(COSTS, Drawing(id="choices"), id="choices-panel")
 
     def on_mount(self) -> None:
         self.query_one("#targets-input").display = False
@@ -156,7 +157,13 @@ class LoraScreen(WorkScreen):
         self._show_chosen(recipe.lora.target_modules, recipe)
         self._show_controls_and_totals(recipe)
         budget = self.app.memory_budget
-        key = (recipe, budget, self.has_class("-costs"))
+        key = (
+            recipe,
+            budget,
+            self.has_class("-costs"),
+            self.has_class("-very-wide"),
+            self.has_class("-roomy"),
+        )
         if key != self._deltas_key and not isinstance(architecture, UserError):
             self._deltas_key = key
             self._compute_deltas(recipe, budget, architecture)
@@ -298,7 +305,9 @@ class LoraScreen(WorkScreen):
             panel = self.query_one("#choices-panel", Panel)
             panel.empty = ""
             panel.show_title(costs_title(costs))
-            self.query_one("#choices", Lines).show(partial(choice_lines, costs))
+            with_bars = self.has_class("-very-wide") and self.has_class("-roomy")
+            lines = partial(choice_lines, costs, with_bars, has_even_colors(self))
+            self.query_one("#choices", Drawing).show(lines)
 
     def _show_controls_and_totals(self, recipe: Recipe) -> None:
         app, base, width = self.app, self.app.workbench.preset_recipe, max(20, self.size.width - 4)
