@@ -155,16 +155,16 @@ async def test_a_recipe_that_is_ready_is_queued_and_then_watched(
         assert len(run_queue.waiting()) == 1
 
 
-async def test_the_footer_says_queue_where_a_launch_would_wait(
+async def test_the_verdict_says_queue_where_a_launch_would_wait(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     app = app_with_checks(monkeypatch, tmp_path, Check(CheckKind.MODEL, "ok", "there"))
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, "t Launch")
+        await wait_for_text(pilot, "[t] launch it")
         run = actions.submit(app.workbench.recipe)
-        await wait_for_text(pilot, "t Queue")
-        # The footer has these keys, the panels the others.
+        await wait_for_text(pilot, "[t] queue it")
+        # A key is named once, in its panel or in the footer.
         assert text_of(app).count("Check again") + text_of(app).count("check again") == 1
         run_queue.remove(run)
 
