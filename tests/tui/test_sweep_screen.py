@@ -152,10 +152,10 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     results = sorted(result.loss for trial in view.trials for result in trial.results.values())
     assert sorted(mark.y for mark in chart.marks) == results
     assert all(chart.x.low < mark.x < chart.x.high for mark in chart.marks)
-    unchanged = {mark.x for mark in chart.marks if mark.label == "○"}
+    unchanged = {mark.x for mark in chart.marks if mark.symbol == "○"}
     assert unchanged == {places[2e-4]}
     assert {mark.x for mark in chart.marks} >= set(places.values()) - {places[2e-4]}
-    (best,) = (mark for mark in chart.marks if mark.label == "★")
+    (best,) = (mark for mark in chart.marks if mark.symbol == "★")
     assert view.winner is not None and view.winner.final is not None
     assert best.y == view.winner.final.loss and best == chart.marks[-1]
     # Each round has a line through its lowest losses.

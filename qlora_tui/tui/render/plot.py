@@ -208,13 +208,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A block of dots at the point (``x``, ``y``) of a graph."""
+    """A block of dots at the point (``x``, ``y``) of a graph, or a symbol in the point's cell."""
 
     x: float
     y: float
     style: str
-    label: str = ""
-    """A symbol next to the block: above it, or below it if a line is above it; empty for none."""
+    symbol: str = ""
+    """One character; empty for a block of dots."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Plot:
 
     A cell that several lines share shows the dots of all of them, but can have only one color. Where a line
     has no cells of its own, its color alternates with the colors of the other lines. A dotted line has no
-    dots in the cells of marks, or next to dots of other lines, and in a shared cell it has their color.
+    dots in the cells of marks and of other lines.
     """
 
     x: Axis
@@ -282,11 +282,9 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     canvas.color_shared_cells()
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
-    labels_at = _set_marks(canvas, what)
+    _set_marks(canvas, what)
     for curve in dotted:
         _draw_curve(canvas, curve, what.x, what.y)
-    for column, cells, mark in labels_at:
-        canvas.set_label(column, cells, mark.label, mark.style)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
@@ -430,23 +428,23 @@ def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of:
             due = column + apart
 
 
-def _set_marks(canvas: Canvas, what: Plot) -> list[tuple[int, range, Mark]]:
-    """Draw the marks. Return the column and the rows of cells of each mark that has a label, and the mark."""
+def _set_marks(canvas: Canvas, what: Plot) -> None:
+    """Draw the marks: first those without a symbol, which could otherwise hide a symbol."""
     newest: dict[str, int] = {}
-    labeled = []
-    for mark in what.marks:
+    for mark in sorted(what.marks, key=lambda mark: bool(mark.symbol)):
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):
             continue
         column = column_of(mark.x, what.x, canvas.width)
         # Marks of several curves at the same x are in the same column, and all of them are drawn.
-        if what.has_all_marks or column - newest.get(mark.label, column) not in range(1, _APART):
-            middle = _dot_row(mark.y, what.y, canvas.height, DOTS_HIGH)
+        if not what.has_all_marks and column - newest.get(mark.symbol, column) in range(1, _APART):
+            continue
+        newest[mark.symbol] = column
+        middle = _dot_row(mark.y, what.y, canvas.height, DOTS_HIGH)
+        if mark.symbol:
+            canvas.set_symbol((column, middle // DOTS_HIGH), mark.symbol, mark.style)
+        else:
             rows = range(max(0, middle - 1), min(middle + 2, canvas.height * DOTS_HIGH))
             canvas.set_mark(product(range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE), rows), mark.style)
-            newest[mark.label] = column
-            if mark.label:
-                labeled.append((column, range(rows[0] // DOTS_HIGH, rows[-1] // DOTS_HIGH + 1), mark))
-    return labeled
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:

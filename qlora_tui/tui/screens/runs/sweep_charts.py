@@ -123,13 +123,13 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
             if only_last and trial.role == "trial" and number < last_round:
                 continue
             is_last = trial.role != "trial" or number == view.rounds
-            label, style = "", _LAST_STYLE if is_last else _EARLIER_STYLE
+            symbol, style = "", _LAST_STYLE if is_last else _EARLIER_STYLE
             if trial.role == "base":
-                label = _UNCHANGED if trial is view.base_trials[0] else ""
+                symbol = _UNCHANGED if trial is view.base_trials[0] else ""
                 style = _UNCHANGED_STYLE
             elif trial.number == view.verdict.winner and number == trial.rounds:
-                label, style = _WINNER, _WINNER_STYLE
-            marks.append(Mark(place, result.loss, style, label))
+                symbol, style = _WINNER, _WINNER_STYLE
+            marks.append(Mark(place, result.loss, style, symbol))
             if trial.role == "trial":
                 losses = lowest.setdefault(number, {})
                 losses[place] = min(result.loss, losses.get(place, math.inf))
@@ -187,18 +187,18 @@ def steps_plot(view: SweepView) -> Plot:
             continue
         if not trial.evaluations:
             continue
-        label, style = "", _EARLIER_STYLE
+        symbol, style = "", _EARLIER_STYLE
         if trial.role == "base":
-            label, style = _UNCHANGED, _UNCHANGED_STYLE
+            symbol, style = _UNCHANGED, _UNCHANGED_STYLE
         elif trial.number == view.verdict.winner:
-            label, style = _WINNER, _WINNER_STYLE
+            symbol, style = _WINNER, _WINNER_STYLE
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
-        line_style = style if label == _WINNER else _EARLIER_STYLE
+        line_style = style if symbol == _WINNER else _EARLIER_STYLE
         envelope = Envelope.of_points(shares, losses)
-        curves.append((label, Curve(envelope, "", line_style, look="thin")))
+        curves.append((symbol, Curve(envelope, "", line_style, look="thin")))
         marks += [Mark(share, loss, style) for share, loss in zip(shares, losses, strict=True)]
-        marks[-1] = replace(marks[-1], label=label)
+        marks[-1] = replace(marks[-1], symbol=symbol)
     # The winner comes last, because later curves are drawn over earlier ones.
     curves.sort(key=lambda each: each[0] == _WINNER)
     reach = overall([curve.envelope for _, curve in curves])
