@@ -122,13 +122,13 @@ class RecipeStrip(Widget):
         return Content.assemble((prefix, "dim"), line, gap, hint, assumed, problem)
 
     def _assumed_note(self, width: int) -> Content:
-        """Return the longest note on an assumed GPU for which no name in the recipe's line is shortened, or
-        else the shortest; empty without an assumed size.
+        """Return the longest note on an assumed GPU for which no name in the recipe's line is shortened and
+        the key for undo has room, or else the shortest; empty without an assumed size.
         """
         notes = [Content.styled(f"  {words}", "$warning") for words in self._assumed]
         if not notes or self._bench is None:
             return Content("")
-        room = width - cell_len(join_parts(recipe_parts(self._bench)))
+        room = width - cell_len(join_parts(recipe_parts(self._bench))) - _hint(*_UNDO).cell_length - 2
         return next((note for note in notes if note.cell_length <= room), notes[-1])
 
     def _problem_variants(self) -> list[Content]:
