@@ -300,7 +300,10 @@ class Drawing(Widget):
         while lines and not lines[-1]:
             lines.pop()
         if len(lines) > height > 1:
-            lines[height - 1] = more_below(len(lines) - height + 1)
+            hidden, last = len(lines) - height, lines[height - 1]
+            note = more_below(hidden)
+            free = width - note.cell_length - last.cell_length
+            lines[height - 1] = more_below(hidden + 1) if free < 0 else last.pad_right(free) + note
         lines = lines[:height] + [Content("")] * (height - len(lines))
         return render_strips(self, Content("\n").join(lines), width, height)
 
@@ -313,7 +316,9 @@ def _parts(draw: Draw) -> object:
 
 
 def more_below(rows: int) -> Content:
-    """Return the last visible row of a text of which this many rows are hidden: ``3 more ↓``."""
+    """Return the count of hidden rows of a text: ``3 more ↓``. It is at the end of the last visible row, or
+    in the place of this row if the row has no room for it.
+    """
     return Content.styled(f"  {rows:,} more ↓", "dim")
 
 
@@ -375,7 +380,11 @@ class Lines(Static):
         if y == self.size.height - 1 > 0 and isinstance(self.content, Content):
             hidden = sum(_lines(self.content, self.size.width)) - self.size.height
             if hidden > 0:
-                return render_line(self, more_below(hidden + 1), self.size.width)
+                note, row = more_below(hidden), super().render_line(y)
+                room = self.size.width - note.cell_length
+                if row.crop(room).text.strip():
+                    return render_line(self, more_below(hidden + 1), self.size.width)
+                return Strip.join([row.crop(0, room), render_line(self, note, note.cell_length)])
         return super().render_line(y)
 
     def on_resize(self) -> None:
