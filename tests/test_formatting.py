@@ -129,6 +129,7 @@ def test_numbers_of_a_kind_have_one_format(shown: str, text: str) -> None:
 _OWN_FORMATS = {
     "tui/render/plot.py": "labels of an axis have the decimals of its step",
     "tui/render/picture.py": "coordinates of an SVG file",
+    "tui/screens/runs/sweep_charts.py": "labels of an axis with powers of ten",
     "tui/setting_stepper.py": "rounds a number that is not shown",
     "runs/metrics_table.py": "a CSV file for programs",
     "runs/suggested_fix.py": "rounds a setting that is not shown",

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.formatting import format_loss, format_loss_change
+from qlora_tui.formatting import format_loss, format_loss_change, format_percent
 from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
@@ -166,7 +166,8 @@ def change_of_loss(summary: RunSummary) -> Content:
         return Content("")
     change = summary.best[0] / summary.evaluations[0][1] - 1
     style = VALIDATION_STYLE if change < 0 else "$warning"
-    return Content.assemble(f"{change:>+4.0%} ", (bar(-change, _CHANGE_WIDTH), style))
+    percent = f"{'-' if change < 0 else '+'}{format_percent(abs(change))}"
+    return Content.assemble(f"{percent:>4} ", (bar(-change, _CHANGE_WIDTH), style))
 
 
 def loss_svg(view: RunView) -> str:
