@@ -127,5 +127,5 @@ def test_a_dry_run_says_steps_and_time_and_creates_nothing(call: Call, tmp_path:
     known = call(*dry_run, *settings, "--json").json
     assert (known["ok"], known["steps"], known["steps_are_exact"]) == (True, 16, True)
     too_long = call(*dry_run, "--set", "data.max_length=16", "--set", "data.overflow=drop")
-    assert too_long.code == 1 and "error    data: None of the 64 rows gives a sample" in too_long.out
+    assert too_long.code == 1 and "error    data: None of the 64 rows yields a sample" in too_long.out
     assert all_runs() == []

@@ -46,7 +46,7 @@ async def test_a_key_starts_and_stops_a_server(monkeypatch: pytest.MonkeyPatch) 
     async with app.run_test(size=(120, 40)) as pilot:
         await wait_for_text(pilot, run.name)
         await pilot.press("w")
-        await wait_for_text(pilot, "OpenAI-compatible API", "s start")
+        await wait_for_text(pilot, "OpenAI-compatible", "s start")
         await pilot.press("s")
         await wait_for_text(pilot, "Another program listens")
         await pilot.press("escape")

@@ -126,7 +126,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
             ("p", "Enter open"),
             ("\x1b", "has no model"),
             ("\x10", "Search for"),
-            ("redo", "Redo the change that was undone"),
+            ("redo", "Redo the last undone change"),
             ("\r", "has no model"),
             ("3", "has no model"),
             ("5", "chat with it"),
