@@ -64,18 +64,26 @@ class MemorySaving:
         return self.verdict.fits_even_if_tight
 
 
-def what_if(
-    variants: Iterable[tuple[Key, Recipe]], architecture: Architecture, budget: MemoryBudget
-) -> dict[Key, Verdict]:
+def estimate_variants(
+    variants: Iterable[tuple[Key, Recipe]], architecture: Architecture, device: Device
+) -> dict[Key, Estimate]:
     """Estimate variants of a recipe: other lengths, ranks, targets, precisions or presets.
 
     Each takes about 10 ms. Variants whose targets the model does not have are left out.
     """
-    verdicts = {}
+    estimates = {}
     for key, recipe in variants:
         with suppress(UserError):
-            verdicts[key] = check_fit(estimate(recipe, architecture, device=budget.device), budget.bytes)
-    return verdicts
+            estimates[key] = estimate(recipe, architecture, device=device)
+    return estimates
+
+
+def what_if(
+    variants: Iterable[tuple[Key, Recipe]], architecture: Architecture, budget: MemoryBudget
+) -> dict[Key, Verdict]:
+    """Return whether variants of a recipe fit (:func:`estimate_variants`)."""
+    estimates = estimate_variants(variants, architecture, budget.device)
+    return {key: check_fit(estimated, budget.bytes) for key, estimated in estimates.items()}
 
 
 def largest_settings(

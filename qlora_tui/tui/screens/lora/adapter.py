@@ -9,7 +9,6 @@ Costs are trained parameters, size on disk and memory, for the recipe and for ot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod, sqrt
@@ -36,6 +35,7 @@ from qlora_tui.memory import Device, Estimate, check_fit, estimate
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict, precision_of
 from qlora_tui.memory.layout import vocabulary_shapes
+from qlora_tui.memory.solver import estimate_variants
 from qlora_tui.recipe.fields import diff_recipes, fields, format_value, get_setting, replace_setting
 from qlora_tui.recipe.schema import ALL_LINEAR, Lora, Recipe
 from qlora_tui.recipe.targets import alpha_of, match_modules, rank_of
@@ -456,12 +456,10 @@ def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudge
         for name, targets in choices.items()
     }
     costs = []
-    for (rank, name), changed in variants.items():
-        with suppress(UserError):
-            estimated = estimate(changed, architecture, device=budget.device)
-            verdict = check_fit(estimated, budget.bytes)
-            trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
-            costs.append(ChoiceCost(rank, name, changed == recipe, trained, saved, estimated, verdict))
+    for (rank, name), estimated in estimate_variants(variants.items(), architecture, budget.device).items():
+        changed, verdict = variants[rank, name], check_fit(estimated, budget.bytes)
+        trained, saved = trained_parameters(changed, architecture), saved_bytes(changed, architecture)
+        costs.append(ChoiceCost(rank, name, changed == recipe, trained, saved, estimated, verdict))
     return tuple(costs)
 
 
