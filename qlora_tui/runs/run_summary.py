@@ -301,6 +301,11 @@ def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
     return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))
 
 
+def is_notably_above(loss: float, lowest: float) -> bool:
+    """Return whether a validation loss is above the lowest one by more than ``NOTABLE_RISE``."""
+    return loss > lowest * (1 + NOTABLE_RISE)
+
+
 def main_settings(recipe: Recipe) -> tuple[str, ...]:
     """Return the settings in which runs most often differ, in a few characters each, always in this order:
     ``nf4``, ``r16``, ``2,048 tok``, ``batch 2 × 8``, ``lr 0.0002``, ``2 epochs``.
@@ -465,12 +470,12 @@ def gather_evidence(view: RunView, evaluation: TaskEvaluation | None, recipe: Re
     before, last = view.loss_before_training, view.trained_evaluation
     losses = finite_losses(each for each in view.evaluations if each.step)
     best_step, lowest = min(losses, key=lambda each: each[1], default=(0, math.inf))
-    has_risen = bool(losses) and losses[-1][1] > lowest * (1 + NOTABLE_RISE)
+    is_worse = bool(losses) and is_notably_above(losses[-1][1], lowest)
     return RunEvidence(
         preferences=preferences,
         loss=loss,
         losses=None if before is None else (before, None if last is None else last.loss),
-        best_step=best_step if has_risen else None,
+        best_step=best_step if is_worse else None,
         forgetting=None if last is None else last.forgetting,
         turn_ends=None if last is None else last.general_turn_ends,
         forgot_much=any(health.kind in _FORGETTING_WARNINGS for health in view.health),

@@ -42,7 +42,7 @@ from qlora_tui.runs.exports import (
     restart_export,
     start_export,
 )
-from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary, summarize
+from qlora_tui.runs.run_summary import RunSummary, is_notably_above, summarize
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
@@ -363,7 +363,7 @@ def weights_line(summary: RunSummary | None, step: int | None, *, has_others: bo
     if summary.best is not None:
         lowest, best = summary.best
         text += ", the best" if best == at else f"; best at {best:,}"
-        is_worse = at in losses and losses[at] > lowest * (1 + NOTABLE_RISE)
+        is_worse = at in losses and is_notably_above(losses[at], lowest)
         style = "$warning" if is_worse else ""
     return Content.styled(text, style) + keys
 
