@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.formatting import format_loss, format_loss_change, format_percent
+from qlora_tui.formatting import format_loss, format_loss_change, format_points
 from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
@@ -73,8 +73,8 @@ class LossFacts:
 
 
 def run_plot(facts: LossFacts) -> Plot:
-    """Return the chart of a run: the smoothed loss with a filled area below it, the loss of each step as a
-    point, and the evaluations joined by a line.
+    """Return the chart of a run: the smoothed loss as a line, which is filled below if the axis begins at
+    zero, the loss of each step as a point, and the evaluations as marks joined by a dotted line.
 
     The loss axis is scaled to the smoothed loss and the evaluations. Points outside the graph are left out.
     """
@@ -166,8 +166,7 @@ def change_of_loss(summary: RunSummary) -> Content:
         return Content("")
     change = summary.best[0] / summary.evaluations[0][1] - 1
     style = VALIDATION_STYLE if change < 0 else "$warning"
-    percent = f"{'-' if change < 0 else '+'}{format_percent(abs(change))}"
-    return Content.assemble(f"{percent:>4} ", (bar(-change, _CHANGE_WIDTH), style))
+    return Content.assemble(f"{format_points(change):>3}% ", (bar(-change, _CHANGE_WIDTH), style))
 
 
 def loss_svg(view: RunView) -> str:

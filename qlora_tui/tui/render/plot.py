@@ -231,7 +231,7 @@ class Plot:
     curves: tuple[Curve, ...] = ()
     marks: tuple[Mark, ...] = ()
     has_all_marks: bool = False
-    """Whether all marks are drawn. If not, a mark that is too close to another mark with the same label is
+    """Whether all marks are drawn. If not, a mark that is too close to another mark with the same symbol is
     left out.
     """
     x_ticks: tuple[tuple[float, str], ...] = ()

@@ -4,6 +4,8 @@ get free rows, and which lose rows. The horizontal one makes panels end in the s
 
 from __future__ import annotations
 
+from itertools import compress
+
 from textual.geometry import Region, Size
 from textual.layout import ArrangeResult, WidgetPlacement
 from textual.layouts.horizontal import HorizontalLayout
@@ -133,13 +135,11 @@ class RowLayout(HorizontalLayout):
         self, parent: Widget, children: list[Widget], size: Size, greedy: bool = True
     ) -> ArrangeResult:
         placements = super().arrange(parent, children, size, greedy)
-        flowing = [each for each in placements if not each.overlay and not each.absolute]
-        bottom = max((each.region.bottom for each in flowing), default=0)
+        is_flowing = [not each.overlay and not each.absolute for each in placements]
+        bottom = max((each.region.bottom for each in compress(placements, is_flowing)), default=0)
         return [
-            each._replace(region=each.region._replace(height=bottom - each.region.y))
-            if each in flowing
-            else each
-            for each in placements
+            each._replace(region=each.region._replace(height=bottom - each.region.y)) if flows else each
+            for each, flows in zip(placements, is_flowing, strict=True)
         ]
 
 

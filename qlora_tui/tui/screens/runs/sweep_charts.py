@@ -19,7 +19,7 @@ from qlora_tui.tui.render.series import Envelope
 
 _OTHER, _UNCHANGED, _WINNER = "•○★"
 """Symbols in the legend for losses of other trials, of the unchanged recipe, and of the winner. In the chart,
-the last two are written next to their marks.
+the last two are marks themselves, and a loss of another trial is a block of dots.
 """
 _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
     "bold $validation",
