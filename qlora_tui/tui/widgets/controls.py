@@ -299,13 +299,12 @@ class Drawing(Widget):
         lines = list(self._draw(width, height))
         while lines and not lines[-1]:
             lines.pop()
-        if len(lines) > height > 1:
-            hidden, last = len(lines) - height, lines[height - 1]
-            note = more_below(hidden)
-            free = width - note.cell_length - last.cell_length
-            lines[height - 1] = more_below(hidden + 1) if free < 0 else last.pad_right(free) + note
-        lines = lines[:height] + [Content("")] * (height - len(lines))
-        return render_strips(self, Content("\n").join(lines), width, height)
+        hidden = len(lines) - height
+        lines = lines[:height] + [Content("")] * -hidden
+        strips = render_strips(self, Content("\n").join(lines), width, height)
+        if hidden > 0 and height > 1:
+            strips[-1] = _with_hidden(self, strips[-1], hidden, width)
+        return strips
 
 
 def _parts(draw: Draw) -> object:
@@ -315,11 +314,15 @@ def _parts(draw: Draw) -> object:
     return (draw.func, draw.args, draw.keywords) if isinstance(draw, partial) else draw
 
 
-def more_below(rows: int) -> Content:
-    """Return the count of hidden rows of a text: ``3 more ↓``. It is at the end of the last visible row, or
-    in the place of this row if the row has no room for it.
+def _with_hidden(widget: Widget, row: Strip, hidden: int, width: int) -> Strip:
+    """Return the last visible row of a text with the number of hidden rows at its end: ``3 more ↓``. If the
+    row has no room for the number, the number takes the place of the row, which is then hidden too.
     """
-    return Content.styled(f"  {rows:,} more ↓", "dim")
+    note = Content.styled(f"  {hidden:,} more ↓", "dim")
+    room = width - note.cell_length
+    if row.crop(room).text.strip():
+        return render_line(widget, Content.styled(f"  {hidden + 1:,} more ↓", "dim"), width)
+    return Strip.join([row.crop(0, room), render_line(widget, note, note.cell_length)])
 
 
 def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
@@ -380,11 +383,7 @@ class Lines(Static):
         if y == self.size.height - 1 > 0 and isinstance(self.content, Content):
             hidden = sum(_lines(self.content, self.size.width)) - self.size.height
             if hidden > 0:
-                note, row = more_below(hidden), super().render_line(y)
-                room = self.size.width - note.cell_length
-                if row.crop(room).text.strip():
-                    return render_line(self, more_below(hidden + 1), self.size.width)
-                return Strip.join([row.crop(0, room), render_line(self, note, note.cell_length)])
+                return _with_hidden(self, super().render_line(y), hidden, self.size.width)
         return super().render_line(y)
 
     def on_resize(self) -> None:
