@@ -491,6 +491,7 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
+        await wait_for_text(pilot, "health !1")
         await pilot.press("tab", "tab")
         await wait_for_text(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
