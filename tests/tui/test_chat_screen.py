@@ -327,7 +327,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         await pilot.resize_terminal(80, 24)
         await wait_until(pilot, lambda: "Ask the carrier." not in text_of(app))
         await pilot.resize_terminal(200, 60)
-        await wait_for_text(pilot, "Ask the carrier.")
+        await wait_for_text(pilot, "Ask the carrier.", "alpha 32  all-linear")
         await pilot.press("escape", "enter")
         await wait_until(pilot, lambda: sent == ["Where is parcel 3?"])
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -39,7 +40,7 @@ from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
 from qlora_tui.tui.screens.chat.start import ChatStart, run_lines
 from qlora_tui.tui.screens.chat.turn import adapter_style
-from qlora_tui.tui.widgets.controls import Lines, Panel
+from qlora_tui.tui.widgets.controls import Lines, Panel, Write
 
 NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
@@ -235,15 +236,13 @@ class ChatSide(Vertical):
             start: Facts about the run.
             transcript: Path of the conversation's transcript; None if nothing was saved.
         """
-        width = max(20, self.query_one("#side-settings").content_size.width)
         if chat.source is not None:
             self.query_one("#chat-run-panel", Panel).show_title("Run" if chat.run_dir else "Recipe")
-            self._update("run", run_lines(start, chat.source.recipe, width))
-        self._update(
-            "settings", fact_lines([(label, value) for label, value, _ in session_rows(chat)], width)
-        )
+            self._update("run", partial(run_lines, start, chat.source.recipe))
+        settings = [(label, value) for label, value, _ in session_rows(chat)]
+        self._update("settings", partial(fact_lines, settings))
         tips = [(label, highlight_keys(name_keys(text))) for label, text in TIPS]
-        self._update("tips", fact_lines(tips, width))
+        self._update("tips", partial(fact_lines, tips))
         outcomes = {
             name: answer.outcome
             for turn in chat.turns
@@ -252,18 +251,18 @@ class ChatSide(Vertical):
         }
         self.query_one("#tokens-panel").display = chat.ready is not None
         if chat.ready is not None:
-            self._update("tokens", token_lines(outcomes, chat.ready, width))
-        self._show_history(chat, transcript, width)
+            self._update("tokens", partial(token_lines, outcomes, chat.ready))
+        self._show_history(chat, transcript)
 
     @work(group="history", exclusive=True)
-    async def _show_history(self, chat: Conversation, transcript: Path | None, width: int) -> None:
+    async def _show_history(self, chat: Conversation, transcript: Path | None) -> None:
         saved = await asyncio.to_thread(list_conversations, chat.run_dir)
-        lines = history_lines(saved, chat, transcript, clock.now(), width)
-        self.query_one("#history-panel").display = bool(lines)
-        self._update("history", lines)
+        others = [conversation for path, conversation in saved if path != chat.path]
+        self.query_one("#history-panel").display = bool(others or chat.turns or transcript)
+        self._update("history", partial(history_lines, others, chat, transcript, clock.now()))
 
-    def _update(self, part: str, lines: list[Content]) -> None:
-        self.query_one(f"#side-{part}", Lines).show(lines)
+    def _update(self, part: str, write: Write) -> None:
+        self.query_one(f"#side-{part}", Lines).show(write)
 
 
 def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, width: int) -> list[Content]:
@@ -289,7 +288,7 @@ def token_lines(outcomes: Mapping[str, GenerationResult], ready: ChatReady, widt
 
 
 def history_lines(
-    conversations: Sequence[tuple[Path, SavedConversation]],
+    others: Sequence[SavedConversation],
     chat: Conversation,
     transcript: Path | None,
     now: float,
@@ -298,7 +297,7 @@ def history_lines(
     """Return lines with the transcript's path, if there is a transcript, the conversation in progress, and
     the other saved conversations. ``now``: the current Unix time.
     """
-    lines = [conversation_line(saved, now, width) for path, saved in conversations if path != chat.path]
+    lines = [conversation_line(saved, now, width) for saved in others]
     if chat.turns:
         lines.insert(0, _conversation_line("now", chat.turns[0].prompt, len(chat.turns), width))
     if transcript is not None:
