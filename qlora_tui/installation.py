@@ -218,7 +218,7 @@ def _installed_program() -> _Package:
 
 
 def _torch_build() -> str:
-    """Return the build of torch if it is from its own index, such as ``cu126``; empty for the usual index."""
+    """Return the tag of torch's build, such as ``cu126``; empty for a build from PyPI, which has no tag."""
     try:
         build = version("torch").partition("+")[2]
     except PackageNotFoundError:

@@ -83,7 +83,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[float, Meta(gt=0)] | None,
         _about(
             "GPU memory to assume, GiB",
-            "GPU memory that estimates assume, at every start. Empty: this machine's GPU.",
+            "GPU memory to assume in estimates. Empty: use this machine's GPU.",
         ),
     ] = msgspec.field(default=None, name="card_gib")
     model_folders: Annotated[

@@ -159,7 +159,7 @@ def _widths(own: str, shared: str = "") -> Reader:
 
 
 def _unrotated_layers(data: Metadata, config: Config) -> None:
-    """Set that every fourth layer of SmolLM3 has no rotary embedding."""
+    """Mark every fourth layer of SmolLM3 as having no rotary embedding."""
     config["no_rope_layers"] = rope_but_every_fourth(config["num_hidden_layers"])
 
 

@@ -31,7 +31,7 @@ _OFF_AT_ZERO = {
 
 
 class Metadata:
-    """The metadata of one architecture, which records the keys that were read.
+    """Reads the metadata of one architecture, and records which keys were read.
 
     Its methods raise UserError for a value that has the wrong type, is out of bounds, or is not finite.
     """

@@ -387,7 +387,7 @@ def _http_problem(error: Any, model_id: str) -> UserError:
     if status == 403:
         return UserError(
             "Access denied by the Hub",
-            what=f"The token on this machine may not read {model_id or 'this repository'}.",
+            what=f"The token on this machine is not allowed to read {model_id or 'this repository'}.",
             why="A fine-grained token can read only the repositories it was granted.",
             fix=f"Give the token read access on {_endpoint()}/settings/tokens, or log in with: hf auth login",
         )
@@ -411,7 +411,7 @@ def _gated(status: int, model_id: str) -> UserError:
         )
     return UserError(
         "The model is gated",
-        what=f"The account of the token on this machine may not download {model_id}.",
+        what=f"The account of the token on this machine is not allowed to download {model_id}.",
         why="The account has not accepted the model's license, or the publisher has not granted access yet.",
         fix=f"Accept the license at {page} with that account (hf auth whoami names it), then try again.",
     )

@@ -46,7 +46,6 @@ from qlora_tui.remote.calls import at_box
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
 """Number of characters from which the beginning of a name counts as a close match."""
-"""Pattern of the names of conversions by versions that did not check all metadata of a GGUF file."""
 MAX_DEPTH = 3
 """Number of levels searched below a user's folder: publisher, model, file."""
 

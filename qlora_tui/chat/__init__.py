@@ -4,13 +4,13 @@ chat_types          sampling settings, results, and what an adapter changes, as 
 chat_sources        the available adapters, and whether a chat fits into the free memory; no torch
 session             the base model and its adapters in memory
 loading             loads a session
-adapters            loads adapters, and computes them without peft's overhead
+adapters            loads adapters, and applies them without peft's overhead
 decoding            keys and values of a conversation; on a GPU, decoding steps recorded as CUDA graphs
 cpu                 faster decoding on a CPU
 logits              the output layer; compares the first logits with those of transformers and peft
 session_check       turns off features that make a session's logits differ from the libraries' logits
 generation          one answer, token by token, with its thoughts separated
-completion_types    requests of programs for completions, and their results; no torch
+completion_types    completion requests from other programs, and their results; no torch
 completion          one completion for a program: stop texts, log probabilities, echo
 batches             completions of one adapter, computed together
 constraints         answers that satisfy a JSON schema or call a function

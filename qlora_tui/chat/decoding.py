@@ -391,11 +391,11 @@ class DecodeStep:
 
         Args:
             record: Records a function.
-            noise: Difference of logits that rounding explains, as in :class:`LogitsComparison`.
+            noise: Difference of logits that rounding can cause, as in :class:`LogitsComparison`.
 
         Returns:
-            Why the step is not recorded; empty if it is. An exception of ``record`` is such a reason. What a
-            wrong recording has written to the cache stays there.
+            Why the step is not recorded; empty if it is. If ``record`` raises an exception, its text is the
+            reason. What a wrong recording has written to the cache stays there.
         """
         compute, reason = self._compute, ""
         try:

@@ -56,7 +56,7 @@ from qlora_tui.training.compute_device import ComputeDevice, free_host_bytes
 from qlora_tui.training.option_scores import Choice, OptionScorer, Scores
 
 _TRIED_CHARACTERS = 16
-"""Characters per token of the context beyond which a prompt is too long without being tokenized in full."""
+"""A prompt with more characters than this per token of the context is first tokenized only in part."""
 
 
 class ChatSession:

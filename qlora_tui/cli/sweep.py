@@ -230,7 +230,7 @@ def _importances(view: SweepView) -> tuple[dict[str, float], str]:
 
 
 def _care_for(views: list[SweepView]) -> None:
-    """Start a runner if a sweep needs one: the last may have been killed or ended with the machine."""
+    """Start a runner if a sweep needs one: the last one may have been killed, or the machine restarted."""
     if any(view.state in ("running", "waiting") for view in views):
         ensure_runner()
 

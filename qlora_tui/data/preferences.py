@@ -39,10 +39,10 @@ RATING = "rating"
 """A part that any format may have: the column that rates the answer as good or bad."""
 _RATED = (*NAMES.always_ratings, *NAMES.ratings)
 RATABLE = tuple(name for name, format_ in NAMES.formats.items() if format_.is_ratable)
-"""Conversation formats whose rows a column may rate good or bad."""
+"""Conversation formats whose rows may have a column that rates the answer good or bad."""
 
 PAIRS = "preference-pairs"
-"""Error code for rows that compare answers; a method for pairs resolves it."""
+"""Error code for rows that compare answers; a preference method for pairs, such as DPO, resolves it."""
 RATED = "rated-answers"
 """Error code for rows that rate answers; ``data.preferences = "kto"`` resolves it."""
 NOTHING_COMPARED = "nothing-compared"

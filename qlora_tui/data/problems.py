@@ -61,7 +61,7 @@ OVERFLOW_OUTCOMES = {
 """What happens to a row that is too long, keyed by ``data.overflow``."""
 
 ON_THINKING = frozenset(kind for kind in NOTES if kind.startswith(("reasoning-", "thinking-", "thought-")))
-"""Notes for which ``dataset_report`` writes sentences on the data as a whole."""
+"""Notes that ``dataset_report`` combines into sentences about the whole dataset."""
 
 
 class DataProblem(Struct, frozen=True):

@@ -197,7 +197,7 @@ class ChatTokenizer:
         return _any_of([content for content in written if not content.isspace()])
 
     def encode(self, text: str) -> list[int]:
-        """Encode ``text``, in which added tokens are control tokens, without adding tokens at either end."""
+        """Encode ``text`` without BOS and EOS. Added tokens in the text are encoded as control tokens."""
         with panics_as_errors():
             return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -349,7 +349,7 @@ _LONGEST_WORD = 48
 Longer words rarely repeat: addresses, code, text without spaces.
 """
 _WORDS = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+(?:\S+|$))*")
-"""Pattern of a word with the white space before it, and everything up to a single space and the next word."""
+"""Matches a word with the white space before it, and the words after it that no single space separates."""
 
 _CHAINED = re.compile(r" \S(?:.*\S)?", re.DOTALL)
 """Pattern of a word that begins with a space and ends without one."""

@@ -220,7 +220,7 @@ def final_paths(
             raise UserError(
                 "One file cannot hold several types",
                 what=f"{out} names one file, but {len(kinds)} types were requested.",
-                fix="Name a folder; each file in it is named after its type.",
+                fix="Give a folder instead of a file: each exported file is named after its type.",
                 exit_code=EXIT_USAGE,
             )
         paths = dict.fromkeys(kinds, out)

@@ -114,7 +114,7 @@ def torch_problem(gpu: GpuDevice | None) -> UserError | None:
         return _no_code(gpu.short_name, capability, why, driver_cuda or torch.cuda)
     if gpu.compute_mode == "prohibited":
         return UserError(
-            "The GPU does not accept programs",
+            "The GPU's compute mode allows no programs",
             what=f"{gpu.short_name} is in compute mode Prohibited.",
             why="The administrator does not allow programs to compute on it.",
             fix=f"Change the mode: `sudo nvidia-smi -i {gpu.index} -c DEFAULT`. {ON_THE_CPU}",

@@ -114,11 +114,12 @@ def choose_step(
     *,
     device: Device | None = None,
 ) -> StepChoice:
-    """Return the fastest choice that the recipe allows and the memory suffices for.
+    """Return the fastest choice that the recipe allows and that fits in memory.
 
-    A choice must leave 5 % of the memory free at the upper end of the estimate's uncertainty range; if none
-    does, the recipe with the least memory is returned. Nothing is chosen for a family whose layers the
-    estimate only approximates, nor with streamed layers, because such a run lacks memory for its weights.
+    A choice fits if it leaves 5 % of the memory free at the upper end of the estimate's uncertainty range. If
+    none fits, the choice that needs the least memory is returned. The recipe is left unchanged if the
+    estimate only approximates the layers of its model, and if layers are streamed, because the memory of such
+    a run is already too small for its weights.
 
     Args:
         free_bytes: memory of the device that no other process uses, including the memory of this run.

@@ -89,7 +89,9 @@ def list_presets() -> list[Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """Find the preset of that name, which may have a problem. Raises UserError with a similar name."""
+    """Return the preset with this name, even if the preset is invalid. Raises UserError, which suggests a
+    similar name, if there is none.
+    """
     by_name = {preset.name: preset for preset in list_presets()}
     if name in by_name:
         return by_name[name]

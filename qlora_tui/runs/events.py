@@ -117,13 +117,13 @@ class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
     """The first micro-batch was computed both by transformers and peft alone and as this run computes it."""
 
     tokens: Count
-    """Number of tokens in both computations; 0 if they could not be compared."""
+    """Number of tokens that were compared; 0 if the two computations could not be compared."""
     seconds: float
     loss: float | None = None
     reference_loss: float | None = None
-    """Loss that the libraries alone compute."""
+    """Loss computed by transformers and peft alone."""
     loss_noise: float | None = None
-    """Change of the libraries' loss that rounding in this dtype causes."""
+    """How much rounding in this dtype changes ``reference_loss``."""
     gradient_difference: float | None = None
     """Relative gradient difference of the tensor whose difference exceeds its rounding noise the most."""
     gradient_noise: float | None = None

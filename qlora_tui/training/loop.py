@@ -269,7 +269,8 @@ class Loop:
             replaced = ", ".join(run.base.replaced)
             run.reporter.health(
                 "not_estimated",
-                f"The memory estimate does not cover this run's code ({replaced or run.base.attention}).",
+                "The memory estimate does not account for code that this run uses "
+                f"({replaced or run.base.attention}).",
                 "Every layer is recomputed in the backward pass. gradient_checkpointing = off keeps all "
                 "activations.",
             )

@@ -141,7 +141,8 @@ def block_rows(device: torch.device) -> int:
 def losses_and_grads(
     logits: Tensor, targets: Tensor, head: ChunkedHead, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return cross-entropy and its gradient at the logits, before the head's multiplier and soft cap.
+    """Return cross-entropy and its gradient with respect to ``logits``. The head's multiplier and soft cap
+    are applied here.
 
     Args:
         logits: (rows, vocabulary), the output of the projection.
@@ -172,7 +173,7 @@ def losses_and_grads(
 IGNORED = -100
 """Label of a token that is not in the loss."""
 _GRADIENT_ROWS = 4096
-"""Number of rows of a trained head whose gradient from one chunk is in memory at a time."""
+"""Number of rows of a trained LM head whose gradient is computed at a time."""
 LossSumFn: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Computes the summed cross-entropy, fp32, of states (tokens, hidden) for targets (tokens,)."""
 

@@ -50,7 +50,7 @@ class ScreenEntry:
     """A screen. Its class is ``NameScreen`` in ``screens/name/screen.py``."""
 
     name: str
-    """Name of its package and of its mode in the app; its commands' ids begin with this name."""
+    """Name of the screen's package and of its mode in the app, and the beginning of its commands' ids."""
     opened_by: Command
 
     @property

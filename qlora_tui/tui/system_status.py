@@ -81,7 +81,7 @@ class SystemStatus:
     also_active_statuses: tuple[Status, ...] = ()
     """The status of each run in :attr:`also_active`."""
     has_free_device: bool = False
-    """Whether at least one of the devices that runs are allowed to use is free."""
+    """Whether any device is free among those that a run may use."""
     active_or_last: RunDir | None = None
     """The active run, or else the run that ended last."""
     active_or_last_status: Status | None = None

@@ -95,7 +95,7 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Report on decisions, if the answers are decisions, which are scored instead of generated."""
     seconds: float = 0.0
     is_of_run: bool = False
-    """Whether the loss is over validation rows at the run's end, not over the references only."""
+    """True if the loss is that of the validation rows at the run's end, False if it is of references only."""
     is_partial: bool = False
     """Whether prompts were omitted for lack of time at the end of a run."""
     warning: str = ""

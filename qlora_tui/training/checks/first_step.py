@@ -358,7 +358,7 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
 
 def _difference(comparison: StepComparison) -> str:
     if comparison.failure:
-        return f"The step of qlora-tui could not be computed ({comparison.failure})."
+        return f"qlora-tui could not compute the step with its own code ({comparison.failure})."
     return (
         f"Loss {comparison.loss:.4f}, with transformers and peft {comparison.reference_loss:.4f} "
         f"(rounding accounts for about {comparison.loss_noise:.2g}); "

@@ -257,8 +257,8 @@ def no_plot(text: str) -> Plot:
 
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
-    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and, from
-    ``LEAST_CHART`` lines on, the scale of x below.
+    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and, if
+    ``height`` is at least ``LEAST_CHART``, the scale of x below.
 
     A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a gap
     without finite values.

@@ -127,7 +127,7 @@ def _can_scroll(widget: Widget) -> bool:
 
 
 class RowLayout(HorizontalLayout):
-    """A horizontal layout whose widgets all end in the same row, that of the highest widget."""
+    """A horizontal layout that extends all its widgets to the bottom of the tallest one."""
 
     name = "row"
 

@@ -210,7 +210,7 @@ Draw: TypeAlias = Callable[[int, int], Sequence[Content]]
 shown.
 """
 _UNLIMITED_ROWS = 10_000
-"""A number of rows that is larger than any drawing. It is used for a drawing that is as high as its lines."""
+"""A number of rows that is larger than any drawing, for drawings whose height depends on their lines."""
 
 
 class Drawing(Widget):

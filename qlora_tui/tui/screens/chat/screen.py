@@ -316,7 +316,7 @@ class ChatScreen(WorkScreen):
         self._send(self.query_one(Starters).prompt(event.option), lambda: None)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Give the recorded answers to the prompt under the cursor priority."""
+        """Show the recorded answers to the suggested message under the cursor first."""
         if self.has_class("-start"):
             self._show_start()
 

@@ -256,8 +256,8 @@ class RowLossScreen(ListPicker[RowChoice]):
             self.query_one(ViList).action_cursor_down()
 
     def action_exclude(self) -> None:
-        """Close the dialog with the rows to leave out: the marked rows or, if no row is marked, the row under
-        the cursor.
+        """Close the dialog and return the rows to leave out: the marked rows or, if no row is marked, the row
+        under the cursor.
         """
         places = self._marked or ({self.current.place} if self.current is not None else set())
         if places:

@@ -522,8 +522,8 @@ def _validation_lines(summary: RunSummary, width: int, height: int) -> list[Cont
 
 
 def _none_yet(command: str) -> Content:
-    """Return ``none yet`` and the key of ``command``. The command opens the screen where the missing item is
-    selected.
+    """Return ``none yet`` and the key of ``command``. The command opens the screen where the user can select
+    the missing item.
     """
     return Content.assemble("none yet  ", highlight_keys(key_name(command)))
 

@@ -84,12 +84,13 @@ class Starter:
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return the recommended first models: the demo's model, followed by the models of a short list that fit.
-    If none of them fits, only the smallest of them follows.
+    """Return models for a first run: the demo's model, followed by the models of a short list that fit. If
+    none of the list fits, only its smallest model follows.
 
-    The first model after the demo's is the recommended one: the largest that needs at most half of the
-    memory. The other half is left for longer sequences and other programs. The remaining models are sorted by
-    size. Call this function in a thread.
+    The second model returned is the recommended one: the largest that needs at most half of the memory. The
+    other half is left for longer sequences and other programs. The remaining models are sorted by size.
+
+    Call this function in a thread.
     """
     file, all_models = starter_file(), []
     for model in (file.demo, *file.models):
