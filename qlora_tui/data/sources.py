@@ -94,12 +94,17 @@ def paths_of(source: Source) -> tuple[list[Path], str]:
     return files_of(Path(source.path).expanduser(), validation=isinstance(source, ValidationSource))
 
 
-def first_prompt(data: Data) -> str:
-    """Return the first user turn of the validation file, or else of the last source; empty if there is none.
+def first_exchanges(data: Data, count: int) -> list[tuple[str, str]]:
+    """Return (first user turn, its answer) of the first ``count`` rows of the validation file, or else of the
+    last source. Rows without a user turn and repeated turns are left out. A missing answer is empty.
 
     Nothing is downloaded.
     """
-    return prompt_at(data, len(every_source(data)) - 1, 1)
+    answers: dict[str, str] = {}
+    for prompt, answer in _exchanges(data, len(every_source(data)) - 1, "", range(1, count + 1)):
+        if prompt:
+            answers.setdefault(prompt, answer)
+    return list(answers.items())
 
 
 def prompt_at(data: Data, source: int, row: int, file: str = "") -> str:
@@ -107,19 +112,31 @@ def prompt_at(data: Data, source: int, row: int, file: str = "") -> str:
 
     Earlier rows are read too. Nothing is downloaded.
     """
+    return next((prompt for prompt, _ in _exchanges(data, source, file, range(row, row + 1))), "")
+
+
+def _exchanges(data: Data, source: int, file: str, numbers: range) -> list[tuple[str, str]]:
+    """Return (first user turn, the answer to it) of these rows of a file, without rows that cannot be read.
+    What a row lacks is empty.
+    """
     sources = every_source(data)
     if not 0 <= source < len(sources) or is_hub_dataset(sources[source].path):
-        return ""
+        return []
     try:
         paths, _ = paths_of(sources[source])
         path = paths[file_names(sources[source].path, paths).index(file)] if file else paths[0]
         opened = open_file_of(sources[source], data.preferences, str(path))
-        readable = [each for each in islice(rows(path), row) if each.number == row and not each.error]
+        read = [each for each in islice(rows(path), numbers[-1]) if each.number in numbers and not each.error]
     except (UserError, OSError, ValueError):
-        return ""
-    turns = (conversation_of(each, opened) for each in readable)
-    messages = (message for each in turns if isinstance(each, Conversation) for message in each.messages)
-    return next((message.content.strip() for message in messages if message.role == "user"), "")
+        return []
+    exchanges = []
+    for row in read:
+        conversation = conversation_of(row, opened)
+        turns = iter(conversation.messages if isinstance(conversation, Conversation) else ())
+        prompt = next((turn.content.strip() for turn in turns if turn.role == "user"), "")
+        answer = next((turn.content.strip() for turn in turns if turn.role == "assistant"), "")
+        exchanges.append((prompt, answer))
+    return exchanges
 
 
 def is_hub_dataset(name: str) -> bool:

@@ -14,6 +14,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.task_metrics.answer_metrics import (
     fits_tools,
     is_json,
+    match_answers,
     measure_answers,
     same_json,
     same_words,
@@ -149,6 +150,12 @@ def test_metrics_follow_what_references_look_like(references: list[str], names: 
     assert [metric.name for metric in metrics] == names
     assert all(metric.adapter == 1.0 for metric in metrics)
     assert {metric.comparison for metric in metrics[:-1]} == {"better"}
+    # Another answer than a free text can be right too.
+    is_free = names[0] == "token F1"
+    assert (
+        match_answers([a_row(references[0], "no", references[0])] * 2)
+        == [(None if is_free else False, True)] * 2
+    )
 
 
 def test_tool_calls_are_valid_or_not() -> None:
@@ -159,6 +166,7 @@ def test_tool_calls_are_valid_or_not() -> None:
         ("valid tool calls", 0.0, 1.0),
         ("exact match", 0.0, 0.0),
     ]
+    assert match_answers([row]) == [(False, False)]
 
 
 @pytest.mark.parametrize(

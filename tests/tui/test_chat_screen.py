@@ -295,6 +295,18 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
     app = open_on("chat")
     async with app.run_test(size=(200, 60)) as pilot:
         await wait_for_text(pilot, "Recorded answers", "steps 20 to 300: I am sorry", "from the data")
+        # The suggested messages are directly below the recorded answers, in rows that nothing else needs.
+        panel, prompt = (chat_of(app).query_one(f"#{each}-panel") for each in ("chat", "prompt"))
+        starters = chat_of(app).query_one(Starters)
+        await wait_until(pilot, lambda: prompt.region.y - panel.region.bottom < 2 < panel.region.height < 12)
+        await wait_until(pilot, lambda: starters.option_count == 12)
+        assert "expected: Parcel 10 is on its way." in text_of(app)
+        field = chat_of(app).query_one(PromptBox)
+        before = field.region.y
+        await pilot.press("i", *"two", "ctrl+j", *"lines")
+        await wait_until(pilot, lambda: field.region.height == 2)
+        assert (field.region.y, starters.option_count) == (before, 12)
+        field.text = ""
         await wait_for_text(
             pilot, "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to", "It learned"
         )
@@ -316,12 +328,13 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
             validation_rows=1,
             metrics=(),
             loss=LossChange(rows=0, before=0.0, after=0.0, interval=None),
-            rows=(answered,),
+            rows=(answered, msgspec.structs.replace(answered, row=4, reference="In Oslo!")),
         )
         write_task_evaluation(run, evaluation)
         await show_chat(app, with_adapters(run, "step-200"))
-        await wait_for_text(pilot, "base: I cannot know.", "adapter: In Oslo.", "expected: In Bergen.")
-        await wait_for_text(pilot, "validation question")
+        await wait_for_text(pilot, "base: I cannot know.", "✗ adapter: In Oslo.", "expected: In Bergen.")
+        await wait_for_text(pilot, "validation question", "✓ adapter: In Oslo.")
+        assert "In Oslo!" not in text_of(app)
         # Answers are whole if there are rows for them.
         assert "Ask the carrier." in text_of(app)
         await pilot.resize_terminal(80, 24)
@@ -330,6 +343,8 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         await wait_for_text(pilot, "Ask the carrier.", "alpha 32  all-linear")
         await pilot.press("escape", "enter")
         await wait_until(pilot, lambda: sent == ["Where is parcel 3?"])
+        # The field is at the bottom from the first message on.
+        await wait_until(pilot, lambda: prompt.region.y > 50)
 
 
 @pytest.fixture(scope="module")

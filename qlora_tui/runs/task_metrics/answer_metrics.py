@@ -111,20 +111,36 @@ def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
     if calling:
         metrics.append(_share("valid tool calls", calling, _valid_call))
         metrics.append(_share("exact match", calling, _same_call))
-    elif plain and sum(is_json(row.reference) for row in plain) >= _MOST * len(plain):
-        metrics.append(_share("valid JSON", plain, lambda row, answer, calls: is_json(answer)))
-        metrics.append(
-            _share("exact match", plain, lambda row, answer, calls: same_json(answer, row.reference))
-        )
     elif plain:
-        if sum(len(words(row.reference)) <= _SHORT_WORDS for row in plain) >= _MOST * len(plain):
-            metrics.append(_share("exact match", plain, _same_words))
-        metrics.append(_mean("token F1", plain))
+        judge = _exact_match(plain)
+        if judge is _same_json:
+            metrics.append(_share("valid JSON", plain, lambda row, answer, calls: is_json(answer)))
+        if judge is not None:
+            metrics.append(_share("exact match", plain, judge))
+        if judge is not _same_json:
+            metrics.append(_mean("token F1", plain))
     if rows:
         metrics.append(
             compare_shares("ended", [row.base_ended for row in rows], [row.adapter_ended for row in rows])
         )
     return tuple(metrics)
+
+
+def match_answers(rows: Sequence[TaskRow]) -> list[tuple[bool | None, bool | None]]:
+    """Return whether the answers of base and adapter to each row are the reference.
+
+    None if an answer has other words than a free text, since both can be right.
+    """
+    judge = _exact_match([row for row in rows if not row.reference_calls])
+
+    def matches(row: TaskRow, answer: str, calls: tuple[ToolCall, ...]) -> bool | None:
+        if row.reference_calls:
+            return _same_call(row, answer, calls)
+        return judge(row, answer, calls) if judge is not None else _same_words(row, answer, calls) or None
+
+    return [
+        (matches(row, row.base, row.base_calls), matches(row, row.adapter, row.adapter_calls)) for row in rows
+    ]
 
 
 def compare_shares(name: str, base: Sequence[bool], adapter: Sequence[bool]) -> Metric:
@@ -265,6 +281,23 @@ def _mean(name: str, rows: Sequence[TaskRow]) -> Metric:
 
 def _bounded(interval: Interval, low: float, high: float) -> Interval:
     return Interval(max(low, interval.low), min(high, interval.high))
+
+
+def _exact_match(plain: Sequence[TaskRow]) -> _Judge | None:
+    """Return the judge of whether an answer is the reference; None if the references are free text.
+
+    Args:
+        plain: Rows whose references call no tool.
+    """
+    if plain and sum(is_json(row.reference) for row in plain) >= _MOST * len(plain):
+        return _same_json
+    if sum(len(words(row.reference)) <= _SHORT_WORDS for row in plain) >= _MOST * len(plain):
+        return _same_words
+    return None
+
+
+def _same_json(row: TaskRow, answer: str, calls: tuple[ToolCall, ...]) -> bool:
+    return same_json(answer, row.reference)
 
 
 def _same_words(row: TaskRow, answer: str, calls: tuple[ToolCall, ...]) -> bool:

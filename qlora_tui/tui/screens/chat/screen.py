@@ -27,7 +27,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.breakpoints import AIRY_CELLS, TALL_CELLS, VERY_WIDE_CELLS
+from qlora_tui.tui.breakpoints import AIRY_CELLS, ROOMY_CELLS, TALL_CELLS, VERY_WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -75,8 +75,8 @@ _SIDE_CELLS = 120
 """Minimum width of the window, in cells, at which the side column is shown if one adapter answers. If two
 answer, the side column needs a very wide window.
 """
-_HIGH_CELLS = 50
-"""Minimum height of the window, in cells, at which more starter prompts are offered."""
+_FIELD_ROWS = 1
+"""Height of the empty prompt field."""
 _HINTS = (HINT, UNFOCUSED_HINT)
 _COUNT_AFTER_S = 0.3
 """Seconds to wait after the last key press before the tokens of a prompt are counted."""
@@ -107,6 +107,8 @@ class ChatScreen(WorkScreen):
         self.search = ""
         """Text that an exchange must contain to be shown; empty to show all exchanges."""
         self._start = ChatStart()
+        self._free_rows = 0
+        """Number of rows for starter prompts that nothing else needs, before the first message."""
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
         """Port of the server that holds a model, and that model's memory in bytes; None if no server holds a
@@ -556,20 +558,13 @@ class ChatScreen(WorkScreen):
         chat, has_source = self.conversation, self.conversation.source is not None
         # If the window is not wide enough for two answers and the side column, two answers take the whole
         # width.
-        starters, is_start = self.query_one(Starters), not chat.turns and not chat.busy
+        is_start = not chat.turns and not chat.busy
         side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
-        asked = {turn.prompt for turn in chat.turns}
-        is_high = self.size.height >= (_HIGH_CELLS if is_start else AIRY_CELLS)
-        offered = offered_prompts(self._start, asked, is_high=is_high)
-        if starters.has_focus and not offered:
-            # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
-            self.set_focus(None)
         self.set_class(has_source, "-answering")
         self.set_class(has_source and is_start, "-start")
-        starters.display = has_source and bool(offered)
-        starters.offer(offered)
+        self._offer_prompts()
         self.query_one(ChatSide).display = has_source and has_side
         self._show_start()
         if not self.query_one(PromptBox).text:
@@ -615,6 +610,43 @@ class ChatScreen(WorkScreen):
                 folds=not is_start,
             )
             drawing.show(draw)
+        self.call_after_refresh(self._fit_start)
+
+    def _fit_start(self) -> None:
+        """Before the first message, make the chat panel as high as its contents, so that the prompt field is
+        directly below them. The rows that are left are for starter prompts.
+        """
+        panel, drawing = self.query_one("#chat-panel"), self.query_one("#chat-start", Drawing)
+        if not self.has_class("-start") or not drawing.size:
+            panel.styles.max_height = None
+            return
+        needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
+        rows = needed + panel.outer_size.height - drawing.size.height
+        panel.styles.max_height = rows
+        prompt = self.query_one("#prompt-panel")
+        around = (
+            panel.styles.margin.height
+            + prompt.gutter.height
+            + prompt.styles.margin.height
+            + self.query_one(Starters).gutter.height
+            + _FIELD_ROWS
+        )
+        self._offer_prompts(self.query_one("#chat-main").size.height - rows - around)
+
+    def _offer_prompts(self, rows: int | None = None) -> None:
+        """Show the starter prompts. ``rows``: number of rows that nothing else needs; None to keep the last
+        number.
+        """
+        chat, starters = self.conversation, self.query_one(Starters)
+        self._free_rows = self._free_rows if rows is None else rows
+        asked = {turn.prompt for turn in chat.turns}
+        is_tall = self.size.height >= (AIRY_CELLS if asked else ROOMY_CELLS)
+        offered = offered_prompts(self._start, asked, self._free_rows, is_tall=is_tall)
+        if starters.has_focus and not offered:
+            # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
+            self.set_focus(None)
+        starters.display = chat.source is not None and bool(offered)
+        starters.offer(offered)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:

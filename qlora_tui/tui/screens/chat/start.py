@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import ClassVar
@@ -16,7 +17,8 @@ from textual.content import Content
 from textual.widgets.option_list import Option
 
 from qlora_tui.chat.chat_sources import chat_bytes
-from qlora_tui.data.sources import first_prompt, prompt_at
+from qlora_tui.data.repetition import words
+from qlora_tui.data.sources import first_exchanges, prompt_at
 from qlora_tui.formatting import (
     format_bytes,
     format_duration,
@@ -34,6 +36,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import PhaseChanged, SampleGenerated, Started
 from qlora_tui.runs.run_summary import RunSummary, data_words, summarize
+from qlora_tui.runs.task_metrics.answer_metrics import match_answers
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import fact_lines
@@ -42,11 +45,11 @@ from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import ViList
 
-_MAX_OF_KIND = 5
+_MAX_OF_KIND = 12
 """Maximum number of prompts of each kind that are read."""
-_FEW, _MANY = (2, 5), (5, 10)
-"""Maximum number of starter prompts of each kind, and in total, before the first message. ``_FEW`` applies to
-a short window, ``_MANY`` to a tall window.
+_FEW, _MANY, _MOST = 4, 8, 12
+"""Number of starter prompts before the first message: at least ``_FEW``, and at most ``_MANY`` or, in a tall
+window, ``_MOST``.
 """
 _LATER, _MANY_LATER = 2, 3
 """Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
@@ -69,6 +72,10 @@ to make room for more prompts.
 """
 _LEAST_CELLS = 40
 """Minimum width of a column of answers, in cells, if there are more than two columns."""
+_LEAST_EXPECTED = 36
+"""Minimum number of cells next to the starter prompts for the expected answers, including their label."""
+_LEAST_ALIKE = 0.5
+"""Minimum share of words that two texts have in common for their differences to be marked."""
 _COLUMN_GAP, _INDENT = 3, 2
 _SCROLL = 3
 """How far Page Up and Page Down scroll the conversation, as a multiple of what other keys scroll."""
@@ -89,6 +96,8 @@ class RecordedAnswers:
     """
     expected: str = ""
     """The answer in the data; empty if the data has none."""
+    matches: Mapping[str, bool] = field(default_factory=dict)
+    """Whether an answer is the expected one, by its name. An answer is missing if this cannot be decided."""
 
     def select(self, number: int) -> tuple[tuple[str, str], ...]:
         """Return at most ``number`` of the answers. ``number`` is at least 2.
@@ -102,14 +111,23 @@ class RecordedAnswers:
         return tuple(self.answers[round(place * most / (number - 1))] for place in range(number))
 
 
+@dataclass(frozen=True)
+class Starter:
+    """A prompt to begin with."""
+
+    prompt: str
+    kind: str
+    """Where the prompt comes from, such as ``sample prompt``."""
+    expected: str = ""
+    """The answer in the data; empty if the data has none, and if the recorded answers show it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatStart:
     """What the Chat screen shows before the first message."""
 
-    prompts: tuple[tuple[str, str], ...] = ()
-    """(prompt, kind) pairs of the starter prompts, without the unrelated prompts. An example of a kind is
-    ``sample prompt``.
-    """
+    prompts: tuple[Starter, ...] = ()
+    """The starter prompts, without the unrelated prompts."""
     recorded: tuple[RecordedAnswers, ...] = ()
     load_s: float | None = None
     """Seconds that the run's last attempt took to load the model; None if unknown."""
@@ -124,13 +142,14 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
     """
     questions = _validation_answers(recipe, run) if run is not None else []
     samples, load_s = _events(run) if run is not None else ([], None)
-    kinds = dict.fromkeys((each.prompt for each in questions[:_MAX_OF_KIND]), "validation question")
-    for prompt in recipe.training.sample_prompts[:_MAX_OF_KIND]:
-        kinds.setdefault(prompt, "sample prompt")
-    if not questions and (prompt := first_prompt(recipe.data)):
-        kinds.setdefault(prompt, "from the data")
+    starters = [Starter(each.prompt, "validation question") for each in questions]
+    starters += [Starter(prompt, "sample prompt") for prompt in recipe.training.sample_prompts]
+    if not questions:
+        kind = "validation question" if recipe.data.validation_path else "from the data"
+        exchanges = first_exchanges(recipe.data, _MAX_OF_KIND)
+        starters += [Starter(prompt, kind, expected) for prompt, expected in exchanges]
     return ChatStart(
-        prompts=tuple(kinds.items()),
+        prompts=tuple({each.prompt: each for each in reversed(starters)}.values())[::-1],
         recorded=(*questions, *_answers_by_step(samples))[:_MAX_RECORDED],
         load_s=load_s,
         load_bytes=chat_bytes(recipe, device),
@@ -141,11 +160,18 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
 def _validation_answers(recipe: Recipe, run: RunDir) -> list[RecordedAnswers]:
     """Return the first validation questions, with the answers that the run's evaluation recorded."""
     evaluation = read_task_evaluation(run)
+    rows = evaluation.rows if evaluation is not None else ()
     recorded: list[RecordedAnswers] = []
-    for row in evaluation.rows if evaluation is not None else ():
+    for row, judged in zip(rows, match_answers(rows), strict=True):
         if row.row <= _FIRST_ROWS and (prompt := prompt_at(recipe.data, row.source, row.row, row.file)):
-            answers = (("base", row.base), ("adapter", row.adapter))
-            recorded.append(RecordedAnswers(prompt, answers, expected=row.reference))
+            answers = (("base", row.base_raw or row.base), ("adapter", row.adapter_raw or row.adapter))
+            matches = {
+                name: is_match
+                for (name, _), is_match in zip(answers, judged, strict=True)
+                if is_match is not None
+            }
+            expected = row.reference_raw or row.reference
+            recorded.append(RecordedAnswers(prompt, answers, expected=expected, matches=matches))
         if len(recorded) == _MAX_RECORDED:
             break
     return recorded
@@ -208,19 +234,19 @@ class Starters(ViList):
 
     def __init__(self) -> None:
         super().__init__(id="starters", classes="quiet")
-        self._prompts: tuple[tuple[str, str], ...] = ()
+        self._prompts: tuple[Starter, ...] = ()
         self._was_moved = False
         """Whether the user has moved the cursor since these prompts were offered."""
 
-    def offer(self, prompts: tuple[tuple[str, str], ...]) -> None:
-        """Show these (prompt, kind) pairs, with the cursor on the first."""
+    def offer(self, prompts: tuple[Starter, ...]) -> None:
+        """Show these prompts, with the cursor on the first."""
         if prompts != self._prompts:
             self._prompts, self._was_moved = prompts, False
             self.show(lambda width: _starter_lines(prompts, width), select="0")
 
     def prompt(self, option: Option) -> str:
         """Return the full prompt of an option."""
-        return self._prompts[int(option.id or 0)][0]
+        return self._prompts[int(option.id or 0)].prompt
 
     @property
     def selected_prompt(self) -> str:
@@ -239,34 +265,44 @@ class Starters(ViList):
 
 
 def offered_prompts(
-    start: ChatStart, asked: Collection[str], *, is_high: bool
-) -> tuple[tuple[str, str], ...]:
-    """Return the (prompt, kind) pairs of the starter prompts to offer, with the unrelated prompts last.
+    start: ChatStart, asked: Collection[str], rows: int, *, is_tall: bool
+) -> tuple[Starter, ...]:
+    """Return the starter prompts to offer, with the unrelated prompts last. If there are too many, the last
+    prompts of the most frequent kinds are left out.
 
     Args:
         start: The contents of the screen.
         asked: The prompts that were sent in the conversation. They are not offered again. Empty before the
             first message.
-        is_high: Whether the window has room for more prompts.
+        rows: Number of rows that nothing else needs.
+        is_tall: Whether the window is tall.
     """
-    of_kind, of_all = _MANY if is_high else _FEW
-    offered: list[tuple[str, str]] = []
-    for prompt, kind in start.prompts:
-        if sum(kind == other for _, other in offered) < of_kind and len(offered) < of_all - 1:
-            offered.append((prompt, kind))
-    offered += [(prompt, "unrelated") for prompt in _UNRELATED][: of_all - len(offered)]
+    unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED]
     if asked:
-        of_all = _MANY_LATER if is_high else _LATER
-    return tuple([each for each in offered if each[0] not in asked][:of_all])
+        left = [each for each in (*start.prompts, *unrelated) if each.prompt not in asked]
+        return tuple(left[: _MANY_LATER if is_tall else _LATER])
+    own, most = list(start.prompts), max(_FEW, min(rows, _MOST if is_tall else _MANY)) - len(unrelated)
+    while len(own) > most:
+        kinds = [each.kind for each in own]
+        largest = max(reversed(kinds), key=kinds.count)
+        del own[len(own) - 1 - kinds[::-1].index(largest)]
+    return (*own, *unrelated)
 
 
-def _starter_lines(offered: Sequence[tuple[str, str]], width: int) -> list[tuple[str, Content]]:
-    """Return an (id, line) pair for each prompt, with the kind at the right end of the line."""
+def _starter_lines(offered: Sequence[Starter], width: int) -> list[tuple[str, Content]]:
+    """Return an (id, line) pair for each prompt, with the expected answer next to it if that fits, and the
+    kind at the right end of the line.
+    """
+    prompts = [Content(" ".join(each.prompt.split())) for each in offered]
+    cells = max((prompt.cell_length for prompt in prompts), default=0)
     lines = []
-    for number, (prompt, kind) in enumerate(offered):
-        room = max(0, width - len(kind) - 4)
-        shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True, pad=True)
-        lines.append((str(number), Content.assemble("▸ ", shown, "  ", (kind, "dim"))))
+    for number, (prompt, starter) in enumerate(zip(prompts, offered, strict=True)):
+        room = max(0, width - len(starter.kind) - 4)
+        if starter.expected and room - cells > _LEAST_EXPECTED:
+            expected = Content.assemble("   expected: ", " ".join(starter.expected.split()))
+            prompt = prompt.pad_right(cells - prompt.cell_length) + expected.stylize_before("$text-muted")
+        prompt = prompt.truncate(room, ellipsis=True, pad=True)
+        lines.append((str(number), Content.assemble("▸ ", prompt, "  ", (starter.kind, "dim"))))
     return lines
 
 
@@ -391,7 +427,9 @@ def _answer_lines(
     compared: int | None = None,
 ) -> list[Content]:
     """Return lines with a prompt, the expected answer, and the given answers. The answers are side by side;
-    the expected answer is next to them if there is room for its column, and otherwise above them.
+    the expected answer is next to them if there is room for its column, and otherwise above them. If the last
+    answer is the expected one, the expected answer is left out; if it resembles the expected one, the words
+    in which the two differ are marked.
 
     Args:
         recorded: The prompt.
@@ -404,21 +442,29 @@ def _answer_lines(
     """
     prompt = Content.styled(f"▸ {' '.join(recorded.prompt.split())}", "bold")
     lines = [prompt.truncate(width, ellipsis=True)]
-    if recorded.expected and len(answers) < most:
-        answers = (("expected", recorded.expected), *answers)
-    elif recorded.expected:
-        expected = _column(recorded.expected, "expected", width, None if rows is None else 1, "$text-muted")
-        lines += expected
-        rows = None if rows is None else max(1, rows - len(expected))
-    columns = min(most, len(answers))
+    shown = [
+        (_answer_name(name, recorded.matches.get(name)), Content(" ".join(answer.split())))
+        for name, answer in answers
+    ]
+    if recorded.expected and not recorded.matches.get(answers[-1][0]):
+        texts = mark_differences(recorded.expected, answers[-1][1])
+        shown[-1] = (shown[-1][0], texts[1])
+        expected = (_answer_name("expected", None), texts[0])
+        if len(answers) < most:
+            shown.insert(0, expected)
+        else:
+            above = _column(*expected, width, None if rows is None else 1, "$text-muted")
+            lines += above
+            rows = None if rows is None else max(1, rows - len(above))
+    columns = min(most, len(shown))
     cells = max(1, (width - _COLUMN_GAP * (columns - 1)) // columns)
     limits = [each for each in (rows, compared) if each is not None]
-    for first in range(0, len(answers), columns):
+    for first in range(0, len(shown), columns):
         beside = [
-            _column(answer, name, cells, rows, "")
-            if at == len(answers) - 1
-            else _column(answer, name, cells, min(limits, default=None), "$text-muted")
-            for at, (name, answer) in enumerate(answers[first : first + columns], first)
+            _column(name, answer, cells, rows, "")
+            if at == len(shown) - 1
+            else _column(name, answer, cells, min(limits, default=None), "$text-muted")
+            for at, (name, answer) in enumerate(shown[first : first + columns], first)
         ]
         for parts in zip_longest(*beside, fillvalue=Content("")):
             padded = [part.pad_right(cells - part.cell_length) for part in parts[:-1]]
@@ -426,12 +472,41 @@ def _answer_lines(
     return lines
 
 
-def _column(answer: str, name: str, cells: int, rows: int | None, style: str) -> list[Content]:
+def _answer_name(name: str, is_match: bool | None) -> Content:
+    """Return the name of an answer, after a sign if it is known whether the answer is the expected one."""
+    label = Content.styled(f"{name}: ", "dim")
+    if is_match is None:
+        return label
+    return Content.assemble(("✓ ", "$success") if is_match else ("✗ ", "$error"), label)
+
+
+def mark_differences(one: str, other: str) -> tuple[Content, Content]:
+    """Return two texts, each on one line. If at least half of their words are the same, the words that only
+    one of them has are marked. Case and punctuation do not count.
+    """
+    texts = one.split(), other.split()
+    first, second = (["".join(words(word)) or word for word in text] for text in texts)
+    matcher = SequenceMatcher(None, first, second, autojunk=False)
+    same = [set[int](), set[int]()]
+    for block in matcher.get_matching_blocks():
+        for place, start in enumerate((block.a, block.b)):
+            same[place].update(range(start, start + block.size))
+    if matcher.ratio() < _LEAST_ALIKE:
+        return Content(" ".join(texts[0])), Content(" ".join(texts[1]))
+    marked = [
+        Content(" ").join(
+            Content.styled(word, "" if at in kept else "bold $warning") for at, word in enumerate(text)
+        )
+        for text, kept in zip(texts, same, strict=True)
+    ]
+    return marked[0], marked[1]
+
+
+def _column(name: Content, answer: Content, cells: int, rows: int | None, style: str) -> list[Content]:
     """Return a column of ``cells`` cells: ``name``, followed by the answer. ``rows``: maximum number of
     lines; None to show the answer in full.
     """
-    head = Content.styled(f"{name}: ", "dim")
-    wrapped = (head + Content.styled(" ".join(answer.split()), style)).wrap(cells - _INDENT)
+    wrapped = (name + answer.stylize_before(style)).wrap(cells - _INDENT)
     if rows is not None and len(wrapped) > rows:
         wrapped = [*wrapped[: rows - 1], wrapped[rows - 1].truncate(cells - _INDENT - 1) + "…"]
     return [Content(" " * _INDENT) + line for line in wrapped]
