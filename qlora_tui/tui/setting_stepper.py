@@ -1,5 +1,5 @@
-"""Computes the next higher or lower value of a setting, such as the rank or the learning rate, when the
-setting's key is pressed.
+"""Computes the next higher or lower value of a setting, such as the rank or the learning rate, for keys
+that step the setting up or down.
 """
 
 from __future__ import annotations

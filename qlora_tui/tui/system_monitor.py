@@ -61,8 +61,8 @@ class _Exports:
 
 
 _SENT = (GpuDevice, GpuMetrics, GpuUnavailableError, RunDir, RunNotification, ServerStatus, Status, UserError)
-"""Types in a status that :mod:`.system_status` imports only for type checking, so that the first frame need
-not wait for their modules.
+"""Types of values in a :class:`SystemStatus`. The module :mod:`.system_status` imports these types only for
+type checking, so that the first frame need not wait for their modules.
 """
 
 
@@ -108,7 +108,7 @@ class SystemMonitor:
         self._cluster = Watch()
         self._driver: Nvml | None = None
         self._other_gpus: tuple[GpuDevice, ...] = ()
-        """The GPUs that runs are allowed to use, without the chosen one."""
+        """The GPUs that runs are allowed to use, except the chosen GPU."""
         self._choice: GpuChoice | None = None
         self._gpu_problem: UserError | None = None
         self._no_gpu: GpuUnavailableError | None = None
@@ -118,8 +118,8 @@ class SystemMonitor:
         waiting or a runner is active.
         """
         self._has_started_runner = False
-        """Whether this monitor has started a runner. Interrupted sweeps without a queued run need a runner
-        started only once, because it then continues all of them.
+        """Whether this monitor has started a runner. A runner continues all interrupted sweeps, so for sweeps
+        without a queued run, the monitor starts a runner only once.
         """
 
     def poll_and_recover(self) -> SystemStatus:

@@ -66,7 +66,7 @@ class SystemStatus:
     other_gpu_metrics: tuple[GpuMetrics | None, ...] = ()
     """A reading of each GPU in :attr:`other_gpus`; None for a GPU that does not respond."""
     gpu_choice: str = ""
-    """Why this GPU was selected among several; empty if there is only one GPU."""
+    """Why :attr:`gpu` was selected among several GPUs; empty if there is only one GPU."""
     no_gpu: GpuUnavailableError | None = None
     """Why there is no GPU, or why the GPU does not respond; None if the GPU responds."""
     gpu_problem: UserError | None = None
@@ -88,7 +88,7 @@ class SystemStatus:
     waiting_ids: tuple[str, ...] = ()
     """Ids of the runs in the queue, in the order in which they will start."""
     exports: tuple[RunningExport, ...] = ()
-    """Exports that are being written, of all runs."""
+    """All exports that are being written, regardless of the run."""
     servers: tuple[ServerStatus, ...] = ()
     """Running servers, through which other programs use adapters."""
     ended_runs: tuple[RunNotification, ...] = ()

@@ -1,8 +1,9 @@
 """Base class of the app, which decides what is sent to the terminal, and when.
 
 Textual sends the whole screen whenever a screen opens, closes or is laid out again. A page of help on a
-160×50 terminal is 100 kB, which takes two seconds on a slow link, and most of it is unchanged. This class
-sends only the cells of a line that differ, without control characters, and without colors if NO_COLOR is set.
+160×50 terminal is 100 kB, which takes two seconds on a slow link, and most of it is unchanged. In each line,
+this class sends only the cells that have changed. It removes control characters and, if NO_COLOR is set,
+colors.
 """
 
 from __future__ import annotations
@@ -85,9 +86,9 @@ class TerminalApp(HookedApp):
             process.enable_gc()
 
     def style_context(self) -> object:
-        """Return everything outside a screen that the styles of its widgets depend on: the parsed style
-        sheets, and the app's classes and pseudo-classes, such as its theme. Results can be compared with
-        ``==``.
+        """Return everything that is not part of a screen but affects the styles of its widgets: the parsed
+        style sheets, and the app's classes and pseudo-classes, which include its theme. Results can be
+        compared with ``==``.
         """
         return self.stylesheet.rules, self.classes, self.pseudo_classes
 

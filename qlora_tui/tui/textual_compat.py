@@ -109,7 +109,7 @@ class HookedApp(App[None]):
         """Hook that is called after each frame."""
 
     def intercept_error(self, error: Exception) -> bool:
-        """Hook that handles an error and returns True. If it returns False, Textual ends the app."""
+        """Hook that returns whether it has handled the error. If it has not, Textual ends the app."""
         return False
 
     def write_escape(self, sequence: str) -> None:
@@ -186,7 +186,7 @@ class PromptDriver(LinuxDriver):
             self.ask_colors()
 
     def ask_colors(self) -> None:
-        """Ask the terminal for its colors, if the query is safe on it."""
+        """Ask the terminal for its colors, if it is safe to send the query to this terminal."""
         if self.input_tty and can_answer():
             self._replies.expect(monotonic())
             self._report_at = monotonic()
@@ -275,7 +275,7 @@ def clear_style_caches() -> None:
 
 
 class CachedStylesheet(Stylesheet):
-    """A stylesheet that parses each source only once, until a color changes.
+    """A stylesheet that parses each source once, and again only after a color has changed.
 
     Textual parses all of the app's style sheets again whenever a screen adds its own (PR 2744). This delays
     the response to the first key press on that screen. Textual also clears its cache of parsed sheets (PR

@@ -1,9 +1,9 @@
 """Themes from TOML files, both built-in and in the user's folder.
 
 A theme file has ``name``, ``dark`` and the colors of a Textual theme (``primary``, ``background``…);
-``accent`` is the color of keys. It may also set the four hues (``HUES``), and ``ansi = true`` to use the
-terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a file: it
-is derived from the terminal's own colors once the terminal has reported them (``color_query``).
+``accent`` is the color of keys. The file may also set the four hues (``HUES``), and ``ansi = true`` to use
+the terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a
+file: it is derived from the terminal's own colors once the terminal has reported them (``color_query``).
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def _luminance(color: Color) -> float:
 
 
 def of_terminal(foreground: Color, background: Color) -> Theme:
-    """Return the theme ``terminal`` for a terminal with these colors. Each of its colors is readable on the
-    terminal's background.
+    """Return the theme ``terminal`` for a terminal with these colors. Text in the theme's colors is readable
+    on the terminal's background.
     """
     white, black = Color(255, 255, 255), Color(0, 0, 0)
     dark = contrast(background, white) > contrast(background, black)
@@ -281,8 +281,8 @@ def _check_colors(file: ThemeFile) -> None:
 
 
 def is_of_terminal(setting: str, few_colors: bool) -> bool:
-    """Return whether the terminal's own colors are used: because the setting is ``terminal``, or because it
-    is ``auto`` and the terminal has at most 16 colors.
+    """Return whether the terminal's own colors are used. They are used if the setting is ``terminal``, or if
+    the setting is ``auto`` and the terminal has at most 16 colors.
     """
     return setting == TERMINAL or (setting == AUTO and few_colors)
 

@@ -184,8 +184,9 @@ class Workbench:
     def model_refusal(self) -> UserError | None:
         """Return why the recipe's model cannot be trained; None if it can, or if the recipe has no model.
 
-        Memory can be estimated even for a model that lacks the files for training. A positive result is
-        cached; a negative result is not, because another program may download the missing files at any time.
+        Memory can be estimated even for a model that lacks the files for training. If the model can be
+        trained, this result is cached. A problem is not cached, because another program may download the
+        missing files at any time.
         """
         model = self.recipe.model.id
         if self._trainable == model:
@@ -281,7 +282,7 @@ def redo_recipe(app: QloraApp) -> None:
 
 
 def open_preset(app: QloraApp, name: str) -> bool:
-    """Open a preset, notify the user how many settings changed, and return True.
+    """Open a preset, tell the user how many settings changed, and return True.
 
     If the preset cannot be opened, show the error and return False.
     """
@@ -429,8 +430,8 @@ class Draft:
         return self._aside
 
     def is_changed_elsewhere(self) -> bool:
-        """Return whether another window has changed the file since the last call, that is, whether the file's
-        text differs from what this window last read or wrote.
+        """Return whether another window has changed the file since the last call. True if the file has been
+        modified, and its text differs from what this window last read or wrote.
         """
         try:
             status = draft_path().stat()

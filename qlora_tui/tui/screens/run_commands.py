@@ -1,4 +1,4 @@
-"""The commands that Runs and Train have in common, each for one run."""
+"""The commands that the Runs screen and the Train screen share. Each command acts on one run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class RunCommands(WorkScreen):
     """
 
     ANSWERS_COMMAND: ClassVar[str]
-    """Id of the screen's command that starts a measurement of answers, or stops the measurement in progress.
+    """Id of the screen's command that compares the run's answers with the base model's, or stops a comparison
+    that is in progress.
     """
 
     def __init__(self) -> None:
@@ -72,8 +73,8 @@ class RunCommands(WorkScreen):
         open_folder(self.app, self.target_run.path)
 
     def action_copy(self, verb: str) -> None:
-        """Copy a command for a terminal. If ``verb`` is ``attach``, the command shows the run. For another
-        verb, such as ``train``, the command applies the verb to the run's recipe.
+        """Copy a ``qlora-tui`` command for a terminal: ``attach`` with the run's id, or another ``verb``,
+        such as ``train``, with the path of the run's recipe.
         """
         run = self.target_run
         words = run.id if verb == "attach" else str(run.recipe_path)
@@ -101,7 +102,7 @@ class RunCommands(WorkScreen):
         return self._measurement.progress if run_id == self._measured_id else ""
 
     def action_card(self) -> None:
-        """Ask where to save the run card, a picture of the run and its results, and save it."""
+        """Ask where to save the run card (a picture of the run and its results), and save it."""
         run = self.target_run
         text = (
             "A picture to share: model, data, curve, loss, one question answered before and after "

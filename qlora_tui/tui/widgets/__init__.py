@@ -2,6 +2,6 @@
 package.
 
 ``controls`` has panels, lists, scrolled text, text fields, and drawings that repaint only lines that changed.
-``column`` is the layout of panels in a column. ``bars`` are the first and last line of every screen;
-``recipe_strip`` is on screens that edit the recipe. ``settings_form`` edits declared settings.
+``column`` has the layouts of panels in columns and rows. ``bars`` are the first and last line of every
+screen; ``recipe_strip`` is on screens that edit the recipe. ``settings_form`` edits declared settings.
 """

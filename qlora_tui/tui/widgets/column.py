@@ -1,5 +1,5 @@
-"""The layouts of panels. The vertical one, which is also that of the parts of a panel, decides which widgets
-get free rows, and which lose rows. The horizontal one makes panels end in the same row.
+"""The layouts of panels. The vertical layout, which is also used inside panels, decides which widgets get
+free rows and which widgets lose rows. The horizontal layout makes panels end in the same row.
 """
 
 from __future__ import annotations

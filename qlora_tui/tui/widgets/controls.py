@@ -33,7 +33,7 @@ from qlora_tui.tui.themes import lacks_shades
 HEADING = "heading:"
 _PAGE_ROWS = 10
 _ALL_ROWS = 100_000
-"""A number of rows that is larger than any list. Moving by this number leads to the first or last row."""
+"""A number of rows that is larger than any list, for moving the cursor to the first or last row."""
 ROW_KEYS = (
     Binding("up,k", "move(-1)", show=False),
     Binding("down,j", "move(1)", show=False),
@@ -216,7 +216,7 @@ _UNLIMITED_ROWS = 10_000
 class Drawing(Widget):
     """A widget whose lines are drawn by a function for its size. Only lines that changed are repainted.
 
-    The widget fills its container or, with ``height: auto``, is as high as its lines.
+    The widget fills its container or, with ``height: auto``, has one row for each line.
     """
 
     DEFAULT_CSS = """
@@ -326,8 +326,8 @@ def _with_hidden(widget: Widget, row: Strip, hidden: int, width: int) -> Strip:
 
 
 def wrapped(lines: Sequence[Content], width: int, height: int) -> list[Content]:
-    """Wrap lines to ``width`` cells, with an indent of two cells. If there are more than ``height`` lines,
-    the last line that fits says where to find the rest.
+    """Wrap lines to ``width`` cells, and indent continuation lines by two cells. If there are more than
+    ``height`` lines, the last line that fits is replaced by a note that says where to find the rest.
     """
     shown: list[Content] = []
     for line in lines:

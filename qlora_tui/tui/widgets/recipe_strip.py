@@ -27,7 +27,7 @@ from qlora_tui.tui.render.labels import (
 from qlora_tui.tui.workbench import Workbench
 
 _DATA = 2
-"""Index of the data's name in the result of :func:`recipe_parts`. It may be shortened for other words."""
+"""Index of the data's name in the result of :func:`recipe_parts`. The name may be shortened to make room."""
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "undo")
 _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
@@ -90,7 +90,7 @@ class RecipeStrip(Widget):
 
         Args:
             workbench: The recipe.
-            budget: The device that the estimate is for. The line says if its size is assumed.
+            budget: The memory that the recipe is compared with. If its size is assumed, the line says so.
             machine: The device on which a run would train.
             is_changed_elsewhere: Whether another window has changed the recipe.
         """
@@ -122,8 +122,9 @@ class RecipeStrip(Widget):
         return Content.assemble((prefix, "dim"), line, gap, hint, assumed, problem)
 
     def _assumed_note(self, width: int) -> Content:
-        """Return the longest note on an assumed GPU for which no name in the recipe's line is shortened and
-        the key for undo has room, or else the shortest; empty without an assumed size.
+        """Return the longest note about the assumed GPU that leaves room for the full line of the recipe and
+        for the key for undo. If no note leaves enough room, return the shortest note. If no size is assumed,
+        return an empty note.
         """
         notes = [Content.styled(f"  {words}", "$warning") for words in self._assumed]
         if not notes or self._bench is None:

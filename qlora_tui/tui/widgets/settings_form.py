@@ -34,7 +34,7 @@ from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, TextField, cursor_row, render_line
 
 _LETTERS = "asdfghjklqwertyuiopzxcvbnmASDFGHJKLQWERTYUIOPZXCVBNM"
-"""Letters that label lines to jump to, in the order in which they are used: home row first."""
+"""Letters for labeling the lines of the list, in the order in which they are used: home row first."""
 _SEPARATORS = {"lora.target_modules": ", ", "quantization.skip": ", ", "model_folders": ":"}
 _WIDE_CELLS = 50
 """Minimum width of the list, in cells, at which a folded group shows its values next to its title."""
@@ -297,8 +297,9 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open the groups, first to last, that fit in ``rows``. If the list has two columns, open all groups.
-        Do nothing if the user has opened or folded a group.
+        """Go through the groups from first to last, and open each group if the list still fits in ``rows``
+        then. If the list has two columns, open all groups. Do nothing if the user has opened or folded a
+        group.
         """
         if self._is_arranged:
             return
@@ -561,8 +562,9 @@ class SettingsForm(Vertical):
 
 
 def _expected(field: Field) -> str:
-    """Return the values that a setting accepts and two keys: ``a whole number from 1 to 1,024 · Enter apply ·
-    Esc cancel``. The words ``in quotes`` are removed, because quotes are needed only in files.
+    """Return text that describes the values that a setting accepts, followed by two keys: ``a whole number
+    from 1 to 1,024 · Enter apply · Esc cancel``. The words ``in quotes`` are removed, because quotes are
+    needed only in files.
     """
     return f"{field.expected.replace(' in quotes', '')} · Enter apply · Esc cancel"
 

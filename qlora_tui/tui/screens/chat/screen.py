@@ -238,7 +238,7 @@ class ChatScreen(WorkScreen):
         self._choose(self.conversation.pair.split())
 
     def action_next_adapter(self, side: str) -> None:
-        """Select the next adapter or checkpoint of the run for this side, ``left`` or ``right``."""
+        """On this side, ``left`` or ``right``, select the run's next adapter or checkpoint."""
         self._choose(self.conversation.pair.next(side))
 
     def _choose(self, pair: AdapterPair) -> None:
@@ -267,7 +267,7 @@ class ChatScreen(WorkScreen):
         await self.conversation.unfold(not self.conversation.unfolded)
 
     def action_settings(self) -> None:
-        """Ask for the sampling settings and the system prompt, and use them from the next prompt on."""
+        """Ask for the sampling settings and the system prompt. They take effect with the next prompt."""
 
         def apply(given: tuple[Sampling, str]) -> None:
             self.conversation.sampling, self.conversation.system_prompt = given
@@ -318,7 +318,7 @@ class ChatScreen(WorkScreen):
         self._send(self.query_one(Starters).prompt(event.option), lambda: None)
 
     def on_option_list_option_highlighted(self) -> None:
-        """Show the recorded answers to the suggested message under the cursor first."""
+        """Prioritize the recorded answers to the starter prompt under the cursor."""
         if self.has_class("-start"):
             self._show_start()
 
@@ -329,7 +329,7 @@ class ChatScreen(WorkScreen):
 
     def _send(self, prompt: str, cancel: Callable[[], object]) -> None:
         """Send a prompt. ``cancel`` is called if the model is still answering, or if the user decides not to
-        load it.
+        load the model.
         """
         if self.conversation.busy:
             cancel()

@@ -55,7 +55,7 @@ class ServerScreen(TextDialog[None], OnQloraApp):
         self._conversation = conversation
         self._server: ServerStatus | None = None
         self._others: Sequence[ServerStatus] = ()
-        """Other running servers, which can only be stopped from the command line."""
+        """Other running servers. The dialog lists only their ports."""
         self._doing = ""
 
     def on_mount(self) -> None:

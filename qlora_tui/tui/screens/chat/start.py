@@ -61,8 +61,8 @@ the search short.
 """
 _MAX_RECORDED = 12
 _COMPARED_ROWS = 2
-"""Maximum number of lines of each answer that the adapter's last answer is compared with, such as the base
-model's answer.
+"""Maximum number of lines for each answer other than the adapter's last one, such as the base model's answer,
+if the full answers do not fit.
 """
 _LEAST_ROWS = 3
 """Minimum number of lines to which a recorded answer is shortened."""
@@ -78,7 +78,7 @@ _LEAST_ALIKE = 0.5
 """Minimum share of words that two texts have in common for their differences to be marked."""
 _COLUMN_GAP, _INDENT = 3, 2
 _SCROLL = 3
-"""How far Page Up and Page Down scroll the conversation, as a multiple of what other keys scroll."""
+"""Page Up and Page Down scroll the conversation this many times as far as the other scroll keys do."""
 _LABEL = 10
 
 
@@ -327,8 +327,8 @@ def start_lines(
         height: Maximum number of lines.
         is_loaded: Whether the model is loaded.
         is_described: Whether another panel describes the run.
-        folds: Whether to return one line about the model and one about the recorded answers, since there are
-            messages below.
+        folds: Whether messages follow below. If so, return only one line about the model and one line about
+            the recorded answers.
     """
     facts = _model_facts(start, recipe, is_loaded=is_loaded, is_described=is_described)
     if folds:
@@ -377,9 +377,9 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
 
     If everything fits, each prompt has all its answers in full, in one or more rows. Otherwise, each prompt
     has only one row of answers, the ``opened`` prompt comes first, and prompts that do not fit are left out.
-    Answers to compare the adapter's last answer with, such as the base model's, have at most
-    :data:`_COMPARED_ROWS` lines if the whole answers would not fit. If fewer than :data:`_ENOUGH_WHOLE`
-    prompts fit with their last answers in full, the last answers are shortened too.
+    If a prompt's full answers do not fit, every answer except the last, such as the base model's, has at most
+    :data:`_COMPARED_ROWS` lines. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their last answers in
+    full, and the ``opened`` prompt is not one of them, the last answers are shortened too.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
@@ -436,9 +436,10 @@ def _answer_lines(
         answers: (name, answer) pairs of the answers to show.
         most: Maximum number of answers side by side.
         width: Width of the lines, in cells.
-        rows: Maximum number of lines of an answer, including the lines of the expected answer; None to show
-            answers in full.
-        compared: Maximum number of lines of each answer except the last; None to show them in full.
+        rows: Maximum number of lines of an answer; None to show answers in full. If the expected answer is
+            above the answers, its lines count toward this maximum.
+        compared: Maximum number of lines of each answer except the last, if lower than ``rows``; None if only
+            ``rows`` applies.
     """
     prompt = Content.styled(f"▸ {' '.join(recorded.prompt.split())}", "bold")
     lines = [prompt.truncate(width, ellipsis=True)]

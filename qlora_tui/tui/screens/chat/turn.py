@@ -98,8 +98,8 @@ class StreamingMarkdown(Markdown):
 
 
 def _parser() -> MarkdownIt:
-    """Return a parser for GitHub's Markdown that keeps single line breaks, because models write them as line
-    breaks.
+    """Return a parser for GitHub-flavored Markdown. It keeps single line breaks, because models intend them
+    as line breaks.
     """
     parser = MarkdownIt("gfm-like")
     parser.core.ruler.push("keep_line_ends", _keep_line_ends)
@@ -432,8 +432,8 @@ def answer_title(adapter_name: str, words: str) -> Content:
 
 
 def adapter_style(adapter_name: str) -> str:
-    """Return the style of an adapter's name: the color of training or, for the base model, the normal text
-    color.
+    """Return the style of an adapter's name: the theme's ``$training`` color or, for the base model, the
+    normal text color.
     """
     return "$foreground" if adapter_name == BASE else "$training"
 

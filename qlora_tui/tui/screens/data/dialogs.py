@@ -1,5 +1,5 @@
-"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows, sorted by the change in
-their loss in a run.
+"""Dialogs of the Data screen: columns, formats, preferences, and a list of rows with their losses in a run,
+the most suspicious rows first.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _LINE_WIDTH = 200
 
 
 class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
-    """Dialog in which the user types the name of the file's column for each part of a format, such as the
-    answer. Returns a mapping from parts to columns; None if closed with Escape.
+    """Dialog in which the user maps each part of a format, such as the answer, to a column of the file by
+    typing the column's name. Returns a mapping from parts to columns; None if closed with Escape.
     """
 
     CSS_PATH = ["../modals/modal.tcss", "../modals/fields.tcss"]  # noqa: RUF012
@@ -74,7 +74,7 @@ class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
                     )
 
     def on_input_submitted(self) -> None:
-        """Close the dialog with the columns that were typed. A part with an empty field is left out."""
+        """Close the dialog and return the typed columns. A part with an empty field is left out."""
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         self.dismiss({part: column for part, column in given.items() if column})
 
@@ -213,8 +213,8 @@ class RowLossScreen(ListPicker[RowChoice]):
     ]
 
     def __init__(self, losses: RowLosses, source: int, excluded: Excluded) -> None:
-        """Create the dialog for source ``source`` of the measured run. ``excluded``: rows that the recipe
-        already leaves out.
+        """Create the dialog for the source at index ``source`` in the measured run's recipe. ``excluded``:
+        rows that the recipe being edited already leaves out.
         """
         self._rows = [row for row in losses.rows if row.source == source]
         self._marked: set[RowPlace] = set()

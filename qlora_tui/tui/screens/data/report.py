@@ -1,5 +1,5 @@
-"""The report on a whole source on the Data screen: totals, the lengths of samples with the costs of other
-maximum lengths, and problems.
+"""The Data screen's report on a whole source: totals, the lengths of samples, the costs of other maximum
+lengths, and problems.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class ProblemsPanel(Panel):
 
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
     """Return the report's problems, except those about tokens that the recipe already trains. If all rows of
-    the source are bad, the fix of each problem with bad rows says that no rows would remain.
+    the source are bad, the fix text of each problem with bad rows says that no row can be used.
     """
     if report is None:
         return ()
@@ -400,8 +400,8 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
     line = ["─"] * width
 
     def put(text: str, at: int) -> bool:
-        """Write a label from this column on, unless it would overlap another label or the end of the axis.
-        Return whether the label was written.
+        """Write a label that starts at this column, unless it would overlap another label or run past the end
+        of the axis. Return whether the label was written.
         """
         around = line[max(0, at - 1) : at + len(text) + 1]
         is_free = 0 <= at <= width - len(text) and set(around) <= {"─", " "}
@@ -423,8 +423,8 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:
-    """Return a table with a line for each maximum length, in which the recipe's length is marked. The text is
-    empty if there are no costs.
+    """Return a table of the costs, with a line for each maximum length. The line of the recipe's length is
+    marked. If there are no costs, return empty text.
     """
     if not costs:
         return Content("")

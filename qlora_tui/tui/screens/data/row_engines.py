@@ -33,7 +33,7 @@ class PreviewRequest:
 
     @classmethod
     def of(cls, recipe: Recipe, number: int) -> PreviewRequest:
-        """Return the request for source ``number``, from 0, of the recipe.
+        """Return the request for the source at index ``number`` in the recipe.
 
         In the request, settings that do not affect the rows have default values. Requests that differ only in
         such settings are therefore equal.

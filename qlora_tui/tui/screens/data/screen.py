@@ -457,8 +457,8 @@ class DataScreen(SourceActions):
     # Losses of the rows in a run
 
     def action_row_losses(self) -> None:
-        """List the rows of the source by the change of their loss in the newest run that trained on the
-        source.
+        """List the rows of the source with their losses in the newest run that trained on the source. The
+        most suspicious rows come first.
         """
         if self._measuring:
             self.notify("The rows are still being measured. The list opens when the measurement has ended.")

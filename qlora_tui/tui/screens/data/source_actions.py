@@ -42,7 +42,7 @@ class SourceActions(WorkScreen):
         self.report: Report | None = None
         """Report on the part of the selected source that has been read; None before the first report."""
         self._unreadable_source: Source | None = None
-        """The source that was read last if none of its rows could be read; otherwise None."""
+        """The last requested source, if it could not be read; otherwise None."""
         self._fields: dict[str, str] = {}
         """An example value for each column of a file in an unknown format, by the column's name. The user can
         map these columns.
@@ -117,7 +117,7 @@ class SourceActions(WorkScreen):
         self.app.edit("data.sources", (Source(path=str(path)),))
 
     def _change_source(self, source: Source) -> None:
-        """Put ``source`` in the place of the selected source in the recipe."""
+        """Replace the selected source in the recipe with ``source``."""
         sources = list(self.app.workbench.recipe.data.sources)
         sources[self.source_number] = source
         self.app.edit("data.sources", tuple(sources))

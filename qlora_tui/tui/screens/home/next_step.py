@@ -27,7 +27,9 @@ class HomeState:
     last_run: str = ""
     last_state: State | None = None
     last_is_news: bool = False
-    """Whether the last run ended while the app was not in use."""
+    """Whether the last run has ended since the previous session of the app. This includes runs that ended in
+    the current session.
+    """
     last_checkpoint: int = 0
     """Step of the last run's newest intact checkpoint; 0 if there is none."""
     last_total_steps: int = 0

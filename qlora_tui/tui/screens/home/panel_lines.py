@@ -1,6 +1,6 @@
 """The lines of Home's panels, formatted from what ``reader`` has read.
 
-Import this module only after the first frame has been painted, since its own imports take long.
+Import this module only after the first frame has been painted, since its own imports take a long time.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ class HomeLayout:
 def gpu_lines(
     system_status: SystemStatus, budget: MemoryBudget, width: int, *, is_compact: bool
 ) -> list[Content]:
-    """Return lines about the GPU: its name, utilization and memory. If there is no GPU, the lines say so, and
-    name the device that runs use. Unless ``is_compact``, lines about the machine's memory and disk follow.
+    """Return lines about the GPU: its name, utilization and memory. If there is no GPU, the lines say so,
+    and say either that training runs on the CPU or which device the memory estimates are for. Unless
+    ``is_compact``, lines about the machine's memory and disk follow.
 
     Args:
         system_status: The latest readings.
@@ -165,8 +166,8 @@ def _short_gpu_line(gpu: GpuDevice, metrics: GpuMetrics | None) -> Content:
 
 
 def other_run_line(name: str, status: Status, width: int) -> Content:
-    """Return a line of at most ``width`` cells about a run other than the active one, with its phase and
-    progress: ``● crows training 12% step 36 of 300``.
+    """Return a line of at most ``width`` cells about one of the runs in :attr:`SystemStatus.also_active`,
+    with its phase and progress: ``● crows training 12% step 36 of 300``.
     """
     sign, _, style = result_label(status, None)
     steps = ""
@@ -219,8 +220,8 @@ def run_lines(
     layout: HomeLayout,
     waiting: Sequence[str] = (),
 ) -> list[Content]:
-    """Return lines about the active or last run. The first has its name and state. If the run is active, its
-    progress and next events follow; if it has ended, its outcome.
+    """Return lines about the active or last run. The first line has the run's name and state. If the run is
+    active, its progress and next events follow; if it has ended, its outcome follows.
 
     Args:
         summary: The run.

@@ -59,7 +59,7 @@ class HomeFacts:
     last: RunSummary | None
     """The active run or, if there is none, the last run; None if there are no runs."""
     recent: tuple[RunSummary, ...]
-    """The runs before ``last`` that are not queued, newest first."""
+    """The runs other than ``last`` that are neither queued nor active, newest first."""
     models: ListedModels | None = None
     """Models to choose from; None if the recipe already has a model, or if there is a run."""
     is_partial: bool = False
@@ -250,7 +250,7 @@ class HomeReader:
         return self._to_choose[1]
 
     def _recent(self, system_status: SystemStatus) -> tuple[RunSummary, ...]:
-        """Return the runs, newest first, without queued runs and without the active or last run."""
+        """Return the runs, newest first, except the queued runs, the active runs, and the last run."""
         shown = {
             *system_status.waiting_ids,
             *(run.id for run in system_status.also_active),

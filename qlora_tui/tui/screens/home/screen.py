@@ -271,7 +271,7 @@ class HomeScreen(WorkScreen):
         return self.app.screen
 
     async def action_resume(self) -> None:
-        """Queue the last run to be resumed, and watch it."""
+        """Put the last run back into the queue to resume it, and watch it."""
         from qlora_tui.runs import actions as run_actions
         from qlora_tui.tui.threads import act_on_run
 

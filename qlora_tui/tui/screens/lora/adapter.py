@@ -266,7 +266,7 @@ cells that a wide window adds to the gap.
 """
 _CHOICE_NAME_CELLS, _PARAMS_CELLS, _FIGURE_CELLS = 18, 7, 13
 _GROUP_CELLS = _CHOICE_NAME_CELLS + _PARAMS_CELLS + _DISK_CELLS + 2 + _FIGURE_CELLS
-"""Width of a line of :func:`choice_bars` without its bar, in cells."""
+"""Width of a line of :func:`_choice_bars` without its bar, in cells."""
 _LEAST_BAR, _GROUP_GAP = 16, 4
 SAVED_BYTES = 4
 """Bytes per parameter in ``adapter_model.safetensors``: adapters are trained and saved in 32 bits."""
@@ -487,7 +487,7 @@ def choice_lines(
 
 
 def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, height: int) -> list[Content]:
-    """Return a group of lines for each choice of targets, and a legend; an empty list without room for them.
+    """Return a group of lines for each choice of targets, and a legend; an empty list if they do not fit.
 
     A group has a line for each rank, with parameters, size on disk, and a bar of the memory, divided as on
     the Memory screen. Groups are side by side if ``height`` requires it.

@@ -172,8 +172,8 @@ def rank_style(rank: int) -> str:
 
 
 class ModuleGrid(Widget, can_focus=True):
-    """The grid of modules. Arrow keys or h j k l move the cursor. Commands of the screen toggle modules and
-    mark blocks.
+    """The grid of modules. Arrow keys or h j k l move the cursor. The screen has commands that toggle modules
+    and mark blocks.
     """
 
     DEFAULT_CSS = """

@@ -81,8 +81,8 @@ class LoraScreen(WorkScreen):
         self._deltas: tuple[Recipe, MemoryDeltas | None] | None = None
         self._deltas_key: object = None
         self._asks_costs = False
-        """Whether the user has asked for the costs. In a window without room for both, they replace the
-        settings.
+        """Whether the user has asked for the costs. If the window has no room for both the costs and the
+        settings, the costs replace the settings.
         """
         self._explained = ""
         """Path of the setting that is explained; empty if the modules under the cursor are described."""

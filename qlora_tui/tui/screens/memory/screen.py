@@ -65,8 +65,8 @@ _FRAME = 4
 
 
 class QualityDialog(TextDialog[bool]):
-    """Dialog that describes the measured effects of quantization. Returns whether to keep the layers with the
-    largest error in 16 bits.
+    """Dialog that describes the measured effects of quantization. Returns whether to use 16 bits for the
+    layers with the largest errors.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -323,8 +323,8 @@ class MemoryScreen(WorkScreen):
         return f"{what} exact (traced with transformers {traced.transformers}), others instant estimates"
 
     def _heading_text(self) -> Content:
-        """Return the title above the bars: in a narrow window, the verdict, otherwise the memory that the
-        bars are compared with. Notes that do not fit are left out.
+        """Return the title above the bars. In a narrow window, the title is the verdict; otherwise, it gives
+        the memory that the bars are compared with. Notes that do not fit are left out.
         """
         budget = self.app.memory_budget
         if self.has_class("-narrow"):

@@ -264,8 +264,8 @@ def fit_words(name: str, verdict: Verdict, budget_bytes: int, *, can_train: bool
 
 
 def peak_words(compared: Mapping[Precision, Estimate]) -> str:
-    """Return ``Peak of a training step``. If precisions reach their peak while the model is being loaded,
-    the text names these precisions.
+    """Return ``Peak of a training step``. If some precisions reach their peak while the model is being
+    loaded, return text that names these precisions; if all precisions do, return ``Peak, while loading,``.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
@@ -326,8 +326,9 @@ def peak_lines(
     can_train: bool,
     is_even: bool,
 ) -> list[Content]:
-    """Return the lines of the panel for the peak: the bars, their legend, and a breakdown of the peak of one
-    precision. If int8 needs more memory than 16 bits, the last line says why.
+    """Return the lines of the panel for the peak: the bars, their legend, and the text of
+    :func:`levels_line` for the selected precision. If int8 needs more memory than 16 bits, the last line says
+    why.
 
     Args:
         compared: The estimate for each precision.
@@ -352,7 +353,7 @@ def peak_lines(
 
 
 class ItemsPanel(Panel):
-    """The list of the items of a precision, with an explanation of the item under the cursor."""
+    """The items of the estimate for one precision, with an explanation of the item under the cursor."""
 
     def __init__(self) -> None:
         self._list = ViList(id="items")

@@ -1,4 +1,4 @@
-"""The timeline of the Memory screen: memory while the model is loaded and in the course of a training step.
+"""The timeline of the Memory screen: memory while the model is being loaded, and during a training step.
 
 The graph has the same parts as the bars of the peaks.
 """
@@ -153,7 +153,7 @@ def _has_room_for_parts(
     is_even: bool,
 ) -> bool:
     """Return whether the graph is tall enough for the parts. The peak must have enough rows, and every part
-    of at least an eighth of a row must be visible somewhere.
+    that is taller than an eighth of a row in any column must be visible in at least one cell.
     """
     rows = int(peak / row_bytes + 0.5) + 1
     if rows < _MIN_PEAK_ROWS:

@@ -112,8 +112,8 @@ class Solution:
 
 
 def solve(recipe: Recipe, architecture: Architecture, budget: MemoryBudget, *, fits: bool) -> Solution:
-    """Return what fits for a recipe. This is slow, so call it in a thread. ``fits``: whether the recipe
-    itself fits.
+    """Return which settings and which changes to the recipe fit into memory. This is slow, so call it in a
+    thread. ``fits``: whether the recipe itself fits.
     """
     device, available = budget.device, budget.bytes
     variants = {precision: with_precision(recipe, precision) for precision in PRECISIONS}
@@ -152,8 +152,8 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Return the value that a key would set, by path of the setting. If a setting has two keys, this is the
-    key that halves the value. Settings that the key would not change are omitted.
+    """Return the value that a key would set, by path of the setting. If a setting has two keys, the value is
+    that of the key that halves it. Settings that the key would not change are omitted.
     """
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
@@ -199,14 +199,15 @@ def settings_table(
     context_tokens: int | None,
     width: int,
 ) -> Content:
-    """Return a line for each setting: its value, the largest value that fits, and the change in memory that
-    its key would make. The largest value and the change in memory assume that all other settings are
-    unchanged.
+    """Return a line for each setting: its value, the largest value that fits, and the change in memory if the
+    setting is halved or, for a setting with one key, set to its next value. The largest value and the change
+    in memory assume that all other settings are unchanged.
 
     Args:
         recipe: The recipe.
         fitting: The largest values that fit; None until they have been computed.
-        lowered: The effect of the key that lowers a setting, by the path of the setting.
+        lowered: The effect of the key that halves a setting or selects its next value, by the path of the
+            setting.
         context_tokens: The length that the model was trained for; None if unknown.
         width: Width of the table in cells, at least 38.
     """
@@ -319,7 +320,7 @@ class FitPanel(Panel):
             name: Name of the precision.
             estimate: The estimate for this precision.
             budget: The memory that the estimate is compared with.
-            solution: What fits for the recipe.
+            solution: The settings and the changes to the recipe that fit into memory.
             refusal: Why the model cannot be trained; None if it can be.
             length_warning: Warning about a sequence length beyond the model's context; None if there is none.
             is_recipe: Whether the precision is the recipe's.

@@ -124,7 +124,7 @@ class ConfirmScreen(WorkerDialog[bool | None]):
             text: The consequences of a yes.
             yes: What the key for yes does, in a few words.
             no: What the key for no does, in a few words.
-            harmless: Whether a yes cannot lose anything. If so, Enter means yes.
+            harmless: Whether nothing can be lost by answering yes. If so, Enter means yes.
             is_outdated: Called every second in a thread. Once it returns True, the answer is no.
         """
         super().__init__()
@@ -445,7 +445,7 @@ class ListPicker(ModalScreen[Picked | None]):
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
     """Dialog with the checks of this machine: first the conclusion, then problems, then passed checks. Checks
-    of the system are shown at once. Checks of the libraries follow when the process that runs them has ended.
+    of the system are shown first. Checks of the libraries follow when the process that runs them has ended.
     """
 
     def __init__(self) -> None:

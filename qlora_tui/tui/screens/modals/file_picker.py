@@ -135,7 +135,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
             field.cursor_position = len(field.value)
 
     def action_choose_folder(self) -> None:
-        """Close the dialog with the listed folder. The folder stands for all its files."""
+        """Close the dialog with the folder whose entries are listed. The folder stands for all its files."""
         self.dismiss(self._folder)
 
     def _open(self, path: Path) -> None:
@@ -170,8 +170,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self.query_one("#location", Static).update(words)
 
     def _entries(self) -> list[Path]:
-        """Return the files of the folder with the right endings, followed by its folders. Hidden entries are
-        left out.
+        """Return the entries of the current folder: first the files whose names have one of the endings, then
+        the folders. Hidden entries are left out.
         """
         try:
             entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))

@@ -67,8 +67,8 @@ _BATCHES = (1, 2, 4, 8, 16, 32)
 _RANKS = (8, 16, 32, 64, 128, 256)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
-"""Minimum height of the window, in rows, at which the parts of the memory are shown, with a bar for each
-length.
+"""Minimum height of the window, in rows, at which the panel with the memory breakdown is shown, with a bar
+for each length.
 """
 _RANKS_HEIGHT = 50
 """Minimum height of the window, in rows, at which there is also a bar for each rank."""
@@ -138,8 +138,8 @@ class ModelSide(Vertical):
     """The facts about one model, and its memory, which is estimated in a thread."""
 
     def __init__(self, parts: PartsPanel) -> None:
-        """Create the panels. ``parts``: the panel with the parts of the memory. It is elsewhere on the
-        screen.
+        """Create the panels for the facts and for the memory at each length. ``parts``: the panel with the
+        memory breakdown. It is not a child of this widget.
         """
         super().__init__(id="model-side")
         self._parts = parts
@@ -165,7 +165,7 @@ class ModelSide(Vertical):
         recipe: Recipe,
         budget: MemoryBudget,
     ) -> None:
-        """Estimate and show the memory of a model. If ``model`` is None, hide the panels.
+        """Estimate and show the memory of a model. If ``model`` is None, hide the panels that show memory.
 
         Args:
             model: Architecture of the model; None if unknown.
@@ -250,7 +250,7 @@ def hub_facts(model: HubModel, known: HubFacts | None, speed: float | None) -> F
 
 
 def starter_facts(model: StarterModel, architecture: Architecture, download_bytes: int) -> Facts:
-    """Return facts about a recommended model, from the list that comes with the app and not from the Hub."""
+    """Return facts about a recommended model. The facts come from the app's own list, not from the Hub."""
     access = "NA" if model.gated is None else _ACCESS[model.gated]
     return [
         _step(key_name("models.download"), f"Download about {format_bytes(download_bytes)}"),
@@ -311,8 +311,9 @@ def parts_lines(
 
 
 def fit_lines(fit: ModelFit, width: int) -> list[Content]:
-    """Return a line for each length, with the memory in each precision. If the width suffices for all
-    precisions, lines for micro-batch sizes follow. A legend of the symbols and notes come last.
+    """Return a line for each length, with the memory in all precisions or, if the width does not suffice, in
+    the two precisions of ``fit``. If all precisions are shown, lines for micro-batch sizes follow. The legend
+    of the symbols comes next, and the notes come last.
     """
 
     def value(row: SettingFit) -> Content:
@@ -404,7 +405,7 @@ def is_model_folder(path: Path) -> bool:
 
 
 def can_be_completed(model: LocalModel) -> bool:
-    """Return whether the model lacks files, and a download from the Hub would add them."""
+    """Return whether the model lacks files that a download from the Hub would add."""
     return model.source == "hub cache" and isinstance(model.refusal, MissingFilesError)
 
 
@@ -449,8 +450,8 @@ def _architecture_lines(model: Architecture) -> list[Fact]:
 
 
 def _with_targets(model: Architecture, recipe: Recipe, device: Device) -> Recipe:
-    """Return the recipe unchanged if the model has its target modules. Otherwise, return the recipe with all
-    linear modules as targets.
+    """Return the recipe unchanged if the model has the recipe's target modules. Otherwise, return the recipe
+    with all linear modules as targets.
     """
     try:
         estimate(recipe, model, device=device)

@@ -42,7 +42,7 @@ _NOTE_CELLS = 20
 room, the column is hidden.
 """
 _LEAST_FIGURES = 3
-"""Minimum number of columns with figures. These columns are shown even if the notes are cut."""
+"""Minimum number of columns with figures that the list keeps, even if the notes are then cut off."""
 _STARTERS_HEADING = "Good first models"
 _NOTE_GAP = 3
 """Cells between the longest name and the notes."""
@@ -87,8 +87,9 @@ def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
     """Return models for a first run: the demo's model, followed by the models of a short list that fit. If
     none of the list fits, only its smallest model follows.
 
-    The second model returned is the recommended one: the largest that needs at most half of the memory. The
-    other half is left for longer sequences and other programs. The remaining models are sorted by size.
+    The largest model of the list that needs at most half of the memory comes right after the demo's, as the
+    recommended one. The other half is left for longer sequences and other programs. The remaining models are
+    sorted by size.
 
     Call this function in a thread.
     """
@@ -266,8 +267,9 @@ def _fitting(rows: Sequence[_Line], width: int) -> tuple[int, int]:
     at most ``width``.
 
     The notes, which say what the models are good for, are more useful than the last columns, whose figures
-    are also in the panel of facts. So the last columns are left out if the notes would be cut. The list is no
-    wider than its contents.
+    are also in the panel of facts. So the last columns are left out if the notes would otherwise be cut off,
+    and the list is no wider than its contents. If there is no room for notes, the list has all columns and
+    the full width.
     """
     columns = _figure_columns("", "")
     names = max(len(_STARTERS_HEADING), *(row.title.cell_length for row in rows))

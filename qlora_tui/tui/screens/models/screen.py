@@ -164,7 +164,7 @@ class ModelsScreen(WorkScreen):
         """Put the selected model into the recipe if it is on this machine, or if its details have been
         fetched from the Hub.
 
-        For any other search result, fetch the details, or show why the model cannot be trained. For a
+        For any other search result, fetch the details or, if the model cannot be trained, show why. For a
         recommended model, search the Hub. For the demo's model, offer to download it.
         """
         match self._models.find(event.option.id):
@@ -194,8 +194,9 @@ class ModelsScreen(WorkScreen):
 
     @property
     def selected_hub_model(self) -> str:
-        """Hub id of the model under the cursor if it can be downloaded: a model of the Hub, or a local model
-        with missing files. Empty for any other line.
+        """Hub id of the model under the cursor if the model can be downloaded from the Hub. This applies to
+        search results, recommended models except the demo's, and local models with missing files. Empty for
+        any other line.
         """
         match self._models.find(self.query_one(ViList).current):
             case LocalModel() as model:
@@ -214,8 +215,8 @@ class ModelsScreen(WorkScreen):
             downloads.ask_for_demo(self, "", lambda: panel.start(DEMO))
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Return whether an action is available. A download is available if the model under the cursor is not
-        on this machine, or lacks files that the Hub has.
+        """Return whether an action is available. The download action is available for a search result, a
+        recommended model, and a local model that lacks files that the Hub has.
         """
         if action == "download":
             model = self._models.find(self.query_one(ViList).current)
@@ -363,8 +364,8 @@ class ModelsScreen(WorkScreen):
         side.estimate(architecture, recipe, budget)
 
     def _show_title(self) -> None:
-        """Show the title of the list: what Enter does, the memory for the column ``needs``, and the storage.
-        The last parts are left out if they do not fit.
+        """Show the title of the list: what Enter does, an explanation of the column ``needs``, the size of
+        the models, and the free disk space. The last parts are left out if they do not fit.
         """
         panel = self.query_one("#models-panel", Panel)
         match self._models.find(self.query_one(ViList).current):
@@ -384,7 +385,7 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="needs")
     async def _estimate_needs(self) -> None:
-        """Estimate the memory that each model on this machine needs, and select the recommended models."""
+        """Estimate the memory that each model on this machine needs, and decide which models to recommend."""
         if self._models.local is None:
             return  # the scan for local models is still running; it calls this method when it ends
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget

@@ -1,5 +1,5 @@
 """The window for presets: preview what a preset changes; open, save, edit, import, export and delete presets;
-undo.
+undo changes to presets.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def save_as(
     """Save the recipe as the user's preset ``name``. Return a snapshot of the previous preset of this name,
     for undo.
 
-    Raises OverwriteError if ``overwrite`` is False and the user already has a preset of this name. The preset
-    ``own``, on which the recipe is based, may be replaced, unless its file was edited outside the app.
+    Raises OverwriteError if ``overwrite`` is False and the user already has a preset of this name. For
+    ``own``, the preset on which the recipe is based, the error is raised only if the file was edited outside
+    the app.
     """
     before = take_snapshot(name)
     if not overwrite and name != own and before.content is not None:
@@ -76,8 +77,8 @@ def save_as(
 
 
 def import_preset(path: Path, *, overwrite: bool = False) -> PresetSnapshot:
-    """Copy a preset file, with its comments, to the user's presets. Return a snapshot of the previous preset
-    of this name, for undo.
+    """Copy a preset file, with its comments, to the user's presets. The preset is named after the file.
+    Return a snapshot of the user's previous preset of this name, for undo.
 
     A preset of this name that was edited outside the app is replaced only if ``overwrite``; otherwise,
     OverwriteError is raised. Raises UserError if the file is not a preset.
@@ -135,8 +136,8 @@ def _set_editor_hint() -> str:
 def edit(preset: Preset) -> None:
     """Open the preset's file in the user's editor, and wait until the editor ends.
 
-    Raises UserError if the preset is part of the app, or if the editor fails. The file then stays as the
-    editor left it.
+    Raises UserError if the preset is part of the app, or if the editor fails. After a failure, the file is as
+    the editor left it.
     """
     if preset.shipped:
         raise UserError(
@@ -193,7 +194,7 @@ _MAIN = (
 
 @dataclass(frozen=True)
 class _PresetChange:
-    """A change of one of the user's preset files, and what is needed to undo it."""
+    """A change to one of the user's preset files, and what is needed to undo it."""
 
     before: PresetSnapshot
     after: PresetSnapshot
@@ -225,8 +226,8 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
         """
         self._filter = ""
         self._forecasts: dict[str, Forecast | None] = {}
-        """Forecast of a run with each preset, by the preset's name. The empty name has the forecast for the
-        unchanged recipe. Names without an entry have not been estimated yet.
+        """Forecast of a run with each preset, by the preset's name. The entry for the empty name is the
+        forecast for the unchanged recipe. Presets without an entry have not been estimated yet.
         """
 
     @property
@@ -303,7 +304,7 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
         field.focus()
 
     def action_scroll_preview(self, lines: int) -> None:
-        """Scroll the preview down by three lines times ``lines``, or up if ``lines`` is negative."""
+        """Scroll the preview down by ``3 * lines`` lines, or up if ``lines`` is negative."""
         self.query_one("#preview-side").scroll_relative(y=3 * lines, animate=False)
 
     def action_save_as(self) -> None:
@@ -427,7 +428,9 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
 
     @work
     async def _save(self, name: str, note: str) -> None:
-        """Save the recipe as a preset. If another preset would be replaced, ask first."""
+        """Save the recipe as a preset. Ask first if this would replace a preset that was edited outside the
+        app, or a preset other than the one on which the recipe is based.
+        """
         workbench = self.app.workbench
 
         def write(sure: bool) -> None:
@@ -541,8 +544,9 @@ def _memory(
 
 
 def _times(forecasts: Sequence[Forecast | None]) -> list[Content]:
-    """Return lines with the expected time of a run, now and after opening the preset: ``time then about 25
-    min 54 steps``. A last line gives the source of the estimate. An unknown time has no line.
+    """Return lines with the expected time of a run, now and after opening the preset, such as
+    ``time then    about 25 min   54 steps``. A last line gives the source of the estimate. A run without a
+    forecast has no line.
     """
     lines, source = [], ""
     for label, expected in zip(("now", "then"), forecasts, strict=False):

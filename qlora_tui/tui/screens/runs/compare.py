@@ -90,7 +90,7 @@ _WIDE_COLUMN = 26
 
 
 def read(run: RunDir) -> ComparedRun:
-    """Read the facts about a run that the comparison needs. Reads files, so call it in a thread."""
+    """Read what the comparison shows about a run. Reads files, so call it in a thread."""
     view, _ = RunView.from_sample(run, _STEPS)
     series = view.series
     mean_losses = DecimatedSeries()

@@ -114,7 +114,8 @@ class ExportScreen(ModalScreen[None]):
         Args:
             run: The run whose adapter is exported.
             choices: Returns the formats to offer: :func:`export_choices` with its first three arguments
-                already given. The dialog passes the type or form that the user has selected.
+                already given. The dialog adds the GGUF type and the upload form that the user has
+                selected.
             steps: Steps of the run's checkpoints, in the order in which a key selects them; None stands for
                 the final adapter.
         """
@@ -152,7 +153,7 @@ class ExportScreen(ModalScreen[None]):
 
     @work
     async def _read_result(self) -> None:
-        """Read which step was the best, which takes a moment for a long run, and say so."""
+        """Read which step was the best, and show it. Reading takes a moment for a long run."""
         self._summary = await asyncio.to_thread(summarize, self._run_dir)
         self._show_detail()
 
@@ -167,7 +168,7 @@ class ExportScreen(ModalScreen[None]):
         self._start()
 
     def action_type(self) -> None:
-        """Select the next type of the GGUF file or, for an upload, the next form."""
+        """Select the next type of the GGUF file or, for an upload, the next form of the upload."""
         choice = self._current_choice
         if choice is None or not choice.types:
             self.notify("This format has no types to choose from.", severity="warning")
@@ -202,7 +203,7 @@ class ExportScreen(ModalScreen[None]):
             self._try(lambda: self._show_started(restart_export(self._run_dir, export)))
 
     def action_delete(self) -> None:
-        """Remove the failed or canceled export under the cursor from the list, with any partial files."""
+        """Delete the failed or canceled export under the cursor, together with its partial files."""
         export = self._export_in("failed canceled", "Move to a failed or canceled export to delete it.")
         if export is not None and self._try(lambda: delete_export(export)):
             self._say("Deleted.")

@@ -1,5 +1,5 @@
 """The formats to which a run can be exported: the size and the purpose of each, and whether this machine can
-write it. Read by the export dialog.
+write it. The export dialog uses this module.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class ExportChoice:
 
     @property
     def blocked(self) -> str:
-        """What must be done before the export: the size of a download, such as ``14.3 GiB``, or
-        ``✗ no base model``; empty if nothing must be done.
+        """What the export lacks: the size of the base model to download, such as ``14.3 GiB`` or ``unknown``,
+        or ``✗ no base model`` if it cannot be downloaded; empty if nothing is lacking.
         """
         base = self.missing_base
         if base is None:
@@ -245,8 +245,8 @@ def export_choices(
 
 
 def describe_choice(choice: ExportChoice) -> str:
-    """Return a description of a format. If the format needs the base model and this machine cannot use it,
-    return how to get the base model instead.
+    """Return a description of a format. If the format needs the base model and this machine cannot use that
+    model, return sentences that say why and what to do about it.
     """
     base = choice.missing_base
     if base is None or base.refusal is None:
@@ -273,8 +273,9 @@ def _free_space(choice: ExportChoice) -> str:
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
-    """Return sentences about the memory that a GGUF file of this type needs, and about what is special about
-    the type.
+    """Return sentences about the memory that a GGUF file of this type needs, and about tensors that llama.cpp
+    stores as larger types. For the type ``auto``, return a sentence that explains it instead; if the
+    architecture is unknown, an empty text.
     """
     if kind == AUTO:
         return (

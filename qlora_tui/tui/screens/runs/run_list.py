@@ -111,7 +111,9 @@ def short_name(name: str, width: int) -> str:
 
 
 def whole_settings(text: str, width: int) -> str:
-    """Return as many of the settings in a text as fit ``width`` cells, so that no number is cut."""
+    """Return as many of the settings in a text as fit into ``width`` cells, but at least the first one.
+    Settings are left out as a whole, so that no number is cut.
+    """
     settings = text.split(SEPARATOR)
     while len(settings) > 1 and len(SEPARATOR.join(settings)) > width:
         settings.pop()
@@ -405,8 +407,8 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
 
 def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:
     """Return lines that say why the run ended, what is wrong with its result, and what to do; empty if there
-    is nothing to report. ``beside_verdict``: whether the verdict is also shown. If so, its loss is not
-    repeated here.
+    is nothing to report. ``beside_verdict``: whether the verdict is also shown. If so, a validation
+    loss that has risen is not reported here, because the verdict reports it.
     """
     text = summary.status.detail.replace("\n", " ")
     text = "" if text == ALL_STEPS_DONE else capitalize(text)

@@ -102,8 +102,8 @@ class RunsScreen(RunCommands):
         self._filter = ""
         self._reading = False
         self._files: tuple[str, RunFiles] | None = None
-        """Id of the run whose folder was read last, and what was read; None if the cursor has moved to
-        another run.
+        """Id of the run under the cursor, and what was read from the run's folder; None until the folder has
+        been read.
         """
         self._files_read_at = 0.0
         self._files_reading = ""
@@ -240,7 +240,7 @@ class RunsScreen(RunCommands):
             self.refresh_runs()
 
     def show_listing(self) -> None:
-        """Show the most recently read runs that match the filter."""
+        """Show those runs of the latest listing that match the filter."""
         if self.listing is None:
             return
         # Leave out deleted runs, which a listing from before the deletion still contains.
@@ -460,8 +460,8 @@ class RunsScreen(RunCommands):
             self._act_on(run, lambda run: run_actions.restore_run(run.id), then)
 
     def _refuse_while_acting(self) -> None:
-        """Raise UserError if an action of this screen is still in progress, as on a slow machine. Otherwise,
-        a run might be deleted or restored twice.
+        """Raise UserError if an action of this screen is still in progress, for example because another
+        machine has not answered yet. Without this check, a run might be deleted or restored twice.
         """
         if any(worker.group == SLOW_ACTIONS for worker in self.workers):
             raise UserError(
@@ -490,8 +490,8 @@ class RunsScreen(RunCommands):
 
 
 def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: Order) -> list[RunSummary]:
-    """Return the runs in this order. The active runs and the queue, whose ids are ``waiting``, come first and
-    keep their order.
+    """Return the runs in this order. The active runs and the queued runs come first and keep their order.
+    ``waiting``: ids of the queued runs.
     """
     if order.key is None:
         return list(summaries)

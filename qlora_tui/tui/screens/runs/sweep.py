@@ -201,8 +201,8 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Read the sweep again. If a read is in progress, wait for its end: with hundreds of trials, a read
-        may take longer than the interval between reads.
+        """Read the sweep again. If a read is in progress, the next read begins when it ends: with hundreds of
+        trials, a read can take longer than the interval between reads.
         """
         self._is_due = True
         if not self._is_reading:
@@ -403,8 +403,8 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
 
 
 def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
-    """Return a table with a line for each value of each setting. It gives the lowest and the mean loss of the
-    trials with this value, at the end of the first round. The list is empty if there are no losses yet.
+    """Return a table with a line for each value of each setting. Each line gives the lowest and the mean loss
+    of the trials with its value, at the end of the first round. The list is empty if there are no losses yet.
 
     ``title``: title of the first column, see :func:`effects_title`.
     """

@@ -18,8 +18,8 @@ from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overal
 from qlora_tui.tui.render.series import Envelope
 
 _OTHER, _UNCHANGED, _WINNER = "•○★"
-"""Symbols in the legend for losses of other trials, of the unchanged recipe, and of the winner. In the chart,
-the last two are marks themselves, and a loss of another trial is a block of dots.
+"""Symbols in the legend for losses of the unchanged recipe (``○``), of the winner (``★``), and of all other
+trials (``•``). The chart uses ``○`` and ``★`` as marks, but draws a loss of another trial as a block of dots.
 """
 _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
     "bold $validation",

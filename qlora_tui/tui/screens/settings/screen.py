@@ -31,7 +31,7 @@ from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingGroup, Set
 
 
 class SettingsScreen(ModalScreen[None], OnQloraApp):
-    """A form for the settings of the app that have a label."""
+    """A form for the app's settings. Settings without a label are not shown."""
 
     CSS_PATH = "../modals/modal.tcss"
     DEFAULT_CSS = """

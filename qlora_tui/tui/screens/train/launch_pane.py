@@ -96,7 +96,9 @@ prefix of several paths that ends with a dot. A setting belongs to the first gro
 _LARGE_HEIGHT = 6
 """Minimum height of the first panel, in lines, at which the time is in large digits."""
 _MAX_WRAPPED = 14
-"""Maximum number of wrapped lines that describe settings, next to the checks."""
+"""Maximum number of lines for the descriptions of several settings if they are wrapped. If more lines would
+be needed, each description is cut to one line.
+"""
 _LEAST_TEXT = 20
 """Minimum width of the text after a check's outcome and name, in cells."""
 _SEPARATOR = " · "
@@ -237,7 +239,7 @@ class LaunchPane(Vertical, OnQloraApp):
         self._show_check_lines()
 
     def on_resize(self) -> None:
-        """Show what a window of this size has room for."""
+        """Draw the checks and the notes again, since their lines depend on the size of the window."""
         self.call_after_refresh(self._show_check_lines)
         self.call_after_refresh(self.on_setting_list_moved)
 
@@ -303,12 +305,12 @@ def verdict_lines(
     width: int,
     height: int,
 ) -> list[Content]:
-    """Return at most ``height`` lines: whether the run can start, its steps and time, then the key to press
-    first if there is one, then the run's memory, then its plan.
+    """Return at most ``height`` lines: whether the run can start, with its steps and time; a key that
+    corrects an error or improves the run, if there is one; the run's memory; and the run's plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
     empty if none is in progress. ``place``: the device whose memory the run uses. ``others``: a note on the
-    memory that the other screens assume; empty if it is the same.
+    memory that the other screens assume; empty if they assume the same memory.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -344,9 +346,10 @@ def _length_words(expected: Forecast, *, with_time: bool) -> Content:
 def _headline(
     checks: tuple[Check, ...], expected: Forecast | None, fit: Content | None, probing: str, width: int
 ) -> list[Content]:
-    """Return a line with the run's memory and the source of its time, such as ``memory ~1.0 of 23.5 GiB fits
-    judging by vicuna-1``. If a check has an error, the run's steps and time come first. Parts at the end are
-    left out if the line would be too long. Return no line if nothing is known.
+    """Return a line with the run's memory and the source of its expected time, such as
+    ``memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``. If a check has an error, the run's steps and time
+    come first. Parts at the end are left out if the line would be too long. Return no line if nothing is
+    known.
     """
     parts = []
     if expected is not None and errors(checks):
@@ -448,9 +451,9 @@ def conclusion(checks: tuple[Check, ...], expected: Forecast | None, *, with_tim
 
 
 def _remedy(checks: tuple[Check, ...]) -> str:
-    """Return a key, and what it does about the first error. If the check has a fix, the key applies the fix.
-    Otherwise, the key opens the screen where the error can be corrected; if there is no such screen, it runs
-    the checks again.
+    """Return a key, and what it does about the first check with an error. If the check has a fix, the key
+    applies the fix. Otherwise, the key opens the screen where the error can be corrected; if there is no such
+    screen, the key runs the checks again.
     """
     first = worst_first(checks)[0]
     if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):

@@ -230,7 +230,7 @@ class LivePane(Vertical):
         self.show_tab(self._front)
 
     def begin(self) -> None:
-        """Prepare for another run: reset the filters of the log, follow its end, and focus it."""
+        """Prepare for another run: reset the log's filters, keep its last line in view, and focus the log."""
         log = self.query_one(LogTail)
         log.filter("", 0)
         log.anchor()
@@ -303,7 +303,8 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 def _health_note(snapshot: RunSnapshot) -> str:
     """Return a symbol and a number for the Health tab: ``✗1`` for one error or, without errors, ``!2`` for
-    two warnings; ``✓`` if there are none. Warnings of one kind count once.
+    two warnings; ``✓`` if there are neither; empty if there are neither before the first step. Warnings of
+    one kind count once.
     """
     severities = list({health.kind: health.severity for health in snapshot.health}.values())
     errors = severities.count("error") + isinstance(snapshot.view.ending, Failed)

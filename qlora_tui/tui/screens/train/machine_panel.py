@@ -117,7 +117,7 @@ class _Meter:
     name: str
     value: str | Content
     line: int | None = None
-    """If the panel has only two lines, index of the line that includes this meter; None to leave it out."""
+    """Index of the line for this meter if the panel has only two lines; None to leave the meter out."""
     history: tuple[float | None, ...] = ()
     """A value for each reading, to be drawn as a chart; empty for no chart."""
     top: float | None = None
@@ -158,10 +158,11 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
 
 
 def _lines(machine: MachineState, meters: tuple[_Meter, ...], width: int, rows: int) -> list[Content]:
-    """Return the lines of each meter: its value, with a chart of ``rows`` lines or a bar if the meter has
-    one.
+    """Return the lines of all meters. Each meter has a line with its name and its value. If the meter has a
+    chart or a bar, it is to the left of the value. A chart has ``rows`` lines; if ``rows`` is 1, a bar is
+    drawn instead of the chart.
 
-    All charts end in the same column, with their values next to them.
+    All charts and bars end in the same column, with the values next to them.
     """
     drawn = [Content.assemble(meter.value) for meter in meters if meter.history or meter.bar]
     cells = width - _LABEL - max(value.cell_length for value in drawn) - 1
@@ -214,7 +215,7 @@ def _short_lines(machine: MachineState, meters: tuple[_Meter, ...], width: int) 
 def _filled(value: float | None, full: float | None, width: int) -> Content:
     """Return a bar that is filled to the fraction ``value / full``; empty if either value is unknown.
 
-    A chart of one row is not used, because a constant value would look like a full bar.
+    The bar replaces a chart of one row, in which a constant value would look like a full bar.
     """
     return Content.styled(bar(value / full if value and full else 0.0, width), "$hardware")
 

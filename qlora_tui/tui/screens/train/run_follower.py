@@ -54,12 +54,14 @@ _RECENT_STEPS = 100
 steps are kept only in a decimated series.
 """
 _FIT_WINDOWS = 8
-"""Number of windows before a curve whose steps take part in the fit of the smoothed loss."""
+"""Number of smoothing windows to include before the start of a curve. The steps in these windows also take
+part in the fit of the smoothed loss.
+"""
 _MAX_READINGS = 240
 """Maximum number of telemetry readings for the charts: four minutes."""
 _MAX_ENTRIES = 2000
 _MAX_STAGES = 12
-"""Maximum number of phases of an attempt to keep. An attempt has fewer phases before its first step."""
+"""Maximum number of phases that are kept for an attempt. Fewer phases come before the first step."""
 _MAX_ANSWERS = 60
 """Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
@@ -116,7 +118,7 @@ class RunSnapshot:
     grad_norm: float | None
     tokens_per_s: float | None
     reward_margin: float
-    """Margin of the rewards; NaN before the first step, and if there is no preference method."""
+    """Margin of the rewards; NaN before the first step, and if the run uses no preference method."""
     evaluations: tuple[Evaluated, ...]
     best: Evaluated | None
     samples: tuple[SampleGenerated, ...]
@@ -150,7 +152,7 @@ class RunSnapshot:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the run has been asked to stop, and has not yet ended its current step, evaluation or
+        """Whether the run has been asked to stop, and has not yet finished its current step, evaluation or
         checkpoint.
         """
         is_asked = self.ending_request in ("stop", "stop_now")
@@ -168,7 +170,7 @@ class RunSnapshot:
 
 
 class _DecimatedRun:
-    """The view of a run, with recent steps, and a decimated series of all steps for the graphs."""
+    """A view of a run that keeps only recent steps, and a decimated series of all steps for the graphs."""
 
     def __init__(self, view: RunView) -> None:
         self.view = view
@@ -217,8 +219,8 @@ class _DecimatedRun:
         del view.samples[:-_MAX_ANSWERS]
 
     def _select(self, first: int) -> list[int]:
-        """Return indices in the view's series, from ``first`` on, of the steps to add to the decimated
-        series.
+        """Return the indices, in the view's series, of the steps to add to the decimated series. Steps before
+        index ``first`` are ignored.
         """
         series = self.view.series
         taken = []
@@ -229,7 +231,9 @@ class _DecimatedRun:
         return taken
 
     def envelopes(self, from_step: float) -> StepEnvelopes:
-        """Return the curves from step ``from_step`` on. The result is cached until a step is added."""
+        """Return the curves, beginning at step ``from_step``. The result is cached until a step is added or
+        ``from_step`` changes.
+        """
         drawn_for = (len(self.steps), from_step)
         if self._drawn is None or self._drawn[0] != drawn_for:
             envelopes, whole = StepEnvelopes(*self.steps.envelopes(from_step)), self._smoothed(0.0)
@@ -239,7 +243,7 @@ class _DecimatedRun:
         return self._drawn[1]
 
     def _smoothed(self, from_step: float) -> Envelope:
-        """Return the smoothed loss from step ``from_step`` on. Steps before it take part in the fit."""
+        """Return the smoothed loss, beginning at step ``from_step``. The fit also uses earlier steps."""
         steps_per_value = max(1.0, self.last_step / max(1, len(self.steps)))
         window = smoothing_window(self.view.total_steps) * steps_per_value
         loss, step, *_ = self.steps.envelopes(from_step - _FIT_WINDOWS * window)
@@ -302,7 +306,7 @@ class RunFollower:
         return self._snapshot(decimated_run)
 
     def _read(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
-        """Read the run's new events. Return the run, and the new events without steps."""
+        """Read the run's new events. Return the run, and all new events that are not steps."""
         if self._decimated_run is None:
             return self._open()
         before = self._decimated_run.last_step
@@ -315,7 +319,7 @@ class RunFollower:
 
     def _open(self) -> tuple[_DecimatedRun, list[AnyEvent]]:
         """Read the run from the beginning, or a sample of its steps if the event log is long. Return the run,
-        and its events without steps.
+        and all of its events that are not steps.
         """
         path = self.run.events_path
         if not path.exists() or path.stat().st_size <= LONG_BYTES:

@@ -1,5 +1,5 @@
-"""Panels of the live pane except graph, stages, log and machine: the header with state, progress and outcome,
-warnings, setup, evaluations and answers.
+"""Panels of the live pane: warnings, setup, evaluations and answers, and the header with the state, the
+progress and the outcome. The graph, the stages, the log and the machine have their own modules.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from qlora_tui.tui.widgets.controls import wrapped
 
 _MIN_BAR = 8
 _STEP_BAR = 8
-"""Width of the progress bar within a step, in cells."""
+"""Width of the bar that shows the progress within a step, in cells."""
 _LONG_STEP_S = 5.0
 """Minimum duration of a step, in seconds, for showing its micro-batches. In shorter steps, they would
 flicker.
@@ -73,7 +73,7 @@ _ENDINGS = {
 }
 """(action, time) for each request to end a run. The time is shown only during training."""
 _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable", "gone")
-"""States of a run that ended because of an error."""
+"""States that are shown as errors: the run failed, was lost or deleted, or cannot be read."""
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
@@ -443,8 +443,8 @@ def contention(snapshot: RunSnapshot) -> str:
 def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """Return the last answers to the sample prompts.
 
-    If a prompt was also answered at an earlier step, the beginning of its first answer comes next. If there
-    are fewer than :data:`_LEAST_FOR_ANSWERS` lines, return only the first prompt and the beginning of its
+    If a prompt was also answered at an earlier step, the beginning of its first answer comes next. If
+    ``height`` is less than :data:`_LEAST_FOR_ANSWERS`, return only the first prompt and the beginning of its
     last answer.
     """
     step = _sample_step(snapshot)

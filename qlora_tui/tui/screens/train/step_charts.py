@@ -1,7 +1,9 @@
-"""Charts of a run: its loss, and below it learning rate, gradients and speed on the same x axis.
+"""The loss graph of a run and, below it, charts of the learning rate, the gradient norm and the speed. All
+have the same x axis.
 
 A step has the same column in the graph and in all charts. Each chart goes from zero to a round maximum: if it
-were scaled to its own range, a constant 98 % would look like 0 %. Values that are not finite are marked.
+were scaled to the range of its values, a constant value would look like zero. Values that are not finite are
+marked.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ height at which each chart has two rows.
 """
 _HEADROOM, _TOP_PARTS = 1.2, 10
 """``_HEADROOM``: minimum ratio of the top of a chart to the highest value, so that a constant value does not
-fill the chart. ``_TOP_PARTS``: maximum number of round steps from zero to the top.
+fill the chart. ``_TOP_PARTS``: maximum number of round intervals between zero and the top.
 """
 _MIN_VALUE_CELLS = 7
 """Minimum width of a chart's value, such as ``1.27e-4``, in cells, so that the graph does not move when the
@@ -124,7 +126,7 @@ def _values(charts: tuple[StepChart, ...]) -> Content:
 
 
 def loss_plot(snapshot: RunSnapshot, from_step: float) -> Plot:
-    """Return the graph of a run's loss from step ``from_step`` on."""
+    """Return the graph of a run's loss, beginning at step ``from_step``."""
     view, best = snapshot.view, snapshot.best
     last = snapshot.evaluations[-1] if snapshot.evaluations else None
     exact = format_exact(None if last is None else last.accuracy, view.base_accuracy)

@@ -85,8 +85,8 @@ def _rounds(trials: int) -> int:
 
 
 def draft_sentence(draft: Draft, costs: Costs | None) -> str:
-    """Return sentences that describe the runs of the sweep and their expected time. If they are unknown, the
-    sentences say why. ``costs``: the time that a run takes; None if unknown.
+    """Return sentences that describe the runs of the sweep and their expected time. If the number of trials
+    or the time is unknown, the sentences say why. ``costs``: the time that a run takes; None if unknown.
     """
     sheet = draft.sheet
     why = "" if sheet.is_safe_to_halve else " Several rounds need LR scheduler wsd or constant."
