@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 SYSTEM_POLL_INTERVAL_S = 1.0
 _SETTLE_S = 0.3
 _TELL_AGAIN_S = 20.0
-"""Seconds before the user is notified again that the other machine does not respond."""
+"""Minimum number of seconds between two notifications that the machine given with ``--host`` does not
+respond.
+"""
 
 
 def _make_screen(mode: str) -> WorkScreen:
@@ -87,8 +89,8 @@ class QloraApp(ThemedApp):
         runs are removed from the list.
         """
         self.counts = 0
-        """Number of times that the recipe's samples were counted. When this number increases, screens replace
-        estimated sample counts with exact ones.
+        """Number of attempts to count the recipe's samples that have succeeded or failed. When this number
+        increases, screens replace estimated sample counts with exact ones if there are any.
         """
         self.count_problem: UserError | None = None
         """Why the samples of the recipe's data could not be counted; None if they could, or before the first
@@ -163,8 +165,8 @@ class QloraApp(ThemedApp):
 
     def count_samples(self) -> None:
         """Count the samples in the recipe's data in a separate process, then refresh everything that depends
-        on the count. Do nothing if the recipe has no model or no data, or if neither has changed since the
-        last count.
+        on the count. Do nothing if the recipe has no model or no data, or if the model, the data and the
+        seed of the split are the same as in the last count.
         """
         from qlora_tui.data.sources import every_source, source_stamps
 
@@ -265,7 +267,7 @@ class QloraApp(ThemedApp):
 
     @work
     async def _report_settings(self) -> None:
-        """Report errors in the settings and themes. Called once the first screen can show them."""
+        """Report errors in the settings and themes as soon as the first screen can show notifications."""
         await self.shown.wait()
         problems = self.theme_problems
         if self.settings.keymap:
@@ -325,7 +327,7 @@ class QloraApp(ThemedApp):
             self.push_screen(Palette())
 
     def copy_to_clipboard(self, text: str) -> None:
-        """Copy ``text`` to the clipboard in every available way, and notify the user which way worked."""
+        """Copy ``text`` to the clipboard in every available way, and notify the user which ways were used."""
         self.remember_copied(text)
         self._copy(text)
 

@@ -87,8 +87,9 @@ class ReplyReader:
         return text, colors
 
     def overdue(self, now: float) -> str:
-        """Return input, such as the Escape key, that was held back for too long because it may have been the
-        beginning of a reply; return an empty string if there is none. ``now`` is in monotonic seconds.
+        """Stop holding back short input, such as the Escape key, if the rest of a possible reply has not
+        arrived in time, and return the input; return an empty string if there is none. ``now`` is in
+        monotonic seconds.
         """
         if not self._held or len(self._held) > _TYPED or now - self._held_at < _TYPED_S:
             return ""

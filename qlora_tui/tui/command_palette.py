@@ -57,9 +57,11 @@ class Entry:
     help: str
     use: Callable[[], Awaitable[object] | object]
     shortcut: str = ""
-    """The key for the same action on its screen."""
+    """Key that runs the entry's command on the command's own screen; empty if the entry is not a command."""
     ends: bool = False
-    """Whether the entry's command ends or removes something (``Command.ends``)."""
+    """Whether selecting the entry stops, removes or closes something (``Command.ends``). False for a
+    command of another screen, because selecting it only opens that screen.
+    """
     theme: str = ""
     """The theme that this entry selects, previewed while the cursor is on it."""
     factor: float = 1.0
@@ -84,7 +86,7 @@ def _width(window: int) -> int:
 
 
 class CommandProvider(Provider):
-    """Offers commands to run, and runs, models, presets and themes to select by name."""
+    """Provides the palette's entries: commands, training runs, models, presets and themes."""
 
     _objects: list[Entry] | None = None
 

@@ -70,8 +70,8 @@ def _printable(text: str) -> str:
 
 
 async def copy(app: QloraApp, text: str) -> None:
-    """Copy ``text`` with an escape sequence and a clipboard tool, and notify the user which of them was
-    used.
+    """Copy ``text`` with an escape sequence and, if possible, also with a clipboard tool. Notify the user
+    which of these were used.
     """
     app.write_escape(set_clipboard(text))
     if tool := await asyncio.to_thread(copy_locally, text):
@@ -140,8 +140,8 @@ def _open(folder: Path) -> bool:
 
 
 def notify_run_ended(app: QloraApp, notification: RunNotification) -> None:
-    """Notify the user in the app that a run has ended. If turned on in the settings, also set the window
-    title, send a desktop notification, and ring the bell.
+    """Notify the user in the app that a run has ended. Also set the window title, send a desktop
+    notification and ring the bell, each only if it is turned on in the settings.
     """
     wanted = app.settings.notify
     app.notify(notification.text, severity="information" if notification.event == "finished" else "error")

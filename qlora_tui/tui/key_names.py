@@ -27,7 +27,7 @@ _KEYS = re.compile(
 _COMMAND = re.compile(r"\{([a-z]+\.[a-z_]+)\}")
 _MODIFIERS = frozenset(("ctrl", "shift", "alt", "meta", "super", "hyper"))
 _PRESS = "app.simulate_key"
-"""Name of the action that a click on a key's name runs."""
+"""Name of the action that runs when the user clicks the name of a key."""
 _KEY_NAMES = frozenset((*(key.value for key in Keys), *KEY_NAME_REPLACEMENTS.values()))
 
 
@@ -114,12 +114,14 @@ def pressable(text: str, key: str) -> Content:
 
 def settings_title(up: tuple[str, str], down: tuple[str, str], *, is_short: bool = False) -> Content:
     """Return the title of a panel of settings, with what the two keys of each setting do: ``lower case
-    doubles, capital halves``. If the keymap of the user has other keys, the title names those of one setting.
+    doubles, capital halves``. If the keys of ``up`` and ``down`` are not the same letter in lower and upper
+    case, the title shows these two keys instead: ``Settings: + doubles  - halves``.
 
     Args:
         up: Id of the command that raises a setting, and the verb to show for this command.
         down: Id of the command that lowers the setting, and the verb to show for this command.
-        is_short: Whether to leave out the word ``Settings``.
+        is_short: Whether to leave out the word ``Settings``, which is possible only if the title does not
+            show the two keys.
     """
     keys = [bare_key(command_id) for command_id, _ in (up, down)]
     if keys[0].islower() and keys[1] == keys[0].upper():
@@ -211,7 +213,9 @@ def _invalid_key(name: str, key: str) -> str:
 
 
 def keys_in(content: Content) -> set[str]:
-    """Return the keys that clicks on parts of ``content`` press, in Textual's notation."""
+    """Return the keys, in Textual's notation, that are pressed when the user clicks on parts of
+    ``content``.
+    """
     styles = (span.style for span in content.spans)
     clicks = (style.meta.get("@click") for style in styles if isinstance(style, Style))
     return {click[1][0] for click in clicks if isinstance(click, tuple) and click[0] == _PRESS}

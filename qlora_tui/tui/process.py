@@ -148,7 +148,7 @@ every second would report its problem every second.
 
 
 class DiskFaults:
-    """Reports errors of the disk, such as a full disk. Other errors are left to the caller."""
+    """Reports disk errors, such as a full disk. Other errors are left to the caller."""
 
     def __init__(self) -> None:
         self._reported_at: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """Text and numbers for widgets. Nothing here imports a widget of this app.
 
 plot      axes, and graphs of lines and points
-canvas    the cells of a graph, with the dots of braille characters
+canvas    the character cells of a graph, in which curves are drawn with braille dots
 meters    small charts: bars, meters, and columns of blocks
 figures   a screen's few key figures, in a line or in large digits
 series    series of numbers, decimated to the resolution of a graph

@@ -1,4 +1,4 @@
-"""A canvas of cells that curves, marks and labels are drawn on, with the dots of braille characters."""
+"""A canvas of character cells. Curves and marks are drawn on it with the dots of braille characters."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ Look = Literal["line", "thin", "dotted", "points"]
 each value, without a line.
 """
 DOTS_WIDE, DOTS_HIGH = 2, 4
-"""Width and height of a braille character in dots. Points are drawn with these dots."""
+"""Width and height of a braille character in dots. Curves and marks are drawn with these dots."""
 _DASH = 2
 """Length of a dash, in cells. Lines that share cells are drawn as dashes of alternating colors."""
 _BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""Bit of each dot of a braille character in its code point, by the dot's column, then by its row from the
-top.
+"""The bit that each dot sets in the code point of a braille character: one tuple for each column of dots, in
+order of rows from the top.
 """
 _BRAILLE_BLANK = 0x2800
 """Code point of the braille character without dots."""
 
 
 def _by_cell(dots: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """Return the dots (x, y) as bits of a braille character by (column, row) of their cells."""
+    """Group the dots (x, y) by cell. Return, for the (column, row) of each cell, the bits of its dots in a
+    braille character.
+    """
     bits: dict[tuple[int, int], int] = {}
     for x, y in dots:
         cell = (x // DOTS_WIDE, y // DOTS_HIGH)
@@ -73,9 +75,10 @@ class Canvas:
         self.cells[cell] = (symbol, style)
 
     def color_shared_cells(self) -> None:
-        """Color the cells that several lines share. A line that has no cell of its own in the column gets the
-        color of the shared cells there, so that it remains visible. If there are several such lines, or none,
-        the colors alternate.
+        """Color the cells that several lines share. If one of these lines has no cell of its own in the
+        column, the shared cell gets the color of this line, so that the line remains visible. If several of
+        the lines have no cell of their own, the colors of these lines alternate. If each line has one, the
+        colors of all these lines alternate.
         """
         seen = {(column, *styles) for (column, _), (_, styles) in self.lines.items() if len(styles) == 1}
         for cell, (bits, styles) in self.lines.items():

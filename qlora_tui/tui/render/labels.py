@@ -98,7 +98,7 @@ def recipe_line(workbench: Workbench, width: int | None = None, *, names_preset:
 
 
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
-    """Return the parts of a recipe's line: preset, model, data, adapter, and length with batch.
+    """Return the parts of a recipe's line: preset, model, data, adapter, and :func:`batch_words`.
 
     If the parts do not fit ``width`` cells, the name of the data is shortened, then the name of the model,
     then the name of the preset. After that, the LoRA targets, the preset and the data are left out one after
@@ -126,7 +126,9 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
 
 
 def join_parts(parts: Sequence[str]) -> str:
-    """Return the line of :func:`recipe_parts`, without the parts that are left out."""
+    """Join the parts from :func:`recipe_parts` into one line. Empty parts, which were left out, are
+    skipped.
+    """
     return SEPARATOR.join(filter(None, parts))
 
 
@@ -170,7 +172,9 @@ def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str
 
 
 def verdict_sign(verdict: Verdict) -> Content:
-    """Return the symbol of a verdict on memory, such as ``✗``. Use the symbol where the word does not fit."""
+    """Return the symbol of a verdict on memory, such as ``✗``. Use the symbol if there is no room
+    for the word.
+    """
     return Content.styled(*_VERDICTS[verdict.word])
 
 
@@ -225,7 +229,7 @@ def refusal_words(*refusals: UserError) -> str:
 class FitLine:
     """A recipe's memory compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
 
-    ``place``: the device that the memory belongs to, as :func:`place_words` names it; empty to leave it out.
+    ``place``: name of the device with the available memory, from :func:`place_words`; empty to leave it out.
     """
 
     def __init__(self, label: str, verdict: Verdict, *, place: str = "", can_train: bool = True) -> None:
@@ -239,7 +243,7 @@ class FitLine:
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
         """Return the line. If there is room within ``width``, the line includes a bar of at most ``max_bar``
-        cells, and a note if the available memory is assumed.
+        cells, and the name of the device in parentheses.
         """
         figures, free = self._figures, width - self.least_width - 1
         if free >= len(self._note) + _MIN_BAR:
@@ -260,8 +264,8 @@ def place_words(budget: MemoryBudget) -> str:
 
 
 def assumed_words(budget: MemoryBudget, machine: MemoryBudget) -> tuple[str, ...]:
-    """Return variants of a note that estimates are for a GPU of an assumed size, longest first; empty if they
-    are for this machine.
+    """Return several wordings, longest first, of a note that says that the estimates are for a GPU of an
+    assumed size. Return an empty tuple if the estimates are for this machine.
 
     Args:
         budget: The memory that the recipe is compared with.
@@ -341,7 +345,9 @@ def verdict_style(verdict: RunVerdict) -> str:
 
 
 def verdict_content(verdict: RunVerdict) -> Content:
-    """Return the sentence of a verdict in its color, with the parts that warn in the color of warnings."""
+    """Return the sentence of a verdict in the verdict's color, except for cautions, which have the
+    warning color.
+    """
     content = Content.styled(verdict.sentence, verdict_style(verdict))
     for part in verdict.cautions:
         start = verdict.sentence.index(part)

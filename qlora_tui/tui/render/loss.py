@@ -44,7 +44,7 @@ SMOOTHED = "smoothed"
 STEP_DOTS = "· step"
 """Legend item for the loss of each step."""
 VALIDATION = "⠿"
-"""Marks an evaluation: the dots that the chart draws."""
+"""Symbol of an evaluation in the legend. It resembles the block of dots that the chart draws."""
 TRAINING_STYLE, VALIDATION_STYLE, FILL = "$training", "$validation", "$chart-fill"
 STEP_STYLE = "$text-muted dim"
 """Style of the dots for single steps, which are less visible than the smoothed curve."""
@@ -73,8 +73,9 @@ class LossFacts:
 
 
 def run_plot(facts: LossFacts) -> Plot:
-    """Return the chart of a run: the smoothed loss as a line, which is filled below if the axis begins at
-    zero, the loss of each step as a point, and the evaluations as marks joined by a dotted line.
+    """Return the chart of a run: the smoothed loss as a line, the loss of each step as a point, and the
+    evaluations as marks joined by a dotted line. The area under the smoothed loss is filled if the axis
+    begins at zero and the graph has many rows.
 
     The loss axis is scaled to the smoothed loss and the evaluations. Points outside the graph are left out.
     """
@@ -216,8 +217,8 @@ ON_ANY = Colors("#9a9a9a", "#2f7fb5", "#2e8b57", "#777777", "#777777", grid_opac
 
 
 def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) -> list[str]:
-    """Return the SVG shapes of a run's loss: a grid with labels in this font size, the losses, their running
-    mean, and the evaluations.
+    """Return the SVG shapes of a run's loss: a grid, labels in the font size ``size``, the losses, their
+    smoothed curve, and the evaluations.
     """
     steps, losses = list(view.series.step), list(view.series.loss)
     means = smooth(losses, smoothing_window(len(losses)))
@@ -263,8 +264,8 @@ def validation_lines(
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
     the last line has the number of those left out, and the first loss.
 
-    The largest change after the first change has a full bar, whichever lines fit. The first change has no
-    bar, since it is usually so large that no other bar would be visible.
+    The first change has no bar, since it is usually so large that no other bar would be visible. The other
+    bars are scaled to the largest change among the rest, even if the line of this change is left out.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.

@@ -39,8 +39,8 @@ def blocks(
 ) -> list[str]:
     """Return a column of blocks for each value, as ``height`` rows of characters, top row first.
 
-    ``low`` and ``high`` are the values of the lowest and the highest column. The lowest value still has a
-    visible column; None has an empty column. With ``is_apart``, the top eighth of the top row stays empty, so
+    ``low`` and ``high`` are the values of the shortest and the tallest column. The shortest column is still
+    visible, but None has an empty column. With ``is_apart``, the top eighth of the top row stays empty, so
     that stacked charts do not merge.
     """
     levels = height * 8 - is_apart
@@ -60,9 +60,9 @@ def blocks(
 def history(
     values: Sequence[float | None], low: float, high: float, height: int, style: str
 ) -> list[Content]:
-    """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the lowest
-    column, and a value of ``high`` the highest. The columns are partly transparent, because they fill most of
-    the chart. All rows have a background, which shows how high the columns could be.
+    """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the shortest
+    column, and a value of ``high`` the tallest. The columns are partly transparent, because they fill most of
+    the chart. All rows have a background, which shows the maximum height of a column.
     """
     rows = blocks(values, low, high, height, is_apart=True)
     return [Content.styled(row, f"{style} {_SOFT} {_TRACK_STYLE}") for row in rows]
@@ -93,8 +93,8 @@ def downsample(values: Sequence[float], columns: int) -> list[float | None]:
 
 
 def level_style(share: float) -> str:
-    """Return the color for a value, given as a fraction of its limit: the color of success below 0.8, of a
-    warning from 0.8 on, and of an error from 1 on.
+    """Return the color for a value, given as a fraction of its limit: the success color below 0.8, the
+    warning color from 0.8 to below 1, and the error color for 1 or more.
     """
     return "$success" if share < _FULL else "$warning" if share < 1 else "$error"
 

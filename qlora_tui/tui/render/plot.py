@@ -22,8 +22,8 @@ _LEAST_FILLED = 14
 would look like stairs.
 """
 LEAST_CHART = 7
-"""Minimum height of a graph with round labels, in lines: five rows, a legend and a scale of x. A lower graph
-has no scale of x, and its only labels are the lowest and the highest value.
+"""Minimum height of a graph with round labels, in lines: five rows, a legend and a scale of x. A shorter
+graph has no scale of x, and its only labels are the lowest and the highest value.
 """
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
@@ -221,9 +221,9 @@ class Mark:
 class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
-    A cell that several lines share shows the dots of all of them, but can have only one color. Where a line
-    has no cells of its own, its color alternates with the colors of the other lines. A dotted line has no
-    dots in the cells of marks and of other lines.
+    A cell that several lines share shows the dots of all of them, but can have only one color, which is
+    selected by :meth:`Canvas.color_shared_cells`. A dotted line has no dots in the cells of marks and of
+    other lines.
     """
 
     x: Axis
@@ -241,13 +241,13 @@ class Plot:
     dropped.
     """
     empty: str = ""
-    """Text to show instead of the graph if there is no curve."""
+    """Text to show instead of the graph if there are no curves and no marks."""
     gutter: int = 0
     """Minimum number of cells to the left of the graph, for aligning the x axes of stacked charts."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no curve, so that only the text ``empty`` is shown."""
+        """Whether only the text ``empty`` is shown, because there are no curves and no marks."""
         return bool(self.empty) and not self.marks and not any(curve.envelope.xs for curve in self.curves)
 
 
@@ -429,7 +429,7 @@ def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of:
 
 
 def _set_marks(canvas: Canvas, what: Plot) -> None:
-    """Draw the marks: first those without a symbol, which could otherwise hide a symbol."""
+    """Draw the marks. Those without a symbol are drawn first, so that they do not hide any symbols."""
     newest: dict[str, int] = {}
     for mark in sorted(what.marks, key=lambda mark: bool(mark.symbol)):
         if not (what.x.low <= mark.x <= what.x.high and math.isfinite(mark.y)):

@@ -87,7 +87,7 @@ class DecimatedSeries:
             level.shorten(self._most)
 
     def envelopes(self, low: float = -math.inf) -> list[Envelope]:
-        """Return the envelope of each column of values, from x = ``low`` on.
+        """Return the envelope of each column of values, without the values at an x below ``low``.
 
         An envelope has one point for each bucket. The buckets are the smallest for which the envelope does
         not exceed the maximum number of points. The newest values can add one point, because they do not
@@ -116,8 +116,8 @@ class DecimatedSeries:
         return envelopes
 
     def _resolution(self, low: float) -> tuple[int, int]:
-        """Return the index of the finest level that has few enough buckets from ``low`` on, and the index of
-        its first such bucket.
+        """Return the index of the finest level in which the buckets that end at or after ``low`` do not
+        exceed the maximum number of points, and the index of the first of these buckets to draw.
         """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
@@ -244,10 +244,12 @@ class _Level:
 
 @dataclass
 class _Moments:
-    """Weighted sums over points at distances d from a place that moves along x: of 1, d, d², y and d·y."""
+    """Weighted sums of 1, d, d², y and d·y over points (x, y). The distance d of a point is measured along x,
+    from a place that moves.
+    """
 
     beta: float
-    """Factor of a point's weight for each unit of distance."""
+    """Factor by which the weight of a point is multiplied for each unit of distance."""
     ones: float = 0.0
     d: float = 0.0
     dd: float = 0.0
@@ -255,7 +257,7 @@ class _Moments:
     dy: float = 0.0
 
     def move(self, step: float) -> None:
-        """Move the place by ``step``. The weights of all points fall with the size of the step."""
+        """Move the place by ``step``. The weight of each point is multiplied by ``beta ** abs(step)``."""
         fall = self.beta ** abs(step)
         self.dd = fall * (self.dd - 2 * step * self.d + step * step * self.ones)
         self.dy = fall * (self.dy - step * self.y)
@@ -277,17 +279,17 @@ def local_fits(
     weights: Sequence[float] | None = None,
     at: Sequence[float] | None = None,
 ) -> array[float]:
-    """Return for each point the height of a straight line, fitted to all points by weighted least squares
-    (local linear regression: Cleveland 1979, with exponential weights).
+    """For each point, fit a straight line to all points by weighted least squares, and return the heights of
+    these lines (local linear regression: Cleveland 1979, with exponential weights).
 
-    A point at distance d has the weight β^|d|, where β = 1 - 1 / window. A linear trend is reproduced
-    exactly, also at both ends, where a mean would lag behind it. Values that are not finite are skipped: the
-    result is NaN before the first finite value, and constant after the last one.
+    In each fit, a point at distance d has the weight β^|d|, where β = 1 - 1 / window. A linear trend is
+    reproduced exactly, even at both ends, where a mean would lag behind it. Values that are not finite are
+    skipped: the result is NaN before the first finite value, and constant after the last one.
 
     Args:
         xs: The x of each value, in ascending order.
         values: The values.
-        window: Width of the weights, in units of x, at least 1.
+        window: Width of the exponential weighting, in units of x; at least 1.
         weights: Additional weight of each value; 1 if None.
         at: The x at which the line of each point is evaluated; ``xs`` if None.
     """
@@ -312,7 +314,7 @@ def local_fits(
 
 
 def _line_at(before: _Moments, after: _Moments, distance: float) -> float:
-    """Return the height, at this distance, of the line fitted to the points of both moments."""
+    """Fit a line to the points of both moments, and return its height at this distance from their place."""
     ones, d, dd = before.ones + after.ones, before.d + after.d, before.dd + after.dd
     y, dy = before.y + after.y, before.dy + after.dy
     spread = dd - d * d / ones
@@ -333,7 +335,7 @@ _MIN_WINDOW, _MAX_WINDOW = 4, 100
 
 
 def smoothing_window(total_steps: int) -> float:
-    """Return the width of the weights that smooth a loss, in steps: a thirtieth of the run, to make the trend
-    visible.
+    """Return the ``window`` for smoothing a loss, in steps: a thirtieth of the run, but at least
+    ``_MIN_WINDOW`` and at most ``_MAX_WINDOW``.
     """
     return float(min(max(total_steps / 30, _MIN_WINDOW), _MAX_WINDOW))

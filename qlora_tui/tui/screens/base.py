@@ -99,8 +99,8 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
     EDITS_RECIPE: ClassVar[bool] = False
     """Whether the screen edits the recipe. If so, the recipe strip is shown below the top bar."""
     STRIP_TELLS: ClassVar[Literal["nothing", "problem", "step"]] = "step"
-    """What the recipe strip says if the model cannot be trained. A screen that shows this problem itself sets
-    ``nothing``.
+    """What the recipe strip says if the model cannot be trained: ``nothing``, the ``problem``, or the problem
+    and the ``step`` that solves it. Screens that show the problem themselves use ``nothing``.
     """
     IS_DENSE: ClassVar[bool] = False
     """Whether the panels need many rows. If so, they end with an empty row only in a window of at least

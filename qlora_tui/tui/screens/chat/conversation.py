@@ -1,5 +1,5 @@
-"""A conversation with a model. It loads the model in the engine, sends requests, and shows the answers in
-turns.
+"""A conversation with a model: loads the model in the engine, sends requests to it, and shows each prompt and
+its answers as a turn.
 """
 
 from __future__ import annotations
@@ -387,8 +387,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         have to allocate.
 
         Args:
-            status: Status of the run; None without a run. From its first step on, a run has allocated its
-                memory.
+            status: Status of the run; None without a run. A run that has begun its first step has already
+                allocated its memory.
             is_loaded: Whether the chat's model is already in memory.
         """
         source, machine = self.source, self.app.system_status
@@ -545,8 +545,8 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer. If the model was unloaded, the note says why; otherwise, it
-        says what was stopped. ``what``: the stopped activity, such as ``loading the model``.
+        """Return the note for a stopped answer. The note says why the model was unloaded, if the reason is
+        known; otherwise, it continues ``Stopped`` with ``what``, such as ``loading the model``.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")

@@ -205,8 +205,8 @@ class ChatSettingsScreen(ModalScreen[tuple[Sampling, str] | None]):
         self.action_apply()
 
     def action_earlier_prompt(self) -> None:
-        """Replace the system prompt with the next earlier prompt. After the last earlier prompt, restore the
-        text that was in the field at first.
+        """Replace the system prompt with the next prompt in the list of earlier prompts. After the last one,
+        restore the text that was in the field at first.
         """
         if self._earlier_prompts:
             field = self.query_one(TextArea)

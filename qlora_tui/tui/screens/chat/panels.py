@@ -77,7 +77,8 @@ _KINDS: dict[ChoiceKind, str] = {"pairs": "choices", "edits": "edits"}
 
 
 def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Content:
-    """Return a line with the name of the run or model, its adapters (reversed if they answer), and the state.
+    """Return a line with the name of the run or model, its adapters, and the state. The adapters that answer
+    are in reverse video.
 
     If the line is too long, the middle of the name is left out.
     """
@@ -294,8 +295,8 @@ def history_lines(
     now: float,
     width: int,
 ) -> list[Content]:
-    """Return lines with the transcript's path, if there is a transcript, the conversation in progress, and
-    the other saved conversations. ``now``: the current Unix time.
+    """Return lines with the transcript's path (if there is a transcript), the conversation in progress (if it
+    has turns), and the other saved conversations. ``now``: the current Unix time.
     """
     lines = [conversation_line(saved, now, width) for saved in others]
     if chat.turns:

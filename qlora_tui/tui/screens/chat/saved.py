@@ -1,5 +1,6 @@
-"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. Files of a run
-are in the run's folder. Files of a base model without a run are next to the runs' folders.
+"""Files saved from a chat: transcripts as Markdown, and conversations that can be continued. Files of a
+chat with a run are usually in the run's folder. Files of a chat with a base model alone are next to the
+folder of all runs. :func:`transcript_path` has the details.
 """
 
 from __future__ import annotations
