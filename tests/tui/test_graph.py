@@ -20,7 +20,6 @@ from qlora_tui.tui.render.columns import Column, table
 from qlora_tui.tui.render.loss import SMOOTHED, TRAINING_STYLE, VALIDATION_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.plot import (
     LEAST_CHART,
-    NOT_A_NUMBER,
     Axis,
     Curve,
     Mark,
@@ -33,6 +32,7 @@ from qlora_tui.tui.render.plot import (
 )
 from qlora_tui.tui.render.series import (
     MAX_POINTS,
+    NOT_A_NUMBER,
     DecimatedSeries,
     Envelope,
     local_fits,
@@ -228,11 +228,24 @@ def test_a_spike_has_one_column_in_graph_and_charts() -> None:
     assert tops == [tips[0]] * 2
 
 
-def test_a_graph_of_few_rows_is_a_line_between_its_lowest_and_highest_value() -> None:
-    _, top, *_, bottom, values = (line.rstrip() for line in drawn_with(80, 6))
-    assert "lr 1e-4" in values
-    assert top.split()[0] == "9.000" and bottom.split()[0] == "1.000"
-    assert bottom.endswith("⠤") or bottom[-1] in "⣀⣤"
+@pytest.mark.parametrize(("height", "width"), [(1, 78), (LEAST_CHART - 1, 78), (1, 60)])
+def test_below_five_rows_a_chart_is_one_line_of_words_and_blocks(height: int, width: int) -> None:
+    steps = [float(step) for step in range(1, 82)]
+    losses = [*(2.531 + 2.869 * (1 - step / 81) ** 3 for step in steps)]
+    evaluations = [(0, 5.006), (30, 2.9), (60, 2.781), (81, 2.784)]
+    facts = LossFacts(
+        x=Axis(0, 81, "step"),
+        loss=Envelope(),
+        mean_loss=Envelope.of_points(steps, losses),
+        last_mean=losses[-1],
+        evaluations=evaluations,
+        best=(60, 2.781),
+    )
+    words, *blank = (line.plain for line in plot(run_plot(facts), width, height))
+    assert len(blank) == height - 1 and not any(blank) and len(words) <= width
+    without = "train 5.295 → 2.531  val 5.006 → 2.784  ★ best 2.781 at 60"
+    assert re.sub(" [▁▂▃▄▅▆▇█]+", "", words) == without
+    assert (words == without) == (width == 60) and (width == 60 or "2.784 █▁▁▁  ★" in words)
 
 
 def test_a_small_change_of_the_loss_is_no_cliff_and_all_its_numbers_have_the_same_decimals() -> None:
@@ -342,7 +355,7 @@ def dots_of(lines: list[Content], style: str) -> dict[int, set[int]]:
     return dict(sorted(rows.items()))
 
 
-@pytest.mark.parametrize("height", range(5, 41))
+@pytest.mark.parametrize("height", range(LEAST_CHART, 41))
 def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_marks_are_not_flat(
     height: int,
 ) -> None:
@@ -351,16 +364,13 @@ def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_mark
     marks = tuple(Mark(*point, "blue", "★" if point == points[3] else "") for point in points)
     shown = Plot(Axis(0, 60), Axis(2, 6), (curve,), marks)
     lines = plot(shown, 90, height)
-    is_low = height < LEAST_CHART
-    body = lines[1:] if is_low else lines[1:-1]
+    body = lines[1:-1]
     labels = {
         row: float(found[1])
         for row, line in enumerate(body)
         if (found := re.match(r" *(\d+\.?\d*) ", line.plain))
     }
     (top, high), *_, (bottom, low) = labels.items()
-    if is_low:
-        low, high = min(y for _, y in points), max(y for _, y in points)
     blocks, line = dots_of(body, "blue"), dots_of(body, "red")
     (star,) = ((each.plain.index("★"), row) for row, each in enumerate(body) if "★" in each.plain)
     blocks = dict(sorted({**blocks, star[0]: set(range(4 * star[1], 4 * star[1] + 4))}.items()))
@@ -368,11 +378,7 @@ def test_a_mark_holds_the_row_of_dots_of_its_value_and_lines_between_unlike_mark
     rows = []
     for dots, (_, value) in zip(blocks.values(), points, strict=True):
         assert len(dots) <= 4 and max(dots) - min(dots) < 4
-        exact = (high - value) / (high - low)
-        if is_low:
-            exact *= 4 * len(body)
-        else:
-            exact = 4 * (top + 0.5 + exact * (bottom - top))
+        exact = 4 * (top + 0.5 + (high - value) / (high - low) * (bottom - top))
         rows.append(exact)
         assert min(dots) - 1e-6 <= exact <= max(dots) + 1 + 1e-6
     for (here, there), (left, right) in zip(pairwise(rows), pairwise(blocks), strict=True):

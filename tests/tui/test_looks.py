@@ -59,7 +59,7 @@ def keys(pressed: str, *texts: str, screen: tuple[str, str] | None = None) -> Be
 def home(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
     three_runs()
     save_ui_state(last_seen=BEGAN - 1000)
-    return QloraApp(), keys("", "while you were away", "tickets-b", "poems-c")
+    return QloraApp(), keys("", "while you were away", "tickets-b")
 
 
 def models(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:

@@ -28,7 +28,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import result_label
-from qlora_tui.tui.render.loss import summary_lines, summary_plot
+from qlora_tui.tui.render.loss import summary_plot
 from qlora_tui.tui.render.meters import downsample
 from qlora_tui.tui.screens import run_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
@@ -189,15 +189,6 @@ def test_a_run_that_saved_nothing_offers_no_export() -> None:
     assert summary_plot(summary).empty == "The run ended before its first step."
     queued = replace(summary, status=structs.replace(summary.status, state="queued"))
     assert summary_plot(queued).empty == "No steps yet."
-
-
-@pytest.mark.parametrize("height", [2, 6, 7])
-def test_a_chart_of_few_rows_has_the_lowest_and_the_highest_loss_as_labels(height: int) -> None:
-    summary = summarize(write_fake_run(FakeRun(state="finished", steps=300, total=300)))
-    head, *rows = (line.plain for line in summary_lines(summary, 76, height))
-    assert len(rows) == height - 1 and head.lstrip().startswith("loss  ━ smoothed")
-    labels = [float(row[:5]) for row in rows if row[:5].strip()]
-    assert height != 6 or (len(labels) == 2 and labels[0] == 2.71 and 1 < labels[1] < 2)
 
 
 def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:

@@ -17,7 +17,6 @@ from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
 from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
-    NOT_A_NUMBER,
     Axis,
     Curve,
     Mark,
@@ -29,7 +28,7 @@ from qlora_tui.tui.render.plot import (
     so_far,
     ticks,
 )
-from qlora_tui.tui.render.series import Envelope, smooth, smoothing_window
+from qlora_tui.tui.render.series import NOT_A_NUMBER, Envelope, smooth, smoothing_window
 
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
@@ -83,6 +82,7 @@ def run_plot(facts: LossFacts) -> Plot:
     validation = Envelope.of_points([float(step) for step, _ in shown], [loss for _, loss in shown])
     reach = overall([facts.mean_loss, validation]) or overall([facts.loss])
     y = loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss")
+    legend, notes = _legend(facts)
     style = f"{VALIDATION_STYLE} bold"
     marks = [Mark(step, loss, style) for step, loss in shown if (step, loss) != facts.best]
     if facts.best is not None:
@@ -92,22 +92,46 @@ def run_plot(facts: LossFacts) -> Plot:
         y=y,
         curves=(
             Curve(facts.loss, "loss", STEP_STYLE, look="points"),
-            Curve(facts.mean_loss, SMOOTHED, TRAINING_STYLE, fill=FILL),
-            Curve(validation, "validation", VALIDATION_STYLE, look="dotted"),
+            Curve(
+                facts.mean_loss,
+                SMOOTHED,
+                TRAINING_STYLE,
+                words=_from_to("train", facts.mean_loss, facts.last_mean),
+                fill=FILL,
+            ),
+            Curve(
+                validation,
+                "validation",
+                VALIDATION_STYLE,
+                words=_from_to("val", validation, shown[-1][1] if shown else None),
+                look="dotted",
+            ),
         ),
         marks=tuple(marks),
-        legend=_legend(facts),
+        legend=legend,
+        notes=notes,
         empty=facts.empty,
     )
 
 
-def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
-    """Return (text, style) items for the legend, with the newest values. The most important item is first."""
+def _from_to(name: str, losses: Envelope, last: float | None) -> str:
+    """Return the first and the last loss of a curve, such as ``val 5.006 → 2.784``; empty without losses."""
+    first = next((low for low in losses.lows if low < math.inf), None)
+    if first is None or last is None:
+        return ""
+    return f"{name} {format_loss(first)} → {format_loss(last)}"
+
+
+def _legend(facts: LossFacts) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
+    """Return (text, style) items for the legend, with the newest values, the most important item first; and
+    those of them that are not about a curve.
+    """
     items: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
     if facts.last_mean is not None:
         items.append((f"━ smoothed {format_loss(facts.last_mean)}", f"{TRAINING_STYLE} bold"))
     if any(facts.loss.broken):
-        items.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
+        notes.append((f"{NOT_A_NUMBER} not a number", "$error bold"))
     last = facts.evaluations[-1] if facts.evaluations else None
     if facts.best is not None:
         step, loss = facts.best
@@ -115,12 +139,13 @@ def _legend(facts: LossFacts) -> tuple[tuple[str, str], ...]:
         style = f"{VALIDATION_STYLE} bold"
         if facts.loss_to_beat is not None:
             text, style = f"{text}, {format_loss(facts.loss_to_beat)} before training", "$warning bold"
-        items.append((text, style))
+        notes.append((text, style))
+    items += notes
     if last is not None:
         items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
     if facts.loss.xs:
         items.append((STEP_DOTS, "dim"))
-    return (*items, *facts.more)
+    return (*items, *facts.more), (*notes, *facts.more)
 
 
 def mean_losses(summary: RunSummary) -> Sequence[float]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from textual.content import Content
 
-from qlora_tui.tui.render.plot import NOT_A_NUMBER
+from qlora_tui.tui.render.series import NOT_A_NUMBER
 
 _COLUMN_EIGHTHS = " ▁▂▃▄▅▆▇█"
 _BROKEN = -1

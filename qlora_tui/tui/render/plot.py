@@ -13,7 +13,8 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_loss
 from qlora_tui.tui.render.canvas import DOTS_HIGH, DOTS_WIDE, Canvas, Look
-from qlora_tui.tui.render.series import Envelope
+from qlora_tui.tui.render.meters import blocks, downsample
+from qlora_tui.tui.render.series import NOT_A_NUMBER, Envelope
 
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
@@ -22,9 +23,11 @@ _LEAST_FILLED = 14
 would look like stairs.
 """
 LEAST_CHART = 7
-"""Minimum height of a graph with round labels, in lines: five rows, a legend and a scale of x. A shorter
-graph has no scale of x, and its only labels are the lowest and the highest value.
+"""Minimum height of a graph, in lines: five rows, a legend and a scale of x. In fewer lines, the curves are
+described in words.
 """
+_MIN_SPARK, _MAX_SPARK = 4, 24
+"""Minimum and maximum width of the blocks after a curve's words, in cells."""
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _FEW_LABELS = 1.2
@@ -44,7 +47,6 @@ _EPSILON = 1e-12
 """Minimum magnitude of the values and of the range of an axis, so that its arithmetic stays finite."""
 _LEAST_SPAN = 0.05
 """Minimum range of a loss axis relative to the loss."""
-NOT_A_NUMBER = "×"
 """Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
@@ -199,6 +201,8 @@ class Curve:
     """A symbol that is repeated along the curve, so that curves can be told apart without color; empty for
     none.
     """
+    words: str = ""
+    """Text that takes the place of the curve in a chart of few rows; empty to leave the curve out."""
     look: Look = "line"
     fill: str = ""
     """Color of the area under the curve; empty for none. An area is drawn only in a graph of many rows
@@ -240,6 +244,8 @@ class Plot:
     """(text, style) items for the line above the graph. If they do not all fit, the last items are
     dropped.
     """
+    notes: tuple[tuple[str, str], ...] = ()
+    """(text, style) items of the legend that are also shown in a chart of few rows."""
     empty: str = ""
     """Text to show instead of the graph if there are no curves and no marks."""
     gutter: int = 0
@@ -257,24 +263,25 @@ def no_plot(text: str) -> Plot:
 
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
-    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and, if
-    ``height`` is at least ``LEAST_CHART``, the scale of x below.
+    """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and the
+    scale of x below. If ``height`` is less than ``LEAST_CHART``, the first line has the curves in words, and
+    the other lines are blank.
 
     A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a gap
     without finite values.
     """
     if what.is_empty:
         return _nothing(what, width, height)
-    has_foot = height >= LEAST_CHART
-    rows = max(2, height - 1 - has_foot)
-    y, labels = _even(what.y, rows) if has_foot else _ends(what, rows)
+    if height < LEAST_CHART:
+        return _in_words(what, width, height)
+    rows = height - 2
+    y, labels = _even(what.y, rows)
     what = replace(what, y=y)
     labels_end = max(map(len, labels.values()), default=0) + 1
     gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
     canvas = Canvas(columns, rows)
-    if has_foot:
-        canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
+    canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
     dotted = [curve for curve in what.curves if curve.look == "dotted"]
     for curve in what.curves:
         if curve not in dotted:
@@ -288,9 +295,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
-    if has_foot:
-        lines.append(_foot(what, gutter, columns))
-    return lines[:height]
+    return [*lines, _foot(what, gutter, columns)]
 
 
 def _nothing(what: Plot, width: int, height: int) -> list[Content]:
@@ -300,24 +305,32 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
     return lines
 
 
-def _ends(what: Plot, rows: int) -> tuple[Axis, dict[int, str]]:
-    """Return the axis of a graph with few rows, and its labels by row. The lowest and the highest value of
-    the lines and marks are at the bottom and at the top of the graph, and are its only labels.
+def _in_words(what: Plot, width: int, height: int) -> list[Content]:
+    """Return ``height`` lines that are blank except for the first one. It has the words of each curve, with
+    the curve as blocks after its words, and the notes: ``train 5.399 → 2.531 ▇▄▂▁  ★ best 2.781 at 60``.
     """
-    y = what.y
-    reach = overall(
-        [
-            *(curve.envelope for curve in what.curves if curve.look != "points"),
-            Envelope.of_points([mark.x for mark in what.marks], [mark.y for mark in what.marks]),
-        ]
-    )
-    low, high = (min(max(value, -_FAR), _FAR) for value in reach or (0.0, 0.0))
-    if high - low > max(_LEAST_SPAN * max(abs(low), abs(high)), _EPSILON):
-        y = replace(y, low=low, high=high)
-    span = y.high - y.low
-    labels = {0: y.text(y.high, span / 10), rows - 1: y.text(y.low, span / 10)}
-    # The ends of an axis are in the middle of a row.
-    return replace(y, low=y.low + span / 2 / rows, high=y.high - span / 2 / rows), labels
+    curves = [curve for curve in what.curves if curve.words and curve.envelope.low is not None]
+    texts = [*(curve.words for curve in curves), *(text for text, _ in what.notes)]
+    room = width - sum(len(text) + 2 for text in texts)
+    drawn = max(0, min(len(curves), (room + 2) // (_MIN_SPARK + 1)))
+    cells = min(_MAX_SPARK, (room + 2) // drawn - 1) if drawn else 0
+    items = []
+    for number, curve in enumerate(curves):
+        spark = f" {_spark(curve.envelope, cells)}" if number < drawn else ""
+        items.append((curve.words + spark, curve.style))
+    line = Content("")
+    for text, style in (*items, *what.notes):
+        item = Content.styled(text, style)
+        line = Content("  ").join(filter(None, (line, item)))
+    return [line, *[Content("")] * (height - 1)]
+
+
+def _spark(envelope: Envelope, cells: int) -> str:
+    """Return a curve as at most ``cells`` blocks, from its lowest to its highest value."""
+    low, high = envelope.low or 0.0, envelope.high or 0.0
+    ends = zip(envelope.lows, envelope.highs, envelope.broken, strict=True)
+    values = [math.nan if broken else (least + most) / 2 for least, most, broken in ends]
+    return blocks(downsample(values, min(cells, len(values))), low, high, 1)[0]
 
 
 def _even(y: Axis, rows: int) -> tuple[Axis, dict[int, str]]:

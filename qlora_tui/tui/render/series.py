@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from operator import add, or_
 
+NOT_A_NUMBER = "×"
+"""Symbol of a value that is not finite."""
 MAX_POINTS = 640
 """Maximum number of points in an envelope: about the number of dots across a wide terminal."""
 

@@ -40,6 +40,8 @@ _SIDE, _WIDE_SIDE = 42, 60
 """Width of the right column, in cells: in most windows, and in a very wide window. The style sheet has the
 same widths.
 """
+_MAX_RECENT, _MAX_RECENT_IF_COMPACT = 12, 4
+"""Maximum height of the panel with earlier runs, in rows, if there is room for a chart."""
 _FRAME = 5
 """Width of a panel's border, padding and scroll bar, in cells."""
 _SHORT_FRAME = 3
@@ -82,9 +84,6 @@ class HomeScreen(WorkScreen):
         #recent-runs, #numbers {
             height: auto;
         }
-        #recent-panel {
-            max-height: 12;
-        }
         #way-panel, &.-first #run-panel {
             display: none;
         }
@@ -112,8 +111,16 @@ class HomeScreen(WorkScreen):
                 margin-top: 0;
                 min-height: 1;
             }
-            #recent-panel {
-                max-height: 4;
+            &.-low {
+                #run-panel {
+                    height: auto;
+                }
+                #run-graph {
+                    height: 1;
+                }
+                #recent-panel {
+                    height: 1fr;
+                }
             }
             &.-first #home-parts {
                 min-height: 0;
@@ -477,6 +484,27 @@ class HomeScreen(WorkScreen):
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
         self.query_one("#recent-runs", Drawing).show(recent)
+        self.call_after_refresh(self._divide_rows)
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        self.call_after_refresh(self._divide_rows)
+
+    def _divide_rows(self) -> None:
+        """Divide the rows below the run's text between its chart and the earlier runs. If a chart and one
+        earlier run do not both fit, the chart is one line.
+        """
+        from qlora_tui.tui.render.plot import LEAST_CHART
+
+        panel, graph = self.query_one("#run-panel"), self.query_one("#run-graph")
+        recent = self.query_one("#recent-panel")
+        taken = panel.gutter.height + panel.styles.margin.height + graph.styles.margin.height
+        rows = self.query_one("#home-main").size.height - taken - self.query_one("#run").size.height
+        least = recent.gutter.height + recent.styles.margin.height + 1 if recent.display else 0
+        is_low = rows < LEAST_CHART + least
+        most = _MAX_RECENT_IF_COMPACT if self._layout(self.size).is_compact else _MAX_RECENT
+        self.set_class(is_low, "-low")
+        recent.styles.max_height = max(1, rows) if is_low else min(most, rows - LEAST_CHART)
 
 
 def _save_last_seen() -> None:

@@ -145,7 +145,7 @@ def compare_plot(compared: Sequence[ComparedRun]) -> Plot:
         x=so_far(most, most, "tokens"),
         y=loss_axis(*reach) if reach else Axis(0.0, 1.0, "loss"),
         curves=tuple(
-            Curve(one.envelope, one.name, style, mark)
+            Curve(one.envelope, one.name, style, mark, words=f"{mark} {one.name}")
             for one, style, mark in zip(compared, _STYLES, MARKS, strict=False)
         ),
         legend=(("(training, smoothed)", "dim"),),

@@ -24,7 +24,7 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import bare_key, highlight_keys, name_keys
 from qlora_tui.tui.render.columns import hanging
-from qlora_tui.tui.render.plot import no_plot, plot
+from qlora_tui.tui.render.plot import LEAST_CHART, no_plot, plot
 from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
@@ -89,6 +89,10 @@ _EMPTY = {
 _ANSWER_NOW = " Press {train.sample} to answer them now."
 
 
+_LEAST_LOG = 3
+"""Minimum height of the log's panel, in rows; the style sheet has it too."""
+
+
 class LivePane(Vertical):
     """The panels for one run: header, graph and log, and next to them GPU, health, setup and evaluations."""
 
@@ -144,6 +148,15 @@ class LivePane(Vertical):
         self._show_graph(snapshot, from_step)
         self._show_side(snapshot)
         self.show_tab(self._front)
+        self.call_after_refresh(self._divide_rows)
+
+    def _divide_rows(self) -> None:
+        """If the graph and the log do not both fit, give all rows to the log except for one line of the loss
+        and one of the other values.
+        """
+        panel = self.query_one("#graph-panel", Panel)
+        least = LEAST_CHART + 1 + panel.gutter.height + panel.styles.margin.height
+        self.set_class(self.query_one("#live-main").size.height < least + _LEAST_LOG, "-low")
 
     def _show_graph(self, snapshot: RunSnapshot, from_step: float) -> None:
         starting = is_starting(snapshot)
@@ -215,8 +228,9 @@ class LivePane(Vertical):
         )
 
     def on_resize(self) -> None:
-        """Fit the log's title to the new width."""
+        """Fit the log's title to the new width, and the graph to the new height."""
         self.call_after_refresh(self._show_log_title)
+        self.call_after_refresh(self._divide_rows)
 
     def next_tab(self, places: int) -> None:
         """Show the tab that is ``places`` to the right of the current tab. Wrap around at either end."""
