@@ -15,7 +15,7 @@ from textual.containers import Vertical
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.chat.chat_types import Effect, GenerationResult
+from qlora_tui.chat.chat_types import Effect, GenerationResult, Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import (
     format_bytes,
@@ -94,10 +94,12 @@ def session_line(name: str, pair: AdapterPair, state: str, width: int) -> Conten
     return Content.styled(name, "bold") + rest
 
 
-def loaded_text(ready: ChatReady) -> str:
+def loaded_text(ready: ChatReady, *, is_brief: bool) -> str:
     """Return the device, dtype, memory and context of a loaded model, such as ``RTX 4090 bfloat16, 5.2 GiB,
-    context 32,768``.
+    context 32,768``. If ``is_brief``, return only the memory: ``loaded, 5.2 GiB``.
     """
+    if is_brief:
+        return f"loaded, {format_bytes(ready.memory_bytes)}"
     return (
         f"{ready.device} {ready.dtype}, {format_bytes(ready.memory_bytes)}, context {ready.context_tokens:,}"
     )
@@ -177,6 +179,12 @@ def session_rows(chat: Conversation) -> list[tuple[str, str, str]]:
         ("seed", seed or "random", f"seed {seed}" if seed else ""),
         ("system", system_prompt or "none", f"system: {system_prompt}" if system_prompt else ""),
     ]
+
+
+def has_default_settings(chat: Conversation) -> bool:
+    """Return whether both adapters answer with default settings, and no answer was judged."""
+    is_changed = chat.thinking != "auto" or chat.sampling != Sampling() or chat.pair.shown != "both"
+    return not is_changed and not chat.system_prompt and not any(chat.choice_counts.values())
 
 
 def sampling_line(chat: Conversation, transcript: Path | None, width: int) -> Content:

@@ -46,6 +46,7 @@ from qlora_tui.tui.screens.chat.panels import (
     ChatSide,
     Suggested,
     effect_text,
+    has_default_settings,
     loaded_text,
     prompt_title,
     sampling_line,
@@ -570,7 +571,10 @@ class ChatScreen(WorkScreen):
         if not self.query_one(PromptBox).text:
             self._show_prompt_length(None)
         self.query_one("#prompt-panel").display = has_source
-        self.query_one("#sampling-line").display = has_source and not has_side
+        # A short window has a row for the settings before the first message, and later if one was changed.
+        is_short = self.size.height < TALL_CELLS
+        has_facts = is_start or not is_short or not has_default_settings(chat)
+        self.query_one("#sampling-line").display = has_source and not has_side and has_facts
         unloaded = unloaded_text(chat, self.app.system_status.loaded_server)
         self.query_one("#unloaded", Lines).show(Content.styled(unloaded, "$warning"))
         self.query_one("#unloaded").display = bool(unloaded)
@@ -578,7 +582,7 @@ class ChatScreen(WorkScreen):
         if not has_source:
             panel.show_title("Chat")
             return
-        loaded = "loaded" if has_side or not chat.ready else loaded_text(chat.ready)
+        loaded = "loaded" if has_side or not chat.ready else loaded_text(chat.ready, is_brief=is_short)
         state = doing or (loaded if chat.ready else "not loaded yet")
         if self.search:
             matching = sum(turn.contains(self.search) for turn in chat.turns)

@@ -51,7 +51,7 @@ _FEW, _MANY, _MOST = 4, 8, 12
 """Number of starter prompts before the first message: at least ``_FEW``, and at most ``_MANY`` or, in a tall
 window, ``_MOST``.
 """
-_LATER, _MANY_LATER = 2, 3
+_LATER, _MANY_LATER = 1, 3
 """Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
