@@ -114,8 +114,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         _about(
             "Hours",
-            "When runs train: 23:00-07:00, sat-sun. Days without a time are whole days. Outside of these "
-            "hours, a run saves, frees the GPU, and later continues by itself. Empty: always.",
+            "Hours in which runs train, such as 23:00-07:00, sat-sun. A day without hours means the "
+            "whole day. Outside of these hours, a run saves, frees the GPU, and later continues by itself. "
+            "Empty: always.",
         ),
     ] = ""
     yields: Annotated[
@@ -130,16 +131,16 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Annotated[int, Meta(ge=40, le=110)] | None,
         _about(
             "Maximum temperature, °C",
-            "Temperature of the GPU above which a run rests between two micro-batches. Empty: only the "
-            "driver's limit applies.",
+            "GPU temperature above which a run rests between micro-batches. Empty: only the driver's limit "
+            "applies.",
         ),
     ] = None
     max_power_w: Annotated[
         Annotated[int, Meta(ge=20, le=2000)] | None,
         _about(
             "Maximum power, W",
-            "Mean power of the GPU above which a run rests between two micro-batches. Empty: only the "
-            "driver's limit applies.",
+            "Mean GPU power above which a run rests between micro-batches. Empty: only the driver's limit "
+            "applies.",
         ),
     ] = None
     price_per_kwh: Annotated[

@@ -65,9 +65,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         about(
             "GPUs",
-            "GPUs of this machine that share the micro-batches of each step; what is learned stays the same. "
-            "Each holds the whole model. 0: all of them.",
-            "The same on each GPU as on one.",
+            "Number of GPUs of this machine that share the micro-batches of each step. Each GPU holds the "
+            "whole model, and the result stays the same. 0: all GPUs.",
+            "On each GPU, the same as on a single GPU.",
             ge=0,
             le=64,
         ),

@@ -178,7 +178,7 @@ class Link:
             raise self.unreachable().replace(
                 title=f"{self.box.name} has not confirmed the request",
                 why="The request was sent, and the connection dropped before the answer.",
-                fix="Wait: the app repeats the request once the box answers, and then shows the outcome.",
+                fix="Wait: as soon as the box answers, the app repeats the request and shows the outcome.",
             )
         self._requests.pop(call.id, None)
         assert request.reply is not None
@@ -310,7 +310,7 @@ class Link:
         channel.write(messages.line(Known(self._mirror.known())))
         while line := channel.output.readline(messages.LONGEST_LINE_BYTES):
             if len(line) == messages.LONGEST_LINE_BYTES:
-                raise _not_understood(self.box.name, "A line of the response has no end.")
+                raise _not_understood(self.box.name, "A line of the response is too long.")
             self._heard_at = time.monotonic()
             match messages.from_box_decoder.decode(line):
                 case Hello() as hello:
@@ -402,7 +402,7 @@ def work_on(box: Box) -> Link:
 
 def _stamp(path: Path) -> Stamp:
     """Return names, sizes and times of a file or of a folder's files, to detect changes. Raises UserError."""
-    with disk_problems("The data could not be read", path, "Check the path and your permission."):
+    with disk_problems("The data could not be read", path, "Check the path and its permissions."):
         files = uploads.files_of(path)
         statuses = [(str(file), file.stat()) for file in files]
     return tuple((name, status.st_size, status.st_mtime_ns) for name, status in statuses)

@@ -144,7 +144,7 @@ def _inside(path: str) -> PurePosixPath:
         raise UserError(
             "The box sent a path outside its runs",
             what=f"{path!r} points outside the runs folder.",
-            fix="Do not work on this box: its qlora-tui may have been manipulated.",
+            fix="Do not work on this box: its copy of qlora-tui may have been tampered with.",
         )
     return inside
 

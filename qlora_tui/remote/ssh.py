@@ -218,11 +218,11 @@ def install_command_there(box: str) -> str:
 
 
 def _no_program(box: str, words: list[str]) -> UserError:
-    fix = f"Install this version there: `{install_command_there(box)}`, or as docs/install.md says."
+    fix = f"Install this version there: `{install_command_there(box)}`, or follow docs/install.md."
     if len(words) < 4:
         return UserError(
             f"qlora-tui is not installed on {box}",
-            what=f"{box} answers, but there is no command qlora-tui in its PATH or in ~/.local/bin.",
+            what=f"{box} answers, but the command qlora-tui is neither in its PATH nor in ~/.local/bin.",
             fix=fix,
         )
     return UserError(
@@ -261,6 +261,6 @@ def sockets_dir() -> Path:
         raise UserError(
             "No safe folder for the connection",
             what=f"{folder} belongs to another user, or other users have access to it.",
-            fix=f"Delete the folder, or `chmod 700 {folder}`.",
+            fix=f"Delete the folder, or run `chmod 700 {folder}`.",
         )
     return folder

@@ -67,7 +67,7 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
     """
     # The name of "." is the name of its folder.
     path = path.resolve() if path.name in ("", "..") else path
-    with disk_problems("The data could not be read", path, "Check the path and your permission."):
+    with disk_problems("The data could not be read", path, "Check the path and its permissions."):
         offers = list(_offers(path))
     channel = box.open_program("store", "receive")
     total, done, place = sum(offer.size for _, offer in offers), 0, ""
@@ -101,9 +101,9 @@ def send(box: Box, path: Path, on_progress: Callable[[int, int], object] = lambd
 
 def _changed(file: Path) -> UserError:
     return UserError(
-        "The data changed while it was sent",
+        "The data changed while it was being sent",
         what=f"{file} changed between the first reading and the transfer.",
-        fix="Try again when no program writes to this file.",
+        fix="Try again when no program is writing to this file.",
     )
 
 

@@ -185,7 +185,7 @@ def recipe_of_adapter(folder: Path) -> Recipe | None:
 
 def _missing(init_from: str, what: str) -> UserError:
 
-    fix = "Name a finished run or an adapter's folder, such as a checkpoint."
+    fix = "Specify a finished run or the folder of an adapter, such as a checkpoint."
     for each in trashed_runs():
         if each.run.id in (init_from, *Path(init_from).parts):
             what = f"{what} {each.run.name} is in the trash."
@@ -299,7 +299,7 @@ def check_deletable(run: RunDir) -> None:
         raise UsageError(
             "The run has not ended",
             what=f"{run.name} is {status.state}.",
-            fix=f"Stop it first: s on Train, or `qlora-tui stop {run.id}`.",
+            fix=f"Stop it first: press Z on the Train screen, or run `qlora-tui stop {run.id}`.",
         )
     if is_locked(run.trainer_lock_path):
         raise UsageError(
@@ -313,7 +313,7 @@ def check_deletable(run: RunDir) -> None:
 def uses_of(run: RunDir) -> list[str]:
     """Return descriptions of what uses an ended run, as clauses to show before the run is deleted."""
     uses = [
-        f"{other.name}, which is queued, starts from its adapter"
+        f"{other.name}, which is queued, starts from this run's adapter"
         for other in (RunDir(paths.runs_dir() / name) for name in run_queue.waiting())
         if _starts_from(other, run)
     ]
@@ -446,7 +446,7 @@ def _find(run_id: str) -> RunDir:
     if len(matches) == 1:
         return matches[0]
     what = (
-        f"{len(matches)} deleted runs begin with '{run_id}'."
+        f"The ids or names of {len(matches)} deleted runs begin with '{run_id}'."
         if matches
         else f"'{run_id}' is not in the trash."
     )

@@ -200,7 +200,7 @@ def reopen(run: RunDir, damage: str) -> str:
     resume = f"`qlora-tui resume {run.id}`"
     lost = Failed(
         title="The adapter was lost",
-        what=f"The run finished, but its adapter was found damaged later: {damage}.",
+        what=f"The run finished, but its adapter was later found to be damaged: {damage}.",
         fix=f"{resume} writes it again from the last checkpoint.",
         kind="lost",
     )

@@ -298,7 +298,7 @@ def unknown_lines(number: int) -> str:
     lines = "1 line is" if number == 1 else f"{number:,} lines are"
     return (
         f"{lines} not shown: another version of qlora-tui wrote them, or they are damaged. "
-        "`qlora-tui runs check` says which."
+        "`qlora-tui runs check` reports damaged lines."
     )
 
 

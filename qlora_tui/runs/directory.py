@@ -309,7 +309,8 @@ def find_run(name: str) -> RunDir:
     if matches:
         raise UsageError(
             "Which run?",
-            what=f"{len(matches)} runs begin with '{name}': {', '.join(r.id for r in matches[:5])}.",
+            what=f"The ids or names of {len(matches)} runs begin with '{name}': "
+            f"{', '.join(r.id for r in matches[:5])}.",
             fix="Type more of the name.",
         )
     if name == LAST:

@@ -375,7 +375,7 @@ def check_queue(machine: Machine) -> Check:
     if unreadable := check_settings():
         return replace(unreadable[0], kind=CheckKind.QUEUE)
     if not ahead and (hold := closed_hours(current_settings(), Clock())):
-        fix = "`--now`, or `N` on Train, starts it anyway."
+        fix = "`--now`, or `N` on the Train screen, starts it anyway."
         return Check(CheckKind.QUEUE, "note", f"The run waits {hold_words(hold)}.", fix)
     if not ahead:
         return Check(CheckKind.QUEUE, "ok", "No other run: this run starts at once.")
@@ -390,8 +390,7 @@ def check_settings() -> list[Check]:
     if problem is None:
         return []
     text = (
-        "The settings for training hours and for pausing while other programs use the GPU cannot be read. "
-        f"{problem.what}"
+        f"The settings for training hours and for yielding to other programs cannot be read. {problem.what}"
     )
     return [Check(CheckKind.SETTINGS, "warning", text, problem.fix)]
 
@@ -434,7 +433,7 @@ def check_suspending() -> Check:
     if shutil.which(INHIBITOR) is not None:
         return Check(CheckKind.SUSPENDING, "ok", "systemd is asked not to suspend while a run trains")
     text = f"The machine may suspend while a run trains: there is no `{INHIBITOR}`."
-    return Check(CheckKind.SUSPENDING, "note", text, "Turn off suspending while runs train.")
+    return Check(CheckKind.SUSPENDING, "note", text, "Turn off automatic suspend while runs train.")
 
 
 def check_logout() -> list[Check]:
@@ -450,7 +449,10 @@ def check_logout() -> list[Check]:
     if kills != "b true" or f'"{getpass.getuser()}"' in excluded:
         return [Check(CheckKind.LOGOUT, "ok", "runs continue after you log out")] if answer else []
     text = "systemd ends your runs when you log out (KillUserProcesses=yes in logind.conf)."
-    fix = f"Run `loginctl enable-linger` once, and start with `systemd-run --user --scope {PROGRAM}`."
+    fix = (
+        "Run `loginctl enable-linger` once, and start the program with "
+        f"`systemd-run --user --scope {PROGRAM}`."
+    )
     return [Check(CheckKind.LOGOUT, "warning", text, fix)]
 
 

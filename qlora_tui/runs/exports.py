@@ -195,7 +195,7 @@ def cancel_export(export: Export) -> None:
     if process is None or not terminate(process):
         raise UserError(
             "The export could not be canceled",
-            what="The process of the export has not started yet, or runs on another machine.",
+            what="The export process has not started yet, or is running on another machine.",
             fix="Try again in a moment.",
         )
 

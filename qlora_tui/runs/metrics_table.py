@@ -71,7 +71,7 @@ def save_run(
         raise UsageError(
             "Unknown kind of file",
             what=f"{file.name} ends neither {neither}.",
-            fix=f"Name a file such as {example}.",
+            fix=f"Use a file name such as {example}.",
         )
     view = RunView(run)
     view.refresh()

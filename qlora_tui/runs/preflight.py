@@ -264,7 +264,7 @@ def _checks_of_gpus(recipe: Recipe, gpus: Sequence[GpuDevice]) -> list[Check]:
     """Report the GPUs of a run on several GPUs, and micro-batches that leave some of them idle."""
     count, checks = len(gpus), [check_gpus(gpus)]
     if (shares := recipe.training.gradient_accumulation) % count:
-        text = f"{shares} micro-batches per step leave some of {count} GPUs idle."
+        text = f"{shares} micro-batches per step leave some of the {count} GPUs idle."
         fix = f"Set Gradient accumulation (training.gradient_accumulation) to a multiple of {count}."
         more = -(-shares // count) * count
         rounded = SuggestedFix(
@@ -366,8 +366,8 @@ def _memory(
             fix = "See the Memory screen for the cheapest fix, or run `qlora-tui estimate`."
             if machine.gpu_choice:
                 fix += (
-                    " Each GPU of a run on several GPUs holds the whole model. A model "
-                    "larger than a GPU needs streamed layers (quantization.streamed_layers)."
+                    " Each GPU of a run on several GPUs holds the whole model. A model that does not "
+                    "fit on one GPU needs streamed layers (quantization.streamed_layers)."
                 )
             changes = cheapest_changes(recipe, files.architecture, budget.bytes, device=budget.device)
             cheapest = SuggestedFix(changes[0].label, changes=changes[0].settings) if changes else None

@@ -256,14 +256,14 @@ def suggest_settings(recipe: Recipe) -> str:
     change = changes[0]
     cost = f" ({change.cost})" if change.cost else ""
     saved = format_bytes(whole - change.estimate.process_bytes)
-    return f"The cheapest change that should fit: {change.label}{cost} saves {saved}."
+    return f"The cheapest change that should be enough: {change.label}{cost} saves {saved}."
 
 
 def _at_most(saved_bytes: int) -> str:
     """Suggest checkpointing, with the bytes it would save, if no change is known to be enough."""
     if saved_bytes > 0:
         return f"Gradient checkpointing saves {format_bytes(saved_bytes)}, which may not be enough."
-    return "No change of settings is enough: use a smaller model or more memory."
+    return "No change of settings is enough: choose a smaller model or a machine with more memory."
 
 
 def host_oom_kills() -> int:

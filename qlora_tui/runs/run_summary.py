@@ -360,7 +360,7 @@ def find_defect(view: RunView) -> ResultDefect | None:
     last = view.last_evaluation
     if math.isnan(view.loss) or (last is not None and last.loss is None):
         step = next((health.step for health in view.health if health.kind == "nan_loss"), None)
-        since = "" if step is None else f" since step {step:,}"
+        since = "" if step is None else f" (first at step {step:,})"
         return ResultDefect("NaN loss", f"The loss is not a number{since}.")
     before = view.loss_before_training
     if last is not None and last.step and last.loss is not None and before is not None and last.loss > before:

@@ -404,7 +404,7 @@ def require_installed() -> None:
     if shutil.which("sbatch") is None:
         raise UserError(
             "Slurm is not installed here",
-            what="There is no command sbatch.",
+            what="The command sbatch was not found.",
             why="Runs are submitted with Slurm's own commands.",
             fix="Use a login node of the cluster. To make this machine one: `sudo apt install slurm-client`, "
             "then copy slurm.conf and the authentication key (munge.key or slurm.key) from a login node.",

@@ -113,7 +113,7 @@ class _Job(Supervisor):
 
     def _leave_paused(self, run: RunDir, paused: Status, why: str) -> None:
         append_event(run.events_path, Paused(step=paused.step))
-        detail = f"{why}: `qlora-tui resume {run.id}` submits it again."
+        detail = f"{why}: `qlora-tui resume {run.id}` submits the run again."
         write_status(run, structs.replace(paused, at=time.time(), detail=detail))
 
     def _seen(self) -> SeenJob | None:

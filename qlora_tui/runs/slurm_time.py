@@ -50,7 +50,7 @@ def plan_job(recipe: Recipe, name: str) -> JobPlan:
     wanted_s = slurm.parse_limit(target.time) if target.time else None
     limit_s = None
     if wanted_s is not None:
-        words = f"A job of this run takes at most {format_duration(wanted_s)} (time in {name}.toml)."
+        words = f"A job's time limit is {format_duration(wanted_s)} (time in {name}.toml)."
     elif time is None:
         words = (
             "A job's time limit is the cluster's default, because no run has been measured on this target."
@@ -74,13 +74,13 @@ def _check_gpus(recipe: Recipe, name: str, target: Target) -> None:
     if gpus == 0 and not target.gres:
         raise UsageError(
             "How many GPUs?",
-            what="The recipe asks for all GPUs (training.gpus = 0), but a job must request a number of GPUs.",
-            fix=f"Set training.gpus to a number, or gres in {name}.toml.",
+            what="The recipe asks for all GPUs (training.gpus = 0), but a job must request a fixed number.",
+            fix=f"Set training.gpus to 1 or more, or set gres in {name}.toml.",
         )
     if target.gres and gpus > given:
         raise UsageError(
             "Not enough GPUs",
-            what=f"The recipe asks for {gpus} GPUs (training.gpus), and {name}.toml for {target.gres}.",
+            what=f"The recipe asks for {gpus} GPUs (training.gpus), but {name}.toml requests {target.gres}.",
             fix=f"Set training.gpus to {given}, or change gres in {name}.toml.",
         )
 
@@ -97,14 +97,17 @@ def _check_limit(
         saves_s = min(2 * every * time.seconds / max(1, length.steps), time.seconds)
         least_s += saves_s
         steps = pluralize(every, "step")
-        why += f", training until the second checkpoint (one every {steps}) about {format_duration(saves_s)}"
+        why += (
+            f", training until the second checkpoint (one every {steps}) takes about "
+            f"{format_duration(saves_s)}"
+        )
     if limit_s >= least_s:
         return
     raise UsageError(
         "The time limit is too short",
         what=f"The time limit of a job is {format_duration(limit_s)}.",
         why=f"{why}, and the last {format_duration(SIGNAL_S)} are reserved for saving.",
-        fix=f"Set time in the target to {slurm.format_limit(-(-round(least_s) // 60) * 60)} or more, or save "
+        fix=f"Set the target's time to {slurm.format_limit(-(-round(least_s) // 60) * 60)} or more, or save "
         "more often (training.checkpoint_every).",
     )
 

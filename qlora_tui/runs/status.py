@@ -185,9 +185,10 @@ def refuse_other_machines() -> None:
         if status.state in ACTIVE and mark and not (mark.is_from_this_host or mark.is_from_this_boot):
             raise UserError(
                 "Another machine uses the state folder",
-                what=f"{mark.host} trains {run.id} in {paths.state_dir()}.",
+                what=f"{mark.host} is training {run.id} in {paths.state_dir()}.",
                 why="Two machines that share a state folder would take the same runs from the queue.",
-                fix="Point XDG_STATE_HOME at a folder of this machine, or wait until that run has ended.",
+                fix="Point XDG_STATE_HOME at a folder that only this machine uses, or wait until that "
+                "run has ended.",
             )
 
 

@@ -50,8 +50,8 @@ def read_facts(
     if not recipe.has_model_and_data:
         raise UsageError(
             "Nothing to suggest",
-            what="Suggestions need a model and data, and the recipe lacks one of them.",
-            fix="Select them on Model and Data, or pass --model and --data.",
+            what="Suggestions need a model and data, and the recipe lacks at least one of them.",
+            fix="Select them on the Model and Data screens, or pass --model and --data.",
         )
     _, recipe, machine = gpus_of_run(recipe, machine)
     architecture = load_architecture(recipe.model.id)

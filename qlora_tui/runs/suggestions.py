@@ -174,11 +174,11 @@ class Suggestion:
     @property
     def change(self) -> str:
         """The change as text, such as ``1,024 → 640``. Without a change, the text is ``16, as it is``; if no
-        value is known, ``16, left``.
+        value is known, ``16, left unchanged``.
         """
         if self.changes:
             return f"{self.now} → {self.then}"
-        return f"{self.now}, {'as it is' if self.is_known else 'left'}"
+        return f"{self.now}, {'as it is' if self.is_known else 'left unchanged'}"
 
     @property
     def sourced_reason(self) -> str:
@@ -251,7 +251,7 @@ def _length(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
     why, references = limits[suggested]
     if not fits(suggested // LENGTH_STEP):
         suggested = largest_fitting(suggested // LENGTH_STEP, fits) * LENGTH_STEP
-        why, references = f"no longer length fits in {facts.memory_words}", ()
+        why, references = f"no greater length fits in {facts.memory_words}", ()
     if not suggested:
         return _left(facts, "length", path, f"no length fits in {facts.memory_words}. See Memory.")
     below = lengths[math.ceil(0.95 * count) - 1]
@@ -588,7 +588,7 @@ def _beyond_sources(recipe: Recipe) -> str:
         alphas = " and ".join(map(format_number, _ALPHAS))
         return f"the published rates are for alpha {alphas}, not {format_number(lora.alpha)}"
     if training.lora_plus_ratio > 1:
-        return "LoRA+ uses different rates for A and B, for which no paper cited here has a figure"
+        return "LoRA+ uses different rates for A and B, and no paper cited here has such rates"
     if lora.init_from:
         return "the run continues an adapter, for which no paper cited here has a rate"
     return ""

@@ -79,7 +79,7 @@ class Supervisor:
                 if read_status(run).state == "queued":
                     # The device was taken since the check. The queue tries again.
                     return
-                raise UserError("The device is in use", what=f"Another process trains on {devices}.")
+                raise UserError("The device is in use", what=f"Another process is training on {devices}.")
             while plan is not None:
                 kills_before = host_oom_kills()
                 events_from, log_from = run.events_path.stat().st_size, log_size(run)

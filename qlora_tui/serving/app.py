@@ -324,7 +324,8 @@ class Guard:
         origin = headers.get("origin")
         # Compare the port as well: another program on this machine may have its own web pages.
         if origin is not None and origin.partition("://")[2].lower() != headers.get("host", "").lower():
-            raise ApiError(403, "Web pages of other sites may not use this server.", code="wrong_origin")
+            what = "Web pages from other sites are not allowed to use this server."
+            raise ApiError(403, what, code="wrong_origin")
         scheme, _, given = headers.get("authorization", "").partition(" ")
         is_bearer = scheme.lower() == "bearer"
         if (

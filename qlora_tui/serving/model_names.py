@@ -60,8 +60,7 @@ class RunsToServe:
             raise UsageError(
                 "No run to serve",
                 what="No run has saved an adapter or a checkpoint.",
-                fix="Train an adapter with `qlora-tui train`, or name a run, whose base model can then be "
-                "served.",
+                fix="Train an adapter with `qlora-tui train`, or specify a run to serve its base model.",
             )
         self.named = tuple(named)
         self.with_others = with_others or not named
@@ -109,7 +108,7 @@ def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -
     if not there:
         raise UsageError(
             "The runs were deleted",
-            what=f"{', '.join(run.id for run in runs.named) or 'All runs of this base'} no longer exist.",
+            what=f"{', '.join(run.id for run in runs.named) or 'Runs of this base'} cannot be found.",
             fix="Stop this server, and serve another run instead.",
         )
     recipe, base = there[0].recipe(), run_source(there[0])
@@ -155,7 +154,7 @@ def check_aliases(models: ServedModels, aliases: Mapping[str, str]) -> None:
         if models.find(alias) is not None:
             raise UsageError(
                 "The alias is taken",
-                what=f"{alias} is already the name of a model of this server.",
+                what=f"{alias} is already the name of a model on this server.",
                 fix="Choose another alias.",
             )
         if models.find(name) is None:

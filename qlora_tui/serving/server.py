@@ -224,7 +224,7 @@ def _open_socket(host: str, port: int) -> socket.socket:
             fix = f"choose another port: `--port {port + 1}`."
             raise UsageError(
                 "The port is in use",
-                what=f"{who} listens on port {port}.",
+                what=f"{who} is listening on port {port}.",
                 fix=(stop + fix)[:1].upper() + (stop + fix)[1:],
             ) from error
         raise UsageError(

@@ -187,7 +187,7 @@ def _go_on(sweep: SweepDir, deadline: float | None) -> None:
 def _require(sweep: SweepDir, *states: str) -> SweepView:
     view = read_sweep(sweep)
     if view.state not in states:
-        fix = f"`qlora-tui sweep show {sweep.id}` shows it."
+        fix = f"`qlora-tui sweep show {sweep.id}` shows the sweep."
         if view.state == "pausing":
             fix = "Wait until its run has saved."
         raise UsageError("Not possible in this state", what=f"{sweep.id} is {view.state}.", fix=fix)

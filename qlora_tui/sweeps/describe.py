@@ -174,7 +174,10 @@ def outcome_words(trial: Trial) -> str:
 def unequal_sentence(view: SweepView) -> str:
     """Return a warning that names the trials with more or fewer tokens than others; empty without any."""
     names = ", ".join(str(trial.number) for trial in view.unequal_tokens())
-    warning = f"Unequal training: trials {names} were compared after more or fewer tokens than others."
+    warning = (
+        "Unequal training: not all trials were compared after the same number of tokens "
+        f"(exceptions: {names})."
+    )
     return warning if names else ""
 
 
@@ -198,7 +201,7 @@ def tie_sentence(view: SweepView) -> str:
     if not equal:
         return ""
     is_exact = set(equal.values()) == {lowest}
-    why = "was chosen first" if is_exact else "is lower in further decimals"
+    why = "was created first" if is_exact else "is lower in further decimals"
     names = f"{'Trials' if len(equal) > 1 else 'Trial'} {join_words(list(equal))}"
     return f"Tie: {names} ended at {loss}, too; trial {winner.number} {why}."
 

@@ -97,7 +97,7 @@ class Sheet(Struct, frozen=True, kw_only=True):
             raise UsageError(
                 "No validation data",
                 what="A sweep compares validation losses, and the recipe has no validation data.",
-                fix="Set data.validation_fraction above 0, or name a data.validation_path.",
+                fix="Set data.validation_fraction above 0, or set data.validation_path.",
             )
         if training.early_stopping:
             raise UsageError(

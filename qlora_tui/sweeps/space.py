@@ -135,7 +135,7 @@ def check_space(space: Space, recipe: Recipe) -> None:
         raise UsageError(
             "Nothing to vary",
             what="The sweep varies no setting.",
-            fix="Name a setting: --vary training.learning_rate=1e-5..1e-3:log, or a table [sweep.vary].",
+            fix="Pass --vary training.learning_rate=1e-5..1e-3:log, or add a table [sweep.vary].",
         )
     for path, values in space.items():
         field = _field(path)

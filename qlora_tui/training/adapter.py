@@ -243,7 +243,7 @@ def _damaged(folder: Path, damage: str) -> UserError:
         "The adapter is damaged",
         what=f"{folder}: {damage}.",
         why="The file has changed since it was written; a disk or copy error is the usual cause.",
-        fix="Start from another adapter, or from a checkpoint of its run.",
+        fix="Start from another adapter, or from a checkpoint of the run that trained this one.",
     )
 
 

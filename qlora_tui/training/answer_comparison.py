@@ -187,7 +187,7 @@ def _log_too_few(run: Run, answered: int, prompts: int) -> None:
 
 
 def _later(run: Run) -> str:
-    return f"`qlora-tui evaluate {run.directory.id}` measures them"
+    return f"`qlora-tui evaluate {run.directory.id}` compares them"
 
 
 def _context(model: Any) -> int:

@@ -77,7 +77,9 @@ def _write(file: Path, config: dict[str, Any]) -> None:
 def _say_dropped(file: Path, keys: list[str]) -> None:
     if keys:
         print(
-            f"{file}: ignored, because it selects code to run: {', '.join(keys)}", file=sys.stderr, flush=True
+            f"{file}: these keys are ignored, because they select code to run: {', '.join(keys)}",
+            file=sys.stderr,
+            flush=True,
         )
 
 

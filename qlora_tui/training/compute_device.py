@@ -117,7 +117,7 @@ def choose_attention(recipe: Recipe, device: ComputeDevice) -> AttentionPath:
             "Flash attention is not available",
             what="model.attention is set to flash, which cannot run here.",
             why=why_no_flash(device),
-            fix='Set model.attention to "auto", which uses what works here.',
+            fix='Set model.attention to "auto", which selects an implementation that works here.',
         )
     return attention_path(recipe.model.attention, obstacle)
 

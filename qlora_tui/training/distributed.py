@@ -129,8 +129,8 @@ def require_whole_model() -> None:
                 what=f"The trainer was started with {variable}, which shards the model over several GPUs.",
                 why="NF4 weights are wrong or missing after sharding (bitsandbytes issue "
                 "1945, accelerate issue 3983).",
-                fix="Start it with torchrun, or queue it: each GPU then holds the whole model. A model "
-                "larger than a GPU trains on one GPU with streamed layers (quantization.streamed_layers).",
+                fix="Start the trainer with torchrun, or queue the run: each GPU then holds the whole model. "
+                "A model that does not fit on one GPU needs streamed layers (quantization.streamed_layers).",
             )
 
 

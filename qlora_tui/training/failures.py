@@ -96,7 +96,7 @@ def _out_of_memory(
     if estimate is not None:
         largest = sorted(estimate.items, key=lambda item: -item.bytes)[:3]
         why = (
-            "Most of it is "
+            "The largest items of the estimate are "
             + ", ".join(f"{i.label.lower()} {i.bytes / 2**30:.2f} GiB" for i in largest)
             + "."
         )

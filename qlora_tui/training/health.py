@@ -31,7 +31,7 @@ _REMEMBER = (
     "lower Learning rate, Epochs or Rank."
 )
 """Remedy for a model that answers general prompts differently from its base."""
-OVERFLOW_REMEDY = 'Set Compute dtype to "bfloat16" on an RTX 30 or newer, else to "float32".'
+OVERFLOW_REMEDY = 'Set Compute dtype to "bfloat16" on an RTX 30 GPU or newer, otherwise to "float32".'
 _QUIET_STEPS = 20
 """Number of steps before the same finding is reported again."""
 _PLATEAU_STEPS = 200
@@ -297,7 +297,7 @@ class StepMonitor:
             Finding(
                 "plateau",
                 f"The mean loss of the last {_PLATEAU_STEPS // 2} steps is {later:.4f}, "
-                f"compared with {earlier:.4f} in as many steps before.",
+                f"compared with {earlier:.4f} in the {_PLATEAU_STEPS // 2} steps before.",
                 "If the validation loss has stopped falling too, more steps will not help.",
             )
         ]

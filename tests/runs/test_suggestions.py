@@ -118,7 +118,7 @@ def test_the_length_keeps_every_sample_whole_as_far_as_memory_context_and_batch_
     assert "1,240 samples of at most 612 tokens" in short.reason and "truncates none" in short.reason
     by_memory = by_topic(facts(LONG))["length"]
     assert (
-        "no longer length fits in 12.0 GiB free" in by_memory.reason
+        "no greater length fits in 12.0 GiB free" in by_memory.reason
         and "are cut (Overflow)" in by_memory.reason
     )
     by_context = by_topic(facts(spread(400, 6000, 30_000), TINY, gib=80))["length"]

@@ -114,7 +114,7 @@ def test_a_lack_of_memory_is_told_as_such(
     ending = events(run)[-1]
     assert isinstance(ending, Failed) and ending.kind == "out_of_memory", run.log_path.read_text()
     assert "GiB" in ending.why and last_step(run) == 0
-    assert "cheapest change that should fit: Attention eager → auto" in ending.fix
+    assert "cheapest change that should be enough: Attention eager → auto" in ending.fix
 
 
 @pytest.mark.usefixtures("quick_trainers")
@@ -152,7 +152,7 @@ def test_a_run_that_cannot_fit_fails_with_the_cheapest_change(
     wait_for(lambda: len(events_of(run, Failed)) == 2 and read_status(run).state == "failed", seconds=120)
     ending = events(run)[-1]
     assert isinstance(ending, Failed) and ending.kind == "out_of_memory"
-    assert "The cheapest change that should fit: Attention eager → auto saves" in ending.fix
+    assert "The cheapest change that should be enough: Attention eager → auto saves" in ending.fix
 
 
 @pytest.mark.usefixtures("quick_trainers")

@@ -109,7 +109,7 @@ def test_a_finished_run_without_a_usable_result_is_marked(
     assert f"{sign} {word}" == label
     if nan:
         assert summary.defect is not None
-        assert summary.defect.sentence == "The loss is not a number since step 90."
+        assert summary.defect.sentence == "The loss is not a number (first at step 90)."
 
 
 def test_a_decimated_curve_marks_nan_and_leaves_gaps() -> None:

@@ -178,7 +178,10 @@ def decision_lines(report: DecisionReport) -> Iterator[str]:
     yield ""
     yield from align_columns(table)
     if honest:
-        yield "By chance: the calibration error that exact probabilities would show on these rows."
+        yield (
+            "By chance: the calibration error that perfectly calibrated probabilities would show on these "
+            "rows."
+        )
     yield ""
     if report.thresholds:
         yield from (threshold_sentence(threshold, report.rows) for threshold in report.thresholds)

@@ -202,7 +202,7 @@ def report_lines(evaluation: TaskEvaluation, rows: int, *, narrow: bool = False)
         most = DEFAULT_PROMPTS if decisions is None else MOST_DECISIONS
         lines += [
             "",
-            f"Measured at the end of the run, in at most 3% of its time. To measure up to {most:,}: "
+            f"Measured at the end of the run, in at most 3% of its time. To evaluate up to {most:,} prompts: "
             f"qlora-tui evaluate {evaluation.run} --again",
         ]
     if evaluation.warning:

@@ -352,7 +352,9 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
             f"more memory. {_REPORT}"
         )
     else:
-        remedy = f"Each part matches on its own, so this run keeps all of them. {_REPORT}"
+        remedy = (
+            f"Each part of qlora-tui's faster code matches on its own, so this run keeps all of it. {_REPORT}"
+        )
     reporter.health("step_differs", evidence, remedy)
 
 
@@ -360,7 +362,7 @@ def _difference(comparison: StepComparison) -> str:
     if comparison.failure:
         return f"qlora-tui could not compute the step with its own code ({comparison.failure})."
     return (
-        f"Loss {comparison.loss:.4f}, with transformers and peft {comparison.reference_loss:.4f} "
+        f"Loss {comparison.loss:.4f} instead of {comparison.reference_loss:.4f} with transformers and peft "
         f"(rounding accounts for about {comparison.loss_noise:.2g}); "
         f"a gradient differs by {comparison.gradient_difference:.2%} "
         f"(rounding accounts for about {comparison.gradient_noise:.2%})."

@@ -111,7 +111,7 @@ def _first_difference(kernels: ModuleType, device: torch.device, dtype: torch.dt
         )
         for name, computed, expected in _both_ways(kernels, x, up, grad):
             if not all(map(_is_same, computed, expected)):
-                return f"{name} differs in {width} columns"
+                return f"{name} differs from torch at a width of {width} columns"
     return ""
 
 
