@@ -105,8 +105,8 @@ class StoredLayout:
         }:
             raise UserError(
                 "This base cannot be merged",
-                what=f"{self._folder} stores {first} as {stored[0]} and other tensors, a layout that "
-                f"transformers reads but cannot write.",
+                what=f"{self._folder} stores {first} as several tensors ({stored[0]} and others). "
+                "transformers can read this layout but cannot write it.",
                 why="A merged model is saved in the layout of its base.",
                 fix="Use the adapter with peft instead.",
             )

@@ -48,7 +48,7 @@ class Metadata:
         self._unread.discard(name)
         if name in self.header.lengths and name not in self.header.values:
             raise self.problem(
-                f"{name} is a list of {self.header.lengths[name]:,} strings, or of too many numbers"
+                f"{name} is a list of strings, or of too many numbers ({self.header.lengths[name]:,} entries)"
             )
         return self.header.values.get(name)
 

@@ -292,7 +292,7 @@ def _incomplete_download(name: str) -> UserError:
     return MissingFilesError(
         "Incomplete download",
         what=f"{name} is only partly in the cache.",
-        why="A download was interrupted, or only single files were downloaded.",
+        why="A download was interrupted, or only individual files were downloaded.",
         fix=f"Resume it on the Model screen or with `qlora-tui download {name}`; finished files are not "
         "downloaded again.",
     )
@@ -368,13 +368,13 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             "The model cannot be read",
             what=f"{error.filename or path}: {error.strerror or error}.",
             why="",
-            fix="Check that you may read the model's folder and everything in it.",
+            fix="Check that you have permission to read the model's folder and everything in it.",
         )
     return UserError(
         "The model cannot be read",
         what=f"{path}: {type(error).__name__}: {error}.",
         why="A file of the model is damaged or malicious.",
-        fix="Download the model again, or move it away.",
+        fix="Download the model again, or move it elsewhere.",
     )
 
 

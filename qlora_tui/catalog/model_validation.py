@@ -176,7 +176,7 @@ def weights_problem(folder: Path, name: str) -> UserError | None:
             "Incomplete download",
             what=f"{name} lacks {missing[0]}{more}.",
             why="The index of its weights names files that are missing.",
-            fix="Download the model again; finished files are not downloaded again.",
+            fix="Start the download again; finished files are skipped.",
         )
     return no_weights_problem((entry.name for entry in folder.iterdir()), name)
 
@@ -190,7 +190,8 @@ def tokenizer_problem(folder: Path, name: str) -> UserError | None:
             "No tokenizer",
             what=f"{name} has no {TOKENIZER}.",
             why=f"The model has only a tokenizer in an older format ({old}).",
-            fix="Load it with transformers' AutoTokenizer and save it to the folder with save_pretrained.",
+            fix="Load it with transformers' AutoTokenizer, then call save_pretrained to save it in the "
+            "model's folder.",
             code=UNUSABLE_TOKENIZER,
         )
     return MissingFilesError(

@@ -59,9 +59,14 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
         if thinking == "auto" or self.kind == "switch":
             return ""
         if self.kind == "none":
-            return f"Thinking {thinking} has no effect: this model's chat template has no switch for it."
+            return (
+                f"Turning thinking {thinking} has no effect: this model's chat template has no switch for it."
+            )
         if self.kind == "always":
-            return f"Thinking {thinking} has no effect: this model's chat template always opens a thought."
+            return (
+                f"Turning thinking {thinking} has no effect: this model's chat template always opens a "
+                "thought."
+            )
         if thinking == "off":
             return (
                 f"Thinking cannot be turned off for this model; the prompt sets {self.variable} = {self.off}."

@@ -53,10 +53,10 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
         raise UserError(
             "No decisions",
             what=f"No decisions have been measured for {run.id if run else 'this model'}.",
-            why="The answers of its run must be labels or objects with enumerated fields, and the run needs "
+            why="The answers of the run must be labels or objects with enumerated fields, and the run needs "
             "validation rows.",
-            fix=f"Measure them with `qlora-tui evaluate {run.id if run else 'RUN'} --again`, or choose "
-            "another run.",
+            fix=f"Measure the decisions with `qlora-tui evaluate {run.id if run else 'RUN'} --again`, or "
+            "choose another run.",
             exit_code=EXIT_USAGE,
         )
     (decision,) = decide(session, decider, adapter_name, [Conversation(tuple(messages))])

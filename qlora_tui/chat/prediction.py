@@ -109,7 +109,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
             what=f"No decisions have been measured for {run.id}.",
             why="The answers of the run must be labels or objects with enumerated fields, and the run needs "
             "validation rows.",
-            fix=f"Measure them with `qlora-tui evaluate {run.id} --again`, or choose another run.",
+            fix=f"Measure the decisions with `qlora-tui evaluate {run.id} --again`, or choose another run.",
             exit_code=EXIT_USAGE,
         )
     if out.suffix not in WRITERS:
@@ -138,7 +138,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
                 what=f"{file} has no column {layout.columns[part]!r}, which contained the {part} in "
                 "training.",
                 why=f"The file's columns are {', '.join(columns)}.",
-                fix=f"Name the column with the {part}: --column {part}=COLUMN.",
+                fix=f"Specify the column with the {part}: --column {part}=COLUMN.",
                 exit_code=EXIT_USAGE,
             )
     if taken := [column for column in columns if column.startswith(PREFIX)]:

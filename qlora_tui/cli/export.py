@@ -128,7 +128,7 @@ def _account(rows: WrittenRows, exported: ExportedRecipe) -> str:
     """Return a report on what was written and what was omitted."""
     lines = [f"{rows.train:,} samples to train on, {rows.validation:,} for validation."]
     if rows.weighted:
-        lines.append("Weights of answers in the loss were not exported, because they have no counterpart.")
+        lines.append("The loss weights of answers were not exported, because they have no counterpart.")
     if exported.left_out:
         lines.append(f"Settings without a counterpart ({len(exported.left_out)}):")
         lines += align_columns([[f"  {one.key}", format_value(one.value)] for one in exported.left_out])
@@ -147,7 +147,7 @@ def _run_job(args: argparse.Namespace) -> CommandResult:
         publish_new(folder, out)
     file, command = FILES[args.scheduler]
     data = {"path": str(out), "file": str(out / file), "command": command}
-    return CommandResult(data, f"Wrote {out}. Read {file}, then run in this folder: {command}")
+    return CommandResult(data, f"Wrote the folder {out}. Read its {file}, then run in that folder: {command}")
 
 
 def _add_job_arguments(form: argparse.ArgumentParser) -> None:
@@ -246,8 +246,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="TYPE",
         help="F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; with llama.cpp installed also Q6_K, Q5_K_M, Q4_K_M, "
-        "Q3_K_M, Q2_K and others; `auto`: the smallest type whose answers stay within --within; repeatable "
-        "(default: Q8_0)",
+        "Q3_K_M, Q2_K and others; `auto`: the smallest type that stays within the --within limit; "
+        "repeatable (default: Q8_0)",
     )
     gguf.add_argument(
         "--within",

@@ -57,8 +57,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
         metavar="FILE",
-        help="YAML of axolotl or LLaMA-Factory, a script with TRL or Unsloth (read, not run), or the "
-        "folder of an adapter",
+        help="an axolotl or LLaMA-Factory YAML file, a TRL or Unsloth script (read, not run), or an "
+        "adapter folder",
     )
     parser.add_argument("-o", "--output", metavar="RECIPE.toml", help="write the recipe to a new file")
 

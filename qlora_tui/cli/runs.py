@@ -132,7 +132,7 @@ def _trash(*, empty: bool) -> CommandResult:
     ]
     table = format_table(rows, ["run", "size", "deleted", "erased in"])
     total = format_bytes(sum(sizes.values()))
-    fix = "`qlora-tui runs restore RUN` restores a run; `qlora-tui runs trash --empty` erases all of them."
+    fix = "`qlora-tui runs restore RUN` restores a run; `qlora-tui runs trash --empty` empties the trash."
     return CommandResult(data, f"{table}\n\n{total} in total. {fix}")
 
 

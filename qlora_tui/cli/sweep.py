@@ -158,7 +158,7 @@ def _dry_run(sheet: Sheet, deadline: float | None) -> CommandResult:
         lines.append(note)
     if trials:
         lines.append(plan_sentence(sheet, trials, rounds, costs))
-    lines.append("This time does not include loading and evaluations. Nothing was started.")
+    lines.append("Estimated times do not include loading and evaluations. Nothing was started.")
     failed = bool(errors(checks))
     return CommandResult(
         data={

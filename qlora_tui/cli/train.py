@@ -92,7 +92,7 @@ def _on_cluster(recipe: Recipe, args: argparse.Namespace) -> CommandResult | int
         if is_given:
             raise UsageError(
                 f"{option} is not possible on a cluster",
-                what=f"{option} and --on exclude each other.",
+                what=f"{option} and --on cannot be used together.",
                 why="On a cluster, Slurm decides when a run trains and on which GPU.",
                 fix=f"Leave out {option} or --on.",
             )

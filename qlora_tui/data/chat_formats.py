@@ -334,8 +334,8 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
         raise RowRejectedError("unknown-role", f"Turn {number} has the role {name!r}.")
     if spans := next((key for key in _SPAN_KEYS if turn.get(key)), ""):
         what = (
-            f"Turn {number} marks parts of its text in {spans!r}: only whole turns can be included or left "
-            "out."
+            f"Turn {number} marks parts of its text in {spans!r}, but the loss can include or omit only "
+            "whole turns."
         )
         raise RowRejectedError("wrong-format", what)
     weight = _weight(turn)

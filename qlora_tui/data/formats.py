@@ -367,7 +367,8 @@ def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], lay
         if layout.format in preferences.RATABLE or column.lower() in preferences.REJECTED:
             raise RowRejectedError(
                 "wrong-format",
-                f"{column!r} marks a rejected answer, unlike the first rows of the file.",
+                f"{column!r} marks this answer as rejected; the first rows of the file have no rejected "
+                "answers.",
             )
 
 
@@ -514,7 +515,7 @@ def _check_mapping(mapping: Mapping[str, str], wanted: str, columns: tuple[str, 
 
 def _near(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(known), 1)
-    return f"Did you mean {close[0]!r}?" if close else "Choose one of these columns."
+    return f"Did you mean {close[0]!r}?" if close else "Choose one of these names."
 
 
 def _turn_a_row(name: str, why: str) -> UserError:

@@ -143,7 +143,7 @@ def sides_problem(
             _PAIRS_TITLE + " without a chosen side",
             what=f"{name} has rejected answers in {rejected!r}, but no column with chosen ones.",
             why="Rejected answers are never trained on.",
-            fix='Name the column with the better answers: columns = { chosen = "…", '
+            fix='Specify the column with the better answers: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
             code=UNMAPPED_SIDES,
         )
@@ -169,7 +169,7 @@ def sides_problem(
         f"{_PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {chosen!r} and {rejected!r}, but no column with the question.",
         why=f"The columns are {', '.join(columns.names)}.",
-        fix=f'Name the column with the question: columns = {{ prompt = "{example}", chosen = "{chosen}", '
+        fix=f'Specify the column with the question: columns = {{ prompt = "{example}", chosen = "{chosen}", '
         f'rejected = "{rejected}" }}.',
         code=UNMAPPED_SIDES,
     )
@@ -257,7 +257,7 @@ def compared_columns(mapping: Mapping[str, str], columns: Columns, name: str, wa
                 "Rejected answers as training data",
                 what=f"columns.{part} for {name} names {column!r}, the rejected side of a comparison.",
                 why="Rejected answers are never trained on.",
-                fix="Name the chosen side, or leave columns out.",
+                fix="Name the chosen side, or remove the setting `columns`.",
             )
     by_hand = any(column.lower() in CHOSEN for column in mapping.values())
     if not compared or (by_hand and not sides and wanted != "preference"):
@@ -265,9 +265,10 @@ def compared_columns(mapping: Mapping[str, str], columns: Columns, name: str, wa
     if mapping and not sides and not mapping.keys() <= own.keys():
         raise UserError(
             _PAIRS_TITLE,
-            what=f"{name} compares answers, but columns names parts of another format: {', '.join(mapping)}.",
+            what=f"{name} compares answers, but the setting `columns` names parts of another format: "
+            f"{', '.join(mapping)}.",
             why=f"{compared['rejected']!r} contains rejected answers.",
-            fix='Name the sides, as in columns = { chosen = "…", rejected = "…" }, or leave columns out.',
+            fix='Name the sides, as in columns = { chosen = "…", rejected = "…" }, or remove that setting.',
             code=UNMAPPED_SIDES,
         )
     return compared | own

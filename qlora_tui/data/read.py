@@ -265,7 +265,7 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
         warnings: tuple[tuple[str, str], ...] = ()
         if table.line - table.first_line > _LEAST_LINES_INSIDE and _holds_rows(cells, len(header), delimiter):
             taken = f"Row {number} spans lines {table.first_line:,} to {table.line:,}"
-            warnings = (("rows-in-value", f"{taken}, and each line inside it would be a row."),)
+            warnings = (("rows-in-value", f"{taken}, and each line inside it could be a row of its own."),)
         what = ""
         if table.damage:
             table.check_damage()

@@ -252,7 +252,7 @@ def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
             "No data in the folder",
             what=f"{path} has no file whose name ends in {', '.join(SUFFIXES)}, with or without .gz or .zst.",
             why=_left_out_note(left_out),
-            fix="Name a folder with data files, or a file.",
+            fix="Specify a folder that contains data files, or a file.",
         )
     held_out = [file for file in files if _is_named(file, _HELD_OUT)]
     if validation:
@@ -287,7 +287,7 @@ def _check_regular(path: Path) -> None:
         why="" if is_dangling else "Data is read more than once.",
         fix="Fetch the file, or delete the link."
         if is_dangling
-        else "Save its content to a file, and name that file.",
+        else "Save its content to a file, and use that file.",
     )
 
 
@@ -353,7 +353,7 @@ def hub_files(name: str) -> tuple[list[Path], str]:
             raise UserError(
                 "No such data",
                 what=f"{name} has no files in the cache after its download: split {cached.split} is empty.",
-                fix="Choose another dataset, or download its files and name their folder.",
+                fix="Choose another dataset, or download its files and specify their folder.",
             )
         atomic_write(_cache_path(name), msgspec.json.encode(cached))
     other = "" if cached.split in TRAINING_SPLITS else ", because it has none for training"

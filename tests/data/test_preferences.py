@@ -141,7 +141,7 @@ def test_no_mapping_trains_on_the_rejected_side() -> None:
         for choice in ("refuse", "chosen"):
             assert refusal(row, columns, choice).title == "Rejected answers as training data"
     other = refusal(row, {"prompt": "prompt", "completion": "text"}, "chosen")
-    assert "columns names parts of another format" in other.what
+    assert "names parts of another format" in other.what
 
 
 def test_a_mapping_that_names_the_chosen_side_is_a_choice() -> None:

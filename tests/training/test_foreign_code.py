@@ -117,4 +117,6 @@ def test_no_key_of_a_config_loads_kernels_or_python(model: Path, tmp_path: Path)
     assert loaded == f"LlamaForCausalLM sdpa {tmp_path / 'model'}"
     assert "evil-org/kernel is not from kernels-community" in pinned
     assert offline == "1 1"
-    assert "these keys are ignored, because they select code to run" in done.stderr and "auto_map" in done.stderr
+    assert (
+        "these keys are ignored, because they select code to run" in done.stderr and "auto_map" in done.stderr
+    )
