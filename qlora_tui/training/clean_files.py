@@ -1,8 +1,9 @@
-"""Temporary folders that show transformers and peft only safe files: weights, and configs that name no code.
+"""Temporary folders through which transformers and peft see only safe files: weights, and configs that name
+no code.
 
 The libraries read more of a folder than requested: an ``adapter_config.json`` that names another base model,
-Python files, templates. So they receive a folder that contains only links to safe files. Compiled kernels are
-loaded from a single publisher on the Hub.
+Python files, templates. So they receive a folder that contains only links to the weights and cleaned copies
+of the configs. Compiled kernels are loaded from a single publisher on the Hub.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _CONFIGS = ("config.json", "generation_config.json")
 def model_view(folder: Path) -> Iterator[Path]:
     """Yield a folder with the model's weights, and its configs without keys that select code.
 
-    Raises UserError.
+    Raises UserError if a config or the index cannot be read, or if no temporary folder can be created.
     """
     with _temporary() as view:
         for name in _CONFIGS:
@@ -60,7 +61,7 @@ def model_view(folder: Path) -> Iterator[Path]:
 def adapter_view(folder: Path) -> Iterator[Path]:
     """Yield a folder with the adapter's weights, and its config without keys that select code.
 
-    Raises UserError.
+    Raises UserError if the adapter cannot be used, or if no temporary folder can be created.
     """
     with _temporary() as view:
         clean, dropped = adapter_without_code(load_adapter_config(folder), str(folder))
@@ -102,8 +103,8 @@ PUBLISHER = "kernels-community"
 
 
 def pin_publisher() -> None:
-    """Make transformers load kernels only from :data:`PUBLISHER`, although the code of some families names
-    other publishers.
+    """Make transformers load kernels only from :data:`PUBLISHER`, although the code of some model families
+    names other publishers.
     """
     if find_spec("kernels") is None:
         return

@@ -1,4 +1,4 @@
-"""The device of a run, its compute dtype and attention, and the versions of the libraries that compute."""
+"""The device, compute dtype and attention path of a run, and the versions of the libraries that it uses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ComputeDevice:
 
     @property
     def kind(self) -> Literal["cuda", "cpu"]:
-        """Return ``cuda`` or ``cpu``, as in the events."""
+        """Return ``cuda`` or ``cpu``, which is how events name the device."""
         return "cuda" if self.torch_device.type == "cuda" else "cpu"
 
     @property
@@ -146,7 +146,7 @@ def _flash_obstacle(device: ComputeDevice) -> FlashObstacle | None:
 
 
 def free_host_bytes() -> int:
-    """Return the memory that is free on the machine or, if lower, in the container, in bytes."""
+    """Return the memory that is free on the machine, in bytes, but at most the container's limit."""
     return min(int(psutil.virtual_memory().available), host_memory_bytes())
 
 

@@ -1,4 +1,4 @@
-"""Requests to a running trainer: files in ``control/``, and SIGTERM."""
+"""Requests to a running trainer: files in ``control/``, and the signals SIGTERM and SIGINT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_tui.training.reporter import Reporter
 
 
 class ControlRequests:
-    """Requests that are carried out at the end of the current step."""
+    """Requests to a running trainer. All wait for the end of the step, except an immediate stop or pause."""
 
     def __init__(self, run: RunDir, reporter: Reporter, dist: DistributedContext) -> None:
         self._run = run
@@ -23,12 +23,13 @@ class ControlRequests:
         self._pending: list[ControlRequest] = []
         self._terminated = False
         self.is_terminated = False
-        """Whether a termination signal has arrived, whether or not it was counted as a request."""
+        """Whether a termination signal has arrived. It stays True after the signal has become a request."""
 
     def listen_to_signals(self) -> None:
-        """Treat SIGTERM and SIGINT as a request to stop; a second signal ends the process at once.
+        """Treat SIGTERM and SIGINT as requests to stop; if a signal is repeated, it ends the process at once.
 
-        On a cluster these signals end the job but not the run: the run pauses, without finishing the step.
+        In a Slurm job these signals end the job but not the run. They request a pause that does not wait for
+        the end of the step, and repeated signals are ignored. SIGHUP is always ignored.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -46,7 +47,7 @@ class ControlRequests:
 
     @property
     def hold(self) -> Hold | None:
-        """Return why the runner requested the pending pause; None if the user, or nobody, requested one."""
+        """Return why a pause is pending; None if the user requested the pause, or if none is pending."""
         pauses = [request for request in self._pending if request.kind in ("pause", "pause_now")]
         return pauses[-1].hold if pauses and all(request.hold for request in pauses) else None
 
@@ -62,7 +63,9 @@ class ControlRequests:
         return matching[-1] if matching else None
 
     def stop_kind(self) -> Kind | None:
-        """Return ``stop`` or ``pause`` if such a request is pending, without removing it."""
+        """Return ``stop`` if a stop is pending, otherwise ``pause`` if a pause is pending; None without
+        either. The request is not removed.
+        """
         kinds = {request.kind for request in self._pending}
         pauses = {"pause", "pause_now"} & kinds
         return "stop" if {"stop", "stop_now"} & kinds else "pause" if pauses else None
@@ -75,8 +78,8 @@ class ControlRequests:
     def raise_if_stop_now(self) -> None:
         """Raise StepAbandoned if a pending request ends the run without finishing the step.
 
-        With several processes this waits for the next common poll: they would have to agree on where to leave
-        the step.
+        With several processes, a new request takes effect only after the next common poll, because all
+        processes must leave the step at the same place.
         """
         self.poll_if_alone()
         if self.ends_now:
@@ -106,7 +109,7 @@ class ControlRequests:
 
 
 class StepAbandoned(Exception):
-    """Raised if a stop or pause was requested that does not wait for the end of the step or evaluation."""
+    """Raised if a requested stop or pause does not wait for the end of the step or evaluation."""
 
 
 class StopRequested(Exception):

@@ -1,7 +1,8 @@
-"""Finds out whether a run's data are decisions, and what its base and adapter decide on validation rows.
+"""Determines whether a run's data trains a decision, and judges the decisions of its base and adapter on
+validation rows.
 
-The options are the answers of training and validation rows together; their tokens are those that the rows
-were trained on.
+The options are the answers of the training and validation rows together. An option has the same tokens as the
+answers in these rows.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from qlora_tui.training.option_scores import Choice, Scores
 from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, last_answer, task_prompts
 
 _MOST_DISTINCT = 4 * MOST_OPTIONS
-"""Number of distinct answers after which no more answers are read."""
+"""Maximum number of distinct answers. If the data has more, it is not a decision, and reading stops."""
 
 
 class DecisionTask(NamedTuple):
@@ -45,7 +46,7 @@ class DecisionTask(NamedTuple):
     thinking: Thinking
 
     def choice(self, number: int, most_tokens: int) -> Choice:
-        """Return the choice for a prompt, without the beginning of a prompt that is too long."""
+        """Return the choice for a prompt. If the prompt is too long, its beginning is cut off."""
         room = max(1, most_tokens - max(map(len, self.option_ids)))
         return Choice(tuple(self.prompts[number].ids[-room:]), self.option_ids)
 
@@ -63,13 +64,13 @@ class Judged(NamedTuple):
 def find_decisions(
     recipe: Recipe, data: PreparedDataset, tokenizer: ChatTokenizer, most: int = MOST_DECISIONS
 ) -> DecisionTask | None:
-    """Return the decision that a run's data trains; None if its answers are free texts, or pairs.
+    """Return the decision that a run's data trains; None if its answers are free text or preferences.
 
     Args:
         recipe: recipe of the run.
         data: rows of the run.
         tokenizer: tokenizer of the model.
-        most: number of validation rows to decide, spread over the data.
+        most: maximum number of validation rows to decide. They are spread evenly over the data.
     """
     if recipe.preference_traits is not None:
         return None
@@ -115,7 +116,8 @@ def _with_ids(
 ) -> tuple[Decision, tuple[tuple[int, ...], ...]]:
     """Return the decision with the token ids of each option.
 
-    Options that no row has are rendered, if rendering reproduces the tokens of the options that rows have.
+    Options that no row has are rendered. They are dropped if rendering does not reproduce the tokens that
+    rows have for the first option.
     """
     every = {text: known.get(text) or rendered_answer(text, tokenizer, options) for text in decision.options}
     first = decision.options[0]
@@ -129,7 +131,7 @@ def _with_ids(
 
 
 def rendered_answer(text: str, tokenizer: ChatTokenizer, options: RenderOptions) -> tuple[int, ...]:
-    """Return the token ids of an answer with its turn end, as in training; empty without tokens."""
+    """Return the token ids of an answer with its turn end, as in training; empty if there are none."""
     conversation = Conversation((Message("user", "?"), Message("assistant", text)))
     prompt = answer_prompt(conversation, tokenizer, options)
     return prompt[1] if prompt is not None else ()
@@ -158,13 +160,13 @@ def judge(
     adapter: Sequence[Scores],
     texts: TaskRows,
 ) -> Judged:
-    """Fit a calibration to the adapter's scores of some of the prompts, and judge both models.
+    """Fit a calibration to the adapter's scores, and judge the decisions of both models.
 
     Args:
         task: the decision.
         numbers: indices of the prompts that were scored.
-        base: the base's scores of their options.
-        adapter: the adapter's scores.
+        base: the base's scores of the options, for each of these prompts.
+        adapter: the adapter's scores, in the same order.
         texts: converts prompts and answers to text.
     """
     truth = [task.truth[number] for number in numbers]

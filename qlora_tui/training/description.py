@@ -1,8 +1,8 @@
 """Reads the architecture of any config from the model that transformers builds for it without weights.
 
 No family has rules of its own. The kind of a module follows from its place in the tree, its class and its
-shape; the libraries tell which weights are tied and which modules bitsandbytes replaces. :func:`describe_all`
-is a job that :mod:`qlora_tui.catalog.described` runs, which also stores the results.
+shape; the libraries tell which weights are tied and which modules bitsandbytes replaces.
+:mod:`qlora_tui.catalog.described` runs :func:`describe_all` as a job and stores the results.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _describe_within_limits(values: dict[str, Any]) -> Description:
 
 
 def architecture_of(values: Mapping[str, Any]) -> Architecture:
-    """Compute the exact architecture of a parsed ``config.json`` in this process, once for each config.
+    """Return the exact architecture of a parsed ``config.json``: stored, or else computed in this process.
 
     Raises UserError if the installed transformers cannot build a language model from it.
     """
@@ -298,7 +298,7 @@ class _Tree:
         )
 
     def _is_product(self, module: nn.Linear) -> bool:
-        """Return whether the output of a linear module's class is exactly its product."""
+        """Return whether a linear module's class computes exactly the same as ``nn.Linear``."""
         kind = type(module)
         if kind not in self._products:
             self._products[kind] = kind.forward is nn.Linear.forward or _computes_product(module)
@@ -420,7 +420,8 @@ class _Tree:
     def _routes(self, name: str) -> bool:
         """Return whether a projection with as many outputs as there are experts routes tokens to them.
 
-        An MLP of that width has a second projection of the same shape, or belongs to one of numbered experts.
+        A projection of an MLP with that width has a sibling of the same shape, or is itself one of several
+        numbered experts.
         """
         holder, _, own = name.rpartition(".")
         shape = self.modules[name].weight.shape
@@ -486,7 +487,7 @@ class _Tree:
         )
 
     def _is_gated(self, modules: list[LinearModule], parameters: list[Parameter]) -> bool:
-        """Return whether the MLP of the first layer with an MLP multiplies two projections."""
+        """Return whether the first MLP, or otherwise the first expert, multiplies two projections."""
         for part in ("mlp", "expert", "shared_expert"):
             first = next((m for m in modules if m.part == part), None)
             if first is None:
@@ -517,7 +518,7 @@ class _Tree:
             return getattr(self.config.per_layer_config[0], key, None)
 
     def _value(self, keys: Iterable[str], kind: type) -> Any:
-        """Return the language model config's first value under one of ``keys`` that has type ``kind``."""
+        """Return the first value of type ``kind`` that the text config has under one of ``keys``, or None."""
         for key in keys:
             value = self._read(key)
             if kind is float and type(value) is int:
@@ -543,7 +544,7 @@ def _computes_product(module: nn.Linear) -> bool:
 
 
 def _output_embeddings(module: Any) -> Any:
-    """Return the output projection that a model, or a model inside it, declares; None without one."""
+    """Return the output projection that a module declares if it is a model; None without one."""
     head: Any = None
     if isinstance(module, PreTrainedModel):
         head = module.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers'
@@ -551,7 +552,7 @@ def _output_embeddings(module: Any) -> Any:
 
 
 def _matrices(module: nn.Module, counts: set[int]) -> list[nn.Parameter]:
-    """Return the parameters of a module that hold a matrix for each of ``counts`` experts."""
+    """Return a module's parameters that hold one matrix per expert, for a number of experts in ``counts``."""
     own = () if isinstance(module, nn.Conv1d) else module.parameters(recurse=False)
     return [parameter for parameter in own if parameter.ndim == 3 and parameter.shape[0] in counts]
 

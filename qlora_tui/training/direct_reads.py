@@ -1,9 +1,10 @@
-"""Finds linear modules whose weights a model's own code reads, instead of or in addition to calling them.
+"""Finds linear modules whose weights a model's own code reads, whether or not it also calls the modules.
 
-If packed to 4 bits, such a weight would give a wrong result or an error: Mamba multiplies by one, and Gemma
-3n limits the values of another. They are found by a forward over a few tokens on the meta device, where
-nothing has values. A single value that code requests is 1. A module that needs more values, such as a router,
-fails and returns its input, so that the modules after it are still observed.
+If packed to 4 bits, such a weight would give a wrong result or an error: Mamba's code multiplies by such a
+weight, and Gemma 3n's code limits the values of one. The modules are found by a forward over a few tokens on
+the meta device, where tensors have no values. If code requests a single value, it receives 1. A module that
+needs more values, such as a router, fails; it then returns its input, so that the modules after it are still
+observed.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class DirectReads(NamedTuple):
     """Names of linear modules whose weights are read by the model's own code."""
 
     quantized: frozenset[str] = frozenset()
-    """Modules of a quantized model."""
+    """Modules whose weights the code reads if the model is quantized."""
     bypassed: frozenset[str] = frozenset()
-    """Modules that the code never calls, whether quantized or not. An adapter on such a module would have no
-    effect.
+    """Modules whose weights the code reads without ever calling them, in the quantized model or in the
+    unquantized one. An adapter on such a module would have no effect.
     """
 
 
 def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
-    """Find the linear modules among these whose weights are read outside their call.
+    """Find those linear modules of ``modules`` whose weights are read outside their own forward.
 
     Args:
         model: on ``meta``.
@@ -82,7 +83,7 @@ def direct_reads(model: Any, modules: Mapping[str, nn.Module]) -> DirectReads:
 
 @cache
 def _weights_used_in(module_name: str) -> frozenset[str]:
-    """Return the attributes whose ``weight`` the source of a Python module uses after initialization."""
+    """Return the attributes whose ``weight`` a Python module uses outside its initialization functions."""
     tree = ast.parse(inspect.getsource(sys.modules[module_name]))
     return frozenset(
         node.value.attr
@@ -129,7 +130,9 @@ class _Reads(TorchFunctionMode):
         return forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Record the modules whose weights a function takes; reading an attribute does not count."""
+        """Record the modules whose weights a function takes; reading an attribute does not count. If a
+        function requests a value, which meta tensors lack, the result is 1 or True.
+        """
         reads_values = Tensor.data.__get__  # type: ignore[attr-defined]  # a descriptor
         if getattr(func, "__name__", "") != "__get__" or func == reads_values:
             for value in (*args, *(kwargs or {}).values()):

@@ -33,16 +33,16 @@ T = TypeVar("T")
 _LAUNCH_ID = "TORCHELASTIC_RUN_ID"
 """Variable set by torchrun, equal in all processes that it starts."""
 _SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-"""Variables of ``accelerate launch`` that request sharding, which accelerate would obey."""
+"""Environment variables with which ``accelerate launch`` requests sharding. accelerate would obey them."""
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.5
 _LONGEST_WAIT = timedelta(hours=4)
-"""Time that processes wait for the main one, which alone converts a GGUF file and answers replay prompts.
+"""Maximum wait for the main process, which alone converts a GGUF file and answers replay prompts.
 
 By default torch ends waiting processes after 10 minutes.
 """
 _EXPLAIN_S = 5.0
-"""Seconds for another process to report why it ended, once the connection to it is lost."""
+"""Maximum seconds that a process with an unexpected error waits for another process to report a failure."""
 
 
 class DistributedContext(Struct, frozen=True):
@@ -70,7 +70,7 @@ class DistributedContext(Struct, frozen=True):
             assert distributed.get_world_size() == self.world_size
 
     def disband(self) -> DistributedContext:
-        """Disconnect the processes, once all have called this; return the main process's new context."""
+        """Disconnect the processes, once all have called this; return the context of a single process."""
         if self.world_size > 1:
             from torch import distributed
 
@@ -111,7 +111,7 @@ class DistributedContext(Struct, frozen=True):
 
 
 def distributed_context() -> DistributedContext:
-    """Read the launcher's environment variables, which describe a single process if there are none."""
+    """Return the context that the launcher's variables describe; without them, that of a single process."""
     environ = os.environ
     return DistributedContext(
         rank=int(environ.get("RANK", 0)),
@@ -121,7 +121,7 @@ def distributed_context() -> DistributedContext:
 
 
 def require_whole_model() -> None:
-    """Raise UserError if the launcher would shard the model over the processes, which each hold all of it."""
+    """Raise UserError if the launcher would shard the model: each process must hold the whole model."""
     for variable, name in _SHARDING.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             raise UsageError(
@@ -176,10 +176,10 @@ class ProcessFailures:
         self._ending.acquire()
 
     def report(self, failure: Failed) -> Failed:
-        """Report how this process failed, which ends the others; return the failure that caused it.
+        """Report how this process failed, which ends the others; return the failure to record for the run.
 
-        An error of one process may be the consequence of another's, which therefore gets a moment to be
-        reported.
+        An unexpected error may be the consequence of another process's failure. So the other processes get a
+        moment to report a failure, which is then returned instead.
         """
         if self._dist.world_size == 1:
             return failure
@@ -199,7 +199,9 @@ class ProcessFailures:
             os._exit(EXIT_FAILURE)
 
     def _first_of_others(self) -> Failed | None:
-        """Return the earliest failure of another process that need not be a consequence of an earlier one."""
+        """Return the earliest failure of another process; None without one. A bug is returned only if all
+        failures are bugs, because a bug may be the consequence of another failure.
+        """
         ranks = (rank for rank in range(self._dist.world_size) if rank != self._dist.rank)
         failures = [found for rank in ranks if (found := read_json(self._path(rank), _DECODER)) is not None]
         return min(failures, key=lambda each: (each.kind == "bug", each.at), default=None)

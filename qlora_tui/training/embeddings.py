@@ -1,21 +1,18 @@
-"""Trains embedding and head in addition to LoRA, completely or only some rows; adds NEFTune's noise.
+"""Trains the embedding and the head in addition to LoRA, completely or only some rows; adds NEFTune's noise.
 
-**Rows** (``lora.trainable_tokens``), for tokens that the base model never learned. The model needs a token's
-  row of the embedding to read it, and its row of the head to write it. Both rows are trained, as a single row
-  if the head is tied. peft supports this (``trainable_token_indices``) and loads such adapters, but rebuilds
-  both matrices
-in each forward and computes their whole gradients. Here only the rows are computed, in peft's modules and so
-in its format.
+**Rows** (``lora.trainable_tokens``), for tokens that the base model never learned. To read a token, the model
+needs its row of the embedding; to write it, its row of the head. Both rows are trained, as a single row if
+the head is tied. peft supports this (``trainable_token_indices``) and loads such adapters. But peft rebuilds
+both matrices in each forward and computes the gradients of the complete matrices. Here only the rows are
+computed, in peft's modules and so in peft's format.
 
 **Complete matrices** (``lora.train_embeddings``), for continued pretraining on plain text: a new language or
-  domain changes the rows of many tokens. Both are trained as copies in peft's format (``modules_to_save``),
-  as
-one matrix if the head is tied. The copies are in fp32, like the matrices of LoRA, and compute in the dtype of
-    the model, unlike peft's own. Their gradients are accumulated where they are computed, in
-    :func:`add_gradient` and :func:`add_row_gradients`:
-autograd would allocate the whole matrix for the few rows of a batch, and a second one to sum the gradients of
-    a tied head.
-Gradient hooks, such as those of distributed training, are not called for them.
+domain changes the rows of many tokens. Both matrices are trained as copies in peft's format
+(``modules_to_save``), as one copy if the head is tied. Unlike the copies that peft makes, they are in fp32,
+like the matrices of LoRA; they compute in the dtype of the model. Their gradients are accumulated where they
+are computed, in :func:`add_gradient` and :func:`add_row_gradients`. Autograd would allocate a complete matrix
+for the few rows of a batch, and a second one to sum the gradients of a tied head. Gradient hooks, such as
+those of distributed training, are not called for these copies.
 
 Shapes with a vocabulary of 49,152 and a hidden size of 576::
 
@@ -42,25 +39,25 @@ from qlora_tui.recipe.training_settings import Training
 from qlora_tui.training.fused.patching import patch_forward
 
 _ROWS, _WHOLE = "TrainableTokensWrapper", "ModulesToSaveWrapper"
-"""peft's classes around a module of which some rows, or all, are trained."""
+"""Names of peft's wrapper classes for modules with some trained rows, and for modules trained whole."""
 
 
 class EmbeddingNoise:
     """NEFTune: uniform noise on a model's embeddings (Jain et al. 2023, arXiv 2310.05914).
 
     Noise is added only inside :meth:`scaled_for`, so answers, evaluations and the checks before the first
-    step have none. The noise is drawn from torch's random numbers, whose state checkpoints hold, so a resumed
-    run draws the same noise.
+    step have none. The noise is drawn from torch's random number generator. Checkpoints save its state, so a
+    resumed run draws the same noise.
 
     Args:
         model: the model to train, with or without its adapter.
-        alpha: the noise of a sample of L tokens of width H is uniform within alpha / √(L·H) (section 3).
+        alpha: the noise of a sample of L tokens of width H is uniform within ± alpha / √(L·H) (section 3).
     """
 
     def __init__(self, model: Any, alpha: float) -> None:
         self._alpha = alpha
         self._magnitude: Tensor | None = None
-        """Bound of the noise of each sequence or token, which broadcasts to (sequences, tokens, 1)."""
+        """alpha / √L for each sequence or token, broadcast to (sequences, tokens, 1); None: no noise."""
         if alpha:
             model.get_input_embeddings().register_forward_hook(self._add)
 
@@ -82,7 +79,7 @@ class EmbeddingNoise:
 
 
 def _lengths(batch: dict[str, Any]) -> Tensor:
-    """Return the sample length of each token (1, tokens, 1), or of each padded sequence (sequences, 1, 1)."""
+    """Return sample lengths, for each token (1, tokens, 1) or for each padded sequence (sequences, 1, 1)."""
     if "segments" not in batch:
         padded: Tensor = batch["attention_mask"].sum(1)[:, None, None]
         return padded
@@ -102,7 +99,10 @@ class TokenRows:
 
 
 def token_indices(model: Any, ids: Sequence[int]) -> list[int] | dict[str, list[int]]:
-    """Return peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head. Raises UserError."""
+    """Return peft's ``trainable_token_indices`` for rows ``ids`` of embedding and head.
+
+    Raises UserError if peft does not support the embedding or head, or if a token has no row.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # peft would drop the bias of a head.
     if (
@@ -137,13 +137,13 @@ def init_untrained_rows(model: Any) -> None:
 
 
 def use_trained_rows(model: nn.Module) -> None:
-    """Make every module with trained rows compute only these rows in addition to its frozen matrix."""
+    """Make every module with trained rows keep its frozen matrix and compute these rows separately."""
     for wrapper in row_wrappers(model):
         _patch_forward(wrapper)
 
 
 def row_wrappers(model: nn.Module) -> Iterator[Any]:
-    """Return peft's modules around embedding and head."""
+    """Return peft's wrappers of the embedding and head if some of their rows are trained."""
     return (module for module in model.modules() if _is_peft(module, _ROWS))
 
 
@@ -261,14 +261,14 @@ def peft_options(model: Any) -> dict[str, Any]:
 
 
 def use_fp32_copies(model: Any, *, tied: bool) -> None:
-    """Train peft's copies of embedding and head in fp32, computing in the dtype of the model.
+    """Convert peft's copies of embedding and head to fp32, and make them compute in the dtype of the model.
 
     Args:
         model: the bare model, with an adapter made with :func:`peft_options`.
         tied: whether the model has one matrix for both.
 
     Raises:
-        UserError: peft did not keep a tied head tied.
+        UserError: peft did not copy both, or did not keep a tied head tied.
     """
     wrappers = model.get_input_embeddings(), model.get_output_embeddings()
     if not all(_is_peft(wrapper, _WHOLE) for wrapper in wrappers):
@@ -301,7 +301,7 @@ def embedding_rate(training: Training) -> float:
 
 
 def add_gradient(weight: Tensor, gradient: Tensor) -> None:
-    """Add ``gradient`` to that of ``weight``, in the same shape; the caller must not use it afterwards."""
+    """Add ``gradient`` to ``weight.grad``, in the same shape. The caller must not use ``gradient`` again."""
     if weight.grad is None:
         weight.grad = gradient
     else:
@@ -328,7 +328,7 @@ def add_row_gradients(weight: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 
 class _TrainedLookup(torch.autograd.Function):
-    """An embedding lookup, ids (…) to (…, hidden), which adds its gradient to the weight itself."""
+    """An embedding lookup, ids (…) to (…, hidden). Its backward itself adds to the gradient of the weight."""
 
     @staticmethod
     def forward(

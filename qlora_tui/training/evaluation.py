@@ -1,8 +1,9 @@
-"""Validation: loss, exact matches of short answers, rewards of a preference method, and change by training.
+"""Validation: loss, exact matches of short answers, rewards of a preference method, and the effect of
+training on the loss.
 
-Greedy search gives a short answer exactly if each of its tokens is the most likely one after the tokens
-before it. The validation pass already computes hidden states at all these positions, so nothing is generated:
-every validation sample is counted, for the cost of one projection of its answer tokens.
+Greedy search reproduces a short answer if and only if each of its tokens is the most likely one after the
+tokens before it. The validation pass already computes hidden states at all these positions, so nothing is
+generated: every validation sample is counted, for the cost of one projection of its answer tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from qlora_tui.training.run import Run
 from qlora_tui.training.scoring import no_grad_eval, token_losses
 
 SHORT_TOKENS = 16
-"""Maximum number of tokens in the loss, turn ends included, with which a sample's answer counts as short."""
+"""A sample's answer counts as short if at most this many tokens, turn ends included, are in the loss."""
 _CHUNK_ROWS = 256
 """Number of rows of logits in memory at a time."""
 _MAX_ROWS = 128
@@ -61,7 +62,7 @@ class Evaluator:
             samples, recipe.training.micro_batch_size, run.shape, pairs=recipe.trains_pairs
         )
         self._objective = PreferenceObjective.of(recipe, run.starting_adapter)
-        """Not the trainer's objective, whose sums are of training steps."""
+        """Separate from the trainer's objective, which sums over training steps."""
         short = [sum(samples.loss_mask(i)) <= SHORT_TOKENS for i in range(len(samples))]
         self._short_answers_end = frozenset(run.tokenizer.turn_end_ids) if short and all(short) else None
 
@@ -203,10 +204,10 @@ def exact_answers(
 def compare_validation(run: Run) -> LossChange | None:
     """Report the loss of up to 128 validation rows before and after training; for pairs, of the chosen side.
 
-    Before training the model is its base, or has the adapter that the run started from. Methods that do not
+    The model before training is the base, with the starting adapter if the run has one. Methods that do not
     make answers more likely are skipped. The adapter is already on the disk, so an error, such as too little
-    memory, loses only the comparison and not the run. ``run.model`` has the final adapter; afterwards it may
-    have the starting one.
+    memory, loses only the comparison and not the run. ``run.model`` must have the final adapter; afterwards
+    it may have the starting adapter.
 
     Returns:
         The reported change; None if nothing was reported.

@@ -42,7 +42,7 @@ def disk_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def true_disk_errors() -> Iterator[None]:
-    """Convert failed writes of torch or safetensors in this context to OSError with its error number."""
+    """Raise failed writes of torch or safetensors in this context as an OSError with an error number."""
     try:
         yield
     except Exception as error:

@@ -108,7 +108,7 @@ _REFUSALS = (
     "i must decline",
 )
 _REFUSAL_CHARACTERS = 80
-"""An answer counts as a refusal if one of ``_REFUSALS`` occurs in this many first characters."""
+"""Number of characters at the beginning of an answer that are searched for one of ``_REFUSALS``."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class AnswerCounts(NamedTuple):
 
 
 def count_answers(answers: Iterable[GeneralAnswer]) -> AnswerCounts:
-    """Count the answers that end, loop, refuse, and contain JSON if it was requested."""
+    """Count the answers that end, those that loop, those that refuse, and those with requested JSON."""
     every = list(answers)
     with_json = [answer for answer in every if "JSON" in answer.prompt]
     return AnswerCounts(
@@ -278,8 +278,7 @@ class DivergenceSums(NamedTuple):
     turns: int
     """Number of answers that the base ended."""
     turns_ended: int
-    """Number of the answers that the base ended for which the model, too, predicts the end at that position.
-    """
+    """Number of the base's turn ends that the model also predicts at the same position."""
 
 
 class BaseDivergence:
@@ -294,13 +293,13 @@ class BaseDivergence:
         self._answers: tuple[BaseAnswer, ...] | None = None
 
     def count_answers(self) -> GeneralAnswers | None:
-        """Let the model answer the general prompts, and count ends, loops, refusals and JSON.
+        """Let the model answer the general prompts; count ends, loops, refusals and JSON for model and base.
 
         Generating takes about four times as long as :meth:`measure` on a CPU, so answers are counted only at
         the end of a run. Each process of the run answers its share of the prompts.
 
         Returns:
-            None if the chat template rejects all prompts.
+            The counts; None if the chat template rejects all prompts.
         """
         run, dist = self._run, self._run.dist
         if not self._prompts:
@@ -342,10 +341,12 @@ class BaseDivergence:
         )
 
     def measure(self) -> tuple[float, float | None]:
-        """Return the mean KL(base ‖ model) in nats, and the share of the base's turn ends that remain.
+        """Return the mean KL(base ‖ model) in nats, and the share of the base's turn ends that the model also
+        predicts.
 
         The base's answers are computed at the first use, or read from the cache. Each process of the run
-        compares its share of them. Before training the model equals its base, and nothing is computed.
+        compares its share of them. While the model still equals its base, nothing is computed, and the result
+        is 0 and None.
         """
         run = self._run
         if not self._prompts or equals_base(self._model):
@@ -437,6 +438,6 @@ def divergence_of_top(logits: Tensor, answer: BaseAnswer) -> Tensor:
 
 
 def _log_of_rest(log_probabilities: Tensor) -> Tensor:
-    """Return the log probability (positions,) of all other tokens together; at least the rounding error."""
+    """Return the log of the probability (positions,) of all other tokens together, which is at least 1e-7."""
     rest = 1.0 - log_probabilities.double().exp().sum(-1)
     return rest.clamp(min=1e-7).log().float()

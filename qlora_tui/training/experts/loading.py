@@ -64,13 +64,13 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
-        """Return the bytes of an element as stored; the elements of packed experts are bytes."""
+        """Return the size of a stored element in bytes: 1 for packed experts."""
         if _packed_projection(model, param_name) is not None:
             return 1
         return float(super().param_element_size(model, param_name, param))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """Wrap the family's converters with :class:`ExpertConverter`, and add those of fused parameters."""
+        """Wrap expert converters in :class:`ExpertConverter`; add converters of fused and MXFP4 weights."""
         updated: list[Any] = super().update_weight_conversions(  # type: ignore[no-untyped-call]  # its own
             weight_conversions, *args
         )
@@ -91,7 +91,7 @@ class ExpertQuantizer(Bnb4BitHfQuantizer):
 
 
 class _Whole(ConversionOps):
-    """Converter of a tensor that is stored as the model holds it."""
+    """Operation that returns a tensor unchanged, because it is stored as the model holds it."""
 
     def convert(
         self,
@@ -158,7 +158,7 @@ class ExpertConverter(WeightConverter):
             yield from whole[0] if isinstance(whole, list) else whole
 
     def _joins_matrices(self) -> bool:
-        """Return whether the operations stack the experts, and append the rows of up to those of gate."""
+        """Return whether the operations only stack the experts and, for two sources, join their rows."""
         operations = [(type(op), op.dim) for op in self.operations if hasattr(op, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         return len(operations) == len(self.operations) and operations == expected[: len(self.source_patterns)]
@@ -180,7 +180,7 @@ class Mxfp4Converter(ExpertConverter):
 
 
 def _for_experts(converter: Any) -> Any:
-    """Return the converter, wrapped in one of ours if it fills a projection of experts."""
+    """Return the converter, replaced by an :class:`ExpertConverter` if it fills a projection of experts."""
     if type(converter) is not WeightConverter or not any(
         target.endswith(f"experts.{name}") for target in converter.target_patterns for name in PROJECTIONS
     ):
@@ -197,7 +197,7 @@ def _for_experts(converter: Any) -> Any:
 
 
 def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | None:
-    """Return 4-bit experts and projection for a full parameter name; None for any other name."""
+    """Return the 4-bit experts and projection that a full parameter name denotes; None for other names."""
     path, _, name = parameter.rpartition(".")
     if name not in PROJECTIONS:
         return None
@@ -224,7 +224,7 @@ def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
 
 
 def _stored_slices(job: Any, experts: int) -> Iterator[Tensor]:
-    """Yield each expert's part of a stored tensor whose first dimension counts the experts."""
+    """Yield each expert's part of a stored tensor whose first dimension is the expert."""
     if isinstance(job, _DeferredRead) and hasattr(job.stored, "get_shape"):
         yield from map(job.expert, range(experts))
     else:

@@ -1,14 +1,15 @@
 """LoRA on the experts of a layer, in place of peft's ``ParamWrapper``, and the reference for it.
 
-peft adapts a fused parameter (``target_parameters``) by adding the update to the whole of it before each
-forward, which needs 16-bit weights and their memory again. Here each expert's factors are applied to its own
-tokens. peft still creates and saves the factors. While it creates them for 4-bit experts, it must see the
+peft adapts a fused parameter (``target_parameters``) by adding the update to the entire parameter before each
+forward, which needs 16-bit weights and a second copy of them. Here each expert's factors are applied to its
+own tokens. peft still creates and saves the factors. While it creates them for 4-bit experts, it must see the
 shapes of 16-bit parameters (:func:`as_fused_parameters`).
 
 The reference is the family's own code, on weights that are dequantized when the code uses them. transformers'
-classes loop over the experts that have tokens, and index the fused parameters with each
-(``self.gate_up_proj[expert]``). Here these names are objects whose products dequantize one expert's matrix,
-once in the forward and again in the backward. An adapter adds its own products, computed by autograd.
+classes loop over the experts that have tokens, and index the fused parameters by expert
+(``self.gate_up_proj[expert]``). Here ``self.gate_up_proj`` and ``self.down_proj`` are objects instead. A
+product with such an object dequantizes one expert's matrix, once in the forward and again in the backward. An
+adapter's product is added to it, and autograd computes the gradients of the adapter.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from qlora_tui.training.fused.patching import patch_forward
 class _Rerun(torch.autograd.Function):
     """The family's forward, run again in the backward.
 
-    The tensors saved inside would have other shapes for other routes. Running the forward again also works in
-    a checkpointed layer whose recomputation differs by rounding errors and routes a token elsewhere, as in
-    the check of the first step.
+    The shapes of tensors saved inside would depend on the routes. In a checkpointed layer, the recomputation
+    may route a token to another expert because of rounding errors, as in the check of the first step. Running
+    the forward again works in that case too.
     """
 
     @staticmethod
@@ -81,7 +82,7 @@ def _run(experts: Experts4bit, adapters: dict[str, ExpertAdapter], tensors: Sequ
 
 
 class _FamilyView:
-    """The attributes of a module that a family's forward reads, with 4-bit projections."""
+    """Stands in for the module in a family's forward: has the module's attributes, but 4-bit projections."""
 
     def __init__(self, experts: Experts4bit, adapters: dict[str, ExpertAdapter]) -> None:
         self._experts = experts
@@ -95,7 +96,7 @@ class _FamilyView:
 
 @dataclass(frozen=True)
 class _Matrices:
-    """A fused parameter that is only indexed with one expert.
+    """Stands in for a fused parameter that the family's code only indexes with one expert at a time.
 
     The result of indexing is an operand of ``functional.linear(x, matrix)`` or ``x @ matrix``.
     """
@@ -153,7 +154,7 @@ ActiveName = Callable[[Any], str | None]
 
 @contextmanager
 def as_fused_parameters(model: nn.Module) -> Iterator[None]:
-    """Show peft 4-bit experts as three-dimensional float32 parameters that take the memory of one element."""
+    """Show 4-bit experts to peft as three-dimensional float32 parameters with the memory of one element."""
     packed = {module: dict(module._parameters) for _, module in experts_4bit(model)}
     for module in packed:
         for name in PROJECTIONS:
@@ -170,10 +171,10 @@ def as_fused_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def fuse_experts(model: nn.Module, active: ActiveName | None = None) -> None:
-    """Compute experts one after another, with their adapters, in each layer of a ``PeftModel``.
+    """Make each layer of a ``PeftModel`` compute its experts one after another, with their adapters.
 
     Args:
-        active: returns the adapter to use; None asks peft.
+        active: returns the name of the adapter to use; if None, the adapter that peft has activated is used.
     """
     inner = {wrapper.base_layer for wrapper in _wrappers(model)}
     outer = [wrapper for wrapper in _wrappers(model) if wrapper not in inner]
@@ -205,7 +206,7 @@ def _reference(module: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tenso
 
 
 def _adapters(module: Any, active: ActiveName) -> dict[str, ExpertAdapter]:
-    """Return the active adapter of each adapted projection, keyed by its name.
+    """Return the active adapter of each adapted projection, keyed by the projection's name.
 
     Args:
         module: the outermost wrapper.

@@ -1,10 +1,10 @@
 """The routed experts of a layer as one autograd function that holds one expert's weights at a time.
 
-A token's hidden state goes to ``per_token`` experts; each such pair is a slot. Slots are sorted by expert,
-and the experts are computed one after another, forward and backward. Memory holds one expert at a time: its
-two matrices, dequantized in turn into the same buffer, and the rows of its tokens.
+A token's hidden state goes to ``per_token`` experts; each pair of a token and one of its experts is a slot.
+Slots are sorted by expert, and the experts are computed one after another, forward and backward. Memory holds
+one expert at a time: its two matrices, dequantized in turn into the same buffer, and the rows of its tokens.
 
-Shapes of Qwen3-30B-A3B for a packed sequence of 4,096 tokens, of which 8 experts each make 32,768 slots::
+Shapes of Qwen3-30B-A3B for a packed sequence of 4,096 tokens with 8 experts each, so 32,768 slots::
 
     x         (4096, 2048)    saved: the layer's own hidden state
     weights   (4096, 8)       saved: the routing weights
@@ -13,18 +13,19 @@ Shapes of Qwen3-30B-A3B for a packed sequence of 4,096 tokens, of which 8 expert
     total     (4096, 2048)    float32: the weighted outputs, added expert by expert
 
     backward of an expert with n slots, for grad (n, 2048), the gradient of its tokens' outputs:
-    u         (n, 768)        grad · W_down: the gradient of the down projection's input at a weight of 1
-    weights   (n,)            the row sums of u ⊙ inner, so that no expert's output is saved
-    both      (n, 1536)       the gradient through the gate of u ⊙ weights
+    u         (n, 768)        grad · W_down: the gradient of the down projection's input for a weight of 1
+    weights   (n,)            the row sums of u ⊙ that input, so that no expert's output is saved
+    both      (n, 1536)       u ⊙ weights, backpropagated through the gate
     x         (n, 2048)       both · W_gate_up, added to float32 sums
 
 LoRA adds scale · x · Aᵀ · Bᵀ to each product, with the A (rank, inputs) and B (outputs, rank) of the expert.
-Its gradients are written to the rows of the expert; those of experts without tokens are 0.
+The gradients of A and B are written expert by expert; those of experts without tokens are 0.
 
-The classes of transformers share an interface (``use_experts_implementation`` in ``integrations/moe.py``):
-``gate_up_proj`` and ``down_proj`` are parameters of three dimensions, biases have the suffix ``_bias``, and
-``_apply_gate`` is the activation between them. bitsandbytes quantizes none of these, because they are not
-linear modules. :class:`Experts4bit` holds the same weights under the same names, packed.
+The expert classes of transformers share an interface (``use_experts_implementation`` in
+``integrations/moe.py``): ``gate_up_proj`` and ``down_proj`` are parameters of three dimensions, biases have
+the suffix ``_bias``, and ``_apply_gate`` is the activation between them. bitsandbytes quantizes none of
+these, because they are not linear modules. :class:`Experts4bit` holds the same weights under the same names,
+packed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from qlora_tui.training.experts.storage import PACKED, ExpertLayout, dequantize
 from qlora_tui.training.fused.lora import product_dtype, without_autocast
 
 MatrixReader: TypeAlias = Callable[[int, torch.dtype, Tensor | None], Tensor]
-"""Returns the matrix of an expert, as stored, in a given dtype and perhaps in a given buffer."""
+"""Returns an expert's matrix in its stored orientation, in a given dtype and perhaps in a given buffer."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Projection:
         return out
 
     def input_gradient(self, grad: Tensor, expert: int, memory: Tensor | None) -> Tensor:
-        """Return the gradient (n, inputs) of an expert's inputs for that of its outputs (n, outputs)."""
+        """Return the gradient (n, inputs) of an expert's inputs, given that of its outputs (n, outputs)."""
         matrix = self.read(expert, grad.dtype, memory)
         out = grad @ (matrix.t() if self.transposed else matrix)
         if self.adapter is not None:
@@ -122,8 +123,8 @@ class Routes:
     def spans(self) -> Iterator[tuple[int, slice]]:
         """Yield each expert that has slots, with the range of its slots. Waits for the GPU once.
 
-        On the meta device, where counts have no values, every expert gets as many slots and only the first
-        two run: the other experts allocate and free the same memory.
+        On the meta device, where counts have no values, all experts count as having the same number of slots.
+        Only the first two are yielded, because each other expert would allocate and free the same memory.
         """
         start = 0
         if self.counts.device.type == "meta":
@@ -169,7 +170,9 @@ class RoutedLayer:
         return [factor for each in adapters for factor in ((each.a, each.b) if each else (None, None))]
 
     def memory(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Return a buffer for one matrix; None on a CPU, where bitsandbytes allocates each matrix."""
+        """Return a buffer for one matrix. None on a CPU, where bitsandbytes allocates each matrix, and for
+        matrices that need no dequantization.
+        """
         if x.device.type == "cpu" or not self.is_packed:
             return None
         numel = max(each.inputs * each.outputs for each in (self.first, self.second))
@@ -181,7 +184,7 @@ def routed_experts(x: Tensor, chosen: Tensor, weights: Tensor, layer: RoutedLaye
 
     Args:
         x: hidden states (tokens, hidden).
-        chosen: experts (tokens, per_token), each at most once in a row.
+        chosen: experts (tokens, per_token), each at most once per token.
         weights: routing weights (tokens, per_token), of any floating-point dtype.
     """
     arguments = (x, weights, *layer.factors, sort_by_expert(chosen, layer.experts), layer)
@@ -274,7 +277,7 @@ class _Backward:
         self._memory = layer.memory(x, dtype)
 
     def compute(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the function's arguments, given ``grad`` of its output (tokens, hidden)."""
+        """Return the gradients of the function's arguments, given its output's gradient (tokens, hidden)."""
         grad = grad.to(self._rows.dtype)
         for expert, span in self._routes.spans():
             self._add_expert(expert, span, grad)
@@ -421,7 +424,7 @@ def _stored_matrix(
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Return whether a module has two fused expert parameters whose matrices are used separately."""
+    """Return whether a module has gated experts in two fused float parameters, and no norm after them."""
     return (
         hasattr(module, "is_transposed")
         and getattr(module, "has_gate", False)

@@ -1,8 +1,8 @@
 """The matrices of one projection of all experts of a layer, each quantized to 4 bits separately.
 
-Every expert is quantized as bitsandbytes quantizes a linear layer: blocks of 64 weights share a scale, and
-with double quantization 256 scales share another. The parts of all experts are stacked in plain tensors with
-one row per expert, so that a single expert can be written, read and moved.
+Every expert is quantized as bitsandbytes quantizes a linear layer: 64 weights form a block and share a scale;
+with double quantization, 256 scales form a block and share a second scale. The parts of all experts are
+stacked in plain tensors with one row per expert, so that a single expert can be written, read and moved.
 
 Qwen3-30B-A3B's ``gate_up_proj``, 128 experts of (1536, 2048)::
 
@@ -58,7 +58,7 @@ class ExpertLayout:
         return (PACKED, ABSMAX, NESTED_ABSMAX, OFFSET) if self.nested else (PACKED, ABSMAX)
 
     def empty_tensors(self, device: torch.device | str) -> dict[str, Tensor]:
-        """Allocate the tensors of all experts, without values, by their suffix."""
+        """Return uninitialized tensors for all experts, keyed by suffix."""
         blocks = -(-self.numel // BLOCK)
         tensors = {
             PACKED: torch.empty(self.experts, -(-self.numel // 2), dtype=torch.uint8, device=device),
@@ -142,7 +142,7 @@ def _scale_code(device: torch.device) -> Tensor:
 
 
 BLOCKS, SCALES = "_blocks", "_scales"
-"""Suffixes of the two tensors of a projection."""
+"""Suffixes of the names of a projection's two tensors in MXFP4."""
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of E2M1, indexed by the low three bits; the fourth bit is the sign."""
 _EXPONENT_BIAS = 127
@@ -155,7 +155,7 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 
     Args:
         blocks: (outputs, blocks, 16), uint8, or another type that holds the same integers.
-        scales: (outputs, blocks), of the same types.
+        scales: (outputs, blocks), of one of these types.
     """
     values = torch.tensor((*_MAGNITUDES, *(-each for each in _MAGNITUDES)), dtype=dtype, device=blocks.device)
     packed = blocks.to(torch.uint8)

@@ -5,17 +5,17 @@ to three times as long as necessary. Here a block of queries is multiplied by al
 the query heads that share a key head are stacked in the same product.
 
 **Augmented columns.** The backward needs ``scale · q kᵀ - log_sum`` and ``grad vᵀ - delta``, with one
-``log_sum`` and one ``delta`` per query. If they were subtracted from a bfloat16 product, it would already be
-    rounded. So they are part of the product, which is summed in float32 and then rounded::
+``log_sum`` and one ``delta`` per query. A bfloat16 product would already be rounded before they could be
+subtracted. So they are part of the product, which is summed in float32 and then rounded::
 
     [q | c₁ c₂ c₃] · [k | 1 1 1]ᵀ = q kᵀ + c₁ + c₂ + c₃,    c₁ + c₂ + c₃ = -log_sum / scale
 
 Three bfloat16 columns are needed because one has 8 bits and a float32 has 24.
 
 **Shapes.** One sample of 40 tokens, 9 query heads, 3 key heads of width 64; tokens are padded to 64, a
-multiple of 32, for which oneDNN already has its kernels::
+multiple of 32, so that oneDNN generates few different kernels::
 
-    q             (9, 40, 64)  ->  augmented  (3, 3, 64, 67)     key head, query head of it, token, column
+    q             (9, 40, 64)  ->  augmented  (3, 3, 64, 67)     key head, its query head, token, column
     k             (3, 40, 64)  ->  augmented  (3, 64, 67)
     block_q       (3, 3 · 64, 67)             the three query heads of a key head, stacked
     weights       (3, 192, 64)                block_q · kᵀ, then exp, then causal
@@ -204,15 +204,15 @@ def _sample_backward(
 
 
 def token_multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """Return the multiple to which tokens are padded, which exceeds 1 only for bfloat16 on a CPU.
+    """Return the multiple to which the number of tokens is padded.
 
-    oneDNN computes these products.
+    It exceeds 1 only for bfloat16 on a CPU, where oneDNN computes the matrix products.
     """
     return TOKEN_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def pad_tokens(x: Tensor) -> Tensor:
-    """Append zeros to the tokens of x (…, tokens, width), up to the next multiple of tokens."""
+    """Append zeros to the tokens of x (…, tokens, width), up to a multiple of :func:`token_multiple`."""
     more = padded_length(x) - x.shape[-2]
     return functional.pad(x, (0, 0, 0, more)) if more else x
 

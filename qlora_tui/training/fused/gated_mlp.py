@@ -4,8 +4,8 @@ The library also saves the activated gate and the product, each as wide as the M
 saves. Here the backward recomputes both from gate and up, at the cost of two elementwise passes.
 
 There are two functions, so that all saved tensors exist before the product with down's weight. With gradient
-checkpointing, a layer's recomputation ends once all saved tensors exist again, so it skips this product,
-which in a Llama is 25 to 30 % of the products of a forward.
+checkpointing, a layer's recomputation ends once all saved tensors exist again, so it skips this product. In a
+Llama this product takes 25 to 30 % of the arithmetic of all matrix products of a forward.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def _patch_forward(mlp: Any, down: AdaptedModule) -> None:
 def is_gated(mlp: Any) -> bool:
     """Return whether the module's forward is exactly down(act(gate(x)) · up(x)), bit by bit.
 
-    For the test the module's three projections are replaced by chosen values, so that a factor, a clamp or
-    another activation is detected, and no weight is read. Every layer is tested, because some models differ
-    by layer (Gemma 3n). On ``meta`` there are no values to compare.
+    For the test, the outputs of the module's three projections are replaced by chosen values, so that a
+    factor, a clamp or another activation is detected, and no weight is read. Every layer is tested, because
+    in some models the layers differ (Gemma 3n). On ``meta``, where there are no values to compare, the result
+    is True.
     """
     parameter = next(mlp.parameters())
     if parameter.is_meta:
@@ -139,7 +140,7 @@ def _product(gate: Tensor, up: Tensor, act: Activation) -> Tensor:
 
 
 def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]:
-    """Return the Triton kernels and their name of the activation. If torch must compute the product, return
+    """Return the Triton kernels and their name for the activation. If torch must compute the product, return
     None and an empty name.
     """
     kernels = find_kernels(gate.device, gate.dtype)
@@ -149,7 +150,7 @@ def _kernels_for(gate: Tensor, act: Activation) -> tuple[ModuleType | None, str]
 
 @cache
 def _name_of(act: Activation) -> str:
-    """Return the activation's name in the kernels, identified by its values; empty if they do not have it."""
+    """Return the kernels' name for an activation, recognized by its values; empty if they lack it."""
     x = torch.linspace(-9, 9, 1001)
     computed = act(x)
     if bitwise_equal(computed, functional.silu(x)):
@@ -158,7 +159,9 @@ def _name_of(act: Activation) -> str:
 
 
 class _GatedProduct(torch.autograd.Function):
-    """act(gate) · up, which only :class:`_DownProjection` may read, and dropout of it · Aᵀ (rows, rank)."""
+    """product = act(gate) · up, which only :class:`_DownProjection` may read, and dropout(product) · Aᵀ
+    (rows, rank).
+    """
 
     @staticmethod
     def forward(
@@ -194,7 +197,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 class _DownProjection(torch.autograd.Function):
-    """base(product) + scale · xa · Bᵀ, which saves no tensor that a recomputation would compute last."""
+    """base(product) + scale · xa · Bᵀ. Saves no tensors, so a layer's recomputation can end before it."""
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, xa: Tensor, b: Tensor, adapter: LoraParameters) -> Tensor:

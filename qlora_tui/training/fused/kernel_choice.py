@@ -30,12 +30,13 @@ from qlora_tui.training.checks.rounding import outputs_and_gradients, within_rou
 _ROUNDINGS = 8.0
 """Maximum difference of a kernel's value, in units in the last place of the row's largest value."""
 _OLDEST_GPU = (7, 5)
-"""Compute capability from which Triton's compiler is supported."""
+"""Lowest compute capability that Triton's compiler supports."""
 _TOKENS, _HEADS = 5, 5
 _WIDTHS: tuple[int, ...] = (200, 3000)
-"""Columns of the check: four short rows in one program and a fifth in the next, and a row with more warps.
+"""Numbers of columns in the check. With 200, one program computes four rows and the next program the fifth.
+With 3,000, each row has its own program, which has more warps.
 
-Neither these widths nor the columns of a head are powers of two.
+Neither these numbers nor the widths of their heads are powers of two.
 """
 _verified: dict[tuple[torch.device, torch.dtype], ModuleType | None] = {}
 _refusals: dict[tuple[torch.device, torch.dtype], str] = {}
@@ -184,8 +185,8 @@ class InstalledKernels:
     """The functions of a model's modules that call installed kernels.
 
     transformers has a PyTorch function for each of them. flash-linear-attention 0.6.0 differs from those by
-    one rounding of the dtype (relative norm of outputs and gradients: 5.9e-4 in float16, 4e-7 in float32, run
-    by Triton's interpreter).
+    one rounding of the dtype (relative norm of the differences in outputs and gradients: 5.9e-4 in float16,
+    4e-7 in float32, run by Triton's interpreter).
     """
 
     def __init__(self, model: Any) -> None:
@@ -209,11 +210,11 @@ class InstalledKernels:
         return len(self._functions)
 
     def use_ours(self) -> None:
-        """Call the installed kernels."""
+        """Make the model call the installed kernels."""
         for names, name, function in self._functions:
             names[name] = function
 
     def use_reference(self) -> None:
-        """Call PyTorch instead."""
+        """Make the model call the PyTorch functions instead of the installed kernels."""
         for names, name, function in self._functions:
             names[name] = function.__wrapped__

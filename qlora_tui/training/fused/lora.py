@@ -34,7 +34,7 @@ Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 toke
     xa        (100, 48)                              x · Aᵀ, saved; 16 columns for each module
     outputs   (1, 100, 576), (1, 100, 192) twice     x · Wᵀ, into which scale · xa · Bᵀ is added, for each
 
-    backward, for one gradient for each output:
+    backward, given one gradient for each output:
     grad_xa   (100, 48)                              scale · grad · B, for each module
     grad_A    (48, 576)                              grad_xaᵀ · x
     grad_x    (100, 576)                             the sum of grad · W, then of grad_xa · A, in place
@@ -42,7 +42,8 @@ Shapes of SmolLM2-135M's attention at rank 16, for a packed sequence of 100 toke
 The library's code calls one module after another. The first call computes the outputs of all, and the later
 modules take their outputs from it if they receive the same tensor. With dropout each module has its own mask,
 so each is computed separately. The base's weights are dequantized one after another, each into its own
-tensor. A buffer for all layers would not save kernels, and would still take memory at the logits' peak.
+tensor. A buffer for all layers would not save kernels, and would still be allocated when the logits need the
+most memory.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class AdapterCasts:
         return parameter.to(dtype) if copy is None else copy
 
     def cast_stack(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Return the rows of all parameters in ``dtype``: their copies if they form a stack and are valid."""
+        """Return the rows of all parameters in ``dtype``: the copies if the parameters form a stack and all
+        copies are valid, otherwise new casts.
+        """
         if len(parameters) == 1:
             return self.cast(parameters[0], dtype)
         stacked = self._by_stack.get(tuple(map(id, parameters)))
@@ -145,7 +148,7 @@ class AdapterCasts:
 _WORDS = 4
 """Number of dropout decisions taken from one 64-bit random number."""
 _VALUES = 1 << 15
-"""Number of values of each decision: on a CPU a probability is exact to 1/32,768."""
+"""Number of values of the 15 random bits of a decision: on a CPU a probability is exact to 1/32,768."""
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -187,7 +190,7 @@ class AdaptedModule:
     casts: AdapterCasts
 
     def adapter(self) -> LoraParameters | None:
-        """Return the active adapter; None if it is not exactly one."""
+        """Return the active adapter; None if there is not exactly one, or if it is disabled or merged."""
         module = self.module
         names = module.active_adapters
         if module.disable_adapters or module.merged or len(names) != 1:
@@ -205,7 +208,9 @@ class AdaptedModule:
 
 
 def plain_weight(module: Any) -> WeightLoader | None:
-    """Return the function that reads the frozen weight under a plain adapter; None if there is none."""
+    """Return the function that reads the frozen weight under a plain adapter. None if the module has no plain
+    adapter, or if its weight cannot be read.
+    """
     if not hasattr(module, "lora_A") or getattr(module, "lora_variant", None):
         return None
     return _weight_of(module.get_base_layer())
@@ -339,7 +344,7 @@ def add_adapter_grad(
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which has a cost if autocast is already off."""
+    """Return a context without autocast; if autocast is already off, one that does nothing and costs less."""
     return torch.autocast(device, enabled=False) if _is_autocast(device) else nullcontext()
 
 
@@ -372,7 +377,7 @@ def _dropout_mask(values: Tensor, p: float) -> Tensor:
 def apply_dropout(values: Tensor, dropout_mask: Tensor | None) -> Tensor:
     """Set the dropped elements to 0.
 
-    Uses a bitwise and on a CPU, where mixed-dtype arithmetic is many times slower.
+    Uses a bitwise AND on a CPU, where mixed-dtype arithmetic is many times slower.
     """
     if dropout_mask is None:
         return values
@@ -403,7 +408,7 @@ def fuse_lora(model: nn.Module, decoder: nn.Module, casts: AdapterCasts) -> list
 
 
 def _modules_by_input(model: nn.Module, adapted: dict[Any, WeightLoader]) -> list[list[Any]]:
-    """Return all adapted modules, grouped by which are expected to read the same input."""
+    """Return all adapted modules, in groups that are expected to read the same input."""
     groups: list[list[Any]] = []
     for parent in model.modules():
         for names in GROUPS:
@@ -484,7 +489,7 @@ def _stacked_a(adapters: Sequence[LoraParameters], dtype: torch.dtype) -> Tensor
 
 
 def _by_adapter(stacked: Tensor, adapters: Sequence[LoraParameters], dim: int = 1) -> tuple[Tensor, ...]:
-    """Split into the columns of each adapter, or with ``dim`` 0 into the rows."""
+    """Split ``stacked`` into each adapter's columns, or into each adapter's rows if ``dim`` is 0."""
     if len(adapters) == 1:
         return (stacked,)
     return torch.split(stacked, [len(adapter.a) for adapter in adapters], dim=dim)

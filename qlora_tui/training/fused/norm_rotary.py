@@ -96,8 +96,8 @@ def _find_variant(norm: Any) -> RmsNormVariant | None:
 
 
 def _distinguishable_variants(dtype: torch.dtype) -> tuple[RmsNormVariant, ...]:
-    """Return the variants whose results differ in ``dtype``. In float32, it does not matter when the input is
-    cast.
+    """Return the variants whose results differ in ``dtype``. In float32 the first two do not differ, because
+    no cast rounds.
     """
     return _VARIANTS[1:] if dtype == torch.float32 else _VARIANTS
 
@@ -135,7 +135,7 @@ def _factor(weight: Tensor, variant: RmsNormVariant) -> Tensor:
 
 
 def _kernels_for(x: Tensor) -> ModuleType | None:
-    """Return Triton's kernels for rows of this width; None if torch computes."""
+    """Return Triton's kernels for rows of this width; None if torch must compute the norm."""
     kernels = find_kernels(x.device, x.dtype)
     return kernels if kernels is not None and kernels.fits_row(x.shape[-1]) else None
 
@@ -178,8 +178,8 @@ _NAME = "apply_rotary_pos_emb"
 _TOKENS = 5
 """Number of tokens of the check."""
 _ROUNDINGS = 2.0
-"""Maximum difference of an element, in rounding errors of the terms of its sum. Both products and the sum are
-rounded.
+"""Maximum difference of an element, in rounding errors at the size of its terms: two products and their sum
+are rounded.
 """
 
 
@@ -205,7 +205,7 @@ def fuse_rotary(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _rotary_function(module: nn.Module) -> RotaryFunction | None:
-    """Return the function that the module's forward calls by name; None if it calls none."""
+    """Return the ``apply_rotary_pos_emb`` function that the module's forward calls; None if it calls none."""
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or _NAME not in code.co_names:
@@ -247,7 +247,7 @@ def _fuse_attention(
 
 
 def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, kinds: frozenset[CallKind]) -> bool:
-    """Return whether the kernel can compute a call of the family's function, by the call's kind."""
+    """Return whether the kernel can replace a call of the family's function: shapes, dtypes and kind fit."""
     return (
         q.dtype == k.dtype
         and cos.dtype == sin.dtype
@@ -332,7 +332,7 @@ def _computes_same(
 
 
 def _sizes(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
-    """Return the magnitude of the terms of each result element's sum; 0 for elements that are passed on."""
+    """Return the summed magnitudes of each result element's terms; 0 for elements that are only copied."""
     rotary = cos.shape[-1]
     turned, cos, sin = x[..., :rotary].abs(), cos[:, None].abs(), sin[:, None].abs()
     half = rotary // 2

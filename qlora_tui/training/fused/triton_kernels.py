@@ -1,4 +1,4 @@
-"""RMSNorm, rotary positions and the gated product of an MLP as one Triton kernel in each direction.
+"""RMSNorm, rotary positions and the gated product of an MLP, each as one Triton kernel per direction.
 
 torch computes each in a chain of kernels that read and write the whole tensor: nine for a norm, ten for the
 rotation of queries and keys, five for the backward of a gated product. Here a program reads a row, a token,
@@ -246,7 +246,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inv_rms: Tensor, 
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
-    """Return activation(gate) · up, both rounded to the dtype of ``gate``, as transformers does."""
+    """Return activation(gate) · up; both steps round to the dtype of ``gate``, as in transformers."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     count = gate.numel()
