@@ -1,7 +1,7 @@
 """Converts a GGUF file once, in a separate process, with progress and a way to stop.
 
-Trainer, chat and demo call these functions; their own processes do not need the memory of a conversion. torch
-is not imported here. The job is :mod:`qlora_tui.training.gguf_weights`.
+The separate process runs :func:`qlora_tui.training.gguf_weights.convert`. So the trainer, the chat and the
+demo, which call these functions, never hold the memory of a conversion. torch is not imported here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def convert_cached(
 
 
 def model_folder(files: ModelFiles, progress: ProgressCallback = lambda done, total: None) -> Path:
-    """Return the folder of safetensors of a model, converting a GGUF file first. Raises UserError."""
+    """Return the folder with a model's safetensors, converting a GGUF file first if that was not done yet.
+
+    Raises UserError.
+    """
     if files.gguf_file is None:
         return files.folder
     return convert_cached(files.folder / files.gguf_file, progress)
@@ -92,8 +95,8 @@ def pending_conversion(model_id: str) -> Conversion | None:
 def _peak_bytes(file: Path, file_bytes: int) -> int:
     """Return the peak memory of a file's conversion, in bytes.
 
-    The result is cached: the Memory screen calls this after each change, and a header has a hundred thousand
-    tokens.
+    The result is cached: the Memory screen calls this after each change, and reading a header takes time,
+    because it can contain more than 100,000 tokens.
     """
     return peak_bytes(file_bytes=file_bytes, vocabulary=read_gguf(file).vocab_size or 0)
 
@@ -124,7 +127,10 @@ def convert_in_child(
 
 
 def folder_of(file: Path) -> Path:
-    """Return the folder of a file's conversion. If the file changes, the folder changes too."""
+    """Return the folder for a file's conversion, whether or not it exists.
+
+    A changed file gets another folder. Raises UserError if the file cannot be found.
+    """
     try:
         stat = file.stat()
     except OSError as error:

@@ -1,10 +1,11 @@
 """Writes the tokenizer of a GGUF file as ``tokenizer.json``, with its special tokens and chat template.
 
-The written tokenizer gives the same tokens as llama.cpp, which has these kinds of vocabulary
-(src/llama-vocab.cpp). ``gpt2`` is byte-level BPE with merges, which first splits text by rules that have a
-name. ``llama`` is SentencePiece's BPE: of all neighbors that form a token, the pair with the best score is
-merged first. This equals BPE whose merges are all ways to form a token, in the order of scores. ``gemma4`` is
-like ``llama``, but with merges in the file.
+The written tokenizer gives the same tokens as llama.cpp (src/llama-vocab.cpp). It supports these kinds of
+vocabulary. ``gpt2`` is byte-level BPE with merges; text is first split by the rules that
+``tokenizer.ggml.pre`` names. ``llama`` is SentencePiece's BPE: of all adjacent pairs that form a token, the
+pair with the best score is merged first. The same result comes from BPE with one merge for each split of a
+token into two other tokens, with the merges in the order of the tokens' scores. ``gemma4`` is like ``llama``,
+but with merges in the file.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ NORMAL = 1
 BYTE = 6
 _SPACE = "▁"
 _USUAL_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-"""Usual ids of special tokens in a ``llama`` vocabulary, if the file does not name them.
+"""Ids that special tokens have in a ``llama`` vocabulary if the file does not give their ids.
 
 From ``llama_vocab::impl::load``.
 """
 _PHI3_TOKENS = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 """Tokens that identify the vocabulary in which llama.cpp drops white space after special tokens.
 
-It does so only if the model's name is Phi-3's, and among these tokens only after ``</s>``.
+The model's name must also contain ``phi-3`` or ``phi3``. After three of these tokens white space is kept: it
+is dropped after ``</s>`` and after all other special tokens.
 """
 
 
@@ -59,7 +61,10 @@ class GgufTokenizer:
         return value
 
     def special_id(self, name: str) -> int | None:
-        """Return a special token's id: ``bos``, ``eos``, ``eot``, ``eom``, ``padding`` or ``unknown``."""
+        """Return the id of a special token; None if the vocabulary has no such token.
+
+        ``name`` is ``bos``, ``eos``, ``eot``, ``eom``, ``padding`` or ``unknown``.
+        """
         number = self._get(f"{name}_token_id")
         if number is None and self._kind == "llama":
             number = _USUAL_IDS.get(name)
@@ -192,16 +197,19 @@ class GgufTokenizer:
 
 
 _LINES = r"[^\n]+|[\n]+"
-"""Pattern that splits text into the words of a ``gemma4`` vocabulary."""
+"""Pattern that splits text into lines and runs of line breaks, for a ``gemma4`` vocabulary."""
 _TOOL_KEY = "chat_template.tool_use"
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 _BYTES = _BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}
-"""The decoder as the library writes it; it ignores these two settings."""
+"""The decoder of byte-level BPE, as the tokenizers library writes it. The decoder ignores both settings."""
 
 
 def splits(rules: Sequence[str]) -> dict[str, Any]:
-    """Return the pre-tokenizer of byte-level BPE with the named rules."""
+    """Return the pre-tokenizer of byte-level BPE that splits text by ``rules``.
+
+    Each rule is a regular expression, ``DIGITS`` or ``GPT2``.
+    """
     steps: list[Mapping[str, Any]] = []
     for rule in rules:
         if rule == DIGITS:

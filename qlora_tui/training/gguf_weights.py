@@ -1,10 +1,10 @@
 """Writes a GGUF file as a model folder: bfloat16 safetensors, tokenizer and config.
 
 transformers' class, built from the config without weights, determines the model's tensors and their names.
-This module reverses how llama.cpp stores them, which :mod:`qlora_tui.gguf_format` defines for exports. If
-only the file or only the model has a tensor, the file is refused. Weights are written one block of rows at a
-time, or one matrix at a time if they are stored in another order, so memory never holds the whole model. For
-Gemma 3 270M transformers would need 3.2 GB.
+llama.cpp stores some tensors in another form, which :mod:`qlora_tui.gguf_format` defines for exports. This
+module restores the original form. If a tensor is only in the file or only in the model, the file is refused.
+Weights are written one block of rows at a time, or one matrix at a time if they are stored in another order,
+so memory never holds the whole model. transformers would need 3.2 GB to convert Gemma 3 270M.
 
 :func:`convert` is a job of :mod:`qlora_tui.training.gguf_conversion`, so that the memory of the conversion is
 released with the process. transformers can dequantize a GGUF file but not quantize it to NF4 at the same
@@ -59,7 +59,8 @@ class Weight:
 def write_model(file: Path, folder: Path, progress: ProgressCallback) -> None:
     """Write config, tokenizer, chat template and bfloat16 safetensors of a GGUF file.
 
-    Raises UserError and ValueError if the model would lack anything that the file has.
+    Raises UserError if the file cannot be a base, and ValueError if a tensor is only in the file or only in
+    the model.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -105,7 +106,10 @@ def write_description(header: GgufHeader, file: Path, folder: Path) -> dict[str,
 
 
 def _check_counts(header: GgufHeader, config: Mapping[str, Any]) -> None:
-    """Raise ValueError if the config has more layers or experts than the file has tensors."""
+    """Raise ValueError if the config has more layers than the file has tensors, or the experts do not match.
+
+    The number of experts in the header must be the number that each tensor of experts holds.
+    """
     layers = config["num_hidden_layers"]
     if layers > len(header.tensors):
         raise ValueError(f"it declares {layers:,} layers but has {len(header.tensors):,} tensors")
@@ -126,7 +130,7 @@ def weights_of(file: Path, header: GgufHeader, shapes: Mapping[str, Shape], conf
         config: transformers' config of the model.
 
     Raises:
-        ValueError: only the file or only the model has a tensor, or a shape differs.
+        ValueError: a tensor is only in the file or only in the model, or a shape differs.
     """
     from qlora_tui.gguf_format.inverse import sources_of
 
@@ -248,7 +252,8 @@ def _bfloat16(values: Any) -> Any:
 def convert(file: Path, folder: Path, report: Report = lambda done, total, text="": None) -> None:
     """Write ``folder`` completely or not at all. Raises UserError.
 
-    Waits for another process that is converting the same file, and then does nothing.
+    Waits for another process that is converting the same file, and then does nothing if that process
+    succeeded.
     """
     from safetensors import SafetensorError  # not an OSError, even if the disk is full
 

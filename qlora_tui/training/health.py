@@ -1,7 +1,8 @@
 """Detects problems in training. Each finding has evidence and a remedy.
 
-These are pure functions of numbers: :mod:`qlora_tui.training.loop` passes loss and gradient norm of each
-step, and :mod:`qlora_tui.training.reporter` the metrics of the GPU.
+The code here only computes on numbers that it is given. :mod:`qlora_tui.training.loop` passes the loss and
+gradient norm of each step and the results of evaluations; :mod:`qlora_tui.training.reporter` passes the
+metrics of the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _HISTORY = 20
 _EXPLOSION = 20.0
 """Multiple of the median norm that counts as exploding: such a step has a wrong direction even if clipped."""
 _SKIPPED_STEPS = 12
-"""Number of consecutive steps that fp16 may skip.
+"""Number of consecutive steps skipped under fp16 at which the run ends.
 
 Each skipped step halves the loss scale, which begins at 65,536, so the limit is reached at a scale of 16.
 """
@@ -39,7 +40,7 @@ _PLATEAU_STEPS = 200
 _PLATEAU = 0.002
 """Share by which the mean loss must fall from the earlier half to the later one."""
 _WORSE = 0.05
-"""Share above the validation loss before training at which a loss counts as clearly worse."""
+"""A validation loss counts as clearly worse if it exceeds the one before training by more than this share."""
 _MANY_ANSWERS = 0.25
 """Minimum share of general answers that must be worse than those of the base for a finding."""
 _IDLE_S = 60.0
@@ -83,8 +84,8 @@ def too_few_steps(total: int, max_steps: int = 0) -> Finding | None:
 def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overflow: bool) -> Finding | None:
     """Return a finding that ends the run if loss or gradient norm is NaN or infinite.
 
-    With ``norm_may_overflow``, as under fp16, an infinite norm is routine: the step is skipped and the loss
-    scale lowered; see :class:`OverflowMonitor`.
+    With ``norm_may_overflow``, as under fp16, only the loss is checked. A norm that is not finite is routine
+    there: the step is skipped and the loss scale is lowered; see :class:`OverflowMonitor`.
     """
     if not math.isfinite(loss):
         quantity, value = "loss", loss
@@ -195,7 +196,7 @@ class GpuMonitor:
     """Checks each reading of a GPU during training."""
 
     def __init__(self, name: str = "The GPU") -> None:
-        """Check a GPU that findings call ``name``."""
+        """Set up the monitor of one GPU. ``name`` begins the evidence of its findings."""
         self._name = name
         self._idle_since: float | None = None
         self._hot_since: float | None = None

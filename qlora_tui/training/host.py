@@ -1,4 +1,4 @@
-"""What the trainer requests from the operating system: a lower CPU priority, and to take back free memory."""
+"""Lowers the trainer's CPU priority, and returns free memory to the operating system and the GPU."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Rotary positions whose frequencies depend on the length of a sequence, for several samples in one call.
 
-LongRoPE uses one set of frequencies up to the original context and another beyond it, dynamic NTK different
-frequencies for each length beyond it. transformers takes the length from the largest position of the whole
-call, and dynamic NTK also from earlier calls. So the result for a short sample depends on whether a long one
-is in the same call, packed or padded. Here each sample has the frequencies of its own length, as if it were
-alone.
+LongRoPE uses one set of frequencies up to the original context length, and another set beyond it. Dynamic NTK
+uses different frequencies for each length beyond it. transformers takes the length from the largest position
+of the whole call, and with dynamic NTK also from earlier calls. So the result for a short sample depends on
+whether a long one is in the same call, packed or padded. Here each sample has the frequencies of its own
+length, as if it were alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ See ``dynamic_rope_update`` in ``transformers.modeling_rope_utils``.
 
 
 def scale_each_sample(model: Any) -> None:
-    """Make the model compute length-scaled positions sample by sample; other models are not changed."""
+    """Make a model with length-scaled rotary positions compute them sample by sample.
+
+    A model without them is not changed.
+    """
     rotary = [module for module in model.modules() if _scales_with_length(module)]
     if not rotary:
         return
@@ -104,7 +107,7 @@ def _patch(module: Any, lengths: _SampleLengths) -> None:
 
 
 def _forget_lengths(module: Any) -> None:
-    """Restore the frequencies of short sequences, which a longer one has replaced in transformers."""
+    """Restore the frequencies for short sequences if transformers replaced them for a longer one."""
     # A buffer, or an attribute in earlier versions of transformers.
     names = [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]
     for name in names:

@@ -76,7 +76,7 @@ def require_names() -> None:
 
 
 def exists(library: str, name: str) -> bool:
-    """Return whether a library has a name."""
+    """Return whether ``library`` contains ``name``, in the form of :data:`NAMES`."""
     module, _, path = name.partition(":")
     try:
         found: Any = import_module(f"{library}.{module}")

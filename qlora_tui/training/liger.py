@@ -1,11 +1,12 @@
-"""Liger's fused linear cross-entropy in place of our chunks, on a GPU if it is installed and faster.
+"""Replaces our chunks with Liger's fused linear cross-entropy, on a GPU if Liger is installed and faster.
 
 Liger's Triton kernel computes a loss and its gradient in one pass over 16-bit logits, while our loss takes
 several passes over fp32 logits. The kernel receives only the positions in the loss, so prompt tokens have no
 logits here either. The larger the vocabulary, the fewer rows Liger processes at a time, and it reads the
 whole head twice for each chunk. So it is used if its chunks have at least as many rows as ours
-(``memory/execution.py``). Trained head rows, loss weights and float16 use our chunks: Liger keeps float16
-gradients in 16 bits, where they vanish before the loss scale is applied.
+(``memory/execution.py``). Our chunks are used if the head or rows of it are trained, if tokens have loss
+weights, if answers are compared, and in float16. Liger would keep float16 gradients in 16 bits, in which they
+vanish before the loss scale is applied.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from qlora_tui.training.checks.rounding import within_noise
 from qlora_tui.training.loss import ChunkedHead, LossSumFn, chunked_sum, losses_and_grads
 
 _TOKENS = 256
-"""Number of tokens of the check, for which Liger uses several chunks of several rows in most models."""
+"""Number of tokens in the check: enough for several chunks of several rows in Liger with most models."""
 _LOSS_FACTOR = 0.125
 """Factor applied to the loss before the backward pass. It resembles the division by a step's number of
 tokens.
 """
 _LOGIT_STD = 4.0
-"""Standard deviation of a position's logits.
+"""Standard deviation of a position's logits in the check, for a head without a soft cap.
 
 A few logits then dominate the softmax, and their part of the gradient is as large as the target's.
 """
@@ -34,7 +35,9 @@ _TOLERANCES = {32: 1e-4, 16: 2e-3}
 _NOISE = 6.0
 """Maximum error of an element of Liger's gradient, as a multiple of our error at the same token."""
 _ROUNDINGS = {32: 64.0, 16: 1.0}
-"""Lower bound of our error, in rounding errors of the summed terms, keyed by the bits of the head's dtype.
+"""Smallest value that the check assumes for our error, keyed by the bits of the head's dtype.
+
+The unit is the rounding error of the summed terms.
 
 In fp32 the rounding of a logit is many times the rounding of its probability.
 """
@@ -68,9 +71,10 @@ def verified_liger_loss(head: ChunkedHead, device: torch.device) -> LossSumFn | 
 
 
 def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> str | None:
-    """Return which result is less exact than ours, ``loss`` or ``gradient``; None if neither is.
+    """Return which of Liger's results is too inexact, ``loss`` or ``gradient``; None if neither is.
 
-    Both losses are compared with fp32, on states whose logits are as far apart as a trained model's.
+    Both results are compared with fp32. The tolerance of the gradient is a multiple of our gradient's
+    error. The states give logits that are as far apart as a trained model's.
     """
     weight = head.projection.weight
     generator = torch.Generator().manual_seed(0)
@@ -98,10 +102,10 @@ def _difference(summed: LossSumFn, head: ChunkedHead, device: torch.device) -> s
 
 @torch.no_grad()
 def _exact(states: Tensor, targets: Tensor, head: ChunkedHead) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed loss in fp32, its gradient at states (tokens, hidden), and the scale of its rounding.
+    """Return the summed loss in fp32, its gradient, and the scale of the gradient's rounding error.
 
-    A gradient is a sum over the vocabulary, so its rounding error scales with the root of the sum of squares
-    of its terms.
+    The gradient is with respect to ``states``. Gradient and scale are (tokens, hidden). A gradient is a sum
+    over the vocabulary, so its rounding error scales with the root of the sum of squares of its terms.
     """
     losses, gradients, scales = [], [], []
     parts = torch.split(head.projection.weight, _CHUNK_ROWS)

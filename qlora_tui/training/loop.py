@@ -69,7 +69,7 @@ class RunProgress:
     evaluated_step: int = -1
     """Step of the last evaluation; -1 before the first."""
     evaluation_due: bool = False
-    """Whether a stop interrupted the evaluation of that step."""
+    """Whether a stop interrupted the evaluation at ``evaluated_step``."""
     checkpoint_step: int = -1
     """Step of the last checkpoint; -1 before the first."""
     initial_weights: str = ""
@@ -93,7 +93,11 @@ class RunProgress:
         )
 
     def add_score(self, step: int, score: float, loss: float) -> bool:
-        """Record the score and the validation loss of an evaluation; True if the score is the best so far."""
+        """Record an evaluation: its validation loss at step 0, its score at later steps.
+
+        Returns:
+            Whether the score is the best so far; False at step 0.
+        """
         if step <= 0:
             # The adapter has learned nothing yet, so this is not a candidate but only a value to compare
             # with.
@@ -139,17 +143,17 @@ class Loop:
         self._forgetting_monitor = ForgettingMonitor()
         self._started_at = 0.0
         self._overhead_s = 0.0
-        """Seconds of evaluating, sampling and saving, which do not count as training time."""
+        """Seconds of evaluating, sampling, saving and resting, which do not count as training time."""
         self._emitted_at = 0.0
         self._emitted_tokens = 0
         self._unreported: tuple[StepResult, RewardSums] | None = None
         """The last step, if ``log_every`` skipped its report."""
 
     def train(self) -> None:
-        """Train all remaining steps, or those until the run is asked to end.
+        """Train until all steps are complete, the run is asked to end, or it ends early for another reason.
 
         Raises:
-            StopRequested: the run was asked to end, and no step is complete.
+            StopRequested: the run was asked to end before it trained, or before its first step was complete.
             UserError: training diverged.
         """
         is_abandoned = False
@@ -168,8 +172,8 @@ class Loop:
         """Train the first steps after the memory probe, without saving, evaluating or reporting.
 
         Args:
-            count: number of steps, at most all.
-            after_step: called with the number of finished steps and the number of all.
+            count: number of steps to train; reduced to the number of steps in the run if that is smaller.
+            after_step: called with the number of finished steps and the number of steps to train.
 
         Returns:
             The number of trained steps, and their total time in seconds.
@@ -184,7 +188,7 @@ class Loop:
         return count, time.perf_counter() - started_at
 
     def training_seconds(self) -> float:
-        """Seconds since the first step, excluding evaluating, sampling and saving."""
+        """Seconds since this attempt began to train, excluding evaluating, sampling, saving and resting."""
         return time.perf_counter() - self._started_at - self._overhead_s
 
     @property
@@ -206,7 +210,10 @@ class Loop:
         )
 
     def _begin(self) -> None:
-        """Load the newest checkpoint if there is one, probe memory, then evaluate."""
+        """Load the newest checkpoint if there is one, and probe memory.
+
+        Then evaluate if the run is new, or if a stop interrupted the evaluation at the checkpoint's step.
+        """
         checkpoint, trainer = self._run.checkpoint, self.trainer
         if checkpoint is None:
             self.progress.initial_weights = trained_weights_digest(trainer.model)
@@ -372,12 +379,16 @@ class Loop:
             self.progress.checkpoint_step = -1
 
     def _is_due(self, every: int, epoch_ends: bool) -> bool:
-        """Return whether an action is due, every ``every`` steps or, with 0, at the end of each epoch."""
+        """Return whether an action is due.
+
+        It is due every ``every`` steps and after the last step. If ``every`` is 0, it is due at the end of
+        each epoch instead.
+        """
         step = self.trainer.step
         return epoch_ends if not every else step % every == 0 or step == self._total_steps
 
     def _abandon_step(self) -> None:
-        """Save the run in the state after its last complete step, after StepAbandoned, and stop.
+        """After StepAbandoned, save the run as it was after its last complete step, and stop.
 
         Raises:
             StopRequested: no step is complete, so there is nothing to save.
@@ -394,7 +405,11 @@ class Loop:
         self.outcome = "paused" if kind == "pause" else "stopped"
 
     def _report_step(self, result: StepResult, rewards: RewardSums, *, force: bool) -> bool:
-        """Report every ``log_every``-th step and non-finite ones, or any with ``force``; True if reported."""
+        """Report the step if ``log_every`` divides it, if its numbers are not finite, or with ``force``.
+
+        Returns:
+            Whether the step was reported.
+        """
         loss, grad_norm, learning_rate = result
         step = self.trainer.step
         self._reporter.update(step=step, loss=_finite(loss), micro_batch=0)
@@ -454,9 +469,10 @@ class Loop:
             self._reporter.health(finding.kind, finding.evidence, finding.remedy, step=step, error=error)
 
     def _evaluate_and_sample(self, *, last: bool) -> bool:
-        """Evaluate and sample; True if the validation loss is the best so far.
+        """Evaluate and sample; return whether the score of :meth:`RunProgress.add_score` is the best so far.
 
-        With ``last``, at the end of the run, general answers are counted too.
+        ``last`` is true at the end of the run. With it, or if the run stops early, the model's answers to
+        general prompts are also compared with those of the base, unless the recipe has 0 general prompts.
         """
         started_at = time.perf_counter()
         self.progress.evaluated_step = self.trainer.step
@@ -524,7 +540,7 @@ class Loop:
         return f"the validation loss{weighted} did not improve in {patience} evaluations"
 
     def _save(self, *, force: bool = False) -> None:
-        """Write a checkpoint, once per step, and delete old ones.
+        """Write a checkpoint unless this step already has one, and delete old ones.
 
         A full or failing disk loses only the checkpoint, not the run. Raises OSError with ``force``.
         """

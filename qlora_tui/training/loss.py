@@ -51,9 +51,9 @@ class ChunkedHead:
 
 
 def empty_gradient(states: Tensor) -> Tensor:
-    """Allocate the gradient at ``states`` (tokens, hidden), which is kept until the backward.
+    """Allocate the gradient with respect to ``states`` (tokens, hidden), which is kept until the backward.
 
-    In fp16 the gradients would vanish, so they are fp32 until the backward applies the loss scale.
+    In fp16 the gradient would vanish, so it is fp32 until the backward applies the loss scale.
     """
     dtype = torch.float32 if states.dtype == torch.float16 else states.dtype
     return torch.empty(states.shape, dtype=dtype, device=states.device)
@@ -71,7 +71,7 @@ def pass_through_head(
     matrix: Tensor | None = None,
     on_chunk: Callable[[Tensor, Tensor], None] = lambda logit_grads, chunk: None,
 ) -> None:
-    """Compute the loss of each token, one chunk of logits at a time, and within it one block of losses.
+    """Compute the loss of each token: logits one chunk at a time, and losses one block of a chunk at a time.
 
     Args:
         states: (tokens, hidden), the input of the head.
@@ -79,16 +79,17 @@ def pass_through_head(
         head: the output head.
         ids: (rows,), token ids whose rows of the head are replaced by ``values``.
         values: (rows, hidden).
-        grad: gets the gradient at ``states``, (tokens, hidden); None computes no gradients.
-        on_block: called with the range of tokens, their losses (block, 1) and the gradients at their logits
-            (block,
-            vocabulary), which it may change in place; the gradients are None without ``grad``.
-        on_rows: called with the range of tokens, the gradients at the logits of replaced rows (chunk, rows),
-            and the
-            chunk of ``states`` in the dtype of the head; not called without ``grad`` or ``values``.
-        matrix: (vocabulary, hidden), in place of the head's own weight, in its dtype.
-        on_chunk: called with the gradients at the logits of a chunk (chunk, vocabulary) and the chunk of
-            ``states``, both in the dtype of the head; not called without ``grad``.
+        grad: receives the gradient with respect to ``states``, (tokens, hidden). If it is None, no gradients
+            are computed.
+        on_block: called with the range of tokens, their losses (block, 1), and the gradients with respect to
+            their logits (block, vocabulary), which it may change in place. The gradients are None without
+            ``grad``.
+        on_rows: called with the range of tokens, the gradients with respect to the logits of the replaced
+            rows (chunk, rows), and the chunk of ``states`` in the dtype of the head. Not called without
+            ``grad`` or ``values``.
+        matrix: (vocabulary, hidden), used in place of the head's own weight, and in the same dtype.
+        on_chunk: called with the gradients with respect to the logits of a chunk (chunk, vocabulary) and the
+            chunk of ``states``, both in the dtype of the head. Not called without ``grad``.
     """
     weight, bias = head.projection.weight, head.projection.bias
     if matrix is not None:
@@ -214,14 +215,15 @@ def use_loss(model: nn.Module, head: ChunkedHead | str, kernel: LossSumFn | None
       (:func:`~qlora_tui.training.packed_attention.segment_mask`), with labels or without.
     * ``model(labels=…, num_items_in_batch=…)`` returns the sum of the losses, each times its token's weight
       in ``loss_weights`` if there are any, divided by the number of items.
-    * ``model(labels=…, per_token=True)`` returns the loss of each token, fp32 (tokens in the loss,).
+    * ``model(labels=…, loss_positions=…, per_token=True)`` returns the loss of each token, fp32 (tokens in
+      the loss,).
 
     Apart from ``segments``, calls without labels behave as in the library.
 
     Args:
         head: the output head, or why chunks are not supported: the library's logits are then used.
-        kernel: used in place of the chunks for tokens without weights and heads that are not trained,
-            such as :func:`qlora_tui.training.liger.verified_liger_loss`.
+        kernel: a loss, such as the result of :func:`qlora_tui.training.liger.verified_liger_loss`, that is
+            used in place of the chunks if tokens have no weights and the head is not trained.
     """
     library_forward = model.forward
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]  # a PreTrainedModel's method
@@ -274,7 +276,8 @@ def stock_loss(
     Args:
         logits: (batch, tokens, vocabulary); position t - 1 predicts token t.
         labels: (batch, tokens), ``IGNORED`` for tokens that are not in the loss.
-        num_items_in_batch: divisor of the sum; None for the number of tokens in the loss.
+        num_items_in_batch: divisor of the sum. None divides by the number of tokens in the loss or, with
+            ``loss_weights``, returns the sum itself.
         loss_weights: (batch, tokens); None if each token counts 1.
     """
     targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous().view(-1)
@@ -291,7 +294,10 @@ def stock_loss(
 
 
 def use_reference_loss(model: nn.Module) -> None:
-    """Restore the loss of all logits, while packed samples, loss weights and token losses keep working."""
+    """Make the model compute its loss from the library's logits again.
+
+    Packed samples, loss weights and the loss of each token keep working.
+    """
     vars(model).pop("forward", None)
     use_loss(model, "the library's own loss is used")
 
@@ -328,9 +334,9 @@ def each_token_loss(
 def loss_positions(labels: Tensor) -> Tensor:
     """Return the positions from which tokens in the loss are predicted: (tokens in the loss,), int64.
 
-    Positions index the flattened ``labels`` (batch, tokens); the predicted token is one position later. They
-    are computed on the CPU, where labels are made: their number is unknown, so a GPU would have to be waited
-    for.
+    Positions index the flattened ``labels`` (batch, tokens); the predicted token is one position later. Call
+    this while the labels are on the CPU. On a GPU the CPU would have to wait for the result, because the
+    number of positions is not known in advance.
     """
     sequences, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     return sequences * labels.shape[1] + places
@@ -354,8 +360,8 @@ def summed_loss(
         loss_weights: (batch, tokens); None if each token counts 1.
         token_rows: trained rows that replace those of the head.
         kernel: used if there are neither ``loss_weights`` nor trained weights of the head.
-        positions: the result of :func:`loss_positions` for ``labels``; None computes it here, for which the
-            CPU waits for the GPU.
+        positions: the result of :func:`loss_positions` for ``labels``. None computes the positions here; if
+            ``labels`` are on a GPU, the CPU waits for it.
         matrix: (vocabulary, hidden), fp32: a trained head that replaces the frozen one.
 
     Returns:
@@ -482,12 +488,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def add_weight_gradient(total: Tensor, logit_grads: Tensor, chunk: Tensor) -> None:
-    """Add the gradient of a head's weight from one chunk of tokens to ``total``.
+    """Add to ``total`` what one chunk of tokens contributes to the gradient of a head's weight.
 
     Args:
         total: (vocabulary, hidden), fp32.
         logit_grads: (tokens, vocabulary).
-        chunk: (tokens, hidden), the input of the head, in the same dtype.
+        chunk: (tokens, hidden), the input of the head, in the dtype of ``logit_grads``.
     """
     if chunk.dtype == total.dtype:
         total.addmm_(logit_grads.t(), chunk)

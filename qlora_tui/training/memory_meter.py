@@ -58,8 +58,9 @@ class MemoryMeter:
     def use(self, base: PreparedBase, *, triton: bool) -> None:
         """Estimate with the loss, attention and kernels that the run really uses.
 
-        If the estimate does not model them, such as padded instead of packed sequences or replaced parts, it
-        stays that of the expected code. Then no layers are kept, and the peak is not recorded.
+        If the estimate cannot model them, it is not changed. This is so if sequences are padded although
+        packed ones were expected, or the reverse, and if a fast path other than the loss was switched off.
+        Then no layers keep their activations, and the peak is not recorded.
         """
         expected = self.execution
         self.is_modelled = base.padding_free == expected.segments and set(base.replaced) <= {"loss"}
@@ -106,7 +107,9 @@ class MemoryMeter:
     def choose_step(
         self, recipe: Recipe, longest: int, free_bytes: int, *, after_running_out: bool
     ) -> Recipe:
-        """Return the recipe with optimizer and rows at a time chosen to fit in free memory.
+        """Return the recipe with the fastest optimizer and micro-batch size that fit in free memory.
+
+        If the estimate does not support the model, the settings with the least memory are returned.
 
         Args:
             longest: tokens of the longest sequence.
@@ -160,8 +163,8 @@ class MemoryMeter:
         """Record peak and prediction, which correct later estimates on this machine.
 
         A run that ran out of memory is recorded only if it used more than predicted: how much it would have
-        needed is unknown. A run that never computed its longest batch is not recorded, nor is a run of a
-        family whose layers are guessed.
+        needed is unknown. A run that never reached its longest batch is not recorded, nor is a run whose
+        code or layers the estimate does not model exactly.
         """
         predicted, peak = self._longest_batch_estimate, self.measure("end")
         if predicted is None or not (self.is_modelled and predicted.exact):

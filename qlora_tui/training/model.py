@@ -100,8 +100,8 @@ def load_base(
 ) -> Any:
     """Load the causal language model in ``folder`` to the device, with every weight frozen.
 
-    Its configs select no code: see :mod:`qlora_tui.catalog.model_validation`. 4-bit weights are read as an
-    earlier load stored them, if one did (:mod:`.quantized_cache`).
+    No code from the model's repository is run: see :mod:`qlora_tui.catalog.model_validation`. If an earlier
+    load stored the 4-bit weights (:mod:`.quantized_cache`), these are read, and nothing is quantized again.
 
     Args:
         folder: from ``catalog.local_models.resolve_model``.
@@ -260,10 +260,13 @@ def _load(
 
 
 def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError if the files lack weights or have them in another shape: they would be random.
+    """Raise UserError if the files lack weights, have them in another shape, or have too many layers.
+
+    transformers would fill missing weights with random numbers, and leave out the layers that config.json
+    does not have. Missing weights outside the language model are accepted, because they are not used.
 
     Args:
-        info: transformers' report on the weights. Weights missing outside the language model are not used.
+        info: transformers' report on the weights.
     """
     parts = (model.get_decoder(), model.get_output_embeddings())
     read = {id(parameter) for part in parts if part is not None for parameter in part.parameters()}
@@ -294,10 +297,14 @@ def _require_weights(model: Any, info: Mapping[str, Any], folder: Path) -> None:
 
 
 def _layers_in_files(model: Any, unused: Iterable[str]) -> tuple[int, int]:
-    """Return (number of layers in the files, number of layers in the model). ``unused``: names of the weights
-    in the files that the model lacks.
+    """Return (number of layers in the files, number of layers in the model).
 
-    Layers that only predict later tokens (``num_nextn_predict_layers``) are deliberately left out of both.
+    The first number is derived from ``unused``, so it is too small, or even negative, unless the files have
+    layers that the model lacks. Layers that only predict later tokens (``num_nextn_predict_layers``) are not
+    counted.
+
+    Args:
+        unused: names of the weights in the files that the model lacks.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -376,7 +383,8 @@ def checkpoint_activations(model: Any, *, preserve_rng_state: bool | None = None
 
     Args:
         preserve_rng_state: repeat the random numbers of the forward, which needs a real device and takes time
-            in each layer. None: only if the model, or its adapter (already added), draws any.
+            in each layer. None repeats them only if the model or its adapter draws any. The adapter must be
+            added before this call.
 
     Returns:
         False if the model's class does not support checkpointing; then all activations are kept.
@@ -397,7 +405,8 @@ def apply_kept_layers(model: Any, count: int) -> bool:
     """Exempt the last ``count`` decoder layers of a model from its gradient checkpointing.
 
     Returns:
-        False if the model's layers cannot be switched individually; then nothing is changed.
+        False if checkpointing is off, or if the model's layers cannot be switched individually; then nothing
+            is changed.
     """
     layers = decoder_layers(model)
     if not model.is_gradient_checkpointing or not layers:
@@ -470,11 +479,11 @@ class PreparedBase:
     """Description of the attention, for the run's events."""
     loss: Loss
     packed: PackedAttention | None
-    """Isolates the samples of a sequence; None if each sample has a padded sequence of its own."""
+    """Attention that isolates the samples of a sequence; None if each sample is a padded sequence."""
     reference_attention: str
     """The implementation in transformers for a single sample: ``sdpa`` or ``eager``."""
     loss_reason: str = ""
-    """Why another loss than the expected one is used; empty if the expected one is used."""
+    """Why a loss other than the expected one is used; empty if the expected one is used."""
     replaced: tuple[str, ...] = ()
     """Fast paths that are not used, because they differ from the library on this model."""
     router_loss_off: bool = False

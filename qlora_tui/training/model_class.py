@@ -83,7 +83,10 @@ def read_config(values: Mapping[str, Any]) -> Any:
 
 
 def _with_floats(value: Any) -> Any:
-    """Return a config value in which ``{"__float__": …}``, as transformers writes infinities, is a float."""
+    """Return a config value with each ``{"__float__": …}`` replaced by the float that it stands for.
+
+    transformers writes infinities and NaN in this form.
+    """
     if isinstance(value, list):
         return [_with_floats(each) for each in value]
     if not isinstance(value, dict):
@@ -157,10 +160,11 @@ def _check_causal(config: Any, model_class: Any) -> None:
 
 
 def _reads_own_files(config: Any, loader: Any) -> bool:
-    """Return whether a loader finds the embedding in files as the class of the whole config writes them.
+    """Return whether ``loader`` finds the embedding in weight files written by the whole config's class.
 
-    transformers renames the tensors it reads depending on class and config type. A text model may be one part
-    of the files, under other names, for which transformers has no rule.
+    transformers renames the tensors that it reads, depending on the class and the type of the config. A text
+    model may be stored as one part of the files, under names that transformers has no rule for. True also if
+    a model cannot be built, because that error is reported later.
     """
     import transformers
     from transformers import conversion_mapping
@@ -281,7 +285,10 @@ def _failed(config: Any, error: Exception) -> UserError:
 
 
 def _setting_with(values: Mapping[str, Any], wanted: tuple[Any, ...]) -> str:
-    """Return the dotted name of the first setting with the value ``wanted``; empty without one."""
+    """Return the dotted name of the first setting whose value is the only item of ``wanted``, a string.
+
+    Empty if there is none.
+    """
     for name, value in values.items():
         if isinstance(value, str) and (value,) == wanted:
             return name

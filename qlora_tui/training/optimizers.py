@@ -36,8 +36,8 @@ SCHEDULES = {
 def create_optimizer(model: Any, training: Training) -> Optimizer:
     """Return the optimizer of a run, with the options of transformers' ``Trainer``.
 
-    With ``training.lora_plus_ratio`` the parameter groups are peft's, A's matrices first. A trained embedding
-    and head are the last group.
+    If ``training.lora_plus_ratio`` is not 1, the parameter groups are those of peft's LoRA+, with the A
+    matrices first. A trained embedding and head are the last group.
     """
     optimizer_class, options = _class_and_options(training)
     options["lr"] = training.learning_rate
@@ -118,7 +118,7 @@ def warmup_steps(training: Training, steps: int) -> int:
 def create_schedule(optimizer: Optimizer, training: Training, steps: int) -> LambdaLR:
     """Return transformers' schedule for a run of ``steps`` optimizer steps, without its initial rate of zero.
 
-    For this the warm-up is shifted by one step.
+    To skip the zero, the warm-up is shifted by one step.
     """
     warmup = warmup_steps(training, steps)
     total = max(steps, warmup + 1)  # the polynomial divides by the steps after the warm-up
@@ -148,11 +148,15 @@ def _shifted_warmup(share_at: Callable[[int], float], warmup: int, step: int) ->
 
 
 def change_rate(schedule: Any, value: float, training: Training, *, step: int, steps: int) -> None:
-    """Change the learning rate of the remaining steps, which then decays with the same shape as before.
+    """Change the learning rate of the remaining steps. Its schedule keeps the same shape.
 
-    ``value`` is the rate of the next step, which is ``step`` of ``steps``. During warm-up, and with restarts,
-    which return to the peak, ``value`` is the peak rate. With LoRA+ it is the rate of A's matrices, and B's
-    keep their ratio to it.
+    ``value`` is the new rate of the next step. During warm-up, and in a schedule with restarts, it is the new
+    peak rate instead. With LoRA+ it is the rate of the A matrices, and the B matrices keep their ratio to it.
+    Nothing is changed if the rate has already reached 0.
+
+    Args:
+        step: index of the next step, counted from 0.
+        steps: number of steps in the run.
     """
     share = schedule.get_last_lr()[0] / schedule.base_lrs[0]
     if share <= 0:

@@ -1,7 +1,8 @@
 """Log probabilities of whole answers after a prompt: all options of several prompts in one forward.
 
-The options of a prompt form a tree: common beginnings are computed once, and each token attends to the prompt
-and to its own branch. Trees lie end to end in one sequence. For the prompt ``p q`` with the options ``a x``,
+A row is a prompt with its options, as long as the prompt with the longest option. The options form a tree:
+common beginnings are computed once, and each token attends to the prompt and to its own branch. The trees of
+several rows lie end to end in one sequence. For the prompt ``p q`` with the options ``a x``,
 ``a y`` and ``b``, each with its turn end ``.``::
 
     sequence   p q a x y b      targets of q: a b   of a: x y   of x, y and b: the end
@@ -17,8 +18,8 @@ Not every model can compute such a sequence: with a recurrent state, with positi
 the arguments, or with a window shorter than a row, tokens attend to wrong tokens. So the packed scores of the
 longest row are compared with scores computed for each option separately. If they differ by more than
 rounding, the shortest row is compared, and then rows of lengths in between, until the longest row that agrees
-is known. Longer rows are computed with one row for each option, padded at the end, where no token of a causal
-model attends to the padding.
+is known. For longer rows, each option is computed as a sequence of its own after the prompt. Such sequences
+are padded at the end, where no token of a causal model attends to the padding.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ PACKED_TOKENS = 512
 _LONGEST_PACKED = 4096
 """Maximum number of tokens of a packed row: a sequence's mask grows with the square of its length."""
 _BATCH_TOKENS = 4096
-"""Number of tokens of a batch with one row for each option."""
+"""Maximum number of tokens in a batch in which each option is a sequence of its own."""
 _BATCH_LOGITS = 1 << 26
 """Maximum number of logits of a forward: 256 MiB in float32, or 256 positions with a vocabulary of 256k."""
 _MULTIPLE = 64
@@ -229,7 +230,8 @@ class OptionScorer:
     def _each_apart(self, row: Choice, batch_tokens: int) -> Tensor:
         """Return the scores (options,) of a row, with each option computed separately after the prompt.
 
-        Options with at most ``batch_tokens`` tokens together are computed in one batch.
+        A batch has one sequence for each option, and at most ``batch_tokens`` tokens unless it has only one
+        option.
         """
         start, longest = len(row.prompt), max(map(len, row.options))
         length = row.tokens - 1
@@ -260,12 +262,12 @@ class Forest:
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    """Position of the preceding token of each token; -1 for the first token of a prompt."""
+    """For each token, the index in ``tokens`` of the token before it; -1 for the first token of a prompt."""
     positions: list[int] = field(default_factory=list)
     targets: dict[int, list[int]] = field(default_factory=dict)
-    """Tokens whose probability is read at a position, keyed by the position."""
+    """Tokens whose probability is read from the logits of a token, keyed by the index of that token."""
     paths: list[list[list[tuple[int, int]]]] = field(default_factory=list)
-    """Position and target of each token, for each option of each row."""
+    """Key and item of ``targets`` for each token of each option of each row."""
 
     @classmethod
     def of(cls, rows: Sequence[Choice]) -> Forest:
@@ -300,7 +302,7 @@ class Forest:
         return len(self.tokens) - 1
 
     def attends(self) -> Tensor:
-        """Return a mask (tokens, tokens), True if a token attends to another: itself and its ancestors."""
+        """Return a mask (tokens, tokens), True where a token attends: to itself and to its ancestors."""
         mask = torch.eye(len(self.tokens), dtype=torch.bool)
         for place, parent in enumerate(self.parents):
             if parent >= 0:
@@ -322,6 +324,9 @@ def _log_probabilities(logits: Tensor, targets: dict[int, list[int]]) -> Iterato
 
 
 def _largest_difference(scores: Tensor, expected: Tensor) -> float:
-    """Return the largest difference of log probabilities of whole options; infinite if one is NaN."""
+    """Return the largest difference between two scores of an option; infinite if one is NaN.
+
+    Before the comparison, the scores are normalized over the options, like log probabilities of a choice.
+    """
     difference = float((scores.log_softmax(0) - expected.log_softmax(0)).abs().max())
     return difference if difference == difference else float("inf")

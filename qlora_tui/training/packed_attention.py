@@ -6,7 +6,8 @@ so work and memory grow with the square of a sample's length, not of the sequenc
 implementations:
 
 * ``varlen``: one call of FlashAttention for the sequence (:func:`attend`), on a GPU in 16 bits.
-* ``segments``: SDPA sample by sample, if ``varlen`` does not run.
+* ``segments``: SDPA sample by sample, if ``varlen`` does not run. On a CPU in bfloat16,
+  :class:`.fused.cpu_attention.RowAttention` can replace SDPA.
 
 ``compute_device.choose_attention`` decides which implementation to try, and ``model.prepare_base`` uses it
 only if it passes a check on the loaded model.
@@ -70,7 +71,7 @@ def find_kernel() -> Callable[..., Any] | None:
 
 
 def has_flash(device: torch.device) -> bool:
-    """Return whether the GPU runs FlashAttention-2, which it does from Ampere on."""
+    """Return whether the GPU runs FlashAttention-2, which requires Ampere or newer."""
     return capability_of(device) >= BFLOAT16_CAPABILITY
 
 
@@ -131,7 +132,7 @@ def attend(
 def _on_device(starts: Tensor, device: torch.device) -> tuple[Tensor, int]:
     """Return ``starts`` as a vector on the device, and the longest sample's length.
 
-    Both are copied once for all layers and passes.
+    Both are computed once for all layers and passes, and kept with ``starts``.
     """
     copied: tuple[Tensor, int] | None = getattr(starts, "copied", None)
     if copied is None or copied[0].device != device:
@@ -191,9 +192,10 @@ def segment_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sample, sample by sample, as an attention function of transformers.
+    """Attend within each sample, one sample at a time, as an attention function of transformers.
 
-    Maps (batch, heads, tokens, width) to (batch, tokens, heads, width).
+    If the mask is not that of packed samples, attention is computed as in the library. Maps (batch, heads,
+    tokens, width) to (batch, tokens, heads, width).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     plain = softcap is None and s_aux is None
@@ -267,7 +269,7 @@ def _functions() -> dict[PackedAttention, AttentionFunction]:
 def prefers_row_attention(query: Tensor) -> bool:
     """Return whether :class:`.fused.cpu_attention.RowAttention` is faster: on a CPU in bfloat16.
 
-    In float32 torch's backward is faster, and in float16 the augmented columns may overflow.
+    In float32 torch's backward is faster. In float16 the augmented columns of ``RowAttention`` may overflow.
     """
     return query.device.type == "cpu" and query.dtype == torch.bfloat16
 
@@ -313,7 +315,8 @@ def _sample_attention(
 def supports_grouped_heads(query: Tensor, masked: bool) -> bool:
     """Return whether SDPA has a fused kernel for keys and values with fewer heads than queries.
 
-    On a GPU only FlashAttention has one: in 16 bits, from Ampere on, without a mask, and not for every width.
+    On a GPU only FlashAttention has one. It needs 16 bits, an Ampere GPU or newer, and no mask, and does not
+    support every head width.
     Otherwise torch would store all scores.
     """
     if query.device.type != "cuda":
@@ -354,7 +357,7 @@ def _eager_attention(
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """Return a mask, True if a query attends to a key.
 
-    A query attends to itself and to earlier tokens, at most ``window`` tokens back.
+    A query attends to itself and to earlier tokens: with ``window``, to at most that many, itself included.
     """
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None, :]

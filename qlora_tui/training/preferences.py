@@ -36,7 +36,7 @@ class AnswerScores(NamedTuple):
     log_probabilities: Tensor
     """Weighted sum over the tokens of each answer, in nats, fp32 (answers,)."""
     weights: Tensor
-    """Sum of the weights of each answer's tokens, fp32 (answers,); without weights their number."""
+    """Sum of the weights of each answer's tokens, fp32 (answers,); without weights, each token counts 1."""
 
     @property
     def means(self) -> Tensor:
@@ -85,15 +85,15 @@ def score_with_reference(
 
 
 _LARGEST_LOG_PROBABILITY = -1e-7
-"""Upper bound of a log probability: at 0, a certain answer, the odds would be infinite."""
+"""Upper bound of a log probability. At 0, the answer would be certain and its odds infinite."""
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """Return ORPO's second term; the first term is the cross-entropy of the chosen answer.
 
     Args:
-        chosen: mean log probability of each token of the chosen answers, (pairs,).
-        rejected: mean log probability of each token of the rejected answers, (pairs,).
+        chosen: mean log probability per token of each chosen answer, (pairs,).
+        rejected: mean log probability per token of each rejected answer, (pairs,).
     """
     return -beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
@@ -115,7 +115,7 @@ def logistic_loss(chosen: Tensor, rejected: Tensor, margin: float = 0.0) -> Tens
 
     Args:
         chosen: rewards of the chosen answers, (pairs,): β times the log-ratio to the reference, or in SimPO β
-            times the mean log probability of each token.
+            times the mean log probability per token.
         rejected: rewards of the rejected answers, (pairs,).
         margin: SimPO's γ.
     """
@@ -138,7 +138,11 @@ class RewardSums(NamedTuple):
     """Sums over answers, which can be added over micro-batches and processes."""
 
     right: float = 0.0
-    """Number of pairs, or of rated answers, whose rewards are on the right side."""
+    """Number of pairs whose chosen answer has the higher reward.
+
+    For rated answers, number of good ones with rewards above KTO's reference point, and of bad ones with
+    rewards not above it.
+    """
     compared: float = 0.0
     """Number of pairs, or of rated answers."""
     good_reward: float = 0.0
@@ -199,14 +203,17 @@ class PreferenceObjective:
         return self._traits.rates_answers
 
     def divergence(self, peft_model: Any, batch: dict[str, Any]) -> tuple[float, int]:
-        """Return the sum of the log-ratios of mismatched answers to the base, in nats, and their number."""
+        """Return the sum of the answers' log-ratios to the reference, in nats, and the number of answers.
+
+        The answers of ``batch`` are mismatched: each follows the prompt of another answer.
+        """
         with no_grad_eval(peft_model):
             scores = score_answers(peft_model, batch).log_probabilities
             reference = score_with_reference(peft_model, batch, self._starting)
         return float((scores - reference).sum()), len(scores)
 
     def set_divergence(self, divergence: float) -> None:
-        """Set the divergence from the base in nats; a negative estimate counts as 0, as in KTO's paper."""
+        """Set the divergence from the reference in nats; a negative value counts as 0, as in KTO's paper."""
         self._moved = max(0.0, divergence)
 
     def summed_loss(self, model: Any, peft_model: Any, batch: dict[str, Any], token_share: float) -> Tensor:

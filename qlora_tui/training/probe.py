@@ -1,4 +1,7 @@
-"""The job of :mod:`qlora_tui.runs.step_probe`, which trains a run's first steps and writes no files."""
+"""The job of :mod:`qlora_tui.runs.step_probe`, which trains a run's first steps and writes no run folder.
+
+Only caches, such as that of quantized weights, are written.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,15 @@
 """Measures what quantizing a base changes in its predictions, with one decoder layer at a time in memory.
 
-The 16-bit weights stay mapped from their files. A layer's weights are copied to the device when it runs, and
-quantized there: to 4 bits and back, or as bitsandbytes' int8 products compute. So a model that does not fit
+The 16-bit weights stay mapped from their files. A layer's weights are copied to the device when the layer
+runs, and quantized there: rounded to 4 bits and back, or used in products that round like bitsandbytes' int8
+products. So a model that does not fit
 in 16 bits can be measured: memory holds embeddings, head and norms, and at most two copies of the largest
 layer.
 
-The hidden states of the rows go through all layers three times: through the 16-bit model, in which each layer
-also runs quantized on the same inputs to measure its own error; through the quantized model; and through the
-quantized model with the worst layers in 16 bits. This is the job of ``memory.quality``.
+The hidden states of some rows of the recipe's data go through all layers three times: through the 16-bit
+model, in which each layer also runs quantized on the same inputs to measure its own error; through the
+quantized model; and through the quantized model with the worst layers in 16 bits. This is the job of
+``memory.quality``.
 """
 
 from __future__ import annotations
@@ -167,7 +169,7 @@ class StreamedModel:
         self._measures = False
         self._mask: Tensor | None = None
         self._output: Any = None
-        """The last output of the decoder, with what its model reads from it besides the hidden states."""
+        """The last output of the decoder, with all fields that the model needs from it to compute logits."""
         names = {
             inner_name(f"{module.name}.weight")
             for module in architecture.modules
@@ -179,7 +181,7 @@ class StreamedModel:
         named = {inner_name(name): p for name, p in model.named_parameters()}
         wanted = {id(named[name]) for name in names | experts if name in named}
         self._experts = {id(named[name]) for name in experts if name in named}
-        """Experts, which ``quantization.skip`` does not keep in 16 bits."""
+        """Ids of the parameters of quantized experts. ``quantization.skip`` has no effect on experts."""
         self._names = [
             frozenset(name for name, p in layer.named_parameters() if id(p) in wanted)
             for layer in self.layers
@@ -262,7 +264,10 @@ class StreamedModel:
         self.peak_layer_bytes = max(self.peak_layer_bytes, layer_bytes)
 
     def _error(self, reference: Tensor, changed: Tensor) -> float:
-        """Return the mean, over real tokens, of the relative change of the hidden state's norm."""
+        """Return the mean relative error of the hidden states over all tokens that are not padding.
+
+        A token's error is the norm of the difference, divided by the norm of the reference.
+        """
         lengths = reference.float().norm(dim=-1).clamp_min(1e-12)
         shares = (changed.float() - reference.float()).norm(dim=-1) / lengths
         return float(shares.flatten()[self._mask].mean()) if self._mask is not None else float(shares.mean())
@@ -349,8 +354,8 @@ def _matrix(module: nn.Module, weight: Tensor) -> Tensor:
 def _int8_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a linear module's forward as bitsandbytes computes it in 8 bits (LLM.int8(), Dettmers 2022, §3).
 
-    Rows of the weight and of the input are rounded to 127 steps of their largest value. Columns in which any
-    input is an outlier are multiplied in 16 bits instead.
+    Each value of the weight and of the input is rounded to a multiple of 1/127 of the largest absolute value
+    in its row. Columns in which any input is an outlier are multiplied in 16 bits instead.
     """
     weight = _matrix(module, module.get_parameter("weight").data)
     bias: Tensor | None = getattr(module, "bias", None)

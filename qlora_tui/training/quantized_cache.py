@@ -1,10 +1,11 @@
 """Base weights that were quantized once, stored for the next run, chat or comparison on the same base.
 
 Quantizing 16-bit files takes most of the time from launch to the first step. The 4-bit weights are written in
-bitsandbytes' own serialization, bit by bit as they were computed, and read back in a fraction of that time
-(docs/measured.md). A folder belongs to one state of the model's files, one method, dtype and kind of device,
-and the versions of the libraries; for any other combination the base is quantized again. The least recently
-used folders are deleted when the total exceeds ``quantized_cache_gib`` of ``config.toml``.
+bitsandbytes' own serialization, bit for bit as they were computed, and read back in a fraction of that time
+(docs/measured.md). A folder is valid for one combination of the model's files, the quantization settings, the
+compute dtype, the kind of device, and the versions of the libraries. For any other combination the base is
+quantized again. The least recently used folders are deleted when the total exceeds ``quantized_cache_gib`` of
+``config.toml``.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def cache_name(recipe: Recipe, state: dict[str, Any], *words: str) -> str:
 
 
 def base_state(format_number: int, folder: Path, recipe: Recipe, device: ComputeDevice) -> dict[str, Any]:
-    """Return the values that identify the answers of a base that is quantized and computed in one way.
+    """Return the values on which the answers of a base depend, to identify stored answers.
+
+    These are the files and the quantization of the base, the compute dtype, and the kind of device.
 
     Args:
         format_number: version of the cached format; a new number invalidates everything stored before.
@@ -125,8 +128,10 @@ def is_stored(folder: Path | None) -> bool:
 
 
 def store(model: Any, folder: Path) -> None:
-    """Write the weights of a loaded model, unless another process does or disk or host memory is short.
+    """Write the weights of a loaded model.
 
+    Nothing is written if another process is writing weights, if disk space or host memory is short, or if the
+    weights are larger than the cache may be.
     A full disk, or any other OSError, loses only the stored weights and not the run.
     """
     sizes = [tensor.nbytes for tensor in model.state_dict().values()]
