@@ -294,9 +294,11 @@ class CommandFooter(Drawing):
 
 def _named(screen: Screen[object]) -> set[str]:
     """Return the ids of the commands in the panels' borders, and the keys in the panels' texts."""
-    named = set[str]().union(*(panel.named_commands for panel in screen.query(Panel)))
-    for panel in screen.query(Panel):
-        for text in panel.query("Lines, Drawing").results():
+    named: set[str] = set()
+    # Walked, not queried: this is computed after each layout, and a query matches selectors at each widget.
+    for panel in screen.walk_children(Panel):
+        named |= panel.named_commands
+        for text in panel.walk_children(Widget):
             if isinstance(text, Lines | Drawing) and _is_whole(text):
                 named |= text.named_keys
     return named
