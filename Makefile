@@ -78,8 +78,7 @@ check-models: $(INSTALLED)
 	$(BIN)/python -m bench.model_types --out docs/reference/models.json; status=$$?; $(BIN)/python -m docs.generate; exit $$status
 
 check-every-model: $(INSTALLED)
-	EVERY_MODEL=1 $(BIN)/pytest -n 2 -k "each_type or transformers_counts" \
-		tests/export/test_gguf_architectures.py tests/catalog/test_config_parser.py
+	EVERY_MODEL=1 $(BIN)/pytest -n 2 --dist loadgroup -m every_model $(shell grep -rl walks_over_models tests --include='test_*.py')
 
 # Its schema needs none of axolotl's other dependencies.
 AXOLOTL := axolotl==0.19.0 pillow==13.0.0

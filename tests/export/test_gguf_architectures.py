@@ -38,7 +38,7 @@ from tests.export.gguf_files import (
     write_base,
 )
 from tests.export.tiny_models import EXPERTS, GEMMA, LONG, MODELS, QUICK, SIZES, UNLIKE, make_model
-from tests.support.every_model import EVERY_MODEL
+from tests.support.every_model import EVERY_MODEL, walks_over_models
 
 pytest.importorskip("llama_cpp_py_sync")
 pytestmark = pytest.mark.slow
@@ -77,6 +77,7 @@ def each_model() -> Iterator[Any]:
         yield pytest.param(model_type, settings, id=f"{number}-{model_type}")
 
 
+@walks_over_models
 @pytest.mark.parametrize("model_type, settings", each_model())
 def test_each_type_is_computed_alike_by_llama_cpp_and_when_read_back(
     tmp_path: Path, model_type: str, settings: dict[str, Any]

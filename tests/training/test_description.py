@@ -13,6 +13,7 @@ from bench.model_types.tiny_config import settings_of
 from qlora_tui.training.description import describe
 from qlora_tui.training.model_class import build_on_meta
 from tests.catalog.configs import config, named_shapes
+from tests.support.every_model import taken, walks_over_models
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +41,18 @@ PUBLISHED = [
     "tiiuae/falcon-7b",
     "zai-org/glm-4-9b-chat-hf",
 ]
+UNLIKE = (
+    "EleutherAI/pythia-1.4b",  # biases, a fused projection
+    "LiquidAI/LFM2-350M",  # convolutions
+    "Qwen/Qwen3.5-35B-A3B",  # linear attention, experts
+    "deepseek-ai/DeepSeek-V2-Lite",  # low-rank projections, shared experts
+    "facebook/opt-1.3b",  # projections of the embedding
+    "google/gemma-3-4b-it",  # a tower of images
+    "mistralai/Mixtral-8x7B-v0.1",  # experts
+    "openai-community/gpt2",  # transposed matrices
+    "openai/gpt-oss-20b",  # experts with biases
+)
+"""Those that ``make test`` takes."""
 
 
 @pytest.mark.parametrize(
@@ -83,7 +96,8 @@ def shortened(values: dict[str, Any]) -> dict[str, Any]:
     return cut
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
+@walks_over_models
+@pytest.mark.parametrize("model", taken(PUBLISHED, UNLIKE))
 def test_a_published_model_is_named_and_quantized_as_loaded(model: str) -> None:
     """The model transformers builds, and the modules its bitsandbytes integration replaces."""
     import bitsandbytes as bnb

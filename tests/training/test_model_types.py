@@ -14,6 +14,7 @@ from bench.model_types.walk import walk
 from qlora_tui.catalog import described
 from qlora_tui.chat import generation
 from qlora_tui.training import attempt
+from tests.support.every_model import taken, walks_over_models
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +28,8 @@ TRAINED = {
 """By type: how it is computed."""
 
 
-@pytest.mark.parametrize("model_type", TRAINED)
+@walks_over_models
+@pytest.mark.parametrize("model_type", taken(TRAINED, ("gemma4", "qwen3_next")))
 def test_a_type_is_trained_resumed_asked_and_merged_as_the_libraries_do(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
