@@ -14,7 +14,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.outline import read_outline
 from qlora_tui.errors import UserError
 from tests.catalog.configs import CONFIGS, architecture, config, counted
-from tests.support.every_model import taken, walks_over_models
+from tests.support.every_model import EVERY_MODEL, walks_over_models
 
 COUNTED = counted()
 _SMALLEST_LAST = sorted(COUNTED, key=lambda name: -int(COUNTED[name]["total_params"]))
@@ -34,7 +34,7 @@ UNLIKE = (
 
 @pytest.mark.slow
 @walks_over_models
-@pytest.mark.parametrize("model", taken(ONE_OF_EACH.values(), UNLIKE))
+@pytest.mark.parametrize("model", ONE_OF_EACH.values() if EVERY_MODEL else UNLIKE)
 def test_parameters_equal_those_transformers_counts(model: str) -> None:
     found = architecture(model)
     row = {key: int(value) for key, value in COUNTED[model].items() if value.isdigit()}
