@@ -342,6 +342,15 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
     exit_code: int | None = None
     phase: Phase | None = None
     """Phase in which memory ran out; None for other failures, and if the phase is unknown."""
+    missing_bytes: Count = 0
+    """GPU memory that was requested beyond what was free when memory ran out; 0 if unknown."""
+    others_bytes: Count = 0
+    """GPU memory that other programs held at that moment; 0 if unknown."""
+
+    @property
+    def others_held_enough(self) -> bool:
+        """Whether other programs held at least what was missing, so that closing them is enough."""
+        return 0 < self.missing_bytes <= self.others_bytes
 
     @classmethod
     def from_problem(cls, problem: UserError, *, at: float, exit_code: int | None) -> Failed:

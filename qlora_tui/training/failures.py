@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from msgspec.structs import replace
+
 from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError, disk_problem
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.cuda_errors import ONEDNN_MEMORY, cuda_error, is_out_of_memory
@@ -53,6 +55,15 @@ def true_disk_errors() -> Iterator[None]:
 
 
 _CPU_ALLOCATION = re.compile(r"DefaultCPUAllocator: .* allocate (\d+) bytes")
+_SIZE = r"([\d.]+ (?:bytes|[KMG]iB))"
+_GPU_ALLOCATION = re.compile(rf"Tried to allocate {_SIZE}\. .* of {_SIZE} of which {_SIZE} is free\.")
+"""torch's message on a GPU (``c10/cuda/CUDACachingAllocator.cpp``)."""
+_OTHER_PROGRAM = re.compile(rf"Process \d+ has {_SIZE} memory in use\.")
+_OWN_PROCESS = "this process has"
+"""The part of the message about the trainer. It is missing in a container, where the trainer cannot tell its
+own process from others.
+"""
+_UNIT_BYTES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def failure_event(
@@ -92,6 +103,16 @@ def _out_of_memory(
     error: BaseException, phase: Phase | None, recipe: Recipe | None, estimate: Estimate | None, now: float
 ) -> Failed:
     lines = str(error).strip().splitlines()
+    message = lines[0] if lines else ""
+    what, missing_bytes, others = _memory_message(message), 0, list[int]()
+    if allocation := _GPU_ALLOCATION.search(message):
+        requested, total, free = map(_bytes, allocation.groups())
+        missing_bytes = max(0, requested - free)
+        what = (
+            f"The trainer requested {format_bytes(requested)}, and {format_bytes(free)} of the GPU's "
+            f"{format_bytes(total)} was free."
+        )
+        others = [_bytes(size) for size in _OTHER_PROGRAM.findall(message) if _OWN_PROCESS in message]
     why = ""
     if estimate is not None:
         largest = sorted(estimate.items, key=lambda item: -item.bytes)[:3]
@@ -100,20 +121,36 @@ def _out_of_memory(
             + ", ".join(f"{i.label.lower()} {i.bytes / 2**30:.2f} GiB" for i in largest)
             + "."
         )
-    return Failed(
+    failed = Failed(
         at=now,
         title="Out of memory",
-        what=_memory_message(lines[0] if lines else ""),
+        what=what,
         why=why,
         fix=describe_fix(recipe, phase),
         kind="out_of_memory",
         exit_code=1,
         phase=phase,
+        missing_bytes=missing_bytes,
+        others_bytes=sum(others),
+    )
+    if not failed.others_held_enough:
+        return failed
+    subject, closed = ("Another program", "program") if len(others) == 1 else ("Other programs", "programs")
+    return replace(
+        failed,
+        why=f"{subject} held {format_bytes(sum(others))} of the GPU.",
+        fix=f"Close the other {closed} and resume. {failed.fix}",
     )
 
 
+def _bytes(size: str) -> int:
+    """Return the bytes of a size in torch's notation, such as ``1.50 GiB``."""
+    number, unit = size.split()
+    return round(float(number) * _UNIT_BYTES[unit])
+
+
 def _memory_message(message: str) -> str:
-    """Return torch's message on a GPU; on a CPU, where that is unreadable, how much memory was requested."""
+    """Return torch's message; on a CPU, where that is unreadable, how much memory was requested."""
     allocation = _CPU_ALLOCATION.search(message)
     if allocation:
         requested = format_bytes(int(allocation[1]))

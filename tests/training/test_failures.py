@@ -134,6 +134,31 @@ def test_out_of_memory_is_recognized_and_explained(tmp_path: Path, said: str, wh
     assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", what)
 
 
+ON_SHARED_GPU = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 410.00 "
+    "MiB is free. Process 4242 has 5.10 GiB memory in use. Including non-PyTorch memory, this process has "
+    "18.10 GiB memory in use. Of the allocated memory 17.20 GiB is allocated by PyTorch."
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "enough"),
+    [
+        (ON_SHARED_GPU, True),
+        (ON_SHARED_GPU.replace("5.10 GiB", "210.00 MiB"), False),
+        # In a container, torch lists the trainer's own process as another one.
+        (ON_SHARED_GPU.partition(" Including")[0], False),
+    ],
+)
+def test_another_program_that_held_what_was_missing_is_named(tmp_path: Path, said: str, enough: bool) -> None:
+    failed = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
+    assert failed.what == "The trainer requested 1.5 GiB, and 410 MiB of the GPU's 23.6 GiB was free."
+    assert failed.missing_bytes == round(1.5 * 2**30) - 410 * 2**20
+    assert failed.others_held_enough == enough
+    assert (failed.why == "Another program held 5.1 GiB of the GPU.") == enough
+    assert failed.fix.startswith("Close the other program and resume. ") == enough
+
+
 def test_out_of_memory_records_the_phase_of_the_attempt(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with EventWriter(run.events_path) as log:

@@ -278,10 +278,12 @@ def _ending(what: FakeRun) -> RunEnded | None:
             return what.failed or Failed(
                 at=at,
                 title="Out of GPU memory",
-                what=f"The backward pass of step {what.steps} needed 1.1 GiB more than there was.",
-                why="Another program took 5.1 GiB of the GPU during the run.",
-                fix="Close it and resume, or halve Micro-batch size.",
+                what="The trainer requested 1.5 GiB, and 410 MiB of the GPU's 24.0 GiB was free.",
+                why="Another program held 5.1 GiB of the GPU.",
+                fix="Close the other program and resume. The cheapest change that should fit: micro-batch 1.",
                 kind="out_of_memory",
+                missing_bytes=round(1.1 * GIB),
+                others_bytes=round(5.1 * GIB),
             )
         case "stopped":
             return Stopped(at=at, step=what.steps)

@@ -321,8 +321,8 @@ async def test_another_run_is_chosen_from_a_list() -> None:
         await pilot.press("o")
         await wait_for_text(pilot, "Watch another run", "failed", "older-run")
         await pilot.press("enter")
-        await wait_for_text(pilot, "Out of GPU memory", "Another program took", "[r] resume from step 0")
-        await wait_for_text(pilot, "▸ [m] prepare a run with micro-batch size 1", "health ✗1")
+        await wait_for_text(pilot, "Out of GPU memory", "Another program held", "▸ [r] resume from step 0")
+        await wait_for_text(pilot, "  [m] prepare a run with micro-batch size 1", "health ✗1")
 
 
 def test_a_resumed_run_forgets_the_request_that_ended_it() -> None:
@@ -519,11 +519,11 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)
-        text = await wait_for_text(pilot, "▸ [m] prepare", "Out of GPU memory")
+        text = await wait_for_text(pilot, "  [m] prepare", "Out of GPU memory", "▸ [r] resume")
         assert text.count("prepare a run with micro-batch") == 1
         assert "2.710" in text.partition("Validation")[2]
         assert "change" in text.partition("Validation")[2] and "Health" not in text
-        assert text.index("[m] prepare") < text.index("[r] resume"), "the advised fix comes first"
+        assert text.index("[r] resume") < text.index("[m] prepare"), "closing the other program is enough"
         await pilot.press("m")
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")
@@ -534,6 +534,13 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
         assert (training.micro_batch_size, training.gradient_accumulation) == (1, 16)
         await pilot.press("u")
         assert app.workbench.recipe == before
+
+
+def test_the_fix_comes_first_if_no_other_program_is_to_blame() -> None:
+    ending = Failed(at=1.0, title="Out of memory", what="It is.", kind="out_of_memory", phase="training")
+    run = write_fake_run(FakeRun(steps=50, state="failed", failed=ending))
+    outcome = outcome_text(RunFollower(run).poll())
+    assert outcome is not None and "▸ [m] prepare" in outcome.plain and "  [r] resume" in outcome.plain
 
 
 @pytest.mark.parametrize(

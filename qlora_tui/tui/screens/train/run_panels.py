@@ -333,6 +333,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     status, view = snapshot.status, snapshot.view
     is_error = status.state in _BROKEN
     text, offers = status.detail, []
+    failed = view.ending if status.state == "failed" and isinstance(view.ending, Failed) else None
+    closing_is_enough = failed is not None and failed.others_held_enough
     if status.state in (*RESUMABLE, "lost"):
         where = "from the last checkpoint" if view.checkpoints else "from step 0"
         resume = f"resume {where}" if view.checkpoints or view.attempt else "queue it"
@@ -343,9 +345,10 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}."
             offers += _uses_of_adapter()
         case "failed":
-            if isinstance(view.ending, Failed):
-                failed = view.ending
-                text = "\n".join(filter(None, (f"{failed.title}: {failed.what}", failed.why, failed.fix)))
+            if failed is not None:
+                # The actions are the fix, if closing another program is enough.
+                fix = "" if closing_is_enough else failed.fix
+                text = "\n".join(filter(None, (f"{failed.title}: {failed.what}", failed.why, fix)))
             text = abbreviate_home(text)
         case "stopped" | "paused":
             if view.checkpoints:
@@ -364,8 +367,10 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
     if verdict is not None and not is_error:
         lines.insert(0, verdict_content(verdict))
-    fix = fix_text(snapshot) if outcome_has_fix(snapshot) else ""
-    lines.append(highlight_keys("▸ " + "\n  ".join(filter(None, (fix, "   ".join(offers))))))
+    actions = [fix_text(snapshot) if outcome_has_fix(snapshot) else "", "   ".join(offers)]
+    if closing_is_enough:
+        actions = [f"{offers[0]}, after closing the other program", actions[0], "   ".join(offers[1:])]
+    lines.append(highlight_keys("▸ " + "\n  ".join(filter(None, actions))))
     for note, command, verb in (
         (active and f"{active} is running now.", "train.another", "watch it"),
         (answers and f"Comparing answers: {answers}.", "train.answers", "stop"),
