@@ -30,13 +30,14 @@ from qlora_tui.data.written_rows import TRAIN, VALIDATION, WrittenRows, write_ro
 from qlora_tui.errors import EXIT_FAILURE, EXIT_USAGE, UserError
 from qlora_tui.export.jobs import FILES, write_job
 from qlora_tui.export.unfinished_files import draft_folder, publish_new, refuse_existing
-from qlora_tui.formatting import align_columns
+from qlora_tui.formatting import align_columns, format_loss
 from qlora_tui.locks import hold_folder
 from qlora_tui.recipe.exported import ExportedRecipe, export_recipe
 from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.runs.directory import find_run
+from qlora_tui.runs.directory import RunDir, find_run
+from qlora_tui.runs.run_summary import better_checkpoint, summarize
 
 if TYPE_CHECKING:
     from qlora_tui.runs.exports import ExportRequest
@@ -63,8 +64,9 @@ def run(args: argparse.Namespace) -> CommandResult:
     run = find_run(args.run_id)
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
-    if note := leave_gpu_to_runs():
-        print(note, file=sys.stderr)
+    for note in (leave_gpu_to_runs(), "" if args.checkpoint else _better_weights(run)):
+        if note:
+            print(note, file=sys.stderr)
     configure_torch_env()
     # Until this process ends, whoever deletes the run is asked for confirmation.
     hold_folder(run.path)
@@ -76,6 +78,19 @@ def run(args: argparse.Namespace) -> CommandResult:
     if written.problem:
         print(f"Refused: {written.problem}", file=sys.stderr)
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
+
+
+def _better_weights(run: RunDir) -> str:
+    """Return a hint if the last weights are notably worse than those of a checkpoint; otherwise empty."""
+    summary = summarize(run)
+    step = better_checkpoint(summary)
+    if step is None or summary.best is None:
+        return ""
+    return (
+        f"The validation loss is {format_loss(summary.best[0])} at step {step:,}, and "
+        f"{format_loss(summary.evaluations[-1][1])} at the end. To export step {step:,} instead: "
+        f"--checkpoint {step}"
+    )
 
 
 def _run_recipe(args: argparse.Namespace) -> CommandResult:

@@ -29,7 +29,7 @@ from qlora_tui.runs.describe import forgetting_effect, forgetting_words, format_
 from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
-from qlora_tui.runs.events import DataReady, Failed, Finished, Stopped
+from qlora_tui.runs.events import ALL_STEPS_DONE, DataReady, Failed, Finished, Stopped
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
@@ -120,6 +120,13 @@ class RunSummary:
     @property
     def id(self) -> str:
         return self.run.id
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the run finished before its last step. The adapter is then from the best step if its
+        checkpoint was intact, and the trainer's reason says which.
+        """
+        return self.status.state == "finished" and self.status.detail not in ("", ALL_STEPS_DONE)
 
 
 @dataclass(frozen=True)
@@ -304,6 +311,17 @@ def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
 def is_notably_above(loss: float, lowest: float) -> bool:
     """Return whether a validation loss is above the lowest one by more than ``NOTABLE_RISE``."""
     return loss > lowest * (1 + NOTABLE_RISE)
+
+
+def better_checkpoint(summary: RunSummary) -> int | None:
+    """Return the step of the best checkpoint if the last validation loss is notably above its loss; None if
+    it is not, or if this checkpoint no longer exists.
+    """
+    if summary.best is None or not summary.evaluations or summary.ended_early:
+        return None
+    lowest, step = summary.best
+    is_worse = is_notably_above(summary.evaluations[-1][1], lowest)
+    return step if is_worse and step in dict(summary.run.checkpoints()) else None
 
 
 def main_settings(recipe: Recipe) -> tuple[str, ...]:

@@ -24,11 +24,11 @@ from qlora_tui.runs.exports import (
     start_export,
     write_export_status,
 )
-from qlora_tui.runs.run_summary import RunSummary
+from qlora_tui.runs.run_summary import RunSummary, better_checkpoint, summarize
 from qlora_tui.runs.status import Status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.models.downloads import DownloadsPanel
-from qlora_tui.tui.screens.runs import export_formats
+from qlora_tui.tui.screens.runs import export_dialog, export_formats
 from qlora_tui.tui.screens.runs.export_dialog import weights_line
 from qlora_tui.tui.widgets.bars import TopBar
 from tests.tui.fake_runs import FakeRun, write_fake_run
@@ -54,6 +54,14 @@ def base(run: RunDir, private_home: Path) -> Path:
     folder = config_folder(private_home, "Qwen__Qwen2.5-7B")
     run.recipe_path.write_text(dump(replace_setting(run.recipe(), "model.id", str(folder))))
     return folder
+
+
+def save_checkpoints(run: RunDir, *steps: int) -> None:
+    for step in steps:
+        folder = run.checkpoints_dir / f"step-{step}"
+        folder.mkdir(parents=True)
+        for name in ("adapter_config.json", "complete"):
+            (folder / name).write_text("{}")
 
 
 async def open_dialog(pilot: Pilot[None]) -> str:
@@ -195,11 +203,7 @@ async def test_without_llama_cpp_only_its_types_are_missing(
 @pytest.mark.usefixtures("base")
 async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_formats, "is_installed", lambda: True)
-    for step in (5, 10):
-        folder = run.checkpoints_dir / f"step-{step}"
-        folder.mkdir(parents=True)
-        for name in ("adapter_config.json", "complete"):
-            (folder / name).write_text("{}")
+    save_checkpoints(run, 5, 10)
     async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
         await pilot.press("up")
@@ -223,13 +227,36 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(run: Ru
         best=(1.287, 640),
         evaluations=((0, 2.7), (640, 1.287), (1200, 1.342)),
     )
-    last = weights_line(summary, None, has_others=True)
-    assert (
-        last.plain.startswith("Weights: last step 1,200; best at 640") and last.spans[0].style == "$warning"
-    )
-    best = weights_line(summary, 640, has_others=False)
-    assert best.plain == "Weights: checkpoint 640, the best" and not best.spans
+    last = weights_line(summary, None)
+    assert last.plain == "Weights: last step 1,200, validation 1.342; the best, step 640, has 1.287"
+    assert last.spans[0].style == "$warning"
+    best = weights_line(summary, 640)
+    assert best.plain == "Weights: step 640, validation 1.287, the best; the last step has 1.342"
+    assert not best.spans
     early = replace(
         summary, status=Status(state="finished", at=1.0, detail="the adapter is from the best step, 640")
     )
-    assert "(the adapter is from the best step, 640)" in weights_line(early, None, has_others=False).plain
+    assert "(the adapter is from the best step, 640)" in weights_line(early, None).plain
+    assert better_checkpoint(summary) is None, "the checkpoint of step 640 is gone"
+    save_checkpoints(run, 640)
+    assert better_checkpoint(summary) == 640 and better_checkpoint(early) is None
+
+
+@pytest.mark.usefixtures("base")
+async def test_notably_better_weights_than_the_last_are_proposed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoints(run, 5, 8)
+    read = summarize(run)
+    summary = replace(read, best=(1.2, 5), evaluations=((0, 2.7), (5, 1.2), (10, 1.3)))
+    monkeypatch.setattr(export_dialog, "summarize", lambda run: summary)
+    async with QloraApp().run_test(size=(80, 24)) as pilot:
+        await open_dialog(pilot)
+        await wait_for_text(pilot, "Weights: step 5, validation 1.200, the best; the last step has 1.300")
+        await wait_for_text(pilot, "Checkpoint 5 · File")
+        await pilot.press("c")
+        await wait_for_text(pilot, "Weights: last step 10, validation 1.300; the best, step 5, has 1.200")
+        await pilot.press("c", "c", "enter")
+        await wait_for_text(pilot, "Starting")
+        (export,) = read_exports(run)
+        assert export.request.checkpoint == 5

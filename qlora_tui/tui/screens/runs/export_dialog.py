@@ -29,11 +29,11 @@ from qlora_tui.formatting import (
     abbreviate_home,
     format_bytes,
     format_duration,
+    format_loss,
     truncate_middle,
 )
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.events import ALL_STEPS_DONE
 from qlora_tui.runs.exports import (
     Export,
     cancel_export,
@@ -42,8 +42,8 @@ from qlora_tui.runs.exports import (
     restart_export,
     start_export,
 )
-from qlora_tui.runs.run_summary import RunSummary, is_notably_above, summarize
-from qlora_tui.tui.key_names import dialog_keys, highlight_keys
+from qlora_tui.runs.run_summary import RunSummary, better_checkpoint, is_notably_above, summarize
+from qlora_tui.tui.key_names import dialog_keys
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
     Base,
@@ -127,6 +127,9 @@ class ExportScreen(ModalScreen[None]):
         self._steps = list(steps)
         self._exports: dict[str, Export] = {}
         self._summary: RunSummary | None = None
+        self._has_chosen_step = False
+        self._starts_when_read = False
+        """Whether the user asked for the export before it was known which weights to propose."""
         self._proposed = ""
         """The target that the dialog proposed last. If the field contains a different text, the user typed
         it, and it is kept.
@@ -153,9 +156,20 @@ class ExportScreen(ModalScreen[None]):
 
     @work
     async def _read_result(self) -> None:
-        """Read which step was the best, and show it. Reading takes a moment for a long run."""
+        """Read which step was the best, which takes a moment for a long run. If the last weights are notably
+        worse, select its checkpoint, unless the user has selected one.
+        """
         self._summary = await asyncio.to_thread(summarize, self._run_dir)
+        better = better_checkpoint(self._summary)
+        if better is not None and better in self._steps and not self._has_chosen_step:
+            self._select_step(better)
         self._show_detail()
+        if self._starts_when_read:
+            self._start()
+
+    def _select_step(self, step: int | None) -> None:
+        at = self._steps.index(step)
+        self._steps = self._steps[at:] + self._steps[:at]
 
     def on_option_list_option_highlighted(self) -> None:
         """Describe the format or export under the cursor, and propose a target for a format."""
@@ -187,7 +201,8 @@ class ExportScreen(ModalScreen[None]):
         if len(self._steps) == 1:
             self.notify("The run has no other checkpoint.", severity="warning")
             return
-        self._steps.append(self._steps.pop(0))
+        self._has_chosen_step = True
+        self._select_step(self._steps[1])
         self._show_detail()
 
     def action_cancel(self) -> None:
@@ -258,6 +273,9 @@ class ExportScreen(ModalScreen[None]):
         if choice.missing_base is not None:
             self._get_base(choice.missing_base)
             return
+        if self._summary is None:
+            self._starts_when_read = True
+            return
         path = self.query_one(TextField).value
         request = request_for(choice, path, self._steps[0])
         if not path.strip():
@@ -314,7 +332,7 @@ class ExportScreen(ModalScreen[None]):
         field, step = self.query_one(TextField), self._steps[0]
         label = choice.target if step is None else f"Checkpoint {step:,} · {choice.target}"
         self.query_one("#export-label", Static).update(label)
-        weights = weights_line(self._summary, step, has_others=len(self._steps) > 1)
+        weights = weights_line(self._summary, step)
         self.query_one("#export-weights", Static).update(weights)
         if field.value == self._proposed:
             self._proposed = proposed_target(choice, self._run_dir.name, step)
@@ -341,32 +359,35 @@ class ExportScreen(ModalScreen[None]):
         message.display = True
 
 
-def weights_line(summary: RunSummary | None, step: int | None, *, has_others: bool) -> Content:
-    """Return which weights are exported: ``Weights: last step 1,200; best at 640   [c] other checkpoints``.
-    The line is a warning if the validation loss is clearly lower at another step.
+def weights_line(summary: RunSummary | None, step: int | None) -> Content:
+    """Return which weights are exported, and which others are better or were the last:
+    ``Weights: step 640, validation 1.342, the best; the last step has 1.518``.
+
+    The line is a warning if the validation loss is notably lower at another step.
 
     Args:
         summary: Summary of the run; None until it has been read.
         step: Step of the checkpoint to export; None for the final adapter.
-        has_others: Whether there are other weights to select.
     """
     if summary is None:
         return Content("")
-    keys = highlight_keys("   [c] other checkpoints", "dim") if has_others else ""
-    reason = summary.status.detail
-    if step is None and summary.status.state == "finished" and reason not in ("", ALL_STEPS_DONE):
-        # After early stopping, the adapter is from the best step if its checkpoint was intact. The trainer's
-        # reason says which.
-        return Content(f"Weights: final adapter ({reason})") + keys
+    if step is None and summary.ended_early:
+        return Content(f"Weights: final adapter ({summary.status.detail})")
     at = summary.step if step is None else step
-    text, style = f"Weights: {'last step' if step is None else 'checkpoint'} {at:,}", ""
-    losses = dict(summary.evaluations)
-    if summary.best is not None:
+    losses, style = dict(summary.evaluations), ""
+    text = f"Weights: {'last step' if step is None else 'step'} {at:,}"
+    if at in losses:
+        text += f", validation {format_loss(losses[at])}"
+    if summary.best is not None and summary.evaluations:
         lowest, best = summary.best
-        text += ", the best" if best == at else f"; best at {best:,}"
-        is_worse = at in losses and is_notably_above(losses[at], lowest)
-        style = "$warning" if is_worse else ""
-    return Content.styled(text, style) + keys
+        last, loss_at_last = summary.evaluations[-1]
+        if best != at:
+            text += f"; the best, step {best:,}, has {format_loss(lowest)}"
+            style = "$warning" if at in losses and is_notably_above(losses[at], lowest) else ""
+        else:
+            text += ", the best"
+            text += f"; the last step has {format_loss(loss_at_last)}" if last != at else ""
+    return Content.styled(text, style)
 
 
 def list_lines(
