@@ -191,8 +191,34 @@ def name_settings(text: str) -> str:
         field = fields().get(match[1] or match[2])
         return match[0] if field is None else "" if match[1] else field.label
 
+    return _paths().sub(name, text)
+
+
+def label_settings(text: str) -> str:
+    """Write each setting's path in a text for people after the label that forms show, if it is not already:
+    ``Epochs (training.epochs) must be above 0`` for ``training.epochs must be above 0``. Later in the text,
+    the label stands alone.
+    """
+    seen = set[str]()
+
+    def name(match: re.Match[str]) -> str:
+        path = match[1] or match[2]
+        field, is_new = fields().get(path), path not in seen
+        seen.add(path)
+        if field is None:
+            return match[0]
+        if match[1]:
+            return match[0] if is_new else ""
+        return f"{field.label} ({path})" if is_new else field.label
+
+    return _paths().sub(name, text)
+
+
+@cache
+def _paths() -> re.Pattern[str]:
+    """Return the pattern of a path in a text: in parentheses (group 1), or bare (group 2)."""
     path = rf"((?:{'|'.join(sections())})\.[a-z_]+)"
-    return re.sub(rf" \({path}\)|(?<![\w.-])(?<!--set ){path}(?!\w|=|\.\w)", name, text)
+    return re.compile(rf" \({path}\)|(?<![\w.-])(?<!--set ){path}(?!\w|=|\.\w)")
 
 
 def source_fields() -> dict[str, Field]:

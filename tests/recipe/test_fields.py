@@ -18,6 +18,7 @@ from qlora_tui.recipe.fields import (
     fields,
     format_value,
     get_setting,
+    label_settings,
     replace_setting,
 )
 from qlora_tui.recipe.schema import Data, Lora, Recipe, Source
@@ -100,3 +101,10 @@ def test_values_read_as_a_person_writes_them(value: Any, words: str) -> None:
 def test_equal_recipes_alone_have_no_difference(a: Recipe, b: Recipe) -> None:
     assert diff_recipes(a, a) == []
     assert (diff_recipes(a, b) == []) == (a == b)
+
+
+def test_a_path_in_a_text_is_written_once_after_its_label() -> None:
+    text = "training.epochs is 0. Raise training.epochs, or Rank (lora.rank), as in --set training.epochs=2."
+    assert label_settings(text) == (
+        "Epochs (training.epochs) is 0. Raise Epochs, or Rank (lora.rank), as in --set training.epochs=2."
+    )

@@ -27,6 +27,7 @@ from textual.widgets import Input, OptionList, Static
 
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import abbreviate_home, format_number, format_path
+from qlora_tui.recipe.fields import label_settings
 from qlora_tui.recipe.presets import OverwriteError
 from qlora_tui.tui.breakpoints import MIN_SIZE, is_too_small
 from qlora_tui.tui.key_names import dialog_keys
@@ -259,11 +260,14 @@ class ErrorScreen(TextDialog[None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,enter,q", "dismiss", "Close")]
 
     def __init__(self, problem: UserError) -> None:
-        paragraphs = [Static(abbreviate_home(problem.what), markup=False)]
-        if problem.why:
-            paragraphs.append(Static(abbreviate_home(problem.why), markup=False, classes="muted"))
-        if problem.fix:
-            paragraphs.append(Static(f"▸ {abbreviate_home(problem.fix)}", markup=False, classes="fix"))
+        # One text, so that each setting's path is written once.
+        texts = label_settings("\0".join((problem.what, problem.why, problem.fix))).split("\0")
+        what, why, fix = map(abbreviate_home, texts)
+        paragraphs = [Static(what, markup=False)]
+        if why:
+            paragraphs.append(Static(why, markup=False, classes="muted"))
+        if fix:
+            paragraphs.append(Static(f"▸ {fix}", markup=False, classes="fix"))
         super().__init__(problem.title, *paragraphs)
 
 
