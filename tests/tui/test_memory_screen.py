@@ -198,16 +198,16 @@ async def test_the_exact_form_follows_the_instant_one(
     monkeypatch.setattr(exact_memory, "trace_step", trace)
     app = open_on("memory", model=seven_billion, gpu_gib=16)
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
-        await wait_for_text(pilot, "instant estimate; tracing…", "6.3 GiB")
+        await wait_for_text(pilot, "estimated, tracing…", "6.3 GiB")
         ready.set()
-        await wait_for_text(pilot, "changes exact (traced)", " 17.2 GiB")
+        await wait_for_text(pilot, " 17.2 GiB")
         await wait_for_text(pilot, "traced: 17.2 of 16.0 GiB, uncertain. Previous estimate: fits.")
         # What halving the length saves, and the change that fits, follow.
-        await wait_for_text(pilot, "NF4 and its changes exact", "-7.5 GiB")
+        await wait_for_text(pilot, "NF4 and its changes traced", "-7.5 GiB")
         asked.clear()
         await pilot.press("r")
         await wait_until(pilot, lambda: asked)
-        await wait_for_text(pilot, "exact (traced")
+        await wait_for_text(pilot, "traced")
         assert asked[0].lora.rank == 32
 
 

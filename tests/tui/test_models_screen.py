@@ -80,7 +80,7 @@ async def test_the_selected_model_is_marked_in_the_list_and_typing_filters_it(hu
         )
         await pilot.press("j", "j")
         await wait_for_text(pilot, "✗ Only pickled weights", "gpt2")
-        await pilot.press("g")
+        await pilot.press("k")
         await wait_for_text(
             pilot,
             "license  apache-2.0",

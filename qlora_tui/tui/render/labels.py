@@ -198,8 +198,8 @@ def fit_figure(verdict: Verdict, *, is_current: bool = False) -> Content:
 
 
 def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
-    """Return a legend for the symbols of these verdicts in a table: ``✗ does not fit ! tight ~ instant
-    estimate``. The verdict ``fits`` has no symbol in a table.
+    """Return a legend for the symbols of these verdicts in a table: ``✗ does not fit ! tight ~
+    estimated``. The verdict ``fits`` has no symbol in a table.
 
     The legend is wrapped to ``width`` cells. Lines break only before a symbol.
     """
@@ -208,7 +208,7 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
         if verdict.word != "fits":
             parts[verdict.word] = verdict_sign(verdict) + Content.styled(f" {verdict.word}", "dim")
         if not verdict.is_exact:
-            parts[INSTANT] = Content.styled(f"{INSTANT} instant estimate", "dim")
+            parts[INSTANT] = Content.styled(f"{INSTANT} estimated", "dim")
     instant = [parts.pop(INSTANT)] if INSTANT in parts else []
     lines = [Content("")]
     for part in (*parts.values(), *instant):

@@ -147,7 +147,7 @@ class MemoryScreen(WorkScreen):
         self._solution = Solution()
         self.workers.cancel_group(self, "changes")
         if self._trace_of(precision_of(recipe)) is None:
-            self._trace_note = "instant estimate; tracing…"
+            self._trace_note = "estimated, tracing…"
             self._trace(recipe, budget)
         else:
             self._trace_note = ""
@@ -273,7 +273,7 @@ class MemoryScreen(WorkScreen):
         except TraceStopped:
             return
         except UserError as problem:
-            self._trace_note = f"instant estimate; not traced: {problem.what}"
+            self._trace_note = f"estimated, not traced: {problem.what}"
             self._show_all()
 
     @work(exclusive=True, group="changes")
@@ -307,20 +307,20 @@ class MemoryScreen(WorkScreen):
     def _estimate(self) -> Estimate:
         return self._compared[self.precision]
 
-    def _exact_words(self) -> str:
-        """Return a note on the traced estimate: for which precisions it is exact, and with which library it
-        was traced. Return an empty string if the recipe has not been traced.
+    def _traced_words(self) -> str:
+        """Return a note on the figures: which precisions were traced, and with which library. Return an empty
+        string if the recipe has not been traced.
         """
         own = precision_of(self.app.workbench.recipe)
         traced, name = self._trace_of(own), PRECISION_NAMES[own]
         if traced is None:
             return ""
         if self.has_class("-narrow"):
-            return "exact (traced)" if self.precision == own else ""
+            return "traced" if self.precision == own else ""
         what = f"{name} and its changes" if self._solution.is_exact else name
         if not self.has_class("-very-wide"):
-            return f"{what} exact (traced)"
-        return f"{what} exact (traced with transformers {traced.transformers}), others instant estimates"
+            return f"{what} traced"
+        return f"{what} traced with transformers {traced.transformers}, others estimated"
 
     def _heading_text(self) -> Content:
         """Return the title above the bars. In a narrow window, the title is the verdict; otherwise, it gives
@@ -335,7 +335,7 @@ class MemoryScreen(WorkScreen):
             against = f" against {budget_words(budget, self.app.system_status)}"
             title = Content(peak_words(self._compared))
             title += highlight_keys(against, "$text-muted not bold")
-        trace_note = self._trace_note or self._exact_words()
+        trace_note = self._trace_note or self._traced_words()
         for note in filter(None, (self._quality.progress, self._estimate.correction_words, trace_note)):
             words = highlight_keys(f"; {note}", "$text-muted not bold")
             if title.cell_length + words.cell_length <= self.size.width - _FRAME:

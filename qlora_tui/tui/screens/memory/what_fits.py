@@ -23,6 +23,7 @@ from qlora_tui.memory import (
     Estimate,
     MemorySaving,
     StepChoice,
+    Verdict,
     WhatFits,
     cheapest_changes,
     check_fit,
@@ -338,7 +339,7 @@ class FitPanel(Panel):
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
         figure = Figure(
-            f"of {format_bytes(budget.bytes)}, {'exact' if verdict.is_exact else 'instant estimate'}",
+            f"of {format_bytes(budget.bytes)}, {'traced' if verdict.is_exact else 'estimated'}",
             format_bytes(verdict.needed_bytes),
             f"bold {style}",
         )
@@ -347,10 +348,8 @@ class FitPanel(Panel):
         self.choices.show(partial(choice_lines, solution.changes))
         notes = [train] if is_done and not has_room else []
         notes += _notes(estimate, budget, solution, length_warning, is_recipe=is_recipe)
-        expected = format_sizes(verdict.low_bytes, "to", verdict.high_bytes)
-        why = "" if is_narrow else f" Uncertain: {verdict.reason}."
-        uncertainty = f"Expected: {expected}.{why}"
-        notes.append(Content.styled(uncertainty, "$text-muted"))
+        if uncertainty := _uncertainty(verdict, is_narrow=is_narrow):
+            notes.append(Content.styled(uncertainty, "$text-muted"))
         self._notes.show(notes)
 
     def on_option_list_option_selected(self, event: ViList.OptionSelected) -> None:
@@ -382,10 +381,20 @@ def _notes(
         # The warning's ``what`` is left out, since the length is in the table of settings.
         yield Content.styled(f"{length_warning.why} {length_warning.fix}", "$warning")
     if solution.step is not None and is_recipe:
-        yield _step_text(solution.step, estimate.total_bytes, budget.bytes)
+        yield Content(_step_text(solution.step, budget.bytes))
     if solution.host_memory and is_recipe:
         yield Content(solution.host_memory)
     yield from map(Content, estimate.notes)
+
+
+def _uncertainty(verdict: Verdict, *, is_narrow: bool) -> str:
+    """Return what is uncertain. The range is given for an estimate; for a traced step, it is given only if
+    the limit is inside it.
+    """
+    if verdict.is_exact and verdict.word != "uncertain":
+        return "" if is_narrow else f"Not traced: {verdict.reason}."
+    expected = format_sizes(verdict.low_bytes, "to", verdict.high_bytes)
+    return f"Expected: {expected}." + ("" if is_narrow else f" Uncertain: {verdict.reason}.")
 
 
 def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[str, Content]]:
@@ -411,13 +420,9 @@ def choice_lines(changes: tuple[MemorySaving, ...], width: int) -> list[tuple[st
     return lines
 
 
-def _step_text(choice: StepChoice, least_bytes: int, all_bytes: int) -> Content:
-    """Return how a run uses free memory, and how much faster this makes the run.
-
-    Args:
-        choice: How the run uses free memory.
-        least_bytes: The minimum memory that the run needs, as the bars show it.
-        all_bytes: The total memory of the device.
+def _step_text(choice: StepChoice, all_bytes: int) -> str:
+    """Return how a run uses free memory, and how much faster this makes the run. ``all_bytes``: the total
+    memory of the device.
     """
     chosen = describe_choice(choice)
     if not chosen:
@@ -426,11 +431,7 @@ def _step_text(choice: StepChoice, least_bytes: int, all_bytes: int) -> Content:
             if choice.estimate.exact
             else "The memory of a step is uncertain"
         )
-        return Content(f"{why}, so all layers recompute their activations.")
+        return f"{why}, so all layers recompute their activations."
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     free = format_sizes(choice.least_free_bytes, "of", all_bytes)
-    return Content.assemble(
-        "Needs at least ",
-        (format_bytes(least_bytes), "bold"),
-        f". Uses {total} if {free} are free, and is then about {faster}: {chosen}.",
-    )
+    return f"If {free} are free, a run uses {total} and is about {faster}: {chosen}."

@@ -43,7 +43,7 @@ room, the column is hidden.
 """
 _LEAST_FIGURES = 3
 """Minimum number of columns with figures that the list keeps, even if the notes are then cut off."""
-_STARTERS_HEADING = "Good first models"
+_STARTERS_HEADING = "Good first models: best fit, then by size"
 _NOTE_GAP = 3
 """Cells between the longest name and the notes."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
@@ -152,6 +152,12 @@ class ListedModels:
         }
         return models.get(id_)
 
+    def _rank(self, model: LocalModel) -> tuple[bool, bool, int]:
+        """Sort models that can be trained before others, models that fit before others, and then by size."""
+        verdict = self.needs.get(model.path)
+        parameters = model.architecture.total_params if model.architecture else 0
+        return model.refusal is not None, verdict is not None and not verdict.fits_even_if_tight, parameters
+
     def copy_here(self, model: HubModel) -> LocalModel | None:
         """Return the local copy of a Hub model if there is one that can be trained; otherwise None."""
         return next((m for m in self.local or () if m.id == model.id and m.refusal is None), None)
@@ -170,6 +176,7 @@ class ListedModels:
             most: Maximum number of recommended models; None for all.
         """
         local = [model for model in self.local or () if words in model.name.lower()]
+        local.sort(key=self._rank)
         here = frozenset(model.id for model in self.local or () if model.refusal is None)
         to_start = [
             model
@@ -190,7 +197,7 @@ def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
     second, an explanation of the column ``needs``.
     """
     of = f"{format_gib(budget.bytes)} GiB ({place_words(budget)})"
-    needs = Content.styled(f"needs: to train, of {of}", "not bold $text-muted")
+    needs = Content.styled(f"memory to train, of {of}", "not bold $text-muted")
     return [Content("  ").join(["Models", hint] if hint else ["Models"]), needs]
 
 
