@@ -5,10 +5,10 @@ sweeps/<id>/
   trials.jsonl   the decisions, one record per line; append-only
   active         present while the sweep has work to do
   lock           locked by the process that decides the next step
-  optuna.journal the trials as an Optuna study, if the extra is installed and method is tpe
+  optuna.journal the trials as an Optuna study, written when the sweep ends, if Optuna is installed
 
 The trials are ordinary runs; their results are read from the run folders. Records contain only what the run
-folders lack: the chosen values, the trials that were kept, and the user's requests.
+folders lack, such as the chosen values, the trials that were kept, and the user's requests.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EndReason: TypeAlias = Literal["done", "time", "stopped", "base_failed", "all_fa
 
 
 class Record(Struct, frozen=True, kw_only=True, tag_field="record", omit_defaults=True):
-    """Base of all records."""
+    """Base class of all records."""
 
     at: UnixTime = msgspec.field(default_factory=lambda: time.time())
     """Unix time, seconds."""
@@ -61,7 +61,7 @@ class TrialChosen(Record, tag="trial", frozen=True, kw_only=True):
     """Number of the trial, from 0."""
     role: Role
     group: int = 0
-    """Number of the group of trials that are halved together; 0 for base and confirmations."""
+    """Number of the group whose trials are compared in the same rounds; 0 for base and confirmations."""
     values: dict[str, Any] = {}
     seed: int
 
@@ -83,13 +83,13 @@ class RunRefused(Record, tag="refused", frozen=True, kw_only=True):
 
 
 class GroupPlanned(Record, tag="planned", frozen=True, kw_only=True):
-    """A group of trials was planned: their number, and the rounds in which they are halved."""
+    """A group of trials was planned, with a number of trials and of rounds of successive halving."""
 
     group: int
     trials: int
     rounds: int
     full_s: float | None = None
-    """Measured training time of a whole run in seconds; None until a run of the base has finished."""
+    """Measured training time of a whole run in seconds; None if no run of the base had finished."""
     extra_s: float = 0.0
     """Seconds that a run takes to start and to evaluate."""
 
@@ -145,7 +145,7 @@ _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
 @dataclass(frozen=True)
 class SweepDir:
-    """Paths of one sweep. Accessing them reads nothing."""
+    """The folder of one sweep. Its path properties do not access the disk."""
 
     path: Path
 
@@ -175,7 +175,7 @@ class SweepDir:
         return Sheet.load(self.path / "sweep.toml")
 
     def records(self) -> list[AnyRecord]:
-        """Return every record, without incomplete and unknown lines."""
+        """Return all records. Incomplete lines and unknown records are skipped."""
         tail: JsonLinesTail[AnyRecord] = JsonLinesTail(
             self.records_path, lambda line: try_json(line, _decoder)
         )

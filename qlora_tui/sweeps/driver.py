@@ -1,9 +1,9 @@
 """Decides and executes the next steps of a sweep: creates and queues runs, ends rounds, ends the sweep.
 
-The runner calls ``python -m qlora_tui.sweeps.driver ID`` after each run of a sweep, and before the runner
-exits. No process runs for the whole sweep. The next step follows from the folders alone, each decision is
-recorded before it is executed, and executing it twice changes nothing. Therefore a kill at any moment loses
-nothing.
+The runner calls ``python -m qlora_tui.sweeps.driver ID`` after each run of a sweep. It calls the driver
+without an ID, for all active sweeps, when the runner starts and before it exits. No process runs for the
+whole sweep. The next step follows from the folders alone, each decision is recorded before it is executed,
+and executing it twice changes nothing. Therefore a kill at any moment loses nothing.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from qlora_tui.sweeps.view import Group, SweepView, Trial, read_sweep, time_left
 from qlora_tui.worker import start_detached
 
 _DRAWS = 1000
-"""Maximum number of random points that are drawn to find an untried point. If none is found, all points count
-as tried.
+"""Number of random points that are drawn in addition to one for each earlier trial. If all drawn points have
+been tried, all points count as tried.
 """
 LOCK_S = 120.0
 """Seconds to wait for another driver's lock, which is normally held for less than one second."""
 
 
 def advance(sweep: SweepDir) -> None:
-    """Take the next steps of a sweep until it waits for runs, which a runner must train.
+    """Take the next steps of a sweep until it has ended or must wait for a runner to train its runs.
 
-    Raises UserError, OSError.
+    Does nothing if another process keeps the lock for more than :data:`LOCK_S`. Raises UserError, OSError.
     """
     with locked(sweep.lock_path, patience_s=LOCK_S) as lock:
         if lock is None:
@@ -123,7 +123,11 @@ class _Step:
         return bool(points)
 
     def _make_or_continue(self, trial: Trial) -> bool:
-        """Create the run of a trial, or queue it so that it continues; return whether anything was done."""
+        """Do what a trial's run needs next; return whether anything was done.
+
+        The run is created, queued so that it continues, or marked as stopped if the trial was dropped. A
+        trial that cannot be trained is recorded as refused.
+        """
         run = trial.run
         if run is None:
             if trial.outcome != "waiting":
@@ -203,7 +207,7 @@ class _Step:
         return None if costs is None else Costs(costs.full_s, costs.extra_s, _parallel_runs(self._view))
 
     def _fill(self, group: Group) -> bool:
-        """Choose a missing trial of a group; return whether one was chosen."""
+        """Choose the missing trials of a group (with ``tpe``, one); return whether any was chosen."""
         trials = self._view.of_group(group.number)
         missing = group.planned.trials - len(trials)
         if group.ended or missing <= 0:
@@ -251,7 +255,7 @@ class _Step:
         return True
 
     def _end_by_time(self) -> bool:
-        """Remove waiting runs from the queue, and end the sweep once no run is in training."""
+        """Remove waiting runs from the queue; end the sweep and return True if no run is in training."""
         queued = [trial for trial in self._view.trials if trial.outcome == "waiting" and trial.run]
         for trial in queued:
             assert trial.run is not None
@@ -261,7 +265,10 @@ class _Step:
         return self._end("time")
 
     def _conclude(self) -> bool:
-        """Confirm a winner with a lower loss than the base, using other seeds; then end the sweep."""
+        """If the winner's loss is lower than the base's, choose the next run of either with another seed.
+
+        The sweep ends if no such run is needed, or once all of them have ended.
+        """
         view, winner = self._view, self._view.winner
         base = view.base_trials[0].final
         if winner is None or winner.final is None or base is None:
@@ -295,7 +302,7 @@ class _Step:
 
 
 def stop_runs(view: SweepView) -> None:
-    """Stop the runs in training after they save, and remove the others from the queue."""
+    """Make the runs in training save and stop, and remove the others from the queue."""
     for trial in view.trials:
         if trial.run is not None and read_status(trial.run).state in ("queued", *ACTIVE):
             # A run that is just ending needs no request.

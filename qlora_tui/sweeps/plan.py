@@ -1,5 +1,5 @@
-"""Plans and judges sweeps: how many trials fit in a time, which continue, and whether a winner beats the
-noise.
+"""Plans and judges sweeps: how many trials fit in the available time, which of them continue, and whether the
+winner's lead exceeds the noise.
 
 Computes with numbers only, and reads no files.
 """
@@ -21,7 +21,9 @@ more degrees of freedom.
 _CAUTION = 1.1
 """Safety factor on predicted times, because trials with more parameters are slower than the base."""
 _MOST_TRIALS = 64
-"""Maximum number of trials in a group. If more fit, later groups can use the results of earlier ones."""
+"""Maximum number of trials in a group of a sweep with a deadline. If more fit, later groups can use the
+results of earlier ones.
+"""
 
 
 def share_of(round_: int, rounds: int) -> float:
@@ -46,7 +48,7 @@ class Costs:
     """Number of runs that train at the same time."""
 
     def of_rounds(self, trials: int, rounds: int, first: int = 1) -> float:
-        """Return the seconds of rounds ``first`` to ``rounds``, with ``trials`` trials in the first."""
+        """Return the seconds of rounds ``first`` to ``rounds`` if ``trials`` trials begin round ``first``."""
         seconds = 0.0
         for number in range(first, rounds + 1):
             seconds += self.of_round(trials, number, rounds)
@@ -74,13 +76,15 @@ class Plan:
 def plan_group(
     costs: Costs, seconds: float, *, trials: int, rounds: int, can_halve: bool, confirmations: int
 ) -> Plan | None:
-    """Return the plan with the most trials that fit in a time, including the runs that confirm the winner.
+    """Return the plan with the most trials that fit in the available time.
+
+    The runs that confirm the winner must also fit.
 
     Args:
         costs: Time that runs take.
         seconds: Available time.
-        trials: Maximum number of trials; 0 for no limit.
-        rounds: Number of rounds; 0 for three if the schedule allows and enough trials fit, otherwise one.
+        trials: Maximum number of trials; 0 for ``_MOST_TRIALS``, which is always the upper limit.
+        rounds: Number of rounds; 0 for three, or one if the schedule or the time does not allow three.
         can_halve: Whether the schedule allows more than one round.
         confirmations: Number of whole runs after the last round.
 

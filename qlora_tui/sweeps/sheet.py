@@ -31,7 +31,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.sweeps.space import Space, check_space, grid_points, grid_size
 
 HALVING = 2
-"""Factor by which each round reduces the number of trials: one of ``HALVING`` trials continues."""
+"""Factor by which each round reduces the number of trials: one in every ``HALVING`` trials continues."""
 AUTO_ROUNDS = 3
 """Default number of rounds of a sweep with a deadline, if its learning-rate schedule allows them."""
 _SAFE = ("wsd", "constant")
@@ -50,7 +50,7 @@ class Sweep(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     deadline if there is one; otherwise 1.
     """
     seeds: Annotated[int, Meta(ge=1, le=16)] = 3
-    """Number of seeds for the unchanged recipe and the winner; 1 does not measure the noise."""
+    """Number of seeds for the unchanged recipe and the winner; with 1, the noise is not measured."""
     seed: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     """Random seed of the points."""
     vary: Space = {}
@@ -80,13 +80,16 @@ class Sheet(Struct, frozen=True, kw_only=True):
 
     @property
     def is_safe_to_halve(self) -> bool:
-        """Whether the learning rate before the last round is independent of the length of a run."""
+        """Whether the learning-rate schedule allows halving in ``AUTO_ROUNDS`` rounds.
+
+        The warmup must end within the first round, and a decay must not begin before the last.
+        """
         return not self._unsafe_schedule(AUTO_ROUNDS)
 
     def check(self, *, has_time: bool) -> None:
         """Raise UserError, exit code 2, if the sweep is invalid.
 
-        ``has_time``: whether the sweep has a deadline, which then determines the number of trials.
+        ``has_time``: whether the sweep has a deadline, so that it needs no number of trials.
         """
         sweep, training = self.sweep, self.recipe.training
         require_runnable(self.recipe)

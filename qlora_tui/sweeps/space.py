@@ -57,7 +57,7 @@ class Range(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Number of evenly spaced values in a grid."""
 
     def at(self, share: float, *, whole: bool) -> float | int:
-        """Return the number at a fraction of the range, from 0 to 1."""
+        """Return the number at ``share`` of the range: 0 is its low end, and 1 its high end."""
         if self.log:
             value = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
@@ -265,7 +265,7 @@ def is_whole(path: str) -> bool:
 
 
 def value_text(value: Any) -> str:
-    """Format a value as TOML on one line, such as ``0.0003``, ``cosine`` or ``["q_proj"]``."""
+    """Format a value as TOML on one line, such as ``0.0003`` or ``["q_proj"]``; strings lack quotes."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):

@@ -2,7 +2,7 @@
 
 Optuna is optional: ``qlora-tui[sweep]``. The study is rebuilt from the sweep's records each time, so a kill
 cannot leave it incomplete. ``optuna.journal`` is a copy for other tools, such as optuna-dashboard. Optuna
-neither starts nor halves the runs.
+neither starts runs nor decides which ones continue.
 """
 
 from __future__ import annotations
@@ -82,9 +82,8 @@ def _remove(file: Path) -> None:
 def importances(view: SweepView) -> dict[str, float]:
     """Return the share (0 to 1) of the differences in loss that each setting explains, in descending order.
 
-    Computed by PED-ANOVA (arXiv 2304.10255) from the losses at the end of the first round, which all trials
-    reach. Empty if there are too few results or only one setting. Raises UserError if Optuna is not
-    installed.
+    Computed by PED-ANOVA (arXiv 2304.10255) from the losses of all trials that completed the first round.
+    Empty if there are too few results or only one setting. Raises UserError if Optuna is not installed.
     """
     require_optuna()
     import optuna
@@ -112,7 +111,10 @@ def _frozen_trials(view: SweepView) -> list[optuna.trial.FrozenTrial]:
 
 
 def _frozen(space: Space, trial: Trial, loss: float | None) -> optuna.trial.FrozenTrial:
-    """Return an Optuna trial with its results. A trial that did not complete its steps counts as pruned."""
+    """Return a trial of the sweep as an Optuna trial with its results.
+
+    Without a ``loss``, it counts as pruned if it has results, otherwise as running or failed.
+    """
     from optuna.trial import TrialState, create_trial
 
     state = (

@@ -41,7 +41,7 @@ _STEPS = 200
 MOST_AGAIN = 3
 """Maximum number of times that a trial continues from its checkpoint after its process was killed."""
 SweepState: TypeAlias = Literal["running", "waiting", "pausing", "paused", "finished", "stopped", "failed"]
-"""``waiting``: for a run that the user paused. ``pausing``: until a run has saved its checkpoint."""
+"""``waiting``: the user paused every run that is left. ``pausing``: a run is still saving a checkpoint."""
 Outcome: TypeAlias = Literal[
     "waiting", "training", "paused", "reached", "dropped", "finished", "failed", "stopped"
 ]
@@ -78,9 +78,9 @@ class Trial:
     target: float
     """Share of the trial's steps at which its current round ends."""
     rounds: int = 1
-    """Number of rounds of the trial's group; 1 for a run that is not halved."""
+    """Number of rounds of the trial's group; 1 for a run of the base or a confirmation."""
     results: dict[int, Result] = field(default_factory=dict)
-    """Results by round, from 1. A run that is not halved has one result, for round 1."""
+    """Results by round, from 1. If there is one round, its result is that of the whole run."""
     total_steps: int = 0
     step: int = 0
     steps: tuple[int, ...] = ()
@@ -91,10 +91,12 @@ class Trial:
     """Step and validation loss of each evaluation."""
     tokens_per_s: float | None = None
     failure: str = ""
-    """Title of a failed run's error; otherwise empty."""
+    """Title of the error if the run failed or was refused; ``Deleted`` if it was deleted; otherwise empty."""
     is_interrupted: bool = False
-    """Whether the run must continue because it paused, was stopped with the sweep, or was killed before
-    the user last started the sweep."""
+    """Whether the run stopped early and must be queued again. True if it was paused before the trial was last
+    told to train, if it was stopped together with a sweep that has continued since, or if its process was
+    killed, at most ``MOST_AGAIN`` times.
+    """
     seconds: tuple[float, float] | None = None
     """Training time and other time (loading, evaluations) of a finished run, in seconds; otherwise None."""
 
@@ -111,7 +113,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Group:
-    """Trials that are halved together."""
+    """Trials that are compared in the same rounds of successive halving."""
 
     number: int
     planned: GroupPlanned
@@ -173,7 +175,7 @@ class SweepView:
 
     @property
     def costs(self) -> Costs | None:
-        """Time that a run of this sweep takes, from the base's first run; None until that has ended."""
+        """Time of a run of this sweep, as measured on the base's first run; None until that run finishes."""
         seconds = self.base_trials[0].seconds if self.base_trials else None
         return None if seconds is None else Costs(*seconds)
 
@@ -212,7 +214,10 @@ class SweepView:
         )
 
     def recipe_of(self, trial: Trial) -> Recipe:
-        """Return the recipe with a trial's values, to adopt or compare, with the recipe's own reports."""
+        """Return the recipe with a trial's values, to adopt it or to compare it.
+
+        It keeps the recipe's settings for reports, which the driver removes for the trial's run.
+        """
         return apply_point(self.sheet.recipe, trial.values)
 
     def unequal_tokens(self) -> list[Trial]:

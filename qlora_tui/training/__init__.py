@@ -6,7 +6,7 @@ modules do it, in this order:
 ``__main__``         arguments, and the environment that must be set before torch is imported
 ``supervisor``       one trainer per run, and an event for every end; resumes from the newest checkpoint
 ``attempt``          one attempt at a run: set up, train, finish
-``setup``            loads data, model and adapter, plans all steps, verifies the first; fills the ``run``
+``setup``            loads data, model and adapter, plans all steps, verifies the first; sets up ``run``
 ``model``            the base: loaded, quantized, frozen, with the loss and attention that were verified on it
 ``model_class``      the transformers class for a config, and a model of that class without weights;
                      ``description``: the architecture of that model; ``direct_reads``: weights that
@@ -22,7 +22,7 @@ modules do it, in this order:
 
 Computation of the model:
 
-``loss``             cross-entropy through the head in chunks, summed or for each token; ``liger``: its kernel
+``loss``             cross-entropy through the head in chunks, summed or per token; ``liger``: Liger's kernel
 ``packed_attention`` several samples in one sequence, each attending only to itself; ``length_scaled_rope``:
                      rotary frequencies of each sample's own length
 ``fused``            norms, rotary positions, MLPs and adapted layers as autograd functions
@@ -50,13 +50,13 @@ Surroundings:
 ``reporter``         writes events, status, log and telemetry; ``tracker``: sends events elsewhere
 ``control_requests`` files in ``control/``, and signals
 ``distributed``      one run on several GPUs; ``all_reduce``: tests whether they can exchange gradients
-``failures``         the event of an error, and the cause of a failed write
+``failures``         the event that reports an error, and the cause of a failed write
 ``compute_device``   the GPU or CPU, its dtype and attention; ``host``: memory and priority of the process
-``clean_files``      the files of a folder that libraries may read; ``quantized_cache``: stored weights
+``clean_files``      folders in which libraries see only safe files; ``quantized_cache``: stored weights
 ``gguf_conversion``  converts a GGUF file once, in a separate process: ``gguf_weights``, ``gguf_tokenizer``
 ``library_names``    the private names of transformers, peft, accelerate and bitsandbytes that are used
 ``probe``            three steps of a recipe before its launch, with nothing written
 ``selftest``         trains a random model of two layers for ``qlora-tui doctor``
 
-``__main__``, ``supervisor`` and what they import load no torch, so the run shows as started at once.
+Importing ``__main__`` and ``supervisor`` does not load torch, so the run is shown as started at once.
 """

@@ -56,7 +56,8 @@ def add_lora(model: Any, settings: Lora, architecture: Architecture, token_ids: 
     include embedding and head.
 
     Args:
-        token_ids: tokens whose rows of embedding and head are also trained; untrained rows start as the mean.
+        token_ids: tokens whose rows of embedding and head are also trained. A row that the base never trained
+            starts as the mean of all rows.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -99,10 +100,11 @@ def exact_target_names(model: nn.Module, names: Iterable[str] | str = ()) -> Ite
     """Make peft adapt exactly the named modules, and load weights under exactly their names.
 
     Without this, peft applies its conversion for adapters made before transformers 5
-    (``_convert_peft_config_moe``). In some families it takes ``gate_proj`` and similar names for the routed
-    experts, even at the end of the full name of a dense layer or a shared expert. It also renames an
-    adapter's weights as transformers renames a model's, so a weight whose name matches such a pattern by
-    chance is lost. Neither conversion is needed if all names are modules of this model.
+    (``_convert_peft_config_moe``). In some families, this conversion mistakes names such as ``gate_proj`` for
+    the routed experts, even at the end of the full name of a dense layer or a shared expert. peft also
+    renames an adapter's weights by the patterns with which transformers renames a model's weights, so a
+    weight whose name happens to match a pattern is lost. Neither step is needed if all names are modules of
+    this model.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
@@ -289,7 +291,7 @@ def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) 
     Args:
         initial_weights: digest of the weights before the first step; empty if it is unknown.
         steps: number of steps of the run.
-        skipped: number of steps that fp16 skipped.
+        skipped: number of steps skipped because float16 gradients overflowed.
     """
     if trained_weights_digest(model) != initial_weights:
         return
@@ -365,7 +367,7 @@ class StartingAdapter:
 
     @contextmanager
     def in_place(self, model: Any) -> Iterator[None]:
-        """Put these weights into the model, without gradients, and restore its own on exit."""
+        """Put these weights into the model, unrecorded by autograd, and restore its own on exit."""
         own = {name: p.data for name, p in _trained(model)}
         try:
             for name, p in _trained(model):

@@ -2,7 +2,7 @@
 
 The comparison takes at most :data:`RUN_SHARE` of the run's training time. Base and adapter answer batches
 until that time is over; a batch that is cut off is not counted. ``qlora-tui evaluate`` measures more rows, or
-at a later time. If the answers are decisions, the options are scored instead of generated.
+at a later time. If the answers are decisions, the options are scored and no answers are generated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qlora_tui.training.task_prompts import TaskPrompt, TaskRows, answer_limit, 
 RUN_SHARE = 0.03
 """Maximum share of the training time that the answers may take."""
 _MIN_SECONDS = 1.0
-"""Seconds below which the comparison is not started."""
+"""Minimum time for the comparison, in seconds. With less, it is not started."""
 _BATCH_ROWS = 8
 _DECIDED_ROWS = 32
 _SEED = 0
@@ -56,8 +56,9 @@ def answer_validation(
         clock: returns seconds that never decrease.
 
     Returns:
-        The answers without losses. None if references are free text, if there is no validation data, and if
-            there is not enough time.
+        The answers, without losses unless they are decisions. None if no prompts are requested, if there is
+            no validation data, if references are free text, if too few prompts were answered in time, or
+            after an error.
     """
     samples = run.data.validation.of_side(GOOD)
     most = run.recipe.training.task_prompts
@@ -113,7 +114,7 @@ def _log_error(run: Run, error: Exception) -> None:
 
 
 def _can_be_right(prompts: Sequence[TaskPrompt], texts: TaskRows) -> bool:
-    """Return whether the references are JSON, tool calls or a few words."""
+    """Return whether there are enough references, and whether they are JSON, tool calls or a few words."""
     if len(prompts) < MIN_ROWS:
         return False
     metrics = measure_answers([texts.row(each, each.reference, each.reference) for each in prompts])
@@ -128,7 +129,10 @@ def _decide(
     budget_s: float,
     clock: Callable[[], float],
 ) -> TaskEvaluation | None:
-    """Judge the decisions of base and adapter, and write the calibration next to the adapter."""
+    """Judge the decisions of base and adapter, and save the calibration in the adapter's folder.
+
+    Returns None, and saves nothing, if too few rows can be judged in the available time.
+    """
     if len(task.prompts) < MIN_ROWS or not _is_enough(run, budget_s):
         return None
     run.reporter.phase("evaluating", "decisions of base and adapter on validation rows")
@@ -230,7 +234,7 @@ def _answer(
     deadline: float,
     clock: Callable[[], float],
 ) -> tuple[dict[int, tuple[tuple[int, ...], tuple[int, ...]]], int]:
-    """Return the answers of base and adapter by prompt number, and the longest answer's length in tokens."""
+    """Return the answers of base and adapter by prompt number, and the token limit of an answer."""
     model = run.model
     context = _context(model)
     limit = answer_limit(max(len(prompt.reference) for prompt in prompts), context)

@@ -83,7 +83,10 @@ def _tracking(run: Run) -> Iterator[None]:
 
 
 def _finish(run: Run, loop: Loop, telemetry: TelemetryRecorder) -> RunEnded:
-    """Write the adapter, and compare it with its base."""
+    """Write the adapter unless the run was paused, and return the event that ends the run.
+
+    If the run is finished, the main process also compares the adapter with its base.
+    """
     directory, recipe, reporter, model = run.directory, run.recipe, run.reporter, run.model
     step, seconds = loop.trainer.step, loop.training_seconds()
     reporter.emit(largest(run.dist.all_gather(run.meter.measure("end"))))

@@ -17,8 +17,8 @@ Without isolation each sample is a sequence, padded to the longest::
     input_ids      [[c _ _] [b b _] [a a a]]    (3, 3)
     attention_mask [[1 0 0] [1 1 0] [1 1 1]]
 
-With preference methods a chosen and a rejected answer to one prompt share a sequence. The store holds the
-chosen side of pair ``k`` as sample ``2k`` and the rejected side as ``2k + 1``::
+With preference methods that compare pairs, a chosen and a rejected answer to one prompt share a sequence. The
+store holds the chosen side of pair ``k`` as sample ``2k`` and the rejected side as ``2k + 1``::
 
     pairs       0     1     2
     samples    0 1   2 3   4 5
@@ -127,14 +127,14 @@ def computed_tokens(
 def collate(sequences: Sequence[PackedSamples], samples: TokenizedDataset, shape: RowShape) -> dict[str, Any]:
     """Return the tensors of one micro-batch, on the CPU: the arguments of the model's forward.
 
-    The module's docstring shows an example of both shapes. The last sample of a packed sequence is padded to
-    the multiple of the shape.
+    The module's docstring shows an example of both layouts. In a packed micro-batch, the last sample is
+    padded so that the number of tokens is a multiple of ``shape.multiple``.
 
     Returns:
         Packed: ``input_ids``, ``position_ids`` and ``labels`` of (1, tokens), and ``segments``, the lengths
         of the samples. Padded: ``input_ids``, ``attention_mask`` and ``labels`` of (sequences, longest).
         Both also have ``loss_positions`` (:func:`.loss.loss_positions`) and, with sample weights,
-        ``loss_weights``, fp32 in the shape of the labels.
+        ``loss_weights``, fp32 with the same dimensions as the labels.
     """
     weighted = [samples.weights(i) for i in _samples_of(sequences)]
     weights = [torch.tensor(list(token_weights)) for token_weights in weighted if token_weights is not None]
@@ -209,14 +209,15 @@ def _padded(tensors: Sequence[Tensor], length: int, value: int) -> Tensor:
 
 
 class Comparisons(NamedTuple):
-    """Weights of the losses of a step or a validation."""
+    """The divisor of the summed losses of a step or a validation, and ORPO's token weight."""
 
     compared: int
     """Number of pairs or rated answers, by which summed losses are divided."""
     token_share: float
     """``compared`` divided by the number of trained tokens in good answers.
 
-    ORPO weights the cross-entropy of each token by this value, relative to a pair.
+    ORPO multiplies the summed cross-entropy of the chosen answers by this value. Division by
+    ``compared`` then gives the mean per token.
     """
 
 
@@ -230,11 +231,11 @@ def count_comparisons(answers: Sequence[int], samples: SidedDataset, *, pairs: b
 def collate_answers(
     sequences: Sequence[PackedSamples], samples: SidedDataset, shape: RowShape
 ) -> dict[str, Any]:
-    """Collate a micro-batch (:func:`collate`) with the positions of its answers.
+    """Collate a micro-batch (:func:`collate`) of answers that are compared.
 
     Returns:
-        Its tensors, and lists with an entry for each sample: ``sides``, ``GOOD`` or ``BAD``, and
-            ``answer_tokens``, the number of its tokens in the loss.
+        The tensors of the micro-batch, and two lists with an entry for each sample: ``sides``, ``GOOD`` or
+            ``BAD``, and ``answer_tokens``, the number of tokens of the sample in the loss.
     """
     batch, members = collate(sequences, samples, shape), list(_samples_of(sequences))
     return batch | {
@@ -244,7 +245,7 @@ def collate_answers(
 
 
 def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: int) -> SampleList:
-    """Return each answer after the prompt of another sample, from which KTO estimates its reference point.
+    """Return each answer joined to the prompt of another sample, to estimate KTO's reference point.
 
     The divergence of the model from its base is estimated on answers that do not belong to their prompts
     (KTO's paper, section 4.1): sample ``k`` here is the prompt of ``order[k]`` with the answer of ``order[k -
@@ -270,7 +271,7 @@ def mismatched_samples(samples: SidedDataset, order: Sequence[int], max_length: 
 def mismatched_batches(
     samples: SidedDataset, order: Sequence[int], size: int, shape: RowShape
 ) -> list[dict[str, Any]]:
-    """Return micro-batches of ``size`` :func:`mismatched_samples`, for KTO's reference point."""
+    """Return :func:`mismatched_samples` in micro-batches of ``size``, for KTO's reference point."""
     mismatched = mismatched_samples(samples, order, shape.max_length)
     batches = validation_batches(mismatched, size, shape)
     return [collate_answers(sequences, mismatched, shape) for sequences in batches]
@@ -309,9 +310,9 @@ class Steps:
 
         Args:
             micro_batch: sequences of a micro-batch.
-            compares: whether ``samples`` are a ``SidedDataset``, for a preference method: the loss weights of
-                a step are then the number of its pairs, or rated answers.
-            pairs: whether each two consecutive samples are compared.
+            compares: whether ``samples`` are a ``SidedDataset``, for a preference method. The
+                ``loss_weight_sum`` of a step is then the number of its pairs or rated answers.
+            pairs: whether samples ``2k`` and ``2k + 1`` form a pair.
             rank: number of this process among ``world_size``, which share the micro-batches of a step.
         """
         self.step_plan = step_plan

@@ -33,7 +33,7 @@ FOLDS = 5
 TARGETS = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Shares of right decisions for which a confidence threshold is searched."""
 _MIN_DECIDED = 10
-"""Minimum number of rows above a threshold with which the threshold is reported."""
+"""Minimum number of rows at or above a threshold. A threshold with fewer rows is not reported."""
 _ROUNDING = 1e-9
 """Maximum difference at which two confidences count as equal."""
 _BINS = 15
@@ -113,7 +113,7 @@ def calibrate(
 
 
 def _cross_fitted(fitter: _Fitter, scores: Tensor, truth: Tensor) -> Tensor:
-    """Return log probabilities (rows, options), each row's computed by a fit to the other folds."""
+    """Return log probabilities (rows, options), computed for each row by a fit to the other folds."""
     logs = torch.empty_like(scores)
     for inside in _folds(len(truth)):
         logs[inside] = fitter(scores[~inside], truth[~inside]).logs(scores[inside])
@@ -146,7 +146,7 @@ def _fit_temperature(scores: Tensor, truth: Tensor) -> _Fit:
 
 
 def _fit_bias(scores: Tensor, truth: Tensor) -> _Fit:
-    """Return temperature and biases with the least log loss and squared biases."""
+    """Return the temperature and biases that minimize the log loss plus the weighted squared biases."""
     start = _fit_temperature(scores, truth)
     log_temperature = torch.tensor(math.log(start.temperature), dtype=scores.dtype, requires_grad=True)
     bias = torch.zeros(scores.shape[1], dtype=scores.dtype, requires_grad=True)
@@ -167,7 +167,7 @@ def _fit_bias(scores: Tensor, truth: Tensor) -> _Fit:
 
 
 def _smooth_loss(logs: Tensor, truth: Tensor) -> Tensor:
-    """Return the mean log loss with one undecided row added.
+    """Return the mean log loss with smoothed labels: 1 / (rows + 2) of each label is spread over all options.
 
     This prevents a fit to a few rows that are all right from demanding certainty (Platt 1999, "Probabilistic
     Outputs for Support Vector Machines", section 2.2).
@@ -219,7 +219,10 @@ def _macro_f1(chosen: Tensor, truth: Tensor, options: int) -> float:
 
 
 def calibration_error(confidence: Tensor, right: Tensor) -> float:
-    """Return the expected calibration error: the mean distance of confidence from the share of right rows.
+    """Return the expected calibration error.
+
+    Rows are sorted into bins by confidence. The error is the distance between mean confidence and share of
+    right rows in each bin, averaged over all rows.
 
     Args:
         confidence: probability of the chosen option (rows,).
@@ -232,9 +235,9 @@ def calibration_error(confidence: Tensor, right: Tensor) -> float:
 
 
 def honest_errors(confidence: Tensor) -> Tensor:
-    """Simulate calibration errors of perfectly calibrated probabilities, which are above 0 by chance alone.
+    """Simulate calibration errors of perfectly calibrated probabilities. Chance alone makes them exceed 0.
 
-    In each draw, rows are right at random with the probability of their confidence (Bröcker and Smith 2007,
+    In each draw, a row is right at random with a probability equal to its confidence (Bröcker and Smith 2007,
     "Increasing the Reliability of Reliability Diagrams").
 
     Args:
@@ -250,11 +253,12 @@ def honest_errors(confidence: Tensor) -> Tensor:
 
 
 def _error_interval(measured: Measured, honest: Tensor) -> Measured:
-    """Return a calibration error with an interval that corrects for its bias.
+    """Return a calibration error with an interval that corrects for the upward bias of the error.
 
-    Chance only increases the measured error, and does so twice in resampled rows, so the bootstrap interval
-    is reflected at the value (Davison and Hinkley 1997, section 5.2). The interval extends to 0 if perfectly
-    calibrated probabilities show an error as large in more than 2.5 % of the draws.
+    Chance only increases the measured error. In resampled rows it does so a second time, so the bootstrap
+    interval is reflected about the measured error (Davison and Hinkley 1997, section 5.2). The interval
+    extends to 0 if perfectly calibrated probabilities have an error at least as large as the measured one in
+    more than 2.5 % of the draws.
     """
     value, interval = measured.value, measured.interval
     if interval is None:
@@ -265,10 +269,11 @@ def _error_interval(measured: Measured, honest: Tensor) -> Measured:
 
 
 def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Threshold, ...]:
-    """Return the threshold for each target, with the number of rows it decides and how well.
+    """Return the thresholds for the targets, each with its number of decided rows and of right ones.
 
-    The threshold is computed from all rows with the fit to all of them. The rows of each fold are judged by
-    the fit and threshold of the other folds.
+    A target is left out if no threshold reaches it, if too few rows are decided, or if the threshold of
+    another target is at least as good. Each threshold is computed from all rows with the fit to all of them.
+    The rows of each fold are decided by the fit and threshold of the other folds.
     """
 
     def surest(fit: _Fit, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,10 +311,10 @@ def _thresholds(fitter: _Fitter, scores: Tensor, truth: Tensor) -> tuple[Thresho
 
 
 def _threshold(confidence: Tensor, right: Tensor, target: float) -> float | None:
-    """Return a confidence above which a share ``target`` of decisions is right.
+    """Return the lowest confidence from which at least a share ``target`` of the decisions is right.
 
-    The confidence is as low as possible, and has as few digits as separate these rows from the others. 0
-    means all rows; None means that no confidence is high enough.
+    It is shortened to the fewest digits that still separate these rows from the others. 0 means that all rows
+    are decided; None means that no confidence is high enough.
     """
     order = confidence.argsort(descending=True)
     counts = torch.arange(1, len(order) + 1)

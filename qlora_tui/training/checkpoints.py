@@ -10,8 +10,9 @@ checkpoints/step-N/
 A folder is written under a hidden name, flushed to the disk, and then renamed. Importing this module does not
 load torch.
 
-A resume is exact because :class:`.trainer.Trainer` restores adapter, optimizer, schedule and random numbers,
-:class:`.loop.Loop` the state, and :func:`~qlora_tui.data.step_plan.plan_steps` plans the same steps again.
+A resume is exact for three reasons: :class:`.trainer.Trainer` restores adapter, optimizer, schedule and
+random numbers; :class:`.loop.Loop` restores the :class:`CheckpointState`; and
+:func:`~qlora_tui.data.step_plan.plan_steps` plans the same steps again.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ end.
 _BATCH_SPLIT = frozenset(
     {"training.micro_batch_size", "training.gradient_accumulation", "training.auto_micro_batch"}
 )
-"""Settings that may change before a resume as long as their product, the effective batch, stays the same."""
+"""Settings that may be changed before a resume, provided that the effective batch size stays the same."""
 
 
 class CheckpointState(Struct, frozen=True, kw_only=True):
@@ -180,7 +181,10 @@ def latest(run: RunDir, before: int | None = None) -> tuple[Checkpoint | None, l
 
 
 def require_same_processes(checkpoint: Checkpoint, processes: int) -> None:
-    """Raise UserError if another number of processes wrote the checkpoint, with other random numbers."""
+    """Raise UserError if a different number of processes wrote the checkpoint.
+
+    Each process has its own random numbers, so the resume would not be exact.
+    """
     saved = len(list(checkpoint.folder.glob("rng_state*.pth")))
     if saved not in (0, processes):
         raise UserError(
@@ -243,7 +247,10 @@ def require_same_base(state: CheckpointState, files: ModelFiles, base_hash: str)
 
 
 def require_unchanged(state: CheckpointState, recipe: Recipe, data_hash: str) -> None:
-    """Raise UserError, naming the differences, if recipe or data have changed since the checkpoint."""
+    """Raise UserError, naming the differences, if recipe or data have changed since the checkpoint.
+
+    Allowed are changes that do not affect the trained weights, and another split of the same effective batch.
+    """
     before = state.trained_recipe()
     changes = [c for c in diff_recipes(before, recipe) if c.path not in WITHOUT_EFFECT_ON_WEIGHTS]
     if before.effective_batch == recipe.effective_batch:
@@ -271,8 +278,8 @@ BUFFER_BYTES = 1 << 20
 def save_with_torch(value: object, path: Path) -> None:
     """Write a file that ``torch.load`` can read.
 
-    The file is written through a Python file object, because torch then keeps its OSError as the context of
-    the error that torch raises.
+    The file is written through a Python file object. If a write fails, the OSError of this object is then the
+    context of the error that torch raises.
     """
     import torch
 

@@ -26,10 +26,10 @@ _USUAL_TENSORS = {"position_ids", "s_aux", "sinks"}
 """Tensors that models pass to attention besides queries, keys, values and mask."""
 _MASK = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
 _ARGUMENTS: tuple[dict[str, Any], ...] = ({**_MASK, "use_cache": False}, {"use_cache": False}, {})
-"""Arguments with which a model may be called, in the order of trial.
+"""Arguments to call a model with, in the order in which they are tried.
 
-The first has a mask with values, in which nothing is masked, for classes that read the mask; the last has
-none.
+The first include a mask with values, in which nothing is masked, for classes that read the mask. The second
+lack the mask. The last are empty.
 """
 
 
@@ -81,7 +81,7 @@ class _Forward:
         self._model = model
         self._layer = ""
         self._storages: dict[int, Any] = {}
-        """Counted storages, keyed by address; kept alive, because a freed address would be reused."""
+        """Storages that are not counted again, keyed by address; kept alive so that no address is reused."""
         AttentionInterface.register(_NAME, self._attend)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         set_attention(model, _NAME)
@@ -126,12 +126,12 @@ class _Forward:
 
 
 def _with_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Return the embeddings with a gradient, but not as a leaf, which classes could not change in place."""
+    """Return embeddings that require a gradient but are no leaf, because a class may change them in place."""
     return output.detach().requires_grad_().clone()
 
 
 class _Attention(torch.autograd.Function):
-    """A kernel that saves queries, keys, values, its output and one number per row, but not the scores."""
+    """Stand-in for a kernel that saves queries, keys, values, output and a number per row, but not scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Checks that packed attention agrees with the library's attention in each layer of the loaded model.
 
-The model is run once on a short sample, with sliding windows shorter than it is. Each layer's queries, keys
-and values go through the library's attention for that layer, with the mask that the library makes for it, and
-through :mod:`qlora_tui.training.packed_attention`.
+The model is run once on a short sample. Its sliding windows are first made shorter than the sample. Each
+layer's queries, keys and values go through the library's attention for that layer, with the mask that the
+library makes for it, and through :mod:`qlora_tui.training.packed_attention`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ _WINDOWS = re.compile(r"window(_size)?$|attention_chunk_size$")
 _SCORES = 3.0
 """Standard deviation of each head's scores: large enough for uneven weights, too small for one-hot ones."""
 _ROUNDINGS = 64.0
-"""Number of fp32 rounding errors by which an output may differ; the library computes its softmax in fp32."""
+"""Maximum error, in fp32 rounding errors, of an output that is computed in float64. The library computes its
+softmax in fp32.
+"""
 _NOISE = {torch.float32: 32.0, torch.bfloat16: 6.0, torch.float16: 6.0}
-"""Maximum error of an output, as a multiple of the error of the library's eager attention in the run's dtype.
+"""Maximum error of an output element in the run's dtype, as a multiple of the noise.
 
-Both errors are taken at each head's worst token. If eager attention has no error there, the limit is this
-number of thirds of a unit in the last place.
+The noise is the error of the library's eager attention at each head's worst token, as the root mean square
+over the channels. It is at least a third of the machine epsilon times the magnitude of the summed terms.
 """
 
 
@@ -164,7 +166,7 @@ def _reference(
 
 
 def _factors(query: Tensor, key: Tensor, scaling: float | None) -> Tensor:
-    """Return factors (1, heads, 1, 1) for the queries that give each head scores of a typical size."""
+    """Return factors (1, heads, 1, 1) that scale the queries to give each head's scores a typical size."""
     keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query.double() @ keys.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     return _SCORES / scores.std((-1, -2), keepdim=True).clamp(min=1e-9)

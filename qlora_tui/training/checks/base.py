@@ -1,4 +1,4 @@
-"""Verifies on the loaded model what training relies on; each check is one or two short forward passes.
+"""Verifies on the loaded model what training relies on; each check takes a few short forward passes.
 
 Model families differ in ways that no list can cover, such as a convolution that reads across samples, or a
 factor between head and loss. A shortcut that fails its check is not used, and the run's events report that.
@@ -28,18 +28,18 @@ _FIRST, _SECOND = 9, 7
 _CONTEXTS = ("max_position_embeddings", "original_max_position_embeddings")
 """Settings, anywhere in a config, that name a position beyond which rotary frequencies may change."""
 _UNTRAINED = 3
-"""Position of a token in the first sample that is not in the loss."""
+"""Position in the first sample of the token that is excluded from the loss."""
 _ROUNDINGS = 16.0
-"""Number of fp32 rounding errors by which the loss and the gradient of a token's logits may differ."""
+"""Maximum difference of the loss and of the gradient of a token's logits, in fp32 rounding errors."""
 _MIN_NOISE = {torch.float32: 16 * 1.2e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 """Lower bound of the noise, as a share of a token's logits. Noise measured on a short sample can be too low.
 """
 _NOISE = 4.0
-"""Multiple of the noise by which a token's logits in a packed sequence may differ from the sample's alone."""
+"""Maximum difference of a token's packed logits from those of its sample alone, in multiples of the noise."""
 _MAX_NOISE = 0.25
 """Maximum noise, as a share of a token's logits, at which the check is still meaningful."""
 _INT8_LEAK = 1e-3
-"""Share of a token's logits by which an 8-bit model's logits may change if another sample changes.
+"""Maximum change in the logits of an 8-bit model if another sample changes, as a share of a token's logits.
 
 An 8-bit model scales the outliers of one row together with those of another. All other paths separate samples
 exactly, except for the grouping of experts.
@@ -54,7 +54,7 @@ def require_causal(model: Any, device: torch.device) -> None:
     """Raise UserError unless later tokens of a short text leave the logits of earlier ones unchanged.
 
     A model whose tokens attend to later ones would learn to copy the token that it should predict. Raises
-    UserError too for a model that cannot compute logits from text alone.
+    UserError also if the model cannot compute logits from text alone, or if they are not finite.
     """
     first, _, second = _tokens(model, device)
     end = first.shape[1]
@@ -112,7 +112,7 @@ def prepare_for_text(model: Any, device: torch.device) -> None:
     * If the model changes its embeddings in place, no gradients are computed for them, because none are
       needed.
 
-    Raises UserError for a model that still computes nothing.
+    Raises UserError if the model still cannot compute logits.
     """
     tokens, _, _ = _tokens(model, device)
     embedded: list[tuple[Tensor, Tensor]] = []
@@ -160,8 +160,9 @@ def packing_is_isolated(model: Any, device: torch.device) -> bool:
     attention, followed by tokens that the sample cannot see, so that every matrix product has as many rows as
     in a packed sequence. Our attention is compared with the library's layer by layer.
 
-    The other sample's positions are beyond every context that the config names, and the first sample's are
-    not. So a few tokens show whether the first sample's frequencies depend on the other one's length.
+    In the packed sequence, the tested sample follows another one. The positions of the other sample are
+    beyond every context length in the config, and those of the tested sample are not. So a few tokens show
+    whether the rotary frequencies of the tested sample depend on the length of the other one.
     """
     first, other, second = _tokens(model, device)
     beyond = _longest_context(model)
@@ -207,9 +208,9 @@ def head_matches_model(model: Any, head: ChunkedHead, device: torch.device) -> b
     """Return whether ``head`` describes all computation from hidden states to logits, and its gradient.
 
     For the check, the decoder returns chosen hidden states, and the output projection returns chosen fp32
-    logits, from 0 to far beyond any soft cap. So whatever the model computes before, between and after the
-    two is compared with the precision of fp32, whatever dtype the model has. The projection itself is an
-    ``nn.Linear``.
+    logits, from 0 to far beyond any soft cap. So everything that the model computes between decoder and
+    projection, and after the projection, is compared with the precision of fp32, whatever dtype the model
+    has. The projection itself is an ``nn.Linear``.
     """
     tokens, _, _ = _tokens(model, device)
     labels = tokens.clone()
@@ -258,7 +259,7 @@ def _example_logits(head: ChunkedHead) -> Tensor:
 
 
 def _is_cross_entropy(loss: Tensor, gradient: Tensor, raw: Tensor, labels: Tensor, head: ChunkedHead) -> bool:
-    """Return whether a loss and its gradient at raw logits (tokens, vocabulary) are mean cross-entropy."""
+    """Return whether loss and gradient at raw logits (tokens, vocabulary) are those of mean cross-entropy."""
     trained = torch.nonzero(labels[1:] != IGNORED)[:, 0]
     targets = labels[1:][trained, None]
     losses, logit_grads = losses_and_grads(raw[trained], targets, head, needs_grad=True)

@@ -136,7 +136,10 @@ class VerificationResult:
 
 
 def require_text_model(run: Run) -> None:
-    """Raise UserError unless the run's model, computed by the libraries, is a causal language model."""
+    """Raise UserError unless the run's model is a causal language model, and prepare it for text alone.
+
+    The model runs without fast paths during the check.
+    """
     paths = FastPaths(run.model, run.base)
     paths.use(())
     require_causal(run.base.model, run.device.torch_device)
@@ -145,13 +148,13 @@ def require_text_model(run: Run) -> None:
 
 
 def verify_first_step(run: Run) -> PreparedBase:
-    """Compare the run's first micro-batch with transformers and peft, and report the result.
+    """Compare a step on an excerpt of the run's data with transformers and peft, and report the result.
 
-    ``run.model`` keeps only the fast paths that computed the same.
+    ``run.model`` keeps only the fast paths whose results agree.
 
     Returns:
-        The base as the run may use it. ``padding_free`` is False if packed attention was replaced; the steps
-            must then be planned again.
+        The base without the fast paths that were switched off. ``padding_free`` is False if packed attention
+            is one of them; the steps must then be planned again.
 
     Raises:
         UserError: the step differs even without fast paths, and the recipe is set to stop in this case.
@@ -198,7 +201,7 @@ def verify_step(
     pad_id: int,
     dist: DistributedContext,
 ) -> VerificationResult | str:
-    """Compare a step with the library's, and leave only the paths that computed the same switched on.
+    """Compare a step with the library's, and switch off the fast paths whose results differ.
 
     All processes of a run decide together: a path that is wrong in one process is used in none.
 
@@ -211,8 +214,8 @@ def verify_step(
     paths = _in_every_process(dist, lambda: FastPaths(model, base))
 
     def compare(names: Collection[FastPath]) -> tuple[StepComparison, bool]:
-        """Return (this process's comparison with the fast paths ``names``, whether the comparisons of all
-        processes agree).
+        """Return this process's comparison with the fast paths ``names``, and whether the step agrees with
+        the library's in all processes.
         """
         paths.use(names)
         comparison = _in_every_process(
@@ -302,10 +305,10 @@ def _first_sequences(
 
 
 def _affordable_tokens(longest: list[PackedSamples], samples: TokenizedDataset, device: ComputeDevice) -> int:
-    """Return the tokens of the largest excerpt whose step by the library fits in the run's memory.
+    """Return the number of tokens of the largest excerpt that the library can train in the run's memory.
 
-    The library keeps the logits of a whole sample while our loss keeps one chunk of them, and up to twice the
-    activations per token.
+    For each token, the library keeps up to twice the activations. It also keeps the logits of a whole sample,
+    of which our loss keeps only one chunk.
     """
     trained = sum(sum(samples.loss_mask(i)) for sequence in longest for i in sequence)
     ours = 2 * min(LOSS_CHUNK_ROWS, trained) + 12 * LOSS_BLOCK_ROWS[device.kind]

@@ -4,8 +4,8 @@ Each element is compared relative to its own magnitude, never to the largest val
 models have outlier channels, which would make an error in all other channels look small.
 
 :func:`bitwise_equal` and :func:`equal_up_to_rounding` compare results of the same operations.
-:func:`within_rounding` compares sums at the magnitude of their terms. :func:`within_noise` compares kernels
-whose rounding is unknown with the error of the library's own computation.
+:func:`within_rounding` compares sums at the magnitude of their terms. :func:`within_noise` compares the error
+of a kernel whose rounding is unknown with the error of the library's own computation.
 """
 
 from __future__ import annotations
@@ -103,10 +103,10 @@ def outputs_and_gradients(
 
 
 def example_rows(*shape: int, seed: int = 0, outlier: float = 1.0) -> Tensor:
-    """Return normally distributed values (…, columns), equal in every process. Every third column is very
-    large.
+    """Return normally distributed values (…, columns), equal in every process.
 
-    ``outlier`` is the factor of the large columns; the activations of trained models have such columns too.
+    About three evenly spaced columns are multiplied by ``outlier``. The activations of trained models also
+    have a few columns that are much larger than the others.
     """
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     rows[..., :: max(shape[-1] // 3, 1)] *= outlier
@@ -120,7 +120,10 @@ def rounding_error_of(dtype: torch.dtype) -> float:
 
 @contextmanager
 def rounding_errors(model: nn.Module, size: float, *, seed: int) -> Iterator[None]:
-    """Perturb each element of all module outputs, and of their gradients, by the relative ``size``."""
+    """Perturb the outputs of all modules without submodules, and the gradients of these outputs.
+
+    Each element changes by the relative ``size``, up or down at random.
+    """
     generators: dict[torch.device, torch.Generator] = {}
 
     def error(x: Tensor) -> Tensor:

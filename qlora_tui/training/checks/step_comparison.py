@@ -4,9 +4,10 @@ The checks of single parts (norms, gated MLPs, output head, attention) run each 
 it. This check covers the whole step: the same tokens, weights and dtype must give the same loss and the same
 gradient of every adapter tensor, whatever the model's class does.
 
-"The same" means: as near as the library's own step stays to itself when the output of each module, and the
-gradient that comes back through it, is perturbed by the dtype's rounding error. This noise is measured here
-for each tensor, on this model and these tokens (stochastic arithmetic, as in Vignes 1993, CESTAC).
+"The same" means that the difference is not much larger than the noise. The noise is the change in the
+library's own step when the output of each module, and the gradient that comes back through it, is perturbed
+by the dtype's rounding error. It is measured here for each tensor, on this model and these tokens (stochastic
+arithmetic, as in Vignes 1993, CESTAC).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Gradients: TypeAlias = dict[str, Tensor]
 """Gradient of each trained parameter, keyed by its name in the model."""
 
 _LOSS_ROUNDING = 16 * torch.finfo(torch.float32).eps
-"""Relative change of a float32 loss that the order of its sums over vocabulary and tokens can cause."""
+"""Relative change of a float32 loss caused by another order of its sums over vocabulary and tokens."""
 _ADAPTER_SHARE = 0.05
 """Approximate relative size of the adapter's output, which makes A's gradient meaningful."""
 _LARGE = 2**24
@@ -46,8 +47,8 @@ _FP16_LOSS_SCALE = 1024.0
 def excerpt_of(sequences: Sequence[PackedSamples], samples: TokenizedDataset, *, tokens: int) -> SampleList:
     """Return at most ``tokens`` tokens of the first two samples in ``sequences``, as an excerpt.
 
-    Each sample ends at its last trained token. There are two samples, so that packing them into one sequence
-    shows whether one attends to the other.
+    Each sample ends at its last trained token. A second sample is included, if there is one, because packing
+    the two into one sequence shows whether one attends to the other.
     """
     first = [i for sequence in sequences for i in sequence][:2]
     each = max(2, tokens // len(first))
@@ -101,7 +102,7 @@ class StepReference:
         self._least = max(least, torch.finfo(torch.float32).tiny)
         """Gradient norm below which rounding errors of the other tensors hide a tensor's gradient."""
         self._matters: float = torch.finfo(device.dtype).eps ** 0.5 * float(norms.square().mean().sqrt())
-        """Change that counts as noise by itself, because it is small next to the whole gradient."""
+        """Change that counts as noise if noise dominates, because it is small next to the whole gradient."""
         self._draws = 0
         self.loss = float(self._losses.sum()) / self._items
         self.loss_noise = _LOSS_ROUNDING * abs(self.loss)
@@ -172,10 +173,10 @@ class StepReference:
     def _noise_of(self, name: str) -> float:
         """Return the noise of a tensor's gradient, at least the smallest gradient that can be resolved.
 
-        If the noise dominates, the tensor fails only if its gradient matters to the whole gradient. This
-        happens to queries and keys whose attention sees a single token: their exact gradient is 0. The
-        computed gradient is then the rounding of scores within attention, which no module's output shows and
-        which depends on the order in which a processor adds.
+        If the noise dominates, the tensor fails only if its gradient matters to the whole gradient. The noise
+        dominates, for example, in the weights of queries and keys if attention sees a single token: their
+        exact gradient is 0. The computed gradient is then caused by the rounding of scores within attention.
+        No module's output shows this rounding, and it depends on the order in which a processor adds.
         """
         noise = max(self._noise[name], self._least)
         if NOISE_FACTOR * noise < self._size(name):
@@ -251,7 +252,7 @@ def ready_to_compare(model: nn.Module, device: ComputeDevice) -> Iterator[None]:
 
 @contextmanager
 def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Set every dropout probability to 0, but stay in training mode, which checkpointing requires."""
+    """Set all dropout probabilities to 0, but stay in training mode for gradient checkpointing."""
     modes = {module: module.training for module in model.modules()}
     probabilities = dropout_settings(model)
     try:
