@@ -31,6 +31,8 @@ async def test_the_form_edits_the_recipe_checks_what_is_typed_and_launches_nothi
         await wait_for_text(
             pilot, "✗ error", "No model selected.", "Cannot train: no model, no data", "t Why not"
         )
+        # The key that corrects the error is with the conclusion and with the check.
+        assert text_of(app).count("▸ [1]") == 2
         await pilot.press("t")
         await wait_for_text(pilot, "Not ready to run")
         assert all_runs() == []
@@ -64,8 +66,12 @@ async def test_groups_fold_and_what_was_changed_stays_in_view() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await pilot.press("5")
-        # The groups that fit are open.
-        await wait_for_text(pilot, "− Run", "+ Memory and speed", "+ LoRA", "+ Model")
+        # The first groups are open, as many as fit, with an empty row above each group.
+        lines = (
+            await wait_for_text(pilot, "− Run", "+ Evaluation", "+ LoRA", "+ Data", "+ Model")
+        ).splitlines()
+        above = next(lines[row - 1] for row, line in enumerate(lines) if "+ LoRA" in line)
+        assert not above[:50].strip("│ ")
         assert "rsLoRA" not in text_of(app) and "Preference data" not in text_of(app)
         # A 0 is shown as what it means, and only the setting under the cursor is explained.
         await wait_for_text(pilot, "Max steps", "no limit", "Passes over the data")

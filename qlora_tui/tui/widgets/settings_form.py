@@ -127,10 +127,10 @@ class SettingList(LineView):
         self._label_cells = max(len(field.label) for group in groups for field in group.fields)
         self._lines = self._shown_lines()
         self._has_two_columns = False
-        self._second = len(self._lines)
-        """Index of the first line of the second column. If there is only one column, this is the number of
-        lines.
-        """
+        self._places = [(0, row) for row in range(len(self._lines))]
+        """(column, row) of each line."""
+        self._rows = 0
+        """Number of rows that the list may take without scrolling."""
 
     @property
     def current(self) -> Field | SettingGroup:
@@ -169,20 +169,32 @@ class SettingList(LineView):
 
     def _place(self, line: int) -> tuple[int, int]:
         """Return (column, row) of a line."""
-        return (0, line) if line < self._second else (1, line - self._second)
+        return self._places[line]
 
     def _line_at(self, column: int, row: int) -> int | None:
         """Return the index of the line in a column and row; None if there is none."""
-        first, end = ((0, self._second), (self._second, len(self._lines)))[column]
-        return first + row if 0 <= row < end - first else None
+        return self._places.index((column, row)) if (column, row) in self._places else None
 
     def _arrange(self, width: int) -> int:
-        """Divide the lines among the columns for this width, and return the number of rows."""
+        """Divide the lines among the columns for this width, and return the number of rows. If there is room,
+        an empty row is above each group that is not the first of its column.
+        """
         count = len(self._lines)
         titles = [at for at, line in enumerate(self._lines) if isinstance(line, SettingGroup)]
         self._has_two_columns = width >= 2 * _COLUMN_CELLS and bool(titles)
-        self._second = min(titles, key=lambda at: max(at, count - at)) if self._has_two_columns else count
-        return max(self._second, count - self._second)
+        second = min(titles, key=lambda at: max(at, count - at)) if self._has_two_columns else count
+        columns = (range(second), range(second, count))
+        rows = 0
+        for gap in (1, 0):
+            self._places = [
+                (column, at - lines[0] + gap * sum(lines[0] < title <= at for title in titles))
+                for column, lines in enumerate(columns)
+                for at in lines
+            ]
+            rows = 1 + max((row for _, row in self._places), default=-1)
+            if rows <= self._rows:
+                break
+        return rows
 
     def on_mount(self) -> None:
         self.virtual_size = Size(1, len(self._lines))
@@ -297,17 +309,17 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Go through the groups from first to last, and open each group if the list still fits in ``rows``
-        then. If the list has two columns, open all groups. Do nothing if the user has opened or folded a
-        group.
+        """Open the first groups that fit in ``rows``. If the list has two columns, open all groups. If the
+        user has opened or folded a group, open and fold none.
         """
-        if self._is_arranged:
-            return
-        self._open = {group.title for group in self._groups if group.is_open or self._has_two_columns}
-        for group in self._groups:
-            before, self._open = self._open, self._open | {group.title}
-            if not self._has_two_columns and len(self._shown_lines()) > rows:
-                self._open = before
+        self._rows = rows
+        if not self._is_arranged:
+            self._open = {group.title for group in self._groups if group.is_open or self._has_two_columns}
+            for group in self._groups:
+                before, self._open = self._open, self._open | {group.title}
+                if not self._has_two_columns and len(self._shown_lines()) > rows:
+                    self._open = before
+                    break
         self._show_lines()
 
     def _set_open(self, is_open: bool) -> None:
@@ -404,10 +416,19 @@ class SettingList(LineView):
             return head + Content.styled(f"{'':<{self.typed_cells}}  {_expected(field)}", "dim")
         return Content.assemble(
             head,
-            (field.describe(value), "bold $primary" if changed else ""),
+            (field.describe(value), "bold $primary" if changed else _style_of(field, value)),
             (f"  {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
             (f"  {remark}" if remark else "", "dim"),
         )
+
+
+def _style_of(field: Field, value: Any) -> str:
+    """Return the style of a value that equals the one to compare it with: bold if it is not the default, and
+    muted if it is a default that turns something off or leaves it to the program.
+    """
+    if value != field.default:
+        return "bold"
+    return "$text-muted" if not value or value in ("auto", "none") else ""
 
 
 class SettingsForm(Vertical):

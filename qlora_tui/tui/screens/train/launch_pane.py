@@ -17,7 +17,6 @@ from textual.content import Content
 from qlora_tui.formatting import (
     abbreviate_home,
     capitalize,
-    format_bytes,
     format_duration,
     format_number,
     pluralize,
@@ -173,7 +172,7 @@ class LaunchPane(Vertical, OnQloraApp):
         """
 
     def compose(self) -> ComposeResult:
-        verdict = Drawing(partial(verdict_lines, (), None, None, "", "", ""), id="verdict")
+        verdict = Drawing(partial(verdict_lines, (), None, None, "", ""), id="verdict")
         yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel(_RECIPE_TITLE, SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
@@ -219,18 +218,10 @@ class LaunchPane(Vertical, OnQloraApp):
             probing: Progress of the step measurement; empty if none is in progress.
         """
         self._checks = checks
-        # If the user has assumed a GPU size, the other screens compare the recipe with that size.
-        planned = self.app.memory_budget
-        others = (
-            f"Model, Memory and LoRA assume {format_bytes(planned.bytes)} ({place_words(planned)})"
-            if planned.is_assumed
-            else ""
-        )
         place = place_words(self.app.run_budget)
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
-        verdict.set_class(bool(others), "-assumed")
-        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place, others))
+        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -301,7 +292,6 @@ def verdict_lines(
     expected: Forecast | None,
     probing: str,
     place: str,
-    others: str,
     width: int,
     height: int,
 ) -> list[Content]:
@@ -309,12 +299,11 @@ def verdict_lines(
     corrects an error or improves the run, if there is one; the run's memory; and the run's plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
-    empty if none is in progress. ``place``: the device whose memory the run uses. ``others``: a note on the
-    memory that the other screens assume; empty if they assume the same memory.
+    empty if none is in progress. ``place``: the device whose memory the run uses.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
-    parts = [*filter(None, (others,)), *_plan(recipe)]
+    parts = _plan(recipe)
     while len(_SEPARATOR.join(parts)) > width and len(parts) > 1:
         parts.pop()
     verdict = next((check.verdict for check in checks if check.verdict is not None), None)
@@ -394,9 +383,11 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
         if offered is not None and check.suggested_fix is offered:
             remedy = highlight_keys(f"▸ {key_name('train.fix')} {offered.label}", "$primary")
         else:
-            remedy = Content.styled(
-                f"▸ {name_settings(abbreviate_home(check.fix))}" if check.fix else "", "$primary"
-            )
+            # The key that opens the screen on which an error is corrected.
+            place = _PLACES.get(check.kind) if check.outcome == "error" else None
+            key = f"{key_name(place[0])} " if place is not None else ""
+            fix = f"▸ {key}{name_settings(abbreviate_home(check.fix))}" if check.fix else ""
+            remedy = highlight_keys(fix, "$primary")
         head = Content.assemble((f"{sign:<{_SHORT_HEAD}}", style), (f"{check.label:<{cells}} ", "bold"))
         room = max(_LEAST_TEXT, width - head.cell_length)
         words = (
