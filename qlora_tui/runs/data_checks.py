@@ -140,7 +140,7 @@ def _check_step_limit(recipe: Recipe, length: RunLength, model: ModelFiles | Non
     elif steps < FEW_STEPS:
         text = f"The run has only {length.about}{pluralize(steps, 'step')}: it will hardly learn anything."
         sequences = pluralize(recipe.effective_batch, "sequence")
-        fix = f"One step takes {sequences}: raise Epochs, or lower Gradient accumulation or Micro-batch size."
+        fix = f"One step takes {sequences}: {advise_more_steps(recipe, length)}."
         suggested_fix = _more_steps(recipe, length, model)
     elif limit > steps * margin:
         text = (
@@ -152,6 +152,28 @@ def _check_step_limit(recipe: Recipe, length: RunLength, model: ModelFiles | Non
         text = capitalize(f"{length.about}{pluralize(length.steps, 'step')} in {of_epochs}.")
         return [Check(CheckKind.SETTINGS, "ok", text)]
     return [Check(CheckKind.SETTINGS, "warning", text, fix, suggested_fix=suggested_fix)]
+
+
+def advise_more_steps(recipe: Recipe, length: RunLength, *, brief: bool = False) -> str:
+    """Return what makes a run longer, such as ``lower Gradient accumulation (now 8), or raise Epochs``.
+    ``brief``: only the first change, in at most 20 cells.
+    """
+    training = recipe.training
+    accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
+    if length.steps < length.all_steps:
+        # Max steps ends the run, so more epochs or smaller batches do not make it longer.
+        return "raise Max steps"
+    if accumulation > 1:
+        return (
+            "lower accumulation"
+            if brief
+            else f"lower Gradient accumulation (now {accumulation}), or raise Epochs"
+        )
+    if micro_batch > 1:
+        return (
+            "lower micro-batch" if brief else f"lower Micro-batch size (now {micro_batch}), or raise Epochs"
+        )
+    return "raise Epochs"
 
 
 def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> SuggestedFix | None:

@@ -15,6 +15,7 @@ from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
 from qlora_tui.formatting import format_duration, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
+from qlora_tui.runs.data_checks import advise_more_steps
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
 from qlora_tui.runs.suggested_fix import FEW_STEPS
@@ -332,16 +333,10 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
         return None
     length = expected.length
     warning = Content.styled(f"! Only {pluralize(length.steps, 'step')}: too few to learn much", "$warning")
-    training = recipe.training
-    accumulation, micro_batch = training.gradient_accumulation, training.micro_batch_size
-    lower = f"accumulation (now {accumulation})" if accumulation > 1 else f"micro-batch (now {micro_batch})"
-    less = f", or lower {lower}" if recipe.effective_batch > 1 else ""
-    # If Max steps ends the run, more epochs or smaller batches do not make it longer.
-    change = "raise Max steps" if length.steps < length.all_steps else "raise Epochs"
+    change = advise_more_steps(recipe, length, brief=brief)
     if brief:
         return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}")
-    less = less if change == "raise Epochs" else ""
-    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}{less}.")
+    return warning + highlight_keys(f"\n  ▸ On {key_name('go.train')} Train, {change}.")
 
 
 def _length_words(expected: Forecast | None) -> str:
