@@ -569,8 +569,7 @@ def _loss_words(evidence: RunEvidence) -> str:
         if after is None:
             return "Too early to tell: validation was measured only before training"
         if after < before:
-            fell = f"Validation loss fell from {format_loss(before)} to {format_loss(after)}"
-            return f"{fell}; rows not yet compared"
+            return f"Validation loss fell from {format_loss(before)} to {format_loss(after)}"
         return f"{_LEARNED['unclear']}: validation loss {format_loss(before)} → {format_loss(after)}"
     # The rows compared may be fewer than those of an evaluation. The sentence has no loss of theirs, which
     # would differ from the losses on the chart.

@@ -101,11 +101,16 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
     assert len(large) == 6 and large[3].plain[0] in "█▀▄" and "min left" in large[-1].plain
 
 
-def test_validations_are_newest_first_and_only_a_notable_rise_is_a_warning() -> None:
-    summary = replace(summarize(write_fake_run(FakeRun())), evaluations=((1, 2.0), (2, 2.004), (3, 2.1)))
-    _, *lines = numbers_lines(summary, False, 40, 10)
-    assert [line.plain.split()[0] for line in lines] == ["3", "2", "1"]
-    assert ["$warning" in str(line.spans) for line in lines] == [True, False, False]
+def test_validations_are_newest_first_with_bars_of_one_scale_and_only_a_notable_rise_is_a_warning() -> None:
+    losses = (4.0, 2.0, 1.9, 1.908, 1.908, 1.958)
+    summary = replace(summarize(write_fake_run(FakeRun())), evaluations=tuple(enumerate(losses, 1)))
+    _, *lines = numbers_lines(summary, False, 46, 10)
+    assert [line.plain.split()[0] for line in lines] == ["6", "5", "4", "3", "2", "1"]
+    assert ["$warning" in str(line.spans) for line in lines] == [True, False, False, False, False, False]
+    bars = [line.plain[26:].strip() for line in lines]
+    assert bars == ["▲▄▄▄▄", "", "▲", "▄▄▄▄▄▄▄▄▄▄", "▄" * 19 + "▶", ""]
+    almost_even = replace(summary, evaluations=((1, 4.0), (2, 3.0), (3, 2.4)))
+    assert [line.plain.count("▄") for line in numbers_lines(almost_even, False, 46, 10)] == [0, 12, 20, 0]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +199,7 @@ async def test_home_says_how_long_the_next_run_takes(private_home: Path) -> None
     app = QloraApp()
     app.workbench.replace(_ready(private_home))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Check the recipe", "time    no run like this one yet")
+        await wait_for_text(pilot, "Check the recipe", "time    unknown: no run like this yet")
 
 
 async def test_a_new_user_downloads_the_demo_once_and_keeps_the_screen(

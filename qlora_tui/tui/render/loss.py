@@ -14,7 +14,7 @@ from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
-from qlora_tui.tui.render.meters import bar
+from qlora_tui.tui.render.meters import CLIPPED, bar
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     Axis,
@@ -34,6 +34,8 @@ _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
 _CHANGE_WIDTH = 8
 """Width of the bar for the change of a validation loss, in cells. A full bar is a loss that fell to 0."""
+RISE = "▲"
+"""Beginning of the bar for a validation loss that rose."""
 _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
@@ -142,7 +144,9 @@ def _legend(facts: LossFacts) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[
         notes.append((text, style))
     items += notes
     if last is not None:
-        items.append((f"{VALIDATION} validation {format_loss(last[1])}", VALIDATION_STYLE))
+        # If the last evaluation is the best, its loss is already in the legend.
+        loss_text = "" if last == facts.best else f" {format_loss(last[1])}"
+        items.append((f"{VALIDATION} validation{loss_text}", VALIDATION_STYLE))
     if facts.loss.xs:
         items.append((STEP_DOTS, "dim"))
     return (*items, *facts.more), (*notes, *facts.more)
@@ -282,6 +286,16 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
     return parts
 
 
+def _change_bar(part: float, width: int) -> str:
+    """Return the bar of a change, at most ``width`` cells. ``part``: the change as a fraction of a full
+    bar, negative for a fall.
+    """
+    drawn = bar(max(abs(part), 0.5 / max(1, width)), width, has_track=False).rstrip()
+    if abs(part) > 1:
+        drawn = drawn[:-1] + CLIPPED
+    return RISE + drawn[1:] if part > 0 else drawn
+
+
 def validation_lines(
     evaluations: Sequence[tuple[int, float, str]], best_step: int | None, width: int, height: int
 ) -> list[Content]:
@@ -289,8 +303,9 @@ def validation_lines(
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
     the last line has the number of those left out, and the first loss.
 
-    The first change has no bar, since it is usually so large that no other bar would be visible. The other
-    bars are scaled to the largest change among the rest, even if the line of this change is left out.
+    The bars have one scale, whichever lines fit. It ends at the largest change, or at twice the second
+    largest if that is less, so that the first fall does not hide the others. A longer bar is
+    clipped. The bar of a rise begins with ``▲``, so that it differs from the bar of a fall without color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
@@ -303,7 +318,8 @@ def validation_lines(
     has_titles = height > 1 or not evaluations
     rows = height - has_titles
     first = 0 if len(evaluations) <= rows else len(evaluations) - max(1, rows - 1)
-    most = max((abs(change) for change in changes[2:] if math.isfinite(change)), default=0.0) or 1.0
+    *_, second, largest = [0.0, 0.0, *sorted(abs(change) for change in changes if math.isfinite(change))]
+    most = (min(largest, 2 * second) if second else largest) or 1.0
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(range(first, len(evaluations))):
         (step, loss, more), change = evaluations[number], changes[number]
@@ -316,9 +332,9 @@ def validation_lines(
         style = "$warning" if change > NOTABLE_RISE * loss else "$validation" if change <= 0 else "dim"
         change_text = format_loss_change(change) if math.isfinite(change) else ""
         line += Content.assemble((f" {change_text:>7}", "dim" if change <= 0 else style), more)
-        if number > 1 and math.isfinite(change):
+        if change and math.isfinite(change):
             room = max(0, width - line.cell_length - 1)
-            line += Content.styled(f" {'▄' * round(abs(change) / most * room)}", style)
+            line += Content.styled(f" {_change_bar(change / most, room)}", style)
         lines.append(line)
     if first and rows > 1:
         step, loss, _ = evaluations[0]

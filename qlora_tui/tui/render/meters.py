@@ -19,6 +19,8 @@ STACKED = "▆"
 """Cell of a bar with several parts. Like the cells of ``bar``, it leaves space at its top, so that bars in
 adjacent rows do not merge.
 """
+CLIPPED = "▶"
+"""Last cell of a bar that would be longer than the room for it."""
 _SOFT = "50%"
 """Opacity of the columns in a chart that is mostly filled."""
 _TRACK_STYLE = "on $chart-fill"

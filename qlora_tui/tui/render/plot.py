@@ -461,7 +461,9 @@ def _set_marks(canvas: Canvas, what: Plot) -> None:
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:
-    line = Content.styled(f"{what.y.unit:>{gutter}}", "dim")
+    # Without room for all items, the name of y is not aligned with its labels.
+    needed = sum(len(text) + 2 for text, _ in what.legend)
+    line = Content.styled(f"{what.y.unit:>{min(gutter, max(1, width - needed))}}", "dim")
     for text, style in what.legend:
         item = Content("  ") + Content.styled(text, style)
         if line.cell_length + item.cell_length > width:

@@ -396,7 +396,10 @@ def recipe_lines(
     time = []
     if expected is not None:
         duration, note = _time_words(expected)
-        time = [Content.assemble(duration, (f"   {note}" if note else "", "dim"))]
+        if expected.duration:
+            time = [Content.assemble(duration, (f"   {note}" if note else "", "dim"))]
+        else:
+            time = [Content(", ".join(filter(None, (note, f"time {duration}"))))]
     if is_compact:
         line = Content("   ").join([*memory, *time])
         return [
@@ -552,7 +555,7 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
     """
     source = expected.time.source if expected.time else ""
     note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))
-    return expected.duration or "no run like this one yet", note
+    return expected.duration or "unknown: no run like this yet", note
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:

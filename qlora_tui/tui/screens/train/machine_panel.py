@@ -123,7 +123,7 @@ class _Meter:
     top: float | None = None
     """Value at the top of the chart; None to use the highest value."""
     top_text: str = ""
-    """``top`` as text, which is shown if the chart has two rows; empty if ``value`` already contains it."""
+    """``top`` as text, which is shown if the chart has two rows; empty if it is not known."""
     bar: tuple[int | None, int | None] | None = None
     """(used, total) in bytes, to be drawn as a bar with the estimate below it; None for no bar."""
 
@@ -145,11 +145,12 @@ def _meters(machine: MachineState) -> tuple[_Meter, ...]:
     powers = tuple(None if each is None else each.power_w for each in gpus)
     degrees = tuple(None if each is None else each.temperature_c for each in gpus)
     utilizations = tuple(None if each is None else each.utilization_percent for each in gpus)
+    limit = "" if gpu.power_limit_w is None else f"{format_power(gpu.power_limit_w)} W"
     clock = "NA" if gpu.sm_clock_mhz is None else f"{gpu.sm_clock_mhz:,} MHz"
     return (
         _Meter("memory", memory, 0, bar=(gpu.memory_used_bytes, gpu.memory_total_bytes)),
         _Meter("util", format_reading(gpu.utilization_percent), 0, utilizations, 100.0, "100%"),
-        _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w),
+        _Meter("power", _power(gpu), 1, powers, gpu.power_limit_w, limit),
         _Meter("temp", _temperature(gpu), 1, degrees, _HOTTEST_C, f"{_HOTTEST_C} °C"),
         _Meter("clock", f"{clock}   fan {format_reading(gpu.fan_percent)}"),
         _Meter("slowed", _throttle(gpu), 1),
