@@ -239,12 +239,16 @@ def trial_progress(trial: Trial) -> str:
 
 def trial_words(view: SweepView, trial: Trial) -> str:
     """Return a trial's outcome. The seed precedes it if the trial only repeats settings with another seed.
-    ``winner`` follows the outcome of the winner.
+    ``winner`` follows the outcome of the winner. If the winner was repeated, the mean of its repeats is given
+    instead: ``winner, mean 1.006``.
     """
     words = outcome_words(trial)
     if trial.role != "trial":
         return f"seed {trial.seed}, {words}"
-    return f"{words}, winner" if trial.number == view.verdict.winner else words
+    if trial.number != view.verdict.winner:
+        return words
+    mean = view.mean_of(trial)
+    return f"{words}, winner" if mean is None else f"winner, mean {format_loss(mean)}"
 
 
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any, Literal, TypeAlias
 
 from qlora_tui import paths
@@ -172,6 +173,17 @@ class SweepView:
     def confirmations_of(self, trial: Trial) -> list[Trial]:
         """Return the runs with the values of ``trial`` and other seeds."""
         return [one for one in self.trials if one.role == "confirmation" and one.values == trial.values]
+
+    def mean_of(self, trial: Trial) -> float | None:
+        """Return the mean loss of a trial that was repeated with other seeds; None if it was not.
+
+        As in the verdict, it is the mean of the repeats alone, since the trial itself was selected for its
+        loss. For the unchanged recipe, it is the mean of all its runs.
+        """
+        is_base = trial.role == "base"
+        runs = self.base_trials if is_base else self.confirmations_of(trial)
+        losses = [run.final.loss for run in runs if run.final is not None]
+        return mean(losses) if len(losses) > is_base else None
 
     @property
     def costs(self) -> Costs | None:

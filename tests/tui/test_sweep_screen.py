@@ -13,7 +13,7 @@ from textual.widgets import Input
 from qlora_tui.recipe.presets import find_preset, list_presets
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.sweeps import actions
-from qlora_tui.sweeps.describe import main_setting, ranked, trial_name, what_settings_bought
+from qlora_tui.sweeps.describe import main_setting, ranked, trial_name, trial_words, what_settings_bought
 from qlora_tui.sweeps.directory import all_sweeps
 from qlora_tui.sweeps.space import Range, Space, Values
 from qlora_tui.sweeps.view import read_sweep
@@ -150,14 +150,21 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     assert path == "training.learning_rate"
     chart = setting_plot(view, path)
     results = sorted(result.loss for trial in view.trials for result in trial.results.values())
-    assert sorted(mark.y for mark in chart.marks) == results
+    assert sorted(mark.y for mark in chart.marks if not mark.symbol) == results
     assert all(chart.x.low < mark.x < chart.x.high for mark in chart.marks)
     unchanged = {mark.x for mark in chart.marks if mark.symbol == "○"}
     assert unchanged == {places[2e-4]}
     assert {mark.x for mark in chart.marks} >= set(places.values()) - {places[2e-4]}
     (best,) = (mark for mark in chart.marks if mark.symbol == "★")
-    assert view.winner is not None and view.winner.final is not None
-    assert best.y == view.winner.final.loss and best == chart.marks[-1]
+    # Both symbols are at the mean of the runs that the verdict compares, and not at the lowest loss.
+    assert view.winner is not None and view.winner.final is not None and view.winner.final.loss < best.y
+    assert best.y == view.verdict.found and best == chart.marks[-1]
+    assert {mark.y for mark in chart.marks if mark.symbol == "○"} == {view.verdict.base}
+    assert [text for text, _ in chart.legend][1:3] == [
+        f"★ trial {view.winner.number} (mean)",
+        "○ unchanged (mean)",
+    ]
+    assert trial_words(view, view.winner) == f"winner, mean {view.verdict.found:.3f}"
     # Each round has a line through its lowest losses.
     assert [curve.envelope.low for curve in chart.curves] == [
         min(trial.results[number].loss for trial in view.of_group(1) if number in trial.results)

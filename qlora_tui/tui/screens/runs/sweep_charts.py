@@ -109,11 +109,13 @@ def setting_lines(view: SweepView, path: str, width: int, height: int) -> list[C
 
 def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot:
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
-    each of its rounds, and each run of the unchanged recipe has a mark. If the values are numbers, a line
-    connects the lowest losses of each round. With ``only_last``, only the last round with results is drawn.
+    each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
+    was repeated with other seeds, its symbol is at the mean. If the values are numbers, a line connects the
+    lowest losses of each round. With ``only_last``, only the last round with results is drawn.
     """
     scale = _scale(view.sheet.sweep.vary[path], [value_of(view, base, path) for base in view.base_trials[:1]])
     marks, lowest = [], dict[int, dict[float, float]]()
+    winner, base = view.winner, view.base_trials[0] if view.base_trials else None
     last_round = max((number for trial in view.trials for number in trial.results), default=0)
     for trial in view.trials:
         place = scale.place(value_of(view, trial, path))
@@ -125,14 +127,20 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
             is_last = trial.role != "trial" or number == view.rounds
             symbol, style = "", _LAST_STYLE if is_last else _EARLIER_STYLE
             if trial.role == "base":
-                symbol = _UNCHANGED if trial is view.base_trials[0] else ""
+                symbol = _UNCHANGED if trial is base and view.mean_of(trial) is None else ""
                 style = _UNCHANGED_STYLE
-            elif trial.number == view.verdict.winner and number == trial.rounds:
-                symbol, style = _WINNER, _WINNER_STYLE
+            elif winner is not None and trial.values == winner.values and number == trial.rounds:
+                symbol = _WINNER if trial is winner and view.mean_of(trial) is None else ""
+                style = _WINNER_STYLE
             marks.append(Mark(place, result.loss, style, symbol))
             if trial.role == "trial":
                 losses = lowest.setdefault(number, {})
                 losses[place] = min(result.loss, losses.get(place, math.inf))
+    for first, symbol, style in (winner, _WINNER, _WINNER_STYLE), (base, _UNCHANGED, _UNCHANGED_STYLE):
+        if first is None or (mean := view.mean_of(first)) is None:
+            continue
+        if (place := scale.place(value_of(view, first, path))) is not None:
+            marks.append(Mark(place, mean, style, symbol))
     curves = [
         Curve(
             Envelope.of_points(*zip(*sorted(losses.items()), strict=True)),
@@ -159,14 +167,17 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
 def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     """Return the marks in drawing order: the most important marks are drawn last."""
     order = (_EARLIER_STYLE, _LAST_STYLE, _UNCHANGED_STYLE, _WINNER_STYLE)
-    return tuple(sorted(marks, key=lambda mark: order.index(mark.style)))
+    return tuple(sorted(marks, key=lambda mark: (order.index(mark.style), bool(mark.symbol))))
 
 
 def _legend(view: SweepView, path: str, drawn: set[str]) -> tuple[tuple[str, str], ...]:
     """Return (text, style) items for the legend of marks with the styles ``drawn``."""
+    firsts = (view.winner, *view.base_trials[:1])
+    has_mean = {first.role for first in firsts if first is not None and view.mean_of(first) is not None}
+    winner, unchanged = (" (mean)" if role in has_mean else "" for role in ("trial", "base"))
     words = {
-        _WINNER_STYLE: f"{_WINNER} trial {view.verdict.winner}",
-        _UNCHANGED_STYLE: f"{_UNCHANGED} unchanged",
+        _WINNER_STYLE: f"{_WINNER} trial {view.verdict.winner}{winner}",
+        _UNCHANGED_STYLE: f"{_UNCHANGED} unchanged{unchanged}",
         _LAST_STYLE: f"{_OTHER} {round_title(view, view.rounds) if view.rounds > 1 else 'other trials'}",
         _EARLIER_STYLE: f"{_OTHER} earlier",
     }
