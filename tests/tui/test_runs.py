@@ -28,11 +28,11 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import result_label
-from qlora_tui.tui.render.loss import summary_plot
+from qlora_tui.tui.render.loss import changes_of_loss, summary_plot
 from qlora_tui.tui.render.meters import downsample
 from qlora_tui.tui.screens import run_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
-from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, run_keys, short_name
+from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, reason, run_keys, short_name
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
@@ -189,6 +189,21 @@ def test_a_run_that_saved_nothing_offers_no_export() -> None:
     assert summary_plot(summary).empty == "The run ended before its first step."
     queued = replace(summary, status=structs.replace(summary.status, state="queued"))
     assert summary_plot(queued).empty == "No steps yet."
+
+
+def test_a_row_has_its_change_with_a_bar_only_if_bars_differ_and_no_reason_that_repeats_its_state() -> None:
+    summary = summarize(write_fake_run(FakeRun(name="halted", state="stopped", steps=60)))
+    assert reason(summary).plain == "at step 60"
+
+    def changes(**best: float) -> list[str]:
+        rows = [
+            replace(summary, run=RunDir(Path(name)), evaluations=((0, 2.0), (9, loss)), best=(loss, 9))
+            for name, loss in best.items()
+        ]
+        return [change.plain for change in changes_of_loss(rows).values()]
+
+    assert changes(a=1.0, b=1.6, c=2.2) == ["-50% ▄▄▄▄▄▄▄▄", "-20% ▄▄▄▁▁▁▁▁", "+10% ▁▁▁▁▁▁▁▁"]
+    assert changes(a=1.0, b=1.1) == ["-50%", "-45%"]
 
 
 def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:

@@ -33,7 +33,7 @@ from qlora_tui.tui.render.series import NOT_A_NUMBER, Envelope, smooth, smoothin
 _WIDTH, _HEIGHT = 960, 480
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 50, 50
 _CHANGE_WIDTH = 8
-"""Width of the bar for the change of a validation loss, in cells. A full bar is a loss that fell to 0."""
+"""Width of the bar for the change of a validation loss in a list of runs, in cells."""
 RISE = "▲"
 """Beginning of the bar for a validation loss that rose."""
 _MIN_SAMPLES = 2.0
@@ -188,15 +188,30 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
     return plot(summary_plot(summary), width, height)
 
 
-def change_of_loss(summary: RunSummary) -> Content:
-    """Return the change from the first to the best validation loss, in percent, and a bar: ``-53% ▄▄▄▄▖▁▁▁``.
-    All runs have the same scale. The text is empty if there is only one evaluation.
+def changes_of_loss(summaries: Sequence[RunSummary]) -> dict[str, Content]:
+    """Return the change from the first to the best validation loss of each run, in percent, and a bar:
+    ``-53% ▄▄▄▄▖▁▁▁``, by the run's id. Runs with only one evaluation are left out.
+
+    The largest fall has a full bar. If all bars are longer than half of it, they say no more than the
+    numbers, and are left out.
     """
-    if len(summary.evaluations) < 2 or summary.best is None or not summary.evaluations[0][1] > 0:
-        return Content("")
-    change = summary.best[0] / summary.evaluations[0][1] - 1
-    style = VALIDATION_STYLE if change < 0 else "$warning"
-    return Content.assemble(f"{format_points(change):>3}% ", (bar(-change, _CHANGE_WIDTH), style))
+    changes = {
+        summary.id: summary.best[0] / summary.evaluations[0][1] - 1
+        for summary in summaries
+        if len(summary.evaluations) > 1 and summary.best is not None and summary.evaluations[0][1] > 0
+    }
+    most = max((-change for change in changes.values() if change < 0), default=1.0)
+    are_alike = all(-change > most / 2 for change in changes.values())
+    return {
+        id_: Content.assemble(
+            f"{format_points(change):>3}%",
+            (
+                "" if are_alike else f" {bar(-change / most, _CHANGE_WIDTH)}",
+                VALIDATION_STYLE if change < 0 else "$warning",
+            ),
+        )
+        for id_, change in changes.items()
+    }
 
 
 def loss_svg(view: RunView) -> str:

@@ -57,7 +57,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_content,
 )
-from qlora_tui.tui.render.loss import change_of_loss, mean_losses, validation_lines
+from qlora_tui.tui.render.loss import changes_of_loss, mean_losses, validation_lines
 from qlora_tui.tui.render.meters import bar, labeled, meter
 from qlora_tui.tui.screens.home.next_step import Steps
 from qlora_tui.tui.screens.models.model_list import LOCAL, ListedModels, list_title
@@ -328,6 +328,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
             return f"{format_duration(max(0.0, now - at))} ago"
         return format_ago(at, now) if at else ""
 
+    changes = changes_of_loss(summaries[:height])
     columns: tuple[Column[RunSummary], ...] = (
         Column(text=state, width=13),
         Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=0),
@@ -344,7 +345,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
             shown_if_empty=False,
         ),
         Column(text=lambda s: "" if s.best is None else f"best val. {format_loss(s.best[0])}"),
-        Column(text=change_of_loss, shown_from=_MIN_WIDTH_FOR_BARS, shown_if_empty=False),
+        Column(text=lambda s: changes.get(s.id, ""), shown_from=_MIN_WIDTH_FOR_BARS, shown_if_empty=False),
         Column(text=when, style="dim"),
     )
     return table(columns, summaries[:height], width)

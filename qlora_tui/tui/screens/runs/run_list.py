@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -56,7 +56,7 @@ from qlora_tui.tui.render.labels import (
     targets_words,
     verdict_content,
 )
-from qlora_tui.tui.render.loss import change_of_loss
+from qlora_tui.tui.render.loss import changes_of_loss
 from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
@@ -129,13 +129,16 @@ def reason(summary: RunSummary) -> Content:
     text = summary.status.detail.replace("\n", " ")
     if not text and summary.status.state in ACTIVE:
         text = summary.devices
+    state = f"{capitalize(summary.status.state)} "
+    if text.startswith(state):
+        # The state is in the first column.
+        text = text.removeprefix(state).rstrip(".")
     return Content.styled("" if text == ALL_STEPS_DONE else text, "dim")
 
 
-def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]:
-    """Return the columns of the list, to the right of the column with mark and state. ``own``: returns a
-    run's values of the settings that differ between runs, as text.
-    """
+def _columns(rows: Sequence[RunSummary]) -> tuple[Column[RunSummary], ...]:
+    """Return the columns of a list of these runs, to the right of the column with mark and state."""
+    own, changes = partial(setting_words, shared_settings(rows)), changes_of_loss(rows)
     return (
         Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
         Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
@@ -163,7 +166,7 @@ def _columns(own: Callable[[RunSummary], str]) -> tuple[Column[RunSummary], ...]
             right=True,
             shown_if_empty=False,
         ),
-        Column(title="change", text=change_of_loss, dropped=7, shown_if_empty=False),
+        Column(title="change", text=lambda s: changes.get(s.id, ""), dropped=7, shown_if_empty=False),
         Column(
             title="trained",
             text=lambda s: "" if s.seconds is None else format_duration(s.seconds),
@@ -306,8 +309,7 @@ class RunTable(LineView):
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
-        own = partial(setting_words, shared_settings(self._rows))
-        titles, *lines = table((head, *_columns(own)), self._rows, width, title_style="")
+        titles, *lines = table((head, *_columns(self._rows)), self._rows, width, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
             line = lines[self._cursor]
@@ -390,9 +392,13 @@ def preview_title(summary: RunSummary) -> str:
     return summary.name if summary.name == summary.id else f"{summary.name}  ({summary.id})"
 
 
-def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Content]:
-    """Return two lines for a window without room for the preview: facts about the run, and how it ended."""
-    facts = [part for part in (summary.model, setting_words((), summary)) if part]
+def detail_lines(
+    summary: RunSummary, exports: tuple[Export, ...], shared: Collection[str] = ()
+) -> list[Content]:
+    """Return lines for a window without room for the preview: facts about the run, and how it ended.
+    ``shared``: the settings that all listed runs share, which the title of the list names.
+    """
+    facts = [part for part in (summary.model, setting_words(shared, summary)) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
     if summary.energy:
@@ -402,7 +408,7 @@ def detail_lines(summary: RunSummary, exports: tuple[Export, ...]) -> list[Conte
         second = verdict_content(summary.verdict)
     if exports:
         second += Content.assemble(("  Export: " if second else "Export: ", "dim"), export_line(exports[0]))
-    return [Content(" · ".join(facts)), second]
+    return [Content(" · ".join(facts)), *([second] if second else [])]
 
 
 def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:

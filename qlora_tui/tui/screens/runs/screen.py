@@ -109,6 +109,8 @@ class RunsScreen(RunCommands):
         self._files_reading = ""
         """Id of the run whose folder is being read; empty if no folder is being read."""
         self._footer_key: object = None
+        self._shared: tuple[str, ...] = ()
+        """The settings that all listed runs share."""
 
     @property
     def help_state(self) -> str:
@@ -274,8 +276,9 @@ class RunsScreen(RunCommands):
         shown = len(rows)
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         words = f" · {number}, {self.order.label}" if total else ""
-        if shared := shared_settings(rows):
-            words += f" · all {' · '.join(shared)}"
+        self._shared = shared_settings(rows)
+        if self._shared:
+            words += f" · all {' · '.join(self._shared)}"
         if any_unmeasured:
             words += " · * training loss, not validated"
         title = Content.assemble("Runs", (words, "not bold $text-muted"))
@@ -318,7 +321,7 @@ class RunsScreen(RunCommands):
         compare = (("runs.evaluate", "compare answers"),) if has_key else ()
         self.query_one("#result-panel", Panel).show_keys(compare)
         if is_short:
-            detail = detail_lines(summary, files.exports if files else ())
+            detail = detail_lines(summary, files.exports if files else (), self._shared)
         else:
             detail = ending(summary, beside_verdict=True)
         self._show("run-detail", detail)
