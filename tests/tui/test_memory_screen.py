@@ -26,7 +26,13 @@ from qlora_tui.runs import exact_memory
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
-from qlora_tui.tui.screens.memory.step_panels import even_colors, item_lines, part_of, precision_bars
+from qlora_tui.tui.screens.memory.step_panels import (
+    even_colors,
+    item_lines,
+    part_of,
+    precision_bars,
+    stacked_bar,
+)
 from qlora_tui.tui.screens.memory.timeline import timeline_lines
 from qlora_tui.tui.screens.memory.what_fits import Solution
 from qlora_tui.worker import JobStopped, Progress
@@ -111,6 +117,14 @@ def test_a_limit_far_above_is_beyond_a_break_of_the_axis(limit_gib: int, is_brok
     assert [("╱╱" in line.plain) for line in lines] == [is_broken] * 3
     largest = max(line.plain.count("█") for line in lines)
     assert largest > 30, "the largest fills most of its line, whatever the limit is"
+    # A bar beyond the limit ends with its size relative to the limit, and a small part is not rounded away.
+    total = compared["fp16"].total_bytes
+    clipped = stacked_bar(compared["fp16"], total * 2 // 3, 40).plain
+    assert clipped.endswith("▶150%") and len(clipped) == 40
+    assert all(
+        {glyph for glyph in "█▚▓░" if glyph in stacked_bar(compared["fp16"], full, 12).plain} == set("█▚▓░")
+        for full in (total, 2 * total)
+    )
 
 
 async def test_what_fits_is_found_again_once_the_structure_was_read(

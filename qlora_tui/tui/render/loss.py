@@ -14,7 +14,7 @@ from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
-from qlora_tui.tui.render.meters import CLIPPED, bar
+from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     Axis,
@@ -306,8 +306,6 @@ def _change_bar(part: float, width: int) -> str:
     bar, negative for a fall.
     """
     drawn = bar(max(abs(part), 0.5 / max(1, width)), width, has_track=False).rstrip()
-    if abs(part) > 1:
-        drawn = drawn[:-1] + CLIPPED
     return RISE + drawn[1:] if part > 0 else drawn
 
 

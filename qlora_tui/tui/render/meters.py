@@ -28,10 +28,12 @@ _FULL = 0.8
 
 
 def bar(part: float, width: int, *, has_track: bool = True) -> str:
-    """Return a bar of ``width`` cells. ``part`` is the filled fraction, which is rounded to half a cell; a
-    fraction above 1 is drawn as 1. The filled part consists of low blocks. The rest is a thin track or,
-    without ``has_track``, spaces.
+    """Return a bar of ``width`` cells. ``part`` is the filled fraction, which is rounded to half a cell. The
+    bar of a fraction above 1 is clipped (``CLIPPED``). The filled part consists of low blocks. The rest is a
+    thin track or, without ``has_track``, spaces.
     """
+    if width and round(part, 2) > 1:
+        return _BAR * (width - 1) + CLIPPED
     full, half = divmod(round(min(max(part, 0.0), 1.0) * width * 2), 2)
     return (_BAR * full + _HALF_CELL * half).ljust(width, _TRACK if has_track else " ")
 

@@ -23,7 +23,7 @@ from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precis
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import INSTANT, PRECISION_NAMES, needed_words, place_words, verdict_words
-from qlora_tui.tui.render.meters import STACKED, bar
+from qlora_tui.tui.render.meters import CLIPPED, STACKED, bar
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.themes import lacks_shades
 from qlora_tui.tui.widgets.controls import HEADING, Lines, Panel, ViList
@@ -157,22 +157,24 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
 
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False) -> Content:
-    """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. If the estimate is larger,
-    the bar is cut off and marked with ▶. ``is_even``: whether the bar has full blocks instead of textures.
+    """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. Each part that needs memory
+    has at least one cell. A larger estimate is clipped, and ends with its size relative to ``full_bytes``,
+    such as ``▶128%``. ``is_even``: whether the bar has full blocks instead of textures.
     """
+    sizes = [(part, bytes_) for part, bytes_ in parts_of(estimate) if bytes_]
+    share = sum(bytes_ for _, bytes_ in sizes) / full_bytes
+    end = "" if share <= 1 else f"{CLIPPED}{format_percent(share)}"
     pieces: list[tuple[str, str]] = []
-    drawn = 0
-    filled_bytes = 0
-    for part, bytes_ in parts_of(estimate):
+    drawn = filled_bytes = 0
+    for number, (part, bytes_) in enumerate(sizes, 1):
         filled_bytes += bytes_
-        end = min(width, round(filled_bytes / full_bytes * width))
+        # The parts after this one need cells too, unless they are clipped.
+        room = width - (len(end) or len(sizes) - number)
+        cells = min(max(round(filled_bytes / full_bytes * width) - drawn, 1), room - drawn)
         glyph, style = part.drawn(is_even=is_even)
-        pieces.append((glyph * (end - drawn), style))
-        drawn = end
-    if filled_bytes > full_bytes:
-        text = Content.assemble(*pieces)
-        return Content.assemble(text[: width - 1], ("▶", "$error bold"))
-    return Content.assemble(*pieces, ("·" * (width - drawn), "dim"))
+        pieces.append((glyph * cells, style))
+        drawn += max(0, cells)
+    return Content.assemble(*pieces, (end, "$error bold") if end else ("·" * (width - drawn), "dim"))
 
 
 def precision_bars(
