@@ -40,6 +40,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.settings import save_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import verdict_style
+from qlora_tui.tui.render.plot import LEAST_CHART
 from qlora_tui.tui.screens.modals import dialogs
 from qlora_tui.tui.screens.train import screen as train_screen
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
@@ -528,6 +529,12 @@ async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")
         assert app.workbench.recipe == before
+        # In a small window, the log has the rows of a chart that would be too low.
+        await pilot.resize_terminal(80, 24)
+        await wait_for_text(pilot, "train 2.", "failed: Out of GPU memory")
+        await wait_until(pilot, lambda: app.screen.query_one("#loss-graph").size.height == 2)
+        await pilot.resize_terminal(120, 40)
+        await wait_until(pilot, lambda: app.screen.query_one("#loss-graph").size.height > LEAST_CHART)
         await pilot.press("m", "y")
         await wait_for_text(pilot, "Gradient accumulation")
         training = app.workbench.recipe.training

@@ -90,6 +90,18 @@ class HomeScreen(WorkScreen):
         &.-very-wide #home-side {
             width: 60;
         }
+        &.-low {
+            #run-panel {
+                height: auto;
+            }
+            #run-graph {
+                height: 1;
+                min-height: 1;
+            }
+            #recent-panel {
+                height: 1fr;
+            }
+        }
         /* Without a run, show the steps that lead to one. */
         &.-first #way-panel {
             display: block;
@@ -110,17 +122,6 @@ class HomeScreen(WorkScreen):
             #run-graph {
                 margin-top: 0;
                 min-height: 1;
-            }
-            &.-low {
-                #run-panel {
-                    height: auto;
-                }
-                #run-graph {
-                    height: 1;
-                }
-                #recent-panel {
-                    height: 1fr;
-                }
             }
             &.-first #home-parts {
                 min-height: 0;
@@ -500,7 +501,8 @@ class HomeScreen(WorkScreen):
         recent = self.query_one("#recent-panel")
         taken = panel.gutter.height + panel.styles.margin.height + graph.styles.margin.height
         rows = self.query_one("#home-main").size.height - taken - self.query_one("#run").size.height
-        least = recent.gutter.height + recent.styles.margin.height + 1 if recent.display else 0
+        rows -= recent.styles.margin.height  # which no height includes
+        least = recent.gutter.height + 1 if recent.display else 0
         is_low = rows < LEAST_CHART + least
         most = _MAX_RECENT_IF_COMPACT if self._layout(self.size).is_compact else _MAX_RECENT
         self.set_class(is_low, "-low")
