@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     run = find_run(args.run_id)
     source = run_source(run)
     adapter_name = choose_adapter(source, checkpoint=request.checkpoint)
-    for note in (leave_gpu_to_runs(), "" if args.checkpoint else _better_weights(run)):
+    for note in (leave_gpu_to_runs(), "" if args.checkpoint else better_weights(run)):
         if note:
             print(note, file=sys.stderr)
     configure_torch_env()
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> CommandResult:
     return CommandResult(written.result, written.text, EXIT_FAILURE if written.problem else 0)
 
 
-def _better_weights(run: RunDir) -> str:
+def better_weights(run: RunDir) -> str:
     """Return a hint if the last weights are notably worse than those of a checkpoint; otherwise empty."""
     summary = summarize(run)
     step = better_checkpoint(summary)

@@ -11,6 +11,7 @@ import pytest
 from textual.pilot import Pilot
 
 from qlora_tui.catalog.adapters import WEIGHTS
+from qlora_tui.cli.export import better_weights
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.toml import dump
@@ -216,7 +217,9 @@ async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: p
         assert (export.request.file_type, export.request.checkpoint) == ("F16", 5)
 
 
-def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(run: RunDir) -> None:
+def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     summary = RunSummary(
         run=run,
         name="tickets",
@@ -228,10 +231,10 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(run: Ru
         evaluations=((0, 2.7), (640, 1.287), (1200, 1.342)),
     )
     last = weights_line(summary, None)
-    assert last.plain == "Weights: last step 1,200, validation 1.342; the best, step 640, has 1.287"
+    assert last.plain == "Weights: last step 1,200, validation 1.342; best 1.287 at step 640"
     assert last.spans[0].style == "$warning"
     best = weights_line(summary, 640)
-    assert best.plain == "Weights: step 640, validation 1.287, the best; the last step has 1.342"
+    assert best.plain == "Weights: step 640, validation 1.287 (best); the last step has 1.342"
     assert not best.spans
     early = replace(
         summary, status=Status(state="finished", at=1.0, detail="the adapter is from the best step, 640")
@@ -240,6 +243,11 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(run: Ru
     assert better_checkpoint(summary) is None, "the checkpoint of step 640 is gone"
     save_checkpoints(run, 640)
     assert better_checkpoint(summary) == 640 and better_checkpoint(early) is None
+    monkeypatch.setattr("qlora_tui.cli.export.summarize", lambda run: summary)
+    assert better_weights(run) == (
+        "The validation loss is 1.287 at step 640, and 1.342 at the end. To export step 640 instead: "
+        "--checkpoint 640"
+    )
 
 
 @pytest.mark.usefixtures("base")
@@ -252,10 +260,10 @@ async def test_notably_better_weights_than_the_last_are_proposed(
     monkeypatch.setattr(export_dialog, "summarize", lambda run: summary)
     async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
-        await wait_for_text(pilot, "Weights: step 5, validation 1.200, the best; the last step has 1.300")
+        await wait_for_text(pilot, "Weights: step 5, validation 1.200 (best); the last step has 1.300")
         await wait_for_text(pilot, "Checkpoint 5 · File")
         await pilot.press("c")
-        await wait_for_text(pilot, "Weights: last step 10, validation 1.300; the best, step 5, has 1.200")
+        await wait_for_text(pilot, "Weights: last step 10, validation 1.300; best 1.200 at step 5")
         await pilot.press("c", "c", "enter")
         await wait_for_text(pilot, "Starting")
         (export,) = read_exports(run)

@@ -361,7 +361,7 @@ class ExportScreen(ModalScreen[None]):
 
 def weights_line(summary: RunSummary | None, step: int | None) -> Content:
     """Return which weights are exported, and which others are better or were the last:
-    ``Weights: step 640, validation 1.342, the best; the last step has 1.518``.
+    ``Weights: step 640, validation 1.342 (best); the last step has 1.518``.
 
     The line is a warning if the validation loss is notably lower at another step.
 
@@ -382,10 +382,10 @@ def weights_line(summary: RunSummary | None, step: int | None) -> Content:
         lowest, best = summary.best
         last, loss_at_last = summary.evaluations[-1]
         if best != at:
-            text += f"; the best, step {best:,}, has {format_loss(lowest)}"
+            text += f"; best {format_loss(lowest)} at step {best:,}"
             style = "$warning" if at in losses and is_notably_above(losses[at], lowest) else ""
         else:
-            text += ", the best"
+            text += " (best)"
             text += f"; the last step has {format_loss(loss_at_last)}" if last != at else ""
     return Content.styled(text, style)
 
