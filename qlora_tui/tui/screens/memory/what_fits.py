@@ -429,7 +429,7 @@ def _step_text(choice: StepChoice, all_bytes: int) -> str:
         why = (
             "Too little memory is left to keep activations"
             if choice.estimate.exact
-            else "The memory of a step is uncertain"
+            else "What kept activations would take is uncertain"
         )
         return f"{why}, so all layers recompute their activations."
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
