@@ -151,10 +151,10 @@ def _deep_recipe(checkpointing: Any) -> Recipe:
     )
 
 
+@pytest.mark.usefixtures("quick_trainers")
 def test_a_step_on_a_cpu_leaves_the_gaps_in_the_heap_that_were_predicted() -> None:
-    code = "from tests.memory.test_measured import print_growth; print_growth()"
-    environ = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    command = [sys.executable, "-m", "tests.memory.test_measured"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown = dict(line.split() for line in done.stdout.splitlines()[-2:])
     architecture, cpu = describe(DEEP), Device(kind="cpu")
@@ -322,3 +322,7 @@ def _eight_bits(module: Any) -> Any:
     )
     layer.weight = Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
     return layer
+
+
+if __name__ == "__main__":
+    print_growth()

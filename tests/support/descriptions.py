@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from qlora_tui.catalog import described
 from qlora_tui.worker import run_job
-from tests.support.quick_starts import ForkServer, fork_server
+from tests.support.quick_starts import ForkServer
+from tests.support.trainer_processes import Trainers
 
 
 class Descriptions:
     """What was described in this session."""
 
-    def __init__(self, opened: ExitStack) -> None:
-        self._opened = opened
-        self._server: ForkServer | None = None
-        self._known: dict[str, list[described.Description]] = {}
-
-    @property
-    def server(self) -> ForkServer:
+    def __init__(self, server: ForkServer) -> None:
+        self.server = server
         """The process whose forks describe."""
-        if self._server is None:
-            self._server = self._opened.enter_context(fork_server("descriptions"))
-        return self._server
+        self._known: dict[str, list[described.Description]] = {}
 
     def run(self, configs: Any, options: Any) -> list[described.Description]:
         """Stand for ``run_job`` in ``described``."""
@@ -40,9 +32,8 @@ class Descriptions:
 
 
 @pytest.fixture(scope="session")
-def descriptions() -> Iterator[Descriptions]:
-    with ExitStack() as opened:
-        yield Descriptions(opened)
+def descriptions(trainers: Trainers) -> Descriptions:
+    return Descriptions(trainers.server)
 
 
 @pytest.fixture(autouse=True)

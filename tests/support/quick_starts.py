@@ -28,7 +28,9 @@ TRAINING_IMPORTS = (
     "qlora_tui.chat.session",
     "qlora_tui.engine.server",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.lfm2.modeling_lfm2",  # and what it takes from torch's compiler
     "qlora_tui.training.attempt",
+    "qlora_tui.training.description",
     "torch.distributed.run",
 )
 TRAINING_MODULES = (
@@ -48,6 +50,7 @@ TRAINING_MODULES = (
     "bench.baselines.hf_trainer",
     "bench.chat",
     "bench.support.random_model",
+    "tests.memory.test_measured",
     "tests.training.fake_cuda_steps",
     "tests.training.managed_states",
     "torch.distributed.run",
@@ -79,13 +82,6 @@ CONFINED_MODULES = (
 """What confined children import; almost each process of a test starts one."""
 
 IMPORTS = {
-    "descriptions": (
-        "qlora_tui.training.description",
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.lfm2.modeling_lfm2",  # and what it takes from torch's compiler
-        "peft",  # asked for models with convolutions; more than a second in each fork
-        "bitsandbytes",
-    ),
     "confined": CONFINED_MODULES,
     "trainers": TRAINING_IMPORTS,
     "workers": WORKER_IMPORTS,
