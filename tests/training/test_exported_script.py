@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,9 @@ from tests.training.event_helpers import events_of, losses
 pytestmark = pytest.mark.slow
 
 
-def test_a_script_has_the_loss_of_a_run(recipe: MakeRecipe, trainers: Trainers, tmp_path: Path) -> None:
+def test_a_script_has_the_loss_of_a_run(
+    recipe: MakeRecipe, trainers: Trainers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {
         "data.packing": False,
         "lora.dropout": 0.0,
@@ -34,7 +35,9 @@ def test_a_script_has_the_loss_of_a_run(recipe: MakeRecipe, trainers: Trainers, 
     (tmp_path / "recipe.toml").write_text(dump(asked))
     folder = tmp_path / "script"
     assert main(["export", "recipe", str(tmp_path / "recipe.toml"), str(folder), "--as", "script"]) == 0
-    subprocess.run([sys.executable, "train.py"], cwd=folder, check=True, capture_output=True)
+    monkeypatch.chdir(folder)
+    # Not in a process of its own, which would import all libraries again.
+    runpy.run_path("train.py", run_name="__main__")
     state = json.loads((folder / "adapter/checkpoint-3/trainer_state.json").read_text())
     trained = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     validated = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
