@@ -71,7 +71,7 @@ PICTURES = (
     Picture("home", shows="▸ Enter"),
     Picture("models", shows="Good first models"),
     Picture("data", shows="too few to learn much", model=SMALL),
-    Picture("memory", shows="exact (traced"),
+    Picture("memory", shows="traced"),
     Picture("lora", shows="q_proj"),
     Picture("train", shows="validation"),
     Picture("train", size=(80, 24), shows="step"),
