@@ -1,7 +1,8 @@
 """Makes text from files, models, runs and servers safe for a terminal.
 
 A terminal obeys control characters wherever they come from: they can set the clipboard and the title, clear
-the screen, or display text in another order than it is stored. Such characters are replaced by symbols.
+the screen, or display text in an order that differs from the stored one. Such characters are replaced by
+symbols.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from functools import cache
 
 _JOINERS = "\u180e\u200b-\u200d\u2060-\u2064\ufeff"
-"""Zero-width characters that scripts and emoji need, but that can hide in ASCII text."""
+"""Zero-width characters that some writing systems and emoji need, but that can hide in ASCII text."""
 _FLAG = "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,6}\U000e007f"
 """A black flag followed by tag characters that name a region, as in the flag of Scotland."""
 _CONTROLS = (

@@ -39,7 +39,10 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 def module_argv(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs ``module`` in this Python. ``-P`` ignores a torch.py in the folder."""
+    """Return the command that runs ``module`` in this Python.
+
+    ``-P`` prevents the import of modules from the current folder, such as a ``torch.py``.
+    """
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
@@ -57,7 +60,9 @@ def user_env() -> dict[str, str]:
 
 
 PROGRESS_INTERVAL_S = 0.2
-"""Minimum seconds between messages that differ only in numbers, and between ``should_stop`` calls."""
+"""Minimum time between messages that differ only in numbers, and maximum wait for a message before
+``should_stop`` is called again, in seconds.
+"""
 PROGRAM = "qlora_tui.worker"
 DETACHED = "--detached"
 """Flag of a job that continues when its stdin closes."""

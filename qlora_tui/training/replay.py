@@ -1,7 +1,7 @@
 """Replay: trains on the base's own answers too, which keeps a model near its base on other tasks.
 
-Answers are greedy and of at most :data:`REPLAY_TOKENS` tokens. The first attempt of a run computes them and
-writes them to its folder, so that a resume trains on the same answers::
+Answers are greedy and have at most :data:`REPLAY_TOKENS` tokens. An attempt that starts without a checkpoint
+computes them and writes them to the run's folder, so that a resume trains on the same answers::
 
     samples        0 1 2 3 4 5 6 7       of the data
     answers                        8 9   of the base, numbered after them
@@ -105,10 +105,12 @@ _ROW = msgspec.json.Decoder(ReplayRow)
 
 
 class ReplaySamples:
-    """The samples of a run mixed with the base's answers; a ``TokenizedDataset``."""
+    """The training samples of a run together with the base's answers; a ``TokenizedDataset``."""
 
     def __init__(self, samples: TokenizedDataset, rows: Sequence[ReplayRow], share: float) -> None:
-        """Mix the base's answers in; ``share`` is their share of an epoch's samples, below 1."""
+        """Add the base's answers, ``rows``, to ``samples``. ``share`` is the fraction of an epoch's samples
+        that are such answers; it must be below 1.
+        """
         self._samples = samples
         self._rows = tuple(rows)
         self._share = share
@@ -122,7 +124,7 @@ class ReplaySamples:
         return self._samples.token_ids(i) if row is None else row.prompt_ids + row.answer_ids
 
     def loss_mask(self, i: int, /) -> Sequence[int]:
-        """Return 1 for each token of sample ``i`` in the loss, else 0."""
+        """For each token of sample ``i``, return 1 if it is in the loss, else 0."""
         row = self._row(i)
         return (
             self._samples.loss_mask(i)
@@ -145,8 +147,8 @@ class ReplaySamples:
         return self._samples.length(i) if row is None else len(row.prompt_ids) + len(row.answer_ids)
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Return the indices of one epoch in random order. Each epoch continues with the base's answers where
-        the previous epoch ended.
+        """Return the indices of one epoch in random order. The base's answers are taken in turn: each epoch
+        takes the ones after those of the previous epoch, and starts over after the last answer.
         """
         order = list(self._samples.epoch(epoch, seed))
         count = replayed(len(order), self._share)
@@ -169,12 +171,13 @@ def compute_rows(
     device: torch.device,
     progress: Callable[[int, int], None],
 ) -> tuple[ReplayRow, ...]:
-    """Let a base answer at most ``count`` replay prompts. Draws no random numbers.
+    """Return the base model's answers to the first ``count`` replay prompts. Draws no random numbers.
 
     Args:
         model: the base, or a peft model with its adapter disabled.
-        max_length: number of tokens to which a sample is truncated.
-        progress: called with the number of prompts answered, and the number of all prompts.
+        max_length: maximum number of tokens in a prompt with its answer. Longer answers are truncated, and
+            prompts that leave no room for an answer are left out.
+        progress: called with the number of prompts answered so far, and the total number.
     """
     prompts = list(prompt_tokens(REPLAY_PROMPTS[:count], tokenizer, thinking).items())
     prompts = [(prompt, ids) for prompt, ids in prompts if len(ids) < max_length]

@@ -1,7 +1,7 @@
 """Everything that the trainer reports: events, status, heartbeat, log lines, and telemetry once a second.
 
-A full disk must not end a run after hours: events that cannot be written are kept and written again with the
-next event. Only the main process of a run reports.
+A full disk must not end a run that has trained for hours: events that cannot be written are kept, and writing
+them is tried again with the next event. Only the main process of a run reports.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _BEATS_TO_BELIEVE = 3
 A network file system may be unreachable for a moment.
 """
 _PROGRESS_S = 0.5
-"""Shortest time between two Progress events, in seconds."""
+"""Minimum time between two Progress events, in seconds, except for the last event of a phase."""
 
 
 class Reporter:
@@ -51,7 +51,7 @@ class Reporter:
         self.is_mute = mute
         self._lock = threading.Lock()
         self.observer: Callable[[AnyEvent], None] = lambda event: None
-        """Called with each event after it was written, in the thread that reports it."""
+        """Called with each event in the thread that reports it, after the attempt to write it."""
         self._writer: EventWriter | None = None
         self._unwritten: list[AnyEvent] = []
         self._status = read_status(run).transition("running", process=process_identity())
@@ -199,7 +199,7 @@ class Reporter:
                 self._end_without_run()
 
     def _is_deleted(self) -> bool:
-        """Return whether the run's files were deleted. False if their disk is gone, too."""
+        """Return whether the run's files were deleted. False if their disk was disconnected instead."""
         try:
             return self._run.is_deleted and self._run.path.parent.stat().st_dev == self._disk
         except OSError:
@@ -231,7 +231,10 @@ class QuietReporter(Reporter):
 
 
 class TelemetryRecorder:
-    """Records telemetry from ``start`` to ``stop`` in separate threads. A full disk loses only samples."""
+    """Records telemetry from ``start`` to ``stop`` in separate threads.
+
+    If the disk is full, only samples are lost.
+    """
 
     def __init__(
         self,
@@ -241,8 +244,8 @@ class TelemetryRecorder:
     ) -> None:
         """Record the telemetry of ``run``.
 
-        ``on_reading`` is called with each reading of the GPU and its monotonic time, in the recorder's
-        thread.
+        ``on_reading`` is called with each reading of a GPU of the run and the reading's ``time.monotonic``
+        time, in the thread that reads this GPU.
         """
         self._reporter = reporter
         self._notice = on_reading

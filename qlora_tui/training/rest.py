@@ -1,4 +1,4 @@
-"""Rests of a run, whose next micro-batch waits while the GPU exceeds the user's bounds.
+"""Lets a run rest: its next micro-batch waits while the GPU exceeds the user's bounds.
 
 Resting does not change results, because nothing is computed between two micro-batches.
 """
@@ -45,7 +45,7 @@ class Rest:
         return next(filter(None, holds), None)
 
     def read(self, reading: GpuMetrics, elapsed_s: float) -> None:
-        """Take a reading of one of the run's GPUs, with its ``time.monotonic`` time."""
+        """Receive a reading of one of the run's GPUs, and its time as returned by ``time.monotonic``."""
         settings = self._settings.read()
         hold = self._bounds.setdefault(reading.index, Bounds()).update(
             elapsed_s,
@@ -58,7 +58,7 @@ class Rest:
         self._has_news.set()
 
     def take(self, reporter: Reporter, requests: ControlRequests) -> None:
-        """Wait until the GPUs are below the bounds, at most :data:`LONGEST_S`, or until the run is to end."""
+        """Wait until the GPUs are below the bounds or the run is to end, but at most :data:`LONGEST_S`."""
         if self.hold is None:
             return
         started_at = time.perf_counter()

@@ -1,7 +1,8 @@
 """Measures the loss of each trained token of each training sample, before and after a run.
 
 This is a job that :mod:`qlora_tui.runs.row_losses` starts. It loads the run's base with its final adapter,
-passes over the training samples three times without gradients, and writes the files of that module.
+and passes over the training samples three times without gradients: with the base alone, with the adapter, and
+with the adapter on answers after other prompts (:class:`OtherPrompts`). It writes the files of that module.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 class OtherPrompts(Sequence[Sample]):
     """Samples in which each answer follows a prompt of another sample, built one at a time.
 
-    A prompt is a stretch of tokens outside the loss, an answer the stretch in the loss after it. The first
-    prompt, with system text and template, comes from the next sample. Later prompts come from the next sample
-    with several turns, or, if no other sample has several turns, from another turn of the same sample::
+    A prompt is a stretch of tokens outside the loss. Its answer is the next stretch, which is in the loss.
+    The first prompt, with system text and template, comes from the next sample. Later prompts come from the
+    next sample with several turns. If no other sample has several turns, they come from another turn of the
+    same sample, and a sample with exactly two turns keeps its second prompt::
 
         sample 0   system, user a, [answer a], user b, [answer b]
         sample 1   system, user c, [answer c], user d, [answer d]
@@ -67,7 +69,7 @@ class OtherPrompts(Sequence[Sample]):
         return ids[cut:][: self._max_length], mask[cut:][: self._max_length]
 
     def _other_prompt(self, i: int, number: int) -> list[int]:
-        """Return the tokens of another sample's prompt that replace prompt ``number`` of sample ``i``."""
+        """Return the tokens of the prompt that replaces prompt ``number`` of sample ``i``."""
         if number == 0:
             other = (i + 1) % len(self)
             turns = self._turns[other]
@@ -91,7 +93,7 @@ class _TurnBounds(NamedTuple):
 
 
 def _turn_bounds(loss_mask: Sequence[int]) -> list[_TurnBounds]:
-    """Return the bounds of each answer in the loss and its prompt, without tokens after the last one."""
+    """Return the bounds of each prompt with its answer. Tokens after the last answer are left out."""
     bounds: list[_TurnBounds] = []
     start, place = 0, 0
     for in_loss, stretch in groupby(loss_mask, key=bool):

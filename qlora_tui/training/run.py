@@ -32,9 +32,10 @@ class Run:
 
     directory: RunDir
     recipe: Recipe
-    """The recipe as this attempt trains it.
+    """The settings that this attempt trains with.
 
-    It includes the retry plan, and the settings that ``setup`` chooses for the free memory.
+    They are the run's recipe with the changes of the retry plan, and with the settings that ``setup`` chooses
+    to fit the free memory.
     """
     checkpoint: Checkpoint | None
     """The checkpoint from which the attempt resumes; None at the beginning of a run."""
@@ -46,7 +47,7 @@ class Run:
     has_run_out: bool = False
     """Whether an earlier attempt ran out of memory."""
     keeps_files: bool = True
-    """Whether anything is written to ``directory``, which otherwise need not exist."""
+    """Whether files are written to ``directory``. If False, the folder need not exist."""
 
     rest: Rest = field(default_factory=Rest, init=False)
     """Makes the run wait while its GPU is too hot or takes too much power."""
@@ -68,7 +69,7 @@ class Run:
     model: Any = field(init=False)
     """The base model with its adapter (``peft.PeftModel``)."""
     starting_adapter: StartingAdapter | None = field(init=False)
-    """The adapter that the run started from, if the run compares answers with that adapter's."""
+    """The adapter that the run started from, if it is the reference of a preference method; else None."""
 
     def between_batches(self) -> None:
         """Rest if the GPU requires it, and raise StepAbandoned if the run must end at once."""

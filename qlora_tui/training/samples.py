@@ -15,7 +15,7 @@ class Sample(NamedTuple):
     loss_mask: Sequence[int]
     """1 for each token in the loss, else 0."""
     weights: Sequence[float] | None = None
-    """Weight of each token in the loss; None if all have weight 1."""
+    """Loss weight of each token; None if each token in the loss has weight 1."""
     side: int = GOOD
     """``GOOD`` or ``BAD``, the side of the sample in a preference."""
 
@@ -36,11 +36,11 @@ class SampleList:
         return self._samples[i].token_ids
 
     def loss_mask(self, i: int, /) -> Sequence[int]:
-        """Return 1 for each token of sample ``i`` in the loss, else 0."""
+        """For each token of sample ``i``, return 1 if it is in the loss, else 0."""
         return self._samples[i].loss_mask
 
     def weights(self, i: int, /) -> Sequence[float] | None:
-        """Return the weight of each token in the loss; None if each token has weight 1."""
+        """Return the weight of each token; None if each token in the loss has weight 1."""
         return self._samples[i].weights
 
     def length(self, i: int, /) -> int:
@@ -48,7 +48,7 @@ class SampleList:
         return len(self.token_ids(i))
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Return all samples in order."""
+        """Return the indices of all samples, in order."""
         return range(len(self))
 
     def side(self, i: int, /) -> int:

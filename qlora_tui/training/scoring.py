@@ -1,8 +1,9 @@
 """Scores tokens with a model without training it: losses of samples, and logits at answers.
 
-If a run isolates packed samples, answers lie end to end in rows, as its training samples do. On a CPU all
-rows have the same length, so that oneDNN creates its kernels once. If answers were computed one at a time,
-each length would need about 25 kernels, which take longer to create than the products.
+If a run isolates packed samples, prompts with answers are packed end to end into rows, as its training
+samples are. Where oneDNN computes the matrix products (bfloat16 on a CPU), these rows all have the same
+length, so that its kernels are created only once. If answers were computed one at a time, each length would
+need about 25 kernels, and creating them takes longer than computing the products.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def no_grad_eval(model: Any) -> Iterator[None]:
 
 @contextmanager
 def frozen_eval(model: Any) -> Iterator[None]:
-    """Use eval mode with frozen parameters in this context, so that nothing is saved; restore both.
+    """Use eval mode with frozen parameters in this context, and restore both on exit.
 
-    Gradients stay enabled: the model computes as in a training step, while without gradients the last bits
-    would differ (norms, gated MLPs, the padding of attention).
+    No parameter requires a gradient, so autograd saves no tensors. But grad mode stays enabled, so that the
+    model runs the same code as in a training step. Under ``torch.no_grad``, norms, gated MLPs and the padding
+    of attention take other paths, and the last bits of the result would differ.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
@@ -57,7 +59,7 @@ def frozen_eval(model: Any) -> Iterator[None]:
 
 
 ROW_TOKENS = 384
-"""Maximum number of tokens in a row.
+"""Maximum number of tokens in a row, unless one prompt with its answer is longer.
 
 About 250 of them are in answers, which is the number that the chunked loss projects at a time.
 """

@@ -34,7 +34,9 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def write_random_model(folder: Path, texts: Sequence[str], *, device: str = "cpu", **shape: Any) -> Path:
-    """Write weights, in bfloat16 and in files of 1 GB, and a tokenizer trained on ``texts``.
+    """Write random bfloat16 weights, in files of at most 1 GB, and a tokenizer trained on ``texts``.
+
+    Returns ``folder``.
 
     Args:
         device: device that draws the random numbers; eight billion take minutes on a CPU.
@@ -121,12 +123,13 @@ def _library(name: str) -> Check:
 def _train(*, streamed_layers: int = 0) -> tuple[list[Check], bool]:
     """Train a model of two layers with the real trainer and the defaults of a recipe.
 
-    The test thus covers the same parts as a run: its allocator, its choice of optimizer, attention and
-    kernels, each compared with the libraries, and with ``streamed_layers`` pinned memory.
+    The test thus covers what a run uses: the allocator, the chosen optimizer, and attention and kernels,
+    which the trainer compares with transformers and peft. With ``streamed_layers``, it also covers pinned
+    memory. This process does not use the GPU while the trainer runs, because a GPU may allow only one process
+    at a time.
 
     Returns:
-        The checks, and whether the model was trained on a GPU. Meanwhile this process does not use the GPU,
-            which may allow only one process at a time.
+        The checks, and whether the model was trained on a GPU.
     """
     name = "training with streamed layers" if streamed_layers else "training"
     with tempfile.TemporaryDirectory(prefix="qlora-tui-doctor-") as folder, _own_folders(Path(folder)):
@@ -170,7 +173,10 @@ def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedPr
 
 
 def _recipe(folder: Path, streamed_layers: int) -> Recipe:
-    """Return the default recipe, shortened, with a model and rows written to the folder."""
+    """Write a model and rows to ``folder``, and return a recipe for a short run on them.
+
+    Its other settings are the defaults.
+    """
     sums = [(number, 3 * number, 4 * number) for number in range(_ROWS)]
     rows = [{"instruction": f"Add {a} and {b}.", "output": f"The sum is {c}."} for a, b, c in sums]
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -194,7 +200,7 @@ def _recipe(folder: Path, streamed_layers: int) -> Recipe:
 
 @contextmanager
 def _own_folders(folder: Path) -> Iterator[None]:
-    """Separate runs, caches and measurements of this test from the user's."""
+    """Keep the runs, caches and measurements of this test apart from the user's."""
     variables = {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CONFIG", "STATE", "CACHE")}
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -52,7 +52,7 @@ from qlora_tui.worker import JobStopped
 
 
 def setup(run: Run) -> None:
-    """Load data and model onto ``run.device``, and verify the first step.
+    """Load the data, load the model onto ``run.device``, and verify the first step.
 
     Raises:
         StopRequested: a stop or pause was requested during setup.
@@ -90,7 +90,9 @@ def setup(run: Run) -> None:
 
 
 def _check_inputs(run: Run) -> None:
-    """Raise UserError if an initial adapter is missing, or the base has changed since the checkpoint."""
+    """Raise UserError if the initial adapter is missing, or if the base or the number of processes has
+    changed since the checkpoint.
+    """
     if run.recipe.lora.init_from and run.checkpoint is None:
         # Check before anything is loaded: the adapter may have been deleted while this run was queued.
         initial_adapter(run.recipe.lora.init_from)
@@ -101,7 +103,7 @@ def _check_inputs(run: Run) -> None:
 
 
 def _model_folder(run: Run) -> Path:
-    """Return the folder to load; the main process first converts a GGUF file for all.
+    """Return the folder to load. A GGUF file is first converted by the main process, for all processes.
 
     Raises:
         StopRequested: a stop or pause was requested during the conversion.
@@ -133,7 +135,9 @@ def _model_folder(run: Run) -> Path:
 
 
 def _keep_earlier_choices(run: Run) -> None:
-    """Continue with the optimizer and the rows at a time that were chosen before the checkpoint."""
+    """Use the optimizer that was chosen before the checkpoint, and the micro-batch size too if it is
+    automatic and the effective batch is unchanged.
+    """
     if run.checkpoint is None:
         return
     recipe, before = run.recipe, run.checkpoint.state.trained_recipe()
@@ -163,7 +167,7 @@ def _tokenize(run: Run) -> PreparedDataset:
 
 
 def _choose_step(run: Run) -> None:
-    """Choose the settings that depend on free memory: the optimizer and the micro-batch size."""
+    """Choose the automatic settings that depend on free memory: the optimizer and the micro-batch size."""
     recipe, lengths = run.recipe, run.data.train.lengths()
     if not (recipe.training.optimizer == "auto" or recipe.training.auto_micro_batch):
         run.meter.set_recipe(recipe)
@@ -239,8 +243,12 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
 def _with_replay(run: Run) -> TokenizedDataset:
     """Return the training samples, mixed with the base's answers if the recipe replays some.
 
-    The first attempt of a run computes and writes them. Raises StopRequested if a stop or pause was requested
-    meanwhile, and OSError if they cannot be written.
+    An attempt without a checkpoint computes the answers and writes them; a resume reads them.
+
+    Raises:
+        StopRequested: a stop or pause was requested while the answers were computed.
+        UserError: the answers cannot be read.
+        OSError: the answers cannot be written.
     """
     recipe, path, train = run.recipe, run.directory.replay_path, run.data.train
     count = step_plan.replayed(len(train), recipe.training.replay_share)

@@ -71,7 +71,7 @@ def run_trainer(run: RunDir, plan: RetryPlan) -> int:
 
 
 def _record_end(run: RunDir, reporter: Reporter, end_event: RunEnded) -> None:
-    """Report how a run ended, in the main process."""
+    """Report how a run ended. Only the main process reports."""
     reason = f": {end_event.what}" if isinstance(end_event, Failed) else ""
     reporter.log(f"{type(end_event).__name__.lower()}{reason}")
     reporter.emit(end_event)
@@ -89,7 +89,10 @@ def _record_end(run: RunDir, reporter: Reporter, end_event: RunEnded) -> None:
 def _run_attempts(
     run: RunDir, plan: RetryPlan, reporter: Reporter, requests: ControlRequests, dist: DistributedContext
 ) -> RunEnded:
-    """Attempt the run, from an earlier checkpoint if one does not load; every error becomes an event."""
+    """Attempt the run, and return the event of its end, which is ``Failed`` after an error.
+
+    If a checkpoint does not load, a run with a single process is attempted again from an earlier one.
+    """
     number = 1 + sum(isinstance(event, Started) for event in EventTail(run.events_path).drain())
     estimate: Estimate | None = None
     recipe: Recipe | None = None

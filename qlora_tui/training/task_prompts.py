@@ -25,7 +25,11 @@ from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
 
 _MIN_NEW_TOKENS, _MAX_NEW_TOKENS = 32, 512
 _STEP_TOKENS = 32
-"""The token limit of answers is a multiple of this number, so that later answers fit the same stored file."""
+"""The token limit of answers is rounded up to a multiple of this number.
+
+Answers with different limits are stored in different files. If the longest reference changes a little, the
+limit usually stays the same, and the stored answers can be used again.
+"""
 
 
 class TaskPrompt(NamedTuple):
@@ -51,7 +55,7 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
     Args:
         samples: the validation data.
         turn_ends: token ids that end a turn.
-        most: at least 1.
+        most: maximum number of prompts, which must be at least 1.
     """
     prompts = []
     for i in range(len(samples)):
@@ -69,7 +73,8 @@ def task_prompts(samples: Samples, turn_ends: frozenset[int], most: int) -> list
 
 
 def answer_limit(longest_reference: int, context_length: int) -> int:
-    """Return the token limit of an answer: 1.5 times the longest reference, rounded up, but at most half of
+    """Return the token limit of an answer: 1.5 times the longest reference, rounded up to a multiple of
+    ``_STEP_TOKENS``. It is at least ``_MIN_NEW_TOKENS``, but never more than ``_MAX_NEW_TOKENS`` or half of
     the context.
     """
     wanted = -(-longest_reference * 3 // (2 * _STEP_TOKENS)) * _STEP_TOKENS
@@ -77,9 +82,9 @@ def answer_limit(longest_reference: int, context_length: int) -> int:
 
 
 def last_answer(ids: Sequence[int], mask: Sequence[int], turn_ends: frozenset[int]) -> tuple[int, int] | None:
-    """Return start and end of the last answer in the loss, up to its turn end.
+    """Return start and end of the last answer in the loss, up to and including its turn end.
 
-    None if the answer was truncated, or has no prompt.
+    None if there is no such answer, or if it is empty, was truncated, or has no prompt.
     """
     stop = next((place + 1 for place in range(len(mask) - 1, -1, -1) if mask[place]), 0)
     start = stop
@@ -111,7 +116,7 @@ class TaskRows:
             adapter: token ids of the adapter's answer, with its turn end.
 
         Raises:
-            UserError: the row offers tools and cannot be read again.
+            UserError: the reference may call a tool, and the row cannot be read again to find its tools.
         """
         texts = [self._raw(ids) for ids in (prompt.reference, base, adapter)]
         # Reading a row's tools takes time, so it is done only if the reference may call one.

@@ -1,7 +1,8 @@
 """Sends a run's events to an experiment tracker, through transformers' integration of the tracker.
 
-The tracker receives the numbers of each step and evaluation, and the recipe's settings without paths and
-note. If it fails, for example without a network, the run reports this once and continues without the tracker.
+The tracker receives the numbers of each step and evaluation, and the recipe's settings except its note and
+its sample prompts. Of a path, it receives only the last part. If the tracker fails, for example without a
+network, the run reports this once and continues without it.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from qlora_tui.runs.events import AnyEvent, Evaluated, Step
 from qlora_tui.runs.preflight import TRACKER_NAMES, missing_tracker
 
 PROJECT = "qlora-tui"
-"""Project or experiment of the runs, unless the tracker's own variable names another."""
+"""Project or experiment of the runs, unless the tracker's own environment variable specifies another."""
 _MLFLOW_ID = "mlflow_run_id"
 """File in a run's folder with the id that MLflow assigned to the run, so that a resume continues it."""
 _SECRET_LENGTH = 8
-"""Length from which a variable's value is unlikely to be an ordinary word."""
+"""Minimum length of a value that is treated as a secret. A shorter value may be an ordinary word."""
 _URL_PASSWORD = re.compile(r"//[^/@\s]+@")
 _LONGEST_TEXT = 300
 _UNTRACKED = frozenset(("note", "training.report_to", "training.sample_prompts"))
@@ -55,12 +56,12 @@ class TrackedSettings:
         return dict(self._settings)
 
     def to_json_string(self) -> str:
-        """Return the settings as lines, for TensorBoard's text."""
+        """Return one line for each setting, which TensorBoard shows as text."""
         return "\n".join(f"    {key} = {value}" for key, value in self._settings.items())
 
 
 def tracked_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that a tracker may see: numbers and choices, and only the names of files."""
+    """Return the settings that a tracker may see. A path is reduced to its last part, the name."""
     settings = {}
     for path in fields().keys() - _UNTRACKED:
         value = get_setting(recipe, path)
@@ -168,7 +169,7 @@ def tracked_numbers(event: AnyEvent) -> dict[str, float]:
 
 
 def _set_defaults(name: str, run: RunDir) -> None:
-    """Set the tracker's variables for its folder and run name, unless the user has set them."""
+    """Set the environment variables that configure the tracker for this run, unless the user has set them."""
     defaults: dict[str, str] = {}
     match name:
         case "wandb":

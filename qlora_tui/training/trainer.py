@@ -47,9 +47,8 @@ class Trainer:
 
     Args:
         model: a ``PeftModel``.
-        steps: optimizer steps of the whole run.
-        objective: objective of a preference method, for whose batches the steps are collated; None for
-            cross-entropy.
+        steps: number of optimizer steps of the whole run.
+        objective: objective of a preference method; batches must be collated for it. None for cross-entropy.
     """
 
     def __init__(
@@ -102,8 +101,8 @@ class Trainer:
         """Run one optimizer step.
 
         Args:
-            after_micro_batch: called with the number of finished micro-batches and of all, except after the
-                last.
+            after_micro_batch: called after each micro-batch except the last, with the number of finished
+                micro-batches and the total number.
         """
         loss = self.accumulate_gradients(data, after_micro_batch)
         limit = self._training.max_grad_norm or float("inf")
@@ -147,7 +146,7 @@ class Trainer:
         """Return the summed losses of a micro-batch, which the caller divides by the step's loss weights.
 
         Args:
-            token_share: the weight of a token of ORPO's cross-entropy relative to a pair.
+            token_share: weight of one token in ORPO's cross-entropy, relative to the weight of a pair.
         """
         tensors = on_device(batch, self._device)
         if self.objective is not None:
@@ -159,17 +158,17 @@ class Trainer:
         return loss
 
     def _estimate_divergence(self, objective: PreferenceObjective, mismatched: list[dict[str, Any]]) -> None:
-        """Estimate KTO's reference point from all answers of a step, over all processes."""
+        """Estimate KTO's reference point from the mismatched samples of a step, over all processes."""
         parts = [objective.divergence(self.model, on_device(batch, self._device)) for batch in mismatched]
         sums = torch.tensor([[total, count] for total, count in parts] or [[0.0, 0.0]]).sum(0)
         total, count = self._accelerator.reduce(sums.to(self._device), "sum").tolist()
         objective.set_divergence(total / count if count else 0.0)
 
     def _release_before_step(self) -> None:
-        """On a CPU, return memory freed by the backward to the system before a trained embedding is updated.
+        """On a CPU, return free memory to the system before a trained embedding is updated.
 
-        The update takes several times the size of its matrix, which glibc would allocate in addition to its
-        free pages.
+        glibc keeps the pages that the backward has freed. The update needs several times the size of the
+        embedding's matrix, which glibc would allocate in addition to these pages.
         """
         if self._device.type == "cpu" and trained_matrices(self.model):
             release_free_memory()
@@ -179,9 +178,10 @@ class Trainer:
 
         Args:
             batch: A batch on the CPU.
-            fresh: Whether the run is not resumed. If so, the optimizer also updates the weights, without loss
-                scaling, which allocates the optimizer's states as in every step except the first. The states
-                are reset, but stay allocated. A resumed run already has them.
+            fresh: True if the run is not resumed. The optimizer then also updates the weights, without loss
+                scaling. This allocates the optimizer's states, which every step of a run except the first
+                finds allocated. The states are then reset, but stay allocated. A resumed run already has
+                them.
         """
         items = max(1, int((batch["labels"][:, 1:] >= 0).sum()))
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -200,7 +200,7 @@ class Trainer:
                 parameter.copy_(value)
 
     def undo_unfinished_step(self) -> None:
-        """Restore gradients and random numbers, which the unfinished step has changed."""
+        """Discard the gradients of an unfinished step, and restore the random state from before the step."""
         if self._step_start is not None:
             self._step_start.restore(self._device)
             self._step_start = None
@@ -211,7 +211,10 @@ class Trainer:
         change_rate(self.schedule, value, self._training, step=self.step, steps=self._steps)
 
     def save(self, folder: Path) -> None:
-        """Write the files of this process that :meth:`load` reads. Raises OSError."""
+        """Write the files that :meth:`load` and :meth:`load_random_numbers` read. Raises OSError.
+
+        Each process writes its random state. The main process writes everything else.
+        """
         with true_disk_errors():
             wait_for_gpu()
             if self._accelerator.is_main_process:

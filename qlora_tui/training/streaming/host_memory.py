@@ -1,9 +1,9 @@
 """Host memory for streamed layers, pinned if the system allows it.
 
 A GPU copies from pinned memory directly, during the computation. Copies from other memory pass through a
-buffer of the driver, which takes longer and stops the host until they are done. ``doctor`` measures once per
-machine how fast a GPU receives layers from host memory and computes with them; the estimate derives from it
-how much streaming slows training down.
+buffer of the driver, which takes longer and stops the host until they are done. ``doctor`` measures how fast
+a GPU receives layers from host memory and computes with them. The estimate uses these speeds to predict how
+much streaming slows training down.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _clear_error(device: torch.device) -> None:
 
 
 def require_host_memory(needed_bytes: int) -> None:
-    """Raise UserError if the machine, or its container, has less free memory than streamed layers need."""
+    """Raise UserError if ``needed_bytes`` do not fit in the free memory of the machine or its container."""
     problem = host_memory_problem(needed_bytes, limit_bytes=host_memory_bytes())
     if problem is not None:
         raise problem
@@ -133,15 +133,16 @@ def require_host_memory(needed_bytes: int) -> None:
 _COPIED_BYTES = 256 << 20
 """Bytes of the measured copy, large enough that the time to start it is negligible."""
 _WIDTH, _TOKENS = 4096, 2048
-"""Shape of the measured products: those of a 7B model, with as many tokens as a packed sequence."""
+"""Width of the layers of a 7B model, and tokens of a packed sequence: the sizes of the measured product."""
 _REPEATS = 5
 _MS_PER_S = 1000
 
 
 def measure_speed(device: ComputeDevice) -> TransferSpeed:
-    """Measure copies from pinned memory and products with a dequantized NF4 weight; the best of a few.
+    """Measure the speed of copies from pinned memory, and of products with an NF4 weight.
 
-    Takes half a second and 0.7 GiB of the GPU. Needs CUDA.
+    The time of a product includes dequantizing the weight. The best of several repeats counts. Takes half a
+    second and 0.7 GiB of GPU memory. Needs CUDA.
     """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

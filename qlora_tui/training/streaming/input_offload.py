@@ -1,10 +1,12 @@
 """Keeps the input of each checkpointed layer in host memory between its forward and its backward.
 
-Gradient checkpointing keeps one hidden state per layer. For long sequences these are gigabytes. Here each is
-copied to host memory while the next layers compute, and back while the layer after it is in its backward::
+Gradient checkpointing keeps one hidden state per layer. For long sequences these are gigabytes. Here the
+input of a layer is copied to host memory while this layer computes, and back while the next layer is in its
+backward. ``[n]`` is the computation of layer n, ``n→`` the copy of its input to the host, and ``→n`` the copy
+back::
 
-    forward      [0]    [1] 0→    [2] 1→    [3] 2→
-    backward     [3] →2    [2] →1    [1] →0    [0]
+    forward          [0] 0→    [1] 1→    [2] 2→    [3] 3→
+    backward    →3   [3] →2    [2] →1    [1] →0    [0]
 
 Two inputs are on the device at a time. The last input is copied too, although it is needed at once.
 """

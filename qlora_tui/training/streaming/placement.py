@@ -1,8 +1,9 @@
 """Places a loaded model, with the frozen weights of some layers in host memory and all else on the device.
 
 A streamed layer waits for its weights before it computes, in the forward and in the backward. The layer must
-be recomputed in the backward pass: otherwise it would save weights in a slot, which holds another layer by
-the time of the backward. The forward raises an error if it would save weights.
+be recomputed in the backward pass. Otherwise autograd would keep references to weights in a slot, and the
+slot holds another layer by the time of the backward. So the forward raises an error if gradients are needed
+but the layer is not checkpointed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from qlora_tui.training.streaming.slots import (
 
 
 class StreamedLayerError(RuntimeError):
-    """Raised if a streamed layer runs with gradients but without checkpointing: they would be wrong."""
+    """Raised if a streamed layer would compute wrong gradients, because its checkpointing is off or does not
+    fetch its weights.
+    """
 
 
 class StreamedCheckpoint:
@@ -194,7 +197,7 @@ def movable_layers(model: Any, setting: str = "quantization.streamed_layers") ->
 
 
 def _moving_tensors(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[Tensor]]:
-    """Return the tensors of each layer that move; memory that other modules also read stays."""
+    """Return the tensors to stream for each layer. Memory that other modules also read is not streamed."""
     candidates = [movable_tensors(layer) for layer in layers]
     in_layers = [{extent_of(tensor) for tensor in tensors} for tensors in candidates]
     ids = {id(tensor) for tensors in candidates for tensor in tensors}
@@ -206,7 +209,7 @@ def _moving_tensors(model: nn.Module, layers: Sequence[nn.Module]) -> list[list[
 
 
 def _move_rest(model: nn.Module, device: torch.device, moved: Sequence[LayerTensors]) -> None:
-    """Move every other tensor to the device in place, so that references and shared memory stay shared."""
+    """Move every other tensor to the device in place. References stay valid, shared memory stays shared."""
     ids = {id(tensor) for layer in moved for tensor in layer.tensors}
     placed: dict[Extent, Tensor] = {}
     for tensor in all_tensors(model):

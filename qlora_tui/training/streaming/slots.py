@@ -7,15 +7,15 @@ the same slot for the whole run, and its tensors always point there. Weights tha
 the forward (bitsandbytes saves the packed weight of a 4-bit layer) are therefore valid again in the backward,
 when the layer is back in its slot.
 
-A step of four streamed layers, with ``[n]`` for the computation of layer n and ``+n`` for a copy that runs
-during it::
+A step of four streamed layers. ``[n]`` is the computation of layer n, and ``[n] +m`` means that layer m is
+copied during it::
 
-    forward      [0] +1   [1] +2   [2] +3   [3]
+    forward      [0]      [1] +2   [2] +3   [3]
     backward     [3]      [2] +1   [1] +0   [0]
 
-The backward begins with the layers that are still there, and so does the next forward: a step of S layers
-takes 2 (S - 2) copies. Without gradients the first layer is copied again while the last one computes, if the
-two have different slots.
+The backward begins with the layers that are still in the slots, and so does the next forward: a step of S
+layers takes 2 (S - 2) copies. The first forward also copies layers 0 and 1. Without gradients the first layer
+is copied again while the last one computes, if the two have different slots.
 
 On a GPU a copy runs on its own stream. Events enforce two rules that keep the values right: a copy waits for
 the end of the computation that last read the buffer, and a computation waits for the copy that it reads. On a
@@ -71,8 +71,8 @@ class Copies:
 _STATE_PACKAGES = ("bitsandbytes", "qlora_tui")
 """Packages whose objects may hold tensors of a quantized weight."""
 _MIN_DIMENSIONS = 2
-"""Minimum number of dimensions of a plain parameter or buffer that moves. Norms and biases, with one
-dimension, stay.
+"""Minimum number of dimensions of a plain parameter or buffer that is streamed. Norms and biases have one
+dimension, and stay on the device.
 """
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -80,7 +80,7 @@ _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 def movable_tensors(layer: nn.Module) -> list[Tensor]:
-    """Return every tensor object of a layer that moves. Several objects may share memory."""
+    """Return the tensor objects of a layer that can be streamed. Several objects may share memory."""
     by_id: dict[int, Tensor] = {}
     for module in layer.modules():
         for tensor in _owned_tensors(module):
@@ -182,7 +182,7 @@ ALIGNMENT_BYTES = 256
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """The tensors of one layer that move, and the offset of each in the layer's buffer."""
+    """The streamed tensors of one layer, and the offset of each in the layer's buffer."""
 
     tensors: tuple[Tensor, ...]
     offsets: tuple[int, ...]
@@ -228,7 +228,7 @@ _SLOTS = 2
 
 
 class LayerSlots:
-    """Two device buffers for the streamed layers of a model, in the order of the forward."""
+    """Two device buffers for the streamed layers of a model. Layers are numbered in forward order."""
 
     def __init__(self, sizes: Sequence[int], copies: Copies) -> None:
         """Allocate the buffers for layers of ``sizes`` bytes."""
@@ -258,7 +258,7 @@ class LayerSlots:
 
     def receives(self, place: int) -> bool:
         """Return whether the bytes of a layer arrive in its slot. The slot is then marked empty. The bytes
-        are copied twice, because on affected systems the first copy may succeed.
+        are copied twice, because on a system where copies do nothing, the first one may still succeed.
         """
         slot, source = self._slot_of(place), self._layers[place]
         assert source is not None
@@ -273,7 +273,7 @@ class LayerSlots:
         return True
 
     def enter(self, place: int, purpose: Pass) -> None:
-        """Copy the layer into its slot before the next computation, and start to copy the following one.
+        """Make sure that the layer is in its slot when it computes, and start to copy the next layer.
 
         All computation of the layers that ran before must have ended, or be queued on the device.
         """
@@ -294,7 +294,9 @@ class LayerSlots:
         return place % len(self._slots)
 
     def _following(self, place: int, purpose: Pass) -> int | None:
-        """Return the layer that runs next; None if the slots already hold it."""
+        """Return the layer that runs after ``place``; None at the end of the forward or backward of a
+        step, because the slots hold the layers with which the next pass begins.
+        """
         last = len(self._layers) - 1
         if purpose == "backward":
             return place - 1 if place else None
