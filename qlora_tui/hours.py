@@ -165,7 +165,7 @@ def _window(part: str) -> _Window:
     start_hour, start_minute, end_hour, end_minute = (int(part or 0) for part in times.groups())
     start, end = 60 * start_hour + start_minute, 60 * end_hour + end_minute
     if max(start_minute, end_minute) > 59 or start >= _DAY_MINUTES or end > _DAY_MINUTES:
-        raise ValueError(f"{times[0]} is not from 00:00 to 24:00")
+        raise ValueError(f"{times[0]} has a time that is not between 00:00 and 24:00")
     return _Window(days, start, end if end > start else end + _DAY_MINUTES)
 
 

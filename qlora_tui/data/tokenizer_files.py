@@ -81,7 +81,8 @@ def panics_as_errors() -> Iterator[None]:
         raise UserError(
             "The tokenizer failed",
             what=f"The model's tokenizer cannot encode or decode a text: {error}.",
-            why="The model's tokenizer.json is damaged, or asks for more than the library can do.",
+            why="The model's tokenizer.json is damaged, or needs something that the tokenizers "
+            "library cannot do.",
             fix="Download the model's tokenizer files again, or choose another copy of the model.",
         ) from None
 

@@ -56,13 +56,15 @@ def without_text(name: str, values: _Values) -> UserError | None:
         return UserError(
             "Tokens instead of text",
             what=f"{name} contains token ids of an unknown tokenizer in 'input_ids'.",
-            why="Token ids fit only their own tokenizer, and have a fixed template and length.",
+            why="Token ids are valid only for the tokenizer that made them, and their chat template and "
+            "length cannot be changed.",
             fix="Use the original text.",
         )
     if _mostly(values, lambda v: _is_segments(v.get("segments"))):
         return UserError(
             "Text in segments",
-            what=f"{name} is in axolotl's template-free format, where each of 'segments' is trained or not.",
+            what=f"{name} is in axolotl's template-free format, in which each item of 'segments' says "
+            "whether it is trained on.",
             why="qlora-tui lets a chat template decide which parts are trained on.",
             fix="Convert the file to messages, or join the segments into one text to train on all of it.",
         )
@@ -79,7 +81,7 @@ def without_text(name: str, values: _Values) -> UserError | None:
         "Prompts without answers",
         what=f"{name} contains prompts without answers, in the columns {', '.join(sorted(columns))}.",
         why="Prompts alone are for reinforcement learning (PPO, GRPO), which is not supported.",
-        fix='Choose a file with answers, or name the column with them: columns = { completion = "…" }.',
+        fix='Choose a file with answers, or name the column that holds them: columns = { completion = "…" }.',
     )
 
 
@@ -263,7 +265,7 @@ def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
     others = [c for c in texts if c != first]
     first, last = (first, others[-1]) if others else ("…", "…")
     example = f'columns = {{ prompt = "{first}", completion = "{last}" }}'
-    return f"Map the columns to their parts, as in {example}.", UNMAPPED_COLUMNS
+    return f"Map the columns to the parts of a sample, as in {example}.", UNMAPPED_COLUMNS
 
 
 def has_words(values: Sequence[Mapping[str, Any]], column: str) -> bool:

@@ -263,6 +263,6 @@ def _download_lock(lock: Path, on_status: Callable[[str], None]) -> Iterator[Non
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            on_status("Waiting for another process that downloads the model")
+            on_status("Waiting for another process that is downloading the model")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -96,7 +96,9 @@ def run_demo(
             fix=f"Continue with `qlora-tui resume {run.id} --follow`.",
         )
     questions = sum(map(len, HELD_OUT))
-    on_status(f"Asking the adapter {questions} questions that are not in the data, and the base some of them")
+    on_status(
+        f"Asking the adapter {questions} questions that are not in the data, and asking the base some of them"
+    )
     # torch is needed only from here on, after the run, so that only one model at a time is in memory.
     from qlora_tui.chat.repl import compare_answers
 

@@ -85,7 +85,7 @@ def _notes(source: ChatSource, adapter: Path) -> tuple[str, ...]:
     if recipe.quantization.method in ("nf4", "fp4"):
         stored, remedy = ("MXFP4", "") if _is_mxfp4(recipe.model.id) else ("16-bit", _MERGE_MEASURES)
         notes.append(
-            f"The command serves the adapter on the stored {stored} base, but it was trained on "
+            f"The command serves the adapter on the stored {stored} base, but the adapter was trained on "
             f"{recipe.quantization.method.upper()} weights, so its answers may differ.{remedy}"
         )
     if misread := _misread(recipe.model.id, adapter):

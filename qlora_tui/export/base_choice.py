@@ -47,7 +47,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         """Description of the choice; empty if there was none."""
         if self.unmeasured_because:
             return (
-                "Merged into the dequantized 4-bit base weights of the training. Not compared with the "
+                "Merged into the dequantized 4-bit base weights used in training. Not compared with the "
                 f"original 16-bit weights: {self.unmeasured_because}."
             )
         if self.original_divergence is None or self.dequantized_divergence is None:
@@ -58,7 +58,7 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
         )
         if self.chosen == "dequantized":
             return (
-                "Merged into the dequantized 4-bit base weights of the training. KL divergence from the "
+                "Merged into the dequantized 4-bit base weights used in training. KL divergence from the "
                 f"trained model: {dequantized}, against {original} on the original 16-bit weights."
             )
         return (

@@ -142,7 +142,7 @@ def export_gguf(
             raise UserError(
                 "--within cannot be checked",
                 what=f"llama.cpp cannot compare the files with the adapter. {unchecked}.",
-                fix="Name a type without --within, such as --quant Q8_0.",
+                fix="Leave out --within and name a type, such as --quant Q8_0.",
             )
         job = _Export(content, draft, "" if unavailable else reference, within, on_status)
         files, refused = (job.smallest_within(kinds), ()) if is_auto else job.write_all(kinds)
@@ -312,8 +312,8 @@ class _Export:
         raise UserError(
             "No file type is within the --within limit",
             what=f"The closest type: {nearest.sentence}. --within allows a KL divergence of at most "
-            f"{format_number(self.within)}, and almost as many answers must end their turn as with the "
-            "adapter.",
+            f"{format_number(self.within)}, and the model must stop after an answer almost as often as with "
+            "the adapter.",
             fix="Raise --within, or export as F16.",
         )
 

@@ -158,7 +158,7 @@ def _refusal(status: int, repo: str) -> UserError | None:
         case 403:
             return UserError(
                 "No permission to write to the repository",
-                what=f"The token on this machine may not write to {repo}.",
+                what=f"The token on this machine does not allow writing to {repo}.",
                 why="The token is read-only, or the name belongs to another account.",
                 fix=f"Create a token with write access at {endpoint()}/settings/tokens, or use another name.",
             )

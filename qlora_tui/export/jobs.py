@@ -81,7 +81,8 @@ def _require_portable(recipe: Recipe) -> None:
     if not model or model.startswith(("/", "~", ".")) or Path(model).exists():
         raise UsageError(
             "The job could not fetch the model",
-            what=f"{model or 'No model'} is not an id of the Hub, such as Qwen/Qwen2.5-7B-Instruct.",
+            what=f"{model or 'An empty model.id'} is not a model id on the Hub, such as "
+            "Qwen/Qwen2.5-7B-Instruct.",
             fix="Name the model by its id: --set model.id=…, or in the recipe.",
         )
     if recipe.lora.init_from:

@@ -151,7 +151,7 @@ def reference_answers(
 
     Raises UserError if the model or the run's data cannot be read, or memory is too small.
     """
-    words = "Computing the trained model's answers to compare with"
+    words = "Computing the trained model's answers for the comparison"
     on_status(words)
     tokenizer = chat_tokenizer(source, model_folder(source.recipe, on_status))
     rows, trained = compared_rows(_samples(source, tokenizer), tokenizer, tokens)

@@ -455,7 +455,8 @@ def _unsupported(model_type: str) -> UserError:
     )
     return UserError(
         "This model cannot be exported as GGUF",
-        what=f"The model's type, {model_type}, may be {known} in llama.cpp, but this version cannot write it."
+        what=f"The model's type, {model_type}, may be the architecture {known} of llama.cpp, but this "
+        "version of qlora-tui cannot write that architecture."
         if known
         else f"The model's type is {model_type}, for which no architecture of llama.cpp is known.",
         fix="Export the model with `qlora-tui export merge`: transformers and vLLM load that folder, and "

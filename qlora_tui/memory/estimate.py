@@ -44,7 +44,7 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
-OUTLINE_NOTE = "An outline of the model's layers, until they are read from transformers' class."
+OUTLINE_NOTE = "Based on an outline of the model's layers until they are read from its transformers class."
 PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 """Precisions that the Memory screen compares; fp16 stands for both 16-bit dtypes."""
 
@@ -301,15 +301,15 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
     if traced is not None:
         if traced.uncertain and layout.execution.device == "cuda":
             notes.append(
-                f"{join_words(list(traced.uncertain))}: traced with transformers' own code, which runs where "
-                "their kernels are not installed. With the kernels, a step takes less memory."
+                f"{join_words(list(traced.uncertain))}: traced with transformers' own code, which it uses if "
+                "the kernels for such layers are not installed. With the kernels, a step takes less memory."
             )
     elif layout.architecture.is_outline:
         notes.append(OUTLINE_NOTE)
     elif layout.repeats_states:
         notes.append(
-            "Hidden states are repeated in a loop or in parts of a layer, which the shapes of weights do "
-            "not show."
+            "The model copies hidden states for its experts, runs its layers several times, or divides them "
+            "into more parts than usual. The shapes of its weights do not show how much memory this takes."
         )
     elif layout.computes_more_scores:
         notes.append(
@@ -323,14 +323,14 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
         )
     elif not layout.exact:
         notes.append(
-            "Some layers mix tokens without attention: what they save depends on the installed "
-            "kernels, and is estimated from the widths of their projections."
+            "Some layers mix tokens without attention: what they keep for the backward pass "
+            "depends on the installed kernels, and is estimated from the widths of their projections."
         )
     elif BEYOND_RULES * layout.architecture.saves_beyond_rules > STEP_UNCERTAINTY:
         share = format_percent(layout.architecture.saves_beyond_rules)
         notes.append(
-            f"In a trial, layers of this class saved up to {share} more or less memory for the backward "
-            f"pass than the shapes of their modules suggest."
+            f"In a test, what layers of this class kept for the backward pass took up to {share} more or "
+            "less memory than the shapes of their modules suggest."
         )
     return tuple(notes)
 

@@ -111,7 +111,7 @@ def _experts_sentence(layout: Layout, itemsize: int) -> str:
         )
         return f"{_n(architecture.expert_params)} weights × {itemsize} bytes: fused parameters, {why}."
     matrices = sum(each.params for each in architecture.parameters if each.is_expert_matrices)
-    return f"{_n(matrices)} weights × 0.5 byte, each expert quantized by itself, and their scales and biases."
+    return f"{_n(matrices)} weights × 0.5 byte, plus scales and biases; each expert is quantized separately."
 
 
 def _scales_sentence(recipe: Recipe) -> str:
@@ -129,7 +129,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
     execution, trained = layout.execution, _n(layout.adapter_parameters)
     match execution.optimizer:
         case "adafactor":
-            moments = "The second moment's mean of each row and column of each matrix"
+            moments = "The mean of the second moment for each row and each column of each matrix"
         case "lion_8bit":
             moments = f"One 8-bit moment and its scales: {trained} × about 1 byte"
         case "lion":
@@ -190,7 +190,7 @@ def _activation_sentences(layout: Layout) -> dict[str, str]:
         "dropout": (
             f"The dropout mask of each target's input: {tokens} × width × 1 byte."
             if execution.own_fused
-            else f"A dropped copy of each target's input, and its mask: {tokens} × width."
+            else f"A copy of each target's input after dropout, and the dropout mask: {tokens} × width."
         ),
         "scores": (
             f"Attention scores held in full: {layout.rows} × {layout.architecture.heads} heads × "
@@ -198,7 +198,9 @@ def _activation_sentences(layout: Layout) -> dict[str, str]:
         ),
         "mask": f"Attention mask: {layout.length:,}² elements.",
         "dequantized": f"One weight at a time, dequantized to {compute} bytes per element.",
-        "hidden_gradient": f"The positions in the loss, and the gradient at each: 2 × {tokens} × {hidden}.",
+        "hidden_gradient": (
+            f"Hidden states at the positions in the loss, and their gradients: 2 × {tokens} × {hidden}."
+        ),
         "logits": _logits_sentence(layout),
     }
 
@@ -211,7 +213,7 @@ def _logits_sentence(layout: Layout) -> str:
         return (
             f"{rows:,} positions at a time: "
             f"{rows:,} × {vocabulary} logits × {execution.compute_itemsize} bytes, "
-            f"{min(LOSS_BLOCK_ROWS[execution.device], rows)} of them in 32 bits."
+            f"{min(LOSS_BLOCK_ROWS[execution.device], rows)} of these positions in 32 bits."
         )
     if execution.loss == "liger":
         return f"Liger processes some rows at a time, {vocabulary} logits per row."

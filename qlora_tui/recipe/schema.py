@@ -91,7 +91,7 @@ class Quantization(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         about(
             "Skip",
             "Linear modules that stay in 16 bits, by target pattern: a module (o_proj), or all modules of "
-            "some layers (0,29.all-linear). estimate --quality finds layers for which 16 bits matter.",
+            "some layers (0,29.all-linear). `estimate --quality` finds layers for which 16 bits matter.",
             "Two bytes per weight of these modules.",
         ),
     ] = ()
@@ -236,9 +236,9 @@ class Source(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str,
         about(
             "Excluded rows",
-            'Rows that are left out, by number: "3, 17, 40-45". In a folder that means these rows of every '
-            'file; "a.jsonl: 3, 17; more/b.jsonl: 40-45" names rows of two of its files. Rows of JSONL and '
-            "text files are numbered by their first line.",
+            'Rows that are left out, by number: "3, 17, 40-45". For a folder, such numbers apply to every '
+            'file; "a.jsonl: 3, 17; more/b.jsonl: 40-45" names rows of two of its files. In JSONL and text '
+            "files, the number of a row is that of its first line.",
         ),
     ] = ""
 
@@ -259,8 +259,8 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         about(
             "Validation seed",
-            "Seed that chooses the validation rows of a fraction: set it to compare runs with other seeds "
-            "on the same rows. 0: the run's seed.",
+            "Seed for choosing the validation rows, if they are a fraction of the sources: set it to compare "
+            "runs with different seeds on the same rows. 0: the run's seed.",
             ge=0,
             lt=2**32,
         ),

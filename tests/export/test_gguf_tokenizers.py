@@ -104,7 +104,7 @@ def test_what_llama_cpp_splits_otherwise_is_noted(tmp_path: Path, name: str, tex
     "name, template, note",
     [
         ("llama-3", "{{ bos_token }}{{ strftime_now('%d %b') }}", "prints the date"),
-        ("qwen2", "{{ bos_token }}{{ messages[0]['content'] }}", "writes the end token in its place"),
+        ("qwen2", "{{ bos_token }}{{ messages[0]['content'] }}", "writes the EOS token in its place"),
         ("llama-3", "{{ bos_token }}{{ messages[0]['content'] }}", ""),
         ("qwen2", "{{ messages[0]['content'] }}", ""),
     ],

@@ -197,7 +197,8 @@ def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str
             override = f"--override-kv {convention.architecture}.context_length=int:{whole} -c {whole}"
             notes.append(
                 f"The file's context length is {length:,} tokens: with a longer one, llama.cpp computes "
-                f"short texts differently from training (longrope). For longer texts, add {override}."
+                f"short texts differently from training (longrope). For longer texts, "
+                f"add {override} to the llama.cpp command."
             )
     if rope.get("truncate") is False:
         notes.append(
@@ -209,8 +210,8 @@ def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str
         length = window
         notes.append(
             f"Each token attends only to the {window:,} tokens before it, which llama.cpp does not support "
-            f"for this "
-            f"family. The file's context length is {window:,} tokens, so that the answers agree."
+            f"for this family of models. The file's context length is {window:,} tokens, so that the "
+            "answers match those of the trained model."
         )
     return length, tuple(notes)
 

@@ -296,8 +296,8 @@ def _prompt_notes(tokenizer: ChatTokenizer) -> Iterator[str]:
         )
     if "bos_token" in names and tokenizer.bos_id is None:
         yield (
-            "The chat template writes a begin token that the tokenizer lacks. llama.cpp writes the end token "
-            "in its place; training wrote nothing."
+            "The chat template writes the BOS token, but the tokenizer has none. llama.cpp writes the EOS "
+            "token in its place; training wrote nothing."
         )
 
 
