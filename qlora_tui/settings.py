@@ -169,7 +169,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return parse_hours(self.hours)
 
     def cost(self, kwh: float | None) -> str:
-        """Return the cost of an energy, such as ``0.07 EUR``; empty if the energy or the price is unknown."""
+        """Return the cost of energy, such as ``0.07 EUR``; empty if the energy or the price is unknown."""
         price = parse_price(self.price_per_kwh)
         if kwh is None or price is None:
             return ""
@@ -185,7 +185,7 @@ KEYS_IN_FILE = {field.name: field.encode_name for field in msgspec.structs.field
 
 @cache
 def parse_hours(text: str) -> Hours:
-    """Parse the value of ``hours``. Raises ValueError with a sentence."""
+    """Parse the value of ``hours``. Raises ValueError, whose text tells the user what is wrong."""
     return Hours.parse(text)
 
 
@@ -193,7 +193,7 @@ def parse_hours(text: str) -> Hours:
 def parse_price(text: str | float) -> tuple[str, float, str] | None:
     """Return the unit before a price, its amount, and the unit after it; None if there is no price.
 
-    Raises ValueError with a sentence.
+    Raises ValueError, whose text tells the user what is wrong.
     """
     if not (written := str(text).strip()):
         return None
@@ -218,7 +218,7 @@ def setting_problem(name: str, value: Any) -> str:
 
 
 class LiveSettings:
-    """The current settings, for processes that run longer than a version of the file."""
+    """The current settings, for processes that keep running while the file is changed."""
 
     def __init__(self) -> None:
         self._read_from: tuple[Path | None, int | None] = None, None

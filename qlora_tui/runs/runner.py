@@ -95,17 +95,19 @@ class _Queue:
         self._holds: dict[str, Hold | None] = {}
         """Last hold of each waiting run, by the run's id."""
         self._postponed: dict[str, tuple[float, float]] = {}
-        """For each run that could not be started, by id: (Unix time of the next attempt, seconds to wait if
-        that attempt fails).
+        """For each run that could not be started, by id: (time of the next attempt as returned by
+        ``time.monotonic``, seconds to wait if that attempt fails).
         """
         self._training: dict[str, tuple[threading.Thread, Devices]] = {}
-        """Threads that supervise runs, with the devices of the runs, by the run's id."""
+        """For each run in training, by id: the thread that supervises it, and the devices of the run."""
         self._has_ended = threading.Event()
         """Set when a thread has ended since the last check of the queue."""
         self._seen: tuple[list[GpuDevice], Settings] | None = None
         """The machine's GPUs and the settings at the last check of the queue."""
         self._wanted: dict[tuple[str, str], Wanted] = {}
-        """Requirements of runs, by id and chosen GPU. Cached, because estimating what fits takes time."""
+        """Devices that runs need, by run id and chosen GPU. Cached, because it takes time to estimate the
+        memory of a run.
+        """
 
     def work(self) -> None:
         """Work until no run waits or trains."""
@@ -154,7 +156,7 @@ class _Queue:
                 self._postpone(run)
 
     def _postpone(self, run: RunDir) -> None:
-        """Try a run that could not be started again later; each failure doubles the wait."""
+        """Try later to start a run that could not be started. Each failure doubles the wait."""
         _, wait_s = self._postponed.get(run.id, (0.0, POSTPONE_S))
         self._postponed[run.id] = time.monotonic() + wait_s, min(2 * wait_s, MAX_POSTPONE_S)
 
@@ -200,7 +202,10 @@ class _Queue:
             self._start(run, devices, self._supervisor.begin)
 
     def _wanted_by(self, run: RunDir, unavailable: set[str]) -> Wanted:
-        """Return a run's requirement: the earlier one while too few of its devices are free."""
+        """Return the devices that a run needs. While too few of them are free, this is the cached result.
+
+        Once enough are free, the result is computed again.
+        """
         key = run.id, run.gpu
         if (wanted := self._wanted.get(key)) is not None:
             used = self._gate.programs_on(run, wanted.free(unavailable))
@@ -241,7 +246,7 @@ def _wanted(run: RunDir) -> Wanted:
 
 
 def _guarded(run: RunDir, work: Callable[[RunDir], None]) -> bool:
-    """Run ``work`` on one run. Log any error and return False, so that other runs continue."""
+    """Call ``work`` with a run. If it fails, log the error and return False, so that other runs continue."""
     try:
         work(run)
     except (OSError, UserError) as error:

@@ -1,9 +1,9 @@
 """Running servers, read from their state files: address, models and current state.
 
-The server on port 8000 replaces ``servers/8000.json`` in the state folder about once a second, and deletes it
-when it ends. ``servers/8000.key`` has its API key. :mod:`qlora_tui.serving` writes both files. A server that
-was started in the background writes its output to ``servers/8000.log``, which stays until the next server on
-that port.
+A server on port 8000, for example, writes ``servers/8000.json`` in the state folder, replaces it within about
+a second whenever its state changes, and deletes it when it ends. ``servers/8000.key`` contains its API key.
+:mod:`qlora_tui.serving` writes both files. A server that was started in the background writes its output to
+``servers/8000.log``, which is kept until the next server is started in the background on that port.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
     engine_pid: int = 0
     """Process id of the engine that holds the model; 0 if there is none."""
     memory_bytes: int = 0
-    """Memory of the loaded model, without keys and values."""
+    """Memory of the loaded model, without its KV cache."""
     is_local: bool = True
     """Whether only programs on this machine can reach the server."""
     key_file: str = ""
@@ -68,7 +68,7 @@ class ServerStatus(Struct, frozen=True, kw_only=True):
 LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
 _START_S = 30.0
-"""Seconds within which a server in the background must listen."""
+"""Maximum seconds until a server that was started in the background accepts connections."""
 _STOP_S = 10.0
 _DECODER = msgspec.json.Decoder(ServerStatus)
 
@@ -105,7 +105,7 @@ def server_on(port: int) -> ServerStatus | None:
 def start_in_background(arguments: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerStatus:
     """Start ``qlora-tui serve`` in a process that outlives this one, and return once it listens.
 
-    Raises UserError if the process ends before that.
+    Raises UserError if the process ends before that, or does not listen within 30 seconds.
     """
     # A running server on the same port still writes to its own log.
     log_path = servers_dir() / f"start-{os.getpid()}.log"

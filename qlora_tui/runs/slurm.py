@@ -181,7 +181,10 @@ def was_asked_lately() -> bool:
 
 
 def asked_path() -> Path:
-    """Return the path of a file whose mtime is the time of Slurm's last answer. Calls of Slurm lock it."""
+    """Return the path of a file whose mtime is the time of Slurm's last answer.
+
+    The file is locked while Slurm is asked.
+    """
     return paths.state_dir() / "squeue.asked"
 
 
@@ -331,7 +334,7 @@ def cancel(job: str) -> None:
 
 
 def requeue(job: str) -> None:
-    """Make a job of this process end and start again later. Raises UserError."""
+    """Requeue the job that runs this process: Slurm ends it and starts it again later. Raises UserError."""
     _call("scontrol", "requeue", job)
 
 

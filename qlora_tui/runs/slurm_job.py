@@ -1,10 +1,11 @@
 """The program of a cluster job: trains one run, and turns a time limit into a pause.
 
-``python -m qlora_tui.runs.slurm_job RUN`` replaces the job's script. Slurm sends SIGTERM to it before the
-time limit, and when another job takes the node. The run then saves within the current step, and Slurm is
-asked to start the job again, which resumes exactly. Retries after memory ran out, the ending and its
-notification work as in the queue (:mod:`qlora_tui.runs.supervision`). The trainer is a step of the job
-(``srun``), so that Slurm ends it with the job, however this process ends.
+The job's script replaces itself with ``python -m qlora_tui.runs.slurm_job RUN`` (``exec``). Slurm sends
+SIGTERM to this process before the time limit, and when another job takes the node. The run then saves within
+the current step, and Slurm is asked to start the job again. The restarted job resumes the run exactly.
+Retries after running out of memory, the record of how the run ended, and the notification work as in the
+queue (:mod:`qlora_tui.runs.supervision`). The trainer is a step of the job (``srun``), so that Slurm ends it
+with the job, however this process ends.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class _Job(Supervisor):
         return nullcontext()
 
     def take(self, run: RunDir, devices: Devices) -> None:
-        """Record that this job starts a trainer, so that no runner on another machine records its ending."""
+        """Record that this job starts a trainer for the run.
+
+        A runner on another machine then does not record how the run ended.
+        """
         record_devices(run, devices)
         run_queue.take(run, process_identity())
 
@@ -79,7 +83,7 @@ class _Job(Supervisor):
         return _BY_SIGNAL - exit_code if exit_code > _BY_SIGNAL else exit_code
 
     def trainer_ended(self, run: RunDir, exit_code: int) -> None:
-        """Record that Slurm's signal paused the run, even if its trainer did not handle signals yet."""
+        """Record that the run is paused if Slurm's signal ended the trainer before it handled signals."""
         if exit_code == -signal.SIGTERM:
             append_event(run.events_path, Paused(step=recorded_status(run).step, hold=Hold(cause="limit")))
 

@@ -49,7 +49,7 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     state: State
     at: UnixTime
-    """Unix time at which the file was written, which serves as the heartbeat."""
+    """Unix time at which this status was written. It also counts as the time of the last heartbeat."""
     process: ProcessIdentity | None = None
     phase: events.Phase | None = None
     step: Count = 0
@@ -62,10 +62,12 @@ class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):
     micro_batches: Count = 0
     """Micro-batches of the current step; 0 until the first one is done."""
     hold: Hold | None = None
-    """Why a queued run waits, other than for earlier runs, or why a running one rests."""
+    """Why a queued run waits, or a running run rests; None if a queued run waits only for earlier runs."""
 
     def transition(self, state: State, *, process: ProcessIdentity | None = None, detail: str = "") -> Status:
-        """Return a status with another state from now on, which keeps the run's progress."""
+        """Return this status with a new state and the current time. The step, the number of steps and the
+        loss are kept.
+        """
         return structs.replace(
             self,
             state=state,
@@ -83,7 +85,10 @@ _DECODER = msgspec.json.Decoder(Status)
 
 
 def write_status(run: RunDir, status: Status) -> None:
-    """Replace ``status.json``, durably against a power cut. Raises OSError."""
+    """Replace ``status.json``; it survives a power cut. Delete the heartbeat unless the run is active.
+
+    Raises OSError.
+    """
     atomic_write(run.status_path, msgspec.json.encode(status), durable=True)
     if status.state not in ACTIVE:
         run.heartbeat_path.unlink(missing_ok=True)
@@ -165,7 +170,7 @@ def _status_of_job(run: RunDir, status: Status, submission: Submission) -> Statu
 
 
 def held_words(status: Status) -> str:
-    """Return what a run waits for, such as ``paused until 23:00 (hours)``; empty if only for earlier runs."""
+    """Describe the hold of a run, such as ``paused until 23:00 (hours)``; empty if it has none."""
     if status.hold is None:
         return ""
     how = "resting" if status.state in ACTIVE else "paused" if status.step else "waiting"
@@ -236,7 +241,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
 
 
 def describe_runner() -> str:
-    """Describe what prevents the runner from taking runs, in a sentence; empty if nothing is known to."""
+    """Describe, in a sentence, what prevents the runner from taking runs; empty if no obstacle is known."""
     try:
         pid = int(read_regular(runner_lock_path(), 32))
         command = Path(f"/proc/{pid}/cmdline").read_bytes()

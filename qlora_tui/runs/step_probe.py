@@ -38,7 +38,7 @@ class StepProbe(Struct, frozen=True, kw_only=True):
 
     @property
     def words(self) -> str:
-        """The result in words: ``measured in three steps: 1.2 s a step, peak 1.3 GiB``."""
+        """The result in words: ``measured in three steps: 1.2 s per step, peak 1.3 GiB``."""
         count = "three steps" if self.steps == STEPS else "one step" if self.steps == 1 else "two steps"
         each = format_duration(self.seconds / self.steps)
         return f"measured in {count}: {each} per step, peak {format_bytes(self.peak_bytes)}"
@@ -52,11 +52,12 @@ def probe_steps(
 ) -> StepProbe:
     """Train three steps of a recipe, discard them, and return their cost. Takes as long as starting a run.
 
-    They are trained on the device that a launch would take, in one process also if the recipe has several.
+    The steps are trained in one process, on the first device that a launch would take, even if the recipe
+    uses several.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: Runs have all devices, or the recipe cannot be trained here.
+        UserError: Other runs use all devices, or the recipe cannot be trained here.
     """
     require_runnable(recipe)
     device = _free_device(recipe)
@@ -75,7 +76,7 @@ def probe_steps(
 
 
 def _free_device(recipe: Recipe) -> Devices:
-    """Return the one device that a launch would take first. Raises UserError if runs have all of them."""
+    """Return the first device that a launch would take. Raises UserError if other runs use all devices."""
     wanted = wanted_devices(replace_setting(recipe, "training.gpus", 1), os.environ)
     device = choose(wanted, taken_keys())
     if device is None:

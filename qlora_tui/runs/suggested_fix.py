@@ -1,4 +1,4 @@
-"""Fixes for a warning or failure that one key applies: a request to the trainer, or a changed recipe."""
+"""Fixes for a warning or failure, applied with one key: a request to the trainer, or a changed recipe."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SuggestedFix:
     """A new learning rate, a stop, or changes for the next run."""
 
     label: str
-    """Description of the fix, such as ``halve the learning rate, to 1e-4``."""
+    """Description of the fix, such as ``halve the learning rate of this run, to 1e-4``."""
     rate: float | None = None
     """Learning rate to request from the running trainer."""
     stop: bool = False
@@ -107,7 +107,9 @@ def _fix_for(kind: str, state: State, recipe: Recipe) -> SuggestedFix | None:
 
 
 def _less_memory(recipe: Recipe, last_plan: RetryPlan) -> dict[str, Any]:
-    """Return settings that need less memory than the last attempt, shorter samples only as a last resort."""
+    """Return settings that need less memory than the last attempt. Samples are shortened only as a last
+    resort.
+    """
     last_plan = structs.replace(last_plan, kept_layers=None, resident_layers=None)
     plan = reduce_memory(recipe, last_plan)
     changes = {f"training.{name}": value for name, value in (plan or last_plan).overrides().items()}

@@ -86,8 +86,8 @@ def read_facts(
 
 
 def _free_bytes(machine: Machine) -> int:
-    """Return the free memory, in bytes. If a run is active, return all memory, because the run will free its
-    memory.
+    """Return the free memory, in bytes. Return all memory if its size is only assumed, if the free memory is
+    unknown, or if a run is active, because that run will free its memory.
     """
     if machine.active or machine.budget.is_assumed or machine.free_bytes is None:
         return machine.budget.bytes
@@ -95,7 +95,10 @@ def _free_bytes(machine: Machine) -> int:
 
 
 def _past_runs(recipe: Recipe) -> tuple[tuple[PastRun, ...], int]:
-    """Return the results of runs with this model on these files, and the number of outdated runs."""
+    """Return the results of earlier runs with the recipe's model and data files.
+
+    Also returns the number of such runs that are left out because the files have changed since.
+    """
     sources = list(every_source(recipe.data))
     stamps = [stamp for source in sources for stamp in source_stamps(source)]
     changed_at = max((modified_ns / 1e9 for _, modified_ns, _ in stamps), default=0.0)
@@ -125,7 +128,9 @@ def _same_data(model: str, names: list[str]) -> Iterator[tuple[RunDir, Recipe]]:
 
 
 def _result(run: RunDir, recipe: Recipe, view: RunView) -> PastRun | None:
-    """Return the result of an ended run; None if it has no validation loss since training began."""
+    """Return the result of a run that finished or was stopped; None for any other run, or if no validation
+    loss was measured after step 0.
+    """
     if not isinstance(view.ending, Finished | Stopped):
         return None
     data, best = view.data, view.best

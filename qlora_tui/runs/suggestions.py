@@ -71,17 +71,21 @@ rate of full fine-tuning (LoRA Without Regret)."""
 _BITS_PER_PARAMETER = 2
 """Bits that a trained parameter can store (Physics of Language Models 3.3, used by LoRA Without Regret)."""
 _BITS_PER_TOKEN = 1
-"""Usual loss of a language model in bits per token, which bounds what there is to store (same source)."""
+"""Usual loss of a language model in bits per token. It limits how much information a token contributes
+(same source).
+"""
 _COMPARED_RANKS = (8, 256)
-"""Lowest and highest rank in the QLoRA paper's search, which did not differ on all layers (figure 4)."""
+"""Lowest and highest rank that the QLoRA paper compared. With adapters on all layers, the ranks made no
+difference (figure 4).
+"""
 _HIGHEST_RANK = 512
 """Highest rank that LoRA Without Regret compared."""
 _EPOCHS = (1.0, 3.0)
 """Range of epochs that Unsloth's guide recommends. The QLoRA paper's OASST1 runs have 3 epochs: 1,875
 steps of 16 out of 9,209 samples."""
 _EPOCHS_OF_FEW = (3.0, 15.0)
-"""Range of epochs for few samples. LIMA trained for 15 epochs on 1,000 samples, and kept a checkpoint of
-epochs 5 to 10.
+"""Range of epochs for few samples. LIMA trained for 15 epochs on 1,000 samples, and selected a
+checkpoint between epochs 5 and 10.
 """
 _FEW_SAMPLES = 1000
 """Number of LIMA's samples."""
@@ -98,7 +102,7 @@ _LEAST_RATED = 8
 own rule.
 """
 _PACKED = 1.05
-"""Samples per sequence from which sequences are called packed."""
+"""Mean number of samples per sequence above which the sequences are called packed."""
 _MOST_ROUNDS = 4
 """Maximum number of rounds. All suggestions are derived again until none changes, because a lower rank or a
 smaller batch may leave memory for a longer sequence."""
@@ -188,7 +192,7 @@ class Suggestion:
 
 
 def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Suggestion, ...]:
-    """Return a suggestion for each topic, in the order in which they depend on each other.
+    """Return a suggestion for each topic. Each suggestion takes the earlier ones into account.
 
     Args:
         facts: The facts to derive suggestions from.
@@ -196,7 +200,7 @@ def suggest(facts: SuggestionFacts, kept: Collection[Topic] = ()) -> tuple[Sugge
             account.
 
     Raises:
-        UserError: The memory of this model, or its target modules, cannot be estimated.
+        UserError: The memory cannot be estimated: the model or its target modules are not supported.
     """
     recipe = facts.recipe
     for _ in range(_MOST_ROUNDS):
@@ -361,7 +365,9 @@ def _epochs(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the published samples per step, fewer for a short run, and the fastest micro-batch."""
+    """Suggest the published number of samples per step, or fewer if the run is short, and the fastest
+    micro-batch that fits.
+    """
     samples, sequences = _units(facts, recipe), _sequences(facts, recipe)
     per_sequence = samples / sequences
     seen = samples * recipe.training.epochs
@@ -426,7 +432,7 @@ def _batch(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
-    """Suggest the best rate of earlier runs that differ in nothing else, or the published rate."""
+    """Suggest the best rate of earlier runs that differ only in their rate, or the published rate."""
     path, now = "training.learning_rate", facts.recipe.training.learning_rate
     alike = [run for run in facts.past if _same_method(run.recipe, recipe)]
     if (compared := _compared_rates(alike)) is not None:
@@ -463,8 +469,8 @@ def _rate(facts: SuggestionFacts, recipe: Recipe) -> Suggestion:
 
 
 def _compared_rates(alike: Collection[PastRun]) -> tuple[float, str] | None:
-    """Compare runs that differ only in the learning rate. Return the best rate and the reason; None if there
-    are fewer than two such rates.
+    """Compare runs that differ only in the learning rate. Return the best rate and the reason; None if no two
+    such runs have different rates.
     """
     groups: dict[bytes, list[PastRun]] = {}
     for run in alike:
@@ -527,7 +533,9 @@ def _about(number: float) -> str:
 
 
 def _fitted(facts: SuggestionFacts, recipe: Recipe) -> SampleLengths:
-    """Return the samples as trained at the recipe's length: truncated, dropped or split."""
+    """Return the lengths of the samples after those above the recipe's maximum length are truncated, dropped
+    or split.
+    """
     limit, lengths, sources = recipe.data.max_length, array("I"), array("H")
     whole, of_each = array("I", facts.known.lengths), array("H", facts.known.sources)
     together = 2 if recipe.trains_pairs else 1

@@ -41,13 +41,13 @@ POLL_S = 0.5
 EXITING_S = 60.0
 """Seconds that a trainer may take to exit after recording the ending of its run."""
 SWEEP_TRIES = 3
-"""Number of times that a sweep's process is started again if it is killed."""
+"""Maximum number of times that a sweep's process is started. It is started again only if it is killed."""
 _RELEASE_S = 2.0
-"""Seconds within which the lock against suspending must be released."""
+"""Maximum seconds to wait until the lock that prevents suspending is released."""
 
 
 class Supervisor:
-    """Trains queued runs to their ends. Thread-safe, with one thread for each run."""
+    """Trains queued runs to their ends. Several threads can share a supervisor, each for a different run."""
 
     starts_through: tuple[str, ...] = ()
     """Command that starts the trainer, such as srun."""
@@ -59,7 +59,10 @@ class Supervisor:
         self._hold = hold
 
     def begin(self, run: RunDir, devices: Devices) -> None:
-        """Train a run to its end. Raises UserError if the run or a device is in use."""
+        """Train a run to its end. If a device is in use, a queued run stays in the queue.
+
+        Raises UserError if the run is in use, or if a device is in use and the run is not queued.
+        """
         deadline = time.monotonic() + EXITING_S
         # The previous trainer may still be exiting, without a parent that waits for it.
         while is_locked(run.trainer_lock_path):
@@ -107,7 +110,10 @@ class Supervisor:
         *,
         host_out_of_memory: bool = False,
     ) -> RetryPlan | None:
-        """Record how an attempt ended; return a plan of another one if less memory can help, or None."""
+        """Record how an attempt ended.
+
+        Returns a plan for another attempt if using less memory can help; None otherwise.
+        """
         if run.is_deleted:
             log(f"{run.id}: it was deleted while it was training")
             return None
@@ -148,9 +154,9 @@ class Supervisor:
         self._report_end(run)
 
     def ask_to_give_way(self, run: RunDir, devices: Devices) -> bool:
-        """Request that a run in training saves and frees its devices if it must not train now.
+        """If a run in training must not train now, ask it to save and to free its devices.
 
-        Returns whether this was requested.
+        Returns whether it was asked.
         """
         hold = self._hold(run, devices.devices)
         if hold is not None:
@@ -160,7 +166,10 @@ class Supervisor:
         return False
 
     def claim(self, devices: Devices) -> AbstractContextManager[tuple[int, ...] | None]:
-        """Lock a run's devices inside the block; yield descriptors to inherit, or None if one is in use."""
+        """Lock a run's devices inside the block.
+
+        Yields the file descriptors that the trainer must inherit, or None if a device is in use.
+        """
         return claimed(devices)
 
     def awake(self) -> AbstractContextManager[None]:
@@ -192,11 +201,15 @@ class Supervisor:
         return exit_code
 
     def requeue(self, run: RunDir) -> None:
-        """Return a run that yielded its devices to its place in the queue. Raises OSError."""
+        """Put a run back in its place in the queue after it has freed its devices. Raises OSError."""
         run_queue.requeue(run, first=True)
 
     def notify(self, run: RunDir) -> None:
-        """Notify the user how a run or its sweep ended. Raises OSError, UserError."""
+        """Notify the user of how a run ended. If the run belongs to a sweep, advance the sweep instead,
+        which notifies the user when the sweep ends.
+
+        Raises OSError, UserError.
+        """
         if sweep := run.sweep:
             # Advance sweeps before removing the mark of an unhandled ending: if this runner is killed now,
             # the next one repeats it.

@@ -63,7 +63,7 @@ class _Power(Struct):
 
 
 class _Sample(Struct):
-    """The fields of a telemetry line that energy depends on, so that hours of lines decode quickly."""
+    """The fields of a telemetry line that the energy depends on. Decoding only these saves time."""
 
     at: UnixTime
     gpu: _Power | None = None

@@ -19,11 +19,11 @@ from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import Status, read_status
 
 _RATE_STEPS = 20
-"""Number of steps from which the remaining time is estimated."""
+"""Number of recent steps whose speed determines the estimate of the remaining time."""
 
 
 class StepSeries:
-    """Steps as columns, one number per step, named like the fields of a step event."""
+    """Steps as columns. A column is named like a field of a step event, and has one number per step."""
 
     def __init__(self) -> None:
         self.step = array("q")
@@ -42,7 +42,7 @@ class StepSeries:
         return len(self.step)
 
     def append(self, event: events.Step) -> None:
-        """Add a step, after removing this step and later ones."""
+        """Add a step. First remove any earlier record of this step and of later steps."""
         if self.step and event.step <= self.step[-1]:
             self.cut(event.step)
         for name, column in vars(self).items():
@@ -50,9 +50,9 @@ class StepSeries:
             column.append(math.nan if value is None else value)
 
     def seconds(self, first: int = 0) -> float:
-        """Return the training time of the steps from index ``first`` on, excluding evaluations and pauses.
+        """Return the training time of the steps starting at index ``first``, without evaluations and pauses.
 
-        Computed from the trainer's own throughput, because the clock may have been set.
+        Computed from the throughput that the trainer measured, because the system clock may have changed.
         """
         before = self.tokens[first - 1] if first else 0
         total = 0.0
@@ -66,7 +66,7 @@ class StepSeries:
         """Remove all but the last ``most`` (at least 1) steps, for a run whose long history is stored
         elsewhere.
 
-        The first remaining step then stands for all tokens before it in :meth:`seconds`.
+        In :meth:`seconds`, the first remaining step then includes the tokens of all removed steps.
         """
         for column in vars(self).values():
             del column[:-most]
@@ -97,7 +97,7 @@ class RunView:
         self.attempt = 0
         self.started_at: float | None = None
         self.plan = RetryPlan()
-        """Settings of the last attempt; empty if its event lacks them."""
+        """Settings of the last attempt; empty if its ``started`` event lacks them."""
         self.step_chosen: events.StepChosen | None = None
         """Batch that the attempt chose for the free memory; None if the recipe sets it."""
         self.phase: events.Phase | None = None
@@ -110,13 +110,13 @@ class RunView:
         self.memory: events.MemoryMeasured | None = None
         self.evaluations: list[events.Evaluated] = []
         self.validation_change: events.ValidationCompared | None = None
-        """Validation loss of the final adapter and of the start; None until the run ends with an adapter."""
+        """Validation loss before and after training; None until the run ends with an adapter."""
         self.checkpoints: list[events.CheckpointSaved] = []
         self.samples: list[events.SampleGenerated] = []
         self.health: list[events.Health] = []
         self.ending: events.RunEnded | None = None
         self.requested_ending = ""
-        """Request to end this attempt that the trainer accepted; empty if there is none."""
+        """Request, accepted by the trainer, to end this attempt; empty if there is none."""
 
     @classmethod
     def from_sample(cls, run: RunDir, steps: int) -> tuple[Self, list[events.AnyEvent]]:
@@ -173,7 +173,9 @@ class RunView:
 
     @property
     def best(self) -> events.Evaluated | None:
-        """The evaluation with the lowest loss since training began, or the lowest score if it has one."""
+        """The evaluation after step 0 with the lowest score, or the lowest loss if evaluations have no score;
+        None if there is none.
+        """
         scored = [e for e in self.evaluations if e.loss is not None and e.step > 0]
 
         def score(event: events.Evaluated) -> float:
@@ -199,7 +201,10 @@ class RunView:
 
     @property
     def loss_to_beat(self) -> float | None:
-        """Validation loss before training if no later one is lower; None otherwise."""
+        """Validation loss before training, if the best later evaluation did not get below it.
+
+        None otherwise, or if one of the two evaluations is missing.
+        """
         best, before = self.best, self.loss_before_training
         if best is None or best.loss is None or before is None or best.loss < before:
             return None
@@ -229,7 +234,7 @@ class RunView:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean seconds per step of the last steps, with the time between them; None before two steps."""
+        """Mean seconds per step over the last steps, including time between steps; None before two steps."""
         series = self.series
         n = min(len(series), _RATE_STEPS)
         if n < 2:

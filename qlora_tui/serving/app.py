@@ -67,7 +67,9 @@ class Figures:
         self._recent: deque[float] = deque()
 
     def count(self, part: CompletionPart | CompletionResult) -> None:
-        """Count a part of an answer as one token, or count its result."""
+        """Count a part of an answer as one token, to measure the speed, or add the token counts of a
+        finished answer. Parts of a prompt are ignored.
+        """
         if isinstance(part, CompletionResult):
             self.prompt_tokens += part.prompt_tokens
             self.new_tokens += part.new_tokens
@@ -189,9 +191,9 @@ class Api:
         yield replies.DONE
 
     async def _shown(self, body: Body, choices: list[replies.Choice]) -> AsyncGenerator[replies.Json]:
-        """Compute all answers to a request, and yield the events of the stream.
+        """Compute all answers to a request, and yield the objects to stream, if the answers are streamed.
 
-        The answers are appended to ``choices``. Raises ApiError.
+        A choice for each answer is appended to ``choices`` before its computation. Raises ApiError.
         """
         with self._admitted() as admitted:
             model = await self._model(body.model)

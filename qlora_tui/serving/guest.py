@@ -34,7 +34,7 @@ class Guest:
     def __init__(
         self, runs: RunsToServe, aliases: Mapping[str, str] | None = None, idle_unload_s: float | None = None
     ) -> None:
-        """Look up the models to serve. Raises UserError for an alias of no model or with a model's name.
+        """Look up the models to serve. Raises UserError if an alias names no model, or is a model's name.
 
         ``idle_unload_s``: seconds without a request after which the model is unloaded; None keeps it loaded.
         """
@@ -62,7 +62,9 @@ class Guest:
         await self._engine.kill()
 
     async def watch(self) -> None:
-        """Unload the model while a run uses the device, and load it again afterwards, until cancelled."""
+        """Load the model unless a run uses the device. Then, until cancelled, unload it when it is idle or
+        while a run uses the device, and load it again after a run.
+        """
         if not await asyncio.to_thread(run_on, self._device.key):
             self._start_loading()
         while True:

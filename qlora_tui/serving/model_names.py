@@ -1,4 +1,4 @@
-"""The models of a server, and the adapter that each name stands for. Loads no torch."""
+"""The models of a server, and the adapter that each name stands for. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ServedModel:
     """One model that answers."""
 
     name: str
-    """``base``, a run's id, or ``id:120`` for the checkpoint at step 120."""
+    """``base``, a run's id, ``id:120`` for the checkpoint at step 120, or a user's alias."""
     adapter_name: str
     """Name of its adapter in the chat source."""
     thinking: Thinking = "auto"
@@ -49,11 +49,11 @@ class RunsToServe:
     """The runs of a server: given ones, or all runs with the same base."""
 
     def __init__(self, named: Sequence[RunDir] = (), *, with_others: bool = False) -> None:
-        """Select the runs to serve: ``named`` first, or by default all runs with the base of the newest
-        adapter.
+        """Select the runs to serve: the runs in ``named`` or, if there are none, all runs with the base of
+        the newest adapter.
 
-        ``with_others`` adds all other runs with the same base to the named ones. Raises UserError if there is
-        no run, or if two named runs have different bases.
+        ``with_others`` adds all other runs with the same base after the named ones. Raises UserError if there
+        is no run, or if two named runs have different bases.
         """
         newest = next(filter(_has_adapter, all_runs()), None)
         if not named and newest is None:
@@ -102,7 +102,8 @@ class RunsToServe:
 def served_models(runs: RunsToServe, aliases: Mapping[str, str] | None = None) -> ServedModels:
     """Return the models of runs that share a base, as currently on the disk.
 
-    ``aliases`` are the user's. Raises UserError for an alias that names no model, or if no run is left.
+    ``aliases`` are the user's. An alias is left out if it names no model or is the name of a model. Raises
+    UserError if no run is left.
     """
     there = runs.now()
     if not there:

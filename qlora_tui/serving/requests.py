@@ -50,7 +50,7 @@ _NOT_FOLLOWED: dict[str, Any] = {
 }
 """Unsupported parameters that would change the answer, each with the value that has no effect.
 
-Any other value is rejected. Parameters that OpenAI's API does not have are those of vLLM and llama.cpp.
+Any other value is rejected. The parameters that are not part of OpenAI's API come from vLLM and llama.cpp.
 """
 _TEMPLATE_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a chat template that are set from the conversation."""
@@ -202,7 +202,10 @@ class ChatBody(_CommonBody, frozen=True, kw_only=True):
         ]
 
     def _tools(self) -> tuple[tuple[JsonObject, ...], tuple[str, ...]]:
-        """Return the available functions, and the names of which one must be called. Raises ApiError."""
+        """Return the available functions, and the names of those functions of which one must be called.
+
+        The names are empty if no call is required. Raises ApiError.
+        """
         tools, choice = tuple(self.tools or ()), self.tool_choice
         try:
             names = [tool.function.name for tool in msgspec.convert(tools, list[Tool])]

@@ -1,4 +1,4 @@
-"""The process of a server: its socket, key and state file, and how it starts in the background."""
+"""The process of a server: its socket, its API key, and its state file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Server:
         aliases: Mapping[str, str] | None = None,
         idle_unload_s: float | None = None,
     ) -> None:
-        """Open the socket and write the key. Raises UserError."""
+        """Open the socket, and write the API key and the state file. Raises UserError."""
         self._guest = Guest(runs, aliases, idle_unload_s)
         self._figures = Figures()
         self._socket = _open_socket(host, port)
@@ -113,7 +113,9 @@ class Server:
                 raise result
 
     async def _report(self, on_change: Callable[[ServerStatus], None]) -> None:
-        """Write the state file whenever the state changes, and call ``on_change``."""
+        """Check the state once a second. Write the state file if anything in it has changed, and call
+        ``on_change`` if the state of the model or its description has changed.
+        """
         shown: ServerStatus | None = None
         while True:
             status = self.status

@@ -44,7 +44,10 @@ def parse_duration(text: str) -> float:
 
 
 def parse_until(text: str, now: float | None = None) -> float:
-    """Return the next Unix time at a local time of day such as ``07:00``. Raises UserError, exit code 2."""
+    """Return the Unix time of the next moment with a local time of day such as ``07:00``.
+
+    Raises UserError, exit code 2.
+    """
     match = re.fullmatch(r"(\d{1,2}):(\d\d)", text.strip())
     if not match or int(match[1]) > 23 or int(match[2]) > 59:
         raise UsageError("Invalid time", what=f"{text!r} is not a time of day.", fix="Write 07:00 or 23:30.")
@@ -104,7 +107,10 @@ def heaviest_point(sheet: Sheet) -> Point:
 
 @disk_problems()
 def pause(sweep: SweepDir) -> None:
-    """Pause a sweep: its runs save and free their devices. Raises UserError if it is not running."""
+    """Pause a sweep: its runs save and free their devices.
+
+    Raises UserError unless the sweep is running, or waits for a run that the user paused.
+    """
     with locked(sweep.lock_path, patience_s=LOCK_S):
         view = _require(sweep, "running", "waiting")
         sweep.append(SweepPaused())
@@ -126,7 +132,9 @@ def resume(sweep: SweepDir) -> None:
 
 @disk_problems()
 def add_time(sweep: SweepDir, seconds: float) -> float:
-    """Extend a sweep by ``seconds`` from its deadline or from now; return the new deadline as a Unix time.
+    """Extend a sweep to ``seconds`` after its deadline, or after now if that is later.
+
+    Returns the new deadline as a Unix time.
 
     A sweep that has ended continues: first with the trials that its deadline interrupted, then with new ones.
     Raises UserError.

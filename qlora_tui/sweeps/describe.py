@@ -81,8 +81,8 @@ def verdict_sentence(view: SweepView) -> str:
 
 
 def short_verdict(view: SweepView) -> tuple[str, list[str]]:
-    """Return a headline on the best trial, and sentences with the figures behind it, the first the most
-    important. A sweep without a final verdict has those of :func:`verdict_sentence`.
+    """Return a headline about the best trial, and sentences with the figures behind it, the most important
+    one first. Without a final verdict, both come from :func:`verdict_sentence`.
     """
     verdict, winner = view.verdict, view.winner
     if verdict.basis != "confirmed" or winner is None or view.ended is None:
@@ -116,7 +116,7 @@ def _seeds(runs: Sequence[Trial]) -> str:
 
 
 def state_sentence(view: SweepView) -> str:
-    """Return a sentence about what the sweep does: ``Running: round 2 of 3, 3 of 4 trials at its end.``"""
+    """Return a sentence about the sweep's state: ``Running: round 2 of 3, completed by 3 of 4 trials.``"""
     match view.state:
         case "waiting":
             held = next(t for t in view.trials if t.outcome == "paused")
@@ -172,7 +172,7 @@ def outcome_words(trial: Trial) -> str:
 
 
 def unequal_sentence(view: SweepView) -> str:
-    """Return a warning that names the trials with more or fewer tokens than others; empty without any."""
+    """Return a warning that names the trials with more or fewer tokens than the others; empty if none has."""
     names = ", ".join(str(trial.number) for trial in view.unequal_tokens())
     warning = (
         "Unequal training: not all trials were compared after the same number of tokens "
@@ -182,8 +182,8 @@ def unequal_sentence(view: SweepView) -> str:
 
 
 def tie_sentence(view: SweepView) -> str:
-    """Return a sentence that names the trials with the winner's loss, and says why the winner was selected
-    from them; empty if the winner has the lowest loss alone.
+    """Return a sentence that names the trials whose loss looks the same as the winner's, and says why the
+    winner was selected; empty if there are no such trials. Losses are compared as they are displayed.
     """
     winner = view.winner
     if winner is None or winner.final is None:
@@ -207,7 +207,7 @@ def tie_sentence(view: SweepView) -> str:
 
 
 def is_repeat(view: SweepView, trial: Trial) -> bool:
-    """Return whether a run has the values of an earlier run and a different seed."""
+    """Return whether a run repeats an earlier run with a different seed."""
     return trial.role == "confirmation" or trial in view.base_trials[1:]
 
 
@@ -238,9 +238,9 @@ def trial_progress(trial: Trial) -> str:
 
 
 def trial_words(view: SweepView, trial: Trial) -> str:
-    """Return a trial's outcome. The seed precedes it if the trial only repeats settings with another seed.
-    ``winner`` follows the outcome of the winner. If the winner was repeated, the mean of its repeats is given
-    instead: ``winner, mean 1.006``.
+    """Return the outcome of a run. For a run of the unchanged recipe or a repeat, the seed comes first:
+    ``seed 1, finished``. For the winner, the text ends with ``winner`` or, if the winner was repeated, with
+    the mean of its repeats: ``winner, mean 1.006``.
     """
     words = outcome_words(trial)
     if trial.role != "trial":
@@ -275,8 +275,9 @@ def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:
 
 
 def round_title(view: SweepView, number: int) -> str:
-    """Return the title of the column with the losses of a round: ``at 25%``, the share of the steps at which
-    the round ends, or ``round 1`` if that differs between groups of trials.
+    """Return the title of the column with the losses of a round, such as ``at 25%`` if the round ends after
+    25% of the steps. The title is ``round 1`` if this share differs between groups of trials, and ``loss`` if
+    the sweep has only one round.
     """
     if view.rounds == 1:
         return "loss"
@@ -327,8 +328,8 @@ class Bought:
 
 
 def effects_title(view: SweepView) -> str:
-    """Return the title of the table of :func:`what_settings_bought`, with the share of the steps at which its
-    losses were measured.
+    """Return the title of the table of :func:`what_settings_bought`. If the sweep has several rounds, the
+    title says when the losses were measured: at the end of the first round.
     """
     return "effect of settings" + (f", {round_title(view, 1)}" if view.rounds > 1 else "")
 
@@ -351,8 +352,10 @@ def what_settings_bought(view: SweepView) -> list[Bought]:
 
 
 def main_setting(bought: Sequence[Bought], shares: Mapping[str, float]) -> str:
-    """Return the path of the setting that explains most of the differences in loss or, without ``shares``,
-    whose values differ most in their mean loss; empty if there are no losses.
+    """Return the path of the setting that affects the loss most; empty if there are no losses.
+
+    This is the setting with the largest share in ``shares``, the shares of the differences in loss that
+    settings explain. Without ``shares``, it is the setting whose values differ most in their mean loss.
     """
     means: dict[str, list[float]] = {}
     for one in bought:

@@ -1,11 +1,12 @@
 """Metrics of answers, chosen by what the reference answers look like.
 
-The first metric is the one that a verdict names:
+Several metrics may be computed. Verdicts name the first one, which depends on the references:
 
-* tool calls, if rows offer tools and the reference calls one: whether the call is valid;
-* JSON, if the references are JSON: whether the answer is valid JSON;
-* short references: exact match (answers of a few options are decisions: :mod:`.decisions`);
-* anything else: the words shared with the reference (token F1).
+* calls of tools that the rows offer: whether the answer is a valid call;
+* JSON: whether the answer is valid JSON;
+* short texts: whether the answer matches exactly (if it is one of a few options, it is a decision:
+  :mod:`.decisions`);
+* anything else: the words that the answer shares with the reference (token F1).
 """
 
 from __future__ import annotations
@@ -127,9 +128,9 @@ def measure_answers(rows: Sequence[TaskRow]) -> tuple[Metric, ...]:
 
 
 def match_answers(rows: Sequence[TaskRow]) -> list[tuple[bool | None, bool | None]]:
-    """Return whether the answers of base and adapter to each row are the reference.
+    """Return for each row whether the base's answer and the adapter's answer match the reference.
 
-    None if an answer has other words than a free text, since both can be right.
+    None for an answer that differs from a reference in free text, since such an answer may be right too.
     """
     judge = _exact_match([row for row in rows if not row.reference_calls])
 
@@ -218,7 +219,7 @@ def parse_json(text: str) -> Any:
 
 
 def is_json(text: str) -> bool:
-    """Return whether a text is exactly one JSON object or array."""
+    """Return whether a text is one JSON object or array, alone or in one code fence."""
     try:
         parse_json(text)
     except NotJsonError:
@@ -240,6 +241,8 @@ def _refuse(constant: str) -> None:
 
 def fits_tools(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether a call names one of the tools, and its arguments are an object with all required ones.
+
+    If the tool allows no additional properties, the arguments must not include any others.
 
     Args:
         call: A parsed call.
@@ -284,7 +287,7 @@ def _bounded(interval: Interval, low: float, high: float) -> Interval:
 
 
 def _exact_match(plain: Sequence[TaskRow]) -> _Judge | None:
-    """Return the judge of whether an answer is the reference; None if the references are free text.
+    """Return the function that decides whether an answer matches its reference; None for free text.
 
     Args:
         plain: Rows whose references call no tool.

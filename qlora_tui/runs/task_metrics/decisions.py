@@ -1,4 +1,4 @@
-"""The quality of a run's decisions, and the file next to its adapter from which programs decide.
+"""The quality of a run's decisions, and the file that programs need to make decisions with its adapter.
 
 ``decision.json`` in the adapter's folder holds the options and the calibration of their probabilities. Chat,
 server and ``predict`` read it. The report is part of the run's evaluation.
@@ -30,7 +30,9 @@ _VERSION = 1
 _MAX_BYTES = 1 << 24
 _SHOWN_CONFUSIONS = 10
 _WIDEST_MATRIX = 8
-"""Options up to which the whole confusion matrix is shown. Of more, only the most frequent confusions."""
+"""Maximum number of options for which the whole confusion matrix is shown. If there are more, or if the
+options have fields, only the most frequent confusions are shown.
+"""
 
 
 class Calibration(Struct, frozen=True, kw_only=True):
@@ -60,7 +62,7 @@ class Decider(Struct, frozen=True, kw_only=True):
     """Token ids of each option, including the turn end."""
     calibration: Calibration
     layout: RowFormat
-    """How rows of the training data are read, and therefore also rows to decide."""
+    """How rows of the training data are read. Rows to be decided are read in the same way."""
     thinking: Thinking = "auto"
     """Thinking setting that was used in training."""
     versions: dict[str, str] = {}
@@ -101,14 +103,17 @@ class Quality(Struct, frozen=True, kw_only=True):
     calibration_error: Measured
     """Expected calibration error in 15 bins, 0 to 1."""
     honest_error: float | None = None
-    """Calibration error of perfect calibration by chance on as many rows; None in earlier files."""
+    """Mean calibration error that perfectly calibrated probabilities would show on these rows by chance.
+
+    None in files of earlier versions.
+    """
 
 
 class Threshold(Struct, frozen=True):
-    """A confidence from which decisions need no review by a person."""
+    """A minimum confidence. Decisions at or above it need no review by a person."""
 
     target: float
-    """Share of right decisions for which the threshold was chosen."""
+    """Minimum share of right decisions that the threshold was chosen to reach."""
     confidence: float
     """Minimum confidence; 0 if every row may be decided."""
     rows: int
@@ -117,7 +122,7 @@ class Threshold(Struct, frozen=True):
 
 
 class FieldAccuracy(Struct, frozen=True):
-    """Accuracy of one field of the options, which are objects."""
+    """Accuracy of one field, if the options are JSON objects."""
 
     field: str
     accuracy: Measured

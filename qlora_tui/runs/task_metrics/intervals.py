@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MIN_ROWS = 6
-"""Number of rows below which no difference is claimed, because five equal results may be chance."""
+"""Number of rows below which no difference is claimed: even if all of five rows change in the same
+direction, this may be chance.
+"""
 _Z = 1.959964
 """97.5 % quantile of the standard normal distribution."""
 _RESAMPLES = 2000

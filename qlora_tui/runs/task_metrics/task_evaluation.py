@@ -41,19 +41,20 @@ _HEADER = ("", "base", "95% interval", "adapter", "95% interval", "change", "95%
 
 
 class LossChange(Struct, frozen=True, kw_only=True):
-    """Validation loss before and after training on the same rows, in nats per trained token."""
+    """Validation loss on the same rows, before and after training, in nats per trained token."""
 
     rows: int
     before: float
     after: float
     interval: Interval | None
-    """Interval of after minus before, by the bootstrap over rows; None for fewer than two rows."""
+    """Interval of ``after - before``, by the bootstrap over rows; None for fewer than two rows."""
 
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float], tokens: Sequence[int]) -> LossChange:
-        """Compare the losses of rows before and after, each summed over its trained tokens, in nats.
+        """Compare the losses of rows before and after training. The loss of a row is the sum over its trained
+        tokens, in nats.
 
-        Rows with a loss that is not a number are ignored.
+        Rows without trained tokens, or with a loss that is not finite, are ignored.
         """
         rows = [row for row in zip(before, after, tokens, strict=True) if all(map(isfinite, row)) and row[2]]
         total = sum(count for _, _, count in rows) or 1
@@ -95,7 +96,9 @@ class TaskEvaluation(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Report on decisions, if the answers are decisions, which are scored instead of generated."""
     seconds: float = 0.0
     is_of_run: bool = False
-    """True if the loss is that of the validation rows at the run's end, False if it is of references only."""
+    """Whether the loss was measured on all validation rows at the end of the run. If not, it was measured on
+    the references of the answered prompts.
+    """
     is_partial: bool = False
     """Whether prompts were omitted for lack of time at the end of a run."""
     warning: str = ""
@@ -112,7 +115,7 @@ def evaluate_task(
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TaskEvaluation:
-    """Let base and adapter answer validation prompts of a run. Answers of an earlier attempt are reused.
+    """Let base and adapter answer validation prompts of a run. Answers that are already stored are reused.
 
     Args:
         run: A run that has ended with an adapter.
@@ -167,7 +170,9 @@ def describe_metric(metric: Metric) -> str:
 
 
 def describe_loss(loss: LossChange, name: str) -> str:
-    """Return ``name 2.10 → 1.32 on 40 rows (95% interval −0.90 to −0.66)``, where ``name`` is given."""
+    """Return the loss in words, after ``name``: ``validation loss 2.10 → 1.32 on 40 rows (95% interval of the
+    change −0.90 to −0.66)``.
+    """
     values = f"{name} {format_loss(loss.before)} → {format_loss(loss.after)} on {pluralize(loss.rows, 'row')}"
     if loss.rows < MIN_ROWS or loss.interval is None:
         return f"{values}, too few to tell"
