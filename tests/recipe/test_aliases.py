@@ -48,7 +48,10 @@ def test_a_key_of_another_trainer_is_refused_with_ours(
     ("setting", "fix"),
     [
         ('lora.init_weights = "loftq"', "Leave it out, or train with LoftQ in peft"),
-        ('lora.init_weights = "eva"', "Leave it out, or name an adapter that peft initialized"),
+        (
+            'lora.init_weights = "eva"',
+            "Leave it out, or set lora.init_from to an adapter that peft initialized",
+        ),
         ('lora.init_weights = "xavier"', ""),
         ('training.optimizer = "muon"', 'Write "adamw"'),
     ],
