@@ -96,8 +96,8 @@ def find_non_finite(step: int, loss: float, grad_norm: float, *, norm_may_overfl
     return Finding(
         "nan_loss",
         f"The {quantity} is {value} at step {step}.",
-        "Lower Learning rate or raise Warmup ratio, and start again. If it diverges again, change Compute "
-        "dtype.",
+        "Lower Learning rate or raise Warmup ratio, and start again. If the run diverges again, change "
+        "Compute dtype.",
     )
 
 

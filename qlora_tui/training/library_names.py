@@ -70,8 +70,11 @@ def require_names() -> None:
             raise UserError(
                 f"{library} has changed",
                 what=f"{installed} has no {library}.{missing[0].replace(':', '.')}, which training needs.",
-                why="The library is newer or older than the releases that this version was tested with.",
-                fix=f"Install the releases that this version requires: {install_command('qlora-tui')}",
+                why=(
+                    "The library is newer or older than the releases that this version of qlora-tui was "
+                    "tested with."
+                ),
+                fix=f"Install the releases that qlora-tui requires: {install_command('qlora-tui')}",
             )
 
 

@@ -146,7 +146,7 @@ def _check_causal(config: Any, model_class: Any) -> None:
         raise UserError(
             "This model cannot run on text alone",
             what=f"model_type {model_type!r}: {name} needs {join_words(unmet)}.",
-            why="The model is given only text tokens, the only input that fine-tuning here provides.",
+            why="Fine-tuning in qlora-tui gives the model text tokens and no other input.",
             fix="Choose a model that continues text, such as Qwen, Llama or Gemma.",
         )
     if getattr(config, "is_decoder", False):
@@ -260,7 +260,7 @@ def unbuildable(model_type: str, reason: str) -> UserError:
     return UserError(
         "This model cannot be built",
         what=f"model_type {model_type!r}: {reason}.",
-        why="A model is trained as the installed transformers builds it from its config.json.",
+        why="The installed version of transformers builds each model from its config.json.",
         fix="Compare the file with the one published with the model, or choose another model.",
     )
 
@@ -276,7 +276,7 @@ def _failed(config: Any, error: Exception) -> UserError:
             "This model needs another package",
             what=f"model_type {config.model_type!r}: its class needs {' and '.join(packages)}.",
             why=f"{'They are' if len(packages) > 1 else 'It is'} not installed.",
-            fix=f"Install it with `{install_command(*packages)}`, or choose another model.",
+            fix=f"Run `{install_command(*packages)}`, or choose another model.",
         )
     if isinstance(error, KeyError) and (name := _setting_with(config.to_dict(), error.args[:1])):
         reason = f"{name} is {error.args[0]!r}, which transformers does not know"
@@ -325,7 +325,7 @@ def reason_of(error: Exception) -> str:
         text = f"there is no {text!r}"
     fields = _fields_read(error)
     read = f"with {join_words(fields)}" if fields else "with these values"
-    return f"{read}, transformers cannot compute ({text or type(error).__name__})"
+    return f"{read}, transformers fails ({text or type(error).__name__})"
 
 
 def _is_on_purpose(error: Exception) -> bool:

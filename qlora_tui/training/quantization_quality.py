@@ -159,7 +159,7 @@ class StreamedModel:
             raise UserError(
                 "This model cannot be measured",
                 what=f"The decoder layers of {type(model).__name__} cannot be run one by one.",
-                fix="Train a few steps with each quantization, and compare the losses on Runs.",
+                fix="Train a few steps with each quantization, and compare the losses on the Runs screen.",
             )
         self.peak_layer_bytes = 0
         """Largest number of bytes of layer weights that were on the device at once."""

@@ -141,7 +141,7 @@ def store(model: Any, folder: Path) -> None:
             return
         if (free := free_host_bytes()) < min(size, max(_SHARD_BYTES, *sizes)):
             print(
-                f"The quantized weights are not stored: host memory has {format_bytes(free)} free.",
+                f"The quantized weights are not stored: host memory has only {format_bytes(free)} free.",
                 flush=True,
             )
             return

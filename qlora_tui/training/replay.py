@@ -206,6 +206,9 @@ def read_rows(path: Path) -> tuple[ReplayRow, ...]:
         raise UserError(
             "The replayed answers cannot be read",
             what=f"{path}: {error}",
-            why="The run trains on these answers of its base, and resumes only with the same ones.",
+            why=(
+                "The run trains on these answers from its base model, and can be resumed only with the same "
+                "answers."
+            ),
             fix="Restore the file, or start a new run with the same recipe.",
         ) from error

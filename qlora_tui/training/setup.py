@@ -221,8 +221,8 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
     if base.router_loss_off:
         reporter.health(
             "router_loss_off",
-            "The model's config asks for a loss that balances its experts (output_router_logits), which is "
-            "switched off.",
+            "The model's config asks for a loss that balances its experts (output_router_logits). This run "
+            "switches that loss off.",
             "Routers are frozen, so nothing is lost. Leave them out of lora.target_modules.",
         )
     _report_environment(run, base)
@@ -289,14 +289,14 @@ def _add_adapter(run: Run) -> Any:
     if misread := misread_by_peft(base.model.config.model_type, model.peft_config["default"].target_modules):
         run.reporter.health(
             "peft_misreads",
-            f"Plain peft mistakes {pluralize(len(misread), 'target')} of this adapter for routed experts, "
-            f"such as {misread[0]}.",
+            f"Plain peft mistakes {pluralize(len(misread), 'target')} of this adapter, such as {misread[0]}, "
+            "for routed experts.",
             MISREAD_REMEDY,
         )
     if training.gradient_checkpointing != "off" and not checkpoint_activations(base.model):
         run.reporter.health(
             "not_checkpointed",
-            f"{type(base.model).__name__} does not support gradient checkpointing, which is off in this run.",
+            f"{type(base.model).__name__} does not support gradient checkpointing, so it is off in this run.",
             "The activations of every layer are kept: lower Sequence length or Micro-batch size if "
             "memory runs out.",
         )

@@ -209,5 +209,6 @@ def describe_failure(report_to: str, error: Exception) -> tuple[str, str]:
             text = text.replace(value, "…")
     return (
         f"{TRACKER_NAMES[report_to]} failed: {text[:_LONGEST_TEXT].rstrip('.')}. The run continues.",
-        "All of this data is also in the run's own events: see Runs, or `qlora-tui runs save`.",
+        "The numbers sent to the tracker are also in the run's events: see the Runs screen, or run "
+        "`qlora-tui runs save`.",
     )

@@ -277,7 +277,7 @@ async def test_a_key_measures_three_steps_until_it_is_pressed_again(
     app = open_on("train", model=readable_model(private_home))
     app.workbench.set("data.sources", (Source(path=str(rows)),))
     async with app.run_test(size=(160, 40)) as pilot:
-        await wait_for_text(pilot, "[b] measures the time in three steps", "· note    time")
+        await wait_for_text(pilot, "[b] trains three steps to measure the time", "· note    time")
         for end in ("b", ""):
             await pilot.press("b")
             await wait_for_text(pilot, "measuring three steps: training step 1 of 3", "[b] stop")

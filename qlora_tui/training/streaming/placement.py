@@ -173,7 +173,7 @@ def _require_copies(slots: LayerSlots, host_memory: HostMemory, places: Sequence
     host_memory.unpin("a layer that was copied from it did not arrive on the GPU")
     if not arrive():
         raise UserError(
-            "Layers do not arrive on the GPU",
+            "Layers do not arrive on the GPU intact",
             what="A layer that was copied to the GPU differs from the original in host memory.",
             why="The driver reports no error. Training would use wrong weights.",
             fix="Update the GPU driver (under WSL2, the Windows driver), and restart the machine.",

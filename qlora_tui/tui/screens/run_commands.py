@@ -85,7 +85,11 @@ class RunCommands(WorkScreen):
         self.act_on_target(run_actions.stop, f"Removed from the queue. Press {key} to queue it again.")
 
     def action_now(self) -> None:
-        self.act_on_target(run_actions.train_now, "The run will train until it ends.")
+        done = (
+            "The run will train to its end, even outside the training hours and while other programs use the "
+            "GPU."
+        )
+        self.act_on_target(run_actions.train_now, done)
 
     def action_answers(self) -> None:
         self.evaluate(self.target_run)

@@ -291,8 +291,8 @@ class DraftChangedScreen(TextDialog[DraftChoice]):
         if len(changes) > _MAX_CHANGES:
             shown.append(f"and {len(changes) - _MAX_CHANGES} more")
         text = (
-            f"Both recipes stay on disk. {format_path(aside)} contains yours until you choose, and then the "
-            f"recipe that you did not choose. Changes from your recipe to the other one:"
+            f"Both recipes stay on disk. Until you choose, {format_path(aside)} contains your recipe; after "
+            f"that, it contains the one that you did not choose. Changes from your recipe to the other one:"
         )
         listed = "\n".join(shown) or "The two recipes differ only in the presets that they started from."
         super().__init__(

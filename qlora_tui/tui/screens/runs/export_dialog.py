@@ -300,8 +300,8 @@ class ExportScreen(ModalScreen[None]):
             return
         size = f" ~{format_bytes(base.merged_bytes)}" if base.merged_bytes else ""
         text = (
-            f"{base.id}{size} is downloaded from the Hugging Face Hub on the Model screen. Export again "
-            f"afterwards."
+            f"The Model screen will open and download {base.id}{size} from the Hugging Face Hub. Export "
+            f"again afterwards."
         )
         question = ConfirmScreen("Download the base model?", text, "Download", harmless=True)
         self.app.push_screen(question, download)

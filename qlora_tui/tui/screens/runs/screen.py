@@ -470,7 +470,7 @@ class RunsScreen(RunCommands):
             raise UserError(
                 "The last action is still in progress",
                 what="The other machine has not answered yet.",
-                fix="Try again once its result is shown.",
+                fix="Try again after the result of that action is shown.",
             )
 
     def _act_on(

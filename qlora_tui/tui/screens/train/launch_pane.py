@@ -361,7 +361,7 @@ def _source(expected: Forecast | None, probing: str) -> list[Content]:
         measuring = Content.styled(f"measuring three steps: {probing}   ", "$primary")
         return [measuring, highlight_keys(f"{key} stop", "$text-muted")]
     if expected is None or expected.time is None:
-        return [highlight_keys(f"{key} measures the time in three steps", "$text-muted")]
+        return [highlight_keys(f"{key} trains three steps to measure the time", "$text-muted")]
     return [Content.styled(expected.time.source, "dim")]
 
 

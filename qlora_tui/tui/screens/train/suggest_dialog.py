@@ -31,7 +31,7 @@ _INDENT = 2
 """Width of the mark before a setting, in cells."""
 _LABEL = 17
 """Width of a setting's label, in cells."""
-_READING = "Reading the data, the memory and earlier runs…"
+_READING = "Checking the data, the memory and earlier runs…"
 
 
 class SuggestScreen(WorkerDialog[tuple[Suggestion, ...] | None], OnQloraApp):
