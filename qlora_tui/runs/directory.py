@@ -11,7 +11,7 @@ runs/<id>/
   devices.json     the run's current or last devices (:mod:`qlora_tui.runs.devices`)
   sweep            the sweep that created the run, if any
   pause_at         the share of its steps after which the run pauses, if any
-  now              present if the run trains outside the hours and next to other programs
+  now              present if the run ignores the training hours and does not yield to other programs
   trainer.log      the trainer's output
   trainer.lock     locked by the trainer while it runs
   untold           present until the runner has handled the run's end
@@ -61,7 +61,7 @@ class _Inside:
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of one run. Accessing them reads nothing."""
+    """The folder of one run. Getting a path in it does not access the disk."""
 
     path: Path
 
@@ -112,9 +112,10 @@ class RunDir:
 
     @property
     def gpu(self) -> str:
-        """GPU that the user chose for this run (``--gpu``), or ``cpu``; empty if none was chosen.
+        """GPUs that the user chose for this run, in the form of ``--gpu``; empty if none was chosen.
 
-        Raises UserError if the choice cannot be read, because another GPU may belong to another user.
+        Raises UserError if the choice cannot be read. No other GPU is used instead, because it may belong to
+        another user.
         """
         try:
             return read_regular(self.gpu_path).decode().strip()
@@ -136,7 +137,7 @@ class RunDir:
             return ""
 
     def trial_of(self, sweep: str) -> int | None:
-        """Return the number of the trial that this run is in ``sweep``; None if it is none."""
+        """Return this run's trial number in ``sweep``; None if the run is not one of its trials."""
         try:
             name, _, number = read_regular(self.sweep_path).decode().strip().partition(" ")
             return int(number) if name == sweep else None
@@ -145,7 +146,7 @@ class RunDir:
 
     @property
     def pause_at(self) -> float | None:
-        """Share of its steps after which the run pauses, above 0; None for a run that trains to its end."""
+        """Share of the run's steps after which it pauses, between 0 and 1; None if it trains to its end."""
         try:
             share = float(read_regular(self.pause_at_path, 64))
         except (OSError, ValueError):
@@ -165,12 +166,16 @@ class RunDir:
 
     @property
     def trains_now(self) -> bool:
-        """Whether the run trains outside the hours and next to other programs, as the user requested."""
+        """Whether the user asked the run to train even outside the training hours and while other programs
+        use the GPU.
+        """
         return self.now_path.exists()
 
     @property
     def is_deleted(self) -> bool:
-        """Whether the run's files were deleted. False if their disk is missing, too."""
+        """Whether the run's files were deleted. False if the folder of all runs is missing too: its disk
+        may not be mounted.
+        """
         try:
             return self.path.parent.is_dir() and not (self.recipe_path.exists() or self.events_path.exists())
         except OSError:
@@ -231,8 +236,8 @@ def create_run(recipe: Recipe, gpu: str = "", *, sweep: str = "", pause_at: floa
 
     Args:
         recipe: Recipe of the run.
-        gpu: The GPU that the user chose; empty if none.
-        sweep: The sweep that creates the run, and the number of its trial.
+        gpu: The GPUs that the user chose, in the form of ``--gpu``; empty if none.
+        sweep: Id of the sweep that creates the run, a space, and the number of the trial; empty if none.
         pause_at: See :meth:`RunDir.set_pause_at`.
 
     Raises:
@@ -254,7 +259,9 @@ def create_run(recipe: Recipe, gpu: str = "", *, sweep: str = "", pause_at: floa
 
 
 def _publish(draft: Path, parent: Path, recipe: Recipe) -> Path:
-    """Move a complete draft to the first free name. A name is taken if renaming to it fails."""
+    """Move a complete draft to the first free name. If another process takes that name first, the next free
+    name is used.
+    """
     sync_tree(draft)
     while True:
         final = parent / _free_name(parent, recipe)
@@ -328,7 +335,9 @@ def find_run(name: str) -> RunDir:
 
 
 def match_runs(runs: Sequence[RunDir], name: str) -> list[RunDir]:
-    """Return the runs with this id; if none, with this name; if none, those that begin with it."""
+    """Return the runs with this id; if none, with this name; if none, those whose id or name begins with
+    ``name``.
+    """
     return (
         [run for run in runs if run.id == name]
         or [run for run in runs if run.name == name]

@@ -1,6 +1,7 @@
 """Checks of this machine: GPU, memory, disks, queue, locks and libraries.
 
-``train`` and the Train screen run the checks that a recipe needs; ``doctor`` and the app run all others.
+``train`` and the Train screen run the checks that a recipe needs. ``doctor`` and a dialog of the app check
+the machine without a recipe.
 """
 
 from __future__ import annotations
@@ -50,15 +51,19 @@ from qlora_tui.worker import error_file, last_lines, module_argv, run_job
 
 Outcome = Literal["ok", "note", "warning", "error"]
 _NOTABLE_BYTES = 512 << 20
-"""GPU memory of other programs above which a check warns."""
+"""A check warns if other programs use at least this much GPU memory, in bytes."""
 _SPARE_HOST_BYTES = 1 << 30
 """Host memory that streamed layers must leave to other programs."""
 _SELFTEST_S = 1800.0
 _EXCHANGE = "GPU exchange"
 _EXCHANGE_S = 90.0
-"""Seconds after which an exchange between GPUs counts as hanging. A start takes up to half a minute."""
+"""Seconds after which an exchange between GPUs counts as hanging. Starting the processes takes up to half a
+minute.
+"""
 _NO_P2P = "NCCL_P2P_DISABLE"
-"""Makes NCCL copy through host memory. Direct copies of consumer GPUs hang on some machines."""
+"""Environment variable that makes NCCL copy through host memory. Direct copies between consumer GPUs hang on
+some machines.
+"""
 _NAMED_TYPES = 6
 _CGROUP = Path("/proc/self/cgroup")
 _BUS_S = 5.0
@@ -105,9 +110,11 @@ class Check:
     problem: UserError | None = None
     """Set if the run cannot start at all. The user can override other errors."""
     suggested_fix: SuggestedFix | None = None
-    """Changes of the recipe that resolve the problem, which one key of the Train screen applies."""
+    """Changes to the recipe that resolve the problem. One key on the Train screen applies them."""
     name: str = ""
-    """Replaces the name of the kind if there are several checks of a kind, such as ``disk for runs``."""
+    """Name to display instead of the kind's name, such as ``disk for runs``, if there are several checks of
+    one kind.
+    """
     verdict: Verdict | None = None
     """Verdict on the run's memory, if that was checked."""
 
@@ -143,12 +150,15 @@ class Machine:
 
     @staticmethod
     def read_there() -> Machine:
-        """Return the facts about the local machine; callable from another machine."""
+        """Return the facts about the machine that this process runs on.
+
+        A box calls this instead of receiving the ``Machine`` that the app passes to a function.
+        """
         return read_machine()
 
     @property
     def device_name(self) -> str:
-        """Name of the device in the events of runs on it; empty for an assumed GPU."""
+        """Name of the device, as recorded in the events of its runs; empty for an assumed GPU."""
         if self.budget.is_assumed:
             return ""
         return self.gpu.name if self.gpu else this_processor().name
@@ -167,7 +177,10 @@ class Machine:
 
 
 def read_machine(assumed_bytes: int | None = None) -> Machine:
-    """Query the driver and the queue. ``assumed_bytes`` replaces the GPU by an assumed one of this size."""
+    """Query the driver, the runs and the queue.
+
+    With ``assumed_bytes``, the memory budget is that of an assumed GPU of this size.
+    """
     choice, used, unavailable = None, None, None
     try:
         choice = choose_gpu()
@@ -239,9 +252,10 @@ def check_gpus(gpus: Sequence[GpuDevice]) -> Check:
 
 
 def check_exchange() -> list[Check]:
-    """Check whether the GPUs of a run on several GPUs can exchange gradients; empty with one GPU.
+    """Report the GPUs, and check whether they can exchange gradients in a run on several GPUs.
 
-    Takes up to three minutes if they hang.
+    Empty with fewer than two GPUs. The exchange is not tested while a run uses one of them. Takes up to three
+    minutes if the exchange hangs.
     """
     try:
         gpus = visible_gpus()
@@ -290,7 +304,7 @@ def _exchange(processes: int, environ: Mapping[str, str] = {}) -> tuple[float | 
 
 
 def _without_gpu(error: GpuUnavailableError | None) -> Check:
-    """Return the check of a machine whose driver reports no GPU."""
+    """Return the GPU check if a run would train on the CPU, or if torch decides which device it uses."""
     if error is None:
         return Check(CheckKind.GPU, "warning", "No GPU: runs train on the CPU, slowly.")
     if error.reason.device == "unknown":
@@ -370,7 +384,10 @@ def check_disk(folder: Path, needed_bytes: int, *, variable: str, name: str = ""
 
 
 def check_queue(machine: Machine) -> Check:
-    """Report whether a run would start at once, or which run it waits for."""
+    """Report whether a run would start at once, or what it would wait for: other runs or the training hours.
+
+    If the settings cannot be read, reports this problem instead.
+    """
     ahead = [*filter(None, [machine.active]), *machine.waiting]
     if unreadable := check_settings():
         return replace(unreadable[0], kind=CheckKind.QUEUE)
@@ -397,7 +414,7 @@ def check_settings() -> list[Check]:
 
 @at_box
 def check_system() -> list[Check]:
-    """Check Python, disks, file locks and GPU, in the order in which they would make a run fail."""
+    """Check Python, settings, disks, file locks, suspending, logging out, and GPU."""
     version = ".".join(map(str, sys.version_info[:3]))
     python = Check(CheckKind.PYTHON, "ok", f"{version}, {sys.executable}")
     machine = read_machine()
@@ -437,7 +454,10 @@ def check_suspending() -> Check:
 
 
 def check_logout() -> list[Check]:
-    """Check that logging out does not end runs; empty if systemd has no session for this process."""
+    """Check that logging out does not end runs.
+
+    Empty if this process does not belong to a systemd session, or if systemd does not answer.
+    """
     if not _CGROUP.exists() or "/session-" not in _CGROUP.read_text():
         return []
     manager = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
@@ -457,7 +477,10 @@ def check_logout() -> list[Check]:
 
 
 def check_yielding(machine: Machine) -> list[Check]:
-    """Check that the driver lists the programs that a run yields to; empty if it yields to none."""
+    """Check that the driver lists the programs that a run would yield to.
+
+    Empty if there is no GPU, or if runs do not yield according to the settings.
+    """
     if machine.gpu is None or not current_settings().yields:
         return []
     with suppress(GpuUnavailableError), Nvml() as driver:
@@ -471,7 +494,10 @@ def check_yielding(machine: Machine) -> list[Check]:
 
 
 def check_kernels(machine: Machine) -> list[Check]:
-    """Report the installed kernel packages on a GPU, and which models are slow without the missing ones."""
+    """Report which kernel packages are installed, and which models are slow without the missing ones.
+
+    Empty without a GPU.
+    """
     checks = []
     for package, types in types_by_kernel().items() if machine.gpu else ():
         name, models = package.distribution, ", ".join(types[:_NAMED_TYPES])
@@ -490,7 +516,7 @@ def check_kernels(machine: Machine) -> list[Check]:
 def check_libraries(*, on_cpu: bool = False) -> list[Check]:
     """Import the libraries, then quantize, train and save a few weights, in a separate process.
 
-    With ``on_cpu``, the GPU is not used.
+    If this succeeds, :func:`check_exchange` follows. With ``on_cpu``, no GPU is used.
     """
     try:
         checks = run_job(

@@ -33,9 +33,9 @@ _MAX_BROKEN = 2000
 """Maximum number of steps with a non-finite loss that are kept in addition to the sample."""
 _MAX_EACH = 16_384
 _MAX_EACH_BYTES = 16 << 20
-"""Maximum size of all events of one kind that are read in full.
+"""Maximum total size, in bytes, of the events of one kind that are all kept.
 
-If a kind has more, its events are sampled like steps, so that reading takes bounded memory for any file.
+Further events of this kind are sampled like steps, so that reading takes bounded memory for any file.
 """
 _BEGINNING = b'{"event":"'
 _BROKEN = b'"loss":null'
@@ -101,9 +101,10 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 class LineTail:
-    """Complete lines appended to a file since the last read, with at most one piece in memory.
+    """Reads the complete lines that were appended to a file since the last read, one piece at a time.
 
-    Skips lines longer than any event, and holes in one step: a power cut can leave gigabytes without content.
+    Lines longer than any event are skipped. A hole in such a line is skipped in one step, because a power cut
+    can leave gigabytes without content.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
@@ -114,7 +115,10 @@ class LineTail:
         self._is_skipping = False
 
     def poll(self, max_bytes: int = 0) -> bytes:
-        """Return the complete lines in the next ``max_bytes`` (default 1 MiB); empty if there are none."""
+        """Return the complete lines in the next ``max_bytes`` (default 1 MiB); empty if there are none.
+
+        If the first line is longer than this, more is read, up to :data:`LONGEST_LINE_BYTES`.
+        """
         max_bytes = max_bytes or _READ_BYTES
         chunk = read_from(self.path, self.offset, max_bytes)
         end = chunk.rfind(b"\n") + 1
@@ -350,8 +354,8 @@ def sample_events(path: Path, steps: int) -> SampledEvents:
     """Return the events of a run in order, with about ``steps`` of its steps.
 
     A run of a million steps has 200 MB of events, which take seconds to decode and more memory than a screen
-    should use. Steps with a non-finite loss, the last step, the last line, and all events that do not belong
-    to a series are always included.
+    should use. The last step and the last line are always included. Steps with a non-finite loss and events
+    of other kinds are all included up to a limit, and sampled beyond it.
     """
     size = path.stat().st_size if path.exists() else 0
     sampler = _Sampler(1 if size <= _READ_WHOLE_BYTES else max(1, size // steps))

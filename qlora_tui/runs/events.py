@@ -1,7 +1,7 @@
 """Events of a run: one line of ``events.jsonl`` each.
 
-The trainer and the runner write events, everything else reads them. A field may be added with a default; no
-field is ever renamed or given another meaning, so that old runs stay readable.
+The trainer writes most events. Other processes write those about queueing, retries and endings. A field may
+be added with a default; no field is ever renamed or given another meaning, so that old runs stay readable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Phase: TypeAlias = Literal[
     "loading", "converting", "tokenizing", "probing", "training", "evaluating", "saving"
 ]
 ALL_STEPS_DONE = "all steps done"
-"""Reason in the event of a run that trained all steps of its recipe."""
+"""``reason`` of the :class:`Finished` event if the run trained all steps of its recipe."""
 STEP_PHASES: frozenset[Phase] = frozenset(("training", "evaluating", "saving"))
 """Phases between which a run alternates, from its first step to its last."""
 GPU_LOST = "gpu_lost"
@@ -30,7 +30,7 @@ PREPARING_PHASES: frozenset[Phase] = frozenset(("loading", "converting", "tokeni
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="event", omit_defaults=True):
-    """Base of all events."""
+    """Base class of all events."""
 
     at: UnixTime = msgspec.field(default_factory=lambda: time.time())
     """Unix time in seconds at which the event was created. Every line of a file has it."""
@@ -48,7 +48,7 @@ class Started(Event, tag="started", frozen=True, kw_only=True):
     pid: Count
     resumed_from_step: Count = 0
     micro_batch_size: Count = msgspec.field(default=0, name="micro_batch")
-    """Micro-batch size of this attempt, which a retry after running out of memory halves."""
+    """Micro-batch size of this attempt. A retry after running out of memory may reduce it."""
     gradient_accumulation: Count = 0
     gradient_checkpointing: Literal["auto", "on", "off", "offload"] | bool = "off"
     """Gradient checkpointing of this attempt. Version 0.2 wrote true and false."""
@@ -62,7 +62,7 @@ class PhaseChanged(Event, tag="phase", frozen=True, kw_only=True):
 
 
 class Progress(Event, tag="progress", frozen=True, kw_only=True):
-    """Progress of a phase without steps: converting, tokenizing or evaluating."""
+    """Progress of a phase without steps, such as loading, converting, tokenizing or evaluating."""
 
     phase: Phase
     done: Count
@@ -80,7 +80,9 @@ class Environment(Event, tag="environment", frozen=True, kw_only=True):
     attention: str
     optimizer: str
     loss: str
-    """``chunked``, ``liger`` or ``stock``, with the reason if it is not the default."""
+    """Implementation of the loss: ``chunked``, ``liger`` or ``stock``, with the reason if it is not the
+    default.
+    """
     versions: dict[str, str]
     kernels: Literal["", "triton", "torch"] = ""
     """Implementation that computes norms, rotary positions and gated MLPs."""
@@ -114,7 +116,9 @@ class AdapterReady(Event, tag="adapter_ready", frozen=True, kw_only=True):
 
 
 class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
-    """The first micro-batch was computed both by transformers and peft alone and as this run computes it."""
+    """A micro-batch was computed in two ways, to compare the results: by transformers and peft alone, and as
+    this run computes it.
+    """
 
     tokens: Count
     """Number of tokens that were compared; 0 if the two computations could not be compared."""
@@ -125,9 +129,11 @@ class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
     loss_noise: float | None = None
     """How much rounding in this dtype changes ``reference_loss``."""
     gradient_difference: float | None = None
-    """Relative gradient difference of the tensor whose difference exceeds its rounding noise the most."""
+    """Relative difference between the gradients of ``tensor``, whose difference is the largest in relation to
+    its rounding noise.
+    """
     gradient_noise: float | None = None
-    """Relative change of that tensor's gradient due to rounding."""
+    """Relative change of the gradient of ``tensor`` due to rounding."""
     tensor: str = ""
     replaced: tuple[str, ...] = ()
     """Fast code paths that computed a different result. This run uses the libraries' code instead."""
@@ -138,7 +144,9 @@ class StepVerified(Event, tag="step_verified", frozen=True, kw_only=True):
 
 
 class StepChosen(Event, tag="step_chosen", frozen=True, kw_only=True):
-    """Micro-batch, accumulation and optimizer of a run, if the recipe leaves them to the free memory."""
+    """Micro-batch size, accumulation and optimizer of a run whose recipe lets free memory determine any of
+    them.
+    """
 
     micro_batch_size: Count
     gradient_accumulation: Count
@@ -153,7 +161,7 @@ class LayersKept(Event, tag="layers_kept", frozen=True, kw_only=True):
     kept_layers: Count
     layers: Count
     available_bytes: Count
-    """Free memory of the device that the run may use."""
+    """Free device memory that is available to the run."""
     estimated_bytes: Count
     """Estimated memory of the run with this number of layers."""
 
@@ -188,7 +196,7 @@ def phase_label(phase: str) -> str:
 
 
 class Step(Event, tag="step", frozen=True, kw_only=True):
-    """One optimizer step. ``loss`` and ``grad_norm`` are recorded unchanged, and may be NaN or infinite."""
+    """One optimizer step. A ``loss`` or ``grad_norm`` that is NaN or infinite is recorded as None."""
 
     step: Count
     epoch: float
@@ -199,7 +207,7 @@ class Step(Event, tag="step", frozen=True, kw_only=True):
     tokens: Count
     """Number of tokens trained on so far, without padding."""
     tokens_per_s: float
-    """Tokens per second during this step, without padding."""
+    """Tokens per second since the previous recorded step, without padding."""
     reward_accuracy: float | None = None
     """For a preference method: share of comparisons in which the better answer has the higher reward."""
     reward_margin: float | None = None
@@ -232,17 +240,21 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
     step: Count
     loss: float | None
     best: bool = False
-    """Whether this is the lowest loss since training began."""
+    """Whether this evaluation has the lowest ``score`` since training began or, without one, the lowest loss.
+    False at step 0.
+    """
     before_training: float | None = None
     """Validation loss at step 0, if it was measured."""
     accuracy: float | None = None
-    """Share of greedy answers that match exactly, for short-answer data; at step 0, the base's share."""
+    """Share of greedy predictions that match the short answer of the sample exactly; None for data without
+    short answers. At step 0, the share before training.
+    """
     forgetting: float | None = None
     """Mean KL(base ‖ model) in nats on the base's answers to general prompts; None if not measured."""
     score: float | None = None
     """Loss plus weighted forgetting, if ``training.forgetting_weight`` is set. The lowest score is best."""
     general_turn_ends: float | None = None
-    """Share of the turn ends in these answers that the model still predicts."""
+    """Share of turn ends that the model still predicts, in the base's answers to general prompts."""
     reward_accuracy: float | None = None
     """For a preference method: share of comparisons in which the better answer has the higher reward."""
     reward_margin: float | None = None
@@ -252,19 +264,21 @@ class Evaluated(Event, tag="evaluated", frozen=True, kw_only=True):
 
 
 class ValidationCompared(Event, tag="validation_compared", frozen=True, kw_only=True):
-    """Validation loss before and after training on the same rows, in nats per trained token."""
+    """Validation loss on the same rows, before and after training, in nats per trained token."""
 
     rows: Count
     before: float
     """Loss before training: of the base, or of the adapter that the run started from."""
     after: float
     low: float | None
-    """Lower end of the 95 % interval of after minus before (bootstrap over rows); None for one row."""
+    """Lower end of the 95 % interval of ``after - before`` (bootstrap over rows); None for one row."""
     high: float | None
 
 
 class AnswersCompared(Event, tag="answers_compared", frozen=True, kw_only=True):
-    """Quality of base and adapter on validation prompts at the end of the run, by the first metric."""
+    """Quality of the answers of base and adapter to validation prompts at the end of the run, as measured by
+    ``metric``.
+    """
 
     metric: str
     prompts: Count
@@ -325,7 +339,7 @@ class Finished(Event, tag="finished", frozen=True, kw_only=True):
     energy_kwh: float | None = None
     """Energy of the GPU over the whole run, with loading and evaluation; None if it reports no power."""
     tokens_per_joule: float | None = None
-    """Tokens trained on divided by that energy."""
+    """Number of trained tokens per joule of ``energy_kwh``."""
     checksums: str = ""
     """SHA-256 of the adapter's ``SHA256SUMS``; empty in events of older versions."""
 
@@ -363,7 +377,7 @@ class Failed(Event, tag="failed", frozen=True, kw_only=True):
 
 
 class Stopped(Event, tag="stopped", frozen=True, kw_only=True):
-    """The run ended on request, with a checkpoint and the current adapter saved."""
+    """The run ended on request. If it had started, its checkpoint and its current adapter were saved."""
 
     step: Count
     checksums: str = ""
@@ -371,11 +385,11 @@ class Stopped(Event, tag="stopped", frozen=True, kw_only=True):
 
 
 class Paused(Event, tag="paused", frozen=True, kw_only=True):
-    """The run freed the GPU on request. Resuming continues from the checkpoint."""
+    """The run was paused, and uses no GPU. Resuming continues from its last checkpoint, if it has one."""
 
     step: Count
     hold: Hold | None = None
-    """Why the runner paused the run, which it will continue by itself; None if the user paused it."""
+    """Why the runner paused the run and will continue it by itself; None if the user paused the run."""
 
 
 SERIES: tuple[type[Event], ...] = (Step,)

@@ -1,9 +1,9 @@
-"""The exact form of the memory estimate: steps that a child process traced, stored on disk.
+"""Exact memory estimates: a child process traces a training step, and the trace is stored on disk.
 
-A trace takes seconds, most of them for imports, so the child stays alive for a while. The child has limits of
-time and memory, like all code that processes a foreign ``config.json``. A trace depends on the config, the
-settings that change memory, the code paths, and the versions of the libraries; these form its key in the
-cache folder. Loads no torch.
+A trace takes seconds, most of them for imports, so the child stays alive for a while. Its CPU time and memory
+are limited, because it processes a ``config.json`` that cannot be trusted. A trace depends on the config, the
+settings that change memory, the code paths, and the versions of the libraries; these form the key of the
+trace in the cache folder. Loads no torch.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ def trace_step(
     execution: ExecutionConfig,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> StepTrace:
-    """Return the traced step of a recipe, from the cache or after a trace of some seconds.
+    """Return the traced step of a recipe, from the cache or from a new trace, which takes seconds.
 
-    ``should_stop`` is called while waiting for the child.
+    ``should_stop`` is called once, after other traces have ended and before this one starts.
 
     Raises:
         TraceStopped: ``should_stop`` returned true.
-        UserError: The libraries cannot build the model or run it without values.
+        UserError: The libraries cannot build the model or run it without values, or the child exceeded its
+            limits.
     """
     request = trace_request(config, recipe, execution)
     with _one_at_a_time:

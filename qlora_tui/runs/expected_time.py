@@ -1,7 +1,7 @@
-"""Duration of a run before its launch: the number of its steps, and the time they take.
+"""Expected length of a run that has not started: the number of its steps, and the time that they take.
 
 Speeds are tokens per second, without padding, of earlier runs on the same device. A speed that was measured
-with another model or other settings is scaled by the predicted times of a step
+with another model or other settings is scaled by the ratio of the predicted step times
 (:func:`qlora_tui.memory.step_choice.step_seconds`). Loading, evaluations and checkpoints are not included.
 """
 
@@ -54,7 +54,7 @@ speed that ``doctor`` measured, or none of these."""
 
 @dataclass(frozen=True)
 class ExpectedTime:
-    """Expected training time of a run before its launch."""
+    """Expected training time of a run that has not started."""
 
     seconds: float
     basis: TimeBasis
@@ -81,7 +81,7 @@ class ExpectedTime:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected length of a run before its launch."""
+    """Expected length of a run that has not started."""
 
     length: RunLength
     time: ExpectedTime | None
@@ -89,12 +89,12 @@ class Forecast:
 
     @property
     def duration(self) -> str:
-        """``about 25 min``; empty if unknown."""
+        """Expected time to display, such as ``about 25 min``; empty if unknown."""
         return f"{self._least}about {format_duration(self.time.seconds)}" if self.time else ""
 
     @property
     def steps(self) -> str:
-        """``54 steps``, or ``about 54 steps``."""
+        """Number of steps to display, such as ``54 steps`` or ``at least about 54 steps``."""
         return f"{self._least}{self.length.about}{pluralize(self.length.steps, 'step')}"
 
     @property
@@ -120,7 +120,7 @@ def forecast(recipe: Recipe, machine: Machine, model: ModelFiles | None = None) 
 
 
 def measured_forecast(expected: Forecast, probe: StepProbe) -> Forecast:
-    """Return the forecast with the speed of steps that were trained for this measurement."""
+    """Return ``expected`` with its time calculated from the steps that ``probe`` measured."""
     seconds = expected.length.tokens * probe.seconds / max(1, probe.tokens)
     return replace(expected, time=ExpectedTime(seconds, "probe", probe=probe.words))
 
@@ -131,9 +131,10 @@ def count_data(
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
-    """Count the samples of a recipe in a child process, unless they are counted, missing, or too many.
+    """Count the samples of a recipe in a child process.
 
-    Returns whether they were counted by this call.
+    Does nothing if they have already been counted, if a file is missing, or if the data is too large. Returns
+    whether this call counted them.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
@@ -209,7 +210,10 @@ def _measured_runs(device: Device, device_name: str) -> Iterator[_Measured]:
 
 @lru_cache(maxsize=4 * _RUNS)
 def _measured(run: RunDir, _changed: int, device: Device, device_name: str) -> _Measured | None:
-    """Return the speed of a run; None on another device or after too few steps. Raises UserError, OSError."""
+    """Return the speed of a run; None if it trained on another device or has recorded too few steps.
+
+    Raises UserError, OSError.
+    """
     view, _ = RunView.from_sample(run, _STEPS)
     if view.environment is None or view.environment.device != device_name:
         return None

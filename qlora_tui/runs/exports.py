@@ -32,7 +32,7 @@ from qlora_tui.worker import start_detached
 Form: TypeAlias = Literal["gguf", "ollama", "merge", "adapter", "hub-adapter", "hub-merged", "hub-gguf"]
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: an upload to the Hub."""
 COMPARED_TOKENS = 4_096
-"""Default number of tokens whose answers are compared; docs/export.md explains it."""
+"""Default of the number of trained tokens at which predictions are compared; docs/export.md explains it."""
 ExportState: TypeAlias = Literal["running", "finished", "failed", "canceled"]
 
 
@@ -59,7 +59,7 @@ class ExportRequest(Struct, frozen=True, kw_only=True):
     within: float | None = None
     """Maximum acceptable mean KL divergence of a GGUF file, in nats."""
     compared_tokens: int = COMPARED_TOKENS
-    """Number of tokens whose answers are compared."""
+    """Maximum number of trained tokens at which predictions are compared."""
     base: Literal["best", "original", "dequantized"] = "best"
     """Base weights of a merged model."""
     folder: str = ""

@@ -1,4 +1,4 @@
-"""Decides whether a run may train now, given the hours and other programs on its GPU.
+"""Decides whether a run may train now, given the training hours and the other programs on its GPU.
 
 The runner calls this module about once a second for a run in training, and every few seconds for a waiting
 run. :mod:`qlora_tui.runs.holds` has the rules; this module reads the clock, the settings and the driver.
@@ -23,11 +23,11 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.settings import LiveSettings, Settings
 
 PERIOD_S = 1.0
-"""Seconds between two readings of a GPU. A process list takes 4.5 ms and a lock of the driver."""
+"""Seconds between two readings of a GPU. Reading the process list takes 4.5 ms and locks the driver."""
 _FORGETS_AFTER_S = 300.0
 """Seconds without a reading of a GPU after which its programs count as new.
 
-A GPU is not read outside the hours or without the ``yield`` setting.
+A GPU is not read outside the training hours, or if the ``yield`` setting is off.
 """
 _COMMAND_BYTES = 4096
 
@@ -51,7 +51,7 @@ class GpuReader:
 
 
 def closed_hours(settings: Settings, clock: Clock) -> Hold | None:
-    """Return the hold that applies to all runs outside the hours; None within them."""
+    """Return the hold that applies to all runs outside the training hours; None during training hours."""
     now = clock.now()
     opens_at = settings.training_hours.opens_at(now, clock.zone())
     return None if opens_at <= now else Hold(cause="hours", until=opens_at)
@@ -65,7 +65,10 @@ class Gate:
         clock: Clock | None = None,
         read_processes: Callable[[int], Iterable[GpuProcess] | None] | None = None,
     ) -> None:
-        """Create a gate. ``read_processes`` returns the processes on a GPU, or None if unlisted."""
+        """Create a gate.
+
+        ``read_processes`` returns the processes on a GPU, or None if the driver does not list them.
+        """
         self._clock = clock or Clock()
         self._read_processes = read_processes or GpuReader()
         self._settings = LiveSettings()
@@ -76,7 +79,10 @@ class Gate:
         self._lock = threading.Lock()
 
     def hours_hold(self, run: RunDir) -> Hold | None:
-        """Return the hold of a run outside the hours; None within them, or if it trains regardless."""
+        """Return the run's hold outside the training hours.
+
+        None during training hours, or if the user asked the run to train now.
+        """
         with self._lock:
             # Do not read the GPU here, because it may sleep until the hours begin.
             return None if run.trains_now else closed_hours(self._settings.read(), self._clock)
@@ -84,7 +90,7 @@ class Gate:
     def programs_on(
         self, run: RunDir, devices: Iterable[RunDevice], *, is_training: bool = False
     ) -> dict[str, Hold]:
-        """Return the holds of a run for other programs, by the keys of the devices that these programs use.
+        """Return the run's holds because of other programs, by the key of the device that the program uses.
 
         ``is_training`` says whether the run trains on these devices.
         """
@@ -132,8 +138,8 @@ class Gate:
 
 
 def _held_for(run: RunDir) -> int:
-    """Return the PID of the process that an earlier runner was keeping the run waiting for; 0 if that process
-    has ended or there was none.
+    """Return the PID of the program that the run was waiting for under an earlier runner; 0 if there was none
+    or it has ended.
     """
     hold = read_status(run).hold
     return hold.pid if hold and hold.cause == "program" and program_name(hold.pid) == hold.program else 0

@@ -1,9 +1,10 @@
-"""Holds: reasons for which a run waits, each with the condition for continuing. Rules on readings, without
-I/O.
+"""Holds: reasons for which a run waits, each with the condition for continuing.
 
-A hold for the hours or for another program makes a run save and free the GPU; the queue keeps its place. A
-hold for temperature or power makes the run rest between two micro-batches without freeing memory, because
-heat changes within seconds. A cluster job that reaches its time limit makes its run save and end, and
+The rules in this module get readings as arguments and do no I/O.
+
+A hold for the training hours or for another program makes a run save and free the GPU; the queue keeps its
+place. A hold for temperature or power makes the run rest between two micro-batches without freeing memory,
+because heat changes within seconds. A cluster job that reaches its time limit makes its run save and end, and
 requests to be started again. A pause by the user is not a hold, because only ``resume`` ends it.
 """
 
@@ -42,7 +43,9 @@ class Hold(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def has_left(self) -> bool:
-        """Whether the run gave up a GPU that it could use. The user can make it train all the same."""
+        """Whether the run leaves a GPU unused because of the training hours or another program. The user can
+        make the run train anyway.
+        """
         return self.cause in ("hours", "program")
 
 
@@ -66,7 +69,7 @@ def hold_words(hold: Hold) -> str:
 
 
 def time_words(at: float) -> str:
-    """Return ``23:00``, with the day of the week if this is not within a day."""
+    """Return a time such as ``23:00``, with the day of the week unless it is within the next 24 hours."""
     moment = time.localtime(at)
     is_near = 0 <= at - time.time() < _DAY_S
     return time.strftime("%H:%M" if is_near else "%a %H:%M", moment)
@@ -96,8 +99,8 @@ class Switch:
 
         Args:
             elapsed_s: Time of the reading, by a monotonic clock.
-            wants: Whether the condition holds; None if the reading is between its two bounds, which changes
-                nothing.
+            wants: Whether the condition holds; None if the reading is between its two bounds. Then the switch
+                keeps its state, and a delay begins anew.
             at_once: Turn on without a delay.
         """
         if wants is None or wants == self.is_on:
@@ -118,22 +121,24 @@ class Switch:
 
 
 SOON_S = 600.0
-"""If a program uses the GPU again within this many seconds, it counts as never having stopped."""
+"""If a switch turns on again within this many seconds after it turned off, its delay before turning off
+doubles.
+"""
 _USED_FOR_S = 2.0
 _GONE_FOR_S = 30.0
 _MOST_GONE_FOR_S = 480.0
 _OTHER_BYTES = 1 << 30
-"""GPU memory, taken since the run began, from which a program counts as using the GPU.
+"""A program counts as using the GPU if it has taken at least this much GPU memory since the run began.
 
 A desktop and a browser together take less.
 """
 _BUSY_PERCENT = 20
-"""Percentage of time with running kernels from which a program counts as using the GPU.
+"""A program counts as using the GPU if its kernels run for at least this percentage of the time.
 
 Moving windows and videos stay below.
 """
 _SETTLES_FOR_S = 10.0
-"""Seconds after the first reading in which programs that are idle are recorded as permanent."""
+"""For this many seconds after the first reading, idle programs are recorded as permanent."""
 
 
 class Sharing:
@@ -141,7 +146,7 @@ class Sharing:
     of the run.
 
     Permanent programs, such as a desktop or an idle server, count only while they compute much. If a program
-    has taken much memory since the beginning, the run waits until it has ended.
+    has taken much memory since the run began, the run waits until the program has freed it.
     """
 
     def __init__(self, waits_for: int = 0) -> None:
@@ -171,10 +176,11 @@ class Sharing:
 
         Args:
             elapsed_s: Time of the reading, by a monotonic clock.
-            processes: Processes that the driver lists; None if it lists none.
+            processes: Processes on the GPU; None if the driver cannot list them.
             own: Process ids of this program.
-            is_training: Whether a run trains on this GPU. Its process must then be listed. Otherwise the ids
-                belong to another namespace, and the run might yield to itself.
+            is_training: Whether a run trains on this GPU. Then other programs are ignored until one of
+                ``own`` has been listed. If none is, the ids belong to another namespace, and the run might
+                yield to itself.
         """
         if processes is None:
             return None
@@ -208,8 +214,8 @@ class Sharing:
         return self.user if is_held else None
 
     def _grown(self, memory: Mapping[int, int]) -> set[int]:
-        """Return the processes whose memory has grown since the run began by more than other processes have
-        released.
+        """Return the processes that have taken at least ``_OTHER_BYTES`` since the run began, not counting
+        memory that other processes have released.
         """
         pids = memory.keys() | self._at_start.keys()
         taken = {pid: memory.get(pid, 0) - self._at_start.get(pid, 0) for pid in pids}
@@ -229,11 +235,15 @@ _HOT_FOR_S = 3.0
 _COOLER_BY_C = 4
 _LESS_POWER = 0.95
 _MEAN_POWER_S = 20.0
-"""Time constant of the mean power, since a run alternates between steps and rests."""
+"""Time constant of the mean power, in seconds. A mean is used because a run alternates between steps and
+rests.
+"""
 
 
 class Bounds:
-    """Decides whether a run should rest: its GPU's temperature or mean power exceeds the user's limit."""
+    """Decides whether a run should rest because its GPU's temperature or mean power exceeds the user's
+    limit.
+    """
 
     def __init__(self) -> None:
         self._heat = Switch(_HOT_FOR_S, 0.0)

@@ -28,7 +28,7 @@ from qlora_tui.publishing import (
 from qlora_tui.runs.directory import RunDir
 
 OLD_S = 3600.0
-"""Age in seconds from which a temporary file is a leftover. No write takes this long."""
+"""A temporary file that is older than this, in seconds, is a leftover. No write takes this long."""
 
 
 def restore(run: RunDir) -> list[Path]:

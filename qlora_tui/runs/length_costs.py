@@ -1,4 +1,4 @@
-"""Cost of other sequence lengths: memory from the estimate, and time from the speed of earlier runs."""
+"""Costs of several sequence lengths: memory from the estimate, and time from the speed of earlier runs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def length_costs(
 
 
 def share_within(lengths: Lengths, limit: int) -> float:
-    """Return the share of samples with up to ``limit`` tokens, interpolated between percentiles."""
+    """Return the share of samples with up to ``limit`` tokens, interpolated within the histogram's bins."""
     if not lengths.count or limit >= lengths.longest:
         return 1.0
     at_least = max((count for length, count in lengths.within if length <= limit), default=0)

@@ -1,6 +1,6 @@
 """Measuring a run that has ended, in a process that loads the model.
 
-:func:`measure_in_child` starts the job, and the job works inside :func:`measuring`. This holds the run's
+:func:`measure_in_child` starts the job, and the job works inside :func:`measuring`, which holds the run's
 lock, so that no trainer changes the adapter, nothing else measures the run, and the run is not deleted.
 """
 
@@ -32,16 +32,16 @@ def measure_in_child(
     """Run a job on a run until the job ends, and return what it measured.
 
     Args:
-        job: A function that takes the run's folder.
+        job: Import path of a function that takes the run's folder, such as ``package.module:function``.
         run: A run that has ended with an adapter.
         arguments: Further arguments of the function.
         read: Reads what the job wrote; returns None if that is impossible.
         progress: Called with the amount done and the total.
-        should_stop: Ends the job within a second.
+        should_stop: Called several times per second. If it returns true, the job is ended.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
-        UserError: The job reported it, or ended without a reason.
+        UserError: The job raised it or ended early, or its result cannot be read.
     """
     run_job(
         job,

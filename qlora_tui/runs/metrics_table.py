@@ -1,8 +1,9 @@
 """The recorded steps of a run as a file: a table for spreadsheets and notebooks, or a picture.
 
 The table is a CSV or Parquet file with a row for each recorded step. Columns of evaluations are empty at
-steps without an evaluation, shares of general answers where these were not counted, and rewards without a
-preference method. An evaluation before the first step has its own row.
+steps without an evaluation. Shares of general answers are empty where these answers were not counted. Rewards
+are empty unless the run uses a preference method. An evaluation at a step that was not recorded, such as step
+0, has its own row.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _OF_EVALUATIONS = {
     "validation_reward_accuracy": "reward_accuracy",
     "validation_reward_margin": "reward_margin",
 }
-"""Columns of the table, with the field of an evaluation that each shows."""
+"""Fields of an evaluation that the table shows, by the name of the column."""
 _SHARES = {
     "answers_ended": ("ended", "answers"),
     "answers_looping": ("looping", "answers"),
     "answers_refused": ("refused", "answers"),
     "answers_valid_json": ("json_valid", "json_prompts"),
 }
-"""Columns of the table, with the two counts of general answers that each divides."""
+"""Counts of general answers, part and whole, by the name of the column that shows their ratio."""
 _COLUMNS = (
     "step",
     *_OF_STEPS[:-1],

@@ -1,9 +1,9 @@
 """Notifies the user that a run has finished or failed, by webhook and by the user's own command.
 
 The runner starts a notification as a job and does not wait for it, so it cannot delay the queue or harm a
-run. Failures go to stderr, which is the runner's log, without the webhook's address, which is often a secret.
-Stops and pauses, which the user requested, are not reported, and neither are failures that the runner
-retries.
+run. Errors in sending go to stderr, which is the runner's log. They do not contain the webhook's address,
+which is often a secret. Stops and pauses, which the user requested, are not reported, and neither are
+failures of runs that the runner retries.
 """
 
 from __future__ import annotations

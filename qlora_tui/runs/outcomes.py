@@ -2,7 +2,7 @@
 is missing.
 
 The events of an attempt are those after its ``Started``. The last event of the file may belong to no attempt:
-if a run is resumed while its trainer still exits, that event is ``Queued``. The log holds the output of all
+if a run is resumed while its trainer is still exiting, it is ``Queued``. The log holds the output of all
 attempts and may have any length, so only its end is read.
 """
 
@@ -171,8 +171,8 @@ def quote_log_end(run: RunDir) -> str:
 
 
 def last_cuda_line(run: RunDir, log_from: int) -> str:
-    """Return the log line with which a library ended the trainer because of a CUDA error; empty if there is
-    none.
+    """Return the last log line in which a library reports the CUDA error that ended the trainer; empty if
+    there is none.
 
     Args:
         run: The run, whose trainer has exited.
@@ -193,7 +193,7 @@ def _gpu_was_lost(run: RunDir) -> bool:
 
 
 def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> events.Failed:
-    """Return the failure of a trainer that was ended for lack of memory before it could report it."""
+    """Return the event for a trainer that ran out of memory and was ended before it could record this."""
     recipe: Recipe | None = None
     with suppress(UserError):
         recipe = last_plan(run).apply_to(run.recipe())
@@ -219,8 +219,9 @@ def _host_memory(run: RunDir) -> str:
 def _terminal_event(run: RunDir, events_from: int | None = None) -> events.RunEnded | None:
     """Return the first ending after the last ``Started``.
 
-    Without ``events_from``, only events since the run was last queued are considered: a trainer that died
-    before its ``Started`` did not end as the previous attempt did.
+    With ``events_from``, events before this offset are ignored. Without it, events before the run was last
+    queued are ignored. Otherwise a trainer that died before it recorded ``Started`` would get the ending of
+    the previous attempt.
     """
     ending: events.RunEnded | None = None
     for event in events_backwards(run.events_path, events_from or 0):

@@ -1,6 +1,7 @@
 """Checks before a launch, with the same messages in ``train`` and on the Train screen.
 
-The checks read the model's files and the data, which takes a few seconds at most.
+The checks read the model's files and the data, which takes a few seconds at most. If only an exact memory
+estimate can show whether the run fits, they wait for it, by default up to :data:`EXACT_WITHIN_S`.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def errors(checks: tuple[Check, ...]) -> tuple[Check, ...]:
 
 
 def with_count(checks: tuple[Check, ...], problem: UserError | None) -> tuple[Check, ...]:
-    """Add the error that prevents counting the samples, unless the checks already have an error of its kind.
+    """Add the error that prevents counting the samples, unless the checks already contain an error.
 
-    The error replaces the passed check of its kind.
+    The added error replaces the passed check of its kind.
     """
     if problem is None or errors(checks):
         return checks
@@ -229,10 +230,11 @@ def _devices(recipe: Recipe, machine: Machine) -> tuple[list[Check], Recipe, Mac
 
 
 def gpus_of_run(recipe: Recipe, machine: Machine) -> tuple[Sequence[GpuDevice], Recipe, Machine]:
-    """Return the GPUs that a run gets if there are several, with recipe and machine for planning.
+    """Return the GPUs that a run would get if the machine has several, with recipe and machine for planning.
 
-    The returned recipe's ``training.gpus`` is the number of GPUs. The returned machine has the GPU with the
-    least memory among them, because each GPU holds the whole model and the same micro-batch.
+    If the machine has only one GPU or none, no GPUs are returned. The returned recipe's ``training.gpus`` is
+    the number of GPUs. The returned machine has the GPU with the least memory among them, because each GPU
+    holds the whole model and the same micro-batch.
 
     Raises:
         UserError: The machine has fewer GPUs than the recipe requests.
@@ -284,7 +286,9 @@ def _stored_experts(recipe: Recipe, files: ModelFiles) -> list[Check]:
 
 
 def _lora(recipe: Recipe, files: ModelFiles) -> list[Check]:
-    """Report target patterns that match nothing, and trainable tokens missing from the tokenizer."""
+    """Report patterns that match no module, and trainable tokens missing from the tokenizer. Check the
+    initial adapter, if any.
+    """
     try:
         resolve_targets(recipe.lora, files.architecture.targets)
         match_modules(recipe.quantization.skip, files.architecture.modules, SKIP)
@@ -313,7 +317,10 @@ def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
 
 
 def _its_settings(lora: Lora, folder: Path) -> SuggestedFix | None:
-    """Return a fix that takes over the adapter's LoRA settings; None if its folder has no recipe."""
+    """Return a fix that copies the initial adapter's LoRA settings to the recipe.
+
+    None if the adapter's folder has no recipe, or its settings do not differ.
+    """
     theirs = recipe_of_adapter(folder)
     if theirs is None:
         return None
@@ -383,7 +390,7 @@ def _memory(
 
 
 def _kernels(files: ModelFiles, machine: Machine) -> list[Check]:
-    """Report kernels of this model that are not installed on a GPU."""
+    """Report kernel packages for this model that are not installed; empty without a GPU."""
     missing = missing_kernels(files.architecture.model_type) if machine.gpu else ()
     if not missing:
         return []

@@ -28,10 +28,11 @@ LAUNCHER_VARIABLE = "QLORA_TUI_LAUNCHER"
 """Environment variable with the process id of the torchrun that the runner started."""
 _TORCHRUN = "torch.distributed.run"
 _KEEP_PROCESSES = "trap '' TERM; export PET_SIGNALS_TO_HANDLE=SIGINT;"
-"""Shell commands that let a cluster's SIGTERM end no process before it has saved.
+"""Shell commands that prevent a cluster's SIGTERM from ending a process before it has saved.
 
-By default, torchrun kills its processes 30 s after it got the signal, and then fails. The processes get the
-signal too. Versions of torch that have no such option ignore the variable.
+By default, torchrun kills its processes 30 s after it got the signal, and then fails. These commands
+make torchrun ignore the signal. Its processes get the signal too, and save. Versions of torch that do not
+know the variable ignore it.
 """
 _OF_TORCHRUN = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_|TORCHELASTIC_|TORCH_NCCL_|OMP_NUM_THREADS$"
@@ -86,7 +87,10 @@ class ProcessIdentity(Struct, frozen=True, kw_only=True, omit_defaults=True):
             yield handle if handle is not None and self.is_alive() else None
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until the process has ended, or for ``timeout_s`` seconds."""
+        """Wait until the process ends, but at most ``timeout_s`` seconds.
+
+        If it is not running or cannot be reached, wait for the whole time.
+        """
         with self.opened() as handle:
             if handle is None:
                 time.sleep(timeout_s)
@@ -206,8 +210,8 @@ def spawn_detached(
 def detached_environ() -> dict[str, str]:
     """Return the environment of a process that outlives this one, without the GPU chosen for this process.
 
-    torchrun's variables are removed too. A trainer among several has them, and another process with them
-    would wait for the others.
+    torchrun's variables are removed too. If this process is one of several trainer processes, it has these
+    variables, and a process that inherited them would wait for the other trainer processes.
     """
     environ = without_choice(worker.subprocess_env())
     if "TORCHELASTIC_RUN_ID" in environ:

@@ -1,9 +1,9 @@
 """After memory ran out: what the next attempt changes automatically, and what the user can change.
 
-A retry gives the same training. First, fewer layers keep their activations if ``gradient_checkpointing`` is
-``auto``, or more layers are streamed if some are. Then the micro-batch is halved and accumulation doubled,
-which keeps the effective batch. At a micro-batch of one, gradient checkpointing is turned on. If the model
-alone did not fit, none of this helps.
+A retry computes the same training steps in less memory. First, fewer layers keep their activations if
+``gradient_checkpointing`` is ``auto``, or more layers are streamed if some are. Then the micro-batch is
+halved and accumulation doubled, which keeps the effective batch. At a micro-batch of one, gradient
+checkpointing is turned on. If the model alone did not fit, none of this helps.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, append_event, events_backwards
 
 _KEPT_DIVISOR = 4
-"""A retry lets a quarter as many layers keep their activations, since an estimate is rarely off by more."""
+"""A retry divides the number of layers that keep their activations by this. An estimate is rarely off by a
+larger factor.
+"""
 _LAYER_COUNTS = frozenset({"kept_layers", "streamed_layers", "resident_layers"})
 _CGROUPS = Path("/proc/self/cgroup")
 _HIERARCHIES = Path("/sys/fs/cgroup")
 _VMSTAT = Path("/proc/vmstat")
 _MIN_SAVING = 0.1
-"""Minimum reduction of a recipe's memory, as a share, if the recipe was estimated to fit but did not."""
+"""Minimum share of a recipe's memory that a change must save if the recipe was estimated to fit but ran out
+of memory.
+"""
 
 
 class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -51,11 +55,13 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
     streamed_layers: int | None = None
     """Number of layers whose weights stay in host memory, if the recipe streams any."""
     resident_layers: int | None = None
-    """Number of the other layers, which a retry may stream too."""
+    """Number of layers that are not streamed. A retry may stream them too."""
 
     @classmethod
     def from_settings(cls, settings: Training | events.Started) -> RetryPlan:
-        """Return a plan with every setting as a recipe requests it or as an attempt used it."""
+        """Return a plan with the micro-batch size, accumulation and gradient checkpointing of a recipe or an
+        attempt. The numbers of layers are None.
+        """
         checkpointing = canonical_value("training.gradient_checkpointing", settings.gradient_checkpointing)
         return cls(
             micro_batch_size=settings.micro_batch_size,
@@ -64,7 +70,9 @@ class RetryPlan(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_un
         )
 
     def after(self, event: events.AnyEvent) -> RetryPlan:
-        """Return the plan updated by an event; empty if the event of an attempt lacks the settings."""
+        """Return the plan updated by an event. ``Started`` begins a new plan, which is empty if the event has
+        no settings.
+        """
         match event:
             case events.Started():
                 return RetryPlan.from_settings(event) if event.micro_batch_size else RetryPlan()
@@ -127,14 +135,16 @@ def last_plan(run: RunDir) -> RetryPlan:
 
 
 def plan_resume(run: RunDir) -> RetryPlan:
-    """Return the plan for resuming: the recipe's settings, or those of a retry that had to change them."""
+    """Return the plan for resuming: the plan of the last attempt if memory ran out in any attempt; otherwise
+    an empty plan, with which the recipe's settings apply.
+    """
     drained = EventTail(run.events_path).drain()
     ran_out = any(isinstance(event, events.Failed) and event.kind == "out_of_memory" for event in drained)
     return last_plan(run) if ran_out else RetryPlan()
 
 
 def next_plan(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
-    """Return the plan of the next attempt after an ending; None if there should be none."""
+    """Return the plan of the next attempt after an ending; None if the run should not be retried."""
     if (
         not isinstance(ending, events.Failed)
         or ending.kind != "out_of_memory"
@@ -162,7 +172,9 @@ def plan_retry(run: RunDir, ending: events.RunEnded) -> RetryPlan | None:
 
 
 def reduce_memory(recipe: Recipe, used: RetryPlan) -> RetryPlan | None:
-    """Return the next cheaper plan with the same effective batch; None if there is none."""
+    """Return the next plan that needs less memory than ``used``, with the same effective batch; None if there
+    is none.
+    """
     now = structs.replace(
         RetryPlan.from_settings(used.apply_to(recipe).training),
         **{name: getattr(used, name) for name in _LAYER_COUNTS},
@@ -208,7 +220,7 @@ def last_phase(run: RunDir) -> events.Phase | None:
 
 
 def describe_fix(recipe: Recipe | None, phase: events.Phase | None) -> str:
-    """Return what helps after memory ran out in this phase, in one sentence."""
+    """Return what the user can do after memory ran out in ``phase``, in one or two sentences."""
     if phase == "tokenizing":
         return "Close other programs, or train on less data: the tokens of all samples are in host memory."
     if phase is not None and phase in events.PREPARING_PHASES:
@@ -237,7 +249,8 @@ def _fix_for_model(recipe: Recipe | None) -> str:
 def suggest_settings(recipe: Recipe) -> str:
     """Describe the cheapest change after which the recipe should fit, in a sentence; empty if unknown.
 
-    The failure counts more than the estimate: the unchanged recipe does not fit.
+    If no change is known to be enough, the sentence says so. The recipe has run out of memory, so the change
+    must save memory even if the recipe was estimated to fit.
     """
     from qlora_tui.catalog.local_models import resolve_model
     from qlora_tui.memory import cheapest_changes, estimate
@@ -260,7 +273,11 @@ def suggest_settings(recipe: Recipe) -> str:
 
 
 def _at_most(saved_bytes: int) -> str:
-    """Suggest checkpointing, with the bytes it would save, if no change is known to be enough."""
+    """Return a sentence for a recipe for which no change is known to be enough.
+
+    It says how much gradient checkpointing saves or, if ``saved_bytes`` is not positive, that no setting is
+    enough.
+    """
     if saved_bytes > 0:
         return f"Gradient checkpointing saves {format_bytes(saved_bytes)}, which may not be enough."
     return "No change of settings is enough: choose a smaller model or a machine with more memory."
@@ -270,9 +287,9 @@ def host_oom_kills() -> int:
     """Return the number of processes that the kernel's out-of-memory killer has ended since boot; 0 if
     unknown.
 
-    Counts only this process's control group if the kernel counts by group, because kills elsewhere are no
-    evidence; otherwise counts the whole machine. Sources: ``memory.events`` of cgroup v2,
-    ``memory.oom_control`` of v1, ``/proc/vmstat``.
+    If the kernel counts by control group, only this process's group is counted, because kills in other groups
+    do not concern the trainer. Otherwise the whole machine is counted. Sources: ``memory.events`` of cgroup
+    v2, ``memory.oom_control`` of v1, ``/proc/vmstat``.
     """
     for counter in (*_group_counters(), _VMSTAT):
         try:
@@ -285,7 +302,7 @@ def host_oom_kills() -> int:
 
 
 def _group_counters() -> list[Path]:
-    """Return the files in which this process's control group counts such kills."""
+    """Return the files in which the kernel counts the out-of-memory kills of this process's control group."""
     try:
         lines = _CGROUPS.read_text().splitlines()
     except OSError:

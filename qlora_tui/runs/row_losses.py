@@ -1,4 +1,4 @@
-"""Loss of each training row before and after training, to find rows that taught the run or may harm it.
+"""Loss of each training row before and after training, to find rows that were learned or may do harm.
 
 ``row_losses.json`` in the run's folder has a record for each row, the most suspicious first.
 ``row_losses.f32`` has the loss of each trained token as little-endian floats: for each row, the losses before
@@ -27,16 +27,16 @@ from qlora_tui.runs.measuring import measure_in_child
 RowClass: TypeAlias = Literal["learned", "never learned", "memorized", "contradicting"]
 _JOB = "qlora_tui.training.row_losses:measure"
 MEMORIZED = 0.1
-"""Maximum loss of a memorized row, in nats per token. Its tokens are predicted with a probability of 0.9 or
-more.
+"""Maximum loss of a memorized row, in nats per token: on average, its tokens are predicted with a probability
+of 0.9 or more.
 """
 _UNRELATED = 0.25
 """A row counts as never learned if its prompt, compared with another row's prompt, lowers the loss by less
-than this fraction of the median.
+than this fraction of the median over all rows.
 """
 _MIN_HELP = 0.05
-"""Minimum median by which prompts lower the loss, in nats per token. With a smaller median, the comparison is
-meaningless.
+"""Minimum of the median over all rows of how much a row's own prompt lowers its loss, in nats per token. With
+a smaller median, the comparison is meaningless.
 """
 
 
@@ -44,7 +44,7 @@ class RowLoss(Struct, frozen=True, kw_only=True):
     """The loss of one training row, in nats per trained token."""
 
     source: Count
-    """Index of the recipe's source, from 0."""
+    """Index of the row's data source in the recipe, from 0."""
     row: Count
     """Number of the row in its file, from 1."""
     file: str = ""
@@ -61,9 +61,9 @@ class RowLoss(Struct, frozen=True, kw_only=True):
     contradicts: Count | None = None
     """Number of a row with nearly the same prompt and a different answer, in the same data."""
     contradicts_file: str = ""
-    """Name of the file of that row."""
+    """Name of the file that contains the row ``contradicts``, in the form of ``file``."""
     start: Count = 0
-    """Index of its first token in the file of token losses."""
+    """Index of the row's first loss in ``row_losses.f32``."""
 
     @property
     def place(self) -> RowPlace:
@@ -120,7 +120,9 @@ class MeasuredRow(Struct, frozen=True, kw_only=True):
 
 
 def classify(run_id: str, measured: list[MeasuredRow], seconds: float) -> tuple[RowLosses, array[float]]:
-    """Return class and order of all rows, and the losses of their tokens in the stored format."""
+    """Classify the rows and sort them by suspicion. Return them, and the losses of all their tokens in the
+    order of ``row_losses.f32``.
+    """
     help_ = [row.other_prompt - _mean(row.after) for row in measured]
     usual = median(help_) if help_ else 0.0
     rows, tokens = [], array("f")
@@ -176,8 +178,8 @@ def measure_row_losses(
 
     Args:
         run: A run that has ended with an adapter.
-        progress: Called with the number of passes over samples done, and the total.
-        should_stop: Ends the measurement within a second.
+        progress: Called with the number of completed passes over samples, and the total.
+        should_stop: Called several times per second. If it returns true, the measurement ends.
 
     Raises:
         JobStopped: ``should_stop`` returned true.
@@ -192,7 +194,7 @@ def read_row_losses(run: RunDir) -> RowLosses | None:
 
 
 def token_changes(run: RunDir, row: RowLoss) -> tuple[tuple[float, float], ...]:
-    """Return the loss before and after training of each trained token of a row; empty if missing."""
+    """Return the two losses of each trained token of a row, before and after training; empty if missing."""
     try:
         with run.row_losses_path.with_suffix(".f32").open("rb") as file:
             file.seek(4 * row.start)

@@ -38,7 +38,7 @@ def enqueue(run: RunDir, *, first: bool = False) -> None:
 def requeue(run: RunDir, *, first: bool = False) -> None:
     """Queue an ended run, to continue from its last checkpoint. After an OSError the run is still ended.
 
-    With ``first``, the run keeps the place in the queue from which it was taken.
+    With ``first``, the run goes to the front of the queue.
     """
     _enter(run, again=True, first=first)
 

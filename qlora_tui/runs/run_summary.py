@@ -63,7 +63,7 @@ class RunSummary:
 
     run: RunDir
     name: str
-    """The user's name of the run, or its id."""
+    """The name that the user gave the run, or its id."""
     status: Status
     step: int
     """The last completed step."""
@@ -107,7 +107,7 @@ class RunSummary:
     seconds_left: float | None = None
     """Remaining seconds of an active run at its current speed; otherwise None."""
     energy: str = ""
-    """``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
+    """Energy of a finished run to display, such as ``0.42 kWh, 3.1 tokens/J``; empty if unknown."""
     failure: str = ""
     """Title of a failure, such as ``Out of memory``; otherwise empty."""
     fix: str = ""
@@ -115,7 +115,7 @@ class RunSummary:
     defect: ResultDefect | None = None
     """Defect of the result of a run that ended regularly."""
     verdict: RunVerdict | None = None
-    """Whether the run worked; None for a run without an adapter."""
+    """Whether the run worked; None unless it finished or was stopped after its first step."""
 
     @property
     def id(self) -> str:
@@ -131,12 +131,12 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Listing:
-    """All runs: the active one, then the queue in order, then the others from newest to oldest."""
+    """All runs: the active ones, then the queue in order, then all others from newest to oldest."""
 
     summaries: tuple[RunSummary, ...]
     waiting: tuple[str, ...]
     complete: bool
-    """False if only the status of some runs was read."""
+    """Whether all summaries were read. False if for some runs only the status was read."""
 
 
 class SummaryCache:
@@ -348,7 +348,9 @@ def length_and_batch(recipe: Recipe) -> tuple[str, str]:
 
 
 def shared_settings(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
-    """Return those of the settings that all of these runs have in common; empty for fewer than two runs."""
+    """Return the settings that all runs with a readable recipe have in common; empty for fewer than two such
+    runs.
+    """
     readable = [summary.settings for summary in summaries if summary.settings]
     if len(readable) < 2:
         return ()
@@ -397,7 +399,7 @@ class RunVerdict:
     outcome: Comparison
     sentence: str
     cautions: tuple[str, ...] = ()
-    """Parts of the sentence that warn although the run worked, such as ``best at step 640, worse since``."""
+    """Parts of the sentence that are warnings, such as ``best at step 640, worse since``."""
     has_answers: bool = False
     """Whether answers were measured."""
     has_improved: bool = False
@@ -423,7 +425,9 @@ class RunEvidence:
     forgetting: float | None = None
     """Divergence from the base on general prompts, in nats; None if not measured."""
     turn_ends: float | None = None
-    """Share of the base's turn ends that the answers to general prompts keep; None if not measured."""
+    """Share of turn ends that the model still predicts, in the base's answers to general prompts; None if not
+    measured.
+    """
     forgot_much: bool = False
     """Whether the run had a warning about forgetting."""
     metric: Metric | None = None
@@ -449,13 +453,15 @@ class PreferenceAccuracy:
     unit: str
     """``pair`` or ``answer``."""
     expected: float
-    """Share that an untrained model is expected to win."""
+    """Share of comparisons that the better answer is expected to win before training."""
     is_measured: bool = False
     """Whether ``expected`` was measured on the same data, and therefore has an interval too."""
 
     @property
     def outcome(self) -> Comparison:
-        """How ``right`` compares with ``expected``; unclear if their 95 % intervals touch."""
+        """How ``right`` compares with ``expected``; unclear if their 95 % intervals overlap, or there are too
+        few rows.
+        """
         now = self._interval(self.right)
         start = self._interval(self.expected) if self.is_measured else Interval(self.expected, self.expected)
         if self.rows < MIN_ROWS or (now.low <= start.high and now.high >= start.low):
@@ -588,7 +594,9 @@ def _loss_words(evidence: RunEvidence) -> str:
 
 
 def _forgetting_words(evidence: RunEvidence) -> str:
-    """Return ``forgetting 0.31 of 2`` or, if the run has a warning of forgetting, what has changed."""
+    """Return how much the model forgot, such as ``forgetting 0.31 of 2`` or, if the run has a warning about
+    forgetting, what has changed in its answers to general prompts. Empty if neither is known.
+    """
     if evidence.forgetting is None:
         return "much forgetting" if evidence.forgot_much else ""
     if evidence.forgot_much:
