@@ -48,6 +48,7 @@ UNLIKE = (
     "deepseek-ai/DeepSeek-V2-Lite",  # low-rank projections, shared experts
     "facebook/opt-1.3b",  # projections of the embedding
     "google/gemma-3-4b-it",  # a tower of images
+    "google/gemma-4-26B-A4B",  # modules that transformers does not quantize
     "mistralai/Mixtral-8x7B-v0.1",  # experts
     "openai-community/gpt2",  # transposed matrices
     "openai/gpt-oss-20b",  # experts with biases

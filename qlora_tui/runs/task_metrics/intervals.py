@@ -91,10 +91,14 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
     products = [value * weight for value, weight in zip(values, weighed, strict=True)]
     mean = sum(products) / sum(weighed)
     draw = random.Random(_SEED)
-    numbers, means = range(rows), []
+    numbers, means = list(range(rows)), []
     for _ in range(_RESAMPLES):
+        if weights is None:
+            means.append(sum(draw.choices(products, k=rows)) / rows)
+            continue
         chosen = draw.choices(numbers, k=rows)
-        means.append(sum(products[i] for i in chosen) / (sum(weighed[i] for i in chosen) or 1.0))
+        weight = sum(map(weighed.__getitem__, chosen)) or 1.0
+        means.append(sum(map(products.__getitem__, chosen)) / weight)
     means.sort()
     widened = math.sqrt(rows / (rows - 1)) * _student_t(rows - 1) / _Z
     edge = round(0.025 * _RESAMPLES)
