@@ -489,7 +489,8 @@ class HomeScreen(WorkScreen):
 
     def on_resize(self) -> None:
         super().on_resize()
-        self.call_after_refresh(self._divide_rows)
+        if self._facts_shown is not None:  # the first frame waits for no module that divides rows
+            self.call_after_refresh(self._divide_rows)
 
     def _divide_rows(self) -> None:
         """Divide the rows below the run's text between its chart and the earlier runs. If a chart and one
