@@ -140,7 +140,9 @@ def test_validation_that_does_not_fit_says_how_it_began() -> None:
     whole = [line.plain for line in validation_lines(evaluations, 20, 40, 5)]
     _, newest, best, earlier = (line.plain for line in validation_lines(evaluations, 20, 40, 4))
     assert whole[1:3] == [newest, best] and len(whole) == 5
-    assert newest.count("▄") == best.count("▄") // 2 > 5 and "▄" not in whole[3]
+    bar = best.count("▄")
+    assert f" ▲{'▄' * (bar // 2 - 1)}" in newest and bar > 5
+    assert whole[3].endswith("▄▶")
     assert earlier.strip() == "2 earlier, 4.000 at step 0"
 
 
