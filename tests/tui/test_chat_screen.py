@@ -300,13 +300,13 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         panel, prompt = (chat_of(app).query_one(f"#{each}-panel") for each in ("chat", "prompt"))
         starters = chat_of(app).query_one(Starters)
         await wait_until(pilot, lambda: prompt.region.y - panel.region.bottom < 2 < panel.region.height < 12)
-        await wait_until(pilot, lambda: starters.option_count == 12)
+        await wait_until(pilot, lambda: starters.option_count == 24)
         assert "expected: Parcel 10 is on its way." in text_of(app)
         field = chat_of(app).query_one(PromptBox)
         before = field.region.y
         await pilot.press("i", *"two", "ctrl+j", *"lines")
         await wait_until(pilot, lambda: field.region.height == 2)
-        assert (field.region.y, starters.option_count) == (before, 12)
+        assert (field.region.y, starters.option_count) == (before, 24)
         field.text = ""
         await wait_for_text(
             pilot, "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to", "It learned"

@@ -27,7 +27,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.breakpoints import AIRY_CELLS, ROOMY_CELLS, TALL_CELLS, VERY_WIDE_CELLS
+from qlora_tui.tui.breakpoints import AIRY_CELLS, TALL_CELLS, VERY_WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -129,7 +129,7 @@ class ChatScreen(WorkScreen):
                     yield self.conversation
                     yield Lines(id="unloaded")
                 box = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
-                yield Panel("Message", Starters(), box, id="prompt-panel")
+                yield Panel("Message", Starters(), box, id="prompt-panel", classes="-tight")
             yield ChatSide()
 
     # Which model
@@ -644,7 +644,7 @@ class ChatScreen(WorkScreen):
         chat, starters = self.conversation, self.query_one(Starters)
         self._free_rows = self._free_rows if rows is None else rows
         asked = {turn.prompt for turn in chat.turns}
-        is_tall = self.size.height >= (AIRY_CELLS if asked else ROOMY_CELLS)
+        is_tall = self.size.height >= AIRY_CELLS
         offered = offered_prompts(self._start, asked, self._free_rows, is_tall=is_tall)
         if starters.has_focus and not offered:
             # Otherwise, Textual would focus the field, and keys of commands would be typed into it.

@@ -45,12 +45,10 @@ from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
 from qlora_tui.tui.widgets.controls import ViList
 
-_MAX_OF_KIND = 12
+_MAX_OF_KIND = 24
 """Maximum number of prompts of each kind that are read."""
-_FEW, _MANY, _MOST = 4, 8, 12
-"""Number of starter prompts before the first message: at least ``_FEW``, and at most ``_MANY`` or, in a tall
-window, ``_MOST``.
-"""
+_FEW, _MOST = 4, 24
+"""Minimum and maximum number of starter prompts before the first message. The rows that are free decide."""
 _LATER, _MANY_LATER = 1, 3
 """Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
@@ -274,14 +272,14 @@ def offered_prompts(
         start: The contents of the screen.
         asked: The prompts that were sent in the conversation. They are not offered again. Empty before the
             first message.
-        rows: Number of rows that nothing else needs.
-        is_tall: Whether the window is tall.
+        rows: Number of rows that nothing else needs before the first message.
+        is_tall: Whether the window is tall, so that more prompts are offered during a conversation.
     """
     unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED]
     if asked:
         left = [each for each in (*start.prompts, *unrelated) if each.prompt not in asked]
         return tuple(left[: _MANY_LATER if is_tall else _LATER])
-    own, most = list(start.prompts), max(_FEW, min(rows, _MOST if is_tall else _MANY)) - len(unrelated)
+    own, most = list(start.prompts), max(_FEW, min(rows, _MOST)) - len(unrelated)
     while len(own) > most:
         kinds = [each.kind for each in own]
         largest = max(reversed(kinds), key=kinds.count)
@@ -290,19 +288,21 @@ def offered_prompts(
 
 
 def _starter_lines(offered: Sequence[Starter], width: int) -> list[tuple[str, Content]]:
-    """Return an (id, line) pair for each prompt, with the expected answer next to it if that fits, and the
-    kind at the right end of the line.
+    """Return an (id, line) pair for each prompt, with the expected answer next to it if that fits. The kind
+    is at the right end of the first line of each kind.
     """
     prompts = [Content(" ".join(each.prompt.split())) for each in offered]
     cells = max((prompt.cell_length for prompt in prompts), default=0)
-    lines = []
+    lines, kind = [], ""
     for number, (prompt, starter) in enumerate(zip(prompts, offered, strict=True)):
-        room = max(0, width - len(starter.kind) - 4)
+        shown = "" if starter.kind == kind else starter.kind
+        kind = starter.kind
+        room = max(0, width - len(kind) - 4)
         if starter.expected and room - cells > _LEAST_EXPECTED:
             expected = Content.assemble("   expected: ", " ".join(starter.expected.split()))
             prompt = prompt.pad_right(cells - prompt.cell_length) + expected.stylize_before("$text-muted")
         prompt = prompt.truncate(room, ellipsis=True, pad=True)
-        lines.append((str(number), Content.assemble("▸ ", prompt, "  ", (starter.kind, "dim"))))
+        lines.append((str(number), Content.assemble("▸ ", prompt, "  ", (shown, "dim"))))
     return lines
 
 

@@ -138,7 +138,7 @@ def _prepare(now: HomeState) -> NextStep:
         return NextStep(
             "go.memory", "app.go('memory')", "Make it fit", "the recipe needs more memory than there is"
         )
-    why = "the Train screen checks the recipe and launches the run"
+    why = "checked and launched on the Train screen"
     if now.duration:
         why = f"{now.duration} of training here; {why}"
     text = "Prepare a new run" if now.last_state == "finished" else "Check the recipe"
