@@ -3,12 +3,12 @@
 atomic_write     replaces one file
 sync             flushes what was written so far to disk
 open_regular     opens a file, and refuses a pipe instead of waiting for it
-write_new        writes a file that the user named, without replacing one
+write_new        writes a file that the user named; never replaces an existing file
 open_foreign     opens a regular file of another program
 walk_files       lists a folder of the user, including linked subfolders
 
 A rename alone is not enough: a file's content and a folder's list of names reach the disk only when
-synced. Otherwise a power cut leaves empty files on ext4 and XFS, and no files on btrfs.
+synced. Otherwise a power cut can leave empty files on ext4 and XFS, and no files on btrfs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def atomic_write(
 
     With ``durable``, content and name are on disk on return, so a power cut neither empties the file nor
     restores the previous one. The previous file is saved as ``keep``, if given, and synced before the
-    replacement. If this raises OSError, the previous file is unchanged.
+    replacement. Raises OSError. The previous file is then unchanged, unless only the sync after the
+    replacement failed.
     """
     import tempfile  # takes 15 ms, which a start without writing avoids
 
@@ -109,7 +110,9 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def _is_made_up(handle: int, flags: int) -> bool:
-    """Return whether the kernel generates the content, as in ``/proc``: files without a size."""
+    """Return whether the kernel generates a file's content, as in ``/proc``. Such a file has content although
+    its size is 0. Always false for a file that is opened for writing.
+    """
     if flags & os.O_ACCMODE != os.O_RDONLY or os.fstat(handle).st_size:
         return False
     try:
@@ -213,9 +216,9 @@ def write_new(file: Path, content: bytes) -> None:
 def walk_files(folder: Path) -> list[Path]:
     """Return all files in a folder and its subfolders, as sorted relative paths.
 
-    Linked subfolders are searched once. Hidden subfolders, and links to parents of this folder, are returned
-    as they are, without the files in them. Raises OSError for a subfolder that cannot be searched. A
-    subfolder that disappears during the search is skipped.
+    A subfolder that several links lead to is searched only once. Hidden subfolders, and links to this folder
+    or its parents, are in the result, but not the files in them. Raises OSError for a subfolder that cannot
+    be searched. A subfolder that disappears during the search is skipped.
     """
 
     def refuse(error: OSError) -> None:

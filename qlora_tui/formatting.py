@@ -20,7 +20,7 @@ _NAME = re.compile(r"\w+[A-Z0-9]")
 
 
 def format_bytes(bytes_: int | None) -> str:
-    """Format a size in bytes: ``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA if unknown."""
+    """Format a size, given in bytes: ``9.1 GiB``, ``512 MiB``, ``14 KiB``; NA if unknown."""
     if bytes_ is None:
         return "NA"
     for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
@@ -31,7 +31,7 @@ def format_bytes(bytes_: int | None) -> str:
 
 
 def format_gib(bytes_: int | None) -> str:
-    """Format a size in bytes as GiB, without the unit: ``18.2``; NA if unknown."""
+    """Format a size, given in bytes, as GiB without the unit: ``18.2``; NA if unknown."""
     return "NA" if bytes_ is None else f"{bytes_ / GIB:.1f}"
 
 
@@ -53,7 +53,10 @@ def pluralize(number: int, word: str) -> str:
 
 
 def format_count(number: int | None) -> str:
-    """Format a count with three digits: ``7.62B``, ``135M``, ``107K``, ``4,812``; NA if unknown."""
+    """Format a count: in full below 10,000, otherwise rounded to two or three digits.
+
+    Examples: ``7.62B``, ``135M``, ``14M``, ``107K``, ``4,812``; NA if unknown.
+    """
     if number is None:
         return "NA"
     for unit, letter, least in ((10**9, "B", 10**9), (10**6, "M", 10**6), (1000, "K", 10_000)):
@@ -65,7 +68,7 @@ def format_count(number: int | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Format a duration in seconds: ``41 min``, ``3 h 12 min``, ``2 h``, ``25 s``; NA if unknown."""
+    """Format a duration, given in seconds: ``41 min``, ``3 h 12 min``, ``2 h``, ``25 s``; NA if unknown."""
     if seconds is None:
         return "NA"
     whole = round(seconds)
@@ -81,7 +84,10 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_wait(seconds: float) -> str:
-    """Format a short time with tenths, ``0.4 s``; from ten seconds on, like :func:`format_duration`."""
+    """Format a time below ten seconds with one decimal: ``0.4 s``.
+
+    Longer times are formatted by :func:`format_duration`.
+    """
     return f"{seconds:.1f} s" if seconds < 10 else format_duration(seconds)
 
 
@@ -91,14 +97,14 @@ def format_progress(done: int, total: int) -> str:
 
 
 def format_float(value: float | None, digits: int = 3) -> str:
-    """Format a measured number with ``digits`` significant digits; NA without a value."""
+    """Format a measured number with ``digits`` significant digits; NA if there is no value."""
     if value is None:
         return "NA"
     return "NaN" if value != value else f"{value:.{digits}g}"
 
 
 def format_number(value: float) -> str:
-    """Format a number for people without rounding: ``1,048,576``, ``0.0002``, ``2e-5``."""
+    """Format a number in readable form, without rounding it: ``1,048,576``, ``0.0002``, ``2e-5``."""
     if float(value).is_integer() and abs(value) < 1e16:
         return f"{int(value):,}"
     short = f"{value:g}"
@@ -106,7 +112,7 @@ def format_number(value: float) -> str:
 
 
 def format_loss(loss: float | None) -> str:
-    """Format a loss with three decimals: ``2.908``; ``NaN`` if it is not a number, NA without a value."""
+    """Format a loss with three decimals: ``2.908``; ``NaN`` if it is not a number, NA if there is none."""
     if loss is None:
         return "NA"
     return f"{loss:.3f}" if math.isfinite(loss) else "NaN" if loss != loss else f"{loss:g}"
@@ -120,7 +126,7 @@ def format_loss_change(change: float) -> str:
 def format_nats(nats: float | None) -> str:
     """Format a KL divergence or a margin with two significant digits: ``0.004``, ``1.3``, ``<0.0001``.
 
-    Rounding may have made a divergence slightly negative.
+    Rounding can make a divergence slightly negative; it is then ``<0.0001`` too.
     """
     if nats is None:
         return "NA"
@@ -188,14 +194,14 @@ def abbreviate_home(text: str) -> str:
 
 
 def short_model_name(model_id: str) -> str:
-    """Return the last part of a model's id or path. For a GGUF file, or a model converted from one, return
-    the model's name.
+    """Return the last part of a model's id or path, without the suffix of a GGUF file or of a model that was
+    converted from one.
     """
     return _GGUF_ENDING.sub("", model_id.rstrip("/").rpartition("/")[2])
 
 
 def cut_range(name: str, length: int) -> tuple[int, int]:
-    """Return the range of ``name`` to replace by ``…`` to leave ``length`` characters.
+    """Return the range of ``name`` that ``…`` replaces to shorten the name to ``length`` characters.
 
     The range covers the least distinctive part: first the owner of a model and the file extension, then
     letters within words, then whole numbers. The size of a model, such as ``14B``, is removed last.
@@ -233,12 +239,12 @@ def shorten_name(name: str, length: int) -> str:
 
 
 def capitalize(text: str) -> str:
-    """Return the text with a capital first letter, unless it is a name such as llama.cpp."""
+    """Return the text with a capital first letter, unless it begins with a name such as llama.cpp."""
     return text if _CODE_NAME.match(text) else f"{text[:1].upper()}{text[1:]}"
 
 
 def uncapitalize(text: str) -> str:
-    """Return the text with a lowercase first letter, unless it is a name such as GGUF or LoRA."""
+    """Return the text with a lowercase first letter, unless it begins with a name such as GGUF or LoRA."""
     return text if _NAME.match(text) else f"{text[:1].lower()}{text[1:]}"
 
 
@@ -248,7 +254,7 @@ def join_words(words: Sequence[str], last: str = "and") -> str:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """Return the first six names, and the number of others: ``a, b and 30 more``."""
+    """Join the first six names and the number of others: ``a, b, c, d, e, f and 30 more``."""
     more = len(names) - 6
     return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
 

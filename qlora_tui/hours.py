@@ -17,8 +17,8 @@ _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "su
 _DAY_GROUPS = {"weekdays": range(5), "weekends": range(5, 7)}
 _DAY_MINUTES = 24 * 60
 _LONGEST_S = 8 * _DAY_MINUTES * 60.0
-"""Maximum duration of open hours without a gap, in seconds. Because hours repeat every week, longer open
-hours never end.
+"""Open hours that last longer than this many seconds without a gap never end, because hours repeat every
+week.
 """
 _TIMES = re.compile(r"(?<![:\d])(\d{1,2})(?::(\d\d))?-(\d{1,2})(?::(\d\d))?(?![:\d])")
 _LOCAL_ZONE = Path("/etc/localtime")
@@ -75,7 +75,8 @@ class _Window:
 class Hours:
     """Hours of the week by the local clock. Without windows, they are always open.
 
-    On a day on which the clock changes, a window begins and ends at the first moment with its time.
+    On a day on which the clock changes, the same time can occur twice. A window then begins or ends at the
+    first of the two.
     """
 
     text: str = ""
@@ -102,7 +103,7 @@ class Hours:
         return self.opens_at(now, zone) <= now
 
     def opens_at(self, now: float, zone: tzinfo | None = None) -> float:
-        """Return the first Unix time from ``now`` on that is within these hours."""
+        """Return the Unix time at which these hours next open; ``now`` if they are open."""
         return max(now, next(self._spans(now, zone))[0])
 
     def closes_at(self, now: float, zone: tzinfo | None = None) -> float:
@@ -136,7 +137,7 @@ class Hours:
             opens_at, closes_at = start, end
 
     def _single_spans(self, now: float, zone: tzinfo | None) -> Iterator[tuple[float, float]]:
-        """Yield start and end of each window, day by day from yesterday on."""
+        """Yield start and end of each window, day by day. The first day is the one before ``now``."""
         midnight = datetime.fromtimestamp(now, zone).replace(
             hour=0, minute=0, second=0, microsecond=0, fold=0
         )

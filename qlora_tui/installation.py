@@ -81,7 +81,7 @@ class _UvTool:
     python: str = ""
 
     def command(self, *options: str) -> list[str]:
-        """Return the command that installs all packages; omitted packages would be removed."""
+        """Return the command that installs all packages. uv removes packages that a command does not name."""
         program, *others = self.packages
         words = ["uv", "tool", "install", *options, *program.words()]
         words += [word for each in others for word in each.words("--with-editable", "--with")]
@@ -99,8 +99,8 @@ def install_command(
     Args:
         requirements: Names of packages.
         options: Options for pip and uv.
-        keep: Packages that keep their installed versions. A uv tool keeps the versions that this program
-            needs.
+        keep: Packages that keep their installed versions. Ignored if uv manages this program as a tool: uv
+            then installs versions that this program accepts.
     """
     packages = [_Package.parse(requirement) for requirement in requirements]
     if tool := _uv_tool():
@@ -114,7 +114,7 @@ def install_command(
 
 
 def torch_command(build: str) -> str:
-    """Return the command that replaces torch by a build from its own package index, such as ``cu126``."""
+    """Return the command that replaces torch with a build such as ``cu126``, from that build's index."""
     if tool := _uv_tool():
         return shlex.join(tool.command("--torch-backend", build, "--reinstall-package", "torch"))
     begin = _begin(["--force-reinstall"], ["--reinstall-package", "torch"])
@@ -138,10 +138,9 @@ def torch_command_needs() -> str:
 
 
 def _uv_tool() -> _UvTool | None:
-    """Return the content of uv's receipt; None if there is none, or if it has entries that cannot be
-    repeated.
+    """Return the content of uv's receipt; None if there is none, or if no command can repeat its entries.
 
-    Without a result, packages are installed into the environment, and the receipt does not list them.
+    If None, packages are installed into the environment, and the receipt does not list them.
     """
     try:
         tool = tomllib.loads((Path(sys.prefix) / _RECEIPT).read_text(encoding="utf-8"))["tool"]
@@ -181,8 +180,10 @@ def _of_receipt(entry: dict[str, Any]) -> _Package:
 
 
 def _git_url(value: str) -> str:
-    """Convert a receipt's git source to a URL to install from, such as
-    ``https://host/repository?rev=main``."""
+    """Convert a receipt's git source to a URL to install from.
+
+    For example, ``https://host/repository?rev=main`` becomes ``git+https://host/repository@main``.
+    """
     parts = urlsplit(value)
     query = dict(parse_qsl(parts.query))
     folder = query.pop("subdirectory", "")

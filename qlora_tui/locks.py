@@ -41,8 +41,8 @@ def locked(path: Path, *, patience_s: float = 0.0) -> Iterator[IO[str] | None]:
 
 
 def hold_folder(folder: Path) -> int | None:
-    """Mark a folder as used by this process until the descriptor is closed; return None if that is
-    impossible.
+    """Mark a folder as used by this process until the returned descriptor is closed. Return None if it cannot
+    be marked.
 
     Any number of processes may use a folder at the same time.
     """

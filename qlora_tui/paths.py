@@ -42,7 +42,7 @@ def sweeps_dir() -> Path:
 
 
 def log_path() -> Path:
-    """Return the log of errors in processes that own a terminal, and of what libraries print there."""
+    """Return the file for tracebacks of the app and of commands, and for the app's standard error."""
     return state_dir() / "qlora-tui.log"
 
 

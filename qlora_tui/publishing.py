@@ -1,9 +1,10 @@
-"""Temporary folders with a marker, ``.NAME.part``, the only folders that this program deletes automatically.
+"""Temporary folders named ``.NAME.part``, the only folders that this program deletes automatically.
 
-``lock`` in such a folder is its marker, a fixed sentence. The process that uses the folder holds a lock on
-it, so that only one process at a time writes to a name. ``files`` has the files that the process writes, and
-``earlier`` the files that it replaces. A marked folder whose lock is free belongs to a process that was
-killed or canceled. A folder without the marker is never touched, whatever its name is.
+The file ``lock`` in such a folder is its marker. It contains a fixed sentence, and the process that uses the
+folder keeps it locked, so that only one process at a time writes to a name. ``files`` has the files that the
+process writes, and ``earlier`` the files that it replaces. If no process has locked the marker, the process
+that used the folder was killed or canceled. A folder without the marker is never touched, whatever its name
+is, unless it is empty.
 
 held_draft    a draft of something with a given name: an export, a checkpoint, an adapter
 new_draft     a draft with a new name
@@ -11,8 +12,8 @@ publish       moves complete files from a draft into place
 discard       deletes a folder of this program, by way of a draft, so that a kill leaves no incomplete folder
 abandoned_in  drafts that killed processes left in a folder
 
-Drafts of exports are next to the result, wherever the user wants it. They are listed in the folder
-``unfinished`` of the state, so that a draft is deleted after a kill even if its name is never used again.
+Drafts of exports are next to the result, wherever the user wants it. They are listed in ``unfinished`` in the
+state folder, so that a draft is deleted after a kill even if its name is never used again.
 """
 
 from __future__ import annotations
@@ -72,10 +73,11 @@ def final_path(path: Path) -> Path:
 
 @contextmanager
 def held_draft(draft: Path, *, is_listed: bool = False) -> Iterator[Path | None]:
-    """Create a draft and delete it after the block. Leftovers of a killed process in it are deleted first.
+    """Create a draft and delete it after the block.
 
-    The parent folder must exist. With ``is_listed``, :func:`unfinished_drafts` finds the draft wherever it
-    is.
+    First, the previous version in the draft of a killed process is moved back into place, and everything else
+    in the draft is deleted. The parent folder must exist. With ``is_listed``, :func:`unfinished_drafts` finds
+    the draft wherever it is.
 
     Yields the folder for files, which is empty; None if another process holds the draft. Raises OSError, and
     UserError if the file system has no locks, or a folder without the marker has this name.
@@ -116,8 +118,9 @@ def new_draft(parent: Path) -> Iterator[Path]:
 def publish(files: Path, final: Path) -> None:
     """Move the finished files in the draft of ``final`` into place, durably.
 
-    The previous folder is deleted with the draft. After a crash before that, :func:`restore_earlier` finds
-    it. If this raises OSError, the previous folder is in place.
+    The previous folder is kept in the draft and deleted with it. If the process is killed before the new
+    folder is in place, :func:`restore_earlier` moves the previous folder back. If this raises OSError, the
+    previous folder is in place.
     """
     sync_tree(files)
     earlier = earlier_path(final)
@@ -168,7 +171,7 @@ def discard(path: Path) -> None:
 
 
 def abandoned_in(folder: Path) -> list[Path]:
-    """Return the drafts in a folder that no process holds."""
+    """Return this user's drafts in a folder, except those that a process holds."""
     return [
         path
         for path in list_folder(folder)
@@ -178,7 +181,7 @@ def abandoned_in(folder: Path) -> list[Path]:
 
 
 def unfinished_drafts() -> Iterator[Path]:
-    """Yield every listed draft that a killed process left behind."""
+    """Yield every listed draft that a killed process left behind; unlist drafts that no longer exist."""
     for entry in _listing().glob("*"):
         with suppress(OSError, ValueError):
             draft = Path(os.fsdecode(read_regular(entry)))
@@ -201,7 +204,7 @@ def _listing() -> Path:
 
 
 def _list(draft: Path) -> None:
-    """Add a draft to the list. If the list cannot be written, the draft is not deleted later."""
+    """Add a draft to the list. If this fails, the draft may stay after a kill."""
     with suppress(OSError):
         _entry(draft).parent.mkdir(mode=0o700, exist_ok=True)
         _entry(draft).write_bytes(os.fsencode(draft.absolute()))
@@ -249,7 +252,10 @@ def delete_abandoned(draft: Path) -> None:
 
 
 def _hold(stack: ExitStack, draft: Path) -> bool:
-    """Lock a draft until ``stack`` is closed; return False if another process has locked it."""
+    """Create a draft if it does not exist, and lock it until ``stack`` is closed.
+
+    Returns False if another process has locked it.
+    """
     deadline = time.monotonic() + _DELETION_S
     while True:
         # exist_ok would fail if the folder is deleted at the same time.
@@ -309,7 +315,7 @@ def _mark(path: Path, lock: IO[str]) -> None:
 
 
 def _delete_held(draft: Path) -> None:
-    """Delete a draft as far as possible, the lock last, except files that another process adds."""
+    """Delete a draft as far as possible. The lock is deleted last, and stays if any other file remains."""
     with _without_interruption(), suppress(OSError):
         _empty(draft)
         if [path.name for path in draft.iterdir()] != [_LOCK]:

@@ -1,4 +1,4 @@
-"""``data inspect`` and ``data show``: check data files and show their rows."""
+"""``data``: check data files, show their rows, and find the rows that hurt a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ROWS_NAMED = 8
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Inspect data or show rows. With ``--json``, the fields of an error are also printed to stdout."""
+    """Run the action of ``data``. With ``--json``, the fields of an error are also printed to stdout."""
     try:
         if args.action == "show":
             return _show(args)

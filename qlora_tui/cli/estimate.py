@@ -58,7 +58,10 @@ _MODELS_NAMED = 5
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Estimate the recipe that the options describe. The exit code is 0 even if the recipe does not fit."""
+    """Estimate the memory of the recipe that the options describe.
+
+    The exit code is 0 even if the recipe does not fit.
+    """
     recipe = recipe_from_args(args)
     if not recipe.model.id:
         local = [model.id for model in list_local_models() if model.refusal is None]
@@ -150,7 +153,10 @@ def run(args: argparse.Namespace) -> CommandResult:
 
 
 def _measured_quality(recipe: Recipe) -> Quality:
-    """Return what the recipe's quantization changes in the answers to rows of its data. Raises UserError."""
+    """Measure how the recipe's quantization changes predictions for rows of its data, and print progress.
+
+    Raises UserError.
+    """
     shown = ""
 
     def show(progress: Progress) -> None:
@@ -195,7 +201,10 @@ def _conversion(model_id: str) -> Conversion | None:
 
 
 def _what_fits(largest: dict[str, Any], *, is_marked: bool) -> list[str]:
-    """Return one line on the largest settings that fit; with ``is_marked``, it says that it is instant."""
+    """Return a line with the largest values that fit, or an empty list if none fits.
+
+    With ``is_marked``, the line says that it is an instant estimate.
+    """
     names = {"sequence_length": "sequence length", "micro_batch": "micro-batch", "rank": "rank"}
     limits = ", ".join(f"{name} {largest[key]:,}" for key, name in names.items() if largest[key])
     form = " (instant estimate)" if is_marked else ""
@@ -242,7 +251,8 @@ def as_json(
 ) -> dict[str, Any]:
     """Return ``{"precisions": {"nf4": …, "int8": …, "fp16": …}, "what_fits": …, "cheapest_changes": …}``.
 
-    ``minimum_bytes`` is set if even all changes together do not fit, and is the memory with all of them.
+    There are further keys. ``least_bytes`` is None if the recipe or a change fits; otherwise it is the memory
+    that the recipe takes with every change that saves memory.
     """
     compared = compare(recipe, architecture, device=device)
     result = compared[precision_of(recipe)]
@@ -298,7 +308,7 @@ def _trace_as_json(
     architecture: Architecture,
     device: Device,
 ) -> dict[str, Any]:
-    """Return the bytes by item of the trace and of the closed form, and whether the latter is exact."""
+    """Return the bytes of each item in the trace and in the closed form, and whether ``result`` is exact."""
     closed = closed_form(recipe, architecture, trainer_execution(recipe, device, architecture))
     return {
         "precision": precision_of(recipe),
@@ -312,7 +322,7 @@ def _trace_as_json(
 
 
 def _describe_trace(traced: StepTrace) -> str:
-    """Return a description of the libraries with which a step was traced."""
+    """Return a phrase on the version of transformers that was traced, and on kernels that were replaced."""
     text = f"exact: traced with transformers {traced.transformers}"
     if traced.uncertain:
         text += (

@@ -1,4 +1,4 @@
-"""``export``: a run's result in a format that other programs load."""
+"""``export``: a run's adapter or model, or a recipe, in a form that other programs use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
 
 
 def run(args: argparse.Namespace) -> CommandResult:
-    """Export a run's adapter in the requested form."""
+    """Export a run's adapter or model, or a recipe, in the requested form."""
     if args.form == "recipe":
         return _run_recipe(args)
     if args.form == "job":

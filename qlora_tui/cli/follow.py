@@ -29,9 +29,13 @@ _MAX_PAST_STEPS = 2000
 
 
 def follow(run: RunDir, *, as_json: bool) -> int:
-    """Print every event until the run's end. Return 1 if the run failed; Ctrl-C detaches and returns 0.
+    """Print the events of a run until it is over. Ctrl-C detaches.
 
-    Past steps of a very long run are sampled; with ``as_json``, all are printed.
+    With ``as_json``, every event is printed. Otherwise, past steps of a very long run are sampled, and a new
+    ``Progress`` event is printed only :data:`PLAIN_INTERVAL_S` seconds after the last line.
+
+    Returns:
+        0 if the run finished, was stopped or was paused, and after Ctrl-C; otherwise 1.
     """
     view, past_events = (RunView(run), []) if as_json else RunView.from_sample(run, _MAX_PAST_STEPS)
     phases = PhaseFilter()
@@ -59,7 +63,8 @@ def follow(run: RunDir, *, as_json: bool) -> int:
 def follow_plain(run: RunDir) -> int:
     """Print the live screen's content as sentences: the current state, events, and state updates.
 
-    The output suits screen readers and logs: only complete lines, and one step per :data:`PLAIN_INTERVAL_S`.
+    The output suits screen readers and logs: it consists of complete lines, with at most one state update
+    every :data:`PLAIN_INTERVAL_S` seconds.
     """
     view, past_events = RunView.from_sample(run, _MAX_PAST_STEPS)
     phases = PhaseFilter()

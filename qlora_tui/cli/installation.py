@@ -1,5 +1,5 @@
-"""This installation: ``doctor`` checks it, ``locate`` and ``cache`` list folders, ``completion`` is for
-shells.
+"""This installation: ``doctor`` checks it, ``locate`` lists its folders, ``cache`` lists or clears the cache,
+and ``completion`` prints a script for a shell.
 
 A shell asks this program for completions at each press of Tab, because values such as run ids exist only at
 that moment.
@@ -56,7 +56,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def run_doctor(args: argparse.Namespace) -> CommandResult:
-    """Run every check, in the order in which failed checks would end a run."""
+    """Check this machine and the libraries, in the order in which problems would make a run fail."""
     # Completion loads this module at each Tab and does not need these modules.
     from qlora_tui.runs.doctor import CheckKind, check_libraries, check_system
 
@@ -74,7 +74,7 @@ def run_doctor(args: argparse.Namespace) -> CommandResult:
 
 
 def run_locate(args: argparse.Namespace) -> CommandResult:
-    """Return every directory that the program uses."""
+    """Return the folders of settings, presets, themes, runs and cache."""
     places = {
         "config": paths.config_dir(),
         "presets": paths.user_presets_dir(),
@@ -130,7 +130,7 @@ def run_cache(args: argparse.Namespace) -> CommandResult:
 
 
 def list_items() -> list[CachedItem]:
-    """Return everything in the cache, by kind, the largest items first."""
+    """Return the items of the cache that match :data:`KINDS`, by kind, and the largest of each kind first."""
     items = []
     for kind, (_, names) in KINDS.items():
         folder = paths.cache_dir() / kind
@@ -200,7 +200,7 @@ def answer(parser: argparse.ArgumentParser) -> NoReturn:
 
 
 def run_names() -> Iterable[str]:
-    """Return ``last`` and the name of every run."""
+    """Return ``last`` and the id of every run."""
     from qlora_tui.runs.directory import LAST, all_runs
 
     return (LAST, *(run.id for run in all_runs()))
@@ -227,7 +227,7 @@ def model_names() -> Iterable[str]:
 
 
 def settings() -> Iterable[str]:
-    """Return ``lora.rank=`` and the like for every setting, followed by each value if there are few."""
+    """Return ``KEY=`` for every setting, or ``KEY=VALUE`` for each value if the setting has fixed choices."""
     from qlora_tui.recipe.fields import fields
 
     for path, field in fields().items():

@@ -75,11 +75,14 @@ SUBCOMMANDS = {
 called, so that the app and fast commands do not wait for other imports."""
 _INTERRUPTED = 130
 _ACTIONS: dict[str, tuple[str, ...]] = {"presets": ("show", "reference")}
-"""Actions of commands that run the first one if the next word is not an action: `presets paper`."""
+"""Commands with a default action, and their actions, the default first.
+
+For example, `presets paper` means `presets show paper`.
+"""
 
 
 def can_show_app() -> bool:
-    """Return whether stdout is a terminal with cursor control."""
+    """Return whether stdin and stdout are a terminal with cursor control."""
     return _is_terminal() and os.environ.get("TERM") not in (None, "", "dumb")
 
 
@@ -99,7 +102,8 @@ def open_app(
         host: The box to work on, by its ssh name; None for this machine.
 
     Raises:
-        UserError: This is not a terminal, or the disk could not be written.
+        UserError: There is no terminal that can show the app, the box cannot be reached, or the app
+            ended because the disk could not be written.
     """
     # The app enables it again with its first frame. Until then, there is no garbage worth collecting.
     gc.disable()
@@ -164,7 +168,10 @@ def end_process(exit_code: int) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0 for success, 1 for a failure, 2 for an invalid call."""
+    """Open the app or run one command, and return the exit code.
+
+    It is 0 for success, 1 for a failure, 2 for an invalid call, and 130 after Ctrl-C.
+    """
     open_missing_streams()
     with visible_output():
         return _run(list(sys.argv[1:] if argv is None else argv))
@@ -227,7 +234,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _is_utf8(word: str) -> bool:
-    """Return whether a word is valid UTF-8. Other bytes arrive as surrogates."""
+    """Return whether a word is valid UTF-8. Bytes that are not UTF-8 have become surrogates."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -252,7 +259,7 @@ def _with_action(argv: list[str], verb: str | None) -> list[str]:
 
 
 def _check_command(argv: Sequence[str]) -> None:
-    """Raise UserError for an unknown command, with the most similar command."""
+    """Raise UserError for an unknown command. The error suggests the most similar command."""
     words = iter(argv)
     for word in words:
         if word in ("--gpu", "--gpu-gib", "--host"):

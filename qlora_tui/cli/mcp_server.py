@@ -73,7 +73,7 @@ class CommandTool:
 
     @property
     def may_change(self) -> bool:
-        """Return whether any call of this tool starts, writes or deletes something."""
+        """Return whether this tool can start, write or delete something."""
         return self.changes is None or any(word in self.changes for word in (*self.words[1:], *self._actions))
 
     def does_change(self, arguments: dict[str, Any]) -> bool:
@@ -128,7 +128,7 @@ class CommandTool:
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments without those whose value means that the argument is omitted."""
+    """Return the arguments without those that are None, False or an empty list, which count as omitted."""
     # Compare by identity, because 0 and 0.0 equal False.
     return {
         name: value
@@ -152,7 +152,10 @@ def _property(action: argparse.Action) -> dict[str, Any]:
 
 
 def command_tools() -> Iterator[CommandTool]:
-    """Yield each command that is useful for programs on its own, and each action."""
+    """Yield a tool for each command that is useful for programs, and for each of its actions.
+
+    A command that does nothing without an action is not a tool itself.
+    """
     for name, help_, parser in command_tree():
         words = tuple(name.split())
         command = subcommand(words[0])

@@ -1,4 +1,4 @@
-"""``predict``: write a run's decision on each row of a file."""
+"""``predict``: the label of each row of a file, as a run's adapter predicts it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora_tui.worker import run_job
 
 
 def run_predict(args: argparse.Namespace) -> CommandResult:
-    """Decide each row of a file in a separate process, and show the progress."""
+    """Predict the label of each row of a file, and show the progress. A separate process does the work."""
     request = Prediction(
         run=str(find_run(args.run_id).path),
         file=str(Path(args.file).absolute()),

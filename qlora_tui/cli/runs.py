@@ -55,7 +55,7 @@ _REQUESTS: dict[str, control.Kind] = {
 
 
 def runs(args: argparse.Namespace) -> CommandResult:
-    """List all runs, perform an action on one, or check all."""
+    """Run the action of ``runs``; without an action, list all runs."""
     if args.action == "rename":
         run = find_run(args.run_id)
         actions.rename(run, args.name)
@@ -204,7 +204,7 @@ def _list() -> CommandResult:
 
 
 def attach(args: argparse.Namespace) -> int:
-    """Watch a run in the app, or print its events until its end. In both cases, the run continues."""
+    """Watch a run in the app, or print its events until it ends. Detaching does not stop the run."""
     run = _active_or_newest() if args.run_id is None else find_run(args.run_id)
     if run.id in run_queue.waiting():
         # The run's runner may have been killed, or ended with the machine.
@@ -219,7 +219,7 @@ def _active_or_newest() -> RunDir:
 
 
 def resume(args: argparse.Namespace) -> CommandResult | int:
-    """Continue a run from its last checkpoint."""
+    """Queue a run to continue from its last checkpoint, or from the start if it has none."""
     run = find_run(args.run_id)
     (actions.train_now if args.now else actions.resume)(run)
     if args.follow:
@@ -292,7 +292,10 @@ def _summary(view: RunView) -> dict[str, Any]:
 
 
 def _format_validation(view: RunView) -> str:
-    """Return the lowest validation loss and exact answers: ``1.29, exact answers 97%, base 12%``."""
+    """Return the lowest validation loss and, if measured, the share of exact answers and the rewards.
+
+    An example is ``1.29, exact answers 97%, base 12%``.
+    """
     best = format_loss(None if view.best is None else view.best.loss)
     exact = format_exact(view.accuracy, view.base_accuracy)
     rewards = format_rewards(view.last_evaluation)

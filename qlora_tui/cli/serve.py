@@ -36,11 +36,11 @@ from qlora_tui.runs.servers import (
 
 _PORT = 8000
 KEY_VARIABLE = "QLORA_TUI_API_KEY"
-"""Environment variable with the API key, because every user of a machine can read command lines."""
+"""Environment variable for the API key. An option is less safe: every user can read command lines."""
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Serve until a signal arrives, or start or stop a server in the background."""
+    """Serve until a signal arrives, start a server in the background, stop a server, or print commands."""
     if args.stop:
         return _stop(args.port)
     try:
@@ -135,7 +135,7 @@ def _stop(port: int | None) -> CommandResult:
 
 
 def _arguments_of(args: argparse.Namespace) -> list[str]:
-    """Return the arguments with which a background process serves the same, without the key."""
+    """Return the arguments for a background process that serves the same runs, without the key."""
     options = {
         "--host": args.listen_on,
         "--port": args.port,
@@ -148,9 +148,10 @@ def _arguments_of(args: argparse.Namespace) -> list[str]:
 
 
 def _commands_of_others(run: RunDir) -> CommandResult:
-    """Return the commands with which vLLM and llama.cpp serve a run, or its exports.
+    """Return commands that serve a run's exports with vLLM and llama.cpp.
 
-    Options as in llama.cpp's common/arg.cpp (build b11434), and in vLLM's vllm/engine/arg_utils.py and
+    If an export is missing, the command that creates it comes first. The options follow llama.cpp's
+    common/arg.cpp (build b11434), and vLLM's vllm/engine/arg_utils.py and
     vllm/entrypoints/openai/cli_args.py (commit 005223338608).
     """
     # The newest file of each form that still exists.

@@ -57,7 +57,7 @@ _KEPT_S = 7 * 24 * 3600.0
 """Seconds for which the outcome of a request is stored."""
 _PIECE_BYTES = 1 << 20
 _UNSENT = ("heartbeat.json", "status.json")
-"""Files that the status determined by this process replaces. It includes the heartbeat."""
+"""Files that are not sent. This process sends the status that it determines, with the heartbeat, instead."""
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
@@ -302,7 +302,7 @@ class _RunFiles:
 
 
 def _files_of(run: RunDir) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a run to send, with their paths relative to the runs folder."""
+    """Yield each file of a run that is sent, after its path relative to the runs folder."""
     for folder, folders, names in os.walk(run.path):
         folders.sort()
         for name in sorted(names):

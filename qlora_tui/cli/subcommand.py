@@ -1,6 +1,6 @@
 """The parts of commands: declarations, arguments, results, and safe output to stdout and stderr.
 
-A terminal receives only control sequences of this program.
+The only control sequences that reach a terminal are those of this program.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ class Subcommand:
 
 
 def note_description(architecture: Architecture) -> None:
-    """Report on stderr that a model's architecture will be read, which takes seconds the first time."""
+    """Report on stderr that the rest of an architecture will be read, if only an outline of it is known.
+
+    Reading it takes seconds the first time.
+    """
     if architecture.is_outline:
         print("reading the model's structure from transformers, once", file=sys.stderr)
 
@@ -123,7 +126,7 @@ def add_run_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def input_path(text: str) -> str:
-    """Return ``text``. As an argument's type, it marks an input file, which ``--host`` sends."""
+    """Return ``text``. As an argument's type, this function marks an input file, which ``--host`` sends."""
     return text
 
 
@@ -197,12 +200,15 @@ def positive_float(text: str) -> float:
 
 
 class VisibleStream:
-    """A text stream that writes unsafe characters as symbols. Everything else goes to the wrapped stream."""
+    """A wrapper of a text stream that writes unsafe characters as symbols.
+
+    All other attributes are those of the wrapped stream.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._last = ""
-        """Last text, if the next piece may continue it, because an emoji can arrive in pieces."""
+        """Last character if the next text may continue it, as an emoji can arrive in pieces; else empty."""
 
     def write(self, text: str) -> int:
         """Write ``text`` with symbols in place of unsafe characters."""
@@ -239,7 +245,7 @@ def open_missing_streams() -> None:
 
 @contextmanager
 def visible_output() -> Iterator[None]:
-    """Write unsafe characters on stdout and stderr as symbols inside the block."""
+    """Inside the block, write unsafe characters to stdout and stderr as symbols."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = VisibleStream(sys.stdout), VisibleStream(sys.stderr)
     try:

@@ -43,7 +43,7 @@ from qlora_tui.worker import module_argv
 
 
 def run(args: argparse.Namespace) -> CommandResult | int:
-    """Check and queue a run, and start a runner if none is active."""
+    """Check a recipe, queue a run and follow it; or do what an option requests instead."""
     recipe = recipe_from_args(args)
     for option, path, value in (
         ("--name", "name", args.name),
@@ -173,7 +173,10 @@ def _probe(recipe: Recipe) -> CommandResult:
 
 
 def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
-    """Return a sentence about how long the run would be, which says that nothing was queued."""
+    """Return sentences on how long the run would be, and that nothing was queued.
+
+    With ``failed``, the last sentence says instead that the run would not start.
+    """
     outcome = "The run would not start: fix the errors above." if failed else "Nothing was queued."
     if expected is None:
         return outcome
@@ -185,7 +188,7 @@ def _plan_sentence(expected: Forecast | None, *, failed: bool) -> str:
 
 
 def _report_checks(checks: tuple[Check, ...]) -> None:
-    """Print the findings of checks on stderr. Raises UserError if a run with this recipe cannot start."""
+    """Print warnings, errors and the expected time on stderr. Raises UserError if the run cannot start."""
     for check in checks:
         if check.problem is not None:
             raise check.problem
@@ -197,8 +200,8 @@ def _report_checks(checks: tuple[Check, ...]) -> None:
 def _confirm(checks: tuple[Check, ...]) -> bool:
     """Print the results of checks; return whether to continue. Raises UserError if the run cannot start.
 
-    If there is an error that the user may override, prompts at a terminal; in a script, only prints the
-    error.
+    If there is an error that the user may override, asks whether to launch anyway. Without a terminal, the
+    error is only printed, and the result is True.
     """
     _report_checks(checks)
     if not errors(checks) or not (sys.stdin.isatty() and sys.stderr.isatty()):

@@ -26,14 +26,15 @@ _LARGEST_ROW_BYTES = 4 * LARGEST_ROW_BYTES
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """Last bytes of an Arrow stream, which are the marker of a message and a length of 0."""
 _MEMORY_BYTES = 448 * MIB
-"""Maximum number of bytes that reading a piece may take."""
+"""Maximum memory of the child process, in bytes, in addition to what it has at its start."""
 _reader = Confined(__name__, cpu_s=60.0, memory_bytes=_MEMORY_BYTES)
 
 
 def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row]:
     """Yield the rows of a Parquet file (``kind`` is ``parquet``) or of an Arrow stream of ``datasets``.
 
-    Raises ``UserError`` if the file is damaged or not of the kind that its name indicates, and ``TooLarge``.
+    Raises ``UserError`` if the file is damaged, is not of the kind that its name indicates, or takes too much
+    time or memory. Raises ``TooLarge`` if a row, or the expanded file, exceeds a limit.
     """
     number = 0
     try:
@@ -57,7 +58,7 @@ def arrow_rows(path: Path, kind: str, position: Position | None) -> Iterator[Row
 def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
     """Yield small pickled lists of a file's rows, each with the number of bytes that were read so far.
 
-    Raises ``ValueError`` with the library's message, ``MemoryError`` and ``TooLarge``.
+    Raises ``ValueError`` with the library's message, ``MemoryError``, or ``TooLarge``.
     """
     # The default pool reserves a gigabyte, which would count as used memory and could be filled beyond the
     # limit.
@@ -91,8 +92,10 @@ def _pieces(path: str, kind: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _pickled(batch: Any, names: dict[str, list[str]]) -> bytes:
-    """Return the pickled rows of a batch. If the rows take too much memory, return more bytes than a piece
-    can have.
+    """Return the pickled rows of a batch, with names in place of integer labels.
+
+    If several rows take too much memory, the result is a placeholder longer than a piece, so that the caller
+    tries fewer rows. For a single row, raises ``MemoryError``.
     """
     try:
         values = batch.to_pylist()

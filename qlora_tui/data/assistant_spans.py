@@ -107,7 +107,10 @@ class _SpanFinder:
         return [*separate, _with_weights(self._end_turn(whole, marked), *span_weights)]
 
     def everything(self) -> SampleText:
-        """Render the whole conversation, all of which is in the loss."""
+        """Render the whole conversation with all of its text in the loss.
+
+        Without ``reasoning_in_loss``, the reasoning is left out of the loss.
+        """
         whole = self._template.render(self._turns, self._tools)
         sample = self._end_turn(whole, [(0, len(whole))]) if self._turns[-1]["role"] == "assistant" else None
         sample = sample or SampleText(whole, ((0, len(whole)),))
@@ -123,7 +126,11 @@ class _SpanFinder:
         return SampleText(sample.text, (*spans, (at, len(sample.text))))
 
     def _after_its_prompt(self, whole: str) -> str:
-        """Return ``whole`` with the text that the last answer's prompt adds, and with thoughts closed."""
+        """Return ``whole`` with the last answer right after its prompt, as at inference.
+
+        The template may omit text of this prompt before an answer. A thought that the prompt opens is closed
+        if the answer has no reasoning.
+        """
         last = len(self._turns) - 1
         prompt = self._prompt_for(last)
         start = None if whole.startswith(prompt) else self._start(last, whole)
@@ -207,10 +214,10 @@ class _SpanFinder:
         return self._template.render([*self._turns[:i], turn], self._tools)
 
     def _in_rewritten(self, i: int, whole: str, ended: str, start: int) -> Span | None:
-        """Find turn ``i`` in a whole conversation that does not start with the conversation up to that turn.
+        """Find turn ``i`` in ``whole``, whose text up to this turn differs from ``ended``.
 
-        ``ended`` is the conversation up to the turn, in which the turn begins at ``start``. None if the turn
-        is not found.
+        ``whole`` is the whole conversation. ``ended`` is the conversation up to the turn, in which the turn
+        begins at ``start``. None if the turn is not found.
         """
         there = self._core_in(self._turns[: i + 1], i, ended)
         here = self._core_in(self._turns, i, whole)
@@ -226,11 +233,10 @@ class _SpanFinder:
         return begin, core_end + self._closing(after, whole[core_end:])
 
     def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
-        """Return the start of the turn whose core begins at ``core_start``. Return None if the text before
-        the core has an unknown origin.
+        """Return the start of the turn whose core begins at ``core_start``; None if it cannot be determined.
 
-        This text must be everything that the template writes there in a last turn, or the end of it, right
-        after the header.
+        ``before`` is the text that the template writes between header and core in a last turn. In ``whole``,
+        either all of this text stands before the core, or only its end, right after the header.
         """
         if whole[:core_start].endswith(before):
             return core_start - len(before)
@@ -241,7 +247,9 @@ class _SpanFinder:
         return None
 
     def _closing(self, after: str, rest: str) -> int:
-        """Count the characters of ``rest`` that close the turn; ``after`` closes it if it is the last.
+        """Count the characters at the start of ``rest`` that close the turn.
+
+        They are those that ``rest`` shares with ``after``, the text that closes the turn if it is the last.
 
         Special tokens are compared as a whole, because ``<|end|>`` and ``<|endoftext|>`` share a prefix.
         """
@@ -300,7 +308,10 @@ class _SpanFinder:
         return bool(specials) and not answer[specials[-1].end() :].strip()
 
     def _by_marks(self, whole: str, spans: list[Span]) -> list[Span]:
-        """Apply the template's own generation marks if it marks any turn in the loss."""
+        """Narrow each span to the template's own generation marks inside it.
+
+        A span without marks stays as it is, and so do all spans if the marks change the text.
+        """
         text, marks = self._template.render_marked(self._turns, self._tools)
         if text != whole:
             return spans
@@ -315,7 +326,10 @@ class _SpanFinder:
         return sorted(set(result))
 
     def _end_turn(self, text: str, spans: list[Span]) -> SampleText:
-        """Cut after the last answer, and add an end-of-text token if the template leaves the turn open."""
+        """Cut the text after its last span.
+
+        If that removes nothing and the template leaves the turn open, add the end-of-text token.
+        """
         start, end = spans[-1]
         if end < len(text):  # a last turn that has a separate sample
             text = text[:end]
@@ -341,7 +355,7 @@ def find_assistant_spans(
     nothing is learned from them. With ``everything`` the text of all turns is in the loss, with weight 1.
     Without ``reasoning_in_loss`` the reasoning of an answer and its tags are input only. ``special`` matches
     any special token, ``eos`` is the end-of-text token. Raises ``RowRejectedError`` if the template rejects
-    the conversation.
+    the conversation, or if no turn is in the loss.
     """
     if everything:
         return [_SpanFinder(template, turns, tools, special, eos, reasoning_in_loss).everything()]

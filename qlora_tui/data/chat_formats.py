@@ -70,7 +70,10 @@ def decoded(value: Any) -> Any:
 
 
 def turn_keys(value: Any) -> tuple[str, str] | None:
-    """Return the keys of role and content in a list of turns; None if ``value`` is not a list of turns."""
+    """Return the keys of role and content in a list of turns, or of question and answer in a list of pairs.
+
+    None if ``value`` is neither.
+    """
     turns = decoded(value)
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], dict):
         return None
@@ -124,11 +127,11 @@ class Columns:
         self._cells: dict[str, list[Cell]] = {}
 
     def first(self, names: Iterable[str]) -> str:
-        """Return the first column that has one of these names; empty if there is none."""
+        """Return the column of the first of these names that exists, ignoring case; empty if none does."""
         return next((self.spelled[name] for name in names if name in self.spelled), "")
 
     def mostly(self, column: str, fits: Callable[[Cell], bool]) -> bool:
-        """Return whether at least half of the rows have a value in a column for which ``fits`` is true."""
+        """Return whether ``fits`` is true for the value of a column in at least half of the rows."""
         if column not in self._cells:
             self._cells[column] = [Cell.of(value[column]) for value in self.values if column in value]
         return 2 * sum(map(fits, self._cells[column])) >= max(1, len(self.values))
@@ -162,7 +165,7 @@ def messages_of(value: Any) -> tuple[Message, ...]:
 
 
 def _unfolded(turns: list[Any]) -> list[Any]:
-    """Return one item for each turn, after splitting alternating texts, and pairs of question and answer."""
+    """Return one object for each turn: texts get alternating roles, and a pair becomes two turns."""
     if are_alternate(turns):
         return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     keys = turn_keys(turns)
@@ -245,9 +248,10 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def text_of(content: Any, where: str) -> str:
-    """Return the text of a cell that holds a string, nothing, or a list of typed parts that are all text.
+    """Return the text of a cell that holds a string, a number, an object, nothing, or typed parts of text.
 
-    Raises ``RowRejectedError`` for several texts, because joining them would merge alternative answers.
+    Raises ``RowRejectedError`` for other parts, and for several texts, because joining them would merge
+    alternative answers.
     """
     if isinstance(content, str):
         return content
@@ -263,8 +267,9 @@ def text_of(content: Any, where: str) -> str:
 
 
 def count_texts(value: Any) -> int:
-    """Count the texts in a list. Texts may be plain strings, or in objects without a type. Typed parts count
-    as one text.
+    """Count the alternative texts in a list, which are strings or objects without a type.
+
+    Typed parts are not counted, because all of them together are one text.
     """
     if not isinstance(value, list):
         return 0
@@ -315,7 +320,9 @@ def _content_of(content: Any, where: str) -> tuple[str, str, tuple[ToolCall, ...
 
 
 def _part_value(part: Mapping[str, Any]) -> Any:
-    """Return the value of a typed part, under ``text`` (OpenAI) or ``value`` (LLaMA-Factory's v1 format)."""
+    """Return the value of a typed part under ``text`` (OpenAI), ``value`` (LLaMA-Factory's v1 format) or a
+    similar key; None if there is none.
+    """
     return next((part[key] for key in _PART_KEYS if part.get(key) is not None), None)
 
 
@@ -376,14 +383,14 @@ def _declared_calls(turn: Mapping[str, Any], number: int) -> tuple[ToolCall, ...
 
 
 def _is_blank(value: Any) -> bool:
-    """Return whether a value is empty. An object is empty if all of its fields are null."""
+    """Return whether a value is null, an empty string, or an object or list of only such values."""
     if isinstance(value, dict | list):
         return all(map(_is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or value == ""
 
 
 def _weight(turn: Mapping[str, Any]) -> float:
-    """Return the loss weight of a turn from the first flag that is set; 1 without one."""
+    """Return the loss weight of a turn: the first value under ``_TRAIN_KEYS`` that is not null, or else 1."""
     for key in _TRAIN_KEYS:
         value = turn.get(key)
         if value is None:
@@ -430,7 +437,10 @@ def alpaca(cells: Cells) -> tuple[Message, ...]:
 
 
 def prompt_completion(cells: Cells) -> tuple[Message, ...]:
-    """Convert a prompt and a completion, each a text or turns; only the completion is in the loss."""
+    """Convert a prompt and a completion, each a text or turns.
+
+    Turns in the prompt are not in the loss. Two texts may have earlier turns in ``history``, which are.
+    """
     prompt, completion = cells.get("prompt"), cells.get("completion")
     if not turn_keys(prompt) and not turn_keys(completion):
         turns = _pair(_text(cells, "prompt"), _text(cells, "completion"), "prompt", "completion")
@@ -448,9 +458,9 @@ def prompt_completion(cells: Cells) -> tuple[Message, ...]:
 
 
 def question_answer(cells: Cells) -> tuple[Message, ...]:
-    """Convert a question, optionally with context or choices, and an answer, the first of several.
+    """Convert a question, optionally with context or choices, and an answer.
 
-    If tools are offered, the answer may be tool calls.
+    The first of several answers is used. If tools are offered, the answer may be tool calls.
     """
     answer = decoded(cells.get("answer"))
     calls = calls_of(answer) if cells.get("tools") else ()
@@ -491,7 +501,11 @@ def _choices(value: Any) -> list[tuple[str, str]]:
 
 
 def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
-    """Return letter and text of the choice that an answer identifies by letter, text, or number from 0."""
+    """Return letter and text of the choice that an answer identifies by letter, text, or number from 0.
+
+    An answer that identifies no choice is returned as it is. Raises ``RowRejectedError`` for a number that is
+    too large.
+    """
     choice = str(answer).strip()
     for letter, text in choices:
         if choice in (letter, text, text.strip()):
@@ -507,7 +521,10 @@ def _chosen_choice(answer: Any, choices: list[tuple[str, str]]) -> Any:
 
 
 def decision(cells: Cells, names: tuple[str, ...]) -> tuple[Message, ...]:
-    """Convert a text and its class, comma-separated classes, or its object of fields as JSON."""
+    """Convert a text and its label, which is a class, several classes, or an object of fields.
+
+    The answer has several classes separated by commas, and an object as JSON.
+    """
     value = cells.get("label")
     if isinstance(value, dict):
         answer = json_text(value)

@@ -35,7 +35,7 @@ from qlora_tui.data.conversation import RowRejectedError
 T = TypeVar("T")
 
 PINNED_DATE = datetime(2024, 7, 26)
-"""The fixed date of today for templates that print it; Llama 3's template falls back to the same date."""
+"""The date that templates get as today's date; Llama 3's template falls back to the same date."""
 
 Turns = Sequence[Mapping[str, Any]]
 """Messages in the form that templates read: role, content, tool_calls and so on."""
@@ -47,7 +47,7 @@ MAX_CPU_S = 5.0
 """Maximum processor time of one rendering, in seconds. A long conversation takes some milliseconds."""
 MAX_MEMORY_BYTES = 256 << 20
 _MAX_EXHAUSTED = 3
-"""Number of renderings out of memory after which a template is not tried again: each may take seconds."""
+"""Number of times that a template may run out of memory before it is given up; each may take seconds."""
 _renderer = Confined(__name__, cpu_s=MAX_CPU_S, memory_bytes=MAX_MEMORY_BYTES)
 
 

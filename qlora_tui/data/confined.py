@@ -92,7 +92,7 @@ class Confined:
         return self._child.pid if self._child is not None else None
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Call ``function`` of a module in the child with these arguments, and return its result.
+        """Call ``function``, which must be at the top level of a module, in the child; return its result.
 
         Raises the exceptions of the function, ``MemoryError`` above the memory limit, and ``KilledError`` if
         the child ends.
@@ -127,7 +127,7 @@ class Confined:
         return reply
 
     def iterate(self, function: Callable[..., Iterator[T]], *arguments: Any) -> Iterator[T]:
-        """Yield the items of ``function`` in the child; each item is one call."""
+        """Run ``function`` in the child and yield the items of its iterator; each item is one call."""
         if _in_child:
             yield from function(*arguments)
             return
@@ -203,7 +203,10 @@ class Confined:
 
 
 def _log() -> Path:
-    """Return the file of a child's stderr, which is the log, because a message may contain text of a row."""
+    """Return the file for a child's output: the log, because a message may contain text of a row.
+
+    If the log cannot be written, the output is discarded.
+    """
     from qlora_tui import paths
 
     with suppress(OSError, UserError):
@@ -233,7 +236,7 @@ def _end(number: int) -> None:
 
 
 def _serve(connection: Connection, module: str) -> None:
-    """Answer calls until the parent closes the connection."""
+    """Answer calls until the parent closes the connection, or makes no call for ``_IDLE_S`` seconds."""
     global _in_child
     _in_child = True
     importlib.import_module(module)

@@ -113,7 +113,7 @@ _EMBEDDED = re.compile(
     r"|<\|(?:image|vision|video|audio)\w*\|>"  # control tokens of a vision model
     r"|<(?:image|video|audio)[ _]?\d+>"  # in MMMU
 )
-"""Pattern of media inside a sentence; the look of a path between tags distinguishes them from HTML."""
+"""Pattern of media inside a sentence. ``_embedded`` checks that ``path`` is one, not text in HTML tags."""
 _CODE_BLOCK = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 """Pattern of Markdown's fenced code blocks."""
 _STRUCTS = ({"bytes", "path"}, {"array", "sampling_rate"}, {"array", "path", "sampling_rate"})

@@ -1,4 +1,4 @@
-"""The lengths of all samples of a run, counted before its launch and stored under a hash of their content.
+"""The lengths of a run's training samples, counted before launch and stored by data and settings.
 
 Samples are counted as in the trainer: every row is rendered, tokenized, truncated, dropped or split, and
 validation rows are chosen. The stored lengths determine the number of steps of a run

@@ -1,7 +1,7 @@
 """Tokenized samples on disk for a recipe, made once and reused.
 
 The trainer calls ``prepare_dataset``. The data set is stored in the cache directory under a key of content,
-template, tokenizer and settings. It is made batch by batch, so memory does not grow with the data.
+template, tokenizer and settings. It is made batch by batch, so tokens do not accumulate in memory.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PreparedDataset(Struct, frozen=True):
     """Validation samples; may be empty."""
     problems: tuple[DataProblem, ...]
     notes: dict[str, int]
-    """Number of conversations that were changed for the template, by kind (see ``TokenizedSample.notes``)."""
+    """Number of conversations with each kind of note (see ``TokenizedSample.notes``)."""
     cached: bool
     """Whether the data set came from the cache."""
     source_notes: tuple[str, ...] = ()

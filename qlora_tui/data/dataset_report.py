@@ -1,4 +1,7 @@
-"""The report on data: its types, lengths, and sentences on reasoning. Quick to import, for the app."""
+"""The types of the report on data, the counter of lengths, and the sentences on reasoning.
+
+This module is quick to import, because the app needs it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _BINS = 24
 
 
 class Bin(Struct, frozen=True):
-    """Samples that are longer than the previous bin and have a length of at most ``up_to``."""
+    """Samples whose length is above the ``up_to`` of the previous bin and at most ``up_to``."""
 
     up_to: int
     count: int
@@ -38,7 +41,7 @@ class Lengths(Struct, frozen=True):
     longest_row: int = 0
     histogram: tuple[Bin, ...] = ()
     within: tuple[tuple[int, int], ...] = ()
-    """Each percentile and the largest length, with the exact number of samples that are no longer."""
+    """Lengths of the percentiles and of the longest sample, each with the number of samples up to it."""
 
 
 class LengthCounter:
@@ -122,18 +125,18 @@ class Counts(Struct):
 
     rows: int = 0
     conversations: int = 0
-    """Rows that gave at least one sample."""
+    """Number of rows that give at least one sample; without a tokenizer, of rows that are not rejected."""
     samples: int = 0
     """Number of samples; for a method that compares two answers, number of pairs."""
     tokens: int = 0
     trained_tokens: int = 0
     left_out: int = 0
-    """Rejected rows: empty, without an answer, or rejected by the template."""
+    """Number of rejected rows, such as empty or bad rows, and rows that the template rejects."""
     dropped: int = 0
     """Samples or pairs that are dropped because they are too long or have no tokens left to learn."""
     cut: int = 0
     split: int = 0
-    """Number of samples that were split into several rows."""
+    """Number of samples that were split into several, because they were too long."""
     excluded: int = 0
     """Number of rows that the source excludes (``excluded_rows``), which no other count includes."""
 
@@ -222,7 +225,7 @@ def thinking_sentences(
     """Return up to two sentences, on the reasoning in the data and on the template's thinking switch.
 
     ``notes`` counts conversations by kind of note, ``conversations`` is their total number. Without a model
-    (``traits`` is None) rows with reasoning are counted.
+    (``traits`` is None), there is at most one sentence, on how many rows have reasoning.
     """
     if traits is None:
         present = notes.get("reasoning-present", 0)

@@ -1,10 +1,10 @@
-"""Processes rows in file order, in several processes; counts the results and compares them with other rows.
+"""Processes rows in several processes; counts the results in file order, and finds duplicate rows.
 
-``dataset`` writes the results and ``inspection`` measures them, so both agree on the samples of a run. A
-small file is processed in this process. A large file is processed in one confined child, or in one for each
-core; until the first child is ready, this process does the work too. If a child is killed, its batch is
-processed here: the rendering or reading that killed it then has a child of its own, and its row is refused.
-The results are the same either way.
+``dataset`` writes the results and ``inspection`` measures them, so both agree on the samples of a run. Less
+than ``MIN_CHILD_BYTES`` of data are processed in this process, less than ``MIN_PARALLEL_BYTES`` in a confined
+child, and more in up to ``MAX_WORKERS`` children. Until the first child is ready, this process does the work.
+If a child is killed, its batch is processed here: the rendering or reading that killed it then has a child of
+its own, and its row is refused. The results are the same either way.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DatasetScanner:
         """Number of the last row read from the current file; 0 before its first row."""
         self.counts = Counts()
         self.notes: dict[str, int] = {}
-        """Number of conversations that were changed for the template, by kind."""
+        """Number of conversations with each kind of note (see ``TokenizedSample.notes``)."""
         self._data = data
         self._work = work
         self._sketched = sketched

@@ -62,8 +62,7 @@ class Decision(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def decision_of(answers: Mapping[str, int]) -> Decision | None:
     """Return the decision that answers form, given how often each occurs; None if they are texts.
 
-    Objects may combine their values in ways that no row has. Then every combination is an option, if there
-    are not too many.
+    For objects, combinations of values that no row has are options too, if there are not too many.
     """
     rows = sum(answers.values())
     most = min(MOST_OPTIONS, rows // _ROWS_PER_OPTION)
@@ -98,7 +97,7 @@ def _of_objects(texts: list[str], objects: list[dict[str, Any]], most: int) -> D
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """Return the object that a text encodes, if its values are short scalars; otherwise None."""
+    """Return the object that a text encodes, if its values are short scalars other than floats; else None."""
     if not text.startswith("{"):
         return None
     try:

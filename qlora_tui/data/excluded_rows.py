@@ -1,4 +1,4 @@
-"""The rows that a source leaves out: its setting ``excluded_rows`` as rows of its files.
+"""Reads and writes ``excluded_rows``, the setting of a source that lists the rows to leave out.
 
 Rows of a single file are named by number. In a folder, or a Hub dataset of several files, each file numbers
 its own rows, so a row is named by its file too::
@@ -6,7 +6,8 @@ its own rows, so a row is named by its file too::
     3, 17, 40-45                          rows of the file; of a folder: these rows of every file
     a.jsonl: 3, 17; more/b.jsonl: 40-45   rows of two files of a folder
 
-A name is the path inside the folder, in quotes as JSON writes them if it holds ``;``, ``:`` or ``"``.
+A name is the file's path inside the folder. If it contains ``;``, ``:`` or ``"``, it is written as a JSON
+string.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def file_names(source_path: str, paths: Sequence[Path]) -> list[str]:
 
 
 def excluded_by_path(source: Source, paths: Sequence[Path]) -> dict[Path, frozenset[int]]:
-    """Return the rows that each file of a source leaves out.
+    """Return the rows to leave out of each file of a source.
 
     Raises:
         UserError: the text cannot be parsed, or names a file that the source does not have.

@@ -49,7 +49,7 @@ _NAMES_NO_SOURCE = ("prompt", "question", "text")
 _ALTERNATING_COLUMNS = ("conversations", "conversation", "messages", "dialogs", "dialog", "dialogue", "data")
 """Columns whose plain texts alternate between user and assistant."""
 _PROSE = ("text", "instruction", "prompt", "question")
-"""Parts that are texts, or typed parts of text, and never objects."""
+"""Parts of a row that are text, as a string or as typed content, and never objects."""
 _ANSWERS = ("output", "completion")
 """Parts that are one answer, as a text or turns, and never a list of alternative answers."""
 _ANSWER_PARTS = ("label", "completion", "output", "answer")
@@ -63,7 +63,7 @@ _PAIRED = frozenset(
 """Names of columns that hold only the last question or its answer if another column holds the earlier turns.
 """
 _PROSE_WORDS = 3
-"""Number of words from which a text is not a name, a date or a number."""
+"""Minimum number of words of a text that is prose, rather than a name, a date or a number."""
 _HALVES = ("prompt", "completion", "history", *preferences.CHOSEN, *preferences.REJECTED)
 """Columns that may hold turns, but only half of a conversation, or one side of a comparison."""
 
@@ -73,7 +73,7 @@ def detect_columns(
 ) -> dict[str, str] | None:
     """Return the column of each part if most rows have everything that a format requires, else None.
 
-    A format chosen ``by_hand`` accepts turns of either spelling.
+    A format chosen ``by_hand`` accepts turns with the keys of OpenAI or of ShareGPT.
     """
     if format_ == "preference":
         sides = preferences.preference_columns(columns, mapping)
@@ -102,7 +102,10 @@ def detect_columns(
 def _named(
     format_: str, columns: Columns, mapping: Mapping[str, str], by_hand: bool
 ) -> dict[str, str] | None:
-    """Return the column of each part, without columns whose meaning requires a second column."""
+    """Return the column of each part; None if a required part has no column.
+
+    Names that have a meaning only as a pair are left to :func:`_pair_of`.
+    """
     parts: dict[str, str] = {}
     for part in PARTS[format_]:
         column = mapping.get(part) or _pick(format_, part, columns, parts.values(), by_hand)
@@ -171,7 +174,10 @@ def _pick(format_: str, part: str, columns: Columns, taken: Iterable[str], by_ha
 
 
 def _only_prose(columns: Columns) -> str:
-    """Return the one column besides the label whose texts have several words; otherwise empty."""
+    """Return the only column of prose besides the label; empty if there is none or more than one.
+
+    Also empty if the labels do not form a decision.
+    """
     label = columns.first(PARTS["decision"]["label"])
     if not label or decision_of(Counter(json_text(value.get(label)) for value in columns.values)) is None:
         return ""
@@ -185,7 +191,7 @@ def _only_prose(columns: Columns) -> str:
 
 
 def _may_be(part: str, cell: Cell) -> bool:
-    """Return whether a value can be a part that is not a list of turns."""
+    """Return whether a value can be ``part``, which is any part except ``messages``."""
     return (
         (cell.turns not in ("messages", "sharegpt") or part in ("prompt", "completion"))
         and (part != "label" or cell.is_label)
@@ -227,11 +233,11 @@ class Detection(Struct, frozen=True):
     columns: tuple[str, ...]
     """All columns seen, in order."""
     note: str = ""
-    """Description of content of the file that is not read; empty if all is read."""
+    """Which content of the file is not read; empty if all of it is read."""
 
 
 def parts_of(format_: str) -> tuple[str, ...]:
-    """Return the parts of a format, required ones first; ``ModelSource.columns`` may map them."""
+    """Return the parts of a format, required ones first; ``Source.columns`` may map them."""
     parts = (*PARTS[format_], *OPTIONAL[format_])
     if format_ in preferences.RATABLE:
         return (*parts, RATING)
@@ -265,7 +271,7 @@ def detect(
 def _layout_of(
     columns: Columns, name: str, wanted: str, mapping: dict[str, str], preference_choice: str
 ) -> RowFormat | UserError:
-    """Return how to read rows, or the error why they cannot be read.
+    """Return how to read rows, or the error that explains why they cannot be read.
 
     Comparisons are tried first, then the formats in their order.
     """
@@ -348,8 +354,8 @@ def parse_question(row: Row, layout: RowFormat, answer: str) -> Conversation:
 def _check_not_rejected(fields: Mapping[str, Any], cells: Mapping[str, Any], layout: RowFormat) -> None:
     """Raise ``RowRejectedError`` for an answer that is not to be learned.
 
-    Its rating is bad where the recipe has no use for bad answers, or the row has a column of rejected answers
-    that the first rows of the file did not have.
+    Such an answer has no valid rating, or a bad one that no preference method uses. Or a column of the row
+    marks it as rejected, although the first rows of the file have no such column.
     """
     if RATING in layout.columns:
         column, good = layout.columns[RATING], preferences.is_good(cells[RATING])
@@ -465,7 +471,10 @@ def _evidence(layout: RowFormat, values: list[dict[str, Any]], wanted: str) -> I
 
 
 def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
-    """Yield a sentence that describes the decision that the answers form, if they form one."""
+    """Yield a phrase on the decision that the answers form, if they form one.
+
+    If they do not, yield one only for the format ``decision``, on how the answers are evaluated instead.
+    """
     answers: Counter[str] = Counter()
     for row in () if layout.method else rows:
         with suppress(RowRejectedError):
@@ -486,7 +495,7 @@ def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
 
 
 def _several_answers(values: list[dict[str, Any]], columns: Mapping[str, str]) -> int:
-    """Count the rows with more than one answer."""
+    """Count the rows with several different answers."""
     answers = [decoded(value.get(columns["answer"])) for value in values]
     texts = [answer.get("text") if isinstance(answer, dict) else answer for answer in answers]
     lists = [text for text in texts if isinstance(text, list)]
@@ -529,7 +538,10 @@ def _turn_a_row(name: str, why: str) -> UserError:
 
 
 def _media_problem(rows: Sequence[Row], values: Sequence[Mapping[str, Any]], name: str) -> UserError | None:
-    """Return the error for first rows that hold images, video or audio, which no setting can fix."""
+    """Return the error if some of the first rows hold images, video or audio; None if none does.
+
+    No setting can fix such rows.
+    """
     with_media = [
         (row.number, media) for row, v in zip(rows, values, strict=True) if (media := media_column(v))
     ]

@@ -55,7 +55,7 @@ def inspecting(
 ) -> Iterator[Report]:
     """Yield increasingly complete reports, up to the complete one.
 
-    Raises ``UserError`` before the first report.
+    Raises ``UserError`` before the first report if the source cannot be used, and later if a file is damaged.
     """
     data = data or Data()
     files, note = open_source(source, data.preferences)

@@ -1,7 +1,7 @@
-"""Reads rows from a .json file without loading all of it.
+"""Reads rows from a .json file, which is loaded as a whole only if it is one object.
 
-The file is an array of rows, consecutive rows, or one object that holds the rows under a key. Reading ends at
-a syntax error, because the start of the next row is then unknown.
+The file is an array of rows, consecutive rows, or one object that holds the rows under a key or as a list for
+each column. Reading ends at a syntax error, because the start of the next row is then unknown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLANK = " \t\r\n" + BOM
 
 
 def json_rows(stream: Stream) -> Iterator[Row]:
-    """Yield the rows of an array, of consecutive values (JSONL with another file name), or under a key.
+    """Yield the rows of an array, of consecutive values (as in JSONL), or of one object that holds all rows.
 
     Raises ``BrokenFileError`` at the first syntax error.
     """

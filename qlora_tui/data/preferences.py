@@ -36,7 +36,7 @@ PARTS = {"chosen": (*CHOSEN, *NAMES.better), "rejected": REJECTED}
 OPTIONAL = NAMES.formats["preference"].optional
 
 RATING = "rating"
-"""A part that any format may have: the column that rates the answer as good or bad."""
+"""A part that each format in ``RATABLE`` may have: the column that rates the answer as good or bad."""
 _RATED = (*NAMES.always_ratings, *NAMES.ratings)
 RATABLE = tuple(name for name, format_ in NAMES.formats.items() if format_.is_ratable)
 """Conversation formats whose rows may have a column that rates the answer good or bad."""
@@ -181,7 +181,7 @@ def ratings_problem(
     """Return why answers are not used for training; None if they are.
 
     Rated answers are not used without opt-in, or by a method for pairs. Answers without ratings are not used
-    by a method that compares answers.
+    by any preference method.
     """
     if ratings is not None and preference_choice == "refuse":
         column, good, bad = ratings
@@ -316,8 +316,8 @@ _SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")
 def preferred(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
     """Return the conversation that ends with the chosen answer. Raises ``RowRejectedError``.
 
-    Turns that both sides share are the prompt, which is outside the loss. Each side may be conversations,
-    turns, texts, or dialogues in one text as in Anthropic's data sets.
+    Turns that both sides share are the prompt, which is outside the loss. A side may be a whole conversation,
+    only the answer, as turns or text, or a dialogue in one text as in Anthropic's data sets.
     """
     conversation, _ = _sides(cells, source, row)
     return conversation
@@ -349,7 +349,7 @@ def compared(cells: Mapping[str, Any], source: int, row: int) -> Conversation:
 def rated(conversation: Conversation, *, is_good: bool) -> Conversation:
     """Return a conversation with a rating for its last answer; earlier turns are the prompt.
 
-    Raises ``RowRejectedError`` if the conversation does not end with an answer.
+    Raises ``RowRejectedError`` if the conversation has no prompt or does not end with an answer.
     """
     messages = conversation.messages
     start = len(_before_answer(messages))

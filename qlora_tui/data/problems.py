@@ -2,7 +2,7 @@
 
 ``problems.toml`` declares each kind once: severity, meaning and fix. ``ProblemCounter`` counts the problems
 while rows stream by, and keeps the first row numbers and one example of each kind. For plain texts that are
-too long, it also counts the tokens that are lost, and the rows that a split would give.
+too long, it also adds up all tokens, the tokens that are kept, and the rows that splitting would give.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXAMPLE_CHARACTERS = 200
 
 
 class CheckSpec(Struct, frozen=True):
-    """Declaration of one kind of problem, as ``problems.toml`` explains it."""
+    """Declaration of one kind of problem. The comment at the top of ``problems.toml`` explains the fields."""
 
     severity: Literal["error", "warning"]
     """Whether the problem blocks a run (``error``) or not (``warning``)."""
@@ -47,10 +47,12 @@ class _Declared(Struct, frozen=True):
 
 _DECLARED = msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes(), type=_Declared)
 CHECKS, NOTES = _DECLARED.checks, _DECLARED.notes
-"""Every kind of problem, and sentences about changes made for the template."""
+"""``CHECKS``: the declaration of each kind of problem. ``NOTES``: the sentence for each note of a report or a
+sample, such as a change made for the template.
+"""
 
 BAD_ROWS = frozenset(kind for kind, check in CHECKS.items() if check.can_be_skipped)
-"""Errors of single rows, which ``data.bad_rows = "skip"`` leaves out."""
+"""Kinds of errors in single rows. With ``data.bad_rows = "skip"``, rows with such an error are left out."""
 
 OVERFLOW_OUTCOMES = {
     "drop": "left out",
@@ -77,7 +79,7 @@ class DataProblem(Struct, frozen=True):
     """Example from the first of these rows."""
     fix: str
     source: int = 0
-    """Index of the recipe's source."""
+    """Index of the source in the recipe."""
     path: str = ""
     """File that the rows are in."""
     tokens: tuple[str, ...] = ()
@@ -89,7 +91,11 @@ class DataProblem(Struct, frozen=True):
 
 
 def check_of(kind: str, *, skips_bad_rows: bool) -> CheckSpec:
-    """Return the declaration of a kind, as a warning if the recipe leaves such rows out."""
+    """Return the declaration of a kind of problem.
+
+    An error of single rows becomes a warning if ``skips_bad_rows`` is true. Otherwise its fix also names the
+    setting that leaves such rows out.
+    """
     check = CHECKS[kind]
     if kind not in BAD_ROWS:
         return check
@@ -126,8 +132,8 @@ def problem_of(
     skips_bad_rows: bool = False,
     **facts: Any,
 ) -> DataProblem:
-    """Build a problem of a declared kind. ``facts``: values of further fields, or of declared fields to
-    override.
+    """Build a problem of a declared kind. ``facts``: values of other fields of ``DataProblem``, or of fields
+    whose declared values they replace.
     """
     check = check_of(kind, skips_bad_rows=skips_bad_rows)
     declared = {"severity": check.severity, "title": check.title, "fix": check.fix}
@@ -158,9 +164,10 @@ def raise_first_error(problems: Iterable[DataProblem]) -> None:
 
 
 def error_of(problem: DataProblem) -> UserError:
-    """Build the error for a problem that blocks a run, with the problem's kind as the error code.
+    """Build the error for a problem that blocks a run.
 
-    A problem without rows concerns a whole file, which its text names.
+    The error code is the kind of the problem. A problem without rows concerns a whole file: its example names
+    the file, and the error has no code.
     """
     if not problem.rows:
         return UserError(problem.title, what=problem.example, fix=problem.fix)
@@ -184,7 +191,9 @@ def shorten(text: str) -> str:
 _LOSES = {"cut-left": "keeps the last", "cut-right": "keeps the first", "drop": "keeps"}
 
 _MAX_CHARACTERS_PER_TOKEN = 10
-"""Number of characters per token above which a text exceeds the token limit with any tokenizer."""
+"""Assumed maximum number of characters per token. A text with more than ``data.max_length`` times this many
+characters is therefore too long for every tokenizer.
+"""
 BYTES_PER_TOKEN = 4
 """Approximate number of UTF-8 bytes in a token.
 
@@ -194,24 +203,24 @@ links, 1.8 and 4.2 in Chinese.
 
 
 class LongText(Struct, frozen=True, array_like=True):
-    """A plain text over the length limit that is not split."""
+    """The size of a plain text that exceeds the length limit and is not split."""
 
     length: int
-    """Length in tokens, or in characters without a tokenizer."""
+    """Length in tokens or, if there is no tokenizer, in characters."""
     split_rows: int
-    """Number of rows that splitting would give; an estimate without a tokenizer."""
+    """Number of rows that splitting would give; an estimate if there is no tokenizer."""
     remaining: int | None = None
     """Tokens that are kept; None without a tokenizer."""
 
 
 def max_characters(data: Data) -> int:
-    """Return the number of characters above which a text exceeds the length limit with any tokenizer."""
+    """Return the number of characters above which a text is too long, whatever the tokenizer."""
     return data.max_length * _MAX_CHARACTERS_PER_TOKEN
 
 
 def estimated_long_text(conversation: Conversation, data: Data) -> LongText | None:
-    """If a plain text is certain to be cut or dropped, estimate its length without a tokenizer; otherwise
-    return None.
+    """Measure, without a tokenizer, a plain text that is certain to be cut or dropped; return None for any
+    other conversation. The length is in characters, and the number of rows is an estimate.
     """
     text = conversation.text
     if data.overflow == "split" or len(text) <= max_characters(data):
@@ -262,7 +271,7 @@ class ProblemCounter:
         self._long = LongText(so_far.length + text.length, so_far.split_rows + text.split_rows, remaining)
 
     def problems(self) -> list[DataProblem]:
-        """Return all kinds of problems, errors first, then by descending number of rows."""
+        """Return one problem for each kind found: errors first, then by descending number of rows."""
         skips = self._data.bad_rows == "skip"
         problems = [
             problem_of(kind, tally.count, tally.rows, tally.example, skips_bad_rows=skips, **self._place)
@@ -272,7 +281,9 @@ class ProblemCounter:
         return sorted(problems, key=lambda p: (p.severity != "error", -p.count))
 
     def _on_long_texts(self, problem: DataProblem) -> DataProblem:
-        """Add how ``data.overflow`` treats long texts, and the number of rows that splitting would give."""
+        """Return the problem with the size of the long texts as its example, and with the number of rows that
+        splitting would give.
+        """
         long, data = self._long, self._data
         rows = pluralize(long.split_rows, "row")
         if long.remaining is None:

@@ -39,7 +39,7 @@ TIME_LIMIT_S = 2.0
 _TEMPLATE_TOKENS = 5
 """Tokens that a chat template adds to each turn: the role, and start and end of the turn."""
 _MARGIN = 1.25
-"""Factor of the length limit above which a sample of an estimated length counts as too long."""
+"""A sample counts as too long if its estimated length is more than this many times the length limit."""
 
 
 class FileSize(Struct, frozen=True):
@@ -52,11 +52,15 @@ class FileSize(Struct, frozen=True):
     samples: int
     """Number of rows to train on, as far as can be known without a tokenizer."""
     lengths: array[int]
-    """Estimated tokens of each sample within the length limit, or of both sides of a pair together."""
+    """Estimated number of tokens in each sample, at most the length limit. A pair has two entries: the chosen
+    side, then the rejected side.
+    """
     excluded: int = 0
-    """Number of rows that the source leaves out."""
+    """Number of rows that the source's ``excluded_rows`` leaves out."""
     left_out: int = 0
-    """Number of rows that give no sample with any tokenizer, such as bad ones and those without an answer."""
+    """Number of rows that cannot give a sample, whatever the tokenizer, such as bad rows and rows without an
+    answer.
+    """
 
 
 class QuickCheckResult(Struct, frozen=True):
@@ -65,11 +69,11 @@ class QuickCheckResult(Struct, frozen=True):
     complete: bool
     """Whether there was enough time for every row."""
     warnings: tuple[DataProblem, ...]
-    """Warnings on rows that are left out or cut, among the rows that were read."""
+    """Warnings to show before a run, about the rows that were read."""
     sizes: tuple[FileSize, ...] = ()
     """Amount of data in each file that was read, in order."""
     problems: tuple[DataProblem, ...] = ()
-    """All kinds of problems, whether or not they are shown."""
+    """All problems that were found, including those that are not in ``warnings``."""
 
 
 def quick_check(
@@ -141,7 +145,7 @@ def _has_no_answer(conversation: Conversation, data: Data) -> bool:
 
 
 def _is_left_out(conversation: Conversation, data: Data) -> bool:
-    """Estimate whether a conversation has no answer to learn, or none within the length limit."""
+    """Estimate whether a conversation has no answer to learn, or loses every answer to the length limit."""
     messages = conversation.messages
     if not messages:
         return False
@@ -184,7 +188,9 @@ _TOKENIZER_FILES = (
 )
 _MAX_FILES = 1000
 _READING = 4
-"""Version of the row checks, increased when rows that were an error become readable."""
+"""Version of the row checks. It is increased when rows that used to be errors become readable, so that errors
+cached earlier no longer apply.
+"""
 
 _cache = AnswerCache("findings", DataProblem, max_bytes=1 << 20)
 
@@ -193,7 +199,9 @@ Tokens = tuple[object, ...]
 
 
 def tokenizer_fingerprint(folder: Path, template: str, train_on: str) -> Tokens:
-    """Return a tokenizer's file states with the recipe's ``model.chat_template`` and ``data.train_on``."""
+    """Return the state of a tokenizer's files, together with the recipe's ``model.chat_template`` and
+    ``data.train_on``.
+    """
     files = sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
     stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return (str(folder.resolve()), stamps, template, train_on)
@@ -206,7 +214,7 @@ Stamp = tuple[int, int]
 def file_fingerprint(path: Path) -> Stamp:
     """Return the current state of a file.
 
-    Call this before reading, because the file may be changed meanwhile.
+    Call this before reading the file, because it may change while it is being read.
     """
     stat = path.stat()
     return stat.st_mtime_ns, stat.st_size
@@ -222,9 +230,10 @@ def cache_errors(
     read: bool,
     skips_bad_rows: bool = False,
 ) -> None:
-    """Store the first error of each kind among a file's problems.
+    """Store a file's first error that shows only in tokens, and its first other error.
 
-    If the whole file was ``read``, cached errors that no longer occur are removed.
+    Without ``tokens``, errors that show only in tokens are ignored. If the whole file was ``read``, cached
+    errors that no longer occur are removed.
     """
     errors = [problem for problem in problems if problem.severity == "error" and problem.path == str(path)]
     for of_tokens in (False, True):

@@ -66,7 +66,7 @@ SUFFIXES = {
 COMPRESSED = (".gz", ".zst", ".zstd")
 _MAX_CELLS = 1_000_000
 _LEAST_LINES_INSIDE = 5
-"""Number of row-like lines inside a value below which they count as its text."""
+"""Minimum number of row-like lines inside one value for a warning; fewer lines count as part of its text."""
 _BOM = BOM.encode()
 _FIRST_BYTES = 8 << 20
 _decode = msgspec.json.Decoder().decode
@@ -85,7 +85,8 @@ def kind_of(path: Path) -> str:
 def rows(path: Path, position: Position | None = None) -> Iterator[Row]:
     """Yield every row of one file, in order, and update ``position`` with the progress.
 
-    Raises ``UserError`` if the file is empty, unreadable, damaged or of an unknown kind.
+    Raises ``UserError`` if the file is empty or damaged, or cannot be read. A file without a known suffix is
+    read as JSON if it starts like JSON, otherwise as text.
     """
     return filter(None, map(row_of, raw_rows(path, position)))
 
@@ -145,7 +146,7 @@ def cannot_read(path: Path, error: OSError) -> UserError:
 def unreadable(path: Path, kind: str, reason: str, why: str = "") -> DamagedFileError:
     """Build the error for a file that cannot be read to its end, or that has no readable row.
 
-    ``kind`` is the kind of ``Row``; ``reason`` names the line.
+    ``kind`` is the kind of error, as in ``Row.kind``; ``reason`` names the line.
     """
     titles = {"bad-json": "Not valid JSON", "bad-encoding": "Not UTF-8", "bad-row": "Not a table"}
     # Every other byte of a Western text in UTF-16 is NUL.
@@ -284,9 +285,9 @@ def _table_rows(stream: Stream, delimiter: str | None) -> Iterator[Row]:
 
 
 def _holds_rows(cells: list[str], width: int, delimiter: str) -> bool:
-    """Return whether all lines inside one value would be rows, so that a stray quote may have opened it.
+    """Return whether all lines inside one value look like rows, so that a stray quote may have opened it.
 
-    A line of prose or code rarely has exactly as many separators, with none of them before a space.
+    A line of prose or code rarely has exactly as many separators as a row, with no space after any of them.
     """
     for cell in cells if width > 1 else ():
         inside = cell.split("\n")[1:-1]
@@ -315,7 +316,7 @@ class _TableLines:
         self._row_lines: list[str] = []
         self.first_line = self.line + 1
         self.damage = ""
-        """Why the row is not text, with the line; empty if it is text."""
+        """Reason why the row is not valid UTF-8, naming the line; empty if it is valid."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -338,7 +339,9 @@ class _TableLines:
         return line
 
     def check_quotes(self) -> None:
-        """Raise ``BrokenFileError`` with the line of an opening quote that is never closed, if any."""
+        """Raise ``BrokenFileError`` if a quote is never closed, or if text follows a closing quote. The error
+        names the line of the opening quote.
+        """
         if place := self._unclosed_quote():
             line, text_follows_on = place
             what = "a quote opens a value here"
@@ -356,9 +359,10 @@ class _TableLines:
             raise BrokenFileError("bad-encoding", self.first_line, "bytes that are not UTF-8 before a quote")
 
     def _unclosed_quote(self) -> tuple[int, int] | None:
-        """Return the line of the unclosed quote, and the line of text after a closing quote, else 0.
+        """Return (line of the opening quote, line of the closing quote) of the first value with wrong quotes.
 
-        None if every quote is closed.
+        The second is 0 if the quote is never closed; otherwise, text follows the closing quote. None if all
+        quotes are correct.
         """
         text = "".join(self._row_lines)
         end = re.escape(self._delimiter) + r"\r\n"
@@ -390,7 +394,7 @@ _READERS: dict[str, Callable[[Stream], Iterator[Row | Line]]] = {
 
 
 _INDEXED_BYTES = 4 << 20
-"""Size below which files are read from their start."""
+"""Size below which ``row_at`` reads a JSONL file from its start, without an index."""
 
 
 def row_at(path: Path, number: int) -> Row | None:

@@ -115,8 +115,8 @@ def prompt_ids(
 ) -> list[int]:
     """Return the token ids of the prompt for an answer to ``messages``, as in training.
 
-    With ``auto``, the template's default or its variable in ``template_variables`` determines thinking.
-    Raises ``RowRejectedError``.
+    If ``template_variables`` sets the template's thinking variable, that value overrides ``thinking``.
+    Otherwise ``auto`` leaves thinking to the template's default. Raises ``RowRejectedError``.
     """
     return prompt_text_ids(prompt_text(messages, tokenizer, tools, thinking, template_variables), tokenizer)
 
@@ -133,9 +133,9 @@ def prompt_text(
     thinking: Thinking = "auto",
     template_variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the text of the prompt for an answer to ``messages``, which ``prompt_ids`` tokenizes.
+    """Return the text that ``prompt_ids`` tokenizes: the prompt for an answer to ``messages``.
 
-    Control tokens inside a message are between private marks. Raises ``RowRejectedError``.
+    Control tokens inside a message are put between private marks. Raises ``RowRejectedError``.
     """
     template, traits = _template_of(tokenizer, bool(tools))
     given = dict(template_variables or {})
@@ -151,7 +151,9 @@ def prompt_text(
 
 
 def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> list[Piece]:
-    """Split a sample for display into texts inside and outside the loss, with special tokens separate."""
+    """Split a sample into texts to display. Each is entirely inside or outside the loss, and each special
+    token is separate.
+    """
     shown: list[Piece] = []
     start = 0
     for end in range(1, len(token_ids) + 1):
@@ -169,7 +171,7 @@ def pieces(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes)
 
 
 def trained_texts(tokenizer: ChatTokenizer, token_ids: Sequence[int], loss_mask: bytes) -> tuple[str, ...]:
-    """Return the text of each token in the loss, except a sample's first, which is never predicted."""
+    """Return the text of each token in the loss, except a sample's first token, which is never predicted."""
     return tuple(
         text_at(tokenizer, token_ids, place, place + 1)
         for place in range(1, len(token_ids))
@@ -230,7 +232,10 @@ def _template_of(tokenizer: ChatTokenizer, with_tools: bool) -> tuple[ChatTempla
 
 
 def _prepared(conversation: Conversation, traits: TemplateCapabilities, thinking: Thinking) -> Conversation:
-    """Return the conversation with reasoning if the template expects it, or without if thinking is off."""
+    """Return the conversation without reasoning if thinking is off. Otherwise, reasoning inside an answer is
+    moved to its own field if the template has a thinking switch and does not need ``<think>`` tags in the
+    content.
+    """
     if thinking == "off":
         return replace(conversation, messages=without_reasoning(conversation.messages))
     if traits.switch is not None and (traits.reasoning or traits.own_tags):
@@ -244,9 +249,10 @@ def _notes_on_thinking(
     """Return notes on how a conversation's reasoning was handled, and whether thinking was on or off.
 
     A conversation with reasoning has one of ``reasoning-learned``, ``reasoning-read`` (not in the loss) and
-    ``reasoning-left-out``, and ``reasoning-split`` if each turn with reasoning has a separate sample. If the
-    template has a switch, the note is ``thinking-on`` or ``thinking-off``, or ``thought-closed`` if its
-    prompt opens a thought even so.
+    ``reasoning-left-out``; and ``reasoning-split`` if each turn with reasoning has a separate sample. If the
+    prompt opens a thought although thinking is off or there is no reasoning, the other note is
+    ``thought-closed``. Otherwise, it is ``thinking-on`` or ``thinking-off`` if the template has a switch and
+    ``thinking`` is not ``auto``.
     """
     notes = []
     reasons = [i for i, m in enumerate(conversation.messages) if m.role == "assistant" and reasoning_of(m)]
@@ -265,7 +271,7 @@ def _notes_on_thinking(
 
 
 def _without_reasoning(turn: Mapping[str, Any], samples: Sequence[SampleText]) -> bool:
-    """Return whether the answer of a turn appears in a sample without its reasoning."""
+    """Return whether the answer of a turn, apart from its reasoning, appears in a sample."""
     content = turn.get("content") or ""
     if isinstance(content, list):
         content = "".join(part["text"] for part in content)
@@ -276,7 +282,7 @@ def _without_reasoning(turn: Mapping[str, Any], samples: Sequence[SampleText]) -
 def _neutral_turns(
     turns: list[dict[str, Any]], tokenizer: ChatTokenizer
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Put control tokens in the texts between marks; return the turns and whether any had a control token.
+    """Mark the control tokens in the texts of turns; return the turns and whether any had a control token.
 
     In an assistant's text only special tokens are marked: ``<think>`` and ``<tool_call>`` are tokens that the
     model should generate.

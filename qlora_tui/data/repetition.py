@@ -11,7 +11,9 @@ _MAX_CHARACTERS = 4000
 """Number of characters at the end of a text that are searched."""
 _LEAST_REPEATS = 3
 _REPEATS_OF_SHORT_BLOCKS = {1: 10, 2: 5}
-"""Times that one or two words must occur in a row to be a loop, because ``no, no, no`` is none."""
+"""Number of times that one word, or two words, must occur in a row to count as a loop, because ``no, no, no``
+is not a loop.
+"""
 _SENTENCE_ENDS = (".", "!", "?", "…")
 _MARKS = ".,;:!?…\"'“”‘’()[]{}*_`"
 """Punctuation that is removed from both ends of a word."""
@@ -22,8 +24,8 @@ _TABLE = "|"
 def find_loop(text: str) -> str:
     """Return the text that repeats at the end of ``text``; empty if none does.
 
-    A sentence, or any three or more words, must occur three times in a row, and fewer words more often. Code
-    and tables may repeat themselves.
+    A sentence, or any three or more words, must occur three times in a row, and fewer words more often.
+    Repetition in a table, or in a code block that is still open, does not count.
     """
     if text.count(_FENCE) % 2:
         return ""
@@ -44,18 +46,18 @@ def find_loop(text: str) -> str:
 
 
 SAME_PROMPT = 0.8
-"""Minimum share of common word pairs with which two prompts count as the same."""
+"""Minimum share of word pairs that two prompts must have in common to count as the same."""
 OTHER_ANSWER = 0.2
-"""Maximum share of common words with which two answers count as different."""
+"""Maximum share of words that two answers can have in common and still count as different."""
 _PROBES = 6
 _MOST_ALIKE = 50
-"""Maximum number of rows with one prompt that are compared with each other."""
+"""Maximum number of rows that are stored for one word pair, to be compared with later rows."""
 
 
 def find_contradictions(rows: Sequence[tuple[str, str]]) -> dict[int, int]:
-    """Map each row that contradicts another row to that row, by their indices in ``rows``.
+    """Map the index of each row that contradicts another row to the index of that other row.
 
-    Rows are pairs of prompt and answer.
+    Each row is a prompt and its answer.
     """
     prompts = [_pairs(prompt) for prompt, _ in rows]
     answers = [frozenset(words(answer)) for _, answer in rows]

@@ -33,7 +33,7 @@ Finding = tuple[str, str]
 _FIRST_BATCH_ROWS = 32
 _BATCH_ROWS = 256
 _BATCH_BYTES = 1 << 20
-"""Bytes of text in a batch, which limits the memory for long rows."""
+"""Number of bytes of text at which a batch ends, to limit the memory for long rows."""
 
 
 class Batch(Struct, frozen=True):
@@ -63,25 +63,27 @@ class RowResult(Struct, frozen=True):
 
     row: int
     is_rejected: bool = False
-    """Whether the row gives no sample; its last finding says why."""
+    """Whether the row cannot give a sample, whatever the length limit; its last finding says why."""
     key: int | None = None
     """Key, equal for rows with equal content (see ``split.group_key``); None without a conversation."""
     findings: tuple[Finding, ...] = ()
     """Findings on the conversation and its samples, and on how the length limit changed them."""
     notes: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
-    """Tokens of each sample before truncation; characters of the conversation without a tokenizer."""
+    """Number of tokens in each sample before truncation; without a tokenizer, the number of characters of the
+    conversation.
+    """
     samples: tuple[TokenizedSample, ...] = ()
     """The samples to train on; empty if the length limit leaves none, or samples are not requested."""
     counts: Counts | None = None
     """Counts to add to those of all rows; None for a rejected row."""
     long_text: LongText | None = None
-    """Facts on a plain text over the length limit that is not split."""
+    """The size of a plain text that exceeds the length limit and is not split."""
     sketch: bytes = b""
 
 
 class RowProcessor:
-    """Processes rows with the settings of a recipe. Pickled to the worker processes."""
+    """Processes rows with the settings of a recipe. It is pickled and sent to the worker processes."""
 
     def __init__(self, data: Data, tokenizer: ChatTokenizer | None, seed: int = 0, keep_samples: bool = True):
         """Set up the processing; without a tokenizer rows are only read and checked, and give no samples."""
@@ -91,7 +93,7 @@ class RowProcessor:
         self._keep_samples = keep_samples
 
     def process(self, batch: Batch) -> list[RowResult]:
-        """Return one result for each row, in order, without blank lines."""
+        """Return one result for each row, in order. Blank lines have no result."""
         rows = list(filter(None, map(row_of, batch.rows)))
         read = [conversation_of(row, batch.file) for row in rows]
         usable = [one for one in read if isinstance(one, Conversation)]
@@ -178,7 +180,7 @@ class RowProcessor:
         )
 
     def _long_text(self, sample: TokenizedSample, fitted: list[TokenizedSample]) -> LongText | None:
-        """Describe a plain text that is cut or dropped; None for any other sample."""
+        """Describe a plain text that is cut or dropped; None if the text fits or is split."""
         assert self._tokenizer is not None
         length = len(sample.token_ids)
         if length <= self._data.max_length or self._data.overflow == "split":
@@ -193,9 +195,10 @@ class RowProcessor:
         sample_problems: list[Finding],
         counts: Counts,
     ) -> list[TokenizedSample | None]:
-        """Return the part of each side of a preference row that fits the length limit; None if nothing fits.
+        """Return, for each side of a preference row, the part that fits the length limit; None if nothing to
+        learn is left of it.
 
-        Updates the counts of pairs, which both sides share, or of rated answers, and reports the row once.
+        Adds the cut and dropped pairs, or rated answers, to ``counts``, and reports the row once.
         """
         assert self._tokenizer is not None
         limit = self._data.max_length
@@ -341,7 +344,7 @@ def _disorder(conversation: Conversation) -> str:
 
 
 def _calls(message: Message) -> bool:
-    """Return whether a turn calls a tool, also in its text as in the Hermes and Glaive data sets."""
+    """Return whether a turn calls a tool, even in its text, as in the Hermes and Glaive data sets."""
     return bool(message.tool_calls) or (
         message.role == "assistant" and any(mark in message.content for mark in _CALL_MARKS)
     )

@@ -80,7 +80,7 @@ def _type(values: list[Any]) -> Any:
 
 
 def _common(one: Any, other: Any) -> Any:
-    """Return the type that holds the values of both types; None if only JSON does."""
+    """Return an Arrow type that can hold the values of both types; None if they must be written as JSON."""
     import pyarrow
 
     if one is None or other is None:

@@ -40,7 +40,7 @@ class TokenizedSample(Struct, frozen=True):
     weights: array[float] | None = None
     """Loss weight of each token, 32-bit; None if each token in the loss has weight 1."""
     side: int = 0
-    """``GOOD`` or ``BAD`` (see ``store``) with a preference method; 0 for a sample without comparison."""
+    """``GOOD`` or ``BAD`` (see ``store``) if a preference method trains on both sides, else 0."""
 
     @property
     def trained_count(self) -> int:
@@ -67,7 +67,10 @@ def span_edges(sample: SampleText) -> list[int]:
 def tokenize_sample(
     sample: SampleText, marked: Marked, tokenizer: ChatTokenizer, notes: tuple[str, ...]
 ) -> TokenizedSample:
-    """Return the tokens of a sample whose text has been encoded, with the ``span_edges`` marked in it."""
+    """Build the sample of a text that has been encoded.
+
+    ``marked`` is the result of ``ChatTokenizer.encode_marked`` for the text and its ``span_edges``.
+    """
     if _LITERAL in sample.text or _END_LITERAL in sample.text:
         return tokenize_by_span(sample, tokenizer, notes)
     ids = marked.ids
@@ -89,8 +92,8 @@ def tokenize_sample(
 def tokenize_by_span(sample: SampleText, tokenizer: ChatTokenizer, notes: tuple[str, ...]) -> TokenizedSample:
     """Tokenize the spans inside and outside the loss separately, and marked tokens as plain text.
 
-    Also used if an answer begins inside a token of the whole text: at inference, the prompt is tokenized
-    separately.
+    Used if the text contains marks, or if an answer begins inside a token of the whole text: at inference,
+    the prompt is tokenized separately.
     """
     ids: list[int] = []
     loss_mask = bytearray()
@@ -153,8 +156,8 @@ def _pieces(loss_mask: bytes, max_length: int) -> Iterator[tuple[int, int]]:
     """Yield start and end of the pieces of a split sample, in tokens.
 
     Each piece ends after the last answer that fits, so that the next piece begins with a turn. An answer that
-    does not fit is cut at the limit. If a question fills a whole piece, only its end before the answer is
-    kept.
+    does not fit is cut at the limit. If a question fills a whole piece, only the part just before the answer
+    is kept.
     """
     start = 0
     while len(loss_mask) - start > max_length:
@@ -183,7 +186,7 @@ def last_samples(
 ) -> list[TokenizedSample]:
     """Return the sample that holds the answer, for the conversation and each of its rejected alternatives.
 
-    The common beginning of texts without turns is their prompt, which is not in the loss.
+    If the texts have no turns, their common beginning is taken as the prompt, and is not in the loss.
     """
     samples = [each[-1] for each in rendered]
     if not conversation.text or len(samples) < 2:

@@ -49,7 +49,7 @@ class SourceFile(Struct, frozen=True):
 
 
 class ValidationSource(Source, frozen=True, kw_only=True):
-    """The source in ``data.validation_path``. In a folder, only files named as validation are read."""
+    """The source in ``data.validation_path``. In a folder, :func:`files_of` selects the validation files."""
 
 
 def every_source(data: Data) -> list[Source]:
@@ -117,7 +117,7 @@ def prompt_at(data: Data, source: int, row: int, file: str = "") -> str:
 
 def _exchanges(data: Data, source: int, file: str, numbers: range) -> list[tuple[str, str]]:
     """Return (first user turn, the answer to it) of these rows of a file, without rows that cannot be read.
-    What a row lacks is empty.
+    A missing turn is empty.
     """
     sources = every_source(data)
     if not 0 <= source < len(sources) or is_hub_dataset(sources[source].path):
@@ -190,11 +190,11 @@ _VALIDATION = ("valid", "validation", "val", "dev", "eval", "evaluation")
 
 
 _HELD_OUT = (*_VALIDATION, "test", "heldout", "holdout")
-"""Words in the names of files and their folders that mark them as not for training."""
+"""Words that, in the name of a file or of a folder above it, mark the file as held out from training."""
 
 
 _DOCUMENTS = ("readme", "license", "licence")
-"""Prefixes of the names of files that describe the data; the names end in ``.md``, ``.txt`` or ``.text``."""
+"""Names, up to the first dot, of text files that describe the data: ``.md``, ``.txt`` or ``.text``."""
 
 
 _METADATA = {
@@ -213,15 +213,16 @@ _MAX_METADATA_BYTES = 4 << 20
 
 
 _LEFT_OUT_NAMED = 5
-"""Number of files left out for one reason that a note names."""
+"""Maximum number of files that a note names for each reason why files are left out."""
 
 
 def files_of(path: Path, *, validation: bool = False) -> tuple[list[Path], str]:
-    """Return the data files of ``path``, and a note that names the other files of a folder with the reasons.
+    """Return the data files of ``path``, and a note on which files of a folder are left out, and why.
 
-    A folder gives its files, sorted by name, including subfolders and linked files. If some names mark files
-    as held out from training, those are left out. For ``validation`` only marked files are used, without
-    those for tests if some are for validation.
+    A folder gives its files, sorted by name, including subfolders and linked files. Files whose names mark
+    them as held out from training are left out, unless all are marked. With ``validation``, the files named
+    as validation are used; without any, all files that are held out from training; and without any of these,
+    all files.
     """
     if not path.exists():
         raise UserError(
@@ -344,7 +345,8 @@ def is_hub_id(name: str) -> bool:
 def hub_files(name: str) -> tuple[list[Path], str]:
     """Return the files of a dataset's training split and a note on them, downloading the files if needed.
 
-    Raises ``UserError`` if the dataset does not exist or cannot be reached.
+    Without a training split, the first split is used. Raises ``UserError`` if the dataset does not exist or
+    cannot be reached.
     """
     cached = _read_cached(name)
     if cached is None:
@@ -394,7 +396,7 @@ def _fetch(name: str) -> HubFiles:
 
 
 def download_split(name: str) -> HubFiles:
-    """Download the training split of a dataset, as a job. Raises UserError.
+    """Download the training split of a dataset, or else its first split, as a job. Raises UserError.
 
     ``trust_remote_code`` is never set, so the library refuses a dataset that is a script.
     """
@@ -437,7 +439,7 @@ class FormatChoice(Struct, frozen=True):
     read: int = 0
     """Number of tried rows that give a conversation."""
     example: str = ""
-    """``question → answer`` of the first conversation, shortened; only a text for plain text."""
+    """``question → answer`` of the first conversation, shortened; for plain text, the shortened text."""
     detected: str = ""
     """For ``auto``, the format that was detected."""
     problem: str = ""

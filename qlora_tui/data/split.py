@@ -62,7 +62,7 @@ class Split:
 
     @property
     def wanted(self) -> bool:
-        """Return whether any rows are used for validation, which requires sketches."""
+        """Return whether rows are held back for validation. Sketches are needed only then."""
         return self._fraction > 0
 
     def add(self, source: int, key: int, sketch: array[int]) -> None:
@@ -86,11 +86,11 @@ class Split:
 
 
 def validation_rows(groups: array[int], sources: Iterable[int], fraction: float) -> frozenset[int]:
-    """Select the validation groups: at most, and about, ``fraction`` of the rows of each source.
+    """Select groups for validation, with up to ``fraction`` of the rows of each source, rounded.
 
-    ``groups`` and ``sources`` have one entry per row; the group numbers define the groups' random order. A
-    source whose groups are all too large gives its smallest group if it has others. At least one group is
-    selected if there are two, and at least one is left to train on.
+    ``groups`` and ``sources`` have one entry per row; the group numbers define the groups' random order. If
+    all groups of a source are too large, the smallest of them is selected, provided that the source has more
+    than one. At least one group is selected if there are two, and at least one is left to train on.
     """
     if fraction <= 0:
         return frozenset()
@@ -169,11 +169,15 @@ class NearDuplicates:
 
     @property
     def full(self) -> bool:
-        """Return whether the largest number of compared rows is reached."""
+        """Return whether the maximum number of compared rows is reached."""
         return len(self._rows) >= MAX_ROWS
 
     def find_earlier(self, own: array[int], row: int) -> int | None:
-        """Return an earlier row nearly identical to ``row``, whose sketch is ``own``; stores ``row`` too."""
+        """Return an earlier row that is nearly identical to ``row``, if any, and store ``row`` for later
+        calls.
+
+        ``own`` is the sketch of ``row``.
+        """
         if self.full or not own:
             return None
         earlier_row = None
@@ -190,7 +194,10 @@ class NearDuplicates:
 
 
 def minhash_sketch(conversation: Conversation) -> array[int]:
-    """Return the smallest 32-bit hashes, ascending, at most ``SKETCH``; none for a row with few words."""
+    """Return the smallest 32-bit hashes of a conversation's word triples, ascending, at most ``SKETCH``.
+
+    Empty if the conversation has few words.
+    """
     text = conversation.text or " ".join(m.content for m in conversation.messages if m.role != "system")
     words = list(map(_words.__getitem__, text.lower().translate(_PUNCTUATION).split()))
     if len(words) < _MIN_WORDS:
@@ -216,14 +223,14 @@ _words = _Words()
 
 
 def _similarity(one: array[int], other: array[int]) -> float:
-    """Estimate the share of triples that two rows have in common from the smallest hashes of both."""
+    """Estimate from the smallest hashes of two rows what share of their triples they have in common."""
     smallest = sorted({*one, *other})[: max(len(one), len(other))]
     both = set(one) & set(other)
     return sum(value in both for value in smallest) / len(smallest)
 
 
 SAME_SIDE_THRESHOLD = 0.6
-"""Share of common word triples from which two rows are put into the same split.
+"""Minimum share of word triples that two rows must have in common to be put into the same split.
 
 Lower than for a near duplicate, because putting two more rows into the same split has no drawback.
 """
@@ -236,7 +243,7 @@ Two rows with 80 % of their triples in common have the same first two hashes in 
 except in 5 cases in a million.
 """
 _NEIGHBORS = 8
-"""Number of rows with the same first two hashes with which each row is compared."""
+"""Each row is compared with up to this many of the next rows that have the same first two hashes."""
 _SLICE = 1 << 16
 
 
@@ -249,8 +256,8 @@ def group_keys(keys: array[int], sketches: Path) -> array[int]:
     """Return a 64-bit key for each row, equal for rows that are identical or nearly so.
 
     ``keys`` come from ``split.group_key``, ``sketches`` is a file with the padded sketch of each row. Chains
-    of similar rows are one group. A group of more than half of all rows is taken for a common wording, and
-    only its exact duplicates are kept together.
+    of similar rows are one group. If a group has more than half of all rows, they probably share only a
+    common wording, so only its exact duplicates are kept together.
     """
     import numpy as np
 

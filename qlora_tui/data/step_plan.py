@@ -27,7 +27,7 @@ class Lengths(Protocol):
         """Return the length of sample ``i`` in tokens."""
 
     def epoch(self, epoch: int, seed: int, /) -> Sequence[int]:
-        """Return the indices of all samples in the random order of one epoch."""
+        """Return the indices of the samples of one epoch, in random order."""
 
 
 class SidedLengths(Lengths, Protocol):
@@ -85,7 +85,7 @@ def members(pairs: Sequence[int]) -> tuple[int, ...]:
 
 
 PackedSamples: TypeAlias = tuple[int, ...]
-"""Indices of the samples in one sequence; without packing, a single index."""
+"""Indices of the samples in one sequence; without packing, one sample or the two samples of a pair."""
 
 
 REPLAYED_TOKENS = 90
@@ -152,7 +152,7 @@ class StepCount:
     per_epoch: int
     """Number of steps of the first epoch."""
     all_epochs: int
-    """Number of steps of all epochs, without ``training.max_steps``."""
+    """Number of steps of all epochs, without the limit ``training.max_steps``."""
     tokens: int
     """Number of tokens of the first epoch, without padding."""
 
@@ -160,10 +160,10 @@ class StepCount:
 def count_steps(
     samples: Lengths, recipe: Recipe, *, padding_free: bool, epochs_are_equal: bool = True
 ) -> StepCount:
-    """Count the steps that :func:`plan_steps` would plan.
+    """Count the steps that :func:`plan_steps` would plan without the limit ``training.max_steps``.
 
-    Answers of the base that ``training.replay_share`` adds are not known yet, so they count with a typical
-    length.
+    ``training.replay_share`` adds answers of the base model. They are not known yet, so they count with a
+    typical length.
 
     Args:
         samples: lengths of the training samples.
@@ -208,9 +208,9 @@ def _trained(sequences: int, share: float) -> int:
 def pack(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[PackedSamples]:
     """Pack whole samples into few sequences by best-fit decreasing.
 
-    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: samples are placed from the longest
-    on, each into the sequence with the least sufficient space. A sample longer than ``capacity`` gets its own
-    sequence.
+    ``pack([7, 8, 9], [3, 2, 1], capacity=4)`` gives ``[(7, 9), (8,)]``: the longest samples are placed first,
+    and each goes into the fullest sequence that still has room for it. A sample longer than ``capacity`` gets
+    its own sequence.
 
     Args:
         order: indices of the samples.
@@ -266,5 +266,5 @@ def _group_by_length(
 
 
 def replayed(samples: int, share: float) -> int:
-    """Return the number of answers to add to ``samples`` so that they are ``share`` of all."""
+    """Return the number of answers to add to ``samples`` so that the answers are ``share`` of the total."""
     return round(samples * share / (1 - share))

@@ -107,10 +107,10 @@ class Writer:
             self._hash.update(bytes([sample.side]))
 
     def finish(self, validation: frozenset[int], validation_source: int | None) -> str:
-        """Write the two splits; return the hash of all files.
+        """Write the two splits; return a hash of the tokens, loss masks, weights, sides and splits.
 
-        A sample is in the validation split if its key is in ``validation`` or its source is
-        ``validation_source``.
+        The validation split has the samples of ``validation_source``. If that is None, it has the samples
+        whose keys are in ``validation``.
         """
         sides = {"train.u32": array("I"), "validation.u32": array("I")}
         for number, (key, source) in enumerate(zip(self.keys, self.sources, strict=True)):

@@ -1,8 +1,8 @@
 """Capabilities of a chat template, found by probing: system turns, tools, typed parts, thinking.
 
-``adapt_conversation`` converts a conversation to the messages that a template reads. If the template would
-lose tool calls, tool answers, tool descriptions or a system prompt, it writes them into the text of a turn
-that the template keeps. Every such change is a note for the Data screen.
+``adapt_conversation`` converts a conversation to the messages that a template reads. Tool calls, tool
+results, tool descriptions or a system prompt that the template would lose are written into the text of a turn
+that it keeps. Every such change is a note for the Data screen.
 
 Templates of hybrid models read a variable: ``enable_thinking`` (Qwen3, SmolLM3, GLM-4.5, Gemma 4, Nemotron),
 ``thinking`` (DeepSeek-V3.1, Granite), ``reasoning_effort`` (gpt-oss). ``switch_of`` finds the variable by
@@ -32,13 +32,13 @@ class TemplateCapabilities(Struct, frozen=True):
     system: bool
     """Whether the template writes a system turn; otherwise system text goes before the first user turn."""
     parts: bool
-    """Whether the template needs content as a list of typed parts, and would lose a string."""
+    """Whether the template needs content as a list of typed parts, because it drops plain strings."""
     tools: bool
     """Whether the template writes the descriptions of tools."""
     calls: Literal["object", "string", "text"]
     """Form of tool calls: arguments as an object or as a JSON string, or calls only as text of the turn."""
     calls_without_content: bool
-    """Whether a turn with calls and no text must have no content key."""
+    """Whether a turn with calls and no text must have None as its content."""
     words_hide_calls: bool
     """Whether the template omits the tool calls of a turn that also has text. For such templates, the text is
     left out to keep the calls.
@@ -46,9 +46,9 @@ class TemplateCapabilities(Struct, frozen=True):
     reasoning: bool
     """Whether the template writes ``reasoning_content``; if not, the content has it in ``<think>`` tags."""
     own_tags: bool
-    """Whether the model uses other tags than ``<think>``.
+    """Whether the model uses tags other than ``<think>``.
 
-    If so, ``assistant_spans`` puts reasoning that the template does not write after the prompt.
+    If so, and the template does not write the reasoning, ``assistant_spans`` inserts it after the prompt.
     """
     tool_turns: bool
     """Whether the template writes tool turns; otherwise their text is given as a user turn."""
@@ -278,7 +278,7 @@ class Switch(Struct, frozen=True):
 
     variable: str
     on: dict[str, Any]
-    """Variables that turn thinking on; empty if the template thinks by default."""
+    """Variables that turn thinking on; empty for an effort variable if the template thinks by default."""
     off: dict[str, Any]
     default: OnOff
     """Whether the template thinks if the variable is not set."""
@@ -333,8 +333,8 @@ def resolve_thinking(thinking: Thinking, switch: Switch | None, conversation: Co
     """Return the setting for one conversation: ``auto`` becomes ``on`` if an answer has reasoning, otherwise
     ``off``.
 
-    If the template has effort levels but cannot turn thinking off, the result stays ``auto``, the template's
-    default.
+    If the template has effort levels but cannot turn thinking off, ``auto``, the template's default, is
+    returned instead of ``off``.
     """
     if thinking != "auto":
         return thinking
@@ -404,7 +404,7 @@ def tags_of(literals: str) -> tuple[str, str]:
 
 
 def answered(prompt: str, reasoning: str, rest: str, tags: tuple[str, str] = THINK) -> str:
-    """Join a prompt, its reasoning, and ``rest``, which is the answer and its end.
+    """Join a prompt, the reasoning, and ``rest``: the answer and the end of its turn.
 
     The tags are on separate lines, unless the prompt opens the thought without a line end, as in
     DeepSeek-V3.1.

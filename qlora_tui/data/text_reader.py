@@ -1,6 +1,6 @@
-"""Opens data files: decompresses them and decodes UTF-8, with the line of an error.
+"""Opens and decompresses data files, and decodes their lines. If a line is not UTF-8, the reason is given.
 
-A truncated or damaged file raises an error, and is never read as a shorter file.
+A truncated or damaged compressed file raises an error, and is never read as a shorter file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHUNK_BYTES = 1 << 20
 
 
 BOM = "\ufeff"
-"""Byte order mark, at the start of a file or, in a file joined from several, inside."""
+"""Byte order mark at the start of a file, or of each part of a file that was joined from several files."""
 _BINARY = {
     b"PK\x03\x04": (
         "a ZIP archive, as Excel workbooks are",
@@ -47,7 +47,7 @@ _CUT_OFF = "it ends in the middle of a block"
 
 
 class BrokenFileError(Exception):
-    """Raised if a file cannot be read from ``line`` on, so that its later rows are unknown."""
+    """Raised if line ``line`` of a file cannot be read, so that all later rows are unknown."""
 
     def __init__(self, kind: Literal["bad-json", "bad-encoding", "bad-row"], line: int, reason: str):
         super().__init__(reason)
@@ -94,7 +94,7 @@ class Stream:
         return self._start
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the content in chunks of a megabyte. Raises ``TooLarge``, as the other readers do."""
+        """Yield the content in chunks of a megabyte. Raises ``TooLarge`` if the file expands too much."""
         chunk, read_bytes = self._start, 0
         while chunk:
             disk_bytes = self._file.tell()
@@ -134,7 +134,7 @@ class Stream:
             yield last
 
     def text_lines(self) -> Iterator[tuple[str, str]]:
-        """Yield each decoded line with the reason why it is not text, which is empty if it is.
+        """Yield each decoded line with the reason why it is not UTF-8; the reason is empty if it is UTF-8.
 
         Bytes that are not UTF-8 are replaced, so that later lines can be read.
         """

@@ -27,7 +27,7 @@ class TextChunk(Struct, frozen=True):
 
 
 class ThoughtMark(Struct, frozen=True):
-    """A marker text that is hidden, and after which the kind of the text changes."""
+    """A marker text, which is not shown, and the state of the splitter after it."""
 
     text: str
     seen_in: tuple[SplitterState, ...]

@@ -121,7 +121,7 @@ class ChatTokenizer:
         return tokenizer
 
     def __reduce__(self) -> tuple[type[ChatTokenizer], tuple[str, dict[str, str], str, str, str]]:
-        """Pickle the tokenizer with its chosen template as the own template."""
+        """Pickle the tokenizer. Its chosen template becomes the copy's own template."""
         tools = "" if self.tool_template is self.template else self.tool_template.text
         return (ChatTokenizer, (self._json.decode(), self.special_tokens, self.template.text, "auto", tools))
 
@@ -180,17 +180,19 @@ class ChatTokenizer:
 
     @cached_property
     def said_pattern(self) -> re.Pattern[str]:
-        """Return a pattern of texts forbidden in answers: special tokens, except the tags of a thought."""
+        """Return a pattern of the tokens that are encoded as ordinary text in answers: special tokens, except
+        the tags of a thought.
+        """
         return _any_of(
             [t.content for t in self._added.values() if t.special and t.content not in THOUGHT_TAGS]
         )
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Return a pattern of texts forbidden in user turns: special tokens, and words of the template.
+        """Return a pattern of the control tokens: special tokens, and added tokens that the template writes.
 
-        White space is not a control token, although Gemma's line ends are added tokens that its template
-        writes.
+        Outside answers, they are encoded as ordinary text. White space is not a control token, although
+        Gemma's line ends are added tokens that its template writes.
         """
         literals = self.template.literals + self.tool_template.literals
         written = (t.content for t in self._added.values() if t.special or t.content in literals)
@@ -349,7 +351,7 @@ _LONGEST_WORD = 48
 Longer words rarely repeat: addresses, code, text without spaces.
 """
 _WORDS = re.compile(r"(?: ?\S+|\s+\S*)(?:(?! \S)\s+(?:\S+|$))*")
-"""Matches a word with the white space before it, and the words after it that no single space separates."""
+"""Matches a word with the white space before it, and all words after it up to the next single space."""
 
 _CHAINED = re.compile(r" \S(?:.*\S)?", re.DOTALL)
 """Pattern of a word that begins with a space and ends without one."""
@@ -470,10 +472,10 @@ _LEAD = r"(?: \?|\[\^\\r\\n\\p\{L\}\\p\{N\}\]\?)?"
 _BLANKS = r"\\s\*\[\\r\\n\]\+|\\s\+\(\?!\\S\)|\\s\+"
 _WORD = rf"(?:{_LEAD}(?:(?:{_CLASS}|{_SHORT_FORMS})(?:[+*?]|\{{\d(?:,\d)?\}})?)+|{_BLANKS})"
 _PATTERN = re.compile(rf"(?:{_WORD}\|)+\\s\+")
-"""Pattern of pre-tokenizers that treat any space as the beginning of a word.
+"""Matches the patterns of pre-tokenizers that begin a word at every space.
 
-Their words are white space only, or have at most one space, at the start: those of Llama 3, Qwen, gpt-oss,
-Mistral's Tekken and similar ones.
+With such a pattern, a word is only white space, or has at most one space, at its start. Examples are the
+patterns of Llama 3, Qwen, gpt-oss, Mistral's Tekken and similar tokenizers.
 """
 
 
@@ -498,7 +500,7 @@ def splits_on_spaces(tokenizer: Mapping[str, Any]) -> bool:
 def isolated_added_tokens(tokenizer: Mapping[str, Any]) -> list[str]:
     """Return the added tokens that are split off before any other step, regardless of adjacent text.
 
-    Empty if an added token of the same kind depends on adjacent text.
+    Empty if any of them depends on adjacent text (``lstrip``, ``rstrip`` or ``single_word``).
     """
     first = [token for token in tokenizer.get("added_tokens") or () if not token.get("normalized")]
     plain = not any(token.get(flag) for token in first for flag in ("lstrip", "rstrip", "single_word"))
@@ -514,7 +516,10 @@ def _steps(pre_tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def _cuts(step: Mapping[str, Any]) -> bool:
-    """Return whether the step ends a word at every such space. ByteLevel's own pattern is GPT-2's."""
+    """Return whether a step ends a word at every single space between two non-space characters.
+
+    ByteLevel does so if it uses its own pattern, which is GPT-2's.
+    """
     if step["type"] == "ByteLevel":
         return bool(step.get("use_regex", True))
     pattern = (step.get("pattern") or {}).get("Regex", "")
@@ -530,5 +535,7 @@ def _is_local(step: Mapping[str, Any]) -> bool:
 
 
 def _looks_across(token: Mapping[str, Any]) -> bool:
-    """Return whether an added token contains such a space, or includes the white space after it."""
+    """Return whether an added token contains a single space between two non-space characters, or includes the
+    white space after the token.
+    """
     return bool(token.get("rstrip")) or re.search(r"\S \S", token["content"]) is not None

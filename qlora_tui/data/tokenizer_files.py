@@ -1,11 +1,12 @@
 """Reads a tokenizer's files in a model folder as transformers does, and limits the work they can cause.
 
 ``tokenizer_config.json`` and ``special_tokens_map.json`` name the special tokens; the chat template may be in
-any of four places; and tokens may be missing from ``tokenizer.json``. ``tokenizer.json`` is a program, which
-a library runs without limits: three replacements of one character by a thousand turn a word into gigabytes.
-The possible expansion is computed from the file, before anything is encoded. A regular expression that
-repeats a repetition makes the library panic, which is not an ``Exception``. A panic becomes a ``UserError``,
-at the latest when the first text, a probe, is encoded.
+any of four places; and tokens may be missing from ``tokenizer.json``. ``tokenizer.json`` is like a program
+that a library runs without limits: three replacements of one character by a thousand turn a word into
+gigabytes. The possible expansion is computed from the file, before anything is encoded. A regular expression
+that repeats a repetition makes the library panic. A panic is not an ``Exception``, so ``panics_as_errors``
+turns it into a ``UserError``. ``PROBE`` is encoded first, so that the panic occurs before any other text is
+encoded.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Return whether an exception is a panic of a Rust library, whose class cannot be imported."""
+    """Return whether an exception is a panic of a Rust library. The class of panics cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 

@@ -83,7 +83,7 @@ class CallFormat(Struct, frozen=True):
     """The format in which one chat template writes calls."""
 
     mark: str
-    """Text with which the first call begins; empty if that is its JSON object."""
+    """Text at the start of the first call; empty if the call starts with its JSON object."""
     literals: str
     """All text around names and arguments."""
     parse: Parse
@@ -129,7 +129,9 @@ class CallText:
     def __init__(
         self, call_format: CallFormat, tools: Sequence[Mapping[str, Any]], *, must_call: bool = False
     ) -> None:
-        """Start without text; with ``must_call`` all text is calls, and any other text is dropped."""
+        """Start without text. With ``must_call`` the answer has only calls, so a call that cannot be parsed
+        is dropped instead of returned as text.
+        """
         self._format = call_format
         self._must_call = must_call
         self._mark = call_format.mark
@@ -137,7 +139,7 @@ class CallText:
         self.calls: tuple[ToolCall, ...] = ()
         """The calls, which are set by :meth:`rest`."""
         self.pending = ""
-        """Text that is held back; at the end the calls, from their mark on."""
+        """Text that is held back; at the end, the calls, starting with their mark."""
         self._has_begun = False
         self._is_text = False
 
@@ -292,7 +294,7 @@ def _objects(one: str, several: str) -> CallFormat | None:
 
 
 def _json_objects(text: str, place: int = 0) -> Iterator[tuple[int, Any, int]]:
-    """Yield start, value and end of each JSON object from ``place`` on, including nested ones."""
+    """Yield start, value and end of each JSON object at or after ``place``, including nested ones."""
     for match in re.compile(r"\{").finditer(text, place):
         try:
             value, end = _DECODER.raw_decode(text, match.start())
@@ -389,7 +391,7 @@ def _parse_names(begin: re.Pattern[str], head: re.Pattern[str], tail: re.Pattern
 
 
 def _python_calls(one: str, several: str) -> CallFormat | None:
-    """Return the format of calls in a list as Python writes it."""
+    """Return the format of calls that are written as a Python list of function calls."""
     match = re.search(r"\[qvzcall(\(qvzkey=(['\"])qvzvalue\2\))\]", one)
     if match is None or not (opening := one[: match.start()].strip()):
         return None
@@ -420,7 +422,7 @@ def _python_calls(one: str, several: str) -> CallFormat | None:
 
 
 def _marked_texts(one: str, several: str) -> CallFormat | None:
-    """Return the format of calls that have an object with bare keys and strings between marks."""
+    """Return the format of calls whose arguments are an object with bare keys and marks around strings."""
     match = re.fullmatch(r"(.*?)qvzcall(\{qvzkey:(\S+?)qvzvalue\3\})(.*)", one, re.DOTALL)
     if match is None or not match[1].strip() or not match[4].strip():
         return None

@@ -1,10 +1,10 @@
-"""Checks which tokens' embedding rows a run can train, and finds tokens that a model has never learned.
+"""Checks that the tokens to train are in the vocabulary, and finds tokens that a model has never learned.
 
-A base model's vocabulary often holds tokens reserved for later (Llama 3's ``<|eot_id|>``) whose rows are
-still near zero, or all equal. LoRA does not train the embedding, so a template that uses such tokens cannot
-be learned, unless ``lora.trainable_tokens`` trains their rows. They are found by reading a few rows of the
-safetensors files, without torch; ``check_tokens`` reads ``tokenizer.json`` without the tokenizers library,
-which takes a second for 262k entries.
+A base model's vocabulary often holds tokens reserved for later (Llama 3's ``<|eot_id|>``) whose embedding
+rows are still near zero, or all equal. LoRA does not train the embedding, so a template that uses such tokens
+cannot be learned, unless ``lora.trainable_tokens`` trains their rows. Such tokens are found by reading a few
+rows of the safetensors files, without torch. ``check_tokens`` reads ``tokenizer.json`` without the tokenizers
+library, because the library takes a second for 262k entries.
 """
 
 from __future__ import annotations
@@ -83,10 +83,12 @@ _EMBEDDINGS = (
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _TYPICAL_ROWS = 64
 UNTRAINED_NORM_RATIO = 0.1
-"""Share of an ordinary row's norm below which a row counts as untrained."""
+"""A row counts as untrained if its norm is below this share of the norm of a typical row."""
 _MAX_SPECIAL_ROWS = 64
 _MAX_IDENTICAL_ROWS = 2
-"""Maximum number of special tokens with identical rows; more identical rows were only initialized."""
+"""Maximum number of special tokens with identical rows. If more rows are identical, they were initialized but
+never trained.
+"""
 _MAX_ROW_BYTES = 1 << 20
 
 
@@ -137,7 +139,7 @@ def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
 
 
 def _template_tokens(tokenizer: ChatTokenizer) -> list[str]:
-    """Return the special tokens in a rendered conversation, without begin and end of text."""
+    """Return the special tokens in a rendered conversation, except the BOS and EOS tokens."""
     try:
         text = tokenizer.template.render(tokenizer.traits.example("a", "b"))
     except RowRejectedError:

@@ -27,7 +27,7 @@ Examples are ``better_response_id``, ``overall_preference``, ``winner_model_a`` 
 """
 _RANKS = ("rank", "pm_score", "selected", "is_selected")
 _ANSWERS = ("response", "completion", "output", "answer", "generation", "text", "content")
-"""Keys of the answer in an item of a list of answers."""
+"""Keys that hold the answer in each item of a list of answers; also names of columns with answers."""
 _Values = Sequence[Mapping[str, Any]]
 
 
@@ -50,7 +50,11 @@ def compared_answers(name: str, values: _Values, mapping: Mapping[str, str]) -> 
 
 
 def without_text(name: str, values: _Values) -> UserError | None:
-    """Return the error for known rows without any text to learn from; None for other rows."""
+    """Return the error for rows of a known format that cannot be trained on; None for other rows.
+
+    The formats are token ids, text in segments, files of a batch API, lists of answers or examples in each
+    row, and prompts without answers.
+    """
     columns = {column for value in values for column in value}
     if _mostly(values, lambda v: _is_numbers(v.get("input_ids"))):
         return UserError(
@@ -139,9 +143,11 @@ def _answers_in_items(name: str, values: _Values, prompt: str) -> UserError | No
 
 
 def _answer_key(column: str, value: Any) -> str | None:
-    """Return the key of the answer in a list's items, empty if the items are texts; None for no answers.
+    """Return the key of the answer in the items of a list; empty if the items are texts, None if they are not
+    answers.
 
-    Texts are answers if the column's name says so, or if each has several words, unlike tags.
+    Texts are answers if the column's name says so, or if there are several and each has several words, unlike
+    tags.
     """
     items = decoded(value)
     keys = turn_keys(items)
@@ -251,7 +257,7 @@ def written_out(texts: Sequence[Any]) -> str:
 
 
 def mapping_hint(values: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> tuple[str, str]:
-    """Suggest how to map these columns by hand, using their own names if these can be guessed.
+    """Suggest how to map these columns by hand, with their own names if their parts can be guessed.
 
     Returns the fix and the error code, which is :data:`UNMAPPED_COLUMNS` if mapping helps.
     """

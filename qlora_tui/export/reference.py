@@ -1,8 +1,9 @@
-"""The reference for comparing exported files: validation rows, and the trained model's answers to them.
+"""The reference for comparing exported files: rows of the run's data, and the trained model's answers.
 
-Logits at every compared position would take gigabytes. :class:`Answers` instead holds the inputs of the
-model's output layer, which are about a hundredth of this size, and the layer's matrix. The logits are
-recomputed from these for some positions at a time.
+An answer is the model's distribution for the next token at one position of a row. Logits at every compared
+position would take gigabytes. :class:`Answers` instead holds the matrix of the model's output layer and the
+layer's inputs, which take about a hundredth of that. The logits are recomputed from these, some positions at
+a time.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from qlora_tui.runs.exports import COMPARED_TOKENS
 from qlora_tui.training.host import release_gpu_memory
 
 _MAX_ROWS = 200
-"""Maximum number of validation rows with compared tokens; docs/export.md has this limit and the next."""
+"""Maximum number of compared rows. docs/export.md states this limit."""
 _MAX_TOKENS = 4096
-"""Maximum number of tokens of a row."""
+"""Maximum number of tokens of a compared row. Longer rows are cut off."""
 _LOGITS = 1 << 25
-"""Maximum number of logits in memory at once: 128 MiB."""
+"""Maximum number of logits that are computed at once. In float32 they take 128 MiB."""
 _MAX_DIFFERENCE = 0.01
-"""Allowed KL divergence, in nats, of computed answers from the model's own: 16-bit rounding."""
+"""Maximum KL divergence, in nats, between recomputed probabilities and those of the model itself. It allows
+for 16-bit rounding.
+"""
 _REPORT_S = 30.0
 """Maximum seconds without a progress report."""
 _STRANGE_TEXTS = (
@@ -90,7 +93,9 @@ class Answers:
         return max(1, _LOGITS // self.matrix.shape[1])
 
     def log_probabilities(self, row: int) -> Iterator[Tensor]:
-        """Yield log probabilities at a row's positions, in order: float32, (``at_once``, vocabulary)."""
+        """Yield float32 log probabilities (positions, vocabulary) at a row's positions, in order, for at most
+        ``at_once`` positions at a time.
+        """
         for inputs in torch.split(self.inputs[row], self.at_once):
             blocks = torch.split(self.matrix, max(1, _LOGITS // self.matrix.shape[0]), dim=1)
             logits = torch.cat([inputs.float() @ block.float() for block in blocks], dim=1) * self.scale
@@ -101,7 +106,9 @@ class Answers:
 
 @dataclass(frozen=True)
 class Reference:
-    """Rows, and the answers of base and adapter at their trained positions."""
+    """What exported files are compared with: rows, the trained model's answers, chat template and special
+    tokens.
+    """
 
     rows: tuple[ComparedRow, ...]
     strange: tuple[ComparedRow, ...]
@@ -115,7 +122,7 @@ class Reference:
     template: str
     """The chat template that the conversations were rendered with."""
     effect: float
-    """Mean KL(trained model ‖ base) in nats, which measures how much the adapter changes."""
+    """Mean KL(trained model ‖ base) in nats, which measures how much the adapter changes the answers."""
     trained: int
     """Number of trained tokens in all rows. Some of them may not be compared."""
 
@@ -146,10 +153,11 @@ class Reference:
 def reference_answers(
     source: ChatSource, adapter_name: str, on_status: StatusFn, tokens: int = COMPARED_TOKENS
 ) -> Reference:
-    """Compute the answers that files are compared with, at trained positions of rows with ``tokens`` tokens
-    in total.
+    """Compute the answers that files are compared with.
 
-    Raises UserError if the model or the run's data cannot be read, or memory is too small.
+    Answers are computed at the trained positions of as many rows as have about ``tokens`` tokens in total.
+    Raises UserError if the model or the run's data cannot be read, if the data has no trained token, or if
+    memory is too small.
     """
     words = "Computing the trained model's answers for the comparison"
     on_status(words)
@@ -223,7 +231,9 @@ def _compute(
 
 
 def _require_same(computed: Tensor, logits: Tensor) -> None:
-    """Raise UserError if computed answers (1, vocabulary) differ from the model's own (vocabulary,)."""
+    """Raise UserError if recomputed log probabilities (1, vocabulary) differ, beyond rounding, from those of
+    the model's own ``logits`` (vocabulary,).
+    """
     expected = logits.float().log_softmax(-1).cpu()[None]
     # Written so that NaN counts as a difference.
     if not float(kl_divergence(expected, computed)) <= _MAX_DIFFERENCE:
@@ -250,7 +260,9 @@ def _effect(
 
 
 def _head_inputs(session: ChatSession, adapter_name: str, row: ComparedRow) -> tuple[Tensor, Tensor]:
-    """Return the output layer's inputs at a row's positions, and the first logits. Raises UserError."""
+    """Return the output layer's inputs at a row's positions, and the model's logits at the first position.
+    Raises UserError.
+    """
     with reported_memory(session.compute_device):
         return session.head_inputs(adapter_name, list(row.computed_ids), list(row.positions))
 
@@ -264,7 +276,10 @@ def kl_divergence(expected: Tensor, actual: Tensor) -> Tensor:
 
 
 def row_progress(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
-    """Return a function that reports rows done, total and remaining time, at each tenth and every 30 s."""
+    """Return a function that reports the number of rows done, the total number, and the time left.
+
+    It reports after each tenth of the rows, and when the last report was at least 30 s ago.
+    """
     began = reported_at = time.monotonic()
     tenths = 0
 
@@ -285,8 +300,8 @@ def compared_rows(
 ) -> tuple[tuple[ComparedRow, ...], int]:
     """Return rows spread over the samples, and the number of their trained tokens.
 
-    Of as many rows as have ``tokens`` tokens in total, every trained position is compared; of the others,
-    only how their text is tokenized.
+    Every trained position is compared in as many of these rows as have about ``tokens`` tokens in total. For
+    the other rows, only the tokenization of their text is compared.
     """
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]
@@ -316,7 +331,8 @@ def _samples(source: ChatSource, tokenizer: ChatTokenizer) -> Samples:
 def _text(ids: tuple[int, ...], tokenizer: ChatTokenizer) -> str:
     """Return a text that is tokenized to these ids; empty if there is none.
 
-    There is none if text that looks like a special token was not one in training.
+    For example, there is none if a row contains the text of a special token, which training encoded as
+    ordinary text.
     """
     text = tokenizer.decode(ids)
     if tokenizer.encode(text) == list(ids):

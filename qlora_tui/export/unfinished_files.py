@@ -32,7 +32,9 @@ def refuse_existing(out: Path) -> None:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise UserError if fewer than ``needed`` bytes are free. ``what`` begins the sentence."""
+    """Raise UserError if the disk of ``folder`` has fewer than ``needed`` bytes free. ``what`` is the subject
+    of the error's sentence.
+    """
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     usage = shutil.disk_usage(parent)
     free = usage.free
@@ -50,7 +52,7 @@ def draft_folder(out: Path) -> Iterator[Path]:
     """Yield a hidden, empty folder next to ``out`` for unfinished files, and delete it afterwards.
 
     The draft of a killed export is deleted first. Raises UserError if another export is writing
-    ``out``, and in place of any OSError inside the block.
+    ``out``. An OSError inside the block becomes a UserError.
     """
     with export_problems(out):
         private_dir(out.parent)
@@ -66,7 +68,9 @@ def draft_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def export_problems(out: Path | None = None) -> Iterator[None]:
-    """Convert OSErrors inside the block to UserError, about ``out`` if the error names no file."""
+    """Convert OSErrors inside the block to UserErrors. They are about ``out`` if the OSError names no file
+    or the disk is full.
+    """
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Keys of a GGUF file that are computed from several settings of a config, or checked without writing a key.
+"""Computes keys of a GGUF file from several settings of a config, and checks settings that have no key.
 
 Each function takes transformers' text config, and returns keys (without the name of the architecture) and
 values. It raises UserError if the config contradicts a value that is built into llama.cpp.
@@ -23,13 +23,17 @@ def cannot_compute(why: str) -> UserError:
 
 
 def rope_but_every_fourth(layers: int) -> list[int]:
-    """Return 1 for each layer with a rotary embedding, and 0 for every fourth (src/models/smollm3.cpp)."""
+    """Return 0 for every fourth layer, which has no rotary embedding, and 1 for the others
+    (src/models/smollm3.cpp).
+    """
     return [int((layer + 1) % 4 != 0) for layer in range(layers)]
 
 
 def no_rope_every_fourth(config: Any) -> dict[str, Any]:
-    """Return no keys: llama.cpp omits the rotary embedding in every fourth layer. Raises UserError
-    otherwise."""
+    """Return no keys, because llama.cpp always omits the rotary embedding in every fourth layer.
+
+    Raises UserError if the config omits it in other layers.
+    """
     if list(config.no_rope_layers) != rope_but_every_fourth(config.num_hidden_layers):
         raise cannot_compute("the layers without rotary embedding are not exactly every fourth one")
     return {}
@@ -71,7 +75,10 @@ _SPARSE_LAYERS, _SPARSITY, _FIRST_SHARED = 10, 0.95, 20
 
 
 def gemma3n(config: Any) -> dict[str, Any]:
-    """Return the keys of Gemma 3n that Ollama reads. llama.cpp derives kinds of layers from their index."""
+    """Return the keys of Gemma 3n that Ollama reads. llama.cpp derives the kind of a layer from its index.
+
+    Raises UserError if the config has other kinds of layers than llama.cpp derives.
+    """
     sparsity = list(config.activation_sparsity_pattern)
     if [share == _SPARSITY for share in sparsity] != [
         layer < _SPARSE_LAYERS for layer in range(len(sparsity))
@@ -88,7 +95,10 @@ def gemma3n(config: Any) -> dict[str, Any]:
 
 
 def keys_of_shared_layers(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of projections in layers that share keys and values, which weight files may lack."""
+    """Return the shapes of key and value tensors in layers that use the keys and values of an earlier layer.
+
+    Weight files may lack these tensors.
+    """
     rows = config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "attn_k": (rows, config.hidden_size),
@@ -100,7 +110,10 @@ def keys_of_shared_layers(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def gemma4(config: Any) -> dict[str, Any]:
-    """Return the head sizes of Gemma 4, which differ between layers with and without a window."""
+    """Return the keys of Gemma 4, such as head sizes, which differ between layers with and without a window.
+
+    Raises UserError if llama.cpp computes the model differently.
+    """
     if config.use_bidirectional_attention == "all":
         raise cannot_compute("a token attends to those after it")
     if getattr(config, "num_kv_shared_layers", 0):
@@ -120,7 +133,10 @@ def gemma4(config: Any) -> dict[str, Any]:
 
 
 def sections(config: Any) -> dict[str, Any]:
-    """Return the numbers of frequencies that rotate by time, height and width, which are equal in a text."""
+    """Return how many rotary frequencies follow the position in time, in height and in width.
+
+    In text, the three positions of a token are equal.
+    """
     sections = config.rope_parameters.get("mrope_section") or [11, 11, 10]
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies = int(size * config.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
@@ -169,7 +185,10 @@ def temperature(config: Any) -> dict[str, Any]:
 
 
 def mimo2(config: Any) -> dict[str, Any]:
-    """Return the keys that only MiMo 2 has: layers with a window have twice as many key heads."""
+    """Return MiMo 2's number of key heads per layer, and the size and scale of its values.
+
+    Layers with a window have twice as many key heads as the others.
+    """
     heads = config.num_key_value_heads
     return {
         "attention.head_count_kv": [
@@ -196,17 +215,19 @@ GATES = {"softmax": 1, "sigmoid": 2}
 
 
 def gating(name: str) -> Callable[[Any], dict[str, Any]]:
-    """Return a function for a mixture of experts whose router uses a softmax or a sigmoid."""
+    """Return a function that returns the key for a router that uses ``name``, softmax or sigmoid."""
     return lambda config: {"expert_gating_func": GATES[name]}
 
 
 def granite_hybrid(config: Any) -> dict[str, Any]:
-    """Return whether attention uses rotary embeddings, which llama.cpp reads from a key with another name."""
+    """Return the key that says whether attention uses rotary embeddings. llama.cpp reads this from
+    ``rope.scaling.finetuned``.
+    """
     return {"rope.scaling.finetuned": getattr(config, "position_embedding_type", "rope") == "rope"}
 
 
 def no_dense_layers(config: Any) -> dict[str, Any]:
-    """Return no keys: every layer with a feed-forward network has experts. Raises UserError otherwise."""
+    """Return no keys. Raises UserError if a layer has a feed-forward network without experts."""
     if "mlp" in config.layer_types:
         raise cannot_compute("some of its layers have no experts")
     return {}

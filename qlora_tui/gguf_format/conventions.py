@@ -1,4 +1,4 @@
-"""llama.cpp's architecture for each model type, and its specific conventions.
+"""llama.cpp's architecture for each model type, and the conventions of each architecture.
 
 Names of tensors come from the tables of the ``gguf`` package. This module declares what no table contains:
 rules of ``rewrites``, constants, and settings that llama.cpp has no key for. The computation of each
@@ -78,7 +78,7 @@ class Convention:
     windows: bool = False
     """Whether the architecture computes sliding windows."""
     kv_by_layer: bool = False
-    """Whether the architecture recognizes layers without attention by a number of key heads of 0."""
+    """Whether the architecture treats a layer with 0 key heads as a layer without attention."""
     dense_layers: Literal["", "first", "any"] = ""
     """Which layers of a mixture of experts may have no experts."""
     yarn_multiplier: float = 0.0
@@ -88,7 +88,9 @@ class Convention:
     unused: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
     """Returns shapes of tensors that llama.cpp loads but does not compute with, by name in the file."""
     scalars: Mapping[str, str] = field(default_factory=dict)
-    """Suffixes of the names of tensors with one number per layer, and the key that has all these numbers."""
+    """For tensors with a single number: the suffix of their names, and the key of the file that lists the
+    numbers of all layers.
+    """
 
 
 def _has(kind: str) -> Callable[[Any], bool]:
@@ -102,8 +104,8 @@ _ROUTING = frozenset({"expert_weights_scale", "expert_weights_norm"})
 _GROUPS = frozenset({"expert_group_count", "expert_group_used_count"})
 
 _EXAONE_32B = 64
-"""Number of layers by which llama.cpp recognizes the model with sliding windows. Its layers without a window
-have no rotary embedding.
+"""Number of layers by which llama.cpp recognizes EXAONE 4 32B, which has sliding windows. Its layers without
+a window have no rotary embedding.
 """
 
 _EXPERTS_EVERYWHERE = {"mlp_only_layers": [], "decoder_sparse_step": 1}

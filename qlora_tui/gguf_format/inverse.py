@@ -24,7 +24,9 @@ from qlora_tui.gguf_format.tensors import SourceTensor, gguf_tensors
 _LAYER = re.compile(r"\.\d+\.")
 _OF_ONE_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+\.weight)")
 _MAX_PROBE = 1 << 26
-"""Maximum number of elements of a tensor that is used to probe a function. Larger tensors are cut."""
+"""Maximum number of elements of a tensor that is used to probe a function. :func:`origin_of`
+raises ValueError for a function that needs a larger one.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Origin:
     """The origin of the elements of a stored tensor, and the arithmetic applied to them."""
 
     index: Tensor | None
-    """Place of each element in the original tensor, without the axis in ``kept``; None if all stay."""
+    """Flat index of each element in the original tensor, not counting the axis ``kept``; None if no element
+    moves.
+    """
     factor: Tensor | None
-    """Divisor of each element after ``shift`` was subtracted; None for 1."""
+    """Factor by which the function multiplies each element before it adds ``shift``; None for 1."""
     shift: Tensor | None
     is_negative_exp: bool
     kept: int | None
@@ -156,7 +160,7 @@ def sources_of(shapes: Mapping[str, tuple[int, ...]], architecture: str, config:
         config: transformers' config of the text model.
 
     Raises:
-        ValueError: The file would not hold all elements of a tensor.
+        ValueError: The config belongs to another architecture, or its conversion cannot be undone.
         UserError: The architecture lacks a tensor.
     """
     config = copy(config)

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 Change: TypeAlias = Callable[[Tensor, Any], Tensor]
-"""Returns llama.cpp's values of a tensor, given transformers' values and the config; also on meta."""
+"""Returns llama.cpp's values of a tensor, given transformers' values and the config. Also works on the meta
+device, to find the shape.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Rewrite:
     """A rule for tensors with matching names: how llama.cpp stores them."""
 
     pattern: str
-    """Regular expression that is searched for in the name in weight files."""
+    """Regular expression that is searched for in a tensor's name."""
     into: tuple[tuple[str, Change], ...]
-    """For each tensor in the GGUF file: the replacement of the matched part of the name, and its values."""
+    """For each resulting tensor: the replacement of the matched part of the name, and the function that
+    returns the values.
+    """
 
     def names(self, name: str) -> list[str] | None:
         """Return the names of the stored tensors; None if the rule does not apply to this name."""
@@ -47,12 +51,12 @@ def _same(values: Tensor, config: Any) -> Tensor:
 
 
 def renamed(pattern: str, target: str) -> Rewrite:
-    """Return a rule for tensors that differ only in their names."""
+    """Return a rule for tensors that are only renamed."""
     return Rewrite(pattern, ((target, _same),))
 
 
 def changed(pattern: str, change: Change) -> Rewrite:
-    """Return a rule for tensors that differ only in their values."""
+    """Return a rule for tensors whose values change and whose names stay."""
     return Rewrite(rf"(?P<whole>{pattern})", ((r"\g<whole>", change),))
 
 
@@ -207,8 +211,8 @@ INPUTS_FIRST = (
         lambda values, config: values if values.shape[2] == config.moe_intermediate_size else values.mT,
     ),
 )
-"""Rules for experts that are published as (experts, inputs, outputs), and that transformers saves in the same
-layout that it uses in memory.
+"""Rules for experts that published files store as (experts, inputs, outputs). Files that transformers saved
+have the layout that it uses in memory, (experts, outputs, inputs).
 """
 
 
@@ -217,7 +221,7 @@ def _times(pattern: str, factor: Callable[[Any], float]) -> Rewrite:
 
 
 def _ssm_in(values: Tensor, config: Any) -> Tensor:
-    """Multiply the five parts of a state-space layer's input by their factors."""
+    """Multiply the five parts of a state-space layer's input projection by their factors."""
     inner, states = config.mamba_d_ssm, config.mamba_n_groups * config.mamba_d_state
     sizes = torch.tensor([inner, inner, states, states, config.mamba_n_heads])
     factors = torch.tensor(config.ssm_multipliers).repeat_interleave(sizes) * config.ssm_in_multiplier
@@ -246,7 +250,7 @@ GEMMA4 = (
 
 
 def _with_every_token(values: Tensor, config: Any) -> Tensor:
-    """Give image and audio tokens the row of token 0, which transformers computes with."""
+    """Append the row of token 0 for image and audio tokens, as transformers uses this row for them."""
     missing = config.vocab_size - values.shape[0]
     return torch.cat([values, values[:1].expand(missing, -1)]) if missing > 0 else values
 
@@ -273,7 +277,7 @@ MLA = (
 
 
 def _heads_apart(values: Tensor, config: Any) -> Tensor:
-    """Return all rows of q, then of k, then of v, which the input groups by head."""
+    """Reorder rows that are grouped by head: all rows of q first, then those of k, then those of v."""
     heads = values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:])
     return heads.transpose(0, 1).reshape(values.shape)
 
@@ -285,7 +289,7 @@ def falcon_key_heads(config: Any) -> int:
 
 
 def _groups_apart(values: Tensor, config: Any) -> Tensor:
-    """Return all rows of q, then of k, then of v, which the input groups by key head."""
+    """Reorder rows that are grouped by key head: all rows of q first, then those of k, then those of v."""
     keys, size = falcon_key_heads(config), config.hidden_size // config.num_attention_heads
     groups = values.reshape(keys, -1, size, *values.shape[1:])
     parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]

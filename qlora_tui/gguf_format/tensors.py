@@ -23,7 +23,9 @@ _IN_TEXT_MODEL = re.compile(r"(.*\.)?(language_model|text_model)\.")
 """Prefix of names in the text part of a multimodal model."""
 _OUTER_NAMES = ("backbone.", "transformer.", "model.")
 _NOT_READ = re.compile(r"(.*\.)?(rotary_emb|mtp)\.|(model\.)?(visual|vision_\w+|audio_\w+)\.")
-"""Names that are not read: computed tables, predictors of later tokens, and towers."""
+"""Names of tensors that are not read: computed tables of rotary embeddings, layers that predict later tokens,
+and encoders of images and audio.
+"""
 _OF_ONE = re.compile(r"(?P<holder>.+\.(experts|altup_\w+))\.(?P<number>\d+)\.(?P<matrix>(\w+\.)?weight)")
 """A matrix that belongs to one of several experts or streams."""
 _HEAD = "lm_head.weight"
@@ -82,7 +84,8 @@ def _changed(tensor: SourceTensor, name: str, change: Change, config: Any) -> So
 def text_name(tensor: str, config: Any) -> str | None:
     """Return a tensor's name as in a text model; None if GGUF files omit the tensor.
 
-    Omitted are a tied head, which llama.cpp takes from the embedding, and layers that predict later tokens.
+    GGUF files omit a tied head, which llama.cpp takes from the embedding, layers that predict later tokens,
+    and tensors whose names match ``_NOT_READ``.
     """
     if _NOT_READ.match(tensor) or (tensor.endswith(_HEAD) and config.tie_word_embeddings):
         return None
@@ -120,10 +123,10 @@ class _Names:
 
 
 def _spellings(tensor: str) -> Iterator[str]:
-    """Yield possible spellings of a tensor in the tables of the ``gguf`` package.
+    """Yield possible spellings of a tensor's name in the tables of the ``gguf`` package.
 
-    They differ for a parameter without a module of its own, and for models whose layers have another name
-    there.
+    The tables have another spelling if the parameter has no module of its own, or if they name the model's
+    layers differently.
     """
     names = [tensor]
     if tensor.endswith("_bias"):

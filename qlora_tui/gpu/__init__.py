@@ -2,7 +2,8 @@
 
 ``metrics``          properties and metrics as msgspec structs: ``GpuDevice``, ``GpuMetrics``, ``GpuProcess``
 ``errors``           ``GpuUnavailableError``, which is raised with its reason if no GPU can be read
-``nvml``             ``Nvml``, which reads GPUs from NVIDIA's driver; ``MetricsSampler``, such a thread
+``nvml``             ``Nvml``, which reads GPUs from NVIDIA's driver; ``MetricsSampler``, which does so in a
+                     thread
 ``visible_devices``  the GPU that torch will use: the user's choice, or the one with the most memory
 ``torch_on_gpu``     whether the installed torch can use a GPU, and if not, why and what to install
 ``cuda_errors``      CUDA errors that the user can do something about, among them those for lack of memory

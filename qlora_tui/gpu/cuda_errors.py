@@ -26,9 +26,13 @@ _SENTENCE = re.compile(r"(?:CUDA (?:driver )?error|Triton Error \[CUDA\]|Error \
 _BITSANDBYTES = re.compile(r"Error (.+) at line \d+ in file \S.*")
 """Pattern of bitsandbytes' output before it calls ``exit(1)`` (``csrc/compat.cuh``, ``BNB_CHECK_RETURN``)."""
 _TERMINATED = re.compile(r"\s*what\(\):\s+CUDA (?:driver )?error: (.+)")
-"""Pattern of C++'s output before it aborts because a CUDA error is thrown while another one is handled."""
+"""Pattern of the C++ runtime's output before it aborts the process, because a CUDA error was thrown while
+another one was handled.
+"""
 _SUSPENSION_S = 1.0
-"""Maximum difference of the kernel's two clocks, in seconds, at which no suspension is assumed."""
+"""The machine counts as suspended if the difference between the kernel's two clocks has grown by more than
+this, in seconds.
+"""
 _MEMORY_WORDS = (
     "out of memory",
     "DefaultCPUAllocator: can't allocate memory",
@@ -37,7 +41,9 @@ _MEMORY_WORDS = (
     "Cannot allocate memory",
 )
 ONEDNN_MEMORY = ("could not create a primitive", "could not create a memory object")
-"""oneDNN's complete messages when memory is missing; longer messages have another meaning."""
+"""oneDNN's complete messages when memory runs out. Longer messages that contain one of these have another
+meaning.
+"""
 
 
 class CudaFailure(Enum):
@@ -85,7 +91,9 @@ _WITHOUT_CODE = (
     (CudaFailure.BUSY, "all CUDA-capable devices are busy or unavailable"),
     (CudaFailure.LIBRARY, "CUBLAS_STATUS_NOT_INITIALIZED"),
 )
-"""Kind and sentence of errors without a code in torch: code 46 in CUDA before 12, and cuBLAS's own."""
+"""Kind and sentence of errors that ``_FAILURES`` lacks: the sentence of code 46 before CUDA 12, and an error
+of cuBLAS.
+"""
 
 
 class CudaError(NamedTuple):
@@ -137,7 +145,7 @@ def error_in_log(line: str) -> CudaError | None:
 
 
 def describe(error: CudaError) -> UserError:
-    """Return the user's error for a CUDA error, without advice on how to continue a run."""
+    """Return the error to show for a CUDA error, without advice on how to continue a run."""
     in_windows = error.failure is CudaFailure.UNKNOWN and is_wsl2()
     kind = CudaFailure.LOST if error.failure is CudaFailure.UNKNOWN else error.failure
     text = error_texts().windows_driver if in_windows else error_texts().cuda[kind.value]
@@ -165,7 +173,7 @@ def describe(error: CudaError) -> UserError:
 
 
 def cuda_problem(error: BaseException) -> UserError | None:
-    """Return the user's error for an exception of CUDA; None if it is a bug, or not from CUDA."""
+    """Return the error to show for an exception of CUDA; None if it is a bug, or not from CUDA."""
     reported = cuda_error(error)
     return None if reported is None else describe(reported)
 

@@ -1,7 +1,7 @@
 """Properties and metrics of a GPU, for display, messages and ``telemetry.jsonl``.
 
-``None`` always means that the GPU does not report the value (WSL2, laptops, containers, old drivers). Such
-values are shown as NA, never as 0.
+``None`` means that the GPU does not report the value (WSL2, laptops, containers, old drivers) or, for
+processes, that it was not requested. Such values are shown as NA, never as 0.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class GpuProcess(msgspec.Struct, frozen=True, omit_defaults=True):
     computes: bool = True
     """False if the process only draws, as a desktop does."""
     busy_percent: Count | None = None
-    """Share of the last seconds in which the process's kernels ran; None if unknown or not requested."""
+    """Percentage of the last two seconds during which the process's kernels ran; None if unknown or not
+    requested.
+    """
 
 
 class GpuMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -48,7 +48,8 @@ _THROTTLE_WORDS = {
 }
 """Names of ``nvmlClocksEventReasons`` in ``nvml.h``.
 
-Left out: 0x1, the GPU is idle; 0x2 and 0x100, application clocks, which data-center GPUs always have.
+Left out: 0x1, the GPU is idle; 0x2, clocks set for applications, which data-center GPUs always have; 0x100,
+clocks set for displays.
 ``describe_throttle`` handles 0x8.
 """
 _HARDWARE_SLOWDOWN = 0x8
@@ -63,7 +64,7 @@ log = logging.getLogger(__name__)
 
 
 def list_gpus() -> list[GpuDevice]:
-    """Return every GPU of the machine, at least one. Raises ``GpuUnavailableError``."""
+    """Return every GPU that responds, at least one. Raises ``GpuUnavailableError``."""
     with Nvml() as driver:
         return driver.list_gpus()
 
@@ -155,7 +156,7 @@ class Nvml:
     def busy_processes(self, index: int) -> tuple[GpuProcess, ...] | None:
         """Return the processes on GPU ``index``, with the share of the GPU that each uses.
 
-        None if processes are not listed. Raises ``GpuUnavailableError``.
+        None if the driver does not list processes. Raises ``GpuUnavailableError``.
         """
         handle = self._handle(index)
         since_us = round((time.time() - _BUSY_S) * 1e6)
@@ -251,7 +252,7 @@ def _unavailable(error: Any) -> GpuUnavailableError:
 
 
 def _has_nvidia_card() -> bool:
-    """Return whether the PCI bus has a device of NVIDIA; true if the bus cannot be read."""
+    """Return whether the PCI bus has an NVIDIA device; true if no devices can be read from the bus."""
     try:
         vendors = [(device / "vendor").read_text().strip() for device in _PCI_DEVICES.iterdir()]
     except OSError:
@@ -273,7 +274,7 @@ def _watts(milliwatts: int | None) -> float | None:
 
 
 class MetricsSampler:
-    """Reads GPU ``index`` until it is stopped.
+    """Reads GPU ``index`` in a thread, until :meth:`stop` is called.
 
     ``on_sample`` is called in the sampler's thread: with every reading, and once with a
     ``GpuUnavailableError`` whenever the GPU becomes unavailable or the reason changes. The driver is then
@@ -310,7 +311,7 @@ class MetricsSampler:
         self.stop()
 
     def start(self) -> None:
-        """Take the first reading now, in the thread. A sampler can be started only once."""
+        """Start the thread, which takes the first reading now. A sampler can be started only once."""
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:

@@ -1,7 +1,8 @@
 """Sets up a process before it imports torch, and makes the import faster.
 
-Here are environment variables and warning filters; the detection of WSL2, where CUDA uses the GPU through the
-Windows driver, and its limits; and :func:`faster_imports` of torch, transformers, peft and bitsandbytes.
+The module sets environment variables and warning filters. It detects WSL2, where CUDA uses the GPU through
+the Windows driver, and says what does not work there. :func:`faster_imports` is for torch, transformers, peft
+and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _CPU_SAMPLE_S = 0.3
 _IDLE_MAX_CORES = 0.5
 """CPU load, in cores, up to which the machine counts as idle."""
 ONEDNN_CACHE_CAPACITY = 128
-"""Number of primitives that oneDNN caches, which multiplies bfloat16 on a CPU.
+"""Number of primitives in the cache of oneDNN, which multiplies bfloat16 on a CPU.
 
-oneDNN's default is 1,024, of 0.3 MB each; a step uses about 70.
+oneDNN's default is 1,024 primitives of 0.3 MB each; a step uses about 70.
 """
 FLASH_BEFORE_CUDNN = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1", "TORCH_CUDNN_SDPA_PREFERRED": "0"}
 """Variables that make torch prefer flash attention to cuDNN's.
@@ -47,7 +48,7 @@ OFFLINE = {
 """Variables for offline mode, for processes whose model and data are on this machine."""
 _ALLOCATOR = "PYTORCH_ALLOC_CONF"
 _CUDA_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-"""The older name, which torch reads first (``c10/cuda/CUDAAllocatorConfig.h``)."""
+"""The older name of ``PYTORCH_ALLOC_CONF``. torch reads it first (``c10/cuda/CUDAAllocatorConfig.h``)."""
 _READS_ALLOCATOR = (2, 10)
 """First version of torch that reads ``PYTORCH_ALLOC_CONF`` for CUDA.
 
@@ -135,10 +136,10 @@ def online_environ() -> dict[str, str]:
 
 
 def allocator_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables for torch's CUDA allocator that a trainer must set.
+    """Return the variables to add to a trainer's environment for torch's CUDA allocator; empty if none.
 
-    They request growing segments, except on WSL2, or hold the user's settings under either name. The older
-    name is used too if the installed torch reads no other.
+    They request growing segments, unless the user has set the allocator or this is WSL2. If the installed
+    torch reads only the older name, that name is added too, with the user's value if there is one.
     """
     value = _allocator_settings(environ)
     if _CUDA_ALLOCATOR in environ or not value:
@@ -176,7 +177,7 @@ def _allocator_settings(environ: Mapping[str, str]) -> str:
 def torch_version() -> tuple[int, ...]:
     """Return major and minor version of the installed torch, without importing it.
 
-    Without torch, return the newest version.
+    If torch is not installed, return a version newer than any release.
     """
     # Imported here because the app does not need it.
     from importlib.metadata import PackageNotFoundError, version

@@ -1,8 +1,8 @@
 """Tells whether the installed torch can use a GPU, and if not, why and what to install instead.
 
 Used before a launch, without importing torch, and in the processes that compute. On a machine with a GPU, a
-run on the CPU takes weeks instead of hours. So a run never falls back to the CPU because the GPU cannot be
-used; only the user can choose the CPU.
+run on the CPU takes weeks instead of hours. So if the GPU cannot be used, a run does not fall back to the
+CPU; only the user can choose the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _OLDEST_CAPABILITIES = {11: (3, 5), 12: (5, 0), 13: (7, 5)}
 _TRIMMED_CUDA = (12, 8)
 """First CUDA for which PyTorch's own builds lack code for GPUs that this CUDA could still compile for.
 
-These builds begin at 7.5, and those of torch 2.8 to 2.10 at 7.0 (pytorch issues 157517 and 172352).
+The lowest compute capability of these builds is 7.5, and in torch 2.8 to 2.10 it is 7.0 (pytorch issues
+157517 and 172352).
 """
 _BUILDS = {
     "cu130": ((13, 0), ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120")),
@@ -61,7 +62,7 @@ class TorchBuild:
     """Version with the build: ``2.13.0+cpu``."""
     platform: Literal["cuda", "rocm", "cpu", "unknown"]
     cuda: tuple[int, int] | None = None
-    """The CUDA version of the build; None for a CPU build."""
+    """The CUDA version of the build; None if the build is not for CUDA."""
 
 
 @cache
@@ -83,10 +84,10 @@ def installed_torch() -> TorchBuild | None:
 
 
 def torch_problem(gpu: GpuDevice | None) -> UserError | None:
-    """Return why the installed torch cannot use a GPU, as far as this is known before torch is imported.
+    """Return why the installed torch cannot use a GPU; None if no reason is known before torch is imported.
 
     Args:
-        gpu: None for a GPU that cannot be read.
+        gpu: The GPU; None if it cannot be read.
     """
     torch = installed_torch()
     if torch is None or torch.platform == "unknown":
@@ -163,12 +164,12 @@ def why_on_the_cpu() -> UserError | None:
 
 
 def with_cpu_choice(error: GpuUnavailableError) -> UserError:
-    """Return the error that refuses a run because its GPU cannot be read."""
+    """Return ``error`` with the added advice that the user can choose the CPU."""
     return error.replace(fix=f"{error.fix} {ON_THE_CPU}")
 
 
 def install_fix(gpu: GpuDevice | None) -> str:
-    """Return sentences on which torch to install for a GPU and its driver; None is an unknown GPU."""
+    """Return a sentence that says which torch to install for a GPU and its driver; None is an unknown GPU."""
     build = "" if gpu is None else _build_for(gpu.capability, parse_version(gpu.cuda_version))
     return _install_fix(build)
 
@@ -231,9 +232,9 @@ def _why_not_compiled(capability: tuple[int, int], torch: TorchBuild) -> str:
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Return whether code for an architecture such as ``sm_86`` or ``compute_90`` runs on a GPU.
 
-    Machine code runs on the same major version with the same or a later minor version; with ``a`` only on its
-    own version, and with ``f`` within its family. Intermediate code (``compute``) is compiled for any later
-    GPU (CUDA Programming Guide).
+    Machine code (``sm``) runs on GPUs with the same major version and the same or a later minor version. Code
+    with the suffix ``a`` runs only on its own version, and code with ``f`` only within its family. Other
+    intermediate code (``compute``) is compiled for any later GPU (CUDA Programming Guide).
     """
     match = _ARCHITECTURE.fullmatch(architecture)
     if match is None:

@@ -80,7 +80,8 @@ def requested_gpus(environ: Mapping[str, str] = os.environ) -> str:
     """Return the user's choice of GPUs by ``--gpu`` or CUDA_VISIBLE_DEVICES, for a process that runs later.
 
     Returns:
-        A choice in the form of ``--gpu``; empty if there is none, or if torch decides.
+        A choice in the form of ``--gpu``; empty if there is none, or if no GPU in CUDA_VISIBLE_DEVICES can be
+        read.
     """
     if choice := environ.get(GPU_VARIABLE, ""):
         return choice
@@ -127,7 +128,7 @@ def with_choice(gpu: str) -> dict[str, str]:
 
 
 def without_choice(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables from before this process chose a GPU, for a process with its own choice."""
+    """Return ``environ`` as it was before this process chose a GPU, for a process that chooses its own."""
     before = {name: value for name, value in _variables_before.items() if value is not None}
     return {name: value for name, value in environ.items() if name not in _variables_before} | before
 
@@ -165,7 +166,7 @@ def cuda_device_order(
 def _requested(environ: Mapping[str, str]) -> tuple[str, str]:
     """Return the GPU that the user names and the source of the name.
 
-    If a variable decides, the choice is empty and the source is the variable.
+    If CUDA_VISIBLE_DEVICES decides, the GPU is empty and the source is this variable.
 
     Raises:
         GpuUnavailableError: ``config.toml`` cannot be read.
@@ -191,8 +192,8 @@ def _choice(text: str) -> str:
 def _present(environ: Mapping[str, str]) -> list[GpuDevice]:
     """Return the GPUs of the machine.
 
-    Raises GpuUnavailableError, also if the user chose a GPU and there is none: using the CPU instead would be
-    a surprise.
+    Raises GpuUnavailableError. If the user chose a GPU and the machine has none, the reason is
+    ``NOT_PRESENT``, so that no run uses the CPU instead.
     """
     try:
         return list_gpus()
@@ -205,7 +206,7 @@ def _present(environ: Mapping[str, str]) -> list[GpuDevice]:
 
 
 def _usable(devices: Sequence[GpuDevice], environ: Mapping[str, str]) -> list[GpuDevice]:
-    """Return the GPUs that torch should see, at least one, with the first to use in front.
+    """Return the GPUs that torch should see, at least one, in the order in which they should be used.
 
     Raises:
         GpuUnavailableError: no GPU is visible, or the chosen one is not.

@@ -1,17 +1,17 @@
 """The memory estimate: the memory that a recipe will need, item by item, and settings that would fit.
 
-Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), compare the result with the available
-memory by :func:`check_fit`, and call :func:`largest_settings` or :func:`cheapest_changes`.
+Call :func:`estimate` (or :func:`compare` for NF4, int8 and 16 bits), check the result against the
+available memory with :func:`check_fit`, and call :func:`largest_settings` or :func:`cheapest_changes`.
 
-``estimate``       items, levels and uncertainty of one recipe; its verdict for a memory; its timeline
+``estimate``       items, levels and uncertainty of one recipe; whether it fits a budget; its timeline
 ``execution``      the code that a trainer runs, and the differences between versions of transformers
 ``weights``        bytes of the frozen weights, in 4 bits, streamed from host memory, or unquantized
 ``static_memory``  constant memory of a step: weights, adapter, optimizer states, batch, workspaces
 ``layout``         each layer as the shapes of its modules and norms, and the trained tensors
-``activations``    memory that a layer of these shapes saves for its backward, and takes beyond that
-``step``           one training step: each kind of layer once, the loss, and the moments of both
-``loading``        allocations of loading a base, in the order of the loading version of transformers
-``recording``      the exact form: loading and two traced steps, replayed on the ``allocator`` of CUDA
+``activations``    memory that a layer saves for its backward, and memory that it takes in addition
+``step``           one training step: each kind of layer once, the loss, and the possible peak moments
+``loading``        allocations while a base is loaded, in the order of the installed transformers
+``recording``      the exact estimate: loading and two traced steps, replayed on the ``allocator`` of CUDA
 ``traces``         the steps that this process has traced, which replace the formula in estimates
 ``levels``         from tensor bytes to those that the GPU or the system counts; converting a GGUF file
 ``calibration``    measurements of past runs and of copies on this machine, and the resulting correction

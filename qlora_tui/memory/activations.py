@@ -1,4 +1,5 @@
-"""Computes the memory that one layer saves for its backward, and takes beyond that, from its modules' widths.
+"""Computes, from the widths of a layer's modules, the memory that the layer saves for its backward and the
+memory that it takes in addition.
 
 A layer has two halves, attention (or what replaces it) and the MLP or experts. For each half, the rules give
 the tensors that the graph saves, and the fullest moments of forward and backward:
@@ -99,7 +100,7 @@ class Rules:
         return not self.dropout and all(map(self.is_fused, modules)) and any(map(names.issubset, GROUPS))
 
     def read(self, modules: Iterable[Linear], width: int, *, is_saved: bool = False) -> tuple[Items, Items]:
-        """Return the bytes saved by modules that read one tensor, and the part that recomputation keeps.
+        """Return the bytes saved by modules that read the same tensor, and the part that recomputation keeps.
 
         Args:
             modules: the modules.
@@ -164,7 +165,7 @@ class Rules:
         return items
 
     def differentiated(self, modules: Sequence[Linear], *, together: bool = False) -> list[Items]:
-        """Return the fullest moments of the backward of modules that read one tensor, in any order.
+        """Return the fullest moments of the backward of modules that read the same tensor, in any order.
 
         The gradients of their outputs are counted elsewhere.
 
@@ -228,7 +229,9 @@ class Rules:
         return _one_after_another(parts)
 
     def _read_inner(self, block: Block) -> tuple[Items, Items]:
-        """Return the bytes that all modules of a block but the last one save, and those kept for them."""
+        """Return the bytes that all modules of a block except the last one save, and the part of these bytes
+        that recomputation keeps.
+        """
         saved, kept = self.read(block.first, self.hidden)
         for module in block.middle:
             more, pinned = self.read((module,), module.inputs)
@@ -265,9 +268,9 @@ class Rules:
         return Half(saved, kept, max(forward, scores.forward, self._index(), key=Items.total), tuple(moments))
 
     def _index(self) -> Items:
-        """Return the scores with which each token chooses the tokens to attend to.
+        """Return the bytes of the scores with which each token chooses the tokens to attend to.
 
-        They are saved once raw and once weighted, in float32 (``DeepseekV32Indexer``).
+        The forward holds them twice in float32, raw and weighted (``DeepseekV32Indexer``).
         """
         layout = self._layout
         return Items(scores=2 * FLOAT * layout.architecture.index_heads * layout.length**2 * layout.rows)
@@ -279,7 +282,7 @@ class Rules:
         return execution.segments and layout.rows > 1 and not takes_one_call(layout)
 
     def _scores(self, heads: Heads, kernel: Kernel) -> Half:
-        """Return the bytes that the kernel saves and takes.
+        """Return the bytes that the kernel saves, and those that it takes in addition.
 
         It saves queries, keys, values, output, and one number per row.
         """
@@ -332,7 +335,7 @@ class Rules:
         return Half(saved, Items(), forward, (backward,))
 
     def _by_blocks(self, heads: Heads, size: int) -> Items:
-        """Return the bytes of our bfloat16 attention's backward of one sample on a CPU.
+        """Return the bytes that the backward of our bfloat16 attention takes for one sample on a CPU.
 
         It computes one block of queries at a time (``training/fused/cpu_attention.py``).
         """
@@ -492,9 +495,9 @@ like ``CHUNK_STATES``.
 CHUNK_STATES = 4
 """Number of float32 tensors that a mixer with a state saves for its states and products.
 
-Each has the states of a head, and the products of each token with those of its chunk (``mamba2_chunk_scan``,
-``torch_chunk_gated_delta_rule``). Within 6 % for Bamba, Falcon-H1, Granite 4, Nemotron-H, Qwen3.5 and Kimi
-Linear.
+Each holds the states of all heads, and the products of each token with the tokens of its chunk
+(``mamba2_chunk_scan``, ``torch_chunk_gated_delta_rule``). The computed memory is within 6 % of the traces for
+Bamba, Falcon-H1, Granite 4, Nemotron-H, Qwen3.5 and Kimi Linear.
 """
 
 

@@ -3,8 +3,8 @@
 A freed block stays with the allocator, for a later tensor that fits. Tensors of up to 1 MiB and larger
 tensors have separate pools. Without expandable segments, every large tensor for which there is no block gets
 a new segment. Its block is split off only if more than 1 MiB would remain, so up to 1 MiB of unused memory
-counts as allocated. A segment whose tensor was freed serves only smaller tensors. With expandable segments,
-which our trainer turns on, a pool is one segment that grows at its end, and blocks are cut to size.
+counts as allocated. A segment whose tensor was freed serves only tensors that are not larger. With expandable
+segments, which our trainer turns on, a pool is one segment that grows at its end, and blocks are cut to size.
 
 Rules and names are those of c10/cuda/CUDACachingAllocator.cpp: ``round_size``, ``get_free_block`` (the
 smallest that is large enough, at the lowest address), ``get_allocation_size``, ``should_split``,
@@ -25,11 +25,13 @@ SMALL = MIB
 SMALL_SEGMENT = 2 * MIB
 """Segment size for small tensors, and rounding of a large tensor's own segment (``kSmallBuffer``)."""
 LARGE_SEGMENT = 20 * MIB
-"""Segment size for a tensor of less than 10 MiB, and step by which a segment grows (``kLargeBuffer``)."""
+"""Segment size for a large tensor of less than 10 MiB, and step by which the expandable segment of large
+tensors grows (``kLargeBuffer``).
+"""
 OWN_SEGMENT = 10 * MIB
 """Size from which a tensor gets its own segment, whose size is a multiple of 2 MiB (``kMinLargeAlloc``)."""
 HIGHEST = 1 << 62
-"""Start of the address range.
+"""Upper end of the address range.
 
 Linux assigns addresses from the top down, so a new segment lies below earlier ones. This matters if two free
 blocks have the same size.
@@ -80,7 +82,7 @@ class _Pool:
 
 
 class CachingAllocator:
-    """The used and free blocks of a GPU, in segments that are kept."""
+    """The used and free blocks of a GPU, in segments that stay reserved until :meth:`empty_cache`."""
 
     __slots__ = (
         "_address",
@@ -198,7 +200,7 @@ class CachingAllocator:
 
 @dataclass(frozen=True)
 class Pool:
-    """Totals of the allocator, in bytes."""
+    """Peaks of the allocator's totals, in bytes."""
 
     allocated_bytes: int
     """``max_memory_allocated``: tensors, and the unused rest of their blocks."""

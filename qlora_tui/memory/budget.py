@@ -39,7 +39,9 @@ class MemoryBudget:
 
 
 def budget_for(gpu: GpuDevice | None, assumed_bytes: int | None = None) -> MemoryBudget:
-    """Return the budget of this GPU, of an assumed size, or of the machine's memory without either."""
+    """Return the budget of a GPU with ``assumed_bytes``; if that is None, of ``gpu``; without either, of the
+    machine's main memory.
+    """
     return _budget_for(gpu, assumed_bytes).with_traces(known_traces())
 
 
@@ -97,7 +99,9 @@ def _with_chip(device: Device, gpu: GpuDevice) -> Device:
 
 
 _BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16"))
-"""CPU flags for bf16 products, which are a hundred times slower than fp32 ones without any of them."""
+"""CPU flags for bf16 products. On a CPU without any of these flags, bf16 products are a hundred times slower
+than fp32 products.
+"""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
 """Records measured and predicted memory of past runs, and computes this machine's correction from them.
 
-Each run adds one line of JSON to ``memory.jsonl`` in the state directory. The trainer calls
-:func:`record_run` when a run ends; :func:`correction_for` returns the correction for every estimate on this
-machine, with the number of runs.
+A record is one line of JSON in ``memory.jsonl`` in the state directory. The trainer calls :func:`record_run`
+when a run ends, unless the estimate does not model the run exactly, or the run never reached its longest
+batch. :func:`correction_for` returns the correction for every estimate on this machine, with the number of
+runs.
 
 Two values are fitted separately, because they scale differently. On a GPU, the memory that torch's allocator
 reserves grows with the tensors, so its correction is a factor. The rest of the process, the CUDA context, is
 the same for every recipe, so its correction is in bytes. A CPU run measures only the largest resident set,
 which mixes tensors, heap and libraries: it gives no allocated or reserved bytes, and no information on any
-GPU. The whole difference is attributed to the libraries, in bytes, so that a tiny run does not distort the
-estimate of a large one.
+GPU. On a CPU, the whole difference between measurement and prediction is attributed to the libraries, in
+bytes, so that a tiny run does not distort the estimate of a large one.
 
-``doctor`` measures the speed of copies to the GPU and of products there, and writes one record per GPU to
-``transfer.json``. Without a measurement no speed is assumed.
+``doctor`` measures the speed of copies to the GPU and of matrix products on it, and stores them in
+``transfer.json``, which has one record per GPU. Without a measurement, the estimate does not say how much
+copies slow down a step.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ from qlora_tui.files import atomic_write
 from qlora_tui.paths import state_dir
 
 MIN_RUNS = 2
-"""Number of runs from which a correction applies: a single run could be an accident."""
+"""Minimum number of runs for a correction: the result of a single run could be accidental."""
 MAX_RUNS = 20
-"""Number of latest runs that are used, because drivers and libraries may have changed since earlier ones."""
+"""Maximum number of runs that a correction uses.
+
+These are the latest runs, because drivers and libraries may have changed since earlier ones.
+"""
 MIN_FACTOR, MAX_FACTOR = 0.8, 1.5
 """Range of the factor; values outside mean that something else is wrong."""
 
@@ -52,7 +57,7 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Versions of torch and related libraries."""
     model_type: str = ""
     ran_out: bool = False
-    """Whether the run ran out of memory; the measured bytes are then those reached before."""
+    """Whether the run ran out of memory; the measured bytes are then its peak before the failure."""
     own_process: bool = False
     """Whether the process did only the run's work.
 
@@ -60,12 +65,15 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
     process, and ``measured_process_bytes`` includes the peak of the conversion.
     """
     counts_gaps: bool = False
-    """Whether the prediction counts the gaps in a CPU's heap between kept layer inputs.
+    """Whether the prediction for a CPU run counts the gaps in the heap between kept layer inputs.
 
     In older records these gaps are part of the difference between measurement and prediction.
     """
     managed_bytes: Count = 0
-    """Predicted bytes of a paged optimizer's states, which are outside torch's pool, on the GPU or not."""
+    """Predicted bytes of a paged optimizer's states.
+
+    They are outside torch's pool, and can be on the GPU or in host memory.
+    """
     predicted_allocated_bytes: Count
     predicted_reserved_bytes: Count
     predicted_process_bytes: Count
@@ -76,7 +84,7 @@ class MeasuredRun(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def outside_bytes(self) -> int:
-        """Return the process bytes outside torch's pool; on a CPU, those beyond the predicted tensors."""
+        """Return the process bytes outside torch's pool; on a CPU, outside the predicted reserved level."""
         pool = self.measured_reserved_bytes or self.predicted_reserved_bytes
         return max(0, self.measured_process_bytes - pool)
 
@@ -89,9 +97,12 @@ class Correction:
     factor: float = 1.0
     """Factor for the reserved level."""
     outside_bytes: int | None = None
-    """Bytes of the process that the allocator has not reserved; None if no run measured them."""
+    """Bytes of the process outside the reserved level.
+
+    None if unknown, for example because all runs used a paged optimizer.
+    """
     low: float = 1.0
-    """Smallest ratio of measured to predicted bytes among the runs."""
+    """Smallest ratio of the measured bytes to the corrected prediction among the runs."""
     high: float = 1.0
 
     @property
@@ -159,7 +170,7 @@ _DECODER = msgspec.json.Decoder(MeasuredRun)
 
 @lru_cache(maxsize=1)
 def _read(file: Path, modified_ns: int, size: int) -> tuple[MeasuredRun, ...]:
-    """Read the file, cached until it changes, because screens call this at every key press."""
+    """Read the file. The result is cached until the file changes: screens call this at every key press."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError:
@@ -175,7 +186,7 @@ class TransferSpeed(Struct, frozen=True, kw_only=True):
     bytes_per_s: float
     """Speed of copies from pinned host memory to the GPU."""
     flops_per_s: float
-    """Speed of products in the compute dtype, each with a weight that is first dequantized from NF4."""
+    """Speed of matrix products in the compute dtype, including dequantizing the weight from NF4."""
 
 
 def speed_file() -> Path:

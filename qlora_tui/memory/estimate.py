@@ -50,7 +50,7 @@ PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 
 
 _CACHED = 512
-"""Number of cached estimates, each of some kilobytes; a solver requests about a hundred."""
+"""Maximum number of cached estimates, of a few kilobytes each; the solver requests about a hundred."""
 _encode = msgspec.msgpack.Encoder().encode
 
 ADAPTER_ITEMS = ("adapter", "gradients", "optimizer", "optimizer_step")
@@ -77,7 +77,7 @@ class Estimate:
     method: str
     """Quantization: nf4, fp4, int8 or none (16 bits)."""
     items: tuple[Item, ...]
-    """Items at the peak, with the largest contributors named; their sum is ``process_bytes``.
+    """Items at the peak that are not empty, in the order of ``LABELS``. Their sum is ``process_bytes``.
 
     If loading takes the most memory, the items are those of the training step, and one more item is the
     difference.
@@ -85,7 +85,10 @@ class Estimate:
     allocated_bytes: int
     """Bytes in tensors: ``torch.cuda.max_memory_allocated`` on a GPU."""
     reserved_bytes: int
-    """Bytes held by torch's allocator: ``torch.cuda.max_memory_reserved``."""
+    """Bytes held by torch's allocator: ``torch.cuda.max_memory_reserved`` on a GPU.
+
+    On a CPU: tensors, gaps in the heap, code that oneDNN generates, and the tokenizer.
+    """
     process_bytes: int
     """Bytes of the process as seen by the GPU driver (on a CPU, by the system). These bytes must fit."""
     band: UncertaintyBand
@@ -102,13 +105,13 @@ class Estimate:
     correction: Correction | None = None
     """Correction from past runs on this machine, which the figures include if it ``applies``."""
     uncorrected_bytes: int = 0
-    """Bytes of the process level before the correction."""
+    """Bytes of the process level before the correction; 0 if there are no past runs."""
     loading_process_bytes: int = 0
     """Peak of the process while the model is loaded."""
     host_bytes: int = 0
-    """Host memory of a GPU run for a base with streamed layers or offloaded layer inputs; mostly 0.
+    """Host memory that a GPU run needs for streamed layers or offloaded layer inputs; usually 0.
 
-    A base with streamed layers is first loaded there as a whole.
+    With streamed layers, it is at least the size of the whole base, which is first loaded into host memory.
     """
 
     @property
@@ -123,12 +126,15 @@ class Estimate:
 
     @property
     def adapter_bytes(self) -> int:
-        """Return the bytes of the adapter, its gradients and the optimizer's states at the peak."""
+        """Return the bytes of adapter, gradients, and the optimizer's states and workspace at the peak."""
         return sum(map(self.bytes_of, ADAPTER_ITEMS))
 
     @property
     def correction_words(self) -> str:
-        """Return ``corrected +2% from 3 runs``; empty if no run was measured on this machine."""
+        """Return ``corrected +2% from 3 runs``, or that there are too few runs for a correction.
+
+        Empty if no run was measured on this machine.
+        """
         if self.correction is None:
             return ""
         runs = f"{self.correction.runs} run{'s' if self.correction.runs > 1 else ''}"
@@ -156,8 +162,8 @@ def estimate(
     allocator releases free segments before it exceeds this size. Raises UserError for target modules that the
     model does not have.
 
-    Results are cached, because a solver requests the same recipes after each change of another setting, and
-    several screens request the edited recipe.
+    Results without a trace are cached, because the solver and several screens request the same recipes
+    repeatedly.
     """
     device = device or Device()
     execution = execution or trainer_execution(recipe, device, architecture)
@@ -269,14 +275,18 @@ def _host_bytes(resident: dict[str, int], streamed: StreamedWeights | None, layo
 
 
 LOADERS = 4
-"""Number of threads with which transformers reads weights (``core_model_loading.GLOBAL_WORKERS``)."""
+"""Number of weights assumed to be in 16 bits at the same time while a GPU loads a base.
+
+transformers 5.0 to 5.3 read weights in four threads (``core_model_loading.GLOBAL_WORKERS``).
+"""
 
 
 def loading_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
-    """Return the peak bytes while weights are read.
+    """Return the additional bytes while weights are read, beyond the frozen weights.
 
-    A GPU holds some tensors in 16 bits before each is quantized; a CPU has the whole file mapped. Weights
-    that stay in their stored dtype count with their size in the file.
+    A GPU holds some tensors in 16 bits before each is quantized; a CPU has the whole file mapped. The result
+    is 0 if all weights stay in 16 bits, and on a GPU if layers are streamed, because the base is then loaded
+    on the CPU.
     """
     if recipe.quantization.method == "none" and execution.compute_itemsize == 2:
         return 0
@@ -401,7 +411,7 @@ class Verdict:
 
     @property
     def spare_bytes(self) -> int:
-        """Return the bytes left over; negative if the recipe does not fit."""
+        """Return the bytes that the estimate leaves over; negative if it exceeds the memory."""
         return self.available_bytes - self.needed_bytes
 
     @property
@@ -418,11 +428,13 @@ class Verdict:
 def check_fit(estimated: Estimate, available_bytes: int) -> Verdict:
     """Compare an estimate's range with the memory.
 
-    * ``fits``: even the upper end of the range fits.
+    * ``fits``: the upper end of the range fits, and the estimate leaves at least 5 % of the memory free.
     * ``tight``: the upper end fits, but the estimate leaves less than 5 % of the memory free.
-    * ``uncertain``: only the lower end fits.
+    * ``uncertain``: the lower end fits, but not the upper end.
+    * ``does not fit``: not even the lower end fits.
 
-    So no figure that is shown as tight is below one that fits.
+    The margin is that of the estimate, the figure that is shown. So an estimate that is tight is always
+    larger than one that fits.
     """
     band = estimated.band
     word: Literal["fits", "tight", "does not fit", "uncertain"]

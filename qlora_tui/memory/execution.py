@@ -1,10 +1,11 @@
 """Describes the code that a run executes, as far as it affects memory.
 
 :func:`trainer_execution` returns the execution of this project's trainer for a recipe and a :class:`Device`.
-The same recipe costs different amounts under different trainers: whether the frozen weights were cast to
-float32, which logits the loss keeps, which attention kernel runs. ``tests/memory/test_published.py`` has the
-execution of transformers 4.45 to 5.17 with peft, and measurements; the differences between versions are from
-``models/*/modeling_*.py`` and ``loss/loss_utils.py``.
+The same recipe takes different amounts of memory in different trainers. It depends on whether the frozen
+weights were cast to float32, which logits the loss keeps, and which attention kernel runs.
+``tests/memory/test_published.py`` compares estimates for several versions of transformers with published
+measurements. The differences between the versions were read from ``models/*/modeling_*.py`` and
+``loss/loss_utils.py`` of transformers.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ FUSED_EXPERTS: Version = (5, 0)
 _THREADED_READING: tuple[Version, Version] = ((5, 0), (5, 4))
 """(first version that reads weights in threads while quantizing, first version that no longer does)."""
 _LABELS_SHIFTED: Version = (4, 49)
-"""First version in which ``ForCausalLMLoss`` pads the labels."""
+"""First version in which ``ForCausalLMLoss`` pads and shifts the labels in place of the logits."""
 _LOSS_FUNCTION: Version = (4, 48)
 """First version in which all measured families call ``ForCausalLMLoss``."""
 
 LossCode = Literal["rebound", "shifted", "padded"]
 """Variants of the stock loss.
 
-* rebound: the model's own loss on a shifted copy in float32; the 16-bit logits are freed once they are cast.
-* shifted: ``ForCausalLMLoss`` on a shifted copy in float32; the caller still holds the 16-bit logits.
-* padded: ``ForCausalLMLoss`` shifts the labels, so nothing is copied.
+* rebound: the model's own loss on a shifted copy of the logits in float32. The 16-bit logits are freed once
+  they are cast.
+* shifted: ``ForCausalLMLoss`` on a shifted copy of the logits in float32. The caller still holds the 16-bit
+  logits.
+* padded: ``ForCausalLMLoss`` pads and shifts the labels. So it casts the logits to float32, but makes no
+  shifted copy of them.
 """
 
 ADAPTER_ITEMSIZE = 4
@@ -48,7 +52,7 @@ ADAPTER_ITEMSIZE = 4
 Loss = Literal["stock", "chunked", "liger"]
 """Implementations of the loss.
 
-* stock: the model's own or transformers' ``ForCausalLMLoss``, in the variant
+* stock: the model's own loss or ``ForCausalLMLoss`` of transformers, in the variant
   :attr:`ExecutionConfig.loss_code`.
 * chunked: this project's, a few rows of logits at a time.
 * liger: Liger's fused linear cross-entropy, in our trainer.
@@ -57,7 +61,7 @@ Loss = Literal["stock", "chunked", "liger"]
 Kernel = Literal["flash", "efficient", "math", "eager"]
 """Kernels of attention.
 
-* flash: FlashAttention (its own or SDPA's).
+* flash: FlashAttention (from its own library or SDPA).
 * efficient: SDPA's memory-efficient kernel.
 * math: SDPA without a fused kernel.
 * eager: transformers' own code, which saves the scores.
@@ -83,20 +87,22 @@ FlashObstacle = Literal["no GPU", "float32", "old GPU", "old torch"]
 LOSS_CHUNK_ROWS = 256
 """Number of positions whose logits our trainer holds at a time.
 
-These are enough rows for an efficient matrix product, and 78 MB in 16 bits at a vocabulary of 152,000.
+These are enough rows for an efficient matrix product. With a vocabulary of 152,000, their logits take 78 MB
+in 16 bits.
 """
 
 LOSS_BLOCK_ROWS = {"cpu": 32, "cuda": 128}
-"""Number of these rows that are in float32 at a time.
+"""Number of the ``LOSS_CHUNK_ROWS`` rows that are in float32 at a time, by kind of device.
 
-They are few enough for a CPU's cache. A GPU's kernels use one multiprocessor per row, so there are enough
-rows to keep all of them busy.
+On a CPU, they must fit in the cache. On a GPU, the kernels use one multiprocessor per row, so there must be
+enough rows to keep the multiprocessors busy.
 """
 
 ATTENTION_BLOCK_ROWS = 512
-"""Number of queries whose scores our CPU backward holds at a time, twice (heads, rows, tokens).
+"""Number of queries whose scores our attention backward on a CPU holds at a time.
 
-More would compute more of the masked upper triangle; fewer would make the matrix products too small.
+It holds two tensors of scores (heads, queries, tokens). With more queries, it would compute more of the
+masked upper triangle; with fewer, the matrix products would be too small.
 """
 SAMPLE_PADDING_ROWS = 128
 """Rows that the varlen kernel's backward adds to its float32 sums for each sample.
@@ -104,19 +110,23 @@ SAMPLE_PADDING_ROWS = 128
 See ``mha_varlen_bwd`` in torch's ``flash_api.cpp``.
 """
 EXTRA_COLUMNS = 3
-"""Extra columns of queries and keys in our CPU backward, for the value subtracted from each score."""
+"""Number of columns that our attention backward on a CPU appends to its matrices.
+
+With these columns of queries, keys, gradients and values, a matrix product also subtracts one number per
+query.
+"""
 
 GATED_MLP = ("gate_proj", "up_proj", "down_proj")
 """Names of the MLP modules that our function for gated MLPs computes."""
 GROUPS = (("q_proj", "k_proj", "v_proj"), GATED_MLP[:2])
-"""Names of modules that read one input, in the order of their calls, and are computed together."""
+"""Names of modules that read the same input and are computed together, in the order of their calls."""
 
 BFLOAT16_CAPABILITY = (8, 0)
-"""Compute capability from which GPUs compute bfloat16 natively (Ampere)."""
+"""Lowest compute capability of GPUs that compute bfloat16 natively (Ampere)."""
 
 
 CONSUMER_CAPABILITIES = (((8, 6), (8, 9)), ((12, 0), (12, 1)))
-"""First and last compute capability of RTX 30 and 40, and of RTX 50."""
+"""(lowest, highest) compute capability of the RTX 30 and 40 series, and of the RTX 50 series."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +145,19 @@ class Device:
     liger: bool = False
     """Whether the device is a GPU and Liger's kernels are installed."""
     expandable_segments: bool = True
-    """Whether the CUDA allocator grows its segments, as the trainer requests unless the user objects."""
+    """Whether the CUDA allocator grows its segments.
+
+    The trainer requests this by default, except on WSL2; the user's own allocator settings take precedence.
+    """
     managed_memory: bool = True
     """Whether a paged optimizer keeps its states in CUDA's managed memory, which it does except on WSL2."""
     triton: bool = False
-    """Whether Triton is installed, whose kernels compute norms, rotary positions and gated MLPs on a GPU."""
+    """Whether Triton is installed.
+
+    Our kernels for norms, rotary positions and gated MLPs on a GPU need it.
+    """
     varlen: bool = True
-    """Whether torch has a FlashAttention for all samples of a packed sequence in one call (2.11 or newer)."""
+    """Whether torch can run FlashAttention on all samples of a packed sequence in one call (since 2.11)."""
     correction: Correction | None = None
     """Correction from past runs on the device."""
     speed: TransferSpeed | None = None
@@ -157,13 +173,13 @@ class ExecutionConfig:
     """Properties of the code that affect the peak."""
 
     compute_itemsize: int = 2
-    """Bytes per element of the compute dtype, which activations and dequantized weights have."""
+    """Bytes per element of the compute dtype, that of activations and dequantized weights."""
     float16: bool = False
     """Whether a two-byte compute dtype is float16 rather than bfloat16."""
     cast_to_float32: bool = False
-    """Whether norms, embedding and head are in float32, and therefore the residual stream.
+    """Whether norms, embedding and head, and therefore the residual stream, are in float32.
 
-    They are after peft's ``prepare_model_for_kbit_training``.
+    peft's ``prepare_model_for_kbit_training`` casts them.
     """
     autocast: bool = False
     """Whether the forward runs under ``torch.autocast``, as with ``Trainer(bf16=True)``."""
@@ -176,7 +192,7 @@ class ExecutionConfig:
     kept_layers: int = 0
     """Number of layers at the end of the model that keep their activations despite checkpointing."""
     offloads_inputs: bool = False
-    """Whether the inputs of checkpointed layers are kept in host memory until their backward, on a GPU."""
+    """Whether a run on a GPU keeps the inputs of checkpointed layers in host memory until the backward."""
     streamed_layers: int = 0
     """Number of layers whose frozen weights are in host memory, and copied to device buffers in turn."""
     reentrant: bool = False
@@ -184,12 +200,12 @@ class ExecutionConfig:
     attention: Kernel = "flash"
     optimizer: Optimizer = "adamw"
     accumulates: bool = False
-    """Whether memory for gradients is held during the forward, since an earlier micro-step or step."""
+    """Whether gradients already have memory when the forward begins, from an earlier micro-step or step."""
     packing: bool = False
     segments: bool = False
     """Whether the micro-batch is one long sequence of samples that do not attend to each other."""
     varlen: bool = False
-    """Whether one kernel call attends to all samples of such a sequence, instead of one call per sample."""
+    """Whether attention to all samples of a ``segments`` sequence is one kernel call, not one per sample."""
     samples: int = 0
     """Number of samples in the micro-batch, set only if memory use depends on it; 0 means one sample per
     sequence.
@@ -200,17 +216,17 @@ class ExecutionConfig:
     multiprocessors: int | None = None
     """Streaming multiprocessors of a GPU; None if they are unknown."""
     cuda_libraries: bool = False
-    """Whether torch is a CUDA build, on a CPU."""
+    """Whether torch is a CUDA build. This matters only for a run on a CPU."""
     own_fused: bool = False
-    """Whether our functions are used, which save less memory.
+    """Whether our fused functions are used, which keep fewer tensors for the backward.
 
     They compute adapters on 4- and 16-bit weights, gated MLPs, RMSNorm, and attention on a CPU
     (``training/fused``).
     """
     triton: bool = False
-    """Whether norms, rotary positions and gated MLPs are Triton kernels.
+    """Whether Triton kernels compute norms, rotary positions and gated MLPs.
 
-    They are in ``training/fused/triton_kernels.py``.
+    The kernels are in ``training/fused/triton_kernels.py``.
     """
     expandable_segments: bool = True
     """Whether the allocator grows its segments (our trainer requests it), so that blocks are cut to size."""
@@ -253,9 +269,10 @@ def trainer_execution(
 ) -> ExecutionConfig:
     """Return the execution of this project's trainer.
 
-    There is no float32 cast, there are no full logits, and non-reentrant checkpointing covers every layer
-    that a class allows, even with ``auto``; set ``kept_layers`` separately. Without an architecture Liger is
-    assumed off, because it is faster only for some models.
+    Norms, embedding and head are not cast to float32, and full logits exist only for classes that need them.
+    Non-reentrant checkpointing covers every layer, even with ``auto``, unless the recipe turns it off or the
+    class does not support it; set ``kept_layers`` separately. Without an architecture, Liger is assumed to be
+    off, because it is slower than our loss for some models.
     """
     compute = _compute_itemsize(recipe, device)
     attention = _attention(recipe, device, compute)
@@ -308,7 +325,7 @@ def _loss(recipe: Recipe, device: Device, architecture: Architecture | None, *, 
 def flash_obstacle(
     *, cuda: bool, compute_itemsize: int, ampere: bool, torch_has_varlen: bool
 ) -> FlashObstacle | None:
-    """Return the obstacle to FlashAttention over a packed sequence in one call; None if there is none."""
+    """Return what prevents FlashAttention on a packed sequence in one call; None if nothing does."""
     if not cuda:
         return "no GPU"
     if compute_itemsize != 2:
@@ -319,7 +336,7 @@ def flash_obstacle(
 
 
 def flash_trains(capability: tuple[int, int], head_dim: int) -> bool:
-    """Return whether FlashAttention has a backward for heads of this width, on a GPU from Ampere on.
+    """Return whether FlashAttention has a backward for heads of this width, on an Ampere or newer GPU.
 
     Some widths do not fit in the shared memory of consumer cards, and torch refuses to train them
     (``check_requires_grad_and_head_dim_gt192_constraints_on_sm86_89_or_120`` in ``sdp_utils.cpp``); its
@@ -330,7 +347,7 @@ def flash_trains(capability: tuple[int, int], head_dim: int) -> bool:
 
 
 def accumulator_width(head_dim: int) -> int:
-    """Return the columns of a head in the sums of the varlen kernel's backward (``head_size_rounded``)."""
+    """Return the width of a head in the sums of the varlen kernel's backward (``head_size_rounded``)."""
     multiple = 32 if head_dim <= 128 else 64
     return -(-head_dim // multiple) * multiple
 
@@ -352,10 +369,10 @@ def liger_rows(tokens: int, hidden: int, vocabulary: int) -> int:
 
 
 def _liger_pays(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Return whether Liger's loss is as fast as ours: it reads the head (about 1 GB for 7B) twice per chunk.
+    """Return whether Liger's chunks have enough rows for its loss to be as fast as ours.
 
-    False for a trained head or trained rows of it, and for preference methods, which need the loss of each
-    token: Liger supports neither.
+    Liger reads the head (about 1 GB for 7B) twice per chunk. It supports neither a trained head or trained
+    rows of it, nor preference methods, which need the loss of each token. False also without an architecture.
     """
     lora = recipe.lora
     if architecture is None or lora.trainable_tokens or lora.train_embeddings:
@@ -382,7 +399,11 @@ def _is_float16(recipe: Recipe, device: Device) -> bool:
 
 
 def _attention(recipe: Recipe, device: Device, compute: int) -> Kernel:
-    """Return SDPA's kernel on a GPU: flash for two-byte dtypes from Ampere on, else memory-efficient."""
+    """Return the attention kernel.
+
+    It is eager if the recipe requests it. A GPU that is older than Ampere, or that computes in float32, uses
+    SDPA's memory-efficient kernel. Otherwise it is flash.
+    """
     if recipe.model.attention == "eager":
         return "eager"
     if device.kind == "cuda" and (compute == 4 or device.capability < BFLOAT16_CAPABILITY):

@@ -53,7 +53,7 @@ LABELS: dict[str, str] = {
 
 
 def describe_choice(choice: StepChoice) -> str:
-    """Return a sentence on how a run uses free memory if its recipe leaves that open; otherwise empty."""
+    """Return a phrase for each choice by which a run uses free memory; empty if there is no such choice."""
     recipe, training, words = choice.given, choice.recipe.training, []
     if training.micro_batch_size != recipe.training.micro_batch_size:
         split = f"{training.micro_batch_size} × {training.gradient_accumulation}"
@@ -159,7 +159,7 @@ def _training_sentences(layout: Layout) -> dict[str, str]:
 
 
 def _copies(execution: ExecutionConfig) -> str:
-    """Return a description of the weights' copies in the compute dtype; empty if there are none."""
+    """Return a description of the LoRA weights' copies in the compute dtype; empty if there are none."""
     has_copies = execution.own_fused and execution.compute_itemsize < ADAPTER_ITEMSIZE
     return f", and {execution.compute_itemsize} for a copy in 16 bits" if has_copies else ""
 

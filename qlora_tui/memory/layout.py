@@ -18,7 +18,7 @@ from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import rank_of, resolve_targets
 
 USUAL_MLPS = 3
-"""Usual largest number of parts that transform each token: an MLP, shared experts, and their gate."""
+"""Maximum number of parts of a usual layer that transform each token: MLP, shared experts, their gate."""
 USUAL_ACTIVATIONS = frozenset(
     ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "xielu")
 )
@@ -29,7 +29,7 @@ USUAL_CHUNK = 64
 It is ``chunk_size`` of ``torch_chunk_gated_delta_rule``.
 """
 FUSED_HALVES = 2
-"""Width of the first projections of a gated MLP, in multiples of the last one's input width: gate and up."""
+"""Width of a gated MLP's first projections (gate and up) together, relative to the last one's input."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Block:
     first: tuple[Linear, ...]
     """Modules that read the hidden states, in order; in attention those of queries, keys and values."""
     middle: tuple[Linear, ...]
-    """Modules that read a tensor narrower than the hidden states, as in latent attention or after a
-    convolution.
+    """Modules that do not read the hidden states, without the last projection.
+
+    Their input has another width, as in latent attention or after a convolution.
     """
     last: Linear | None
     """The projection back to the hidden states."""
@@ -73,7 +74,10 @@ class Block:
 
     @property
     def width(self) -> int:
-        """Return the width of the block's values before its last projection."""
+        """Return the width of the last projection's input.
+
+        Without a last projection, return the largest width of the first projections' outputs.
+        """
         if self.last:
             return self.last.inputs
         return max((module.outputs for module in self.first), default=0)
@@ -85,7 +89,7 @@ class Block:
 
     @property
     def gated(self) -> bool:
-        """Return whether an MLP multiplies two projections, in one module or two."""
+        """Return whether an MLP is gated: it multiplies two projections, computed by one module or two."""
         return self.first_width >= FUSED_HALVES * self.width
 
     @property
@@ -96,13 +100,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Heads:
-    """The widths of one attention, in elements per token."""
+    """The widths of a layer's attention, in elements per token."""
 
     heads: int
     query: int
     key: int
     value: int
-    """Width of keys and values as computed, before they are repeated for the query heads."""
+    """Width of the values. Like ``key``, it is the width before values are repeated for the query heads."""
     output: int
     gate: int = 0
     """Width of a gate on the output, which the query projection also computes."""
@@ -121,7 +125,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Mixture:
-    """The routed experts of one layer, fused in two three-dimensional parameters."""
+    """The routed experts of one layer: two fused three-dimensional parameters, or ``separate`` modules."""
 
     experts: int
     per_token: int
@@ -156,7 +160,7 @@ class Layer:
     convolved: int
     """Number of channels of the layer's convolutions."""
     state_width: int
-    """Elements per token of the matrices that a recurrent mixer computes by chunks; 0 without one."""
+    """Elements per token of the matrices that a recurrent mixer computes in chunks; 0 without a mixer."""
 
     @cached_property
     def modules(self) -> tuple[Linear, ...]:
@@ -191,7 +195,10 @@ class Layout:
     adapter_shapes: tuple[tuple[int, ...], ...]
     """Shape of each trained tensor."""
     lora_tensors: tuple[int, ...]
-    """Number of elements of each adapter tensor of linear modules, which have copies in the compute dtype."""
+    """Number of elements of each tensor in the adapters of linear modules.
+
+    These tensors have copies in the compute dtype.
+    """
     experts_in_16_bits: bool
     """Whether the model has fused experts that are not quantized."""
 
@@ -208,8 +215,8 @@ class Layout:
     def repeats_states(self) -> bool:
         """Return whether hidden states are repeated.
 
-        They are repeated for all experts (Llama 4), for layers that run several times (HRM), or between more
-        parts of a layer than usual (Gemma 3n).
+        They are if every expert computes all tokens (Llama 4), if layers run several times (HRM), or if a
+        layer has more parts than usual that transform each token (Gemma 3n).
         """
         experts = self.architecture.experts
         if self.architecture.layer_runs or (experts is not None and experts.see_all_tokens):
@@ -218,19 +225,21 @@ class Layout:
 
     @cached_property
     def computes_more_scores(self) -> bool:
-        """Return whether the class's code computes scores that no fused kernel keeps small.
+        """Return whether the model's class computes attention scores without a fused kernel.
 
-        They choose the tokens to attend to, or, on a CPU, are those of all attention.
+        These are scores that select the tokens to attend to (DeepSeek V3.2), or, on a CPU, all scores of a
+        class with its own attention code.
         """
         own = self.architecture.own_attention and self.execution.device == "cpu"
         return bool(self.architecture.index_heads) or own
 
     @cached_property
     def exact(self) -> bool:
-        """Return whether the memory that a step saves follows from known shapes.
+        """Return whether the memory of a step follows from known shapes.
 
-        False for a mere outline of a model, if hidden states are repeated, if other code computes scores, or
-        if anything but attention mixes tokens, because its memory depends on the kernels.
+        False for a mere outline of a model, for a class with its own code, if hidden states are repeated, or
+        if the class computes scores without a fused kernel. Also false if anything but attention mixes
+        tokens, because the memory of such a mixer depends on the kernels.
         """
         architecture = self.architecture
         known = not (architecture.is_outline or architecture.own_code)
@@ -246,10 +255,10 @@ class Layout:
 
     @property
     def is_unusual(self) -> bool:
-        """Return whether layers have parts that are known from few families.
+        """Return whether layers have parts that only a few families have.
 
-        These are another activation, modules in addition to attention and MLP (Gemma 4), or, on a CPU, sinks,
-        which the CPU's kernel lacks.
+        These are an activation that is not in ``USUAL_ACTIVATIONS``, modules in addition to attention and MLP
+        (Gemma 4), or, on a CPU, attention sinks, which the CPU's kernel does not support.
         """
         if self.architecture.activation not in USUAL_ACTIVATIONS:
             return True
@@ -389,8 +398,9 @@ def _layer(
 def _block(modules: list[Linear], hidden: int) -> Block:
     """Sort the modules of a part by their inputs and outputs.
 
-    The last projection is the one that leads back to the hidden states. If other projections are square too,
-    it is the last of them in the model's order.
+    The last projection is the one whose output is as wide as the hidden states. If there are several, it is
+    the one with the widest input that is not as wide as the hidden states. If all of them are square, it is
+    the last one in the model's order.
     """
     back = [module for module in modules if module.outputs == hidden]
     narrowing = [module for module in back if module.inputs != hidden]
@@ -468,4 +478,4 @@ def _linear(module: LinearModule, recipe: Recipe, rank: int) -> Linear:
 
 
 _cached_linear = lru_cache(maxsize=4096)(Linear)
-"""Equal modules are the same object, so that comparing layers compares their modules' identities."""
+"""Returns the same object for equal modules, so that layers can be compared by the ids of their modules."""

@@ -45,13 +45,13 @@ class MemoryLevels:
 
 
 SLACK_SHARES = {True: (0.0, 0.13), False: (0.4, 0.17)}
-"""Free memory that the allocator holds at the peak, as shares of a layer's and of the loss's fullest moments.
+"""Free memory that the allocator holds at the peak, as shares of the fullest moments of a layer and the loss.
 
-Keyed by whether segments grow: the shares of the smaller and of the larger of the two moments. A freed block
-serves another tensor only if it is large enough, so each of the two uses only a part of the memory that the
-other leaves free; in segments that grow, blocks are cut to size. Fitted to 1,050 steps of 30 families
-replayed on a model of the allocator (``allocator.py``): within 1.3 % of all bytes on average with segments
-that grow, and 3.9 % with others.
+The key is whether segments grow. The value is (share of the smaller moment, share of the larger moment). A
+freed block serves another tensor only if it is large enough, so each of the two moments uses only a part of
+the memory that the other leaves free. In segments that grow, blocks are cut to size. The shares were fitted
+to 1,050 steps of 30 families replayed on a model of the allocator (``allocator.py``). On average, they are
+within 1.3 % of all bytes with segments that grow, and within 3.9 % with others.
 """
 STATIC_UNCERTAINTY = 0.01
 """Uncertainty of the tensors that exist throughout a step, which are sums of known shapes."""
@@ -69,14 +69,14 @@ The memory of such mixers depends on their kernels or fallback code. Unusual lay
 BEYOND_RULES = 2.5
 """Uncertainty of a class's steps, as a multiple of how far its layers' saved bytes differ from the rules.
 
-Nanochat's layers save 1.24 times the bytes of the rules, and its steps take 1.40 times; Muse Spark's 1.56 and
-1.75; MiniMax's 1.30 and 1.42; Gemma 4's 1.10 and 1.24.
+Nanochat's layers save 1.24 times the bytes that the rules give, and its steps take 1.40 times the estimate.
+For Muse Spark, the ratios are 1.56 and 1.75; for MiniMax, 1.30 and 1.42; for Gemma 4, 1.10 and 1.24.
 """
 OWN_CODE_UNCERTAINTY = 4.0
 """``STEP_UNCERTAINTY`` of models with code of their own, which the shapes of modules do not show.
 
-Of 225 types, a traced step takes up to 4.1 times the memory that shapes give (AXK2), and one type cannot be
-traced (DBRX, 1.6).
+Among 225 model types, a traced step takes up to 4.1 times the memory that the shapes give (AXK2). One type,
+DBRX, cannot be traced; its steps take 1.6 times that memory.
 """
 TRACED_UNCERTAINTY = 0.02
 """Uncertainty of a traced step, because a trace only imitates the memory of kernels."""
@@ -92,7 +92,7 @@ class _Doubt:
     """Uncertainty of these bytes, as a share."""
 
     def of(self, allocated_bytes: int) -> int:
-        """Return the bytes by which the sum of all tensors may differ."""
+        """Return the bytes by which the sum of all tensors may differ from the estimate."""
         resident = allocated_bytes - self.moving_bytes
         return int(resident * STATIC_UNCERTAINTY + self.moving_bytes * self.share)
 
@@ -102,7 +102,7 @@ class _Doubt:
 
 
 def step_uncertainty(layout: Layout, *, traced: bool) -> float:
-    """Return the uncertainty of a step's tensors, as a share, given the facts known of the model's class."""
+    """Return the uncertainty of a step's tensors as a share, from what is known about the model's class."""
     if traced:
         return TRACED_UNCERTAINTY
     if layout.hides_tensors:
@@ -114,7 +114,7 @@ def step_uncertainty(layout: Layout, *, traced: bool) -> float:
 def expected_pool(
     layout: Layout, profile: StepProfile, allocated_bytes: int, room_bytes: int | None = None
 ) -> Pool:
-    """Return the expected totals of a GPU's allocator for a step, from its parts.
+    """Return the expected totals of a GPU's allocator for a step, given the step's parts.
 
     Args:
         layout: the run.
@@ -194,12 +194,13 @@ CONTEXT_MIB_PER_MULTIPROCESSOR = (2.95, 3.15)
 
 107 MiB on an RTX 4060 Ti with 34 multiprocessors and 555 on an RTX PRO 6000 with 188 (llama.cpp pull request
 23604), 256 on an RTX 3090 with 82 (InvokeAI issue 9413), 426 on an RTX 6000 Ada with 142 (unsloth-zoo pull
-request 1053): 3.15, 2.95, 3.12 and 3.00 each.
+request 1053). Per multiprocessor, these are 3.15, 2.95, 3.12 and 3.00 MiB.
 """
 KERNELS_MIB = {False: (7, 29), True: (7, 203)}
-"""Loaded kernels without and with FlashAttention, in MiB, as smallest and largest value.
+"""Size of the loaded kernels in MiB, as (smallest, largest), by whether FlashAttention is available.
 
-Calculated as the measured contexts minus the share of their multiprocessors, 40 (T4) and 108 (A100).
+Calculated as the measured contexts minus ``CONTEXT_MIB_PER_MULTIPROCESSOR`` for each multiprocessor. A T4 has
+40, and an A100 has 108.
 """
 MULTIPROCESSORS = {(7, 5): 72, (8, 6): 84, (8, 9): 142, (9, 0): 132, (12, 0): 188}
 """Largest number of multiprocessors of GPUs with this compute capability, for GPUs that do not report it.
@@ -207,15 +208,19 @@ MULTIPROCESSORS = {(7, 5): 72, (8, 6): 84, (8, 9): 142, (9, 0): 132, (12, 0): 18
 The GPUs are TITAN RTX, RTX 3090 Ti, RTX 6000 Ada, H100 SXM and RTX PRO 6000.
 """
 UNKNOWN_CONTEXT_BYTES = 400 * MIB
-"""Additional bytes that other GPUs may take."""
+"""Maximum bytes beyond a T4's context on a GPU whose number of multiprocessors is unknown.
+
+This applies to compute capabilities that are not in ``MULTIPROCESSORS``.
+"""
 
 
 def context_range(execution: ExecutionConfig) -> tuple[int, int, int]:
     """Return the smallest, expected and largest bytes of the CUDA context with its kernels.
 
-    These are measured on a T4 and an A100. For other GPUs they are calculated from the number of
-    multiprocessors, with the middle as the expected value. If the number is unknown, a T4's context is
-    expected, and at most that of the largest GPU of the compute capability.
+    They are calculated from the number of multiprocessors. The expected value is the middle of the range; on
+    an A100, it is the measured context. If the number is unknown, the expected value is a T4's context, and
+    the largest value is calculated for the largest GPU with the same compute capability. If that is unknown
+    too, it is ``UNKNOWN_CONTEXT_BYTES`` more than a T4's context.
     """
     count, capability = execution.multiprocessors, execution.capability
     if capability == (8, 0):
@@ -241,9 +246,9 @@ weights and first kernel calls. The rest are Python objects for data, modules an
 TOKENIZER_BYTES_PER_TOKEN = 500
 """Bytes per vocabulary token.
 
-Measured with tokenizers 0.23, after returning the memory that reading left free: 472 bytes for 49,152 tokens
-(SmolLM2), 511 for 262,144 (Gemma 3). The tokenizer holds the words twice, the merges, and the JSON text
-itself.
+Measured with tokenizers 0.23: 472 bytes for 49,152 tokens (SmolLM2), 511 for 262,144 (Gemma 3). Memory that
+was free again after the file had been read is not included. The tokenizer holds the words twice, the merges,
+and the JSON text itself.
 """
 CUDA_LIBRARIES_BYTES = 640 * MIB
 """Additional memory with a CUDA build of torch, with or without a GPU.
@@ -256,17 +261,17 @@ RUNTIME_UNCERTAINTY_BYTES = RUNTIME_BYTES // 10
 HEAP_HOLES = 6
 """Ratio of the bytes that a step allocates to the gaps that these allocations leave in the heap.
 
-Rows and samples of other lengths leave gaps that are too small for the next allocations, and glibc returns
-only the memory at the top of the heap. Measured over the demo, in float32 and in bfloat16.
+Rows and samples of different lengths leave gaps that are too small for the next allocations, and glibc
+returns only the memory at the top of the heap. Measured in the demo, in float32 and in bfloat16.
 """
 CHECKPOINT_HOLES = 2
 """Bytes of gaps in the heap for each byte of kept layer inputs.
 
 Each input lies in the heap among larger tensors of its layer, which are freed soon after it; the next layer's
 tensors do not fit between two inputs. Measured with ``mallinfo2`` on models of 10 to 30 layers in float32:
-1.8 to 2.6. With 8 layers and inputs of 8, 24 and 40 MiB, of which the last are mapped separately, a process
-grew by 541, 1,632 and 1,813 MiB; predicted were 424, 1,274 and 1,538. Allocations that are returned at once
-(``M_MMAP_THRESHOLD``) leave no gaps, but make a step a fifth slower.
+1.8 to 2.6. With 8 layers and inputs of 8, 24 and 40 MiB, a process grew by 541, 1,632 and 1,813 MiB; the
+predictions were 424, 1,274 and 1,538 MiB. The inputs of 40 MiB are mapped separately. If glibc returned all
+freed memory immediately (``M_MMAP_THRESHOLD``), there would be no gaps, but a step would be a fifth slower.
 """
 MAPPED_BYTES = 32 * MIB
 """Minimum size of a block that glibc maps separately and returns completely (``DEFAULT_MMAP_THRESHOLD_MAX``).
@@ -320,7 +325,7 @@ A kernel takes milliseconds to generate. Without padding there would be about 10
 length, and about 25 for each new row length.
 """
 ATTENTION_PRODUCTS = 5
-"""Number of products for each sample length, which are those of attention's backward.
+"""Number of product shapes for each sample length: the matrix products in attention's backward.
 
 The backward is in training/fused/cpu_attention.py. The forward generates no kernel.
 """
@@ -341,7 +346,10 @@ def kernel_bytes(layout: Layout) -> int:
 
 
 def _products(layout: Layout) -> int:
-    """Count the product shapes over one row: two with each weight, three with each adapter matrix."""
+    """Return the number of shapes of matrix products over one row.
+
+    There are two for each shape of a weight, and three for each shape of an adapter matrix.
+    """
     linears = {module for layer in layout.layers for module in layer.modules}
     weights = {(linear.inputs, linear.outputs) for linear in linears}
     halves = {(linear.inputs, "A") for linear in linears if linear.rank}
@@ -389,9 +397,9 @@ def corrected(
 
 
 LIBRARIES_BYTES = 335 * MIB
-"""Bytes of a conversion's libraries with torch and transformers, and of a block of rows in float32."""
+"""Bytes of a conversion for its libraries (with torch and transformers) and a block of float32 rows."""
 BYTES_PER_TOKEN = 920
-"""Bytes per vocabulary token: words and merges, and the tokenizer built from them."""
+"""Bytes of a conversion per vocabulary token: words and merges, and the tokenizer built from them."""
 
 
 @dataclass(frozen=True)

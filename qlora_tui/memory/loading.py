@@ -5,10 +5,10 @@ the weights are split from one segment (``caching_allocator_warmup`` in modeling
 in the natural order of their names, and quantizes each before it reads the next
 (``convert_and_load_state_dict_in_model`` in core_model_loading.py).
 
-Before version 5.4 four threads read weights (``GLOBAL_WORKERS``), far ahead if the first weight is a large
-embedding: while one thread reads the embedding, three read the layers. Packed weights then lie between
-weights that are freed later, and peft kept these segments (since 0.20 ``prepare_model_for_kbit_training``
-releases them).
+In versions 5.0 to 5.3, four threads read weights (``GLOBAL_WORKERS``). They read far ahead if the first
+weight is a large embedding: while one thread reads the embedding, three read the layers. Packed weights then
+lie between weights that are freed later. peft before 0.20 kept these segments; since 0.20,
+``prepare_model_for_kbit_training`` releases them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ READERS = 4
 QUANTIZING_BYTES = 16 * 1024
 """Bytes that one thread reads while a weight is quantized.
 
-About 10 µs at 1 GB/s, which is the time of a kernel launch. From 10 KiB to 100 KiB every row of
-``docs/measured.md`` stays within 5 %.
+At 1 GB/s, reading them takes 16 µs, about the time of a kernel launch. With any value from 10 to 100 KiB, the
+estimates in ``docs/measured.md`` stay within 5 %.
 """
 _NUMBERS = re.compile(r"(\d+)")
 
@@ -56,7 +56,10 @@ class LoadedWeight:
 
     @property
     def announced_bytes(self) -> int:
-        """Return the bytes that transformers expects; in 4 bits half a byte per element, without scales."""
+        """Return the bytes that transformers counts for this weight in its first allocation.
+
+        A 4-bit weight counts half a byte per element, without scales.
+        """
         if not self.packed:
             return self.count * READ_BYTES
         return self.count if self.count in self.packed else self.count // 2

@@ -24,7 +24,7 @@ class LayerError(Struct, frozen=True):
 
     layer: int
     error: float
-    """Mean relative change of the hidden state's norm, over tokens."""
+    """Mean, over tokens, of the norm of the change divided by the norm of the 16-bit hidden state."""
     kept_bytes: int
     """Additional bytes that the layer takes in 16 bits."""
 

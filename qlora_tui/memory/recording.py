@@ -170,7 +170,7 @@ def _optimize(
     *,
     is_first: bool,
 ) -> None:
-    """Create the optimizer's states in the first step, and allocate the temporary tensors of its step."""
+    """Allocate the temporary tensors of the optimizer's step and, in the first step, its states."""
     if is_first and not execution.pages_states:
         allocator.keep(size for shape in shapes for size in state_sizes(shape, execution))
     counts = [prod(shape) for shape in shapes]
@@ -200,7 +200,7 @@ def optimizer_moment(
 
 
 class StepTrace(Struct, frozen=True, kw_only=True):
-    """A step as the run's code allocated it, and the memory that it takes."""
+    """The memory that a step takes, as traced from the code that the run executes."""
 
     transformers: str
     """Version of transformers that ran."""
@@ -211,7 +211,7 @@ class StepTrace(Struct, frozen=True, kw_only=True):
     pool: Pool | None
     """Totals of a GPU's allocator over loading and two steps; None on a CPU."""
     uncertain: tuple[str, ...] = ()
-    """Parts of the model that run other kernels on a GPU than in the trace."""
+    """Parts of the model for which a GPU uses other kernels than the trace, if these are installed."""
 
     @property
     def step_bytes(self) -> int:

@@ -33,7 +33,7 @@ _SMALLER_STATES = {
     "paged_adamw_32bit": "paged_adamw_8bit",
     "lion": "lion_8bit",
 }
-"""Optimizers of the same kind with 8-bit states."""
+"""For an optimizer, the optimizer of the same kind with 8-bit states."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class WhatFits:
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """One change to a recipe, and its effect."""
+    """One change to a recipe, or several combined ones, and the effect."""
 
     label: str
     """Label of the change: ``Recompute activations``, ``Micro-batch 4 → 2, accumulation 4 → 8``."""
@@ -128,7 +128,7 @@ def cheapest_changes(
     """Return single changes that make the recipe fit, the least costly first.
 
     If no single change is enough, changes are combined, cheapest first, into one :class:`MemorySaving`. Empty
-    if the recipe already fits, or nothing helps.
+    if the recipe already fits, or if all changes together are not enough.
     """
     whole = estimate(recipe, architecture, device=device)
     if check_fit(whole, available_bytes).fits_even_if_tight:
@@ -141,7 +141,7 @@ def cheapest_changes(
 
 
 def minimum_bytes(recipe: Recipe, architecture: Architecture, *, device: Device | None = None) -> int:
-    """Return the least memory in which this model can be trained, with every saving change applied."""
+    """Return the memory that the recipe takes after all changes that save memory."""
     result = estimate(recipe, architecture, device=device)
     for change in _together(recipe, architecture, 0, device or Device()):
         result = change.estimate
@@ -170,7 +170,7 @@ def _together(
 
 @dataclass(frozen=True)
 class SavingOption:
-    """One setting that can change, with its values from the mildest to the strongest."""
+    """One way to save memory, with the changes of settings from the mildest to the strongest."""
 
     cost: str | None
     """Description of the cost; None if the cost is time spent copying data, which depends on the value."""
@@ -258,7 +258,10 @@ def _smaller_batches(recipe: Recipe) -> Iterator[tuple[str, dict[str, Any]]]:
 def _more_streamed_layers(
     recipe: Recipe, architecture: Architecture, device: Device
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield growing numbers of streamed layers for which the host has memory."""
+    """Yield settings with increasing numbers of streamed layers.
+
+    Yields nothing on a CPU, with DoRA, or if the base does not fit in host memory.
+    """
     if device.kind == "cpu" or recipe.lora.use_dora:
         return
     most, now = architecture.layers, recipe.quantization.streamed_layers

@@ -1,7 +1,7 @@
 """Memory that is constant throughout a step: weights, adapter, optimizer states, batch, workspaces.
 
-Sources: bitsandbytes ``optim/optimizer.py`` (8-bit states from 4,096 elements on, ``min_8bit_size``), QLoRA
-(arXiv 2305.14314, section 3).
+Sources: bitsandbytes ``optim/optimizer.py`` (8-bit states for tensors of at least 4,096 elements,
+``min_8bit_size``), QLoRA (arXiv 2305.14314, section 3).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STATE_BLOCK = 256
 STEP_ITEMSIZE: dict[str, int] = {"adamw": 4, "adafactor": 12}
 """Temporary bytes per element of a tensor during its optimizer step.
 
-AdamW takes a square root; Adafactor takes the squared gradient and the two factors of its update.
+AdamW needs memory for a square root; Adafactor, for the squared gradient and the two factors of its update.
 """
 
 CPU_STEP_ITEMSIZE: dict[str, int] = {
@@ -39,7 +39,7 @@ def step_itemsize(execution: ExecutionConfig) -> int:
 
 
 def adapter_bytes(layout: Layout) -> int:
-    """Return the bytes of the trained matrices, and of their gradients, which have the same dtype."""
+    """Return the bytes of the trained matrices; their gradients have the same dtype and take as many."""
     sizes = Counter(layout.adapter_tensors).items()
     return sum(times * round_to_block(count * ADAPTER_ITEMSIZE) for count, times in sizes)
 
@@ -96,7 +96,7 @@ CUBLAS_HANDLES = 2
 
 
 def static_items(layout: Layout) -> dict[str, int]:
-    """Return the bytes of these tensors, by item."""
+    """Return the bytes of the tensors that exist throughout a step, by item."""
     recipe, architecture, execution = layout.recipe, layout.architecture, layout.execution
     items = frozen_weights(recipe, architecture, execution) | {
         "adapter": adapter_bytes(layout) * (2 if recipe.keeps_starting_adapter else 1),
@@ -122,7 +122,7 @@ def workspace_bytes(execution: ExecutionConfig) -> int:
 
 
 def input_bytes(layout: Layout) -> int:
-    """Return the bytes of ids, labels, shifted labels and positions, 8 per token, and of rotary tables."""
+    """Return the bytes of ids, labels, shifted labels, positions (8 per token for each) and rotary tables."""
     architecture, execution = layout.architecture, layout.execution
     tables = 2 * layout.length * architecture.head_dim * execution.residual_itemsize
     return 4 * round_to_block(layout.tokens * 8) + round_to_block(tables)

@@ -44,9 +44,9 @@ class PartProfile:
     backward: Items
     """Bytes at the peak of the part's backward, including its input."""
     held: Items = field(default_factory=Counter)
-    """Bytes still alive after the part's backward, because the caller refers to them."""
+    """Bytes that stay after the part's backward, such as logits that the caller still refers to."""
     gradient_bytes: int = 0
-    """Bytes of the gradients of the part's parameters, after its backward."""
+    """Bytes of the gradients that the part's backward allocates; 0 if gradients accumulate."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ PHASES: tuple[Phase, ...] = ("loading", "forward", "loss", "backward", "optimize
 
 @dataclass(frozen=True)
 class Moment:
-    """Memory at one time: in a step, of temporary tensors only; or of the whole process."""
+    """Memory at one time: either of a step's temporary tensors only, or of the whole process."""
 
     phase: Phase
     name: str
     """Name of the moment, such as ``forward of layer 0`` or ``optimizer step``.
 
-    The others are ``loss forward``, ``loss backward``, ``backward of layer 31``, ``backward of the
-    embedding`` and ``loading``.
+    Other examples are ``loss forward``, ``loss backward``, ``backward of layer 31``, ``backward of the
+    embedding``, ``answers to general prompts`` and ``loading``.
     """
     items: Mapping[str, int]
 
@@ -100,7 +100,7 @@ def answers_moment(layout: Layout) -> Moment:
     """Return the moment when all general prompts are being answered, for the forgetting curve.
 
     They are answered together, between two steps and without gradients, so their memory is that of keys and
-    values. Comparing the answers takes less than a step of the same tokens.
+    values. Comparing the answers takes less memory than a step with as many tokens.
     """
     execution = layout.execution
     tokens = execution.general_prompts * (PROMPT_TOKENS + ANSWER_TOKENS)
@@ -153,8 +153,8 @@ def peak_candidates(step_profile: StepProfile, layout: Layout, *, every_layer: b
 def _embedding_gradient(layout: Layout) -> Counter[str]:
     """Return the bytes of the backward of a trained embedding (``training/embeddings.py``).
 
-    These are the gradients of the looked-up rows, in fp32, sorted and summed, and the full gradient matrix if
-    it is not allocated yet.
+    These are the gradients of the looked-up rows, three copies of them (in fp32, sorted, and summed), and the
+    full gradient matrix if it is not allocated yet.
     """
     execution = layout.execution
     looked_up = layout.tokens * layout.hidden * (execution.compute_itemsize + 3 * ADAPTER_ITEMSIZE)
@@ -166,7 +166,7 @@ def _embedding_gradient(layout: Layout) -> Counter[str]:
 def _autocast_copies(layout: Layout) -> Counter[str]:
     """Return the bytes of autocast's copies of trained float32 weights, which are kept until the loss.
 
-    A LoRA projection fused into one function casts separately and keeps nothing.
+    Our fused LoRA function casts the weights itself, so autocast keeps no copies.
     """
     execution = layout.execution
     casts = execution.autocast and execution.compute_itemsize != ADAPTER_ITEMSIZE
@@ -339,9 +339,9 @@ def _stock(layout: Layout, norm: Items) -> PartProfile:
 def _chunked(layout: Layout, norm: Items) -> PartProfile:
     """Return the profile of our loss (``training/loss.py``).
 
-    The positions in the loss are copied out, and their gradient is computed in place, one chunk of logits at
-    a time. The gradient of a trained head exists after the backward, unless it is added to that of earlier
-    micro-steps.
+    The hidden states of the positions in the loss are copied. Their logits are computed one chunk at a time,
+    and the gradient of the logits replaces them. The gradient of a trained head stays after the backward,
+    unless it is added to that of earlier micro-steps.
     """
     execution, architecture = layout.execution, layout.architecture
     size, hidden_bytes = execution.residual_itemsize, layer_input_bytes(layout)

@@ -1,17 +1,19 @@
 """Chooses how a run uses free memory: more rows at a time, faster optimizer states, fewer recomputed layers.
 
-A recipe is estimated with the least memory that it needs: with every layer recomputed, and with ``optimizer =
-"auto"`` with the smallest states. Free memory beyond that is used for speed:
+A recipe is estimated with the settings that need the least memory: all layers are recomputed, and ``optimizer
+= "auto"`` means the optimizer with the smallest states. Free memory beyond that is used for speed:
 
 * With ``gradient_checkpointing = "auto"`` only as many layers are recomputed as necessary; recomputing all of
   them makes a step about a third slower. The layers that keep their activations are the last ones: their
   backward comes first, so that their memory is free again when earlier layers are recomputed.
-* With ``auto_micro_batch`` more rows pass at a time, and a step has fewer passes over the same rows.
-* With ``optimizer = "auto"`` AdamW's states are in 32 bits, in one kernel, instead of 8 bits and paged.
+* With ``auto_micro_batch`` each micro-batch has more rows, so a step needs fewer micro-batches for its rows.
+* With ``optimizer = "auto"`` AdamW runs in one kernel with 32-bit states, instead of with paged 8-bit states.
 
 All three compete for the same memory, so the fastest combination is chosen by the predicted time of a step.
-The trainer chooses rows and optimizer before it loads the model, and layers for its longest batch. After an
-out-of-memory error ``runs.retry`` lowers both.
+The trainer chooses rows and optimizer before it loads the model. It chooses the number of recomputed layers
+afterwards, for the longest batch of the run. After an out-of-memory error, the optimizer has the smallest
+states, and ``runs.retry`` lowers the number of layers that keep their activations or, if there are none, the
+rows at a time.
 
 The slowdown by streamed layers or offloaded inputs follows from the same times: copies run during the
 computation, so a step takes the longer of the two. A micro-batch copies each of S streamed layers twice, in
@@ -36,7 +38,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.training_settings import RecipeOptimizer
 
 CPU_SHARE = 0.5
-"""Share of free memory that a run without a GPU may take, because other programs run there too."""
+"""Share of free memory that a run on the CPU may take, because other programs need memory too."""
 _ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward relative to its forward.
 
@@ -80,17 +82,17 @@ class StepChoice:
     estimate: Estimate
     """Memory of the run."""
     speedup: float
-    """Predicted speed relative to the recipe with its least memory: 1.2 is 20 % faster."""
+    """Predicted speed relative to the settings that need the least memory: 1.2 is 20 % faster."""
 
     @property
     def least_free_bytes(self) -> int:
-        """The least free memory in which this choice fits without being tight."""
+        """Minimum free memory for this choice to fit with a margin (``TIGHT_SHARE``)."""
         share = CPU_SHARE if self.estimate.execution.device == "cpu" else 1
         return int(self.estimate.band.high_bytes / (1 - TIGHT_SHARE) / share)
 
     @property
     def kept_layers(self) -> int:
-        """Number of layers that keep their activations although the recipe would allow to recompute them."""
+        """Number of layers that keep their activations, although the recipe allows them to be recomputed."""
         return self.kept.kept_layers if self.kept else 0
 
 
@@ -117,8 +119,8 @@ def choose_step(
     """Return the fastest choice that the recipe allows and that fits in memory.
 
     A choice fits if it leaves 5 % of the memory free at the upper end of the estimate's uncertainty range. If
-    none fits, the choice that needs the least memory is returned. The recipe is left unchanged if the
-    estimate only approximates the layers of its model, and if layers are streamed, because the memory of such
+    none fits, the choice that needs the least memory is returned. This choice is also returned if the
+    estimate only approximates the layers of the model, or if layers are streamed, because the memory of such
     a run is already too small for its weights.
 
     Args:
@@ -160,7 +162,7 @@ def choose_step(
 def _micro_batches(recipe: Recipe, device: Device) -> list[int]:
     """Return the micro-batch sizes to try, the recipe's first, then the larger divisors of a step's rows.
 
-    On a CPU only the recipe's size is tried, because more rows are not faster there.
+    Only the recipe's size is tried on a CPU, where more rows are not faster, or without ``auto_micro_batch``.
     """
     least, rows = recipe.training.micro_batch_size, recipe.effective_batch
     if device.kind == "cpu" or not recipe.training.auto_micro_batch:
@@ -202,8 +204,8 @@ def plan_kept_layers(
     """Return how many layers can keep their activations; None unless ``gradient_checkpointing`` is ``auto``.
 
     None also with streamed layers, because such a run lacks memory for its weights. The result is the largest
-    number that still fits at the upper end of the estimate's uncertainty range. No layer is kept in a family
-    whose layers the estimate only approximates.
+    number with which the upper end of the estimate's uncertainty range leaves 5 % of the memory free. No
+    layer is kept in a family whose layers the estimate only approximates.
 
     Args:
         free_bytes: memory of the device that no other process uses, including the memory of this run.
@@ -238,7 +240,7 @@ def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kep
     """Return the predicted time of an optimizer step, to compare settings of one recipe with each other.
 
     On a GPU, a micro-batch takes the longer of computing and launching its kernels, and 4-bit weights are
-    dequantized in each pass. On a CPU only the products count. Several GPUs share the passes.
+    dequantized in each pass. On a CPU only the matrix products count. Several GPUs share the micro-batches.
     """
     training, layers = recipe.training, architecture.layers
     recomputed = 0 if training.gradient_checkpointing == "off" else layers - kept_layers
@@ -263,8 +265,8 @@ def step_seconds(recipe: Recipe, architecture: Architecture, device: Device, kep
 def products_per_token(recipe: Recipe, architecture: Architecture) -> tuple[float, float]:
     """Return the multiplications per token of forward and backward, and of recomputing one layer.
 
-    A frozen weight takes part in the forward, in its recomputation, and in the gradient of its input. The
-    recomputation ends before the down projection.
+    A frozen weight takes part in the forward, in the recomputation, and in the gradient of its input. The
+    recomputation ends before the down projection, unless a norm after the MLP needs its output.
     """
     # Half of the scores are masked.
     attention = 2 * architecture.heads * architecture.head_dim * recipe.data.max_length / 2
@@ -293,14 +295,18 @@ def _norms_of_a_layer(architecture: Architecture) -> int:
 _NORMS_BEFORE_HALVES = 2
 """Number of norms of a layer that has one before each half, and none after it."""
 _FLOPS_PER_PRODUCT = 2
-"""FLOPs of a product: a multiplication and an addition."""
+"""FLOPs for each multiplication in a matrix product: the multiplication and an addition."""
 _PASSES = 2
-"""Number of times that a micro-batch needs a layer: in the forward, and in recomputation with backward."""
+"""Number of times that a micro-batch needs a layer: in the forward, then in recomputation and backward."""
 _NOTICEABLE_SLOWDOWN = 1.05
 
 
 def copied_bytes(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> int:
-    """Return the bytes that a micro-batch copies: streamed layers, and offloaded inputs twice."""
+    """Return the bytes that are copied for a micro-batch.
+
+    Streamed layers are copied in forward and backward, except the two that are still in the buffers;
+    offloaded inputs are copied to the host and back.
+    """
     size = _PASSES * _input_bytes(recipe, architecture, execution) if execution.offloads_inputs else 0
     streamed = streamed_weights(recipe, architecture, replace(execution, kept_layers=0))
     if streamed is not None:
@@ -318,7 +324,7 @@ def _input_bytes(recipe: Recipe, architecture: Architecture, execution: Executio
 def slowdown(
     recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, speed: TransferSpeed
 ) -> float:
-    """Return the time of a step with streamed layers, relative to a step with all of them on the device."""
+    """Return the time of a step with streamed layers or offloaded inputs, relative to one without copies."""
     once, again = products_per_token(recipe, architecture)
     tokens = recipe.rows_per_pass * recipe.data.max_length
     flops = _FLOPS_PER_PRODUCT * tokens * (once + architecture.layers * again)

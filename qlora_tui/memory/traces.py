@@ -36,7 +36,10 @@ class KnownTraces:
 
     @staticmethod
     def read_there() -> KnownTraces:
-        """Return the traces of the process that receives the call, for a call on another machine."""
+        """Return the traces of this process.
+
+        Traces are not sent to another machine: a process that receives a message uses its own traces.
+        """
         return known_traces()
 
     def find(
@@ -48,7 +51,7 @@ class KnownTraces:
     def with_step(
         self, recipe: Recipe, architecture: Architecture, execution: ExecutionConfig, traced: StepTrace
     ) -> KnownTraces:
-        """Return these traces with another one; the same object if it already has that trace."""
+        """Return these traces and another one as a new object; this object if it has that trace already."""
         key = _key(recipe, architecture, execution)
         if self._steps.get(key) == traced:
             return self
@@ -105,7 +108,7 @@ def traced_settings(recipe: Recipe) -> Recipe:
 
 
 def traced_execution(execution: ExecutionConfig) -> ExecutionConfig:
-    """Return the execution without the fields that change only the process and not its tensors."""
+    """Return the execution without the fields that do not change the tensors of a step."""
     return replace(execution, general_prompts=0, multiprocessors=None, cuda_libraries=False)
 
 

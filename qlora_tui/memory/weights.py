@@ -28,14 +28,14 @@ ALLOCATION_BYTES = 512
 BLOCK = 64
 """Number of weights that share one scale (``blocksize`` of Linear4bit)."""
 NESTED_BLOCK = 256
-"""Number of scales that share one scale, with double quantization."""
+"""Number of scales that share one second-level scale, with double quantization."""
 CODE_BYTES = 16 * 4
 """Bytes of the sixteen values of NF4 or FP4, which each module stores."""
 NESTED_CODE_BYTES = 256 * 4
 
 
 def quantizes(settings: Quantization, module: LinearModule) -> bool:
-    """Return whether a quantization method changes this module's weight."""
+    """Return whether this module's weight is quantized, if ``settings.method`` is not ``none``."""
     return module.quantizable and not (settings.skip and matches(settings.skip, module))
 
 
@@ -68,9 +68,9 @@ def expert_tensor_sizes(shape: tuple[int, ...], nested: bool) -> tuple[int, ...]
 
 
 PACKED_EXPERTS = ("gate_up_proj", "down_proj")
-"""Parameters of the experts that our function computes in 4 bits.
+"""Names of expert parameters in the form that our function can compute in 4 bits.
 
-Other experts stay in 16 bits, such as those of Nemotron H, which have no gate.
+Experts with other parameters stay in 16 bits, such as those of Nemotron H, which have no gate.
 """
 
 
@@ -116,9 +116,10 @@ def round_to_block(size: int) -> int:
 def frozen_weights(recipe: Recipe, architecture: Architecture, execution: ExecutionConfig) -> dict[str, int]:
     """Return the bytes of the whole base model by item, in the dtypes that it has during training.
 
-    The items are ``weights``, quantized, with their ``scales`` and code tables; ``linear``, weights and
-    biases that are not quantized; ``experts``, fused ones with their scales; and ``norms``, which includes
-    routers, convolutions and other parameters.
+    The items are ``weights`` (those that are quantized) and their ``scales``, which include code tables;
+    ``linear``, weights and biases that are not quantized; ``experts``, fused experts with their scales;
+    ``embedding``; ``head``; ``vision``; and ``norms``, which includes routers, convolutions and other
+    parameters.
     """
     method, nested = recipe.quantization.method, recipe.quantization.double_quantization
     itemsize = execution.residual_itemsize
@@ -170,7 +171,7 @@ def frozen_weights(recipe: Recipe, architecture: Architecture, execution: Execut
 SLOTS = 2
 """Number of device buffers to which streamed layers are copied in turn."""
 _MIN_DIMENSIONS = 2
-"""Number of dimensions from which a parameter moves; norms have one."""
+"""Minimum number of dimensions of a parameter that is moved to host memory; norms have one dimension."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class StreamedWeights:
 
 
 def streamed_indices(layers: int, count: int) -> tuple[int, ...]:
-    """Return ``count`` of ``layers`` layers, at equal distances.
+    """Return the indices of ``count`` layers that are evenly spaced among ``layers`` layers.
 
     A copy can then run while the layers between two streamed ones compute.
     """
@@ -229,7 +230,7 @@ def moves(architecture: Architecture, recipe: Recipe) -> frozenset[str]:
 def _weights_by_layer(
     quantization: Quantization, architecture: Architecture, execution: ExecutionConfig
 ) -> tuple[dict[str, int], ...]:
-    """Return the bytes of the weights of each layer that can move, by item of the estimate."""
+    """Return, for each layer, the bytes of its weights that can be streamed, by item of the estimate."""
     recipe = Recipe(quantization=quantization)
     by_layer = []
     for index in range(architecture.layers):

@@ -1,6 +1,7 @@
-"""Other names of settings, for which there are hints, and other spellings of values, which are accepted.
+"""Other names of settings, and other spellings of values.
 
-``aliases.toml`` has the tables: ``ALIASES``, ``RELATED`` and ``REMOVED``.
+In a recipe, another name of a setting is an error, and a hint shows the right name. Another spelling of a
+value is accepted. ``aliases.toml`` contains the tables ``ALIASES``, ``RELATED`` and ``REMOVED``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ VALUES: dict[str, dict[Any, Any]] = {
 
 
 def canonical_value(path: str, value: Any) -> Any:
-    """Return our spelling of the value of a setting ``section.key``; other values stay unchanged."""
+    """Return a value in our spelling, or unchanged if it has no other spelling.
+
+    ``path`` is ``section.key`` or, for a setting of a data source, only the key. In a list of sources, every
+    setting is converted.
+    """
     if isinstance(value, list | tuple):
         return [_canonical_table(each) if isinstance(each, Mapping) else each for each in value]
     spellings = VALUES.get(path, {})
@@ -42,7 +47,7 @@ def is_ignored(path: str, value: Any) -> bool:
 
 
 def canonical(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the layer with our spelling of every value. ``layer`` has passed validation."""
+    """Return a valid layer with all values in our spelling, and without removed settings that are ignored."""
     result: dict[str, Any] = {}
     for name, value in layer.items():
         if name not in sections() or not isinstance(value, Mapping):
@@ -66,7 +71,10 @@ def closest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str], shape: str = "{}") -> str:
-    """Return ``did you mean [lora]?``, or an empty string. ``shape`` is the format of the candidate."""
+    """Return a question such as ``did you mean [lora]?``, or an empty string if no candidate is similar.
+
+    ``shape`` formats the candidate: ``[{}]`` in this example.
+    """
     match = closest(word, candidates)
     return f"did you mean {shape.format(match)}?" if match else ""
 

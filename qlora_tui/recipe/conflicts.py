@@ -85,7 +85,9 @@ def find_conflicts(recipe: Recipe) -> list[Conflict]:
 
 
 def _preference_conflicts(recipe: Recipe) -> Iterator[tuple[bool, tuple[str, str], str, str]]:
-    """Yield each setting that may conflict with a preference method: whether it does, and the conflict."""
+    """Yield, for each setting that can conflict with a preference method: whether it does, the paths, the
+    conflict and its fix.
+    """
     method = recipe.preference_method
     settings = (
         (recipe.data.train_on == "everything", "data.train_on", 'is "everything"', '= "assistant"'),
@@ -100,7 +102,7 @@ def _preference_conflicts(recipe: Recipe) -> Iterator[tuple[bool, tuple[str, str
 
 
 def check_conflicts(recipe: Recipe) -> None:
-    """Raise UserError, exit code 2, with every conflict in the recipe."""
+    """Raise UserError, exit code 2, with all conflicts in the recipe, if there are any."""
     conflicting = find_conflicts(recipe)
     if not conflicting:
         return

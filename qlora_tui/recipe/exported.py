@@ -1,7 +1,8 @@
-"""Exports recipes to other trainers: a config for axolotl, or a script with transformers, peft and trl.
+"""Exports recipes to other trainers: a config for axolotl, or a script that uses transformers, peft and trl.
 
-The keys are those under ``writes`` in ``trainers.toml``, whose rules are applied in reverse; this module
-writes settings that need more than one key. Settings without a counterpart are reported.
+``writes`` in ``trainers.toml`` lists the keys to write. Their values come from the rules for imports, applied
+in reverse. The code in this module writes settings that need more than one key. Settings without a
+counterpart are reported.
 :mod:`qlora_tui.data.written_rows` writes the rows to files next to the config.
 """
 
@@ -30,7 +31,10 @@ _TRAINERS = {
     "orpo": ("trl.experimental.orpo", "ORPO"),
     "simpo": ("trl.experimental.cpo", "CPO"),
 }
-"""Module and prefix of TRL's trainer for each preference method."""
+"""For each preference method, the module of TRL's trainer and the prefix of its class names.
+
+``None`` stands for supervised fine-tuning.
+"""
 _NOT_LEARNED = {
     "name",
     "note",
@@ -55,7 +59,10 @@ _NOT_LEARNED = {
     "training.task_prompts",
     "training.report_to",
 }
-"""Settings that the written rows already include, or that do not change what is learned."""
+"""Settings that are never reported as left out.
+
+The written rows or the code below reflect them, or they do not change what is learned.
+"""
 _AXOLOTL_PAIRS = {"type": "chat_template.default", "field_messages": "prompt"}
 
 
@@ -66,7 +73,7 @@ _IN_SCRIPT = {
     "quantization.compute_dtype",
     "training.warmup_ratio",
 }
-"""Settings that a script has in other places than a key's value."""
+"""Settings that a script specifies outside the arguments that ``trainers.toml`` lists, or does not need."""
 
 
 class ExportedRecipe(Struct, frozen=True):
@@ -192,7 +199,10 @@ class _Export:
     # -- settings
 
     def _keys(self, call: str) -> dict[str, Any]:
-        """Return the keys of one call with their values."""
+        """Return the keys that ``writes`` lists for ``call``, with their values.
+
+        Their settings are marked as written.
+        """
         keys = {}
         for name in self._trainer.writes[call]:
             key = name.rstrip("?")
@@ -211,7 +221,7 @@ class _Export:
         return keys
 
     def _method_keys(self, beta: str, simpo: str) -> dict[str, Any]:
-        """Return the keys of a preference method; empty for a run on answers alone."""
+        """Return the keys that set up the preference method; empty for a recipe without one."""
         recipe = self._recipe
         self._written |= {"training.preference_beta", "training.simpo_gamma"}
         if (traits := recipe.preference_traits) is None:

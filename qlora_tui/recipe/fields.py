@@ -1,4 +1,4 @@
-"""Settings of a recipe or another struct as data, for forms, ``--set``, comparisons and reference."""
+"""Settings of a recipe or another struct as data for forms, ``--set``, comparisons and the reference page."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
     "quantization.streamed_layers",
     "training.gpus",
 )
-"""Settings that change no training step. They are about reports, saving, and the use of memory."""
+"""Settings that do not change what a training step computes.
+
+They concern names, evaluations, checkpoints, when to stop, and the use of memory and GPUs.
+"""
 DESCRIPTIVE = frozenset(("name", "note"))
 """Settings that describe the recipe without affecting the run."""
 
@@ -112,7 +115,7 @@ class Field(Struct, frozen=True, kw_only=True):
         return match[1] if match else ""
 
     def describe(self, value: Any) -> str:
-        """Format a value for people. A 0 with a meaning of its own is that meaning: ``no limit``."""
+        """Format a value for people. A 0 with a special meaning is written as that meaning: ``no limit``."""
         is_zero = value == 0 and not isinstance(value, bool)
         return (self.zero_meaning if is_zero else "") or format_value(value)
 
@@ -176,15 +179,15 @@ def sections() -> tuple[str, ...]:
 
 
 def setting_name(path: str) -> str:
-    """Return the name of a setting within a sentence: ``learning rate`` for ``training.learning_rate``."""
+    """Return a setting's name for use within a sentence: ``learning rate`` for ``training.learning_rate``."""
     return uncapitalize(fields()[path].label)
 
 
 def name_settings(text: str) -> str:
-    """Replace each setting's path in a text for people by the label that forms show: ``Lower Learning rate``
-    for ``Lower training.learning_rate`` and for ``Lower Learning rate (training.learning_rate)``.
+    """Replace the path of each setting in ``text``, which people read, with the label that forms show.
 
-    Paths in commands, such as ``--set lora.rank=8``, are kept.
+    ``Lower training.learning_rate`` and ``Lower Learning rate (training.learning_rate)`` both become
+    ``Lower Learning rate``. Paths in commands, such as ``--set lora.rank=8``, are kept.
     """
 
     def name(match: re.Match[str]) -> str:
@@ -195,9 +198,10 @@ def name_settings(text: str) -> str:
 
 
 def label_settings(text: str) -> str:
-    """Write each setting's path in a text for people after the label that forms show, if it is not already:
-    ``Epochs (training.epochs) must be above 0`` for ``training.epochs must be above 0``. Later in the text,
-    the label stands alone.
+    """Add the label that forms show to the path of each setting in ``text``, which people read.
+
+    ``training.epochs must be above 0`` becomes ``Epochs (training.epochs) must be above 0``. Where a path
+    occurs again, it is replaced with the label.
     """
     seen = set[str]()
 

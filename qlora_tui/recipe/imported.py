@@ -2,7 +2,8 @@
 
 Files are parsed and never run. ``aliases.toml`` and ``trainers.toml`` define the meaning of each key; this
 module finds the keys, and converts settings that need more than one key: quantization, data and steps. Keys
-without a counterpart are reported with their values, and a file that trains something else is refused.
+without a counterpart are reported with their values. A file that trains something that a recipe cannot
+describe is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class _Call(NamedTuple):
     name: str
     positional: tuple[Any, ...]
     keywords: dict[str, Any]
-    """The arguments: plain values, with the script's constants substituted, or an :class:`Expression`."""
+    """The keyword arguments: each is a plain value, with the script's constants substituted, or an
+    :class:`Expression`.
+    """
 
 
 def _calls_of(text: str, names: Collection[str]) -> Iterator[_Call]:
@@ -168,7 +171,10 @@ def _mapping(text: str, path: Path) -> dict[str, Any]:
 
 
 def _flattened(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys that are set; keys in a table that has rules for them as ``table.key``."""
+    """Yield the keys whose value is not None, with their values.
+
+    A key in a table is yielded as ``table.key`` if any trainer has rules for keys of that table.
+    """
     for key, value in mapping.items():
         if value is None:
             continue
@@ -180,7 +186,7 @@ def _flattened(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _trainer_state(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's state of training.
+    """Read the number of epochs and the batch size from a checkpoint's ``trainer_state.json``.
 
     ``training_args.bin`` is a pickle, and is never read.
     """
@@ -189,7 +195,7 @@ def _trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def _json_table(path: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no file."""
+    """Read a JSON object; empty if the file cannot be read or contains anything else."""
     try:
         table = json.loads(read_regular(path, _MAX_BYTES))
     except (OSError, ValueError, RecursionError):
@@ -311,7 +317,10 @@ class _Import:
             self._pop(key)
 
     def _read_targets(self) -> None:
-        """Determine the modules that LoRA adapts; a regular expression has no counterpart."""
+        """Determine the modules that LoRA adapts, and whether embedding and head are trained too.
+
+        A regular expression of modules has no counterpart.
+        """
         self._read_if_set("lora_target_linear")
         for key in ("lora_target_modules", "lora_target", "target_modules", "peft_config.target_modules"):
             if not (value := self._pop(key)):
@@ -337,7 +346,10 @@ class _Import:
                 self._leave_out(key, value, why)
 
     def _read_steps(self) -> None:
-        """Determine batch, warmup and intervals, some of which are counted in other units."""
+        """Determine gradient accumulation, warmup, and the intervals of checkpoints and evaluations.
+
+        Values in units that a recipe does not have are left out, as is a number of validation rows.
+        """
         if total := self._pop("batch_size"):
             rows = self._keys.get("micro_batch_size")
             if isinstance(total, int) and isinstance(rows, int) and rows > 0:
@@ -543,7 +555,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _written(value: Any) -> str:
-    """Return a value as the table spells it: ``true``, ``adamw_torch``."""
+    """Return a value as ``trainers.toml`` spells it: ``true``, ``adamw_torch``."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -565,7 +577,10 @@ def shown(value: Any, longest: int = _LONGEST_VALUE) -> str:
 
 
 def _as_kind(value: Any, setting: str) -> Any:
-    """Return a number in the setting's number type. YAML reads ``2e-5`` as text."""
+    """Convert a number, or the text of one, to the type of the setting. Other values stay unchanged.
+
+    Texts are converted because YAML reads ``2e-5`` as text.
+    """
     kind = fields()[setting].kind
     if kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:

@@ -1,4 +1,4 @@
-"""Builds a recipe from layers, defaults < preset < the user's file < ``--set``, with absolute paths."""
+"""Builds a recipe from layers (defaults < preset < the user's file < ``--set``); makes paths absolute."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def build_recipe(
     model: str | None = None,
     data: Sequence[str] = (),
 ) -> Recipe:
-    """Build the recipe of a command line and check it, conflicts included.
+    """Build a recipe from the arguments of a command, and check it, including for conflicts.
 
-    ``layer`` is a layer that has already been checked; it overrides the file. ``sets`` are
-    ``section.key=value``; ``model`` and ``data`` set ``model.id`` and ``data.sources``, which ``--set``
-    overrides. Each layer is checked against its own origin, so that an error names the file or the argument.
-    Raises UserError, exit code 2. See also ``conflicts.require_runnable``.
+    ``layer`` has already been checked; it overrides ``file``. ``model`` and ``data`` set ``model.id`` and
+    ``data.sources``, and a model other than the file's resets ``model.revision`` to ``main``. ``sets`` has
+    ``section.key=value`` arguments, which override everything else. Each layer is checked separately, so that
+    an error names the file or the argument. Raises UserError, exit code 2. See also
+    ``conflicts.require_runnable``.
     """
     recipe: dict[str, Any] = {}
     if preset is not None:
@@ -59,11 +60,11 @@ def merge_layers(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str
 
 
 def parse_override(argument: str) -> dict[str, Any]:
-    """Parse and check one ``section.key=value`` into a layer.
+    """Parse one ``section.key=value`` into a layer, and check it. Raises InvalidRecipeError if it is invalid.
 
-    The value is TOML, but needs no quotes: ``training.lr_scheduler=linear``. A list of target modules may be
-    comma-separated, and so may ranks by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list needs brackets,
-    or is read as a single item. Raises InvalidRecipeError.
+    The value is TOML, but a text needs no quotes: ``training.lr_scheduler=linear``. Target patterns can be
+    comma-separated, and so can ranks or alphas by pattern: ``q_proj=32,8-23.v_proj=8``. Any other list
+    without brackets is read as a single item.
     """
     layer, issues = _parse_set(argument)
     if issues:
@@ -105,7 +106,7 @@ def _check_text(origin: str, path: str, text: str) -> list[RecipeIssue]:
 
 
 def _check_utf8(origin: str, path: str, text: str) -> list[RecipeIssue]:
-    """Report shell arguments that are not valid UTF-8, which a recipe cannot hold."""
+    """Return an issue if an argument is not valid UTF-8, because a recipe cannot contain such text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -158,7 +159,10 @@ def _printable(text: str) -> str:
 
 
 def _parse_value(field: Field, raw: str) -> Any:
-    """Parse ``raw`` as TOML if it is valid, else as bare text."""
+    """Parse the value of a ``--set`` argument: TOML, or a short form that :func:`parse_override` describes.
+
+    Text that is not TOML is returned as it is.
+    """
     match field.kind:
         case "text" | "choice":
             return _parse_toml_value(raw) if raw[:1] in ("'", '"') else raw

@@ -19,15 +19,15 @@ class PreferenceTraits:
     label: str
     """Name of the method, such as ``SimPO``."""
     effect: str
-    """What the model learns, for a list of methods."""
+    """Short description of what the model learns, which is shown in lists of methods."""
     default_beta: float
     """The β of the method's paper."""
     rates_answers: bool = False
     """Whether a sample is one answer that is good or bad, instead of a pair of answers."""
     uses_reference: bool = False
-    """Whether rewards are relative to the model before training. If so, each step also computes that model.
+    """Whether rewards are relative to a reference, which is the model before training.
 
-    All rewards are then 0 before training.
+    If so, each step also runs a forward pass of the reference, and all rewards start at 0.
     """
     has_margin: bool = False
     """Whether ``training.simpo_gamma`` separates the rewards of a pair."""

@@ -54,9 +54,10 @@ class Preset(Struct, frozen=True, kw_only=True):
         return {key: value for key, value in self.layer.items() if key not in DESCRIPTIVE}
 
     def recipe(self, current: Recipe | None = None) -> Recipe:
-        """Build the preset over the defaults, with model, first adapter, data, name and note of ``current``.
+        """Build a recipe from the preset over the defaults. Raises the preset's problem, if it has one.
 
-        Raises the preset's problem.
+        If ``current`` is given, the recipe has its model ID, revision, starting adapter, data files, name and
+        note.
         """
         recipe = toml.to_recipe(self.settings(), str(self.path))
         if current is None:
@@ -79,7 +80,10 @@ class PresetSnapshot(Struct, frozen=True):
 
 
 def list_presets() -> list[Preset]:
-    """Return all presets by name. Never raises: an unreadable preset has a ``problem``."""
+    """Return all presets, sorted by name, without shipped ones that a user's preset hides.
+
+    Never raises: an unreadable preset has a ``problem``.
+    """
     by_name: dict[str, Preset] = {}
     for folder, shipped in ((paths.shipped_dir("presets"), True), (_user_dir(), False)):
         for path in sorted(folder.glob("[!.]*.toml")) if folder else ():
@@ -89,8 +93,9 @@ def list_presets() -> list[Preset]:
 
 
 def find_preset(name: str) -> Preset:
-    """Return the preset with this name, even if the preset is invalid. Raises UserError, which suggests a
-    similar name, if there is none.
+    """Return the preset with this name, even if the preset is invalid.
+
+    If there is no such preset, raises UserError, which suggests a similar name if there is one.
     """
     by_name = {preset.name: preset for preset in list_presets()}
     if name in by_name:
@@ -107,8 +112,8 @@ def find_preset(name: str) -> Preset:
 def save(name: str, recipe: Recipe, *, note: str = "", overwrite: bool = False) -> Path:
     """Save the settings in which ``recipe`` differs from the defaults as a preset; return its path.
 
-    Model ID, revision, first adapter and data files are left out, because a preset applies to any model and
-    data. The file is replaced in one step.
+    Model ID, revision, starting adapter and data files are left out, because a preset applies to any model
+    and data. The file is replaced in one step.
 
     Raises OverwriteError, without ``overwrite``, if the existing file is not as the app wrote it. Raises
     UserError if the name is not a valid file name or the recipe is not valid, and for a disk error.
@@ -180,7 +185,7 @@ def _read_preset(path: Path, shipped: bool) -> Preset:
 
 
 def _of_model(recipe: Recipe, other: Recipe, name: str, note: str) -> Recipe:
-    """Return the recipe with model, first adapter and data of another recipe."""
+    """Return the recipe with this name and note, and with model, starting adapter and data of another."""
     replace = msgspec.structs.replace
     model, data = other.model, other.data
     return replace(

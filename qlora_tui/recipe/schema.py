@@ -23,10 +23,13 @@ ALL_LINEAR = "all-linear"
 Thinking = Literal["auto", "on", "off"]
 """Thinking mode.
 
-``auto`` turns thinking on for a training row that has reasoning; for a prompt it is the template's default.
+For a training row, ``auto`` means ``on`` if an answer has reasoning, and otherwise ``off`` if the template
+can turn thinking off. For a prompt that the model answers, ``auto`` means the template's default.
 """
 Preferences = Literal["refuse", "chosen", PreferenceMethod]
-"""How a run uses preference data; a method trains on it."""
+"""How a run uses preference data: it refuses to train, trains on the chosen answers only, or trains with a
+preference method.
+"""
 
 
 class Model(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -348,7 +351,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def effective_batch(self) -> int:
-        """Sequences per optimizer step; if pairs are trained, a sequence holds both sides."""
+        """Sequences per optimizer step. If the run trains on pairs, one sequence contains both answers of
+        each of its pairs.
+        """
         return self.training.micro_batch_size * self.training.gradient_accumulation
 
     @property
@@ -358,18 +363,18 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def preference_method(self) -> PreferenceMethod | None:
-        """The method that trains on preferences; None if the run trains on answers alone."""
+        """The preference method; None for any other run, such as supervised fine-tuning."""
         choice = self.data.preferences
         return None if choice == "refuse" or choice == "chosen" else choice
 
     @property
     def trains_pairs(self) -> bool:
-        """Whether a sample of the run is a pair of sequences."""
+        """Whether the run trains on pairs of a chosen and a rejected answer."""
         return self.data.preferences in PAIR_METHODS
 
     @property
     def preference_traits(self) -> PreferenceTraits | None:
-        """The requirements of the preference method; None if the run trains on answers alone."""
+        """The traits of the preference method; None for a run without one."""
         method = self.preference_method
         return None if method is None else PREFERENCE_TRAITS[method]
 
@@ -381,7 +386,9 @@ class Recipe(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def keeps_starting_adapter(self) -> bool:
-        """Whether the run compares its answers with those of the adapter from which it started."""
+        """Whether the adapter that the run starts from is kept, because its preference method needs it as the
+        reference.
+        """
         traits = self.preference_traits
         return bool(self.lora.init_from) and traits is not None and traits.uses_reference
 

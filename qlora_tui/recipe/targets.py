@@ -12,8 +12,8 @@ A pattern is one of
 Modules of a vision tower are matched only by their full name, because fine-tuning on text gives them no
 gradient, and their layers are numbered separately.
 
-The LoRA screen turns check boxes into patterns (:func:`to_patterns`) and back (:func:`match_modules`); memory
-and training use :func:`match_modules`.
+The LoRA screen turns check boxes into patterns (:func:`to_patterns`) and back (:func:`match_modules`).
+Memory estimates and training use :func:`resolve_targets`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def match_modules(
 ) -> list[ModuleT]:
     """Return the modules that the patterns match, in the model's order.
 
-    Raises UserError if a pattern matches nothing: an unknown kind, or layers the model does not have.
+    Raises UserError if a pattern matches nothing, such as an unknown name or layers that the model lacks.
     """
     parsed = [_parse_matching(pattern, modules, setting) for pattern in patterns]
     return [module for module in modules if any(pattern.matches(module) for pattern in parsed)]
@@ -128,8 +128,8 @@ def match_modules(
 def resolve_targets(lora: Lora, modules: Sequence[ModuleT]) -> list[ModuleT]:
     """Return the modules that get an adapter.
 
-    Raises UserError if a pattern matches nothing, or if it selects experts with an adapter that peft does not
-    support for them.
+    Raises UserError if a pattern of targets, ranks or alphas matches nothing. Also raises UserError if
+    experts are selected and dropout or DoRA is set, which peft does not support for experts.
     """
     for setting, patterns in zip(SETTINGS[1:], ([*lora.rank_pattern], [*lora.alpha_pattern]), strict=True):
         for pattern in patterns:
@@ -152,7 +152,7 @@ def _check_settings_of_experts(lora: Lora) -> None:
 
 
 def rank_of(lora: Lora, module: Module) -> int:
-    """Return the rank that a module's adapter has if the module gets one."""
+    """Return the rank that a module's adapter would have, whether or not the module is a target."""
     return _pattern_value(lora.rank_pattern, lora.rank, module)
 
 
@@ -163,7 +163,7 @@ def format_rank(lora: Lora) -> str:
 
 
 def alpha_of(lora: Lora, module: Module) -> float:
-    """Return the alpha that a module's adapter has if the module gets one."""
+    """Return the alpha that a module's adapter would have, whether or not the module is a target."""
     return _pattern_value(lora.alpha_pattern, lora.alpha, module)
 
 
@@ -178,7 +178,7 @@ def assign_pattern_values(
     number: NumberT,
     modules: Sequence[Module],
 ) -> dict[str, NumberT]:
-    """Return short patterns that assign ``number`` to the named modules and otherwise keep ``table``.
+    """Return a table of short patterns: ``number`` for the named modules, the values of ``table`` for others.
 
     ``default`` is the value of a module without a pattern.
     """
@@ -201,9 +201,10 @@ def _parse_matching(text: str, modules: Sequence[Module], setting: str) -> _Patt
 def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tuple[str, ...]:
     """Return short patterns that select exactly the named modules; empty if none is named.
 
-    Whole kinds and ranges of layers become one pattern each; only modules that share kind and layer with an
-    unselected module are written with their full name. Returns the shorter of two forms, with and without
-    ``all-linear`` over the layers that are selected completely.
+    Whole kinds, and ranges of layers of a kind, become one pattern each. Full names are written only for
+    modules of a vision tower, for modules outside layers, and for modules that share kind and layer with an
+    unselected module. Returns the shorter of two forms: with and without ``all-linear`` for the layers that
+    are selected completely.
     """
     chosen = set(selected_names)
     language = [module for module in modules if module.part not in ("vision", "expert")]
@@ -218,7 +219,7 @@ def to_patterns(selected_names: Iterable[str], modules: Sequence[Module]) -> tup
 
 
 def split_patterns(text: str) -> list[str]:
-    """Split a comma-separated list; layers alone are not an item: ``0-3,7.q_proj,k_proj`` has two."""
+    """Split a list of patterns at commas, except between layers: ``0-3,7.q_proj,k_proj`` has two items."""
     patterns: list[str] = []
     for piece in text.split(","):
         if patterns and _ONLY_LAYERS.fullmatch(patterns[-1].rpartition(",")[2]):
@@ -229,7 +230,7 @@ def split_patterns(text: str) -> list[str]:
 
 
 class _Grid:
-    """The language model's modules by kind and layer, and which of these cells are completely selected."""
+    """Modules in a grid with a cell for each kind and layer, and which cells are completely selected."""
 
     def __init__(self, modules: Sequence[Module], chosen: set[str]):
         self._cells: dict[str, dict[int | None, list[Module]]] = {}

@@ -1,4 +1,4 @@
-"""Reads and writes recipes as TOML: from a file or text to a layer, from a layer to a recipe, and to text.
+"""Reads and writes TOML: converts a file or text to a layer, a layer to a recipe, and a recipe to text.
 
 A layer is a partial recipe as nested dicts, as ``tomllib`` returns it. ``load`` checks the layer that it
 reads; :mod:`.layering` merges layers.
@@ -42,8 +42,8 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 def load(path: Path) -> dict[str, Any]:
     """Load and check the layer in a file.
 
-    Raises UserError, exit code 2, if the file cannot be read or is not TOML, and InvalidRecipeError with
-    every error and its line otherwise.
+    Raises UserError, exit code 2, if the file cannot be read or is not TOML. Raises InvalidRecipeError, with
+    every error and its line, if a setting is invalid.
     """
     text = read_text(path)
     layer = parse(text, str(path))
@@ -100,9 +100,10 @@ def parse(text: str, origin: str) -> dict[str, Any]:
 
 
 def validate(layer: Mapping[str, Any], origin: str, text: str | None = None) -> None:
-    """Raise InvalidRecipeError with every error in the layer.
+    """Raise InvalidRecipeError with all errors in the layer, if there are any.
 
-    ``origin`` is the file or argument that messages name; with the parsed ``text``, they name lines too.
+    ``origin`` is the file or argument that messages name. If ``text``, from which the layer was parsed, is
+    given, messages name lines too.
     """
     issues = find_issues(layer, origin)
     if issues:
@@ -116,10 +117,10 @@ def to_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
 
 
 def to_frozen_recipe(layer: Mapping[str, Any], origin: str = "recipe") -> Recipe:
-    """Build the recipe of a run from its file, which has every setting of the version that wrote the file.
+    """Build the recipe of a run from the layer in the run's recipe file.
 
-    If a setting is missing, that version did not have it; :data:`BEFORE` has the equivalent value. Raises
-    InvalidRecipeError.
+    The file has every setting of the version that wrote it. If a setting is missing, that version did not
+    have it. Its value is then the one in :data:`BEFORE`, or the default. Raises InvalidRecipeError.
     """
     complete = dict(layer)
     for path, value in BEFORE.items():
@@ -137,7 +138,7 @@ def to_layer(recipe: Recipe) -> dict[str, Any]:
 
 
 def dump(recipe: Recipe, comments: bool = False) -> str:
-    """Write every setting as TOML; with ``comments``, after its help, bounds and memory effect."""
+    """Return all settings as TOML. ``comments`` adds the help, valid values and memory effect of each."""
     text = tomli_w.dumps(to_layer(recipe))
     return _commented(text) if comments else text
 
@@ -157,7 +158,7 @@ def override_layer(recipe: Recipe, base: Recipe) -> dict[str, Any]:
 
 
 def dump_overrides(recipe: Recipe, base: Recipe) -> str:
-    """Write the settings in which ``recipe`` differs from ``base`` as TOML; empty if they are equal."""
+    """Return TOML of the settings in which ``recipe`` differs from ``base``; empty if they are equal."""
     return tomli_w.dumps(override_layer(recipe, base))
 
 

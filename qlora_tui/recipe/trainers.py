@@ -26,7 +26,10 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     why: str = ""
     """Why the key, or a value outside ``values``, has no counterpart."""
     refuse: str = ""
-    """What a file with this key trains instead; such a file is not imported."""
+    """What a file trains if it sets this key to a value in neither ``off`` nor ``values``.
+
+    Such a file is not imported. Empty if the value is only left out.
+    """
     same_as: str = ""
     """Another key with the same rule."""
 
@@ -87,7 +90,10 @@ class LeftOut(Struct, frozen=True):
 
 
 def rule_of(trainer: Trainer, key: str) -> Rule | None:
-    """Return the rule for a trainer's key; None if the key is unknown."""
+    """Return the rule for a trainer's key.
+
+    None if the key is unknown, or if it does not change what is learned.
+    """
     rules = TABLES.keys | trainer.keys
     rule = rules.get(key)
     if rule is None:
@@ -102,7 +108,7 @@ def rule_of(trainer: Trainer, key: str) -> Rule | None:
 
 
 def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys that contain a dot as nested tables."""
+    """Return all keys and values, with keys that contain a dot in nested tables."""
     tables: dict[str, Any] = {}
     for key, value in keys.items():
         table, _, inner = key.rpartition(".")

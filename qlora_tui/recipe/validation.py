@@ -1,7 +1,8 @@
 """Finds every error in a layer, with its line: unknown keys, wrong types, bad values and bad patterns.
 
 ``tomllib`` does not report line numbers. To find them, this module scans texts that ``tomllib`` has accepted
-for table headers and ``key =``; if the scan misses a key, its errors have no line.
+for table headers and ``key =``. If the scan misses a key, an error in it has the line of the closest
+enclosing table, if that is known.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class RecipeIssue(Struct, frozen=True):
     origin: str
     """The file, or the argument such as ``--set lora.rank=x``."""
     path: str
-    """Path of the setting, ``lora.rank``; empty if the error is not in a single setting."""
+    """Path of the setting or section as written, such as ``lora.rank``; empty if an argument names none."""
     message: str
     """The error: ``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
     hint: str = ""
@@ -255,7 +256,7 @@ def _hint_for_value(field: Field, value: Any) -> str:
 
 
 def _unquoted(text: str) -> Any:
-    """Return the value of ``text`` without quotes; None if it would not be valid TOML."""
+    """Return the TOML value that ``text`` would be in lower case, without quotes; None if it is not one."""
     try:
         table = tomllib.loads(f"value = {text.lower()}")
     except (ValueError, RecursionError):
@@ -272,7 +273,7 @@ def _fits(field: Field, value: Any) -> bool:
 
 
 def describe_value(value: Any) -> str:
-    """Format an invalid value as in the file, shortened."""
+    """Describe an invalid value: a short form of the value, or its kind, such as ``a list``."""
     match value:
         case bool():
             return "true" if value else "false"

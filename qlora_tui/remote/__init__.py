@@ -1,4 +1,4 @@
-"""Another box: the app and the commands here, the runs on another machine, over the user's own ssh.
+"""Work on another machine, a box: the app and commands run here, and runs train there, over the user's ssh.
 
 ssh       finds ssh and the program on the box, opens channels through one connection, sends files
 messages  the lines that app and box exchange, and how values of this program become JSON

@@ -1,8 +1,8 @@
-"""Decorators for functions that concern the machine that trains, which are called on the box if there is one.
+"""Decorators for functions that read or change the machine that trains.
 
 Without a box, a decorated function runs on this machine. With a box, it is called there by its import path,
-with arguments and result as JSON. Does not import the ssh modules, because every reader of runs imports this
-module.
+with arguments and result as JSON. This module does not import the ssh modules, because every reader of runs
+imports this module.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def current() -> Link | None:
 
 
 def use(link: Link | None) -> None:
-    """Call decorated functions on this box from now on; with None, on this machine again."""
+    """From now on, call decorated functions on the box of ``link``, or on this machine if it is None."""
     _links[:] = [] if link is None else [link]
 
 
 def refuse_on_box(title: str, command: str) -> None:
-    """Raise UserError in an app that works on a box, for an action that only a command on the box can do.
+    """Raise UserError if the app works on a box, for an action that is then available only as a command.
 
     Args:
-        title: Name of the rejected action.
+        title: Title of the error, such as ``Sweeps cannot be started from here``.
         command: The command without ``qlora-tui``, such as ``export gguf RUN OUT``.
     """
     if (link := current()) is not None:
@@ -51,15 +51,15 @@ def refuse_on_box(title: str, command: str) -> None:
 
 
 def at_box(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function to be called on the box, if any, because it reads the training machine."""
+    """Decorate a function that inspects the machine that trains: it is called on the box, if there is one."""
     return _marked(function, changes=False)
 
 
 def at_box_once(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function whose result never changes: it is called on the box, if there is one, and cached.
+    """Decorate a function that always returns the same result for the same arguments.
 
-    The cache is by arguments. While the box does not respond, the function runs on this machine, and this
-    result is not cached.
+    If there is a box, the function is called there, and the result is cached. If that fails, for example
+    because the box does not respond, the function runs on this machine, and the result is not cached.
     """
 
     @wraps(function)

@@ -1,7 +1,7 @@
 """The connection of an app to its box: keeps the mirror up to date, and calls functions on the box.
 
-If the connection drops, the link reconnects automatically and repeats the requests without a reply. The box
-executes each request once.
+If the connection drops, the link reconnects automatically and repeats the requests that have no reply yet.
+The box executes a request that changes something only once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PING_S = 2.0
 _SILENT_S = 20.0
 """Seconds without a message from the box after which the connection is closed."""
 _UNCONFIRMED_S = 5.0
-"""Seconds that a caller, such as a key press, waits for a box that fell silent after the request."""
+"""Seconds for which a call waits for a box that has stopped responding. A key press may wait for the call."""
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 15.0
 """Maximum seconds between two attempts to connect."""
@@ -80,13 +80,16 @@ class Link:
         self._channel: Channel | None = None
         self._requests: dict[str, _Request] = {}
         self._sent: dict[str, tuple[Stamp, str]] = {}
-        """Stamp and path on the box of data that was sent, by its path on this machine."""
+        """For data that the box has, by its path on this machine: the stamp, and the path on the box."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._first_pass = threading.Event()
 
     def open(self, wait_s: float = 10.0) -> None:
-        """Connect, with prompts of ssh at the terminal, and wait for the list of runs. Raises UserError."""
+        """Connect, and wait at most ``wait_s`` seconds until the mirror has all runs of the box.
+
+        ssh may prompt at the terminal. Raises UserError.
+        """
         channel = self.box.open_program("store", "stream")
         # From now on, the app uses the terminal.
         self.box = replace(self.box, asks=False)
@@ -211,7 +214,10 @@ class Link:
         return _with_paths(encoded, pairs | {self._hello.state_dir: str(self._state_dir)})
 
     def send_data(self, value: object) -> None:
-        """Send the data files on this machine that data sources in ``value`` name. Raises UserError."""
+        """Send the data files on this machine that ``value`` refers to as data sources or validation file.
+
+        Files that the box has already are not sent again. Raises UserError.
+        """
         for path in dict.fromkeys(_data_paths(value)):
             local = Path(path).expanduser()
             if "/" not in path or not local.exists() or local.is_relative_to(self._state_dir / "runs"):
@@ -229,8 +235,10 @@ class Link:
                 self.sending = ""
 
     def _check_same(self, path: str, local: Path) -> None:
-        """Raise UserError if the local file at the path of a run's data differs from the box's copy. The
-        local file is never sent in that case.
+        """Raise UserError if the file at ``path`` is not the same on this machine and on the box.
+
+        A run on the box names this path. Such a local file is never sent, because a box must not choose which
+        files are sent to it.
         """
         hash_there = self.call(uploads.data_hash, (path,), {}, changes=False)
         if hash_there != uploads.data_hash(str(local)):
@@ -249,7 +257,7 @@ class Link:
         return show
 
     def start_job(self, job: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """Start a job on the box that outlives the connection. Its messages arrive on ``stdout``.
+        """Start a job on the box. It continues if the connection drops. Its messages arrive on ``stdout``.
 
         Raises UserError.
         """
@@ -272,7 +280,10 @@ class Link:
         return self.box.program_argv("store", "engine")
 
     def _run(self, channel: Channel) -> None:
-        """Follow the box until the app ends, and reconnect whenever the connection drops."""
+        """Apply the box's messages until the link is closed, and reconnect whenever the connection drops.
+
+        Ends early if a message of the box is refused.
+        """
         pause_s = _FIRST_WAIT_S
         while not self._closed.is_set():
             began = time.monotonic()
@@ -305,7 +316,10 @@ class Link:
                     self.problem = error
 
     def _follow(self, channel: Channel) -> None:
-        """Apply the messages of the box until the connection ends. Raises OSError and MsgspecError."""
+        """Apply the messages of the box until the connection ends.
+
+        Raises OSError, MsgspecError, and UserError for a message that is refused.
+        """
         self._heard_at = time.monotonic()
         channel.write(messages.line(Known(self._mirror.known())))
         while line := channel.output.readline(messages.LONGEST_LINE_BYTES):
@@ -409,7 +423,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _data_paths(value: object) -> Iterator[str]:
-    """Yield the paths that data sources in a value name."""
+    """Yield the paths of all data sources and validation files in a value."""
     if isinstance(value, Source):
         yield value.path
     elif isinstance(value, Data) and value.validation_path:

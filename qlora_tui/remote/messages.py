@@ -1,7 +1,7 @@
 """The messages between an app and its box, one JSON object per line, and the conversion of values to JSON.
 
-The app begins with :class:`Known`. The box responds with :class:`Hello`, then sends the files that the app
-lacks, and from then on changes. A :class:`Call` has an id, so that the box executes a call that changes
+The app begins with :class:`Known`. The box responds with :class:`Hello`, sends the files that the app lacks,
+and then sends every change. A :class:`Call` has an id, so that the box executes a call that changes
 something only once, even if the app sends it again.
 """
 
@@ -22,7 +22,10 @@ from qlora_tui.errors import UserError
 LONGEST_LINE_BYTES = 64 << 20
 _PACKAGE = "qlora_tui."
 READ_THERE = "read_there"
-"""Method with which the box creates an argument that describes its machine; it is not sent."""
+"""Name of the method with which the box creates an argument that describes its machine.
+
+Such an argument is not sent.
+"""
 
 
 class KnownFile(Struct, frozen=True, array_like=True):
@@ -34,7 +37,10 @@ class KnownFile(Struct, frozen=True, array_like=True):
     mtime_ns: int
     """Modification time on the box, in nanoseconds since the Unix epoch."""
     end_crc: int
-    """CRC-32 of the file's last bytes, which shows whether the file can be continued."""
+    """CRC-32 of the last bytes of a growing file; 0 for other files.
+
+    It shows whether new bytes can be appended to the app's copy.
+    """
 
 
 class Known(Struct, frozen=True, tag="known"):
@@ -56,7 +62,7 @@ class Call(Struct, frozen=True, tag="call"):
 
 
 class Ping(Struct, frozen=True, tag="ping"):
-    """A sign that the app is alive. Without one for a minute, the box closes the connection."""
+    """A sign that the app is alive. If no message arrives for a minute, the box closes the connection."""
 
 
 ToBox: TypeAlias = Known | Call | Ping
@@ -70,14 +76,20 @@ class Hello(Struct, frozen=True, tag="hello"):
 
 
 class Piece(Struct, frozen=True, tag="piece"):
-    """Content of a file: some bytes of a growing file, or all bytes of any other file."""
+    """Content of a file: the next bytes of a growing file, or all bytes of any other file.
+
+    ``data`` is empty if the content stays on the box.
+    """
 
     path: str
     offset: int
     data: bytes
     mtime_ns: int
     size: int
-    """Size of the file including these bytes. Larger than the data if the content stays on the box."""
+    """Size of a growing file up to the end of these bytes.
+
+    For any other file, its full size, even if its content stays on the box.
+    """
 
 
 class Gone(Struct, frozen=True, tag="gone"):
@@ -154,7 +166,11 @@ def result_type(function: Callable[..., object]) -> Any:
 
 
 def call_function(name: str, encoded: msgspec.Raw) -> msgspec.Raw:
-    """Call a function of this program by its import path. Raises its exceptions, and UserError."""
+    """Call a function of this program by its import path, and return the result as JSON.
+
+    Raises the function's exceptions, ValueError for a function outside this program, and
+    msgspec.MsgspecError for arguments of the wrong type.
+    """
     module, _, attribute = name.partition(":")
     if not module.startswith(_PACKAGE):
         raise ValueError(name)
@@ -199,10 +215,10 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _error(record: Any) -> UserError:
-    """Rebuild an error in its class if this process has imported that class. No module is imported for the
-    box.
+    """Rebuild an error in its class if this process has imported that class, otherwise as a plain UserError.
 
-    Raises msgspec.ValidationError if the record is not an error of this program.
+    No module is imported because the box names it. Raises msgspec.ValidationError if the record is not an
+    error of this program.
     """
     known: dict[str, Any] = {f"{kind.__module__}:{kind.__qualname__}": kind for kind in _errors(UserError)}
     try:

@@ -1,6 +1,6 @@
-"""A copy of a box's runs on this machine, which all readers of runs use in an app that works on a box.
+"""A local copy of the runs of a box. In an app that works on a box, all readers of runs use this copy.
 
-Only the box writes runs, and the copy follows. Small files are replaced as a whole, growing files are
+Only the box changes runs, and the copy follows. Small files are replaced as a whole, growing files are
 appended to, and weight files are sparse: they have the right size but no content. A run appears once its copy
 is complete. The box determines the status of a run, because only the box can look up its processes.
 """
@@ -34,7 +34,7 @@ def grows(path: str) -> bool:
 
 
 def end_crc(file: Path, size: int) -> int:
-    """Return the CRC-32 of the last 4,096 bytes before ``size``, in bytes. Raises OSError."""
+    """Return the CRC-32 of the bytes before the offset ``size``, at most the last 4,096. Raises OSError."""
     with file.open("rb") as opened:
         opened.seek(max(0, size - _END_BYTES))
         return zlib.crc32(opened.read(min(size, _END_BYTES)))
@@ -150,7 +150,7 @@ def _inside(path: str) -> PurePosixPath:
 
 
 def carried(path: str, size: int) -> bool:
-    """Return whether a file's content is sent. The content of weights and training states is not."""
+    """Return whether a file's content is sent. That of weights, training states and large files is not."""
     if grows(path):
         return True
     return size <= (_SMALL_BYTES if "/checkpoints/" in path else _CARRIED_BYTES) and not path.endswith(
@@ -164,7 +164,7 @@ _WEIGHTS = (".safetensors", ".pt", ".bin", ".gguf")
 
 
 def read_piece(path: str, file: Path, size: int, mtime_ns: int) -> Piece:
-    """Return a file that does not grow as one piece, with or without its content. Raises OSError."""
+    """Return the only piece of a file that does not grow, with or without its content. Raises OSError."""
     if not carried(path, size):
         return Piece(path, 0, b"", mtime_ns, size)
     data = read_regular(file, _CARRIED_BYTES)

@@ -34,7 +34,7 @@ _KEEP_S = 600
 _LAST_LINES = 3
 _LONGEST_TEXT_BYTES = 1 << 16
 _END_S = 20.0
-"""Seconds within which a program exits after its input closed, including its last messages."""
+"""Maximum seconds to wait for the last messages and the exit of a program whose input was closed."""
 _LONGEST_SOCKET = 60
 """Maximum length of the sockets folder's path. ssh appends a name of 58 characters, and the limit is 108."""
 _SCRIPT = (
@@ -46,8 +46,9 @@ _SCRIPT = (
     ' v=$("$p" --version </dev/null);'
     ' echo; echo "@mark $v $p"; [ "$v" = "$0" ] || exit 127; exec "$p" "$@"'
 ).replace("@mark", _MARK)
-"""Shell script that finds the program in the PATH, where uv and pipx install it, or in the PATH of a login
-shell. Prints its version and path, and executes it if the version is ``$0``."""
+"""Shell script that finds the program in the PATH, in the folders where uv and pipx install programs, or in
+the PATH of a login shell. It prints the program's version and path, and executes the program if the version
+is ``$0``."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Box:
     """Path of the program on the box, once known."""
 
     def __post_init__(self) -> None:
-        """Raise UserError for a name that ssh would read as an option."""
+        """Raise UserError for an empty name, or a name that ssh would read as an option."""
         if not self.name.strip() or self.name.startswith("-"):
             raise UserError(
                 "No host",

@@ -1,9 +1,9 @@
-"""Sends the data files of a run to a box: once per content, named by hash, and resumed after a disconnect.
+"""Sends the data files of a run to a box.
 
-The box stores them in ``uploads/<hash>/<name>`` of its state folder. A folder is sent file by file, under the
-hash of its file list. The box verifies the hash of a received file before renaming it to its final name. The
-program on the box receives the files over ssh, so neither rsync nor sftp is required, which some rented boxes
-lack.
+The box stores them in ``uploads/<hash>/<name>`` of its state folder, so the same content is sent only once.
+An interrupted transfer is resumed. A folder is sent file by file, under the hash of its file list. The box
+verifies the hash of a received file before renaming it to its final name. The program on the box receives the
+files over ssh, so the box needs neither rsync nor sftp, which some rented boxes lack.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LONGEST_ANSWER_BYTES = 1 << 16
 
 
 class Offer(Struct, frozen=True):
-    """A file that the app can send, as a line on the stdin of the box."""
+    """A file that the app can send. The program on the box reads it as a line on stdin."""
 
     folder: str
     """Hash of the file, or of the file list of its folder."""
@@ -40,7 +40,7 @@ class Offer(Struct, frozen=True):
 
 
 class Wanted(Struct, frozen=True):
-    """Reply of the box to an offer, and again after the transfer."""
+    """Reply of the box to an offer. After a transfer, the box sends another one."""
 
     path: str
     """Path of the file on the box."""
@@ -131,7 +131,7 @@ def data_hash(path: str) -> str:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files to send for a path: the file itself, or the files in a folder except hidden folders.
+    """Return the files to send for a path: the file itself, or those in a folder and its visible subfolders.
 
     Raises OSError, and UserError for anything that is not a regular file or whose name is not UTF-8.
     """
@@ -159,7 +159,7 @@ def file_hash(path: Path) -> str:
 
 
 def receive(source: IO[bytes], answers: IO[bytes]) -> None:
-    """Receive files until the sender has no more. This is the box's side of :func:`send`."""
+    """Receive files until there are no more or a transfer fails. This is the box's side of :func:`send`."""
     for header in iter(source.readline, b""):
         offer = _OFFERS.decode(header)
         file = _place(offer)

@@ -11,7 +11,8 @@ describe        events and states as sentences, and a run's events as they arriv
 run_summary     one-line summaries for lists: whether the result is usable, and whether the run worked
 actions         submits, resumes, renames and deletes runs, and restores them from the trash
 control         sends a request to a running trainer
-preflight       checks a recipe before a launch; data_checks its data, and counts the run's steps
+preflight       checks a recipe before a launch
+data_checks     checks the data before a launch, and counts the run's steps
 exact_memory    the exact form of the memory estimate, traced by a child process and cached
 expected_time   the expected number of steps of a run, and their duration from the speed of earlier runs
 step_probe      time and memory of three steps of a recipe, trained in a child process and discarded
@@ -30,13 +31,13 @@ slurm           the options of a cluster's jobs, and the commands of Slurm
 slurm_runs      submits, cancels and watches the jobs of runs
 slurm_time      proposes the time limit of a job
 slurm_job       the program of a job: trains one run, and turns a time limit into a pause
-retry           changes of the next attempt after memory ran out, and changes that the user can make
+retry           after memory ran out: what the next attempt changes, and what the user can change
 notify          reports a run's end to a command or a webhook
 check           verifies runs, and repairs them
 damage          whether a checkpoint or an adapter is intact
 leftovers       deletes files that killed processes left behind, wherever this program writes
 measuring       measures a run in a separate process that holds the run's lock
-row_losses      the loss of each training row before and after a run, and its class
+row_losses      the loss of each training row before and after a run, and how the row is classified
 task_metrics    answers of base and adapter to validation prompts, and whether they differ by more than chance
 metrics_table   the steps of a run as a CSV or Parquet table, and how a table or picture is saved
 length_costs    memory and time at other sequence lengths

@@ -51,7 +51,7 @@ _CHECK_PERMISSION = "Check that you have write permission there."
 def submit(recipe: Recipe, *, now: bool = False) -> RunDir:
     """Queue a new run and make sure that a runner is active. The recipe should be ready to run.
 
-    With ``now``, the run trains next, even outside the hours and while other programs use the GPU.
+    With ``now``, the run trains next, even outside the training hours and while other programs use the GPU.
     """
     refuse_other_machines()
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
@@ -158,7 +158,7 @@ def _folder_of(init_from: str) -> Path:
 
 
 def with_initial_adapter(recipe: Recipe) -> Recipe:
-    """Return the recipe with the adapter's folder in place of a run's name. Raises UserError."""
+    """Return the recipe with the adapter's absolute folder as ``lora.init_from``. Raises UserError."""
     if not recipe.lora.init_from:
         return recipe
     folder = initial_adapter(recipe.lora.init_from)
@@ -340,8 +340,8 @@ def _starts_from(other: RunDir, run: RunDir) -> bool:
 def delete(run: RunDir) -> None:
     """Delete an ended run and everything it produced, permanently. Raises UserError if it has not ended.
 
-    The run leaves the runs folder in one step. After a kill during deletion, the next sweep of leftovers
-    deletes the rest.
+    The run leaves the runs folder in one step. If this process is killed before all files are deleted, the
+    next cleanup of leftovers deletes the rest.
     """
     check_deletable(run)
     discard(run.path)
@@ -425,9 +425,10 @@ def restore_run(run_id: str) -> RunDir:
 
 @changes_box
 def empty_trash(older_than_s: float = 0.0) -> list[TrashedRun]:
-    """Delete runs in the trash permanently, and return them.
+    """Permanently delete the runs in the trash that are older than ``older_than_s``, and return them.
 
-    Runs that cannot be deleted stay in the trash, as do runs without a recorded time of deletion.
+    The age counts from the deletion; the default deletes runs of any age. Runs that cannot be deleted stay in
+    the trash, as do runs without a recorded time of deletion.
     """
     deleted = []
     for trashed in trashed_runs():

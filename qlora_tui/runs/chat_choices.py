@@ -1,6 +1,6 @@
 """Answers that the user chose or edited in the chat, as data to train on.
 
-``choices/`` in the state directory has two files for each base model, which any recipe can read:
+``choices/`` in the state directory has two files for each base model. Any recipe can name them as data:
 
 * ``MODEL-HASH.pairs.jsonl``: a prompt with the better answer (``chosen``) and the other (``rejected``);
 * ``MODEL-HASH.edits.jsonl``: a prompt with the answer as the user edited it (``completion``), the only part
@@ -34,12 +34,12 @@ from qlora_tui.recipe.schema import Recipe, Source
 
 ChoiceKind: TypeAlias = Literal["pairs", "edits"]
 ENOUGH = 20
-"""Number of rows from which the app offers to train on them."""
+"""Minimum number of rows for the app to offer training on them."""
 _MAX_BYTES = 1 << 28
 _PAIR_LEARNING_RATE = 1e-4
 """Maximum learning rate for a run on pairs. A higher rate soon makes both answers unlikely."""
 _PAIR_EPOCHS = 3.0
-"""Epochs of a run on pairs. With one packed row per step, 25 pairs give 27 steps."""
+"""Epochs of a run on pairs. With one packed sequence per step, 25 pairs give about 27 steps."""
 
 
 class Provenance(Struct, frozen=True, kw_only=True):

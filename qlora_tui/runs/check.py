@@ -62,7 +62,7 @@ class CheckResult:
     in_training: bool = False
     """Whether the run was skipped because it is in training."""
     run: RunDir | None = field(default=None, compare=False)
-    """The run; None if the result is not about a run."""
+    """The run to repair; None if it was skipped, or if the result is not about a run."""
     seen: Fingerprint = field(default=(), compare=False)
     """Fingerprint of the run's files before the check."""
 

@@ -99,7 +99,7 @@ def terminate(process: ProcessIdentity | None) -> bool:
 
 
 def pending_ending(run: RunDir) -> Kind | None:
-    """Return the last request to end the run that the trainer has not accepted yet."""
+    """Return the newest unaccepted request that would end the run; None if there is none."""
     names = sorted(path.stem for path in list_folder(run.control_dir) if path.suffix == ".json")
     kinds = [name.rpartition("-")[2] for name in names]
     return next((kind for name in reversed(kinds) for kind in ENDINGS if kind == name), None)
@@ -108,8 +108,9 @@ def pending_ending(run: RunDir) -> Kind | None:
 def take_requests(run: RunDir) -> list[ControlRequest]:
     """Return all waiting requests, oldest first, and delete their files.
 
-    Other entries in the folder cause no failure and are deleted if possible. A request that cannot be deleted
-    is skipped, because it would otherwise be accepted again at every step.
+    A JSON file that is not a valid request is reported in the trainer's log, and deleted if possible. Other
+    files are ignored. A request that cannot be deleted is skipped, because it would otherwise be accepted
+    again at every step.
     """
     requests = []
     for path in list_folder(run.control_dir):

@@ -1,4 +1,4 @@
-"""Checks of the data before a launch: files, first rows, errors of inspections, number of steps."""
+"""Checks of the data before a launch: files, first rows, errors that inspections found, number of steps."""
 
 from __future__ import annotations
 
@@ -177,8 +177,9 @@ def advise_more_steps(recipe: Recipe, length: RunLength, *, brief: bool = False)
 
 
 def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> SuggestedFix | None:
-    """Return the largest gradient accumulation with which the run has :data:`_ENOUGH_STEPS`, or otherwise 1;
-    None if the accumulation is 1 already.
+    """Suggest a lower gradient accumulation: halved until the run has :data:`_ENOUGH_STEPS` or it is 1.
+
+    Returns None if this gives no more steps.
     """
     path, accumulation, more = "training.gradient_accumulation", recipe.training.gradient_accumulation, length
     while accumulation > 1 and more.steps < _ENOUGH_STEPS:
@@ -194,7 +195,7 @@ def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> 
 
 @dataclass(frozen=True)
 class RunLength:
-    """Number of steps and tokens of a run before its launch."""
+    """Number of steps and tokens that a run will have, as far as is known before its launch."""
 
     steps_per_epoch: int
     all_steps: int
@@ -204,7 +205,11 @@ class RunLength:
     tokens: float
     """Tokens of these steps, without padding."""
     is_exact: bool
-    """Whether every sample was tokenized and counted; otherwise all figures are estimates."""
+    """Whether the figures are exact; otherwise all of them are estimates.
+
+    They are exact if every sample was tokenized and counted, unless answers are replayed or the model is
+    recurrent.
+    """
     is_complete: bool = True
     """Whether the figures include all of the data. If not, the run is longer."""
 
@@ -254,7 +259,7 @@ def known_lengths(recipe: Recipe, model: ModelFiles | None) -> KnownLengths | No
 
 
 def is_padding_free(recipe: Recipe, architecture: Architecture | None) -> bool:
-    """Return whether each micro-batch is one sequence of isolated samples, as far as files tell."""
+    """Return whether each micro-batch is one sequence of isolated samples, judging by the model's files."""
     return recipe.model.attention != "eager" and not (
         architecture is not None and (architecture.own_attention or architecture.state_size)
     )
@@ -327,7 +332,10 @@ def _rows_used(trained: Sequence[FileSize], excluded: int, text: str) -> Check:
 
 
 def _describe_sources(data: Data, tokens: Tokens | None) -> list[str]:
-    """Describe each source by its first rows. Raises UserError for an error in these or found earlier."""
+    """Describe each source by its first rows.
+
+    Raises UserError for an error in these rows, or for an error that was found earlier.
+    """
     descriptions = [_describe_source(source, data.preferences) for source in data.sources]
     files = [(source, path) for source in every_source(data) for path in _local_files(source) or ()]
     raise_cached_error(files, tokens, skips_bad_rows=data.bad_rows == "skip")
@@ -352,7 +360,10 @@ def _row_warning(problem: DataProblem) -> Check:
 
 
 def _token_fingerprint(recipe: Recipe, files: ModelFiles | None) -> Tokens | None:
-    """Return the tokenizer's fingerprint for token errors; None without a model or for a GGUF file."""
+    """Return the fingerprint of the tokenizer, to look up errors that depend on it.
+
+    None without a model or for a GGUF file.
+    """
     if files is None or files.gguf_file is not None:
         return None
     return tokenizer_fingerprint(files.folder, recipe.model.chat_template, recipe.data.train_on)
@@ -380,7 +391,7 @@ def _reading_settings(data: Data) -> bytes:
 
 @lru_cache(maxsize=16)
 def _check_rows(fingerprints: tuple[_Fingerprint, ...], settings: bytes) -> QuickCheckResult | UserError:
-    """Return the warnings about the rows, or the error that prevents a run.
+    """Return the result of a quick check of the rows, or the error that prevents a run.
 
     Cached, because the Train screen checks often.
     """

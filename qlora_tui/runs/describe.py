@@ -52,7 +52,10 @@ _MINUTE_S = 60.0
 _clock = Clock()
 POLL_S = 0.25
 GRACE_S = 10.0
-"""Seconds that a runner may take to start, or to exit before the next one starts."""
+"""Seconds without a runner after which one is started.
+
+A runner may take this long to start, or to replace one that exits.
+"""
 MUCH_FORGETTING = 2.0
 """Limit in nats per token, at which each token of the base's own answer becomes 7 times less likely.
 
@@ -199,7 +202,7 @@ def format_forgetting(event: events.Evaluated | None) -> str:
 def forgetting_evidence(
     step: int, divergence: float, turn_ends: float | None, since: tuple[int, float] | None = None
 ) -> str:
-    """Return what a warning of forgetting says, its effect first, in a sentence that fits one line.
+    """Return the text of a forgetting warning: first the effect, then the measured value, on one line.
 
     Args:
         step: Step of the latest evaluation.
@@ -216,7 +219,10 @@ def forgetting_evidence(
 
 
 def forgetting_words(divergence: float) -> str:
-    """Return forgetting and how much is a lot: ``forgetting 1.4 of 2``. ``divergence``: nats per token."""
+    """Return the forgetting and the limit above which it counts as a lot: ``forgetting 1.4 of 2``.
+
+    ``divergence`` is in nats per token.
+    """
     return f"forgetting {format_nats(divergence)} of {format_number(MUCH_FORGETTING)}"
 
 
@@ -234,8 +240,9 @@ def forgetting_effect(divergence: float, turn_ends: float | None) -> str:
 
 
 def current_health(view: RunView) -> tuple[events.Health, ...]:
-    """Return the findings of a run, with settings named by their labels, and with the latest value of
-    forgetting in its warning.
+    """Return the findings of a run.
+
+    Settings are named by their labels, and a forgetting warning has the latest value.
     """
     measured = [(e.step, e.forgetting, e.general_turn_ends) for e in view.evaluations if e.step]
     known = [(step, value, ends) for step, value, ends in measured if value is not None]
@@ -273,9 +280,9 @@ def _format_best(event: events.Evaluated) -> str:
 
 
 class PhaseFilter:
-    """Filters events to display: each phase only once per attempt.
+    """Selects which events are displayed: each phase is displayed only once per attempt.
 
-    Training resumes after every evaluation and checkpoint, and their results have lines of their own.
+    Otherwise, the training phase would be displayed again after every evaluation and checkpoint.
     """
 
     def __init__(self) -> None:

@@ -40,7 +40,10 @@ class RunDevice(Struct, frozen=True, omit_defaults=True):
     """A device on which one run at a time computes."""
 
     key: str
-    """UUID of a GPU, :data:`CPU` or :data:`UNKNOWN_GPU`."""
+    """UUID of a GPU, or its index if the driver reports no UUID.
+
+    Otherwise :data:`CPU` or :data:`UNKNOWN_GPU`.
+    """
     index: int | None = None
     """Number of the GPU in ``nvidia-smi``."""
     name: str = ""
@@ -62,7 +65,7 @@ class Devices(Struct, frozen=True, omit_defaults=True):
     processes: int = 1
     """Number of trainer processes, one for each GPU."""
     is_choice: bool = False
-    """Whether the machine has more GPUs than these, so that the trainer must be told which to use."""
+    """Whether the machine has several GPUs, so that the trainer must be told which to use."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -105,7 +108,7 @@ class Wanted:
     is_choice: bool = False
 
     def free(self, unavailable: Collection[str]) -> list[RunDevice]:
-        """Return the devices whose keys are not in ``unavailable``."""
+        """Return the devices that no key in ``unavailable`` can name."""
         return [each for each in self.devices if not any(_may_be(each.key, other) for other in unavailable)]
 
     def __str__(self) -> str:
@@ -118,15 +121,18 @@ class Wanted:
 def wanted_devices(
     recipe: Recipe, environ: Mapping[str, str], before: Devices | None = None, *, stays: bool = False
 ) -> Wanted:
-    """Return the devices that a run may use: first its earlier GPUs, then by free memory.
+    """Return the devices that a run may use, in order of preference.
+
+    If the run does not need all of them, its earlier GPUs come first, followed by those with the most free
+    memory.
 
     Args:
         recipe: Its ``training.gpus`` is the number of GPUs.
         environ: Environment variables, some of which select GPUs.
-        before: Earlier devices of the run. If the recipe uses all GPUs, the run continues on this number of
-            them.
-        stays: Whether the run may only continue on its earlier devices while they exist: another GPU rounds
-            differently.
+        before: Earlier devices of the run. If the recipe uses all GPUs, the run continues on as many GPUs as
+            before.
+        stays: Whether the run must continue on its earlier devices if they still exist, because other GPUs
+            round differently.
 
     Raises:
         UserError: The machine has too few GPUs.
@@ -225,7 +231,10 @@ def _way_of_naming(key: str) -> str:
 
 
 def run_on(key: str) -> str:
-    """Return the id of the run that uses a device or is about to use it; empty if there is none."""
+    """Return the id of the run that uses a device or is about to use it; empty if there is none.
+
+    ``A run`` if the device is in use, but the run is unknown.
+    """
     for lock in paths.runs_dir().glob("*/trainer.lock"):
         if is_locked(lock):
             devices = devices_of(RunDir(lock.parent))
