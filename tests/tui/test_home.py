@@ -392,3 +392,17 @@ def test_each_row_that_home_shows_is_recognized_as_its_format() -> None:
     for name, row in ROW_SHAPES.items():
         value = json.loads(row.replace("…", "one or two words"))
         assert detect([Row(1, value)], "rows.jsonl").layout.format == name
+
+
+async def test_home_may_be_closed_before_its_rows_are_divided(
+    private_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = QloraApp()
+    async with app.run_test(size=(80, 24)) as pilot:
+        home = app.screen
+        assert isinstance(home, HomeScreen)
+        await wait_until(pilot, lambda: home.suggestion)
+        monkeypatch.setattr(home, "_show_facts", lambda facts: None)
+        await home.remove_children()
+        home.on_resize()
+        await pilot.pause()

@@ -12,6 +12,7 @@ from textual import work
 from textual.actions import SkipAction
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.css.query import NoMatches
 from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import OptionList
@@ -498,10 +499,13 @@ class HomeScreen(WorkScreen):
         """
         from qlora_tui.tui.render.plot import LEAST_CHART
 
-        panel, graph = self.query_one("#run-panel"), self.query_one("#run-graph")
-        recent = self.query_one("#recent-panel")
+        try:
+            names = ("home-main", "run-panel", "run", "run-graph", "recent-panel")
+            main, panel, text, graph, recent = (self.query_one(f"#{name}") for name in names)
+        except NoMatches:  # the screen is being closed
+            return
         taken = panel.gutter.height + panel.styles.margin.height + graph.styles.margin.height
-        rows = self.query_one("#home-main").size.height - taken - self.query_one("#run").size.height
+        rows = main.size.height - taken - text.size.height
         rows -= recent.styles.margin.height  # which no height includes
         least = recent.gutter.height + 1 if recent.display else 0
         is_low = rows < LEAST_CHART + least
