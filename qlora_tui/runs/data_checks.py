@@ -137,8 +137,8 @@ def _check_step_limit(recipe: Recipe, length: RunLength, model: ModelFiles | Non
         fix = f"To train all epochs{every}, set Max steps (training.max_steps) to 0."
     elif not length.is_complete:
         return []
-    elif steps < FEW_STEPS:
-        text = f"The run has only {length.about}{pluralize(steps, 'step')}: it will hardly learn anything."
+    elif length.is_too_short:
+        text = f"The run has {length.shortage}."
         sequences = pluralize(recipe.effective_batch, "sequence")
         fix = f"One step takes {sequences}: {advise_more_steps(recipe, length)}."
         suggested_fix = _more_steps(recipe, length, model)
@@ -217,6 +217,18 @@ class RunLength:
     def about(self) -> str:
         """``about`` and a space before an estimate; empty before an exact figure."""
         return "" if self.is_exact else "about "
+
+    @property
+    def is_too_short(self) -> bool:
+        """Whether the run has too few steps to learn much; False while not all of the data is counted."""
+        return self.is_complete and self.steps < FEW_STEPS
+
+    @property
+    def shortage(self) -> str:
+        """``only about 6 steps: too few to learn much``; empty unless :attr:`is_too_short`."""
+        if not self.is_too_short:
+            return ""
+        return f"only {self.about}{pluralize(self.steps, 'step')}: too few to learn much"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ from textual.content import Content
 
 from qlora_tui.data.dataset_report import Lengths, Report
 from qlora_tui.data.problems import OVERFLOW_OUTCOMES, DataProblem, is_bad_row, row_outcome
-from qlora_tui.formatting import format_duration, format_percent, pluralize
+from qlora_tui.formatting import capitalize, format_duration, format_percent, pluralize
 from qlora_tui.recipe.schema import Data, Recipe
 from qlora_tui.runs.data_checks import advise_more_steps
 from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.length_costs import LengthCost
-from qlora_tui.runs.suggested_fix import FEW_STEPS
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, next_step, verdict_sign, verdict_words
@@ -329,10 +328,10 @@ def few_steps_line(expected: Forecast | None, recipe: Recipe, *, brief: bool) ->
     """If the run has too few steps, return a warning and its fix. Return None if the run has enough steps, or
     if the number of steps is not known yet. ``brief``: whether the text must be a single line.
     """
-    if expected is None or not expected.length.is_complete or expected.length.steps >= FEW_STEPS:
+    if expected is None or not expected.length.is_too_short:
         return None
     length = expected.length
-    warning = Content.styled(f"! Only {pluralize(length.steps, 'step')}: too few to learn much", "$warning")
+    warning = Content.styled(f"! {capitalize(length.shortage)}", "$warning")
     change = advise_more_steps(recipe, length, brief=brief)
     if brief:
         return warning + highlight_keys(f"  ▸ {key_name('go.train')} {change}")

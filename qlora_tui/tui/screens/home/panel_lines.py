@@ -401,6 +401,7 @@ def recipe_lines(
             time = [Content.assemble(duration, (f"   {note}" if note else "", "dim"))]
         else:
             time = [Content(", ".join(filter(None, (note, f"time {duration}"))))]
+        time += _shortage(expected, width)
     if is_compact:
         line = Content("   ").join([*memory, *time])
         return [
@@ -421,7 +422,9 @@ def recipe_lines(
         ("length", batch_words(recipe), rate),
     ]
     lines = [line for row in rows for line in _with_note(*row, width)]
-    return [*lines, *memory, *(_with_note("time", *_time_words(expected), width) if expected else [])]
+    if expected is not None:
+        memory += [*_with_note("time", *_time_words(expected), width), *_shortage(expected, width)]
+    return [*lines, *memory]
 
 
 def _with_note(label: str, value: str | Content, note: str, width: int) -> list[Content]:
@@ -552,11 +555,20 @@ def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, 
 
 def _time_words(expected: Forecast) -> tuple[str, str]:
     """Return (duration, note): ``about 25 min`` and ``54 steps, judging by vicuna-1``. The note states the
-    number of steps only after the samples have been counted.
+    number of steps only after the samples have been counted, and unless :func:`_shortage` does.
     """
     source = expected.time.source if expected.time else ""
-    note = ", ".join(filter(None, (expected.steps if expected.length.is_exact else "", source)))
-    return expected.duration or "unknown: no run like this yet", note
+    length = expected.length
+    steps = expected.steps if length.is_exact and not length.is_too_short else ""
+    return expected.duration or "unknown: no run like this yet", ", ".join(filter(None, (steps, source)))
+
+
+def _shortage(expected: Forecast, width: int) -> list[Content]:
+    """Return a warning if the run has too few steps to learn much; no lines if it has enough."""
+    words = expected.length.shortage
+    return (
+        hanging(Content.styled("! ", "$warning"), Content.styled(words, "$warning"), width) if words else []
+    )
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:
