@@ -61,9 +61,9 @@ def test_a_missing_tokenizer_is_an_error_of_the_model_alone(tmp_path: Path) -> N
         (CheckKind.MODEL, "error"),
         (CheckKind.DATA, "ok"),
     ]
-    verdict, remedy, *_ = verdict_lines(checks, Recipe(), None, "", "this CPU", 120, 6)
+    verdict, remedy, *_ = verdict_lines(checks, Recipe(), None, "", "this CPU", None, 120, 6)
     assert verdict.plain == "✗ Cannot train: no tokenizer."
-    assert remedy.plain == "▸ [1] choose or download the model"
+    assert remedy.plain == f"▸ [1] {caught.value.fix}"
     (data, _) = with_count(passed[1:] + passed[:1], UserError("Not UTF-8", what="a"))
     assert (data.kind, data.outcome) == (CheckKind.DATA, "error")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -15,6 +16,7 @@ from qlora_tui.runs import actions, run_queue
 from qlora_tui.runs.directory import all_runs
 from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.step_probe import StepProbe
+from qlora_tui.runs.suggested_fix import SuggestedFix
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.train import screen as train_module
 from qlora_tui.tui.widgets.settings_form import SettingsForm
@@ -28,11 +30,12 @@ async def test_the_form_edits_the_recipe_checks_what_is_typed_and_launches_nothi
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(
-            pilot, "✗ error", "No model selected.", "Cannot train: no model, no data", "t Why not"
-        )
-        # The key that corrects the error is with the conclusion and with the check.
-        assert text_of(app).count("▸ [1]") == 2
+        await wait_for_text(pilot, "✗ error", "No model selected.", "Cannot train: no model, no data")
+        # The key that corrects the error is with the conclusion and with the check, in the same words.
+        fixes = [
+            line.partition("▸ ")[2].split("  ")[0] for line in text_of(app).splitlines() if "▸ [1]" in line
+        ]
+        assert len(fixes) == 2 and len(set(fixes)) == 1, fixes
         await pilot.press("t")
         await wait_for_text(pilot, "Not ready to run")
         assert all_runs() == []
@@ -222,6 +225,20 @@ async def test_the_fix_key_resolves_the_first_check_with_a_fix(tmp_path: Path) -
         assert app.workbench.recipe.data.overflow == "split"
 
 
+async def test_the_fix_of_a_run_with_too_few_steps_comes_before_its_launch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fix = SuggestedFix("update after every sequence", changes={"training.gradient_accumulation": 1})
+    few = Check(CheckKind.SETTINGS, "warning", "The run has only 6 steps.", suggested_fix=fix)
+    app = app_with_checks(monkeypatch, tmp_path, few)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        text = await wait_for_text(pilot, "▸ [m] update after every sequence   ! 1 warning")
+        assert text.index("[m]") < text.index("[t] launch anyway")
+        await pilot.press("m")
+        await wait_until(pilot, lambda: app.workbench.recipe.training.gradient_accumulation == 1)
+
+
 async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path) -> None:
     rows = tmp_path / "tickets.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 2 + "{bad\n")
@@ -254,7 +271,10 @@ async def test_a_row_that_blocks_a_run_is_reported_before_launch(tmp_path: Path)
 async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
     app = open_on("train", model=readable_model(private_home), gpu_gib=12)
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "checks ok  model, memory", "No GPU: runs train on the CPU")
+        text = await wait_for_text(pilot, "checks ok  model, memory", "No GPU: runs train on the CPU")
+        # The run's memory comes first, then the figure of the other screens.
+        (line,) = (line for line in text.splitlines() if "(this CPU)" in line)
+        assert re.search(r"of 32\.0 GiB \(this CPU\) .*fit.* · .* of 12\.0 GiB \(assumed GPU\) .*fit", line)
         await pilot.press("v")
         await wait_for_text(pilot, "of 32.0 GiB of this")
 

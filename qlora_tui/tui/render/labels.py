@@ -240,6 +240,18 @@ class FitLine:
         self._figures = f"{'' if verdict.is_exact else INSTANT}{sizes}"
         self._verdict = verdict_words(verdict, can_train=can_train)
         self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
+        has_sign = verdict.word != "fits"
+        self._short = Content.assemble(
+            verdict_sign(verdict) + " " if has_sign else "",
+            (f"{self._figures.removesuffix(' GiB')}{self._note}", self._verdict[1]),
+        )
+
+    def draw_short(self, width: int) -> Content:
+        """Return the line without a bar. If it does not fit ``width``, the verdict is only its symbol, and
+        the unit is left out: ``✗ ~13.1 of 12.0 (assumed GPU)``.
+        """
+        whole = self.least_width + len(self._note)
+        return self.draw(whole + 1 + _MIN_BAR, 0) if whole <= width else self._short
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
         """Return the line. If there is room within ``width``, the line includes a bar of at most ``max_bar``

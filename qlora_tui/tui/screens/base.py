@@ -131,9 +131,9 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         """The run that the screen watches; None if it watches no run."""
         return None
 
-    def command_label(self, command_id: str) -> str:
+    def command_label(self, command_id: str) -> str | None:
         """Return the label that the footer currently has for a command of this screen; empty for the default
-        label.
+        label, None if the footer leaves the command out.
         """
         return ""
 

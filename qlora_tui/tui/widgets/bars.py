@@ -200,11 +200,12 @@ class CommandFooter(Drawing):
     """
 
     def __init__(
-        self, also: Collection[str] = (), label_of: Callable[[str], str] = lambda command_id: ""
+        self, also: Collection[str] = (), label_of: Callable[[str], str | None] = lambda command_id: ""
     ) -> None:
         """Create the footer. ``also``: ids of app commands to show after the screen's own.
 
-        ``label_of`` returns the current label of a command id; empty for the default label.
+        ``label_of`` returns the current label of a command id; empty for the default label, None for a
+        command that the footer leaves out.
         """
         super().__init__(self._lines)
         self._also = also
@@ -241,9 +242,12 @@ class CommandFooter(Drawing):
             self._choose()
 
     def _choose(self) -> None:
-        """Show the commands whose keys no panel shows."""
+        """Show the commands whose keys no panel shows, without those that have no label now."""
         shown = [
-            active for active in self._shown if not self._named & {active.binding.id, active.binding.key}
+            active
+            for active in self._shown
+            if not self._named & {active.binding.id, active.binding.key}
+            and self._label_of(active.binding.id or "") is not None
         ]
         own = [active for active in shown if not isinstance(active.node, App)]
         of_app = [active for active in shown if isinstance(active.node, App)]

@@ -42,6 +42,7 @@ from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViScroll
 from qlora_tui.tui.widgets.settings_form import SettingGroup, SettingsForm
 
 if TYPE_CHECKING:
+    from qlora_tui.memory.estimate import Verdict
     from qlora_tui.tui.app import QloraApp
 
 _NOT_IN_FORM = frozenset(("data.sources", "note"))
@@ -111,7 +112,7 @@ _PLACES: dict[CheckKind, tuple[str, str]] = {
     CheckKind.MEMORY: ("go.memory", "make it fit"),
 }
 """(command, action) by kind of check: the command that opens the screen where an error is fixed, and what to
-do there.
+do there if the error does not say it.
 """
 _CHECK_KEYS = (("train.recheck", "check again"),)
 _RECIPE_TITLE = Content("  ").join(("Recipe", key_hint("Enter", "edit"), key_hint("←→", "change")))
@@ -172,7 +173,7 @@ class LaunchPane(Vertical, OnQloraApp):
         """
 
     def compose(self) -> ComposeResult:
-        verdict = Drawing(partial(verdict_lines, (), None, None, "", ""), id="verdict")
+        verdict = Drawing(partial(verdict_lines, (), None, None, "", "", None), id="verdict")
         yield Panel("Launch", verdict, id="verdict-panel")
         with Container(id="launch-body"):
             yield Panel(_RECIPE_TITLE, SettingsForm(form_groups(), id="recipe-form"), id="recipe-panel")
@@ -218,10 +219,12 @@ class LaunchPane(Vertical, OnQloraApp):
             probing: Progress of the step measurement; empty if none is in progress.
         """
         self._checks = checks
-        place = place_words(self.app.run_budget)
+        place, planned = place_words(self.app.run_budget), self.app.memory_budget
+        # The other screens estimate for the GPU that the user assumes, but the run uses this machine.
+        assumed = (self.app.workbench.verdict(planned), place_words(planned)) if planned.is_assumed else None
         verdict = self.query_one("#verdict", Drawing)
         verdict.set_class(time_figure(checks, expected) is not None, "-large")
-        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place))
+        verdict.show(partial(verdict_lines, checks, recipe, expected, probing, place, assumed))
         self._show_check_lines()
 
     def toggle_checks(self) -> None:
@@ -292,6 +295,7 @@ def verdict_lines(
     expected: Forecast | None,
     probing: str,
     place: str,
+    assumed: tuple[Verdict | None, str] | None,
     width: int,
     height: int,
 ) -> list[Content]:
@@ -299,7 +303,8 @@ def verdict_lines(
     corrects an error or improves the run, if there is one; the run's memory; and the run's plan.
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
-    empty if none is in progress. ``place``: the device whose memory the run uses.
+    empty if none is in progress. ``place``: the device whose memory the run uses. ``assumed``: the verdict
+    for the GPU that the user assumes, and its name, which follow the run's memory; None without such a GPU.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -313,8 +318,11 @@ def verdict_lines(
     can_train = not any(check.problem is not None for check in checks)
     line = None if verdict is None else FitLine("memory", verdict, place=place, can_train=can_train)
     fit = None if line is None else line.draw(width, 0)
-    concluded = conclusion(checks, expected, with_time=time is None)
-    return [*concluded, *large, *_headline(checks, expected, fit, probing, width), plan][:height]
+    if fit is not None and assumed is not None and assumed[0] is not None:
+        other = FitLine("", assumed[0], place=assumed[1], can_train=can_train)
+        fit = Content(_SEPARATOR).join((fit, other.draw_short(width - fit.cell_length - len(_SEPARATOR))))
+    concluded = conclusion(checks, expected, width, with_time=time is None)
+    return [*concluded, *large, *_headline(expected, fit, probing, width), plan][:height]
 
 
 def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure | None:
@@ -332,19 +340,12 @@ def _length_words(expected: Forecast, *, with_time: bool) -> Content:
     return Content.styled(f"{expected.steps}{time}", "bold")
 
 
-def _headline(
-    checks: tuple[Check, ...], expected: Forecast | None, fit: Content | None, probing: str, width: int
-) -> list[Content]:
+def _headline(expected: Forecast | None, fit: Content | None, probing: str, width: int) -> list[Content]:
     """Return a line with the run's memory and the source of its expected time, such as
-    ``memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``. If a check has an error, the run's steps and time
-    come first. Parts at the end are left out if the line would be too long. Return no line if nothing is
-    known.
+    ``memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``. The source is left out if the line would be too
+    long. Return no line if nothing is known.
     """
-    parts = []
-    if expected is not None and errors(checks):
-        parts.append(_length_words(expected, with_time=True))
-    if fit is not None:
-        parts.append(fit)
+    parts = [] if fit is None else [fit]
     if expected is not None or probing:
         parts.append(Content.assemble(*_source(expected, probing)))
     while len(parts) > 1 and Content("   ").join(parts).cell_length > width:
@@ -380,14 +381,7 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
         if check.outcome == "ok" and not shows_all:
             continue
         sign, style = OUTCOME_SIGNS[check.outcome]
-        if offered is not None and check.suggested_fix is offered:
-            remedy = highlight_keys(f"▸ {key_name('train.fix')} {offered.label}", "$primary")
-        else:
-            # The key that opens the screen on which an error is corrected.
-            place = _PLACES.get(check.kind) if check.outcome == "error" else None
-            key = f"{key_name(place[0])} " if place is not None else ""
-            fix = f"▸ {key}{name_settings(abbreviate_home(check.fix))}" if check.fix else ""
-            remedy = highlight_keys(fix, "$primary")
+        remedy = highlight_keys(_remedy(check, offered), "$primary")
         head = Content.assemble((f"{sign:<{_SHORT_HEAD}}", style), (f"{check.label:<{cells}} ", "bold"))
         room = max(_LEAST_TEXT, width - head.cell_length)
         words = (
@@ -422,35 +416,56 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
-def conclusion(checks: tuple[Check, ...], expected: Forecast | None, *, with_time: bool) -> list[Content]:
-    """Return a line that says whether the run can start, with its steps and, if ``with_time``, its time. If a
-    key corrects an error or improves the run, a second line has that key.
+def conclusion(
+    checks: tuple[Check, ...], expected: Forecast | None, width: int, *, with_time: bool
+) -> list[Content]:
+    """Return whether the run can start, with its steps and, if ``with_time``, its time. If a key corrects an
+    error or improves the run, there is a second line with that key. If the key corrects a warning, such as
+    too few steps, it comes first, before the key that launches the run anyway.
     """
+    length = [] if expected is None else [_length_words(expected, with_time=with_time)]
     if wrong := errors(checks):
         refusals = [check.problem for check in wrong if check.problem is not None]
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
         words = capitalize(refusal_words(*refusals)) if refusals else f"Not ready: {names}"
-        return [Content.styled(f"✗ {words}.", "bold $error"), highlight_keys(_remedy(checks))]
+        refusal = Content.styled(f"✗ {words}.", "bold $error")
+        whole = Content("   ").join((refusal, *length))
+        remedy = (
+            _remedy(worst_first(checks)[0], first_fix(checks)) or f"▸ {key_name('train.recheck')} check again"
+        )
+        # The check has the whole remedy.
+        short = remedy if len(remedy) <= width else remedy.partition(". ")[0]
+        return [
+            whole if whole.cell_length <= width else refusal,
+            highlight_keys(short).truncate(width, ellipsis=True),
+        ]
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
-    parts = [highlight_keys(f"▸ {key_name('train.launch')} {'queue' if waits else 'launch'} it", "bold")]
-    parts += [] if expected is None else [_length_words(expected, with_time=with_time)]
     count = sum(check.outcome == "warning" for check in checks)
     state = (f"! {pluralize(count, 'warning')}", "$warning") if count else ("✓ Ready.", "bold $success")
+    fix, verb = first_fix(checks), "queue" if waits else "launch"
+    has_to_correct = any(check.outcome == "warning" and check.suggested_fix for check in checks)
+    if fix is not None and has_to_correct:
+        first = highlight_keys(f"▸ {key_name('train.fix')} {fix.label}", "bold")
+        second = highlight_keys(f"  {key_name('train.launch')} {verb} anyway")
+        parts, others = [first], [second, *length]
+    else:
+        parts = [highlight_keys(f"▸ {key_name('train.launch')} {verb} it", "bold"), *length]
+        others = [] if fix is None else [highlight_keys(f"  {key_name('train.fix')} {fix.label}")]
     lines = [Content("   ").join([*parts, Content.styled(*state)])]
-    fix = first_fix(checks)
-    return [*lines, highlight_keys(f"  {key_name('train.fix')} {fix.label}")] if fix is not None else lines
+    return [*lines, Content("   ").join(others)] if others else lines
 
 
-def _remedy(checks: tuple[Check, ...]) -> str:
-    """Return a key, and what it does about the first check with an error. If the check has a fix, the key
-    applies the fix. Otherwise, the key opens the screen where the error can be corrected; if there is no such
-    screen, the key runs the checks again.
+def _remedy(check: Check, offered: SuggestedFix | None) -> str:
+    """Return what to do about a check, with its key; empty if there is nothing to do. The key applies the
+    check's fix if this fix is ``offered``; for an error, it opens the screen where the error is corrected.
     """
-    first = worst_first(checks)[0]
-    if first.suggested_fix is not None and first.suggested_fix is first_fix(checks):
-        return f"▸ {key_name('train.fix')} {first.suggested_fix.label}"
-    command, words = _PLACES.get(first.kind, ("train.recheck", "check again"))
-    return f"▸ {key_name(command)} {words}"
+    if offered is not None and check.suggested_fix is offered:
+        return f"▸ {key_name('train.fix')} {offered.label}"
+    words = name_settings(abbreviate_home(check.fix))
+    place = _PLACES.get(check.kind) if check.outcome == "error" else None
+    if place is not None:
+        return f"▸ {key_name(place[0])} {words or place[1]}"
+    return f"▸ {words}" if words else ""
 
 
 def _plan(recipe: Recipe) -> list[str]:

@@ -226,11 +226,11 @@ class TrainScreen(RunCommands):
             return True
         return action not in _STATES or self.state in _STATES[action]
 
-    def command_label(self, command_id: str) -> str:
+    def command_label(self, command_id: str) -> str | None:
         if command_id != "train.launch":
             return ""
         if any(check.problem is not None for check in self.checks):
-            return "Why not"
+            return None  # the verdict has the reason that the key would show
         if errors(self.checks):
             return "Launch anyway"
         waits = self._has_to_wait or bool(self.app.system_status.waiting_ids)
