@@ -231,8 +231,13 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
         evaluations=((0, 2.7), (640, 1.287), (1200, 1.342)),
     )
     last = weights_line(summary, None)
-    assert last.plain == "Weights: last step 1,200, validation 1.342; best 1.287 at step 640"
+    assert last.plain.endswith("1.342; best 1.287 at step 640, which is no longer saved")
     assert last.spans[0].style == "$warning"
+    beside = replace(summary, evaluations=((0, 2.7), (640, 1.287), (800, 1.301), (1200, 1.342)))
+    assert weights_line(beside, None, (None, 1200, 800)).plain.endswith(
+        "no longer saved. ▸ [c] step 800, 1.301"
+    )
+    assert weights_line(summary, 1200, (1200, 640)).plain.endswith("best 1.287 at step 640. ▸ [c] step 640")
     best = weights_line(summary, 640)
     assert best.plain == "Weights: step 640, validation 1.287 (best); the last step has 1.342"
     assert not best.spans

@@ -5,9 +5,10 @@ with the progress of unfinished ones.
 from __future__ import annotations
 
 import asyncio
+import math
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -43,7 +44,7 @@ from qlora_tui.runs.exports import (
     start_export,
 )
 from qlora_tui.runs.run_summary import RunSummary, better_checkpoint, is_notably_above, summarize
-from qlora_tui.tui.key_names import dialog_keys
+from qlora_tui.tui.key_names import dialog_keys, highlight_keys
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
     Base,
@@ -332,7 +333,7 @@ class ExportScreen(ModalScreen[None]):
         field, step = self.query_one(TextField), self._steps[0]
         label = choice.target if step is None else f"Checkpoint {step:,} · {choice.target}"
         self.query_one("#export-label", Static).update(label)
-        weights = weights_line(self._summary, step)
+        weights = weights_line(self._summary, step, self._steps)
         self.query_one("#export-weights", Static).update(weights)
         if field.value == self._proposed:
             self._proposed = proposed_target(choice, self._run_dir.name, step)
@@ -359,15 +360,17 @@ class ExportScreen(ModalScreen[None]):
         message.display = True
 
 
-def weights_line(summary: RunSummary | None, step: int | None) -> Content:
+def weights_line(summary: RunSummary | None, step: int | None, saved: Collection[int | None] = ()) -> Content:
     """Return which weights are exported, and which others are better or were the last:
     ``Weights: step 640, validation 1.342 (best); the last step has 1.518``.
 
-    The line is a warning if the validation loss is notably lower at another step.
+    The line is a warning if the validation loss is notably lower at another step. It says so if that step is
+    no longer saved, and names the best of the saved checkpoints and the key that selects it.
 
     Args:
         summary: Summary of the run; None until it has been read.
         step: Step of the checkpoint to export; None for the final adapter.
+        saved: Steps of the saved checkpoints, and None for the final adapter.
     """
     if summary is None:
         return Content("")
@@ -382,8 +385,15 @@ def weights_line(summary: RunSummary | None, step: int | None) -> Content:
         lowest, best = summary.best
         last, loss_at_last = summary.evaluations[-1]
         if best != at:
-            text += f"; best {format_loss(lowest)} at step {best:,}"
             style = "$warning" if at in losses and is_notably_above(losses[at], lowest) else ""
+            text += f"; best {format_loss(lowest)} at step {best:,}"
+            text += "" if best in saved else ", which is no longer saved"
+            known = {each: losses[each] for each in saved if each is not None and each in losses}
+            better = min(known, key=lambda each: known[each], default=at)
+            if better != at and known[better] < losses.get(at, math.inf):
+                found = "" if better == best else f", {format_loss(known[better])}"
+                offer = highlight_keys(f" ▸ [{_CHECKPOINT.key}] step {better:,}{found}")
+                return Content.styled(f"{text}.", style) + offer
         else:
             text += " (best)"
             text += f"; the last step has {format_loss(loss_at_last)}" if last != at else ""
