@@ -48,6 +48,9 @@ BEGAN = 1_795_400_000.0
 """23 November 2026, 02:13:20 UTC."""
 
 _WATTS = 312
+_OTHER_PROGRAM_S = 30
+"""Time before an out-of-memory failure at which the other program of its report took its memory."""
+_FREE_AT_FAILURE_BYTES = 410 << 20
 
 BEFORE_TRAINING = 2.71
 """Validation loss before training."""
@@ -324,11 +327,13 @@ def _telemetry(what: FakeRun) -> list[Reading]:
 
 
 def _sample(what: FakeRun, at: float, luck: random.Random) -> Reading:
+    ending = _ending(what)
+    has_other = isinstance(ending, Failed) and ending.others_bytes and at > ending.at - _OTHER_PROGRAM_S
     gpu = GpuMetrics(
         at=at,
         index=0,
         utilization_percent=min(100, round(96 + luck.gauss(0, 2))),
-        memory_used_bytes=round(18.2 * GIB),
+        memory_used_bytes=24 * GIB - _FREE_AT_FAILURE_BYTES if has_other else round(18.2 * GIB),
         memory_total_bytes=24 * GIB,
         power_w=round(_WATTS + luck.gauss(0, 9), 1),
         power_limit_w=450.0,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from functools import partial
+from itertools import product
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,7 +21,7 @@ from qlora_tui.memory.estimate import PRECISIONS, with_precision
 from qlora_tui.memory.quality import Difference, LayerError, Quality
 from qlora_tui.memory.recording import StepTrace
 from qlora_tui.memory.step import PHASES, Moment
-from qlora_tui.recipe.fields import get_setting
+from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import exact_memory
 from qlora_tui.tui.app import QloraApp
@@ -30,6 +31,7 @@ from qlora_tui.tui.screens.memory.step_panels import (
     even_colors,
     item_lines,
     part_of,
+    parts_of,
     precision_bars,
     stacked_bar,
 )
@@ -125,6 +127,12 @@ def test_a_limit_far_above_is_beyond_a_break_of_the_axis(limit_gib: int, is_brok
         {glyph for glyph in "█▚▓░" if glyph in stacked_bar(compared["fp16"], full, 12).plain} == set("█▚▓░")
         for full in (total, 2 * total)
     )
+    # The length of a part does not depend on the parts before it, so that it is the same at each rank.
+    for width, rank in product(range(60, 80), (4, 64)):
+        each = estimate(replace_setting(recipe, "lora.rank", rank), architecture)
+        bar = stacked_bar(each, 12 << 30, width).plain
+        sizes = {part.glyph: round(size / (12 << 30) * width) for part, size in parts_of(each)}
+        assert [bar.count(glyph) for glyph in "█▚▓"] == [max(1, sizes[glyph]) for glyph in "█▚▓"]
 
 
 async def test_what_fits_is_found_again_once_the_structure_was_read(

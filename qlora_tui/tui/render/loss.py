@@ -316,9 +316,8 @@ def validation_lines(
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
     the last line has the number of those left out, and the first loss.
 
-    The bars have one scale, whichever lines fit. It ends at the largest change, or at twice the second
-    largest if that is less, so that the first fall does not hide the others. A longer bar is
-    clipped. The bar of a rise begins with ``▲``, so that it differs from the bar of a fall without color.
+    The bars are relative to the largest change of all evaluations, whichever lines fit. The bar of a rise
+    begins with ``▲``, so that it differs from the bar of a fall without color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
@@ -331,8 +330,7 @@ def validation_lines(
     has_titles = height > 1 or not evaluations
     rows = height - has_titles
     first = 0 if len(evaluations) <= rows else len(evaluations) - max(1, rows - 1)
-    *_, second, largest = [0.0, 0.0, *sorted(abs(change) for change in changes if math.isfinite(change))]
-    most = (min(largest, 2 * second) if second else largest) or 1.0
+    most = max((abs(change) for change in changes if math.isfinite(change)), default=0.0) or 1.0
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(range(first, len(evaluations))):
         (step, loss, more), change = evaluations[number], changes[number]

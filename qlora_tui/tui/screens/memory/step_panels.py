@@ -158,23 +158,25 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
 
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False) -> Content:
     """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. Each part that needs memory
-    has at least one cell. A larger estimate is clipped, and ends with its size relative to ``full_bytes``,
-    such as ``▶128%``. ``is_even``: whether the bar has full blocks instead of textures.
+    has at least one cell. Parts of equal size are equally long in all bars of one scale, except the last
+    part, which makes up for the rounding of the others. A larger estimate is clipped, and ends with its size
+    relative to ``full_bytes``, such as ``▶128%``. ``is_even``: whether the bar has full blocks instead of
+    textures.
     """
     sizes = [(part, bytes_) for part, bytes_ in parts_of(estimate) if bytes_]
     share = sum(bytes_ for _, bytes_ in sizes) / full_bytes
     end = "" if share <= 1 else f"{CLIPPED}{format_percent(share)}"
-    pieces: list[tuple[str, str]] = []
-    drawn = filled_bytes = 0
-    for number, (part, bytes_) in enumerate(sizes, 1):
-        filled_bytes += bytes_
-        # The parts after this one need cells too, unless they are clipped.
-        room = width - (len(end) or len(sizes) - number)
-        cells = min(max(round(filled_bytes / full_bytes * width) - drawn, 1), room - drawn)
+    cells = [max(1, round(bytes_ / full_bytes * width)) for _, bytes_ in sizes]
+    cells[-1] = max(1, round(share * width) - sum(cells[:-1]))
+    if not end:
+        cells[cells.index(max(cells))] -= max(0, sum(cells) - width)
+    pieces = []
+    for (part, _), number in zip(sizes, cells, strict=True):
         glyph, style = part.drawn(is_even=is_even)
-        pieces.append((glyph * cells, style))
-        drawn += max(0, cells)
-    return Content.assemble(*pieces, (end, "$error bold") if end else ("·" * (width - drawn), "dim"))
+        pieces.append((glyph * number, style))
+    drawn = Content.assemble(*pieces).truncate(width - len(end))
+    tail = (end, "$error bold") if end else ("·" * (width - drawn.cell_length), "dim")
+    return Content.assemble(drawn, tail)
 
 
 def precision_bars(
