@@ -353,17 +353,20 @@ async def test_the_timeline_is_as_high_as_its_scale_says_and_loses_no_part(seven
     app = open_on("memory", model=seven_billion)
     async with app.run_test():
         colors = even_colors(app.screen)
-        drawn = [timeline_lines(moments, 12 * GIB, app.screen, 80, height)[:-1] for height in range(5, 60)]
-    for lines in drawn:
+        drawn = [timeline_lines(moments, 12 * GIB, app.screen, 80, height) for height in range(5, 60)]
+    for *lines, foot in drawn:
         labels = [
-            (row, float(line.plain.split("┤")[0])) for row, line in enumerate(lines) if "┤" in line.plain
+            (row, float(re.split("[┤┴]", line.plain)[0]))
+            for row, line in enumerate([*lines, foot])
+            if "┤" in line.plain or line is foot
         ]
         (top, most), (bottom, least) = labels[0], labels[-1]
         row_gib = (most - least) / (bottom - top)
         # The top cell is filled from below, and all cells under it are full.
         glyphs = [line.plain[-1] for line in lines if line.plain[-1] not in " ─"]
         rows = len(glyphs) - 1 + (" ▁▂▃▄▅▆▇".find(glyphs[0]) / 8 if glyphs[0] in "▁▂▃▄▅▆▇" else 1)
-        assert (rows - 0.5) * row_gib == pytest.approx(sum(gib.values()), abs=row_gib / 15)
+        assert least == 0 and (rows + 0.5) * row_gib == pytest.approx(sum(gib.values()), abs=row_gib / 15)
+        assert "peak" in lines[-len(glyphs) - 1].plain and 12 <= (len(lines) + 0.5) * row_gib < 16 + row_gib
         styles = " ".join(str(span.style) for line in lines for span in line.spans)
         shown = [key for key in gib if part_of(key).hue in styles or colors[part_of(key).name] in styles]
         assert shown in (list(gib), [])

@@ -19,7 +19,7 @@ from qlora_tui.sweeps.space import Range, Space, Values
 from qlora_tui.sweeps.view import read_sweep
 from qlora_tui.tui import system_monitor
 from qlora_tui.tui.screens.runs.sweep import SweepScreen, trial_lines
-from qlora_tui.tui.screens.runs.sweep_charts import setting_plot
+from qlora_tui.tui.screens.runs.sweep_charts import setting_plot, steps_plot
 from tests.sweeps.conftest import best_at, no_runner, play_all, recipe, sheet
 from tests.tui.sample_data import readable_model, tickets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
@@ -159,11 +159,13 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
     # Both symbols are at the mean of the runs that the verdict compares, and not at the lowest loss.
     assert view.winner is not None and view.winner.final is not None and view.winner.final.loss < best.y
     assert best.y == view.verdict.found and best == chart.marks[-1]
-    assert {mark.y for mark in chart.marks if mark.symbol == "○"} == {view.verdict.base}
-    assert [text for text, _ in chart.legend][1:3] == [
-        f"★ trial {view.winner.number} (mean)",
-        "○ unchanged (mean)",
-    ]
+    for each in (chart, steps_plot(view)):
+        losses = {(mark.symbol, mark.y) for mark in each.marks if mark.symbol}
+        assert losses == {("★", view.verdict.found), ("○", view.verdict.base)}
+        assert [text for text, _ in each.legend][1:3] == [
+            f"★ trial {view.winner.number} (mean)",
+            "○ unchanged (mean)",
+        ]
     assert trial_words(view, view.winner) == f"winner, mean {view.verdict.found:.3f}"
     # Each round has a line through its lowest losses.
     assert [curve.envelope.low for curve in chart.curves] == [

@@ -21,6 +21,8 @@ _BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """The bit that each dot sets in the code point of a braille character: one tuple for each column of dots, in
 order of rows from the top.
 """
+_MARKS = "⠿⣶"
+"""The block of a mark in the upper and in the lower part of its cell."""
 _BRAILLE_BLANK = 0x2800
 """Code point of the braille character without dots."""
 
@@ -62,15 +64,15 @@ class Canvas:
                 bits, _ = self.lines[cell] = before | bits, (style, *styles)
             self.cells[cell] = (chr(_BRAILLE_BLANK | bits), style)
 
-    def set_mark(self, dots: Iterable[tuple[int, int]], style: str) -> None:
-        """Draw the dots of a mark, in addition to the dots of the lines in the same cells."""
-        for cell, bits in _by_cell(dots).items():
-            bits |= self.lines.get(cell, (0, ()))[0]
-            self.lines[cell] = bits, (style,)
-            self.cells[cell] = (chr(_BRAILLE_BLANK | bits), style)
+    def set_mark(self, column: int, dot_row: int, style: str) -> None:
+        """Draw a mark, a block of dots in the cell that contains the dot row, over everything else in the
+        cell. The block is three dots high, in the upper or the lower part of the cell.
+        """
+        row, dot = divmod(dot_row, DOTS_HIGH)
+        self.set_symbol((column, row), _MARKS[dot >= DOTS_HIGH // 2], style)
 
     def set_symbol(self, cell: tuple[int, int], symbol: str, style: str) -> None:
-        """Write the symbol of a mark into a cell (column, row), over everything else in the cell."""
+        """Write one character into a cell (column, row), over everything else in the cell."""
         self.lines[cell] = 0, (style,)
         self.cells[cell] = (symbol, style)
 

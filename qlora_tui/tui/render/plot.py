@@ -30,6 +30,10 @@ _MIN_SPARK, _MAX_SPARK = 4, 24
 """Minimum and maximum width of the blocks after a curve's words, in cells."""
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
+_LEAST_DOTTED = 8
+"""Minimum number of rows of a graph at which dotted lines are drawn. In fewer rows, their dots would hide the
+marks that they connect.
+"""
 _FEW_LABELS = 1.2
 """Penalty factor for axes with only two labels. Of several possible axes, the one with the smallest product
 of length and penalties is selected.
@@ -226,8 +230,8 @@ class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
     A cell that several lines share shows the dots of all of them, but can have only one color, which is
-    selected by :meth:`Canvas.color_shared_cells`. A dotted line has no dots in the cells of marks and of
-    other lines.
+    selected by :meth:`Canvas.color_shared_cells`. A mark has its cell for itself. A dotted line has no dots
+    in the cells of marks and of other lines, and is left out in a graph of few rows.
     """
 
     x: Axis
@@ -277,21 +281,25 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     rows = height - 2
     y, labels = _even(what.y, rows)
     what = replace(what, y=y)
+    grid_rows = list(labels)
+    if y.unit == "loss" and min(grid_rows, default=0) > _LEAST_BETWEEN:
+        # Losses far above the highest grid line could not be read without the end of the axis.
+        labels[0] = y.text(y.high, y.high - y.low)
     labels_end = max(map(len, labels.values()), default=0) + 1
     gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
     canvas = Canvas(columns, rows)
-    canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in labels for column in range(columns)}
-    dotted = [curve for curve in what.curves if curve.look == "dotted"]
+    canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in grid_rows for column in range(columns)}
     for curve in what.curves:
-        if curve not in dotted:
+        if curve.look != "dotted":
             _draw_curve(canvas, curve, what.x, what.y)
     canvas.color_shared_cells()
     for number, curve in enumerate(what.curves):
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)
-    for curve in dotted:
-        _draw_curve(canvas, curve, what.x, what.y)
+    for curve in what.curves:
+        if curve.look == "dotted" and rows >= _LEAST_DOTTED:
+            _draw_curve(canvas, curve, what.x, what.y)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
@@ -456,8 +464,7 @@ def _set_marks(canvas: Canvas, what: Plot) -> None:
         if mark.symbol:
             canvas.set_symbol((column, middle // DOTS_HIGH), mark.symbol, mark.style)
         else:
-            rows = range(max(0, middle - 1), min(middle + 2, canvas.height * DOTS_HIGH))
-            canvas.set_mark(product(range(column * DOTS_WIDE, (column + 1) * DOTS_WIDE), rows), mark.style)
+            canvas.set_mark(column, middle, mark.style)
 
 
 def _legend(what: Plot, gutter: int, width: int) -> Content:

@@ -374,7 +374,7 @@ class MemoryScreen(WorkScreen):
         table = partial(settings_table, recipe, fitting, lowered, context)
         self.query_one("#memory-settings", Lines).show(table)
         up, down = ("memory.length_up", "doubles"), ("memory.length_down", "halves")
-        title = settings_title(up, down, is_short=not self.has_class("-very-wide"))
+        title = settings_title(up, down, is_short=True)
         self.query_one("#memory-settings-panel", Panel).show_title(title)
 
     def _show_fit(self) -> None:

@@ -39,7 +39,10 @@ ABOVE_PEAK = 1.25
 _WORDS = 41
 """Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
-_ITEM_NAME, _ITEM_BAR = 26, 24
+_ITEM_NAME, _ITEM_FIGURES, _ITEM_BAR, _SHORT_ITEM_BAR = 26, 14, 24, 11
+"""Width of an item's name, of its figures, and of its bar, in cells. The bar is shorter if there is room for
+an explanation to its right.
+"""
 _MIN_BAR = 4
 _MIN_EXPLANATION = 60
 """Minimum width of an explanation to the right of its item, in cells."""
@@ -380,9 +383,21 @@ class ItemsPanel(Panel):
         key, items = self._list.current, self._estimate.items if self._estimate else ()
         item = next((item for item in items if item.key == key), None)
         if item is not None:
-            has_room = self.screen.has_class("-tall") and not self.screen.has_class("-narrow")
-            text = explanation_lines(item, with_term=has_room)
-            self._explanation.show(text)
+            self._explanation.show(partial(self._explanation_lines, item))
+
+    def _explanation_lines(self, item: Item, _width: int) -> list[Content]:
+        """Return the item's explanation, unless the list has all of it, and in a tall window its glossary
+        entry.
+        """
+        lines = []
+        if len(item.explanation) > _explanation_cells(self._list.scrollable_content_region.width):
+            lines.append(Content.assemble((f"{item.label}: ", "bold"), item.explanation))
+        term = _TERMS.get(item.key)
+        has_room = self.screen.has_class("-tall") and not self.screen.has_class("-narrow")
+        if has_room and term is not None and not (term == "NF4" and "× 1 byte" in item.explanation):
+            entry = (explain(term), "$text-muted")
+            lines.append(Content.assemble((f"{term}: ", "bold $text-muted"), entry))
+        return lines
 
 
 def item_lines(estimate: Estimate, is_even: bool, width: int) -> list[tuple[str, Content]]:
@@ -402,6 +417,14 @@ def item_lines(estimate: Estimate, is_even: bool, width: int) -> list[tuple[str,
     return lines
 
 
+def _explanation_cells(width: int) -> int:
+    """Return the width of the explanations to the right of the items, in a list of this width; 0 if there is
+    too little room for them.
+    """
+    left = width - _ITEM_NAME - _ITEM_FIGURES
+    return left - _SHORT_ITEM_BAR - 2 if left >= _ITEM_BAR + _MIN_EXPLANATION else 0
+
+
 def _item_line(
     name: str,
     part: BarPart,
@@ -417,14 +440,14 @@ def _item_line(
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
     figures = f" {format_bytes(size):>8} {format_percent(share):>4}"
-    cells = max(0, min(_ITEM_NAME, width - len(figures)))
+    cells = max(0, min(_ITEM_NAME, width - _ITEM_FIGURES))
     text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures
-    left = width - len(text)
-    cells = min(left, _ITEM_BAR) - 1
+    explanation_cells = _explanation_cells(width)
+    cells = min(width - len(text), _SHORT_ITEM_BAR if explanation_cells else _ITEM_BAR) - 1
     text_of_bar = f" {bar(share, cells, has_track=False)}" if cells >= _MIN_BAR else ""
     beside = ""
-    if item is not None and left >= _ITEM_BAR + _MIN_EXPLANATION:
-        beside = Content(f"  {item.explanation}").truncate(left - _ITEM_BAR, ellipsis=True).plain
+    if item is not None and explanation_cells:
+        beside = "  " + Content(item.explanation).truncate(explanation_cells, ellipsis=True).plain
     glyphs = 1 if item is None else 0
     return Content.assemble(
         (text[:glyphs], drawn[1]),
@@ -434,12 +457,3 @@ def _item_line(
         (text_of_bar, f"{part.even_style} not reverse"),
         (beside, "$text-muted"),
     )
-
-
-def explanation_lines(item: Item, *, with_term: bool) -> Content:
-    """Return the explanation of an item and, if ``with_term``, its glossary entry."""
-    lines = [Content.assemble((f"{item.label}: ", "bold"), item.explanation)]
-    term = _TERMS.get(item.key)
-    if with_term and term is not None and not (term == "NF4" and "× 1 byte" in item.explanation):
-        lines.append(Content.assemble((f"{term}: ", "bold $text-muted"), (explain(term), "$text-muted")))
-    return Content("\n").join(lines)

@@ -5,10 +5,11 @@ The graph has the same parts as the bars of the peaks.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import itemgetter
 
 from textual.content import Content
@@ -17,9 +18,8 @@ from textual.widget import Widget
 from qlora_tui.formatting import GIB, format_bytes
 from qlora_tui.memory.step import PHASES, Moment, Phase
 from qlora_tui.tui.render.canvas import join_cells
-from qlora_tui.tui.render.plot import label, tick_step
+from qlora_tui.tui.render.plot import label
 from qlora_tui.tui.screens.memory.step_panels import (
-    ABOVE_PEAK,
     PARTS,
     BarPart,
     even_colors,
@@ -34,6 +34,12 @@ _NAMES: dict[Phase, str] = {"loading": "load"}
 _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
 """Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
+_LEAST_FILLED = 1 / 16
+"""Minimum fraction of a cell that is drawn."""
+_STEPS, _MAX_STEP_ROWS = (1, 2, 4, 5, 8), 5
+"""``_STEPS``: distances between two labels, times a power of ten, in GiB. ``_MAX_STEP_ROWS``: maximum
+distance in rows; the minimum is two.
+"""
 _TOTAL = BarPart("total", "█", "$primary", frozenset(), strength=60)
 """The single part that is drawn if the graph has too few rows to show all parts."""
 _MIN_PEAK_ROWS = 8
@@ -73,8 +79,8 @@ def timeline_lines(
     """Return ``height`` lines: the graph, with a scale in GiB on its left, and below it the names of the
     phases. If ``height`` is less than three, return no lines.
 
-    A label of the scale stands for the middle of its row. If there are too few rows to show the parts, the
-    graph shows the total.
+    A label of the scale stands for the middle of its row; 0 is in the row of the phases. If there are too few
+    rows to show the parts, the graph shows the total.
 
     ``widget``: the widget on which the graph is drawn.
     """
@@ -83,31 +89,44 @@ def timeline_lines(
         return []
     peak = max(moment.total_bytes for moment in moments)
     limit_is_shown = not is_far_above(limit_bytes, peak)
-    high = max(peak * ABOVE_PEAK, limit_bytes * 1.02) if limit_is_shown else peak * ABOVE_PEAK
-    # Labels are an equal number of rows apart, so the axis ends at the top row and not at a round value.
-    step_gib = tick_step(0.0, high / GIB, max(2, rows // 2))
-    step_rows = max(1, int(step_gib * GIB / high * (rows - 0.5)))
+    step_gib, step_rows = _scale(peak, limit_bytes if limit_is_shown else 0, rows)
     row_bytes = step_gib * GIB / step_rows
-    labels = {row: label(row // step_rows * step_gib, step_gib) for row in range(0, rows, step_rows)}
+    labels = {row: label(row // step_rows * step_gib, step_gib) for row in range(0, rows + 1, step_rows)}
     gutter = max(map(len, labels.values())) + 1
     columns = _columns(moments, max(len(PHASES), width - gutter))
     even = even_colors(widget)
     sums = _sums(columns)
     if not _has_room_for_parts(columns, row_bytes, peak, sums, is_even=bool(even)):
         columns = [replace(column, parts=((_TOTAL, column.total_bytes),)) for column in columns]
-    limit_row = min(rows - 1, round(limit_bytes / row_bytes)) if limit_is_shown else None
+    limit_row = min(rows, round(limit_bytes / row_bytes)) if limit_is_shown else None
     peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
     lines = []
-    for row in range(rows - 1, -1, -1):
+    for row in range(rows, 0, -1):
         text = labels.get(row, "")
         edge = Content.styled(f"{text:>{gutter - 1}}{'┤' if text else '│'}", "dim")
         cells = [_cell(column, row, row_bytes, limit_bytes, sums, even) for column in columns]
         if row == limit_row:
             _draw_limit(cells, limit_bytes)
-        if row == int(peak / row_bytes + 0.5) + 1:
+        if row == int(peak / row_bytes + 0.5 - _LEAST_FILLED) + 1:
             _draw_peak(cells, peak_column, peak)
         lines.append(edge + join_cells(cells))
-    return [*lines, _foot(columns, gutter, columns[peak_column].phase)]
+    return [*lines, _foot(columns, labels[0], gutter, columns[peak_column].phase)]
+
+
+def _scale(peak_bytes: int, limit_bytes: int, rows: int) -> tuple[float, int]:
+    """Return the distance between two labels, in GiB and in rows. It makes the axis as short as the limit,
+    the peak and a row above the peak allow. There are ``rows`` rows above the one of 0 bytes.
+    """
+    peak, limit = peak_bytes / GIB, limit_bytes / GIB
+    power = math.floor(math.log10(max(peak, limit)))
+    powers = range(power - 2, power + 2)
+    scales = [
+        (round(size * 10.0**power, 9), step_rows)
+        for size, power, step_rows in product(_STEPS, powers, range(2, min(_MAX_STEP_ROWS, rows) + 1))
+    ]
+    high = max(limit / (rows + 0.5), peak / (rows - 0.5))
+    fitting = [(step, step_rows) for step, step_rows in scales if step / step_rows >= high]
+    return min(fitting, key=lambda scale: (round(scale[0] / scale[1], 9), scale[1]))
 
 
 def _columns(moments: tuple[Moment, ...], width: int) -> list[_GraphColumn]:
@@ -155,11 +174,11 @@ def _has_room_for_parts(
     """Return whether the graph is tall enough for the parts. The peak must have enough rows, and every part
     that is taller than an eighth of a row in any column must be visible in at least one cell.
     """
-    rows = int(peak / row_bytes + 0.5) + 1
+    rows = int(peak / row_bytes + 0.5)
     if rows < _MIN_PEAK_ROWS:
         return False
     needed = {part for column in columns for part, size in column.parts if size * 8 > row_bytes}
-    cells = (_parts_of_cell(column, row, row_bytes) for column in columns for row in range(rows))
+    cells = (_parts_of_cell(column, row, row_bytes) for column in columns for row in range(1, rows + 1))
     return needed <= {part for cell in cells for part in _drawn_parts(cell, sums, is_even=is_even)}
 
 
@@ -173,7 +192,7 @@ def _drawn_parts(
     any other cell. Otherwise, the cell shows only its largest part.
     """
     filled = sum(share for _, share in covered)
-    if filled < 1 / 16:
+    if filled < _LEAST_FILLED:
         return []
     (lowest, share), largest = covered[0], max(covered, key=itemgetter(1))[0]
     above = [part for part, size in covered[1:] if size >= 1 / 8]
@@ -183,11 +202,9 @@ def _drawn_parts(
 
 
 def _parts_of_cell(column: _GraphColumn, row: int, row_bytes: float) -> list[tuple[BarPart, float]]:
-    """Return (part, fraction of the cell that the part covers), from the bottom of the cell. The lowest row
-    begins half a cell below 0 bytes; this half belongs to the lowest part.
-    """
+    """Return (part, fraction of the cell that the part covers), from the bottom of the cell."""
     low, high = (row - 0.5) * row_bytes, (row + 0.5) * row_bytes
-    begin, end, covered = -0.5 * row_bytes, 0, list[tuple[BarPart, float]]()
+    begin, end, covered = 0, 0, list[tuple[BarPart, float]]()
     for part, size in column.parts:
         end += size
         share = (min(end, high) - max(begin, low)) / row_bytes
@@ -241,9 +258,11 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
         cells[start : start + len(text)] = [(letter, "bold") for letter in text]
 
 
-def _foot(columns: list[_GraphColumn], gutter: int, peak_phase: Phase) -> Content:
-    """Return a line with the name of each phase where the phase begins. The phase of the peak is bold."""
-    parts: list[tuple[str, str]] = [(f"{'└':>{gutter}}", "dim")]
+def _foot(columns: list[_GraphColumn], zero: str, gutter: int, peak_phase: Phase) -> Content:
+    """Return the line of 0 bytes, with its label ``zero`` and the name of each phase where the phase begins.
+    The phase of the peak is bold.
+    """
+    parts: list[tuple[str, str]] = [(f"{zero + '┴':>{gutter}}", "dim")]
     for phase in PHASES:
         cells = sum(column.phase == phase for column in columns)
         name = f"{_NAMES.get(phase, phase)}"[: max(0, cells - 1)]

@@ -72,6 +72,8 @@ for each length.
 """
 _RANKS_HEIGHT = 50
 """Minimum height of the window, in rows, at which there is also a bar for each rank."""
+_BATCHES_HEIGHT = 56
+"""Minimum height of the window, in rows, at which there is also a bar for each micro-batch size."""
 _NAME_CELLS = 13
 
 
@@ -124,13 +126,12 @@ class PartsPanel(Panel):
         super().__init__("Memory", self._lines, id="parts-panel")
 
     def show(self, fit: ModelFit) -> None:
-        """Show a bar for each length and, in a tall window, for each rank. There are no bars for micro-batch
-        sizes: a micro-batch size and a length with the same number of tokens have the same bar.
-        """
+        """Show a bar for each length and, in a tall window, for each rank and each micro-batch size."""
         self.show_title(f"What {PRECISION_NAMES[fit.precisions[0]]} memory is made of")
         groups = {"length": fit.lengths}
         rows = self.screen.size.height
         groups |= {"rank": fit.ranks} if rows >= _RANKS_HEIGHT else {}
+        groups |= {"batch": fit.batches} if rows >= _BATCHES_HEIGHT else {}
         self._lines.show(partial(parts_lines, groups, fit, has_even_colors(self)))
 
 

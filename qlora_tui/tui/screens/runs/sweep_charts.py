@@ -159,7 +159,7 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
         curves=tuple(curves),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=_legend(view, path, {mark.style for mark in marks}),
+        legend=((f"by {setting_name(path)}", "dim"), *_legend(view, {mark.style for mark in marks})),
         empty=_NOTHING,
     )
 
@@ -170,7 +170,7 @@ def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     return tuple(sorted(marks, key=lambda mark: (order.index(mark.style), bool(mark.symbol))))
 
 
-def _legend(view: SweepView, path: str, drawn: set[str]) -> tuple[tuple[str, str], ...]:
+def _legend(view: SweepView, drawn: set[str]) -> tuple[tuple[str, str], ...]:
     """Return (text, style) items for the legend of marks with the styles ``drawn``."""
     firsts = (view.winner, *view.base_trials[:1])
     has_mean = {first.role for first in firsts if first is not None and view.mean_of(first) is not None}
@@ -181,15 +181,15 @@ def _legend(view: SweepView, path: str, drawn: set[str]) -> tuple[tuple[str, str
         _LAST_STYLE: f"{_OTHER} {round_title(view, view.rounds) if view.rounds > 1 else 'other trials'}",
         _EARLIER_STYLE: f"{_OTHER} earlier",
     }
-    items = [(text, style) for style, text in words.items() if style in drawn]
-    return ((f"by {setting_name(path)}", "dim"), *items)
+    return tuple((text, style) for style, text in words.items() if style in drawn)
 
 
 def steps_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
 
     Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
-    trial. Only the winner and the marks of the unchanged recipe are bright; their last marks have symbols.
+    trial. Only the winner and the marks of the unchanged recipe are bright. Their lines end in symbols, at
+    the mean if they were repeated with other seeds, as in the plot by a setting.
     """
     base = view.base_trials[:1]
     curves, marks = [], []
@@ -206,6 +206,8 @@ def steps_plot(view: SweepView) -> Plot:
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
         line_style = style if symbol == _WINNER else _EARLIER_STYLE
+        if symbol and (mean := view.mean_of(trial)) is not None:
+            losses[-1] = mean
         envelope = Envelope.of_points(shares, losses)
         curves.append((symbol, Curve(envelope, "", line_style, look="thin")))
         marks += [Mark(share, loss, style) for share, loss in zip(shares, losses, strict=True)]
@@ -221,6 +223,6 @@ def steps_plot(view: SweepView) -> Plot:
         curves=tuple(curve for _, curve in curves),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=(("over the steps", "dim"),),
+        legend=(("over the steps", "dim"), *_legend(view, {mark.style for mark in marks if mark.symbol})),
         empty=_NOTHING,
     )
