@@ -74,7 +74,8 @@ def determine_outcome(
     cuda_line = last_cuda_line(run, log_from) if may_be_cuda and log_from is not None else ""
     if says_out_of_memory(sentence_in_log(cuda_line)):
         what = "A library found no free GPU memory and ended the trainer."
-        return _out_of_memory(run, what, f"The library's message: {cuda_line.strip()}.", exit_code)
+        why = f"The library's message: {cuda_line.strip()}."
+        return _out_of_memory(run, "Out of GPU memory", what, why, exit_code)
     problem = gpu_problem(run, error_in_log(cuda_line)) if exit_code != 0 else None
     if problem is not None:
         return events.Failed.from_problem(problem, at=time.time(), exit_code=exit_code)
@@ -85,7 +86,7 @@ def determine_outcome(
         subject = f"One of the trainer's {processes} processes" if is_one_killed else "The trainer process"
         what = f"{subject} was terminated{by} before it could save."
         if host_out_of_memory and (is_one_killed or exit_code == -signal.SIGKILL):
-            return _out_of_memory(run, what, _host_memory(run), exit_code)
+            return _out_of_memory(run, "Out of memory", what, _host_memory(run), exit_code)
         return events.Failed(
             title="The trainer was killed",
             what=what,
@@ -192,14 +193,14 @@ def _gpu_was_lost(run: RunDir) -> bool:
     return False
 
 
-def _out_of_memory(run: RunDir, what: str, why: str, exit_code: int | None) -> events.Failed:
+def _out_of_memory(run: RunDir, title: str, what: str, why: str, exit_code: int | None) -> events.Failed:
     """Return the event for a trainer that ran out of memory and was ended before it could record this."""
     recipe: Recipe | None = None
     with suppress(UserError):
         recipe = last_plan(run).apply_to(run.recipe())
     phase = last_phase(run)
     return events.Failed(
-        title="Out of memory",
+        title=title,
         what=what,
         why=why,
         fix=describe_fix(recipe, phase),

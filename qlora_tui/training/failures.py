@@ -123,7 +123,7 @@ def _out_of_memory(
         )
     failed = Failed(
         at=now,
-        title="Out of memory",
+        title="Out of GPU memory" if "CUDA" in message else "Out of memory",
         what=what,
         why=why,
         fix=describe_fix(recipe, phase),

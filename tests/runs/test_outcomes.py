@@ -192,7 +192,7 @@ def test_a_trainer_that_bitsandbytes_ended_is_out_of_memory(run: RunDir) -> None
         ),
         ("  what():  CUDA error: unspecified launch failure", -signal.SIGABRT, LOST),
         ("  what():  CUDA error: unspecified launch failure", -signal.SIGTERM, "The trainer was killed"),
-        ("  what():  CUDA error: out of memory", -signal.SIGABRT, "Out of memory"),
+        ("  what():  CUDA error: out of memory", -signal.SIGABRT, "Out of GPU memory"),
         ("Error invalid argument at line 62 in file /s/ops.cu", 1, "The trainer ended without a message"),
     ],
 )

@@ -131,7 +131,8 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
 )
 def test_out_of_memory_is_recognized_and_explained(tmp_path: Path, said: str, what: str) -> None:
     ending = failure_event(RuntimeError(said), RunDir(tmp_path), None, None)
-    assert (ending.kind, ending.title, ending.what) == ("out_of_memory", "Out of memory", what)
+    title = "Out of GPU memory" if "CUDA" in said else "Out of memory"
+    assert (ending.kind, ending.title, ending.what) == ("out_of_memory", title, what)
 
 
 ON_SHARED_GPU = (
