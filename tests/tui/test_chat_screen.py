@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,11 +19,12 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from qlora_tui.catalog.config_parser import parse_architecture
-from qlora_tui.chat.chat_types import ADAPTER, BASE, Sampling
+from qlora_tui.chat.chat_types import ADAPTER, BASE, ChatSource, Sampling
 from qlora_tui.engine.client import EngineClosedError
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.recipe.training_settings import Training
+from qlora_tui.runs.chat_choices import ChoiceKind
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.status import read_status, write_status
 from qlora_tui.runs.task_metrics.answer_metrics import TaskRow
@@ -358,6 +361,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, trainers: Trainers) -> tuple[
         trainers.server.serve([MODEL_WITH_ADAPTER], patch)
         run_job(MODEL_WITH_ADAPTER, folder, config, result=NoneType, title="No model", subject="Who makes it")
     return folder / "model", folder / "adapter"
+
+
+async def test_the_chosen_run_answers_although_the_newest_is_still_being_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = with_adapters(write_fake_run(FakeRun(name="older-run", began=BEGAN - 999)), "step-9")
+    finished(ADAPTER)
+    opened, go_on, open_now = threading.Event(), threading.Event(), list[int]()
+
+    def count(source: ChatSource) -> dict[ChoiceKind, int]:
+        open_now.append(open_now[-1] + 1 if open_now else 1)
+        if not opened.is_set():
+            opened.set()
+            go_on.wait(10)
+        open_now.append(open_now[-1] - 1)
+        return {}
+
+    monkeypatch.setattr(conversation, "_choice_counts", count)
+    app = open_on("home")
+    async with app.run_test(size=(100, 40)) as pilot:
+        await app.switch_mode("chat")
+        await asyncio.to_thread(opened.wait)
+        chat = chat_of(app)
+        choice = asyncio.create_task(chat.chat_with(older))
+        await asyncio.sleep(0)
+        go_on.set()
+        await choice
+        await pilot.pause()
+        assert max(open_now) == 1
+        assert (chat.conversation.run_dir, chat.source_name) == (older, "older-run")
 
 
 @asynccontextmanager

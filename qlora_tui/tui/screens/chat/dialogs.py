@@ -23,8 +23,7 @@ from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import dialog_keys
-from qlora_tui.tui.screens.chat.panels import conversation_line
-from qlora_tui.tui.screens.chat.saved import SavedConversation, format_setting
+from qlora_tui.tui.screens.chat.saved import SavedConversation, conversation_line, format_setting
 from qlora_tui.tui.screens.modals.dialogs import Choice, ListPicker
 from qlora_tui.tui.widgets.controls import OwnKeysFirst, TextField
 

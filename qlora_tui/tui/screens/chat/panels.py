@@ -1,5 +1,5 @@
-"""Panels around a conversation: the adapters that answer and their settings, the adapter's effect, and the
-side column.
+"""Panels around a conversation: the adapters that answer and their settings, the adapter's effect, the
+starter prompts with the prompt field, and the side column.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from qlora_tui.chat.chat_types import Effect, GenerationResult, Sampling
 from qlora_tui.engine.protocol import ChatReady
 from qlora_tui.formatting import (
     format_bytes,
-    format_duration,
     format_nats,
     format_number,
     format_path,
@@ -33,22 +32,34 @@ from qlora_tui.recipe.schema import Thinking
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
+from qlora_tui.tui.breakpoints import AIRY_CELLS
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name, name_keys
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.meters import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
-from qlora_tui.tui.screens.chat.saved import SavedConversation, list_conversations
-from qlora_tui.tui.screens.chat.start import ChatStart, run_lines
+from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.saved import (
+    SavedConversation,
+    conversation_line,
+    list_conversations,
+    prompt_line,
+)
+from qlora_tui.tui.screens.chat.start import ChatStart, Starters, offered_prompts, run_lines, start_lines
 from qlora_tui.tui.screens.chat.turn import adapter_style
-from qlora_tui.tui.widgets.controls import Lines, Panel, Write
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, Write
 
 NOTHING_TO_CHAT_WITH = (
     "Nothing to chat with yet.\n\nA run becomes available once it has saved a checkpoint. "
     "Press {go.train} to launch a run.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
     "before any training."
 )
-UNFOCUSED_HINT = "{chat.write} writes a message"
-HINT = "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field"
+_HINTS = (
+    "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field",
+    "{chat.write} writes a message",
+)
+"""Texts in the empty prompt field: while it has the focus, and while it has not."""
+_FIELD_ROWS = 1
+"""Height of the empty prompt field."""
 TIPS = (
     ("compare", "{chat.split} shows one answer or both, and {chat.next_adapter} selects another checkpoint."),
     ("measure", "{chat.effect} measures how much the adapter changes the base model."),
@@ -66,9 +77,6 @@ _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Minimum number of columns of the layer chart, even in a narrow window."""
 _LABEL = 12
-_AGE = 10
-"""Width of a conversation's age, in cells."""
-_NOW_S = 60.0
 _CHARACTERS_PER_TOKEN = 4
 """Approximate number of characters per token in English text."""
 _LEAST_SHARE = 0.03
@@ -223,6 +231,81 @@ def effect_text(measured: Effect, width: int) -> Content:
     return Content.assemble(measured.sentence, (warning, "$text-warning"), (f"\n{figures}", "$text-muted"))
 
 
+class ChatMain(Vertical):
+    """The column with the conversation and, below it, the prompt field with the starter prompts."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        super().__init__(id="chat-main")
+        self.conversation = conversation
+        self._free_rows = 0
+        """Number of rows for starter prompts that nothing else needs, before the first message."""
+
+    def compose(self) -> Iterable[Widget]:
+        with Panel("Chat", id="chat-panel"):
+            yield Lines(id="sampling-line")
+            yield Lines(id="effect")
+            yield self.conversation
+            yield Lines(id="unloaded")
+        field = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
+        yield Panel("Message", Starters(), field, id="prompt-panel", classes="-tight")
+
+    @property
+    def _is_start(self) -> bool:
+        chat = self.conversation
+        return chat.source is not None and not chat.turns and not chat.busy
+
+    def show_start(self, start: ChatStart, *, is_described: bool, hides_facts: bool) -> None:
+        """Show the starter prompts and, above the turns, facts about the model and the recorded answers.
+
+        Args:
+            start: The prompts and answers.
+            is_described: Whether another panel describes the run.
+            hides_facts: Whether to leave out the facts and answers, as during a search.
+        """
+        chat, drawing = self.conversation, self.query_one("#chat-start", Drawing)
+        self._offer(start)
+        drawing.display = chat.source is not None and not hides_facts
+        if chat.source is not None:
+            draw = partial(
+                start_lines,
+                start,
+                chat.source.recipe,
+                self.query_one(Starters).selected_prompt if self._is_start else "",
+                is_loaded=chat.ready is not None,
+                is_described=is_described,
+                folds=not self._is_start,
+            )
+            drawing.show(draw)
+        self.call_after_refresh(self._fit, start)
+
+    def _fit(self, start: ChatStart) -> None:
+        """Before the first message, make the chat panel as high as its contents, so that the prompt field is
+        directly below them. The rows that are left are for starter prompts.
+        """
+        panel, drawing = self.query_one("#chat-panel"), self.query_one("#chat-start", Drawing)
+        if not self._is_start or not drawing.size:
+            panel.styles.max_height = None
+            return
+        needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
+        rows = needed + panel.outer_size.height - drawing.size.height
+        panel.styles.max_height = rows
+        prompt, starters = self.query_one("#prompt-panel"), self.query_one(Starters)
+        around = panel.styles.margin.height + prompt.gutter.height + prompt.styles.margin.height
+        self._free_rows = self.size.height - rows - around - starters.gutter.height - _FIELD_ROWS
+        self._offer(start)
+
+    def _offer(self, start: ChatStart) -> None:
+        chat, starters = self.conversation, self.query_one(Starters)
+        asked = {turn.prompt for turn in chat.turns}
+        is_tall = self.screen.size.height >= AIRY_CELLS
+        offered = offered_prompts(start, asked, self._free_rows, is_tall=is_tall)
+        if starters.has_focus and not offered:
+            # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
+            self.screen.set_focus(None)
+        starters.display = chat.source is not None and bool(offered)
+        starters.offer(offered)
+
+
 class ChatSide(Vertical):
     """The column next to the conversation: run, sampling settings, tokens, saved conversations, and tips."""
 
@@ -308,26 +391,10 @@ def history_lines(
     """
     lines = [conversation_line(saved, now, width) for saved in others]
     if chat.turns:
-        lines.insert(0, _conversation_line("now", chat.turns[0].prompt, len(chat.turns), width))
+        lines.insert(0, prompt_line("now", chat.turns[0].prompt, len(chat.turns), width))
     if transcript is not None:
         lines.insert(0, Content.styled(truncate_middle(format_path(transcript), width), "dim"))
     return lines
-
-
-def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
-    """Return a line with a conversation's age, its first prompt, and its number of prompts if it has several:
-    ``4 min ago   Where is my parcel? (3)``.
-    """
-    seconds = now - saved.at
-    age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
-    return _conversation_line(age, saved.turns[0].prompt, len(saved.turns), width)
-
-
-def _conversation_line(age: str, prompt: str, turns: int, width: int) -> Content:
-    number = f" ({turns})" if turns > 1 else ""
-    room = max(8, width - max(_AGE, len(age)) - 2 - len(number))
-    shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True)
-    return Content.assemble((f"{age:<{_AGE}}  ", "dim"), shown, (number, "dim"))
 
 
 def prompt_title(text: str, tokens: int | None, suggested: Suggested | None) -> Content:

@@ -12,12 +12,13 @@ from types import MappingProxyType
 
 import msgspec
 from msgspec import Struct
+from textual.content import Content
 
 from qlora_tui import paths
 from qlora_tui.chat.chat_types import Sampling
 from qlora_tui.decoding import read_json
 from qlora_tui.files import atomic_write, private_dir
-from qlora_tui.formatting import format_number
+from qlora_tui.formatting import format_duration, format_number
 from qlora_tui.remote.calls import current
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.tui import clock
@@ -25,6 +26,9 @@ from qlora_tui.tui.screens.chat.turn import ChatTurn
 
 _MAX_LISTED = 50
 _MAX_BYTES = 1 << 24
+_AGE = 10
+"""Width of a conversation's age, in cells."""
+_NOW_S = 60.0
 
 
 class SavedAnswer(Struct, frozen=True, omit_defaults=True):
@@ -151,3 +155,20 @@ def list_conversations(run: RunDir | None) -> list[tuple[Path, SavedConversation
 def _read(path: Path) -> SavedConversation | None:
     saved = read_json(path, _CONVERSATIONS, _MAX_BYTES)
     return saved if saved is not None and saved.turns else None
+
+
+def conversation_line(saved: SavedConversation, now: float, width: int) -> Content:
+    """Return a line with a conversation's age, its first prompt, and its number of prompts if it has several:
+    ``4 min ago   Where is my parcel? (3)``.
+    """
+    seconds = now - saved.at
+    age = "just now" if seconds < _NOW_S else f"{format_duration(seconds)} ago"
+    return prompt_line(age, saved.turns[0].prompt, len(saved.turns), width)
+
+
+def prompt_line(age: str, prompt: str, turns: int, width: int) -> Content:
+    """Return a line with a conversation's age, its first prompt, and its number of prompts if above 1."""
+    number = f" ({turns})" if turns > 1 else ""
+    room = max(8, width - max(_AGE, len(age)) - 2 - len(number))
+    shown = Content(" ".join(prompt.split())).truncate(room, ellipsis=True)
+    return Content.assemble((f"{age:<{_AGE}}  ", "dim"), shown, (number, "dim"))

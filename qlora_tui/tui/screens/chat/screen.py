@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from textual import work
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static, TextArea
@@ -27,7 +26,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import refuse_on_box
 from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind, recipe_on_choices
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.tui.breakpoints import AIRY_CELLS, TALL_CELLS, VERY_WIDE_CELLS
+from qlora_tui.tui.breakpoints import TALL_CELLS, VERY_WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -40,9 +39,8 @@ from qlora_tui.tui.screens.chat.dialogs import (
     source_picker,
 )
 from qlora_tui.tui.screens.chat.panels import (
-    HINT,
     NOTHING_TO_CHAT_WITH,
-    UNFOCUSED_HINT,
+    ChatMain,
     ChatSide,
     Suggested,
     effect_text,
@@ -57,9 +55,7 @@ from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
 from qlora_tui.tui.screens.chat.start import (
     ChatStart,
     Starters,
-    offered_prompts,
     read_start,
-    start_lines,
 )
 from qlora_tui.tui.screens.modals.dialogs import ask_search
 from qlora_tui.tui.screens.train.screen import prepare_run
@@ -76,9 +72,6 @@ _SIDE_CELLS = 120
 """Minimum width of the window, in cells, at which the side column is shown if one adapter answers. If two
 answer, the side column needs a very wide window.
 """
-_FIELD_ROWS = 1
-"""Height of the empty prompt field."""
-_HINTS = (HINT, UNFOCUSED_HINT)
 _COUNT_AFTER_S = 0.3
 """Seconds to wait after the last key press before the tokens of a prompt are counted."""
 _MAX_SEARCH = 24
@@ -108,8 +101,8 @@ class ChatScreen(WorkScreen):
         self.search = ""
         """Text that an exchange must contain to be shown; empty to show all exchanges."""
         self._start = ChatStart()
-        self._free_rows = 0
-        """Number of rows for starter prompts that nothing else needs, before the first message."""
+        self._switching = asyncio.Lock()
+        """Held while the source changes. Otherwise a message that is sent meanwhile would be removed."""
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
         """Port of the server that holds a model, and that model's memory in bytes; None if no server holds a
@@ -122,14 +115,7 @@ class ChatScreen(WorkScreen):
 
     def compose_body(self) -> Iterable[Widget]:
         with Horizontal(id="chat-body"):
-            with Vertical(id="chat-main"):
-                with Panel("Chat", id="chat-panel"):
-                    yield Lines(id="sampling-line")
-                    yield Lines(id="effect")
-                    yield self.conversation
-                    yield Lines(id="unloaded")
-                box = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
-                yield Panel("Message", Starters(), box, id="prompt-panel", classes="-tight")
+            yield ChatMain(self.conversation)
             yield ChatSide()
 
     # Which model
@@ -140,11 +126,8 @@ class ChatScreen(WorkScreen):
         deleted = chat.run_dir is not None and not chat.run_dir.path.exists() and not chat.busy
         if deleted:
             self.notify(f"{self.source_name} was deleted.")
-        runs = chat_runs() if deleted or chat.source is None else []
-        if runs:
-            self.call_later(self._show_run, runs[0])
-        elif deleted:
-            self.call_later(self.set_source, None, None, "")
+        if deleted or chat.source is None:
+            self.call_later(self._show_newest, chat.source)
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
@@ -156,6 +139,15 @@ class ChatScreen(WorkScreen):
         if held != self._held_by_server and not self.conversation.busy:
             self._held_by_server = held
             self.show_header()
+
+    async def _show_newest(self, before: ChatSource | None) -> None:
+        """Switch to the newest run, unless the user has chosen another source than ``before`` meanwhile."""
+        if self.conversation.source is not before:
+            return
+        if runs := chat_runs():
+            await self._show_run(runs[0])
+        elif before is not None:
+            await self.set_source(None, None, "")
 
     async def chat_with(self, run: RunDir) -> None:
         """Switch to this run, and focus the prompt field."""
@@ -169,15 +161,20 @@ class ChatScreen(WorkScreen):
         except UserError as problem:
             self.app.show_error(problem)
             return
-        if run == self.conversation.run_dir and source == self.conversation.source:
-            return
-        await self.set_source(source, run, run.name)
+        async with self._switching:
+            if run == self.conversation.run_dir and source == self.conversation.source:
+                return
+            await self._switch(source, run, run.name)
         if not source.adapters:
             self.notify(
                 f"{run.name} has no saved adapter, so only the base model answers.", severity="warning"
             )
 
     async def set_source(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
+        async with self._switching:
+            await self._switch(source, run, name)
+
+    async def _switch(self, source: ChatSource | None, run: RunDir | None, name: str) -> None:
         await self.conversation.set_source(source, run)
         self.source_name, self.search, self._start = name, "", ChatStart()
         self.show_effect("")
@@ -546,7 +543,12 @@ class ChatScreen(WorkScreen):
     @property
     def _main_width(self) -> int:
         # Before the first layout the column has no width.
-        return self.query_one("#chat-main").size.width or self.size.width
+        return self.query_one(ChatMain).size.width or self.size.width
+
+    def _show_start(self) -> None:
+        is_described = bool(self.query_one(ChatSide).display)
+        hides_facts = bool(self.search)
+        self.query_one(ChatMain).show_start(self._start, is_described=is_described, hides_facts=hides_facts)
 
     @property
     def _room(self) -> int:
@@ -565,7 +567,6 @@ class ChatScreen(WorkScreen):
         self.query_one("#chat-empty").display = not has_source
         self.set_class(has_source, "-answering")
         self.set_class(has_source and is_start, "-start")
-        self._offer_prompts()
         self.query_one(ChatSide).display = has_source and has_side
         self._show_start()
         if not self.query_one(PromptBox).text:
@@ -594,63 +595,6 @@ class ChatScreen(WorkScreen):
         if has_side:
             self.query_one(ChatSide).show(chat, self._start, path)
         self._focus_starters()
-
-    def _show_start(self) -> None:
-        """Show facts about the model, and the recorded answers, above the turns."""
-        chat, drawing, is_start = (
-            self.conversation,
-            self.query_one("#chat-start", Drawing),
-            self.has_class("-start"),
-        )
-        drawing.display = chat.source is not None and not self.search
-        if chat.source is not None:
-            draw = partial(
-                start_lines,
-                self._start,
-                chat.source.recipe,
-                self.query_one(Starters).selected_prompt if is_start else "",
-                is_loaded=chat.ready is not None,
-                is_described=bool(self.query_one(ChatSide).display),
-                folds=not is_start,
-            )
-            drawing.show(draw)
-        self.call_after_refresh(self._fit_start)
-
-    def _fit_start(self) -> None:
-        """Before the first message, make the chat panel as high as its contents, so that the prompt field is
-        directly below them. The rows that are left are for starter prompts.
-        """
-        panel, drawing = self.query_one("#chat-panel"), self.query_one("#chat-start", Drawing)
-        if not self.has_class("-start") or not drawing.size:
-            panel.styles.max_height = None
-            return
-        needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
-        rows = needed + panel.outer_size.height - drawing.size.height
-        panel.styles.max_height = rows
-        prompt = self.query_one("#prompt-panel")
-        around = (
-            panel.styles.margin.height
-            + prompt.gutter.height
-            + prompt.styles.margin.height
-            + self.query_one(Starters).gutter.height
-            + _FIELD_ROWS
-        )
-        self._offer_prompts(self.query_one("#chat-main").size.height - rows - around)
-
-    def _offer_prompts(self, rows: int | None = None) -> None:
-        """Show the starter prompts. ``rows``: number of rows that nothing else needs; None to keep the last
-        number.
-        """
-        chat, starters = self.conversation, self.query_one(Starters)
-        self._free_rows = self._free_rows if rows is None else rows
-        asked = {turn.prompt for turn in chat.turns}
-        is_tall = self.size.height >= AIRY_CELLS
-        offered = offered_prompts(self._start, asked, self._free_rows, is_tall=is_tall)
-        if starters.has_focus and not offered:
-            # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
-            self.set_focus(None)
-        starters.display = chat.source is not None and bool(offered)
-        starters.offer(offered)
 
 
 async def show_chat(app: QloraApp, run: RunDir) -> None:
