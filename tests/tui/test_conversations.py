@@ -184,7 +184,7 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
     run = finished(ADAPTER)
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "not loaded yet", "Enter asks it")
+        await wait_for_text(pilot, "not loaded yet", "Enter asks the selected message")
         screen = chat_of(app)
         engine = with_fake_engine(screen)
         await pilot.press("i", *"Hello", "enter")

@@ -29,7 +29,7 @@ class ColumnLayout(VerticalLayout):
     the tallest first, so that everything below them stays in view.
 
     If rows remain and no widget takes them, they go to the last panel that is not empty, so that the surfaces
-    of columns next to each other end in the same row. A panel with the class ``-tight`` gets none.
+    of columns next to each other end in the same row.
 
     If there are still too few rows, the last panels are cut so that their margin stays in view. A panel that
     could not show its title and two rows is left out, and the widget above it gets its rows.
@@ -87,7 +87,7 @@ class ColumnLayout(VerticalLayout):
         """
         panels = [at for at in flowing if placements[at].widget.border_title is not None]
         filled = [at for at in panels if not placements[at].widget.has_class("-empty")]
-        if not filled or flowing[-1] not in panels or placements[filled[-1]].widget.has_class("-tight"):
+        if not filled or flowing[-1] not in panels:
             return
         for at in flowing[flowing.index(filled[-1]) :]:
             x, y, width, height = placements[at].region

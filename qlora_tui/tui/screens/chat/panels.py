@@ -44,7 +44,14 @@ from qlora_tui.tui.screens.chat.saved import (
     list_conversations,
     prompt_line,
 )
-from qlora_tui.tui.screens.chat.start import ChatStart, Starters, offered_prompts, run_lines, start_lines
+from qlora_tui.tui.screens.chat.start import (
+    STARTERS_HEADING,
+    ChatStart,
+    Starters,
+    offered_prompts,
+    run_lines,
+    start_lines,
+)
 from qlora_tui.tui.screens.chat.turn import adapter_style
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, Write
 
@@ -58,8 +65,6 @@ _HINTS = (
     "{chat.write} writes a message",
 )
 """Texts in the empty prompt field: while it has the focus, and while it has not."""
-_FIELD_ROWS = 1
-"""Height of the empty prompt field."""
 TIPS = (
     ("compare", "{chat.split} shows one answer or both, and {chat.next_adapter} selects another checkpoint."),
     ("measure", "{chat.effect} measures how much the adapter changes the base model."),
@@ -245,9 +250,10 @@ class ChatMain(Vertical):
             yield Lines(id="sampling-line")
             yield Lines(id="effect")
             yield self.conversation
+            yield Starters()
             yield Lines(id="unloaded")
         field = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
-        yield Panel("Message", Starters(), field, id="prompt-panel", classes="-tight")
+        yield Panel("Message", field, id="prompt-panel")
 
     @property
     def _is_start(self) -> bool:
@@ -279,19 +285,20 @@ class ChatMain(Vertical):
         self.call_after_refresh(self._fit, start)
 
     def _fit(self, start: ChatStart) -> None:
-        """Before the first message, make the chat panel as high as its contents, so that the prompt field is
-        directly below them. The rows that are left are for starter prompts.
+        """Before the first message, make the conversation as high as its contents, so that the starter
+        prompts are directly below them. The rows that are left are for starter prompts.
         """
-        panel, drawing = self.query_one("#chat-panel"), self.query_one("#chat-start", Drawing)
+        chat, drawing = self.conversation, self.query_one("#chat-start", Drawing)
         if not self._is_start or not drawing.size:
-            panel.styles.max_height = None
+            chat.styles.max_height = None
             return
-        needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
-        rows = needed + panel.outer_size.height - drawing.size.height
-        panel.styles.max_height = rows
-        prompt, starters = self.query_one("#prompt-panel"), self.query_one(Starters)
-        around = panel.styles.margin.height + prompt.gutter.height + prompt.styles.margin.height
-        self._free_rows = self.size.height - rows - around - starters.gutter.height - _FIELD_ROWS
+        panel, starters = self.query_one("#chat-panel"), self.query_one(Starters)
+        needed = drawing.get_content_height(self.size, self.size, drawing.size.width) + drawing.gutter.height
+        chat.styles.max_height = needed
+        others = [each for each in panel.children if each.display and each not in (chat, starters)]
+        around = sum(each.outer_size.height + each.styles.margin.height for each in others)
+        around += chat.styles.margin.height + starters.gutter.height + len(STARTERS_HEADING)
+        self._free_rows = panel.content_size.height - needed - around
         self._offer(start)
 
     def _offer(self, start: ChatStart) -> None:
@@ -303,7 +310,7 @@ class ChatMain(Vertical):
             # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
             self.screen.set_focus(None)
         starters.display = chat.source is not None and bool(offered)
-        starters.offer(offered)
+        starters.offer(offered, has_heading=self._is_start)
 
 
 class ChatSide(Vertical):
@@ -410,10 +417,12 @@ def prompt_title(text: str, tokens: int | None, suggested: Suggested | None) -> 
     """
     if not text:
         key, verb = (
-            ("Enter", "asks it") if suggested == "selected" else (bare_key("chat.leave"), "selects one")
+            ("Enter", "asks the selected message")
+            if suggested == "selected"
+            else (bare_key("chat.leave"), "selects a suggestion")
         )
         hint = Content.assemble("  ", (key, "$key bold"), (f" {verb}", "not bold $text-muted"))
-        return Content("Message") if suggested is None else Content("Suggested messages") + hint
+        return Content("Message") + ("" if suggested is None else hint)
     estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
     number = f"about {pluralize(estimate, 'token')}" if tokens is None else pluralize(tokens, "token")
     return Content.assemble("Message", (f" · {number}", "not bold $text-muted"))

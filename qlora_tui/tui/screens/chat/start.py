@@ -43,7 +43,7 @@ from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.labels import PRECISION_NAMES, targets_words, verdict_content
 from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.run_list import settings_lines
-from qlora_tui.tui.widgets.controls import ViList
+from qlora_tui.tui.widgets.controls import HEADING, ViList
 
 _MAX_OF_KIND = 24
 """Maximum number of prompts of each kind that are read."""
@@ -53,6 +53,11 @@ _LATER, _MANY_LATER = 1, 3
 """Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
+STARTERS_HEADING = (
+    (f"{HEADING}gap", Content("")),
+    (f"{HEADING}suggested", Content.styled("Suggested messages", "bold $primary")),
+)
+"""Lines above the starter prompts before the first message, as (id, line) pairs."""
 _FIRST_ROWS = 2000
 """Number of rows, from the beginning of a file, that are searched for validation questions. The limit keeps
 the search short.
@@ -233,14 +238,16 @@ class Starters(ViList):
     def __init__(self) -> None:
         super().__init__(id="starters", classes="quiet")
         self._prompts: tuple[Starter, ...] = ()
+        self._has_heading = False
         self._was_moved = False
         """Whether the user has moved the cursor since these prompts were offered."""
 
-    def offer(self, prompts: tuple[Starter, ...]) -> None:
+    def offer(self, prompts: tuple[Starter, ...], *, has_heading: bool) -> None:
         """Show these prompts, with the cursor on the first."""
-        if prompts != self._prompts:
-            self._prompts, self._was_moved = prompts, False
-            self.show(lambda width: _starter_lines(prompts, width), select="0")
+        if (prompts, has_heading) != (self._prompts, self._has_heading):
+            self._prompts, self._has_heading, self._was_moved = prompts, has_heading, False
+            above = STARTERS_HEADING if has_heading else ()
+            self.show(lambda width: [*above, *_starter_lines(prompts, width)], select="0")
 
     def prompt(self, option: Option) -> str:
         """Return the full prompt of an option."""
@@ -332,9 +339,12 @@ def start_lines(
     """
     facts = _model_facts(start, recipe, is_loaded=is_loaded, is_described=is_described)
     if folds:
-        base, *others = [Content("") + value for _, value in facts]
-        joined = Content(" · ").join([base, *reversed(others)])
-        lines = [Content.styled(joined.plain, "$text-muted").truncate(width, ellipsis=True)]
+        base, *others = [Content.styled((Content("") + value).plain, "$text-muted") for _, value in facts]
+        verdict = None if start.summary is None or is_described else start.summary.verdict
+        # Cautions come first, because the end of the line may be cut.
+        cautions = [] if verdict is None else [Content.styled(part, "$warning") for part in verdict.cautions]
+        joined = Content.styled(" · ", "$text-muted").join([base, *cautions, *reversed(others)])
+        lines = [joined.truncate(width, ellipsis=True)]
         if start.recorded:
             hint = f"+ {pluralize(len(start.recorded), 'prompt')} with recorded answers: "
             hint += f"{key_name('chat.clear')} starts a new conversation and shows them"
