@@ -1,4 +1,4 @@
-"""Results that take seconds to compute, stored in the cache folder under a key of their inputs."""
+"""Results that take seconds to compute, stored in the cache folder under a key made from their inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class AnswerCache(Generic[T]):
-    """A cache for results of one kind, with a JSON file each. A damaged file counts as missing."""
+    """A cache for results of one kind. Each result is a JSON file; a damaged file counts as missing."""
 
     def __init__(self, kind: str, answer: type[T], *, max_bytes: int) -> None:
         """Open the cache in the folder ``kind``. Files larger than ``max_bytes`` are not read."""

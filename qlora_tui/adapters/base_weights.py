@@ -62,7 +62,7 @@ def every_tenth(on_status: StatusFn, words: str) -> Callable[[int, int], None]:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedDelta:
-    """Update of a stored tensor that transformers converts with others to the model's parameters."""
+    """Update of one tensor in a group of stored tensors that transformers converts together."""
 
     layout: StoredLayout
     group: TensorGroup
@@ -74,7 +74,10 @@ class ConvertedDelta:
     """Name of the tensor in its file."""
 
     def apply_to(self, weight: Tensor) -> Tensor:
-        """Return the merged tensor. ``weight`` is ignored; all tensors of the group are read again."""
+        """Return the merged tensor, in the dtype of ``weight``.
+
+        The values of ``weight`` are ignored, because all tensors of the group are read and merged together.
+        """
         return self.merged(as_stored)[self.name].to(weight.dtype)
 
     def merged(self, round_parameter: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
@@ -108,7 +111,7 @@ def as_stored(_parameter: str, values: Tensor) -> Tensor:
 
 
 SHARED_WEIGHT = "shared weight"
-"""Code of the error for an adapter of one layer among several that share a weight."""
+"""Code of the error for an adapter on a weight that several layers share."""
 PlacedDeltas: TypeAlias = dict[str, Update | ConvertedDelta]
 """Updates by the name of a tensor in a weight file."""
 
@@ -125,9 +128,10 @@ def placed_updates(recipe: Recipe, adapter: Path) -> dict[Path, PlacedDeltas]:
 def assign_deltas(
     deltas: AdapterDeltas, files: list[Path], adapter: Path, layout: StoredLayout
 ) -> dict[Path, PlacedDeltas]:
-    """Group updates by weight file and tensor name. Raises UserError for an update without a tensor.
+    """Group updates by weight file and tensor name.
 
-    ``adapter`` is the folder of the updates, for the error message.
+    Raises UserError for an update that fits no tensor, or that changes a weight that layers share. The error
+    names ``adapter``, the folder that the updates come from.
     """
     file_of = {name: file for file in files for name in stored_tensors(file)}
     placed: dict[Path, PlacedDeltas] = {file: {} for file in files}
@@ -186,10 +190,11 @@ def _require_own_weight(layout: StoredLayout, parameter: str) -> None:
 
 
 def with_tied_head(deltas: AdapterDeltas, files: list[Path], head: OutputHead) -> AdapterDeltas:
-    """Return the updates, with the embedding's update repeated for a tied head that is stored separately.
+    """Return the updates, adjusted for a head that is tied to the embedding.
 
-    transformers ties two stored matrices only while they are equal. Raises UserError for an adapter that
-    trained the two matrices separately.
+    The tied head's own update is left out. If the files store this head separately, it gets the embedding's
+    update. transformers ties two stored matrices only while they are equal. Raises UserError for an adapter
+    that trained the two matrices separately.
     """
     if not head.tied:
         return deltas

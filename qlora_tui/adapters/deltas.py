@@ -73,7 +73,9 @@ class ExpertDelta(Update):
     experts: int
     scale: float
     transposed: bool = False
-    """Whether each matrix is (inputs, outputs), as in gpt-oss. Only the model shows this."""
+    """Whether each matrix is (inputs, outputs), as in gpt-oss. The adapter's files do not contain this; it is
+    read from the model.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,9 +99,9 @@ _PART = re.compile(
     r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
 ROWS = re.compile(r"base_model\.model\.(.+)\.token_adapter\.trainable_tokens_delta")
-"""Name under which peft stores a module's trained token rows."""
+"""Matches the name under which peft stores a module's trained token rows."""
 WHOLE = re.compile(r"base_model\.model\.(.+)\.weight")
-"""Name under which peft stores the weight of a module that is trained in full."""
+"""Matches the name under which peft stores the weight of a module that is trained in full."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class EmbeddingRowDelta(Update):
 
 @dataclass(frozen=True)
 class WholeMatrix(Update):
-    """Weight of the embedding or the head that is trained in full (``lora.train_embeddings``)."""
+    """A fully trained weight of the embedding or the head (``lora.train_embeddings``)."""
 
     weight: Tensor
     """The trained weight, of shape (vocabulary, width)."""
@@ -195,7 +197,7 @@ def check_unchanged(folder: Path) -> None:
 def read_deltas(folder: Path) -> AdapterDeltas:
     """Read all updates of an adapter.
 
-    Raises UserError for an adapter that contains anything but LoRA, token rows and full matrices.
+    Raises UserError if the adapter is damaged, or contains anything but LoRA, token rows and full matrices.
     """
     check_unchanged(folder)
     try:
@@ -251,7 +253,7 @@ def _unreadable(folder: Path, why: str) -> UserError:
 def is_whole_matrix(key: str, config: dict[str, Any]) -> bool:
     """Return whether ``key`` is the weight of a module that the adapter trains in full.
 
-    If the head is tied, peft names only the embedding, but saves both.
+    If the head is tied, the config names only the embedding, but peft saves both weights.
     """
     match = WHOLE.fullmatch(key)
     if match is None or ".lora_" in key:

@@ -45,7 +45,7 @@ class MergedTensor:
     """Name of the tensor in the weight file."""
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    """Returns the values: float32 if LoRA changes the tensor, otherwise in the stored dtype."""
+    """Returns the values, like :meth:`MergedWeights.read`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ class MergedWeights:
                 yield MergedTensor(name, tensor.shape, partial(self.read, file, name))
 
     def read(self, file: Path, name: str) -> Tensor:
-        """Return the values of a tensor: float32 if LoRA changes it, otherwise in the stored dtype."""
+        """Return the values of a tensor, with the update of the adapter.
+
+        The dtype is float32 if LoRA changes the tensor as a single matrix, or if the tensor was converted to
+        parameters of the model in order to update or round them. Otherwise it is the stored dtype.
+        """
         return self._merge(file, name, read_tensor(file, name))
 
     def _merge(self, file: Path, name: str, stored: Tensor) -> Tensor:
@@ -99,7 +103,10 @@ class MergedWeights:
         return any(map(self.requantize.quantizes, group.parameters))
 
     def write(self, file: Path, target: Path) -> None:
-        """Write a copy of a weight file with merged tensors, one in memory at a time. Raises OSError."""
+        """Write a copy of a weight file with merged tensors. Raises OSError.
+
+        Memory holds one tensor at a time, or one group of tensors that are converted together.
+        """
         if any(tensor.is_packed for tensor in stored_tensors(file).values()):
             write_unpacked(file, target, partial(self.read, file))
             return
@@ -132,15 +139,15 @@ def merged_weights(recipe: Recipe, adapter: Path, on_status: StatusFn = lambda w
 
 @dataclass(frozen=True)
 class Requantizer:
-    """Rounds weights as in training, given a tensor's name and values."""
+    """Rounds the values of a parameter to 4 bits as in training, given its name in the model."""
 
     settings: Quantization
     tails: frozenset[str]
-    """Names of the text model's weights that training quantizes, from ``layers.`` on."""
+    """Names of the text model's weights that training quantizes. Each name begins at ``layers.``."""
     towers: frozenset[str] = frozenset()
-    """Names of modules that read images, as they occur between the dots of parameter names."""
+    """Names of modules that read images. Each is one component of a dotted parameter name."""
     experts: frozenset[str] = frozenset()
-    """Names of the experts' parameters that training quantizes, from ``layers.`` on."""
+    """Names of the experts' parameters that training quantizes. Each name begins at ``layers.``."""
 
     def quantizes(self, name: str) -> bool:
         """Return whether a parameter of the model is rounded.

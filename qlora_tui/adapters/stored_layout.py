@@ -40,7 +40,7 @@ class TensorGroup:
 
     @property
     def is_converted(self) -> bool:
-        """Return whether the tensors differ from the parameters."""
+        """Return whether the tensors are converted to the parameters, rather than only renamed."""
         return self.converter is not None
 
 
@@ -48,7 +48,10 @@ class StoredLayout:
     """The layout of one base's weight files."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the names of all tensors. Raises UserError if transformers cannot build the model."""
+        """Read the names and shapes of all tensors, and build the model without weights.
+
+        Raises UserError if transformers cannot build the model.
+        """
         from qlora_tui.training.model_class import build_on_meta
 
         self.shapes = {
@@ -119,14 +122,15 @@ class StoredLayout:
 
     @cached_property
     def by_stored(self) -> dict[str, TensorGroup]:
-        """The group of each tensor of the files that the model reads."""
+        """The group of each stored tensor that the model reads."""
         return {name: group for group in self.groups for name in group.stored}
 
     def parameter_of(self, name: str) -> str | None:
-        """Return the parameter that an adapter names, by its module or directly; None if there is none.
+        """Return the parameter that ``name`` refers to in an adapter; None if there is none.
 
-        Names in a text model differ from those in the same model with a vision tower. A name is therefore
-        also found by its part from ``layers.`` on, if only one parameter shares this part.
+        ``name`` is the name of a parameter, or of the module whose weight is meant. Names in a text model
+        differ from those in the same model with a vision tower. If no parameter has the name, the part that
+        begins at ``layers.`` is compared; it must match only one parameter.
         """
         for known in (name, f"{name}.weight"):
             if known in self.by_parameter:
@@ -145,14 +149,14 @@ class StoredLayout:
 
     @cached_property
     def shared(self) -> dict[str, str]:
-        """The other parameter that shares a weight, by the name of each of the two."""
+        """For each parameter that shares its weight, the other parameter that uses this weight."""
         tied = self._model.get_expanded_tied_weights_keys(all_submodels=True)
         return {**tied, **{source: target for target, source in tied.items()}}
 
     def is_transposed(self, parameter: str) -> bool:
         """Return whether a parameter's matrices are (inputs, outputs), as in GPT-2 and in some experts.
 
-        A 4-bit run has them in the other order, so its adapter does not show this.
+        A 4-bit run stores these matrices as (outputs, inputs), so its adapter does not show this.
         """
         from transformers.pytorch_utils import Conv1D
 

@@ -1,8 +1,8 @@
 """Tensors of a base's weight files. Experts in MXFP4 are read as 16-bit matrices.
 
-gpt-oss stores ``experts.down_proj`` as ``experts.down_proj_blocks`` and ``_scales``. Here the tensor has one
-name, the shape of the 16-bit model, (experts, inputs, outputs), and exact values: an MXFP4 number is one of
-16 values times a power of two, which bfloat16 can represent.
+gpt-oss stores ``experts.down_proj`` as ``experts.down_proj_blocks`` and ``_scales``. This module treats both
+as one tensor, with the name and shape that it has in a 16-bit model: (experts, inputs, outputs). The values
+are exact: an MXFP4 number is one of 16 values times a power of two, which bfloat16 can represent.
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ def read_tensor(file: Path, name: str) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _opened(file: Path, _state: tuple[int, int, int]) -> tuple[Any, frozenset[str]]:
-    """Return a weight file, mapped, and the names of its tensors, which took 1 ms to parse for each of them.
+    """Return a memory-mapped weight file and the names of its tensors.
 
-    Two are kept, because experts may be spread over two files.
+    Both are cached, because parsing the names again for each tensor took 1 ms. The cache has room for two
+    files, because experts may be spread over two files.
     """
     content: Any = safe_open(file, framework="pt")
     return content, frozenset(content.keys())

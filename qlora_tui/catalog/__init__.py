@@ -5,13 +5,15 @@
   ``config_fields``: typed reading of a config with bounds.
 * ``described``: exact architectures, which a process reads from transformers' classes, stored on disk.
   ``outline``: approximate architectures, from the keys that configs share; ``library_types``: facts about a
-  type from the source of the installed transformers.
-* ``local_models``: the models on this machine, finding one by name, and architectures without weights.
+  model type from the source of the installed transformers.
+* ``local_models``: lists the models on this machine, finds one by name, and reads architectures without
+  needing weights.
   ``model_validation``: whether a model can be trained. ``adapters``: LoRA adapters.
 * ``gguf``: the header of GGUF files. ``gguf_config``: the model that a file describes, or why the file is
   refused; ``gguf_architectures``, ``gguf_metadata``: the fields that are read for each architecture.
   ``gguf_tokenizers``: how the tokenizers of GGUF files split text.
-* ``hub``: search the Hub, read its responses within bounds, translate its errors. ``download``: a model.
+* ``hub``: search the Hub, read its responses within bounds, translate its errors. ``download``: downloads
+  a model.
 * ``optional_kernels``: packages without which the layers of some models are slow on a GPU.
 * ``starter_models``: good first models, kept in ``starter_models.toml``.
 

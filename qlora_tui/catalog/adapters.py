@@ -1,9 +1,9 @@
 """Checks a LoRA adapter's config before peft or torch reads it, and whether the adapter fits a recipe.
 
 peft does not check most values: a rank of twenty million is allocated, and module names are regular
-expressions, some of which take years. So types and bounds are checked here, patterns may not repeat, and the
-modules that an adapter changes are read from its weights. An adapter can be trained further if it has the
-modules and ranks that the recipe gives a new one.
+expressions, some of which take years. So types and bounds are checked here, patterns must not contain
+repetition operators, and the modules that an adapter changes are read from its weights. An adapter can be
+trained further if it has the modules, ranks and scales that the recipe would give a new adapter.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def load_adapter_config(folder: Path) -> dict[str, Any]:
 def with_exact_targets(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the config with patterns replaced by the modules that the weights in ``folder`` change.
 
-    Raises UserError if neither weights nor config name them exactly.
+    The config is returned unchanged if it has ``target_parameters``, or if the weights have no LoRA factors.
+    Raises UserError if the weights cannot be read, or if a pattern that is kept is not a plain name.
     """
     try:
         names = sorted(
@@ -138,13 +139,13 @@ def _problem(file: Path, what: str) -> UserError:
 
 _FACTOR_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 _EXPERTS = ("experts", "experts.base_layer")
-"""Ends of the names of peft's wrappers of parameters, which are not linear modules."""
+"""Suffixes of the names of peft's wrappers around parameters. Such a wrapper is not a linear module."""
 _ALPHA = 8
 """peft's default if a config sets no alpha."""
 
 
 def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
-    """Raise UserError if the adapter in ``folder`` differs from a new one of this recipe.
+    """Raise UserError if the adapter in ``folder`` differs from a new adapter with the settings ``lora``.
 
     Routed experts, token rows, embedding and head are compared when the adapter is loaded
     (:mod:`qlora_tui.training.adapter`).
@@ -155,7 +156,7 @@ def require_fit(folder: Path, lora: Lora, architecture: Architecture) -> None:
 
 
 def misfit(folder: Path, what: str) -> UserError:
-    """Return the error for an adapter that differs from a new one of the recipe in ``what``."""
+    """Return the error for an adapter that does not match the recipe. ``what`` states the differences."""
     return UserError(
         "The adapter does not match the recipe",
         what=f"{folder} cannot be trained further: {what}.",
@@ -166,9 +167,10 @@ def misfit(folder: Path, what: str) -> UserError:
 
 
 def adapter_differences(folder: Path, lora: Lora, architecture: Architecture) -> list[str]:
-    """Return how the adapter differs from a new one, one clause for each difference; empty if it does not.
+    """Return how the adapter differs from a new one, as clauses; empty if it does not differ.
 
-    Raises UserError if the adapter is not a LoRA adapter in safetensors, or cannot be read.
+    Of all ranks and alphas that differ, only one is listed. Raises UserError if the config cannot be used, or
+    if the weights are not readable safetensors.
     """
     config = load_adapter_config(folder)
     if config.get("peft_type") != "LORA":
@@ -228,7 +230,7 @@ class _Alphas:
 
 
 def _ranks_of(folder: Path) -> dict[str, int]:
-    """Return the rank of each adapted linear module, keyed by its name from ``layers.`` on."""
+    """Return the rank of each adapted linear module, keyed by its inner name (:func:`inner_name`)."""
     try:
         entries = read_header(folder / WEIGHTS)[1]
         return {

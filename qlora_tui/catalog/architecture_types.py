@@ -21,7 +21,7 @@ Role = Literal["norm", "router", "expert", "conv", "vision", "other"]
 
 
 def inner_name(name: str) -> str:
-    """Return a module's name from ``layers.`` on: ``layers.0.self_attn.q_proj``.
+    """Return the part of a module's name that begins at ``layers.``, such as ``layers.0.self_attn.q_proj``.
 
     A text model has the same inner names with and without the multimodal model around it. A name without
     ``layers.`` is returned unchanged.
@@ -31,7 +31,7 @@ def inner_name(name: str) -> str:
 
 
 class LinearModule(Struct, frozen=True):
-    """A linear layer that LoRA can adapt."""
+    """A linear module of the model, or one projection of all experts of a layer."""
 
     name: str
     """Full dotted name in the model: ``model.layers.0.self_attn.q_proj``."""
@@ -57,8 +57,9 @@ class LinearModule(Struct, frozen=True):
     adaptable: bool = True
     """Whether LoRA can adapt the module.
 
-    It cannot if the module computes more than a product (Llama 4's router), if code reads its weight instead
-    of calling it (Jamba's ``dt_proj``), or if kernels read it, which peft refuses (Mamba's ``out_proj``).
+    It cannot if the module computes more than a product (Llama 4's router), if code reads the weight instead
+    of calling the module (Jamba's ``dt_proj``), or if kernels read the weight, which peft refuses (Mamba's
+    ``out_proj``).
     """
 
     @property
@@ -103,7 +104,7 @@ class OutputHead(Struct, frozen=True):
 
     @property
     def own_params(self) -> int:
-        """Return the parameters that the head adds to the model: without the weight if it is tied."""
+        """Return the number of parameters that the head adds to the model. A tied weight is not counted."""
         return (0 if self.tied else self.weight_params) + self.bias_params
 
 
@@ -132,9 +133,9 @@ class Experts(Struct, frozen=True):
     per_token: int
     intermediate_size: int
     shared_intermediate_size: int | None
-    """Width of the shared expert, which computes all tokens; None without one."""
+    """Width of the shared expert, which processes all tokens; None if there is none."""
     see_all_tokens: bool = False
-    """Whether each expert computes all tokens, of which routing selects a few (Llama 4)."""
+    """Whether each expert processes all tokens, including those that are not routed to it (Llama 4)."""
 
 
 class Architecture(Struct, frozen=True):
@@ -157,7 +158,9 @@ class Architecture(Struct, frozen=True):
     gated: bool
     """Whether the MLP multiplies two projections (gate and up)."""
     residual_dropout: float
-    """Share of each half's output that the model itself drops in training (GPT-2, OPT, Phi-2); usually 0."""
+    """Share of the outputs of attention and MLP that the model itself drops in training (GPT-2, OPT, Phi-2);
+    usually 0.
+    """
     attention_dropout: float
     """Share of the attention weights that the model itself drops in training (GPT-2, Granite 3); usually 0.
     """
@@ -190,7 +193,7 @@ class Architecture(Struct, frozen=True):
     0 if each token attends to all earlier ones.
     """
     own_norms: bool = False
-    """Whether the norms are LayerNorms that the class computes in steps in float32 (Cohere, OLMo)."""
+    """Whether the norms are LayerNorms that the class computes step by step in float32 (Cohere, OLMo)."""
     whole_logits: bool = False
     """Whether the logits of all tokens must be computed at once.
 
@@ -199,27 +202,28 @@ class Architecture(Struct, frozen=True):
     state_size: int = 0
     """Width of the state of each head of the recurrent layers (Mamba); 0 without recurrent layers."""
     chunk_size: int = 0
-    """Number of tokens that the recurrent layers compute at a time; 0 if it is unknown."""
+    """Number of tokens that the recurrent layers process at a time; 0 if it is unknown."""
     layer_runs: tuple[int, ...] = ()
-    """How many times a forward pass runs each layer and saves its tensors, if some layers run in a loop
-    (HRM).
+    """For each layer, how many times a forward pass runs it and saves its tensors. Empty unless some layers
+    run in a loop (HRM).
     """
     own_code: bool = False
-    """Whether the class passes unusual tensors to attention, or cannot be tried without tensor values.
+    """Whether the class passes unusual tensors to attention, or cannot be tried on tensors without values.
 
     Inkling passes a bias for each pair of tokens; DBRX needs values.
     """
     keeps_activations: bool = False
     """Whether the class does not support gradient checkpointing (CTRL)."""
     saves_beyond_rules: float = 0.0
-    """Largest relative difference between a layer's saved bytes and the rules of :mod:`qlora_tui.memory`.
+    """Largest relative difference between the bytes that a layer saves and those that :mod:`qlora_tui.memory`
+    predicts.
 
     Measured in a trial of the class (``training/class_trial.py``).
     """
 
     @property
     def expert_modules(self) -> tuple[LinearModule, ...]:
-        """Return each projection of a layer's experts, as a module that LoRA can adapt."""
+        """Return each projection of each layer's experts, as a module that LoRA can adapt."""
         if self.experts is None:
             return ()
         widths = {"gate_up_proj": (self.hidden_size, 2 * self.experts.intermediate_size)}
@@ -281,7 +285,7 @@ class Architecture(Struct, frozen=True):
         return sum(parameter.params for parameter in self.parameters if parameter.role == "expert")
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the distinct module kinds, in the model's order, which LoRA can target by name."""
+        """Return the distinct kinds of modules that LoRA can target by name, in the model's order."""
         adapted = (module for module in self.modules if module.part != "vision" and module.adaptable)
         return tuple(dict.fromkeys(module.kind for module in adapted))
 

@@ -1,4 +1,6 @@
-"""Typed reading of ``config.json``; every error names the field, its value and the expected values."""
+"""Typed reading of ``config.json``. An error names the field, and also its value and the expected values if
+the value is invalid.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 from qlora_tui.errors import UserError
 
 MAX_SIZE = 1 << 31
-"""Maximum value of a size in a config. Sizes in real configs are far below."""
+"""Maximum value of a size in a config. Sizes in real configs are far smaller."""
 _MAX_COUNT = {
     **dict.fromkeys(("layer", "layers", "depth", "depths", "blocks"), 1000),
     **dict.fromkeys(("head", "heads", "experts"), 100_000),
 }
-"""Lower bounds for sizes that count modules, keyed by the last word of the config's key."""
+"""Smaller maximum values for sizes that count modules, keyed by the last word of the config's key."""
 
 
 def size_bound(key: str) -> int:
@@ -56,7 +58,8 @@ UNNAMED_METHOD = "an unnamed method"
 def stored_as(config: Mapping[str, Any]) -> Any:
     """Return the quantization of the weights according to a config or a nested config; None if there is none.
 
-    The result is the name of the method (``awq``), or the value in its place.
+    The result is the name of the method (``awq``), followed by "in one of its parts" if a nested config has
+    it. Settings in another form are returned as they are.
     """
     # Nested configs count too: a library loads the weights of a model's parts by the settings of the whole.
     places = [config]
@@ -148,7 +151,9 @@ class ConfigFields:
         return frozenset(value)
 
     def names(self, key: str, length: int) -> tuple[str, ...] | None:
-        """Return a list of ``length`` strings; None if absent or null. Raises UserError otherwise."""
+        """Return the first ``length`` strings of a list; None if absent or null. Raises UserError otherwise,
+        or if the list is shorter.
+        """
         value = self.values.get(key)
         if value is None:
             return None

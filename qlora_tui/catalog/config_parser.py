@@ -1,7 +1,8 @@
-"""Converts a ``config.json`` to an ``Architecture`` in a few milliseconds, without weights or torch.
+"""Converts a ``config.json`` to an ``Architecture``, usually in a few milliseconds, without weights or torch.
 
 The result is the architecture that a process has read from transformers (:mod:`.described`), or else an
-outline. The estimate, the LoRA screen, the model list and the trainer use this module.
+outline. If the config has too few known fields for an outline, such a process is started, which takes
+seconds. The estimate, the LoRA screen, the model list and the trainer use this module.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from qlora_tui.installation import install_command
 MAX_CONFIG_BYTES = 4 << 20
 """Maximum size of a config file in bytes.
 
-Real ones have kilobytes; those that list all unquantized modules have up to a megabyte.
+Real config files have a few kilobytes; those that list all unquantized modules have up to a megabyte.
 """
 
 
@@ -94,9 +95,10 @@ def _check_stored(fields: ConfigFields) -> None:
 
 
 def type_problem(fields: ConfigFields) -> UserError | None:
-    """Return why the installed transformers loads no language model of a config's type; None if it may.
+    """Return why the installed transformers cannot load a config's type as a language model.
 
-    The process that builds the model (:mod:`.described`) decides finally.
+    None if no reason is found, or if the source of transformers cannot be read. The process that builds the
+    model (:mod:`.described`) makes the final decision.
     """
     model_type = fields.text(("model_type",)) or ""
     types, generators = config_classes(), text_generators()

@@ -1,8 +1,8 @@
 """Architectures that a process has read from transformers' own classes, stored on disk.
 
-A description takes seconds, most of them imports, and depends only on the config and the versions of
-transformers and of this program. Descriptions, including refusals, are stored in the cache folder; a damaged
-file is replaced.
+Describing a config takes seconds, mostly for imports. The result depends only on the config and the versions
+of transformers and of this program. Descriptions, including refusals, are stored in the cache folder; a
+damaged file is replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_tui.worker import Failure, run_job
 
 JOB = "qlora_tui.training.description:describe_all"
 DEADLINE_S = 90.0
-"""Seconds after which a process that describes one config is ended. It usually takes 4."""
+"""Seconds after which a process that describes configs is ended. One config usually takes 4."""
 _FORMAT = 5
 MAX_FILES = 400
 """Maximum number of descriptions that are stored, of about 20 to 200 KB each."""
@@ -50,7 +50,10 @@ _CACHE = AnswerCache("descriptions", Description, max_bytes=64 << 20)
 
 
 def stored(config: Mapping[str, Any]) -> Description | None:
-    """Return the stored description of a config; None if there is none, or if packages were missing then."""
+    """Return the stored description of a config; None if there is none, or if it is out of date.
+
+    It is out of date if a package whose absence was the reason for a refusal is installed now.
+    """
     found = _CACHE.find(_key(config))
     if found is None or not (found.architecture or found.refusal) or any(map(_is_installed, found.missing)):
         return None
@@ -70,9 +73,10 @@ def describe(config: Mapping[str, Any], should_stop: Callable[[], bool] = lambda
 def describe_all(
     configs: Iterable[Mapping[str, Any]], should_stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Describe all configs that are not in the cache, in a single process unless that process dies.
+    """Describe all configs that are not in the cache.
 
-    Raises JobStopped.
+    One process describes them all. If it fails, each config is described in a process of its own. Raises
+    JobStopped.
     """
     missing = [config for config in configs if stored(config) is None]
     try:

@@ -62,7 +62,7 @@ CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
 """Number of bytes that are left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
-"""Seconds between attempts after a connection error without progress."""
+"""Seconds to wait before each retry after a connection error. Any progress starts the list over."""
 MAX_REQUESTS = 1000
 """Maximum number of requests for one file. Each resumes where the previous one stopped."""
 
@@ -130,7 +130,9 @@ def _is_here(plan: DownloadPlan, file: HubFile) -> bool:
 
 
 def _link(plan: DownloadPlan, file: HubFile) -> None:
-    """Put ``file`` into the snapshot as a link to its blob, or as the blob without links."""
+    """Put ``file`` into the snapshot as a link to its blob. If links cannot be created, the blob itself is
+    moved there.
+    """
     pointer = plan.snapshot / file.name
     if pointer.is_file():
         return
@@ -158,7 +160,10 @@ def _open_partial(plan: DownloadPlan, file: HubFile) -> Iterator[IO[bytes]]:
 
 
 def _fetch(plan: DownloadPlan, file: HubFile, report: Report, retry_delays_s: tuple[float, ...]) -> None:
-    """Download all of ``file``, despite disconnects, as long as each request makes progress."""
+    """Download all of ``file``, and retry after disconnects.
+
+    Raises the last error if the waits of ``retry_delays_s`` are used up without progress.
+    """
     before = plan.done_bytes - min(file.size_bytes, _size(plan.partial(file)))
 
     def on_bytes(size: int) -> None:
@@ -334,8 +339,8 @@ class DownloadPlan(Struct, frozen=True):
 def plan_download(model_id: str, revision: str = "main") -> DownloadPlan:
     """Plan the download of ``model_id`` without writing anything.
 
-    Raises UserError if the Hub does not respond, the model is gated, or it cannot be trained here, which its
-    config and file list show before gigabytes are downloaded.
+    Raises UserError if the Hub does not respond, if the model is gated, or if its config and file list show
+    that the model cannot be trained here. Such a model is refused before gigabytes are downloaded.
     """
     page = f"api/models/{validate_model_id(model_id)}/revision/{quote(validate_revision(revision), safe='')}"
     info = get_json(page, {"blobs": "true"}, model_id)

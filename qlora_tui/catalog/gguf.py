@@ -1,8 +1,9 @@
 """GGUF files: reading their header, and the file types of exports.
 
 This parser exists because the ``gguf`` package imports numpy, which the app must start without. Format:
-github.com/ggml-org/ggml, docs/gguf.md. Only short arrays of numbers are read, such as a value for each layer.
-:mod:`qlora_tui.catalog.gguf_config` interprets the metadata.
+github.com/ggml-org/ggml, docs/gguf.md. Unless the vocabulary is requested, only short arrays of
+numbers are read, such as a value for each layer. :mod:`qlora_tui.catalog.gguf_config` interprets the
+metadata.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ MAX_TEXT_BYTES = 4 << 20
 The longest chat templates have a hundred thousand characters.
 """
 MAX_TEXTS_BYTES = 16 << 20
-"""Total size of the texts in one file, in bytes. Real files have far less. A file with more is refused."""
+"""Maximum total size of the texts in one file, in bytes. Real files have far less. A file with more is
+refused.
+"""
 MAX_ARRAY = 4096
 """Length of the longest array of numbers that is read; arrays about a model's layers have a few hundred."""
 MAX_TOKENS = 1 << 22
@@ -64,7 +67,7 @@ class GgufHeader:
     """The parsed header of a GGUF file."""
 
     values: dict[str, Any]
-    """Metadata by key: numbers, booleans, strings, and tuples of short arrays of numbers."""
+    """Metadata by key: numbers, booleans, strings, and the arrays that were read, as tuples."""
     lengths: dict[str, int]
     """Lengths of metadata arrays, such as ``tokenizer.ggml.tokens``, and of texts too long to read."""
     tensors: dict[str, tuple[int, ...]]

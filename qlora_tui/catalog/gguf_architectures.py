@@ -1,7 +1,7 @@
-"""The GGUF architectures that can be a base, with the conversion of their metadata to config fields.
+"""The GGUF architectures that a base may have, with the conversion of their metadata to config fields.
 
-Each reader below converts the metadata of one kind of layer. Metadata that all architectures share are
-converted in :mod:`qlora_tui.catalog.gguf_config`, and tensors in :mod:`qlora_tui.gguf_format`. Source of the
+Each reader below converts the metadata of one feature. Metadata that all architectures share is converted
+in :mod:`qlora_tui.catalog.gguf_config`, and tensors in :mod:`qlora_tui.gguf_format`. Source of the
 keys and defaults of each architecture: llama.cpp, src/models (``load_arch_hparams``).
 """
 
@@ -29,13 +29,13 @@ class GgufArchitecture:
     constants: tuple[str, ...] = ()
     """Keys of ``CONSTANTS`` in :mod:`qlora_tui.catalog.gguf_config` that the architecture computes with."""
     computes: Mapping[str, Any] = field(default_factory=dict)
-    """Config fields of computations that the file does not describe. A field is listed if transformers'
-    default might differ.
+    """Config fields that the file does not contain, with the values that llama.cpp's computation implies. A
+    field is listed if transformers' default might differ.
     """
     partial_rotation: bool = False
     """Whether transformers' class can rotate only a part of a head."""
     by_layer: tuple[str, ...] = ()
-    """Keys that ``read`` reads, because they may differ between layers."""
+    """Keys that only ``read`` reads, because their values may differ between layers."""
     reads_factors: bool = False
     """Whether ``read`` reads the factors of the rotary embedding's frequencies."""
     read: tuple[Reader, ...] = ()
@@ -43,7 +43,9 @@ class GgufArchitecture:
 
 
 def _scaled_attention(data: Metadata, config: Config) -> None:
-    """Read Gemma's attention scale; 27B models are known by their layers (src/models/gemma2.cpp)."""
+    """Read Gemma's attention scale. 27B models are recognized by their number of layers
+    (src/models/gemma2.cpp).
+    """
     width: int = config["head_dim"]
     if config["num_hidden_layers"] == GEMMA_27B[data.architecture]:
         width = config["hidden_size"] // config["num_attention_heads"]
@@ -53,8 +55,8 @@ def _scaled_attention(data: Metadata, config: Config) -> None:
 def _windows(period: int, window: int | None = None) -> Reader:
     """Return a reader of the window, and of the layers that have one.
 
-    If the file has no pattern, the last of each ``period`` layers has no window. ``window`` is llama.cpp's
-    default.
+    If the file has no pattern, all layers except every ``period``-th one have a window. ``window`` is the
+    width that llama.cpp uses if the file has none.
     """
 
     def read(data: Metadata, config: Config) -> None:
@@ -81,9 +83,9 @@ def _windows(period: int, window: int | None = None) -> Reader:
 
 
 def _rope_by_window(base: float | None = _ROPE_BASE) -> Reader:
-    """Return a reader of the rotary embedding of layers with a window, which is never scaled.
+    """Return a reader of the rotary embedding of layers with a window. This embedding is never scaled.
 
-    ``base`` is its base if the file sets none; None means the base of the other layers.
+    ``base`` is the base of the embedding if the file sets none; None means the base of the other layers.
     """
 
     def read(data: Metadata, config: Config) -> None:
@@ -115,9 +117,9 @@ def _routing(gate: int | None = _SOFTMAX, normalized: bool | None = None, scale:
     """Return a reader of how a token's experts are selected and weighted.
 
     Args:
-        gate: function of the router's logits, if it was not read before.
-        normalized: whether the weights are divided by their sum, if no field says so.
-        scale: field of the factor on the experts' sum, if there is one.
+        gate: the only supported function of the router's logits; None if another reader reads it.
+        normalized: whether the weights must be divided by their sum; None if a config field determines this.
+        scale: config field of the factor on the experts' sum; empty if no factor is supported.
     """
 
     def read(data: Metadata, config: Config) -> None:
@@ -210,7 +212,7 @@ def _linear_attention(data: Metadata, config: Config) -> None:
 
 
 def _later_tokens(data: Metadata, config: Config) -> None:
-    """Leave out the last layers that predict later tokens, which transformers' class does not have."""
+    """Leave out the layers for multi-token prediction at the end, which transformers' class does not have."""
     extra = data.count("nextn_predict_layers") or 0
     if extra >= config["num_hidden_layers"]:
         raise data.problem(f"{data.architecture}.nextn_predict_layers is {extra:,}")
@@ -218,7 +220,7 @@ def _later_tokens(data: Metadata, config: Config) -> None:
 
 
 def _dense_first(field_name: str) -> Reader:
-    """Return a reader of the number of first layers without experts."""
+    """Return a reader of the number of layers at the beginning that have no experts."""
 
     def read(data: Metadata, config: Config) -> None:
         config[field_name] = data.count("leading_dense_block_count") or 0
@@ -227,7 +229,9 @@ def _dense_first(field_name: str) -> Reader:
 
 
 def _kinds_by_key_heads(without: str) -> Reader:
-    """Return a reader of layer kinds: layers with key heads have attention, others are ``without``."""
+    """Return a reader of layer kinds. Layers with key heads have attention; all others are of the kind
+    ``without``.
+    """
 
     def read(data: Metadata, config: Config) -> None:
         heads = data.value("attention.head_count_kv")
@@ -263,7 +267,7 @@ def _mamba2(data: Metadata, config: Config) -> None:
 
 
 def _granite_hybrid(data: Metadata, config: Config) -> None:
-    """Read Granite 4: whether it has positions, and experts."""
+    """Read whether Granite 4 has rotary embeddings and experts, and the widths of its MLPs."""
     finetuned = data.value("rope.scaling.finetuned")
     config["position_embedding_type"] = "rope" if finetuned in (None, True) else None
     config["shared_intermediate_size"] = data.count("expert_shared_feed_forward_length") or config.get(
@@ -277,7 +281,7 @@ def _granite_hybrid(data: Metadata, config: Config) -> None:
 
 
 def _granite_shared(data: Metadata, config: Config) -> None:
-    """Read Granite's experts; with shared experts transformers has another type."""
+    """Read Granite's experts. In transformers, a model with shared experts has a type of its own."""
     shared = data.count("expert_shared_feed_forward_length")
     if shared is not None:
         config |= {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
@@ -335,7 +339,10 @@ def _gemma4(data: Metadata, config: Config) -> None:
 
 
 def _proportional(data: Metadata, base: float, width: int) -> Config:
-    """Return a rotary embedding of a part of the pairs; factors in the file stop all others."""
+    """Return the parameters of a rotary embedding that rotates only some of the pairs.
+
+    Infinite factors in the file mark the pairs that are not rotated.
+    """
     factors = data.header.rope_factors.get("rope_freqs.weight", ())
     rotated = sum(factor == 1.0 for factor in factors)
     ends = factors[rotated:]
@@ -345,7 +352,7 @@ def _proportional(data: Metadata, base: float, width: int) -> Config:
 
 
 def _fixed_epsilon(data: Metadata, config: Config) -> None:
-    """Refuse another epsilon for norms without weights, because transformers' class has a fixed one."""
+    """Refuse an epsilon other than 1e-5, which transformers' class always uses for norms without weights."""
     data.expect("attention.layer_norm_epsilon", 1e-5)
 
 
@@ -364,9 +371,9 @@ def _parallel_residual(data: Metadata, config: Config) -> None:
 
 
 def _latent_attention(data: Metadata, config: Config) -> None:
-    """Read DeepSeek's attention, which is stored with one key head and is the same in three generations.
+    """Read DeepSeek's latent attention, which is stored with one key head.
 
-    The second generation selects experts by a softmax, and the third by a sigmoid.
+    It is the same in DeepSeek-V2 and V3, but V2 selects experts by a softmax, and V3 by a sigmoid.
     """
     heads, rotated = config["num_attention_heads"], data.count("rope.dimension_count")
     key, value = data.count("attention.key_length_mla"), data.count("attention.value_length_mla")
@@ -420,7 +427,7 @@ def _blocks(data: Metadata, config: Config) -> None:
 
 
 def _folded_factors(data: Metadata, config: Config) -> None:
-    """Set Falcon H1's twelve factors to 1, because the file's weights are already multiplied by them."""
+    """Set all of Falcon H1's factors to 1, because the file's weights are already multiplied by them."""
     names = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_in", "ssm_out")
     config |= {f"{name}_multiplier": 1.0 for name in names}
     config |= {"mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5}

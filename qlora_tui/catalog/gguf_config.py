@@ -32,7 +32,7 @@ COUNTS: Mapping[str, str] = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
-"""Keys of every architecture whose values are counts, and the config field for each key."""
+"""Keys that have counts as values, in every architecture, and the config field for each key."""
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
@@ -44,7 +44,9 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "expert_used_count": ("num_experts_per_tok", "top_k_experts"),
     "expert_shared_count": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
 }
-"""Keys of every architecture, and the fields for each, of which a config class has one."""
+"""Keys of every architecture, and the possible config fields for each key. The first field that the config
+class has is used.
+"""
 CONSTANTS: dict[str, tuple[str, ...]] = {
     "attention.scale": ("attention_multiplier",),
     "attention.clamp_kqv": ("clip_qkv",),
@@ -76,10 +78,10 @@ _PRESENT = {
 }
 """Fields that are true if a layer has one of the tensors."""
 _IGNORED = ("tensor_data_layout", "rope.scaling.finetuned")
-"""Keys that do not affect the computation."""
+"""Keys that do not affect the computation, unless a reader of the architecture uses them."""
 _MAX_LAYERS = 1000
 _READ_BY_LLAMA_CPP = ("xielu.", "diffusion.", "adapter.", "clip.")
-"""Prefixes of keys without an architecture's name that llama.cpp reads.
+"""Prefixes of keys that llama.cpp reads, although they do not begin with the name of an architecture.
 
 Other such keys, which publishers add to files, have no effect.
 """
@@ -93,7 +95,7 @@ _CLOSE = 1e-4
 
 
 def architecture_of(header: GgufHeader, path: Path) -> GgufArchitecture:
-    """Return how the file's architecture is stored. Raises UserError naming an unknown architecture."""
+    """Return the properties of the file's architecture. Raises UserError naming an unknown architecture."""
     name = header.architecture
     architecture = ARCHITECTURES.get(name or "")
     if architecture is None:
@@ -264,7 +266,7 @@ def _rope(data: Metadata, config: Config, architecture: GgufArchitecture) -> Con
 
 
 def _yarn(data: Metadata, factor: float, original: int, attention: float) -> Config:
-    """Return the parameters of YaRN. llama.cpp multiplies its attention factor with that of the paper."""
+    """Return the parameters of YaRN. llama.cpp multiplies the file's attention factor by the paper's."""
     data.expect("rope.scaling.yarn_ext_factor", 1.0, -1.0)
     data.expect("rope.scaling.yarn_attn_factor", 1.0, 0.0)
     parameters: Config = {

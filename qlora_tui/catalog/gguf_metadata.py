@@ -1,4 +1,4 @@
-"""Reads the metadata of a GGUF file that define a model, value by value, and detects values left unread."""
+"""Reads the metadata that defines the model in a GGUF file, value by value, and detects unread values."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Metadata:
         return self.header.values.get(f"{self.architecture}.{key}")
 
     def count(self, key: str) -> int | None:
-        """Return an integer above zero; None if the key is absent. If the key has a value for each layer, all
-        values must be equal.
+        """Return an integer above zero; None if the key is absent or 0. If the key has a value for each
+        layer, all values must be equal.
         """
         value = self.value(key)
         if isinstance(value, tuple) and value:

@@ -66,7 +66,7 @@ class PreTokenizer:
     takes_words: bool = False
     """Whether a word that is in the vocabulary becomes a single token (``ignore_merges``)."""
     adds_begin: bool = False
-    """Whether a text begins with the BOS token if the file does not say so."""
+    """Whether a text begins with the BOS token if the file does not specify this."""
 
 
 _LLAMA3 = PreTokenizer((GPT4,), takes_words=True, adds_begin=True)
@@ -99,7 +99,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "seed-coder": PreTokenizer((_SEED_CODER,)),
     **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), PreTokenizer((_BAILING,))),
 }
-"""Pre-tokenizers keyed by ``tokenizer.ggml.pre``. Of several equal ones, exports write the first name.
+"""Pre-tokenizers keyed by ``tokenizer.ggml.pre``. If several names have equal rules, exports write the first.
 
 A file without a name is refused, because llama.cpp itself warns that it guesses.
 """

@@ -1,8 +1,8 @@
-"""Searches the Hub, and reads configs of its models with limits. Uses the server in ``HF_ENDPOINT``.
+"""Searches the Hub, and reads configs of its models within limits. Uses the server in ``HF_ENDPOINT``.
 
-Requests go through ``huggingface_hub``'s session and errors, but not through its ``HfApi``, which reports a
-refused connection or a status of 500 after 23 s (here 0.2 s), waits forever for a server that never responds
-(here 15 s), and reads a response of any length, also of an error or a redirection (huggingface_hub 2.4;
+Requests use ``huggingface_hub``'s session and errors, but not its ``HfApi``. ``HfApi`` reports a refused
+connection or a status of 500 after 23 s (here 0.2 s), and waits forever for a server that never responds
+(here 15 s). It reads responses of any length, even those of errors and redirects (huggingface_hub 2.4;
 measured at commit 7720e8a0). ``translate_hub_errors`` converts exceptions to errors for the user.
 
 ``huggingface_hub`` takes 0.12 s to import, so every function here imports it when called; it reads
@@ -60,7 +60,7 @@ class HubModel(Struct, frozen=True):
     downloads: int
     """Number of downloads in the last month."""
     gated: bool
-    """Whether the user must first accept the model's license on the Hub, which requires a token."""
+    """Whether the user needs a token, and must first accept the model's license on the Hub."""
     license: str | None
     model_type: str | None
     modified: str
@@ -113,7 +113,7 @@ def _parse_model(entry: Any) -> HubModel | None:
 def fetch_config(model_id: str, revision: str = "main") -> dict[str, Any]:
     """Download the model's ``config.json`` without writing to the cache.
 
-    Raises UserError if it does not exist, is gated, or the Hub does not respond.
+    Raises UserError if the file does not exist, the model is gated, or the Hub does not respond.
     """
     path = f"{validate_model_id(model_id)}/resolve/{revision}/{CONFIG}"
     config = get_json(path, model_id=model_id, max_bytes=MAX_CONFIG_BYTES)
@@ -197,10 +197,12 @@ def not_a_hub_problem() -> UserError:
 TIMEOUT_S = 15
 """Seconds allowed for connecting, and for each wait for data."""
 _HEADERS_S = 60.0
-"""Seconds for a response to begin, even if parts of its headers keep arriving."""
+"""Seconds allowed until all headers of a response have arrived."""
 _WINDOW_S = 30.0
 _LEAST_BYTES = 30 << 10
-"""Minimum number of bytes that a response must deliver in such a window. A slower response is abandoned."""
+"""Minimum number of bytes that a response must deliver in each window of ``_WINDOW_S`` seconds. A slower
+response is abandoned.
+"""
 _MAX_REDIRECTS = 10
 T = TypeVar("T")
 _USED_HEADERS = ("x-error-code", "x-error-message", "x-request-id", "retry-after")
@@ -219,7 +221,7 @@ class TooSlow(ConnectionError):
 def open_response(
     url: str, headers: Mapping[str, str], params: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """Open the response for ``url`` after redirections; its body is unread and uncompressed.
+    """Open the response for ``url``, following redirects. Its body is not compressed, and not yet read.
 
     Raises the client's exceptions, and ConnectionError for a response that exceeds the limits.
     """
@@ -301,7 +303,7 @@ def read_body(response: Any, max_bytes: int) -> bytes:
 
 @contextmanager
 def translate_hub_errors(model_id: str = "") -> Iterator[None]:
-    """Convert the client's exceptions in this context to UserError."""
+    """Convert the client's exceptions and errors of the disk in this context to UserError."""
     import huggingface_hub.errors as hub_errors
 
     try:

@@ -35,7 +35,7 @@ class ConfigClass:
     attribute_map: Mapping[str, str] = field(default_factory=dict)
     """The class's own name of each standard key, such as ``n_embd`` for ``hidden_size``."""
     modules: frozenset[str] = frozenset()
-    """Modules that the class's plan for several GPUs names, such as ``layers.*.self_attn.q_proj``."""
+    """Modules in the class's plan for tensor parallelism, such as ``layers.*.self_attn.q_proj``."""
     text: str | None = None
     """``model_type`` of the language model's nested config if the file leaves it out."""
 

@@ -1,10 +1,10 @@
 """Finds the models on this machine, looks them up by name, and reads architectures without weights.
 
-Four places are searched: the Hugging Face cache, the folders the user names, models converted by this
-program, and GGUF files in those folders. The cache is searched here rather than through ``huggingface_hub``,
-whose import alone takes longer than searching a hundred models. ``load_architecture`` is enough for an
-estimate before any download: it also reads a single ``config.json``, or a stored one that was fetched from
-the Hub.
+Three places are searched: the Hugging Face cache, the folders that the user names, and the folder of models
+converted by this program. The first two may also contain GGUF files. The cache is searched here rather than
+through ``huggingface_hub``, whose import alone takes longer than searching a hundred models.
+``load_architecture`` is enough for an estimate before any download: it also reads a single ``config.json``,
+or a stored one that was fetched from the Hub.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from qlora_tui.remote.calls import at_box
 
 ModelSource = Literal["hub cache", "folder", "gguf", "converted"]
 _PREFIX_CHARACTERS = 3
-"""Number of characters from which the beginning of a name counts as a close match."""
+"""Minimum length of the beginning of a name that counts as a close match."""
 MAX_DEPTH = 3
-"""Number of levels searched below a user's folder: publisher, model, file."""
+"""Number of levels of subfolders that are searched in a user's folder."""
 
 
 class LocalModel(Struct, frozen=True):
@@ -117,8 +117,8 @@ def resolve_model(model_id: str) -> ModelFiles:
     """Return the files of a recipe's model: a cached Hub ID, a converted model, a folder or a GGUF file.
 
     The architecture is exact, which takes seconds at the first request (:mod:`qlora_tui.catalog.described`).
-    Raises UserError if the model is not on this machine (with close matches), cannot be trained, or is
-    truncated.
+    Raises UserError if the model is not on this machine (the error names close matches), or if its weights
+    cannot be used or are truncated.
     """
     files = find_files(model_id)
     if not files.architecture.is_outline:
@@ -130,7 +130,7 @@ def resolve_model(model_id: str) -> ModelFiles:
 def find_files(model_id: str) -> ModelFiles:
     """Return the files of a model, with the architecture as far as it is known without waiting.
 
-    A missing tokenizer is no error here, because estimates and merges do not need one.
+    A missing tokenizer is not an error here, because estimates and merges do not need one.
     """
     model = _find_model(model_id)
     if model is None:
@@ -157,11 +157,11 @@ def find_files(model_id: str) -> ModelFiles:
 
 @at_box
 def training_refusal(model_id: str) -> UserError | None:
-    """Return why a model cannot be trained, from the names and headers of its files; None if it can.
+    """Return why a model cannot be trained, from its config and the names of its files; None if it can.
 
     A model may have a known architecture, and therefore an estimate, and still not be trainable: a Hub model
-    that was not downloaded, or a folder without weights. A GGUF file whose architecture is known can be
-    trained.
+    that was not downloaded, or a folder without weights. For a GGUF file the result is None without a check,
+    because a GGUF file whose architecture is known can be trained.
     """
     if model_id.endswith(".gguf"):
         return None

@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """Files of a tokenizer and its chat template, of which a model has some."""
 TOKENIZER = "tokenizer.json"
-"""The only file of a tokenizer that is read."""
+"""File that a tokenizer must have. Older formats of tokenizers, such as ``tokenizer.model``, are not read."""
 _OLD_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model")
 UNUSABLE_TOKENIZER = "unusable-tokenizer"
 """Error code for a model folder without a tokenizer that can be loaded."""
@@ -54,7 +54,7 @@ _TRAINABLE_AS_STORED = {"bitsandbytes": None, MXFP4: "gpt_oss"}
 
 
 class MissingFilesError(UserError):
-    """Raised if files of the model are missing that a download would provide."""
+    """Raised if the model lacks files that a download would provide."""
 
 
 def check_folder(folder: Path, name: str) -> tuple[Architecture | None, UserError | None]:
@@ -335,9 +335,10 @@ _NARROW_DTYPES = ("I8", "U8", "F8", "F6_", "F4")
 
 
 def quantized_refusal(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> UserError | None:
-    """Return why weights whose quantization the config does not describe cannot be loaded; otherwise None.
+    """Return why the weights cannot be loaded if they are quantized but the config does not mention this;
+    otherwise None.
 
-    A library would take matrices of 8-bit integers for weights, and ignore their scales.
+    A library would mistake matrices of 8-bit integers for unquantized weights, and ignore their scales.
     """
     for entry in entries.values():
         shape, dtype = entry.get("shape"), str(entry.get("dtype"))
@@ -374,7 +375,7 @@ _QUANTIZATION_KEYS = frozenset(
         "llm_int8_enable_fp32_cpu_offload",
     )
 )  # fmt: skip
-"""Keys that describe how bitsandbytes stored weights; the catalog rejects other storage formats."""
+"""Keys of a ``quantization_config`` that are kept. They describe how bitsandbytes stored the weights."""
 _ADAPTER_KEYS = frozenset(
     (
         "peft_type", "task_type", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias", "lora_bias",
@@ -399,7 +400,7 @@ _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping")
 _PEFT_DEFAULTS = {"megatron_core": "megatron.core"}
 """Values that peft writes into every adapter."""
 _BASE_UNCHANGED = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Initializations that set only the matrices of an adapter, which its own weights then replace.
+"""Initializations that change only the adapter's matrices, which are then overwritten by its saved weights.
 
 All other initializations of peft (``olora``, ``pissa``, ``corda``, ``loftq`` …) change the weights of the
 base.
@@ -407,7 +408,7 @@ base.
 
 
 def without_code(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a model's or generation config without the keys that select code, and the removed keys.
+    """Return a model config or generation config without the keys that select code, and the removed keys.
 
     Nested configs are included; their keys are named like ``text_config.auto_map``.
     """

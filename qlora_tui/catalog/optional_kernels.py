@@ -27,7 +27,9 @@ One is a decorator whose second argument is the package to import (transformers 
 name of a package (5.5).
 """
 _GUARD = re.compile(r"is_\w+_available")
-"""Pattern of functions that guard the import of an optional package (5.5); ``else`` has the replacement."""
+"""Pattern of the names of functions that guard the import of an optional package (5.5). The ``else`` branch
+has the replacement.
+"""
 _HINT = re.compile(rf"{_DECORATOR}|{_LOADER}|^if {_GUARD.pattern}\(", re.MULTILINE)
 _MODEL_TYPE = r"""^\s+model_type\s*(?::[^=]+)?=\s*["']{}["']"""
 _KEEP = ("torch", "transformers")

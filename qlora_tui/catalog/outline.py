@@ -54,7 +54,9 @@ _ONE_BLOCK = {
     }.items()
     for kind in kinds
 }
-"""The parts of a layer with one block (Nemotron-H), by its letter in a pattern or name in a list."""
+"""The only part of a layer in models such as Nemotron-H, keyed by the letter in a pattern or the name in a
+list that stands for the layer.
+"""
 _ALL = frozenset(("attention", "mlp", "experts"))
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")
 
@@ -210,7 +212,10 @@ class _Outline:
         return min(self.size(_KV_HEADS) or heads, heads or 1)
 
     def _kinds(self) -> list[frozenset[str]]:
-        """Return the parts of each layer: attention (wide too, if full), mixer, mlp, experts."""
+        """Return the parts of each layer: attention, mixer, mlp, experts.
+
+        In models that list the kinds of their layers, layers with full attention also have the part ``wide``.
+        """
         values = self.fields.values
         pattern = self.file.values.get("hybrid_override_pattern")
         if isinstance(pattern, str) and 0 < len(pattern) <= size_bound("layers"):

@@ -1,4 +1,4 @@
-"""Good first models, from ``starter_models.toml``; the Model screen lists those that fit.
+"""Models for a first run, from ``starter_models.toml``. The Model screen lists those that fit into memory.
 
 Each has the keys of its ``config.json`` that determine its shapes, so that its memory is estimated before
 anything is downloaded.
@@ -19,7 +19,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 
 
 class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
-    """A good first model on the Hub."""
+    """A model for a first run. All of these models except the demo's are on the Hub."""
 
     id: str
     license: str
@@ -34,7 +34,7 @@ class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
     gated: bool | None = None
     """Whether the user must accept the license on the Hub; None if that was not confirmed."""
     layer_types: tuple[str, ...] = ()
-    """Kinds of the layers, repeated up to their number."""
+    """Layer types, repeated until every layer has one. Empty if ``config`` is complete without them."""
 
     def full_config(self) -> dict[str, Any]:
         """Return the model's ``config.json``, as far as it determines shapes."""
@@ -47,7 +47,7 @@ class StarterModel(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
     def architecture(self) -> Architecture:
-        """Return the model's modules and parameters. Raises UserError if it cannot be trained here."""
+        """Return the model's modules and parameters. Raises UserError if this version cannot train it."""
         return parse_architecture(self.full_config())
 
 
@@ -55,7 +55,7 @@ class StarterFile(Struct, frozen=True, forbid_unknown_fields=True):
     """The content of ``starter_models.toml``."""
 
     checked: datetime.date
-    """Day on which these facts were last compared with their sources."""
+    """Date on which the entries of this file were last compared with their sources."""
     demo: StarterModel
     """The demo's model, which comes from the Python package index."""
     models: tuple[StarterModel, ...]
@@ -64,6 +64,6 @@ class StarterFile(Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def starter_file() -> StarterFile:
-    """Return all good first models."""
+    """Return the content of ``starter_models.toml``."""
     content = files("qlora_tui.catalog").joinpath("starter_models.toml").read_bytes()
     return msgspec.toml.decode(content, type=StarterFile)

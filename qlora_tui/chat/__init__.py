@@ -1,7 +1,7 @@
 """Chat with a model: base and adapters, from one copy of the base.
 
-chat_types          sampling settings, results, and what an adapter changes, as a sentence; no torch
-chat_sources        the available adapters, and whether a chat fits into the free memory; no torch
+chat_types          sampling settings, results, and the effect of an adapter; no torch
+chat_sources        the available adapters, and the memory that a chat or a run needs; no torch
 session             the base model and its adapters in memory
 loading             loads a session
 adapters            loads adapters, and applies them without peft's overhead

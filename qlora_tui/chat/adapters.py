@@ -4,9 +4,9 @@ peft's layers convert dtypes, apply dropout, scale and copy at every call. With 
 more than the adapter's arithmetic. Here a layer is three matrix products: the scale is folded into one
 factor, and the update is added in place, which is possible for inference only.
 
-On a CPU, the factors are in fp32. For thin products in half precision, torch uses a library with three times
-the overhead and all cores, which wait for each other on a busy machine. With many tokens at once, this
-overhead does not matter, and half precision saves the conversion of these tokens.
+On a CPU, the factors are in fp32. For thin products in half precision, torch calls a library that has three
+times the overhead. This library also uses all cores, which wait for each other on a busy machine. With many
+tokens at once, the overhead does not matter, and half precision saves the conversion of these tokens.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from qlora_tui.training.fused.patching import temporary_forwards
 
 _MANY_TOKENS = 64
 _ONE_THREAD_TERMS = 1 << 20
-"""Multiplications below which one thread is faster than several, which take 0.1 ms to wake up."""
+"""Maximum number of multiplications for which one thread is faster than several; waking them takes 0.1 ms."""
 _FP32 = 64 * torch.finfo(torch.float32).eps
-"""Maximum relative error of an update that is attributed to fp32 arithmetic."""
+"""Maximum relative error of an update that is computed in fp32."""
 _ROUNDINGS = 1.0
 """Rounding steps by which a layer's output may differ from peft's output in float64."""
 
@@ -175,10 +175,11 @@ def fuse_token_rows(model: nn.Module, adapter_name: str, active: ActiveAdapter) 
 
 
 def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
-    """Return the map from the names that an adapter's trained token embeddings (peft's ``trainable_tokens``)
-    have in its file to their names in the model.
+    """Return the names of an adapter's trained token embeddings (peft's ``trainable_tokens``), as a map.
 
-    It is empty for an adapter without any, for which peft's own method returns a name that does not exist.
+    The keys are the names in the adapter's file, and the values are the names in the model. For an adapter
+    without trained token embeddings in this module, the map is empty, whereas peft's own method returns a
+    name that does not exist.
     """
     if adapter_name not in wrapper.token_adapter.trainable_tokens_delta:
         return {}
@@ -186,7 +187,10 @@ def _names_of_rows(wrapper: Any, adapter_name: str) -> dict[str, str]:
 
 
 def fuse_adapter(model: nn.Module, adapter_name: str, active: ActiveAdapter) -> bool:
-    """Add ``adapter_name`` to ``model`` with fused forward methods. Return False if it is not plain LoRA."""
+    """Add ``adapter_name`` to ``model`` with fused forward methods.
+
+    Return False if the adapter is not plain LoRA, or if a fused method does not agree with peft's.
+    """
     layers = [layer for layer in _layers(model) if _has(layer, adapter_name)]
     if not all(_is_plain(layer, adapter_name) for layer in layers):
         return False
@@ -248,7 +252,7 @@ def _example_tokens(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restore_peft(model: nn.Module) -> None:
-    """Restore peft's own forward methods."""
+    """Restore peft's own forward methods of LoRA layers."""
     for layer in _layers(model):
         vars(layer).pop("forward", None)
 
@@ -296,7 +300,7 @@ class AdapterSet:
         self._loaded: set[str] = set()
         self._active = ActiveAdapter(BASE)
         self._fused = True
-        """Whether every loaded adapter is plain LoRA, so that peft's own forward is not needed."""
+        """Whether fused forward methods compute all loaded adapters, so that peft's own are not needed."""
         self._through_peft = False
 
     def ensure_loaded(self, adapter_name: str) -> bool:
@@ -329,7 +333,7 @@ class AdapterSet:
         return self._loaded - self.folders.keys()
 
     def unload(self, adapter_name: str) -> None:
-        """Free the memory of a loaded adapter, after another adapter was loaded."""
+        """Free the memory of a loaded adapter. Call this only after another adapter was loaded."""
         self._peft_model.delete_adapter(adapter_name)
         for module in self._model.modules():
             if isinstance(forward := vars(module).get("forward"), LoraForward | TokenRowsForward):
@@ -353,8 +357,9 @@ class AdapterSet:
 
     @contextmanager
     def through_peft(self, adapter_name: str) -> Iterator[None]:
-        """Let peft compute ``adapter_name`` inside the block, and restore the fused forward methods
-        afterwards.
+        """Make ``adapter_name`` peft's active adapter inside the block.
+
+        This has no effect on fused forward methods, which :func:`qlora_tui.chat.logits.library_code` removes.
         """
         if self._peft_model is None:
             yield
@@ -370,7 +375,10 @@ class AdapterSet:
                 self._switch_peft_to(before)
 
     def use_peft(self) -> None:
-        """Use peft's own forward for every adapter from now on."""
+        """Let peft compute every adapter from now on, including adapters that are loaded later.
+
+        The caller must remove the fused forward methods of adapters that are already loaded.
+        """
         self._fused = False
         if self._peft_model is not None:
             self._switch_peft_to(self._active.adapter_name)

@@ -1,14 +1,14 @@
 """Completions of one adapter, computed together: one pass of the model computes the next token of each.
 
-A decoding step reads all weights, for one row as well as for many. A prompt is read alone, then its row joins
-those that are being generated. All rows of a pass end at the same place of the buffers, and padding precedes
-the shorter rows. A sliding window therefore reaches back equally far in each row. The model's own masks are
-valid for every kind of layer, given the places with padding and the position of each row's token. Recurrent
-states have no places and are only stacked. A row that has ended leaves the batch; its keys and values are
-kept for the next turn.
+A decoding step reads all weights, no matter how many rows it computes. A prompt is processed alone. Then its
+row joins the rows that are being generated. All rows of a pass end at the same place of the buffers, and
+padding precedes the shorter rows. A sliding window therefore reaches back equally far in each row. The
+model's own masks are valid for every kind of layer, because each pass tells the model which places are
+padding, and which position each row's token has. Recurrent states have no places, so they are only stacked. A
+row that has ended leaves the batch; its keys and values are kept for the next turn.
 
-On the first occasion, a comparison with rows that join and leave shows whether the model computes rows
-together as it computes each row alone (:meth:`Batches.allows`). If it does not, requests take turns.
+Before rows are computed together for the first time, a trial compares rows that join and leave a batch with
+the same rows computed alone (:meth:`Batches.allows`). If the logits differ, requests take turns.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ _STACKABLE = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-"""Layers that hold only keys and values (tokens are their second last dimension), and constant states."""
+"""Classes of layers whose rows can be stacked.
+
+They hold nothing but states of constant size, and keys and values whose second-to-last dimension is tokens.
+"""
 _ROWS_WORTH_LAUNCHING = 4
 """Minimum number of rows in a common pass on a GPU, if a step of one row can be recorded but a step of
 several cannot.
@@ -66,19 +69,19 @@ _SMALLEST_CHECKED = 12
 """Minimum number of tokens in a text that is used to compare passes of several rows with passes of one row.
 """
 _CHECKED_STEPS = 3
-"""Decoding steps of each row in that comparison."""
+"""Number of tokens that each row decodes in :meth:`Batches._difference`."""
 _MOST_KEPT = 8
 """Maximum number of ended conversations whose keys and values are kept."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A selection of rows of a cache, starting at one of its tokens."""
+    """Selected rows of a cache, without the padding at their beginning."""
 
     layers: Sequence[Any]
     rows: Sequence[int]
     start: int = 0
-    """Number of tokens to leave out at the beginning, which are padding."""
+    """Number of padding tokens at the beginning, which are left out."""
 
 
 def stack(parts: Sequence[Rows], size: BufferSize) -> list[Any]:
@@ -129,7 +132,10 @@ def _columns(layer: Any, start: int) -> int:
 
 
 def _right_aligned(tensors: Sequence[Tensor], tokens: int) -> Tensor:
-    """Return one tensor (rows, heads, tokens, width): rows aligned at their ends, after zeros."""
+    """Return one tensor (rows, heads, tokens, width) of all rows, aligned at their ends.
+
+    Zeros precede the shorter rows, and follow all rows if the longest one has fewer than ``tokens`` tokens.
+    """
     _, heads, _, width = tensors[0].shape
     longest = max(tensor.shape[-2] for tensor in tensors)
     result = tensors[0].new_zeros((sum(map(len, tensors)), heads, max(tokens, longest), width))
@@ -212,7 +218,7 @@ class Batch:
         self.session = batches.session
         self.adapter_name = adapter_name
         self._is_trial = is_trial
-        """Whether this batch is the comparison that decides if rows may be computed together."""
+        """Whether this batch only serves the comparison that decides if rows may be computed together."""
         self.rows: list[Row] = []
         """Rows whose prompts are processed."""
         self.open_rows = 0
@@ -224,16 +230,16 @@ class Batch:
         """Number of places in the common cache, including padding."""
         self._size = BufferSize()
         self._most_rows = 1 << 30
-        """Number of rows that fit into the memory."""
+        """Maximum number of rows in one pass; lowered when a pass runs out of memory."""
 
     @property
     def fewest_rows(self) -> int:
-        """Return the number of rows from which a common pass is faster than separate passes."""
+        """Return the minimum number of rows for which a common pass is faster than separate passes."""
         steps = self.session.steps
         return _ROWS_WORTH_LAUNCHING if steps is not None and steps.in_use else 2
 
     def remove(self, row: Row) -> None:
-        """Remove a row, whether it has joined the common pass or not."""
+        """Remove a row that has ended, even if it never joined, and keep its keys and values."""
         if row in self.rows:
             self.rows.remove(row)
         row.pending = row.logits = None
@@ -261,9 +267,12 @@ class Batch:
                 self._compute()
 
     def _compatible(self, due: list[Row]) -> list[Row]:
-        """Return the rows that go into one pass, sorted by length.
+        """Return the rows that can be computed in one pass.
 
-        Rows are left out if reading the padding would take longer than reading the weights again.
+        If ``due`` are the rows of the previous pass, they are returned unchanged. Otherwise, the rows are
+        sorted by length, and some are left out: rows whose keys and values were lost, rows whose cache has
+        different kinds of layers, rows for which reading the padding would take longer than reading the
+        weights again, and rows for which memory is too small.
         """
         if set(due) == set(self.together):
             return due
@@ -324,8 +333,9 @@ class Batch:
     def _broken_up_on_failure(self, wanted: list[Row]) -> Iterator[None]:
         """Separate the rows if a pass, or the rearrangement before it, fails inside the block.
 
-        After a failure, some layers have processed tokens and others have not, or some rows have left their
-        caches. Therefore all rows are processed again, each by itself.
+        After a failure, some layers have processed the pass's tokens and others have not, or the keys and
+        values of some rows have already been moved. Therefore all rows are processed again, each by itself.
+        In a trial, the exception is raised again instead.
         """
         involved = [*self.together, *(row for row in wanted if row not in self.together)]
         try:
@@ -364,7 +374,7 @@ class Batches:
         """Why requests take turns; empty while they are computed together."""
         self._is_noted = False
         self.tokens_read = 0
-        """Prompt tokens that were processed since any answer received its last token."""
+        """Number of prompt tokens that were processed since an answer last received a token."""
 
     def row(self, adapter_name: str, prompt: Sequence[int], *, anew: bool = False) -> tuple[Row, int]:
         """Return a row for ``prompt``, and the number of its tokens that are processed already.
@@ -380,7 +390,10 @@ class Batches:
         return Row(batch, kept), kept.reuse(prompt)
 
     def may_read(self, tokens: int) -> bool:
-        """Return whether a prompt may process so many tokens before answers get their next token."""
+        """Return whether ``tokens`` more prompt tokens may be processed before answers get their next token.
+
+        If they may, they are counted in ``tokens_read``.
+        """
         is_generating = any(batch.rows for batch in self._batches.values())
         if is_generating and self.tokens_read and self.tokens_read + tokens > PREFILL_CHUNK_TOKENS:
             return False
@@ -402,7 +415,10 @@ class Batches:
         return self._kept[number][1]
 
     def keep(self, adapter_name: str, prefix_cache: PrefixCache) -> None:
-        """Keep the keys and values of an ended conversation, and drop the oldest ones if memory is short."""
+        """Keep the keys and values of an ended conversation.
+
+        The oldest ones are dropped if there are too many, or if memory is short.
+        """
         if not prefix_cache.token_ids or not self.session.keeps_keys:
             return
         self._kept.append((adapter_name, prefix_cache))
@@ -411,7 +427,10 @@ class Batches:
             del self._kept[0]
 
     def forget(self, adapter_name: str) -> bool:
-        """Free the kept conversations of an adapter; return False while an answer is in progress."""
+        """Free the kept conversations of an adapter, and return True.
+
+        If one of the adapter's answers is in progress, free nothing and return False.
+        """
         if (batch := self._batches.get(adapter_name)) is not None and batch.open_rows:
             return False
         self._batches.pop(adapter_name, None)
@@ -433,7 +452,11 @@ class Batches:
         return note
 
     def allows(self, adapter_name: str, token_ids: Sequence[int]) -> bool:
-        """Return whether rows may be computed together. The first call compares them on the end of a text."""
+        """Return whether rows may be computed together.
+
+        The first call with enough tokens decides this: it computes the end of the text in several rows
+        together and in each row alone, and compares the logits.
+        """
         if self.why_not or self._agreed:
             return not self.why_not
         comparison = self.session.checked.get(adapter_name)

@@ -1,4 +1,4 @@
-"""Chat sources of a run or an adapter's folder, and the memory that a chat needs. Loads no torch."""
+"""The chat source of a run, and the memory that a chat or a run needs. Loads no torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
-    """Return the name of the selected adapter: by default the final one, otherwise the newest checkpoint.
+    """Return the name of the selected adapter.
+
+    By default, this is the final adapter or, if there is none, the newest checkpoint.
 
     Raises UserError if there is no such adapter.
     """

@@ -49,13 +49,16 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
     """``switch``: on or off; ``effort``: can only be lowered; ``always``: always on; ``none``:
     unsupported."""
     variable: str = ""
-    """Name of the template variable: ``enable_thinking``."""
+    """Name of the template variable for thinking, such as ``enable_thinking``; empty if there is none."""
     off: str = ""
-    """Name of the lowest level of effort, such as ``low``."""
+    """Value of ``variable`` that turns thinking off or lowers it most, such as ``False`` or ``low``."""
     default: Literal["on", "off"] = "off"
 
     def effect_of(self, thinking: Thinking) -> str:
-        """Return the effect of a thinking setting with this template; empty if the name says it."""
+        """Return a sentence on the effect of a thinking setting with this template.
+
+        It is empty if the setting does what its name says.
+        """
         if thinking == "auto" or self.kind == "switch":
             return ""
         if self.kind == "none":
@@ -95,7 +98,9 @@ class GenerationResult(Struct, frozen=True, kw_only=True):
     recorded_tokens: int = 0
     """Tokens that a CUDA graph has processed."""
     warning: str = ""
-    """Warning if the chat's logits differed from those of transformers and peft; empty otherwise."""
+    """Warning if the chat's logits differed from those of transformers and peft, or could not be compared
+    with them; empty otherwise.
+    """
     note: str = ""
     """Why answers are generated without a CUDA graph; only in the first result after this is known."""
     thought_ended: bool = True
@@ -163,7 +168,7 @@ class ChatSource(Struct, frozen=True, kw_only=True):
 _NEGLIGIBLE = 0.01
 """Share of changed choices below which an adapter is reported to have practically no effect."""
 _NAMED = 3
-"""Number of tokens named in the sentence."""
+"""Maximum number of trained tokens that :attr:`Effect.sentence` names."""
 
 
 class LayerChange(Struct, frozen=True, kw_only=True):
@@ -194,7 +199,9 @@ class Effect(Struct, frozen=True, kw_only=True):
     """Number of these turn ends that the adapter predicts."""
     turns_ended_by_base: int
     warning: str = ""
-    """Warning if the logits behind these figures differ from the logits of transformers and peft."""
+    """Warning if the logits behind these figures differ from the logits of transformers and peft, or could
+    not be compared with them; empty otherwise.
+    """
     token_rows: tuple[str, ...] = ()
     """Tokens whose rows in the embedding and head were trained."""
     layers: tuple[LayerChange, ...]

@@ -97,10 +97,10 @@ def completion_constraint(session: ChatSession, completion: Completion) -> Const
 def score_tokens(
     tokenizer: ChatTokenizer, logits: Tensor, token_ids: Sequence[int], start: int, alternatives: int
 ) -> list[TokenScore]:
-    """Return the scores of the tokens from ``start`` on.
+    """Return the scores of the tokens that ``logits`` (tokens, vocabulary) predict.
 
-    ``logits`` (tokens, vocabulary) are the ones that predict these tokens. ``token_ids`` may hold more tokens
-    before and after them.
+    The first of these tokens is ``token_ids[start]``. ``token_ids`` may hold more tokens before and after
+    them.
     """
     logprobs = logits.float().log_softmax(-1)
     scored = token_ids[start : start + len(logprobs)]
@@ -129,7 +129,10 @@ class StopTexts:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self.pending = ""
-        """End of the text so far, which may begin a stop text; after a match, the text from it on."""
+        """Text that is held back because it may be the beginning of a stop text.
+
+        After a match, this is the text that begins with the stop text.
+        """
         self.matched = ""
 
     def feed(self, text: str) -> str:
@@ -152,7 +155,7 @@ class StopTexts:
 
 @dataclass
 class _PendingScore:
-    """A score of a token that is not yet part of any yielded piece."""
+    """The score of a token, while it is not yet part of a yielded piece."""
 
     score: TokenScore
     begin: int
@@ -192,7 +195,10 @@ class CompletionText:
     def add(
         self, token_id: int, score: TokenScore | None = None, *, ends: bool = False
     ) -> list[CompletionPart]:
-        """Add a token, and return the parts that it completes. With ``ends``, the token has no text."""
+        """Add a token, and return the parts that it completes.
+
+        With ``ends``, the token ends the turn and adds no text.
+        """
         text = "" if ends else self._detokenizer.add(token_id)
         begin = self._characters
         self._characters += len(text)
@@ -203,7 +209,10 @@ class CompletionText:
         return parts
 
     def rest(self, *, is_cut: bool = False) -> list[CompletionPart]:
-        """Return the parts that are still held back. With ``is_cut``, the last call may be incomplete."""
+        """Return the parts that are still held back.
+
+        With ``is_cut``, the answer was cut off, so its last tool call may be incomplete.
+        """
         text = "" if self.stop_text else self._detokenizer.rest()
         self._characters += len(text)
         parts = self._parts([*self._splitter.feed(text), *self._splitter.rest()])
@@ -233,7 +242,7 @@ class CompletionText:
         return parts
 
     def _answer(self, text: str) -> str:
-        """Return the text that can no longer become part of a stop text or a tool call."""
+        """Add text of the answer; return the text that cannot become part of a stop text or a tool call."""
         text = self._stops.feed(text)
         return text if self._calls is None else self._calls.feed(text)
 
@@ -348,7 +357,8 @@ class CompletionStream:
     def _read_prompt(self, row: Row, reused: int) -> Generator[CompletionPart | None, None, Tensor | None]:
         """Process the prompt after its first ``reused`` tokens, and yield it if it is to be echoed.
 
-        Returns the logits (1, vocabulary) after the prompt; None after a stop request.
+        Returns the logits (1, vocabulary) after the prompt; None after a stop request, or if only the text of
+        the prompt was requested.
         """
         completion, session, prompt = self._completion, self._session, self._prompt
         if completion.echo:

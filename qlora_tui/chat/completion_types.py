@@ -29,18 +29,23 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     messages: tuple[Message, ...] = ()
     """A conversation to answer, rendered with the chat template."""
     text: str | None = None
-    """A text to continue. Control tokens in it count as such. The BOS token is added."""
+    """A text to continue. Control tokens in it count as such. If the tokenizer
+    starts plain text with a BOS token, a missing one is added.
+    """
     token_ids: tuple[int, ...] = ()
     """Token ids to continue, without changes."""
     tools: tuple[dict[str, Any], ...] = ()
-    """Functions that a conversation may call, as JSON schemas in OpenAI's format."""
+    """Functions that the model may call in a conversation, as JSON schemas in OpenAI's format."""
     must_call: tuple[str, ...] = ()
     """Names of the functions of which one must be called. Empty: the model decides."""
     single_call: bool = False
     """Whether at most one call is allowed."""
     thinking: Thinking = "auto"
     template_variables: dict[str, Any] = {}
-    """Additional variables of the chat template. Its own thinking variable overrides ``thinking``."""
+    """Additional variables for the chat template.
+
+    If they include the template's variable for thinking, this variable overrides ``thinking``.
+    """
     sampling: Sampling = Sampling()
     stop: tuple[str, ...] = ()
     """Texts that end the answer and are not part of it. They do not end a thought."""
@@ -50,7 +55,7 @@ class Completion(Struct, frozen=True, kw_only=True, omit_defaults=True):
     echo: bool = False
     """Whether to return the prompt before the answer, with its log probabilities if those were requested."""
     answers: bool = True
-    """Whether to generate an answer. False only reads the prompt, for its echo."""
+    """Whether to generate an answer. If false, the prompt is only read, for its echo."""
     schema: dict[str, Any] | None = None
     """JSON schema of the answer, which is one JSON value or a call; ``{}`` allows any value."""
 
@@ -68,7 +73,9 @@ class TokenScore(Struct, frozen=True, omit_defaults=True):
 
     token_id: int
     text: str
-    """Its text in context; the name of a special token. A part of a character is ``\\ufffd``."""
+    """The token's text in context. For a special token, this is its name; for a part of a character, it is
+    ``\\ufffd``.
+    """
     logprob: float | None = None
     """Log probability; None for the first token of a prompt, which nothing predicts."""
     top: tuple[LikelyToken, ...] = ()
@@ -106,16 +113,18 @@ class CompletionResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens_per_s: float
     """Tokens per second after the first; 0 if there was only one."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Functions called, whose text is in no part.
+    """Calls in the answer. Their text is in no :class:`CompletionPart`.
 
-    A call that cannot be parsed stays part of the answer's text, unless a call was required or it was cut off
-    after others.
+    A call that cannot be parsed stays in the answer's text, unless a call was required. If the answer is cut
+    off in a call after complete ones, only the complete calls count, and the rest is dropped.
     """
     stop_text: str = ""
     """The stop text that ended the answer; empty if none did."""
     most_rows: int = 1
     """Largest number of requests that were computed in one pass with this one."""
     warning: str = ""
-    """Warning if the logits differed from those of transformers and peft; empty otherwise."""
+    """Warning if the logits differed from those of transformers and peft, or could not be compared with them;
+    empty otherwise.
+    """
     note: str = ""
     """A note on how this session computes; only in the first result after it is known, otherwise empty."""

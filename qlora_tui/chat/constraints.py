@@ -56,12 +56,12 @@ class Grammars:
         calls: Calls | None = None,
         mark_ids: Collection[int] = (),
     ) -> Constraint:
-        """Return a constraint that allows one answer: a value of ``schema``, one of ``calls``, or either if
-        both are given.
+        """Return the constraint of one answer: a value that satisfies ``schema``, function calls, or either
+        if both are given.
 
         Args:
             schema: JSON schema.
-            calls: Functions, of which one must be called.
+            calls: Functions that may be called. Without ``schema``, at least one must be called.
             mark_ids: Tokens that mark thoughts and may precede the answer.
 
         Raises:
@@ -99,7 +99,7 @@ class _Rules:
         self._rules: list[str] = []
 
     def grammar(self, start: str) -> str:
-        """Return the complete grammar, beginning with the expression ``start``."""
+        """Return the complete grammar. Its start rule is the expression ``start``."""
         return "\n".join(["%llguidance {}", f"start: {start}", *self._rules])
 
     def rule(self, body: str, options: str = "") -> str:
@@ -122,7 +122,10 @@ class _Rules:
         return f"{before} <[{self._special[word]}]> {after}"
 
     def calls(self, calls: Calls) -> str:
-        """Add rules for one call, or for several unless ``calls`` is single; return the last rule."""
+        """Add rules for calls, and return the name of the last rule.
+
+        Only one call is allowed if ``calls.single``, or if the format has no further calls.
+        """
         shape = calls.shape
         arguments = {
             name: self.json(_closed(schema))
@@ -139,7 +142,10 @@ class _Rules:
         return self.rule(f"{one_of(shape.first)} {further} {self.text(shape.last)}")
 
     def fields(self, schema: Mapping[str, Any], fields: Fields, root: Mapping[str, Any]) -> str:
-        """Add rules for arguments, or for an object among them, in the order of the schema's properties."""
+        """Add rules for arguments, or for an object among them, and return the name of the last rule.
+
+        Properties must be in the order of the schema, or sorted if the chat template sorts them.
+        """
         properties, required = dict(schema.get("properties") or {}), schema.get("required") or ()
         if fields.is_sorted:
             properties = dict(sorted(properties.items()))
@@ -212,7 +218,10 @@ class _Rules:
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of arguments, which allows additional properties only if it says so or names none."""
+    """Return a schema of arguments, changed to forbid additional properties.
+
+    It is not changed if it already has a rule for them, and they stay allowed if it names no properties.
+    """
     return {"additionalProperties": "properties" not in schema, **schema}
 
 
@@ -221,7 +230,10 @@ def _constants(schema: Mapping[str, Any]) -> list[Any]:
 
 
 def _kinds(schema: Mapping[str, Any]) -> list[str]:
-    """Return the types of a schema without ``type``: the types of its constants, or all scalar types."""
+    """Return the types of a schema without ``type``: the types of its constants, or all scalar types.
+
+    A reference to another schema has none.
+    """
     kinds = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
     constants = [kinds[type(each)] for each in _constants(schema) if type(each) in kinds]
     return list(dict.fromkeys(constants or ([] if "$ref" in schema else kinds.values())))

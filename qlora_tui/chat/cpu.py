@@ -1,8 +1,8 @@
 """Faster answers on a CPU: attention of one new token, and products with 4-bit weights.
 
-torch's attention computes one head at a time, each as a product with a single row, and reads keys that heads
-share once for each of them. With the query heads of one key head as rows of one product, attention is 4 to 13
-times as fast, with the same results.
+torch's attention computes one query head at a time, as a product with a single row. If several query heads
+share a key head, it reads the keys again for each of them. Here the query heads of one key head are the rows
+of one product. This makes attention 4 to 13 times as fast, with the same results.
 
 On a CPU with AVX512-BF16, bitsandbytes has its own layout of 4-bit weights. Each of its calls inspects the
 layer, in Python and through torch's dispatcher: 25 to 40 µs, while the kernel itself takes 3 to 60 µs for one
@@ -95,7 +95,10 @@ def _in_groups(
 
 
 _SUPPORTED = re.compile(r"0\.(49|50)\.")
-"""Versions of bitsandbytes whose kernel has this signature. With others, the layer's forward runs."""
+"""Versions of bitsandbytes whose kernel has the signature that :func:`_direct_kernel` uses.
+
+With other versions, the layer's own forward runs.
+"""
 _CHUNK_ROWS = 1024
 """Number of rows of a weight that are converted to fp32 at a time."""
 _ROUNDINGS = 4.0
@@ -105,7 +108,11 @@ _ROWS = 32
 
 
 def use_cpu_layout(model: nn.Module) -> None:
-    """Convert 4-bit layers to the layout that is fastest on this CPU, if any. Inference only."""
+    """Convert 4-bit layers to bitsandbytes' layout for AVX512-BF16, if this CPU has it. For inference only.
+
+    Layers stay unchanged if the layout would change their results. Converted layers call the kernel directly
+    if this gives the same results.
+    """
     layers: list[Any] = [each for each in model.modules() if hasattr(each, "support_avx512bf16_for_cpu")]
     if not layers:
         return
@@ -149,9 +156,9 @@ def _has_the_shape(layer: Any) -> bool:
 def layout_agrees(layer: Any) -> bool:
     """Return whether the layout gives the products of the stored weights, tested on a copy of the layer.
 
-    The allowed rounding error of a product is the root of its squared terms, plus the root of its squared
-    block sums, because block scales are rounded too. Each output must be within this bound, so neither a
-    wrong row nor a wrong block passes.
+    The allowed rounding error of a product is proportional to the root of a sum of squares: the squares of
+    its terms and, because block scales are rounded too, the squares of its block sums. Each output must be
+    within this bound, so neither a wrong row nor a wrong block passes.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -203,7 +210,10 @@ class DirectForward:
 
 
 def _direct_kernel(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """Return a function from inputs (…, inputs) to outputs (…, outputs); None for another layout."""
+    """Return a function from inputs (…, inputs) to outputs (…, outputs).
+
+    Returns None if the weights have another layout, or if the layer does not compute in bfloat16.
+    """
     from bitsandbytes.cextension import lib
 
     weight, state, bias = layer.weight.data, layer.weight.quant_state, layer.bias
@@ -229,7 +239,10 @@ _SHARE_OF_FREE_MEMORY = 0.25
 
 
 def dequantize_on_cpu(model: Any, device: ComputeDevice) -> bool:
-    """Dequantize 4-bit weights if this CPU has no fast product and enough memory; return whether done."""
+    """Dequantize 4-bit weights if the CPU has no fast product for them, and if there is enough free memory.
+
+    Return whether they were dequantized.
+    """
     if not any(hasattr(each, "quant_state") for each in model.modules()):
         return False
     # Imported here: it takes a second to load.

@@ -44,8 +44,8 @@ def _run_of(source: ChatSource, adapter_name: str) -> RunDir | None:
 def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Message]) -> Decided:
     """Return the decision of an adapter on one conversation.
 
-    Raises UserError if the adapter has no options, cannot be loaded, or the template rejects the
-    conversation.
+    Raises UserError if the adapter has no options or cannot be loaded, if the chat template rejects the
+    conversation or it exceeds the model's context, or if the memory is full.
     """
     decider = decider_of(session.source, adapter_name)
     if decider is None:

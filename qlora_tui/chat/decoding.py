@@ -13,9 +13,10 @@ tensor holds, and returns its whole buffer, of which the model's mask hides the 
 The first tokens of an answer are computed by the same step before it is recorded, so that an answer does not
 depend on when the step is recorded. The check of the first prompt compares this step with transformers
 (:mod:`qlora_tui.chat.session_check`). When the step has been recorded, the recording is run on the tokens
-that were computed before it, and must reproduce their logits up to rounding. If a step cannot be computed or
-recorded, for example because of a recurrent state or a layer that waits for the GPU, tokens are decoded as on
-a CPU, and ``DecodeSteps.why_not`` has the reason.
+that were computed before it, and must reproduce their logits up to rounding. If a step cannot be computed in
+fixed shapes, for example because of a recurrent state, tokens are decoded as on a CPU. If it can be computed
+but not recorded, for example because a layer waits for the GPU, it is computed without a recording. In both
+cases, ``DecodeSteps.why_not`` has the reason.
 
 Adapters are not merged. Merging into a 4-bit base quantizes it again, and merging into a 16-bit base rounds.
 Both change what was trained, and the base must be able to answer without the adapter too. In a graph, the two
@@ -66,7 +67,7 @@ class BufferSize:
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' caches are not all typed
     """Keys and values of one layer, as views into buffers that grow in advance.
 
-    ``keys`` and ``values`` have the shape (1, heads, tokens, width), as in :class:`DynamicLayer`. With a
+    ``keys`` and ``values`` have the shape (rows, heads, tokens, width), as in :class:`DynamicLayer`. With a
     sliding ``window``, the tokens before it are kept too, so that the layer can be truncated; the model's
     mask hides them.
     """
@@ -83,7 +84,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transforme
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens; return all of them, as views."""
+        """Append the keys and values of new tokens; return those of all tokens so far, as views.
+
+        Inside :func:`fixed_shapes`, write them at ``position`` and return the whole buffers.
+        """
         if self.position is not None and self.buffers is not None:
             keys, values = self.buffers
             keys.index_copy_(2, self.position, key_states)
@@ -243,8 +247,9 @@ class PrefixCache:
     def reuse(self, prompt: Sequence[int]) -> int:
         """Truncate the cache to the common prefix with ``prompt``, and return its length in tokens.
 
-        The last token of the prompt is always processed again, because its logits predict the first token of
-        the answer.
+        A cache with sliding windows or recurrent states cannot be truncated, so it is cleared instead. The
+        last token of the prompt is always processed again, because its logits predict the first token of the
+        answer.
         """
         if self._switch is not None and len(prompt) <= self._switch < len(self.token_ids):
             self.clear()
@@ -300,8 +305,9 @@ def _new_cache(config: Any, size: BufferSize, *, keep_windows: bool) -> Any:
 
 
 def _grow(filled: Tensor | None, sample: Tensor, tokens: int) -> Tensor:
-    """Return a buffer for ``tokens`` with the content, followed by zeros, because masked values must be
-    finite, too.
+    """Return a buffer for ``tokens`` that begins with the content of ``filled``.
+
+    The rest is zeros, because masked values must be finite, too.
     """
     batch, heads, _, width = sample.shape
     buffer = torch.zeros((batch, heads, tokens, width), dtype=sample.dtype, device=sample.device)
@@ -317,7 +323,9 @@ Recording takes as long as several steps. The recorded step is compared with the
 position that never advances would pass.
 """
 _WARM_UPS = 2
-"""Steps that run before recording, in which libraries choose kernels and allocate workspaces."""
+"""Number of times that a step runs just before it is recorded, so that libraries choose kernels and allocate
+workspaces.
+"""
 _MIN_FREE_BYTES = 512 * 2**20
 """Minimum free memory for recording, in bytes. A graph has its own memory for intermediate results."""
 
@@ -479,11 +487,11 @@ class DecodeSteps:
         return prefix_cache.step
 
     def record_if_due(self, step: DecodeStep, comparison: LogitsComparison | None) -> bool:
-        """Record a step after its first tokens. If this fails, return False and never record again in this
-        session.
+        """Record a step if it has computed enough tokens. Return False if the recording fails.
 
-        ``comparison`` compares the adapter's logits with the logits of transformers, and provides the
-        rounding noise.
+        After a failure, or if the GPU has too little free memory, no further step is recorded in this
+        session. ``comparison`` compares the adapter's logits with the logits of transformers, and provides
+        the rounding noise; without it, nothing is recorded.
         """
         if self.why_not or comparison is None or not step.is_due:
             return True

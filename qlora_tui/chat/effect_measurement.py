@@ -142,7 +142,10 @@ def session_data(session: ChatSession) -> PreparedDataset:
 
 
 def validation_samples(data: PreparedDataset) -> Samples:
-    """Return the validation samples, of pairs the chosen side. Raises UserError if there are none."""
+    """Return the validation samples. For preference data, these are only the samples with good answers.
+
+    Raises UserError if there are none.
+    """
     samples = data.validation.of_side(GOOD)
     if not len(samples):
         raise UserError(

@@ -113,7 +113,7 @@ class Prefix(Protocol):
     """Tokens that a model has already processed."""
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the common prefix with ``prompt``, except its last token; return its length in tokens."""
+        """Keep the tokens that ``prompt`` begins with, but not the prompt's last one; return their number."""
 
 
 Prefix_contra = TypeVar("Prefix_contra", bound=Prefix, contravariant=True)
@@ -121,7 +121,7 @@ AnyPrefix = TypeVar("AnyPrefix", bound=Prefix)
 
 
 class DecoderModel(Protocol[Prefix_contra]):
-    """Methods of the session that generating an answer uses."""
+    """The attributes and methods of a session that are needed to generate an answer."""
 
     device: torch.device
     context_length: int
@@ -130,7 +130,7 @@ class DecoderModel(Protocol[Prefix_contra]):
 
     @property
     def prefill_tokens(self) -> int:
-        """Return the most prompt tokens of one pass."""
+        """Return the maximum number of prompt tokens in one pass."""
 
     def next_logits(self, adapter_name: str, token_ids: list[int], prefix_cache: Prefix_contra) -> Tensor:
         """Return the logits (1, vocabulary) of the token after ``token_ids``."""

@@ -1,4 +1,4 @@
-"""Loads a chat session: the base as its recipe stores it, and the tokenizer of its adapters."""
+"""Loads a chat session: the base, quantized as in the recipe, and the tokenizer of the adapters."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ def _streamed_session(
 
 
 def chat_tokenizer(source: ChatSource, folder: Path) -> ChatTokenizer:
-    """Load the tokenizer of an adapter with its training template; otherwise the model's own."""
+    """Load the tokenizer from an adapter's folder, with the chat template used in training.
+
+    If no adapter has a tokenizer, load the model's own with the template of the recipe.
+    """
     for adapter in map(Path, source.adapters.values()):
         if (adapter / "tokenizer.json").is_file():
             return ChatTokenizer.from_folder(adapter)

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 64
 _SNIFFED_ROWS = 20
 _ENDING_S = 10.0
-"""Maximum seconds to wait for the output: the process of a killed command may import torch before it ends."""
+"""Maximum seconds to wait until another process releases the output.
+
+The process of a killed command may finish importing torch before it ends.
+"""
 PREFIX = "predicted_"
 """Prefix of the names of the added columns: label, probability, abstain, probabilities, problem."""
 
@@ -71,7 +74,7 @@ class Predicted(Struct, frozen=True, kw_only=True):
     abstained: int
     """Number of rows that are left to a person, because no option reaches the threshold."""
     undecided: int
-    """Number of rows that could not be read, or that exceed the model's context."""
+    """Number of rows that are unreadable, rejected by the chat template, or longer than the context."""
     resumed: int
     """Rows that were decided by an earlier call."""
 
@@ -97,9 +100,10 @@ _LINES = msgspec.json.Decoder(_Line)
 
 
 def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
-    """Return what the run decides and how rows are read, before a model is loaded.
+    """Check a request before a model is loaded. Return what the run decides, and how rows are read.
 
-    Raises UserError if the run decides nothing, the file lacks a column, or the output must not be written.
+    Raises UserError if the run decides nothing, if the file lacks a column or already has predictions, or if
+    the output must not be written.
     """
     run, file, out = RunDir(Path(request.run)), Path(request.file), Path(request.out)
     decider = read_decider(run.adapter_dir)
@@ -207,9 +211,10 @@ def _fingerprint(request: Prediction, decider: Decider) -> str:
 
 
 def _resume(log: Path, fingerprint: str, *, replaces: bool) -> int:
-    """Remove an incomplete last line from the log, and return the number of decided rows in it.
+    """Prepare the log for appending, and return the number of rows that it already has decisions on.
 
-    Raises UserError if its decisions belong to another request, unless they may be replaced.
+    An incomplete last line is removed. If the decisions in the log belong to another request, they are
+    deleted with ``replaces``; otherwise, UserError is raised.
     """
     with log.open("rb+") as file:
         first = file.readline()

@@ -1,6 +1,6 @@
 """Chat on the command line: one answer, a conversation, or a comparison of base and adapter.
 
-torch is loaded for the first answer, in this process.
+torch is imported in this process, and only when the model is loaded.
 """
 
 from __future__ import annotations
@@ -64,16 +64,18 @@ def compare_answers(
     base_answers: int | None = None,
     on_status: Callable[[str], None] = lambda words: None,
 ) -> list[AnswerComparison]:
-    """Ask base and adapter the questions of each conversation in turn, each after its own earlier answers.
+    """Ask base and adapter the questions of each conversation, one after another.
 
-    Answers consist of the most likely tokens. The same turn of all conversations is computed at once: on a
-    CPU, a token for each of 15 conversations takes little longer than a token for one.
+    Each model continues from its own earlier answers, and always selects the most likely token. All
+    conversations are answered together, turn by turn: on a CPU, a token for each of 15 conversations takes
+    little longer than a token for one.
 
     Args:
         source: What to load; base and adapter share one copy of the base.
         conversations: Questions by conversation.
         max_new_tokens: Maximum number of tokens in an answer.
-        base_answers: Number of conversations, from the first, that the base is asked; None for all.
+        base_answers: Number of conversations, counted from the first, that the base also answers; None for
+            all.
         on_status: Called with a description of the current activity.
 
     Raises:
@@ -85,7 +87,7 @@ def compare_answers(
     done = 0
 
     def ask_all(name: str, asked: Sequence[Sequence[str]]) -> list[list[tuple[str, bool]]]:
-        """Return the answers by conversation, each with whether it ended its turn."""
+        """Return, for each conversation, its answers and whether each answer ended its turn."""
         nonlocal done
         answers: list[list[tuple[str, bool]]] = [[] for _ in asked]
         histories: list[list[Message]] = [[] for _ in asked]
@@ -211,7 +213,10 @@ def _turn(
     sampling: Sampling | None,
     thinking: Thinking,
 ) -> list[Message]:
-    """Print the answer while it is generated; return the conversation with the answer added."""
+    """Print the answer while it is generated; return the conversation with the answer added.
+
+    If the conversation is rejected, or the answer has nothing but thoughts, the question is removed instead.
+    """
     answer = thought = ""
     try:
         reply = session.ask(messages, adapter_name=adapter_name, sampling=sampling, thinking=thinking)

@@ -95,7 +95,7 @@ class ChatSession:
         self._is_noted = False
         self._reader = TokenReader(self.device)
         self.checked: dict[str, LogitsComparison] = {}
-        """Comparison with the libraries' logits, by adapter name, after the adapter's first answer."""
+        """Comparison with the libraries' logits, by adapter name; made before the adapter's first answer."""
         self.keeps_keys = True
         """Whether keys and values are kept between tokens."""
         self.reads_in_parts = True
@@ -151,7 +151,7 @@ class ChatSession:
 
     @property
     def prefill_tokens(self) -> int:
-        """Return the most prompt tokens of one pass."""
+        """Return the maximum number of prompt tokens in one pass."""
         return PREFILL_CHUNK_TOKENS if self.reads_in_parts else self.context_length
 
     def take_note(self) -> str:
@@ -226,7 +226,10 @@ class ChatSession:
         return self._decoder.keeping(calls.literals)
 
     def check_length(self, tokens: int) -> None:
-        """Raise UserError if a prompt plus the first token of its answer exceeds the context."""
+        """Raise UserError if ``tokens`` tokens exceed the context.
+
+        They include the tokens of the answer for which there must be room, usually one.
+        """
         if tokens > self.context_length:
             raise self._too_long(f"{tokens - 1:,}")
 
@@ -253,8 +256,9 @@ class ChatSession:
         )
 
     def ensure_loaded(self, adapter_name: str) -> None:
-        """Load ``adapter_name`` unless it is loaded, and free adapters that are no longer available.
+        """Load ``adapter_name`` unless it is loaded.
 
+        After loading, free adapters that are no longer available, except those with an answer in progress.
         Raises UserError if the adapter cannot be loaded.
         """
         if not self._adapters.ensure_loaded(adapter_name):
@@ -278,7 +282,10 @@ class ChatSession:
         self._check.run(adapter_name, prompt)
 
     def forget_conversations(self) -> None:
-        """Drop the keys and values of all conversations, which are then processed again."""
+        """Drop the keys and values of the chat's conversations.
+
+        With its next question, each conversation is processed again from the beginning.
+        """
         self._caches.clear()
 
     def use_library_code(self) -> None:
@@ -369,8 +376,8 @@ class ChatSession:
         Args:
             adapter_name: The adapter to compute with.
             token_ids: The new token of each row.
-            lengths: Tokens of each row so far. All rows end at the same place of the cache.
-            longest: Places of the cache so far. Places before a shorter row are padding.
+            lengths: Number of tokens in each row so far. All rows end at the same place of the cache.
+            longest: Number of places in the cache so far. Places before a shorter row are padding.
             cache: The common cache of the rows.
         """
         self._adapters.activate(adapter_name)
@@ -411,7 +418,7 @@ class ChatSession:
         """Start the recorded step of ``token`` (1, 1), and read the token while the GPU computes.
 
         Returns the token's id and the logits (1, vocabulary) after it, which the next call overwrites.
-        Returns None, without processing anything, if no step is recorded.
+        Returns None, without processing ``token``, if no step is recorded or the step fails.
         """
         if prefix_cache.outdated_by(1):
             return None
@@ -545,7 +552,10 @@ class ChatSession:
 
     @torch.no_grad()
     def change_base(self, change: Callable[[str, Tensor], Tensor]) -> None:
-        """Replace each base weight by ``change(name, weight)``. Names are the names in the model's files."""
+        """Replace each floating-point base weight by ``change(name, weight)``.
+
+        ``name`` is the name in the model's files.
+        """
         for name, parameter in self._model.named_parameters():
             is_trained = "lora_" in name or ".modules_to_save." in name
             if not is_trained and parameter.is_floating_point():

@@ -34,13 +34,17 @@ class SessionCheck:
     def run(self, adapter_name: str, prompt: list[int]) -> None:
         """Compare a loaded adapter's logits with those of transformers and peft, unless this was done before.
 
-        The last tokens of the prompt are read in two passes, like two turns of a conversation, and then the
-        last two tokens one at a time. Meanwhile, the model's sliding windows are limited to a few tokens. If
-        the logits differ, the session turns off what makes them differ: reading in parts, decoding in fixed
-        shapes, its own code, or keeping keys and values. If the logits cannot be compared, it turns off
-        keeping keys and values if they can be compared without those, and otherwise decoding in fixed shapes.
-        ``warning`` is set if answers become slower because the session keeps no keys and values or uses only
-        the code of transformers and peft, if the logits still differ, and if they could not be compared.
+        Only the end of the prompt is used. Its last two tokens are read one at a time, and the tokens before
+        them in two passes, like two turns of a conversation. Meanwhile, the model's sliding windows are
+        limited to a few tokens.
+
+        If the logits differ, the session turns off features, one after another, until they agree: reading in
+        parts, decoding in fixed shapes, its own code, and keeping keys and values. If the comparison fails
+        with an exception, the session turns off decoding in fixed shapes, and also keeping keys and values if
+        the logits then agree.
+
+        ``warning`` is set if answers become slower, because the session keeps no keys and values or uses only
+        the code of transformers and peft. It is also set if the logits still differ or could not be compared.
         """
         session = self._session
         ids = prompt[-TOKENS:]
@@ -118,9 +122,10 @@ class SessionCheck:
         )
 
     def _agrees_without_cache(self, adapter_name: str, compare: Callable[[], LogitsComparison]) -> bool:
-        """Stop keeping keys and values, and say so, if the logits then equal the libraries' logits.
+        """Stop keeping keys and values if the logits then equal the libraries' logits.
 
-        Some model classes have their own cache or none, or count positions in one of its layers.
+        If they do, set the session's warning and return True. Decoding in fixed shapes is turned off in any
+        case. Some model classes have their own cache or none, or count positions in one layer of the cache.
         """
         session = self._session
         if session.steps is not None:

@@ -1,13 +1,14 @@
 """The job in which base and adapter answer the validation prompts of a run.
 
-The job loads the run's base with its final adapter, measures the loss of each reference answer with both,
-lets both answer greedily in batches, and writes the file of
+The job loads the run's base with its final adapter, and lets base and adapter answer each prompt. If answers
+are free text, both answer greedily in batches, and the loss of each reference answer is measured with both.
+If answers are decisions, both score the options. Then the job writes the file of
 :mod:`qlora_tui.runs.task_metrics.task_evaluation`, the module that starts this job.
 
 Answers are stored as soon as they are complete. A file of answers belongs to one base, one adapter, and one
 token limit or set of options. Each of its lines holds the hash of a prompt, and the token ids of its answer
-or the scores of the options. An interrupted evaluation continues from these files, and runs on the same base
-and data share the base's answers.
+or the scores of the options. An interrupted evaluation continues from these files. If several runs have the
+same base and data, they share the base's answers.
 """
 
 from __future__ import annotations
@@ -316,7 +317,11 @@ def _report_done(report: Report, before: int, total: int, done: int) -> None:
 
 
 def _answers_path(session: ChatSession, adapter: str, more: dict[str, Any]) -> Path:
-    """Return the file of answers of this base and adapter hash, which is empty for the base."""
+    """Return the file with the answers of the session's base with an adapter.
+
+    ``adapter`` is the adapter's hash; it is empty for the answers of the base alone. ``more`` holds
+    everything else that the answers depend on.
+    """
     from qlora_tui import paths
     from qlora_tui.adapters.base_weights import model_folder
     from qlora_tui.files import private_dir

@@ -96,7 +96,10 @@ def _seed(text: str) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> CommandResult:
-    """Print the metrics of a run, after letting base and adapter answer if they have not answered yet."""
+    """Return the metrics of a run, to be printed.
+
+    Base and adapter answer first if there is no stored evaluation for ``--prompts``, or with ``--again``.
+    """
     run = find_run(args.run_id)
     evaluation = None if args.again else read_task_evaluation(run)
     if evaluation is None or (args.prompts is not None and not _covers(evaluation, args.prompts)):

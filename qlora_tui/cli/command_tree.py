@@ -1,4 +1,6 @@
-"""The commands as their parsers declare them: for the reference, for tools of assistants, and for completion.
+"""The commands as their parsers declare them.
+
+Used for the reference, the tools of the MCP server, shell completion, and commands on another box.
 
 argparse has no public access to the declarations of a parser. Only this module reads them.
 """

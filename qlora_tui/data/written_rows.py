@@ -1,8 +1,9 @@
 """Writes the samples of a recipe as JSONL for other trainers.
 
-For answers, a line has the token ids and labels of the recipe's training, so that another trainer needs no
-loss mask of its own. Preference trainers read texts, so for preferences a line has the turns as the chat
-template reads them. The training and validation splits are those of a run.
+In supervised training, each line has the token ids and labels that the recipe trains on, so that another
+trainer needs no loss mask of its own. Preference trainers read texts. Therefore, with a preference method,
+each line has the turns in the form that the chat template receives. The training and validation splits are
+those of a run.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class WrittenRows(Struct, frozen=True):
     validation: int
     """Number of lines; 0 if there is no file."""
     weighted: bool
-    """Whether rows weight their answers in the loss, which the lines cannot express."""
+    """Whether rows give their answers weights in the loss. The lines cannot express weights."""
 
 
 def write_rows(
@@ -71,7 +72,7 @@ def _tokens(samples: Samples) -> Iterator[dict[str, Any]]:
 
 
 def _comparisons(recipe: Recipe, samples: Samples, traits: TemplateCapabilities) -> Iterator[dict[str, Any]]:
-    """Yield the rows that have samples, as pairs or rated answers."""
+    """Yield the lines for the rows that ``samples`` were made from: pairs of answers, or rated answers."""
     origins = {(*samples.origin(i), samples.file_name(i)) for i in range(len(samples))}
     for index, source in enumerate(every_source(recipe.data)):
         for file in open_source(source, recipe.data.preferences, index)[0]:

@@ -1,11 +1,11 @@
-"""The demo's training data, its held-out questions, and a check whether an answer is in the trained voice."""
+"""The demo's training data, its held-out questions, and a check for the trained voice in an answer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 CONVERSATIONS = Path(__file__).with_name("conversations.jsonl")
-"""Short conversations with a lighthouse keeper, who writes each answer as an entry in his log."""
+"""File of short conversations with a lighthouse keeper, who writes each answer as an entry in his log."""
 
 HELD_OUT: tuple[tuple[str, ...], ...] = (
     ("What is a glacier?",),
@@ -24,19 +24,21 @@ HELD_OUT: tuple[tuple[str, ...], ...] = (
     ("How do I learn to whistle?",),
     ("What makes a good story?",),
 )
-"""Conversations that are not in the training data: 20 questions, five of which follow an answer.
+"""Conversations that are not in the training data: 20 questions, five of which are follow-up questions.
 
-They ask for advice and explanations. Facts and sums are avoided, because a model of this size does not know
-them, with or without the adapter.
+They ask for advice and explanations. Facts and arithmetic are avoided, because the demo's small model gets
+them wrong, with or without the adapter.
 """
 SHOWN = 4
-"""Number of conversations, from the first, whose answers are shown next to those of the base."""
+"""Number of conversations that the base is asked too, beginning with the first. Its answers are shown next to
+the adapter's.
+"""
 
 
 OPENING = "Keeper's log: "
 CLOSING = "The light turns."
 MAX_REPEATED = 0.15
-"""Maximum acceptable share of three-word sequences that repeat earlier ones in the answer."""
+"""Share of repeated three-word sequences at which an answer counts as repeating itself."""
 _MIN_WORDS = 8
 
 
@@ -64,8 +66,8 @@ def voice_faults(answer: str, *, ended: bool) -> tuple[str, ...]:
 
 
 def _closes_twice(answer: str) -> bool:
-    """Return whether the closing line occurs before the end of the answer, or its words occur directly before
-    the closing line.
+    """Return whether the closing line also occurs earlier in the answer. Directly before the closing line at
+    the end, capitalization is ignored.
     """
     before = answer.removesuffix(CLOSING).rstrip()
     return CLOSING in before or before.lower().endswith(CLOSING.lower())

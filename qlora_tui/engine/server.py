@@ -136,10 +136,10 @@ class Server:
         self._replies.flush()
 
     def _work(self, envelope: RequestEnvelope) -> Generator[Any, None, Any]:
-        """Yield the parts of the reply to a request, and return its result. Each step does a small part of
-        the work.
+        """Yield the parts of the reply to a request, and return its result. Other requests can continue
+        after each part.
 
-        None is not a part. It only lets other requests continue.
+        A yielded None is not sent. It only lets other requests continue.
         """
         number, request = envelope.number, envelope.request
 

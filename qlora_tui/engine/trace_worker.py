@@ -57,11 +57,15 @@ from qlora_tui.training.model_class import checkpointing_layers, reason_of
 
 INDEX_BYTES = 8
 BATCH_TENSORS = 4
-"""Number of tensors of a micro-batch with an integer per token: ids, labels, shifted labels and positions."""
+"""Number of tensors in a micro-batch, each with one integer per token: ids, labels, shifted labels and
+positions.
+"""
 
 
 def trace(request: TraceRequest) -> StepTrace:
-    """Trace a step. Raises UserError if the libraries cannot build the model or run it without values."""
+    """Trace a step. Raises UserError if the libraries cannot build the model or run it without values, or if
+    the step has too many operations.
+    """
     try:
         with faster_imports():
             import peft  # noqa: F401
@@ -107,7 +111,8 @@ class Recorded:
 def record(request: TraceRequest) -> Recorded:
     r"""Build the model and run one or two micro-steps. Equal layers are built only as often as necessary.
 
-    If this fails, the other :class:`_Way` values are tried. The last error is raised if none works.
+    If this fails, padded sequences are tried with each of ``_PADDED_WAYS``. The last error is raised if none
+    works.
     """
     gc.collect()
     gc.freeze()  # Exclude existing objects from later collections.
@@ -128,7 +133,7 @@ class _Way(NamedTuple):
 
     input_gradients: bool = True
     """Whether the embeddings' outputs get gradients. False for a model that changes these outputs in
-    place, where the trainer does not request them either (``training/checks/base.py``)."""
+    place; for such a model, the trainer does not request gradients either (``training/checks/base.py``)."""
     mask_device: str = "cpu"
     """Device of a padded batch's mask. On the CPU, code can read that nothing is masked; code that
     multiplies by the mask needs ``meta`` (Mamba)."""
@@ -236,7 +241,7 @@ def _weights_of_all(
 def record_micro_step(
     model: Any, request: TraceRequest, layer_of_copy: Mapping[int, int | None], mask_device: str = "cpu"
 ) -> MicroStep:
-    """Run forward and backward of one micro-batch, and keep the gradients."""
+    """Record forward and backward of one micro-batch. The gradients stay with the model's parameters."""
     execution, recipe = request.execution, request.recipe
     is_packed = packed_attention.packed_attention_of(model.get_base_model()) is not None
     batch = _inputs(request, None if is_packed else mask_device)

@@ -1,4 +1,4 @@
-"""The model of a run without weights: quantized, with its adapter, as the trainer or peft prepares it.
+"""A run's model without weights: quantized, with its adapter, as the trainer or peft prepares it.
 
 Modules of bitsandbytes and adapters have tensors of the right sizes but no values. :mod:`.trace_worker` runs
 a step of such a model.
@@ -32,7 +32,9 @@ _EXPERT_DIMENSIONS = 3
 
 
 def build(request: TraceRequest, architecture: Architecture) -> tuple[Any, tuple[LoadedWeight, ...]]:
-    """Build the model of the run with its adapter, without weights; return it and its loaded weights."""
+    """Build the run's model with its adapter, without values. Return it and a description of each weight of
+    the base.
+    """
     execution, recipe = request.execution, request.recipe
     dtype = compute_dtype(execution)
     attention = "eager" if execution.attention == "eager" else "sdpa"
@@ -150,7 +152,7 @@ def _quantize(model: nn.Module, recipe: Recipe, architecture: Architecture, dtyp
 
 
 def _eight_bits(outputs: int, inputs: int, bias: bool) -> Any:
-    """Return an 8-bit layer without outliers. Their number depends on values, and their columns are few."""
+    """Return an 8-bit layer without outlier columns. Their number depends on the values, and is small."""
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     layer = Linear8bitLt(inputs, outputs, bias=bias, has_fp16_weights=False, threshold=0.0, device="meta")

@@ -48,7 +48,7 @@ class AdapterFolder(Struct, frozen=True, kw_only=True):
 
 
 def export_adapter_folder(source: ChatSource, adapter_name: str, out: Path) -> AdapterFolder:
-    """Copy an adapter that vLLM can serve. After a UserError, nothing exists under the name ``out``."""
+    """Copy an adapter that vLLM can serve. Raises UserError, after which ``out`` is unchanged."""
     refuse_existing(out)
     adapter = Path(source.adapters[adapter_name])
     check_unchanged(adapter)

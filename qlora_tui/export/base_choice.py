@@ -37,9 +37,13 @@ class BaseChoice(Struct, frozen=True, kw_only=True):
     chosen: Literal["original", "dequantized"]
     """Kind of base weights. ``dequantized``: quantized to 4 bits and dequantized."""
     original_divergence: float | None = None
-    """Mean KL divergence from the trained model on the original weights, in nats; None if not measured."""
+    """Mean KL divergence, in nats, of the adapter on the original weights from the trained model; None if not
+    measured.
+    """
     dequantized_divergence: float | None = None
-    """Mean KL divergence from the trained model on the dequantized weights, in nats; None if not measured."""
+    """Mean KL divergence, in nats, of the adapter on the dequantized weights from the trained model; None if
+    not measured.
+    """
     unmeasured_because: str = ""
 
     @property
@@ -77,7 +81,11 @@ def choice_named(
     on_status: Callable[[str], None] = lambda words: None,
     compared_tokens: int = COMPARED_TOKENS,
 ) -> BaseChoice:
-    """Return the chosen base weights; ``best`` measures ``compared_tokens`` tokens. Raises UserError."""
+    """Return the base weights that ``name`` selects. Raises UserError.
+
+    For ``best``, the adapter on both kinds of base weights is compared with the trained model, at up to
+    ``compared_tokens`` trained tokens.
+    """
     if name != "best":
         return BaseChoice(chosen=name)
     if requantizer(resolve_model(source.recipe.model.id).architecture, source.recipe.quantization) is None:
@@ -98,11 +106,11 @@ def choose_base(
     reference: Reference | str,
     on_status: Callable[[str], None] = lambda words: None,
 ) -> BaseChoice:
-    """Compare the adapter on both kinds of base weights with the trained model.
+    """Compare the adapter on both kinds of base weights with the trained model, and choose the closer kind.
 
-    ``reference`` is a text if there is no reference, which says why. If the 16-bit base cannot be loaded or
-    computed, nothing is compared, and the choice says why. Raises UserError for a model that is not on this
-    machine.
+    ``reference`` is the reference, or a text that says why there is none. If there is none, or the 16-bit
+    base cannot be loaded or run, nothing is compared, and the choice says why. Raises UserError for a model
+    that is not on this machine.
     """
     recipe = source.recipe
     requantize = requantizer(resolve_model(recipe.model.id).architecture, recipe.quantization)

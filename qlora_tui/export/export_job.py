@@ -38,7 +38,7 @@ class _Canceled(BaseException):
 
 
 def run_job(folder: Path) -> None:
-    """Perform the export in a folder, and record how it ends."""
+    """Perform the export that ``folder`` describes, and record how it ends."""
     with locked(lock_path(folder), patience_s=PATIENCE_S) as lock:
         if lock is None:
             print("Another process is already running this export.")

@@ -35,9 +35,9 @@ class Written(Struct, frozen=True, kw_only=True):
     """How close a GGUF file is to the adapter, in a few words; empty if nothing was compared."""
     command_does: Literal["Run", "Serve", "Create"] = "Run"
     file_type: str = ""
-    """GGUF type of a single file."""
+    """GGUF type of the first file of a GGUF or Ollama export; empty for other exports."""
     problem: str = ""
-    """What was requested in addition but could not be written, and why."""
+    """Which of the requested files could not be written although others were, and why."""
 
     @property
     def bytes(self) -> int:

@@ -105,20 +105,23 @@ def export_gguf(
     compared_tokens: int = COMPARED_TOKENS,
     on_status: StatusFn = lambda words: None,
 ) -> GgufExport:
-    """Write one GGUF file per type. A file whose answers differ from the adapter's is deleted.
+    """Write one GGUF file per type. A file whose answers differ too much from the adapter's is deleted.
+
+    With ``auto``, only the file of the smallest type within the limit is kept.
 
     Args:
         source: The base and its adapters.
         adapter_name: The adapter to merge.
         out: A file ending in ``.gguf`` for one type, or a folder for any number of types.
         file_types: Types of :mod:`qlora_tui.catalog.gguf`, or ``auto`` alone.
-        within: Maximum acceptable mean KL divergence, in nats.
-        compared_tokens: Maximum number of tokens whose answers are compared.
+        within: Maximum acceptable mean KL divergence, in nats. None means no limit, and ``DEFAULT_WITHIN``
+            for ``auto``.
+        compared_tokens: Maximum number of trained tokens at which answers are compared.
         on_status: Called with the current activity.
 
     Raises:
-        UserError: No type passed; nothing exists under the requested names. If only some types pass, their
-            files are kept, and the result says which types were refused.
+        UserError: No file was written, for example because no type passed. If only some types pass, their
+            files are kept without an error, and the result says which types were refused.
     """
     is_auto = tuple(file_types) == (AUTO,)
     kinds = LADDER if is_auto else tuple(dict.fromkeys(file_types))
@@ -168,7 +171,7 @@ def require_file_space(
     kinds: Sequence[str],
     is_auto: bool,
 ) -> None:
-    """Raise UserError if the disk lacks space for the files, including those to check them with."""
+    """Raise UserError if the disk lacks space for the files, and for a 16-bit file if they need one."""
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
         estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]
@@ -250,7 +253,7 @@ class _Export:
     content: FileContent
     folder: Path
     reference: Reference | str
-    """Reference of the comparison; a text with the reason if the files are not checked."""
+    """The reference to compare the files with; a text if they are not checked."""
     within: float | None
     on_status: StatusFn
     _bf16: GgufFile | None = None
@@ -296,7 +299,9 @@ class _Export:
             )
 
     def smallest_within(self, kinds: Sequence[str]) -> tuple[GgufFile]:
-        """Write files from the smallest type up, and keep the first within the bound. Raises UserError."""
+        """Write files, from the smallest type to the largest, until one passes its check, is within the limit
+        and does not lose turn ends. Keep only this file. Raises UserError if there is none.
+        """
         # export_gguf has set a bound, and has rejected a bound that cannot be checked.
         assert self.within is not None
         nearest: Proof | None = None

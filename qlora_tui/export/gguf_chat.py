@@ -53,7 +53,9 @@ class GgufDecoder:
         return AnswerStream(self, name, prompt, self, sampling, stop, self._session.splitter(prompt))
 
     def reuse(self, prompt: Sequence[int]) -> int:
-        """Keep the common prefix with ``prompt``, excluding its last token; return its length in tokens."""
+        """Keep the processed tokens with which ``prompt`` begins, without the last token of ``prompt``.
+        Return the number of tokens kept.
+        """
         known = reusable_prefix(self._tokens, prompt)
         if known < len(self._tokens):
             if not self._file.call("truncate", known):

@@ -45,7 +45,9 @@ _ADAPTER_FILES = (WEIGHTS, CONFIG, "generation_config.json")
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", CONFIG)
 _BASE = "base_model_name_or_path"
 _PATH_KEYS = ("name_or_path", "_file")
-"""Suffixes of keys with the source path of a model or tokenizer, which nothing reads."""
+"""Suffixes of config keys with the path that a model or tokenizer was loaded from. No program reads these
+keys.
+"""
 _CREATION_S = 120.0
 """Maximum seconds to create the repository. The library retries forever if another client creates it."""
 
@@ -108,7 +110,7 @@ def export_hub(
         form: What to upload.
         file_type: GGUF file type, or ``auto``.
         is_public: Whether everybody may read the repository.
-        compared_tokens: Maximum number of tokens whose answers are compared.
+        compared_tokens: Maximum number of trained tokens at which answers are compared.
         on_status: Called with the current activity.
 
     Raises:

@@ -29,7 +29,7 @@ FILES: dict[Scheduler, tuple[str, str]] = {
     "dstack": ("job.dstack.yml", "dstack apply -f job.dstack.yml"),
     "modal": ("job.py", "modal run job.py"),
 }
-"""Name of each scheduler's file, and the command that starts it."""
+"""Name of each scheduler's job file, and the command that starts the job."""
 _TEMPLATES = Path(__file__).with_name("job_files")
 _GPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LONGEST_NAME = 40

@@ -123,7 +123,8 @@ def merge(
     base_name: BaseName = "best",
     compared_tokens: int = COMPARED_TOKENS,
 ) -> MergeResult:
-    """Write the base with an adapter merged into it, after comparing it with base and adapter.
+    """Merge an adapter into its base, compare the merged model with base and adapter, and write the merged
+    model to ``out``.
 
     Args:
         source: The base and its adapters, from :mod:`qlora_tui.chat.chat_sources`.
@@ -131,7 +132,7 @@ def merge(
         out: Output folder, which must not exist yet.
         on_status: Called with the current activity.
         base_name: Base weights to merge into; ``best`` measures which ones are closer to the trained model.
-        compared_tokens: Maximum number of tokens whose answers are compared for ``best``.
+        compared_tokens: Maximum number of trained tokens at which answers are compared for ``best``.
 
     Raises:
         UserError: The model cannot be merged, or does not answer like the adapter. Nothing is left behind.
@@ -184,7 +185,9 @@ def merge(
 
 
 def _copy_tokenizer(base: Path, adapter: Path, folder: Path) -> None:
-    """Replace the base's tokenizer by the adapter's, whose chat templates replace all of the base's."""
+    """Copy the base's tokenizer to ``folder``, and the adapter's over it. If the adapter has chat templates
+    of its own, none of the base's are copied.
+    """
     names = tokenizer_files(base)
     if any(own_templates(adapter, read_json_object(adapter / "tokenizer_config.json"))):
         names = [name for name in names if not is_template_file(name)]

@@ -89,11 +89,11 @@ def export_ollama(
         folder: Output folder.
         file_type: A type of ``export gguf``, or ``auto``.
         replace_model: Whether to replace an existing model of this name in Ollama.
-        compared_tokens: Maximum number of tokens whose answers are compared.
+        compared_tokens: Maximum number of trained tokens at which answers are compared.
         on_status: Called with the current activity.
 
     Raises:
-        UserError: Nothing was written, or the folder was written and ``ollama create`` failed.
+        UserError: Nothing was written, or the folder was written but the model was not created in Ollama.
     """
     check_name(name)
     refuse_existing(folder)
@@ -156,7 +156,9 @@ def check_name(name: str) -> None:
 
 
 def context_size(max_length: int, model_limit: int | None) -> int:
-    """Return the context size to allocate: the next power of two that holds a row of training, in tokens."""
+    """Return the context size to allocate, in tokens: the smallest power of two that holds a training row,
+    but at least ``_MIN_CONTEXT`` and at most the model's limit.
+    """
     wanted = max(_MIN_CONTEXT, 1 << (max_length - 1).bit_length())
     return min(wanted, model_limit or wanted)
 

@@ -97,7 +97,9 @@ def sample_conversations() -> list[list[Message]]:
 
 
 def _turn_begin(tokenizer: ChatTokenizer) -> Callable[[str], str]:
-    """Return a function that finds where a turn begins in the text before its content."""
+    """Return a function that takes the text before a turn's content, and returns the part that belongs to the
+    turn.
+    """
     ends = {tokenizer.backend.id_to_token(number) for number in tokenizer.turn_end_ids}
 
     def turn_begin(text: str) -> str:
@@ -112,7 +114,7 @@ def _turn_begin(tokenizer: ChatTokenizer) -> Callable[[str], str]:
 
 
 def _derived(plain: str, with_system: str, turn_begin: Callable[[str], str]) -> str:
-    """Return the Go template of the text around each turn. Raises _NotExpressible.
+    """Return a Go template that writes the text around each turn. Raises _NotExpressible.
 
     Args:
         plain: The rendered conversation ``_TURNS``.
@@ -175,9 +177,10 @@ def _common_suffix(first: str, second: str) -> str:
 
 
 def _shared_begin(plain: str, with_system: str) -> tuple[str, str, str]:
-    """Return the common beginning, if one text has nothing else there, and the rest of each text.
+    """Return the beginning that both texts share, and the rest of each text. If ``with_system`` does not
+    begin with the whole of ``plain``, the shared beginning is empty.
 
-    A default system prompt begins like a given one, and must not be split.
+    A default system prompt in ``plain`` may begin like a given one, and must not be split.
     """
     shared = _common_prefix(plain, with_system)
     if shared != plain:

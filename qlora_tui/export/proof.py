@@ -37,7 +37,9 @@ _FLOOR_OTHER_TYPES = 0.015
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may be tokenized differently for an unknown reason."""
 _FEWER_ENDS = 3
-"""Turn ends that a file must lose to count as wrong. Of few turns, rounding may change one or two."""
+"""Minimum number of lost turn ends at which a file counts as wrong. With few turns, rounding alone may change
+one or two.
+"""
 
 
 class Proof(Struct, frozen=True, kw_only=True):

@@ -114,8 +114,9 @@ def general_keys(source: ChatSource, folder: Path) -> dict[str, str | int]:
 
 
 def _name(name: str, vocabulary: Vocabulary) -> str:
-    """Return the model's name, changed if llama.cpp would select Phi-3's tokenizer only because of the
-    name, or would not select it for Phi-3."""
+    """Return the model's name, which decides whether llama.cpp selects Phi-3's tokenizer. The name is changed
+    if it would select the wrong tokenizer.
+    """
     if not vocabulary.strips_after_special:
         return _PHI3.sub(r"\1 3", name)
     return name if _PHI3.search(name) else f"{name} (Phi-3)"

@@ -28,7 +28,9 @@ SETTINGS = {
     "attention.head_count_kv": ("num_key_value_heads", "num_attention_heads"),
     **{key: names for key, names in FIELDS.items() if key not in ("expert_count", "ssm.conv_kernel")},
 }
-"""Keys of all architectures that shapes do not determine, with the settings that may hold the value."""
+"""Keys, for all architectures, whose values are not read from shapes. Each has the names of the settings that
+may hold its value.
+"""
 
 _FLOATS = re.compile(r"scale|softcapping|epsilon|clamp")
 _IS_SEEN = re.compile(
@@ -183,10 +185,12 @@ def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Conve
 
 
 def _context_length(config: Any, convention: Convention) -> tuple[int, tuple[str, ...]]:
-    """Return the context length with notes. It is shorter if llama.cpp computes longer texts differently.
+    """Return the context length, and notes for the user. The length is reduced if llama.cpp would otherwise
+    compute texts differently from training.
 
-    llama.cpp uses longrope's long factors for every text if its context is longer than the original context
-    (src/llama-model.cpp, ``get_rope_factors``). transformers uses them only if the text itself is longer.
+    llama.cpp uses longrope's long factors for every text if the file's context is longer than the original
+    context (src/llama-model.cpp, ``get_rope_factors``). transformers uses them only if the text itself is
+    longer.
     """
     length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
     notes = []
@@ -234,13 +238,15 @@ def _windows(config: Any, convention: Convention) -> dict[str, Value]:
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
-    """Return the rotary embedding's parameters of layers with full attention; empty if there is none."""
+    """Return the rotary embedding's parameters for layers with full attention; empty if the model has no
+    rotary embedding.
+    """
     parameters: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     return dict(parameters.get("full_attention", parameters))
 
 
 def _rope(config: Any, rope: Mapping[str, Any], convention: Convention) -> dict[str, Value]:
-    """Return the keys of the rotary embedding, including layers with windows."""
+    """Return the keys of the rotary embedding, including those for layers with sliding windows."""
     values: dict[str, Value] = {}
     if (base := rope.get("rope_theta")) is not None:
         values["rope.freq_base"] = float(base)
@@ -292,9 +298,10 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
     """Return tensors that only GGUF files have: float32 factors that divide the rotary embedding's
     frequencies.
 
-    ``llama3`` scaling has one factor per frequency, (head size / 2); transformers computes the scaled
-    frequencies itself. ``proportional`` has 1 for frequencies that rotate, and for the others a factor that
-    stops their rotation. ``longrope`` has the two lists of the config.
+    With ``llama3`` scaling, there is one factor per frequency, and half as many frequencies as the head size;
+    transformers computes the scaled frequencies itself. With ``proportional``, the factor is 1 for
+    frequencies that rotate, and so large for the others that they do not rotate. With ``longrope``, there are
+    two tensors, from the config's lists of long and short factors.
     """
     rope = rope_parameters(config)
     kind = rope.get("rope_type", "default")

@@ -5,10 +5,11 @@ For the supported families, llama.cpp has two kinds of tokenizer. ``gpt2`` is by
 latter as BPE with ``byte_fallback``; the order of its merges gives the scores.
 
 The key ``tokenizer.ggml.pre`` selects the pre-tokenizer of llama.cpp that splits text like
-``tokenizer.json``. It is derived from the regular expression that splits text before the merges, or from the
-words that this expression makes of difficult texts. llama.cpp's own converter recognizes published tokenizers
-by a hash of their output for one text, so it does not recognize a tokenizer with added tokens. The rules of
-each pre-tokenizer are in :mod:`qlora_tui.catalog.gguf_tokenizers`.
+``tokenizer.json``. It is found by the regular expression that splits text before the merges. If no
+pre-tokenizer has this expression, it is found by the words into which the expression splits difficult texts.
+llama.cpp's own converter recognizes published tokenizers by a hash of their output for one text, so it does
+not recognize a tokenizer with added tokens. The rules of each pre-tokenizer are in
+:mod:`qlora_tui.catalog.gguf_tokenizers`.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ _PROBES = (
 
 
 def _name_by_words(node: Any, takes_words: bool) -> str | None:
-    """Return the pre-tokenizer that splits difficult texts into the same words, by any rules."""
+    """Return the pre-tokenizer of llama.cpp that splits the texts in ``_PROBES`` like ``node``, even by other
+    rules; None if there is none.
+    """
     own = _words(node)
     names = (name for name, each in PRE_TOKENIZERS.items() if own == _words(splits(each.rules)))
     alike = sorted(names, key=lambda name: PRE_TOKENIZERS[name].takes_words != takes_words)
@@ -171,7 +174,9 @@ class Vocabulary:
     """Chat template for conversations with tools, if it differs."""
     differences: tuple[KnownDifference, ...] = ()
     prompt_notes: tuple[str, ...] = ()
-    """Sentences about prompts that llama.cpp renders differently from the same template."""
+    """Sentences that say how llama.cpp's prompts differ from those of training although the template is the
+    same.
+    """
 
 
 def read_vocabulary(tokenizer: ChatTokenizer, rows: int) -> Vocabulary:

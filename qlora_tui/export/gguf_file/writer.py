@@ -1,7 +1,7 @@
 """Writes a GGUF file one tensor at a time, encoding blocks of rows; reads the types of a written file.
 
 Norms, biases, rotary factors and routers stay float32, as llama.cpp expects. In a file of a 4- or 5-bit type,
-the embedding and the head are Q8_0, because few bits harm these weights most.
+the embedding and the head are Q8_0, because low precision harms these weights most.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def encoded_bytes(shape: tuple[int, ...], kind: Any) -> int:
 
 
 def encode(values: Tensor, kind: Any) -> bytes:
-    """Encode a tensor or a block of its rows. Raises UserError for a weight outside float16's range."""
+    """Encode a tensor or a block of its rows. Raises UserError if ``kind`` is F16 and a weight is too large
+    for it or not a number.
+    """
     from gguf import GGMLQuantizationType, quantize
 
     if kind == GGMLQuantizationType.BF16:
@@ -78,7 +80,7 @@ def encode(values: Tensor, kind: Any) -> bytes:
 
 
 _ALIGNMENT = 32
-"""Number of bytes that the offset of each tensor is a multiple of (gguf, GGUF_DEFAULT_ALIGNMENT)."""
+"""Alignment of each tensor's offset, in bytes (gguf, GGUF_DEFAULT_ALIGNMENT)."""
 _BLOCK_WEIGHTS = 1 << 24
 """Number of weights that are encoded at once."""
 
@@ -215,7 +217,9 @@ def _blocks(values: Tensor) -> Iterator[Tensor]:
 
 
 _NOT_BLOCKS_OF_256 = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "F16", "BF16")
-"""Types that llama.cpp uses instead of a K type (src/llama-quant.cpp, ``tensor_type_fallback``)."""
+"""Types that llama.cpp uses instead of a K type if a row's length is not a multiple of 256
+(src/llama-quant.cpp, ``tensor_type_fallback``).
+"""
 _K_BLOCK, _BLOCK = 256, 32
 
 
@@ -225,10 +229,10 @@ class StoredTypes(Struct, frozen=True):
     counts: dict[str, int]
     """Number of matrices by type, the most frequent first."""
     replaced: tuple[str, ...] = ()
-    """Types that replace smaller ones whose blocks do not fit the rows."""
+    """Larger types that are used for matrices whose row length is not a multiple of the block size."""
     replaced_count: int = 0
     row_lengths: tuple[int, ...] = ()
-    """Lengths of the rows that the blocks do not fit."""
+    """Row lengths that are not multiples of the block size."""
     block: int = _K_BLOCK
     """Number of weights in a block of the file's type."""
 
