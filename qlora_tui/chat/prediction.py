@@ -179,7 +179,7 @@ def predict(request: Prediction, report: Report) -> Predicted:
             raise UserError(
                 "The file has changed",
                 what=f"{file} was changed during the prediction.",
-                fix="Predict the file again with --replace.",
+                fix="Run the prediction again with --replace.",
             )
         draft = out.with_name(f".{out.name}.draft")
         write_rows(draft, out.suffix, lambda: _with_decisions(request, log))

@@ -113,7 +113,7 @@ def _tokenizer(recipe: Recipe, model: ModelFiles) -> tuple[object, ...]:
 
 
 def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
-    """Build the error for data of which no row gives a sample."""
+    """Build the error for data in which no row yields a sample."""
     if counts.excluded and not counts.rows:
         return all_excluded(counts.excluded)
     if counts.dropped and recipe.data.overflow == "drop":
@@ -124,7 +124,8 @@ def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
         fix = "Look at the file with: qlora-tui data inspect FILE"
     reasons = [f"{counts.left_out:,} are left out"] if counts.left_out or not counts.dropped else []
     if counts.dropped:
-        reasons.append(f"{counts.dropped:,} have nothing to learn within {recipe.data.max_length:,} tokens")
+        length = f"{recipe.data.max_length:,} tokens"
+        reasons.append(f"{counts.dropped:,} have no tokens to train on in their first {length}")
     return UserError(
         "Nothing to train on",
         what=f"None of the {pluralize(counts.rows, 'row')} yields a sample: {' and '.join(reasons)}.",

@@ -68,7 +68,7 @@ class OfferAdapters(EngineRequest[Never, None], frozen=True, kw_only=True, tag="
 
 
 class Generate(EngineRequest[TextChunk, GenerationResult], frozen=True, kw_only=True, tag="generate"):
-    """Answer a conversation with the loaded model, in pieces."""
+    """Request to answer a conversation with the loaded model. The answer is streamed."""
 
     messages: tuple[ChatMessage, ...]
     adapter_name: str

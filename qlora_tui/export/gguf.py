@@ -171,7 +171,7 @@ def require_file_space(
     kinds: Sequence[str],
     is_auto: bool,
 ) -> None:
-    """Raise UserError if the disk lacks space for the files, and for a 16-bit file if they need one."""
+    """Raise UserError if the disk lacks space for the files and, if they are made from one, a 16-bit file."""
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
         estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]

@@ -300,8 +300,8 @@ def compared_rows(
 ) -> tuple[tuple[ComparedRow, ...], int]:
     """Return rows spread over the samples, and the number of their trained tokens.
 
-    Every trained position is compared in as many of these rows as have about ``tokens`` tokens in total. For
-    the other rows, only the tokenization of their text is compared.
+    Some of the rows, with about ``tokens`` tokens in total, are compared at every trained position. For the
+    other rows, only the tokenization of their text is compared.
     """
     count = min(len(samples), _MAX_ROWS)
     numbers = [place * len(samples) // count for place in range(count)]

@@ -399,8 +399,8 @@ def _block(modules: list[Linear], hidden: int) -> Block:
     """Sort the modules of a part by their inputs and outputs.
 
     The last projection is the one whose output is as wide as the hidden states. If there are several, it is
-    the one with the widest input that is not as wide as the hidden states. If all of them are square, it is
-    the last one in the model's order.
+    the one with the widest input among those whose input differs in width from the hidden states. If all of
+    them are square, it is the last one in the model's order.
     """
     back = [module for module in modules if module.outputs == hidden]
     narrowing = [module for module in back if module.inputs != hidden]

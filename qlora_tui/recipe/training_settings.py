@@ -67,7 +67,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "GPUs",
             "Number of GPUs of this machine that share the micro-batches of each step. Each GPU holds the "
             "whole model, and the result stays the same. 0: all GPUs.",
-            "On each GPU, the same as on a single GPU.",
+            "Each GPU needs as much memory as a single GPU would.",
             ge=0,
             le=64,
         ),
@@ -226,8 +226,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             "Replay share",
             "Share of the training samples that are the base's own answers to general prompts, which keeps "
             "the model close to its base on other topics. 0: none. Use 0.1 if the model forgets too much. "
-            "Once per run, generating the answers (at most 48) takes as long as training on about 100 "
-            "tokens each.",
+            "Up to 48 answers are generated once per run; each takes about as long as training on 100 "
+            "tokens.",
             ge=0.0,
             le=0.9,
         ),

@@ -80,7 +80,7 @@ class Link:
         self._channel: Channel | None = None
         self._requests: dict[str, _Request] = {}
         self._sent: dict[str, tuple[Stamp, str]] = {}
-        """For data that the box has, by its path on this machine: the stamp, and the path on the box."""
+        """Maps the path of sent data on this machine to its stamp and its path on the box."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._first_pass = threading.Event()

@@ -64,13 +64,13 @@ class Judged(NamedTuple):
 def find_decisions(
     recipe: Recipe, data: PreparedDataset, tokenizer: ChatTokenizer, most: int = MOST_DECISIONS
 ) -> DecisionTask | None:
-    """Return the decision that a run's data trains; None if its answers are free text or preferences.
+    """Return the decision that the answers of a run's data make; None for free text and preferences.
 
     Args:
         recipe: recipe of the run.
         data: rows of the run.
         tokenizer: tokenizer of the model.
-        most: maximum number of validation rows to decide. They are spread evenly over the data.
+        most: maximum number of validation rows to evaluate. They are spread evenly over the data.
     """
     if recipe.preference_traits is not None:
         return None

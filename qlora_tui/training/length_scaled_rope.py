@@ -72,7 +72,7 @@ class _SampleLengths:
         """Lengths of the samples of a padded batch, one per row."""
 
     def take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the mask of a call, as a hook of the decoder."""
+        """Read the attention mask with which the decoder is called. This is a forward hook."""
         mask = kwargs.get("attention_mask")
         self.packed, self.rows = [], []
         if not torch.is_tensor(mask) or mask.is_meta:

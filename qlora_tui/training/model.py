@@ -1,7 +1,7 @@
 """The base model before LoRA is added: loaded, quantized while it is read, frozen, and verified.
 
-Loss and attention are verified on the model itself before they are used. This replaces
-``peft.prepare_model_for_kbit_training``, which would cast norms, embeddings and head to fp32 and with them
+Loss and attention are verified on the model itself before they are used. This module replaces
+``peft.prepare_model_for_kbit_training``, which would cast norms, embeddings and head to fp32, and thereby
 every hidden state.
 """
 

@@ -115,8 +115,8 @@ def _roles(file: ThemeFile) -> dict[str, str]:
 
 
 def _blended(file: ThemeFile) -> dict[str, str]:
-    """Return replacements for some of Textual's variables. Some default colors are too faint to read. Other
-    defaults, such as ``auto 60%``, are shown without their percentage if they style only a part of a line.
+    """Return replacements for some of Textual's variables. Some default colors are too faint to read. In
+    others, such as ``auto 60%``, the percentage has no effect if they style only a part of a line.
     """
     background, surface, foreground, primary, training = map(
         Color.parse,

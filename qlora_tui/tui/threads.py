@@ -56,7 +56,7 @@ def act_on_run(
 
 
 class Measurement:
-    """Long-running work that a key starts and stops, in one thread at a time."""
+    """Long-running work that the user starts and stops with a key. At most one thread does it at a time."""
 
     def __init__(self, on_change: Callable[[], object] = lambda: None) -> None:
         """Create an idle measurement.

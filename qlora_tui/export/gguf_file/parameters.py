@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def _from_shapes(tensors: Iterable[SourceTensor], config: Any, convention: Convention) -> dict[str, Value]:
-    """Return the sizes that shapes determine, and the values that differ between layers."""
+    """Return the parameters that follow from the tensors' shapes, including those that differ by layer."""
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     layers = range(config.num_hidden_layers)
 

@@ -156,13 +156,14 @@ def _give_token_types(model: Any) -> None:
 def packing_is_isolated(model: Any, device: torch.device) -> bool:
     """Return whether a sample in a packed sequence has the same outputs as the sample alone.
 
-    The noise of the model and its dtype is measured by running the sample once more with the library's
-    attention, followed by tokens that the sample cannot see, so that every matrix product has as many rows as
-    in a packed sequence. Our attention is compared with the library's layer by layer.
+    To measure the noise of the model and its dtype, the sample is computed once more with the library's
+    attention. Tokens that the sample cannot see are appended, so that every matrix product has as many rows
+    as in a packed sequence. Our attention is compared with the library's layer by layer.
 
     In the packed sequence, the tested sample follows another one. The positions of the other sample are
-    beyond every context length in the config, and those of the tested sample are not. So a few tokens show
-    whether the rotary frequencies of the tested sample depend on the length of the other one.
+    beyond every context length in the config, and those of the tested sample are not. A few tokens are
+    therefore enough to show whether the rotary frequencies of the tested sample depend on the length of the
+    other one.
     """
     first, other, second = _tokens(model, device)
     beyond = _longest_context(model)

@@ -154,7 +154,7 @@ ActiveName = Callable[[Any], str | None]
 
 @contextmanager
 def as_fused_parameters(model: nn.Module) -> Iterator[None]:
-    """Show 4-bit experts to peft as three-dimensional float32 parameters with the memory of one element."""
+    """Show 4-bit experts to peft as 3-D float32 placeholders, each with the storage of a single element."""
     packed = {module: dict(module._parameters) for _, module in experts_4bit(model)}
     for module in packed:
         for name in PROJECTIONS:

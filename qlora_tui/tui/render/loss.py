@@ -189,10 +189,10 @@ def summary_lines(summary: RunSummary | None, width: int, height: int) -> list[C
 
 
 def changes_of_loss(summaries: Sequence[RunSummary]) -> dict[str, Content]:
-    """Return the change from the first to the best validation loss of each run, in percent, and a bar:
-    ``-53% ▄▄▄▄▖▁▁▁``, by the run's id. Runs with only one evaluation are left out.
+    """Return, for the id of each run, the change from the first to the best validation loss in percent, with
+    a bar: ``-53% ▄▄▄▄▖▁▁▁``. Runs with only one evaluation are left out.
 
-    The largest fall has a full bar. If all bars are longer than half of it, they say no more than the
+    The largest fall has a full bar. If all bars would be more than half full, they would say no more than the
     numbers, and are left out.
     """
     changes = {

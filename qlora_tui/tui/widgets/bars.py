@@ -242,7 +242,7 @@ class CommandFooter(Drawing):
             self._choose()
 
     def _choose(self) -> None:
-        """Show the commands whose keys no panel shows, without those that have no label now."""
+        """Show the commands whose keys no panel names. Leave out commands that have no label now."""
         shown = [
             active
             for active in self._shown

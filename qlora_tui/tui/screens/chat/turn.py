@@ -28,7 +28,9 @@ from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.widgets.controls import Panel
 
 _ANSWER_EVERY_S, _THOUGHT_EVERY_S = 0.15, 0.5
-"""Seconds between repaints of an answer, and of the line of a folded thought, long enough for slow links."""
+"""Seconds between repaints of an answer, and of the line that stands for a folded thought. They are long
+enough for slow connections.
+"""
 _ENDINGS = {
     "most tokens": "Cut off at the token limit. Press {chat.settings} to raise it.",
     "context full": "Cut off: the context is full.",

@@ -448,8 +448,9 @@ class ListPicker(ModalScreen[Picked | None]):
 
 
 class MachineReportScreen(TextDialog[None], CancelsWorkersFirst):
-    """Dialog with the checks of this machine: first the conclusion, then problems, then passed checks. Checks
-    of the system are shown first. Checks of the libraries follow when the process that runs them has ended.
+    """Dialog with the checks of this machine: the conclusion, problems, and passed checks, in this order. The
+    dialog opens with the checks of the system. Checks of the libraries are added when the process that runs
+    them has ended.
     """
 
     def __init__(self) -> None:

@@ -170,8 +170,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self.query_one("#location", Static).update(words)
 
     def _entries(self) -> list[Path]:
-        """Return the entries of the current folder: first the files whose names have one of the endings, then
-        the folders. Hidden entries are left out.
+        """Return the entries of the current folder: first the files with an accepted extension, then the
+        folders. Hidden entries are left out.
         """
         try:
             entries = sorted(p for p in self._folder.iterdir() if not p.name.startswith("."))

@@ -25,9 +25,9 @@ of the chart.
 _LABEL = 8
 """Width of the label before a chart, in cells."""
 _MIN_CHART = 6
-_CHARTS_FROM = 3
-"""If a run has several GPUs, utilization and power are drawn as charts only if each GPU has more lines than
-this.
+_CHARTS_ABOVE = 3
+"""If a run has several GPUs, utilization and power are drawn as charts only if more lines than this are free
+for each GPU.
 """
 _SHORT_ROWS, _TALL_PANEL_ROWS = 2, 11
 """``_SHORT_ROWS``: maximum height of the panel, in rows, at which it shows only two lines.
@@ -95,7 +95,7 @@ def _lines_of_gpus(machine: MachineState, width: int, height: int) -> list[Conte
         readings = tuple(_of_gpu(each, gpu.index) for each in machine.readings)
         alone = replace(machine, readings=readings, estimate_bytes=None)
         meters = _meters(alone)
-        has_charts = share > _CHARTS_FROM
+        has_charts = share > _CHARTS_ABOVE
         util, power = format_reading(gpu.utilization_percent), format_power(gpu.power_w)
         figures = "" if has_charts else f"  {util}  {power} W"
         lines.append(Content.assemble((name, "bold"), figures, "  ", _temperature(gpu)))

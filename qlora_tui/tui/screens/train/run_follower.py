@@ -142,7 +142,7 @@ class RunSnapshot:
     step_stride: int
     """Distance between neighboring points of the graph, in steps; more than 1 only in a very long run."""
     stages: tuple[PhaseChanged, ...] = ()
-    """The first phases of the current attempt."""
+    """The phases of the current attempt, at most ``_MAX_STAGES`` from its start."""
     recipe: Recipe | None = None
     """The run's recipe; None if it cannot be read."""
     ending_request: str = ""
