@@ -221,7 +221,7 @@ async def test_a_new_user_downloads_the_demo_once_and_keeps_the_screen(
     async with app.run_test(size=(80, 24), notifications=True) as pilot:
         await wait_for_text(pilot, DEMO.text, "Search the Hub", "Good first models", "[1]")
         await pilot.press("enter")
-        await wait_for_text(pilot, "260 MiB", "only when you launch it")
+        await wait_for_text(pilot, "(89 MiB; 260", "only when you launch it")
         await pilot.press("n")
         assert isinstance(app.screen, HomeScreen) and not began
         await pilot.press("enter", "enter")

@@ -172,7 +172,7 @@ async def test_keys_ask_the_trainer_and_to_pause_or_stop_the_user_first() -> Non
         await pilot.press("enter", "y")
         assert ask_key(run)[-1] == "pause"
         await pilot.press("Z")
-        await wait_for_text(pilot, "Stop the run?", "adapter of this step")
+        await wait_for_text(pilot, "Stop the run?", "a checkpoint and the adapter of")
         await pilot.press("n")
         assert "stop" not in ask_key(run)
         await pilot.press("Z", "y")
@@ -192,7 +192,7 @@ async def test_stopping_before_the_first_step_promises_no_checkpoint() -> None:
         await watching(app, run)
         await wait_for_text(pilot, "loading")
         await pilot.press("Z")
-        shown = await wait_for_text(pilot, "Stop the run?", "nothing is saved", "from step 0")
+        shown = await wait_for_text(pilot, "Stop the run?", "so nothing is", "from step 0")
         assert "save a checkpoint" not in shown
 
 
