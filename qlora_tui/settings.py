@@ -147,9 +147,8 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         str | float,
         _about(
             "Price of a kWh",
-            "Price with its unit, as in 0.30 EUR. If set, the cost of a run is shown next to its energy. "
-            "Only "
-            "the energy of the GPU is counted.",
+            "Price with its currency, such as 0.30 EUR. If set, the cost of a run is shown next to its "
+            "energy. Only the energy of the GPU is counted.",
         ),
     ] = ""
     notify: NotificationSettings = NotificationSettings()

@@ -131,8 +131,8 @@ def _problem(file: Path, what: str) -> UserError:
     return UserError(
         "The adapter's config cannot be used",
         what=f"{file}: {what}.",
-        why="The file is damaged, describes an unknown kind of adapter, or was made to exhaust time or "
-        "memory.",
+        why="The file is damaged, describes an unknown kind of adapter, or was crafted to exhaust CPU "
+        "time or memory.",
         fix="Choose another adapter, or another checkpoint of the run.",
     )
 

@@ -371,13 +371,13 @@ def _http_problem(error: Any, model_id: str) -> UserError:
     if isinstance(error, hub_errors.EntryNotFoundError):
         return UserError(
             "File missing from the model",
-            what=f"{model_id} on {_endpoint()} has no config.json, or lacks an index that it needs.",
+            what=f"{model_id} on {_endpoint()} has no config.json, or lacks the index of its weights.",
             fix="Choose another model, or another copy of it.",
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return UserError(
             "Revision not found",
-            what=f"{model_id} on {_endpoint()} has no branch, tag or commit of this name.",
+            what=f"The requested branch, tag or commit of {model_id} does not exist on {_endpoint()}.",
             fix="Choose a revision that the Hub lists under Files and versions; the default is main.",
         )
     if isinstance(error, hub_errors.RepositoryNotFoundError) or status == 404:
@@ -413,7 +413,7 @@ def _gated(status: int, model_id: str) -> UserError:
         )
     return UserError(
         "The model is gated",
-        what=f"The account of the token on this machine is not allowed to download {model_id}.",
+        what=f"The account that owns the token on this machine is not allowed to download {model_id}.",
         why="The account has not accepted the model's license, or the publisher has not granted access yet.",
         fix=f"Accept the license at {page} with that account (hf auth whoami names it), then try again.",
     )

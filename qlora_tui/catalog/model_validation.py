@@ -100,8 +100,8 @@ def check_model_type(config: Mapping[str, Any], name: str) -> UserError | None:
         return UserError(
             "This model chooses its own kernels",
             what=f"{name}: its config.json sets {kernels}.",
-            why="This setting runs compiled code of the named repository on this machine; qlora-tui chooses "
-            "the kernels itself.",
+            why="This setting runs compiled code on this machine, from the repository that the setting "
+            "names. qlora-tui chooses the kernels itself.",
             fix="Remove the key from config.json, or choose another copy of the model.",
         )
     classes = config.get("architectures")
@@ -189,7 +189,7 @@ def tokenizer_problem(folder: Path, name: str) -> UserError | None:
         return UserError(
             "No tokenizer",
             what=f"{name} has no {TOKENIZER}.",
-            why=f"The model has only a tokenizer in an older format ({old}).",
+            why=f"The model's tokenizer is available only in an older format ({old}).",
             fix="Load it with transformers' AutoTokenizer, then call save_pretrained to save it in the "
             "model's folder.",
             code=UNUSABLE_TOKENIZER,
@@ -500,4 +500,4 @@ def _not_understood(config: Mapping[str, Any]) -> str | None:
             return f"{key} is set, which is not supported"
     known = _ADAPTER_KEYS | _REMOVED_KEYS | set(_ORIGIN)
     unknown = [key for key, value in config.items() if key not in known and value]
-    return f"{unknown[0][:40]!r} is set, which is unknown here" if unknown else None
+    return f"{unknown[0][:40]!r} is set, but qlora-tui does not know this setting" if unknown else None

@@ -113,9 +113,9 @@ def describe_missing(packages: tuple[KernelPackage, ...]) -> tuple[str, str]:
         command = install_command(*compiled, options=("--no-build-isolation",), keep=_KEEP)
         begin = "Then" if wheels else "Install with"
         if not shutil.which("nvcc"):
-            begin = "Install the CUDA toolkit, because the installation needs its nvcc. Then run"
+            begin = "Install the CUDA toolkit, because the next command needs its nvcc. Then run"
         fixes.append(
-            f"{begin} `{command}`, which downloads a build for this torch, or compiles one with nvcc."
+            f"{begin} `{command}`, which downloads binaries for this torch, or compiles them with nvcc."
         )
     return text, " ".join(fixes)
 

@@ -68,7 +68,7 @@ class ThinkingSupport(Struct, frozen=True, kw_only=True):
         if self.kind == "always":
             return (
                 f"Turning thinking {thinking} has no effect: this model's chat template always opens a "
-                "thought."
+                "thinking block."
             )
         if thinking == "off":
             return (

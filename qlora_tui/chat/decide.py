@@ -53,8 +53,8 @@ def decide_one(session: ChatSession, adapter_name: str, messages: Sequence[Messa
         raise UserError(
             "No decisions",
             what=f"No decisions have been measured for {run.id if run else 'this model'}.",
-            why="The answers of the run must be labels or objects with enumerated fields, and the run needs "
-            "validation rows.",
+            why="Decisions are measured only if the answers in the run's data are labels or objects with "
+            "enumerated fields, and the run has validation rows.",
             fix=f"Measure the decisions with `qlora-tui evaluate {run.id if run else 'RUN'} --again`, or "
             "choose another run.",
             exit_code=EXIT_USAGE,

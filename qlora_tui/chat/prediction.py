@@ -111,8 +111,8 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
         raise UserError(
             "The run makes no decisions",
             what=f"No decisions have been measured for {run.id}.",
-            why="The answers of the run must be labels or objects with enumerated fields, and the run needs "
-            "validation rows.",
+            why="Decisions are measured only if the answers in the run's data are labels or objects with "
+            "enumerated fields, and the run has validation rows.",
             fix=f"Measure the decisions with `qlora-tui evaluate {run.id} --again`, or choose another run.",
             exit_code=EXIT_USAGE,
         )
@@ -142,7 +142,7 @@ def check_prediction(request: Prediction) -> tuple[Decider, RowFormat]:
                 what=f"{file} has no column {layout.columns[part]!r}, which contained the {part} in "
                 "training.",
                 why=f"The file's columns are {', '.join(columns)}.",
-                fix=f"Specify the column with the {part}: --column {part}=COLUMN.",
+                fix=f"Specify the column that contains the {part}: --column {part}=COLUMN.",
                 exit_code=EXIT_USAGE,
             )
     if taken := [column for column in columns if column.startswith(PREFIX)]:

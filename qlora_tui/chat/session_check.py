@@ -57,9 +57,9 @@ class SessionCheck:
                 return
             if not comparison.agrees and session.steps is not None and session.steps.in_use:
                 session.steps.turn_off(
-                    "In fixed shapes the logits differed from those of transformers and peft by "
-                    f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding "
-                    f"accounts for about {comparison.noise:.2g}."
+                    "In fixed shapes, the logits differed from those of transformers and peft by "
+                    f"{comparison.difference:.2g} times their standard deviation; rounding alone accounts "
+                    f"for about {comparison.noise:.2g}."
                 )
                 session.forget_conversations()
                 comparison = session.checked[adapter_name] = compare()
@@ -84,14 +84,14 @@ class SessionCheck:
             return
         how = (
             f"the logits of the next token differed from those of transformers and peft by "
-            f"{comparison.difference:.2g} of the logits' standard deviation, of which rounding accounts for "
-            f"about {comparison.noise:.2g}"
+            f"{comparison.difference:.2g} times their standard deviation (rounding alone accounts for about "
+            f"{comparison.noise:.2g})"
         )
         session.warning = (
             f"Answers are slower: {how}. This chat now runs the code of transformers and peft, and its "
             f"results match theirs."
             if again.agrees
-            else f"Do not rely on these answers: {how}, and by {again.difference:.2g} even with the layers "
+            else f"Do not rely on these answers: {how}, and still by {again.difference:.2g} with the layers "
             f"of transformers and peft. Please report the model and the version of transformers."
         )
 
@@ -129,13 +129,12 @@ class SessionCheck:
         """
         session = self._session
         if session.steps is not None:
-            session.steps.turn_off("This model is run without a cache of keys and values.")
+            session.steps.turn_off("This model is run without a KV cache.")
         if not self._agrees_without("keeps_keys", adapter_name, compare):
             return False
         session.warning = (
-            "Answers are slower: with a cache of keys and values, this model's logits differ from those that "
-            "transformers and peft compute without a cache. So the whole conversation is computed again for "
-            "each token."
+            "Answers are slower: with a KV cache, this model's logits differ from those that transformers "
+            "and peft compute without one. So the whole conversation is computed again for each token."
         )
         return True
 

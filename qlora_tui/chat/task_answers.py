@@ -190,7 +190,7 @@ def answer_prompts(
             "No prompts to answer",
             what=f"No validation row of {run.id} has a prompt and a complete answer.",
             why="The rows are plain text, or longer than the sequence length.",
-            fix="Raise data.max_length, or compare the validation loss in Runs.",
+            fix="Raise data.max_length, or compare the validation loss on the Runs screen.",
             exit_code=EXIT_USAGE,
         )
     if task is not None:

@@ -215,7 +215,7 @@ TRACE_LABELS = {
     "frozen": "Frozen weights",
     "adapter": "LoRA weights",
     "gradients": "Gradients",
-    "step": "Peak of the step in addition to weights and LoRA",
+    "step": "Peak of the step, without weights and LoRA",
 }
 
 

@@ -111,7 +111,7 @@ def _run_recipe(args: argparse.Namespace) -> CommandResult:
     if not args.json:
         print(_account(rows, exported), file=sys.stderr)
     data = {"path": str(out), **msgspec.to_builtins(rows), "left_out": msgspec.to_builtins(exported.left_out)}
-    return CommandResult(data, f"Wrote {out}. Train there: {_NEXT[args.target]}")
+    return CommandResult(data, f"Wrote {out}. To train, run in that folder: {_NEXT[args.target]}")
 
 
 def _add_places(form: argparse.ArgumentParser) -> None:
@@ -143,7 +143,9 @@ def _account(rows: WrittenRows, exported: ExportedRecipe) -> str:
     """Return a report on what was written and what was omitted."""
     lines = [f"{rows.train:,} samples to train on, {rows.validation:,} for validation."]
     if rows.weighted:
-        lines.append("The loss weights of answers were not exported, because they have no counterpart.")
+        lines.append(
+            "The loss weights of answers were not exported, because the other trainer has no counterpart."
+        )
     if exported.left_out:
         lines.append(f"Settings without a counterpart ({len(exported.left_out)}):")
         lines += align_columns([[f"  {one.key}", format_value(one.value)] for one in exported.left_out])

@@ -115,7 +115,7 @@ def _follow_to_end(view: RunView, on_event: Callable[[AnyEvent], None]) -> int:
     if view.ending is None:
         print(f"{run.id} is {view.status.state}: {view.status.detail}", file=sys.stderr)
         if view.status.state in RESUMABLE:
-            print(f"`qlora-tui resume {run.id}` continues from its last checkpoint.", file=sys.stderr)
+            print(f"`qlora-tui resume {run.id}` continues the run from its last checkpoint.", file=sys.stderr)
         return 0 if view.status.state in ("finished", "stopped", "paused") else EXIT_FAILURE
     return EXIT_FAILURE if isinstance(view.ending, Failed) else 0
 

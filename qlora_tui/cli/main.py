@@ -63,7 +63,8 @@ SUBCOMMANDS = {
     "export": ("export", "Export a run's model or adapter for other programs, or upload it to the Hub."),
     "store": (
         "store",
-        "Serve the app on another machine over stdin and stdout; `qlora-tui --host` starts this command.",
+        "Answer an app that runs on another machine, over stdin and stdout; `qlora-tui --host` starts this "
+        "command.",
     ),
     "doctor": ("installation", "Check that this machine can train, and suggest fixes."),
     "demo": ("demo", "Download a small model (89 MiB), fine-tune it, and compare it with its base."),

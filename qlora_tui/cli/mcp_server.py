@@ -110,7 +110,7 @@ class CommandTool:
             raise UsageError(
                 "Wrong argument",
                 what=f"{'.'.join([self.name, *map(str, wrong.path)])}: {wrong.message}.",
-                fix=f"{self.name} has {', '.join(self._actions) or 'no arguments'}.",
+                fix=f"Arguments of {self.name}: {', '.join(self._actions) or 'none'}.",
             )
         options, positionals = [], []
         for name, action in self._actions.items():

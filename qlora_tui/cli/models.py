@@ -104,7 +104,7 @@ def run_download(args: argparse.Namespace) -> CommandResult:
             "total_bytes": total_bytes,
         },
         text=f"{args.model} is in {path} ({format_bytes(total_bytes)})\n"
-        f"`qlora-tui estimate --model {name}` says whether it fits.",
+        f"`qlora-tui estimate --model {name}` says whether training it fits in memory.",
     )
 
 

@@ -120,7 +120,7 @@ def _stop(port: int | None) -> CommandResult:
         raise UsageError(
             "Which server?",
             what=f"{len(running)} servers are running:\n{others}",
-            fix="Choose the server to stop with --port.",
+            fix="Use --port to choose the server to stop.",
         )
     server = next((each for each in running if port in (None, each.port)), None)
     if server is None:

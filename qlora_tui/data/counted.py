@@ -125,7 +125,7 @@ def nothing_left(counts: Counts, recipe: Recipe) -> UserError:
     reasons = [f"{counts.left_out:,} are left out"] if counts.left_out or not counts.dropped else []
     if counts.dropped:
         length = f"{recipe.data.max_length:,} tokens"
-        reasons.append(f"{counts.dropped:,} have no tokens to train on in their first {length}")
+        reasons.append(f"{counts.dropped:,} are dropped because of the limit of {length}")
     return UserError(
         "Nothing to train on",
         what=f"None of the {pluralize(counts.rows, 'row')} yields a sample: {' and '.join(reasons)}.",

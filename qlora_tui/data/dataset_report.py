@@ -245,7 +245,7 @@ def thinking_sentences(
 
 
 def _on_reasoning(rows: int, conversations: int, left_out: bool, notes: Mapping[str, int], data: Data) -> str:
-    where = "to learn" if data.reasoning_in_loss else "only read"
+    where = "learned" if data.reasoning_in_loss else "only read"
     text = f"Reasoning: {rows:,} of {pluralize(conversations, 'row')}, {'left out' if left_out else where}"
     split = notes.get("reasoning-split", 0)
     if split:
@@ -264,11 +264,11 @@ def _on_switch(
     if switch is None and traits.opens_thought:
         closed = notes.get("thought-closed", 0)
         closing = (
-            f"; the thought is closed immediately in {pluralize(closed, 'row')} without reasoning"
+            f"; the block is closed immediately in {pluralize(closed, 'row')} without reasoning"
             if closed
             else ""
         )
-        return f"Thinking: the template always opens a thought and has no switch{closing}."
+        return f"Thinking: the template always opens a thinking block and has no switch{closing}."
     if switch is None:
         no_effect = data.thinking == "on" or (data.thinking == "off" and not notes.get("reasoning-left-out"))
         return (
@@ -282,7 +282,9 @@ def _on_switch(
     if data.thinking == "on":
         empty = conversations - with_reasoning
         but = (
-            f"; an empty thought is learned from {pluralize(empty, 'row')} without reasoning" if empty else ""
+            f"; an empty thinking block is learned from {pluralize(empty, 'row')} without reasoning"
+            if empty
+            else ""
         )
         return f"Thinking: on for every row ({switch.variable}){but}."
     if data.thinking == "off" or (off and not on):

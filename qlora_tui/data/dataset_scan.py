@@ -125,7 +125,8 @@ class DatasetScanner:
         if self._data.validation_path and file.source >= len(self._data.sources):
             seen = self._seen_in_validation
             if (trained := self._seen.get(key)) is not None:
-                tally.add("overlap", row, f"Row {row} of the validation file is row {trained} of the data.")
+                what = f"Row {row} of the validation file has the same text as row {trained} of the data."
+                tally.add("overlap", row, what)
         if (earlier := seen.get(key)) is not None:
             tally.add("duplicate", row, f"Row {row} has the same text as row {earlier}.")
             return

@@ -489,8 +489,8 @@ def _decided(layout: RowFormat, rows: Iterable[Row]) -> Iterable[str]:
         else:
             first = f"the first {answers.total():,} rows"
             yield (
-                f"{seen}{first}: evaluated as text, unless the whole data set has few different answers for "
-                "its number of rows"
+                f"{seen}{first}: evaluated as text, unless the whole data set has few different answers "
+                "relative to its number of rows"
             )
 
 

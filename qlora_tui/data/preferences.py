@@ -143,7 +143,7 @@ def sides_problem(
             _PAIRS_TITLE + " without a chosen side",
             what=f"{name} has rejected answers in {rejected!r}, but no column with chosen ones.",
             why="Rejected answers are never trained on.",
-            fix='Specify the column with the better answers: columns = { chosen = "…", '
+            fix='Specify the column that contains the better answers: columns = { chosen = "…", '
             f'rejected = "{rejected}" }}, or choose another file.',
             code=UNMAPPED_SIDES,
         )
@@ -154,7 +154,7 @@ def sides_problem(
             _PAIRS_TITLE,
             what=f"{name} compares answers: {chosen!r} is preferred to {rejected!r} in {having} of "
             f"the first {len(values)} rows.",
-            why="If you do not choose how to use the pairs, the rejected answers are ignored.",
+            why="You must choose how to use the pairs; otherwise, the rejected answers would be ignored.",
             fix='To learn from both sides, set data.preferences = "orpo" (or "dpo", "simpo"). '
             f"{_choice('chosen')}",
             code=PAIRS,
@@ -169,8 +169,8 @@ def sides_problem(
         f"{_PAIRS_TITLE} without a prompt",
         what=f"{name} has answers in {chosen!r} and {rejected!r}, but no column with the question.",
         why=f"The columns are {', '.join(columns.names)}.",
-        fix=f'Specify the column with the question: columns = {{ prompt = "{example}", chosen = "{chosen}", '
-        f'rejected = "{rejected}" }}.',
+        fix=f'Specify the column that contains the question: columns = {{ prompt = "{example}", '
+        f'chosen = "{chosen}", rejected = "{rejected}" }}.',
         code=UNMAPPED_SIDES,
     )
 
@@ -189,7 +189,7 @@ def ratings_problem(
             _RATED_TITLE,
             what=f"{name} rates its answers: of the first {good + bad} rows, {column!r} calls {good} good "
             f"and {bad} bad.",
-            why="If you do not choose how to use the ratings, they are ignored.",
+            why="You must choose how to use the ratings; otherwise, they would be ignored.",
             fix='To learn from both kinds, set data.preferences = "kto". '
             f"{_choice('good')} If {column!r} means something else, rename or remove that column.",
             code=RATED,

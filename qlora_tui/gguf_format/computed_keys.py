@@ -18,7 +18,8 @@ def cannot_compute(why: str) -> UserError:
     return UserError(
         "This model cannot be exported as GGUF",
         what=f"llama.cpp cannot compute the model: {why}.",
-        fix="Export the model with `qlora-tui export merge`; transformers and vLLM can load that folder.",
+        fix="Export the model with `qlora-tui export merge`; transformers and vLLM can load the "
+        "exported folder.",
     )
 
 

@@ -461,8 +461,8 @@ def _unsupported(model_type: str) -> UserError:
         "version of qlora-tui cannot write that architecture."
         if known
         else f"The model's type is {model_type}, for which no architecture of llama.cpp is known.",
-        fix="Export the model with `qlora-tui export merge`: transformers and vLLM load that folder, and "
-        "llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp supports the architecture.",
+        fix="Export the model with `qlora-tui export merge`: transformers and vLLM load the exported "
+        "folder, and llama.cpp's convert_hf_to_gguf.py converts it if llama.cpp supports the architecture.",
     )
 
 

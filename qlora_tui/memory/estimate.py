@@ -44,7 +44,10 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 
 Precision = Literal["nf4", "int8", "fp16"]
-OUTLINE_NOTE = "Based on an outline of the model's layers until they are read from its transformers class."
+OUTLINE_NOTE = (
+    "Until the layers are read from the model's transformers class, the estimate is based on an outline of "
+    "the layers."
+)
 PRECISIONS: tuple[Precision, ...] = ("nf4", "int8", "fp16")
 """Precisions that the Memory screen compares; fp16 stands for both 16-bit dtypes."""
 
@@ -339,8 +342,8 @@ def _notes(layout: Layout, items: dict[str, int], traced: StepTrace | None) -> t
     elif BEYOND_RULES * layout.architecture.saves_beyond_rules > STEP_UNCERTAINTY:
         share = format_percent(layout.architecture.saves_beyond_rules)
         notes.append(
-            f"In a test, what layers of this class kept for the backward pass took up to {share} more or "
-            "less memory than the shapes of their modules suggest."
+            f"In a test, the tensors that layers of this class kept for the backward pass took up to {share} "
+            "more or less memory than the shapes of the modules suggest."
         )
     return tuple(notes)
 

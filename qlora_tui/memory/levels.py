@@ -417,12 +417,12 @@ class Conversion:
         ``run_bytes`` is the peak of a run on the CPU, with which the conversion's peak is compared; None for
         a run on a GPU, whose memory the conversion does not use.
         """
-        beside = "of the machine's memory"
+        beside = " of the machine's memory"
         if run_bytes is not None:
-            beside = "more than the run" if self.peak_bytes > run_bytes else "less than the run"
+            beside = f", {'more' if self.peak_bytes > run_bytes else 'less'} than the run itself"
         return (
-            f"Before the first run, {self.file} is converted in a separate process: "
-            f"{format_bytes(self.peak_bytes)}, {beside}."
+            f"Before the first run, {self.file} is converted in a separate process, which takes "
+            f"{format_bytes(self.peak_bytes)}{beside}."
         )
 
 

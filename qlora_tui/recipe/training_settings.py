@@ -65,8 +65,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         int,
         about(
             "GPUs",
-            "Number of GPUs of this machine that share the micro-batches of each step. Each GPU holds the "
-            "whole model, and the result stays the same. 0: all GPUs.",
+            "Number of GPUs on this machine that share the micro-batches of each step. Each GPU holds the "
+            "whole model, and the result is the same as on one GPU. 0: all GPUs.",
             "Each GPU needs as much memory as a single GPU would.",
             ge=0,
             le=64,
@@ -183,7 +183,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         tuple[str, ...],
         about(
             "Sample prompts",
-            "Prompts to answer at each evaluation, with the most likely tokens, as `chat --greedy` does.",
+            "Prompts that the model answers at each evaluation. It always chooses the most likely token, "
+            "as with `chat --greedy`.",
         ),
     ] = ()
     general_prompts: Annotated[
@@ -214,8 +215,9 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         about(
             "Forgetting weight",
-            "Weight of the divergence from the base on general prompts, which is added to the validation "
-            "loss to choose the best checkpoint and for early stopping. 0: only the validation loss counts.",
+            "To choose the best checkpoint and for early stopping, the divergence from the base on general "
+            "prompts, times this weight, is added to the validation loss. 0: only the validation loss "
+            "counts.",
             ge=0.0,
             le=100.0,
         ),
@@ -261,7 +263,7 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         about(
             "LoRA+ ratio",
             "Learning rate of the B matrices as a multiple of Learning rate (arXiv 2402.12354). 1: the "
-            "same. If the task is hard for the base, try up to 16 and half of Learning rate.",
+            "same. If the task is hard for the base, try up to 16, with half the Learning rate.",
             ge=1,
             le=1000,
         ),
@@ -299,8 +301,8 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         about(
             "LR power",
-            "With polynomial: the rate is the remaining share of the steps, raised to this power. 1 is "
-            "linear.",
+            "With polynomial: the peak learning rate is multiplied by the remaining share of the steps, "
+            "raised to this power. 1 is linear.",
             gt=0,
             le=10,
         ),

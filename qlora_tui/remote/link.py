@@ -193,7 +193,7 @@ class Link:
         return UserError(
             f"{self.box.name} does not answer",
             what=what,
-            why="Runs on the box continue.",
+            why="The runs on the box continue.",
             fix="Try again once the box answers: the app reconnects by itself.",
             code=calls.UNREACHABLE,
         )
@@ -245,7 +245,7 @@ class Link:
             raise UserError(
                 "The file does not contain this run's data",
                 what=f"A run on {self.box.name} uses {path}, but the copy on this machine is different.",
-                why="A box must not choose which files are sent to it.",
+                why="This copy was not sent, because a box must not choose which files are sent to it.",
                 fix="To send this file, use another path, such as the path of a copy or of a link.",
             )
 

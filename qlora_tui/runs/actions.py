@@ -78,7 +78,7 @@ def submit_job(recipe: Recipe, plan: JobPlan) -> RunDir:
 def prepare(recipe: Recipe) -> RunDir:
     """Create a run without queueing it, for a trainer that the user starts."""
     run = create_run(with_initial_adapter(with_absolute_paths(recipe)), requested_gpus())
-    run_queue.mark_not_queued(run, "Not queued: start it with the printed command.")
+    run_queue.mark_not_queued(run, "Not queued: start it with the command that `--print-command` printed.")
     return run
 
 
@@ -236,7 +236,7 @@ def train_now(run: RunDir) -> None:
         raise UsageError(
             "Slurm decides when the run trains",
             what=f"{run.id} is on a cluster, where Slurm chooses the time of each job.",
-            fix=f"`qlora-tui resume {run.id}` submits it again once its job has ended.",
+            fix=f"Wait until its job has ended. Then `qlora-tui resume {run.id}` submits it again.",
         )
     run.now_path.touch(mode=0o600)
     if read_status(run).state not in ("queued", *ACTIVE):

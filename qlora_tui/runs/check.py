@@ -206,7 +206,7 @@ def reopen(run: RunDir, damage: str) -> str:
     )
     append_event(run.events_path, lost)
     write_status(run, read_status(run).transition("failed", detail=f"{lost.title}: {lost.what}"))
-    return f"{resume} writes it again now"
+    return f"{resume} can now write it again"
 
 
 def _status(run: RunDir) -> Iterator[Defect]:

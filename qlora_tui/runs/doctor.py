@@ -489,7 +489,10 @@ def check_yielding(machine: Machine) -> list[Check]:
         if listed is not None and (not listed or any(is_own(each.pid) is not None for each in listed)):
             return [Check(CheckKind.YIELDING, "ok", "a run gives way to other programs on its GPU")]
     text = "Runs do not give way to other programs: the driver does not list their processes."
-    fix = "Pause the run yourself. WSL2 and containers hide which programs use the GPU."
+    fix = (
+        "Pause the run yourself if another program needs the GPU. WSL2 and containers hide which programs "
+        "use the GPU."
+    )
     return [Check(CheckKind.YIELDING, "warning", text, fix)]
 
 

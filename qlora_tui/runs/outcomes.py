@@ -214,7 +214,7 @@ def _host_memory(run: RunDir) -> str:
     """Return a sentence on the out-of-memory kill of the trainer, with the memory that it held."""
     samples = TelemetryTail(run.telemetry_path).poll()
     held = f" It last held {format_bytes(samples[-1].rss_bytes)}." if samples else ""
-    return f"The kernel ran out of host memory and killed it.{held}"
+    return f"The machine ran out of host memory, so the kernel killed the process.{held}"
 
 
 def _terminal_event(run: RunDir, events_from: int | None = None) -> events.RunEnded | None:

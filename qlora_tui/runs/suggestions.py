@@ -177,12 +177,12 @@ class Suggestion:
 
     @property
     def change(self) -> str:
-        """The change as text, such as ``1,024 → 640``. Without a change, the text is ``16, as it is``; if no
-        value is known, ``16, left unchanged``.
+        """The change as text, such as ``1,024 → 640``. Without a change, the text is ``16, as suggested``; if
+        no value is known, ``16, left unchanged``.
         """
         if self.changes:
             return f"{self.now} → {self.then}"
-        return f"{self.now}, {'as it is' if self.is_known else 'left unchanged'}"
+        return f"{self.now}, {'as suggested' if self.is_known else 'left unchanged'}"
 
     @property
     def sourced_reason(self) -> str:

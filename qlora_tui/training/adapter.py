@@ -295,7 +295,7 @@ def require_trained(model: Any, initial_weights: str, steps: int, skipped: int) 
     """
     if trained_weights_digest(model) != initial_weights:
         return
-    overflow = "The gradients overflowed float16, so those steps were skipped."
+    overflow = "Steps in which the gradients overflowed float16 were skipped."
     raise UserError(
         "Training changed nothing",
         what=f"After {pluralize(steps, 'step')} the adapter is unchanged.",

@@ -399,5 +399,5 @@ def _unsupported_model(why: str) -> UserError:
     return UserError(
         "This model's embedding and head cannot be trained",
         what=f"lora.train_embeddings is on, but {why}.",
-        fix="Set lora.train_embeddings = false: LoRA on every linear layer learns from plain text too.",
+        fix="Set lora.train_embeddings = false. LoRA on every linear layer can also learn from plain text.",
     )

@@ -138,7 +138,7 @@ def _out_of_memory(
     subject, closed = ("Another program", "program") if len(others) == 1 else ("Other programs", "programs")
     return replace(
         failed,
-        why=f"{subject} held {format_bytes(sum(others))} of the GPU.",
+        why=f"{subject} held {format_bytes(sum(others))} of the GPU's memory.",
         fix=f"Close the other {closed} and resume. {failed.fix}",
     )
 

@@ -64,7 +64,7 @@ def measure_quality(recipe: Recipe, report: Report) -> Quality:
         raise UserError(
             "Nothing is quantized",
             what='quantization.method is "none": the base is trained as it is stored.',
-            fix='Set quantization.method to "nf4" or "int8" to measure what it changes.',
+            fix='Set quantization.method to "nf4" or "int8" to measure what quantization changes.',
         )
     files = resolve_model(recipe.model.id)
     if files.architecture.quantized_as:

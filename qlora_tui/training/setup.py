@@ -223,7 +223,8 @@ def _load_base(run: Run, folder: Path, attention_path: AttentionPath) -> Prepare
             "router_loss_off",
             "The model's config asks for a loss that balances its experts (output_router_logits). This run "
             "switches that loss off.",
-            "Routers are frozen, so nothing is lost. Leave them out of lora.target_modules.",
+            "Routers are frozen, so training does not need that loss. Leave routers out of "
+            "lora.target_modules.",
         )
     _report_environment(run, base)
     if base.streamed is not None:

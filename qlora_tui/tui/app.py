@@ -1,4 +1,4 @@
-"""The app class: screens, the recipe being edited, and a poll once a second."""
+"""The app class: screens, the recipe being edited, and the system status, polled once a second."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ class QloraApp(ThemedApp):
         runs are removed from the list.
         """
         self.counts = 0
-        """Number of attempts to count the recipe's samples that have succeeded or failed. When this number
-        increases, screens replace estimated sample counts with exact ones if there are any.
+        """How many times an attempt to count the recipe's samples has ended with a new count or an error.
+        When this number increases, screens replace their estimates of the number of samples with the exact
+        number, if it is known.
         """
         self.count_problem: UserError | None = None
         """Why the samples of the recipe's data could not be counted; None if they could, or before the first
@@ -143,12 +144,12 @@ class QloraApp(ThemedApp):
         tell("The model's structure was read")
 
     def watch_verdict(self) -> Callable[[str], None]:
-        """Record the recipe's verdict on memory, and return a function that checks whether the verdict has
-        changed.
+        """Record whether the recipe fits in memory (the verdict), and return a function to call when the
+        estimate may have changed.
 
-        The function takes the reason for the check. If the verdict has changed, the function notifies the
-        user of the reason and the new verdict. If the recipe or the available memory has changed too, the
-        function does nothing.
+        The function takes the reason for the change. If the new verdict differs from the recorded one, the
+        function notifies the user of the reason and of both verdicts. If the recipe or the available memory
+        is no longer the same, the function does nothing.
         """
         recipe, budget = self.workbench.recipe, self.memory_budget
         before = self.workbench.verdict(budget)
@@ -225,7 +226,7 @@ class QloraApp(ThemedApp):
         """The device that a run on this machine would use, and its memory, regardless of the GPU size in the
         user's settings.
 
-        If the driver reports nothing about the GPU that runs would use, this equals :attr:`memory_budget`.
+        If the driver reports nothing about the GPU that a run would use, this equals :attr:`memory_budget`.
         """
         from qlora_tui.memory.budget import budget_for
 

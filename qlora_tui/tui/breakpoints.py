@@ -9,12 +9,12 @@ TALL_CELLS = 30
 """Minimum height at which panels have borders, if the window is also wide enough."""
 
 AIRY_CELLS = 40
-"""Minimum height at which panels end with an empty row, and another empty row separates the first panel from
-the bars above it.
+"""Minimum height of the window at which an empty row separates the first panel from the bars above it, if the
+window is also wide enough. On screens that do not need many rows, each panel also ends with an empty row.
 """
 ROOMY_CELLS = 50
-"""Minimum height at which long lines are wrapped instead of cut, and screens with many panels show them in
-full.
+"""Minimum height at which long lines are wrapped instead of cut, and at which screens with many panels show
+every panel in full.
 """
 
 

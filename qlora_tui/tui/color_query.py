@@ -1,9 +1,9 @@
 r"""Asks the terminal for its own colors with OSC 10 and 11, and removes the replies from the keyboard input.
 
 A reply arrives as if the user had typed it: ``ESC ] 11 ; rgb:1c1c/1c1c/1c1c ESC \``. It may arrive in several
-pieces and, on a slow link, after a second. Textual would read the reply as keys, so it is removed from the
-input first. Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating System
-Commands".
+pieces and, on a slow link, a second after the query. Textual would read the reply as keys, so it is removed
+from the input first. Control sequences: https://invisible-island.net/xterm/ctlseqs/ctlseqs.html, "Operating
+System Commands".
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ class ReplyReader:
         self._held, self._held_at = "", 0.0
 
     def expect(self, now: float) -> None:
-        """Record that the query was sent at ``now``, in monotonic seconds."""
+        """Record that the query was sent at ``now``, a monotonic time in seconds."""
         self._asked_at, self._awaited = now, 2
 
     def read(self, typed: str, now: float) -> tuple[str, list[TerminalColor]]:
-        """Return the input without replies, and the colors in the replies. ``now`` is in monotonic
+        """Return the input without replies, and the colors in the replies. ``now``: monotonic time, in
         seconds.
         """
         if not self._awaited:
@@ -88,8 +88,8 @@ class ReplyReader:
 
     def overdue(self, now: float) -> str:
         """Stop holding back short input, such as the Escape key, if the rest of a possible reply has not
-        arrived in time, and return the input; return an empty string if there is none. ``now`` is in
-        monotonic seconds.
+        arrived in time, and return the input; return an empty string if there is none. ``now``:
+        monotonic time, in seconds.
         """
         if not self._held or len(self._held) > _TYPED or now - self._held_at < _TYPED_S:
             return ""

@@ -47,7 +47,7 @@ class Command:
 
 @dataclass(frozen=True)
 class ScreenEntry:
-    """A screen. Its class is ``NameScreen`` in ``screens/name/screen.py``."""
+    """A screen. For example, the class of screen ``data`` is ``DataScreen`` in ``screens/data/screen.py``."""
 
     name: str
     """Name of the screen's package and of its mode in the app, and the beginning of its commands' ids."""

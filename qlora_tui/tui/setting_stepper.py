@@ -30,12 +30,13 @@ _DROPOUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Dropout values: those in the LoRA and QLoRA papers, and a few more."""
 _SHARES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 _ROUND = (1, 2, 3, 5)
-"""Leading digits of the values of all other numeric settings: 1, 2, 3, 5, 10, 20…"""
+"""Leading digits of the values of numeric settings that have no rule of their own: 1, 2, 3, 5, 10, 20…"""
 
 
 def step_value(field: Field, value: Any, direction: int) -> Any:
-    """Return the setting's next value up (``direction`` 1) or down (-1) within its bounds. Return ``value``
-    itself if there is no further value in this direction, or if the setting is text.
+    """Return the setting's next value up (``direction`` 1) or down (-1) within its bounds. Choices wrap
+    around at either end, and a Boolean value is toggled in either direction. Return ``value`` itself if a
+    number is at its bound, or if the setting is text or a list.
     """
     match field.kind:
         case "bool":

@@ -62,7 +62,7 @@ class SystemStatus:
     gpu: GpuDevice | None = None
     gpu_metrics: GpuMetrics | None = None
     other_gpus: tuple[GpuDevice, ...] = ()
-    """The other GPUs that runs are allowed to use."""
+    """GPUs that runs are allowed to use, in addition to :attr:`gpu`."""
     other_gpu_metrics: tuple[GpuMetrics | None, ...] = ()
     """A reading of each GPU in :attr:`other_gpus`; None for a GPU that does not respond."""
     gpu_choice: str = ""
@@ -77,7 +77,7 @@ class SystemStatus:
     """
     active_status: Status | None = None
     also_active: tuple[RunDir, ...] = ()
-    """The other runs that are training."""
+    """The runs that are training, other than :attr:`active`."""
     also_active_statuses: tuple[Status, ...] = ()
     """The status of each run in :attr:`also_active`."""
     has_free_device: bool = False

@@ -17,7 +17,7 @@ _HALF = 0.5
 
 
 class ThemedApp(TerminalApp):
-    """An app that shows the theme in the settings, or a simpler theme if the terminal requires it."""
+    """An app that uses the theme that the settings select, or a simpler theme if the terminal requires it."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -33,15 +33,15 @@ class ThemedApp(TerminalApp):
     def show_first_theme(self) -> None:
         """Load the themes, and show the one in the settings, or the default if it does not exist.
 
-        Call this before the first screen is mounted. If a theme is set later, Textual parses all style sheets
-        again and paints the keys twice.
+        Call this before the first screen is mounted. If the first theme is set later, Textual parses all
+        style sheets again and paints the key hints twice.
         """
         self._load()
         # Textual's default theme lacks variables that the app's style sheets use.
         self.theme = self._wanted_theme if self._wanted_theme in self.available_themes else themes.DEFAULT
 
     def show_wanted_theme(self) -> None:
-        """Show the theme in the settings, after the settings have changed."""
+        """Switch to the theme that is set in the user's settings. Called after the settings have changed."""
         self._show_theme(self._wanted_theme)
         if self.wants_terminal_colors() and not self._terminal_colors:
             self.ask_terminal_colors()
@@ -89,8 +89,9 @@ class ThemedApp(TerminalApp):
         return self.console.color_system in (None, "standard")
 
     def on_terminal_color(self, message: TerminalColor) -> None:
-        """Record a color that the terminal has reported, and update the theme. Once both colors of a terminal
-        with 24-bit color are known, the theme that is derived from them becomes available.
+        """Record a color that the terminal has reported, and update the theme. Once both the foreground and
+        the background color of a terminal with 24-bit color are known, the theme that is derived from them
+        becomes available.
         """
         self._terminal_colors[message.is_background] = message.color
         if message.is_background:
@@ -131,8 +132,8 @@ class ThemedApp(TerminalApp):
         self._show_theme(self._theme_for(setting or self.settings.theme))
 
     def on_command_palette_option_highlighted(self, message: CommandPalette.OptionHighlighted) -> None:
-        """Preview the theme that the highlighted entry of the palette selects; for any other entry, show the
-        theme in the settings.
+        """If the highlighted entry of the palette selects a theme, preview this theme; otherwise, switch back
+        to the theme that the settings select.
         """
         self.preview_theme(previewed_theme(message))
 

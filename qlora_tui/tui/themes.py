@@ -231,7 +231,7 @@ def load_themes() -> tuple[list[Theme], list[UserError]]:
 
 
 def theme_names() -> list[str]:
-    """Return the values of the setting ``theme`` to choose from: ``auto`` and the names of all themes.
+    """Return the choices for the setting ``theme``: ``auto`` and the names of the app's and user's themes.
 
     Textual's own themes are left out, since their contrast is too low.
     """

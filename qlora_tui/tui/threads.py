@@ -1,4 +1,4 @@
-"""Long-running work in a thread. The work ends when its worker is canceled, or when a key stops it."""
+"""Long-running work in a thread. It ends early if its worker is canceled or the user stops it with a key."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def load_ui_state() -> UiState:
 
 
 def save_ui_state(**changes: Any) -> None:
-    """Write the file with these fields changed. Errors while writing are ignored."""
+    """Change these fields of the saved state. Errors while writing the file are ignored."""
     state = msgspec.structs.replace(load_ui_state(), **changes)
     with suppress(OSError, UnicodeEncodeError):
         atomic_write(_file(), msgspec.json.encode(state))

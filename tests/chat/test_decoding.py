@@ -239,7 +239,7 @@ def test_fixed_shapes_at_a_wrong_position_are_not_used(
     session = loaded(source)
     outcome = answer(session)
     assert outcome.text == expected and not steps_of(session).in_use
-    assert "In fixed shapes the logits differed" in outcome.note and outcome.warning == ""
+    assert "In fixed shapes, the logits differed" in outcome.note and outcome.warning == ""
 
 
 def test_a_model_without_fixed_shapes_decodes_as_usual(

@@ -103,7 +103,7 @@ def test_a_wrong_cache_is_not_used(tiny_source: ChatSource, monkeypatch: pytest.
 
     monkeypatch.setattr(decoding.GrowingLayer, "update", update)
     session, answer = answered(tiny_source, "adapter")
-    assert session.warning.startswith("Answers are slower: with a cache") and answer == expected
+    assert session.warning.startswith("Answers are slower: with a KV cache") and answer == expected
 
 
 def test_a_check_that_fails_costs_no_answer(tiny_source: ChatSource, monkeypatch: pytest.MonkeyPatch) -> None:

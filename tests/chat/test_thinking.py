@@ -94,7 +94,7 @@ def test_a_thought_is_given_out_while_it_comes() -> None:
     [
         (ThinkingSupport(kind="none"), "off", "no switch"),
         (ThinkingSupport(kind="none"), "auto", ""),
-        (ThinkingSupport(kind="always"), "off", "always opens a thought"),
+        (ThinkingSupport(kind="always"), "off", "always opens a thinking block"),
         (ThinkingSupport(kind="switch", variable="enable_thinking"), "off", ""),
         (
             ThinkingSupport(kind="effort", variable="reasoning_effort", off="low"),

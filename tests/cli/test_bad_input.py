@@ -136,7 +136,7 @@ def test_every_command_rejects_preferences_until_the_user_chooses(
         said = call(*words)
         assert said.code == 1 and said.out == ""
         assert "Preference data: " in said.err and str(data) in said.err
-        assert "the rejected answers are ignored" in said.err
+        assert "the rejected answers would be ignored" in said.err
         assert "--set data.preferences=chosen" in said.err
         assert call(*words, *choice).code == 0
     assert "That." not in call("data", "show", str(data), *of_model, *choice).out

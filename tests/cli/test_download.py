@@ -84,7 +84,7 @@ def test_a_revision_is_kept_under_its_name(hub: FakeHub) -> None:
 
 def test_a_revision_that_is_none_is_told(hub: FakeHub) -> None:
     code, _, err = _call(hub, "org/tiny", "--revision", "v9")
-    assert code == 1 and "no branch, tag or commit of this name" in err
+    assert code == 1 and "branch, tag or commit" in err
     code, _, err = _call(hub, "org/tiny", "--revision", "../../x")
     assert code == 2 and "Invalid revision" in err
     assert not hub_cache_dir().exists()

@@ -41,7 +41,7 @@ def test_the_printed_command_starts_one_trainer_per_gpu(
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert run_queue.waiting() == []
     status = read_status(run)
-    assert status.state in RESUMABLE and "start it with the printed command" in status.detail
+    assert status.state in RESUMABLE and "start it with the command that" in status.detail
     attached = call("attach", "last")
     assert attached.code == 0 and "stopped at step 0" in attached.out
 

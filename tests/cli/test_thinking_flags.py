@@ -29,7 +29,7 @@ def test_a_row_is_shown_as_the_settings_have_it(call: Call, words: tuple[str, ..
 @pytest.mark.slow
 def test_a_file_is_looked_over_as_the_settings_have_it(call: Call, words: tuple[str, ...]) -> None:
     said = call("data", "inspect", *words).out
-    assert "Reasoning: 1 of 3 rows, to learn." in said
+    assert "Reasoning: 1 of 3 rows, learned." in said
     assert "Thinking: on for the 1 row with reasoning, off for 2 without (enable_thinking)." in said
     assert "note: Rendered with thinking" not in said
     report = call("data", "inspect", *words, "--thinking", "off", "--json").json

@@ -36,13 +36,13 @@ def rows(path: Path, *conversations: tuple[str, ...]) -> Source:
 @pytest.mark.parametrize(
     ("model", "data", "words"),
     [
-        ("smollm3", Data(), ("2 of 3 rows, to learn", "on for the 2 rows with reasoning, off for 1 without")),
+        ("smollm3", Data(), ("2 of 3 rows, learned", "on for the 2 rows with reasoning, off for 1 without")),
         ("smollm3", Data(reasoning_in_loss=False), ("only read",)),
         ("smollm3", Data(thinking="off"), ("2 of 3 rows, left out",)),
-        ("smollm3", Data(thinking="on"), ("an empty thought is learned from 1 row",)),
+        ("smollm3", Data(thinking="on"), ("an empty thinking block is learned from 1 row",)),
         ("deepseek-v3.1", Data(), ("drops it from earlier turns: 1 row",)),
         ("chatml", Data(thinking="on"), ("on has no effect",)),
-        ("opens-thinking", Data(), ("always opens a thought", "closed immediately in 1 row")),
+        ("opens-thinking", Data(), ("always opens a thinking block", "closed immediately in 1 row")),
     ],
 )
 def test_reasoning_is_counted_with_what_becomes_of_it(
@@ -64,7 +64,7 @@ def test_a_row_that_gives_no_sample_is_not_counted(tmp_path: Path) -> None:
     source = rows(tmp_path, THOUGHT, (THOUGHT[0] + " word" * 200, THOUGHT[1]))
     report = inspect(source, thinker("smollm3"), Data(max_length=64, overflow="drop"))
     assert report.counts.conversations == 1
-    assert "Reasoning: 1 of 1 row, to learn." in report.thinking
+    assert "Reasoning: 1 of 1 row, learned." in report.thinking
 
 
 @pytest.mark.parametrize("change", [{"thinking": "off"}, {"thinking": "on"}, {"reasoning_in_loss": False}])

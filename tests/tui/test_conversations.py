@@ -371,7 +371,7 @@ async def test_thoughts_are_sent_back_beside_the_answers_they_led_to() -> None:
 
 NO_SWITCH = (
     (ThinkingSupport(kind="none"), "has no switch", "auto"),
-    (ThinkingSupport(kind="always"), "always opens a thought", "auto"),
+    (ThinkingSupport(kind="always"), "always opens a thinking block", "auto"),
     (
         ThinkingSupport(kind="effort", variable="reasoning_effort", off="low", default="on"),
         "reasoning_effort = low",

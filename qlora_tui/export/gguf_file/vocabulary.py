@@ -65,7 +65,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
             "This tokenizer cannot be exported as GGUF",
             what=f"llama.cpp has no pre-tokenizer with this tokenizer's rules: "
             f"{' then '.join(rules) or 'none'}.",
-            fix="Export the model with `qlora-tui export merge`; transformers and vLLM load that folder.",
+            fix="Export the model with `qlora-tui export merge`; transformers and vLLM load the exported "
+            "folder.",
         )
     return name
 
@@ -337,5 +338,5 @@ def _unsupported(why: str) -> UserError:
     return UserError(
         "This tokenizer cannot be exported as GGUF",
         what=f"llama.cpp has no such tokenizer: {why}.",
-        fix="Export the model with `qlora-tui export merge`; transformers and vLLM load that folder.",
+        fix="Export the model with `qlora-tui export merge`; transformers and vLLM load the exported folder.",
     )

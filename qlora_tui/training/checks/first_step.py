@@ -351,8 +351,8 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
         )
     elif names:
         remedy = (
-            "This run uses the code of transformers and peft instead, which is correct, but slower and takes "
-            f"more memory. {_REPORT}"
+            "This run uses the code of transformers and peft instead. That code is correct, but it is slower "
+            f"and takes more memory. {_REPORT}"
         )
     else:
         remedy = (

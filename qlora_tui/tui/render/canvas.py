@@ -22,7 +22,7 @@ _BRAILLE_BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 order of rows from the top.
 """
 _MARKS = "⠿⣶"
-"""The block of a mark in the upper and in the lower part of its cell."""
+"""Symbols of a mark: for the upper half and for the lower half of its cell."""
 _BRAILLE_BLANK = 0x2800
 """Code point of the braille character without dots."""
 
@@ -52,9 +52,10 @@ class Canvas:
     """Background color by (column, row)."""
 
     def settle(self, dots: Iterable[tuple[int, int]], style: str, look: Look) -> None:
-        """Draw the dots (x, y) of a curve, counted from the top left, as braille characters. The dots of a
-        line are added to the dots of other lines in the same cell. Points replace the contents of the cell. A
-        dotted line, which is drawn last, leaves out the cells of other lines and of marks.
+        """Draw a curve as braille characters. ``dots``: the (x, y) of each dot, counted from the top left.
+
+        The dots of a line are added to the dots of other lines in the same cell. Points replace the contents
+        of the cell. A dotted line, which is drawn last, has no dots in the cells of other lines and of marks.
         """
         for cell, bits in _by_cell(dots).items():
             if look == "dotted" and cell in self.lines:
@@ -65,8 +66,8 @@ class Canvas:
             self.cells[cell] = (chr(_BRAILLE_BLANK | bits), style)
 
     def set_mark(self, column: int, dot_row: int, style: str) -> None:
-        """Draw a mark, a block of dots in the cell that contains the dot row, over everything else in the
-        cell. The block is three dots high, in the upper or the lower part of the cell.
+        """Draw a mark in the cell that contains the dot row, over everything else in the cell. The mark is
+        a block of dots, three dots high, in the upper or the lower part of the cell.
         """
         row, dot = divmod(dot_row, DOTS_HIGH)
         self.set_symbol((column, row), _MARKS[dot >= DOTS_HIGH // 2], style)

@@ -113,8 +113,9 @@ def hanging(head: Content, text: Content, width: int, least: int = 10) -> list[C
 
 
 def _is_shown(column: Column[Row], rows: Sequence[Row]) -> bool:
-    """Return whether a column is shown. A column can be hidden if its texts are all empty
-    (``shown_if_empty``) or all the same (``shown_if_same``).
+    """Return whether a column is shown. A column without ``shown_if_empty`` is hidden if all its texts are
+    empty. A column without ``shown_if_same`` is hidden if there are several rows and all its texts are the
+    same.
     """
     if column.shown_if_empty and column.shown_if_same:
         return True

@@ -98,7 +98,7 @@ def recipe_line(workbench: Workbench, width: int | None = None, *, names_preset:
 
 
 def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
-    """Return the parts of a recipe's line: preset, model, data, adapter, and :func:`batch_words`.
+    """Return the parts of a recipe's one-line summary: preset, model, data, adapter, and :func:`batch_words`.
 
     If the parts do not fit ``width`` cells, the name of the data is shortened, then the name of the model,
     then the name of the preset. After that, the LoRA targets, the preset and the data are left out one after
@@ -357,8 +357,8 @@ def verdict_style(verdict: RunVerdict) -> str:
 
 
 def verdict_content(verdict: RunVerdict) -> Content:
-    """Return the sentence of a verdict in the verdict's color, except for cautions, which have the
-    warning color.
+    """Return the sentence of a verdict in the verdict's color. Cautions, which are parts of the sentence,
+    have the warning color.
     """
     content = Content.styled(verdict.sentence, verdict_style(verdict))
     for part in verdict.cautions:

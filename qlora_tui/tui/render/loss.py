@@ -125,8 +125,8 @@ def _from_to(name: str, losses: Envelope, last: float | None) -> str:
 
 
 def _legend(facts: LossFacts) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-    """Return (text, style) items for the legend, with the newest values, the most important item first; and
-    those of them that are not about a curve.
+    """Return two sequences of (text, style) items with the newest values: first, all items of the legend, the
+    most important item first; second, only the items that are not about a curve.
     """
     items: list[tuple[str, str]] = []
     notes: list[tuple[str, str]] = []
@@ -235,7 +235,7 @@ def loss_svg(view: RunView) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """Position and size of a chart in a picture, without the chart's labels."""
+    """Position and size of a chart in a picture, not counting the chart's labels."""
 
     x: float
     y: float
@@ -317,7 +317,7 @@ def validation_lines(
     the last line has the number of those left out, and the first loss.
 
     The bars are relative to the largest change of all evaluations, whichever lines fit. The bar of a rise
-    begins with ``▲``, so that it differs from the bar of a fall without color.
+    begins with ``▲``, so that it can be distinguished from the bar of a fall even without color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.

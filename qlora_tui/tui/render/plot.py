@@ -27,7 +27,9 @@ LEAST_CHART = 7
 described in words.
 """
 _MIN_SPARK, _MAX_SPARK = 4, 24
-"""Minimum and maximum width of the blocks after a curve's words, in cells."""
+"""Minimum and maximum width, in cells, of the small block chart that follows a curve's words when a graph is
+described in words.
+"""
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
 _LEAST_DOTTED = 8
@@ -42,16 +44,15 @@ _NONE_BELOW = 1.3
 """Penalty factor for axes without a label at the low end."""
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _FEW_STEPS = 10.0
-"""Minimum length of the step axis, in steps, if the run has at least this many steps in total."""
+"""Minimum length of the step axis, in steps, unless the run ends sooner."""
 _END_GRAINS = 40
 """The step axis ends at a multiple of a round number of steps. At most this many multiples fit on the axis.
 """
 _FAR = 1e30
 _EPSILON = 1e-12
-"""Minimum magnitude of the values and of the range of an axis, so that its arithmetic stays finite."""
+"""Values and ranges of an axis up to this magnitude count as zero, so that its arithmetic stays finite."""
 _LEAST_SPAN = 0.05
 """Minimum range of a loss axis relative to the loss."""
-"""Symbol at the bottom of a chart, in the column of a value that is NaN or infinite."""
 _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
@@ -160,7 +161,9 @@ def tick_step(low: float, high: float, max_parts: int) -> float:
 
 
 def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
-    """Return (value, label) for the ticks of an axis, in order. Step ticks are whole numbers."""
+    """Return (value, label) for the ticks of an axis, in order. The ticks of a step axis are at whole
+    numbers.
+    """
     step = tick_step(axis.low, axis.high, most)
     if axis.unit == "step":
         step = max(step, 1.0)
@@ -230,8 +233,8 @@ class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
     A cell that several lines share shows the dots of all of them, but can have only one color, which is
-    selected by :meth:`Canvas.color_shared_cells`. A mark has its cell for itself. A dotted line has no dots
-    in the cells of marks and of other lines, and is left out in a graph of few rows.
+    selected by :meth:`Canvas.color_shared_cells`. A mark has its cell to itself. A dotted line has no dots
+    in a cell that contains a mark or another line, and is left out in a graph of few rows.
     """
 
     x: Axis
@@ -257,7 +260,7 @@ class Plot:
 
     @property
     def is_empty(self) -> bool:
-        """Whether only the text ``empty`` is shown, because there are no curves and no marks."""
+        """Whether only the text in ``empty`` is shown, because there are no curves and no marks."""
         return bool(self.empty) and not self.marks and not any(curve.envelope.xs for curve in self.curves)
 
 
@@ -268,8 +271,8 @@ def no_plot(text: str) -> Plot:
 
 def plot(what: Plot, width: int, height: int) -> list[Content]:
     """Return the plot as ``height`` lines: the legend, the graph with the scale of y on the left, and the
-    scale of x below. If ``height`` is less than ``LEAST_CHART``, the first line has the curves in words, and
-    the other lines are blank.
+    scale of x below. If ``height`` is less than ``LEAST_CHART``, the first line describes the curves in
+    words, and the other lines are blank.
 
     A value that is not finite interrupts its curve and is marked at the bottom. No line is drawn across a gap
     without finite values.
@@ -314,8 +317,9 @@ def _nothing(what: Plot, width: int, height: int) -> list[Content]:
 
 
 def _in_words(what: Plot, width: int, height: int) -> list[Content]:
-    """Return ``height`` lines that are blank except for the first one. It has the words of each curve, with
-    the curve as blocks after its words, and the notes: ``train 5.399 → 2.531 ▇▄▂▁  ★ best 2.781 at 60``.
+    """Return ``height`` lines that are blank except for the first one. The first line has, for each curve,
+    its words followed by the curve as blocks; the notes come last:
+    ``train 5.399 → 2.531 ▇▄▂▁  ★ best 2.781 at 60``.
     """
     curves = [curve for curve in what.curves if curve.words and curve.envelope.low is not None]
     texts = [*(curve.words for curve in curves), *(text for text, _ in what.notes)]
@@ -416,8 +420,8 @@ def _draw_curve(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
 
 
 def _between(before: tuple[int, int, int], after: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
-    """Yield the dots of a line that connects two vertical segments, each given as (x, top, bottom). At each
-    end, the line begins at the point of the segment that is closest to the middle of the other segment.
+    """Yield the dots of a line that connects two vertical segments, each given as (x, top, bottom). Each
+    end of the line is the point of its segment that is closest to the middle of the other segment.
     """
     x0, top0, bottom0 = before
     x1, top1, bottom1 = after

@@ -57,8 +57,8 @@ class Envelope:
 
 
 class DecimatedSeries:
-    """Several columns of values that share their x. Values can be appended. Memory grows with the logarithm
-    of the number of values.
+    """Several columns of values with the same x values. Values can be appended. Memory grows with the
+    logarithm of the number of values.
     """
 
     def __init__(self, columns: int = 1, most: int = MAX_POINTS) -> None:
@@ -118,8 +118,9 @@ class DecimatedSeries:
         return envelopes
 
     def _resolution(self, low: float) -> tuple[int, int]:
-        """Return the index of the finest level in which the buckets that end at or after ``low`` do not
-        exceed the maximum number of points, and the index of the first of these buckets to draw.
+        """Return (level, bucket): the index of the level to draw, and the index of its first bucket to draw.
+        The level is the finest one in which the number of buckets that end at or after ``low`` is at most
+        the maximum number of points.
         """
         for number, level in enumerate(self._levels):
             start = bisect_left(level.xs, low)
@@ -247,7 +248,7 @@ class _Level:
 @dataclass
 class _Moments:
     """Weighted sums of 1, d, d², y and d·y over points (x, y). The distance d of a point is measured along x,
-    from a place that moves.
+    from the current place, which :meth:`move` changes.
     """
 
     beta: float
@@ -259,7 +260,9 @@ class _Moments:
     dy: float = 0.0
 
     def move(self, step: float) -> None:
-        """Move the place by ``step``. The weight of each point is multiplied by ``beta ** abs(step)``."""
+        """Move the origin of the distances along x by ``step``, and multiply the weight of each point by
+        ``beta ** abs(step)``.
+        """
         fall = self.beta ** abs(step)
         self.dd = fall * (self.dd - 2 * step * self.d + step * step * self.ones)
         self.dy = fall * (self.dy - step * self.y)
@@ -268,7 +271,7 @@ class _Moments:
         self.y *= fall
 
     def add(self, value: float, weight: float) -> None:
-        """Add a point at the place. A value that is not finite is skipped."""
+        """Add a point at the current place, with d = 0. A value that is not finite is skipped."""
         if math.isfinite(value):
             self.ones += weight
             self.y += weight * value
@@ -316,7 +319,9 @@ def local_fits(
 
 
 def _line_at(before: _Moments, after: _Moments, distance: float) -> float:
-    """Fit a line to the points of both moments, and return its height at this distance from their place."""
+    """Fit a line to the points in ``before`` and ``after``, and return the line's height. ``distance``: where
+    to evaluate the line, measured along x from the place that both share.
+    """
     ones, d, dd = before.ones + after.ones, before.d + after.d, before.dd + after.dd
     y, dy = before.y + after.y, before.dy + after.dy
     spread = dd - d * d / ones
@@ -327,8 +332,8 @@ def _line_at(before: _Moments, after: _Moments, distance: float) -> float:
 
 
 def smooth(values: Sequence[float], window: float) -> array[float]:
-    """Return, for each value, the height of a line fitted to the values around it: ``local_fits`` for values
-    at x = 1, 2, 3….
+    """Smooth the values by fitting a line to the values around each of them. This is :func:`local_fits` for
+    values at x = 1, 2, 3….
     """
     return local_fits(range(1, len(values) + 1), values, window)
 

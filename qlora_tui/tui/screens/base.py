@@ -160,7 +160,7 @@ class WorkScreen(Screen[None], CancelsWorkersFirst, OnQloraApp):
         yield CommandFooter(self.FOOTER_APP_COMMANDS, self.command_label)
 
     def compose_body(self) -> Iterable[Widget]:
-        """Yield the screen's own widgets, between top bar and footer."""
+        """Yield the screen's own widgets, which are between the top bar and the footer."""
         return ()
 
     def on_mount(self) -> None:

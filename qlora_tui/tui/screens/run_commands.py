@@ -95,8 +95,8 @@ class RunCommands(WorkScreen):
         self.evaluate(self.target_run)
 
     def evaluate(self, run: RunDir) -> None:
-        """If a measurement is in progress, stop it. Otherwise, show the answers of a run. If they have not
-        been measured yet, measure them first.
+        """If a measurement is in progress, stop it. Otherwise, show how the base model and the run's adapter
+        answer the validation prompts. If these answers have not been measured yet, measure them first.
         """
         if not self._measurement.stop():
             self._evaluate(run)
@@ -110,7 +110,7 @@ class RunCommands(WorkScreen):
         run = self.target_run
         text = (
             "A picture to share: model, data, curve, loss, one question answered before and after "
-            "training, speed and memory. The file's name ends in .svg or .png."
+            "training, speed and memory. The file's name must end in .svg or .png."
         )
         prompt = TextPromptScreen("Save the run card", text, format_path(Path.cwd() / f"{run.id}.svg"))
         self.ask(prompt, lambda typed: self._save_card(run, Path(typed).expanduser()))

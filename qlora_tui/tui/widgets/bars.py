@@ -1,4 +1,6 @@
-"""The first and last lines of every screen: screens and status at the top, keys at the bottom."""
+"""The bars of every screen: one at the top with the names of the screens and the status, and one at the
+bottom with the keys.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +99,8 @@ class TopBar(Widget):
 
 
 def _silence_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts, longest first, for another machine that no longer responds. The longest text adds that
-    the runs there continue.
+    """Return texts, longest first, which say that the machine the app is connected to no longer responds. The
+    longest text adds that the machine's runs continue.
     """
     silence = f"{system_status.box} has not answered for {format_duration(system_status.box_silent_s)}"
     return [f"{option} " for option in (f"{silence}; its runs continue", silence, "no answer", "")]
@@ -106,7 +108,7 @@ def _silence_texts(system_status: SystemStatus) -> list[str]:
 
 def _run_texts(system_status: SystemStatus) -> list[str]:
     """Return texts for the active run, longest first: ``● step 1,240 of 3,000`` and ``● 41%``. Before the
-    first step, and without an active run, there is only one text, which can be empty.
+    first step, or if no run is active, there is only one text, which can be empty.
     """
     status = system_status.active_status
     if status is None:
@@ -154,8 +156,9 @@ def _waiting_text(system_status: SystemStatus) -> str:
 
 
 def _gpu_texts(system_status: SystemStatus) -> list[str]:
-    """Return texts about the GPUs that runs are allowed to use, longest first: all GPUs in full, all GPUs
-    with only their utilization, and only the chosen GPU.
+    """Return texts about the GPUs available for training, longest first. The first text describes each GPU in
+    full. If there are several GPUs, the second gives only the utilization of each GPU, and the third
+    describes only the chosen GPU.
     """
     if system_status.gpu is None:
         return [system_status.no_gpu_title]
@@ -233,8 +236,8 @@ class CommandFooter(Drawing):
         self._choose()
 
     def _laid_out(self, screen: Screen[object]) -> None:
-        """After a layout, choose the keys again if the keys that the panels name have changed. This is
-        rare.
+        """After a layout, if the keys that the panels show have changed, choose again which commands the
+        footer shows. This is rare.
         """
         named = _named(screen)
         if named != self._named:

@@ -52,7 +52,7 @@ LIST_KEYS = (
     Binding("home", f"move({-_ALL_ROWS})", show=False),
     Binding("end", f"move({_ALL_ROWS})", show=False),
 )
-"""Keys that move a list's cursor from row to row, including Home and End."""
+"""Keys that move a list's cursor: :data:`ROW_KEYS`, Home and End."""
 SCROLL_KEYS = (
     Binding("j", "scroll_down", show=False),
     Binding("k", "scroll_up", show=False),
@@ -214,7 +214,7 @@ _UNLIMITED_ROWS = 10_000
 
 
 class Drawing(Widget):
-    """A widget whose lines are drawn by a function for its size. Only lines that changed are repainted.
+    """A widget that gets its lines from a function of its width and height. Only changed lines are repainted.
 
     The widget fills its container or, with ``height: auto``, has one row for each line.
     """

@@ -1,4 +1,6 @@
-"""The recipe in one line below the top bar, and why it cannot be trained."""
+"""A strip below the top bar with the recipe in one line. If the model cannot be trained, the strip can also
+say why.
+"""
 
 from __future__ import annotations
 

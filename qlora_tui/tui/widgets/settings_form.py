@@ -73,7 +73,9 @@ class SettingGroup:
     title: str
     fields: tuple[Field, ...]
     is_open: bool = True
-    """Whether the group is open at first. A folded group shows only settings whose values were changed."""
+    """Whether the group is open at first. Below the title of a folded group, only changed settings are
+    listed.
+    """
     applies: Callable[[Struct], bool] = lambda values: True
     """Returns whether the group is shown for the given values of all settings."""
 
@@ -268,8 +270,8 @@ class SettingList(LineView):
         self.refresh()
 
     def on_key(self, event: Key) -> None:
-        """If letters are shown, remove them. If the key is one of these letters, move the cursor
-        to its line.
+        """If letters label the lines (:meth:`action_jump`), remove them. If the key is one of these letters,
+        move the cursor to the line that had the letter.
         """
         if not self._letters:
             return
@@ -309,8 +311,8 @@ class SettingList(LineView):
             self.post_message(self.Typing())
 
     def open_what_fits(self, rows: int) -> None:
-        """Open the first groups that fit in ``rows``. If the list has two columns, open all groups. If the
-        user has opened or folded a group, open and fold none.
+        """If the list has two columns, open all groups; otherwise, open as many of the first groups as fit in
+        ``rows``. Leave the groups as they are if the user has opened or folded a group.
         """
         self._rows = rows
         if not self._is_arranged:
@@ -423,8 +425,9 @@ class SettingList(LineView):
 
 
 def _style_of(field: Field, value: Any) -> str:
-    """Return the style of a value that equals the one to compare it with: bold if it is not the default, and
-    muted if it is a default that turns something off or leaves it to the program.
+    """Return the style of a value that is the same as in the preset or the defaults that the form compares
+    with. It is bold if the value is not the setting's default, and muted if the value is a default that turns
+    something off or lets the program decide.
     """
     if value != field.default:
         return "bold"

@@ -512,7 +512,7 @@ class Conversation(VerticalScroll, OnQloraApp):
             self._open_requests.remove(request)
 
     async def _decide(self, turn: ChatTurn, answer: AdapterAnswer) -> None:
-        """Show the probability of each label below the answer. For adapters in GGUF files, do nothing."""
+        """Below the answer, show the probability of each label. For adapters in GGUF files, do nothing."""
         name = answer.adapter_name
         if self.source is None or name not in self.source.adapter_names:
             return  # llama.cpp computes the answers of this adapter, without probabilities of labels
@@ -545,8 +545,9 @@ class Conversation(VerticalScroll, OnQloraApp):
             self.app.show_error(problem)
 
     def _stopped(self, what: str) -> str:
-        """Return the note for a stopped answer. The note says why the model was unloaded, if the reason is
-        known; otherwise, it continues ``Stopped`` with ``what``, such as ``loading the model``.
+        """Return the note for a stopped answer. It begins with ``Stopped``, followed by the reason why the
+        model was unloaded. If no such reason is known, ``what`` follows instead: ``Stopped loading the
+        model``.
         """
         happened = f": {self.unloaded_because}" if self.unloaded_because else f" {what}"
         return f"Stopped{happened}. " + name_keys("Press {chat.leave}, then {chat.retry}, to try again.")

@@ -64,7 +64,7 @@ _HINTS = (
     "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field",
     "{chat.write} writes a message",
 )
-"""Texts in the empty prompt field: while it has the focus, and while it has not."""
+"""Texts in the empty prompt field: with the focus, and without the focus."""
 TIPS = (
     ("compare", "{chat.split} shows one answer or both, and {chat.next_adapter} selects another checkpoint."),
     ("measure", "{chat.effect} measures how much the adapter changes the base model."),
@@ -75,7 +75,9 @@ TIPS = (
     ),
     ("reuse", "{chat.copy} copies the last answer, and {chat.serve} serves the model to other programs."),
 )
-"""(label, sentence) pairs on what to do with answers; keys are named by command."""
+"""(label, sentence) pairs on what the user can do with answers. A placeholder, such as ``{chat.split}``,
+stands for the key of a command.
+"""
 Suggested: TypeAlias = Literal["shown", "selected"]
 """State of the suggested messages: ``selected`` if they have the focus, otherwise ``shown``."""
 _MIN_NAME_WIDTH = 16
@@ -227,7 +229,7 @@ def effect_text(measured: Effect, width: int) -> Content:
     if measured.layers:
         first, last = measured.layers[0].layer, measured.layers[-1].layer
         most = max(measured.layers, key=lambda change: change.relative)
-        before = f"{figures} · layers moved: {first} "
+        before = f"{figures} · layer changes: {first} "
         after = f" {last}, most {format_small_percent(most.relative)} in {most.layer}"
         width_left = min(len(measured.layers), max(_MIN_COLUMNS, width - len(before + after)))
         columns = downsample([change.relative for change in measured.layers], width_left)
@@ -243,7 +245,7 @@ class ChatMain(Vertical):
         super().__init__(id="chat-main")
         self.conversation = conversation
         self._free_rows = 0
-        """Number of rows for starter prompts that nothing else needs, before the first message."""
+        """Number of rows that are free for starter prompts before the first message."""
 
     def compose(self) -> Iterable[Widget]:
         with Panel("Chat", id="chat-panel"):
@@ -285,8 +287,8 @@ class ChatMain(Vertical):
         self.call_after_refresh(self._fit, start)
 
     def _fit(self, start: ChatStart) -> None:
-        """Before the first message, make the conversation as high as its contents, so that the starter
-        prompts are directly below them. The rows that are left are for starter prompts.
+        """Before the first message, make the conversation only as tall as its contents, so that the starter
+        prompts are directly below it. The remaining rows are for starter prompts.
         """
         chat, drawing = self.conversation, self.query_one("#chat-start", Drawing)
         if not self._is_start or not drawing.size:

@@ -131,8 +131,8 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """If a server has loaded or unloaded a model, update the header, which names the server that holds a
-        model.
+        """If a server has loaded or unloaded its model, update the header, which shows whether a server has a
+        model in memory. Do nothing while the conversation is busy.
         """
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None
@@ -141,7 +141,9 @@ class ChatScreen(WorkScreen):
             self.show_header()
 
     async def _show_newest(self, before: ChatSource | None) -> None:
-        """Switch to the newest run, unless the user has chosen another source than ``before`` meanwhile."""
+        """Switch to the newest run, if the source is still ``before``. If it is not, the user has chosen
+        another source in the meantime.
+        """
         if self.conversation.source is not before:
             return
         if runs := chat_runs():
@@ -468,7 +470,9 @@ class ChatScreen(WorkScreen):
             rejected.show_judgment("")
 
     def action_edit_answer(self) -> None:
-        """Let the user edit the adapter's last answer, and save the edited answer as training data."""
+        """Let the user edit the last answer, and save the edited answer as training data. If there are two
+        last answers, side by side, the right one is edited.
+        """
         turn = self.conversation.last_answered(1)
         if turn is None:
             self.notify("There is no answer to edit yet.")

@@ -35,10 +35,9 @@ _NARROW_CELLS = 66
 _NAMES = 6
 """Maximum number of models that are listed by name. If there are more, only their number is shown."""
 _WHAT = (
-    "A server lets other programs, such as scripts, editors and Open WebUI, use base, runs and checkpoints "
-    "through an OpenAI-compatible API. The server continues after this app exits, and frees the GPU for "
-    "each run that "
-    "starts."
+    "A server lets other programs, such as scripts, editors and Open WebUI, use the base model, runs and "
+    "checkpoints through an OpenAI-compatible API. The server continues after this app exits, and frees the "
+    "GPU for each run that starts."
 )
 _NOTHING = "No run has an adapter to serve yet."
 

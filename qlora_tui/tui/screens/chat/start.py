@@ -48,7 +48,9 @@ from qlora_tui.tui.widgets.controls import HEADING, ViList
 _MAX_OF_KIND = 24
 """Maximum number of prompts of each kind that are read."""
 _FEW, _MOST = 4, 24
-"""Minimum and maximum number of starter prompts before the first message. The rows that are free decide."""
+"""Minimum and maximum number of starter prompts before the first message. Between these limits, there are as
+many prompts as free rows.
+"""
 _LATER, _MANY_LATER = 1, 3
 """Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
@@ -59,8 +61,8 @@ STARTERS_HEADING = (
 )
 """Lines above the starter prompts before the first message, as (id, line) pairs."""
 _FIRST_ROWS = 2000
-"""Number of rows, from the beginning of a file, that are searched for validation questions. The limit keeps
-the search short.
+"""Number of rows at the beginning of a file in which validation questions are looked up. The limit keeps the
+search short.
 """
 _MAX_RECORDED = 12
 _COMPARED_ROWS = 2
@@ -68,17 +70,17 @@ _COMPARED_ROWS = 2
 if the full answers do not fit.
 """
 _LEAST_ROWS = 3
-"""Minimum number of lines to which a recorded answer is shortened."""
+"""A recorded answer is never shortened to fewer lines than this."""
 _ENOUGH_WHOLE = 2
-"""If at least this many prompts fit with the adapter's last answer in full, these answers are not shortened
-to make room for more prompts.
+"""If the last answers to at least this many prompts fit in full, they are not shortened to make room for more
+prompts.
 """
 _LEAST_CELLS = 40
 """Minimum width of a column of answers, in cells, if there are more than two columns."""
 _LEAST_EXPECTED = 36
 """Minimum number of cells next to the starter prompts for the expected answers, including their label."""
 _LEAST_ALIKE = 0.5
-"""Minimum share of words that two texts have in common for their differences to be marked."""
+"""Minimum share of words that two texts must have in common for their differences to be marked."""
 _COLUMN_GAP, _INDENT = 3, 2
 _SCROLL = 3
 """Page Up and Page Down scroll the conversation this many times as far as the other scroll keys do."""
@@ -100,7 +102,9 @@ class RecordedAnswers:
     expected: str = ""
     """The answer in the data; empty if the data has none."""
     matches: Mapping[str, bool] = field(default_factory=dict)
-    """Whether an answer is the expected one, by its name. An answer is missing if this cannot be decided."""
+    """Whether each answer is the expected one, by the answer's name. If this cannot be decided for an answer,
+    there is no entry for it.
+    """
 
     def select(self, number: int) -> tuple[tuple[str, str], ...]:
         """Return at most ``number`` of the answers. ``number`` is at least 2.
@@ -122,7 +126,7 @@ class Starter:
     kind: str
     """Where the prompt comes from, such as ``sample prompt``."""
     expected: str = ""
-    """The answer in the data; empty if the data has none, and if the recorded answers show it."""
+    """The answer in the data; empty if the data has none, or if the recorded answers show it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +276,9 @@ class Starters(ViList):
 def offered_prompts(
     start: ChatStart, asked: Collection[str], rows: int, *, is_tall: bool
 ) -> tuple[Starter, ...]:
-    """Return the starter prompts to offer, with the unrelated prompts last. If there are too many, the last
-    prompts of the most frequent kinds are left out.
+    """Return the starter prompts to offer: those of ``start``, followed by :data:`_UNRELATED`. Before the
+    first message, if there are too many, the last prompts of the most frequent kinds are left out. During a
+    conversation, only the first few prompts are offered.
 
     Args:
         start: The contents of the screen.
@@ -295,8 +300,8 @@ def offered_prompts(
 
 
 def _starter_lines(offered: Sequence[Starter], width: int) -> list[tuple[str, Content]]:
-    """Return an (id, line) pair for each prompt, with the expected answer next to it if that fits. The kind
-    is at the right end of the first line of each kind.
+    """Return an (id, line) pair for each prompt. If there is room, the line also has the expected answer. The
+    first line of each kind of prompt has the name of the kind at its right end.
     """
     prompts = [Content(" ".join(each.prompt.split())) for each in offered]
     cells = max((prompt.cell_length for prompt in prompts), default=0)
@@ -484,7 +489,9 @@ def _answer_lines(
 
 
 def _answer_name(name: str, is_match: bool | None) -> Content:
-    """Return the name of an answer, after a sign if it is known whether the answer is the expected one."""
+    """Return the name of an answer. If it is known whether the answer is the expected one, ``✓`` or ``✗``
+    precedes the name.
+    """
     label = Content.styled(f"{name}: ", "dim")
     if is_match is None:
         return label

@@ -74,7 +74,9 @@ class ColumnMappingScreen(ModalScreen[dict[str, str] | None]):
                     )
 
     def on_input_submitted(self) -> None:
-        """Close the dialog and return the typed columns. A part with an empty field is left out."""
+        """Close the dialog and return the columns that the user typed, by part of the format. Parts whose
+        field is empty are left out.
+        """
         given = {field.name or "": field.value.strip() for field in self.query(Input)}
         self.dismiss({part: column for part, column in given.items() if column})
 

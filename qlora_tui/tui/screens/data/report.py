@@ -417,8 +417,8 @@ def _axis(edges: list[int], cut_at: int | None, cut: int, width: int) -> Content
 
 
 def cost_table(costs: list[LengthCost], width: int) -> Content:
-    """Return a table of the costs, with a line for each maximum length. The line of the recipe's length is
-    marked. If there are no costs, return empty text.
+    """Return a table of the costs, with a line for each maximum length. The line for the recipe's
+    maximum length is marked. If there are no costs, return empty text.
     """
     if not costs:
         return Content("")

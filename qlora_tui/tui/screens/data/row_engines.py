@@ -142,7 +142,7 @@ class DataPreviews:
         return await self._rows.ask(ShowFormats(source=source, preferences=preferences)).result()
 
     async def kill(self) -> None:
-        """Kill both engine processes."""
+        """Kill the engine processes for rows and for reports."""
         await asyncio.gather(self._rows.kill(), self._reports.kill())
 
     async def _inspect(self, request: InspectData) -> AsyncIterator[Report]:

@@ -196,7 +196,7 @@ class DataScreen(SourceActions):
             if place := parse_place(text, self.path, files):
                 self._go_to_row(*place)
 
-        help_ = "The row number, from 1."
+        help_ = "The row number (the first row is 1)."
         if len(files) > 1:
             help_ += " For a row of another file, type part of the file's name before the number."
         self.ask(TextPromptScreen("Go to a row", help_, "", validate), go)
@@ -337,8 +337,8 @@ class DataScreen(SourceActions):
         self._update_costs()
 
     def _update_costs(self) -> None:
-        """If the report is complete and something has changed, estimate the costs of other
-        maximum lengths.
+        """Estimate the costs of other maximum lengths if the report is complete, and if the report, the
+        recipe, the memory limit or the number of samples has changed since the last estimate.
         """
         recipe, budget = self.app.workbench.recipe, self.app.memory_budget
         key = (self.report, recipe, budget, self.app.counts)
@@ -501,7 +501,9 @@ class DataScreen(SourceActions):
             self._go_to_row(path, choice.place.row)
 
     async def _queue_without(self, measured: MeasuredRows, rows: tuple[RowPlace, ...]) -> None:
-        """Queue the measured run again without these rows, and leave the rows out of the recipe too."""
+        """Queue the measured run again without these rows. If the selected source is the one that the run
+        was trained on, leave the rows out of the recipe too.
+        """
         try:
             queued, trained = await asyncio.to_thread(measured.queue_without, rows)
         except UserError as problem:

@@ -48,7 +48,9 @@ class SourceActions(WorkScreen):
         map these columns.
         """
         self._mapping_format = "prompt-completion"
-        """The format for which the user maps columns if the unreadable source has the format ``auto``."""
+        """The format for which the user maps the columns of an unreadable source. It is used only if the
+        source's format is set to ``auto``.
+        """
 
     @property
     def source(self) -> Source | None:

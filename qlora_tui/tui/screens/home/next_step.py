@@ -47,7 +47,7 @@ class NextStep:
     """A step to suggest, with its reason and its command."""
 
     command: str
-    """Id of the command that carries out the step; empty if only Enter on Home does."""
+    """Id of the command that carries out the step; empty if the step has no key other than Enter on Home."""
     action: str
     """The Textual action that carries out the step."""
     text: str
@@ -128,7 +128,7 @@ def _prepare(now: HomeState) -> NextStep:
         number = f"{now.local_models} model{'s are' if now.local_models > 1 else ' is'} on this machine"
         return NextStep("go.models", "app.go('models')", "Select a model", number)
     if now.model_error:
-        step = "Get the model's weights, or select another" if now.can_download else "Select another model"
+        step = "Get the weights, or select another model" if now.can_download else "Select another model"
         return NextStep("go.models", "app.go('models')", step, now.model_error)
     if not now.recipe.data.sources:
         return NextStep("go.data", "app.go('data')", "Select the training data", "the recipe has no data yet")

@@ -72,8 +72,8 @@ _MAX_NAME_WIDTH = 44
 _LABEL = 8
 """Width of the label before a bar, in cells."""
 _MIN_WIDTH_FOR_BARS, _MIN_WIDTH_FOR_MODELS = 90, 140
-"""Minimum width, in cells, at which the list of runs has curves, and at which it also has models and
-settings.
+"""Minimum width, in cells, at which the list of runs shows the changes of validation losses
+(:func:`changes_of_loss`), and at which it also shows models and settings.
 """
 _LEAST_MODEL_CELLS = 40
 """Minimum width of a line in the list of models to choose from, in cells."""
@@ -180,8 +180,8 @@ def other_run_line(name: str, status: Status, width: int) -> Content:
 
 
 def machine_line(system_status: SystemStatus, budget: MemoryBudget, width: int) -> Content:
-    """Join the compact lines of :func:`gpu_lines`, the machine's memory and its disk into one line, and
-    return it. If the line is too long, parts at its end are left out.
+    """Return one line with compact texts about the GPUs, followed by the machine's free memory and free disk
+    space. If the line is too long, parts at its end are left out.
     """
     lines = gpu_lines(system_status, budget, width, is_compact=True)
     if system_status.gpu is not None and system_status.gpu_problem is None and system_status.other_gpus:
@@ -352,7 +352,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
 
 
 def queue_lines(waiting: tuple[str, ...]) -> list[Content]:
-    """Return lines with the names of the first queued runs, and the number of further queued runs.
+    """Return lines with the names of the first three queued runs, and the number of further queued runs.
     ``waiting``: ids in the order of the queue.
     """
     named = [RunDir(paths.runs_dir() / id_).name for id_ in waiting[:3]]
@@ -537,7 +537,7 @@ def _none_yet(command: str) -> Content:
 
 
 def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:
-    """Return the title of the list of models, with the memory that models must fit. If the list has the
+    """Return the title of the list of models, with the memory available for training. If the list has the
     focus, the title also says what Enter does with the selected model; otherwise, it says how to reach the
     list. ``selected``: id of the selected line.
     """
@@ -555,7 +555,7 @@ def model_lines(models: ListedModels, most: int, width: int) -> list[tuple[str, 
 
 def _time_words(expected: Forecast) -> tuple[str, str]:
     """Return (duration, note): ``about 25 min`` and ``54 steps, judging by vicuna-1``. The note states the
-    number of steps only after the samples have been counted, and unless :func:`_shortage` does.
+    number of steps if the samples have been counted and :func:`_shortage` does not return a warning.
     """
     source = expected.time.source if expected.time else ""
     length = expected.length

@@ -42,7 +42,9 @@ _SIDE, _WIDE_SIDE = 42, 60
 same widths.
 """
 _MAX_RECENT, _MAX_RECENT_IF_COMPACT = 12, 4
-"""Maximum height of the panel with earlier runs, in rows, if there is room for a chart."""
+"""Maximum height of the panel with earlier runs, in rows, if there is also room for a chart: normally, and in
+the compact layout.
+"""
 _FRAME = 5
 """Width of a panel's border, padding and scroll bar, in cells."""
 _SHORT_FRAME = 3
@@ -306,7 +308,7 @@ class HomeScreen(WorkScreen):
 
     @property
     def suggestion(self) -> NextStep | None:
-        """The suggested step; None until Home has been read for the first time."""
+        """The suggested step; None until Home's facts have been read for the first time."""
         return None if self._facts_shown is None else self._facts_shown.steps[0]
 
     def _show_next(self) -> None:

@@ -290,7 +290,8 @@ class MemoryDeltas:
 def memory_deltas(
     recipe: Recipe, base: Recipe, architecture: Architecture, device: Device
 ) -> MemoryDeltas | None:
-    """Return the differences in memory. This takes about 20 ms, for three estimates. ``base``: the preset.
+    """Return how much memory DoRA adds to the recipe, and how much the recipe's LoRA settings add compared
+    with those of the preset ``base``. This takes about 20 ms, for three estimates.
 
     Return None if the model lacks target modules of the recipe or of the preset.
     """
@@ -437,8 +438,8 @@ class ChoiceCost:
 
 
 def choice_costs(recipe: Recipe, architecture: Architecture, budget: MemoryBudget) -> tuple[ChoiceCost, ...]:
-    """Return the costs of each rank with each choice of targets that the model has. Each estimate takes about
-    10 ms.
+    """Return the costs of each rank with each choice of targets. A choice is left out if the model lacks its
+    modules. Each estimate takes about 10 ms.
     """
     now = recipe.lora.target_modules
     choices = {
@@ -516,8 +517,8 @@ def _choice_bars(costs: tuple[ChoiceCost, ...], is_even: bool, width: int, heigh
 def _group_lines(
     name: str, group: Sequence[ChoiceCost], full_bytes: int, is_even: bool, width: int
 ) -> list[Content]:
-    """Return a heading and a line for each rank, each ``width`` cells wide, for one choice of targets.
-    ``full_bytes``: the memory that the whole width of a bar stands for.
+    """Return lines for one choice of targets: a heading, followed by a line for each rank. Each line is
+    ``width`` cells wide. ``full_bytes``: the memory that the whole width of a bar stands for.
     """
     heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  memory"
     lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]

@@ -380,8 +380,9 @@ class ModuleGrid(Widget, can_focus=True):
         return cursor_row(self, line, self._head_width + self._starts[-1]) if is_under_cursor else line
 
     def _alike(self, row: ModuleRow) -> str:
-        """Return text such as ``all 28 layers`` if the row is selected in every layer with the same rank.
-        Return an empty string for any other row, and while the cursor is on a layer.
+        """Return text such as ``all 28 layers`` if all modules of the row are selected and have the recipe's
+        rank and alpha. Return an empty string for any other row, if there is no room for the text, and while
+        the cursor is on a layer.
         """
         assert self._table is not None
         layers = sum(layer is not None for layer in self._table.columns)
@@ -426,8 +427,11 @@ class ModuleGrid(Widget, can_focus=True):
         return self._trained
 
     def _cell(self, cell: tuple[LinearModule, ...], row: int, column: int, width: int) -> tuple[str, str]:
-        """Return (text, style) for one kind in one layer: its selection, in the color of its rank, with a
-        mark if its rank or alpha differs from the recipe's.
+        """Return (text, style) of a cell, which stands for the modules of one kind in one layer.
+
+        The text shows whether the modules are selected. If all of them are, it has a mark for a rank or alpha
+        that differs from the recipe's. The style is the color of the highest rank, or muted if no module is
+        selected; under the cursor, it is the cursor's style.
         """
         text, style = " " * width, ""
         if cell:

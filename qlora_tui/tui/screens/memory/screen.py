@@ -179,8 +179,8 @@ class MemoryScreen(WorkScreen):
         self.app.edit("lora.target_modules", next_targets(now, kinds))
 
     def action_next_bar(self, step: int) -> None:
-        """Select the precision that is ``step`` lines further down, and show its items. Wrap around at the
-        end.
+        """Select the precision that is ``step`` lines further down, and show its items. Wrap around at
+        either end.
         """
         self._precision = PRECISIONS[(PRECISIONS.index(self.precision) + step) % len(PRECISIONS)]
         self._show_all()

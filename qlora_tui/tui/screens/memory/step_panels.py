@@ -162,9 +162,9 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
 def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False) -> Content:
     """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. Each part that needs memory
     has at least one cell. Parts of equal size are equally long in all bars of one scale, except the last
-    part, which makes up for the rounding of the others. A larger estimate is clipped, and ends with its size
-    relative to ``full_bytes``, such as ``▶128%``. ``is_even``: whether the bar has full blocks instead of
-    textures.
+    part, which makes up for the rounding of the others. The bar of an estimate larger than ``full_bytes``
+    is clipped, and ends with the size relative to ``full_bytes``, such as ``▶128%``. ``is_even``: whether the
+    bar has full blocks instead of textures.
     """
     sizes = [(part, bytes_) for part, bytes_ in parts_of(estimate) if bytes_]
     share = sum(bytes_ for _, bytes_ in sizes) / full_bytes
@@ -243,8 +243,8 @@ def verdict_sentence(verdict: Verdict) -> str:
 
 
 def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
-    """Return the legend of the colors or textures. If the axis is broken, the legend also gives the limit.
-    ``most_bytes``: the highest peak, in bytes.
+    """Return the legend of the colors or textures. If the limit is so far above the peaks that the axis has a
+    break, the legend also gives the limit. ``most_bytes``: the highest peak, in bytes.
     """
     drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)
     words = [Content.assemble((glyph * 2, style), (f" {name}", "dim")) for name, glyph, style in drawn]
@@ -386,8 +386,8 @@ class ItemsPanel(Panel):
             self._explanation.show(partial(self._explanation_lines, item))
 
     def _explanation_lines(self, item: Item, _width: int) -> list[Content]:
-        """Return the item's explanation, unless the list has all of it, and in a tall window its glossary
-        entry.
+        """Return the item's explanation, unless the list shows all of it. In a tall window that is not
+        narrow, the item's glossary entry follows.
         """
         lines = []
         if len(item.explanation) > _explanation_cells(self._list.scrollable_content_region.width):

@@ -114,8 +114,9 @@ def timeline_lines(
 
 
 def _scale(peak_bytes: int, limit_bytes: int, rows: int) -> tuple[float, int]:
-    """Return the distance between two labels, in GiB and in rows. It makes the axis as short as the limit,
-    the peak and a row above the peak allow. There are ``rows`` rows above the one of 0 bytes.
+    """Return the distance between two labels, in GiB and in rows. The distance is selected for the shortest
+    axis with room for the limit, the peak, and a row above the peak. The axis has ``rows`` rows above the row
+    for 0 bytes.
     """
     peak, limit = peak_bytes / GIB, limit_bytes / GIB
     power = math.floor(math.log10(max(peak, limit)))
@@ -185,11 +186,12 @@ def _has_room_for_parts(
 def _drawn_parts(
     covered: Sequence[tuple[BarPart, float]], sums: Mapping[BarPart, int], *, is_even: bool
 ) -> list[BarPart]:
-    """Return the one or two parts that a cell shows, the lower part first.
+    """Return the parts that a cell shows, at most two, the lower part first. The list is empty if the cell is
+    almost empty.
 
-    A cell shows two parts only if the cell is full and ``is_even`` is True. The first is the lowest part. The
-    second is the part above it that is smallest in the whole graph, because this part might not be visible in
-    any other cell. Otherwise, the cell shows only its largest part.
+    A cell can show two parts only if it is full and ``is_even`` is True. The first is its lowest part. The
+    second is the part above this one that is smallest in the whole graph, because such a part might not be
+    visible in any other cell. A cell that does not show two parts shows only its largest part.
     """
     filled = sum(share for _, share in covered)
     if filled < _LEAST_FILLED:
@@ -259,8 +261,8 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
 
 
 def _foot(columns: list[_GraphColumn], zero: str, gutter: int, peak_phase: Phase) -> Content:
-    """Return the line of 0 bytes, with its label ``zero`` and the name of each phase where the phase begins.
-    The phase of the peak is bold.
+    """Return the line below the graph, with the label ``zero`` for 0 bytes, and each phase's name at the
+    column where the phase begins. The name of the phase with the peak is bold.
     """
     parts: list[tuple[str, str]] = [(f"{zero + '┴':>{gutter}}", "dim")]
     for phase in PHASES:

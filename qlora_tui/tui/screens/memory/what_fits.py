@@ -105,8 +105,8 @@ class Solution:
     """The conversion that the model's GGUF file needs before its first run; None if no conversion is needed.
     """
     recipes: tuple[Recipe, ...] = ()
-    """The recipes to trace: the recipe with each of ``changes``, and the recipe with each value in
-    ``lowered`` for the recipe's precision.
+    """The recipes to trace: the recipe with each of ``changes``, and the recipe with each value that
+    ``lowered`` has for the recipe's precision.
     """
     is_exact: bool = False
     """Whether the steps of all ``recipes`` have been traced."""
@@ -153,8 +153,8 @@ def next_targets(now: tuple[str, ...], kinds: Collection[str]) -> tuple[str, ...
 
 
 def _lowered(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Return the value that a key would set, by path of the setting. If a setting has two keys, the value is
-    that of the key that halves it. Settings that the key would not change are omitted.
+    """Return, by path of the setting, the value that a key of the Memory screen would set. If a setting has
+    two keys, the value is that of the key that halves it. Settings that the key would not change are omitted.
     """
     lower: dict[str, Any] = {}
     for path in (*HALVED_SETTINGS, *CYCLED_SETTINGS):
@@ -388,8 +388,9 @@ def _notes(
 
 
 def _uncertainty(verdict: Verdict, *, is_narrow: bool) -> str:
-    """Return what is uncertain. The range is given for an estimate; for a traced step, it is given only if
-    the limit is inside it.
+    """Return sentences with the range of the expected memory and the reason for the uncertainty. For a traced
+    step, if the limit is outside the range, return only what was not traced. ``is_narrow``: whether to
+    leave out everything except the range.
     """
     if verdict.is_exact and verdict.word != "uncertain":
         return "" if is_narrow else f"Not traced: {verdict.reason}."

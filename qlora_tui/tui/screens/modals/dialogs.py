@@ -176,8 +176,8 @@ async def write_or_ask(app: QloraApp, write: Callable[[bool], object]) -> bool:
 
 
 class TextPromptScreen(ModalScreen[str | None]):
-    """Dialog that returns the typed text; None if it was canceled. ``validate`` returns the error in a text;
-    empty if the text is valid.
+    """Dialog that returns the typed text; None if it was canceled. ``validate`` takes the typed text, and
+    returns a message that says what is wrong with it; empty if the typed text is valid.
     """
 
     CSS_PATH = "modal.tcss"

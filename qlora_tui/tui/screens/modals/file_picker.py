@@ -50,7 +50,7 @@ class FilePickerScreen(ModalScreen[Path | None]):
         Args:
             title: Title of the dialog.
             kind: Kind of the recent paths that are offered.
-            endings: Endings of the names of files that are listed.
+            endings: File name endings; files whose names end differently are not listed.
             start: The folder in which to start; None for the current folder.
             is_id: Returns whether a text is an id on the Hub. If so, the dialog returns the id as a path.
             is_one: Returns whether a folder counts as one item, such as a model. If so, Enter selects the
@@ -103,8 +103,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
         self._list(text)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        """Select the typed path if it is a file or counts as one item; otherwise, open or select the entry
-        under the cursor.
+        """Close the dialog with the typed path if it is a file, or a folder that counts as one item.
+        Otherwise, open or select the entry under the cursor.
         """
         typed = Path(event.value).expanduser()
         if "/" in event.value and (typed.is_file() or self._is_one(typed)):
@@ -115,8 +115,8 @@ class FilePickerScreen(ModalScreen[Path | None]):
             self._show_location(f"✗ No name here contains {Path(event.value).name!r}.")
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Open the selected entry if it is a folder that does not count as one item; otherwise, close with
-        its path.
+        """If the selected entry is a folder, open the folder, unless it counts as one item, such as a model.
+        In all other cases, close the dialog with the entry's path.
         """
         self._open(self._listed[event.option_index])
 

@@ -98,7 +98,7 @@ class Download:
             if self.path is None and self.problem is None and not self.canceled:
                 self.problem = UserError(
                     "The download ended",
-                    what=f"{self.name}: the process ended with {code}.",
+                    what=f"{self.name}: the process ended with exit code {code}.",
                     fix="Try again.",
                 )
         finally:

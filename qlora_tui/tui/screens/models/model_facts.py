@@ -67,8 +67,8 @@ _BATCHES = (1, 2, 4, 8, 16, 32)
 _RANKS = (8, 16, 32, 64, 128, 256)
 _VALUE_CELLS, _FIGURE_CELLS = 8, 12
 _PARTS_HEIGHT = 38
-"""Minimum height of the window, in rows, at which the panel with the memory breakdown is shown, with a bar
-for each length.
+"""Minimum height of the window, in rows, at which the panel with the memory breakdown is shown. The panel
+then has a bar for each length.
 """
 _RANKS_HEIGHT = 50
 """Minimum height of the window, in rows, at which there is also a bar for each rank."""
@@ -109,7 +109,7 @@ class ModelFit:
     precisions: tuple[Precision, ...]
     """The recipe's precision, and the precision with which it is compared."""
     int8_note: str
-    """Why int8 needs more memory than 16 bits at the longest length; empty if it does not."""
+    """Why int8 needs more memory than fp16 at the longest of ``lengths``; empty if it does not."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
     ranks: tuple[SettingFit, ...]

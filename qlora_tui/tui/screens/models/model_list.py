@@ -84,8 +84,8 @@ class Starter:
 
 
 def starters(recipe: Recipe, budget: MemoryBudget) -> tuple[Starter, ...]:
-    """Return models for a first run: the demo's model, followed by the models of a short list that fit. If
-    none of the list fits, only its smallest model follows.
+    """Return models for a first run: the demo's model, followed by every model of a short list that fits in
+    memory. If none fits, the smallest model of the list follows instead.
 
     The largest model of the list that needs at most half of the memory comes right after the demo's, as the
     recommended one. The other half is left for longer sequences and other programs. The remaining models are
@@ -153,7 +153,9 @@ class ListedModels:
         return models.get(id_)
 
     def _rank(self, model: LocalModel) -> tuple[bool, bool, int]:
-        """Sort models that can be trained before others, models that fit before others, and then by size."""
+        """Return the sort key of a model. Models that can be trained come before others. Within each of these
+        two groups, models that fit come first. After that, smaller models come before larger ones.
+        """
         verdict = self.needs.get(model.path)
         parameters = model.architecture.total_params if model.architecture else 0
         return model.refusal is not None, verdict is not None and not verdict.fits_even_if_tight, parameters

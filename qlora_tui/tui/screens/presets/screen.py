@@ -199,8 +199,8 @@ class _PresetChange:
     before: PresetSnapshot
     after: PresetSnapshot
     previous_preset: tuple[str, Recipe] | None
-    """(name, recipe) of the preset on which the recipe was based before the save; None if the change was not
-    a save.
+    """If the change saved a preset, (name, recipe) of the preset on which the recipe was based before;
+    otherwise None.
     """
 
 
@@ -455,8 +455,8 @@ class PresetsScreen(WorkerDialog[None], OnQloraApp):
 
 
 def preset_line(preset: Preset, current: str, verdict: Verdict | None, width: int) -> Content:
-    """Return the name of a preset and, if there is room, its memory. ● marks the preset that the recipe is
-    based on, named ``current``, and ✗ marks a preset that cannot be read.
+    """Return the name of a preset and, if there is room, the memory that the recipe would need with it.
+    ● marks the preset named ``current``, on which the recipe is based. ✗ marks a preset that cannot be read.
     """
     mark, style = ("● ", "$primary") if preset.name == current else ("  ", "")
     if preset.problem:

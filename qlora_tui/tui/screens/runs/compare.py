@@ -79,8 +79,8 @@ _GENERAL_ANSWERS = {
     "refusals": "refused",
     "valid JSON": "valid JSON",
 }
-"""The name that :func:`.general_answer_texts` gives each count, by the label of the count's line in the
-table.
+"""Labels of the counts in the result of :func:`.general_answer_texts`, by the label of the count's row in the
+table of compared runs.
 """
 _DATA_SETTINGS = ("data.sources", "data.validation_path")
 _BETTER = " ✓"

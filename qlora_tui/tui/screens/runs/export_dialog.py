@@ -157,8 +157,9 @@ class ExportScreen(ModalScreen[None]):
 
     @work
     async def _read_result(self) -> None:
-        """Read which step was the best, which takes a moment for a long run. If the last weights are notably
-        worse, select its checkpoint, unless the user has selected one.
+        """Find the best step by reading the run's summary, which takes a moment for a long run. If the last
+        weights are notably worse, select the checkpoint of the best step, unless the user has selected
+        a checkpoint.
         """
         self._summary = await asyncio.to_thread(summarize, self._run_dir)
         better = better_checkpoint(self._summary)
@@ -288,7 +289,9 @@ class ExportScreen(ModalScreen[None]):
             self.query_one(ViList).focus()
 
     def _get_base(self, base: Base) -> None:
-        """Ask whether to download the base model on the Model screen, or say why it cannot be downloaded."""
+        """Ask whether to switch to the Model screen and download the base model. If it cannot be downloaded,
+        say why instead.
+        """
         from qlora_tui.tui.screens.models.screen import show_download
 
         def download(answer: bool | None) -> None:
@@ -425,8 +428,8 @@ def list_lines(
 
 
 def _with_last(line: Content, last: Content, room: int) -> Content:
-    """Return a line of ``room`` cells followed by the text of a last column, or the line alone if that text
-    is empty.
+    """Return ``line``, padded or cut to ``room`` cells, followed by ``last``, the text of the last column. If
+    ``last`` is blank, return ``line`` unchanged.
     """
     return line.truncate(room, ellipsis=True, pad=True) + "  " + last if last.plain.strip() else line
 

@@ -274,8 +274,8 @@ def _free_space(choice: ExportChoice) -> str:
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
     """Return sentences about the memory that a GGUF file of this type needs, and about tensors that llama.cpp
-    stores as larger types. For the type ``auto``, return a sentence that explains it instead; if the
-    architecture is unknown, an empty text.
+    stores as larger types. For the type ``auto``, return a sentence that explains ``auto``. For any other
+    type, return an empty text if the architecture is unknown.
     """
     if kind == AUTO:
         return (

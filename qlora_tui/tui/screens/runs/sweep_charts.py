@@ -110,8 +110,9 @@ def setting_lines(view: SweepView, path: str, width: int, height: int) -> list[C
 def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot:
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
-    was repeated with other seeds, its symbol is at the mean. If the values are numbers, a line connects the
-    lowest losses of each round. With ``only_last``, only the last round with results is drawn.
+    was repeated with other seeds, its symbol is at the mean. If the values are numbers, each round has
+    a line through the lowest loss at each value. With ``only_last``, only the last round with results is
+    drawn for the trials.
     """
     scale = _scale(view.sheet.sweep.vary[path], [value_of(view, base, path) for base in view.base_trials[:1]])
     marks, lowest = [], dict[int, dict[float, float]]()
@@ -188,8 +189,9 @@ def steps_plot(view: SweepView) -> Plot:
     """Return the plot of validation losses over the percentage of steps, beginning at the first loss.
 
     Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
-    trial. Only the winner and the marks of the unchanged recipe are bright. Their lines end in symbols, at
-    the mean if they were repeated with other seeds, as in the plot by a setting.
+    trial. Only the winner's line and marks and the marks of the unchanged recipe are bright. The lines of the
+    winner and of the unchanged recipe end in symbols. If one of these two was repeated with other seeds,
+    its line ends at the mean loss, as in :func:`setting_plot`.
     """
     base = view.base_trials[:1]
     curves, marks = [], []

@@ -90,8 +90,9 @@ _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Data", ("data.",)),
     ("Model", ("model.",)),
 )
-"""(title, names of settings) for each group except the main group. A name is the path of a setting, or a
-prefix of several paths that ends with a dot. A setting belongs to the first group with a match.
+"""(title, names of settings) for each group except the main group. A name is the path of a setting or, if
+it ends with a dot, a prefix of several paths. A setting belongs to the first group in which a name matches
+its path.
 """
 _LARGE_HEIGHT = 6
 """Minimum height of the first panel, in lines, at which the time is in large digits."""
@@ -304,7 +305,8 @@ def verdict_lines(
 
     If ``height`` is at least six, the time is in large digits. ``probing``: progress of the step measurement;
     empty if none is in progress. ``place``: the device whose memory the run uses. ``assumed``: the verdict
-    for the GPU that the user assumes, and its name, which follow the run's memory; None without such a GPU.
+    for a GPU of the size that the user assumes, and the GPU's name; None if no size is assumed. Both are
+    shown after the run's memory.
     """
     if recipe is None:
         return [Content("Checking what the run needs…")]
@@ -326,8 +328,8 @@ def verdict_lines(
 
 
 def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure | None:
-    """Return the time of the run as a figure for large digits; None if the time is unknown, or if a check has
-    an error.
+    """Return the time of the run as a figure to be shown in large digits; None if the time is unknown, or if
+    a check has an error.
     """
     if errors(checks) or expected is None or expected.time is None:
         return None
@@ -419,9 +421,11 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
 def conclusion(
     checks: tuple[Check, ...], expected: Forecast | None, width: int, *, with_time: bool
 ) -> list[Content]:
-    """Return whether the run can start, with its steps and, if ``with_time``, its time. If a key corrects an
-    error or improves the run, there is a second line with that key. If the key corrects a warning, such as
-    too few steps, it comes first, before the key that launches the run anyway.
+    """Return whether the run can start, with its steps and, if ``with_time``, its time. If there is an error,
+    the second line says how to correct it.
+
+    If a key corrects a warning, such as too few steps, the first line has this key, and the second line has
+    the key that launches the run anyway. If a key only improves the run, it is on the second line.
     """
     length = [] if expected is None else [_length_words(expected, with_time=with_time)]
     if wrong := errors(checks):
@@ -456,8 +460,9 @@ def conclusion(
 
 
 def _remedy(check: Check, offered: SuggestedFix | None) -> str:
-    """Return what to do about a check, with its key; empty if there is nothing to do. The key applies the
-    check's fix if this fix is ``offered``; for an error, it opens the screen where the error is corrected.
+    """Return what to do about a check, and the key for it if there is one; empty if there is nothing to do.
+    If ``offered`` is the check's fix, the key applies this fix. Otherwise, the key of an error opens the
+    screen where the error is corrected.
     """
     if offered is not None and check.suggested_fix is offered:
         return f"▸ {key_name('train.fix')} {offered.label}"

@@ -151,8 +151,8 @@ class LivePane(Vertical):
         self.call_after_refresh(self._divide_rows)
 
     def _divide_rows(self) -> None:
-        """If the graph and the log do not both fit, give all rows to the log except for one line of the loss
-        and one of the other values.
+        """If the graph and the log do not both fit, replace the graph with two lines, one for the loss and
+        one for the other values, and give all other rows to the log.
         """
         panel = self.query_one("#graph-panel", Panel)
         least = LEAST_CHART + 1 + panel.gutter.height + panel.styles.margin.height
@@ -295,7 +295,7 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
     """Return the entries of the Health tab. Consecutive equal warnings are merged into one entry.
 
     After the warnings come a warning about other programs, the run's failure, and the key for a fix. The key
-    is left out if the outcome already has it.
+    is left out if :func:`outcome_text` already includes it.
     """
     entries = []
     for _, group in groupby(
@@ -316,9 +316,9 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
 
 
 def _health_note(snapshot: RunSnapshot) -> str:
-    """Return a symbol and a number for the Health tab: ``✗1`` for one error or, without errors, ``!2`` for
-    two warnings; ``✓`` if there are neither; empty if there are neither before the first step. Warnings of
-    one kind count once.
+    """Return the note on the Health tab: ``✗1`` for one error or, if there are no errors, ``!2`` for two
+    warnings. If there are no warnings either, the note is ``✓``; before the first step, it is empty. Warnings
+    of one kind count once.
     """
     severities = list({health.kind: health.severity for health in snapshot.health}.values())
     errors = severities.count("error") + isinstance(snapshot.view.ending, Failed)
@@ -443,8 +443,8 @@ def tabs_title(
         names: The names of the tabs.
         front: The name of the tab that is shown.
         notes: The text after a tab's name, such as a count, by name.
-        filters: The search text and level by which lines are hidden; empty if all lines are shown. This text
-            is always included, shortened if necessary.
+        filters: The search text and the level that select the lines to show; empty if all lines are shown.
+            This text is always included, shortened if necessary.
         keys: Hints for keys that the lower border does not show; None for no hints. The hints are left out if
             they do not fit, or if there are filters.
         width: Available width, in cells.

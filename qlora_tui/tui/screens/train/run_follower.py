@@ -46,22 +46,26 @@ from qlora_tui.tui.render.series import (
 )
 
 LONG_BYTES = 8 << 20
-"""Size of an event log, in bytes, above which only a sample of the steps is read: about 40,000 steps."""
+"""Size of an event log, in bytes, above which only a sample of the steps is read. A log of this size has
+about 40,000 steps.
+"""
 _SAMPLE_STEPS = 10_000
 """Number of steps that are read from an event log of more than :data:`LONG_BYTES`."""
 _RECENT_STEPS = 100
-"""Number of recent steps to keep in the :class:`RunView`, more than it needs to compute the pace. Earlier
-steps are kept only in a decimated series.
+"""Number of recent steps to keep in the :class:`RunView`. Fewer steps would be enough to compute the pace.
+Earlier steps are kept only in a decimated series.
 """
 _FIT_WINDOWS = 8
 """Number of smoothing windows to include before the start of a curve. The steps in these windows also take
 part in the fit of the smoothed loss.
 """
 _MAX_READINGS = 240
-"""Maximum number of telemetry readings for the charts: four minutes."""
+"""Maximum number of telemetry readings for the charts. They cover four minutes."""
 _MAX_ENTRIES = 2000
 _MAX_STAGES = 12
-"""Maximum number of phases that are kept for an attempt. Fewer phases come before the first step."""
+"""Maximum number of phases that are kept for an attempt. Later phases are dropped. The limit is higher
+than the number of phases before the first step.
+"""
 _MAX_ANSWERS = 60
 """Maximum number of answers to sample prompts that are kept."""
 _OUTPUT_BYTES = 128 << 10
@@ -243,7 +247,7 @@ class _DecimatedRun:
         return self._drawn[1]
 
     def _smoothed(self, from_step: float) -> Envelope:
-        """Return the smoothed loss, beginning at step ``from_step``. The fit also uses earlier steps."""
+        """Return the smoothed loss, beginning at step ``from_step``. Smoothing also uses earlier steps."""
         steps_per_value = max(1.0, self.last_step / max(1, len(self.steps)))
         window = smoothing_window(self.view.total_steps) * steps_per_value
         loss, step, *_ = self.steps.envelopes(from_step - _FIT_WINDOWS * window)

@@ -382,7 +382,9 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
 
 
 def fix_text(snapshot: RunSnapshot) -> str:
-    """Return the key of the fix for a warning or the failure, and what the fix does; empty without a fix."""
+    """Return the key that applies the fix for a warning or for the run's failure, and what the fix does;
+    empty if there is no fix.
+    """
     return "" if snapshot.fix is None else f"{key_name('train.fix')} {snapshot.fix.label}"
 
 

@@ -34,8 +34,8 @@ from qlora_tui.tui.render.series import Envelope
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
 _MIN_ROWS, _TALL_ROWS = 12, 28
-"""``_MIN_ROWS``: minimum height, in rows, at which charts are drawn below the graph. ``_TALL_ROWS``: minimum
-height at which each chart has two rows.
+"""``_MIN_ROWS``: minimum height of the graph and its charts together, in rows, at which charts are drawn
+below the graph. ``_TALL_ROWS``: minimum height at which each chart has two rows.
 """
 _HEADROOM, _TOP_PARTS = 1.2, 10
 """``_HEADROOM``: minimum ratio of the top of a chart to the highest value, so that a constant value does not
@@ -104,9 +104,9 @@ def _chart_lines(
 
 
 def _by_column(envelope: Envelope, x: Axis, columns: int) -> list[float | None]:
-    """Return a value for each column: the middle of the column's values or, if the column has no values, the
-    value of the previous column. The value is NaN if the column has a value that is not finite, and None
-    after the last step.
+    """Return a value for each column: the midpoint between the column's lowest and highest value or, if the
+    column has no values, the value of the previous column. The value is NaN if the column has a value that is
+    not finite, and None after the last step.
     """
     values: list[float | None] = [None] * columns
     for place, low, high, broken in zip(

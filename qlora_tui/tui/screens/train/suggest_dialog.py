@@ -57,7 +57,7 @@ class SuggestScreen(WorkerDialog[tuple[Suggestion, ...] | None], OnQloraApp):
         the other suggestions are derived for those values.
         """
         self._derived_for: frozenset[Topic] = self._kept
-        """The unticked topics for which ``_suggestions`` were derived."""
+        """The value that ``_kept`` had when ``_suggestions`` were derived."""
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide") as dialog:
@@ -133,8 +133,8 @@ class SuggestScreen(WorkerDialog[tuple[Suggestion, ...] | None], OnQloraApp):
             self._derive()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        """Close the dialog with the ticked suggestions. If ticks have changed, derive the suggestions again
-        first.
+        """Close the dialog and return the ticked suggestions. If ticks have changed, derive the suggestions
+        again first.
         """
         event.stop()
         if self._derived_for == self._kept:

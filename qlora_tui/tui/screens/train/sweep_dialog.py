@@ -156,7 +156,7 @@ class StartSweepScreen(WorkerDialog[Draft | None], OnQloraApp):
         return parse_draft(self._recipe, vary, end)
 
     def on_input_submitted(self) -> None:
-        """Close the dialog with the sweep if both fields are valid; otherwise show the error."""
+        """If both fields are valid, close the dialog and return the sweep; otherwise, show the error."""
         try:
             self.dismiss(self._draft())
         except UserError:
