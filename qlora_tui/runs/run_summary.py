@@ -400,6 +400,8 @@ class RunVerdict:
     sentence: str
     cautions: tuple[str, ...] = ()
     """Parts of the sentence that are warnings, such as ``best at step 640, worse since``."""
+    forgetting: str = ""
+    """The one of these parts that is about forgetting; empty without such a warning."""
     has_answers: bool = False
     """Whether answers were measured."""
     has_improved: bool = False
@@ -543,11 +545,13 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
     learned = _loss_words(evidence) if preferences is None else _preference_words(preferences)
     risen = "" if evidence.best_step is None else f"best at step {evidence.best_step:,}, worse since"
     forgot = _forgetting_words(evidence)
+    warning = forgot if evidence.forgot_much else ""
     parts = [learned, risen, forgot, _metric_words(metric)]
     return RunVerdict(
         outcome,
         f"{'; '.join(filter(None, parts))}.",
-        cautions=tuple(filter(None, (risen, forgot if evidence.forgot_much else ""))),
+        cautions=tuple(filter(None, (risen, warning))),
+        forgetting=warning,
         has_answers=metric is not None,
         has_improved=(
             preferences.right > preferences.expected

@@ -39,6 +39,8 @@ class SuggestedFix:
     """Settings of the next run, by path."""
     evidence: str = ""
     """Evidence of the warning that the fix is for; empty if it is for a failure or a check."""
+    kind: str = ""
+    """Kind of this warning, such as ``forgetting``."""
 
     @property
     def short_label(self) -> str:
@@ -69,7 +71,7 @@ def suggest_fix(
     for warning in reversed(health):
         fix = _fix_for(warning.kind, state, recipe)
         if fix is not None:
-            return replace(fix, evidence=warning.evidence)
+            return replace(fix, evidence=warning.evidence, kind=warning.kind)
     return None
 
 

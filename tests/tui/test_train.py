@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from msgspec import structs
+from textual.content import Content
 
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.runs import actions, run_queue, status
@@ -20,6 +20,7 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import (
     Evaluated,
     Failed,
+    MemoryMeasured,
     Paused,
     Phase,
     PhaseChanged,
@@ -33,23 +34,24 @@ from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.run_summary import RunEvidence, judge_run
 from qlora_tui.runs.status import State, read_status, write_heartbeat, write_status
-from qlora_tui.runs.suggested_fix import suggest_fix
+from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix
 from qlora_tui.runs.task_metrics.task_evaluation import LossChange
 from qlora_tui.runs.telemetry import Reading, encode
-from qlora_tui.runs.view import RunView
 from qlora_tui.settings import save_setting
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import verdict_style
 from qlora_tui.tui.render.plot import LEAST_CHART
 from qlora_tui.tui.screens.modals import dialogs
 from qlora_tui.tui.screens.train import screen as train_screen
-from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
+from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_panels import (
-    contention,
     facts,
+    finding_line,
     header_lines,
     health_lines,
     key_figures,
+    other_warnings,
+    outcome_lines,
     outcome_text,
     sample_lines,
     state_line,
@@ -364,7 +366,7 @@ def test_other_programs_that_take_the_processor_are_a_warning() -> None:
     with run.telemetry_path.open("ab") as file:
         file.write(encode(idle))
     follower = RunFollower(run)
-    assert contention(follower.poll()) == ""
+    assert not other_warnings(follower.poll())
     with run.telemetry_path.open("ab") as file:
         file.write(encode(structs.replace(idle, machine_cpu_percent=95.0 * cores)))
     others = "Other programs use 92% of the CPU, and this run gets 3%."
@@ -479,9 +481,7 @@ async def test_a_silent_trainer_is_shown_as_not_responding(monkeypatch: pytest.M
 def test_a_queued_run_says_its_runner_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "describe_runner", lambda: "The runner is suspended.")
     run = write_fake_run(FakeRun(name="tickets", state="queued"))
-    snapshot = cast(
-        RunSnapshot, SimpleNamespace(view=RunView(run), status=status.read_status(run), health=())
-    )
+    snapshot = RunFollower(run).poll()
     assert "The runner is suspended." in state_line(snapshot).plain
 
 
@@ -548,6 +548,29 @@ def test_the_fix_comes_first_if_no_other_program_is_to_blame() -> None:
     run = write_fake_run(FakeRun(steps=50, state="failed", failed=ending))
     outcome = outcome_text(RunFollower(run).poll())
     assert outcome is not None and "▸ [m] prepare" in outcome.plain and "  [r] resume" in outcome.plain
+
+
+def test_a_line_with_a_key_continues_below_its_text() -> None:
+    outcome = Content("It failed.\n▸ [r] resume\n  [m] prepare a run with less memory")
+    lines = [line.plain for line in outcome_lines(outcome, 24)]
+    assert lines[2:] == ["  [m] prepare a run with", "      less memory"]
+
+
+def test_each_warning_is_counted_and_a_warning_with_a_fix_is_on_one_line() -> None:
+    snapshot = RunFollower(write_fake_run(FakeRun(state="finished", steps=60, total=60))).poll()
+    evidence = "On general prompts, answers no longer end (they did before training). Forgetting 1.4 of 2."
+    forgot = structs.replace(health_event("forgetting", ""), evidence=evidence)
+    snapshot.view.memory = MemoryMeasured(at=1.0, when="end", measured_bytes=2 << 30, estimated_bytes=1 << 30)
+    verdict = judge_run(RunEvidence(losses=(2.5, 1.5), forgetting=1.4, turn_ends=0.0, forgot_much=True))
+    fix = SuggestedFix("prepare a run", evidence=forgot.evidence, kind="forgetting")
+    ended = replace(snapshot, health=(forgot,), verdict=verdict, fix=fix)
+    assert "! 2 warnings" in state_line(ended).plain
+    assert sum("! " in line.plain for line in health_lines(ended)) == 2
+    (finding,) = finding_line(ended, 78, 1)
+    assert finding.plain == "! On general prompts, answers no longer end. ▸ [m] prepare a run"
+    for shown, count in ((ended, 0), (replace(ended, fix=None), 1)):
+        outcome = outcome_text(shown)
+        assert outcome is not None and outcome.plain.count("answers no longer end") == count
 
 
 @pytest.mark.parametrize(

@@ -356,13 +356,16 @@ def verdict_style(verdict: RunVerdict) -> str:
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
 
-def verdict_content(verdict: RunVerdict) -> Content:
+def verdict_content(verdict: RunVerdict, left_out: str = "") -> Content:
     """Return the sentence of a verdict in the verdict's color. Cautions, which are parts of the sentence,
-    have the warning color.
+    have the warning color. ``left_out``: a caution to leave out of the sentence.
     """
-    content = Content.styled(verdict.sentence, verdict_style(verdict))
+    sentence = verdict.sentence.replace(f"; {left_out}", "") if left_out else verdict.sentence
+    content = Content.styled(sentence, verdict_style(verdict))
     for part in verdict.cautions:
-        start = verdict.sentence.index(part)
+        if part == left_out:
+            continue
+        start = sentence.index(part)
         content = content.stylize("$warning", start, start + len(part))
     return content
 

@@ -28,14 +28,16 @@ from qlora_tui.tui.render.plot import LEAST_CHART, no_plot, plot
 from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
-    contention,
+    count_warnings,
     evaluation_lines,
     finding_line,
     fix_text,
     header_lines,
     health_lines,
     key_figures,
+    other_warnings,
     outcome_has_fix,
+    outcome_lines,
     outcome_text,
     sample_lines,
     samples_title,
@@ -141,7 +143,9 @@ class LivePane(Vertical):
         self.query_one("#run-header").set_class(bool(key_figures(snapshot)), "-large")
         self._draw("run-header", partial(header_lines, snapshot, clock.now()))
         outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Lines)
-        box.show(outcome or Content(""))
+        if not box.content_size.width:  # hidden so far: without a text, it would have no rows to be laid out
+            box.show(outcome or Content(""))
+        self.call_after_refresh(box.show, partial(outcome_lines, outcome or Content("")))
         box.display = outcome is not None
         self._draw("run-finding", partial(finding_line, snapshot))
         self.set_class(bool(snapshot.fix and snapshot.fix.evidence), "-finding")
@@ -306,8 +310,7 @@ def _health_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         steps = f"step {first.step:,}" if len(warnings) == 1 else f"steps {first.step:,} to {last.step:,}"
         times = "" if len(warnings) == 1 else f" ({len(warnings)} times)"
         entries.append(LogEntry(last.at, last.severity, f"{steps}: {last.evidence}{times} ▸ {last.remedy}"))
-    if others := contention(snapshot):
-        entries.append(LogEntry(snapshot.telemetry[-1].at, "warning", others))
+    entries += [LogEntry(at, "warning", text) for at, text in other_warnings(snapshot)]
     if isinstance(ending := snapshot.view.ending, Failed):
         entries.append(LogEntry(ending.at, "error", f"{ending.title}: {ending.what}"))
     if snapshot.fix is not None and not outcome_has_fix(snapshot):
@@ -324,7 +327,7 @@ def _health_note(snapshot: RunSnapshot) -> str:
     errors = severities.count("error") + isinstance(snapshot.view.ending, Failed)
     if errors:
         return f"✗{errors}"
-    if warnings := len(severities) + bool(contention(snapshot)):
+    if warnings := count_warnings(snapshot):
         return f"!{warnings}"
     return "✓" if snapshot.step else ""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -30,12 +31,19 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
-from qlora_tui.runs.describe import done_at_words, energy_words, format_energy
+from qlora_tui.runs.describe import (
+    describe,
+    done_at_words,
+    energy_words,
+    exceeds_estimate,
+    format_energy,
+)
 from qlora_tui.runs.events import ALL_STEPS_DONE, Evaluated, Failed, Finished, phase_label
 from qlora_tui.runs.run_summary import data_words, find_defect, last_evaluation, next_evaluation
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
+from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
@@ -90,6 +98,7 @@ _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
 """Minimum fraction of the CPU that other programs must use to be reported as a cause of slow training."""
+_KEY_FIRST = re.compile(r"[▸ ] \[\S+\] ")
 _row = partial(labeled, cells=_LABEL)
 
 
@@ -177,7 +186,7 @@ def state_line(snapshot: RunSnapshot) -> Content:
     elif defect is not None:
         word = f"{status.state}, {word}"
     parts: list[Content | str | tuple[str, str]] = [(f"{sign} ", style), (word, f"bold {style}")]
-    if count := len({health.kind for health in snapshot.health if health.severity == "warning"}):
+    if count := count_warnings(snapshot):
         parts.append((f"  ! {count} warning{'s' if count > 1 else ''}", "$warning"))
     if view.attempt > 1:
         parts.append((f"  attempt {view.attempt}", "dim"))
@@ -366,7 +375,9 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     first, *others = text.splitlines() or [""]
     lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
     if verdict is not None and not is_error:
-        lines.insert(0, verdict_content(verdict))
+        # The warning about forgetting is left out if another line has it, next to the key for its fix.
+        is_elsewhere = snapshot.fix is not None and snapshot.fix.kind == "forgetting"
+        lines.insert(0, verdict_content(verdict, left_out=verdict.forgetting if is_elsewhere else ""))
     actions = [fix_text(snapshot) if outcome_has_fix(snapshot) else "", "   ".join(offers)]
     if closing_is_enough:
         actions = [f"{offers[0]}, after closing the other program", actions[0], "   ".join(offers[1:])]
@@ -379,6 +390,18 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             key = highlight_keys(f"   {key_name(command)} {verb}")
             lines.append(Content.assemble(("● ", "$primary"), note, key))
     return Content("\n").join(line for line in lines if line)
+
+
+def outcome_lines(outcome: Content, width: int) -> list[Content]:
+    """Return the lines of :func:`outcome_text`, wrapped to ``width`` cells. A line that begins with a key
+    continues below the text after the key.
+    """
+    lines = []
+    for line in outcome.split("\n"):
+        begins = _KEY_FIRST.match(line.plain)
+        cells = begins.end() if begins else 0
+        lines += hanging(line[:cells], line[cells:], width)
+    return lines
 
 
 def fix_text(snapshot: RunSnapshot) -> str:
@@ -395,15 +418,16 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """Return a line for windows without a panel of warnings: the warning that has a fix, and the key for the
-    fix. If the warning is too long, only its first sentence is shown, cut if necessary. Return no line if
-    there is no such warning.
+    fix. If the warning is too long, only its first sentence is shown, without its part in parentheses and cut
+    if necessary. Return no line if there is no such warning.
     """
     fix = snapshot.fix
     if fix is None or not fix.evidence:
         return []
     key = highlight_keys(f" ▸ {key_name('train.fix')} {fix.short_label}")
     room = max(0, width - key.cell_length)
-    options = [fix.evidence, f"{fix.evidence.partition('. ')[0]}."]
+    headline = fix.evidence.partition(". ")[0].removesuffix(".")
+    options = [fix.evidence, f"{headline}.", f"{headline.partition(' (')[0]}."]
     text = next((option for option in options if len(option) + 2 <= room), fix.evidence)
     return [Content.styled(f"! {text}", "$warning").truncate(room, ellipsis=True) + key]
 
@@ -413,8 +437,8 @@ def _uses_of_adapter() -> list[str]:
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:
-    """Return lines about problems: the run's failure, the latest warning of each kind (newest first), a
-    warning about other programs, and the key for a fix. The failure and the key are left out if the outcome
+    """Return lines about problems: the run's failure, the latest warning of each kind (newest first), the
+    key for a fix, and :func:`other_warnings`. The failure and the key are left out if the outcome
     already has them. Return no lines if there are no problems.
     """
     latest = {health.kind: health for health in snapshot.health}
@@ -427,14 +451,31 @@ def health_lines(snapshot: RunSnapshot) -> list[Content]:
         headline, dot, details = health.evidence.partition(". ")
         evidence = Content.assemble((f"{sign} {headline}{dot}", style), (details, "$text-muted"))
         lines.append(evidence + f" ▸ {health.remedy}")
-    if others := contention(snapshot):
-        lines.append(Content.styled(f"! {others}", "$warning"))
     if snapshot.fix is not None and not outcome_has_fix(snapshot):
         lines.append(highlight_keys(f"▸ {fix_text(snapshot)}"))
+    lines += [Content.styled(f"! {text}", "$warning") for _, text in other_warnings(snapshot)]
     return lines
 
 
-def contention(snapshot: RunSnapshot) -> str:
+def other_warnings(snapshot: RunSnapshot) -> list[tuple[float, str]]:
+    """Return (Unix time, text) for each warning that is not a finding of the trainer: a peak of memory far
+    above its estimate, and other programs that slow down a run on the CPU.
+    """
+    memory, warnings = snapshot.view.memory, []
+    if memory is not None and exceeds_estimate(memory):
+        warnings.append((memory.at, f"{capitalize(describe(memory))}."))
+    if others := _contention(snapshot):
+        warnings.append((snapshot.telemetry[-1].at, others))
+    return warnings
+
+
+def count_warnings(snapshot: RunSnapshot) -> int:
+    """Return the number of warnings about a run. Warnings of one kind count once."""
+    kinds = {health.kind for health in snapshot.health if health.severity == "warning"}
+    return len(kinds) + len(other_warnings(snapshot))
+
+
+def _contention(snapshot: RunSnapshot) -> str:
     """Return a warning that other programs slow down a run on the CPU; empty if they do not."""
     last = snapshot.telemetry[-1] if snapshot.telemetry else None
     if last is None or last.gpu is not None or snapshot.status.state not in ACTIVE:
