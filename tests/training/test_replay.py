@@ -70,7 +70,7 @@ def test_replayed_answers_are_read_back_or_refused(tmp_path: Path) -> None:
     write_rows(file, ROWS)
     assert read_rows(file) == ROWS
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match="resumes only with the same"):
+    with pytest.raises(UserError, match="can be resumed only with the same"):
         read_rows(file)
 
 
