@@ -187,9 +187,9 @@ def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> 
         more = run_length(replace_setting(recipe, path, accumulation), model) or length
     if more.steps <= length.steps:
         return None
-    rows = accumulation * recipe.training.micro_batch_size
-    every = f"every {'sequence' if rows == 1 else f'{rows} sequences'}"
-    label = f"update after {every}: {more.about}{pluralize(more.steps, 'step')} instead of {length.steps}"
+    before = recipe.training.gradient_accumulation
+    steps = f"{more.about}{pluralize(more.steps, 'step')} instead of {length.steps}"
+    label = f"gradient accumulation {before} → {accumulation}: {steps}"
     return SuggestedFix(label, changes={path: accumulation})
 
 

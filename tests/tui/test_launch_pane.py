@@ -228,12 +228,12 @@ async def test_the_fix_key_resolves_the_first_check_with_a_fix(tmp_path: Path) -
 async def test_the_fix_of_a_run_with_too_few_steps_comes_before_its_launch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fix = SuggestedFix("update after every sequence", changes={"training.gradient_accumulation": 1})
+    fix = SuggestedFix("gradient accumulation 8 → 1", changes={"training.gradient_accumulation": 1})
     few = Check(CheckKind.SETTINGS, "warning", "The run has only 6 steps.", suggested_fix=fix)
     app = app_with_checks(monkeypatch, tmp_path, few)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        text = await wait_for_text(pilot, "▸ [m] update after every sequence   ! 1 warning")
+        text = await wait_for_text(pilot, "▸ [m] gradient accumulation 8 → 1   ! 1 warning")
         assert text.index("[m]") < text.index("[t] launch anyway")
         await pilot.press("m")
         await wait_until(pilot, lambda: app.workbench.recipe.training.gradient_accumulation == 1)
