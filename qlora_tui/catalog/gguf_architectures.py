@@ -141,7 +141,7 @@ def _routing(gate: int | None = _SOFTMAX, normalized: bool | None = None, scale:
 
 
 def _widths(own: str, shared: str = "") -> Reader:
-    """Return a reader of the width of an expert, and of all shared experts together."""
+    """Return a reader of two widths: that of one expert, and that of all shared experts together."""
 
     def read(data: Metadata, config: Config) -> None:
         used = max(1, config.get("num_experts_per_tok", 1))

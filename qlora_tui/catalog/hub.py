@@ -372,7 +372,7 @@ def _http_problem(error: Any, model_id: str) -> UserError:
         return UserError(
             "File missing from the model",
             what=f"{model_id} on {_endpoint()} has no config.json, or lacks the index of its weights.",
-            fix="Choose another model, or another copy of it.",
+            fix="Choose another model, or another repository with this model.",
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
         return UserError(

@@ -304,7 +304,9 @@ class AdapterSet:
         self._through_peft = False
 
     def ensure_loaded(self, adapter_name: str) -> bool:
-        """Load ``adapter_name`` unless it is loaded; return whether it was loaded now. Raises UserError."""
+        """Load ``adapter_name`` if it is not loaded yet; return whether this call loaded it. Raises
+        UserError.
+        """
         if adapter_name == BASE or adapter_name in self._loaded:
             return False
         folder = self.folders.get(adapter_name)

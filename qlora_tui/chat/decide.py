@@ -19,7 +19,7 @@ from qlora_tui.training.option_scores import Choice
 
 
 def decider_of(source: ChatSource, adapter_name: str) -> Decider | None:
-    """Return what an adapter decides between; None if that is unknown.
+    """Return the options that an adapter was trained to choose from; None if they are unknown.
 
     A checkpoint has the options of its run's final adapter. The base has the options of its adapters, if all
     of them agree. Probabilities are calibrated only for the adapter that was measured.

@@ -183,7 +183,7 @@ def error_of(problem: DataProblem) -> UserError:
 
 
 def shorten(text: str) -> str:
-    """Return ``text`` on one line, shortened to the length of an example."""
+    """Return ``text`` on one line, cut to :data:`EXAMPLE_CHARACTERS`."""
     line = " ".join(text.split())
     return line if len(line) <= EXAMPLE_CHARACTERS else line[: EXAMPLE_CHARACTERS - 1] + "…"
 
@@ -235,7 +235,7 @@ class _Tally(Struct):
     example: str
     count: int = 0
     rows: list[int] = []
-    """Numbers of the first rows."""
+    """Numbers of the first rows that have the problem."""
     last_row: int | None = None
 
 

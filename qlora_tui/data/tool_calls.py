@@ -108,7 +108,7 @@ class CallFormat(Struct, frozen=True):
         return tuple(calls)
 
     def read_cut(self, text: str, tools: Sequence[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
-        """Return the complete calls at the beginning of a text that was truncated in a later call."""
+        """Return the complete calls at the beginning of a text that breaks off in the middle of a call."""
         shape = self.shape
         if shape is None or not shape.further:
             return ()

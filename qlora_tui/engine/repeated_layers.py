@@ -47,7 +47,7 @@ class Repetition:
 
     @property
     def added(self) -> int:
-        """Number of layers of the whole model that are not built."""
+        """Number of layers that the whole model has in addition to the built ones."""
         return self.times * self.period
 
     def repeats(self, layer: int | None) -> bool:

@@ -135,8 +135,9 @@ class _Way(NamedTuple):
     """Whether the embeddings' outputs get gradients. False for a model that changes these outputs in
     place; for such a model, the trainer does not request gradients either (``training/checks/base.py``)."""
     mask_device: str = "cpu"
-    """Device of a padded batch's mask. On the CPU, code can read that nothing is masked; code that
-    multiplies by the mask needs ``meta`` (Mamba)."""
+    """Device of the attention mask of a padded batch. On ``cpu``, a model's code can check the values of the
+    mask. Code that multiplies by the mask, as Mamba's does, needs ``meta``.
+    """
 
 
 _PADDED_WAYS = (_Way(), _Way(mask_device="meta"), _Way(input_gradients=False))

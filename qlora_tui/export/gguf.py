@@ -116,7 +116,7 @@ def export_gguf(
         file_types: Types of :mod:`qlora_tui.catalog.gguf`, or ``auto`` alone.
         within: Maximum acceptable mean KL divergence, in nats. None means no limit, and ``DEFAULT_WITHIN``
             for ``auto``.
-        compared_tokens: Maximum number of trained tokens at which answers are compared.
+        compared_tokens: Maximum number of positions to compare. Only tokens in the loss count.
         on_status: Called with the current activity.
 
     Raises:

@@ -89,7 +89,7 @@ def _require_portable(recipe: Recipe) -> None:
         raise UsageError(
             "The job would lack the adapter",
             what=f"The recipe starts from {recipe.lora.init_from}, which is on this machine.",
-            fix="Clear Start from (lora.init_from).",
+            fix="Clear “Start from” (lora.init_from).",
         )
 
 

@@ -132,7 +132,7 @@ def merge(
         out: Output folder, which must not exist yet.
         on_status: Called with the current activity.
         base_name: Base weights to merge into; ``best`` measures which ones are closer to the trained model.
-        compared_tokens: Maximum number of trained tokens at which answers are compared for ``best``.
+        compared_tokens: For ``best``, maximum number of positions to compare. Only tokens in the loss count.
 
     Raises:
         UserError: The model cannot be merged, or does not answer like the adapter. Nothing is left behind.

@@ -168,7 +168,7 @@ QWEN35 = (
 
 
 def _every_second(first: int) -> Change:
-    """Return a function that takes every second output of all experts (experts, inputs, outputs)."""
+    """Return a function that selects every second output of all experts from (experts, inputs, outputs)."""
     return lambda values, config: values.transpose(1, 2)[:, first::2]
 
 

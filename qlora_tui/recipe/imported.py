@@ -113,7 +113,7 @@ class ImportedRecipe(Struct, frozen=True, kw_only=True):
     trainer: str
     """Name of the trainer: ``axolotl``."""
     layer: dict[str, Any]
-    """The settings of the file and the trainer's defaults, as a layer."""
+    """The file's settings over the defaults of the trainer that it was written for, as our settings."""
     taken: tuple[Taken, ...]
     left_out: tuple[LeftOut, ...]
     unneeded: tuple[str, ...]

@@ -50,7 +50,9 @@ class RecipeIssue(Struct, frozen=True):
     origin: str
     """The file, or the argument such as ``--set lora.rank=x``."""
     path: str
-    """Path of the setting or section as written, such as ``lora.rank``; empty if an argument names none."""
+    """Path of the setting or section as written, such as ``lora.rank``; empty if the argument with the error
+    has no path.
+    """
     message: str
     """The error: ``lora.rank must be a whole number from 1 to 1,024, not "x"``."""
     hint: str = ""

@@ -32,7 +32,7 @@ class Offer(Struct, frozen=True):
     """A file that the app can send. The program on the box reads it as a line on stdin."""
 
     folder: str
-    """Hash of the file, or of the file list of its folder."""
+    """Name of the folder on the box: a hash of the file or, if a folder is sent, of its list of files."""
     name: str
     """Name of the file, or its path starting with the name of the sent folder."""
     size: int

@@ -192,7 +192,7 @@ def _missing(init_from: str, what: str) -> UserError:
             fix = f"`qlora-tui runs restore {each.run.id}` restores it."
     return UsageError(
         "No adapter to start from",
-        what=f"Start from (lora.init_from) is {init_from!r}: {what}",
+        what=f"“Start from” (lora.init_from) is {init_from!r}: {what}",
         fix=fix,
     )
 

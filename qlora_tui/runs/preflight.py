@@ -312,7 +312,7 @@ def _initial_adapter(recipe: Recipe, files: ModelFiles) -> list[Check]:
     if not base or short_model_name(base) in (short_model_name(recipe.model.id), files.folder.name):
         return [Check(CheckKind.LORA, "ok", f"Starts from the adapter in {format_path(folder)}.")]
     text = f"The adapter to start from was trained on {base}, which may be a different model."
-    fix = "Choose that model, or clear Start from (lora.init_from)."
+    fix = "Choose that model, or clear “Start from” (lora.init_from)."
     return [Check(CheckKind.LORA, "warning", text, fix)]
 
 

@@ -29,7 +29,7 @@ GuestState: TypeAlias = Literal["unloaded", "loading", "ready", "yielded", "fail
 
 
 class Guest:
-    """The one engine of a server. It is a guest on its device, which runs may claim at any time."""
+    """The one engine of a server. It gives up its device whenever a training run claims the device."""
 
     def __init__(
         self, runs: RunsToServe, aliases: Mapping[str, str] | None = None, idle_unload_s: float | None = None

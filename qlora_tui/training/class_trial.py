@@ -43,7 +43,9 @@ class Trial:
     Empty if the forward needs values of tensors.
     """
     layer_runs: tuple[int, ...]
-    """How often each layer ran; empty if every layer ran once, or the forward needs values."""
+    """Number of times that each layer ran. Empty if every layer ran once, or if the forward failed because
+    it needs the values of tensors.
+    """
     attends: bool
     """Whether the forward called transformers' attention interface."""
     own_code: bool

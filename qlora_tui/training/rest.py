@@ -25,7 +25,7 @@ _CURRENT_S = 5.0
 
 
 class Rest:
-    """Receives readings from another thread, and makes the training thread wait."""
+    """Makes the training thread wait while readings of the GPU, from another thread, are too high."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -356,7 +356,8 @@ def _report(verified: VerificationResult, tokens: int, seconds: float, reporter:
         )
     else:
         remedy = (
-            f"Each part of qlora-tui's faster code matches on its own, so this run keeps all of it. {_REPORT}"
+            f"Checked one by one, all parts of qlora-tui's faster code match the libraries, so this run "
+            f"keeps them. {_REPORT}"
         )
     reporter.health("step_differs", evidence, remedy)
 

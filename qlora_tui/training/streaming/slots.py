@@ -242,7 +242,9 @@ class LayerSlots:
         """Event of each slot's copy that no computation has waited for yet."""
 
     def add(self, place: int, layer: LayerTensors, host_buffer: Tensor) -> None:
-        """Set the bytes of a layer, (size_bytes,) uint8 in host memory, and point its tensors to its slot."""
+        """Register ``host_buffer`` (size_bytes,), uint8, as the bytes of a layer in host memory. The layer's
+        tensors then point to its slot.
+        """
         self._layers[place] = host_buffer
         layer.point_to(self._slots[self._slot_of(place)])
 

@@ -392,9 +392,9 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
 
     If everything fits, each prompt has all its answers in full, in one or more rows. Otherwise, each prompt
     has only one row of answers, the ``opened`` prompt comes first, and prompts that do not fit are left out.
-    If a prompt's full answers do not fit, every answer except the last, such as the base model's, has at most
-    :data:`_COMPARED_ROWS` lines. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their last answers in
-    full, and the ``opened`` prompt is not one of them, the last answers are shortened too.
+    If a prompt's full answers do not fit, all answers but the last (for example, the base model's answer)
+    have at most :data:`_COMPARED_ROWS` lines. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their last
+    answers in full, and the ``opened`` prompt is not one of them, the last answers are shortened too.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)

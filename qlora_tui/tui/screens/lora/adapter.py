@@ -219,7 +219,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_rslora" if lora.use_rslora:
             return "Scales by alpha/√rank, so that high ranks keep learning."
         case "lora.use_rslora":
-            return f"On: scales the update {format_float(sqrt(lora.rank))} times as much, for high ranks."
+            return f"On: scales the update by a further {format_float(sqrt(lora.rank))}. For high ranks."
         case "lora.use_dora":
             return "Better at low ranks, slower at every rank (DoRA paper)."
         case _ if lora.train_embeddings:

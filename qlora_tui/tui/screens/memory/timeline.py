@@ -35,7 +35,7 @@ _EIGHTHS = " ▁▂▃▄▅▆▇"
 _FROM_THE_BOTTOM = ("base weights", "adapter", "overhead", "activations", "loss")
 """Order of the parts in the graph, from the bottom: first parts of constant size, then parts that vary."""
 _LEAST_FILLED = 1 / 16
-"""Minimum fraction of a cell that is drawn."""
+"""Smallest part of a cell that is drawn, as a fraction of the cell. Smaller parts are left out."""
 _STEPS, _MAX_STEP_ROWS = (1, 2, 4, 5, 8), 5
 """``_STEPS``: distances between two labels, times a power of ten, in GiB. ``_MAX_STEP_ROWS``: maximum
 distance in rows; the minimum is two.
@@ -224,8 +224,8 @@ def _cell(
     even: Mapping[str, str],
 ) -> tuple[str, str]:
     """Return (character, style) of a cell. A cell that is partly filled or has two parts is drawn with a
-    block character, in steps of an eighth of a cell. ``even``: the opaque color of each part by name, for
-    cells with two parts.
+    block character, in steps of an eighth of a cell. ``even``: maps the name of each part to its
+    opaque color, for cells with two parts.
     """
     covered = _parts_of_cell(column, row, row_bytes)
     parts = _drawn_parts(covered, sums, is_even=bool(even))

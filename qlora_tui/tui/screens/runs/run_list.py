@@ -331,8 +331,8 @@ _LABEL = 10
 _MAX_EXPORTS = 8
 _MAX_LOG_LINES = 60
 _MAX_EVENTS = 2000
-"""Maximum number of events that are searched for lines of the log. Most events are steps, which are left
-out.
+"""Number of events, from the newest, that are read to fill the log. Most of them are steps, which the log
+leaves out.
 """
 
 

@@ -117,8 +117,8 @@ class TrainScreen(RunCommands):
         pane, or if the screen has already switched to an active run.
         """
         self._ended_at: float | None = None
-        """Unix time at which the watched run ended, if the screen chose this run because it was the last one.
-        None if the user chose the run or the pane.
+        """Unix time at which the watched run ended, if the screen chose this run by itself as the newest one.
+        None if the user chose the run, or switched to the recipe.
         """
         self._checks_key: object = None
         self._stamps: object = None
