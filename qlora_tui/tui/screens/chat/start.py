@@ -394,7 +394,8 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
     has only one row of answers, the ``opened`` prompt comes first, and prompts that do not fit are left out.
     If a prompt's full answers do not fit, all answers but the last (for example, the base model's answer)
     have at most :data:`_COMPARED_ROWS` lines. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their last
-    answers in full, and the ``opened`` prompt is not one of them, the last answers are shortened too.
+    answers in full, and the ``opened`` prompt is not one of them, all answers are shortened as little as
+    possible.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
@@ -417,12 +418,12 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
     if is_open or len(blocks) >= min(_ENOUGH_WHOLE, len(recorded)):
         return heading + _separated(blocks, height)
     count = max(1, min(len(recorded), height // (_LEAST_ROWS + 1)))
-    rows = max(_LEAST_ROWS, height // count - 1)
-    shortened = [
-        line
-        for each in recorded[:count]
-        for line in _answer_lines(each, each.select(most), most, width, rows, compared=_COMPARED_ROWS)
-    ]
+    shortened: list[Content] = []
+    for rows in range(max(_LEAST_ROWS, height // count), _LEAST_ROWS - 1, -1):
+        blocks = [_answer_lines(each, each.select(most), most, width, rows) for each in recorded[:count]]
+        shortened = [line for block in blocks for line in block]
+        if len(shortened) <= height:
+            break
     return heading + shortened[: max(0, height)]
 
 
@@ -452,7 +453,7 @@ def _answer_lines(
         most: Maximum number of answers side by side.
         width: Width of the lines, in cells.
         rows: Maximum number of lines of an answer; None to show answers in full. If the expected answer is
-            above the answers, its lines count toward this maximum.
+            above the answers, it has at most half of these lines, and the answers have the rest.
         compared: Maximum number of lines of each answer except the last, if lower than ``rows``; None if only
             ``rows`` applies.
     """
@@ -469,7 +470,7 @@ def _answer_lines(
         if len(answers) < most:
             shown.insert(0, expected)
         else:
-            above = _column(*expected, width, None if rows is None else 1, "$text-muted")
+            above = _column(*expected, width, None if rows is None else max(1, rows // 2), "$text-muted")
             lines += above
             rows = None if rows is None else max(1, rows - len(above))
     columns = min(most, len(shown))
