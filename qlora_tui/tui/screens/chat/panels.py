@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 from textual import work
 from textual.containers import Vertical
 from textual.content import Content
+from textual.css.query import NoMatches
 from textual.widget import Widget
 
 from qlora_tui.chat.chat_types import Effect, GenerationResult, Sampling
@@ -290,11 +291,15 @@ class ChatMain(Vertical):
         """Before the first message, make the conversation only as tall as its contents, so that the starter
         prompts are directly below it. The remaining rows are for starter prompts.
         """
-        chat, drawing = self.conversation, self.query_one("#chat-start", Drawing)
+        try:
+            drawing, panel = self.query_one("#chat-start", Drawing), self.query_one("#chat-panel")
+            starters = self.query_one(Starters)
+        except NoMatches:  # the screen is being closed
+            return
+        chat = self.conversation
         if not self._is_start or not drawing.size:
             chat.styles.max_height = None
             return
-        panel, starters = self.query_one("#chat-panel"), self.query_one(Starters)
         needed = drawing.get_content_height(self.size, self.size, drawing.size.width) + drawing.gutter.height
         chat.styles.max_height = needed
         others = [each for each in panel.children if each.display and each not in (chat, starters)]

@@ -14,6 +14,7 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
+from textual.css.query import NoMatches
 from textual.geometry import Size
 from textual.strip import Strip
 
@@ -158,9 +159,12 @@ class LivePane(Vertical):
         """If the graph and the log do not both fit, replace the graph with two lines, one for the loss and
         one for the other values, and give all other rows to the log.
         """
-        panel = self.query_one("#graph-panel", Panel)
+        try:
+            main, panel = self.query_one("#live-main"), self.query_one("#graph-panel")
+        except NoMatches:  # the screen is being closed
+            return
         least = LEAST_CHART + 1 + panel.gutter.height + panel.styles.margin.height
-        self.set_class(self.query_one("#live-main").size.height < least + _LEAST_LOG, "-low")
+        self.set_class(main.size.height < least + _LEAST_LOG, "-low")
 
     def _show_graph(self, snapshot: RunSnapshot, from_step: float) -> None:
         starting = is_starting(snapshot)
