@@ -128,7 +128,7 @@ def test_data_of_which_every_row_is_too_long_is_an_error(tmp_path: Path, model: 
     checks = preflight(recipe, Machine(budget_for(None)))
     check = next(check for check in checks if check.kind is CheckKind.DATA)
     assert check.problem is not None and check.problem.title == "Nothing to train on"
-    assert "within 16 tokens" in check.text
+    assert "the limit of 16 tokens" in check.text
     assert forecast(recipe, Machine(budget_for(None))) is None
     with pytest.raises(UserError, match="Nothing to train on"):
         prepare_dataset(recipe, ChatTokenizer.from_folder(Path(model), "auto"))

@@ -156,7 +156,7 @@ def test_another_program_that_held_what_was_missing_is_named(tmp_path: Path, sai
     assert failed.what == "The trainer requested 1.5 GiB, and 410 MiB of the GPU's 23.6 GiB was free."
     assert failed.missing_bytes == round(1.5 * 2**30) - 410 * 2**20
     assert failed.others_held_enough == enough
-    assert (failed.why == "Another program held 5.1 GiB of the GPU.") == enough
+    assert (failed.why == "Another program held 5.1 GiB of the GPU's memory.") == enough
     assert failed.fix.startswith("Close the other program and resume. ") == enough
 
 

@@ -282,7 +282,7 @@ def _ending(what: FakeRun) -> RunEnded | None:
                 at=at,
                 title="Out of GPU memory",
                 what="The trainer requested 1.5 GiB, and 410 MiB of the GPU's 24.0 GiB was free.",
-                why="Another program held 5.1 GiB of the GPU.",
+                why="Another program held 5.1 GiB of the GPU's memory.",
                 fix="Close the other program and resume. The cheapest change that should fit: micro-batch 1.",
                 kind="out_of_memory",
                 missing_bytes=round(1.1 * GIB),

@@ -429,7 +429,7 @@ async def test_keys_change_the_reasoning_setting_and_the_screen_shows_it(tmp_pat
     app = open_on("data", model=thinking_model(tmp_path))
     app.workbench.set("data.sources", (Source(path=str(rows(tmp_path / "rows.jsonl"))),))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Reasoning: 1 of 3 rows, to learn", "Thinking: on for the 1")
+        await wait_for_text(pilot, "Reasoning: 1 of 3 rows, learned", "Thinking: on for the 1")
         await pilot.press("R")
         await wait_for_text(pilot, "Reasoning: 1 of 3 rows, only read")
         await pilot.press("r")
