@@ -182,6 +182,11 @@ class Conversation(VerticalScroll, OnQloraApp):
         """Whether a prompt is being answered or a measurement is running."""
         return self._asking is not None and not self._asking.is_finished
 
+    @property
+    def is_new(self) -> bool:
+        """Whether there is a source to chat with, and no message has been sent yet."""
+        return self.source is not None and not self.turns and not self.busy
+
     async def set_source(self, source: ChatSource | None, run: RunDir | None) -> None:
         """Switch to another run or model, and start a new conversation. The model is loaded when the first
         prompt is sent. ``source``: None if there is nothing to chat with. ``run``: None for a model without a

@@ -258,11 +258,6 @@ class ChatMain(Vertical):
         field = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
         yield Panel("Message", field, id="prompt-panel")
 
-    @property
-    def _is_start(self) -> bool:
-        chat = self.conversation
-        return chat.source is not None and not chat.turns and not chat.busy
-
     def show_start(self, start: ChatStart, *, is_described: bool, hides_facts: bool) -> None:
         """Show the starter prompts and, above the turns, facts about the model and the recorded answers.
 
@@ -279,10 +274,10 @@ class ChatMain(Vertical):
                 start_lines,
                 start,
                 chat.source.recipe,
-                self.query_one(Starters).selected_prompt if self._is_start else "",
+                self.query_one(Starters).selected_prompt if chat.is_new else "",
                 is_loaded=chat.ready is not None,
                 is_described=is_described,
-                folds=not self._is_start,
+                folds=not chat.is_new,
             )
             drawing.show(draw)
         self.call_after_refresh(self._fit, start)
@@ -297,7 +292,7 @@ class ChatMain(Vertical):
         except NoMatches:  # the screen is being closed
             return
         chat = self.conversation
-        if not self._is_start or not drawing.size:
+        if not chat.is_new or not drawing.size:
             chat.styles.max_height = None
             return
         needed = drawing.get_content_height(self.size, self.size, drawing.size.width) + drawing.gutter.height
@@ -317,7 +312,7 @@ class ChatMain(Vertical):
             # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
             self.screen.set_focus(None)
         starters.display = chat.source is not None and bool(offered)
-        starters.offer(offered, has_heading=self._is_start)
+        starters.offer(offered, has_heading=chat.is_new)
 
 
 class ChatSide(Vertical):

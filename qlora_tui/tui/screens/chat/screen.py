@@ -565,12 +565,11 @@ class ChatScreen(WorkScreen):
         chat, has_source = self.conversation, self.conversation.source is not None
         # If the window is not wide enough for two answers and the side column, two answers take the whole
         # width.
-        is_start = not chat.turns and not chat.busy
         side_from = _SIDE_CELLS if len(chat.pair.active) == 1 else VERY_WIDE_CELLS
         has_side = self.size.width >= side_from and self.size.height >= TALL_CELLS
         self.query_one("#chat-empty").display = not has_source
         self.set_class(has_source, "-answering")
-        self.set_class(has_source and is_start, "-start")
+        self.set_class(chat.is_new, "-start")
         self.query_one(ChatSide).display = has_source and has_side
         self._show_start()
         if not self.query_one(PromptBox).text:
@@ -578,7 +577,7 @@ class ChatScreen(WorkScreen):
         self.query_one("#prompt-panel").display = has_source
         # A short window has a row for the settings before the first message, and later if one was changed.
         is_short = self.size.height < TALL_CELLS
-        has_facts = is_start or not is_short or not has_default_settings(chat)
+        has_facts = chat.is_new or not is_short or not has_default_settings(chat)
         self.query_one("#sampling-line").display = has_source and not has_side and has_facts
         unloaded = unloaded_text(chat, self.app.system_status.loaded_server)
         self.query_one("#unloaded", Lines).show(Content.styled(unloaded, "$warning"))
