@@ -193,7 +193,7 @@ def _train(recipe: Recipe, walked: Walked) -> Any:
 
 
 def _run(run: Any) -> None:
-    from qlora_tui.runs.retry import RetryPlan
+    from qlora_tui.runs.memory_retry import RetryPlan
     from qlora_tui.training.supervisor import run_trainer
 
     run_trainer(run, RetryPlan())

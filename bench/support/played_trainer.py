@@ -14,7 +14,7 @@ from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.events import Failed, Finished, Paused, Started
 from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.retry import RetryPlan, parse_plan
+from qlora_tui.runs.memory_retry import RetryPlan, parse_plan
 from qlora_tui.runs.status import Status, write_status
 
 run = RunDir(Path(sys.argv[1]))

@@ -12,8 +12,8 @@ A recipe is estimated with the settings that need the least memory: all layers a
 All three compete for the same memory, so the fastest combination is chosen by the predicted time of a step.
 The trainer chooses rows and optimizer before it loads the model. It chooses the number of recomputed layers
 afterwards, for the longest batch of the run. After an out-of-memory error, the optimizer has the smallest
-states, and ``runs.retry`` lowers the number of layers that keep their activations or, if there are none, the
-rows at a time.
+states, and ``runs.memory_retry`` lowers the number of layers that keep their activations or, if there are
+none, the rows at a time.
 
 The slowdown by streamed layers or offloaded inputs follows from the same times: copies run during the
 computation, so a step takes the longer of the two. A micro-batch copies each of S streamed layers twice, in

@@ -31,7 +31,7 @@ slurm           the options of a cluster's jobs, and the commands of Slurm
 slurm_runs      submits, cancels and watches the jobs of runs
 slurm_time      proposes the time limit of a job
 slurm_job       the program of a job: trains one run, and turns a time limit into a pause
-retry           after memory ran out: what the next attempt changes, and what the user can change
+memory_retry    after memory ran out: what the next attempt changes, and what the user can change
 notify          reports a run's end to a command or a webhook
 check           verifies runs, and repairs them
 damage          whether a checkpoint or an adapter is intact

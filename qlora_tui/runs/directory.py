@@ -1,4 +1,4 @@
-"""A run's directory: its name, its files, and how to find it again.
+"""A run's directory: how it is created, its name, its files, and how to find it again.
 
 runs/<id>/
   recipe.toml      frozen when the run was queued

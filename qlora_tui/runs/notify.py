@@ -29,7 +29,7 @@ from qlora_tui.formatting import format_loss
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.events import Failed, Finished
-from qlora_tui.runs.retry import next_plan
+from qlora_tui.runs.memory_retry import next_plan
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import load_settings
 

@@ -22,7 +22,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import append_event, events_backwards, last_log_lines
-from qlora_tui.runs.retry import describe_fix, last_phase, last_plan
+from qlora_tui.runs.memory_retry import describe_fix, last_phase, last_plan
 from qlora_tui.runs.status import State, ended_status, read_status, write_status
 from qlora_tui.runs.telemetry import TelemetryTail
 from qlora_tui.runs.view import RunView

@@ -12,7 +12,7 @@ from qlora_tui.formatting import format_rate
 from qlora_tui.recipe.fields import format_value, get_setting, setting_name
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.events import PREPARING_PHASES, Failed, Health, RunEnded
-from qlora_tui.runs.retry import RetryPlan, reduce_memory
+from qlora_tui.runs.memory_retry import RetryPlan, reduce_memory
 from qlora_tui.runs.status import ACTIVE, State
 
 _MIN_LENGTH = 128

@@ -24,6 +24,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Paused
 from qlora_tui.runs.gate import PERIOD_S
 from qlora_tui.runs.holds import Hold
+from qlora_tui.runs.memory_retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
 from qlora_tui.runs.outcomes import determine_outcome, log_size, record_outcome
 from qlora_tui.runs.process import (
     INHIBITOR,
@@ -32,7 +33,6 @@ from qlora_tui.runs.process import (
     threads_variable,
     trainer_command,
 )
-from qlora_tui.runs.retry import RetryPlan, host_oom_kills, plan_resume, plan_retry
 from qlora_tui.runs.status import read_status
 from qlora_tui.worker import module_argv, start_detached, subprocess_env
 

@@ -15,7 +15,7 @@ from typing import Self
 from qlora_tui.runs import control, events
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail, sample_events
-from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.memory_retry import RetryPlan
 from qlora_tui.runs.status import Status, read_status
 
 _RATE_STEPS = 20

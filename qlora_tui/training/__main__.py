@@ -10,7 +10,7 @@ from pathlib import Path
 from qlora_tui.errors import EXIT_USAGE, UserError
 from qlora_tui.gpu.torch_env import allocator_variables, configure_torch_env
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.retry import RetryPlan, parse_plan
+from qlora_tui.runs.memory_retry import RetryPlan, parse_plan
 from qlora_tui.settings import GPU_VARIABLE
 from qlora_tui.training.supervisor import run_trainer
 

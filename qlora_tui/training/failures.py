@@ -23,8 +23,8 @@ from qlora_tui.memory import Estimate
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import Failed, Phase
+from qlora_tui.runs.memory_retry import describe_fix, last_phase
 from qlora_tui.runs.outcomes import gpu_problem
-from qlora_tui.runs.retry import describe_fix, last_phase
 
 _RUST = re.compile(r"\(os error (\d+)\)")
 

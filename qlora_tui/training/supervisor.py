@@ -22,9 +22,9 @@ from qlora_tui.runs import leftovers
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import Failed, RunEnded, Started
+from qlora_tui.runs.memory_retry import RetryPlan
 from qlora_tui.runs.outcomes import record_outcome
 from qlora_tui.runs.process import ensure_runner
-from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.training import checkpoints
 from qlora_tui.training.checkpoints import Checkpoint, UnloadableCheckpoint
 from qlora_tui.training.control_requests import ControlRequests

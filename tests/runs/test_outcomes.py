@@ -20,7 +20,7 @@ from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.errors import EXIT_DISK
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Model, Recipe
-from qlora_tui.runs import retry, run_queue
+from qlora_tui.runs import memory_retry, run_queue
 from qlora_tui.runs.directory import RunDir, create_run
 from qlora_tui.runs.event_log import EventTail, EventWriter
 from qlora_tui.runs.events import (
@@ -110,7 +110,7 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 CHILD = """
 import os, sys
 from pathlib import Path
-from qlora_tui.runs.retry import host_oom_kills
+from qlora_tui.runs.memory_retry import host_oom_kills
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 before = host_oom_kills()
 child = os.fork()
@@ -144,17 +144,17 @@ def test_the_kernels_killer_is_known_by_its_count(small_group: Path, who: str, k
 
 
 def test_the_own_cgroups_count_precedes_the_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(retry, "_HIERARCHIES", tmp_path)
-    monkeypatch.setattr(retry, "_VMSTAT", tmp_path / "vmstat")
-    assert retry.host_oom_kills() == 0
+    monkeypatch.setattr(memory_retry, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory_retry, "_HIERARCHIES", tmp_path)
+    monkeypatch.setattr(memory_retry, "_VMSTAT", tmp_path / "vmstat")
+    assert memory_retry.host_oom_kills() == 0
     (tmp_path / "vmstat").write_text("pgfault 1\noom_kill 7\n")
     (tmp_path / "cgroup").write_text("0::/user.slice/session-3.scope\n")
-    assert retry.host_oom_kills() == 7
+    assert memory_retry.host_oom_kills() == 7
     group = tmp_path / "user.slice" / "session-3.scope"
     group.mkdir(parents=True)
     (group / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
-    assert retry.host_oom_kills() == 2
+    assert memory_retry.host_oom_kills() == 2
 
 
 def test_a_process_killed_for_memory_is_reported_with_its_size(run: RunDir) -> None:
@@ -236,7 +236,7 @@ def test_a_model_that_does_not_fit_is_named(recipe: Recipe) -> None:
     with EventWriter(run.events_path) as log:
         log.append(PhaseChanged(at=1.0, phase="training"))
         log.append(Started(at=2.0, attempt=2, pid=1))
-        assert retry.last_phase(run) is None
+        assert memory_retry.last_phase(run) is None
         log.append(PhaseChanged(at=3.0, phase="tokenizing"))
         log.append(PhaseChanged(at=4.0, phase="loading"))
     ending = determine_outcome(run, -signal.SIGKILL, host_out_of_memory=True)
@@ -250,7 +250,9 @@ def test_a_model_that_does_not_fit_is_named(recipe: Recipe) -> None:
 )
 def test_only_settings_that_shrink_the_model_are_named(method: str, double: bool, named: str) -> None:
     recipe = replace_setting(Recipe(), "quantization.method", method)
-    fix = retry.describe_fix(replace_setting(recipe, "quantization.double_quantization", double), "loading")
+    fix = memory_retry.describe_fix(
+        replace_setting(recipe, "quantization.double_quantization", double), "loading"
+    )
     assert named in fix and fix.count("quantization.") == (1 if named else 0)
 
 
@@ -260,6 +262,6 @@ def test_before_nothing_is_said_to_help_checkpointing_is_named(monkeypatch: pyte
     monkeypatch.setattr("qlora_tui.memory.cheapest_changes", lambda *args, **kwargs: [])
     recipe = Recipe(model=Model(id="smollm2"))
     held = replace_setting(recipe, "training.gradient_checkpointing", "off")
-    assert retry.suggest_settings(held).startswith("Gradient checkpointing saves ")
+    assert memory_retry.suggest_settings(held).startswith("Gradient checkpointing saves ")
     lean = replace_setting(recipe, "training.gradient_checkpointing", "on")
-    assert retry.suggest_settings(lean).startswith("No change of settings is enough")
+    assert memory_retry.suggest_settings(lean).startswith("No change of settings is enough")

@@ -12,7 +12,7 @@ import pytest
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.errors import UserError
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.memory_retry import RetryPlan
 from tests.support.quick_start.fork_request import ForkRequest
 from tests.support.quick_starts import TRAINING_MODULES, ForkServer, fork_server
 

@@ -8,7 +8,7 @@ from qlora_tui.memory.execution import LEAN_OPTIMIZER
 from qlora_tui.runs import actions
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.events import Environment, Failed, LayersKept, MemoryMeasured, Started, StepChosen
-from qlora_tui.runs.retry import RetryPlan, last_plan, reduce_memory
+from qlora_tui.runs.memory_retry import RetryPlan, last_plan, reduce_memory
 from qlora_tui.runs.status import read_status
 from tests.support.polling import wait_for
 from tests.support.trainer_processes import Trainers

@@ -37,8 +37,8 @@ from qlora_tui.runs.events import (
     StepVerified,
     Stopped,
 )
+from qlora_tui.runs.memory_retry import RetryPlan
 from qlora_tui.runs.outcomes import determine_outcome, record_outcome
-from qlora_tui.runs.retry import RetryPlan
 from qlora_tui.runs.status import read_status
 from qlora_tui.training import checkpoints
 from tests.runs.test_check import flip

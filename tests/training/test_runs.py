@@ -31,7 +31,7 @@ from qlora_tui.runs.events import (
     StepVerified,
     ValidationCompared,
 )
-from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.memory_retry import RetryPlan
 from qlora_tui.runs.run_summary import summarize
 from qlora_tui.runs.status import read_status
 from qlora_tui.training.adapter import load_best_weights

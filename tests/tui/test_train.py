@@ -31,7 +31,7 @@ from qlora_tui.runs.events import (
     Started,
 )
 from qlora_tui.runs.holds import Hold
-from qlora_tui.runs.retry import RetryPlan
+from qlora_tui.runs.memory_retry import RetryPlan
 from qlora_tui.runs.run_summary import RunEvidence, judge_run
 from qlora_tui.runs.status import State, read_status, write_heartbeat, write_status
 from qlora_tui.runs.suggested_fix import SuggestedFix, suggest_fix

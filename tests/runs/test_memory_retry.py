@@ -9,7 +9,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventWriter, last_event
 from qlora_tui.runs.events import Failed, Health, LayersStreamed, Phase, Started
-from qlora_tui.runs.retry import (
+from qlora_tui.runs.memory_retry import (
     RetryPlan,
     describe_plan,
     last_plan,
