@@ -7,6 +7,7 @@ torchrun ends. Importing this module does not load torch.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -75,6 +76,10 @@ class DistributedContext(Struct, frozen=True):
             from torch import distributed
 
             self.barrier()
+            # The group is freed at exit. If a DDP model freed it, it would hold the GIL while it waits for a
+            # thread of the group, which may need the GIL to free a tensor (pytorch issue 56297).
+            groups = [distributed.group.WORLD]
+            atexit.register(groups.clear)
             distributed.destroy_process_group()
         return DistributedContext()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -153,6 +155,17 @@ def test_processes_wait_for_a_long_conversion(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     DistributedContext(world_size=2).initialize(on_cpu=True)
     assert waits[0] > timedelta(hours=1)
+
+
+def test_a_model_is_not_the_last_owner_of_its_group() -> None:
+    # Else its destructor waits, with the GIL, for a thread of the group that may wait for the GIL.
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    group = weakref.ref(distributed.group.WORLD)
+    DistributedContext(world_size=2).disband()
+    gc.collect()
+    assert group() is not None and not distributed.is_initialized()
 
 
 def ignore(*_: object) -> None:
