@@ -36,16 +36,11 @@ def test_a_steady_reading_is_a_share_of_a_scale_whose_top_is_named() -> None:
         for at in map(float, range(90))
     ]
     readings = tuple(Reading(at=gpu.at, rss_bytes=GIB, cpu_percent=1.0, gpu=gpu) for gpu in gpus)
-    lines = machine_lines(MachineState("RTX 4090", readings), 60, 24)
-    texts = [line.plain for line in lines]
+    texts = drawn(MachineState("RTX 4090", readings), 60, 24)
     for name, top, columns in (("util", "100%", " ▄"), ("power", "", " █"), ("temp", "100 °C", "▁█")):
         at = next(number for number, text in enumerate(texts) if text.startswith(name))
         assert [texts[at - 1][20], texts[at][20]] == list(columns)
         assert texts[at - 1].endswith(top)
-        # The track is behind the whole chart.
-        for line in lines[at - 1 : at + 1]:
-            (style,) = {str(span.style) for span in line.spans if span.start <= 20 < span.end}
-            assert style.endswith("on $chart-fill")
 
 
 def test_power_without_a_limit_is_drawn_by_the_highest_reading_and_not_as_a_share() -> None:

@@ -23,7 +23,6 @@ CLIPPED = "▶"
 """Last cell of a bar that would be longer than the room for it."""
 _SOFT = "50%"
 """Opacity of the columns in a chart that is mostly filled."""
-_TRACK_STYLE = "on $chart-fill"
 _FULL = 0.8
 
 
@@ -66,10 +65,10 @@ def history(
 ) -> list[Content]:
     """Return values over time as columns of blocks, in ``height`` rows. A value of ``low`` has the shortest
     column, and a value of ``high`` the tallest. The columns are partly transparent, because they fill most of
-    the chart. All rows have a background, which shows the maximum height of a column.
+    the chart.
     """
     rows = blocks(values, low, high, height, is_apart=True)
-    return [Content.styled(row, f"{style} {_SOFT} {_TRACK_STYLE}") for row in rows]
+    return [Content.styled(row, f"{style} {_SOFT}") for row in rows]
 
 
 def _level(value: float | None, low: float, high: float, levels: int) -> int:

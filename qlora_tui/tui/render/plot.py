@@ -32,10 +32,6 @@ described in words.
 """
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
-_LEAST_DOTTED = 8
-"""Minimum number of rows of a graph at which dotted lines are drawn. In fewer rows, their dots would hide the
-marks that they connect.
-"""
 _FEW_LABELS = 1.2
 """Penalty factor for axes with only two labels. Of several possible axes, the one with the smallest product
 of length and penalties is selected.
@@ -234,7 +230,7 @@ class Plot:
 
     A cell that several lines share shows the dots of all of them, but can have only one color, which is
     selected by :meth:`Canvas.color_shared_cells`. A mark has its cell to itself. A dotted line has no dots
-    in a cell that contains a mark or another line, and is left out in a graph of few rows.
+    in a cell that contains a mark or another line.
     """
 
     x: Axis
@@ -285,9 +281,6 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     y, labels = _even(what.y, rows)
     what = replace(what, y=y)
     grid_rows = list(labels)
-    if y.unit == "loss" and min(grid_rows, default=0) > _LEAST_BETWEEN:
-        # Losses far above the highest grid line could not be read without the end of the axis.
-        labels[0] = y.text(y.high, y.high - y.low)
     labels_end = max(map(len, labels.values()), default=0) + 1
     gutter = max(what.gutter, labels_end)
     columns = max(2, width - gutter)
@@ -301,7 +294,7 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
         _set_glyphs(canvas, curve, what.x, what.y, number, len(what.curves))
     _set_marks(canvas, what)
     for curve in what.curves:
-        if curve.look == "dotted" and rows >= _LEAST_DOTTED:
+        if curve.look == "dotted":
             _draw_curve(canvas, curve, what.x, what.y)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
