@@ -11,7 +11,8 @@
   ``model_validation``: whether a model can be trained. ``adapters``: LoRA adapters.
 * ``gguf``: the header of GGUF files. ``gguf_config``: the model that a file describes, or why the file is
   refused; ``gguf_architectures``, ``gguf_metadata``: the fields that are read for each architecture.
-  ``gguf_tokenizers``: how the tokenizers of GGUF files split text.
+  ``gguf_tokenizers``: how the tokenizers of GGUF files split text. ``gguf_file_types``: the types of exported
+  GGUF files, such as Q4_K_M.
 * ``hub``: search the Hub, read its responses within bounds, translate its errors. ``download``: downloads
   a model.
 * ``optional_kernels``: packages without which the layers of some models are slow on a GPU.

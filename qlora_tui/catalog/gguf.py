@@ -1,4 +1,4 @@
-"""GGUF files: reading their header, and the file types of exports.
+"""The header of GGUF files.
 
 This parser exists because the ``gguf`` package imports numpy, which the app must start without. Format:
 github.com/ggml-org/ggml, docs/gguf.md. Unless the vocabulary is requested, only short arrays of
@@ -12,9 +12,9 @@ import mmap
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from qlora_tui.catalog.architecture_types import Architecture
+from qlora_tui.catalog.gguf_file_types import FILE_TYPES
 from qlora_tui.errors import UserError
 
 MAGIC = b"GGUF"
@@ -54,12 +54,8 @@ _ROPE_FACTORS = "rope_"
 _ALIGNMENT = 32
 """Alignment of tensors in bytes if the file does not set one (ggml, GGUF_DEFAULT_ALIGNMENT)."""
 
-QUANTIZATION_NAMES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
-    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
-    32: "BF16",
-}  # fmt: skip
-"""Common values of ``general.file_type``, numbered as in llama.cpp."""
+_TYPE_NAMES = {0: "F32"} | {each.number: each.name for each in FILE_TYPES.values()}
+"""Names of common values of ``general.file_type``."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ class GgufHeader:
     def quantization(self) -> str | None:
         """Return the quantization, such as ``Q4_1``; None if the file does not name it."""
         kind = self.values.get("general.file_type")
-        return QUANTIZATION_NAMES.get(kind) if isinstance(kind, int) else None
+        return _TYPE_NAMES.get(kind) if isinstance(kind, int) else None
 
     @property
     def vocab_size(self) -> int | None:
@@ -249,94 +245,3 @@ def _read(cursor: _Cursor, vocabulary: bool) -> GgufHeader:
             layout = f"<{shape[0]}f"
             factors[name] = struct.unpack_from(layout, cursor.data, cursor.skip(struct.calcsize(layout)))
     return GgufHeader(values, lengths, shapes, types, offsets, factors)
-
-
-FileType: TypeAlias = Literal["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
-FILE_TYPES: tuple[FileType, ...] = ("BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-"""File types that the ``gguf`` package writes, the largest first."""
-K_QUANTS = ("Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K")
-"""File types that llama.cpp itself writes, the largest first."""
-AUTO = "auto"
-"""Selects the smallest file type whose answers are close enough to the adapter's."""
-LADDER = ("Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-"""File types that ``auto`` tries, the smallest first."""
-
-_BITS_PER_WEIGHT = {
-    "F16": 16.0,
-    "BF16": 16.0,
-    "Q8_0": 8.5,
-    "Q6_K": 6.56,
-    "Q5_1": 6.0,
-    "Q5_K_M": 5.7,
-    "Q5_K_S": 5.57,
-    "Q5_0": 5.5,
-    "Q4_1": 5.0,
-    "Q4_K_M": 4.89,
-    "Q4_K_S": 4.67,
-    "Q4_0": 4.5,
-    "Q3_K_L": 4.3,
-    "Q3_K_M": 4.0,
-    "Q3_K_S": 3.64,
-    "Q2_K": 3.16,
-}
-"""Bits per weight of each file type.
-
-K types are measured on Llama 3.1 8B (llama.cpp, tools/quantize/README.md), and other types calculated from
-their blocks.
-"""
-_Q8_0_BITS = 8.5
-_K_BLOCK = 256
-_CONTEXT = 4096
-
-
-def estimated_bytes(architecture: Architecture, file_type: str) -> int:
-    """Return the approximate size of a model's GGUF file in bytes, without the vision part.
-
-    An 8.03 B model in Q4_K_M: 8.03e9 · 4.89 / 8 = 4.9 GB. A model whose rows are not made of whole K blocks
-    of 256 weights gets larger types, about one step up.
-    """
-    bits = _BITS_PER_WEIGHT[file_type]
-    tables = architecture.embedding_params + architecture.head.own_params
-    rest = architecture.total_params - architecture.vision_params - tables
-    table_bits = max(bits, _Q8_0_BITS)
-    if file_type in K_QUANTS and architecture.hidden_size % _K_BLOCK:
-        bits = min(bits + 1.0, _Q8_0_BITS)
-    elif file_type in K_QUANTS:
-        table_bits = max(bits, _BITS_PER_WEIGHT["Q6_K"])
-    return int((rest * bits + tables * table_bits) / 8)
-
-
-def size_from_parameters(parameters: int, file_type: str) -> int:
-    """Return the approximate size of a GGUF file in bytes if only the model's number of parameters is known.
-
-    The embedding and the output head are counted like all other weights, although K types store them in more
-    bits: :func:`estimated_bytes` is closer.
-    """
-    return int(parameters * _BITS_PER_WEIGHT[file_type] / 8)
-
-
-def spelled(name: str) -> str:
-    """Return a type in our spelling, such as ``Q4_K_M`` for ``q4_k_m``; unknown types stay unchanged."""
-    names = {kind.lower(): kind for kind in (*FILE_TYPES, *K_QUANTS, AUTO)}
-    return names.get(name.lower(), name)
-
-
-def next_larger(file_type: str) -> str:
-    """Return the next larger type that ``auto`` tries, or F16; empty for the largest type."""
-    bits = _BITS_PER_WEIGHT[file_type]
-    return next((kind for kind in (*LADDER, "F16") if _BITS_PER_WEIGHT[kind] > bits), "")
-
-
-def rows_without_k_blocks(architecture: Architecture) -> tuple[int, ...]:
-    """Return the row lengths that llama.cpp cannot store as K types, in ascending order."""
-    text = (module.in_features for module in architecture.modules if module.part != "vision")
-    return tuple(sorted({length for length in text if length % _K_BLOCK}))
-
-
-def bytes_to_run(architecture: Architecture, file_type: str) -> int:
-    """Return the approximate memory that llama.cpp needs at a context of 4,096 tokens, in bytes.
-
-    The memory holds the file, and keys and values of every layer in float16.
-    """
-    cache = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim * _CONTEXT * 2
-    return estimated_bytes(architecture, file_type) + cache

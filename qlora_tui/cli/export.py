@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf import spelled
+from qlora_tui.catalog.gguf_file_types import (
+    DEFAULT_TYPE,
+    FILE_TYPES,
+    needs_llama_cpp,
+    spelled,
+    types_without_llama_cpp,
+)
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.cli.subcommand import (
     CommandResult,
@@ -43,7 +49,6 @@ if TYPE_CHECKING:
     from qlora_tui.runs.exports import ExportRequest
 
 _FORMS = "gguf|ollama|merge|adapter|hub|recipe|job"
-_DEFAULT_TYPE = "Q8_0"
 _NEW_FOLDER = "the folder to write; it must not exist yet"
 _NEXT = {"axolotl": "axolotl train axolotl.yml", "script": "python train.py"}
 
@@ -196,7 +201,7 @@ def _form_request(args: argparse.Namespace) -> ExportRequest:
             return ExportRequest(
                 form="ollama",
                 out=args.name,
-                file_type=_types(args.quant or _DEFAULT_TYPE),
+                file_type=_types(args.quant or DEFAULT_TYPE),
                 folder=str(folder),
                 replace_model=args.replace,
             )
@@ -211,7 +216,7 @@ def _form_request(args: argparse.Namespace) -> ExportRequest:
             return ExportRequest(
                 form=f"hub-{args.what}",  # type: ignore[arg-type]  # one of the choices
                 out=args.repo,
-                file_type=_types(args.quant or _DEFAULT_TYPE),
+                file_type=_types(args.quant or DEFAULT_TYPE),
                 is_public=args.public,
             )
     out = args.out.expanduser().absolute()
@@ -219,7 +224,7 @@ def _form_request(args: argparse.Namespace) -> ExportRequest:
     if args.form == "merge":
         return replace(request, base=args.base)
     if args.form == "gguf":
-        types = _types(",".join(args.quant or [_DEFAULT_TYPE]))
+        types = _types(",".join(args.quant or [DEFAULT_TYPE]))
         return replace(request, file_type=types, within=args.within)
     return request
 
@@ -262,9 +267,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--quant",
         action="append",
         metavar="TYPE",
-        help="F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; with llama.cpp installed also Q6_K, Q5_K_M, Q4_K_M, "
-        "Q3_K_M, Q2_K and others; `auto`: the smallest type that stays within the --within limit; "
-        "repeatable (default: Q8_0)",
+        help=f"{', '.join(types_without_llama_cpp())}; with llama.cpp installed also "
+        f"{', '.join(filter(needs_llama_cpp, FILE_TYPES))}; `auto`: the smallest type that stays within the "
+        f"--within limit; repeatable (default: {DEFAULT_TYPE})",
     )
     gguf.add_argument(
         "--within",
@@ -321,7 +326,7 @@ def _add_one_type(parser: argparse.ArgumentParser) -> None:
         "--quant",
         metavar="TYPE",
         help="a type of `export gguf`, or auto: the smallest type whose answers stay close to the adapter's "
-        "(default: Q8_0)",
+        f"(default: {DEFAULT_TYPE})",
     )
 
 

@@ -1,7 +1,7 @@
 """Export of a run's result in forms that other programs load.
 
 forms               every form behind one function; export_job is the process of a background export
-gguf                GGUF files, written with gguf_file
+gguf                GGUF files, written with gguf_file; their types are in catalog/gguf_file_types
 base_choice         chooses the base weights that an adapter is merged into
 reference, proof    the trained model's answers, and llama.cpp's comparison of a file with them (llama_cpp)
 merge               a 16-bit model folder, compared with base and adapter

@@ -16,14 +16,15 @@ from msgspec.structs import replace
 
 from qlora_tui.adapters.base_weights import every_tenth
 from qlora_tui.adapters.merged_weights import MergedWeights, merged_weights
-from qlora_tui.catalog.gguf import (
+from qlora_tui.catalog.gguf_file_types import (
     AUTO,
-    FILE_TYPES,
-    K_QUANTS,
+    DEFAULT_TYPE,
     LADDER,
-    FileType,
     estimated_bytes,
+    find_file_type,
+    needs_llama_cpp,
     next_larger,
+    types_without_llama_cpp,
 )
 from qlora_tui.catalog.local_models import resolve_model
 from qlora_tui.chat.chat_types import ChatSource
@@ -39,11 +40,6 @@ from qlora_tui.export.unfinished_files import draft_folder, publish_files, refus
 from qlora_tui.formatting import format_nats, format_number, short_model_name
 from qlora_tui.runs.exports import COMPARED_TOKENS
 
-_PROVED_ALONE = ("F16", "BF16", "Q8_0")
-"""Types that round too little to hide an error of the conversion: the file itself is checked.
-
-For other types, a 16-bit file is checked first.
-"""
 _SPARE_BYTES = 64 << 20
 
 
@@ -113,7 +109,7 @@ def export_gguf(
         source: The base and its adapters.
         adapter_name: The adapter to merge.
         out: A file ending in ``.gguf`` for one type, or a folder for any number of types.
-        file_types: Types of :mod:`qlora_tui.catalog.gguf`, or ``auto`` alone.
+        file_types: Types of :mod:`qlora_tui.catalog.gguf_file_types`, or ``auto`` alone.
         within: Maximum acceptable mean KL divergence, in nats. None means no limit, and ``DEFAULT_WITHIN``
             for ``auto``.
         compared_tokens: Maximum number of positions to compare. Only tokens in the loss count.
@@ -125,7 +121,7 @@ def export_gguf(
     """
     is_auto = tuple(file_types) == (AUTO,)
     kinds = LADDER if is_auto else tuple(dict.fromkeys(file_types))
-    check_file_types(kinds, is_auto)
+    check_file_types(kinds)
     if is_auto and within is None:
         within = DEFAULT_WITHIN
     targets = final_paths(source, adapter_name, out, kinds, is_auto)
@@ -145,7 +141,7 @@ def export_gguf(
             raise UserError(
                 "--within cannot be checked",
                 what=f"llama.cpp cannot compare the files with the adapter. {unchecked}.",
-                fix="Leave out --within and name a type, such as --quant Q8_0.",
+                fix=f"Leave out --within and name a type, such as --quant {DEFAULT_TYPE}.",
             )
         job = _Export(content, draft, "" if unavailable else reference, within, on_status)
         files, refused = (job.smallest_within(kinds), ()) if is_auto else job.write_all(kinds)
@@ -161,7 +157,8 @@ def needs_bf16(file_type: str, *, is_checked: bool) -> bool:
 
     llama.cpp quantizes K types from this file. For other inexact types, the check needs it if ``is_checked``.
     """
-    return file_type in K_QUANTS or (is_checked and file_type not in _PROVED_ALONE)
+    kind = find_file_type(file_type)
+    return kind.needs_llama_cpp or (is_checked and not kind.is_nearly_exact)
 
 
 def require_file_space(
@@ -174,8 +171,7 @@ def require_file_space(
     """Raise UserError if the disk lacks space for the files and, if they are made from one, a 16-bit file."""
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
-        estimated_bytes(architecture, kind) if kind in K_QUANTS else content.size(kind)  # type: ignore[arg-type]
-        for kind in kinds
+        estimated_bytes(architecture, kind) if needs_llama_cpp(kind) else content.size(kind) for kind in kinds
     ]
     # ``auto`` keeps one file at a time.
     needed = max(sizes) if is_auto else sum(sizes)
@@ -185,9 +181,11 @@ def require_file_space(
     require_space(out.parent, needed + _SPARE_BYTES, "The export")
 
 
-def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
-    """Raise UserError for an unknown type, or for one that needs llama.cpp while llama.cpp is unavailable."""
-    known = (*FILE_TYPES, *K_QUANTS)
+def check_file_types(kinds: Sequence[str]) -> None:
+    """Raise UserError for an unknown type, or for one that needs llama.cpp while llama.cpp is unavailable.
+
+    ``kinds``: for ``auto``, the types that it tries.
+    """
     if AUTO in kinds:
         raise UserError(
             "auto cannot be combined with other types",
@@ -195,21 +193,13 @@ def check_file_types(kinds: Sequence[str], is_auto: bool) -> None:
             fix="Name auto alone, or the types without it.",
             exit_code=EXIT_USAGE,
         )
-    for kind in kinds:
-        if kind not in known:
-            raise UserError(
-                "Unknown file type",
-                what=f"{kind} is not a type that can be written.",
-                fix=f"Choose from {', '.join(known)}, or auto alone.",
-                exit_code=EXIT_USAGE,
-            )
-    needs_llama_cpp = is_auto or any(kind in K_QUANTS for kind in kinds)
-    if needs_llama_cpp and (reason := unavailable_because()):
+    k_types = [kind for kind in kinds if needs_llama_cpp(kind)]
+    if k_types and (reason := unavailable_because()):
         raise UserError(
             "llama.cpp is not available",
             what="The K types and auto need llama.cpp, which writes these files.",
             why=f"{reason}.",
-            fix=f"Without llama.cpp, choose from {', '.join(FILE_TYPES)}.",
+            fix=f"Without llama.cpp, choose from {', '.join(types_without_llama_cpp())}.",
             exit_code=EXIT_USAGE,
         )
 
@@ -331,7 +321,7 @@ class _Export:
             unquantized = self._write_bf16()
             if unquantized.proof and unquantized.proof.problem:
                 raise _refused("BF16", unquantized.proof.problem)
-        if file_type not in K_QUANTS:
+        if not needs_llama_cpp(file_type):
             return self._write_unquantized(file_type)
         path = self.folder / f"{file_type}.gguf"
         self.on_status(f"Quantizing to {file_type}")
@@ -347,8 +337,7 @@ class _Export:
     def _write_unquantized(self, file_type: str) -> GgufFile:
         path = self.folder / f"{file_type}.gguf"
         on_progress = every_tenth(self.on_status, f"Writing {file_type}")
-        kind: FileType = file_type  # type: ignore[assignment]  # checked by check_file_types
-        write_gguf(self.content, path, kind, on_progress)
+        write_gguf(self.content, path, file_type, on_progress)
         return self._checked(path, file_type)
 
     def _checked(self, path: Path, file_type: str) -> GgufFile:
@@ -376,7 +365,7 @@ def _refused(file_type: str, problem: str) -> _RefusedError:
     return _RefusedError(
         "The GGUF file does not answer like the adapter",
         what=f"{file_type}: {problem}.",
-        fix="Choose a larger type, such as Q8_0."
-        if file_type not in ("F16", "BF16", "Q8_0")
-        else "Use the adapter or `qlora-tui export merge`, and report the problem.",
+        fix="Use the adapter or `qlora-tui export merge`, and report the problem."
+        if find_file_type(file_type).is_nearly_exact
+        else f"Choose a larger type, such as {DEFAULT_TYPE}.",
     )

@@ -20,7 +20,7 @@ from qlora_tui.adapters.base_weights import model_folder
 from qlora_tui.adapters.deltas import check_unchanged
 from qlora_tui.adapters.merged_weights import merged_weights
 from qlora_tui.catalog.adapters import CONFIG, WEIGHTS
-from qlora_tui.catalog.gguf import AUTO, LADDER, estimated_bytes
+from qlora_tui.catalog.gguf_file_types import AUTO, LADDER, estimated_bytes
 from qlora_tui.catalog.hub import validate_model_id
 from qlora_tui.catalog.local_models import find_files, resolve_model
 from qlora_tui.catalog.model_validation import copy_files, is_tokenizer_file, tokenizer_files
@@ -194,7 +194,7 @@ def _check_form(
         return
     kinds = LADDER if file_type == AUTO else (file_type,)
     if form == "gguf":
-        check_file_types(kinds, file_type == AUTO)
+        check_file_types(kinds)
     weights = merged_weights(source.recipe, adapter, on_status)
     if form == "gguf":
         gguf_content(source, chat_tokenizer(source, weights.folder), weights)

@@ -14,26 +14,19 @@ import torch
 from msgspec import Struct
 from msgspec.structs import replace
 
+from qlora_tui.catalog.gguf_file_types import FileType, find_file_type
 from qlora_tui.export.gguf_file.vocabulary import KnownDifference
 from qlora_tui.export.llama_cpp.client import LlamaFile
 from qlora_tui.export.reference import ComparedRow, Reference, kl_divergence
 from qlora_tui.formatting import format_nats, format_percent
 
 # A file is wrong if its mean KL divergence is above ``limit``, what rounding explains:
-#     limit = _LIMITS[beginning of the file type], else _LIMIT_OTHER_TYPES
-#     limit = min(limit, max(floor, effect / _EFFECT_DIVISOR)) for the nearly exact types, which have a floor
-#     limit = min(limit, effect) for the others, if effect > _FLOOR_OTHER_TYPES: above it, the base itself
-#             answers nearer to the trained model than the file does
+#     limit = kl_limit of the file type
+#     limit = min(limit, max(kl_floor, effect / _EFFECT_DIVISOR)) for the nearly exact types
+#     limit = min(limit, effect) for the others, if effect > kl_floor: above it, the base itself answers
+#             nearer to the trained model than the file does
 # The adapter at half its scale would diverge by effect / 4, because the divergence grows with the square.
-_LIMITS = {"F16": 0.02, "BF16": 0.02, "Q8_0": 0.05, "Q6_K": 0.1, "Q5": 0.5, "Q4": 1.0}
-_LIMIT_OTHER_TYPES = 2.0
 _EFFECT_DIVISOR = 8
-_FLOORS = {"F16": 0.004, "BF16": 0.02, "Q8_0": 0.03}
-"""KL divergences that rounding alone may cause, so that a smaller effect cannot be detected.
-
-The largest observed value for BF16 is 0.011: SmolLM2-135M from a 4-bit file, with an adapter of five steps.
-"""
-_FLOOR_OTHER_TYPES = 0.015
 _DIFFERENT_SHARE = 0.02
 """Share of rows that may be tokenized differently for an unknown reason."""
 _FEWER_ENDS = 3
@@ -155,10 +148,11 @@ def prove(
 
 def judged(proof: Proof, file_type: str) -> Proof:
     """Return the proof with two more results: the problem with the file's answers, if any, and whether the
-    adapter's effect is measurable.
+    adapter's effect is measurable. Raises UserError if the file type is unknown.
     """
-    proof = replace(proof, effect_is_measurable=proof.effect > _FLOORS.get(file_type, _FLOOR_OTHER_TYPES))
-    return replace(proof, problem=proof.problem or _wrong_answers(proof, file_type))
+    kind = find_file_type(file_type)
+    proof = replace(proof, effect_is_measurable=proof.effect > kind.kl_floor)
+    return replace(proof, problem=proof.problem or _wrong_answers(proof, kind))
 
 
 @dataclass
@@ -233,16 +227,16 @@ def _wrong_vocabulary(reference: Reference, llama: LlamaFile) -> str:
     return ""
 
 
-def _wrong_answers(proof: Proof, file_type: str) -> str:
+def _wrong_answers(proof: Proof, kind: FileType) -> str:
     """Return how the file's answers differ by more than rounding explains; empty if they do not."""
-    limit = next((limit for kind, limit in _LIMITS.items() if file_type.startswith(kind)), _LIMIT_OTHER_TYPES)
-    if file_type in _FLOORS:
-        limit = min(limit, max(_FLOORS[file_type], proof.effect / _EFFECT_DIVISOR))
+    limit = kind.kl_limit
+    if kind.is_nearly_exact:
+        limit = min(limit, max(kind.kl_floor, proof.effect / _EFFECT_DIVISOR))
     # Written so that NaN counts as a problem.
     if not proof.divergence <= limit:
         return (
             f"its answers differ from the adapter's by a KL divergence of {format_nats(proof.divergence)}, "
-            f"where rounding to {file_type} accounts for about {format_nats(limit)}"
+            f"where rounding to {kind.name} accounts for about {format_nats(limit)}"
         )
     if proof.effect_is_measurable and proof.divergence > proof.effect:
         return (

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_tui.adapters.merged_weights import MergedWeights
-from qlora_tui.catalog.gguf import FileType
 from qlora_tui.catalog.model_validation import weight_files
 from qlora_tui.chat.chat_types import ChatSource
 from qlora_tui.data.tokenizer import ChatTokenizer
@@ -39,7 +38,7 @@ def base_content(folder: Path) -> FileContent:
     return gguf_content(source, ChatTokenizer.from_folder(folder), weights)
 
 
-def write_base(folder: Path, file: Path, file_type: FileType = "F16") -> Path:
+def write_base(folder: Path, file: Path, file_type: str = "F16") -> Path:
     """Write the GGUF file of a model without an adapter."""
     write_gguf(base_content(folder), file, file_type)
     return file

@@ -68,7 +68,7 @@ def test_types_are_read_in_any_case(types: str, error: str) -> None:
         assert kinds == ["auto", "auto"]
         return
     with pytest.raises(UserError) as refused:
-        check_file_types([kind for kind in kinds if kind != "Q4_K_M"], is_auto=False)
+        check_file_types([kind for kind in kinds if kind != "Q4_K_M"])
     assert error in str(refused.value) and len(kinds) == 2
 
 

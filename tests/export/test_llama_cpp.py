@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_tui.catalog.gguf import K_QUANTS
+from qlora_tui.catalog.gguf_file_types import FILE_TYPES, needs_llama_cpp
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf import export_gguf
 from qlora_tui.export.llama_cpp import bindings, client
@@ -55,7 +55,7 @@ def test_the_generated_bindings_are_as_they_were() -> None:
     library = generated.get_lib()
     missing = [name for name in FUNCTIONS if not hasattr(library, name)]
     assert not missing, f"{missing}: {CHANGED}"
-    types = [f"LLAMA_FTYPE_MOSTLY_{kind}" for kind in K_QUANTS]
+    types = [f"LLAMA_FTYPE_MOSTLY_{kind}" for kind in filter(needs_llama_cpp, FILE_TYPES)]
     names = [*types, "LLAMA_FLASH_ATTN_TYPE_DISABLED"]
     assert not [name for name in names if not hasattr(library, name)], CHANGED
     used = Path(bindings.__file__).read_text()

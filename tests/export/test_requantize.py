@@ -7,7 +7,7 @@ import pytest
 from qlora_tui.adapters.merged_weights import requantizer
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.described import describe
-from qlora_tui.catalog.gguf import estimated_bytes, rows_without_k_blocks
+from qlora_tui.catalog.gguf_file_types import estimated_bytes, rows_without_k_blocks
 from qlora_tui.recipe.schema import Quantization
 
 pytestmark = pytest.mark.slow

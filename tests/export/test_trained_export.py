@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from qlora_tui.catalog.gguf import LADDER
+from qlora_tui.catalog.gguf_file_types import LADDER
 from qlora_tui.cli.main import main
 from qlora_tui.runs.directory import RunDir, all_runs
 from tests.export.export_sources import make_source

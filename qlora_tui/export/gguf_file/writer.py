@@ -17,7 +17,8 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from qlora_tui.catalog.gguf import K_QUANTS, FileType, read_gguf
+from qlora_tui.catalog.gguf import read_gguf
+from qlora_tui.catalog.gguf_file_types import K_BLOCK, find_file_type
 from qlora_tui.errors import UserError
 from qlora_tui.export.gguf_file.parameters import Hyperparameters
 from qlora_tui.export.gguf_file.vocabulary import Vocabulary
@@ -33,8 +34,11 @@ _ALWAYS_WIDE = (
 _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
 
 
-def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
-    """Return the ``GGMLQuantizationType`` of a tensor in a file of this type."""
+def tensor_type(name: str, shape: tuple[int, ...], file_type: str) -> Any:
+    """Return the ``GGMLQuantizationType`` of a tensor in a file of a type that the ``gguf`` package writes.
+
+    Raises UserError if the file type is unknown.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     is_wide = (
@@ -42,7 +46,7 @@ def tensor_type(name: str, shape: tuple[int, ...], file_type: FileType) -> Any:
     )
     if len(shape) < 2 or is_wide:
         return GGMLQuantizationType.F32
-    if name in _WIDE_AT_FEW_BITS and file_type.startswith(("Q4", "Q5")):
+    if name in _WIDE_AT_FEW_BITS and not find_file_type(file_type).is_nearly_exact:
         file_type = "Q8_0"
     kind = GGMLQuantizationType[file_type]
     block, _ = GGML_QUANT_SIZES[kind]
@@ -102,7 +106,7 @@ class FileContent:
         differences = (each.note for each in self.vocabulary.differences)
         return (*self.hyperparameters.notes, *self.vocabulary.prompt_notes, *differences)
 
-    def size(self, file_type: FileType) -> int:
+    def size(self, file_type: str) -> int:
         """Return the size of the tensors in a file of this type, in bytes."""
         return sum(encoded_bytes(t.shape, tensor_type(t.name, t.shape, file_type)) for t in self.tensors)
 
@@ -110,7 +114,7 @@ class FileContent:
 def write_gguf(
     content: FileContent,
     path: Path,
-    file_type: FileType,
+    file_type: str,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write ``path``. ``on_progress`` is called with written and total bytes of tensors, and may raise.
@@ -131,7 +135,7 @@ def write_gguf(
             file.write(bytes(_padded(size) - size))
 
 
-def _header(content: FileContent, types: Sequence[Any], path: Path, file_type: FileType) -> bytes:
+def _header(content: FileContent, types: Sequence[Any], path: Path, file_type: str) -> bytes:
     """Return all bytes before the tensors. Uses ``path`` as a temporary file, which is deleted."""
     from gguf import GGUFWriter, LlamaFileType
 
@@ -216,13 +220,6 @@ def _blocks(values: Tensor) -> Iterator[Tensor]:
         yield values[start : start + rows]
 
 
-_NOT_BLOCKS_OF_256 = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "F16", "BF16")
-"""Types that llama.cpp uses instead of a K type if a row's length is not a multiple of 256
-(src/llama-quant.cpp, ``tensor_type_fallback``).
-"""
-_K_BLOCK, _BLOCK = 256, 32
-
-
 class StoredTypes(Struct, frozen=True):
     """Types of the matrices in a file."""
 
@@ -233,7 +230,7 @@ class StoredTypes(Struct, frozen=True):
     replaced_count: int = 0
     row_lengths: tuple[int, ...] = ()
     """Row lengths that are not multiples of the block size."""
-    block: int = _K_BLOCK
+    block: int = K_BLOCK
     """Number of weights in a block of the file's type."""
 
     @property
@@ -251,7 +248,7 @@ class StoredTypes(Struct, frozen=True):
 
 
 def stored_types(path: Path, file_type: str) -> StoredTypes:
-    """Read the types in a written file. Raises UserError if the file is not GGUF."""
+    """Read the types in a written file. Raises UserError if it is not GGUF, or ``file_type`` is unknown."""
     from gguf import GGMLQuantizationType
 
     header = read_gguf(path)
@@ -260,13 +257,9 @@ def stored_types(path: Path, file_type: str) -> StoredTypes:
         for name, kind in header.tensor_types.items()
         if len(header.tensors[name]) > 1
     }
-    block = _K_BLOCK if file_type in K_QUANTS else _BLOCK
-    instead = _NOT_BLOCKS_OF_256 if file_type in K_QUANTS else ("F16",)
-    replaced = [
-        name
-        for name, kind in matrices.items()
-        if kind in instead and header.tensors[name][0] % block and file_type not in ("F16", "BF16")
-    ]
+    block = find_file_type(file_type).block
+    # Matrices in float32 are stored so in a file of any type.
+    replaced = [name for name, kind in matrices.items() if kind != "F32" and header.tensors[name][0] % block]
     return StoredTypes(
         counts=dict(Counter(matrices.values()).most_common()),
         replaced=tuple(kind for kind, _ in Counter(matrices[name] for name in replaced).most_common()),

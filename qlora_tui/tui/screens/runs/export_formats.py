@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.gguf import (
+from qlora_tui.catalog.gguf_file_types import (
     AUTO,
-    K_QUANTS,
+    OFFERED,
     bytes_to_run,
     estimated_bytes,
+    needs_llama_cpp,
     rows_without_k_blocks,
     size_from_parameters,
 )
@@ -36,8 +37,6 @@ from qlora_tui.runs.events import AdapterReady
 from qlora_tui.runs.exports import ExportRequest, Form
 from qlora_tui.tui.screens.models.model_facts import disk_free_bytes
 
-_TYPES = ("Q8_0", "F16", AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
-_NEED_LLAMA_CPP = (AUTO, "Q4_K_M", "Q5_K_M", "Q6_K")
 HUB_FORMS = ("adapter", "merged")
 """Forms of a run that can be uploaded to the Hub, besides GGUF files."""
 
@@ -150,7 +149,7 @@ def export_choices(
     base: Base,
     budget: MemoryBudget,
     adapter_bytes: int | None,
-    file_type: str = _TYPES[0],
+    file_type: str = OFFERED[0],
     hub_form: str = HUB_FORMS[0],
 ) -> list[ExportChoice]:
     """Return the formats, most useful first. Formats that this machine cannot write come last.
@@ -162,7 +161,7 @@ def export_choices(
         file_type: Type of the GGUF files.
         hub_form: The form to upload: one of :data:`HUB_FORMS`, or the type of a GGUF file.
     """
-    types = tuple(kind for kind in _TYPES if is_installed() or kind not in _NEED_LLAMA_CPP)
+    types = tuple(kind for kind in OFFERED if is_installed() or not needs_llama_cpp(kind))
     size, about_type = base.gguf_bytes(file_type), _about_type(file_type, base.architecture, budget)
     if is_installed():
         checked = "llama.cpp then compares the file with your adapter's answers."
@@ -287,7 +286,7 @@ def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudg
     needed = bytes_to_run(architecture, kind)
     verb = "Fits" if needed <= budget.bytes else "Does not fit"
     text = f" {verb} {budget.name} at a context of 4,096 tokens (~{format_bytes(needed)})."
-    lengths = rows_without_k_blocks(architecture) if kind in K_QUANTS else ()
+    lengths = rows_without_k_blocks(architecture) if needs_llama_cpp(kind) else ()
     if lengths:
         rows = join_words([f"{length:,}" for length in lengths])
         text += (
