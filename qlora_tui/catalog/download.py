@@ -58,7 +58,6 @@ from qlora_tui.formatting import format_bytes
 from qlora_tui.remote.calls import at_box, current
 from qlora_tui.worker import Report, start_detached
 
-CHUNK_BYTES = 1 << 20
 RESERVED_BYTES = 256 << 20
 """Number of bytes that are left free on the disk."""
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
@@ -242,9 +241,7 @@ def _hash(path: Path, file: HubFile) -> str:
     else:
         hashed = hashlib.sha1(f"blob {file.size_bytes}\0".encode(), usedforsecurity=False)
     with path.open("rb") as content:
-        for block in iter(lambda: content.read(CHUNK_BYTES), b""):
-            hashed.update(block)
-    return hashed.hexdigest()
+        return hashlib.file_digest(content, lambda: hashed).hexdigest()
 
 
 def _size(path: Path) -> int:
