@@ -33,7 +33,7 @@ from qlora_tui.runs.slurm import SeenJob
 from qlora_tui.runs.slurm_runs import record_job
 from qlora_tui.runs.status import (
     ACTIVE,
-    BEAT_S,
+    OUTDATED_BEAT_S,
     Status,
     has_live_trainer,
     read_status,
@@ -163,7 +163,7 @@ def _wait_for_last_trainer(run: RunDir) -> None:
 
     Raises UserError if it continues to train.
     """
-    deadline = time.monotonic() + 2 * BEAT_S
+    deadline = time.monotonic() + 2 * OUTDATED_BEAT_S
     while has_live_trainer(run):
         if time.monotonic() > deadline:
             raise UserError(

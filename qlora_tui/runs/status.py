@@ -32,10 +32,12 @@ from qlora_tui.runs.holds import Hold, hold_words
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
 from qlora_tui.runs.slurm import SUBMITTING_S, Submission, seen_job, submission_of, was_asked_lately
 
-BEAT_S = 60.0
-"""Seconds after which a heartbeat is outdated, if its process cannot be looked up."""
-SILENT_S = 30.0
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats of a trainer."""
+SILENT_S = 30 * HEARTBEAT_S
 """Seconds without a heartbeat after which a live trainer counts as not responding."""
+OUTDATED_BEAT_S = 60 * HEARTBEAT_S
+"""Seconds after which a heartbeat is outdated, if its process cannot be looked up."""
 State: TypeAlias = Literal[
     "queued", "starting", "running", "finished", "failed", "stopped", "paused", "lost", "unreadable", "gone"
 ]
@@ -217,7 +219,7 @@ def find_trainer(mark: ProcessIdentity | None, run: RunDir, beat_at: float, *, b
     if mark is None:
         return Sighting(False, "The status names no process.")
     if not mark.is_from_this_host:
-        is_recent = abs(time.time() - beat_at) < BEAT_S
+        is_recent = abs(time.time() - beat_at) < OUTDATED_BEAT_S
         if not mark.is_from_this_boot:
             if is_recent:
                 return Sighting(True, f"Running on another machine ({mark.host}).")

@@ -29,11 +29,10 @@ from qlora_tui.runs.event_log import EventWriter
 from qlora_tui.runs.events import GPU_LOST, AnyEvent, Health, Phase, PhaseChanged, Progress, phase_label
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import process_identity
-from qlora_tui.runs.status import read_status, write_heartbeat, write_status
+from qlora_tui.runs.status import HEARTBEAT_S, read_status, write_heartbeat, write_status
 from qlora_tui.runs.telemetry import Reading, encode
 from qlora_tui.training.health import GpuMonitor
 
-HEARTBEAT_S = 1.0
 _BEATS_TO_BELIEVE = 3
 """Number of consecutive heartbeats at which the run's files must be missing before the trainer ends.
 
