@@ -138,12 +138,16 @@ async def test_the_last_panel_takes_free_rows_says_what_it_hides_and_without_two
 def test_validation_that_does_not_fit_says_how_it_began() -> None:
     evaluations = [(0, 4.0, ""), (10, 3.8, ""), (20, 3.4, ""), (30, 3.6, "")]
     whole = [line.plain for line in validation_lines(evaluations, 20, 40, 5)]
-    _, newest, best, earlier = (line.plain for line in validation_lines(evaluations, 20, 40, 4))
+    _, newest, best, more = (line.plain for line in validation_lines(evaluations, 20, 40, 4))
     assert whole[1:3] == [newest, best] and len(whole) == 5
     bar = best.count("▄")
     assert f" ▲{'▄' * (bar // 2 - 1)}" in newest and bar > 5
     assert whole[3].count("▄") == bar // 2
-    assert earlier.strip() == "2 earlier, 4.000 at step 0"
+    assert more.strip() == "2 more, 4.000 at step 0"
+    for height in range(1, 6):
+        assert any("★" in line.plain for line in validation_lines(evaluations, 10, 40, height))
+    begins = [line.plain.split()[:3] for line in validation_lines(evaluations, 0, 40, 4)[2:]]
+    assert begins == [["0", "4.000", "★"], ["2", "more"]]
 
 
 @pytest.mark.parametrize(("term", "edge"), [("xterm-256color", "▐"), ("screen", "─")])

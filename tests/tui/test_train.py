@@ -43,6 +43,7 @@ from qlora_tui.tui.render.labels import verdict_style
 from qlora_tui.tui.render.plot import LEAST_CHART
 from qlora_tui.tui.screens.modals import dialogs
 from qlora_tui.tui.screens.train import screen as train_screen
+from qlora_tui.tui.screens.train.outcome import outcome_lines, outcome_text
 from qlora_tui.tui.screens.train.run_follower import RunFollower
 from qlora_tui.tui.screens.train.run_panels import (
     facts,
@@ -51,8 +52,6 @@ from qlora_tui.tui.screens.train.run_panels import (
     health_lines,
     key_figures,
     other_warnings,
-    outcome_lines,
-    outcome_text,
     sample_lines,
     state_line,
 )
@@ -492,7 +491,7 @@ async def test_m_halves_the_learning_rate_where_the_gradient_explodes() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "health !1")
+        await wait_for_text(pilot, "health !1", "q leave; it trains on")
         await pilot.press("tab", "tab")
         await wait_for_text(pilot, "▸ [m] halve the learning rate of this run, to 0.0001")
         await pilot.press("m", "enter")
@@ -515,16 +514,17 @@ async def test_a_small_window_names_the_warning_that_the_key_for_a_fix_is_for() 
 
 
 async def test_m_prepares_a_smaller_run_after_out_of_memory() -> None:
-    run = write_fake_run(FakeRun(steps=50, state="failed"))
+    run = write_fake_run(FakeRun(steps=250, state="failed"))
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         before = app.workbench.recipe
         await watching(app, run)
-        text = await wait_for_text(pilot, "  [m] prepare", "Out of GPU memory", "▸ [r] resume")
+        text = await wait_for_text(pilot, "  [m] prepare", "Out of GPU memory. Another", "requested 1.5 GiB")
         assert text.count("prepare a run with micro-batch") == 1
         assert "2.710" in text.partition("Validation")[2]
         assert "change" in text.partition("Validation")[2] and "Health" not in text
-        assert text.index("[r] resume") < text.index("[m] prepare"), "closing the other program is enough"
+        first, other = text.index("▸ [r] resume from step 200"), text.index("[m] prepare")
+        assert first < other < text.index("requested"), "closing the other program is enough"
         await pilot.press("m")
         await wait_for_text(pilot, "Prepare a run with micro-batch size 1 instead of 2")
         await pilot.press("n")

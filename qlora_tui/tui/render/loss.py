@@ -36,6 +36,8 @@ _CHANGE_WIDTH = 8
 """Width of the bar for the change of a validation loss in a list of runs, in cells."""
 RISE = "▲"
 """Beginning of the bar for a validation loss that rose."""
+_LEAST_WITH_OTHERS = 2
+"""Maximum number of lines of evaluations in which none says how many others there are."""
 _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
@@ -314,14 +316,14 @@ def validation_lines(
 ) -> list[Content]:
     """Return a header line, and a line for each evaluation, newest first. A line has the loss, and its change
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
-    the last line has the number of those left out, and the first loss.
+    the newest and the best are shown, and the last line has the number of the others, and the first loss.
 
     The bars are relative to the largest change of all evaluations, whichever lines fit. The bar of a rise
     begins with ``▲``, so that it can be distinguished from the bar of a fall even without color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
-        best_step: Step of the best evaluation; None if there is none.
+        best_step: Step of the best evaluation, whose line is always shown; None if there is none.
         width: Width of the lines, in cells.
         height: Maximum number of lines. If it is 1, the header line is left out.
     """
@@ -329,10 +331,15 @@ def validation_lines(
     changes = [math.nan, *(after - before for before, after in pairwise(losses))]
     has_titles = height > 1 or not evaluations
     rows = height - has_titles
-    first = 0 if len(evaluations) <= rows else len(evaluations) - max(1, rows - 1)
+    shown = list(range(len(evaluations)))
+    if len(evaluations) > rows:
+        best = [number for number in shown if evaluations[number][0] == best_step]
+        newest = [number for number in reversed(shown) if number not in best]
+        most_shown = rows - (rows > _LEAST_WITH_OTHERS)
+        shown = sorted([*best, *newest][: max(1, most_shown)])
     most = max((abs(change) for change in changes if math.isfinite(change)), default=0.0) or 1.0
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
-    for number in reversed(range(first, len(evaluations))):
+    for number in reversed(shown):
         (step, loss, more), change = evaluations[number], changes[number]
         is_best = step == best_step
         line = Content.assemble(
@@ -347,8 +354,8 @@ def validation_lines(
             room = max(0, width - line.cell_length - 1)
             line += Content.styled(f" {_change_bar(change / most, room)}", style)
         lines.append(line)
-    if first and rows > 1:
+    if len(shown) < len(evaluations) and rows > _LEAST_WITH_OTHERS:
         step, loss, _ = evaluations[0]
-        earlier = f"{first:,} earlier, {format_loss(loss)} at step {step:,}"
-        lines.append(Content.styled(f"{'':>2}{earlier}", "dim"))
+        first = f", {format_loss(loss)} at step {step:,}" if shown[0] else ""
+        lines.append(Content.styled(f"  {len(evaluations) - len(shown):,} more{first}", "dim"))
     return lines

@@ -27,19 +27,16 @@ from qlora_tui.tui.key_names import bare_key, highlight_keys, name_keys
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.plot import LEAST_CHART, no_plot, plot
 from qlora_tui.tui.screens.train.machine_panel import MachineState, machine_lines
+from qlora_tui.tui.screens.train.outcome import fix_text, outcome_has_fix, outcome_lines, outcome_text
 from qlora_tui.tui.screens.train.run_follower import Level, LogEntry, RunSnapshot
 from qlora_tui.tui.screens.train.run_panels import (
     count_warnings,
     evaluation_lines,
     finding_line,
-    fix_text,
     header_lines,
     health_lines,
     key_figures,
     other_warnings,
-    outcome_has_fix,
-    outcome_lines,
-    outcome_text,
     sample_lines,
     samples_title,
     setup_lines,
@@ -74,6 +71,8 @@ _ENDED_WELL = ("finished", "stopped", "paused")
 explain the end.
 """
 _TABS = ("log", "answers", "health", "output")
+_RUN_KEYS = (("train.another", "other run"), ("train.copy", "copy command"))
+_LEAVE = ("app.quit", "leave; it trains on")
 _GRAPH = "Loss and pace"
 _GRAPH_KEYS = (("train.zoom_in", "zoom in"), ("train.zoom_out", "zoom out"))
 _LOG_KEYS = (("train.tab", "next"), ("train.search", "search"), ("train.level", "warnings"))
@@ -112,15 +111,14 @@ class LivePane(Vertical):
             Drawing(id="run-header"),
             Lines(id="run-outcome"),
             Drawing(id="run-finding"),
-            keys=(("train.another", "other run"), ("train.copy", "copy command")),
             id="run-panel",
         )
         with Horizontal(id="live-body"):
             with Vertical(id="live-side"):
                 yield Panel("Machine", Drawing(id="gpu"), id="gpu-panel")
                 yield Panel("Health", Drawing(id="health"), id="health-panel")
-                yield Panel("Setup", Drawing(id="setup"), id="setup-panel")
                 yield Panel("Validation", Drawing(id="evaluations"), id="evaluations-panel")
+                yield Panel("Setup", Drawing(id="setup"), id="setup-panel")
                 yield Panel("Answers", Drawing(id="samples"), id="samples-panel")
             with Vertical(id="live-main"):
                 reading = partial(plot, no_plot("Reading the run…"))
@@ -140,7 +138,9 @@ class LivePane(Vertical):
             answers: Progress of comparing this run's answers; empty if they are not being compared.
         """
         self._snapshot = snapshot
-        self.query_one("#run-panel", Panel).show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
+        panel = self.query_one("#run-panel", Panel)
+        panel.show_title(truncate_middle(snapshot.view.run.name, _MAX_NAME))
+        panel.show_keys((*_RUN_KEYS, _LEAVE) if snapshot.status.state in ACTIVE else _RUN_KEYS)
         self.query_one("#run-header").set_class(bool(key_figures(snapshot)), "-large")
         self._draw("run-header", partial(header_lines, snapshot, clock.now()))
         outcome, box = outcome_text(snapshot, active, answers), self.query_one("#run-outcome", Lines)

@@ -1,19 +1,17 @@
-"""Panels of the live pane: warnings, setup, evaluations and answers, and the header with the state, the
-progress and the outcome. The graph, the stages, the log and the machine have their own modules.
+"""Panels of the live pane: warnings, setup, evaluations and answers, and the header with the state and the
+progress. The outcome, the graph, the stages, the log and the machine have their own modules.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from functools import partial
 
 from textual.content import Content
 
 from qlora_tui.formatting import (
-    abbreviate_home,
     capitalize,
     format_count,
     format_duration,
@@ -38,12 +36,11 @@ from qlora_tui.runs.describe import (
     exceeds_estimate,
     format_energy,
 )
-from qlora_tui.runs.events import ALL_STEPS_DONE, Evaluated, Failed, Finished, phase_label
+from qlora_tui.runs.events import Evaluated, Failed, Finished, phase_label
 from qlora_tui.runs.run_summary import data_words, find_defect, last_evaluation, next_evaluation
-from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, held_words
+from qlora_tui.runs.status import ACTIVE, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
-from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
 from qlora_tui.tui.render.labels import (
     BEST,
@@ -56,10 +53,10 @@ from qlora_tui.tui.render.labels import (
     result_label,
     state_bar,
     targets_words,
-    verdict_content,
 )
 from qlora_tui.tui.render.loss import validation_lines
 from qlora_tui.tui.render.meters import bar, labeled
+from qlora_tui.tui.screens.train.outcome import BROKEN, fix_text, outcome_has_fix
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.controls import wrapped
 
@@ -80,8 +77,6 @@ _ENDINGS = {
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
 """(action, time) for each request to end a run. The time is shown only during training."""
-_BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable", "gone")
-"""States that are shown as errors: the run failed, was lost or deleted, or cannot be read."""
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
@@ -92,13 +87,10 @@ _ROWS_OF_FIRST = 2
 """Number of lines that a prompt's first answer may take in a small panel. A larger panel allows more."""
 _GAP = "     "
 """Gap between the large figures and the other facts."""
-_USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""Labels of the commands that use an adapter, by the command's name."""
 _LABEL = 8
 """Width of the label before a value, in cells."""
 _MUCH_OF_CPU = 0.4
 """Minimum fraction of the CPU that other programs must use to be reported as a cause of slow training."""
-_KEY_FIRST = re.compile(r"[▸ ] \[\S+\] ")
 _row = partial(labeled, cells=_LABEL)
 
 
@@ -137,13 +129,13 @@ def _progress_line(snapshot: RunSnapshot, width: int) -> Content:
     progress = "  ".join(progress_facts(snapshot))
     cells = width - first.cell_length - len(progress) - 4
     drawn = f"{bar(share, cells)}  " if share is not None and cells >= _MIN_BAR else ""
-    style = result_label(snapshot.status, None)[2] if snapshot.status.state in _BROKEN else "$training"
+    style = result_label(snapshot.status, None)[2] if snapshot.status.state in BROKEN else "$training"
     return Content.assemble(first, "  ", (drawn, style), progress)
 
 
 def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
-    """Return ``rows`` lines of at most ``width`` cells, filled with the texts in order until a text does not
-    fit.
+    """Return ``rows`` lines of at most ``width`` cells, filled with the texts in order. A text that does not
+    fit is left out.
 
     Keys in the texts are colored.
     """
@@ -153,9 +145,8 @@ def fitted(texts: Sequence[str], width: int, rows: int) -> list[Content]:
         if len(lines[-1]) + len(piece) > width and len(lines) < rows:
             lines.append("")
             piece = text
-        if len(lines[-1]) + len(piece) > width:
-            break
-        lines[-1] += piece
+        if len(lines[-1]) + len(piece) <= width:
+            lines[-1] += piece
     lines += [""] * (rows - len(lines))
     return [highlight_keys(line, "dim") for line in lines]
 
@@ -167,7 +158,7 @@ def key_figures(snapshot: RunSnapshot) -> list[Figure]:
     """
     if snapshot.status.state in ACTIVE:
         return progress_figures(snapshot.mean_loss, snapshot.seconds_left)
-    if snapshot.best is None or snapshot.best.loss is None or snapshot.status.state in _BROKEN:
+    if snapshot.best is None or snapshot.best.loss is None or snapshot.status.state in BROKEN:
         return []
     return [best_figure(snapshot.best.loss, snapshot.view.loss_to_beat)]
 
@@ -245,8 +236,6 @@ def facts(snapshot: RunSnapshot, now: float) -> list[str]:
 def _active_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view = snapshot.view
     facts = [within] if (within := step_progress(snapshot)) else []
-    if snapshot.tokens_per_s is not None:
-        facts.append(f"{format_speed(snapshot.tokens_per_s)} tok/s now")
     if snapshot.step and view.data is not None and view.data.steps_per_epoch:
         all_epochs = view.total_steps / view.data.steps_per_epoch
         facts.append(f"epoch {_epochs(snapshot.epoch)} of {_epochs(all_epochs)}")
@@ -310,16 +299,20 @@ def _epochs(count: float) -> str:
 
 def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     view, status = snapshot.view, snapshot.status
-    facts = [f"{format_ago(status.at, now)}"] if status.at else []
+    is_broken = status.state in BROKEN
+    facts = []
     if snapshot.best is not None:
-        # The verdict also gives the loss before training.
-        before = None if snapshot.verdict is not None else view.loss_before_training
-        known = "" if before is None else f", {format_loss(before)} before training"
         loss = f"{best_word(view.loss_to_beat)} validation loss {format_loss(snapshot.best.loss)} "
-        has_figure = snapshot.status.state not in _BROKEN
-        facts.insert(0, f"{'' if has_figure else loss}at step {snapshot.best.step:,}{known}")
+        facts.append(f"{loss if is_broken else ''}at step {snapshot.best.step:,}")
     elif snapshot.loss is not None:
-        facts.insert(0, f"last loss {format_loss(snapshot.loss)}, not validated")
+        facts.append(f"last loss {format_loss(snapshot.loss)}, not validated")
+    if status.at:
+        ended = "paused" if status.state == "paused" else "ended"
+        # The time of a failure comes before what the run reached.
+        facts.insert(0 if is_broken else 1, f"{ended} {format_ago(status.at, now)}")
+    if snapshot.best is not None and snapshot.verdict is None and view.loss_before_training is not None:
+        # The verdict also gives the loss before training.
+        facts.append(f"{format_loss(view.loss_before_training)} before training")
     if isinstance(view.ending, Finished):
         facts.append(f"trained {format_duration(view.ending.seconds)}")
         if view.ending.tokens_per_s:
@@ -329,91 +322,6 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     if view.run.adapter_dir.is_dir():
         facts.append(f"adapter {format_path(view.run.adapter_dir)}")
     return facts
-
-
-def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> Content | None:
-    """Return the outcome of a run, the reason, and what to do; None while the run is active or queued.
-
-    Args:
-        snapshot: The run.
-        active: Id of another run that is training now; empty if there is none.
-        answers: Progress of comparing this run's answers; empty if they are not being compared.
-    """
-    status, view = snapshot.status, snapshot.view
-    is_error = status.state in _BROKEN
-    text, offers = status.detail, []
-    failed = view.ending if status.state == "failed" and isinstance(view.ending, Failed) else None
-    closing_is_enough = failed is not None and failed.others_held_enough
-    if status.state in (*RESUMABLE, "lost"):
-        where = "from the last checkpoint" if view.checkpoints else "from step 0"
-        resume = f"resume {where}" if view.checkpoints or view.attempt else "queue it"
-        offers.append(f"{key_name('train.resume')} {resume}")
-    match status.state:
-        case "finished":
-            reason = view.ending.reason if isinstance(view.ending, Finished) else status.detail
-            text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}."
-            offers += _uses_of_adapter()
-        case "failed":
-            if failed is not None:
-                # The actions are the fix, if closing another program is enough.
-                fix = "" if closing_is_enough else failed.fix
-                text = "\n".join(filter(None, (f"{failed.title}: {failed.what}", failed.why, fix)))
-            text = abbreviate_home(text)
-        case "stopped" | "paused":
-            if view.checkpoints:
-                offers += _uses_of_adapter()
-        case "unreadable" | "gone":
-            offers.append(f"{key_name('train.another')} show other runs")
-        case "lost":
-            pass
-        case _:
-            return None
-    verdict = snapshot.verdict
-    if verdict is not None and verdict.lacks_rows and status.state in ("finished", "stopped") and not answers:
-        offers.append(f"{key_name('train.answers')} compare rows")
-    offers.append(f"{key_name('train.prepare')} new run")
-    first, *others = text.splitlines() or [""]
-    lines = [Content.styled(first, "bold $error" if is_error else ""), *map(Content, others)]
-    if verdict is not None and not is_error:
-        # The warning about forgetting is left out if another line has it, next to the key for its fix.
-        is_elsewhere = snapshot.fix is not None and snapshot.fix.kind == "forgetting"
-        lines.insert(0, verdict_content(verdict, left_out=verdict.forgetting if is_elsewhere else ""))
-    actions = [fix_text(snapshot) if outcome_has_fix(snapshot) else "", "   ".join(offers)]
-    if closing_is_enough:
-        actions = [f"{offers[0]}, after closing the other program", actions[0], "   ".join(offers[1:])]
-    lines.append(highlight_keys("▸ " + "\n  ".join(filter(None, actions))))
-    for note, command, verb in (
-        (active and f"{active} is running now.", "train.another", "watch it"),
-        (answers and f"Comparing answers: {answers}.", "train.answers", "stop"),
-    ):
-        if note:
-            key = highlight_keys(f"   {key_name(command)} {verb}")
-            lines.append(Content.assemble(("● ", "$primary"), note, key))
-    return Content("\n").join(line for line in lines if line)
-
-
-def outcome_lines(outcome: Content, width: int) -> list[Content]:
-    """Return the lines of :func:`outcome_text`, wrapped to ``width`` cells. A line that begins with a key
-    continues below the text after the key.
-    """
-    lines = []
-    for line in outcome.split("\n"):
-        begins = _KEY_FIRST.match(line.plain)
-        cells = begins.end() if begins else 0
-        lines += hanging(line[:cells], line[cells:], width)
-    return lines
-
-
-def fix_text(snapshot: RunSnapshot) -> str:
-    """Return the key that applies the fix for a warning or for the run's failure, and what the fix does;
-    empty if there is no fix.
-    """
-    return "" if snapshot.fix is None else f"{key_name('train.fix')} {snapshot.fix.label}"
-
-
-def outcome_has_fix(snapshot: RunSnapshot) -> bool:
-    """Return whether :func:`outcome_text` includes the fix, which other panels then leave out."""
-    return snapshot.fix is not None and snapshot.status.state in _BROKEN
 
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
@@ -430,10 +338,6 @@ def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content
     options = [fix.evidence, f"{headline}.", f"{headline.partition(' (')[0]}."]
     text = next((option for option in options if len(option) + 2 <= room), fix.evidence)
     return [Content.styled(f"! {text}", "$warning").truncate(room, ellipsis=True) + key]
-
-
-def _uses_of_adapter() -> list[str]:
-    return [f"{key_name(f'train.{name}')} {verb}" for name, verb in _USES.items()]
 
 
 def health_lines(snapshot: RunSnapshot) -> list[Content]:

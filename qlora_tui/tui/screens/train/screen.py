@@ -39,6 +39,7 @@ from qlora_tui.tui.screens.modals.dialogs import (
 from qlora_tui.tui.screens.run_commands import RunCommands
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch, setting_notes
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
+from qlora_tui.tui.screens.train.outcome import resume_step
 from qlora_tui.tui.screens.train.run_follower import RunFollower, RunSnapshot
 from qlora_tui.tui.screens.train.step_charts import zoom_start
 from qlora_tui.tui.screens.train.suggest_dialog import suggest_settings
@@ -406,8 +407,8 @@ class TrainScreen(RunCommands):
         self._confirm("Pause the run?", outcome, run_actions.pause, done)
 
     def action_resume(self) -> None:
-        has_checkpoint = self.snapshot is not None and bool(self.snapshot.view.checkpoints)
-        origin = "resume from its last checkpoint" if has_checkpoint else "start from step 0"
+        step = 0 if self.snapshot is None else resume_step(self.snapshot)
+        origin = f"resume from step {step:,}" if step else "start from step 0"
         self._act_on_run(self.target_run, run_actions.resume, f"Queued. The run will {origin}.")
 
     def action_request(self, kind: control.Kind) -> None:
