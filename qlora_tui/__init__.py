@@ -33,7 +33,7 @@ hours          hours of the week, and the clock
 formatting     numbers, sizes and times as text; visible: text without control characters
 glossary       the terms that the app explains
 installation   how packages are installed into the environment of this program
-worker         runs functions of this program in separate processes
+worker         runs functions of this program in separate processes; process_end: how a process ended
 
 torch is imported only by gguf_format, training, adapters, chat, export and the engine process, and by
 ``gpu.torch_env`` for them.

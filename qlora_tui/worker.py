@@ -17,7 +17,6 @@ import importlib
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +32,7 @@ from msgspec import Struct
 
 from qlora_tui.decoding import try_json
 from qlora_tui.errors import UserError
+from qlora_tui.process_end import ended_early
 
 PYTHONPATH = "PYTHONPATH"
 _PACKAGE = str(Path(__file__).parents[1])
@@ -129,7 +129,7 @@ def run_job(
     result: type[T],
     title: str,
     subject: str,
-    fix: str = "",
+    fix: str = "Try again.",
     on_progress: Callable[[Progress], object] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     deadline_s: float | None = None,
@@ -144,7 +144,7 @@ def run_job(
         result: Type of the function's result.
         title: Title of the error if the process ends without a result.
         subject: Name of the process in this error, such as ``The process that converted x.gguf``.
-        fix: What the user can do about this error.
+        fix: What the user can do about this error, unless memory ran out.
         on_progress: Called with each message. An exception that it raises ends the job.
         should_stop: Called several times per second, even while the job is silent.
         deadline_s: Seconds after which the job is killed.
@@ -155,7 +155,6 @@ def run_job(
         JobStopped: ``should_stop`` returned true.
         UserError: The job raised it, died, or took too long.
     """
-    died = UserError(title, what=f"{subject} ended early.", fix=fix)
     outcome: Message | None = None
     with (
         error_file() as errors,
@@ -174,21 +173,16 @@ def run_job(
                 # The job has reported how it ended, but a library's thread keeps the process alive.
                 code = 0
         except TimeoutError:
-            raise died.replace(what=f"{subject} did not end within {deadline_s:,.0f} seconds.") from None
+            what = f"{subject} did not end within {deadline_s:,.0f} seconds."
+            raise UserError(title, what=what, fix=fix) from None
         finally:
             # Whatever interrupts the wait, the child must not outlive it.
             child.kill()
         last_line = last_lines(errors, 1)
     if isinstance(outcome, Failure):
         raise outcome.error()
-    if code == -signal.SIGKILL:
-        why = "The machine most likely ran out of memory."
-        raise died.replace(
-            what=f"{subject} was killed.", why=why, fix=fix or "Close other programs and try again."
-        )
     if code or not isinstance(outcome, Result):
-        ending = f"code {code}" if code >= 0 else signal.Signals(-code).name
-        raise died.replace(what=f"{subject} ended with {ending}.", why=last_line)
+        raise ended_early(title, subject, code, last_words=last_line, fix=fix)
     return outcome.decode(result)
 
 

@@ -251,12 +251,14 @@ def _size(path: Path) -> int:
         return 0
 
 
-def start_download(model_id: str) -> subprocess.Popen[bytes]:
-    """Start a download that outlives this process and its terminal. Its messages are on its ``stdout``."""
+def start_download(model_id: str, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a download that outlives this process and its terminal. Its messages are on its ``stdout``, and
+    its error output is written to ``errors``.
+    """
     job = "qlora_tui.catalog.download:download"
     if (link := current()) is not None:
-        return link.start_job(job, model_id)
-    return start_detached(job, model_id, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return link.start_job(job, model_id, errors=errors)
+    return start_detached(job, model_id, stdout=subprocess.PIPE, stderr=errors)
 
 
 _CONFIGS = (CONFIG, "generation_config.json")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora_tui.errors import UserError
+from qlora_tui.process_end import how_ended
 
 if TYPE_CHECKING:
     import subprocess
@@ -46,8 +47,9 @@ class KilledError(Exception):
 
     def __init__(self, exit_code: int):
         timed_out = exit_code == -TIME_SIGNAL
-        name = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
-        super().__init__("it takes too much processor time" if timed_out else f"its process ended by {name}")
+        super().__init__(
+            "it takes too much processor time" if timed_out else f"its process {how_ended(exit_code)}"
+        )
         self.exit_code = exit_code
         self.timed_out = timed_out
         """Whether the call exceeded the limit of processor time."""

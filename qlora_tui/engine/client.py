@@ -12,7 +12,6 @@ however this process ends.
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -36,6 +35,7 @@ from qlora_tui.engine.protocol import (
     truncated_log,
 )
 from qlora_tui.errors import UserError
+from qlora_tui.process_end import ended_early
 from qlora_tui.remote.calls import current
 from qlora_tui.worker import Failure, Progress, Result
 
@@ -242,13 +242,5 @@ class ReplyStream(AsyncIterator[Progress | PartT | ResultT], Generic[PartT, Resu
 
 
 def _lost_error(exit_code: int) -> UserError:
-    log = truncated_log()
-    killed = exit_code < 0
-    return UserError(
-        "The engine stopped unexpectedly",
-        what=f"The process that holds the model was killed by {signal.Signals(-exit_code).name}."
-        if killed
-        else f"The process that holds the model ended with exit code {exit_code}.",
-        why="The kernel does this when memory runs out." if exit_code == -signal.SIGKILL else "",
-        fix=f"Try again. The engine's last output is in {log}.",
-    )
+    subject = "The process that holds the model"
+    return ended_early("The engine stopped unexpectedly", subject, exit_code, log=truncated_log())

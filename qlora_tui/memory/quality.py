@@ -91,7 +91,6 @@ def measure_in_child(
         result=Quality,
         title="The quality could not be measured",
         subject="The process that compares the quantized model with the 16-bit one",
-        fix="Close other programs if the machine is short of memory, and try again.",
         on_progress=on_progress,
         should_stop=should_stop,
     )

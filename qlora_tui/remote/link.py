@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import IO, Any, TypeAlias, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -256,16 +256,17 @@ class Link:
 
         return show
 
-    def start_job(self, job: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """Start a job on the box. It continues if the connection drops. Its messages arrive on ``stdout``.
+    def start_job(self, job: str, *arguments: object, errors: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Start a job on the box. It continues if the connection drops. Its messages arrive on ``stdout``;
+        its error output and that of ssh are written to ``errors``.
 
         Raises UserError.
         """
         if not self.is_connected:
             raise self.unreachable()
         argv = self.box.program_argv("store", "job", job)
-        pipe, none = subprocess.PIPE, subprocess.DEVNULL
-        child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=none, start_new_session=True)
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=errors, start_new_session=True)
         assert child.stdin is not None
         with suppress(BrokenPipeError):
             child.stdin.write(msgspec.json.encode(arguments) + b"\n")

@@ -23,6 +23,7 @@ from typing import IO
 
 from qlora_tui import __version__
 from qlora_tui.errors import EXIT_USAGE, UserError
+from qlora_tui.process_end import how_ended
 from qlora_tui.remote.calls import UNREACHABLE
 
 _MARK = "@qlora-tui-here"
@@ -165,12 +166,12 @@ class Channel:
         if self._is_started and 0 <= code < _SSH_FAILED:
             return UserError(
                 f"qlora-tui has ended on {self._box.name}",
-                what=" ".join(said) or f"The program ended with exit code {code}.",
+                what=" ".join(said) or f"The program {how_ended(code)}.",
                 fix="Correct the problem on the box, and try again.",
             )
         return UserError(
             f"{self._box.name} cannot be reached",
-            what=" ".join(said) or f"ssh ended with exit code {code}.",
+            what=" ".join(said) or f"ssh {how_ended(code)}.",
             fix=f"Test the connection with `ssh {shlex.quote(self._box.name)}`. Once it works, try again.",
             code=UNREACHABLE,
         )

@@ -34,6 +34,7 @@ from qlora_tui.hours import Clock
 from qlora_tui.installation import PROGRAM, install_command
 from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget, budget_for, this_processor
+from qlora_tui.process_end import how_ended
 from qlora_tui.publishing import new_draft
 from qlora_tui.remote.calls import at_box
 from qlora_tui.runs import run_queue
@@ -296,7 +297,7 @@ def _exchange(processes: int, environ: Mapping[str, str] = {}) -> tuple[float | 
         except subprocess.TimeoutExpired:
             return None, f"no answer within {_EXCHANGE_S:.0f} seconds"
         except (ValueError, IndexError):
-            return None, last_lines(errors, 1) or f"exit code {child.returncode}"
+            return None, last_lines(errors, 1) or f"the process {how_ended(child.returncode)}"
         finally:
             # This also ends the processes that the child started.
             child.kill()

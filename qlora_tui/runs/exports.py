@@ -22,6 +22,7 @@ from qlora_tui.decoding import decode_json, read_json
 from qlora_tui.errors import UserError, disk_problems
 from qlora_tui.files import atomic_write, list_folder, private_dir, read_regular
 from qlora_tui.locks import is_locked
+from qlora_tui.process_end import ended_early
 from qlora_tui.publishing import delete_unfinished, discard
 from qlora_tui.remote.calls import changes_box, current
 from qlora_tui.runs.control import terminate
@@ -267,9 +268,17 @@ def _read(folder: Path) -> Export | None:
         # Otherwise the export has ended regularly, or has just begun.
         before, status = status, status if is_new else _read_status(folder)
         if status == before and not is_new:
-            problem = f"Ended without an error message. The output is in {folder / 'log'}"
-            status = replace(before, state="failed", problem=problem)
+            status = replace(before, state="failed", problem=str(_killed(before, folder / "log")))
     return None if request is None or status is None else Export(folder, request, status)
+
+
+def _killed(status: ExportStatus, log: Path) -> UserError:
+    """Return the error for an export whose process has ended without recording how."""
+    process, title = status.process, "The export ended early"
+    if process is not None and process.is_from_this_host and not process.is_from_this_boot:
+        what = "The machine was restarted during the export."
+        return UserError(title, what=what, fix="Start the export again.")
+    return ended_early(title, "The process that exports", None, log=log)
 
 
 def _read_status(folder: Path) -> ExportStatus | None:

@@ -50,7 +50,6 @@ def measure_in_child(
         result=type(None),
         title="The measurement failed",
         subject=f"The process that measured {run.id}",
-        fix="Close other programs if the machine is short of memory, and try again.",
         on_progress=lambda message: progress(message.done, message.total),
         should_stop=should_stop,
     )

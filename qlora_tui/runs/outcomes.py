@@ -18,6 +18,7 @@ from qlora_tui.errors import EXIT_DISK, EXIT_FAILURE, UserError
 from qlora_tui.formatting import format_bytes
 from qlora_tui.gpu.cuda_errors import CudaError, describe, error_in_log, says_out_of_memory, sentence_in_log
 from qlora_tui.gpu.errors import GpuUnavailableError, GpuUnavailableReason
+from qlora_tui.process_end import how_ended
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import events
 from qlora_tui.runs.directory import RunDir
@@ -82,9 +83,9 @@ def determine_outcome(
     # Each process records why it ended, unless it is killed.
     is_one_killed = processes > 1 and exit_code == EXIT_FAILURE
     if exit_code is None or exit_code < 0 or is_one_killed:
-        by = f" by {_signal_name(-exit_code)}" if exit_code is not None and exit_code < 0 else ""
         subject = f"One of the trainer's {processes} processes" if is_one_killed else "The trainer process"
-        what = f"{subject} was terminated{by} before it could save."
+        how = "was killed" if exit_code is None or is_one_killed else how_ended(exit_code)
+        what = f"{subject} {how} before it could save."
         if host_out_of_memory and (is_one_killed or exit_code == -signal.SIGKILL):
             return _out_of_memory(run, "Out of memory", what, _host_memory(run), exit_code)
         return events.Failed(
@@ -113,7 +114,7 @@ def determine_outcome(
         )
     return events.Failed(
         title="The trainer ended without a message",
-        what=f"The trainer exited with code {exit_code}. Its log ends: {quote_log_end(run)}",
+        what=f"The trainer {how_ended(exit_code)}. Its log ends: {quote_log_end(run)}",
         fix=f"The whole log is in {run.log_path}.",
         kind="bug",
         exit_code=exit_code,
@@ -231,11 +232,3 @@ def _terminal_event(run: RunDir, events_from: int | None = None) -> events.RunEn
         if isinstance(event, events.RunEnded):
             ending = event
     return ending
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        # Python has no individual names for real-time signals.
-        return f"signal {number}"

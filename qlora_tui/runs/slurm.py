@@ -26,6 +26,7 @@ from qlora_tui.decoding import UnixTime, read_json
 from qlora_tui.errors import UsageError, UserError
 from qlora_tui.files import private_dir, read_regular
 from qlora_tui.formatting import pluralize
+from qlora_tui.process_end import how_ended
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.holds import time_words
 from qlora_tui.runs.process import detached_environ
@@ -438,7 +439,7 @@ def _call(command: str, *arguments: str) -> str:
     if done.returncode:
         raise UserError(
             f"{command} failed",
-            what=_last_lines(done.stderr.splitlines()) or f"The command exited with code {done.returncode}.",
+            what=_last_lines(done.stderr.splitlines()) or f"The command {how_ended(done.returncode)}.",
             fix=f"Correct the problem. The command was `{shlex.join([command, *arguments])}`.",
         )
     return done.stdout

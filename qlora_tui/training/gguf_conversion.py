@@ -116,7 +116,6 @@ def convert_in_child(
             result=type(None),
             title="The GGUF file could not be converted",
             subject=f"The process that converted {file}",
-            fix="Close other programs if the machine is short of memory, and try again.",
             on_progress=lambda message: progress(message.done, message.total),
             should_stop=should_stop,
             environ=worker.subprocess_env() | OFFLINE,

@@ -22,6 +22,7 @@ from qlora_tui import worker
 from qlora_tui.data.chat_template import stock_template
 from qlora_tui.gpu.torch_env import configure_torch_env
 from qlora_tui.installation import install_command
+from qlora_tui.process_end import how_ended
 from qlora_tui.recipe.schema import Data, Model, Quantization, Recipe, Source
 from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.directory import create_run
@@ -168,7 +169,7 @@ def _failure(name: str, events: Sequence[AnyEvent], done: subprocess.CompletedPr
     if failed is not None:
         return _check(name, "error", f"{failed.what} {failed.why}".strip(), failed.fix)
     last = (done.stdout.decode(errors="replace").strip().splitlines() or ["the trainer printed nothing"])[-1]
-    text = f"The trainer ended with code {done.returncode}: {last}"
+    text = f"The trainer {how_ended(done.returncode)}: {last}"
     return _check(name, "error", text, install_command("torch", "bitsandbytes"))
 
 

@@ -17,7 +17,7 @@ from qlora_tui.catalog import download
 from qlora_tui.catalog.download import DownloadPlan, HubFile, start_download
 from qlora_tui.catalog.local_models import hub_cache_dir, list_local_models, resolve_model
 from qlora_tui.errors import UserError
-from qlora_tui.worker import Failure, Message, Progress, Result, decode_message, start_detached
+from qlora_tui.worker import Failure, Message, Progress, Result, decode_message, error_file, start_detached
 from tests.catalog.configs import config
 from tests.catalog.conftest import Ask, child_environ, tiny_repo
 from tests.catalog.fake_hub import FakeHub, FakeRepo, git_hash, sha256
@@ -289,7 +289,7 @@ def test_a_spawned_download_goes_on_when_nobody_reads_its_output(
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub.repos["org/tiny"] = tiny_repo(4 * MIB)
     hub.stalls = threading.Event()
-    child = start_download("org/tiny")
+    child = start_download("org/tiny", error_file())
     assert os.getsid(child.pid) == child.pid
     assert child.stdout is not None
     assert isinstance(decode_message(child.stdout.readline()), Progress)

@@ -213,7 +213,7 @@ async def test_a_killed_engine_is_reported_and_restarted_when_asked(
         async for _ in engine.ask(ENDLESS):
             with suppress(ProcessLookupError):  # replies of before its end
                 os.kill(before, signal.SIGKILL)
-    assert "SIGKILL" in raised.value.what
+    assert "SIGKILL" in raised.value.what and "out of memory" in raised.value.why
     assert "engine.log" in raised.value.fix
     await engine.ask(Unload()).result()
     assert engine.pid not in (None, before)

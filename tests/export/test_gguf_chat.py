@@ -61,6 +61,7 @@ def test_a_process_that_was_killed_is_an_error(decoder: GgufDecoder) -> None:
     with pytest.raises(UserError, match="could not run the GGUF file") as failed:
         list(decoder.ask("F16.gguf", [Message("user", "Hello")], sampling=SHORT, stop=Event()))
     assert "SIGKILL" in failed.value.what
+    assert "out of memory" in failed.value.why and "Close other programs" in failed.value.fix
 
 
 def test_a_file_that_is_no_model_is_an_error(session: ChatSession, tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ def fail() -> None:
     raise ValueError("wrong")
 
 
+def end() -> None:
+    os._exit(0)
+
+
 def sleep(marker: Path) -> None:
     marker.touch()
     time.sleep(600)
@@ -86,19 +90,20 @@ def test_an_error_arrives_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("job", "arguments", "what", "why"),
+    ("job", "arguments", "what", "why", "fix"),
     [
-        ("die", (signal.SIGKILL,), "was killed", "out of memory"),
-        ("die", (signal.SIGABRT,), "ended with SIGABRT", "the last words"),
-        ("fail", (), "ended with code 1", "ValueError: wrong"),
+        ("die", (signal.SIGKILL,), "was killed by SIGKILL", "out of memory", "Close other programs"),
+        ("die", (signal.SIGRTMIN + 2,), f"was killed by signal {signal.SIGRTMIN + 2}", "last words", "Wait."),
+        ("fail", (), "ended with exit code 1", "ValueError: wrong", "Wait."),
+        ("end", (), "ended without a result", "", "Wait."),
     ],
 )
 def test_a_process_without_a_result_is_an_error(
-    job: str, arguments: tuple[object, ...], what: str, why: str
+    job: str, arguments: tuple[object, ...], what: str, why: str, fix: str
 ) -> None:
     with pytest.raises(UserError, match="Failed") as caught:
-        run(job, *arguments, result=type(None))
-    assert what in caught.value.what and why in caught.value.why
+        run(job, *arguments, result=type(None), fix="Wait.")
+    assert what in caught.value.what and why in caught.value.why and fix in caught.value.fix
 
 
 def test_a_silent_job_is_stopped_and_bounded(tmp_path: Path) -> None:

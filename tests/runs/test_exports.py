@@ -88,7 +88,12 @@ def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path
     os.kill(process.pid, signal.SIGKILL)
     export = wait_while_running(run)
     assert export.status.state == "failed"
-    assert "Ended without an error message" in export.status.problem
+    assert "The process that exports was killed" in export.status.problem
+    assert "out of memory" in export.status.problem
+    assert (
+        f"Close other programs and try again. Its last output is in {export.folder / 'log'}"
+        in export.status.problem
+    )
     assert "tiny.gguf" not in left_behind(out)
 
     start_export(run, request)
@@ -157,6 +162,15 @@ def test_an_export_that_ends_while_read_has_not_failed(
 
     monkeypatch.setattr(exports, "is_locked", end_first)
     assert [each.status.state for each in read_exports(run)] == ["finished"]
+
+
+@pytest.mark.usefixtures("no_process")
+def test_an_export_that_ended_with_the_machine_says_so(run: RunDir, tmp_path: Path) -> None:
+    export = start(run, tmp_path / "model.gguf")
+    earlier = msgspec.structs.replace(process_identity(), boot_id="another")
+    write_export_status(export.folder, ExportStatus(state="running", at=time.time(), process=earlier))
+    status = newest(run).status
+    assert status.state == "failed" and "The machine was restarted during the export" in status.problem
 
 
 @pytest.mark.usefixtures("no_process")

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from textual.widgets import Input
 from qlora_tui.catalog.local_models import converted_dir, hub_cache_dir
 from qlora_tui.catalog.outline import read_outline
 from qlora_tui.catalog.starter_models import starter_file
+from qlora_tui.errors import UserError
 from qlora_tui.memory.budget import budget_for
 from qlora_tui.memory.estimate import with_precision
 from qlora_tui.recipe.fields import replace_setting
@@ -27,6 +29,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.screens.models import downloads, model_facts, model_list
 from qlora_tui.tui.screens.models.screen import ModelsScreen
 from qlora_tui.tui.widgets.controls import ViList
+from qlora_tui.worker import start_detached
 from tests.catalog.conftest import tiny_repo
 from tests.catalog.fake_hub import FakeHub, serve
 from tests.catalog.models import make_cached, make_model
@@ -291,19 +294,31 @@ async def test_a_model_without_its_tokenizer_is_named_where_it_is_estimated(tmp_
             assert (len(reasons), re.findall("GiB +fits", shown)) == (1, []), shown
 
 
-def test_a_killed_child_is_an_error_with_a_fix(hub: FakeHub) -> None:
+def test_a_child_that_ends_early_is_an_error_with_cause_and_fix(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.stalls = threading.Event()
 
-    async def follow() -> downloads.Download:
+    async def follow(number: signal.Signals | None) -> UserError:
         download = downloads.start(TINY)
         async for _ in download.follow():
-            os.kill(download.pid, signal.SIGKILL)
-        return download
+            if number is not None:
+                os.kill(download.pid, number)
+        assert download.problem is not None
+        return download.problem
 
-    download = asyncio.run(follow())
+    killed = asyncio.run(follow(signal.SIGKILL))
     hub.stalls.set()
-    assert download.problem is not None
-    assert download.problem.fix
+    assert "was killed by SIGKILL" in killed.what
+    assert "out of memory" in killed.why and "Close other programs" in killed.fix
+    monkeypatch.setattr(
+        downloads,
+        "start_download",
+        lambda model_id, errors: start_detached("json:missing", stdout=subprocess.PIPE, stderr=errors),
+    )
+    broken = asyncio.run(follow(None))
+    assert "ended with exit code 1" in broken.what
+    assert "AttributeError" in broken.why and "Start the download again" in broken.fix
 
 
 def test_a_model_with_a_short_context_is_compared_in_int8() -> None:

@@ -7,7 +7,6 @@ This module imports neither the optional package that contains llama.cpp nor its
 from __future__ import annotations
 
 import platform
-import signal
 import subprocess
 import sys
 import weakref
@@ -21,6 +20,7 @@ import msgspec
 from qlora_tui import worker
 from qlora_tui.errors import UserError
 from qlora_tui.installation import install_command
+from qlora_tui.process_end import ended_early
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,9 +141,9 @@ class LlamaProcess:
 
     def _ended(self) -> UserError:
         code = self._process.wait()
-        name = signal.Signals(-code).name if code < 0 else f"code {code}"
         log = worker.last_lines(self._log, _LOG_LINES)
-        return UserError(self._title, what=f"llama.cpp ended with {name}.", why=log)
+        fix = f"Try again, or install another version of {PACKAGE}, which contains llama.cpp."
+        return ended_early(self._title, "llama.cpp", code, last_words=log, fix=fix)
 
 
 class LlamaFile:

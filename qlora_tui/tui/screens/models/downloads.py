@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from textual import work
 from textual.content import Content
@@ -26,6 +27,7 @@ from qlora_tui.catalog.download import start_download
 from qlora_tui.demo.demo_model import SMOLLM2
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_bytes, format_duration
+from qlora_tui.process_end import ended_early
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.screens.base import OnQloraApp
@@ -43,7 +45,10 @@ _MAX_LINES = 3
 class Download:
     """A child process that downloads a model, and its progress."""
 
-    def __init__(self, id_: str, name: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, id_: str, name: str, process: subprocess.Popen[bytes], errors: IO[bytes] | None = None
+    ) -> None:
+        """``errors``: the file with the error output of ``process``."""
         self.id = id_
         self.name = name
         self.done_bytes = 0
@@ -55,6 +60,7 @@ class Download:
         self.problem: UserError | None = None
         self.canceled = False
         self._process = process
+        self._errors = errors
         self._seen: deque[tuple[float, int]] = deque(maxlen=64)
 
     @property
@@ -96,10 +102,12 @@ class Download:
                 yield
             code = await asyncio.to_thread(self._process.wait)
             if self.path is None and self.problem is None and not self.canceled:
-                self.problem = UserError(
-                    "The download ended",
-                    what=f"{self.name}: the process ended with exit code {code}.",
-                    fix="Try again.",
+                self.problem = ended_early(
+                    "The download ended early",
+                    f"The process that downloads {self.name}",
+                    code,
+                    last_words=worker.last_lines(self._errors, 1) if self._errors else "",
+                    fix="Start the download again.",
                 )
         finally:
             pipe.close()
@@ -126,15 +134,15 @@ def start(model_id: str) -> Download:
     """Start a process that downloads a model from the Hub. If a part of the model was downloaded earlier, the
     process downloads only the rest.
     """
-    return Download(model_id, model_id, start_download(model_id))
+    errors = worker.error_file()
+    return Download(model_id, model_id, start_download(model_id, errors), errors)
 
 
 def start_demo() -> Download:
     """Start a process that downloads the demo's model and converts it."""
-    process = worker.start_detached(
-        "qlora_tui.demo.demo_model:download_model", stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    return Download(DEMO, SMOLLM2.name, process)
+    job, errors = "qlora_tui.demo.demo_model:download_model", worker.error_file()
+    process = worker.start_detached(job, stdout=subprocess.PIPE, stderr=errors)
+    return Download(DEMO, SMOLLM2.name, process, errors)
 
 
 def ask_for_demo(screen: OnQloraApp, then: str, on_yes: Callable[[], object]) -> None:

@@ -29,6 +29,7 @@ from qlora_tui.formatting import format_path, pluralize
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import Verdict
 from qlora_tui.memory.solver import what_if
+from qlora_tui.process_end import how_ended
 from qlora_tui.recipe import toml
 from qlora_tui.recipe.fields import DESCRIPTIVE, diff_recipes, fields, format_value, get_setting
 from qlora_tui.recipe.presets import (
@@ -156,10 +157,9 @@ def edit(preset: Preset) -> None:
             "The editor did not start", what=f"{command[0]}: {error.strerror}.", fix=_set_editor_hint()
         ) from error
     if ended := run.returncode:
-        how = f"exit status {ended}" if ended > 0 else f"signal {-ended}"
         raise UserError(
             "The editor exited with an error",
-            what=f"{shlex.join(command)} ended with {how}. The preset is as the editor left it.",
+            what=f"{shlex.join(command)} {how_ended(ended)}. The preset is as the editor left it.",
             fix=_set_editor_hint(),
         )
 
