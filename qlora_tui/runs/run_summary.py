@@ -408,6 +408,8 @@ class RunVerdict:
     """Whether the first figure of the sentence improved, even if only by chance."""
     lacks_rows: bool = False
     """Whether only mean losses are known, so that a comparison by row would say more."""
+    has_only_losses: bool = False
+    """Whether the sentence only gives a validation loss before training, and a lower one after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,10 +548,11 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
     risen = "" if evidence.best_step is None else f"best at step {evidence.best_step:,}, worse since"
     forgot = _forgetting_words(evidence)
     warning = forgot if evidence.forgot_much else ""
-    parts = [learned, risen, forgot, _metric_words(metric)]
+    parts = list(filter(None, (learned, risen, forgot, _metric_words(metric))))
+    lacks_rows = preferences is None and change is not None and not (loss and loss.rows)
     return RunVerdict(
         outcome,
-        f"{'; '.join(filter(None, parts))}.",
+        f"{'; '.join(parts)}.",
         cautions=tuple(filter(None, (risen, warning))),
         forgetting=warning,
         has_answers=metric is not None,
@@ -558,7 +561,8 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
             if preferences is not None
             else change is not None and change[1] < change[0]
         ),
-        lacks_rows=preferences is None and change is not None and not (loss and loss.rows),
+        lacks_rows=lacks_rows,
+        has_only_losses=lacks_rows and len(parts) == 1 and change is not None and change[1] < change[0],
     )
 
 

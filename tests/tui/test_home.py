@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,16 +26,24 @@ from qlora_tui.memory.budget import budget_for
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
 from qlora_tui.runs import actions, doctor, run_queue
+from qlora_tui.runs.data_checks import RunLength
 from qlora_tui.runs.doctor import Check, CheckKind
 from qlora_tui.runs.events import Failed
+from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.process import ensure_runner
-from qlora_tui.runs.run_summary import next_evaluation, summarize
+from qlora_tui.runs.run_summary import RunVerdict, next_evaluation, summarize
 from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import reader as home_reader
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
-from qlora_tui.tui.screens.home.panel_lines import ROW_SHAPES, HomeLayout, numbers_lines, run_lines
+from qlora_tui.tui.screens.home.panel_lines import (
+    ROW_SHAPES,
+    HomeLayout,
+    numbers_lines,
+    recipe_lines,
+    run_lines,
+)
 from qlora_tui.tui.screens.home.reader import HomeReader
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.screens.models import downloads
@@ -101,6 +110,33 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
     assert len(large) == 6 and large[3].plain[0] in "█▀▄" and "min left" in large[-1].plain
 
 
+def test_an_ended_run_says_what_it_achieved_in_one_line_of_whole_facts() -> None:
+    events = FakeRun(state="finished", steps=3000)
+    ended = replace(summarize(write_fake_run(events)), evaluations=((0, 5.0), (1000, 2.5)), best=(2.5, 1000))
+    plain = RunVerdict("unclear", "Validation loss fell from 5.000 to 2.500.", has_only_losses=True)
+    layout = HomeLayout(100, 70, 40, is_compact=False)
+    trained = f"trained {format_duration(ended.seconds)}"
+
+    def lines(left: int, verdict: RunVerdict = plain) -> list[str]:
+        shown = run_lines(replace(ended, verdict=verdict), False, BEGAN, replace(layout, left=left))
+        return [line.plain for line in shown]
+
+    assert lines(70)[-1] == f"best validation loss 2.500   from 5.000 (-50%)  {trained}"
+    assert lines(50)[-1] == "best validation loss 2.500   from 5.000 (-50%)"
+    learned = replace(plain, sentence="Learned: validation loss fell by 2.500.", has_only_losses=False)
+    assert lines(70, learned)[-1] == learned.sentence
+
+
+def test_next_to_an_active_run_the_next_one_warns_quietly_in_two_lines() -> None:
+    expected = Forecast(RunLength(3, 6, 6, 1e4, is_exact=True), None)
+    draw = partial(recipe_lines, Workbench(), budget_for(None), None, expected, 30)
+    loud, quiet = draw(is_compact=True), draw(is_compact=True, is_quiet=True)
+    assert len(quiet) == 2 < len(loud)
+    for is_quiet in (False, True):
+        line = draw(is_compact=False, is_quiet=is_quiet)[-2]
+        assert line.plain.startswith("! only 6 steps") and ("$warning" in str(line.spans)) != is_quiet
+
+
 def test_validations_are_newest_first_with_bars_of_one_scale_and_only_a_notable_rise_is_a_warning() -> None:
     losses = (4.0, 2.0, 1.9, 1.908, 1.908, 1.958)
     summary = replace(summarize(write_fake_run(FakeRun())), evaluations=tuple(enumerate(losses, 1)))
@@ -109,6 +145,9 @@ def test_validations_are_newest_first_with_bars_of_one_scale_and_only_a_notable_
     assert ["$warning" in str(line.spans) for line in lines] == [True, False, False, False, False, False]
     bars = [line.plain[26:].strip() for line in lines]
     assert bars == ["▲", "", "▲", "▄", "▄" * 20, ""]
+    # Lines that do not fit do not set the scale.
+    cut = [line.plain[26:].strip() for line in numbers_lines(summary, False, 46, 6)[1:]]
+    assert cut[:4] == ["▲" + "▄" * 9, "", "▲▖", "▄" * 20]
     almost_even = replace(summary, evaluations=((1, 4.0), (2, 3.0), (3, 2.4)))
     assert [line.plain.count("▄") for line in numbers_lines(almost_even, False, 46, 10)] == [0, 12, 20, 0]
 

@@ -318,7 +318,8 @@ def validation_lines(
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
     the newest and the best are shown, and the last line has the number of the others, and the first loss.
 
-    The bars are relative to the largest change of all evaluations, whichever lines fit. The bar of a rise
+    The bars are relative to the largest change in the lines that fit: next to the first fall, which is often
+    ten times as large as the others, all others would look alike. The bar of a rise
     begins with ``▲``, so that it can be distinguished from the bar of a fall even without color.
 
     Args:
@@ -337,7 +338,9 @@ def validation_lines(
         newest = [number for number in reversed(shown) if number not in best]
         most_shown = rows - (rows > _LEAST_WITH_OTHERS)
         shown = sorted([*best, *newest][: max(1, most_shown)])
-    most = max((abs(change) for change in changes if math.isfinite(change)), default=0.0) or 1.0
+    most = (
+        max((abs(changes[number]) for number in shown if math.isfinite(changes[number])), default=0.0) or 1.0
+    )
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(shown):
         (step, loss, more), change = evaluations[number], changes[number]

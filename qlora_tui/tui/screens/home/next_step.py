@@ -67,7 +67,7 @@ EXPORT = NextStep(
     "home.export",
     "export",
     "Export the adapter",
-    "GGUF for llama.cpp, Ollama and LM Studio, or a merged model",
+    "GGUF for llama.cpp and Ollama, or a merged model",
 )
 SEARCH = NextStep(
     "go.models",
@@ -81,9 +81,9 @@ def next_step(now: HomeState) -> NextStep:
     """Return the most useful next step."""
     state = now.last_state
     if state in ACTIVE:
-        return NextStep("", "watch", "Watch the run", f"{now.last_run} is running")
+        return NextStep("", "watch", "Watch the run", "charts, samples and log on the Train screen")
     if state == "finished" and (now.last_is_news or not now.edited_since):
-        return NextStep("", "chat", "Chat with the adapter", f"{now.last_run} has finished")
+        return NextStep("", "chat", "Chat with the adapter", "ask base and adapter, side by side")
     if state == "paused" or (_can_resume(now) and not now.edited_since):
         return _resume(now)
     if state in ("failed", "lost") and not (now.edited_since and now.recipe.has_model_and_data):

@@ -22,6 +22,7 @@ from qlora_tui.formatting import (
     format_loss,
     format_number,
     format_percent,
+    format_points,
     format_power,
     format_progress,
     format_rate,
@@ -248,7 +249,7 @@ def run_lines(
     if sum(line.cell_length for line in lines) + 2 <= width:
         lines = [Content("  ").join(lines)]
     lines += _outcome_lines(summary, layout)
-    if summary.verdict is not None:
+    if summary.verdict is not None and not summary.verdict.has_only_losses:
         lines.append(verdict_content(summary.verdict))
     if status.state in _BROKEN and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
@@ -275,12 +276,16 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
 
 
 def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
-    """Return lines about a run that has ended: its best loss, its steps, and the time that they took."""
+    """Return lines about a run that has ended: its best loss, the loss before training, its steps, and the
+    time that they took.
+    """
     figures, facts = [], []
     if summary.best is not None:
-        loss, step = summary.best
+        loss, _ = summary.best
         figures.append(best_figure(loss, summary.loss_to_beat))
-        facts.append(f"at step {step:,}")
+        for first_step, before in summary.evaluations[:1]:
+            if not first_step and loss < before:
+                facts.append(f"from {format_loss(before)} ({format_points(loss / before - 1)}%)")
     elif summary.loss is not None:
         figures.append(Figure("last training loss", format_loss(summary.loss)))
     if summary.loss_to_beat is not None:
@@ -299,18 +304,14 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
     """Return figures, and as many facts as fit. If ``layout.is_large``, the figures are in large digits
     below an empty line, with the facts in their last line.
     """
-    text = "  ".join(facts)
-    if layout.is_large and figures:
-        large = large_figures(figures)
-        room = layout.left - large[1].cell_length - 4
-        return [
-            Content(""),
-            *large[:2],
-            Content.assemble(large[2], "    ", (cut_cells(text, max(0, room)), "dim")),
-        ]
-    line = figure_line(figures)
-    room = layout.left - line.cell_length - 3
-    return [Content.assemble(line, "   " if figures else "", (cut_cells(text, max(0, room)), "dim"))]
+    large = large_figures(figures) if layout.is_large and figures else []
+    line = large[-1] if large else figure_line(figures)
+    gap = 4 if large else 3
+    while facts and line.cell_length + gap + len("  ".join(facts)) > layout.left:
+        facts = facts[:-1]
+    if facts:
+        line = Content.assemble(line, " " * gap if figures else "", ("  ".join(facts), "dim"))
+    return [Content(""), *large[:-1], line] if large else [line]
 
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
@@ -370,6 +371,7 @@ def recipe_lines(
     width: int,
     *,
     is_compact: bool,
+    is_quiet: bool = False,
 ) -> list[Content]:
     """Return lines about the recipe being edited, its verdict on memory, and its expected time.
 
@@ -380,13 +382,16 @@ def recipe_lines(
         expected: The forecast of a run; None if unknown.
         width: Width of a line, in cells.
         is_compact: Whether to use as few lines as possible. If not, each item has its own line.
+        is_quiet: Whether a run is active, which must stand out. A warning of too few steps is then dim, and
+            there are at most two compact lines.
     """
     recipe, fit = workbench.recipe, recipe_fit(workbench, budget)
     compared, architecture = workbench.comparison(budget.device), workbench.architecture()
     memory: list[Content] = []
     if fit is not None:
         head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
-        line = head + fit.draw(width - head.cell_length, _CURVE_WIDTH)
+        room = width - head.cell_length
+        line = head + (fit.draw_short(room) if is_compact else fit.draw(room, _CURVE_WIDTH))
         if refusal is not None:
             reason = f"  ✗ {refusal_words(refusal)}"
             has_room = line.cell_length + len(reason) <= width
@@ -394,21 +399,17 @@ def recipe_lines(
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]
-    time = []
-    if expected is not None:
-        duration, note = _time_words(expected)
-        if expected.duration:
-            time = [Content.assemble(duration, (f"   {note}" if note else "", "dim"))]
-        else:
-            time = [Content(", ".join(filter(None, (note, f"time {duration}"))))]
-        time += _shortage(expected, width)
     if is_compact:
-        line = Content("   ").join([*memory, *time])
-        return [
-            # The panel's title names the preset.
-            Content(recipe_line(workbench, width, names_preset=False)),
-            *([line] if line.cell_length <= width else [*memory, *time]),
-        ]
+        parts = list(memory)
+        if expected is not None:
+            duration, note = _time_words(expected)
+            parts += _shortage(expected, width, is_quiet)
+            known = (duration if expected.duration else "", note)
+            parts.append(Content.styled("   ".join(filter(None, known)), "dim"))
+        # The panel's title names the preset.
+        parts = _joined([part for part in parts if part], width)
+        lines = [Content(recipe_line(workbench, width, names_preset=False)), *parts]
+        return lines[:2] if is_quiet else lines
     size = ""
     if not isinstance(architecture, UserError):
         size = f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
@@ -423,8 +424,19 @@ def recipe_lines(
     ]
     lines = [line for row in rows for line in _with_note(*row, width)]
     if expected is not None:
-        memory += [*_with_note("time", *_time_words(expected), width), *_shortage(expected, width)]
+        memory += [*_with_note("time", *_time_words(expected), width), *_shortage(expected, width, is_quiet)]
     return [*lines, *memory]
+
+
+def _joined(parts: Sequence[Content], width: int) -> list[Content]:
+    """Return lines of at most ``width`` cells, each with as many of the parts as fit, in order."""
+    lines: list[Content] = []
+    for part in parts:
+        if lines and lines[-1].cell_length + 3 + part.cell_length <= width:
+            lines[-1] = Content.assemble(lines[-1], "   ", part)
+        else:
+            lines.append(part)
+    return lines
 
 
 def _with_note(label: str, value: str | Content, note: str, width: int) -> list[Content]:
@@ -563,12 +575,12 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
     return expected.duration or "unknown: no run like this yet", ", ".join(filter(None, (steps, source)))
 
 
-def _shortage(expected: Forecast, width: int) -> list[Content]:
-    """Return a warning if the run has too few steps to learn much; no lines if it has enough."""
-    words = expected.length.shortage
-    return (
-        hanging(Content.styled("! ", "$warning"), Content.styled(words, "$warning"), width) if words else []
-    )
+def _shortage(expected: Forecast, width: int, is_quiet: bool) -> list[Content]:
+    """Return a warning if the run has too few steps to learn much; no lines if it has enough. ``is_quiet``:
+    whether the warning is dim.
+    """
+    words, style = expected.length.shortage, "dim" if is_quiet else "$warning"
+    return hanging(Content.styled("! ", style), Content.styled(words, style), width) if words else []
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:

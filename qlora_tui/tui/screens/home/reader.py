@@ -177,6 +177,7 @@ class HomeReader:
                 expected,
                 layout.right,
                 is_compact=layout.is_compact,
+                is_quiet=system_status.active is not None,
             ),
             "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
             "presets": [],

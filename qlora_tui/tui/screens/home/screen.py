@@ -87,6 +87,11 @@ class HomeScreen(WorkScreen):
         #recent-runs, #numbers {
             height: auto;
         }
+        /* The other panels of the column keep all their rows. */
+        #numbers-panel {
+            height: 1fr;
+            min-height: 5;
+        }
         #way-panel, &.-first #run-panel {
             display: none;
         }
@@ -104,6 +109,10 @@ class HomeScreen(WorkScreen):
             #recent-panel {
                 height: 1fr;
             }
+        }
+        /* The active run must stand out from the next one. */
+        &.-active #recipe {
+            color: $text-muted;
         }
         /* Without a run, show the steps that lead to one. */
         &.-first #way-panel {
@@ -168,12 +177,12 @@ class HomeScreen(WorkScreen):
                     keys = (("go.runs", "all runs"),)
                     yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
                 with Vertical(id="home-side"):
+                    yield Panel("The run in numbers", Drawing(id="numbers"), id="numbers-panel")
                     keys = (("app.check_machine", "check this machine"),)
                     yield Panel("Machine", Lines(id="gpu"), keys=keys, id="machine-panel")
                     yield Panel("Queue", Lines(id="queue"), id="queue-panel")
                     keys = (("app.presets", "presets"),)
                     yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
-                    yield Panel("The run in numbers", Drawing(id="numbers"), id="numbers-panel")
                     keys = (("go.data", "open data"),)
                     yield Panel(
                         "What your data may look like", Lines(id="shapes"), keys=keys, id="shapes-panel"
@@ -446,6 +455,7 @@ class HomeScreen(WorkScreen):
 
         is_new, is_active = facts.last is None, self.app.system_status.active is not None
         self.set_class(is_new, "-first")
+        self.set_class(is_active, "-active")
         self.refresh_bindings()
         self.query_one("#models-panel").display = facts.models is not None
         # If there are models to choose from, Tab must move to their list.
@@ -460,12 +470,16 @@ class HomeScreen(WorkScreen):
         graph = self.query_one("#run-graph", Drawing)
         graph.visible = not is_new
         graph.show(partial(summary_lines, facts.last))
+        layout = self._layout(self.size)
         # In a small window without a GPU, hide the panel to make room for the run's loss. The top bar says
         # that there is no GPU.
-        says_more = is_new or not self._layout(self.size).is_compact or not self._trains_on_cpu
+        says_more = is_new or not layout.is_compact or not self._trains_on_cpu
         self.query_one("#machine-panel").display = says_more
+        recipe = self.app.workbench.recipe
+        has_recipe = bool(recipe.model.id or recipe.data.sources)
+        self.query_one("#recipe-panel").display = has_recipe or not (is_new and layout.is_compact)
         self.query_one("#queue-panel").display = bool(self.app.system_status.waiting_ids)
-        layout, numbers = self._layout(self.size), self.query_one("#numbers-panel", Panel)
+        numbers = self.query_one("#numbers-panel", Panel)
         has_room = self.size.height >= _NUMBERS_HEIGHT and not layout.is_compact
         has_numbers = facts.last is not None and (layout.is_large or bool(facts.last.evaluations))
         numbers.display = has_room and has_numbers

@@ -25,7 +25,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.remote.calls import current
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.columns import Column, table
-from qlora_tui.tui.render.labels import CANNOT_TRAIN, fit_figure, place_words
+from qlora_tui.tui.render.labels import CANNOT_TRAIN, cut_cells, fit_figure, place_words
 from qlora_tui.tui.screens.models.model_facts import HubFacts, need
 from qlora_tui.tui.widgets.controls import HEADING
 
@@ -43,7 +43,6 @@ room, the column is hidden.
 """
 _LEAST_FIGURES = 3
 """Minimum number of columns with figures that the list keeps, even if the notes are then cut off."""
-_STARTERS_HEADING = "Good first models: best fit, then by size"
 _NOTE_GAP = 3
 """Cells between the longest name and the notes."""
 _SOURCES = {"hub cache": "cache", "folder": "folder", "gguf": "GGUF", "converted": "converted"}
@@ -190,7 +189,8 @@ class ListedModels:
         lines = _local_lines(local, chosen, width, columns, self.needs, self.licenses) if self.local else []
         if starters:
             shown = _figure_columns("download", "access")[:columns]
-            return [*lines, *_lines(_STARTERS_HEADING, shown, starters, width)]
+            order = "demo, best fit, then by size" if to_start[0].is_demo else "best fit, then by size"
+            return [*lines, *_lines(f"Good first models: {order}", shown, starters, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
 
@@ -281,7 +281,7 @@ def _fitting(rows: Sequence[_Line], width: int) -> tuple[int, int]:
     the full width.
     """
     columns = _figure_columns("", "")
-    names = max(len(_STARTERS_HEADING), *(row.title.cell_length for row in rows))
+    names = max(row.title.cell_length for row in rows)
     words = names + 1 + _NOTE_GAP + max(len(row.note) for row in rows)
     shown = [cells for _, cells, shown_from in columns if width >= shown_from]
     while len(shown) > _LEAST_FIGURES and words + sum(shown) > width:
@@ -361,14 +361,15 @@ def _architecture_texts(
 def _lines(
     heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
 ) -> list[tuple[str, Content]]:
-    """Return (id, line) for a heading, which includes the titles of the columns, and for each model."""
+    """Return (id, line) for a heading, which includes the titles of the columns, and for each model. The
+    heading extends over the notes, so that names take only the room that they need.
+    """
     shown = [column for column in columns if width >= column[2]]
     names_cells = max((row.title.cell_length for row in rows), default=0)
-    free = width - max(names_cells, len(heading)) - sum(cells for _, cells, _ in shown) - 1
+    free = width - names_cells - sum(cells for _, cells, _ in shown) - 1
     has_notes = any(row.note for row in rows) and free >= _NOTE_CELLS + _NOTE_GAP
-    names = Column[_Line](title=heading, text=lambda row: row.title, fills=not has_notes, min_width=10)
+    names = Column[_Line](text=lambda row: row.title, fills=not has_notes, min_width=10)
     notes = Column[_Line](
-        title="good for",
         text=lambda row: row.note,
         style="$text-muted",
         fills=True,
@@ -388,4 +389,6 @@ def _lines(
     ]
     ids = (f"{HEADING}{heading}", *(row.id for row in rows))
     columns_shown = [names, *((notes,) if has_notes else ()), *figures]
-    return list(zip(ids, table(columns_shown, rows, width, title_style=""), strict=True))
+    titles, *lines = table(columns_shown, rows, width, title_style="")
+    heading = cut_cells(heading, len(titles) - len(titles.plain.lstrip()) - 1)
+    return list(zip(ids, (heading + titles[len(heading) :], *lines), strict=True))
