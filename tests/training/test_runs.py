@@ -232,7 +232,8 @@ def same_weights(one: Path, other: Path) -> bool:
 def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trainers: Trainers) -> None:
     # At such a rate it only gets worse once it has begun to.
     settings = {"training.learning_rate": 0.1, "training.lr_scheduler": "constant", "training.epochs": 50.0}
-    run = create_run(recipe({**settings, "training.eval_every": 1, "training.early_stopping": 3}))
+    settings |= {"training.eval_every": 1, "training.checkpoint_every": 1, "training.keep_checkpoints": 1}
+    run = create_run(recipe({**settings, "training.early_stopping": 3}))
     assert trainers.run(run) == 0
     ending = events(run)[-1]
     assert isinstance(ending, Finished)
@@ -242,6 +243,7 @@ def test_it_stops_after_its_patience_and_keeps_the_best(recipe: MakeRecipe, trai
     assert "the validation loss did not improve in 3 evaluations" in ending.reason
     assert f"the adapter is from the best step, {best}" in ending.reason
     assert read_status(run).detail == ending.reason
+    assert [step for step, _ in run.checkpoints()] == [best, ending.step]
     assert same_weights(run.adapter_dir, run.checkpoints_dir / f"step-{best}")
     assert not same_weights(run.adapter_dir, run.checkpoints_dir / f"step-{ending.step}")
 

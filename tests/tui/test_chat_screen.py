@@ -85,7 +85,10 @@ async def test_a_runs_adapters_are_shown_and_selected_by_key() -> None:
     app = open_on("chat")
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(
-            pilot, "qwen2.5-7b-tickets", "not loaded yet", "[i] writes a message", "Enter Ask"
+            pilot,
+            "qwen2.5-7b-tickets",
+            "not loaded yet",
+            "Enter asks the selected message  i writes a message",
         )
         screen = chat_of(app)
         assert not isinstance(screen.focused, PromptBox), "digits go to other screens"
@@ -236,7 +239,7 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         chat.turns.append(turn)
         await chat.mount(turn)
         screen.show_header()
-        await wait_for_text(pilot, "▸ one")
+        await wait_for_text(pilot, "❯ one")
 
         # Turns begin at the top. Their end stays in view, after a resize too, unless the user scrolls.
         assert field.region.bottom == screen.size.height - 1
@@ -275,12 +278,15 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
         await wait_until(pilot, lambda: isinstance(screen.focused, Starters))
         await wait_for_text(pilot, "Enter asks the selected message")
         await pilot.press("i")
-        await wait_for_text(pilot, "Esc selects a suggestion", "Enter: send")
+        await wait_for_text(pilot, "Enter sends  ^J starts a new line  Esc selects a suggestion")
         await pilot.press("up", "down", "enter")
         await wait_until(pilot, lambda: sent == ["Where is\nmy parcel?"])
         await rest(pilot, screen)
-        # A prompt that was not asked stays above the field, and Enter asks it. Default settings have no row.
-        await wait_until(pilot, lambda: screen.query_one(Starters).option_count == 1)
+        # Prompts that were not asked are below the answers, and Enter asks the first. Default settings have
+        # no row.
+        starters = screen.query_one(Starters)
+        await wait_for_text(pilot, "Suggested messages", "▸ What is red?", "▸ How do I boil an egg?")
+        assert starters.region.y == screen.conversation.region.bottom
         assert "temp 0.7" not in text_of(app)
         assert isinstance(screen.focused, Starters)
         await pilot.press("enter")
@@ -303,6 +309,13 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         await wait_until(pilot, lambda: starters.option_count == len(STARTERS_HEADING) + 24)
         await wait_until(pilot, lambda: starters.region.y == chat.region.bottom < 12)
         assert "expected: Parcel 10 is on its way." in text_of(app)
+        # The cursor stays on its message when the list becomes shorter.
+        await pilot.press("j", "j")
+        await pilot.resize_terminal(200, 30)
+        await wait_until(pilot, lambda: starters.option_count < len(STARTERS_HEADING) + 24)
+        assert starters.selected_prompt == "Where is parcel 3?"
+        await pilot.resize_terminal(200, 60)
+        await wait_until(pilot, lambda: starters.option_count == len(STARTERS_HEADING) + 24)
         field = chat_of(app).query_one(PromptBox)
         before = (field.region.bottom, starters.region)
         await pilot.press("i", *"two", "ctrl+j", *"lines")
@@ -415,7 +428,7 @@ async def test_base_and_adapter_answer_side_by_side(
     monkeypatch.setattr(conversation, "random", SimpleNamespace(randrange=lambda stop: 1))
     async with talking(tiny) as (pilot, screen):
         await pilot.press(*"what is red", "enter")
-        await wait_for_text(pilot, "▸ what is red")
+        await wait_for_text(pilot, "❯ what is red")
         await rest(pilot, screen)
         answers = screen.conversation.turns[0].answers
         assert list(answers) == [BASE, ADAPTER]
@@ -484,7 +497,7 @@ async def test_a_run_of_decisions_shows_how_probable_each_label_is(tiny: tuple[P
         assert screen.conversation.run_dir is not None
         put_decider(tiny[0], screen.conversation.run_dir.adapter_dir, "red", "blue")
         await pilot.press(*"what is the fox", "enter")
-        await wait_for_text(pilot, "▸ what is the fox")
+        await wait_for_text(pilot, "❯ what is the fox")
         await rest(pilot, screen)
 
         def bars() -> list[tuple[str, str]]:

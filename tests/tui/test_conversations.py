@@ -193,7 +193,7 @@ async def test_a_saved_conversation_is_opened_and_continued() -> None:
         await wait_for_text(pilot, "Saved conversations", "Hello")
         assert not screen.conversation.turns
         await pilot.press("enter")
-        await wait_for_text(pilot, "▸ Hello", "base · saved", "A calm day.")
+        await wait_for_text(pilot, "❯ Hello", "base · saved", "A calm day.")
         await pilot.press(*"Again", "enter")
         await rest(pilot, screen)
         requests = [each for each in engine.asked if isinstance(each, Generate) and each.adapter_name == BASE]

@@ -390,7 +390,7 @@ def test_loss_and_time_left_are_large_in_a_large_window(set_clock: SetClock) -> 
 def test_a_low_panel_of_answers_has_the_beginning_of_an_answer() -> None:
     snapshot = RunFollower(write_fake_run(FakeRun(steps=700))).poll()
     question, answer = sample_lines(snapshot, 30, 2)
-    assert question.plain.startswith("▸ ") and len(answer.plain) > 10 and answer.plain.endswith("…")
+    assert question.plain.startswith("❯ ") and len(answer.plain) > 10 and answer.plain.endswith("…")
 
 
 def test_an_improvement_that_may_be_chance_has_no_color_and_names_the_key_that_compares_rows() -> None:

@@ -215,7 +215,7 @@ class CommandFooter(Drawing):
         self._label_of = label_of
         self._shown: list[ActiveBinding] = []
         self._named: set[str] = set()
-        """Ids of the commands in the panels' borders, and the keys in the panels' texts."""
+        """What :func:`_named` returns."""
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 
@@ -300,11 +300,13 @@ class CommandFooter(Drawing):
 
 
 def _named(screen: Screen[object]) -> set[str]:
-    """Return the ids of the commands in the panels' borders, and the keys in the panels' texts."""
+    """Return the ids of the commands in the panels' lower borders, and the keys in the panels' titles and
+    texts.
+    """
     named: set[str] = set()
     # Walked, not queried: this is computed after each layout, and a query matches selectors at each widget.
     for panel in screen.walk_children(Panel):
-        named |= panel.named_commands
+        named |= panel.named_commands | panel.named_keys
         for text in panel.walk_children(Widget):
             if isinstance(text, Lines | Drawing) and _is_whole(text):
                 named |= text.named_keys

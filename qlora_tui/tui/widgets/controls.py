@@ -583,6 +583,12 @@ class Panel(Vertical):
         has_room = self._keys_cells <= self.outer_size.width - _MIN_FRAME - 1
         return {id_ for id_, _ in self._keys} if is_shown and has_room and not self._empty else set()
 
+    @property
+    def named_keys(self) -> set[str]:
+        """The keys in the title, in Textual's notation; empty if the title is not visible as a whole."""
+        is_whole = bool(self.size) and self._title.cell_length <= self.outer_size.width - _MIN_FRAME
+        return keys_in(self._title) if is_whole else set()
+
 
 def _joined(line: Strip, *parts: tuple[int, int]) -> Strip:
     return Strip.join([line.crop(*part) for part in parts])

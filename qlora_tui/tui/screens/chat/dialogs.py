@@ -68,26 +68,16 @@ class PromptBox(OwnKeysFirst, TextArea):
     class Recalled(Message):
         """Posted when Up is pressed in the empty field."""
 
-    def __init__(self, hint: Content, unfocused_hint: Content, *, id: str) -> None:
-        """Create the field. While it is empty, it shows ``hint`` if it has the focus, and ``unfocused_hint``
-        otherwise.
-        """
-        self._hint, self._unfocused_hint = hint, unfocused_hint
-        super().__init__(
-            id=id,
-            placeholder=unfocused_hint,
-            soft_wrap=True,
-            show_line_numbers=False,
-            tab_behavior="focus",
-        )
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
         self.cursor_blink = False
         self.highlight_cursor_line = False
 
     def on_focus(self) -> None:
-        self.placeholder = self._hint
+        self.placeholder = "Type a message"
 
     def on_blur(self) -> None:
-        self.placeholder = self._unfocused_hint
+        self.placeholder = ""
 
     def action_send(self) -> None:
         """If the field has text, clear the field and post ``Sent``."""

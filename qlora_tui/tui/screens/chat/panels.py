@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 from textual import work
 from textual.containers import Vertical
@@ -34,7 +33,15 @@ from qlora_tui.runs.chat_choices import ENOUGH, ChoiceKind
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import AIRY_CELLS
-from qlora_tui.tui.key_names import bare_key, highlight_keys, key_label, key_name, name_keys
+from qlora_tui.tui.key_names import (
+    bare_key,
+    command_key,
+    highlight_keys,
+    key_hint,
+    key_label,
+    key_name,
+    name_keys,
+)
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.meters import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
@@ -61,11 +68,6 @@ NOTHING_TO_CHAT_WITH = (
     "Press {go.train} to launch a run.\n\nOr press {chat.source} to chat with the recipe's model as it is, "
     "before any training."
 )
-_HINTS = (
-    "Type a message · Enter: send · Ctrl+J: new line · {chat.leave}: leave the field",
-    "{chat.write} writes a message",
-)
-"""Texts in the empty prompt field: with the focus, and without the focus."""
 TIPS = (
     ("compare", "{chat.split} shows one answer or both, and {chat.next_adapter} selects another checkpoint."),
     ("measure", "{chat.effect} measures how much the adapter changes the base model."),
@@ -79,8 +81,6 @@ TIPS = (
 """(label, sentence) pairs on what the user can do with answers. A placeholder, such as ``{chat.split}``,
 stands for the key of a command.
 """
-Suggested: TypeAlias = Literal["shown", "selected"]
-"""State of the suggested messages: ``selected`` if they have the focus, otherwise ``shown``."""
 _MIN_NAME_WIDTH = 16
 _MIN_COLUMNS = 8
 """Minimum number of columns of the layer chart, even in a narrow window."""
@@ -245,8 +245,9 @@ class ChatMain(Vertical):
     def __init__(self, conversation: Conversation) -> None:
         super().__init__(id="chat-main")
         self.conversation = conversation
+        self._start = ChatStart()
         self._free_rows = 0
-        """Number of rows that are free for starter prompts before the first message."""
+        """Number of rows that are free for starter prompts, below their heading."""
 
     def compose(self) -> Iterable[Widget]:
         with Panel("Chat", id="chat-panel"):
@@ -255,8 +256,11 @@ class ChatMain(Vertical):
             yield self.conversation
             yield Starters()
             yield Lines(id="unloaded")
-        field = PromptBox(*(highlight_keys(name_keys(each)) for each in _HINTS), id="prompt")
-        yield Panel("Message", field, id="prompt-panel")
+        yield Panel("Message", PromptBox(id="prompt"), id="prompt-panel")
+
+    def on_mount(self) -> None:
+        # The conversation also grows when the user unfolds a thought.
+        self.watch(self.conversation, "virtual_size", self._fit_later, init=False)
 
     def show_start(self, start: ChatStart, *, is_described: bool, hides_facts: bool) -> None:
         """Show the starter prompts and, above the turns, facts about the model and the recorded answers.
@@ -266,8 +270,9 @@ class ChatMain(Vertical):
             is_described: Whether another panel describes the run.
             hides_facts: Whether to leave out the facts and answers, as during a search.
         """
+        self._start = start
         chat, drawing = self.conversation, self.query_one("#chat-start", Drawing)
-        self._offer(start)
+        self._offer()
         drawing.display = chat.source is not None and not hides_facts
         if chat.source is not None:
             draw = partial(
@@ -280,11 +285,14 @@ class ChatMain(Vertical):
                 folds=not chat.is_new,
             )
             drawing.show(draw)
-        self.call_after_refresh(self._fit, start)
+        self._fit_later()
 
-    def _fit(self, start: ChatStart) -> None:
-        """Before the first message, make the conversation only as tall as its contents, so that the starter
-        prompts are directly below it. The remaining rows are for starter prompts.
+    def _fit_later(self) -> None:
+        self.call_after_refresh(self._fit)
+
+    def _fit(self) -> None:
+        """Make the conversation only as tall as its contents, so that the starter prompts are directly below
+        it. The remaining rows are for starter prompts.
         """
         try:
             drawing, panel = self.query_one("#chat-start", Drawing), self.query_one("#chat-panel")
@@ -292,27 +300,34 @@ class ChatMain(Vertical):
         except NoMatches:  # the screen is being closed
             return
         chat = self.conversation
-        if not chat.is_new or not drawing.size:
-            chat.styles.max_height = None
+        if chat.is_new and not drawing.size:
             return
-        needed = drawing.get_content_height(self.size, self.size, drawing.size.width) + drawing.gutter.height
-        chat.styles.max_height = needed
         others = [each for each in panel.children if each.display and each not in (chat, starters)]
         around = sum(each.outer_size.height + each.styles.margin.height for each in others)
-        around += chat.styles.margin.height + starters.gutter.height + len(STARTERS_HEADING)
-        self._free_rows = panel.content_size.height - needed - around
-        self._offer(start)
+        around += chat.styles.margin.height + starters.gutter.height
+        rows = panel.content_size.height - around
+        if chat.is_new:
+            needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
+            needed += drawing.gutter.height
+        else:
+            needed = chat.virtual_size.height
+        self._free_rows = rows - needed - len(STARTERS_HEADING)
+        self._offer()
+        offered = starters.option_count if starters.display else 0
+        chat.styles.max_height = needed if chat.is_new else max(1, rows - offered)
 
-    def _offer(self, start: ChatStart) -> None:
+    def _offer(self) -> None:
         chat, starters = self.conversation, self.query_one(Starters)
         asked = {turn.prompt for turn in chat.turns}
         is_tall = self.screen.size.height >= AIRY_CELLS
-        offered = offered_prompts(start, asked, self._free_rows, is_tall=is_tall)
+        # The list does not change its length while an answer grows above it.
+        rows = 0 if chat.busy else self._free_rows
+        offered = offered_prompts(self._start, asked, rows, is_tall=is_tall)
         if starters.has_focus and not offered:
             # Otherwise, Textual would focus the field, and keys of commands would be typed into it.
             self.screen.set_focus(None)
         starters.display = chat.source is not None and bool(offered)
-        starters.offer(offered, has_heading=chat.is_new)
+        starters.offer(offered, has_heading=chat.is_new or rows >= len(offered))
 
 
 class ChatSide(Vertical):
@@ -406,25 +421,27 @@ def history_lines(
     return lines
 
 
-def prompt_title(text: str, tokens: int | None, suggested: Suggested | None) -> Content:
-    """Return the title of the prompt field, with the length of its text: ``Message · 12 tokens``.
-
-    If ``text`` is empty, the title has no length. Instead, it has the key for the suggested messages, if
-    there are any.
+def prompt_title(text: str, tokens: int | None, *, is_typing: bool, is_suggested: bool) -> Content:
+    """Return the title of the prompt field: the length of its text, if it has any, and the keys that work:
+    ``Message · 12 tokens  Enter sends  ^J starts a new line``.
 
     Args:
         text: The text in the field.
         tokens: Number of tokens, counted by the tokenizer; None to estimate it.
-        suggested: State of the suggested messages above the field; None if there are none.
+        is_typing: Whether the field has the focus.
+        is_suggested: Whether a suggested message has the focus or, if ``is_typing``, would get it when the
+            user leaves the field.
     """
-    if not text:
-        key, verb = (
-            ("Enter", "asks the selected message")
-            if suggested == "selected"
-            else (bare_key("chat.leave"), "selects a suggestion")
-        )
-        hint = Content.assemble("  ", (key, "$key bold"), (f" {verb}", "not bold $text-muted"))
-        return Content("Message") + ("" if suggested is None else hint)
-    estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
-    number = f"about {pluralize(estimate, 'token')}" if tokens is None else pluralize(tokens, "token")
-    return Content.assemble("Message", (f" · {number}", "not bold $text-muted"))
+    title = Content("Message")
+    if text:
+        estimate = max(1, round(len(text) / _CHARACTERS_PER_TOKEN))
+        number = f"about {pluralize(estimate, 'token')}" if tokens is None else pluralize(tokens, "token")
+        title += Content.styled(f" · {number}", "not bold $text-muted")
+    enter = "sends" if is_typing else "asks the selected message"
+    hints = [key_hint("Enter", enter, "enter")] if is_typing or is_suggested else []
+    if is_typing:
+        hints.append(key_hint("^J", "starts a new line", "ctrl+j"))
+    command, verb = ("leave", "selects a suggestion") if is_typing else ("write", "writes a message")
+    if is_suggested or not is_typing:
+        hints.append(key_hint(bare_key(f"chat.{command}"), verb, command_key(f"chat.{command}")))
+    return Content("  ").join([title, *hints])

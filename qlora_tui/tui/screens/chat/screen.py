@@ -42,7 +42,6 @@ from qlora_tui.tui.screens.chat.panels import (
     NOTHING_TO_CHAT_WITH,
     ChatMain,
     ChatSide,
-    Suggested,
     effect_text,
     has_default_settings,
     loaded_text,
@@ -93,7 +92,6 @@ class ChatScreen(WorkScreen):
     def __init__(self) -> None:
         super().__init__()
         self.conversation = Conversation(
-            Static(id="conversation-room"),
             Static(highlight_keys(name_keys(NOTHING_TO_CHAT_WITH)), id="chat-empty"),
             Drawing(id="chat-start"),
         )
@@ -370,10 +368,10 @@ class ChatScreen(WorkScreen):
 
     def _show_prompt_length(self, tokens: int | None) -> None:
         text, starters = self.query_one(PromptBox).text, self.query_one(Starters)
-        suggested: Suggested | None = None
-        if starters.display:
-            suggested = "selected" if starters.has_focus else "shown"
-        title = prompt_title(text, tokens, suggested)
+        is_typing = isinstance(self.focused, PromptBox)
+        may_select = starters.display and not text and not self.conversation.busy
+        is_suggested = may_select if is_typing else starters.has_focus
+        title = prompt_title(text, tokens, is_typing=is_typing, is_suggested=is_suggested)
         self.query_one("#prompt-panel", Panel).show_title(title)
 
     async def action_stop(self) -> None:
@@ -522,8 +520,11 @@ class ChatScreen(WorkScreen):
     # What is shown around the conversation
 
     def on_descendant_focus(self) -> None:
-        """Update the title of the prompt field when the focus moves. The title says what Enter does."""
+        """When the focus moves, update the title of the prompt field, which names keys, and the footer, which
+        leaves these keys out.
+        """
         self.call_later(self._show_prompt_length, None)
+        self.call_later(self.refresh_bindings)
 
     def on_resize(self) -> None:
         self.call_after_refresh(self.show_header)

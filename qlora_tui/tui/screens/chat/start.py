@@ -51,8 +51,8 @@ _FEW, _MOST = 4, 24
 """Minimum and maximum number of starter prompts before the first message. Between these limits, there are as
 many prompts as free rows.
 """
-_LATER, _MANY_LATER = 1, 3
-"""Maximum number of starter prompts during a conversation, in a short window and in a tall window."""
+_LATER, _LATER_IF_TALL = 1, 3
+"""Minimum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 STARTERS_HEADING = (
@@ -247,11 +247,16 @@ class Starters(ViList):
         """Whether the user has moved the cursor since these prompts were offered."""
 
     def offer(self, prompts: tuple[Starter, ...], *, has_heading: bool) -> None:
-        """Show these prompts, with the cursor on the first."""
+        """Show these prompts. If the user has moved the cursor to one of them, it stays there; otherwise, it
+        is on the first.
+        """
         if (prompts, has_heading) != (self._prompts, self._has_heading):
-            self._prompts, self._has_heading, self._was_moved = prompts, has_heading, False
+            texts, chosen = [each.prompt for each in prompts], self.selected_prompt
+            self._was_moved = chosen in texts
+            self._prompts, self._has_heading = prompts, has_heading
             above = STARTERS_HEADING if has_heading else ()
-            self.show(lambda width: [*above, *_starter_lines(prompts, width)], select="0")
+            select = f"{texts.index(chosen) if self._was_moved else 0}"
+            self.show(lambda width: [*above, *_starter_lines(prompts, width)], select=select)
 
     def prompt(self, option: Option) -> str:
         """Return the full prompt of an option."""
@@ -276,23 +281,23 @@ class Starters(ViList):
 def offered_prompts(
     start: ChatStart, asked: Collection[str], rows: int, *, is_tall: bool
 ) -> tuple[Starter, ...]:
-    """Return the starter prompts to offer: those of ``start``, followed by :data:`_UNRELATED`. Before the
-    first message, if there are too many, the last prompts of the most frequent kinds are left out. During a
-    conversation, only the first few prompts are offered.
+    """Return the starter prompts to offer: those of ``start``, followed by :data:`_UNRELATED`, as many as
+    ``rows`` allows. If there are too many, the last prompts of the most frequent kinds are left out.
 
     Args:
         start: The contents of the screen.
         asked: The prompts that were sent in the conversation. They are not offered again. Empty before the
             first message.
-        rows: Number of rows that nothing else needs before the first message.
-        is_tall: Whether the window is tall, so that more prompts are offered during a conversation.
+        rows: Number of rows that nothing else needs.
+        is_tall: Whether the window is tall, so that more prompts are offered during a long conversation.
     """
-    unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED]
-    if asked:
-        left = [each for each in (*start.prompts, *unrelated) if each.prompt not in asked]
-        return tuple(left[: _MANY_LATER if is_tall else _LATER])
-    own, most = list(start.prompts), max(_FEW, min(rows, _MOST)) - len(unrelated)
-    while len(own) > most:
+    own = [each for each in start.prompts if each.prompt not in asked]
+    unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED if prompt not in asked]
+    least = _FEW if not asked else _LATER_IF_TALL if is_tall else _LATER
+    most = max(least, min(rows, _MOST))
+    if most < _FEW:
+        return (*own, *unrelated)[:most]
+    while len(own) > most - len(unrelated):
         kinds = [each.kind for each in own]
         largest = max(reversed(kinds), key=kinds.count)
         del own[len(own) - 1 - kinds[::-1].index(largest)]
@@ -457,7 +462,7 @@ def _answer_lines(
         compared: Maximum number of lines of each answer except the last, if lower than ``rows``; None if only
             ``rows`` applies.
     """
-    prompt = Content.styled(f"▸ {' '.join(recorded.prompt.split())}", "bold")
+    prompt = Content.styled(f"❯ {' '.join(recorded.prompt.split())}", "bold")
     lines = [prompt.truncate(width, ellipsis=True)]
     shown = [
         (_answer_name(name, recorded.matches.get(name)), Content(" ".join(answer.split())))

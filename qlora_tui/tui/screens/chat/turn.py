@@ -231,7 +231,7 @@ class ThoughtView(Vertical):
             seconds = time.monotonic() - self._began_at
         took = format_wait(seconds)
         verb = "Thinking for" if not self._is_over else "Thought for" if ended else "Unfinished:"
-        line = f"{'▾' if self.unfolded else '▸'} {verb} {took}, {pluralize(self._tokens, 'token')}"
+        line = f"{'−' if self.unfolded else '+'} {verb} {took}, {pluralize(self._tokens, 'token')}"
         self.query_one(ThoughtLine).update(
             Content.assemble(line, (f"  {key_while_typing('chat.unfold')}", "dim"))
         )
@@ -509,7 +509,7 @@ class ChatTurn(Vertical):
         return any(text.casefold() in part.casefold() for part in said)
 
     def compose(self) -> ComposeResult:
-        yield Static(f"▸ {self.prompt}", classes="prompt", markup=False)
+        yield Static(f"❯ {self.prompt}", classes="prompt", markup=False)
         yield Answers(*self.answers.values())
         yield Static(highlight_keys(name_keys(_QUESTION), "dim"), classes="question")
 

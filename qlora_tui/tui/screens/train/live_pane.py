@@ -294,7 +294,7 @@ def _sample_entries(snapshot: RunSnapshot) -> tuple[LogEntry, ...]:
         if sample.step != step:
             step = sample.step
             entries.append(LogEntry(None, "info", f"── step {step:,} ──"))
-        entries.append(LogEntry(None, "info", f"▸ {sample.prompt}"))
+        entries.append(LogEntry(None, "info", f"❯ {sample.prompt}"))
         entries += [LogEntry(None, "info", f"  {line}") for line in sample.answer.splitlines() or [""]]
     return tuple(entries)
 

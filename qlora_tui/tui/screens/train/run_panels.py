@@ -404,13 +404,13 @@ def sample_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content
         return [
             Content.styled(text, style).truncate(width, ellipsis=True)
             for sample in [sample for sample in snapshot.samples if sample.step == step][:1]
-            for text, style in ((f"▸ {sample.prompt}", "bold"), (f"  {' '.join(sample.answer.split())}", ""))
+            for text, style in ((f"❯ {sample.prompt}", "bold"), (f"  {' '.join(sample.answer.split())}", ""))
         ]
     first = {sample.prompt: sample for sample in reversed(snapshot.samples)}
     answers = []
     for sample in snapshot.samples:
         if sample.step == step:
-            lines = [Content.styled(f"▸ {sample.prompt}", "bold")]
+            lines = [Content.styled(f"❯ {sample.prompt}", "bold")]
             lines += [Content(f"  {line}") for line in sample.answer.splitlines()]
             answers.append((wrapped(lines, width, height), first[sample.prompt]))
     rows_left = height - sum(len(lines) for lines, _ in answers)
