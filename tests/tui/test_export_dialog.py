@@ -80,18 +80,18 @@ async def test_a_format_that_needs_an_absent_base_says_so_and_downloads_it(
     started: list[str] = []
     monkeypatch.setattr(DownloadsPanel, "start", lambda self, model: started.append(model))
     async with QloraApp().run_test(size=(80, 24)) as pilot:
-        shown = await open_dialog(pilot)
+        await open_dialog(pilot)
         # The sizes follow from the number of parameters that the run recorded.
-        for line in (
+        await wait_for_text(
+            pilot,
             "GGUF Q8_0                  ~7.6 GiB  llama.cpp, LM Studio",
             "Merged model, 16-bit      ~14.3 GiB  transformers, vLLM",
-            "Best for                Download",
-            "Ollama, Q8_0      ~7.6 GiB  ollama run              14.3 GiB",
+            "Best for                     Download",
+            "Ollama, Q8_0      ~7.6 GiB  ollama run                   14.3 GiB",
             "Adapter folder              155 MiB  several adapters",
-        ):
-            assert line in shown, shown
+        )
         # What can be exported at once comes first, with the cursor on it.
-        await wait_for_text(pilot, "Enter export", "Folder ~/models/tickets-adapter")
+        await wait_for_text(pilot, "Enter export", "folder      ~/models/tickets-adapter")
         await pilot.press("j", "j")
         shown = await wait_for_text(
             pilot, "'Qwen/Qwen2.5-7B-Instruct' is not on this machine.", "the base (~14.3 GiB)"
@@ -171,8 +171,8 @@ def test_every_choice_has_a_size_and_the_disk_its_room(monkeypatch: pytest.Monke
         "hub": "155 MiB",
     }
     monkeypatch.setattr(export_formats, "disk_free_bytes", lambda folder: 10 << 30)
-    assert export_formats._free_space(choices["gguf"]).startswith("10.0 GiB free for ")
-    assert export_formats._free_space(choices["merge"]).startswith("✗ Only 10.0 GiB free")
+    assert export_formats.free_space(choices["gguf"]).plain.startswith("10.0 GiB free for ")
+    assert export_formats.free_space(choices["merge"]).plain.startswith("✗ only 10.0 GiB free")
 
 
 async def test_a_canceled_export_is_deleted_with_one_key(run: RunDir, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ async def test_type_and_checkpoint_are_chosen_by_key(run: RunDir, monkeypatch: p
         await pilot.press("up")
         await wait_for_text(pilot, "Upload the adapter", "t type  c checkpoint")
         await pilot.press("t", "t", "t", "c", "c")
-        await wait_for_text(pilot, "Upload GGUF F16", "Checkpoint 5 · Repository tickets-step-5")
+        await wait_for_text(pilot, "Upload GGUF F16", "weights     step 5", "repository  tickets-step-5")
         await pilot.press("enter")
         await wait_for_text(pilot, "GGUF on the Hub  Starting")
         (export,) = read_exports(run)
@@ -239,7 +239,7 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
     )
     assert weights_line(summary, 1200, (1200, 640)).plain.endswith("best 1.287 at step 640. ▸ [c] step 640")
     best = weights_line(summary, 640)
-    assert best.plain == "Weights: step 640, validation 1.287 (best); the last step has 1.342"
+    assert best.plain == "step 640, validation 1.287 (best); the last step has 1.342"
     assert not best.spans
     early = replace(
         summary, status=Status(state="finished", at=1.0, detail="the adapter is from the best step, 640")
@@ -265,10 +265,10 @@ async def test_notably_better_weights_than_the_last_are_proposed(
     monkeypatch.setattr(export_dialog, "summarize", lambda run: summary)
     async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
-        await wait_for_text(pilot, "Weights: step 5, validation 1.200 (best); the last step has 1.300")
-        await wait_for_text(pilot, "Checkpoint 5 · File")
+        await wait_for_text(pilot, "weights     step 5, validation 1.200 (best); the last step has 1.300")
+        await wait_for_text(pilot, "file        ~/models/tickets-step-5")
         await pilot.press("c")
-        await wait_for_text(pilot, "Weights: last step 10, validation 1.300; best 1.200 at step 5")
+        await wait_for_text(pilot, "weights     last step 10, validation 1.300; best 1.200 at step 5")
         await pilot.press("c", "c", "enter")
         await wait_for_text(pilot, "Starting")
         (export,) = read_exports(run)

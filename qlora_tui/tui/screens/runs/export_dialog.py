@@ -45,6 +45,7 @@ from qlora_tui.runs.exports import (
 )
 from qlora_tui.runs.run_summary import RunSummary, better_checkpoint, is_notably_above, summarize
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys
+from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
 from qlora_tui.tui.screens.runs.export_formats import (
     Base,
@@ -52,10 +53,11 @@ from qlora_tui.tui.screens.runs.export_formats import (
     base_of,
     describe_choice,
     export_choices,
+    free_space,
     proposed_target,
     request_for,
 )
-from qlora_tui.tui.widgets.controls import HEADING, TextField, ViList
+from qlora_tui.tui.widgets.controls import HEADING, Lines, TextField, ViList
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
@@ -70,7 +72,9 @@ _RESTART = Binding("r", "restart", "Start again")
 _DELETE = Binding("D", "delete", "Delete")
 _COPY = Binding("y", "copy", "Copy command")
 _CLOSE = Binding("escape", "dismiss(None)", "Close")
-_SIGNS = {"running": ("▸", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
+_SIGNS = {"running": ("●", "$primary"), "finished": ("✓", "$success"), "failed": ("✗", "$error")}
+_LABEL = 12
+"""Width of the labels, in cells."""
 _LINE_WIDTH = 66
 """Width of an export's line, in cells. It fits a window of 80 columns."""
 
@@ -141,10 +145,11 @@ class ExportScreen(ModalScreen[None]):
             dialog.border_title = escape(f"Export {self._run_dir.name}")
             yield ViList()
             yield Static("", id="export-detail", markup=False)
-            yield Static("", id="export-weights", markup=False)
+            yield Lines(id="export-weights")
             with Horizontal(id="export-target"):
                 yield Static("", id="export-label", markup=False)
                 yield TextField("", id="export-path", compact=True)
+            yield Lines(id="export-disk")
             message = Static("", id="export-message", markup=False)
             message.display = False
             yield message
@@ -327,17 +332,18 @@ class ExportScreen(ModalScreen[None]):
         if detail.content != text:
             detail.update(text)
         self.query_one("#export-dialog").border_subtitle = self._keys(choice, export)
-        for part in ("#export-weights", "#export-target"):
+        for part in ("#export-weights", "#export-target", "#export-disk"):
             self.query_one(part).display = choice is not None and not is_blocked
         if choice is not None:
             self._show_target(choice)
 
     def _show_target(self, choice: ExportChoice) -> None:
         field, step = self.query_one(TextField), self._steps[0]
-        label = choice.target if step is None else f"Checkpoint {step:,} · {choice.target}"
-        self.query_one("#export-label", Static).update(label)
+        self.query_one("#export-label", Static).update(_label(choice.target.lower()))
         weights = weights_line(self._summary, step, self._steps)
-        self.query_one("#export-weights", Static).update(weights)
+        self.query_one("#export-weights", Lines).show(partial(hanging, _label("weights"), weights))
+        disk = free_space(choice)
+        self.query_one("#export-disk", Lines).show(_label("disk") + disk if disk else disk)
         if field.value == self._proposed:
             self._proposed = proposed_target(choice, self._run_dir.name, step)
             field.value = self._proposed
@@ -363,9 +369,13 @@ class ExportScreen(ModalScreen[None]):
         message.display = True
 
 
+def _label(name: str) -> Content:
+    return Content.styled(f"{name:<{_LABEL}}", "dim")
+
+
 def weights_line(summary: RunSummary | None, step: int | None, saved: Collection[int | None] = ()) -> Content:
     """Return which weights are exported, and which others are better or were the last:
-    ``Weights: step 640, validation 1.342 (best); the last step has 1.518``.
+    ``step 640, validation 1.342 (best); the last step has 1.518``.
 
     The line is a warning if the validation loss is notably lower at another step. It says so if that step is
     no longer saved, and names the best of the saved checkpoints and the key that selects it.
@@ -378,10 +388,10 @@ def weights_line(summary: RunSummary | None, step: int | None, saved: Collection
     if summary is None:
         return Content("")
     if step is None and summary.ended_early:
-        return Content(f"Weights: final adapter ({summary.status.detail})")
+        return Content(f"final adapter ({summary.status.detail})")
     at = summary.step if step is None else step
     losses, style = dict(summary.evaluations), ""
-    text = f"Weights: {'last step' if step is None else 'step'} {at:,}"
+    text = f"{'last step' if step is None else 'step'} {at:,}"
     if at in losses:
         text += f", validation {format_loss(losses[at])}"
     if summary.best is not None and summary.evaluations:
@@ -420,7 +430,8 @@ def list_lines(
     lines = [(f"{HEADING}choices", _with_last(head, Content.styled(title.rjust(cells), "dim"), room))]
     for each, need in zip(choices, needs, strict=True):
         line = Content.assemble(f"{each.label:<25}{each.size:>10}  ", (each.note, "dim"))
-        lines.append((each.id, _with_last(line, Content.styled(need.rjust(cells), "$warning"), room)))
+        style = "$error" if need.startswith("✗") else ""
+        lines.append((each.id, _with_last(line, Content.styled(need.rjust(cells), style), room)))
     if exports:
         lines.append((f"{HEADING}exports", Content.styled("Exports of this run", "bold")))
         lines += [(id_, export_line(export)) for id_, export in exports.items()]

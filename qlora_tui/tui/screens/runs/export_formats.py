@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from textual.content import Content
+
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.gguf_file_types import (
     AUTO,
@@ -249,7 +251,7 @@ def describe_choice(choice: ExportChoice) -> str:
     """
     base = choice.missing_base
     if base is None or base.refusal is None:
-        return f"{choice.detail}\n{_free_space(choice)}".rstrip()
+        return choice.detail
     what = abbreviate_home(f"This format contains the base model's weights. {base.refusal.what}")
     if not base.can_download:
         return f"{what} {abbreviate_home(base.refusal.why)}\n▸ {abbreviate_home(base.refusal.fix)}"
@@ -260,15 +262,17 @@ def describe_choice(choice: ExportChoice) -> str:
     )
 
 
-def _free_space(choice: ExportChoice) -> str:
-    """Return a sentence with the free space on the disk of the proposed folder. If the export does not fit,
-    the sentence is a warning. The text is empty if the free space is unknown, and for uploads.
+def free_space(choice: ExportChoice) -> Content:
+    """Return the free space on the disk of the proposed folder, as an error if the export does not fit. The
+    text is empty if the free space is unknown, and for uploads.
     """
     free = disk_free_bytes(_folder())
     if free is None or choice.target == "Repository":
-        return ""
+        return Content("")
     room = f"{format_bytes(free)} free for {format_path(_folder())}"
-    return f"✗ Only {room}." if choice.bytes is not None and choice.bytes > free else f"{room}."
+    if choice.bytes is not None and choice.bytes > free:
+        return Content.styled(f"✗ only {room}", "$error")
+    return Content(room)
 
 
 def _about_type(kind: str, architecture: Architecture | None, budget: MemoryBudget) -> str:
