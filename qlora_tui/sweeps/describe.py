@@ -80,17 +80,42 @@ def verdict_sentence(view: SweepView) -> str:
     return f"{'Better' if verdict.is_better else 'Not better'}: {compared}; {noise}."
 
 
-def short_verdict(view: SweepView) -> tuple[str, list[str]]:
-    """Return a headline about the best trial, and sentences with the figures behind it, the most important
-    one first. Without a final verdict, both come from :func:`verdict_sentence`.
+@dataclass(frozen=True)
+class Compared:
+    """One side of the comparison behind a verdict."""
+
+    name: str
+    loss: float
+    words: str
+    """The runs that ``loss`` is the mean of: ``mean of seeds 43 and 44, not of 42, which selected it``."""
+
+
+def compared(view: SweepView) -> tuple[Compared, ...]:
+    """Return the best trial and the unchanged recipe, as the final verdict compares them; empty without a
+    verdict that is based on several seeds.
     """
     verdict, winner = view.verdict, view.winner
     if verdict.basis != "confirmed" or winner is None or view.ended is None:
+        return ()
+    found, base = verdict.found or 0.0, verdict.base or 0.0
+    selected = f"{_seeds(view.confirmations_of(winner))}, not of {winner.seed}, which selected it"
+    return (
+        Compared(f"trial {winner.number}", found, selected),
+        Compared("unchanged", base, _seeds(view.base_trials)),
+    )
+
+
+def short_verdict(view: SweepView) -> tuple[str, str]:
+    """Return a headline about the best trial, and a sentence with the reason or, if several seeds were
+    compared (:func:`compared`), the noise. Without a final verdict, both come from :func:`verdict_sentence`.
+    """
+    verdict, winner = view.verdict, view.winner
+    if winner is None or not compared(view):
         word, colon, why = verdict_sentence(view).partition(": ")
         if winner is None or verdict.found is None:
-            return word + colon + why, []
+            return word + colon + why, ""
         losses = f"{format_loss(verdict.found)} instead of {format_loss(verdict.base)}"
-        return f"{word}: {_with_values(winner)} has {losses}", [capitalize(why)]
+        return f"{word}: {_with_values(winner)} has {losses}", capitalize(why)
     difference, noise = (verdict.base or 0.0) - (verdict.found or 0.0), verdict.margin or 0.0
     times = difference / noise if noise else 0.0
     if verdict.is_better:
@@ -98,11 +123,7 @@ def short_verdict(view: SweepView) -> tuple[str, list[str]]:
         headline = f"Better by {format_float(difference)}, {than} the noise: {_with_values(winner)}"
     else:
         headline = f"Not better: {_with_values(winner)} differs by less than the noise"
-    losses = (
-        f"{format_loss(verdict.found)}, mean of {_seeds(view.confirmations_of(winner))}; unchanged recipe "
-        f"{format_loss(verdict.base)}, mean of {_seeds(view.base_trials)}."
-    )
-    return headline, [losses, f"Noise (95%): {format_float(noise)}."]
+    return headline, f"noise (95%) {format_float(noise)}"
 
 
 def _with_values(trial: Trial) -> str:
@@ -112,7 +133,7 @@ def _with_values(trial: Trial) -> str:
 
 def _seeds(runs: Sequence[Trial]) -> str:
     seeds = [str(run.seed) for run in runs if run.final is not None]
-    return f"{'seeds' if seeds[1:] else 'seed'} {join_words(seeds)}"
+    return f"{'mean of seeds' if seeds[1:] else 'seed'} {join_words(seeds)}"
 
 
 def state_sentence(view: SweepView) -> str:
@@ -202,8 +223,8 @@ def tie_sentence(view: SweepView) -> str:
         return ""
     is_exact = set(equal.values()) == {lowest}
     why = "was created first" if is_exact else "is lower in further decimals"
-    names = f"{'Trials' if len(equal) > 1 else 'Trial'} {join_words(list(equal))}"
-    return f"Tie: {names} ended at {loss}, too; trial {winner.number} {why}."
+    names = join_words([str(winner.number), *equal])
+    return f"Tie with seed {winner.seed}: trials {names} end at {loss}; {winner.number} {why}."
 
 
 def is_repeat(view: SweepView, trial: Trial) -> bool:
@@ -238,17 +259,13 @@ def trial_progress(trial: Trial) -> str:
 
 
 def trial_words(view: SweepView, trial: Trial) -> str:
-    """Return the outcome of a run. For a run of the unchanged recipe or a repeat, the seed comes first:
-    ``seed 1, finished``. For the winner, the text ends with ``winner`` or, if the winner was repeated, with
-    the mean of its repeats: ``winner, mean 1.006``.
+    """Return the outcome of a run. For a run with repeats, and for a repeat, the seed comes first:
+    ``seed 42, finished``. For the winner, ``winner`` takes the place of the outcome.
     """
-    words = outcome_words(trial)
-    if trial.role != "trial":
-        return f"seed {trial.seed}, {words}"
-    if trial.number != view.verdict.winner:
-        return words
-    mean = view.mean_of(trial)
-    return f"{words}, winner" if mean is None else f"winner, mean {format_loss(mean)}"
+    is_winner = trial.number == view.verdict.winner
+    words = "winner" if is_winner else outcome_words(trial)
+    has_seed = trial.role != "trial" or (is_winner and view.mean_of(trial) is not None)
+    return f"seed {trial.seed}, {words}" if has_seed else words
 
 
 def trial_table(view: SweepView) -> tuple[list[str], list[list[str]]]:

@@ -56,7 +56,8 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe)
                 "· finished",
                 "Better by 0.",
                 "times the noise: trial 3 (learning rate 0.0004)",
-                "mean of seeds 43 and 44; unchanged recipe 1.",
+                "mean of seeds 43 and 44, not of 42, which selected it",
+                "mean of seeds 42, 43 and 44   noise (95%) 0.",
                 "★ trial 3",
                 "0.0004",
                 "not kept",
@@ -166,12 +167,21 @@ def test_each_result_is_over_its_value_with_the_unchanged_recipe_among_them(
             f"★ trial {view.winner.number} (mean)",
             "○ unchanged (mean)",
         ]
-    assert trial_words(view, view.winner) == f"winner, mean {view.verdict.found:.3f}"
-    # Each round has a line through its lowest losses.
+    assert trial_words(view, view.winner) == "seed 42, winner"
+    # Each round has a line through its lowest losses, with its title.
+    assert [curve.label for curve in chart.curves] == ["at 50%", "at 100%"]
     assert [curve.envelope.low for curve in chart.curves] == [
         min(trial.results[number].loss for trial in view.of_group(1) if number in trial.results)
         for number in (1, 2)
     ]
+
+
+def test_a_low_chart_has_only_the_values_that_reached_the_last_round(recipe: Recipe) -> None:
+    vary: Space = {"training.learning_rate": [1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]}
+    view = play_all(actions.start(sheet(recipe, vary, rounds=2)), best_at(8e-4))
+    values = [label for _, label in setting_plot(view, "training.learning_rate", only_last=True).x_ticks]
+    reached = {trial.values["training.learning_rate"] for trial in view.of_group(1) if 2 in trial.results}
+    assert sorted(map(float, values)) == sorted(reached | {2e-4}) and len(values) < 5
 
 
 def test_a_sweep_in_its_first_round_has_the_losses_of_that_round_only(recipe: Recipe) -> None:
@@ -179,7 +189,6 @@ def test_a_sweep_in_its_first_round_has_the_losses_of_that_round_only(recipe: Re
     assert [text for text, _ in setting_plot(view, "training.learning_rate").legend] == [
         "by learning rate",
         "○ unchanged",
-        "• earlier",
     ]
     (_, heading), *rows = trial_lines(view, 74)
     assert "at 25%" in heading.plain and "at 50%" not in heading.plain and len(rows) == len(view.trials)

@@ -204,6 +204,8 @@ class Curve:
     """A symbol that is repeated along the curve, so that curves can be told apart without color; empty for
     none.
     """
+    label: str = ""
+    """Text at an end of the curve, the right one if there is room."""
     words: str = ""
     """Text that takes the place of the curve in a chart of few rows; empty to leave the curve out."""
     look: Look = "line"
@@ -296,6 +298,8 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     for curve in what.curves:
         if curve.look == "dotted":
             _draw_curve(canvas, curve, what.x, what.y)
+    for curve in what.curves:
+        _set_label(canvas, curve, what.x, what.y)
     lines = [_legend(what, labels_end, width)]
     for row in range(rows):
         lines.append(Content.styled(f"{labels.get(row, ''):>{gutter - 1}} ", "dim") + canvas.line(row))
@@ -444,6 +448,21 @@ def _set_glyphs(canvas: Canvas, curve: Curve, x: Axis, y: Axis, number: int, of:
             row = row_of((low + high) / 2, y, canvas.height)
             canvas.cells[column, row] = (curve.glyph, curve.style)
             due = column + apart
+
+
+def _set_label(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
+    """Write the label of a curve next to its right end or, if there is no room, next to its left end. Without
+    room at either end, the label is left out.
+    """
+    points = list(zip(curve.envelope.xs, curve.envelope.lows, strict=True))
+    for place, value in (points[-1], points[0]) if curve.label and points else ():
+        column, row = column_of(place, x, canvas.width), row_of(value, y, canvas.height)
+        start = column + 2 if place == points[-1][0] else column - 1 - len(curve.label)
+        cells = [(start + number, row) for number in range(len(curve.label))]
+        if start >= 0 and cells[-1][0] < canvas.width and not any(cell in canvas.lines for cell in cells):
+            for cell, character in zip(cells, curve.label, strict=True):
+                canvas.set_symbol(cell, character, curve.style)
+            return
 
 
 def _set_marks(canvas: Canvas, what: Plot) -> None:

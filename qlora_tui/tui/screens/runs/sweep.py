@@ -25,6 +25,7 @@ from qlora_tui.runs.holds import time_words
 from qlora_tui.sweeps import actions
 from qlora_tui.sweeps.describe import (
     Bought,
+    compared,
     effects_title,
     main_setting,
     ranked,
@@ -44,12 +45,12 @@ from qlora_tui.sweeps.directory import SweepDir, all_sweeps
 from qlora_tui.sweeps.study import importances
 from qlora_tui.sweeps.view import Outcome, SweepView, Trial, read_sweep
 from qlora_tui.tui.key_names import dialog_keys, key_name
-from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.columns import Column, hanging, table
 from qlora_tui.tui.render.plot import no_plot, plot
 from qlora_tui.tui.screens.base import OnQloraApp
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, WorkerDialog, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
-from qlora_tui.tui.screens.runs.sweep_charts import setting_lines, steps_plot
+from qlora_tui.tui.screens.runs.sweep_charts import UNCHANGED, WINNER, setting_lines, steps_plot
 from qlora_tui.tui.widgets.controls import HEADING, Drawing, Lines, ViList
 
 _INTERVAL_S = 2.0
@@ -343,19 +344,24 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
 
 
 def verdict_lines(view: SweepView, width: int) -> list[Content]:
-    """Return the verdict as a headline, and a line with as many of its figures as fit. Until the sweep has
-    ended, its state comes first. If there is a tie, or trials had different numbers of tokens, further lines
-    say so.
+    """Return the verdict as a headline, and the losses that it compares below each other, with the symbols
+    that they have in the charts. Until the sweep has ended, its state comes first. If there is a tie, or
+    trials had different numbers of tokens, further lines say so.
     """
-    headline, figures = short_verdict(view)
+    headline, why = short_verdict(view)
     style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"
     lines = [Content.styled(headline, style)]
     if view.ended is None:
         lines = [Content.styled(state_sentence(view), "bold"), Content(headline)]
-    while len(figures) > 1 and len(" ".join(figures)) > width:
-        figures.pop()
-    if figures:
-        lines.append(Content.styled(" ".join(figures), "$text-muted"))
+    sides = compared(view)
+    cells = max((len(side.name) for side in sides), default=0)
+    for (symbol, symbol_style), side in zip((WINNER, UNCHANGED), sides, strict=False):
+        parts = ((symbol, symbol_style), f" {side.name:<{cells}}  ", (format_loss(side.loss), "bold"))
+        lines += hanging(Content.assemble(*parts, "  "), Content.styled(side.words, "$text-muted"), width)
+    if sides and lines[-1].cell_length + 3 + len(why) <= width:
+        lines[-1] += Content.styled(f"   {why}", "$text-muted")
+    elif not sides and why:
+        lines.append(Content.styled(why, "$text-muted"))
     if tie := tie_sentence(view):
         lines.append(Content.styled(tie, "$text-muted"))
     if unequal := unequal_sentence(view):
@@ -389,7 +395,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         ),
         Column[Trial](text=trial_progress, title="steps", right=True, dropped=1),
         Column[Trial](
-            text=lambda trial: Content.styled(trial_words(view, trial), _STYLES[trial.outcome]),
+            text=lambda trial: Content.styled(trial_words(view, trial), _words_style(view, trial)),
             fills=True,
             min_width=min(_WORDS, max(len(trial_words(view, trial)) for trial in rows)),
             is_sentence=True,
@@ -400,6 +406,13 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
         (f"{HEADING}trials", heading),
         *((str(trial.number), line) for trial, line in zip(rows, lines, strict=True)),
     ]
+
+
+def _words_style(view: SweepView, trial: Trial) -> str:
+    """Return the style of a trial's outcome. Of the trials that finished, only the winner has a color."""
+    if trial.outcome != "finished":
+        return _STYLES[trial.outcome]
+    return "bold $success" if trial.number == view.verdict.winner else ""
 
 
 def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,17 +17,17 @@ from qlora_tui.sweeps.view import SweepView
 from qlora_tui.tui.render.plot import Axis, Curve, Mark, Plot, loss_axis, overall, plot, ticks
 from qlora_tui.tui.render.series import Envelope
 
-_OTHER, _UNCHANGED, _WINNER = "•○★"
-"""Symbols in the legend for losses of the unchanged recipe (``○``), of the winner (``★``), and of all other
-trials (``•``). The chart uses ``○`` and ``★`` as marks, but draws a loss of another trial as a block of dots.
-"""
 _WINNER_STYLE, _UNCHANGED_STYLE, _LAST_STYLE, _EARLIER_STYLE = (
     "bold $validation",
     "bold $secondary",
     "$text",
     "$text-muted",
 )
-_FEW_ROWS = 12
+WINNER, UNCHANGED = ("★", _WINNER_STYLE), ("○", _UNCHANGED_STYLE)
+"""(symbol, style) for losses of the winner and of the unchanged recipe."""
+_OTHER = "•"
+"""Symbol in the legend for losses of all other trials, which a chart draws as blocks of dots."""
+_FEW_ROWS = 11
 """Height of a chart, in lines, below which it shows only the last round that any trial has finished."""
 _MARGIN = 0.03
 """Margin at each end of the axis for a range of values, as a fraction of the range."""
@@ -111,13 +111,20 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
     was repeated with other seeds, its symbol is at the mean. If the values are numbers, each round has
-    a line through the lowest loss at each value. With ``only_last``, only the last round with results is
-    drawn for the trials.
+    a line through the lowest loss at each value, with the round's title. With ``only_last``, only the last
+    round with results is drawn for the trials, over the values that reached it.
     """
-    scale = _scale(view.sheet.sweep.vary[path], [value_of(view, base, path) for base in view.base_trials[:1]])
-    marks, lowest = [], dict[int, dict[float, float]]()
-    winner, base = view.winner, view.base_trials[0] if view.base_trials else None
     last_round = max((number for trial in view.trials for number in trial.results), default=0)
+    values, bases = view.sheet.sweep.vary[path], view.base_trials[:1]
+    if only_last and last_round > 1 and not isinstance(values, Range):
+        # The other values would leave most of the axis empty.
+        reached = {
+            value_text(value_of(view, each, path)) for each in view.trials if last_round in each.results
+        }
+        values = [value for value in values if value_text(value) in reached]
+    scale = _scale(values, [value_of(view, base, path) for base in bases])
+    marks, lowest = [], dict[int, dict[float, float]]()
+    winner, base = view.winner, bases[0] if bases else None
     for trial in view.trials:
         place = scale.place(value_of(view, trial, path))
         if place is None:
@@ -128,39 +135,43 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
             is_last = trial.role != "trial" or number == view.rounds
             symbol, style = "", _LAST_STYLE if is_last else _EARLIER_STYLE
             if trial.role == "base":
-                symbol = _UNCHANGED if trial is base and view.mean_of(trial) is None else ""
+                symbol = UNCHANGED[0] if trial is base and view.mean_of(trial) is None else ""
                 style = _UNCHANGED_STYLE
             elif winner is not None and trial.values == winner.values and number == trial.rounds:
-                symbol = _WINNER if trial is winner and view.mean_of(trial) is None else ""
+                symbol = WINNER[0] if trial is winner and view.mean_of(trial) is None else ""
                 style = _WINNER_STYLE
             marks.append(Mark(place, result.loss, style, symbol))
             if trial.role == "trial":
-                losses = lowest.setdefault(number, {})
-                losses[place] = min(result.loss, losses.get(place, math.inf))
-    for first, symbol, style in (winner, _WINNER, _WINNER_STYLE), (base, _UNCHANGED, _UNCHANGED_STYLE):
+                of_round = lowest.setdefault(number, {})
+                of_round[place] = min(result.loss, of_round.get(place, math.inf))
+    for first, (symbol, style) in (winner, WINNER), (base, UNCHANGED):
         if first is None or (mean := view.mean_of(first)) is None:
             continue
         if (place := scale.place(value_of(view, first, path))) is not None:
             marks.append(Mark(place, mean, style, symbol))
     curves = [
         Curve(
-            Envelope.of_points(*zip(*sorted(losses.items()), strict=True)),
+            Envelope.of_points(*zip(*sorted(of_round.items()), strict=True)),
             "",
             _LAST_STYLE if number == view.rounds else _EARLIER_STYLE,
+            label=round_title(view, number) if view.rounds > 1 else "",
             look="thin",
         )
-        for number, losses in sorted(lowest.items())
+        for number, of_round in sorted(lowest.items())
         if scale.has_order
     ]
-    reached = [mark.y for mark in marks]
+    losses = [mark.y for mark in marks]
+    title = round_title(view, view.rounds) if view.rounds > 1 else "other trials"
+    # Labels of curves name the rounds.
+    others = {} if curves and view.rounds > 1 else {_LAST_STYLE: title, _EARLIER_STYLE: "earlier"}
     return Plot(
         x=scale.axis,
         x_ticks=tuple((place, label[:_LONGEST]) for place, label in scale.ticks),
-        y=loss_axis(min(reached), max(reached)) if reached else Axis(0.0, 1.0, "loss"),
+        y=loss_axis(min(losses), max(losses)) if losses else Axis(0.0, 1.0, "loss"),
         curves=tuple(curves),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=((f"by {setting_name(path)}", "dim"), *_legend(view, {mark.style for mark in marks})),
+        legend=((f"by {setting_name(path)}", "dim"), *_legend(view, {mark.style for mark in marks}, others)),
         empty=_NOTHING,
     )
 
@@ -171,16 +182,17 @@ def _in_order(marks: Sequence[Mark]) -> tuple[Mark, ...]:
     return tuple(sorted(marks, key=lambda mark: (order.index(mark.style), bool(mark.symbol))))
 
 
-def _legend(view: SweepView, drawn: set[str]) -> tuple[tuple[str, str], ...]:
-    """Return (text, style) items for the legend of marks with the styles ``drawn``."""
+def _legend(view: SweepView, drawn: set[str], others: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return (text, style) items for the legend of marks with the styles ``drawn``. ``others``: words for
+    marks of other trials, by style.
+    """
     firsts = (view.winner, *view.base_trials[:1])
     has_mean = {first.role for first in firsts if first is not None and view.mean_of(first) is not None}
     winner, unchanged = (" (mean)" if role in has_mean else "" for role in ("trial", "base"))
     words = {
-        _WINNER_STYLE: f"{_WINNER} trial {view.verdict.winner}{winner}",
-        _UNCHANGED_STYLE: f"{_UNCHANGED} unchanged{unchanged}",
-        _LAST_STYLE: f"{_OTHER} {round_title(view, view.rounds) if view.rounds > 1 else 'other trials'}",
-        _EARLIER_STYLE: f"{_OTHER} earlier",
+        _WINNER_STYLE: f"{WINNER[0]} trial {view.verdict.winner}{winner}",
+        _UNCHANGED_STYLE: f"{UNCHANGED[0]} unchanged{unchanged}",
+        **{style: f"{_OTHER} {text}" for style, text in others.items()},
     }
     return tuple((text, style) for style, text in words.items() if style in drawn)
 
@@ -202,12 +214,12 @@ def steps_plot(view: SweepView) -> Plot:
             continue
         symbol, style = "", _EARLIER_STYLE
         if trial.role == "base":
-            symbol, style = _UNCHANGED, _UNCHANGED_STYLE
+            symbol, style = UNCHANGED
         elif trial.number == view.verdict.winner:
-            symbol, style = _WINNER, _WINNER_STYLE
+            symbol, style = WINNER
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
-        line_style = style if symbol == _WINNER else _EARLIER_STYLE
+        line_style = style if symbol == WINNER[0] else _EARLIER_STYLE
         if symbol and (mean := view.mean_of(trial)) is not None:
             losses[-1] = mean
         envelope = Envelope.of_points(shares, losses)
@@ -215,7 +227,7 @@ def steps_plot(view: SweepView) -> Plot:
         marks += [Mark(share, loss, style) for share, loss in zip(shares, losses, strict=True)]
         marks[-1] = replace(marks[-1], symbol=symbol)
     # The winner comes last, because later curves are drawn over earlier ones.
-    curves.sort(key=lambda each: each[0] == _WINNER)
+    curves.sort(key=lambda each: each[0] == WINNER[0])
     reach = overall([curve.envelope for _, curve in curves])
     ends = [100 * share_of(number, view.rounds) for number in range(1, view.rounds + 1)]
     return Plot(
@@ -225,6 +237,9 @@ def steps_plot(view: SweepView) -> Plot:
         curves=tuple(curve for _, curve in curves),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=(("over the steps", "dim"), *_legend(view, {mark.style for mark in marks if mark.symbol})),
+        legend=(
+            ("over the steps", "dim"),
+            *_legend(view, {mark.style for mark in marks}, {_EARLIER_STYLE: "other trials"}),
+        ),
         empty=_NOTHING,
     )
