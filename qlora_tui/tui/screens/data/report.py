@@ -5,6 +5,7 @@ lengths, and problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,14 +24,14 @@ from qlora_tui.tui.render.columns import Column, Fact, fact_lines, table
 from qlora_tui.tui.render.labels import SEVERITY_SIGNS, needed_words, next_step, verdict_sign, verdict_words
 from qlora_tui.tui.render.meters import bar, blocks
 from qlora_tui.tui.render.plot import Axis, ticks
-from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
+from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel, ViList
 
 _TOTALS_KEYS = (("data.format", "format"), ("data.columns", "columns"))
 _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.too_long", "if too long"))
 _NOTHING_LEFT = "No row can be used. Choose other data, or map the columns of the file."
 _ROWS_NAMED = 3
-_LABEL = 10
-"""Width of the column of labels, in cells."""
+LABEL_CELLS = 10
+"""Width of the column of labels of the totals, in cells."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAX_HISTOGRAM = 72
 """Maximum number of columns of the histogram. More columns would only make the bars wider."""
@@ -71,24 +72,24 @@ class LengthsPanel(Panel):
     """The distribution of the lengths of samples, and the costs of other maximum lengths."""
 
     def __init__(self) -> None:
-        self._parts = [Lines(id=name) for name in ("lengths-line", "histogram", "costs")]
-        super().__init__("Lengths", *self._parts, keys=_LENGTH_KEYS, id="lengths-panel")
+        self._line, self._costs = Lines(id="lengths-line"), Lines(id="costs")
+        self._histogram = Drawing(id="histogram", classes="graph")
+        super().__init__(
+            "Lengths", self._line, self._histogram, self._costs, keys=_LENGTH_KEYS, id="lengths-panel"
+        )
 
-    def show(self, report: Report | None, data: Data, costs: list[LengthCost], height: int) -> None:
-        """Show the lengths of a report, with a histogram of ``height`` lines. If ``report`` is None, clear
-        the panel.
+    def show(self, report: Report | None, data: Data, costs: list[LengthCost]) -> None:
+        """Show the lengths of a report, with a histogram in the rows that are free. If ``report`` is None,
+        clear the panel.
         """
-        texts = [Content("")] * len(self._parts)
+        width, lengths, cut = self.content_size.width, None, None
         if report is not None:
-            width = self.content_size.width
-            cut = data.max_length if report.template else None
-            texts = [
-                lengths_line(report, data, width),
-                histogram(report.lengths, cut, width, height),
-                cost_table(costs if report.complete else [], width),
-            ]
-        for part, text in zip(self._parts, texts, strict=True):
-            part.show(text)
+            lengths, cut = report.lengths, data.max_length if report.template else None
+        unit = "" if lengths is None else f" in {lengths.unit}"
+        self.show_title(Content.assemble("Lengths", (unit, "not bold $text-muted")))
+        self._line.show(Content("") if report is None else lengths_line(report, data, width))
+        self._histogram.show(partial(histogram, lengths, cut))
+        self._costs.show(cost_table(costs if report is not None and report.complete else [], width))
 
 
 class ProblemsPanel(Panel):
@@ -237,7 +238,7 @@ def totals(
     facts.append(("tokens", f"{counts.tokens:,}"))
     share = counts.trained_tokens / counts.tokens if counts.tokens else 0.0
     trained = f"{counts.trained_tokens:,} ({format_percent(share)})" if counts.tokens else "none"
-    cells = min(_MAX_BAR, width - _LABEL - len(trained) - 1)
+    cells = min(_MAX_BAR, width - LABEL_CELLS - len(trained) - 1)
     drawn = f"{bar(share, cells)} " if cells >= _MIN_BAR else ""
     facts.append(("to learn", Content.assemble((drawn, "$training"), trained)))
     if report.complete:
@@ -268,11 +269,8 @@ def lengths_line(report: Report, data: Data, width: int) -> Content:
     lengths = report.lengths
     points = f"median {lengths.p50:,}  90% ≤{lengths.p90:,}  99% ≤{lengths.p99:,}"
     most = f"  all ≤{lengths.longest:,}"
-    unit = "tokens" if lengths.unit == "tokens" else "chars"
     # The maximum can be left out, since it is also at the end of the axis.
-    line = next(
-        (words for words in (f"{unit}: {points}{most}", f"{unit} {points}") if len(words) <= width), points
-    )
+    line = points + most if len(points + most) <= width else points
     if not report.too_long:
         return Content(line)
     share = format_percent(report.too_long / report.counts.rows)
@@ -349,28 +347,29 @@ def _length_words(expected: Forecast | None) -> str:
     return f"{length.about}{length.steps_per_epoch:,} per epoch, {length.steps:,} in total{time}"
 
 
-def histogram(lengths: Lengths, cut_at: int | None, width: int, height: int) -> Content:
-    """Return the lengths of samples as bars in ``height`` lines, with the highest count and an axis.
+def histogram(lengths: Lengths | None, cut_at: int | None, width: int, height: int) -> list[Content]:
+    """Return ``height`` lines with the lengths of samples as bars, with the highest count and an axis; no
+    lines if there are no lengths yet.
 
     Bars beyond the length ``cut_at`` are hatched, and the axis has a mark at this length. If no sample is
     longer, or if ``cut_at`` is None, there are no hatched bars and no mark.
     """
-    bins = lengths.histogram
+    bins = lengths.histogram if lengths else ()
     most = max((bin_.count for bin_ in bins), default=0)
     gutter = len(f"{most:,}") + 1
     width = min(width - gutter, _MAX_HISTOGRAM)
     if not bins or width < 8:
-        return Content("")
+        return []
     edges = [0, *(bin_.up_to for bin_ in bins)]
     cut = width if cut_at is None else _column(edges, cut_at, width)
     counts = [bins[column * len(bins) // width].count or None for column in range(width)]
     lines = []
-    for number, row in enumerate(blocks(counts, 0.0, most, height)):
+    for number, row in enumerate(blocks(counts, 0.0, most, max(1, height - 1))):
         scale = f"{'│' if number else f'{most:,}┤':>{gutter}}"
         hatched = row[cut:].translate(_HATCHED)
         lines.append(Content.assemble((scale, "dim"), (row[:cut], "$training"), (hatched, "$warning")))
     axis = Content.styled(f"{'└':>{gutter}}", "dim") + _axis(edges, cut_at, cut, width)
-    return Content("\n").join([*lines, axis])
+    return [*lines, axis]
 
 
 def _column(edges: list[int], length: int, width: int) -> int:

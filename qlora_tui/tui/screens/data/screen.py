@@ -37,6 +37,7 @@ from qlora_tui.tui.screens.data.dialogs import (
     preference_picker,
 )
 from qlora_tui.tui.screens.data.report import (
+    LABEL_CELLS,
     LengthsPanel,
     ProblemsPanel,
     TotalsPanel,
@@ -61,8 +62,6 @@ from qlora_tui.tui.screens.modals.dialogs import TextPromptScreen
 from qlora_tui.tui.threads import run_stoppable
 from qlora_tui.tui.widgets.controls import Panel, ViList
 
-_TALL = 50
-"""Minimum height of the window, in lines, at which the histogram has more lines."""
 _COSTS_HEIGHT = 36
 """Minimum height of the window, in lines, at which the table of costs is shown."""
 _SETTLE_S = 0.1
@@ -118,8 +117,7 @@ class DataScreen(SourceActions):
                 with Vertical(id="file-facts"):
                     yield Panel("Sources", ViList(id="sources"), keys=_SOURCE_KEYS, id="sources-panel")
                     yield TotalsPanel()
-                with Vertical(id="length-facts"):
-                    yield LengthsPanel()
+                yield LengthsPanel()
 
     def on_mount(self) -> None:
         self.query_one("#sample-scroll").focus()
@@ -367,8 +365,7 @@ class DataScreen(SourceActions):
             return
         body.remove_class("-unreadable")
         narrow = is_narrow and not alone
-        height = 6 if self.size.height >= _TALL else 4 if self.has_class("-tall") else 3
-        self.query_one(LengthsPanel).show(report, recipe.data, self._costs, height)
+        self.query_one(LengthsPanel).show(report, recipe.data, self._costs)
         totals = self.query_one(TotalsPanel)
         evidence = alone or self.has_class("-very-wide")
         totals.show(report, recipe, self._forecast, self._fit, brief=narrow, evidence=evidence)
@@ -387,15 +384,15 @@ class DataScreen(SourceActions):
         fit = recipe_fit(self.app.workbench, self.app.memory_budget)
         if fit is None:
             return None
-        # A small window has no room for the note that the memory is assumed.
-        return fit.draw(0 if self.has_class("-narrow") else self.size.width, max_bar=0)
+        # The bar of the tokens to learn is enough; a small window has no room for the name of the device.
+        return fit.draw(self.query_one(TotalsPanel).content_size.width - LABEL_CELLS, max_bar=0)
 
     def _clear_figures(self) -> None:
         self._costs, self._costs_key, self._forecast = [], None, None
         self.query_one("#data-body").add_class("-unreadable")
         recipe = self.app.workbench.recipe
         self.query_one(TotalsPanel).show_text(Content(""))
-        self.query_one(LengthsPanel).show(None, recipe.data, [], 0)
+        self.query_one(LengthsPanel).show(None, recipe.data, [])
         self.query_one(ProblemsPanel).show(None, (), recipe, None, brief=True)
         if self.shown is None:  # If not all rows can be read, a row may still be shown.
             panel = self.query_one(SamplePanel)
