@@ -30,7 +30,9 @@ async def test_help_follows_the_state_of_the_run_and_needs_no_scrolling_at_120_b
         write_fake_run(FakeRun(name="tickets", steps=50))
         await wait_for_text(pilot, "step 50 of 3,000")
         await pilot.press("question_mark")
-        running = await wait_for_text(pilot, "Save a checkpoint now", "Validation loss")
+        running = await wait_for_text(
+            pilot, "Help: Train, while a run trains", "Save a checkpoint now", "Validation loss"
+        )
         assert "Launch a run" not in running
         for key in "01234567":
             await pilot.press("escape", key)
@@ -38,12 +40,24 @@ async def test_help_follows_the_state_of_the_run_and_needs_no_scrolling_at_120_b
             await pilot.press("question_mark")
             await wait_for_text(pilot, "Help: ", "Everywhere")
             assert app.screen.query_one(ViScroll).max_scroll_y == 0, text_of(app)
+            await wait_until(pilot, lambda: "↓ more" not in text_of(app))
             await pilot.press("escape")
         await pilot.resize_terminal(80, 24)
-        await pilot.press("5", "question_mark")
+        for key in "01234567":
+            await pilot.press("escape", key)
+            await wait_until(pilot, lambda: len(app.screen_stack) == 1)
+            await pilot.press("question_mark")
+            await wait_until(
+                pilot, lambda: app.screen.query(ViScroll) and app.screen.query_one(ViScroll).size.height == 20
+            )
+            shown = text_of(app)
+            *_, last = (line.strip("│ ") for line in shown.splitlines()[:22] if line.strip("│ "))
+            assert last.endswith(".") or "  " in last, f"{last} is a heading: {shown}"
+        await pilot.press("escape", "5", "question_mark")
         await wait_for_text(pilot, "Help: Train", "↓ more")
         await pilot.press("G")
-        await wait_until(pilot, lambda: "↓ more" not in text_of(app))
+        shown = await wait_for_text(pilot, "Everywhere", "quit")
+        assert "↓ more" not in shown
 
 
 def test_each_command_of_a_screen_with_groups_has_one() -> None:

@@ -16,9 +16,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container
 from textual.content import Content
 from textual.screen import ModalScreen
-from textual.widget import Widget
-from textual.widgets import Static
 
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.command_palette import works
 from qlora_tui.tui.commands import (
     COMMANDS,
@@ -39,6 +38,7 @@ _KEYMAP_TEXT = (
     "Next to each key is the name of its command. To change a key, add the name to [keymap] in config.toml: "
     '"train.stop" = "x". Write keys as ctrl+x, escape, enter, slash, f2; several as "x,f2".'
 )
+_HEADING_STYLE = "bold $primary"
 _KEY_STYLE = "bold $key"
 _BRIEF = ("palette", "keys", "presets", "undo", "redo", "settings", "check_machine", "quit")
 """Names of the app's commands that are on each page of help. The page with all keys has all of the app's
@@ -47,6 +47,20 @@ commands.
 _Row: TypeAlias = tuple[tuple[str, ...], str]
 """A row of the help: the cells shown at the left, and the sentence that follows them."""
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[Command]]]
+_Part: TypeAlias = Callable[[int], list[Content]]
+"""Returns the lines of a part of a page, for a width in cells. The first line is a heading."""
+_STATES = {
+    "before": "before a run",
+    "queued": "while a run waits",
+    "starting": "while a run starts",
+    "running": "while a run trains",
+    "ended": "after a run",
+}
+"""Names of the states of a screen whose help differs."""
+_FRAME_ROWS = 4
+"""Rows of the dialog's border and padding."""
+_MAX_SHARE = 0.9
+"""Maximum height of the dialog in a wide window, as a share of the window's height."""
 _LEAST_SENTENCE = 16
 _COLUMN_CELLS = 50
 """Approximate width of each column of a page with two columns, in cells."""
@@ -58,24 +72,48 @@ class HelpScreen(ModalScreen[None]):
     CSS_PATH = "modal.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "dismiss", "Close")]
 
-    def __init__(self, title: str, *columns: Sequence[Widget]) -> None:
+    def __init__(self, title: str, *columns: Sequence[_Part], stacked: Sequence[_Part] = ()) -> None:
+        """Create the dialog.
+
+        Args:
+            title: What the help is about.
+            columns: The parts of each column.
+            stacked: The parts in a window that is too narrow for two columns, if there are two.
+        """
         super().__init__()
         self._title = title
-        self._columns = [column for column in columns if column]
+        self._columns = columns
+        self._stacked = stacked
 
     def compose(self) -> ComposeResult:
-        with ViScroll(classes=f"dialog help-page {'help' if len(self._columns) > 1 else ''}") as dialog:
+        with ViScroll(classes=f"dialog help-page {'help' if self._stacked else ''}") as dialog:
             dialog.border_title = f"Help: {self._title}"
             dialog.border_subtitle = dialog_keys(self.BINDINGS)
             with Container(id="help-columns"):
-                for column in self._columns:
-                    yield Container(*column)
+                yield from map(self._column, self._columns)
+            if self._stacked:
+                with Container(id="help-stacked"):
+                    yield self._column(self._stacked)
+
+    def _column(self, parts: Sequence[_Part]) -> Drawing:
+        """Return a widget with the lines of these parts, which has as many rows as there are lines."""
+
+        def draw(width: int, height: int) -> list[Content]:
+            # In a narrow window, the dialog is as high as the window (``modal.tcss``).
+            share = 1 if self.app.size.width < WIDE_CELLS else _MAX_SHARE
+            return _paged(parts, width, int(share * self.app.size.height) - _FRAME_ROWS)
+
+        return Drawing(draw, classes="help-text")
 
     def on_mount(self) -> None:
         dialog = self.query_one(ViScroll)
         dialog.focus()
         for name in ("scroll_y", "virtual_size", "size"):
-            self.watch(dialog, name, self._show_keys)
+            self.watch(dialog, name, self._show_keys_later)
+
+    def _show_keys_later(self) -> None:
+        # The sizes of the dialog and of its contents change one after the other.
+        self.call_after_refresh(self._show_keys)
 
     def _show_keys(self) -> None:
         """Show the dialog's keys and, if there are lines below the window, ``↓ more``."""
@@ -95,44 +133,59 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     """
     entry = next(entry for entry in SCREENS if entry.name == name)
     offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
-    terms = words_of(name, state)
-    words = _text(partial(_sentences, "On the screen", terms))
+    words = partial(_sentences, "On the screen", words_of(name, state))
     groups = [(heading or "Keys", commands) for heading, commands in by_group(offered)]
     if entry.is_modal:
-        return HelpScreen(entry.label, [_text(partial(_key_sentences, groups)), words])
+        return HelpScreen(entry.label, [partial(_key_sentences, groups), words])
 
-    # The terms come last in the second column, and the app's commands last in the shorter column. Each is
-    # preceded by an empty line.
-    below, last = len(_sentences("", terms, _COLUMN_CELLS)) + 1, len(_everywhere(_COLUMN_CELLS)) + 1
+    # The terms come last in the second column, and the app's commands last in the shorter column.
+    def columns(first: int) -> tuple[list[_Part], list[_Part]]:
+        """Return the parts of both columns, without the app's commands. ``first``: number of groups in the
+        first column.
+        """
+        left: list[_Part] = [partial(_key_sentences, groups[:first])]
+        right: list[_Part] = [partial(_key_sentences, groups[first:])] if groups[first:] else []
+        return left, [*right, words]
 
     def heights(first: int) -> tuple[int, int]:
-        """Return the approximate heights of both columns, in lines, without the app's commands. ``first``:
-        number of groups in the first column.
-        """
-        left, right = (len(_key_sentences(part, _COLUMN_CELLS)) for part in (groups[:first], groups[first:]))
-        return left, right + below
+        """Return the approximate heights of both columns, in lines."""
+        left, right = columns(first)
+        return len(_joined(left, _COLUMN_CELLS)), len(_joined(right, _COLUMN_CELLS))
 
+    last = len(_everywhere(_COLUMN_CELLS)) + 1
     first = min(range(1, len(groups) + 1), key=lambda first: max(*heights(first), min(heights(first)) + last))
-    left, right = (
-        [_text(partial(_key_sentences, part))] if part else [] for part in (groups[:first], groups[first:])
-    )
-    right.append(words)
-    shorter = left if heights(first)[0] < heights(first)[1] else right
-    shorter.append(_text(_everywhere))
-    return HelpScreen(entry.label, left, right)
+    left, right = columns(first)
+    stacked = [*left, *right, _everywhere]
+    (left if heights(first)[0] < heights(first)[1] else right).append(_everywhere)
+    title = f"{entry.label}, {_STATES[state]}" if state in _STATES else entry.label
+    return HelpScreen(title, left, right, stacked=stacked)
 
 
 def all_keys_screen() -> HelpScreen:
     """Return a page with the keys of all screens and the ids of their commands."""
     tables = [partial(_key_sentences, [each], with_names=True) for each in commands_by_screen()]
-    return HelpScreen("all keys", [Static(highlight_keys(_KEYMAP_TEXT)), *map(_text, tables)])
+    return HelpScreen("all keys", [lambda width: highlight_keys(_KEYMAP_TEXT).wrap(width), *tables])
 
 
-def _text(write: Callable[[int], list[Content]]) -> Drawing:
-    """Return a widget that shows the lines that ``write`` returns for the widget's width. The widget has as
-    many rows as there are lines.
+def _joined(parts: Sequence[_Part], width: int) -> list[Content]:
+    """Return the lines of all parts, with an empty line between two parts."""
+    lines: list[Content] = []
+    for part in parts:
+        lines += [*([Content("")] if lines else []), *part(width)]
+    return lines
+
+
+def _paged(parts: Sequence[_Part], width: int, rows: int) -> list[Content]:
+    """Return the lines of all parts. A heading that would be the last of ``rows`` lines is moved to the next
+    page.
     """
-    return Drawing(lambda width, height: write(width), classes="help-text")
+    lines: list[Content] = []
+    for line in _joined(parts, width):
+        follows_gap = bool(lines) and not lines[-1]
+        if follows_gap and len(lines) % rows == rows - 1:
+            lines.append(Content(""))
+        lines.append(line)
+    return lines
 
 
 def words_of(name: str, state: str) -> dict[str, str]:
@@ -166,7 +219,7 @@ def _everywhere(width: int) -> list[Content]:
     first, last = EVERYWHERE[0], next(each for each in reversed(EVERYWHERE) if each.id.startswith("go."))
     digits = f"{bare_key(first.id)}–{bare_key(last.id)}"
     items = [(digits, "screens"), *((short_keys(f"app.{n}"), COMMANDS[f"app.{n}"].label) for n in _BRIEF)]
-    lines, line = [Content.styled("Everywhere", "bold")], Content("")
+    lines, line = [Content.styled("Everywhere", _HEADING_STYLE)], Content("")
     for key, label in items:
         item = Content.assemble((key, _KEY_STYLE), f" {label.lower()}")
         if line and line.cell_length + 3 + item.cell_length > width:
@@ -188,7 +241,7 @@ def _tables(tables: Sequence[tuple[str, Sequence[_Row]]], style: str, width: int
     lines: list[Content] = []
     for heading, rows in tables:
         lines += [Content("")] if lines else []
-        lines.append(Content.styled(heading, "bold"))
+        lines.append(Content.styled(heading, _HEADING_STYLE))
         for cells, sentence in rows:
             first, *others = (
                 f"{cell:<{cell_width}}  " for cell, cell_width in zip(cells, widths, strict=True)
