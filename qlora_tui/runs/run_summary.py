@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,20 +16,18 @@ from qlora_tui import paths
 from qlora_tui.formatting import (
     format_loss,
     format_loss_change,
-    format_number,
     format_percent,
-    format_rate,
     pluralize,
     short_model_name,
 )
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.describe import forgetting_effect, forgetting_words, format_energy
 from qlora_tui.runs.devices import devices_of
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import ALL_STEPS_DONE, DataReady, Failed, Finished, Stopped
+from qlora_tui.runs.main_settings import MainSetting, main_settings
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
@@ -80,10 +78,8 @@ class RunSummary:
     """Name of the first data file, and the number of other files."""
     devices: str = ""
     """GPUs of the run, such as ``GPU 1 (RTX 3060)``; empty on a machine with a single GPU."""
-    settings: tuple[str, ...] = ()
-    """The settings in which runs most often differ, such as ``nf4``, ``r16``, ``2,048 tok``,
-    ``lr 0.0002``, ``2 epochs``; empty if the recipe is unreadable.
-    """
+    settings: tuple[MainSetting, ...] = ()
+    """The settings in which runs most often differ; empty if the recipe is unreadable."""
     best: tuple[float, int] | None = None
     """Lowest validation loss since training began, and its step."""
     evaluations: tuple[tuple[int, float], ...] = ()
@@ -220,7 +216,7 @@ def summarize(run: RunDir) -> RunSummary:
     ending = view.ending
     best = view.best
     recipe = run.readable_recipe()
-    model, data, settings = "unknown", "", tuple[str, ...]()
+    model, data, settings = "unknown", "", tuple[MainSetting, ...]()
     if recipe is not None:
         model, settings = short_model_name(recipe.model.id) or "none", main_settings(recipe)
         data = data_words(recipe)
@@ -322,46 +318,6 @@ def better_checkpoint(summary: RunSummary) -> int | None:
     lowest, step = summary.best
     is_worse = is_notably_above(summary.evaluations[-1][1], lowest)
     return step if is_worse and step in dict(summary.run.checkpoints()) else None
-
-
-def main_settings(recipe: Recipe) -> tuple[str, ...]:
-    """Return the settings in which runs most often differ, in a few characters each, always in this order:
-    ``nf4``, ``r16``, ``2,048 tok``, ``batch 2 × 8``, ``lr 0.0002``, ``2 epochs``.
-    """
-    training = recipe.training
-    return (
-        recipe.quantization.method,
-        format_rank(recipe.lora),
-        *length_and_batch(recipe),
-        f"lr {format_rate(training.learning_rate)}",
-        f"{format_number(training.epochs)} {'epoch' if training.epochs == 1 else 'epochs'}",
-    )
-
-
-def length_and_batch(recipe: Recipe) -> tuple[str, str]:
-    """Return ``1,024 tok``, ``batch 1 × 8``: sequence length, and micro-batch size × accumulation."""
-    training = recipe.training
-    return (
-        f"{recipe.data.max_length:,} tok",
-        f"batch {training.micro_batch_size} × {training.gradient_accumulation}",
-    )
-
-
-def shared_settings(summaries: Sequence[RunSummary]) -> tuple[str, ...]:
-    """Return the settings that all runs with a readable recipe have in common; empty for fewer than two such
-    runs.
-    """
-    readable = [summary.settings for summary in summaries if summary.settings]
-    if len(readable) < 2:
-        return ()
-    return tuple(part for part in readable[0] if all(part in settings for settings in readable))
-
-
-def setting_words(shared: Collection[str], summary: RunSummary) -> str:
-    """Return the run's settings, without those that it shares with the runs next to it."""
-    if not summary.settings:
-        return "recipe unreadable"
-    return " · ".join(part for part in summary.settings if part not in shared)
 
 
 @dataclass(frozen=True)

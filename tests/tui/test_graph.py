@@ -460,10 +460,14 @@ def test_a_column_that_shrinks_is_no_wider_than_its_texts() -> None:
     assert line.plain.startswith("ab  ab") and line.cell_length == 10
 
 
-def test_a_sentence_is_cut_at_its_end() -> None:
+@pytest.mark.parametrize(
+    ("width", "text"),
+    [(31, "Waiting until 1,000 (hours)"), (24, "Waiting until 1,000"), (16, "Waiting until 1…")],
+)
+def test_a_sentence_is_cut_after_a_clause_that_fits_or_else_at_its_end(width: int, text: str) -> None:
     column = Column[str](text=str, shrinks=True, is_sentence=True)
-    (line,) = table((column,), ["Waiting until Mon 10:33 (hours)."], 16)
-    assert line.plain == "Waiting until M…"
+    (line,) = table((column,), ["Waiting until 1,000 (hours): it is day."], width)
+    assert line.plain.rstrip() == text
 
 
 def test_columns_are_left_out_in_their_order_before_one_is_narrower_than_its_least() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from qlora_tui.tui.render.loss import changes_of_loss, summary_plot
 from qlora_tui.tui.render.meters import downsample
 from qlora_tui.tui.screens import run_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
-from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, reason, run_keys, short_name
+from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, reason, run_keys, short_name, when
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
@@ -191,6 +192,12 @@ def test_a_run_that_saved_nothing_offers_no_export() -> None:
     assert summary_plot(queued).empty == "No steps yet."
 
 
+@pytest.mark.parametrize(("days", "form"), [(0, "%H:%M"), (3, "%a %H:%M"), (7, "%d %b"), (-1, "%d %b")])
+def test_a_run_of_this_week_has_the_day_of_the_week(days: int, form: str) -> None:
+    summary = replace(summarize(write_fake_run(FakeRun())), queued_at=BEGAN)
+    assert when(summary, BEGAN + days * 86400) == time.strftime(form, time.localtime(BEGAN))
+
+
 def test_a_row_has_its_change_with_a_bar_only_if_bars_differ_and_no_reason_that_repeats_its_state() -> None:
     summary = summarize(write_fake_run(FakeRun(name="halted", state="stopped", steps=60)))
     assert reason(summary).plain == "at step 60"
@@ -322,6 +329,9 @@ async def test_waiting_runs_stand_on_top_and_are_moved_and_withdrawn(
         await pilot.press("r")
         await wait_for_text(pilot, "queue 2", "Queued. Press [x] to remove it from the queue.")
         assert run_queue.waiting() == ["second", "first"]
+
+
+DIFFERENCES = (("training.learning_rate", 1e-5), ("lora.rank", 64))
 
 
 def _are_left(number: int) -> bool:
@@ -463,7 +473,7 @@ async def test_a_measures_answers_and_a_second_a_stops(three_runs: list[RunDir])
     app = open_on("runs")
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares the adapter")
+        await wait_for_text(pilot, "[a] compares answers")
         await pilot.press("a")
         await wait_for_text(pilot, "3 of 14")
         await pilot.press("a")
@@ -477,7 +487,7 @@ async def test_two_keys_at_once_start_one_measurement_which_ends_with_the_app(
     app = open_on("runs")
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
-        await wait_for_text(pilot, "[a] compares the adapter")
+        await wait_for_text(pilot, "[a] compares answers")
         assert isinstance(app.screen, run_commands.RunCommands)
         app.screen.evaluate(three_runs[0])
         app.screen.evaluate(three_runs[0])
@@ -488,17 +498,19 @@ async def test_two_keys_at_once_start_one_measurement_which_ends_with_the_app(
     assert measurement.wait(60)
 
 
-async def test_the_reason_of_a_failure_is_in_the_list_at_80_columns_too() -> None:
-    write_fake_run(FakeRun(name="a", state="failed", steps=50, exact=(0.1, 0.5)))
-    write_fake_run(FakeRun(name="b", state="finished", steps=300, total=300, exact=(0.1, 0.5)))
+async def test_reasons_and_the_settings_that_differ_are_in_the_list_at_80_columns_too() -> None:
+    slow, wide = (replace_setting(TICKETS, *each) for each in DIFFERENCES)
+    write_fake_run(FakeRun(name="tickets-20261123-0212", state="failed", steps=50, recipe=slow))
+    for name, recipe in (("b", wide), ("c", TICKETS)):
+        write_fake_run(FakeRun(name=name, state="finished", steps=300, total=300, recipe=recipe))
     app = open_on("runs")
     async with app.run_test(size=(80, 24)) as pilot:
         await open_runs(app)
         text = await wait_for_text(pilot, "reason")
         (line,) = (line for line in text.splitlines() if "✗ failed" in line)
-        assert "Out of GPU memory" in line
-        # Both runs have the same model.
-        assert "model" not in text.splitlines()[2]
+        assert "Out of GPU memory" in line and " 1e-5 " in line
+        titles = text.splitlines()[2].split()
+        assert "lr" in titles and not {"model", "precision"} & set(titles), "they are the same"
 
 
 async def test_a_run_that_saved_nothing_offers_no_chat() -> None:

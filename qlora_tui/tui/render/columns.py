@@ -4,6 +4,7 @@ facts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
@@ -14,6 +15,7 @@ from textual.content import Content, Span
 from qlora_tui.formatting import cut_range
 
 Row = TypeVar("Row")
+_CLAUSE_END = re.compile(r"[,:;.](?= )| (?=\()")
 Fact: TypeAlias = tuple[str, str | Content] | Content
 """A (label, value) pair, or a text without a label."""
 
@@ -54,7 +56,9 @@ class Column(Generic[Row]):
     shorter: Callable[[str, int], str] | None = None
     """Function that shortens a string to a width in characters, to use instead of ``cut_range``."""
     is_sentence: bool = False
-    """Whether long texts are cut at their end; otherwise, ``cut_range`` selects the part to cut."""
+    """Whether long texts are cut at their end (:func:`cut_sentence`); otherwise, ``cut_range`` selects the
+    part to cut.
+    """
 
 
 def table(
@@ -172,7 +176,7 @@ def _line(
             text = column.shorter(text, width)
         if _cells(text) > width:
             whole = Content.styled(text, column.style) if isinstance(text, str) else text
-            text = whole.truncate(width, ellipsis=True) if column.is_sentence else cut_name(whole, width)
+            text = cut_sentence(whole, width) if column.is_sentence else cut_name(whole, width)
         plain, styles = (text, None) if isinstance(text, str) else (text.plain, text.spans)
         missing = width - _cells(text)
         left, right = (gap + missing, 0) if column.right else (0, missing)
@@ -192,6 +196,15 @@ def _line(
         line += f"{' ' * (at + left - len(line))}{plain}{' ' * right}"
         at = end
     return Content(line, spans)
+
+
+def cut_sentence(text: Content, width: int) -> Content:
+    """Return the clauses of a sentence that fit ``width`` cells: of ``Probably killed: the process ended.``,
+    for example, ``Probably killed``. If not even the first one fits, cut it.
+    """
+    ends = [end.start() for end in _CLAUSE_END.finditer(text.plain)]
+    fitting = [head for end in ends if (head := text[:end]).cell_length <= width]
+    return fitting[-1] if fitting else text.truncate(width, ellipsis=True)
 
 
 def cut_name(text: Content, width: int) -> Content:

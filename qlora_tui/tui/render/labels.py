@@ -26,7 +26,8 @@ from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words
-from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words, length_and_batch
+from qlora_tui.runs.main_settings import length_and_batch
+from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
 from qlora_tui.runs.status import State, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import cut_name

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from textual.content import Content
 
@@ -37,7 +36,8 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
-from qlora_tui.runs.run_summary import RunSummary, data_words, setting_words, shared_settings
+from qlora_tui.runs.main_settings import setting_words, shared_settings
+from qlora_tui.runs.run_summary import RunSummary, data_words
 from qlora_tui.runs.servers import ServerStatus
 from qlora_tui.runs.status import ACTIVE, State, Status, held_words
 from qlora_tui.tui.commands import COMMANDS
@@ -330,6 +330,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
         return format_ago(at, now) if at else ""
 
     changes = changes_of_loss(summaries[:height])
+    shared = shared_settings(summary.settings for summary in summaries)
     columns: tuple[Column[RunSummary], ...] = (
         Column(text=state, width=13),
         Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=0),
@@ -340,7 +341,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
             shown_if_same=False,
         ),
         Column(
-            text=partial(setting_words, shared_settings(summaries)),
+            text=lambda s: setting_words(s.settings, shared),
             max_width=_MAX_NAME_WIDTH,
             shown_from=_MIN_WIDTH_FOR_MODELS,
             shown_if_empty=False,
@@ -521,7 +522,7 @@ def numbers_lines(summary: RunSummary, is_large: bool, width: int, height: int) 
     """
     if not is_large:
         return _validation_lines(summary, width, height)
-    settings = setting_words((), summary)
+    settings = setting_words(summary.settings)
     facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", settings)]
     if summary.tokens_per_s is not None:
         facts.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))

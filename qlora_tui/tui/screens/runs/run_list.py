@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,13 +42,14 @@ from qlora_tui.runs.describe import describe, done_at_words
 from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Step
 from qlora_tui.runs.exports import Export, read_exports
-from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words, setting_words, shared_settings
+from qlora_tui.runs.main_settings import MainSetting, main_settings, setting_words
+from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
+from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
-from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.columns import Column, cut_sentence, table
 from qlora_tui.tui.render.labels import (
-    SEPARATOR,
     SIGNS,
     batch_words,
     format_ago,
@@ -68,15 +70,19 @@ uses one of these letters as its symbol.
 _LOSS_WIDTH = 9
 
 
+_DAYS_OF_WEEK = 7
+
+
 def when(summary: RunSummary, now: float) -> str:
-    """Return when a run was queued or, if unknown, when its status last changed: ``03:12`` for today, or
-    ``23 Nov 03:12`` for earlier days. ``now``: the current Unix time.
+    """Return when a run was queued or, if unknown, when its status last changed: ``03:12`` for today,
+    ``Mon 03:12`` for the six days before, or ``23 Nov`` for earlier days. ``now``: the current Unix time.
     """
     at = summary.queued_at or summary.status.at
     if not at:
         return "NA"
-    moment, today = time.localtime(at), time.localtime(now)
-    return time.strftime("%H:%M" if moment[:3] == today[:3] else "%d %b %H:%M", moment)
+    days = date.fromtimestamp(now) - date.fromtimestamp(at)
+    form = "%H:%M" if not days else "%a %H:%M" if 0 < days.days < _DAYS_OF_WEEK else "%d %b"
+    return time.strftime(form, time.localtime(at))
 
 
 def best_loss(summary: RunSummary) -> str:
@@ -89,14 +95,17 @@ def best_loss(summary: RunSummary) -> str:
     return f"{format_loss(loss)}{mark}"
 
 
-_MIN_REASON = 28
-"""Minimum width, in cells, of the column with the reason why a run ended. The column fills the width that the
-other columns leave.
+_MIN_REASON, _MIN_SHORT_REASON = 28, 17
+"""Minimum width, in cells, of the column with the reason why a run ended: in a list of at least
+:data:`.WIDE_CELLS` cells, and in a narrower one, in which settings that differ are more important. The column
+fills the width that the other columns leave.
 """
 _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 """Matches the time of day, and the number that may follow it, at the end of a generated name such as
 ``owls-20261130-0752-2``.
 """
+_SETTINGS_DROPPED = 8
+"""Position of the first of the settings in the order in which columns are left out, after all others."""
 _HEAD = 15
 """Width of the first column, with mark and state, in cells."""
 
@@ -110,16 +119,6 @@ def short_name(name: str, width: int) -> str:
     return shorten_name(name.removesuffix(kept), width - len(kept)) + kept
 
 
-def whole_settings(text: str, width: int) -> str:
-    """Return as many of the settings in a text as fit into ``width`` cells, but at least the first one.
-    Settings are left out as a whole, so that no number is cut.
-    """
-    settings = text.split(SEPARATOR)
-    while len(settings) > 1 and len(SEPARATOR.join(settings)) > width:
-        settings.pop()
-    return SEPARATOR.join(settings)
-
-
 def reason(summary: RunSummary) -> Content:
     """Return, in a few words, why the run ended or is waiting; for an active run, its devices. The text is
     empty if all steps were completed.
@@ -129,29 +128,42 @@ def reason(summary: RunSummary) -> Content:
     text = summary.status.detail.replace("\n", " ")
     if not text and summary.status.state in ACTIVE:
         text = summary.devices
-    state = f"{capitalize(summary.status.state)} "
+    # The state is in the first column.
+    state = "Waiting " if summary.status.state == "queued" else f"{capitalize(summary.status.state)} "
     if text.startswith(state):
-        # The state is in the first column.
         text = text.removeprefix(state).rstrip(".")
     return Content.styled("" if text == ALL_STEPS_DONE else text, "dim")
 
 
-def _columns(rows: Sequence[RunSummary]) -> tuple[Column[RunSummary], ...]:
-    """Return the columns of a list of these runs, to the right of the column with mark and state."""
-    own, changes = partial(setting_words, shared_settings(rows)), changes_of_loss(rows)
+def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]:
+    """Yield a column for each setting in which the runs differ. If there is no room for all, the settings
+    with the fewest values are left out first.
+    """
+    readable = [row.settings for row in rows if row.settings]
+    variety = {same[0].title: len(set(same)) for same in zip(*readable, strict=True)}
+    order = sorted(variety, key=variety.__getitem__)
+
+    def value(place: int, row: RunSummary) -> str:
+        return row.settings[place].value if row.settings else ""
+
+    for place, title in enumerate(variety):
+        if variety[title] > 1:
+            yield Column(
+                title=title, text=partial(value, place), dropped=_SETTINGS_DROPPED + order.index(title)
+            )
+
+
+def _columns(rows: Sequence[RunSummary], width: int) -> tuple[Column[RunSummary], ...]:
+    """Return the columns of a list of these runs, to the right of the column with mark and state. ``width``:
+    width of the list, in cells.
+    """
+    changes = changes_of_loss(rows)
     return (
-        Column(title="queued", text=lambda s: when(s, clock.now()), max_width=12, gap=0),
-        Column(title="run", text=lambda s: s.name, shrinks=True, min_width=19, shorter=short_name),
+        Column(title="queued", text=lambda s: when(s, clock.now()), right=True, gap=0),
+        Column(title="run", text=lambda s: s.name, shrinks=True, min_width=16, shorter=short_name),
         Column(title="model", text=lambda s: s.model, max_width=24, dropped=3, shown_if_same=False),
         Column(title="data", text=lambda s: s.data, max_width=24, dropped=2, shown_if_same=False),
-        Column(
-            title="settings",
-            text=own,
-            max_width=44,
-            dropped=8,
-            shown_if_empty=False,
-            shorter=whole_settings,
-        ),
+        *_setting_columns(rows),
         Column(
             title="steps",
             text=lambda s: format_progress(s.step, s.total_steps) if s.total_steps else "",
@@ -190,7 +202,7 @@ def _columns(rows: Sequence[RunSummary]) -> tuple[Column[RunSummary], ...]:
             title="reason",
             text=reason,
             shrinks=True,
-            min_width=_MIN_REASON,
+            min_width=_MIN_REASON if width >= WIDE_CELLS else _MIN_SHORT_REASON,
             shown_if_empty=False,
             is_sentence=True,
         ),
@@ -309,7 +321,7 @@ class RunTable(LineView):
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
-        titles, *lines = table((head, *_columns(self._rows)), self._rows, width, title_style="")
+        titles, *lines = table((head, *_columns(self._rows, width)), self._rows, width, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
             line = lines[self._cursor]
@@ -393,12 +405,12 @@ def preview_title(summary: RunSummary) -> str:
 
 
 def detail_lines(
-    summary: RunSummary, exports: tuple[Export, ...], shared: Collection[str] = ()
+    summary: RunSummary, exports: tuple[Export, ...], shared: Collection[MainSetting] = ()
 ) -> list[Content]:
     """Return lines for a window without room for the preview: facts about the run, and how it ended.
     ``shared``: the settings that all listed runs share, which the title of the list names.
     """
-    facts = [part for part in (summary.model, setting_words(shared, summary)) if part]
+    facts = [part for part in (summary.model, setting_words(summary.settings, shared)) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
     if summary.energy:
@@ -479,11 +491,8 @@ def result_lines(summary: RunSummary, now: float, width: int, answers: str = "")
     if summary.verdict is not None:
         lines += verdict_content(summary.verdict).wrap(width)
         if not summary.verdict.has_answers and not answers:
-            lines.append(
-                highlight_keys(
-                    name_keys("{runs.evaluate} compares the adapter's answers with the base's."), "dim"
-                )
-            )
+            compares = name_keys("{runs.evaluate} compares answers with the base's.")
+            lines.append(highlight_keys(compares, "dim"))
     return lines
 
 
@@ -494,16 +503,18 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
     lora, training = recipe.lora, recipe.training
-    limit = f", at most {training.max_steps:,} steps" if training.max_steps else ""
+    precision, *_, epochs = main_settings(recipe)
+    model = short_model_name(recipe.model.id) or "none"
+    room = width - _LABEL - len(f", {precision.words}")
     rows: list[tuple[str, Content | str]] = [
-        ("model", short_model_name(recipe.model.id) or "none"),
+        ("model", f"{truncate_middle(model, room)}, {precision.words}"),
         ("data", data_words(recipe)),
-        ("precision", recipe.quantization.method),
         ("LoRA", f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 24)}"),
         ("length", batch_words(recipe)),
-        ("lr", f"{format_rate(training.learning_rate)}  {training.lr_scheduler}"),
-        ("epochs", f"{format_number(training.epochs)}{limit}"),
+        ("lr", f"{format_rate(training.learning_rate)} {training.lr_scheduler}, {epochs.words}"),
     ]
+    if training.max_steps:
+        rows.append(("limit", pluralize(training.max_steps, "step")))
     if method := preference_words(recipe):
         rows.append(("method", method))
     if recipe.note:
@@ -523,13 +534,16 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
 
 
 def log_lines(log: Sequence[tuple[float, str]], width: int, height: int) -> list[Content]:
-    """Return the last events of a run in at most ``height`` lines, the newest event last."""
+    """Return the last events of a run in at most ``height`` lines, the newest event last. Of a long text, the
+    clauses that fit are shown.
+    """
     if not log:
         return [Content.styled("Nothing has happened yet.", "dim")]
-    return [
-        Content.assemble((f"{time.strftime('%H:%M', time.localtime(at))}  ", "dim"), text)
-        for at, text in reversed(log[:height])
-    ]
+    lines = []
+    for at, text in reversed(log[:height]):
+        moment = Content.styled(f"{time.strftime('%H:%M', time.localtime(at))}  ", "dim")
+        lines.append(moment + cut_sentence(Content(text), width - moment.cell_length))
+    return lines
 
 
 def _rows(rows: list[tuple[str, Content | str]], width: int) -> list[Content]:

@@ -25,7 +25,8 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import actions as run_actions
 from qlora_tui.runs import run_queue
 from qlora_tui.runs.directory import RunDir
-from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache, shared_settings
+from qlora_tui.runs.main_settings import MainSetting, setting_words, shared_settings
+from qlora_tui.runs.run_summary import Listing, RunSummary, SummaryCache
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
@@ -109,7 +110,7 @@ class RunsScreen(RunCommands):
         self._files_reading = ""
         """Id of the run whose folder is being read; empty if no folder is being read."""
         self._footer_key: object = None
-        self._shared: tuple[str, ...] = ()
+        self._shared: tuple[MainSetting, ...] = ()
         """The settings that all listed runs share."""
 
     @property
@@ -276,9 +277,9 @@ class RunsScreen(RunCommands):
         shown = len(rows)
         number = pluralize(total, "run") if shown == total else f"{shown:,} of {pluralize(total, 'run')}"
         words = f" · {number}, {self.order.label}" if total else ""
-        self._shared = shared_settings(rows)
+        self._shared = shared_settings(row.settings for row in rows)
         if self._shared:
-            words += f" · all {' · '.join(self._shared)}"
+            words += f" · all {setting_words(self._shared)}"
         if any_unmeasured:
             words += " · * training loss, not validated"
         title = Content.assemble("Runs", (words, "not bold $text-muted"))
@@ -504,5 +505,6 @@ def in_order(summaries: Sequence[RunSummary], waiting: Collection[str], order: O
 
 
 def _search_text(summary: RunSummary) -> str:
-    words = (summary.name, summary.id, summary.model, *summary.settings, summary.status.state)
+    settings = setting_words(summary.settings)
+    words = (summary.name, summary.id, summary.model, settings, summary.status.state)
     return " ".join(words).casefold()
