@@ -464,7 +464,7 @@ async def test_base_and_adapter_answer_side_by_side(
         await rest(pilot, screen)
         assert screen.conversation.turns[1].answers[ADAPTER].text == first
 
-        await pilot.press("l")
+        await pilot.press("b")
         await pilot.press(*"!", "enter")
         await rest(pilot, screen)
         assert [turn.prompt for turn in screen.conversation.turns] == ["what is red", "and blue!"]
