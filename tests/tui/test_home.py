@@ -36,9 +36,9 @@ from qlora_tui.runs.status import State
 from qlora_tui.tui import desktop, system_monitor
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.home import reader as home_reader
+from qlora_tui.tui.screens.home.first_lines import ROW_SHAPES
 from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, other_steps
 from qlora_tui.tui.screens.home.panel_lines import (
-    ROW_SHAPES,
     HomeLayout,
     numbers_lines,
     recipe_lines,

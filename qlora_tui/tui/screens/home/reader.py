@@ -26,19 +26,17 @@ from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.render.labels import recipe_fit, refusal_words
+from qlora_tui.tui.screens.home.first_lines import preset_lines, shape_lines, way_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, Steps, next_step, other_steps
 from qlora_tui.tui.screens.home.panel_lines import (
     HomeLayout,
     gpu_lines,
     machine_line,
     other_run_line,
-    preset_lines,
     queue_lines,
     recipe_lines,
     run_lines,
     server_line,
-    shape_lines,
-    way_lines,
 )
 from qlora_tui.tui.screens.models.model_facts import need
 from qlora_tui.tui.screens.models.model_list import ListedModels, starters

@@ -339,7 +339,7 @@ class HomeScreen(WorkScreen):
         facts = self._facts_shown
         if facts is None or facts.models is None:
             return
-        from qlora_tui.tui.screens.home.panel_lines import model_lines, models_title
+        from qlora_tui.tui.screens.home.first_lines import model_lines, models_title
 
         list_ = self.query_one("#models-to-choose", ViList)
         title = models_title(list_.current, list_.has_focus, self.app.memory_budget)
