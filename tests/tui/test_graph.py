@@ -16,7 +16,7 @@ from rich.segment import Segment
 from textual.content import Content
 from textual.strip import Strip
 
-from qlora_tui.tui.render.columns import Column, table
+from qlora_tui.tui.render.columns import Column, cut_sentence, table
 from qlora_tui.tui.render.loss import SMOOTHED, TRAINING_STYLE, VALIDATION_STYLE, LossFacts, run_plot
 from qlora_tui.tui.render.plot import (
     LEAST_CHART,
@@ -462,12 +462,19 @@ def test_a_column_that_shrinks_is_no_wider_than_its_texts() -> None:
 
 @pytest.mark.parametrize(
     ("width", "text"),
-    [(31, "Waiting until 1,000 (hours)"), (24, "Waiting until 1,000"), (16, "Waiting until 1…")],
+    [
+        (40, "RTX 4090, 24,564 MiB; attention: sdpa"),
+        (36, "RTX 4090, 24,564 MiB"),
+        (19, "RTX 4090"),
+        (7, "RTX 40…"),
+    ],
 )
 def test_a_sentence_is_cut_after_a_clause_that_fits_or_else_at_its_end(width: int, text: str) -> None:
     column = Column[str](text=str, shrinks=True, is_sentence=True)
-    (line,) = table((column,), ["Waiting until 1,000 (hours): it is day."], width)
+    (line,) = table((column,), ["RTX 4090, 24,564 MiB; attention: sdpa"], width)
     assert line.plain.rstrip() == text
+    assert cut_sentence(Content("Probably killed: it ended."), 20).plain == "Probably killed"
+    assert cut_sentence(Content("step 0: loss 2, best"), 20).plain == "step 0: loss 2, best"
 
 
 def test_columns_are_left_out_in_their_order_before_one_is_narrower_than_its_least() -> None:

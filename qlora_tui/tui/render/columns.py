@@ -199,12 +199,17 @@ def _line(
 
 
 def cut_sentence(text: Content, width: int) -> Content:
-    """Return the clauses of a sentence that fit ``width`` cells: of ``Probably killed: the process ended.``,
-    for example, ``Probably killed``. If not even the first one fits, cut it.
+    """Return the clauses of a text that fit ``width`` cells. The text before a colon counts only if there is
+    no other clause that fits: of ``Probably killed: the process ended.``, for example, ``Probably killed``.
+    Without any such clause, cut the text.
     """
-    ends = [end.start() for end in _CLAUSE_END.finditer(text.plain)]
-    fitting = [head for end in ends if (head := text[:end]).cell_length <= width]
-    return fitting[-1] if fitting else text.truncate(width, ellipsis=True)
+    if text.cell_length <= width:
+        return text
+    ends = [end for end in _CLAUSE_END.finditer(text.plain) if text[: end.start()].cell_length <= width]
+    if not ends:
+        return text.truncate(width, ellipsis=True)
+    last = next((end for end in reversed(ends) if end[0] != ":"), ends[0])
+    return text[: last.start()]
 
 
 def cut_name(text: Content, width: int) -> Content:
