@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from qlora_tui.catalog.gguf_file_types import (
     FILE_TYPES,
@@ -20,6 +19,8 @@ from qlora_tui.errors import UserError
 
 @pytest.mark.parametrize("file_type", FILE_TYPES.values(), ids=lambda each: each.name)
 def test_a_file_type_is_as_ggml_defines_it(file_type: FileType) -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
     assert LlamaFileType[f"MOSTLY_{file_type.name}"] == file_type.number
     main = file_type.name.removesuffix("_S").removesuffix("_M").removesuffix("_L")
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[main]]
