@@ -39,7 +39,7 @@ from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.dialogs import PromptBox
 from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
-from qlora_tui.tui.screens.chat.start import STARTERS_HEADING, Starters
+from qlora_tui.tui.screens.chat.start import HEADING_ROWS, Starters
 from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.worker import run_job
 from tests.chat.adapters import MODEL_WITH_ADAPTER
@@ -306,16 +306,16 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         await wait_for_text(pilot, "Recorded answers", "steps 20 to 300: I am sorry", "from the data")
         # The suggested messages are directly below the recorded answers, in rows that nothing else needs.
         starters, chat = chat_of(app).query_one(Starters), chat_of(app).conversation
-        await wait_until(pilot, lambda: starters.option_count == len(STARTERS_HEADING) + 24)
+        await wait_until(pilot, lambda: starters.option_count == HEADING_ROWS + 24)
         await wait_until(pilot, lambda: starters.region.y == chat.region.bottom < 12)
-        assert "expected: Parcel 10 is on its way." in text_of(app)
+        assert "  Parcel 10 is on its way." in text_of(app)
         # The cursor stays on its message when the list becomes shorter.
         await pilot.press("j", "j")
         await pilot.resize_terminal(200, 30)
-        await wait_until(pilot, lambda: starters.option_count < len(STARTERS_HEADING) + 24)
+        await wait_until(pilot, lambda: starters.option_count < HEADING_ROWS + 24)
         assert starters.selected_prompt == "Where is parcel 3?"
         await pilot.resize_terminal(200, 60)
-        await wait_until(pilot, lambda: starters.option_count == len(STARTERS_HEADING) + 24)
+        await wait_until(pilot, lambda: starters.option_count == HEADING_ROWS + 24)
         field = chat_of(app).query_one(PromptBox)
         before = (field.region.bottom, starters.region)
         await pilot.press("i", *"two", "ctrl+j", *"lines")

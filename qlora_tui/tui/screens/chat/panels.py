@@ -53,7 +53,7 @@ from qlora_tui.tui.screens.chat.saved import (
     prompt_line,
 )
 from qlora_tui.tui.screens.chat.start import (
-    STARTERS_HEADING,
+    HEADING_ROWS,
     ChatStart,
     Starters,
     offered_prompts,
@@ -311,7 +311,7 @@ class ChatMain(Vertical):
             needed += drawing.gutter.height
         else:
             needed = chat.virtual_size.height
-        self._free_rows = rows - needed - len(STARTERS_HEADING)
+        self._free_rows = rows - needed - HEADING_ROWS
         self._offer()
         offered = starters.option_count if starters.display else 0
         chat.styles.max_height = needed if chat.is_new else max(1, rows - offered)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import partial
 from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import ClassVar
@@ -55,11 +56,9 @@ _LATER, _LATER_IF_TALL = 1, 3
 """Minimum number of starter prompts during a conversation, in a short window and in a tall window."""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
-STARTERS_HEADING = (
-    (f"{HEADING}gap", Content("")),
-    (f"{HEADING}suggested", Content.styled("Suggested messages", "bold $primary")),
-)
-"""Lines above the starter prompts before the first message, as (id, line) pairs."""
+_HEADING = "Suggested messages"
+HEADING_ROWS = 2
+"""Number of lines above the starter prompts if they have a heading: an empty one and the heading."""
 _FIRST_ROWS = 2000
 """Number of rows at the beginning of a file in which validation questions are looked up. The limit keeps the
 search short.
@@ -254,9 +253,8 @@ class Starters(ViList):
             texts, chosen = [each.prompt for each in prompts], self.selected_prompt
             self._was_moved = chosen in texts
             self._prompts, self._has_heading = prompts, has_heading
-            above = STARTERS_HEADING if has_heading else ()
             select = f"{texts.index(chosen) if self._was_moved else 0}"
-            self.show(lambda width: [*above, *_starter_lines(prompts, width)], select=select)
+            self.show(lambda width: _starter_lines(prompts, width, has_heading=has_heading), select=select)
 
     def prompt(self, option: Option) -> str:
         """Return the full prompt of an option."""
@@ -304,23 +302,34 @@ def offered_prompts(
     return (*own, *unrelated)
 
 
-def _starter_lines(offered: Sequence[Starter], width: int) -> list[tuple[str, Content]]:
-    """Return an (id, line) pair for each prompt. If there is room, the line also has the expected answer. The
-    first line of each kind of prompt has the name of the kind at its right end.
+def _starter_lines(offered: Sequence[Starter], width: int, *, has_heading: bool) -> list[tuple[str, Content]]:
+    """Return an (id, line) pair for each line: the heading, if there is one, and the prompts. If there is
+    room, the expected answers are in a second column. The name of each kind of prompt is at the right end of
+    the heading or of the first prompt of its kind.
     """
     prompts = [Content(" ".join(each.prompt.split())) for each in offered]
     cells = max((prompt.cell_length for prompt in prompts), default=0)
-    lines, kind = [], ""
+    cells = max(cells, len(_HEADING)) if has_heading else cells
+    muted = partial(Content.styled, style="$text-muted")
+    first_kind = offered[0].kind if has_heading and offered else ""
+    lines, kind, heading = [], first_kind, Content.styled(_HEADING, "bold $primary")
     for number, (prompt, starter) in enumerate(zip(prompts, offered, strict=True)):
-        shown = "" if starter.kind == kind else starter.kind
+        shown = "" if starter.kind == kind else f"  {starter.kind}"
         kind = starter.kind
-        room = max(0, width - len(kind) - 4)
-        if starter.expected and room - cells > _LEAST_EXPECTED:
-            expected = Content.assemble("   expected: ", " ".join(starter.expected.split()))
-            prompt = prompt.pad_right(cells - prompt.cell_length) + expected.stylize_before("$text-muted")
-        prompt = prompt.truncate(room, ellipsis=True, pad=True)
-        lines.append((str(number), Content.assemble("▸ ", prompt, "  ", (shown, "dim"))))
-    return lines
+        if starter.expected and width - len(kind) - 4 - cells > _LEAST_EXPECTED:
+            if not number:
+                heading = heading.pad_right(cells + 5 - len(_HEADING)) + Content.styled(
+                    "expected answer", "dim"
+                )
+            expected = " ".join(starter.expected.split())
+            column = muted(expected if has_heading else f"expected: {expected}")
+            prompt = prompt.pad_right(cells - prompt.cell_length) + "   " + column
+        prompt = prompt.truncate(max(0, width - 2 - len(shown)), ellipsis=True, pad=True)
+        lines.append((str(number), Content.assemble("▸ ", prompt, (shown, "dim"))))
+    if not has_heading:
+        return lines
+    heading = heading.truncate(max(0, width - len(first_kind)), pad=True) + muted(first_kind)
+    return [(f"{HEADING}gap", Content("")), (f"{HEADING}suggested", heading), *lines]
 
 
 def start_lines(
@@ -349,12 +358,7 @@ def start_lines(
     """
     facts = _model_facts(start, recipe, is_loaded=is_loaded, is_described=is_described)
     if folds:
-        base, *others = [Content.styled((Content("") + value).plain, "$text-muted") for _, value in facts]
-        verdict = None if start.summary is None or is_described else start.summary.verdict
-        # Cautions come first, because the end of the line may be cut.
-        cautions = [] if verdict is None else [Content.styled(part, "$warning") for part in verdict.cautions]
-        joined = Content.styled(" · ", "$text-muted").join([base, *cautions, *reversed(others)])
-        lines = [joined.truncate(width, ellipsis=True)]
+        lines = [] if is_described and is_loaded else [_summary_line(start, facts, width)]
         if start.recorded:
             hint = f"+ {pluralize(len(start.recorded), 'prompt')} with recorded answers: "
             hint += f"{key_name('chat.clear')} starts a new conversation and shows them"
@@ -364,6 +368,20 @@ def start_lines(
     if not start.recorded:
         return above
     return [*above, Content(""), *recorded_lines(start, opened, width, height - len(above) - 1)]
+
+
+def _summary_line(start: ChatStart, facts: Sequence[tuple[str, str | Content]], width: int) -> Content:
+    """Return one line with the facts or, if they do not fit, with the base model and what may be wrong with
+    the run.
+    """
+    base, *others = [Content("") + value for _, value in facts]
+    verdict = start.summary.verdict if start.summary is not None and others else None
+    cautions = [] if verdict is None else [Content.styled(part, "$warning") for part in verdict.cautions]
+    between = Content.styled(" · ", "$text-muted")
+    # The result of the run is the last fact.
+    whole, brief = (between.join([base, *parts]) for parts in (others[::-1], others[:0:-1]))
+    fitting = [line for line in (whole, brief) if line.cell_length <= width]
+    return fitting[0] if fitting else between.join([base, *cautions]).truncate(width, ellipsis=True)
 
 
 def _model_facts(
