@@ -16,8 +16,11 @@ from qlora_tui.formatting import (
     format_duration,
     format_loss,
     format_number,
+    format_rate,
     format_sizes,
+    pluralize,
     short_model_name,
+    truncate_middle,
     uncapitalize,
 )
 from qlora_tui.memory import Verdict, check_fit
@@ -26,7 +29,7 @@ from qlora_tui.memory.estimate import Precision, precision_of
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words
-from qlora_tui.runs.main_settings import length_and_batch
+from qlora_tui.runs.main_settings import length_and_batch, main_settings
 from qlora_tui.runs.run_summary import ResultDefect, RunVerdict, data_words
 from qlora_tui.runs.status import State, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
@@ -56,6 +59,8 @@ CANNOT_TRAIN = "cannot train"
 SEPARATOR = " · "
 _MIN_NAME = 9
 """Minimum width of a shortened name in a recipe's line, in cells."""
+_MAX_TARGETS = 16
+"""Maximum width of the names of the target modules, in cells. Longer lists are counted."""
 _MIN_BAR = 4
 """Minimum width of a bar, in cells. If there is less room, the bar is left out."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
@@ -110,7 +115,7 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
         _preset_words(workbench),
         short_model_name(recipe.model.id) or "no model",
         data_words(recipe),
-        f"{format_rank(recipe.lora)} {targets_words(recipe, 16)}",
+        f"{format_rank(recipe.lora)} {targets_words(recipe, _MAX_TARGETS)}",
         batch_words(recipe),
     ]
     if width is None:
@@ -149,6 +154,37 @@ def targets_words(recipe: Recipe, width: int) -> str:
     patterns = recipe.lora.target_modules
     names = ",".join(patterns)
     return names if len(names) <= width else f"{len(patterns)} targets"
+
+
+def lora_words(recipe: Recipe, width: int) -> str:
+    """Return ``r16  alpha 32  all-linear``: rank, alpha, and :func:`targets_words` of the adapter."""
+    lora = recipe.lora
+    return f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, width)}"
+
+
+def recipe_facts(recipe: Recipe, cells: int, batch: str = "") -> list[tuple[str, str]]:
+    """Return the settings of a run as (label, value) pairs.
+
+    Args:
+        recipe: The run's recipe.
+        cells: Maximum width of a value, in cells. Longer values are shortened.
+        batch: Length and batch, if they are not those of :func:`batch_words`.
+    """
+    training = recipe.training
+    precision, *_, epochs = main_settings(recipe)
+    suffix = f", {precision.words}"
+    facts = [
+        ("model", truncate_middle(short_model_name(recipe.model.id) or "none", cells - len(suffix)) + suffix),
+        ("data", data_words(recipe)),
+        ("LoRA", lora_words(recipe, _MAX_TARGETS)),
+        ("length", batch or batch_words(recipe)),
+        ("lr", f"{format_rate(training.learning_rate)} {training.lr_scheduler}, {epochs.words}"),
+    ]
+    if training.max_steps:
+        facts.append(("limit", pluralize(training.max_steps, "step")))
+    if method := preference_words(recipe):
+        facts.append(("method", method))
+    return [(label, truncate_middle(value, cells)) for label, value in facts]
 
 
 def preference_words(recipe: Recipe) -> str:

@@ -19,7 +19,6 @@ from qlora_tui.formatting import (
     format_duration,
     format_gib,
     format_loss,
-    format_number,
     format_percent,
     format_points,
     format_power,
@@ -31,7 +30,6 @@ from qlora_tui.formatting import (
 )
 from qlora_tui.gpu.metrics import GpuDevice, GpuMetrics
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.events import phase_label
 from qlora_tui.runs.expected_time import Forecast
@@ -48,12 +46,12 @@ from qlora_tui.tui.render.labels import (
     best_figure,
     cut_cells,
     format_ago,
+    lora_words,
     progress_figures,
     recipe_fit,
     recipe_line,
     refusal_words,
     result_label,
-    targets_words,
     verdict_content,
 )
 from qlora_tui.tui.render.loss import changes_of_loss, mean_losses, validation_lines
@@ -398,13 +396,11 @@ def recipe_lines(
     size = ""
     if not isinstance(architecture, UserError):
         size = f"{format_count(architecture.total_params)} parameters, {architecture.layers} layers"
-    lora = recipe.lora
-    targets = f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 40)}"
     rate = f"learning rate {format_rate(recipe.training.learning_rate)}"
     rows = [
         ("model", short_model_name(recipe.model.id) or _none_yet("go.models"), size),
         ("data", data_words(recipe) if recipe.data.sources else _none_yet("go.data"), ""),
-        ("LoRA", targets, ""),
+        ("LoRA", lora_words(recipe, 40), ""),
         ("length", batch_words(recipe), rate),
     ]
     lines = [line for row in rows for line in _with_note(*row, width)]

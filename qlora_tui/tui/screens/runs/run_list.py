@@ -25,25 +25,21 @@ from qlora_tui.formatting import (
     format_bytes,
     format_duration,
     format_loss,
-    format_number,
     format_path,
     format_percent,
     format_progress,
-    format_rate,
     format_speed,
     pluralize,
-    short_model_name,
     shorten_name,
     truncate_middle,
 )
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import describe, done_at_words
 from qlora_tui.runs.event_log import events_backwards
 from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Step
 from qlora_tui.runs.exports import Export, read_exports
-from qlora_tui.runs.main_settings import MainSetting, main_settings, setting_words
-from qlora_tui.runs.run_summary import WORSE, RunSummary, data_words
+from qlora_tui.runs.main_settings import MainSetting, setting_words
+from qlora_tui.runs.run_summary import WORSE, RunSummary
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
@@ -51,11 +47,9 @@ from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.columns import Column, cut_sentence, table
 from qlora_tui.tui.render.labels import (
     SIGNS,
-    batch_words,
     format_ago,
-    preference_words,
+    recipe_facts,
     result_label,
-    targets_words,
     verdict_content,
 )
 from qlora_tui.tui.render.loss import changes_of_loss
@@ -502,21 +496,7 @@ def settings_lines(recipe: Recipe | None, width: int) -> list[Content]:
     """
     if recipe is None:
         return [Content.styled("The recipe cannot be read.", "$error")]
-    lora, training = recipe.lora, recipe.training
-    precision, *_, epochs = main_settings(recipe)
-    model = short_model_name(recipe.model.id) or "none"
-    room = width - _LABEL - len(f", {precision.words}")
-    rows: list[tuple[str, Content | str]] = [
-        ("model", f"{truncate_middle(model, room)}, {precision.words}"),
-        ("data", data_words(recipe)),
-        ("LoRA", f"{format_rank(lora)}  alpha {format_number(lora.alpha)}  {targets_words(recipe, 24)}"),
-        ("length", batch_words(recipe)),
-        ("lr", f"{format_rate(training.learning_rate)} {training.lr_scheduler}, {epochs.words}"),
-    ]
-    if training.max_steps:
-        rows.append(("limit", pluralize(training.max_steps, "step")))
-    if method := preference_words(recipe):
-        rows.append(("method", method))
+    rows: list[tuple[str, Content | str]] = [*recipe_facts(recipe, width - _LABEL)]
     if recipe.note:
         rows.append(("note", " ".join(recipe.note.split())))
     return _rows(rows, width)

@@ -17,18 +17,14 @@ from qlora_tui.formatting import (
     format_duration,
     format_float,
     format_loss,
-    format_number,
     format_path,
     format_percent,
     format_progress,
-    format_rate,
     format_small_percent,
     format_speed,
-    short_model_name,
     truncate_middle,
 )
 from qlora_tui.recipe.schema import Recipe
-from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import (
     describe,
     done_at_words,
@@ -37,7 +33,7 @@ from qlora_tui.runs.describe import (
     format_energy,
 )
 from qlora_tui.runs.events import Evaluated, Failed, Finished, phase_label
-from qlora_tui.runs.run_summary import data_words, find_defect, last_evaluation, next_evaluation
+from qlora_tui.runs.run_summary import find_defect, last_evaluation, next_evaluation
 from qlora_tui.runs.status import ACTIVE, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
@@ -48,11 +44,10 @@ from qlora_tui.tui.render.labels import (
     best_figure,
     best_word,
     format_ago,
-    preference_words,
     progress_figures,
+    recipe_facts,
     result_label,
     state_bar,
-    targets_words,
 )
 from qlora_tui.tui.render.loss import validation_lines
 from qlora_tui.tui.render.meters import bar, labeled
@@ -446,20 +441,7 @@ def setup_lines(snapshot: RunSnapshot, width: int, height: int) -> list[Content]
     """Return labeled facts about the run, as many as fit: model, data, settings, how steps are computed."""
     view, recipe, lines = snapshot.view, snapshot.recipe, []
     if recipe is not None:
-        schedule = f"{format_rate(recipe.training.learning_rate)} {recipe.training.lr_scheduler}"
-        lines += [
-            _row("model", truncate_middle(short_model_name(recipe.model.id), width - _LABEL)),
-            _row("data", truncate_middle(data_words(recipe), width - _LABEL)),
-            _row(
-                "LoRA",
-                f"{format_rank(recipe.lora)} α {format_number(recipe.lora.alpha)} "
-                f"{targets_words(recipe, 16)}",
-            ),
-            _row("length", _batch(view, recipe)),
-            _row("lr", schedule),
-        ]
-        if recipe.preference_method is not None:
-            lines.append(_row("method", preference_words(recipe)))
+        lines += [_row(*fact) for fact in recipe_facts(recipe, width - _LABEL, _batch(view, recipe))]
     if view.adapter is not None:
         share = view.adapter.trained_parameters / view.adapter.total_parameters
         lines.append(
