@@ -140,7 +140,7 @@ async def test_the_app_says_that_the_draft_could_not_be_read() -> None:
 async def test_the_app_asks_whose_recipe_stays() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "balanced")
+        await wait_for_text(pilot, "Next step")
         assert app.workbench.recipe.lora.rank == 16
         for key, rank, on_disk in (("t", 8, 8), ("m", 64, 64), ("escape", 32, 8)):
             mine = 32 if key == "t" else rank
@@ -180,7 +180,7 @@ async def test_a_change_in_another_window_is_marked_and_loaded_by_a_key() -> Non
 async def test_an_edit_that_cannot_be_saved_stands_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "balanced")
+        await wait_for_text(pilot, "Next step")
         with monkeypatch.context() as full:
             FaultyDisk(full, 1, errno.ENOSPC, lasting=True)
             app.edit("lora.rank", 32)
