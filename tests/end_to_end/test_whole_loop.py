@@ -14,7 +14,7 @@ from qlora_tui.runs.status import read_status
 from qlora_tui.runs.view import RunView
 from qlora_tui.settings import Settings
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.screen import ChatScreen
 from qlora_tui.tui.screens.chat.turn import AdapterAnswer
 from tests.tui.screen_assertions import text_of, wait_until

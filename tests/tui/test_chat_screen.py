@@ -36,7 +36,7 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
 )
 from qlora_tui.tui.screens.chat import conversation, turn
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
-from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.start import HEADING_ROWS, Starters

@@ -22,7 +22,7 @@ from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import chat_choices
 from qlora_tui.runs.chat_choices import ChoiceKind, choices_path
 from qlora_tui.tui.app import QloraApp
-from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved import (
     SavedAnswer,
     SavedConversation,

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from textual import events, work
 from textual.app import App, ComposeResult
-from textual.content import Content
 from textual.css import stylesheet
 from textual.css.parse import parse
 from textual.css.query import NoMatches
@@ -31,7 +30,7 @@ from qlora_tui.errors import UserError
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.process import screen_on
 from qlora_tui.tui.screens.base import WorkScreen
-from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.widgets.controls import TextField
 from qlora_tui.tui.workbench import Draft, open_workbench
@@ -209,7 +208,7 @@ async def full_in_worker() -> None:
 async def test_a_worker_that_cannot_write_is_reported_once() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "balanced")
+        await wait_for_text(pilot, "Next step")
         for _ in range(3):
             app.run_worker(full_in_worker())
             await pilot.pause()
@@ -223,7 +222,7 @@ async def test_a_worker_that_cannot_write_is_reported_once() -> None:
 async def test_a_full_disk_in_a_callback_ends_the_app() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "balanced")
+        await wait_for_text(pilot, "Next step")
         app.call_later(full)
         with suppress(WaitForScreenTimeout, NoMatches):
             await pilot._wait_for_screen(timeout=0.2)
@@ -240,7 +239,7 @@ async def test_any_other_error_still_ends_the_app() -> None:
 
     with pytest.raises(ZeroDivisionError):
         async with app.run_test(size=(80, 24)) as pilot:
-            await wait_for_text(pilot, "balanced")
+            await wait_for_text(pilot, "Next step")
             app.call_later(broken)
             await pilot.pause()
 
@@ -306,7 +305,7 @@ class Entries(App[None]):
 
     def compose(self) -> ComposeResult:
         yield TextField(id="line")
-        yield PromptBox(Content("ask"), Content("i ask"), id="prompt")
+        yield PromptBox(id="prompt")
 
     def on_input_submitted(self, event: TextField.Submitted) -> None:
         self.sent = event.value

@@ -1,19 +1,16 @@
-"""The prompt field of the chat, and its dialogs."""
+"""The dialogs of the chat."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
-from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.content import Content
-from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label, Static, TextArea
 
@@ -38,69 +35,6 @@ _HELP = {
 _LABELS = {"top_p": "top-p", "top_k": "top-k", "max_new_tokens": "max tokens"}
 _LINE_WIDTH = 70
 """Width of a line in the list of conversations, in cells."""
-
-
-class PromptBox(OwnKeysFirst, TextArea):
-    """The prompt field. Enter sends, Ctrl+J starts a new line, and the field grows with its text."""
-
-    DEFAULT_CSS = """
-    PromptBox, PromptBox:focus {
-        height: auto;
-        max-height: 8;
-        border: none;
-        padding: 0 1;
-        background: $panel;
-        scrollbar-size-vertical: 1;
-        & .text-area--placeholder { color: $text-muted; }
-    }
-    """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", show=False),
-        Binding("ctrl+j", "new_line", show=False),
-    ]
-
-    @dataclass
-    class Sent(Message):
-        """Posted when Enter is pressed in a field with text."""
-
-        text: str
-
-    class Recalled(Message):
-        """Posted when Up is pressed in the empty field."""
-
-    def __init__(self, *, id: str) -> None:
-        super().__init__(id=id, soft_wrap=True, show_line_numbers=False, tab_behavior="focus")
-        self.cursor_blink = False
-        self.highlight_cursor_line = False
-
-    def on_focus(self) -> None:
-        self.placeholder = "Type a message"
-
-    def on_blur(self) -> None:
-        self.placeholder = ""
-
-    def action_send(self) -> None:
-        """If the field has text, clear the field and post ``Sent``."""
-        text = self.text.strip()
-        if text:
-            self.text = ""
-            self.post_message(self.Sent(text))
-
-    def action_new_line(self) -> None:
-        """Insert a line break at the cursor."""
-        self.insert("\n")
-
-    def put(self, text: str) -> None:
-        """Replace the text, move the cursor to the end of the text, and focus the field."""
-        self.text = text
-        self.move_cursor(self.document.end)
-        self.focus()
-
-    async def on_key(self, event: events.Key) -> None:
-        if event.key == "up" and not self.text:
-            event.stop()
-            event.prevent_default()
-            self.post_message(self.Recalled())
 
 
 class AnswerArea(OwnKeysFirst, TextArea):

@@ -45,7 +45,7 @@ from qlora_tui.tui.key_names import (
 from qlora_tui.tui.render.columns import fact_lines
 from qlora_tui.tui.render.meters import blocks, downsample, labeled, meter
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
-from qlora_tui.tui.screens.chat.dialogs import PromptBox
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved import (
     SavedConversation,
     conversation_line,

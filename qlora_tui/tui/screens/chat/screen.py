@@ -33,7 +33,6 @@ from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.dialogs import (
     AnswerEditor,
     ChatSettingsScreen,
-    PromptBox,
     chat_runs,
     conversation_picker,
     source_picker,
@@ -50,6 +49,7 @@ from qlora_tui.tui.screens.chat.panels import (
     session_line,
     unloaded_text,
 )
+from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.chat.saved import list_conversations, transcript_path
 from qlora_tui.tui.screens.chat.start import (
     ChatStart,
