@@ -32,6 +32,7 @@ from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
 from qlora_tui.tui.render.labels import PRECISION_NAMES
 from qlora_tui.tui.screens.base import WorkScreen
+from qlora_tui.tui.screens.memory.settings_table import settings_table
 from qlora_tui.tui.screens.memory.step_panels import (
     ItemsPanel,
     budget_words,
@@ -47,7 +48,6 @@ from qlora_tui.tui.screens.memory.what_fits import (
     FitPanel,
     Solution,
     next_targets,
-    settings_table,
     solve,
 )
 from qlora_tui.tui.screens.modals.dialogs import TextDialog
