@@ -38,7 +38,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.exact_memory import TraceStopped
 from qlora_tui.runs.task_metrics.task_evaluation import TaskEvaluation
 from qlora_tui.tui import app, clock, system_monitor
-from qlora_tui.tui.screens import run_commands
+from qlora_tui.tui.screens import runs_and_train_commands
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.train import screen as train
 from qlora_tui.worker import JobStopped
@@ -282,4 +282,4 @@ def answers_until_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_for(should_stop)
         raise JobStopped
 
-    monkeypatch.setattr(run_commands, "evaluate_task", evaluate)
+    monkeypatch.setattr(runs_and_train_commands, "evaluate_task", evaluate)

@@ -31,7 +31,7 @@ from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import result_label
 from qlora_tui.tui.render.loss import changes_of_loss, summary_plot
 from qlora_tui.tui.render.meters import downsample
-from qlora_tui.tui.screens import run_commands
+from qlora_tui.tui.screens import runs_and_train_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
 from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, reason, run_keys, short_name, when
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
@@ -488,7 +488,7 @@ async def test_two_keys_at_once_start_one_measurement_which_ends_with_the_app(
     async with app.run_test(size=(120, 40)) as pilot:
         await open_runs(app)
         await wait_for_text(pilot, "[a] compares answers")
-        assert isinstance(app.screen, run_commands.RunCommands)
+        assert isinstance(app.screen, runs_and_train_commands.RunCommands)
         app.screen.evaluate(three_runs[0])
         app.screen.evaluate(three_runs[0])
         await wait_until(pilot, lambda: bool(endless_measurements))

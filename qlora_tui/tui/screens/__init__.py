@@ -2,5 +2,5 @@
 
 The keys of all screens, with their texts for help and palette, are in ``tui/commands.toml``. A key's action
 is the method ``action_…`` of the screen. ``base`` has the base classes of the screens, ``modals`` the dialogs
-that any screen may open, and ``run_commands`` the commands that Runs and Train have in common.
+that any screen may open, and ``runs_and_train_commands`` the commands that Runs and Train have in common.
 """

@@ -33,7 +33,6 @@ from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
 from qlora_tui.tui.render.loss import summary_lines
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen, TextPromptScreen, write_or_ask
 from qlora_tui.tui.screens.presets.screen import save_as
-from qlora_tui.tui.screens.run_commands import RunCommands
 from qlora_tui.tui.screens.runs.compare import MAX_COMPARED, CompareScreen
 from qlora_tui.tui.screens.runs.run_list import (
     RunFiles,
@@ -49,6 +48,7 @@ from qlora_tui.tui.screens.runs.run_list import (
     settings_lines,
 )
 from qlora_tui.tui.screens.runs.sweep import show_sweeps
+from qlora_tui.tui.screens.runs_and_train_commands import RunCommands
 from qlora_tui.tui.screens.train.screen import prepare_run, show_run
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import SLOW_ACTIONS, act_on_run

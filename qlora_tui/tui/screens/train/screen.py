@@ -36,7 +36,7 @@ from qlora_tui.tui.screens.modals.dialogs import (
     TextPromptScreen,
     ask_search,
 )
-from qlora_tui.tui.screens.run_commands import RunCommands
+from qlora_tui.tui.screens.runs_and_train_commands import RunCommands
 from qlora_tui.tui.screens.train.launch_pane import LaunchPane, first_fix, launch, setting_notes
 from qlora_tui.tui.screens.train.live_pane import LEVELS, LivePane, LogTail
 from qlora_tui.tui.screens.train.outcome import resume_step

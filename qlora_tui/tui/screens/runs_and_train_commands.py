@@ -1,4 +1,6 @@
-"""The commands that the Runs screen and the Train screen share. Each command acts on one run."""
+"""The commands that the Runs screen and the Train screen share. Each command acts on one run. Commands that
+only Runs has, such as renaming and deleting a run, are in ``runs/screen``.
+"""
 
 from __future__ import annotations
 
