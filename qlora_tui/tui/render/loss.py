@@ -15,7 +15,7 @@ from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
 from qlora_tui.tui.render.meters import bar
-from qlora_tui.tui.render.picture import area, circle, curve, document, star, straight, text
+from qlora_tui.tui.render.picture import ON_ANY, Colors, area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     Axis,
     Curve,
@@ -229,8 +229,8 @@ def loss_svg(view: RunView) -> str:
     legend = "gray: loss of each step   blue: smoothed   green: validation loss (★ best)"
     parts = [
         *loss_picture(view, frame, ON_ANY),
-        text(_LEFT, 28, title, ON_ANY.axis, size=18),
-        text(_WIDTH - _RIGHT, _HEIGHT - 8, legend, ON_ANY.axis, anchor="end"),
+        text(_LEFT, 28, title, ON_ANY.labels, size=18),
+        text(_WIDTH - _RIGHT, _HEIGHT - 8, legend, ON_ANY.labels, anchor="end"),
     ]
     return document(_WIDTH, _HEIGHT, parts)
 
@@ -243,23 +243,6 @@ class Frame:
     y: float
     width: float
     height: float
-
-
-@dataclass(frozen=True)
-class Colors:
-    """Colors of a chart in a picture."""
-
-    raw: str
-    mean: str
-    validation: str
-    axis: str
-    grid: str
-    fill: str = ""
-    """Color of the area under the smoothed loss; empty for none."""
-    grid_opacity: float = 1.0
-
-
-ON_ANY = Colors("#9a9a9a", "#2f7fb5", "#2e8b57", "#777777", "#777777", grid_opacity=0.3)
 
 
 def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) -> list[str]:
@@ -289,9 +272,9 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
         parts.append(
             straight(frame.x, y(value), frame.x + frame.width, y(value), colors.grid, colors.grid_opacity)
         )
-        parts.append(text(frame.x - 8, y(value) + size / 3, label, colors.axis, size=size, anchor="end"))
+        parts.append(text(frame.x - 8, y(value) + size / 3, label, colors.labels, size=size, anchor="end"))
     for value, label in ticks(x_axis, 8):
-        parts.append(text(x(value), bottom + size + 7, label, colors.axis, size=size, anchor="middle"))
+        parts.append(text(x(value), bottom + size + 7, label, colors.labels, size=size, anchor="middle"))
     raw = [(x(step), y(loss)) for step, loss in zip(steps, losses, strict=True)]
     points = [(x(step), y(loss)) for step, loss in evaluations]
     parts += [*curve(raw, colors.raw, 1.0), *curve(points, colors.validation, 1.5)]

@@ -1,4 +1,4 @@
-"""Pictures made of a few shapes, as SVG files, or as PNG files drawn by Pillow.
+"""Pictures made of a few shapes, as SVG files, or as PNG files drawn by Pillow, and their colors.
 
 Text uses the viewer's fonts, whose widths are unknown, so text is cut and wrapped by estimated widths. The
 files contain no scripts, fonts or links. Characters that are invisible or that XML does not allow are
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -34,6 +35,50 @@ narrower.
 """
 _NARROW_CHARACTERS = frozenset("iljtfr.,:;'|!()[] ")
 _UPPER = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Colors:
+    """Colors of a chart in a picture, which has the same colors whatever the theme of the app is."""
+
+    raw: str
+    mean: str
+    validation: str
+    labels: str
+    grid: str
+    fill: str = ""
+    """Color of the area under the smoothed loss; empty for none."""
+    grid_opacity: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardColors(Colors):
+    """Colors of a run card and of its chart. ``validation`` is also the color of a better value."""
+
+    background: str
+    panel: str
+    title: str
+    text: str
+    worse: str
+
+
+ON_ANY = Colors(
+    raw="#9a9a9a", mean="#2f7fb5", validation="#2e8b57", labels="#777777", grid="#777777", grid_opacity=0.3
+)
+"""Colors that are readable on both white and black."""
+CARD = CardColors(
+    background="#10151c",
+    panel="#18202a",
+    title="#f2f5f8",
+    text="#c3ced9",
+    labels="#8797a8",
+    raw="#4a5a6b",
+    mean="#5fafd7",
+    validation="#87d787",
+    worse="#ffaf5f",
+    grid="#2b3643",
+    fill="#1d2f3f",
+)
 
 
 def document(width: int, height: int, parts: Iterable[str]) -> str:

@@ -29,8 +29,9 @@ from qlora_tui.runs.run_summary import data_words
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
 from qlora_tui.runs.telemetry import EnergyMeter
 from qlora_tui.runs.view import RunView
-from qlora_tui.tui.render.loss import Colors, Frame, loss_picture
+from qlora_tui.tui.render.loss import Frame, loss_picture
 from qlora_tui.tui.render.picture import (
+    CARD,
     arrow,
     broken,
     cut,
@@ -42,10 +43,6 @@ from qlora_tui.tui.render.picture import (
 )
 
 _WIDTH, _HEIGHT = 1200, 630
-_BACKGROUND, _PANEL = "#10151c", "#18202a"
-_BRIGHT, _PLAIN, _DIM = "#f2f5f8", "#c3ced9", "#8797a8"
-_BETTER, _WORSE = "#87d787", "#ffaf5f"
-_CURVE = Colors("#4a5a6b", "#5fafd7", _BETTER, _DIM, "#2b3643", fill="#1d2f3f")
 _EDGE, _GAP, _INSIDE = 40, 16, 24
 """Margin to the left and right of the panels, gap between two panels, and padding inside a panel, in units of
 the picture.
@@ -158,13 +155,13 @@ def card_svg(view: RunView, card: RunCard) -> str:
     height = (_SPLIT - _GAP if lower else _BOTTOM) - _TOP
     right = _EDGE + _LEFT_WIDTH + _GAP
     parts = [
-        rectangle(0, 0, _WIDTH, _HEIGHT, _BACKGROUND),
+        rectangle(0, 0, _WIDTH, _HEIGHT, CARD.background),
         *_head(card),
-        rectangle(_EDGE, _TOP, _LEFT_WIDTH, height, _PANEL, 12),
-        text(_EDGE + _INSIDE, _TOP + 32, "loss", _DIM, size=16),
+        rectangle(_EDGE, _TOP, _LEFT_WIDTH, height, CARD.panel, 12),
+        text(_EDGE + _INSIDE, _TOP + 32, "loss", CARD.labels, size=16),
         *_legend(view),
-        *loss_picture(view, Frame(_EDGE + 74, _TOP + 52, _LEFT_WIDTH - 104, height - 96), _CURVE, 14),
-        rectangle(right, _TOP, _WIDTH - _EDGE - right, height, _PANEL, 12),
+        *loss_picture(view, Frame(_EDGE + 74, _TOP + 52, _LEFT_WIDTH - 104, height - 96), CARD, 14),
+        rectangle(right, _TOP, _WIDTH - _EDGE - right, height, CARD.panel, 12),
         *_outcome(card, right + _INSIDE, _WIDTH - _EDGE - right - 2 * _INSIDE, height),
     ]
     if lower:
@@ -176,17 +173,17 @@ def _head(card: RunCard) -> list[str]:
     room = _WIDTH - 2 * _EDGE
     model = cut(card.model, room - 260, 42)
     return [
-        text(_EDGE, 80, model, _BRIGHT, size=42, bold=True),
-        text(_WIDTH - _EDGE, 50, "trained with qlora-tui", _DIM, size=17, anchor="end"),
-        text(_WIDTH - _EDGE, 80, card.state, _PLAIN, size=20, anchor="end"),
-        text(_EDGE, 116, cut(f"fine-tuned on {card.data}", 620, 20), _PLAIN, size=20),
-        text(_WIDTH - _EDGE, 116, cut(card.setup, 480, 18), _DIM, size=18, anchor="end"),
+        text(_EDGE, 80, model, CARD.title, size=42, bold=True),
+        text(_WIDTH - _EDGE, 50, "trained with qlora-tui", CARD.labels, size=17, anchor="end"),
+        text(_WIDTH - _EDGE, 80, card.state, CARD.text, size=20, anchor="end"),
+        text(_EDGE, 116, cut(f"fine-tuned on {card.data}", 620, 20), CARD.text, size=20),
+        text(_WIDTH - _EDGE, 116, cut(card.setup, 480, 18), CARD.labels, size=18, anchor="end"),
     ]
 
 
 def _legend(view: RunView) -> list[str]:
     at: float = _EDGE + _LEFT_WIDTH - _INSIDE
-    names = (("training, smoothed", _CURVE.mean), ("validation", _CURVE.validation))
+    names = (("training, smoothed", CARD.mean), ("validation", CARD.validation))
     parts = []
     for name, color in names if view.best is not None else names[:1]:
         parts.append(text(at, _TOP + 32, name, color, size=15, anchor="end"))
@@ -199,16 +196,16 @@ def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
     facts below.
     """
     before, after = card.loss
-    parts = [text(x, _TOP + 32, "validation loss", _DIM, size=16)]
+    parts = [text(x, _TOP + 32, "validation loss", CARD.labels, size=16)]
     if after is None:
-        parts.append(text(x, _TOP + 88, "not measured after training", _PLAIN, size=22))
+        parts.append(text(x, _TOP + 88, "not measured after training", CARD.text, size=22))
     else:
-        color = _BETTER if before is None or after < before else _WORSE
+        color = CARD.validation if before is None or after < before else CARD.worse
         end = x
         if before is not None:
             start = format_loss(before)
             end += text_width(start, 44) + 18
-            parts += [text(x, _TOP + 88, start, _PLAIN, size=44), *arrow(end, _TOP + 72, 42, _DIM)]
+            parts += [text(x, _TOP + 88, start, CARD.text, size=44), *arrow(end, _TOP + 72, 42, CARD.labels)]
             end += 58
         parts.append(text(end, _TOP + 88, format_loss(after), color, size=50, bold=True))
         if before:
@@ -220,8 +217,8 @@ def _outcome(card: RunCard, x: float, width: float, height: float) -> list[str]:
     step = min(66.0, (height - 116) / max(1, rows))
     for number, (label, value) in enumerate(card.facts):
         left, top = x + number % 2 * width / 2, _TOP + 110 + number // 2 * step
-        parts.append(text(left, top + 16, label, _DIM, size=14))
-        parts.append(text(left, top + 37, cut(value, width / 2 - 12, 20), _BRIGHT, size=20))
+        parts.append(text(left, top + 16, label, CARD.labels, size=14))
+        parts.append(text(left, top + 37, cut(value, width / 2 - 12, 20), CARD.title, size=20))
     return parts
 
 
@@ -230,17 +227,17 @@ def _conversation(card: RunCard) -> list[str]:
     x, width = _EDGE + _INSIDE, _WIDTH - 2 * _EDGE - 2 * _INSIDE
     column = (width - 2 * _INSIDE) / 2
     parts = [
-        rectangle(_EDGE, _SPLIT, _WIDTH - 2 * _EDGE, _BOTTOM - _SPLIT, _PANEL, 12),
+        rectangle(_EDGE, _SPLIT, _WIDTH - 2 * _EDGE, _BOTTOM - _SPLIT, CARD.panel, 12),
         text(
             x,
             _SPLIT + 34,
             cut(f"“{card.question[:_MAX_CHARACTERS]}”", width, 20),
-            _BRIGHT,
+            CARD.title,
             size=20,
             bold=True,
         ),
     ]
-    looks = (("before", _DIM, _PLAIN), ("after", _BETTER, _BRIGHT))
+    looks = (("before", CARD.labels, CARD.text), ("after", CARD.validation, CARD.title))
     for number, ((name, color, plain), answer) in enumerate(zip(looks, card.answers, strict=True)):
         left = x + number * (column + 2 * _INSIDE)
         parts.append(text(left, _SPLIT + 64, name, color, size=15, bold=True))
@@ -260,6 +257,6 @@ def save_card(run: RunDir, file: Path, *, with_answers: bool = True) -> None:
 
     def content(view: RunView, kind: str) -> bytes:
         svg = card_svg(view, read_card(view, with_answers=with_answers))
-        return picture_file(svg, kind, _BACKGROUND)
+        return picture_file(svg, kind, CARD.background)
 
     save_run(run, file, (".svg", ".png"), content, neither="in .svg nor in .png", example="card.svg")
