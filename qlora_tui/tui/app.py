@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 SYSTEM_POLL_INTERVAL_S = 1.0
 _SETTLE_S = 0.3
+_LONG_NOTICE_S = 10.0
+"""Time that warnings, errors and late replies of another machine stay on the screen, in seconds."""
 _TELL_AGAIN_S = 20.0
 """Minimum number of seconds between two notifications that the machine given with ``--host`` does not
 respond.
@@ -113,7 +115,7 @@ class QloraApp(ThemedApp):
         workbench.on_outline = partial(self.call_later, self._describe_model)  # the caller may be in a thread
         for problem in (workbench.draft_error, workbench.preset_error):
             if problem is not None:
-                self.call_later(partial(self.notify, str(problem), severity="warning", timeout=10))
+                self.call_later(partial(self.notify, str(problem), severity="warning"))
         return workbench
 
     @cached_property
@@ -276,7 +278,7 @@ class QloraApp(ThemedApp):
 
             problems += validate_keymap(self.settings.keymap)
         for problem in problems:
-            self.notify(problem, severity="warning", timeout=10)
+            self.notify(problem, severity="warning")
 
     def apply_settings(self, settings: Settings) -> None:
         """Apply settings that were changed while the app is running."""
@@ -339,9 +341,12 @@ class QloraApp(ThemedApp):
     def notify(self, message: str, *, markup: bool = False, **how: Any) -> None:
         """Show a notification as plain text, since names of runs and files may contain brackets.
 
-        The notification replaces earlier ones except warnings and errors, which stay for their full time.
+        The notification replaces earlier ones except warnings and errors, which stay for their full time:
+        ``_LONG_NOTICE_S``, unless ``timeout`` is given.
         """
         self.dismiss_information()
+        if how.get("severity", "information") != "information":
+            how.setdefault("timeout", _LONG_NOTICE_S)
         super().notify(message, markup=False, **how)
 
     def action_dismiss_notifications(self) -> None:
@@ -487,7 +492,7 @@ class QloraApp(ThemedApp):
         for news in system_status.ended_runs:
             desktop.notify_run_ended(self, news)
         for problem in self.reload_themes():
-            self.notify(problem, severity="warning", timeout=10)
+            self.notify(problem, severity="warning")
         if self.has_class("-away") and not system_status.box_silent_s:
             # The other machine responds again, so its model files can be read.
             self.workbench.forget_architecture()
@@ -495,7 +500,7 @@ class QloraApp(ThemedApp):
         self.set_class(system_status.box_silent_s > 0, "-away")
         link = current()
         while link is not None and link.late_replies:
-            self.notify(link.late_replies.popleft(), title=link.box.name, timeout=10)
+            self.notify(link.late_replies.popleft(), title=link.box.name, timeout=_LONG_NOTICE_S)
         gpu_changed = system_status.gpu != self.system_status.gpu
         self.system_status = system_status
         self.system_status_changed.publish(system_status)

@@ -179,5 +179,5 @@ class DiskFaults:
             return False
         if time.monotonic() - self._reported_at.get(problem.code, -REPEAT_S) >= REPEAT_S:
             self._reported_at[problem.code] = time.monotonic()
-            app.notify(str(problem), severity="error", timeout=10)
+            app.notify(str(problem), severity="error")
         return True

@@ -477,7 +477,7 @@ def save_or_ask(app: QloraApp) -> None:
     other_draft = Draft()
     other = open_workbench(other_draft)
     if other.draft_error is not None:
-        app.notify(str(other.draft_error), severity="warning", timeout=10)
+        app.notify(str(other.draft_error), severity="warning")
         app.draft.save(app.workbench)
         return
 
@@ -525,7 +525,6 @@ def tell_of_change(app: QloraApp) -> None:
             f"Another window changed the recipe. Press {key_name('app.reload')} to load it. If you edit "
             f"first, the app asks which recipe to keep.",
             severity="warning",
-            timeout=10,
         )
         app.recipe_changed.publish(app.workbench.recipe)
 
