@@ -10,8 +10,8 @@ setting_stepper  computes the next value of a setting when its key is pressed
 terminal_app     base class of themed_app: decides what is sent to the terminal, and when; line_filters
                  rewrites lines before they are sent
 textual_compat   all uses of Textual's private API; tests/tui/test_textual_compat.py checks them
-themes           reads and validates theme files, and derives a theme from the terminal's own colors;
-                 themed_app, the base class of app, selects the theme to show
+themes           reads and validates the files of the folder themes, and derives a theme from the terminal's
+                 own colors; themed_app, the base class of app, selects the theme to show
 color_query      asks the terminal for its colors, and removes the replies from the keyboard input
 breakpoints      window sizes at which app sets the CSS classes -narrow, -wide, -short and so on; app.tcss has
                  the CSS that all screens share
