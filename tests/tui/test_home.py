@@ -41,6 +41,7 @@ from qlora_tui.tui.screens.home.next_step import DEMO, HomeState, next_step, oth
 from qlora_tui.tui.screens.home.panel_lines import (
     HomeLayout,
     numbers_lines,
+    recent_lines,
     recipe_lines,
     run_lines,
 )
@@ -121,10 +122,17 @@ def test_an_ended_run_says_what_it_achieved_in_one_line_of_whole_facts() -> None
         shown = run_lines(replace(ended, verdict=verdict), False, BEGAN, replace(layout, left=left))
         return [line.plain for line in shown]
 
-    assert lines(70)[-1] == f"best validation loss 2.500   from 5.000 (-50%)  {trained}"
-    assert lines(50)[-1] == "best validation loss 2.500   from 5.000 (-50%)"
+    assert lines(70)[-1] == f"best validation loss 2.500   -50% from 5.000   {trained}"
+    assert lines(50)[-1] == "best validation loss 2.500   -50% from 5.000"
     learned = replace(plain, sentence="Learned: validation loss fell by 2.500.", has_only_losses=False)
     assert lines(70, learned)[-1] == learned.sentence
+    # Among the earlier runs, the reason of a failure takes the place of a loss.
+    crowded = Failed(at=BEGAN + 500, title="Out of memory", what="The step needs 13 GiB.")
+    failed = summarize(write_fake_run(FakeRun(name="owls", state="failed", failed=crowded)))
+    earlier = [line.plain for line in recent_lines((failed, ended), BEGAN + 600, 77, 2)]
+    assert (
+        "✗ owls" in earlier[0] and "  Out of memory  " in earlier[0] and "  best val. 2.500  " in earlier[1]
+    )
 
 
 def test_next_to_an_active_run_the_next_one_warns_quietly_in_two_lines() -> None:

@@ -65,8 +65,12 @@ _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
 """States in which a run's status has details on what went wrong."""
 _MAX_NAME_WIDTH = 44
 """Maximum width of a run's or model's name in the list of runs, in cells."""
+_FELL = "bold $validation"
+"""Style of how far the validation loss of a run fell."""
 _LABEL = 8
 """Width of the label before a bar, in cells."""
+_OUTCOME_CELLS = 26
+"""Maximum width of a run's outcome in the list of runs, in cells."""
 _MIN_WIDTH_FOR_BARS, _MIN_WIDTH_FOR_MODELS = 90, 140
 """Minimum width, in cells, at which the list of runs shows the changes of validation losses
 (:func:`changes_of_loss`), and at which it also shows models and settings.
@@ -267,7 +271,8 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
         figures.append(best_figure(loss, summary.loss_to_beat))
         for first_step, before in summary.evaluations[:1]:
             if not first_step and loss < before:
-                facts.append(f"from {format_loss(before)} ({format_points(loss / before - 1)}%)")
+                change = f"{format_points(loss / before - 1)}%"
+                figures.append(Figure(f"from {format_loss(before)}", change, _FELL, label_first=False))
     elif summary.loss is not None:
         figures.append(Figure("last training loss", format_loss(summary.loss)))
     if summary.loss_to_beat is not None:
@@ -298,12 +303,19 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
     """Return a line for each of the first ``height`` runs, such as
-    ``✓ finished  qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``. ``now``: the current Unix time.
+    ``✓ qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``. ``now``: the current Unix time.
     """
 
-    def state(summary: RunSummary) -> Content:
-        sign, word, style = result_label(summary.status, summary.defect)
-        return Content.styled(f"{sign} {word}", style)
+    def sign(summary: RunSummary) -> Content:
+        symbol, _, style = result_label(summary.status, summary.defect)
+        return Content.styled(symbol, style)
+
+    def outcome(summary: RunSummary) -> Content:
+        if summary.failure:
+            return Content(summary.failure)
+        _, word, style = result_label(summary.status, summary.defect)
+        best = "" if summary.best is None else f"best val. {format_loss(summary.best[0])}"
+        return Content(best) if best and word == "finished" else Content.assemble((word, style), f"  {best}")
 
     def when(summary: RunSummary) -> str:
         at = summary.status.at
@@ -314,8 +326,8 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
     changes = changes_of_loss(summaries[:height])
     shared = shared_settings(summary.settings for summary in summaries)
     columns: tuple[Column[RunSummary], ...] = (
-        Column(text=state, width=13),
-        Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=0),
+        Column(text=sign),
+        Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=1),
         Column(
             text=lambda s: s.model,
             max_width=_MAX_NAME_WIDTH,
@@ -328,7 +340,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
             shown_from=_MIN_WIDTH_FOR_MODELS,
             shown_if_empty=False,
         ),
-        Column(text=lambda s: "" if s.best is None else f"best val. {format_loss(s.best[0])}"),
+        Column(text=outcome, max_width=_OUTCOME_CELLS, is_sentence=True),
         Column(text=lambda s: changes.get(s.id, ""), shown_from=_MIN_WIDTH_FOR_BARS, shown_if_empty=False),
         Column(text=when, style="dim"),
     )
