@@ -411,6 +411,10 @@ class Verdict:
     """Reason for the width of the uncertainty range."""
     is_exact: bool = False
     """Whether the step was traced rather than calculated."""
+    used_bytes: int = 0
+    """Estimated memory of a run to which all of the available memory is free. Such a run uses more than
+    ``needed_bytes`` if this makes it faster. 0 if unknown.
+    """
 
     @property
     def spare_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qlora_tui.formatting import format_bytes
 from qlora_tui.memory.execution import ADAPTER_ITEMSIZE, LOSS_BLOCK_ROWS, LOSS_CHUNK_ROWS, ExecutionConfig
 from qlora_tui.memory.layout import Layout
 from qlora_tui.memory.levels import TOKENIZER_BYTES_PER_TOKEN
@@ -12,8 +13,11 @@ from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from qlora_tui.memory.estimate import Verdict
     from qlora_tui.memory.step_choice import StepChoice
 
+INSTANT = "~"
+"""Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 LABELS: dict[str, str] = {
     "weights": "Quantized weights",
     "scales": "Quantization scales",
@@ -50,6 +54,41 @@ LABELS: dict[str, str] = {
     "runtime": "Python and libraries",
 }
 """Label of each item, in the order of the stacked bar."""
+
+
+def verdict_word(verdict: Verdict, *, can_train: bool = True) -> str:
+    """Return the verdict's word. ``fits`` becomes ``would fit`` for a model that cannot be trained."""
+    return "would fit" if verdict.word == "fits" and not can_train else verdict.word
+
+
+def fit_texts(verdict: Verdict, place: str = "", *, can_train: bool = True) -> tuple[str, ...]:
+    """Return wordings, longest first, of a verdict with its figures: ``fits: uses ~9.5 of 12.0 GiB (RTX
+    3060), needs at least 6.4``, ``fits: ~9.5 of 12.0 GiB``.
+
+    Args:
+        verdict: The verdict. If a run's use is unknown, or if not even the least may fit, the figure is what
+            the run needs at least.
+        place: Name of the device with the available memory; empty to leave it out.
+        can_train: Whether the model can be trained.
+    """
+    total = format_bytes(verdict.available_bytes)
+    unit = f" {total.rpartition(' ')[2]}"
+    needed, used = (format_bytes(size) for size in (verdict.needed_bytes, verdict.used_bytes))
+    least = f"{'' if verdict.is_exact else INSTANT}{needed.removesuffix(unit)}"
+    figure, at_least, verb = least, "", "needs"
+    if verdict.used_bytes and verdict.fits_even_if_tight:
+        verb = "uses"
+        if used != needed:
+            figure, at_least = f"{INSTANT}{used.removesuffix(unit)}", f", needs at least {least}"
+    sizes = f"{figure} of {total}"
+    word, where = verdict_word(verdict, can_train=can_train), f" ({place})" if place else ""
+    return (
+        f"{word}: {verb} {sizes}{where}{at_least}",
+        f"{word}: {verb} {sizes}{at_least}",
+        f"{word}: {verb} {sizes}{where}",
+        f"{word}: {verb} {sizes}",
+        f"{word}: {sizes}",
+    )
 
 
 def describe_choice(choice: StepChoice) -> str:

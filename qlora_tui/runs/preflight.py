@@ -37,7 +37,7 @@ from qlora_tui.gpu.nvml import Nvml
 from qlora_tui.installation import install_command
 from qlora_tui.memory import Estimate, cheapest_changes, check_fit, choose_step, estimate
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.memory.explain import describe_choice
+from qlora_tui.memory.explain import describe_choice, describe_speedup, fit_texts
 from qlora_tui.memory.traces import known_traces, remember
 from qlora_tui.memory.weights import require_4_bit_experts
 from qlora_tui.recipe.conflicts import find_conflicts
@@ -358,14 +358,14 @@ def _memory(
         budget = budget.with_traces(known_traces())
         estimated = estimate(recipe, files.architecture, device=budget.device)
         verdict = check_fit(estimated, budget.bytes)
-    needed, available = format_gib(verdict.needed_bytes), format_gib(budget.bytes)
-    text = f"{verdict.word}: {needed} of {available} GiB of {budget.name}."
     # Memory that an active run holds will be free again.
     now = None if machine.active or budget.is_assumed else machine.free_bytes
     free_bytes = budget.bytes if now is None else now
     choice = choose_step(recipe, files.architecture, free_bytes, device=budget.device)
+    verdict = replace(verdict, used_bytes=choice.estimate.process_bytes)
+    text = f"{fit_texts(verdict, budget.name)[0]}."
     if chosen := describe_choice(choice):
-        text += f" The run will use {format_gib(choice.estimate.total_bytes)} GiB to be faster: {chosen}."
+        text += f" Free memory makes it {describe_speedup(choice.speedup)}: {chosen}."
     match verdict.word:
         case "fits":
             check = Check(CheckKind.MEMORY, "ok", text, verdict=verdict)

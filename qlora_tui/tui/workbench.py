@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,8 @@ class Workbench:
         self._compared: tuple[
             tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
         ] = ()
+        self._used: tuple[tuple[Estimate, int, int], ...] = ()
+        """(estimate, bytes of available memory, bytes that a run will use), newest first."""
 
     @property
     def recipe(self) -> Recipe:
@@ -242,12 +244,30 @@ class Workbench:
 
     def verdict(self, budget: MemoryBudget) -> Verdict | None:
         """Return the verdict on whether the recipe fits the memory in ``budget``; None if nothing can be
-        estimated.
+        estimated. What a run will use is unknown until :meth:`plan_use` has returned.
         """
         from qlora_tui.memory import check_fit
 
         estimated = self.estimate(budget.device)
-        return None if estimated is None else check_fit(estimated, budget.bytes)
+        if estimated is None:
+            return None
+        return replace(check_fit(estimated, budget.bytes), used_bytes=self._used_bytes(estimated, budget))
+
+    def plan_use(self, budget: MemoryBudget) -> None:
+        """Calculate how much of the memory in ``budget`` a run of the recipe will use. This takes up to 30
+        estimates, so call it in a thread. Does nothing if the recipe cannot be estimated.
+        """
+        from qlora_tui.memory import choose_step
+
+        recipe, architecture, estimated = self.recipe, self.architecture(), self.estimate(budget.device)
+        if estimated is not None and not isinstance(architecture, UserError):
+            choice = choose_step(recipe, architecture, budget.bytes, device=budget.device)
+            self._used = ((estimated, budget.bytes, choice.estimate.process_bytes), *self._used[:1])
+
+    def _used_bytes(self, estimated: Estimate, budget: MemoryBudget) -> int:
+        """Return the memory that a run with this estimate will use; 0 if it is unknown."""
+        uses = (used for of, bytes_, used in self._used if (of, bytes_) == (estimated, budget.bytes))
+        return next(uses, 0)
 
     def _change_to(self, state: _EditState) -> None:
         """Make ``state`` the current state. Undo restores the previous state."""

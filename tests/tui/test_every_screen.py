@@ -229,12 +229,12 @@ async def test_a_model_without_weights_would_fit_but_cannot_train(private_home: 
     model = config_folder(private_home, "Qwen__Qwen2.5-7B", has_weights=False)
     app = open_on("lora", model=str(model))
     async with app.run_test(size=(80, 24)) as pilot:
-        await wait_for_text(pilot, "✗ no weights", "NF4 ~6.3 of 24.0 GiB (assumed GPU) would fit")
+        await wait_for_text(pilot, "✗ no weights", "NF4 would fit: uses", "of 24.0 GiB, needs at least ~6.3")
         await pilot.press("3")
         await wait_for_text(pilot, "NF4 would fit", "✗ no weights")
         await pilot.press("0")
-        await wait_for_text(pilot, "would fit  ✗ cannot", "weights, or", "cannot train: no weights")
+        await wait_for_text(pilot, "(this CPU)  ✗ cannot train", "weights, or", "cannot train: no weights")
         for file in ("model.safetensors", "tokenizer.json"):
             shutil.copy(config_folder(private_home, "Qwen__Qwen2.5-0.5B") / file, model)
         await pilot.press("1", "r", "4")
-        await wait_for_text(pilot, "6.3 of 24.0 GiB (assumed GPU) fits")
+        await wait_for_text(pilot, "NF4 fits: uses", "needs at least ~6.3")

@@ -274,9 +274,9 @@ async def test_the_checks_ignore_an_assumed_gpu(private_home: Path) -> None:
         text = await wait_for_text(pilot, "checks ok  model, memory", "No GPU: runs train on the CPU")
         # The run's memory comes first, then the figure of the other screens.
         (line,) = (line for line in text.splitlines() if "(this CPU)" in line)
-        assert re.search(r"of 32\.0 GiB \(this CPU\) .*fit.* · .* of 12\.0 GiB \(assumed GPU\) .*fit", line)
+        assert re.search(r"fit: .* of 32\.0 GiB \(this CPU\) · .*fit: .* of 12\.0 GiB \(assumed GPU\)", line)
         await pilot.press("v")
-        await wait_for_text(pilot, "of 32.0 GiB of this")
+        await wait_for_text(pilot, "of 32.0 GiB (this machine")
 
 
 async def test_a_key_measures_three_steps_until_it_is_pressed_again(

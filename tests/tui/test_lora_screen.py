@@ -211,7 +211,7 @@ async def test_a_very_large_window_has_bars_below_panels_that_end_in_the_same_ro
         shown = text_of(app)
         assert shown.index("A higher rank can learn more") < shown.index("The QLoRA paper found")
         await pilot.resize_terminal(200, 46)
-        await wait_for_text(pilot, " params     disk    memory")
+        await wait_for_text(pilot, " params     disk     needs")
         assert "base weights" not in text_of(app)
 
 

@@ -37,6 +37,7 @@ from qlora_tui.tui.screens.memory.step_panels import (
 )
 from qlora_tui.tui.screens.memory.timeline import timeline_lines
 from qlora_tui.tui.screens.memory.what_fits import Solution
+from qlora_tui.tui.widgets.controls import HEADING
 from qlora_tui.worker import JobStopped, Progress
 from tests.memory.models import traced_peaks
 from tests.support.counting import count_estimates
@@ -51,10 +52,11 @@ def seven_billion(private_home: Path) -> str:
 
 @pytest.mark.parametrize("width", [30, 37, 38, 40, 46, 90, 160])
 def test_an_item_is_one_line_at_any_width(width: int) -> None:
-    for _, line in item_lines(
-        estimate(Recipe(), parse_architecture(config_of("Qwen__Qwen2.5-7B"))), False, width
-    ):
-        assert line.cell_length <= width and "%" in line.plain
+    of_recipe = estimate(Recipe(), parse_architecture(config_of("Qwen__Qwen2.5-7B")))
+    nested, flat = (item_lines(of_recipe, False, is_nested, width) for is_nested in (True, False))
+    assert sorted(key for key, _ in nested) == sorted(key for key, _ in flat if key != f"{HEADING}items")
+    for key, line in (*nested, *flat):
+        assert line.cell_length <= width and ("%" in line.plain or key == f"{HEADING}items")
 
 
 def _big(app: QloraApp) -> None:
@@ -338,9 +340,9 @@ async def test_the_bar_under_the_cursor_is_not_reversed_in_16_colors(seven_billi
     """Otherwise the bar looks like the background, and the background like a bar."""
     app = open_on("memory", model=seven_billion, theme="terminal-dark")
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "  Quantized weights ")
+        await wait_for_text(pilot, "█ Quantized weights ")
         (line,) = (
-            line for line in segments_of(app) if "  Quantized weights " in "".join(s.text for s in line)
+            line for line in segments_of(app) if "█ Quantized weights " in "".join(s.text for s in line)
         )
         reversed_text = "".join(each.text for each in line if each.style and each.style.reverse)
         assert "Quantized weights" in reversed_text and "█" not in reversed_text

@@ -17,15 +17,15 @@ from qlora_tui.formatting import (
     format_loss,
     format_number,
     format_rate,
-    format_sizes,
     pluralize,
     short_model_name,
     truncate_middle,
     uncapitalize,
 )
-from qlora_tui.memory import Verdict, check_fit
+from qlora_tui.memory import Verdict
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.memory.estimate import Precision, precision_of
+from qlora_tui.memory.estimate import Precision
+from qlora_tui.memory.explain import INSTANT, fit_texts, verdict_word
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.describe import done_at_words
@@ -50,8 +50,6 @@ _VERDICTS = {
 """(symbol, color) of each verdict on memory. Color is never the only cue: the word or the symbol is shown
 too.
 """
-INSTANT = "~"
-"""Prefix of an estimate that is calculated from formulas. An estimate from a traced step has no prefix."""
 _OUTCOME_STYLE = {"better": "$success", "worse": "$error", "unclear": "$warning"}
 CANNOT_TRAIN = "cannot train"
 """Note next to the estimate of a model that cannot be trained, for example because its weights are missing.
@@ -200,12 +198,9 @@ def preference_words(recipe: Recipe) -> str:
 
 
 def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str]:
-    """Return (text, color) for a verdict on memory. ``fits`` becomes ``would fit`` for a model that cannot be
-    trained.
-    """
-    if verdict.word == "fits" and not can_train:
-        return "would fit", "$text-muted"
-    return verdict.word, _VERDICTS[verdict.word][1]
+    """Return (text, color) for a verdict on memory, as in :func:`verdict_word`."""
+    word = verdict_word(verdict, can_train=can_train)
+    return word, _VERDICTS[word][1] if word in _VERDICTS else "$text-muted"
 
 
 def verdict_sign(verdict: Verdict) -> Content:
@@ -264,43 +259,49 @@ def refusal_words(*refusals: UserError) -> str:
 
 
 class FitLine:
-    """A recipe's memory compared with the available memory: ``NF4 ▄▄▄▄▁▁▁▁ ~6.3 of 24.0 GiB fits``.
+    """A recipe's memory compared with the available memory, worded by :func:`fit_texts`: ``NF4 ▄▄▄▁▁ fits:
+    uses ~9.5 of 24.0 GiB, needs at least ~6.3``.
 
     ``place``: name of the device with the available memory, from :func:`place_words`; empty to leave it out.
     """
 
     def __init__(self, label: str, verdict: Verdict, *, place: str = "", can_train: bool = True) -> None:
-        self._label = label
-        self._note = f" ({place})" if place else ""
-        self._share = verdict.needed_bytes / verdict.available_bytes
-        sizes = format_sizes(verdict.needed_bytes, "of", verdict.available_bytes)
-        self._figures = f"{'' if verdict.is_exact else INSTANT}{sizes}"
-        self._verdict = verdict_words(verdict, can_train=can_train)
-        self.least_width = len(label) + len(self._figures) + len(self._verdict[0]) + 1 + bool(label)
-        has_sign = verdict.word != "fits"
-        self._short = Content.assemble(
-            verdict_sign(verdict) + " " if has_sign else "",
-            (f"{self._figures.removesuffix(' GiB')}{self._note}", self._verdict[1]),
-        )
+        self._label = f"{label} " if label else ""
+        self._verdict = verdict
+        self._place = place
+        self._texts = fit_texts(verdict, place, can_train=can_train)
+        self._word, self._style = verdict_words(verdict, can_train=can_train)
 
     def draw_short(self, width: int) -> Content:
-        """Return the line without a bar. If it does not fit ``width``, the verdict is only its symbol, and
-        the unit is left out: ``✗ ~13.1 of 12.0 (assumed GPU)``.
+        """Return the line with the device and without a bar. If it does not fit ``width``, the verdict is
+        only its symbol, and the unit is left out: ``✗ ~13.1 of 12.0 (assumed GPU)``.
         """
-        whole = self.least_width + len(self._note)
-        return self.draw(whole + 1 + _MIN_BAR, 0) if whole <= width else self._short
+        figures = self._texts[-1].removeprefix(f"{self._word}: ")
+        place = f" ({self._place})"
+        for text in (self._texts[2], f"{self._word}: {figures}{place}"):
+            if len(self._label) + len(text) <= width:
+                return self._colored(text)
+        has_sign = self._verdict.word != "fits"
+        return Content.assemble(
+            verdict_sign(self._verdict) + " " if has_sign else "",
+            (f"{figures.rpartition(' ')[0]}{place}", self._style),
+        )
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """Return the line. If there is room within ``width``, the line includes a bar of at most ``max_bar``
-        cells, and the name of the device in parentheses.
+        """Return the longest wording that fits ``width``. If there is room, a bar of at most ``max_bar``
+        cells comes first; None if the bar has no maximum length.
         """
-        figures, free = self._figures, width - self.least_width - 1
-        if free >= len(self._note) + _MIN_BAR:
-            figures, free = figures + self._note, free - len(self._note)
-        cells = free if max_bar is None else min(free, max_bar)
-        drawn = f"{bar(self._share, cells)} " if cells >= _MIN_BAR else ""
-        label = f"{self._label} " if self._label else ""
-        return Content.assemble(label, (drawn, self._verdict[1]), f"{figures} ", self._verdict)
+        least_bar = 0 if max_bar == 0 else _MIN_BAR + 1
+        room = width - len(self._label)
+        text = next((text for text in self._texts if len(text) + least_bar <= room), self._texts[-1])
+        cells = room - len(text) - 1
+        return self._colored(text, cells if max_bar is None else min(cells, max_bar))
+
+    def _colored(self, text: str, bar_cells: int = 0) -> Content:
+        share = (self._verdict.used_bytes or self._verdict.needed_bytes) / self._verdict.available_bytes
+        drawn = f"{bar(share, bar_cells)} " if bar_cells >= _MIN_BAR else ""
+        rest = text.removeprefix(self._word)
+        return Content.assemble(self._label, (drawn, self._style), (self._word, self._style), rest)
 
 
 def place_words(budget: MemoryBudget) -> str:
@@ -334,14 +335,9 @@ def assumed_words(budget: MemoryBudget, machine: MemoryBudget) -> tuple[str, ...
 
 def recipe_fit(workbench: Workbench, budget: MemoryBudget, label: str = "") -> FitLine | None:
     """Return the line with the estimated memory of the recipe being edited; None if there is no estimate."""
-    compared, precision = workbench.comparison(budget.device), precision_of(workbench.recipe)
-    if isinstance(compared, UserError):
-        return None
-    return FitLine(
-        label,
-        check_fit(compared[precision], budget.bytes),
-        place=place_words(budget),
-        can_train=workbench.model_refusal() is None,
+    verdict, can_train = workbench.verdict(budget), workbench.model_refusal() is None
+    return (
+        None if verdict is None else FitLine(label, verdict, place=place_words(budget), can_train=can_train)
     )
 
 

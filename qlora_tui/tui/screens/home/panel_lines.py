@@ -385,12 +385,13 @@ def recipe_lines(
     memory: list[Content] = []
     if fit is not None:
         head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
-        room = width - head.cell_length
+        short = "" if refusal is None else f"  ✗ {CANNOT_TRAIN}"
+        room = width - head.cell_length - len(short)
         line = head + (fit.draw_short(room) if is_compact else fit.draw(room, _CURVE_WIDTH))
         if refusal is not None:
             reason = f"  ✗ {refusal_words(refusal)}"
             has_room = line.cell_length + len(reason) <= width
-            line += Content.styled(reason if has_room else f"  ✗ {CANNOT_TRAIN}", "$error")
+            line += Content.styled(reason if has_room else short, "$error")
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
         memory = [Content.styled(f"{compared.what} {compared.fix}", "dim")]

@@ -221,7 +221,7 @@ def advice(path: str, lora: Lora) -> str:
         case "lora.use_rslora":
             return f"On: scales the update by a further {format_float(sqrt(lora.rank))}. For high ranks."
         case "lora.use_dora":
-            return "Better at low ranks, slower at every rank (DoRA paper)."
+            return "Better at low ranks, always slower (DoRA paper)."
         case _ if lora.train_embeddings:
             return "Embedding LR applies; if it is 0, a tenth of Learning rate."
         case _:
@@ -520,7 +520,7 @@ def _group_lines(
     """Return lines for one choice of targets: a heading, followed by a line for each rank. Each line is
     ``width`` cells wide. ``full_bytes``: the memory that the whole width of a bar stands for.
     """
-    heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  memory"
+    heads = f"{'params':>{_PARAMS_CELLS}}{'disk':>{_DISK_CELLS}}  needs"
     lines = [Content.assemble((f"  {name:<{_CHOICE_NAME_CELLS - 2}}", "bold"), (heads, "dim"))]
     for cost in group:
         figure = fit_figure(cost.verdict, is_current=cost.is_current)
@@ -567,7 +567,7 @@ def _choice_table(costs: tuple[ChoiceCost, ...], width: int) -> list[Content]:
         )
 
     disk_cells = _DISK_CELLS if with_disk else 0
-    title = f" {'params':>6}{'disk' if with_disk else '':>{disk_cells}}{'memory':>10}"
+    title = f" {'params':>6}{'disk' if with_disk else '':>{disk_cells}}{'needs':>10}"
     columns = [Column[list[ChoiceCost]](title="rank", text=lambda row: f"{row[0].rank}", width=4, right=True)]
     for number in range(len(names)):
         columns.append(Column(title=title, text=partial(cell, number=number), gap=gap))

@@ -151,9 +151,9 @@ _BOX_CELLS = 4
 """Width of ``[x] `` before a kind's name, in cells."""
 _TRAINED_CELLS = 7
 """Width, in cells, of the trained-parameter count that is shown after a module kind's shape."""
-_SHARE_CELLS, _BAR_CELLS = 6, 16
+_SHARE_CELLS, _BAR_CELLS, _LONGEST_BAR = 6, 16, 48
 """Widths, in cells. ``_SHARE_CELLS``: a kind's share of the trained parameters. ``_BAR_CELLS``: the bar that
-shows this share in a wide window.
+shows this share in a wide window. ``_LONGEST_BAR``: the same bar if the layers take no room.
 """
 _GAP_CELLS = 7
 """Width of the gap before the layers, in cells. In the header line, the gap contains the word ``layer``."""
@@ -211,6 +211,8 @@ class ModuleGrid(Widget, can_focus=True):
         self._column = HEAD
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
+        self._is_uniform = False
+        """Whether rows are drawn without their layers, because the first row says the same of all."""
         self._starts: Sequence[int] = ()
         """Left edge of each visible layer, in cells, counted from the first visible layer. The last number is
         the right edge of the last visible layer.
@@ -309,6 +311,7 @@ class ModuleGrid(Widget, can_focus=True):
         height, first = self.content_size.height - 1, self._first_row()
         rows = range(first, min(first + height, len(table.rows)))
         scrolls = len(rows) < len(table.rows)
+        self._is_uniform = self._column == HEAD and all(map(self._is_whole, table.rows))
         width_left = max(1, self.content_size.width - self._head_width - 2 * scrolls)
         # Scroll horizontally, just far enough to keep the cursor's column in view.
         column, last = max(self._column, 0), max(0, len(table.columns) - width_left)
@@ -325,14 +328,21 @@ class ModuleGrid(Widget, can_focus=True):
 
     @property
     def _head_width(self) -> int:
+        return self._left_width + self._bar_cells + _GAP_CELLS
+
+    @property
+    def _left_width(self) -> int:
+        """Width of the columns to the left of the bars, in cells."""
         assert self._table is not None
         names = max(len(row.name) for row in self._table.rows)
         shapes = max(len(row.shape) for row in self._table.rows)
-        cells = _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _SHARE_CELLS
-        return cells + self._bar_cells + _GAP_CELLS
+        return _BOX_CELLS + min(names, LONGEST_KIND) + 1 + shapes + 1 + _TRAINED_CELLS + _SHARE_CELLS
 
     @property
     def _bar_cells(self) -> int:
+        if self._is_uniform:
+            room = self.content_size.width - self._left_width - _GAP_CELLS - 2
+            return max(0, min(room, _LONGEST_BAR))
         return _BAR_CELLS if self.app.size.width >= WIDE_CELLS else 0
 
     def _first_row(self) -> int:
@@ -354,7 +364,9 @@ class ModuleGrid(Widget, can_focus=True):
         if shown.start:
             text = f"←{text[1:]}"
         share, gap = f"{'share':>{_SHARE_CELLS}}{'':<{self._bar_cells}}", " layer"
-        if all(self._alike(row) for row in self._table.rows):
+        if self._is_uniform:
+            gap, text = "", ""
+        elif all(self._alike(row) for row in self._table.rows):
             gap, text = "", "layers"
         trained = f" {'trains':>{_TRAINED_CELLS}}{share}{gap:<{_GAP_CELLS}}"
         label = f"{'module':<{self._head_width - len(trained)}}{trained}"
@@ -366,10 +378,12 @@ class ModuleGrid(Widget, can_focus=True):
         here = index == self._row
         pieces: list[tuple[str, str]] = [
             (self._head(index), "bold" if here else ""),
-            (self._share_bar(index), "$secondary"),
+            (self._share_bar(index), "$secondary" if index else ""),
             (" " * _GAP_CELLS, ""),
         ]
-        if alike := self._alike(row):
+        if self._is_uniform:
+            pieces.append((" " * self._starts[-1], ""))
+        elif alike := self._alike(row):
             pieces.append((alike, ""))
         else:
             for place, column in enumerate(shown):
@@ -385,14 +399,30 @@ class ModuleGrid(Widget, can_focus=True):
         the cursor is on a layer.
         """
         assert self._table is not None
-        layers = sum(layer is not None for layer in self._table.columns)
-        in_layers, outside = row.cells[:layers], row.cells[layers:]
-        text = f"all {layers} layers"
-        if self._column != HEAD or not in_layers or len(text) > self._starts[-1]:
-            return ""
-        is_whole = all(cell and state(cell, self._chosen) == ALL for cell in in_layers)
-        is_whole = is_whole and all(state(cell, self._chosen) == ALL for cell in outside)
-        return text if is_whole and not has_custom_rank(row.modules, self._lora) else ""
+        text = self._all_layers
+        has_room = self._column == HEAD and len(text) <= self._starts[-1]
+        return text if has_room and self._is_whole(row) else ""
+
+    @property
+    def _all_layers(self) -> str:
+        return f"all {self._layers} layers"
+
+    @property
+    def _layers(self) -> int:
+        assert self._table is not None
+        return sum(layer is not None for layer in self._table.columns)
+
+    def _is_whole(self, row: ModuleRow) -> bool:
+        """Return whether all modules of a row are selected, with the recipe's rank and alpha, and every layer
+        has one.
+        """
+        in_layers, outside = row.cells[: self._layers], row.cells[self._layers :]
+        return (
+            bool(in_layers)
+            and all(cell and state(cell, self._chosen) == ALL for cell in in_layers)
+            and all(state(cell, self._chosen) == ALL for cell in outside)
+            and not has_custom_rank(row.modules, self._lora)
+        )
 
     def _head(self, index: int) -> str:
         """Return the beginning of a row: check box, kind, shape, trained parameters, and their share of all
@@ -411,8 +441,10 @@ class ModuleGrid(Widget, can_focus=True):
 
     def _share_bar(self, index: int) -> str:
         """Return a bar for a kind's number of trained parameters. The kind with the most has the longest bar.
-        The bar is empty for the row of all kinds.
+        The row of all kinds has no bar; if all layers of all kinds are adapted, it says so.
         """
+        if self._is_uniform and not index:
+            return f" {self._all_layers:<{self._bar_cells - 1}}"[: self._bar_cells]
         _, *of_kinds = trained = self._trained_by_row()
         most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)
         drawn = bar(trained[index] / most, cells, has_track=False) if most and index else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from qlora_tui.catalog.architecture_types import Architecture, context_length_wa
 from qlora_tui.catalog.local_models import load_model_config
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_percent
-from qlora_tui.memory import Estimate, check_fit
+from qlora_tui.memory import Estimate, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, step_timeline, with_precision
 from qlora_tui.memory.quality import Quality, describe_quality, measure_in_child
@@ -30,13 +30,12 @@ from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
-from qlora_tui.tui.render.labels import PRECISION_NAMES
+from qlora_tui.tui.render.labels import PRECISION_NAMES, FitLine
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.settings_table import settings_table
 from qlora_tui.tui.screens.memory.step_panels import (
     ItemsPanel,
     budget_words,
-    fit_words,
     has_even_colors,
     peak_lines,
     peak_time,
@@ -328,9 +327,9 @@ class MemoryScreen(WorkScreen):
         """
         budget = self.app.memory_budget
         if self.has_class("-narrow"):
-            name, verdict = PRECISION_NAMES[self.precision], check_fit(self._estimate, budget.bytes)
             can_train = self.app.workbench.model_refusal() is None
-            title = fit_words(name, verdict, budget.bytes, can_train=can_train)
+            fit = FitLine(PRECISION_NAMES[self.precision], self._verdict, can_train=can_train)
+            title = fit.draw(self.size.width - _FRAME, max_bar=0)
         else:
             against = f" against {budget_words(budget, self.app.system_status)}"
             title = Content(peak_words(self._compared))
@@ -341,6 +340,18 @@ class MemoryScreen(WorkScreen):
             if title.cell_length + words.cell_length <= self.size.width - _FRAME:
                 title += words
         return title
+
+    @property
+    def _verdict(self) -> Verdict:
+        """The verdict on the selected precision."""
+        verdict = check_fit(self._estimate, self.app.memory_budget.bytes)
+        is_recipe = self.precision == precision_of(self.app.workbench.recipe)
+        return replace(verdict, used_bytes=self._used_bytes) if is_recipe else verdict
+
+    @property
+    def _used_bytes(self) -> int:
+        """Memory that a run of the recipe will use; 0 if unknown."""
+        return 0 if self._solution.step is None else self._solution.step.estimate.process_bytes
 
     def _show_bars(self) -> None:
         self._refresh_offered_keys()
@@ -356,6 +367,7 @@ class MemoryScreen(WorkScreen):
             layers=self._layers,
             can_train=can_train,
             is_even=has_even_colors(self),
+            used_bytes=self._used_bytes,
         )
         self.query_one("#bars", Lines).show(lines)
 
@@ -383,6 +395,7 @@ class MemoryScreen(WorkScreen):
         self.query_one(FitPanel).show(
             PRECISION_NAMES[self.precision],
             self._estimate,
+            self._verdict,
             budget,
             self._solution,
             self.app.workbench.model_refusal(),

@@ -10,9 +10,9 @@ from textual.content import Content
 
 from qlora_tui.formatting import format_delta, pluralize
 from qlora_tui.memory import WhatFits
+from qlora_tui.memory.explain import INSTANT
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import key_label
-from qlora_tui.tui.render.labels import INSTANT
 from qlora_tui.tui.screens.memory.what_fits import CYCLED_SETTINGS, HALVED_SETTINGS, KeyEffect
 
 _KEYS, _NAME, _NOW, _MAX = 4, 10, 6, 8

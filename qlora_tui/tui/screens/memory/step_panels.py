@@ -15,14 +15,15 @@ from textual.color import Color
 from textual.content import Content
 from textual.widget import Widget
 
-from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent, format_sizes
+from qlora_tui.formatting import capitalize, format_bytes, format_gib, format_percent
 from qlora_tui.glossary import explain
 from qlora_tui.memory import Estimate, Item, Verdict, check_fit
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import ADAPTER_ITEMS, LOADING, PRECISIONS, Precision, why_int8_is_larger
+from qlora_tui.memory.explain import INSTANT
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import key_name
-from qlora_tui.tui.render.labels import INSTANT, PRECISION_NAMES, needed_words, place_words, verdict_words
+from qlora_tui.tui.render.labels import PRECISION_NAMES, needed_words, place_words, verdict_words
 from qlora_tui.tui.render.meters import CLIPPED, STACKED, bar
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.themes import lacks_shades
@@ -36,6 +37,7 @@ would be too short to show its parts.
 """
 ABOVE_PEAK = 1.25
 """Length of an axis that does not reach the limit, relative to the peak."""
+_USED = "╌"
 _WORDS = 41
 """Width of the text next to a precision's bar, in cells."""
 _SPARE = 19
@@ -159,12 +161,15 @@ def is_far_above(limit_bytes: int, peak_bytes: int) -> bool:
     return limit_bytes > peak_bytes * _LIMIT_IN_VIEW
 
 
-def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False) -> Content:
+def stacked_bar(
+    estimate: Estimate, full_bytes: int, width: int, *, is_even: bool = False, used_bytes: int = 0
+) -> Content:
     """Return a bar of ``width`` cells. The full width stands for ``full_bytes``. Each part that needs memory
     has at least one cell. Parts of equal size are equally long in all bars of one scale, except the last
     part, which makes up for the rounding of the others. The bar of an estimate larger than ``full_bytes``
     is clipped, and ends with the size relative to ``full_bytes``, such as ``▶128%``. ``is_even``: whether the
-    bar has full blocks instead of textures.
+    bar has full blocks instead of textures. ``used_bytes``: what a run will use; a dashed line marks the part
+    that exceeds the estimate.
     """
     sizes = [(part, bytes_) for part, bytes_ in parts_of(estimate) if bytes_]
     share = sum(bytes_ for _, bytes_ in sizes) / full_bytes
@@ -178,8 +183,12 @@ def stacked_bar(estimate: Estimate, full_bytes: int, width: int, *, is_even: boo
         glyph, style = part.drawn(is_even=is_even)
         pieces.append((glyph * number, style))
     drawn = Content.assemble(*pieces).truncate(width - len(end))
-    tail = (end, "$error bold") if end else ("·" * (width - drawn.cell_length), "dim")
-    return Content.assemble(drawn, tail)
+    if end:
+        return Content.assemble(drawn, (end, "$error bold"))
+    dashes = max(0, min(width, round(used_bytes / full_bytes * width)) - drawn.cell_length)
+    return Content.assemble(
+        drawn, (_USED * dashes, "$primary"), ("·" * (width - drawn.cell_length - dashes), "dim")
+    )
 
 
 def precision_bars(
@@ -191,8 +200,10 @@ def precision_bars(
     *,
     can_train: bool,
     is_even: bool = False,
+    used_bytes: int = 0,
 ) -> list[Content]:
-    """Return a line for each precision: ``› NF4  ██▚▓▒·····   12.3 GiB fits  ◂ recipe``.
+    """Return a line for each precision: ``› NF4  ██▚▓▒╌╌···   12.3 GiB fits  ◂ recipe``. ``used_bytes``: what
+    a run of the recipe will use.
 
     If there is room, the memory that is left or missing follows the verdict. If the limit is far above all
     peaks, the axis is broken before the limit.
@@ -208,7 +219,13 @@ def precision_bars(
         verdict = check_fit(estimate, budget_bytes)
         word, style = verdict_words(verdict, can_train=can_train)
         spare = f"{spare_words(verdict):>{_SPARE}}" if has_spare else ""
-        drawn = stacked_bar(estimate, full_bytes, bar_cells - len(broken), is_even=is_even)
+        drawn = stacked_bar(
+            estimate,
+            full_bytes,
+            bar_cells - len(broken),
+            is_even=is_even,
+            used_bytes=used_bytes if precision == recipe_precision else 0,
+        )
         is_selected = precision == selected
         lines.append(
             Content.assemble(
@@ -242,44 +259,31 @@ def verdict_sentence(verdict: Verdict) -> str:
     return f"{spare_words(upper)} at the upper end"
 
 
-def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False) -> Content:
+def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False, use: str = "") -> Content:
     """Return the legend of the colors or textures. If the limit is so far above the peaks that the axis has a
-    break, the legend also gives the limit. ``most_bytes``: the highest peak, in bytes.
+    break, the legend also gives the limit. ``most_bytes``: the highest peak, in bytes. ``use``: name of the
+    dashed part of a bar; empty if no bar has one.
     """
     drawn = ((part.name, *part.drawn(is_even=is_even)) for part in PARTS)
     words = [Content.assemble((glyph * 2, style), (f" {name}", "dim")) for name, glyph, style in drawn]
+    if use:
+        words.append(Content.assemble((_USED * 2, "$primary"), (f" {use}", "dim")))
     if is_far_above(limit_bytes, most_bytes):
         words.append(Content.styled(f"╱╱ to {format_bytes(limit_bytes)}", "dim"))
     return Content("  ").join(words)
 
 
-def fit_words(name: str, verdict: Verdict, budget_bytes: int, *, can_train: bool) -> Content:
-    """Return whether a precision fits, such as ``NF4 fits: 6.4 of 12.0 GiB, 5.6 GiB to spare``.
-
-    Args:
-        name: Name of the precision.
-        verdict: The verdict on the precision.
-        budget_bytes: The memory that the estimate is compared with.
-        can_train: Whether the model can be trained.
-    """
-    word, style = verdict_words(verdict, can_train=can_train)
-    needed = format_sizes(verdict.needed_bytes, "of", budget_bytes)
-    about = "" if verdict.is_exact else INSTANT
-    text = f"{name} {word}: {about}{needed}, {verdict_sentence(verdict)}"
-    # An empty style gives a title the usual color of titles.
-    return Content.styled(text, "" if style == "$text-muted" else style)
-
-
 def peak_words(compared: Mapping[Precision, Estimate]) -> str:
-    """Return ``Peak of a training step``. If some precisions reach their peak while the model is being
-    loaded, return text that names these precisions; if all precisions do, return ``Peak, while loading,``.
+    """Return ``Needed at least for a training step``. If some precisions reach their peak while the model is
+    being loaded, return text that names these precisions; if all precisions do, return ``Needed at least,
+    while loading``.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
-        return "Peak of a training step"
+        return "Needed at least for a training step"
     if len(loading) == len(compared):
-        return "Peak, while loading,"
-    return f"Peak ({' and '.join(loading)}: while loading)"
+        return "Needed at least, while loading"
+    return f"Needed at least ({' and '.join(loading)}: while loading)"
 
 
 def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
@@ -332,6 +336,7 @@ def peak_lines(
     layers: int,
     can_train: bool,
     is_even: bool,
+    used_bytes: int,
 ) -> list[Content]:
     """Return the lines of the panel for the peak: the bars, their legend, and the text of
     :func:`levels_line` for the selected precision. If int8 needs more memory than 16 bits, the last line says
@@ -346,15 +351,30 @@ def peak_lines(
         layers: Number of layers of the model.
         can_train: Whether the model can be trained.
         is_even: Whether bars have full blocks instead of textures.
+        used_bytes: What a run of the recipe will use; 0 if unknown.
     """
     most = max(estimate.total_bytes for estimate in compared.values())
-    levels = levels_line(compared[marked], layers, short=width < WIDE_CELLS - _FRAME)
+    is_short = width < WIDE_CELLS - _FRAME
+    use = "speed" if is_short else "used for speed if it is free"
+    levels = levels_line(compared[marked], layers, short=is_short)
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
         *precision_bars(
-            compared, marked, of_recipe, limit_bytes, width, can_train=can_train, is_even=is_even
+            compared,
+            marked,
+            of_recipe,
+            limit_bytes,
+            width,
+            can_train=can_train,
+            is_even=is_even,
+            used_bytes=used_bytes,
         ),
-        legend(limit_bytes, most, is_even=is_even),
+        legend(
+            limit_bytes,
+            most,
+            is_even=is_even,
+            use=use if used_bytes > compared[of_recipe].total_bytes else "",
+        ),
         *(Content.styled(text, "$text-muted") for text in (levels, reason) if text),
     ]
 
@@ -371,8 +391,10 @@ class ItemsPanel(Panel):
     def show(self, name: str, estimate: Estimate) -> None:
         """Show the items of an estimate. ``name``: name of the precision."""
         self._estimate = estimate
-        self.show_title(f"{name} by item")
-        self._list.show(partial(item_lines, estimate, has_even_colors(self)))
+        about = "" if estimate.traced else INSTANT
+        self.show_title(f"{name} by item: {about}{format_bytes(estimate.total_bytes)} at least")
+        is_nested = self.screen.has_class("-very-wide")
+        self._list.show(partial(item_lines, estimate, has_even_colors(self), is_nested))
         self._explain()
 
     def on_option_list_option_highlighted(self) -> None:
@@ -400,21 +422,35 @@ class ItemsPanel(Panel):
         return lines
 
 
-def item_lines(estimate: Estimate, is_even: bool, width: int) -> list[tuple[str, Content]]:
-    """Return (key, line) for each group and, below it, for its items, the largest first. Bars are relative to
-    the peak. ``is_even``: whether bars have full blocks instead of textures.
+def item_lines(estimate: Estimate, is_even: bool, is_nested: bool, width: int) -> list[tuple[str, Content]]:
+    """Return (key, line) for each group and for each item, the largest first. Bars are relative to the peak.
+
+    Args:
+        estimate: The estimate.
+        is_even: Whether bars have full blocks instead of textures.
+        is_nested: Whether each item comes below its group. If not, all groups come first, so that a short
+            list shows them and the largest items without scrolling.
+        width: Width of a line, in cells.
     """
-    lines = []
+    heads: list[tuple[str, Content]] = []
+    lines: list[tuple[str, Content]] = []
+    sizes: dict[str, int] = {}
     groups = [(part, size) for part, size in parts_of(estimate) if size]
     for part, size in sorted(groups, key=lambda group: -group[1]):
         glyph, _ = drawn = part.drawn(is_even=is_even)
         head = f"{glyph} {capitalize(part.name)}"
-        lines.append((f"{HEADING}{part.name}", _item_line(head, part, drawn, size, estimate, width)))
+        line = _item_line(head, part, drawn, size, estimate, width)
+        (lines if is_nested else heads).append((f"{HEADING}{part.name}", line))
         items = [item for item in estimate.items if part_of(item.key) is part]
         for item in sorted(items, key=lambda item: -item.bytes):
-            line = _item_line(f"    {item.label}", part, drawn, item.bytes, estimate, width, item)
+            name = f"    {item.label}" if is_nested else f"{glyph} {item.label}"
+            line = _item_line(name, part, drawn, item.bytes, estimate, width, item)
             lines.append((item.key, line))
-    return lines
+            sizes[item.key] = item.bytes
+    if is_nested:
+        return lines
+    heading = Content.styled("Largest items", "$text-muted")
+    return [*heads, (f"{HEADING}items", heading), *sorted(lines, key=lambda line: -sizes[line[0]])]
 
 
 def _explanation_cells(width: int) -> int:
@@ -448,10 +484,9 @@ def _item_line(
     beside = ""
     if item is not None and explanation_cells:
         beside = "  " + Content(item.explanation).truncate(explanation_cells, ellipsis=True).plain
-    glyphs = 1 if item is None else 0
     return Content.assemble(
-        (text[:glyphs], drawn[1]),
-        (text[glyphs:], style),
+        (text[:1], f"{drawn[1]} not reverse"),
+        (text[1:], style),
         # With 16 colors, Textual reverses the line under the cursor. Do not reverse the bar, since this would
         # swap its color and its background.
         (text_of_bar, f"{part.even_style} not reverse"),

@@ -25,7 +25,6 @@ from qlora_tui.memory import (
     Verdict,
     WhatFits,
     cheapest_changes,
-    check_fit,
     choose_step,
     estimate,
     largest_settings,
@@ -33,7 +32,7 @@ from qlora_tui.memory import (
 )
 from qlora_tui.memory.budget import MemoryBudget
 from qlora_tui.memory.estimate import PRECISIONS, Precision, precision_of, with_precision
-from qlora_tui.memory.explain import describe_choice, describe_speedup
+from qlora_tui.memory.explain import describe_choice, describe_speedup, fit_texts
 from qlora_tui.memory.levels import Conversion
 from qlora_tui.memory.solver import what_if
 from qlora_tui.memory.step_choice import describe_host_memory
@@ -42,7 +41,7 @@ from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import needed_words, next_step, verdict_words
+from qlora_tui.tui.render.labels import FitLine, needed_words, next_step, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
@@ -217,6 +216,7 @@ class FitPanel(Panel):
         self,
         name: str,
         estimate: Estimate,
+        verdict: Verdict,
         budget: MemoryBudget,
         solution: Solution,
         refusal: UserError | None,
@@ -229,29 +229,33 @@ class FitPanel(Panel):
         Args:
             name: Name of the precision.
             estimate: The estimate for this precision.
+            verdict: The verdict on this precision.
             budget: The memory that the estimate is compared with.
             solution: The settings and the changes to the recipe that fit into memory.
             refusal: Why the model cannot be trained; None if it can be.
             length_warning: Warning about a sequence length beyond the model's context; None if there is none.
             is_recipe: Whether the precision is the recipe's.
         """
-        verdict = check_fit(estimate, budget.bytes)
-        word, style = verdict_words(verdict, can_train=refusal is None)
-        # The memory that is left or missing is already next to the bars or, in a narrow window, above them.
-        is_narrow = self.screen.has_class("-narrow")
-        is_said = is_narrow or verdict.word in ("fits", "does not fit")
-        more = "" if is_said else f", {verdict_sentence(verdict)}"
+        can_train, is_narrow = refusal is None, self.screen.has_class("-narrow")
+        word, style = verdict_words(verdict, can_train=can_train)
         train = next_step("go.train", "check and launch")
-        is_done = is_recipe and refusal is None and verdict.fits_even_if_tight
-        # An empty style gives the title the usual color of titles.
-        title = Content.styled(f"{name} {word}{more}", "" if style == "$text-muted" else style)
+        is_done = is_recipe and can_train and verdict.fits_even_if_tight
+        if is_narrow and solution.step and is_recipe:
+            title = Content("With free memory")
+        elif is_narrow or self._needed.display:
+            # The figures are above the bars or in large digits.
+            title = Content.styled(f"{name} {word}", "" if style == "$text-muted" else style)
+        elif verdict.word == "uncertain":
+            title = Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style)
+        else:
+            title = FitLine(name, verdict, can_train=can_train).draw(self.size.width - 1, max_bar=0)
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
-        figure = Figure(
-            f"of {format_bytes(budget.bytes)}, {'traced' if verdict.is_exact else 'estimated'}",
-            format_bytes(verdict.needed_bytes),
-            f"bold {style}",
-        )
+        longest = fit_texts(verdict)[0]
+        size = format_bytes(verdict.used_bytes or verdict.needed_bytes)
+        # The unit is next to the figure.
+        rest = longest.partition(" of ")[2].replace(f" {size.rpartition(' ')[2]}", "")
+        figure = Figure(f"of {rest}", size, f"bold {style}")
         self._needed.show([*large_figures([figure]), Content("")])
         self.choices.display = bool(solution.changes)
         self.choices.show(partial(choice_lines, solution.changes))
@@ -344,4 +348,6 @@ def _step_text(choice: StepChoice, all_bytes: int) -> str:
         return f"{why}, so all layers recompute their activations."
     total, faster = format_bytes(choice.estimate.total_bytes), describe_speedup(choice.speedup)
     free = format_sizes(choice.least_free_bytes, "of", all_bytes)
-    return f"If {free} are free, a run uses {total} and is about {faster}: {chosen}."
+    return (
+        f"If {free} are free, a run uses ~{total} and is about {faster}: {chosen}. Otherwise, it uses less."
+    )

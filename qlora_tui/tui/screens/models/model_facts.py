@@ -179,7 +179,7 @@ class ModelSide(Vertical):
         self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
         if fit is not None:
             self._parts.show(fit)
-            panel.show_title(f"Memory, of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
+            panel.show_title(f"Needs at least, of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
             self.query_one("#fit", Lines).show(partial(fit_lines, fit))
 
 

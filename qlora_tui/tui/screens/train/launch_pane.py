@@ -320,9 +320,10 @@ def verdict_lines(
     can_train = not any(check.problem is not None for check in checks)
     line = None if verdict is None else FitLine("memory", verdict, place=place, can_train=can_train)
     fit = None if line is None else line.draw(width, 0)
-    if fit is not None and assumed is not None and assumed[0] is not None:
-        other = FitLine("", assumed[0], place=assumed[1], can_train=can_train)
-        fit = Content(_SEPARATOR).join((fit, other.draw_short(width - fit.cell_length - len(_SEPARATOR))))
+    if line is not None and assumed is not None and assumed[0] is not None:
+        other, room = FitLine("", assumed[0], place=assumed[1], can_train=can_train), width - len(_SEPARATOR)
+        fit = line.draw_short(room - other.draw_short(0).cell_length)
+        fit = Content(_SEPARATOR).join((fit, other.draw_short(room - fit.cell_length)))
     concluded = conclusion(checks, expected, width, with_time=time is None)
     return [*concluded, *large, *_headline(expected, fit, probing, width), plan][:height]
 
