@@ -65,8 +65,8 @@ search short.
 """
 _MAX_RECORDED = 12
 _COMPARED_ROWS = 2
-"""Maximum number of lines for each answer other than the adapter's last one, such as the base model's answer,
-if the full answers do not fit.
+"""Number of lines for each answer other than the adapter's last one, such as the base model's answer, if the
+full answers do not fit. Rows that remain add to it.
 """
 _LEAST_ROWS = 3
 """A recorded answer is never shortened to fewer lines than this."""
@@ -415,10 +415,9 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
 
     If everything fits, each prompt has all its answers in full, in one or more rows. Otherwise, each prompt
     has only one row of answers, the ``opened`` prompt comes first, and prompts that do not fit are left out.
-    If a prompt's full answers do not fit, all answers but the last (for example, the base model's answer)
-    have at most :data:`_COMPARED_ROWS` lines. If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their last
-    answers in full, and the ``opened`` prompt is not one of them, all answers are shortened as little as
-    possible.
+    All answers but the last (for example, the base model's answer) are cut, as :func:`_fitting_blocks` says.
+    If fewer than :data:`_ENOUGH_WHOLE` prompts fit with their last answers in full, and the ``opened`` prompt
+    is not one of them, all answers are shortened as little as possible.
     """
     heading = [Content.styled("Recorded answers", "bold $primary")]
     height -= len(heading)
@@ -427,19 +426,11 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
     if sum(map(len, everything)) <= height:
         return heading + _separated(everything, height)
     recorded = sorted(start.recorded, key=lambda each: each.prompt != opened)
-    blocks: list[list[Content]] = []
-    for each in recorded:
-        room = height - sum(map(len, blocks))
-        for compared in (None, _COMPARED_ROWS):
-            lines = _answer_lines(each, each.select(most), most, width, compared=compared)
-            if len(lines) <= room:
-                blocks.append(lines)
-                break
-        else:
-            break
-    is_open = bool(blocks) and recorded[0].prompt == opened
-    if is_open or len(blocks) >= min(_ENOUGH_WHOLE, len(recorded)):
-        return heading + _separated(blocks, height)
+    for gap in (1, 0):
+        blocks = _fitting_blocks(recorded, opened, most, width, height, gap)
+        is_open = bool(blocks) and recorded[0].prompt == opened
+        if is_open or len(blocks) >= min(_ENOUGH_WHOLE, len(recorded)):
+            return heading + _separated(blocks, height)
     count = max(1, min(len(recorded), height // (_LEAST_ROWS + 1)))
     shortened: list[Content] = []
     for rows in range(max(_LEAST_ROWS, height // count), _LEAST_ROWS - 1, -1):
@@ -448,6 +439,34 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
         if len(shortened) <= height:
             break
     return heading + shortened[: max(0, height)]
+
+
+def _fitting_blocks(
+    recorded: Sequence[RecordedAnswers], opened: str, most: int, width: int, height: int, gap: int
+) -> list[list[Content]]:
+    """Return the lines of the first prompts, as many as fit with ``gap`` rows between two of them. Answers
+    other than the last have :data:`_COMPARED_ROWS` lines, and those of the first prompts more if rows remain.
+    """
+    blocks: list[list[Content]] = []
+    free = height
+    for each in recorded:
+        for compared in (None, _COMPARED_ROWS) if each.prompt == opened else (_COMPARED_ROWS,):
+            lines = _answer_lines(each, each.select(most), most, width, compared=compared)
+            if len(lines) <= free:
+                blocks.append(lines)
+                free -= len(lines) + gap
+                break
+        else:
+            break
+    free = max(0, free + gap)
+    for at, each in enumerate(recorded[: len(blocks)]):
+        room = len(blocks[at]) + free
+        for compared in range(room, _COMPARED_ROWS, -1):
+            lines = _answer_lines(each, each.select(most), most, width, compared=compared)
+            if len(lines) <= room:
+                blocks[at], free = lines, room - len(lines)
+                break
+    return blocks
 
 
 def _separated(blocks: Sequence[list[Content]], height: int) -> list[Content]:
