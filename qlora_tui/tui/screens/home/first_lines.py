@@ -44,7 +44,7 @@ def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Co
         head = mark + highlight_keys(key_name(command)) + f"  {COMMANDS[command].label:<8}"
         lines += [Content("")] if lines and not (is_compact or (was_done and is_done)) else []
         was_done = is_done
-        lines.append(head + (done[command] if is_done else what))
+        lines.append(head + (done[command] if is_done else Content.styled(what, "dim" if is_compact else "")))
         if not is_compact and not is_done:
             lines.append(Content.styled(f"{'':{head.cell_length}}{more}", "dim"))
     return lines

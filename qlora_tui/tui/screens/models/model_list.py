@@ -189,7 +189,7 @@ class ListedModels:
         lines = _local_lines(local, chosen, width, columns, self.needs, self.licenses) if self.local else []
         if starters:
             shown = _figure_columns("download", "access")[:columns]
-            order = "demo, best fit, then by size" if to_start[0].is_demo else "best fit, then by size"
+            order = "demo, best fit, then size" if to_start[0].is_demo else "best fit, then size"
             return [*lines, *_lines(f"Good first models: {order}", shown, starters, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
