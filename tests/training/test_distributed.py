@@ -157,11 +157,11 @@ def test_processes_wait_for_a_long_conversion(monkeypatch: pytest.MonkeyPatch) -
     assert waits[0] > timedelta(hours=1)
 
 
-def test_a_model_is_not_the_last_owner_of_its_group() -> None:
+def test_a_model_is_not_the_last_owner_of_its_group(tmp_path: Path) -> None:
     # Else its destructor waits, with the GIL, for a thread of the group that may wait for the GIL.
     from torch import distributed
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     group = weakref.ref(distributed.group.WORLD)
     DistributedContext(world_size=2).disband()
     gc.collect()
