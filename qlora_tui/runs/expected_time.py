@@ -17,11 +17,11 @@ from statistics import median
 from typing import Literal, TypeAlias
 
 from qlora_tui.catalog.architecture_types import Architecture
-from qlora_tui.catalog.local_models import ModelFiles, find_files, load_architecture
+from qlora_tui.catalog.local_models import ModelFiles, ModelNotFoundError, find_files, load_architecture
 from qlora_tui.data.counted import counted_key, find_counted
 from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
-from qlora_tui.formatting import format_duration, pluralize
+from qlora_tui.formatting import format_duration, pluralize, short_model_name
 from qlora_tui.memory.execution import Device
 from qlora_tui.memory.step_choice import step_seconds
 from qlora_tui.memory.traces import NO_TRACES
@@ -178,11 +178,12 @@ def time_on(
     ``device_name`` is the device's name in the events of runs; empty if no run can have trained on it.
     """
     cost = _seconds_per_token(recipe, architecture, device)
-    measured = list(_measured_runs(device, device_name)) if device_name else []
+    own = short_model_name(recipe.model.id)
+    measured = list(_measured_runs(device, device_name, own, architecture)) if device_name else []
     if measured:
         like = min(measured, key=lambda one: abs(math.log(one.cost / cost)))
         seconds = tokens / like.tokens_per_s * cost / like.cost
-        return ExpectedTime(seconds, "run" if like.model == recipe.model.id else "another model", like.name)
+        return ExpectedTime(seconds, "run" if like.model == own else "another model", like.name)
     if device.kind == "cpu":
         return None
     return ExpectedTime(tokens * cost, "measured speed" if device.speed else "typical card")
@@ -194,23 +195,39 @@ class _Measured:
 
     name: str
     model: str
+    """Short name of its model."""
     tokens_per_s: float
     cost: float
     """Predicted seconds per token."""
 
 
-def _measured_runs(device: Device, device_name: str) -> Iterator[_Measured]:
-    """Yield the measured speeds of earlier runs on the device with this name."""
+def _measured_runs(
+    device: Device, device_name: str, own: str, architecture: Architecture
+) -> Iterator[_Measured]:
+    """Yield the measured speeds of earlier runs on the device with this name, as :func:`_measured` does."""
     for run in islice(all_runs(), _RUNS):
         with suppress(UserError, OSError):
-            measured = _measured(run, run.events_path.stat().st_mtime_ns, device, device_name)
+            measured = _measured(
+                run, run.events_path.stat().st_mtime_ns, device, device_name, own, architecture
+            )
             if measured is not None:
                 yield measured
 
 
 @lru_cache(maxsize=4 * _RUNS)
-def _measured(run: RunDir, _changed: int, device: Device, device_name: str) -> _Measured | None:
+def _measured(
+    run: RunDir, _changed: int, device: Device, device_name: str, own: str, architecture: Architecture
+) -> _Measured | None:
     """Return the speed of a run; None if it trained on another device or has recorded too few steps.
+
+    If the run's model was moved or deleted, a model with the same name is taken for it.
+
+    Args:
+        run: The run.
+        device: The device of the forecast.
+        device_name: Name of the device on which the run must have trained.
+        own: Short name of the model of the forecast.
+        architecture: Architecture of this model.
 
     Raises UserError, OSError.
     """
@@ -223,8 +240,14 @@ def _measured(run: RunDir, _changed: int, device: Device, device_name: str) -> _
     speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
     if recipe is None or len(speeds) < LEAST_STEPS - 1:
         return None
-    cost = _seconds_per_token(recipe, load_architecture(recipe.model.id), device)
-    return _Measured(run.name, recipe.model.id, median(speeds), cost)
+    model = short_model_name(recipe.model.id)
+    try:
+        trained = load_architecture(recipe.model.id)
+    except ModelNotFoundError:
+        if model != own:
+            raise
+        trained = architecture
+    return _Measured(run.name, model, median(speeds), _seconds_per_token(recipe, trained, device))
 
 
 def _seconds_per_token(recipe: Recipe, architecture: Architecture, device: Device) -> float:

@@ -183,11 +183,14 @@ def test_the_time_is_by_the_nearest_run_on_this_device(tmp_path: Path, model: st
     assert known_length(limited).tokens < tokens / 2
 
 
-def test_a_new_trace_has_no_run_read_again(
+def test_a_run_counts_although_its_model_was_moved_and_is_read_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str
 ) -> None:
     recipe, budget = recipe_of("no validation", tmp_path, model), budget_for(None)
-    trained(recipe, this_processor().name, 100.0)
+    moved = structs.replace(recipe, model=Model(id=f"/moved/{Path(model).name}"))
+    name = trained(moved, this_processor().name, 100.0)
     time = known_forecast(recipe, Machine(budget)).time
+    assert time is not None and (time.run, time.basis) == (name, "run")
+    # A new trace has no run read again.
     monkeypatch.setattr(RunView, "from_sample", lambda run, steps: pytest.fail("A run was read again."))
     assert known_forecast(recipe, Machine(budget.with_traces(KnownTraces()))).time == time

@@ -246,7 +246,7 @@ async def test_home_says_how_long_the_next_run_takes(private_home: Path) -> None
     app = QloraApp()
     app.workbench.replace(_ready(private_home))
     async with app.run_test(size=(120, 40)) as pilot:
-        await wait_for_text(pilot, "Check the recipe", "time    unknown: no run like this yet")
+        await wait_for_text(pilot, "Check the recipe", "time    unknown: no run here yet")
 
 
 async def test_a_new_user_downloads_the_demo_once_and_keeps_the_screen(

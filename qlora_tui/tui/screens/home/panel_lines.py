@@ -489,7 +489,7 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
     source = expected.time.source if expected.time else ""
     length = expected.length
     steps = expected.steps if length.is_exact and not length.is_too_short else ""
-    return expected.duration or "unknown: no run like this yet", ", ".join(filter(None, (steps, source)))
+    return expected.duration or "unknown: no run here yet", ", ".join(filter(None, (steps, source)))
 
 
 def _shortage(expected: Forecast, width: int, is_quiet: bool) -> list[Content]:
