@@ -303,10 +303,10 @@ def ended_status(ending: events.RunEnded) -> Status:
         case events.Failed():
             return Status(state="failed", at=ending.at, detail=f"{ending.title}: {ending.what}")
         case events.Stopped():
-            detail = f"Stopped at step {ending.step}."
+            detail = f"Stopped at step {ending.step:,}."
             return Status(state="stopped", at=ending.at, step=ending.step, detail=detail)
         case events.Paused():
-            detail = f"Paused at step {ending.step}{f' {hold_words(ending.hold)}' if ending.hold else ''}."
+            detail = f"Paused at step {ending.step:,}{f' {hold_words(ending.hold)}' if ending.hold else ''}."
             return Status(state="paused", at=ending.at, step=ending.step, detail=detail)
 
 

@@ -40,7 +40,7 @@ from qlora_tui.runs.events import (
 )
 from qlora_tui.runs.events import encode as encode_event
 from qlora_tui.runs.process import ProcessIdentity, process_identity
-from qlora_tui.runs.status import State, Status, write_status
+from qlora_tui.runs.status import State, Status, ended_status, write_status
 from qlora_tui.runs.telemetry import Reading, encode
 
 GIB = 1 << 30
@@ -303,10 +303,6 @@ def _status(what: FakeRun) -> Status:
     elif what.state == "lost":
         process = ProcessIdentity(pid=1, boot_id=process_identity().boot_id)
     ending = _ending(what)
-    details = {"stopped": f"Stopped at step {what.steps}.", "paused": f"Paused at step {what.steps}."}
-    detail = details.get(what.state, "all steps done" if what.state == "finished" else "")
-    if isinstance(ending, Failed):
-        detail = f"{ending.title}: {ending.what}"
     return Status(
         state="running" if what.state == "lost" else what.state,
         at=_at(what, what.steps) + 2,
@@ -315,7 +311,7 @@ def _status(what: FakeRun) -> Status:
         step=what.steps,
         total_steps=what.total,
         loss=_loss(what, what.steps) if what.steps else None,
-        detail=detail,
+        detail="" if ending is None else ended_status(ending).detail,
     )
 
 
