@@ -187,9 +187,8 @@ def _more_steps(recipe: Recipe, length: RunLength, model: ModelFiles | None) -> 
         more = run_length(replace_setting(recipe, path, accumulation), model) or length
     if more.steps <= length.steps:
         return None
-    before = recipe.training.gradient_accumulation
     steps = f"{more.about}{pluralize(more.steps, 'step')} instead of {length.steps}"
-    label = f"gradient accumulation {before} → {accumulation}: {steps}"
+    label = f"set Gradient accumulation to {accumulation}: {steps}"
     return SuggestedFix(label, changes={path: accumulation})
 
 

@@ -290,7 +290,7 @@ def test_a_run_of_few_steps_is_offered_a_smaller_accumulation(tmp_path: Path) ->
     fix = _with_steps(tmp_path, 0, epochs=0.5).suggested_fix
     assert fix is not None
     assert fix.changes == {"training.gradient_accumulation": 1}
-    assert re.fullmatch(r"gradient accumulation \d+ → 1: about \d\d steps instead of \d", fix.label)
+    assert re.fullmatch(r"set Gradient accumulation to 1: about \d\d steps instead of \d", fix.label)
 
 
 @pytest.mark.slow

@@ -121,6 +121,7 @@ class SettingList(LineView):
         """Whether the user has opened or folded a group."""
         self._base_name = base_name
         self._picked = picked
+        self._group_of = {field.path: group for group in groups for field in group.fields}
         self._letters: dict[str, int] = {}
         """Index of the line that each letter jumps to; empty while no letters are shown."""
         self._values: Struct | None = None
@@ -404,7 +405,7 @@ class SettingList(LineView):
         if self._values is None or self._base is None:
             return Content(f"  {field.label}")
         value, usual = get_setting(self._values, field.path), get_setting(self._base, field.path)
-        changed = value != usual
+        changed, group = value != usual, self._group_of[field.path]
         remark = self._notes.get(field.path)
         head = Content.assemble(
             (letter, "bold reverse $key")
@@ -412,26 +413,30 @@ class SettingList(LineView):
             else "›"
             if here
             else ("●" if changed else " ", "$primary"),
-            (f" {field.label:<{self._label_cells}}  ", "bold" if here else "$text-muted"),
+            (
+                f" {field.label:<{self._label_cells}}  ",
+                "bold" if here else "$text-muted" if group.title else "",
+            ),
         )
         if here and self.typed_cells:
             return head + Content.styled(f"{'':<{self.typed_cells}}  {_expected(field)}", "dim")
         return Content.assemble(
             head,
-            (field.describe(value), "bold $primary" if changed else _style_of(field, value)),
+            (field.describe(value), "bold $primary" if changed else _style_of(field, value, group)),
             (f"  {self._base_name}: {field.describe(usual)}" if changed else "", "dim"),
             (f"  {remark}" if remark else "", "dim"),
         )
 
 
-def _style_of(field: Field, value: Any) -> str:
+def _style_of(field: Field, value: Any, group: SettingGroup) -> str:
     """Return the style of a value that is the same as in the preset or the defaults that the form compares
-    with. It is bold if the value is not the setting's default, and muted if the value is a default that turns
-    something off or lets the program decide.
+    with. It is bold in the group without a title, which has the main settings, and for a value that is not
+    the setting's default. A default is muted if it turns something off, or lets the program decide, and in a
+    group that is folded at first.
     """
-    if value != field.default:
-        return "bold"
-    return "$text-muted" if not value or value in ("auto", "none") else ""
+    if value != field.default or not group.title:
+        return "bold" if group.is_open else ""
+    return "$text-muted" if not group.is_open or not value or value in ("auto", "none") else ""
 
 
 class SettingsForm(Vertical):

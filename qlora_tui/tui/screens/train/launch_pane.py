@@ -370,7 +370,8 @@ def _source(expected: Forecast | None, probing: str) -> list[Content]:
 
 
 def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> list[Content]:
-    """Return lines for each check, with problems first: its outcome, name and result, then its remedy.
+    """Return lines for each check, with problems first: its outcome, name and result, then its remedy. The
+    remedy that :func:`conclusion` gives is left out if it fits in one line there.
 
     Args:
         checks: Results of the checks.
@@ -378,7 +379,7 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
         shows_all: Whether passed checks have lines of their own; otherwise they share one line.
     """
     lines: list[Content] = []
-    offered = first_fix(checks)
+    offered, above = first_fix(checks), concluded_check(checks)
     cells = max((len(check.label) for check in checks), default=0)
     for check in worst_first(checks):
         if check.outcome == "ok" and not shows_all:
@@ -391,7 +392,8 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
             truncate_middle(word, room) for word in name_settings(abbreviate_home(check.text)).split(" ")
         )
         lines += hanging(head, Content(" ".join(words)), width, _LEAST_TEXT)
-        lines += hanging(Content(" " * head.cell_length), remedy, width, _LEAST_TEXT) if remedy else []
+        if remedy and not (check is above and remedy.cell_length <= width):
+            lines += hanging(Content(" " * head.cell_length), remedy, width, _LEAST_TEXT)
     return lines if shows_all else [*lines, *_passed(checks, width)]
 
 
@@ -419,14 +421,22 @@ def first_fix(checks: tuple[Check, ...]) -> SuggestedFix | None:
     return next((check.suggested_fix for check in worst_first(checks) if check.suggested_fix), None)
 
 
+def concluded_check(checks: tuple[Check, ...]) -> Check | None:
+    """Return the check whose remedy :func:`conclusion` gives: the first error or, if there is none, the first
+    warning with a fix; None if there is neither.
+    """
+    fixable = (check for check in checks if check.outcome == "warning" and check.suggested_fix is not None)
+    return next(iter(errors(checks)), None) or next(fixable, None)
+
+
 def conclusion(
     checks: tuple[Check, ...], expected: Forecast | None, width: int, *, with_time: bool
 ) -> list[Content]:
     """Return whether the run can start, with its steps and, if ``with_time``, its time. If there is an error,
     the second line says how to correct it.
 
-    If a key corrects a warning, such as too few steps, the first line has this key, and the second line has
-    the key that launches the run anyway. If a key only improves the run, it is on the second line.
+    If a key corrects a warning, such as too few steps, the first line has only this key, and the second line
+    has the key that launches the run anyway. If a key only improves the run, it is on the second line.
     """
     length = [] if expected is None else [_length_words(expected, with_time=with_time)]
     if wrong := errors(checks):
@@ -446,17 +456,18 @@ def conclusion(
         ]
     waits = any(check.kind is CheckKind.QUEUE and check.outcome == "note" for check in checks)
     count = sum(check.outcome == "warning" for check in checks)
-    state = (f"! {pluralize(count, 'warning')}", "$warning") if count else ("✓ Ready.", "bold $success")
+    state = Content.styled(
+        *((f"! {pluralize(count, 'warning')}", "$warning") if count else ("✓ Ready.", "bold $success"))
+    )
     fix, verb = first_fix(checks), "queue" if waits else "launch"
-    has_to_correct = any(check.outcome == "warning" and check.suggested_fix for check in checks)
-    if fix is not None and has_to_correct:
+    if fix is not None and concluded_check(checks) is not None:
         first = highlight_keys(f"▸ {key_name('train.fix')} {fix.label}", "bold")
         second = highlight_keys(f"  {key_name('train.launch')} {verb} anyway")
-        parts, others = [first], [second, *length]
+        parts, others = [first], [second, *length, state]
     else:
-        parts = [highlight_keys(f"▸ {key_name('train.launch')} {verb} it", "bold"), *length]
+        parts = [highlight_keys(f"▸ {key_name('train.launch')} {verb} it", "bold"), *length, state]
         others = [] if fix is None else [highlight_keys(f"  {key_name('train.fix')} {fix.label}")]
-    lines = [Content("   ").join([*parts, Content.styled(*state)])]
+    lines = [Content("   ").join(parts)]
     return [*lines, Content("   ").join(others)] if others else lines
 
 
