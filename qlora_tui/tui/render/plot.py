@@ -36,7 +36,7 @@ _FEW_LABELS = 1.2
 """Penalty factor for axes with only two labels. Of several possible axes, the one with the smallest product
 of length and penalties is selected.
 """
-_NONE_BELOW = 1.3
+_NONE_BELOW = 1.4
 """Penalty factor for axes without a label at the low end."""
 _ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
 _FEW_STEPS = 10.0
@@ -47,6 +47,10 @@ _END_GRAINS = 40
 _FAR = 1e30
 _EPSILON = 1e-12
 """Values and ranges of an axis up to this magnitude count as zero, so that its arithmetic stays finite."""
+_FINE_PARTS = 60
+"""The upper end of a loss axis is rounded to a step that divides the range of losses into at most this many
+parts.
+"""
 _LEAST_SPAN = 0.05
 """Minimum range of a loss axis relative to the loss."""
 _APART = 3
@@ -126,12 +130,14 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
 def loss_axis(low: float, high: float) -> Axis:
     """Return the axis for a loss.
 
-    The axis spans at least 5 % of the loss, so that a small change does not look like a large one.
+    The axis spans at least 5 % of the loss, so that a small change does not look like a large one. Its upper
+    end is close to the highest loss, so that few rows remain free above the curve.
     """
     least = _LEAST_SPAN * max(abs(low), abs(high))
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
-    return rounded(low, high, unit="loss")
+    # A loss is highest at the beginning, so that the upper end changes less often than the lower one.
+    return replace(rounded(low, high, unit="loss"), high=rounded(low, high, _FINE_PARTS).high)
 
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
