@@ -33,7 +33,15 @@ from qlora_tui.tui.render.loss import changes_of_loss, summary_plot
 from qlora_tui.tui.render.meters import downsample
 from qlora_tui.tui.screens import runs_and_train_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
-from qlora_tui.tui.screens.runs.run_list import RunFiles, log_lines, reason, run_keys, short_name, when
+from qlora_tui.tui.screens.runs.run_list import (
+    RunFiles,
+    ending,
+    log_lines,
+    reason,
+    run_keys,
+    short_name,
+    when,
+)
 from qlora_tui.tui.screens.runs.screen import ORDERS, RunsScreen, in_order
 from qlora_tui.tui.system_monitor import SystemMonitor
 from tests.tui import fake_runs
@@ -213,13 +221,16 @@ def test_a_row_has_its_change_with_a_bar_only_if_bars_differ_and_no_reason_that_
     assert changes(a=1.0, b=1.1) == ["-50%", "-45%"]
 
 
-def test_chat_and_export_of_a_running_run_name_their_checkpoint() -> None:
-    run = write_fake_run(FakeRun(steps=300))
+@pytest.mark.parametrize(("state", "says"), [("running", ""), ("paused", "[r] resumes it from step 200.")])
+def test_keys_of_a_run_name_its_last_checkpoint(state: State, says: str) -> None:
+    run = write_fake_run(FakeRun(steps=300, state=state))
     (run.checkpoints_dir / "step-200").mkdir(parents=True)
     (run.checkpoints_dir / "step-200" / "complete").touch()
     summary = summarize(run)
     words = [verb for _, verb in run_keys(summary, RunFiles.read(summary))]
-    assert words == ["open", "chat with step 200", "export step 200"]
+    step = "" if says else " step 200"
+    assert words == ["open", "chat with step 200" if step else "chat", f"export{step}"]
+    assert says in [*(line.plain for line in ending(summary, RunFiles.read(summary))), ""]
 
 
 async def test_a_slow_reading_of_files_is_awaited(

@@ -399,28 +399,38 @@ def preview_title(summary: RunSummary) -> str:
 
 
 def detail_lines(
-    summary: RunSummary, exports: tuple[Export, ...], shared: Collection[MainSetting] = ()
+    summary: RunSummary, files: RunFiles | None, shared: Collection[MainSetting] = ()
 ) -> list[Content]:
     """Return lines for a window without room for the preview: facts about the run, and how it ended.
-    ``shared``: the settings that all listed runs share, which the title of the list names.
+
+    Args:
+        summary: The run.
+        files: Contents of the run's folder; None if they have not been read yet.
+        shared: The settings that all listed runs share, which the title of the list names.
     """
     facts = [part for part in (summary.model, setting_words(summary.settings, shared)) if part]
     if summary.accuracy is not None:
         facts.append(f"{format_percent(summary.accuracy)} of short answers exactly right")
     if summary.energy:
         facts.append(summary.energy)
-    second = Content("  ").join(ending(summary))
+    second = Content("  ").join(ending(summary, files))
     if summary.verdict is not None and summary.defect is None and summary.status.state == "finished":
         second = verdict_content(summary.verdict)
-    if exports:
-        second += Content.assemble(("  Export: " if second else "Export: ", "dim"), export_line(exports[0]))
+    if files is not None and files.exports:
+        head = Content.styled("  Export: " if second else "Export: ", "dim")
+        second += head + export_line(files.exports[0])
     return [Content(" · ".join(facts)), *([second] if second else [])]
 
 
-def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content]:
+def ending(summary: RunSummary, files: RunFiles | None, *, beside_verdict: bool = False) -> list[Content]:
     """Return lines that say why the run ended, what is wrong with its result, and what to do; empty if there
-    is nothing to report. ``beside_verdict``: whether the verdict is also shown. If so, a validation
-    loss that has risen is not reported here, because the verdict reports it.
+    is nothing to report.
+
+    Args:
+        summary: The run.
+        files: Contents of the run's folder; None if they have not been read yet.
+        beside_verdict: Whether the verdict is also shown. If so, a validation loss that has risen is not
+            reported here, because the verdict reports it.
     """
     text = summary.status.detail.replace("\n", " ")
     text = "" if text == ALL_STEPS_DONE else capitalize(text)
@@ -435,7 +445,8 @@ def ending(summary: RunSummary, *, beside_verdict: bool = False) -> list[Content
     if summary.fix:
         lines.append(Content.assemble(("▸ ", "$primary"), summary.fix))
     if summary.status.state in RESUMABLE:
-        lines.append(highlight_keys(f"{key_name('runs.resume')} resumes it."))
+        step = "" if files is None else f" from step {files.checkpoints[-1] if files.checkpoints else 0:,}"
+        lines.append(highlight_keys(f"{key_name('runs.resume')} resumes it{step}."))
     return lines
 
 

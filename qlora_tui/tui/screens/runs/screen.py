@@ -322,9 +322,9 @@ class RunsScreen(RunCommands):
         compare = (("runs.evaluate", "compare answers"),) if has_key else ()
         self.query_one("#result-panel", Panel).show_keys(compare)
         if is_short:
-            detail = detail_lines(summary, files.exports if files else (), self._shared)
+            detail = detail_lines(summary, files, self._shared)
         else:
-            detail = ending(summary, beside_verdict=True)
+            detail = ending(summary, files, beside_verdict=True)
         self._show("run-detail", detail)
         self.query_one("#run-detail").display = any(detail) or is_short
         self.query_one("#run-graph", Drawing).show(partial(summary_lines, summary))
