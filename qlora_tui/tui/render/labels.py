@@ -238,7 +238,8 @@ def verdict_legend(verdicts: Iterable[Verdict], width: int) -> Content:
     parts: dict[str, Content] = {}
     for verdict in verdicts:
         if verdict.word != "fits":
-            parts[verdict.word] = verdict_sign(verdict) + Content.styled(f" {verdict.word}", "dim")
+            reason = ": its range includes the limit" if verdict.word == "uncertain" else ""
+            parts[verdict.word] = verdict_sign(verdict) + Content.styled(f" {verdict.word}{reason}", "dim")
         if not verdict.is_exact:
             parts[INSTANT] = Content.styled(f"{INSTANT} estimated", "dim")
     instant = [parts.pop(INSTANT)] if INSTANT in parts else []

@@ -112,6 +112,7 @@ class ModelFit:
     """Why int8 needs more memory than fp16 at the longest of ``lengths``; empty if it does not."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
+    """Empty if a micro-batch of several sequences needs as much as one sequence of their total length."""
     ranks: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()
@@ -131,7 +132,7 @@ class PartsPanel(Panel):
         groups = {"length": fit.lengths}
         rows = self.screen.size.height
         groups |= {"rank": fit.ranks} if rows >= _RANKS_HEIGHT else {}
-        groups |= {"batch": fit.batches} if rows >= _BATCHES_HEIGHT else {}
+        groups |= {"batch": fit.batches} if fit.batches and rows >= _BATCHES_HEIGHT else {}
         self._lines.show(partial(parts_lines, groups, fit, has_even_colors(self)))
 
 
@@ -179,7 +180,7 @@ class ModelSide(Vertical):
         self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
         if fit is not None:
             self._parts.show(fit)
-            panel.show_title(f"Needs at least, of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
+            panel.show_title(f"Needs, of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
             self.query_one("#fit", Lines).show(partial(fit_lines, fit))
 
 
@@ -294,8 +295,9 @@ def parts_lines(
     limit = fit.budget.bytes
     full_bytes = most if is_far_above(limit, most) else limit
     bar_cells = max(10, width - _NAME_CELLS - _FIGURE_CELLS)
-    lines = []
+    lines: list[Content] = []
     for title, rows in groups.items():
+        lines += [Content("")] if lines else []
         lines.append(Content.styled(f"{title:>{_NAME_CELLS - 1}}", "dim"))
         for row in rows:
             figure = fit_figure(row.needs[fit.precisions[0]], is_current=row.is_current)
@@ -368,6 +370,12 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
 
     lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
     by_length = compared("data.max_length", lengths)
+    by_batch = compared("training.micro_batch_size", _BATCHES)
+    repeats = all(
+        _figures(estimates) == _figures(by_length.get(value * recipe.data.max_length, estimates))
+        for value, estimates in by_batch.items()
+    )
+    same = "A micro-batch of several sequences needs as much as one sequence of their total length."
     longest = by_length[max(by_length)]
     missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
     kernels = describe_missing(missing) if missing and not budget.is_assumed else ()
@@ -375,11 +383,17 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
         (precision, "nf4" if precision == "fp16" else "fp16"),
         why_int8_is_larger(longest["int8"], longest["fp16"]),
         tuple(rows("data.max_length", by_length)),
-        tuple(rows("training.micro_batch_size", compared("training.micro_batch_size", _BATCHES))),
+        () if repeats else tuple(rows("training.micro_batch_size", by_batch)),
         tuple(rows("lora.rank", compared("lora.rank", _RANKS))),
         budget,
-        tuple(filter(None, (note, OUTLINE_NOTE if model.is_outline else "", *kernels))),
+        tuple(
+            filter(None, (note, OUTLINE_NOTE if model.is_outline else "", *kernels, same if repeats else ""))
+        ),
     )
+
+
+def _figures(estimates: Mapping[Precision, Estimate]) -> list[str]:
+    return [format_bytes(estimate.total_bytes) for estimate in estimates.values()]
 
 
 def need(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Verdict:

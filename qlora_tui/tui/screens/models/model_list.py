@@ -199,7 +199,7 @@ def list_title(hint: Content, budget: MemoryBudget) -> list[Content]:
     second, an explanation of the column ``needs``.
     """
     of = f"{format_gib(budget.bytes)} GiB ({place_words(budget)})"
-    needs = Content.styled(f"memory needed at least, of {of}", "not bold $text-muted")
+    needs = Content.styled(f"memory needed, of {of}", "not bold $text-muted")
     return [Content("  ").join(["Models", hint] if hint else ["Models"]), needs]
 
 
