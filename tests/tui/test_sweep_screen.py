@@ -188,7 +188,7 @@ def test_a_sweep_in_its_first_round_has_the_losses_of_that_round_only(recipe: Re
     view = play_all(actions.start(sheet(recipe, rounds=3)), best_at(4e-4), most=3)
     assert [text for text, _ in setting_plot(view, "training.learning_rate").legend] == [
         "by learning rate",
-        "○ unchanged",
+        "○ unchanged at 100%",
     ]
     (_, heading), *rows = trial_lines(view, 74)
     assert "at 25%" in heading.plain and "at 50%" not in heading.plain and len(rows) == len(view.trials)

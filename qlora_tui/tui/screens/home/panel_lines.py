@@ -57,14 +57,15 @@ from qlora_tui.tui.render.labels import (
 from qlora_tui.tui.render.loss import changes_of_loss, mean_losses, validation_lines
 from qlora_tui.tui.render.meters import bar, labeled, meter
 from qlora_tui.tui.screens.home.next_step import Steps
+from qlora_tui.tui.screens.runs.run_list import short_name
 from qlora_tui.tui.system_status import Host, SystemStatus, read_host
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE_WIDTH = 24
 _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
 """States in which a run's status has details on what went wrong."""
-_MAX_NAME_WIDTH = 44
-"""Maximum width of a run's or model's name in the list of runs, in cells."""
+_LEAST_NAME, _MAX_NAME_WIDTH = 20, 44
+"""Minimum and maximum width of a run's or model's name in the list of runs, in cells."""
 _FELL = "bold $validation"
 """Style of how far the validation loss of a run fell."""
 _LABEL = 8
@@ -327,7 +328,14 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
     shared = shared_settings(summary.settings for summary in summaries)
     columns: tuple[Column[RunSummary], ...] = (
         Column(text=sign),
-        Column(text=lambda s: s.name, shrinks=True, min_width=14, max_width=_MAX_NAME_WIDTH, gap=1),
+        Column(
+            text=lambda s: s.name,
+            shrinks=True,
+            min_width=_LEAST_NAME,
+            max_width=_MAX_NAME_WIDTH,
+            shorter=short_name,
+            gap=1,
+        ),
         Column(
             text=lambda s: s.model,
             max_width=_MAX_NAME_WIDTH,
@@ -340,7 +348,7 @@ def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height
             shown_from=_MIN_WIDTH_FOR_MODELS,
             shown_if_empty=False,
         ),
-        Column(text=outcome, max_width=_OUTCOME_CELLS, is_sentence=True),
+        Column(text=outcome, shrinks=True, min_width=15, max_width=_OUTCOME_CELLS, is_sentence=True),
         Column(text=lambda s: changes.get(s.id, ""), shown_from=_MIN_WIDTH_FOR_BARS, shown_if_empty=False),
         Column(text=when, style="dim"),
     )
@@ -387,7 +395,8 @@ def recipe_lines(
         head = Content.styled("" if is_compact else f"{'memory':<{_LABEL}}", "dim")
         short = "" if refusal is None else f"  ✗ {CANNOT_TRAIN}"
         room = width - head.cell_length - len(short)
-        line = head + (fit.draw_short(room) if is_compact else fit.draw(room, _CURVE_WIDTH))
+        # Compact lines share the width with the expected time.
+        line = head + fit.draw(0 if is_compact else room, _CURVE_WIDTH)
         if refusal is not None:
             reason = f"  ✗ {refusal_words(refusal)}"
             has_room = line.cell_length + len(reason) <= width

@@ -188,10 +188,12 @@ def _legend(view: SweepView, drawn: set[str], others: Mapping[str, str]) -> tupl
     """
     firsts = (view.winner, *view.base_trials[:1])
     has_mean = {first.role for first in firsts if first is not None and view.mean_of(first) is not None}
+    # Until a trial has all of its steps, its losses are not those of the whole runs of the unchanged recipe.
+    end = f" {round_title(view, view.rounds)}" if view.rounds > 1 and view.winner is None else ""
     winner, unchanged = (" (mean)" if role in has_mean else "" for role in ("trial", "base"))
     words = {
         _WINNER_STYLE: f"{WINNER[0]} trial {view.verdict.winner}{winner}",
-        _UNCHANGED_STYLE: f"{UNCHANGED[0]} unchanged{unchanged}",
+        _UNCHANGED_STYLE: f"{UNCHANGED[0]} unchanged{unchanged}{end}",
         **{style: f"{_OTHER} {text}" for style, text in others.items()},
     }
     return tuple((text, style) for style, text in words.items() if style in drawn)
