@@ -399,7 +399,7 @@ def recipe_lines(
         line = head + fit.draw(0 if is_compact else room, _CURVE_WIDTH)
         if refusal is not None:
             reason = f"  ✗ {refusal_words(refusal)}"
-            has_room = line.cell_length + len(reason) <= width
+            has_room = not is_compact and line.cell_length + len(reason) <= width
             line += Content.styled(reason if has_room else short, "$error")
         memory = [line]
     elif isinstance(compared, UserError) and recipe.model.id:
