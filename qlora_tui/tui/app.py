@@ -207,20 +207,6 @@ class QloraApp(ThemedApp):
         found = [recall_trace(recipe, architecture, device) for device in devices]
         return any(found)
 
-    def _unplanned(self) -> list[MemoryBudget]:
-        """Return the memories of which it is unknown how much a run of the recipe will use."""
-        verdicts = {
-            budget: self.workbench.verdict(budget) for budget in (self.memory_budget, self.run_budget)
-        }
-        return [budget for budget, verdict in verdicts.items() if verdict and not verdict.used_bytes]
-
-    def plan_use(self) -> None:
-        """Calculate what a run of the recipe will use of each memory that estimates are shown for. Call it in
-        a thread.
-        """
-        for budget in self._unplanned():
-            self.workbench.plan_use(budget)
-
     @work(exclusive=True, group="recall")
     async def show_exact_memory(self) -> None:
         """If a trace of the recipe's training step is stored, show the exact memory on every screen. Then
@@ -228,9 +214,10 @@ class QloraApp(ThemedApp):
         """
         if await asyncio.to_thread(self.recall_trace):
             self.recipe_changed.publish(self.workbench.recipe)
-        if await asyncio.to_thread(self._unplanned):
+        verdict = self.workbench.verdict(self.memory_budget)
+        if verdict is not None and not verdict.used_bytes:
             await asyncio.sleep(_SETTLE_S)
-            await asyncio.to_thread(self.plan_use)
+            await asyncio.to_thread(self.workbench.plan_use, self.memory_budget)
             self.recipe_changed.publish(self.workbench.recipe)
 
     @property

@@ -255,12 +255,15 @@ class Workbench:
 
     def plan_use(self, budget: MemoryBudget) -> None:
         """Calculate how much of the memory in ``budget`` a run of the recipe will use. This takes up to 30
-        estimates, so call it in a thread. Does nothing if the recipe cannot be estimated.
+        estimates, so call it in a thread. Does nothing if the result is known, or if the recipe cannot be
+        estimated.
         """
         from qlora_tui.memory import choose_step
 
         recipe, architecture, estimated = self.recipe, self.architecture(), self.estimate(budget.device)
-        if estimated is not None and not isinstance(architecture, UserError):
+        if estimated is None or isinstance(architecture, UserError):
+            return
+        if not self._used_bytes(estimated, budget):
             choice = choose_step(recipe, architecture, budget.bytes, device=budget.device)
             self._used = ((estimated, budget.bytes, choice.estimate.process_bytes), *self._used[:1])
 

@@ -24,6 +24,7 @@ from qlora_tui.memory.step import PHASES, Moment
 from qlora_tui.recipe.fields import get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs import exact_memory
+from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.memory import screen as memory
 from qlora_tui.tui.screens.memory.screen import MemoryScreen
@@ -87,7 +88,9 @@ KEYS: tuple[tuple[str, str, object], ...] = (
 async def test_a_key_changes_a_setting_and_the_bars_and_costs_little(
     seven_billion: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "SETTLED_S", 60.0)  # the slower questions are another test's
+    # Slower questions are for another test.
+    monkeypatch.setattr(memory, "SETTLED_S", 60.0)
+    monkeypatch.setattr(app_module, "_SETTLE_S", 60.0)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "6.3 GiB")

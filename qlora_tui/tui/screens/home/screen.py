@@ -425,8 +425,9 @@ class HomeScreen(WorkScreen):
         if self._reader is None:
             self._reader = HomeReader(self._seen_at, self._started_at)
         self.app.recall_trace()
-        self.app.plan_use()
         budgets, now = (self.app.run_budget, self.app.memory_budget), clock.now()
+        for budget in budgets:
+            workbench.plan_use(budget)
         return self._reader.read(workbench, budgets, system_status, now, self._layout(size), self.app.counts)
 
     @property

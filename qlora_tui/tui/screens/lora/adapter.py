@@ -327,8 +327,8 @@ def saved_bytes(recipe: Recipe, architecture: Architecture) -> int:
 
 
 def adapter_title(workbench: Workbench, budget: MemoryBudget, width: int) -> Content:
-    """Return the title of the adapter's panel, with the total memory of the recipe: ``Adapter  NF4 6.3 of
-    12.0 GiB fits``. If the memory is unknown, return only ``Adapter``.
+    """Return the title of the adapter's panel, with the total memory of the recipe: ``Adapter  NF4 fits:
+    uses ~9.5 of 12.0 GiB``. If the memory is unknown, return only ``Adapter``.
     """
     fit = recipe_fit(workbench, budget, PRECISION_NAMES[precision_of(workbench.recipe)])
     if fit is None:

@@ -240,21 +240,23 @@ class FitPanel(Panel):
         word, style = verdict_words(verdict, can_train=can_train)
         train = next_step("go.train", "check and launch")
         is_done = is_recipe and can_train and verdict.fits_even_if_tight
+        longest = fit_texts(verdict, can_train=can_train)[0]
+        before, _, after = longest.partition(" of ")
         if is_narrow and solution.step and is_recipe:
             title = Content("With free memory")
         elif is_narrow or self._needed.display:
-            # The figures are above the bars or in large digits.
-            title = Content.styled(f"{name} {word}", "" if style == "$text-muted" else style)
+            # The figures are above the bars or in large digits, which follow the verb.
+            words = word if is_narrow else before.rpartition(" ")[0]
+            title = Content.styled(f"{name} {words}", "" if style == "$text-muted" else style)
         elif verdict.word == "uncertain":
             title = Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style)
         else:
             title = FitLine(name, verdict, can_train=can_train).draw(self.size.width - 1, max_bar=0)
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
-        longest = fit_texts(verdict)[0]
         size = format_bytes(verdict.used_bytes or verdict.needed_bytes)
         # The unit is next to the figure.
-        rest = longest.partition(" of ")[2].replace(f" {size.rpartition(' ')[2]}", "")
+        rest = after.replace(f" {size.rpartition(' ')[2]}", "")
         figure = Figure(f"of {rest}", size, f"bold {style}")
         self._needed.show([*large_figures([figure]), Content("")])
         self.choices.display = bool(solution.changes)

@@ -345,8 +345,8 @@ def _length_words(expected: Forecast, *, with_time: bool) -> Content:
 
 def _headline(expected: Forecast | None, fit: Content | None, probing: str, width: int) -> list[Content]:
     """Return a line with the run's memory and the source of its expected time, such as
-    ``memory ~1.0 of 23.5 GiB fits   judging by vicuna-1``. The source is left out if the line would be too
-    long. Return no line if nothing is known.
+    ``memory fits: uses ~1.3 of 23.5 GiB   judging by vicuna-1``. The source is left out if the line would be
+    too long. Return no line if nothing is known.
     """
     parts = [] if fit is None else [fit]
     if expected is not None or probing:
