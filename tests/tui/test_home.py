@@ -106,6 +106,8 @@ def test_a_run_is_a_card_with_its_progress_its_figures_and_what_is_next() -> Non
     left = format_duration(summary.seconds_left)
     assert re.match(rf"smoothed loss \d\.\d{{3}}   {left} left   next evaluation at 1,500", figures)
     wide = run_lines(summary, False, BEGAN, replace(layout, left=100), ["next-one"])[-1].plain
+    compact = run_lines(summary, False, BEGAN, replace(layout, left=120, is_compact=True))
+    assert len(compact) == 2 and f"{left} left" in compact[0].plain and "smoothed" not in compact[0].plain
     assert wide.endswith("then next-one")
     large = run_lines(summary, False, BEGAN, replace(layout, left=100, is_large=True))
     assert len(large) == 6 and large[3].plain[0] in "█▀▄" and "min left" in large[-1].plain

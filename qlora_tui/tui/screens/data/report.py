@@ -442,7 +442,7 @@ def cost_table(costs: list[LengthCost], width: int) -> Content:
             title="whole", text=in_weight(lambda cost: format_percent(cost.whole)), width=6, right=True, gap=0
         ),
         Column(
-            title="memory",
+            title="needs",
             text=in_weight(lambda cost: needed_words(cost.verdict) if cost.verdict else "NA"),
             width=9,
             right=True,

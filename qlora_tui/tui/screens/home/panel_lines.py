@@ -228,7 +228,10 @@ def run_lines(
         word = f"{status.state}, {word}"
     head = Content.assemble((f"{sign} ", style), (summary.name, "bold"), "  ", (word, style))
     if status.state in ACTIVE:
-        return [head, *_progress_lines(summary, layout, waiting)]
+        progress, figures = _progress_lines(summary, layout, waiting)
+        if layout.is_compact and head.cell_length + 3 + figures[0].cell_length <= width:
+            return [Content.assemble(head, "   ", figures[0]), progress]
+        return [head, progress, *figures]
     lines = [head]
     if status.at:
         away = "  while you were away" if while_away else ""
@@ -243,9 +246,13 @@ def run_lines(
     return lines
 
 
-def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]) -> list[Content]:
-    """Return lines with a run's progress bar, loss, time left, and next events, such as an evaluation."""
-    means = mean_losses(summary)
+def _progress_lines(
+    summary: RunSummary, layout: HomeLayout, waiting: Sequence[str]
+) -> tuple[Content, list[Content]]:
+    """Return a line with a run's progress bar, and lines with its loss, time left, and next events, such as
+    an evaluation. Compact lines do not include the loss, which is also above the chart.
+    """
+    means = [] if layout.is_compact else mean_losses(summary)
     figures = progress_figures(means[-1] if means else None, summary.seconds_left)
     share, steps = 0.0, "preparing"
     if summary.total_steps:
@@ -258,8 +265,7 @@ def _progress_lines(summary: RunSummary, layout: HomeLayout, waiting: Sequence[s
         facts.append("evaluation due" if is_due else f"next evaluation at {summary.next_evaluation:,}")
     if waiting:
         facts.append(f"then {waiting[0]}")
-    lines = [Content.assemble((drawn, "$training"), f"  {steps}")]
-    return lines + _figures(figures, facts, layout)
+    return Content.assemble((drawn, "$training"), f"  {steps}"), _figures(figures, facts, layout)
 
 
 def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
