@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 SYSTEM_POLL_INTERVAL_S = 1.0
 _SETTLE_S = 0.3
+_PLAN_SETTLE_S = 0.1
+"""Seconds without a change of the recipe after which what its run will use is calculated."""
 _LONG_NOTICE_S = 10.0
 """Time that warnings, errors and late replies of another machine stay on the screen, in seconds."""
 _TELL_AGAIN_S = 20.0
@@ -216,7 +218,7 @@ class QloraApp(ThemedApp):
             self.recipe_changed.publish(self.workbench.recipe)
         verdict = self.workbench.verdict(self.memory_budget)
         if verdict is not None and not verdict.used_bytes:
-            await asyncio.sleep(_SETTLE_S)
+            await asyncio.sleep(_PLAN_SETTLE_S)
             await asyncio.to_thread(self.workbench.plan_use, self.memory_budget)
             self.recipe_changed.publish(self.workbench.recipe)
 

@@ -90,7 +90,7 @@ async def test_a_key_changes_a_setting_and_the_bars_and_costs_little(
 ) -> None:
     # Slower questions are for another test.
     monkeypatch.setattr(memory, "SETTLED_S", 60.0)
-    monkeypatch.setattr(app_module, "_SETTLE_S", 60.0)
+    monkeypatch.setattr(app_module, "_PLAN_SETTLE_S", 60.0)
     app = open_on("memory", model=seven_billion)
     async with app.run_test(size=(80, 24)) as pilot:
         await wait_for_text(pilot, "6.3 GiB")

@@ -370,7 +370,8 @@ def peak_lines(
             used_bytes=used_bytes,
         ),
         legend(
-            limit_bytes,
+            # In a narrow window, the title gives the limit, and there is no room to repeat it.
+            most if is_short else limit_bytes,
             most,
             is_even=is_even,
             use=use if used_bytes > compared[of_recipe].total_bytes else "",
