@@ -138,6 +138,12 @@ def format_rate(rate: float | None) -> str:
     return "NA" if rate is None else format_number(float(f"{rate:.3g}"))
 
 
+def with_exponent(number: str) -> str:
+    """Write a number from :func:`format_rate` with an exponent: ``0.00011`` as ``1.1e-4``."""
+    mantissa, _, exponent = f"{float(number):.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def format_speed(per_s: float | None) -> str:
     """Format tokens per second: ``1,240``, ``40``, ``8.3``."""
     if per_s is None:

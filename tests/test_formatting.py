@@ -27,6 +27,7 @@ from qlora_tui.formatting import (
     short_model_name,
     shorten_name,
     uncapitalize,
+    with_exponent,
 )
 
 
@@ -105,6 +106,8 @@ def test_a_name_of_code_stays_small_at_a_sentences_start(text: str) -> None:
         (format_nats(0.0), "0"),
         (format_rate(2e-4), "0.0002"),
         (format_rate(5.7321e-5), "5.73e-5"),
+        (with_exponent("0.00011"), "1.1e-4"),
+        (with_exponent("5.73e-5"), "5.73e-5"),
         (format_speed(8.26), "8.3"),
         (format_speed(1239.6), "1,240"),
         (format_count(4812), "4,812"),

@@ -44,6 +44,8 @@ State: TypeAlias = Literal[
 """State of a run. The last three are never written, only derived. ``gone``: the folder does not exist."""
 ACTIVE: frozenset[State] = frozenset(("starting", "running"))
 RESUMABLE: frozenset[State] = frozenset(("failed", "stopped", "paused", "lost"))
+BROKEN: frozenset[State] = frozenset(("failed", "lost", "unreadable", "gone"))
+"""States that are shown as errors: the run failed, was lost or deleted, or cannot be read."""
 
 
 class Status(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -29,7 +29,7 @@ from qlora_tui.runs.view import RunView
 from qlora_tui.tui import desktop
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.render.labels import result_label
-from qlora_tui.tui.render.loss import changes_of_loss, summary_plot
+from qlora_tui.tui.render.loss import changes_of_loss, lowest_losses, shapes_of_loss, summary_plot
 from qlora_tui.tui.render.meters import downsample
 from qlora_tui.tui.screens import runs_and_train_commands
 from qlora_tui.tui.screens.runs.compare import Outcome, comparison_table, differing, read
@@ -219,6 +219,23 @@ def test_a_row_has_its_change_with_a_bar_only_if_bars_differ_and_no_reason_that_
 
     assert changes(a=1.0, b=1.6, c=2.2) == ["-50% ▄▄▄▄▄▄▄▄", "-20% ▄▄▄▁▁▁▁▁", "+10% ▁▁▁▁▁▁▁▁"]
     assert changes(a=1.0, b=1.1) == ["-50%", "-45%"]
+
+
+def test_the_lowest_loss_of_comparable_runs_is_marked_and_graphs_have_one_scale() -> None:
+    summary = replace(summarize(write_fake_run(FakeRun(name="a", steps=60))), total_steps=100)
+    half, whole, other = (
+        replace(
+            summary, run=RunDir(Path(name)), step=step, evaluations=losses, best=losses[-1][::-1], data=data
+        )
+        for name, step, losses, data in (
+            ("half", 50, ((0, 3.0), (50, 2.0)), "x"),
+            ("whole", 100, ((0, 3.0), (50, 1.9), (100, 1.0)), "x"),
+            ("other", 100, ((30, 2.0), (100, 0.9)), "y"),
+        )
+    )
+    assert lowest_losses([half, whole]) == {"whole"}
+    assert not lowest_losses([half]) and not lowest_losses([half, whole, other])
+    assert shapes_of_loss([half, whole, other], 4) == {"half": "▇▄", "whole": "▇▃▃▁", "other": " ▄▄▁"}
 
 
 @pytest.mark.parametrize(("state", "says"), [("running", ""), ("paused", "[r] resumes it from step 200.")])
@@ -520,6 +537,7 @@ async def test_reasons_and_the_settings_that_differ_are_in_the_list_at_80_column
         text = await wait_for_text(pilot, "reason")
         (line,) = (line for line in text.splitlines() if "✗ failed" in line)
         assert "Out of GPU memory" in line and " 1e-5 " in line
+        assert all(f" {rate} " in text for rate in ("1e-5", "2e-4")), "one notation for all rates"
         titles = text.splitlines()[2].split()
         assert "lr" in titles and not {"model", "precision"} & set(titles), "they are the same"
 

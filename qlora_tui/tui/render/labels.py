@@ -68,13 +68,15 @@ SIGNS: dict[State, tuple[str, str]] = {
     "running": ("●", "$training"),
     "finished": ("✓", "$success"),
     "failed": ("✗", "$error"),
-    "stopped": ("■", "$warning"),
+    "stopped": ("■", ""),
     "paused": ("‖", "$warning"),
     "lost": ("?", "$error"),
     "unreadable": ("?", "$error"),
     "gone": ("✗", "$error"),
 }
-"""(symbol, color) by run state. The name of the state is always shown too."""
+"""(symbol, color) by run state. The name of the state is always shown too. A stopped run has no color: its
+user ended it, while a paused run waits for its user.
+"""
 OUTCOME_SIGNS: dict[Outcome, tuple[str, str]] = {
     "ok": ("✓ ok", "$success"),
     "note": ("· note", "$primary"),

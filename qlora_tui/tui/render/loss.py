@@ -14,7 +14,7 @@ from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words
-from qlora_tui.tui.render.meters import bar
+from qlora_tui.tui.render.meters import bar, blocks
 from qlora_tui.tui.render.picture import ON_ANY, Colors, area, circle, curve, document, star, straight, text
 from qlora_tui.tui.render.plot import (
     Axis,
@@ -284,6 +284,43 @@ def loss_picture(view: RunView, frame: Frame, colors: Colors, size: float = 13) 
         is_best = best == at
         parts.append((star if is_best else circle)(*point, 10 if is_best else 4, colors.validation))
     return parts
+
+
+def lowest_losses(summaries: Sequence[RunSummary]) -> frozenset[str]:
+    """Return the ids of the runs with the lowest validation loss. The set is empty for fewer than two
+    validated runs, and if the losses are not comparable: a loss depends on the model, the data, and the
+    length at which the data is cut.
+    """
+    losses = {row.id: row.best[0] for row in summaries if row.best is not None}
+    kinds = {
+        (row.model, row.data, *(each.value for each in row.settings if each.title == "length"))
+        for row in summaries
+        if row.id in losses
+    }
+    if len(losses) < 2 or len(kinds) > 1:
+        return frozenset()
+    lowest = min(losses.values())
+    return frozenset(id_ for id_, loss in losses.items() if loss == lowest)
+
+
+def shapes_of_loss(summaries: Sequence[RunSummary], cells: int) -> dict[str, str]:
+    """Return, for the id of each run, a graph of its validation loss with a column for the last loss at or
+    before each step. A graph of all steps has ``cells`` columns. Runs with only one evaluation are left out.
+
+    The tallest column is the highest loss of all runs, and the shortest the lowest, so that graphs can be
+    compared.
+    """
+    shown = [each for each in summaries if len(each.evaluations) > 1 and each.total_steps]
+    losses = [loss for summary in shown for _, loss in summary.evaluations]
+    shapes = {}
+    for summary in shown:
+        values: list[float | None] = []
+        for column in range(max(1, round(cells * summary.step / summary.total_steps))):
+            until = (column + 1) / cells * summary.total_steps
+            before = (loss for step, loss in reversed(summary.evaluations) if step <= until)
+            values.append(next(before, None))
+        shapes[summary.id] = blocks(values, min(losses), max(losses), 1, is_apart=True)[0]
+    return shapes
 
 
 def _change_bar(part: float, width: int) -> str:

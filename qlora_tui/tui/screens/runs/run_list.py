@@ -32,6 +32,7 @@ from qlora_tui.formatting import (
     pluralize,
     shorten_name,
     truncate_middle,
+    with_exponent,
 )
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.describe import describe, done_at_words
@@ -40,7 +41,7 @@ from qlora_tui.runs.events import ALL_STEPS_DONE, Progress, SampleGenerated, Ste
 from qlora_tui.runs.exports import Export, read_exports
 from qlora_tui.runs.main_settings import MainSetting, setting_words
 from qlora_tui.runs.run_summary import WORSE, RunSummary
-from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.runs.status import ACTIVE, BROKEN, RESUMABLE
 from qlora_tui.tui import clock
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.key_names import highlight_keys, key_name, name_keys
@@ -52,7 +53,7 @@ from qlora_tui.tui.render.labels import (
     result_label,
     verdict_content,
 )
-from qlora_tui.tui.render.loss import changes_of_loss
+from qlora_tui.tui.render.loss import changes_of_loss, lowest_losses, shapes_of_loss
 from qlora_tui.tui.render.meters import labeled
 from qlora_tui.tui.screens.runs.export_dialog import export_line
 from qlora_tui.tui.widgets.controls import LIST_KEYS, LineView, cursor_row, render_line
@@ -61,8 +62,8 @@ MARKS = "ABCD"
 """Letters that mark the runs selected for comparison, in the list and in the graph of losses. No run state
 uses one of these letters as its symbol.
 """
-_LOSS_WIDTH = 9
-
+_LOSS_WIDTH, _SHAPE_WIDTH = 9, 20
+"""Maximum widths of the columns with the validation loss and with its graph, in cells."""
 
 _DAYS_OF_WEEK = 7
 
@@ -126,7 +127,8 @@ def reason(summary: RunSummary) -> Content:
     state = "Waiting " if summary.status.state == "queued" else f"{capitalize(summary.status.state)} "
     if text.startswith(state):
         text = text.removeprefix(state).rstrip(".")
-    return Content.styled("" if text == ALL_STEPS_DONE else text, "dim")
+    is_broken = summary.status.state in BROKEN
+    return Content.styled("" if text == ALL_STEPS_DONE else text, "" if is_broken else "dim")
 
 
 def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]:
@@ -137,13 +139,21 @@ def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]
     variety = {same[0].title: len(set(same)) for same in zip(*readable, strict=True)}
     order = sorted(variety, key=variety.__getitem__)
 
-    def value(place: int, row: RunSummary) -> str:
-        return row.settings[place].value if row.settings else ""
+    def value(place: int, has_exponents: bool, row: RunSummary) -> str:
+        if not row.settings:
+            return ""
+        number = row.settings[place].value
+        return with_exponent(number) if has_exponents else number
 
     for place, title in enumerate(variety):
         if variety[title] > 1:
+            # A column has one notation, with the exponents below each other.
+            has_exponents = any("e-" in settings[place].value for settings in readable)
             yield Column(
-                title=title, text=partial(value, place), dropped=_SETTINGS_DROPPED + order.index(title)
+                title=title,
+                text=partial(value, place, has_exponents),
+                right=has_exponents,
+                dropped=_SETTINGS_DROPPED + order.index(title),
             )
 
 
@@ -151,7 +161,11 @@ def _columns(rows: Sequence[RunSummary], width: int) -> tuple[Column[RunSummary]
     """Return the columns of a list of these runs, to the right of the column with mark and state. ``width``:
     width of the list, in cells.
     """
-    changes = changes_of_loss(rows)
+    changes, shapes, lowest = changes_of_loss(rows), shapes_of_loss(rows, _SHAPE_WIDTH), lowest_losses(rows)
+
+    def best(row: RunSummary) -> Content:
+        return Content.styled(best_loss(row), "$validation bold" if row.id in lowest else "")
+
     return (
         Column(title="queued", text=lambda s: when(s, clock.now()), right=True, gap=0),
         Column(title="run", text=lambda s: s.name, shrinks=True, min_width=16, shorter=short_name),
@@ -165,7 +179,14 @@ def _columns(rows: Sequence[RunSummary], width: int) -> tuple[Column[RunSummary]
             right=True,
             dropped=4,
         ),
-        Column(title="★ val", text=best_loss, max_width=_LOSS_WIDTH, right=True),
+        Column(
+            title="validation",
+            text=lambda s: shapes.get(s.id, ""),
+            style="$validation",
+            dropped=1,
+            shown_if_empty=False,
+        ),
+        Column(title="★ val", text=best, max_width=_LOSS_WIDTH, right=True),
         Column(
             title="exact",
             text=lambda s: "" if s.accuracy is None else format_percent(s.accuracy),
@@ -315,7 +336,9 @@ class RunTable(LineView):
     def _draw(self) -> list[Content]:
         width = self.scrollable_content_region.width
         head = Column[RunSummary](text=self._head, width=_HEAD)
-        titles, *lines = table((head, *_columns(self._rows, width)), self._rows, width, title_style="")
+        # A scroll bar is not next to a text.
+        room = width - self.show_vertical_scrollbar
+        titles, *lines = table((head, *_columns(self._rows, room)), self._rows, room, title_style="")
         if lines:
             titles = titles.pad_right(lines[0].cell_length - titles.cell_length)
             line = lines[self._cursor]

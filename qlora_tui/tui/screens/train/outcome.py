@@ -8,14 +8,12 @@ from textual.content import Content
 
 from qlora_tui.formatting import abbreviate_home, capitalize
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished
-from qlora_tui.runs.status import RESUMABLE, State
+from qlora_tui.runs.status import BROKEN, RESUMABLE
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.labels import verdict_content
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
-BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable", "gone")
-"""States that are shown as errors: the run failed, was lost or deleted, or cannot be read."""
 _USES = {"chat": "chat with it", "export": "export it", "card": "card"}
 """Labels of the commands that use an adapter, by the command's name."""
 _KEY_FIRST = re.compile(r"[▸ ] \[\S+\] ")

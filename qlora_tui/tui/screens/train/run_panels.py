@@ -34,7 +34,7 @@ from qlora_tui.runs.describe import (
 )
 from qlora_tui.runs.events import Evaluated, Failed, Finished, phase_label
 from qlora_tui.runs.run_summary import find_defect, last_evaluation, next_evaluation
-from qlora_tui.runs.status import ACTIVE, held_words
+from qlora_tui.runs.status import ACTIVE, BROKEN, held_words
 from qlora_tui.runs.view import RunView
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
@@ -51,7 +51,7 @@ from qlora_tui.tui.render.labels import (
 )
 from qlora_tui.tui.render.loss import validation_lines
 from qlora_tui.tui.render.meters import bar, labeled
-from qlora_tui.tui.screens.train.outcome import BROKEN, fix_text, outcome_has_fix
+from qlora_tui.tui.screens.train.outcome import fix_text, outcome_has_fix
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 from qlora_tui.tui.widgets.controls import wrapped
 
