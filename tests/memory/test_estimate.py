@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from msgspec import structs
@@ -27,7 +27,8 @@ from qlora_tui.memory import (
 )
 from qlora_tui.memory.activations import attention_kernel, takes_one_call
 from qlora_tui.memory.budget import budget_for
-from qlora_tui.memory.estimate import LOADING, cached_estimate, step_timeline
+from qlora_tui.memory.estimate import LOADING, Verdict, cached_estimate, step_timeline
+from qlora_tui.memory.explain import fit_texts
 from qlora_tui.memory.layout import build_layout
 from qlora_tui.memory.levels import CUDA_LIBRARIES_BYTES, context_range
 from qlora_tui.memory.static_memory import optimizer_step_bytes
@@ -109,7 +110,7 @@ def test_weights_of_a_7b_model_follow_the_formula() -> None:
 )
 def test_more_costs_more(key: str, small: object, large: object) -> None:
     less = estimate(Recipe(**{key: small}), qwen_7b())  # type: ignore[arg-type]  # one section each
-    more = estimate(Recipe(**{key: large}), qwen_7b())  # type: ignore[arg-type]
+    more = estimate(Recipe(**{key: large}), qwen_7b())
     assert less.process_bytes < more.process_bytes
 
 
@@ -129,6 +130,26 @@ def test_targets_in_a_range_of_layers_train_only_those() -> None:
     some = estimate(Recipe(lora=Lora(target_modules=("0-10.all-linear",))), tinyllama())
     every = estimate(Recipe(), tinyllama())
     assert some.bytes_of("adapter") * 2 == every.bytes_of("adapter")
+
+
+@pytest.mark.parametrize(
+    ("needed_gib", "used_gib", "is_exact", "can_train", "longest", "shortest"),
+    [
+        (6.4, 9.5, True, True, "fits: uses ~9.5 of 12.0 GiB (here), needs at least 6.4", "fits: ~9.5"),
+        (0.5, 1.3, False, False, "would fit: uses ~1.3 of 12.0 GiB (here), needs at least ~512 MiB", "~1.3"),
+        (6.4, 6.4, True, True, "fits: uses 6.4 of 12.0 GiB (here)", "fits: 6.4"),
+        (6.4, 0.0, False, True, "fits: needs ~6.4 of 12.0 GiB (here)", "fits: ~6.4"),
+        (13.1, 13.1, False, True, "does not fit: needs ~13.1 of 12.0 GiB (here)", "does not fit: ~13.1"),
+    ],
+)
+def test_a_verdict_says_what_a_run_uses_and_what_it_needs_at_least(
+    needed_gib: float, used_gib: float, is_exact: bool, can_train: bool, longest: str, shortest: str
+) -> None:
+    needed, used = round(needed_gib * GIB), round(used_gib * GIB)
+    word: Literal["fits", "does not fit"] = "fits" if needed_gib < 12 else "does not fit"
+    verdict = Verdict(word, needed, needed, needed, 12 * GIB, "", is_exact, used)
+    texts = fit_texts(verdict, "here", can_train=can_train)
+    assert texts[0] == longest and texts[-1].endswith(f"{shortest} of 12.0 GiB")
 
 
 def test_it_fits_only_when_the_whole_band_does() -> None:
