@@ -110,7 +110,7 @@ def test_weights_of_a_7b_model_follow_the_formula() -> None:
 )
 def test_more_costs_more(key: str, small: object, large: object) -> None:
     less = estimate(Recipe(**{key: small}), qwen_7b())  # type: ignore[arg-type]  # one section each
-    more = estimate(Recipe(**{key: large}), qwen_7b())
+    more = estimate(Recipe(**{key: large}), qwen_7b())  # type: ignore[arg-type]
     assert less.process_bytes < more.process_bytes
 
 
