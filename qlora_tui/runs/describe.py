@@ -227,16 +227,15 @@ def forgetting_words(divergence: float) -> str:
 
 
 def forgetting_effect(divergence: float, turn_ends: float | None) -> str:
-    """Return what has changed in answers to general prompts, such as ``on general prompts, answers no longer
-    end (they did before training)``.
+    """Return what has changed in answers to general prompts, such as ``general answers no longer end``.
 
     Args:
         divergence: Mean KL(base ‖ model) on general prompts, in nats per token.
         turn_ends: Share of the base's turn ends that the model keeps; None if the base has none.
     """
     if turn_ends is not None and turn_ends < _FEW_TURN_ENDS:
-        how = f"only {format_percent(turn_ends)} of answers end" if turn_ends else "answers no longer end"
-        return f"on general prompts, {how} (they did before training)"
+        share = format_percent(turn_ends)
+        return f"only {share} of general answers still end" if turn_ends else "general answers no longer end"
     return "other abilities are at risk" if divergence > MUCH_FORGETTING else "general answers have changed"
 
 

@@ -356,8 +356,6 @@ class RunVerdict:
     sentence: str
     cautions: tuple[str, ...] = ()
     """Parts of the sentence that are warnings, such as ``best at step 640, worse since``."""
-    forgetting: str = ""
-    """The one of these parts that is about forgetting; empty without such a warning."""
     has_answers: bool = False
     """Whether answers were measured."""
     has_improved: bool = False
@@ -510,7 +508,6 @@ def judge_run(evidence: RunEvidence) -> RunVerdict:
         outcome,
         f"{'; '.join(parts)}.",
         cautions=tuple(filter(None, (risen, warning))),
-        forgetting=warning,
         has_answers=metric is not None,
         has_improved=(
             preferences.right > preferences.expected

@@ -191,9 +191,7 @@ def test_a_warning_of_forgetting_has_its_latest_value_and_names_settings(run: Ru
     view = RunView(run)
     view.refresh()
     (warning,) = current_health(view)
-    assert warning.evidence.startswith(
-        "On general prompts, answers no longer end (they did before training). Forgetting 2.6 of 2: "
-    )
+    assert warning.evidence.startswith("General answers no longer end. Forgetting 2.6 of 2: ")
     assert "at step 30 (2.1 at step 20)" in warning.evidence
     assert warning.remedy == "Lower Learning rate, or Rank, as with --set lora.rank=8."
 

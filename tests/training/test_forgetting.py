@@ -195,7 +195,7 @@ def test_forgetting_is_reported_once_and_not_before_training() -> None:
     assert monitor.check(10, 1.2, 1.0) is None
     finding = monitor.check(20, 2.4, 0.25)
     assert finding is not None and finding.evidence.startswith(
-        "On general prompts, only 25% of answers end (they did before training). Forgetting 2.4 of 2"
+        "Only 25% of general answers still end. Forgetting 2.4 of 2"
     )
     assert monitor.check(30, 2.9, 0.2) is None
 

@@ -558,7 +558,7 @@ def test_a_line_with_a_key_continues_below_its_text() -> None:
 
 def test_each_warning_is_counted_and_a_warning_with_a_fix_is_on_one_line() -> None:
     snapshot = RunFollower(write_fake_run(FakeRun(state="finished", steps=60, total=60))).poll()
-    evidence = "On general prompts, answers no longer end (they did before training). Forgetting 1.4 of 2."
+    evidence = "General answers no longer end. Forgetting 1.4 of 2, by a measure whose explanation is long."
     forgot = structs.replace(health_event("forgetting", ""), evidence=evidence)
     snapshot.view.memory = MemoryMeasured(at=1.0, when="end", measured_bytes=2 << 30, estimated_bytes=1 << 30)
     verdict = judge_run(RunEvidence(losses=(2.5, 1.5), forgetting=1.4, turn_ends=0.0, forgot_much=True))
@@ -566,11 +566,11 @@ def test_each_warning_is_counted_and_a_warning_with_a_fix_is_on_one_line() -> No
     ended = replace(snapshot, health=(forgot,), verdict=verdict, fix=fix)
     assert "! 2 warnings" in state_line(ended).plain
     assert sum("! " in line.plain for line in health_lines(ended)) == 2
-    (finding,) = finding_line(ended, 78, 1)
-    assert finding.plain == "! On general prompts, answers no longer end. ▸ [m] prepare a run"
-    for shown, count in ((ended, 0), (replace(ended, fix=None), 1)):
-        outcome = outcome_text(shown)
-        assert outcome is not None and outcome.plain.count("answers no longer end") == count
+    warning = "! General answers no longer end. ▸ [m] prepare a run"
+    for shown, line in ((ended, "▸ [m] prepare a run"), (replace(ended, verdict=None), warning)):
+        assert [line.plain for line in finding_line(shown, 78, 1)] == [line]
+    outcome = outcome_text(ended)
+    assert outcome is not None and "fell from 2.500 to 1.500; general answers no longer end." in outcome.plain
 
 
 @pytest.mark.parametrize(

@@ -392,16 +392,13 @@ def verdict_style(verdict: RunVerdict) -> str:
     return "" if may_be_chance else _OUTCOME_STYLE[verdict.outcome]
 
 
-def verdict_content(verdict: RunVerdict, left_out: str = "") -> Content:
+def verdict_content(verdict: RunVerdict) -> Content:
     """Return the sentence of a verdict in the verdict's color. Cautions, which are parts of the sentence,
-    have the warning color. ``left_out``: a caution to leave out of the sentence.
+    have the warning color.
     """
-    sentence = verdict.sentence.replace(f"; {left_out}", "") if left_out else verdict.sentence
-    content = Content.styled(sentence, verdict_style(verdict))
+    content = Content.styled(verdict.sentence, verdict_style(verdict))
     for part in verdict.cautions:
-        if part == left_out:
-            continue
-        start = sentence.index(part)
+        start = verdict.sentence.index(part)
         content = content.stylize("$warning", start, start + len(part))
     return content
 

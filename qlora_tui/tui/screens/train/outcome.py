@@ -62,9 +62,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     first, *others = text.splitlines() or [""]
     lines = [Content.assemble((headline, "bold $error"), first), *map(Content, others)]
     if verdict is not None and not is_error:
-        # The warning about forgetting is left out if another line has it, next to the key for its fix.
-        is_elsewhere = snapshot.fix is not None and snapshot.fix.kind == "forgetting"
-        lines.insert(0, verdict_content(verdict, left_out=verdict.forgetting if is_elsewhere else ""))
+        lines.insert(0, verdict_content(verdict))
     actions = [fix_text(snapshot) if outcome_has_fix(snapshot) else "", "   ".join(offers)]
     if closing_is_enough:
         actions = [f"{offers[0]}, after closing the other program", actions[0], "   ".join(offers[1:])]

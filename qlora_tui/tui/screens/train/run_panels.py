@@ -298,7 +298,7 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     facts = []
     if snapshot.best is not None:
         loss = f"{best_word(view.loss_to_beat)} validation loss {format_loss(snapshot.best.loss)} "
-        facts.append(f"{loss if is_broken else ''}at step {snapshot.best.step:,}")
+        facts.append(f"{loss if is_broken else ''}at step {snapshot.best.step:,}{_last_words(snapshot)}")
     elif snapshot.loss is not None:
         facts.append(f"last loss {format_loss(snapshot.loss)}, not validated")
     if status.at:
@@ -319,14 +319,26 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
     return facts
 
 
+def _last_words(snapshot: RunSnapshot) -> str:
+    """Return the last validation loss, such as ``, last 2.915``, if the verdict gives it and it is not the
+    best; otherwise, an empty text.
+    """
+    last = snapshot.view.trained_evaluation
+    if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None:
+        return ""
+    return "" if last == snapshot.best else f", last {format_loss(last.loss)}"
+
+
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """Return a line for windows without a panel of warnings: the warning that has a fix, and the key for the
     fix. If the warning is too long, only its first sentence is shown, without its part in parentheses and cut
-    if necessary. Return no line if there is no such warning.
+    if necessary. A warning that the verdict has is left out. Return no line if there is no such warning.
     """
     fix = snapshot.fix
     if fix is None or not fix.evidence:
         return []
+    if fix.kind == "forgetting" and snapshot.verdict is not None:
+        return [highlight_keys(f"▸ {fix_text(snapshot)}").truncate(width, ellipsis=True)]
     key = highlight_keys(f" ▸ {key_name('train.fix')} {fix.short_label}")
     room = max(0, width - key.cell_length)
     headline = fix.evidence.partition(". ")[0].removesuffix(".")
