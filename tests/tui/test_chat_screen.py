@@ -50,6 +50,7 @@ from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.worker import run_job
 from tests.chat.adapters import MODEL_WITH_ADAPTER
 from tests.support.deciders import put_decider
+from tests.support.nvml_stub import install_nvml_stub, install_torch
 from tests.support.trainer_processes import Trainers
 from tests.tui.chat_screen import chat_of, finished, rest, with_adapters
 from tests.tui.fake_runs import BEGAN, FakeRun, write_fake_run
@@ -329,7 +330,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         assert (field.region.bottom, starters.region) == before
         field.text = ""
         await wait_for_text(
-            pilot, "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to", "It learned"
+            pilot, "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to 7.", "It learned"
         )
         await app.switch_mode("home")
         answered = TaskRow(

@@ -62,6 +62,7 @@ from qlora_tui.tui.ui_state import add_recent, recent
 from qlora_tui.tui.widgets.controls import Drawing, Lines, Panel
 
 if TYPE_CHECKING:
+    from qlora_tui.gpu.metrics import GpuDevice
     from qlora_tui.tui.app import QloraApp
     from qlora_tui.tui.system_status import SystemStatus
 
@@ -101,6 +102,8 @@ class ChatScreen(WorkScreen):
         self._start = ChatStart()
         self._switching = asyncio.Lock()
         """Held while the source changes. Otherwise a message that is sent meanwhile would be removed."""
+        self._estimated_for: tuple[bool, GpuDevice | None] = (False, None)
+        """Whether the machine's GPU was known when the chat's memory was estimated, and the GPU."""
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
         """Port of the server that holds a model, and that model's memory in bytes; None if no server holds a
@@ -129,11 +132,15 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """If a server has loaded or unloaded its model, update the header, which shows whether a server has a
-        model in memory. Do nothing while the conversation is busy.
+        """If the GPU is another, such as after the first poll, estimate the chat's memory again. If a server
+        has loaded or unloaded its model, update the header, which shows whether a server has a model in
+        memory, unless the conversation is busy.
         """
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None
+        source = self.conversation.source
+        if source is not None and self._estimated_for != (system_status.is_known, system_status.gpu):
+            self._read_start(source.recipe, self.conversation.run_dir, system_status)
         if held != self._held_by_server and not self.conversation.busy:
             self._held_by_server = held
             self.show_header()
@@ -180,11 +187,12 @@ class ChatScreen(WorkScreen):
         self.show_effect("")
         self.show_header()
         if source is not None:
-            self._read_start(source.recipe, run)
+            self._read_start(source.recipe, run, self.app.system_status)
 
     @work(group="start", exclusive=True)
-    async def _read_start(self, recipe: Recipe, run: RunDir | None) -> None:
-        device = budget_for(self.app.system_status.gpu).device
+    async def _read_start(self, recipe: Recipe, run: RunDir | None, system_status: SystemStatus) -> None:
+        self._estimated_for = (system_status.is_known, system_status.gpu)
+        device = budget_for(system_status.gpu).device if system_status.is_known else None
         self._start = await asyncio.to_thread(read_start, recipe, run, device)
         self.show_header()
 

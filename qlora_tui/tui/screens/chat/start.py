@@ -142,9 +142,10 @@ class ChatStart:
     summary: RunSummary | None = None
 
 
-def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
+def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> ChatStart:
     """Read the contents of the screen for a run or, if ``run`` is None, for the model of a recipe. Reads
-    files, so call it in a thread. ``device``: the device for which memory is estimated.
+    files, so call it in a thread. ``device``: the device for which memory is estimated; None if it is not
+    known yet.
     """
     questions = _validation_answers(recipe, run) if run is not None else []
     samples, load_s = _events(run) if run is not None else ([], None)
@@ -158,7 +159,7 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device) -> ChatStart:
         prompts=tuple({each.prompt: each for each in reversed(starters)}.values())[::-1],
         recorded=(*questions, *_answers_by_step(samples))[:_MAX_RECORDED],
         load_s=load_s,
-        load_bytes=chat_bytes(recipe, device),
+        load_bytes=None if device is None else chat_bytes(recipe, device),
         summary=None if run is None else summarize(run),
     )
 
