@@ -248,14 +248,16 @@ async def test_a_pasted_prompt_keeps_lines_and_up_recalls_the_last() -> None:
         screen.show_header()
         await wait_for_text(pilot, "❯ one")
 
-        # Turns begin at the top. Their end stays in view, after a resize too, unless the user scrolls.
+        # Turns end above the field. Their end stays in view, after a resize too, unless the user scrolls.
         assert field.region.bottom == screen.size.height - 1
-        assert 0 < turn.region.y - chat.region.y < 4
+        starters = screen.query_one(Starters)
+        await wait_until(pilot, lambda: turn.region.bottom == starters.region.y)
+        assert turn.region.y - chat.region.y > 4
         long = ChatTurn("three\n" * 40, (BASE,))
         await chat.mount(long)
         await wait_until(pilot, lambda: 0 < chat.scroll_y == chat.max_scroll_y)
         await pilot.resize_terminal(90, 24)
-        await wait_until(pilot, lambda: long.region.bottom == screen.query_one(Starters).region.y)
+        await wait_until(pilot, lambda: long.region.bottom == starters.region.y)
         scrolled = chat.scroll_y - 6
         screen.action_scroll_conversation(-2)
         await wait_until(pilot, lambda: chat.scroll_y == scrolled)
@@ -294,6 +296,7 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
         starters = screen.query_one(Starters)
         await wait_for_text(pilot, "Suggested messages", "▸ What is red?", "▸ How do I boil an egg?")
         assert starters.region.y == screen.conversation.region.bottom
+        assert screen.conversation.turns[-1].region.bottom == starters.region.y
         assert "temp 0.7" not in text_of(app)
         assert isinstance(screen.focused, Starters)
         await pilot.press("enter")
@@ -301,8 +304,11 @@ async def test_a_prompt_to_begin_with_is_asked_with_enter(private_home: Path, se
 
 
 async def test_before_the_first_message_the_runs_validation_questions_and_their_answers_are_shown(
-    private_home: Path, sent: list[str]
+    private_home: Path, sent: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The first poll finds the GPU when the screen is already open.
+    install_nvml_stub(monkeypatch, "one_gpu")
+    install_torch(monkeypatch, "12.4")
     rows = tickets(private_home / "tickets.jsonl")
     model = config_folder(private_home, "Qwen__Qwen2.5-7B")
     recipe = Recipe(model=Model(id=str(model)), data=Data(sources=(Source(path=str(rows)),)))

@@ -291,8 +291,9 @@ class ChatMain(Vertical):
         self.call_after_refresh(self._fit)
 
     def _fit(self) -> None:
-        """Make the conversation only as tall as its contents, so that the starter prompts are directly below
-        it. The remaining rows are for starter prompts.
+        """Divide the rows between the conversation and the starter prompts, which are directly below it.
+        Before the first message, the conversation is only as tall as its contents; later, its contents are at
+        its bottom.
         """
         try:
             drawing, panel = self.query_one("#chat-start", Drawing), self.query_one("#chat-panel")
@@ -310,11 +311,11 @@ class ChatMain(Vertical):
             needed = drawing.get_content_height(self.size, self.size, drawing.size.width)
             needed += drawing.gutter.height
         else:
-            needed = chat.virtual_size.height
+            regions = [each.virtual_region_with_margin for each in chat.children if each.display]
+            needed = max(each.bottom for each in regions) - min(each.y for each in regions)
         self._free_rows = rows - needed - HEADING_ROWS
         self._offer()
-        offered = starters.option_count if starters.display else 0
-        chat.styles.max_height = needed if chat.is_new else max(1, rows - offered)
+        chat.styles.max_height = needed if chat.is_new else None
 
     def _offer(self) -> None:
         chat, starters = self.conversation, self.query_one(Starters)

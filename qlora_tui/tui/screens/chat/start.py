@@ -52,8 +52,10 @@ _FEW, _MOST = 4, 24
 """Minimum and maximum number of starter prompts before the first message. Between these limits, there are as
 many prompts as free rows.
 """
-_LATER, _LATER_IF_TALL = 1, 3
-"""Minimum number of starter prompts during a conversation, in a short window and in a tall window."""
+_LATER, _LATER_IF_TALL, _MOST_LATER = 1, 3, 5
+"""Minimum number of starter prompts during a conversation, in a short window and in a tall window, and the
+maximum number.
+"""
 _UNRELATED = ("Name three uses for a paper clip.", "How do I boil an egg?")
 """Prompts on topics that few data sets cover, to see whether the adapter changes unrelated answers too."""
 _HEADING = "Suggested messages"
@@ -293,8 +295,8 @@ def offered_prompts(
     own = [each for each in start.prompts if each.prompt not in asked]
     unrelated = [Starter(prompt, "unrelated") for prompt in _UNRELATED if prompt not in asked]
     least = _FEW if not asked else _LATER_IF_TALL if is_tall else _LATER
-    most = max(least, min(rows, _MOST))
-    if most < _FEW:
+    most = max(least, min(rows, _MOST_LATER if asked else _MOST))
+    if asked:
         return (*own, *unrelated)[:most]
     while len(own) > most - len(unrelated):
         kinds = [each.kind for each in own]
@@ -361,8 +363,9 @@ def start_lines(
     if folds:
         lines = [] if is_described and is_loaded else [_summary_line(start, facts, width)]
         if start.recorded:
-            hint = f"+ {pluralize(len(start.recorded), 'prompt')} with recorded answers: "
-            hint += f"{key_name('chat.clear')} starts a new conversation and shows them"
+            prompts = pluralize(len(start.recorded), "prompt")
+            hint = f"Hidden in a conversation: recorded answers to {prompts}. "
+            hint += f"{key_name('chat.clear')} starts a new one"
             lines.append(highlight_keys(hint, "$text-muted").truncate(width, ellipsis=True))
         return lines
     above = fact_lines(facts, width)
