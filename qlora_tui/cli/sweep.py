@@ -206,11 +206,8 @@ def _show(sweep: SweepDir) -> CommandResult:
     bought = what_settings_bought(view)
     shares, note = _importances(view)
     if bought:
-        table = [
-            [one.path, one.value, str(one.trials), format_loss(one.best), format_loss(one.mean)]
-            for one in bought
-        ]
-        lines += ["", format_table(table, [effects_title(view), "value", "trials", "best", "mean"])]
+        table = [[one.path, one.value, str(one.trials), format_loss(one.mean)] for one in bought]
+        lines += ["", format_table(table, [effects_title(view), "value", "trials", "mean loss"])]
     if shares:
         words = ", ".join(f"{path} {share:.0%}" for path, share in shares.items())
         lines += ["", f"Share of the differences in loss that each setting explains: {words}."]

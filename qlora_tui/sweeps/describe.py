@@ -29,8 +29,6 @@ from qlora_tui.sweeps.space import Range, value_text
 from qlora_tui.sweeps.view import Outcome, SweepView, Trial
 
 _BINS = 3
-_SEVERAL = 2.0
-"""If a difference is at least this many times the noise, it is given as a multiple of the noise."""
 _OUTCOMES: dict[Outcome, str] = {
     "waiting": "waiting",
     "training": "in training",
@@ -87,7 +85,7 @@ class Compared:
     name: str
     loss: float
     words: str
-    """The runs that ``loss`` is the mean of: ``mean of seeds 43 and 44, not of 42, which selected it``."""
+    """The runs that ``loss`` is the mean of: ``mean of seeds 43 and 44; seed 42 selected it``."""
 
 
 def compared(view: SweepView) -> tuple[Compared, ...]:
@@ -98,7 +96,7 @@ def compared(view: SweepView) -> tuple[Compared, ...]:
     if verdict.basis != "confirmed" or winner is None or view.ended is None:
         return ()
     found, base = verdict.found or 0.0, verdict.base or 0.0
-    selected = f"{_seeds(view.confirmations_of(winner))}, not of {winner.seed}, which selected it"
+    selected = f"{_seeds(view.confirmations_of(winner))}; seed {winner.seed} selected it"
     return (
         Compared(f"trial {winner.number}", found, selected),
         Compared("unchanged", base, _seeds(view.base_trials)),
@@ -106,8 +104,9 @@ def compared(view: SweepView) -> tuple[Compared, ...]:
 
 
 def short_verdict(view: SweepView) -> tuple[str, str]:
-    """Return a headline about the best trial, and a sentence with the reason or, if several seeds were
-    compared (:func:`compared`), the noise. Without a final verdict, both come from :func:`verdict_sentence`.
+    """Return a headline, and a sentence with the reason. If several seeds were compared (:func:`compared`),
+    the headline says which settings to use, and there is no further sentence. Without a final verdict, both
+    come from :func:`verdict_sentence`.
     """
     verdict, winner = view.verdict, view.winner
     if winner is None or not compared(view):
@@ -115,20 +114,16 @@ def short_verdict(view: SweepView) -> tuple[str, str]:
         if winner is None or verdict.found is None:
             return word + colon + why, ""
         losses = f"{format_loss(verdict.found)} instead of {format_loss(verdict.base)}"
-        return f"{word}: {_with_values(winner)} has {losses}", capitalize(why)
-    difference, noise = (verdict.base or 0.0) - (verdict.found or 0.0), verdict.margin or 0.0
-    times = difference / noise if noise else 0.0
+        return f"{word}: trial {winner.number} ({', '.join(_values(winner))}) has {losses}", capitalize(why)
+    lower = format_float((verdict.base or 0.0) - (verdict.found or 0.0))
+    noise = format_float(verdict.margin or 0.0)
     if verdict.is_better:
-        than = f"{times:.0f} times" if times >= _SEVERAL else "more than"
-        headline = f"Better by {format_float(difference)}, {than} the noise: {_with_values(winner)}"
-    else:
-        headline = f"Not better: {_with_values(winner)} differs by less than the noise"
-    return headline, f"noise (95%) {format_float(noise)}"
+        return f"Use {join_words(_values(winner))}: loss lower by {lower} (noise {noise})", ""
+    return f"Keep the recipe unchanged: trial {winner.number} is lower by {lower} (noise {noise})", ""
 
 
-def _with_values(trial: Trial) -> str:
-    values = (f"{setting_name(path)} {value_text(value)}" for path, value in trial.values.items())
-    return f"trial {trial.number} ({', '.join(values)})"
+def _values(trial: Trial) -> list[str]:
+    return [f"{setting_name(path)} {value_text(value)}" for path, value in trial.values.items()]
 
 
 def _seeds(runs: Sequence[Trial]) -> str:
@@ -339,9 +334,8 @@ class Bought:
     path: str
     value: str
     trials: int
-    best: float
-    """Lowest validation loss at the end of the first round, the only round that all trials complete."""
     mean: float
+    """Mean validation loss at the end of the first round, the only round that all trials complete."""
 
 
 def effects_title(view: SweepView) -> str:
@@ -364,7 +358,7 @@ def what_settings_bought(view: SweepView) -> list[Bought]:
             if isinstance(values, Range):
                 label = _part(values, trial.values[path])
             parts.setdefault(label, []).append(trial.results[1].loss)
-        bought += [Bought(path, label, len(of), min(of), mean(of)) for label, of in parts.items()]
+        bought += [Bought(path, label, len(of), mean(of)) for label, of in parts.items()]
     return bought
 
 

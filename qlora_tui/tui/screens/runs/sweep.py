@@ -163,8 +163,8 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("z", "pause", "Pause"),
-        Binding("a", "add_time", "Time"),
-        Binding("s", "adopt", "Preset"),
+        Binding("a", "add_time", "Add time"),
+        Binding("s", "adopt", "Save"),
         Binding("x", "stop", "Stop"),
         Binding("n", "next", "Next"),
         Binding("y", "copy", "Copy"),
@@ -358,9 +358,7 @@ def verdict_lines(view: SweepView, width: int) -> list[Content]:
     for (symbol, symbol_style), side in zip((WINNER, UNCHANGED), sides, strict=False):
         parts = ((symbol, symbol_style), f" {side.name:<{cells}}  ", (format_loss(side.loss), "bold"))
         lines += hanging(Content.assemble(*parts, "  "), Content.styled(side.words, "$text-muted"), width)
-    if sides and lines[-1].cell_length + 3 + len(why) <= width:
-        lines[-1] += Content.styled(f"   {why}", "$text-muted")
-    elif not sides and why:
+    if why:
         lines.append(Content.styled(why, "$text-muted"))
     if tie := tie_sentence(view):
         lines.append(Content.styled(tie, "$text-muted"))
@@ -416,8 +414,8 @@ def _words_style(view: SweepView, trial: Trial) -> str:
 
 
 def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float], width: int) -> list[Content]:
-    """Return a table with a line for each value of each setting. Each line gives the lowest and the mean loss
-    of the trials with its value, at the end of the first round. The list is empty if there are no losses yet.
+    """Return a table with a line for each value of each setting. Each line gives the mean loss of the
+    trials with its value, at the end of the first round. The list is empty if there are no losses yet.
 
     ``title``: title of the first column, see :func:`effects_title`.
     """
@@ -430,11 +428,10 @@ def bought_lines(title: str, bought: Sequence[Bought], shares: dict[str, float],
         Column[Bought](text=partial(once, setting_name), title=title),
         Column[Bought](text=lambda one: one.value, title="value"),
         Column[Bought](text=lambda one: str(one.trials), title="trials", right=True),
-        Column[Bought](text=lambda one: format_loss(one.best), title="lowest loss", right=True),
-        Column[Bought](text=lambda one: format_loss(one.mean), title="mean", right=True),
+        Column[Bought](text=lambda one: format_loss(one.mean), title="mean loss", right=True),
         Column[Bought](
             text=partial(once, lambda path: format_percent(shares[path]) if path in shares else ""),
-            title="explains",
+            title="share of variation",
             right=True,
             dropped=1,
             shown_if_empty=False,

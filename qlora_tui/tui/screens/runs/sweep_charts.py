@@ -27,6 +27,10 @@ WINNER, UNCHANGED = ("★", _WINNER_STYLE), ("○", _UNCHANGED_STYLE)
 """(symbol, style) for losses of the winner and of the unchanged recipe."""
 _OTHER = "•"
 """Symbol in the legend for losses of all other trials, which a chart draws as blocks of dots."""
+_JOIN_STYLE = "$border-blurred"
+"""Style of the line between the losses of a round, which is no measurement."""
+_LEAST_JOINED = 4
+"""Minimum number of values in a round at which a line connects their losses."""
 _FEW_ROWS = 11
 """Height of a chart, in lines, below which it shows only the last round that any trial has finished."""
 _MARGIN = 0.03
@@ -110,9 +114,9 @@ def setting_lines(view: SweepView, path: str, width: int, height: int) -> list[C
 def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot:
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
-    was repeated with other seeds, its symbol is at the mean. If the values are numbers, each round has
-    a line through the lowest loss at each value, with the round's title. With ``only_last``, only the last
-    round with results is drawn for the trials, over the values that reached it.
+    was repeated with other seeds, its symbol is at the mean. If the values are numbers, the title of each
+    round is next to its lowest losses, and a faint line connects these losses if they are many. With
+    ``only_last``, only the last round with results is drawn for the trials, over the values that reached it.
     """
     last_round = max((number for trial in view.trials for number in trial.results), default=0)
     values, bases = view.sheet.sweep.vary[path], view.base_trials[:1]
@@ -149,29 +153,29 @@ def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot
             continue
         if (place := scale.place(value_of(view, first, path))) is not None:
             marks.append(Mark(place, mean, style, symbol))
-    curves = [
-        Curve(
-            Envelope.of_points(*zip(*sorted(of_round.items()), strict=True)),
-            "",
-            _LAST_STYLE if number == view.rounds else _EARLIER_STYLE,
-            label=round_title(view, number) if view.rounds > 1 else "",
-            look="thin",
-        )
-        for number, of_round in sorted(lowest.items())
-        if scale.has_order
-    ]
+    joins, titles = [], []
+    for number, of_round in sorted(lowest.items()) if scale.has_order else ():
+        envelope = Envelope.of_points(*zip(*sorted(of_round.items()), strict=True))
+        if len(of_round) >= _LEAST_JOINED:
+            joins.append(Curve(envelope, "", _JOIN_STYLE, look="thin"))
+        if view.rounds > 1:
+            style = _LAST_STYLE if number == view.rounds else _EARLIER_STYLE
+            titles.append(Curve(envelope, "", style, label=round_title(view, number), look="points"))
     losses = [mark.y for mark in marks]
     title = round_title(view, view.rounds) if view.rounds > 1 else "other trials"
-    # Labels of curves name the rounds.
-    others = {} if curves and view.rounds > 1 else {_LAST_STYLE: title, _EARLIER_STYLE: "earlier"}
+    # Titles at the losses name the rounds.
+    others = {_LAST_STYLE: title, _EARLIER_STYLE: "earlier"}
+    if titles:
+        others = {} if winner is None else {_EARLIER_STYLE: "single runs"}
+    by = f"by {setting_name(path)}{', last round' if only_last and last_round > 1 else ''}"
     return Plot(
         x=scale.axis,
         x_ticks=tuple((place, label[:_LONGEST]) for place, label in scale.ticks),
         y=loss_axis(min(losses), max(losses)) if losses else Axis(0.0, 1.0, "loss"),
-        curves=tuple(curves),
+        curves=(*joins, *titles),
         marks=_in_order(marks),
         has_all_marks=True,
-        legend=((f"by {setting_name(path)}", "dim"), *_legend(view, {mark.style for mark in marks}, others)),
+        legend=((by, "dim"), *_legend(view, {mark.style for mark in marks}, others)),
         empty=_NOTHING,
     )
 
@@ -205,7 +209,7 @@ def steps_plot(view: SweepView) -> Plot:
     Each trial has a line, with a mark for each evaluation. One run of the unchanged recipe is drawn like a
     trial. Only the winner's line and marks and the marks of the unchanged recipe are bright. The lines of the
     winner and of the unchanged recipe end in symbols. If one of these two was repeated with other seeds,
-    its line ends at the mean loss, as in :func:`setting_plot`.
+    its symbol is at the mean loss, as in :func:`setting_plot`.
     """
     base = view.base_trials[:1]
     curves, marks = [], []
@@ -222,12 +226,13 @@ def steps_plot(view: SweepView) -> Plot:
         shares = [100 * step / trial.total_steps for step, _ in trial.evaluations]
         losses = [loss for _, loss in trial.evaluations]
         line_style = style if symbol == WINNER[0] else _EARLIER_STYLE
-        if symbol and (mean := view.mean_of(trial)) is not None:
-            losses[-1] = mean
         envelope = Envelope.of_points(shares, losses)
         curves.append((symbol, Curve(envelope, "", line_style, look="thin")))
         marks += [Mark(share, loss, style) for share, loss in zip(shares, losses, strict=True)]
-        marks[-1] = replace(marks[-1], symbol=symbol)
+        if symbol and (mean := view.mean_of(trial)) is not None:
+            marks.append(Mark(shares[-1], mean, style, symbol))
+        else:
+            marks[-1] = replace(marks[-1], symbol=symbol)
     # The winner comes last, because later curves are drawn over earlier ones.
     curves.sort(key=lambda each: each[0] == WINNER[0])
     reach = overall([curve.envelope for _, curve in curves])
