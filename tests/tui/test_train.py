@@ -298,8 +298,8 @@ async def test_tab_switches_log_tabs_and_slash_searches() -> None:
 
 def steps_on_axis(app: QloraApp) -> list[str]:
     """The labels below the charts."""
-    axis = re.search(r"((?:[\d,]+ +)+)step ", text_of(app))
-    return axis[1].split() if axis else []
+    axis = re.search(r"((?:[\d,]+ +)+)step ([\d,]+)", text_of(app))
+    return [*axis[1].split(), axis[2]] if axis else []
 
 
 async def test_the_graph_is_zoomed_to_the_end_of_the_run() -> None:
@@ -307,11 +307,11 @@ async def test_the_graph_is_zoomed_to_the_end_of_the_run() -> None:
     app = QloraApp()
     async with app.run_test(size=(120, 40)) as pilot:
         await watching(app, run)
-        await wait_until(pilot, lambda: steps_on_axis(app) == ["0", "500", "1,000"])
+        await wait_until(pilot, lambda: steps_on_axis(app) == ["0", "500", "1,250"])
         await pilot.press("plus")
-        await wait_until(pilot, lambda: steps_on_axis(app) == ["600", "800", "1,000"])
+        await wait_until(pilot, lambda: steps_on_axis(app) == ["600", "800", "1,000", "1,240"])
         await pilot.press("minus")
-        await wait_until(pilot, lambda: steps_on_axis(app) == ["0", "500", "1,000"])
+        await wait_until(pilot, lambda: steps_on_axis(app) == ["0", "500", "1,250"])
 
 
 async def test_another_run_is_chosen_from_a_list() -> None:

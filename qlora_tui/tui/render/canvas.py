@@ -10,7 +10,7 @@ from textual.content import Content
 
 Look = Literal["line", "thin", "dotted", "points"]
 """How a curve is drawn. ``line``: a line of braille dots, two dots thick. ``thin``: a line of single dots.
-``dotted``: a dot in every other column of dots, only in cells without another line. ``points``: a dot for
+``dotted``: a dot in every other column of dots, over other lines. ``points``: a dot for
 each value, without a line.
 """
 DOTS_WIDE, DOTS_HIGH = 2, 4
@@ -55,12 +55,15 @@ class Canvas:
         """Draw a curve as braille characters. ``dots``: the (x, y) of each dot, counted from the top left.
 
         The dots of a line are added to the dots of other lines in the same cell. Points replace the contents
-        of the cell. A dotted line, which is drawn last, has no dots in the cells of other lines and of marks.
+        of the cell. A dotted line, which is drawn last, has no dots in the cells of marks. In the cells that
+        it shares with other lines, every other dash has its dots and its color.
         """
         for cell, bits in _by_cell(dots).items():
             if look == "dotted" and cell in self.lines:
-                continue
-            if look != "points":
+                if not self.lines[cell][0] or cell[0] // _DASH % 2:
+                    continue
+                bits |= self.lines[cell][0]
+            elif look != "points":
                 before, styles = self.lines.get(cell, (0, ()))
                 bits, _ = self.lines[cell] = before | bits, (style, *styles)
             self.cells[cell] = (chr(_BRAILLE_BLANK | bits), style)

@@ -11,16 +11,15 @@ from operator import itemgetter
 
 from textual.content import Content
 
-from qlora_tui.formatting import format_loss
 from qlora_tui.tui.render.canvas import DOTS_HIGH, DOTS_WIDE, Canvas, Look
 from qlora_tui.tui.render.meters import blocks, downsample
 from qlora_tui.tui.render.series import NOT_A_NUMBER, Envelope
 
 _GRID_PARTS = 4
 """Maximum number of parts that grid lines divide a graph into."""
-_LEAST_FILLED = 14
-"""Minimum number of rows of a graph at which the areas under its curves are filled. In fewer rows, the areas
-would look like stairs.
+_MANY_ROWS = 14
+"""Minimum number of rows of a graph at which its lines are two dots thick, and the areas under its curves are
+filled. In fewer rows, lines would hide each other, and areas would look like stairs.
 """
 LEAST_CHART = 7
 """Minimum height of a graph, in lines: five rows, a legend and a scale of x. In fewer lines, the curves are
@@ -32,13 +31,19 @@ described in words.
 """
 _LEAST_BETWEEN = 2
 """Minimum number of rows from one grid line to the next."""
-_FEW_LABELS = 1.2
+_FEW_LABELS = 1.5
 """Penalty factor for axes with only two labels. Of several possible axes, the one with the smallest product
 of length and penalties is selected.
 """
-_NONE_BELOW = 1.4
-"""Penalty factor for axes without a label at the low end."""
-_ROUND, _QUARTER = (1.0, 2.0, 5.0), 2.5
+_ROW_BELOW = 0.25
+"""Penalty for each row below the lowest label of an axis, added to a factor of 1."""
+_LESS_ROUND = 1.1
+"""Penalty factor for axes whose labels are not 1, 2 or 5 × 10ⁿ apart, and have more digits."""
+_ROUND = (1.0, 2.0, 5.0)
+_TICK_STEPS = {1.0: 1, 2.0: 1, 5.0: 1, 2.5: 1, 1.5: 3, 3.0: 3, 4.0: 2, 6.0: 3}
+"""Possible distances between labels, divided by a power of ten, and the number of round parts of each
+distance. Labels are at multiples of such a part, such as 2.5, 4.0 and 5.5.
+"""
 _FEW_STEPS = 10.0
 """Minimum length of the step axis, in steps, unless the run ends sooner."""
 _END_GRAINS = 40
@@ -48,7 +53,7 @@ _FAR = 1e30
 _EPSILON = 1e-12
 """Values and ranges of an axis up to this magnitude count as zero, so that its arithmetic stays finite."""
 _FINE_PARTS = 60
-"""The upper end of a loss axis is rounded to a step that divides the range of losses into at most this many
+"""The ends of a loss axis are rounded to a step that divides the range of losses into at most this many
 parts.
 """
 _LEAST_SPAN = 0.05
@@ -57,8 +62,6 @@ _APART = 3
 """Minimum distance between two marks with the same symbol, in cells, so that the marks do not merge into a
 line.
 """
-_LONG_LOSS = 1000.0
-"""Losses of at least this value have abbreviated labels, to leave room for the chart."""
 _GRID, _GRID_STYLE = "┈", "$border-blurred dim"
 
 
@@ -78,13 +81,6 @@ class Axis:
         """
         share = (value - self.low) / (self.high - self.low)
         return min(max(round(share * (cells - 1)), 0), cells - 1)
-
-    def text(self, value: float, step: float) -> str:
-        """Return the label for a tick at ``value``, given the ``step`` between two ticks. Losses are
-        formatted by ``format_loss`` unless the axis has large losses.
-        """
-        is_short = self.unit == "loss" and max(abs(self.low), abs(self.high)) < _LONG_LOSS
-        return format_loss(value) if is_short else label(value, step)
 
 
 def column_of(value: float, x: Axis, columns: int) -> int:
@@ -130,14 +126,13 @@ def rounded(low: float, high: float, ticks: int = 12, unit: str = "") -> Axis:
 def loss_axis(low: float, high: float) -> Axis:
     """Return the axis for a loss.
 
-    The axis spans at least 5 % of the loss, so that a small change does not look like a large one. Its upper
-    end is close to the highest loss, so that few rows remain free above the curve.
+    The axis spans at least 5 % of the loss, so that a small change does not look like a large one. Its ends
+    are close to the lowest and the highest loss, so that few rows remain free below and above the curve.
     """
     least = _LEAST_SPAN * max(abs(low), abs(high))
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
-    # A loss is highest at the beginning, so that the upper end changes less often than the lower one.
-    return replace(rounded(low, high, unit="loss"), high=rounded(low, high, _FINE_PARTS).high)
+    return rounded(low, high, _FINE_PARTS, "loss")
 
 
 def so_far(done: float, total: float, unit: str = "", start: float = 0.0) -> Axis:
@@ -172,7 +167,7 @@ def ticks(axis: Axis, most: int) -> list[tuple[float, str]]:
     first = math.ceil(axis.low / step - 1e-9)
     last = math.floor(axis.high / step + 1e-9)
     values = [_clean(i * step) for i in range(first, last + 1)]
-    return [(value, axis.text(value, step)) for value in values]
+    return [(value, label(value, step)) for value in values]
 
 
 def label(value: float, step: float) -> str:
@@ -191,7 +186,9 @@ def label(value: float, step: float) -> str:
 
 
 def _decimals(step: float) -> int:
-    return max(0, -math.floor(math.log10(step) + 1e-9))
+    """Return how many decimals a step of at most two significant digits needs: 0 for 2, and 1 for 2.5."""
+    fewest = max(0, -math.floor(math.log10(step) + 1e-9))
+    return fewest + (not math.isclose(step, round(step, fewest)))
 
 
 def _clean(value: float) -> float:
@@ -237,8 +234,8 @@ class Plot:
     """Everything that a graph shows. Later curves are drawn over earlier ones, and marks over curves.
 
     A cell that several lines share shows the dots of all of them, but can have only one color, which is
-    selected by :meth:`Canvas.color_shared_cells`. A mark has its cell to itself. A dotted line has no dots
-    in a cell that contains a mark or another line.
+    selected by :meth:`Canvas.color_shared_cells`. A mark has its cell to itself. A dotted line is drawn
+    over the others, in every other dash of the cells that it shares with them.
     """
 
     x: Axis
@@ -289,8 +286,8 @@ def plot(what: Plot, width: int, height: int) -> list[Content]:
     y, labels = _even(what.y, rows)
     what = replace(what, y=y)
     grid_rows = list(labels)
-    labels_end = max(map(len, labels.values()), default=0) + 1
-    gutter = max(what.gutter, labels_end)
+    labels_end = max(len(y.unit), *map(len, labels.values()))
+    gutter = max(what.gutter, labels_end + 1)
     columns = max(2, width - gutter)
     canvas = Canvas(columns, rows)
     canvas.cells = {(column, row): (_GRID, _GRID_STYLE) for row in grid_rows for column in range(columns)}
@@ -353,34 +350,32 @@ def _even(y: Axis, rows: int) -> tuple[Axis, dict[int, str]]:
     distance between ticks a whole number of rows. If there are too few rows for such ticks, the axis is
     unchanged and has the ticks that fit.
     """
-    span, best = y.high - y.low, (math.inf, y, 0.0)
+    span, best = y.high - y.low, (math.inf, y, 0.0, 0.0)
     first = math.floor(math.log10(span)) if span > 0 else 0
-    # Ticks at multiples of 2.5 × 10ⁿ need more decimals, which only labels of losses have.
-    sizes = (*_ROUND, _QUARTER) if y.unit == "loss" else _ROUND
-    for size, power in product(sizes, (first - 1, first)):
+    for (size, parts), power in product(_TICK_STEPS.items(), (first - 1, first)):
         step = _clean(size * 10.0**power)
-        for between in range(_LEAST_BETWEEN, rows):
-            row = step / between
-            for grain, cost in ((step, 1.0), (row, _NONE_BELOW)):
-                low = math.floor(y.low / grain + 1e-9) * grain
+        for between, part in product(range(_LEAST_BETWEEN, rows), range(parts)):
+            row, start = step / between, step * part / parts
+            for grain in (step, row):
+                # A value up to half a row below the lowest label, or above the highest one, is in its row.
+                low = math.floor((y.low + row / 2 - start) / grain + 1e-9) * grain + start
                 high = low + (rows - 1) * row
-                count = _count(low, high, step)
-                if high >= y.high - step * 1e-9 and 2 <= count <= _GRID_PARTS + 1:
-                    length = (high - low) * cost * (_FEW_LABELS if count == 2 else 1)
-                    best = min(best, (length, replace(y, low=low, high=high), step), key=itemgetter(0))
-    _, y, step = best
+                labeled = _multiples(low - start, high - start, step)
+                if high + row / 2 >= y.high - step * 1e-9 and 2 <= len(labeled) <= _GRID_PARTS + 1:
+                    below = round((start + labeled[0] * step - low) / row)
+                    cost = row * (1 + _ROW_BELOW * below)
+                    cost *= (_FEW_LABELS if len(labeled) == 2 else 1) * (1 if size in _ROUND else _LESS_ROUND)
+                    best = min(best, (cost, replace(y, low=low, high=high), step, start), key=itemgetter(0))
+    _, y, step, start = best
     if not step:
         return y, {row_of(value, y, rows): text for value, text in ticks(y, max(1, rows - 1))}
-    values = [
-        _clean((math.ceil(y.low / step - 1e-9) + number) * step)
-        for number in range(_count(y.low, y.high, step))
-    ]
-    return y, {row_of(value, y, rows): y.text(value, step) for value in values}
+    values = [_clean(start + number * step) for number in _multiples(y.low - start, y.high - start, step)]
+    return y, {row_of(value, y, rows): label(value, step) for value in values}
 
 
-def _count(low: float, high: float, step: float) -> int:
-    """Return how many multiples of ``step`` there are from ``low`` to ``high``."""
-    return math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1
+def _multiples(low: float, high: float, step: float) -> range:
+    """Return the whole numbers whose multiples of ``step`` are from ``low`` to ``high``."""
+    return range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
 
 
 def _draw_curve(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
@@ -411,12 +406,12 @@ def _draw_curve(canvas: Canvas, curve: Curve, x: Axis, y: Axis) -> None:
         if before is not None and not broken:
             dots.update(_between(before, (column, top, bottom)))
         before = None if broken else (column, top, bottom)
-    if curve.look == "line":
+    if curve.look == "line" and canvas.height >= _MANY_ROWS:
         dots |= {(column, row + 1) for column, row in dots if row + 1 < canvas.height * DOTS_HIGH}
     if curve.look == "dotted":
         dots = {(column, row) for column, row in dots if column % 2 == 0}
     canvas.settle(dots, curve.style, curve.look)
-    if curve.fill and canvas.height >= _LEAST_FILLED and y.low <= 0:
+    if curve.fill and canvas.height >= _MANY_ROWS and y.low <= 0:
         canvas.fill(dots, curve.fill)
     for column in broken_columns:
         canvas.cells[column, canvas.height - 1] = (NOT_A_NUMBER, "$error bold")
@@ -502,18 +497,21 @@ def _legend(what: Plot, gutter: int, width: int) -> Content:
 
 
 def _foot(what: Plot, gutter: int, columns: int) -> Content:
-    """Return the line below the graph: the scale of x, with as many labels as fit."""
+    """Return the line below the graph: the scale of x, with as many labels as fit. The last one, at the end
+    of the axis, has the unit: ``step 95``.
+    """
     x, text = what.x, [" "] * (gutter + columns)
-    free_from = gutter
-    end = gutter + columns - (len(x.unit) + 1 if x.unit else 0)
-    for value, label in what.x_ticks or ticks(x, max(1, columns // 12)):
-        start = gutter + column_of(value, x, columns) - len(label) // 2
-        start = max(gutter, min(start, gutter + columns - len(label)))
-        if start >= free_from and start + len(label) <= end:
-            text[start : start + len(label)] = label
-            free_from = start + len(label) + 1
-    if x.unit:
-        text[end + 1 :] = x.unit
+    most = max(1, columns // 12)
+    last_value = f"{x.high:,.0f}" if x.unit == "step" else label(x.high, tick_step(x.low, x.high, most))
+    last = f"{x.unit} {last_value}" if x.unit else ""
+    free_from, end = gutter, gutter + columns - len(last)
+    text[end:] = last
+    for value, name in what.x_ticks or ticks(x, most):
+        start = gutter + column_of(value, x, columns) - len(name) // 2
+        start = max(gutter, min(start, gutter + columns - len(name)))
+        if start >= free_from and start + len(name) <= end - 2 * bool(last):
+            text[start : start + len(name)] = name
+            free_from = start + len(name) + 1
     return Content.styled("".join(text), "dim")
 
 
