@@ -227,8 +227,10 @@ def _name_error(name: str) -> str:
         return "has a slash in it"
     if name[0] in ".-":
         return f'starts with "{name[0]}"'
-    if name != name.strip() or not name.isprintable():
-        return "contains white space or control characters"
+    if name != name.strip():
+        return "starts or ends with white space"
+    if not name.isprintable():
+        return "contains characters that cannot be printed"
     return "ends in .toml, which is added" if name.endswith(".toml") else ""
 
 

@@ -1,9 +1,10 @@
 """Themes from TOML files, both built-in and in the user's folder.
 
 A theme file has ``name``, ``dark`` and the colors of a Textual theme (``primary``, ``background``…);
-``accent`` is the color of keys. The file may also set the four hues (``HUES``), and ``ansi = true`` to use
-the terminal's 16 colors. A file with an error is reported and skipped. ``terminal`` is a theme without a
-file: it is derived from the terminal's own colors once the terminal has reported them (``color_query``).
+``accent`` is the color of keys. The file may also set the four hues (``HUES``), ``variables`` of the app's
+style sheets (``app.tcss``), and ``ansi = true`` to use the terminal's 16 colors. A file with an error is
+reported and skipped. ``terminal`` is a theme without a file: it is derived from the terminal's own colors
+once the terminal has reported them (``color_query``).
 """
 
 from __future__ import annotations

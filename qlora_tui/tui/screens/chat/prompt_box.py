@@ -14,7 +14,9 @@ from qlora_tui.tui.widgets.controls import OwnKeysFirst
 
 
 class PromptBox(OwnKeysFirst, TextArea):
-    """The prompt field. Enter sends, Ctrl+J starts a new line, and the field grows with its text."""
+    """The prompt field. Enter sends, Ctrl+J starts a new line, pasted line breaks stay, and the field grows
+    with its text.
+    """
 
     DEFAULT_CSS = """
     PromptBox, PromptBox:focus {

@@ -159,6 +159,8 @@ class ProblemsPanel(Panel):
 def unfixed_problems(report: Report | None, trained_tokens: Collection[str]) -> tuple[DataProblem, ...]:
     """Return the report's problems, except those about tokens that the recipe already trains. If all rows of
     the source are bad, the fix text of each problem with bad rows says that no row can be used.
+
+    The list on the screen has the same order: a line is opened by its index.
     """
     if report is None:
         return ()

@@ -42,7 +42,7 @@ def settings_table(
     head = f"{'setting':<{_NAME}}{'now':>{_NOW}}{'max fit':>{_MAX}}"
     is_exact = all(change.is_exact for change in lowered.values())
     lines = [_line(Content(""), head, "halving" if is_exact else f"{INSTANT} halving", width).stylize("dim")]
-    counted = (
+    counted = (  # in the order of HALVED_SETTINGS
         ("length", "length", recipe.data.max_length, fitting and fitting.sequence_length),
         ("batch", "micro-batch", training.micro_batch_size, fitting and fitting.micro_batch),
         ("rank", "rank", recipe.lora.rank, fitting and fitting.rank),
