@@ -17,6 +17,7 @@ from textual.containers import Container
 from textual.content import Content
 from textual.screen import ModalScreen
 
+from qlora_tui.formatting import uncapitalize
 from qlora_tui.tui.breakpoints import WIDE_CELLS
 from qlora_tui.tui.command_palette import works
 from qlora_tui.tui.commands import (
@@ -46,6 +47,8 @@ commands.
 """
 _Row: TypeAlias = tuple[tuple[str, ...], str]
 """A row of the help: the cells shown at the left, and the sentence that follows them."""
+_Table: TypeAlias = tuple[str, Sequence[_Row], str]
+"""A table of the help: its heading, its rows, and the style of the first cell of a row."""
 _Groups: TypeAlias = Sequence[tuple[str, Sequence[Command]]]
 _Part: TypeAlias = Callable[[int], list[Content]]
 """Returns the lines of a part of a page, for a width in cells. The first line is a heading."""
@@ -133,19 +136,18 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
     """
     entry = next(entry for entry in SCREENS if entry.name == name)
     offered = [each for each in screen_commands(name) if entry.is_modal or works(app, app.screen, each)]
-    words = partial(_sentences, "On the screen", words_of(name, state))
+    words = _word_table(words_of(name, state))
     groups = [(heading or "Keys", commands) for heading, commands in by_group(offered)]
     if entry.is_modal:
-        return HelpScreen(entry.label, [partial(_key_sentences, groups), words])
+        return HelpScreen(entry.label, [partial(_lines, [*_key_tables(groups), words])])
 
     # The terms come last in the second column, and the app's commands last in the shorter column.
     def columns(first: int) -> tuple[list[_Part], list[_Part]]:
         """Return the parts of both columns, without the app's commands. ``first``: number of groups in the
         first column.
         """
-        left: list[_Part] = [partial(_key_sentences, groups[:first])]
-        right: list[_Part] = [partial(_key_sentences, groups[first:])] if groups[first:] else []
-        return left, [*right, words]
+        left, right = _key_tables(groups[:first]), [*_key_tables(groups[first:]), words]
+        return [partial(_lines, left)], [partial(_lines, right)]
 
     def heights(first: int) -> tuple[int, int]:
         """Return the approximate heights of both columns, in lines."""
@@ -163,7 +165,7 @@ def screen_help(app: QloraApp, name: str, state: str = "") -> HelpScreen:
 
 def all_keys_screen() -> HelpScreen:
     """Return a page with the keys of all screens and the ids of their commands."""
-    tables = [partial(_key_sentences, [each], with_names=True) for each in commands_by_screen()]
+    tables = [partial(_lines, _key_tables([each], with_names=True)) for each in commands_by_screen()]
     return HelpScreen("all keys", [lambda width: highlight_keys(_KEYMAP_TEXT).wrap(width), *tables])
 
 
@@ -197,21 +199,30 @@ def words_of(name: str, state: str) -> dict[str, str]:
     return {**of_state, **always}
 
 
-def _sentences(heading: str, words: dict[str, str], width: int) -> list[Content]:
-    rows = [((word,), name_keys(sentence)) for word, sentence in words.items()]
-    return _tables([(heading, rows)], "bold", width)
+def _word_table(words: dict[str, str]) -> _Table:
+    return "On the screen", [((word,), name_keys(sentence)) for word, sentence in words.items()], "bold"
 
 
-def _key_sentences(groups: _Groups, width: int, *, with_names: bool = False) -> list[Content]:
-    """Return lines with the keys and the help of each command, below the heading of its group.
-    ``with_names``: whether the ids of the commands are included.
+def _key_tables(groups: _Groups, *, with_names: bool = False) -> list[_Table]:
+    """Return a table for each group, with the keys and the help of each command. ``with_names``: whether the
+    ids of the commands are included.
     """
 
     def row(command: Command) -> _Row:
         names = (command.id,) if with_names else ()
-        return (short_keys(command.id), *names), command.help
+        return (short_keys(command.id), *names), _named_help(command)
 
-    return _tables([(heading, list(map(row, commands))) for heading, commands in groups], _KEY_STYLE, width)
+    return [(heading, list(map(row, commands)), _KEY_STYLE) for heading, commands in groups]
+
+
+def _named_help(command: Command) -> str:
+    """Return the help of a command. If the words of its label in the footer are not in it, the label comes
+    first: ``Withdraw: remove the run from the queue.``
+    """
+    text = command.help.casefold()
+    if not command.footer or all(word in text for word in command.label.casefold().split()):
+        return command.help
+    return f"{command.label}: {uncapitalize(command.help)}"
 
 
 def _everywhere(width: int) -> list[Content]:
@@ -229,17 +240,16 @@ def _everywhere(width: int) -> list[Content]:
     return [*lines, line]
 
 
-def _tables(tables: Sequence[tuple[str, Sequence[_Row]]], style: str, width: int) -> list[Content]:
+def _lines(tables: Sequence[_Table], width: int) -> list[Content]:
     """Return the lines of tables, each below its heading.
 
-    The cells of all tables are aligned, the first cell of a row has ``style``, and the sentence of a row
-    wraps with a hanging indent. A Rich table is not used, since it would take longer to draw than the rest of
-    the page.
+    The cells of all tables are aligned, and the sentence of a row wraps with a hanging indent. A Rich table
+    is not used, since it would take longer to draw than the rest of the page.
     """
-    cells_of_all = [cells for _, rows in tables for cells, _ in rows]
+    cells_of_all = [cells for _, rows, _ in tables for cells, _ in rows]
     widths = [max(map(len, column)) for column in zip(*cells_of_all, strict=True)]
     lines: list[Content] = []
-    for heading, rows in tables:
+    for heading, rows, style in tables:
         lines += [Content("")] if lines else []
         lines.append(Content.styled(heading, _HEADING_STYLE))
         for cells, sentence in rows:
