@@ -37,7 +37,7 @@ of length and penalties is selected.
 """
 _ROW_BELOW = 0.25
 """Penalty for each row below the lowest label of an axis, added to a factor of 1."""
-_LESS_ROUND = 1.1
+_LESS_ROUND = 1.2
 """Penalty factor for axes whose labels are not 1, 2 or 5 × 10ⁿ apart, and have more digits."""
 _ROUND = (1.0, 2.0, 5.0)
 _TICK_STEPS = {1.0: 1, 2.0: 1, 5.0: 1, 2.5: 1, 1.5: 3, 3.0: 3, 4.0: 2, 6.0: 3}
