@@ -140,7 +140,7 @@ def _prepare(now: HomeState) -> NextStep:
         )
     why = "checked and launched on the Train screen"
     if now.duration:
-        why = f"{now.duration} of training here; {why}"
+        why = f"{now.duration} here, launched on the Train screen"
     text = "Prepare a new run" if now.last_state == "finished" else "Check the recipe"
     return NextStep("home.prepare", "prepare", text, why)
 
