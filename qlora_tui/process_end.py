@@ -34,18 +34,20 @@ def ended_early(
     fix: str = "Try again.",
     log: Path | None = None,
 ) -> UserError:
-    """Return the error for a process that ended without saying why.
+    """Return the error for a process that ended without reporting a reason.
 
-    A process that was killed by SIGKILL most likely ran out of memory, for which the kernel uses this signal.
+    A process that was killed by SIGKILL most likely ran out of memory: the kernel's out-of-memory killer uses
+    this signal.
 
     Args:
         title: Title of the error.
         subject: Name of the process, such as ``The process that downloads org/model``.
         exit_code: As in ``subprocess``: negative for a signal. None if it is unknown, because the process was
-            no child of this one; it records all errors that Python raises, so it was killed.
-        last_words: Its last output, which is the cause unless memory ran out.
+            not a child of this one. Such a process records every exception that Python raises, so it must
+            have been killed.
+        last_words: Last output of the process, which is shown as the cause unless memory ran out.
         fix: What to do, unless memory ran out.
-        log: The file with its output.
+        log: The file with the output of the process; None if there is no such file.
     """
     how = "was killed" if exit_code is None else how_ended(exit_code)
     ran_out_of_memory = exit_code in (None, -signal.SIGKILL)

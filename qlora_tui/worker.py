@@ -142,14 +142,14 @@ def run_job(
         job: The function, as ``qlora_tui.module:function``.
         arguments: Its arguments: paths, or values that JSON can represent.
         result: Type of the function's result.
-        title: Title of the error if the process ends without a result.
+        title: Title of the error if the process ends without a result or takes too long.
         subject: Name of the process in this error, such as ``The process that converted x.gguf``.
         fix: What the user can do about this error, unless memory ran out.
-        on_progress: Called with each message. An exception that it raises ends the job.
+        on_progress: Called with each progress message. An exception that it raises ends the job.
         should_stop: Called several times per second, even while the job is silent.
-        deadline_s: Seconds after which the job is killed.
+        deadline_s: Seconds after which the job is killed; None for no limit.
         shows_stderr: Whether the job uses this process's stderr, for progress bars of a library.
-        environ: Environment of the job; by default, that of this process.
+        environ: Environment of the job; by default, :func:`subprocess_env`.
 
     Raises:
         JobStopped: ``should_stop`` returned true.

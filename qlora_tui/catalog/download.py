@@ -252,8 +252,10 @@ def _size(path: Path) -> int:
 
 
 def start_download(model_id: str, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a download that outlives this process and its terminal. Its messages are on its ``stdout``, and
-    its error output is written to ``errors``.
+    """Start a process that downloads a model, and that outlives this process and its terminal. Messages about
+    the download arrive on ``stdout`` of the returned process; its error output is written to ``errors``.
+
+    Raises UserError if the download is for another machine that is not connected.
     """
     job = "qlora_tui.catalog.download:download"
     if (link := current()) is not None:

@@ -1,8 +1,8 @@
-"""The file types of GGUF exports: how many bits a weight takes, what their rounding explains, and who writes
-them.
+"""The file types of GGUF exports: the bits per weight, the KL divergence that rounding can explain, and the
+program that writes a file of the type.
 
-:data:`FILE_TYPES` is the only list of them. The export, its check against llama.cpp, the command line and the
-export dialog read it.
+:data:`FILE_TYPES` is the only list of these types. The export, its check against llama.cpp, the command line
+and the export dialog read it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class FileType:
     number: int
     """Value of ``general.file_type`` (llama.cpp, ``llama_ftype``)."""
     bits_per_weight: float
-    """K types are measured on Llama 3.1 8B (llama.cpp, tools/quantize/README.md), and other types calculated
-    from their blocks.
+    """Average number of bits per weight. The values of K types were measured on Llama 3.1 8B (llama.cpp,
+    tools/quantize/README.md); those of other types are calculated from their blocks.
     """
     block: int
     """Number of weights that are encoded together. The length of a matrix's rows must be a multiple of it."""
     kl_limit: float
-    """Largest mean KL divergence from the trained model, in nats, that rounding to this type explains."""
+    """Largest mean KL divergence from the trained model, in nats, that rounding to this type can explain."""
     kl_floor: float = 0.015
-    """KL divergence, in nats, that rounding alone may cause, so that a smaller effect of an adapter cannot be
-    detected. The largest observed value for BF16 is 0.011: SmolLM2-135M from a 4-bit file, with an adapter of
-    five steps.
+    """KL divergence, in nats, that rounding alone may cause. A smaller effect of an adapter cannot be
+    detected. The largest observed value for BF16 is 0.011: SmolLM2-135M from a 4-bit file, with an adapter
+    trained for five steps.
     """
 
     @property
@@ -72,7 +72,7 @@ FILE_TYPES = {
         FileType("Q2_K", 10, 3.16, K_BLOCK, 2.0),
     )
 }
-"""Each type by its name, the largest first."""
+"""The file types by name, the largest first."""
 DEFAULT_TYPE = "Q8_0"
 AUTO = "auto"
 """Selects the smallest file type whose answers are close enough to the adapter's."""

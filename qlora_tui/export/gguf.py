@@ -110,8 +110,8 @@ def export_gguf(
         adapter_name: The adapter to merge.
         out: A file ending in ``.gguf`` for one type, or a folder for any number of types.
         file_types: Types of :mod:`qlora_tui.catalog.gguf_file_types`, or ``auto`` alone.
-        within: Maximum acceptable mean KL divergence, in nats. None means no limit, and ``DEFAULT_WITHIN``
-            for ``auto``.
+        within: Maximum acceptable mean KL divergence, in nats. None means no limit or, for ``auto``,
+            ``DEFAULT_WITHIN``.
         compared_tokens: Maximum number of positions to compare. Only tokens in the loss count.
         on_status: Called with the current activity.
 
@@ -182,9 +182,10 @@ def require_file_space(
 
 
 def check_file_types(kinds: Sequence[str]) -> None:
-    """Raise UserError for an unknown type, or for one that needs llama.cpp while llama.cpp is unavailable.
+    """Raise UserError if a type is unknown, if a type needs llama.cpp and llama.cpp is unavailable, or if
+    ``kinds`` contains ``auto``, which cannot be combined with other types.
 
-    ``kinds``: for ``auto``, the types that it tries.
+    ``kinds``: the types to write; for ``auto`` alone, the types that it tries.
     """
     if AUTO in kinds:
         raise UserError(

@@ -412,8 +412,8 @@ class Verdict:
     is_exact: bool = False
     """Whether the step was traced rather than calculated."""
     used_bytes: int = 0
-    """Estimated memory of a run to which all of the available memory is free. Such a run uses more than
-    ``needed_bytes`` if this makes it faster. 0 if unknown.
+    """Estimated memory of a run that may use all of ``available_bytes``, in bytes; 0 if unknown. Such a run
+    uses more than ``needed_bytes`` if this makes it faster.
     """
 
     @property

@@ -7,7 +7,7 @@ A recipe is estimated with the settings that need the least memory: all layers a
   them makes a step about a third slower. The layers that keep their activations are the last ones: their
   backward comes first, so that their memory is free again when earlier layers are recomputed.
 * With ``auto_micro_batch`` each micro-batch has more rows, so a step needs fewer micro-batches for its rows.
-* With ``optimizer = "auto"`` AdamW runs in one kernel with 32-bit states, instead of with paged 8-bit states.
+* With ``optimizer = "auto"`` AdamW runs in one kernel with 32-bit states instead of paged 8-bit states.
 
 All three compete for the same memory, so the fastest combination is chosen by the predicted time of a step.
 The trainer chooses rows and optimizer before it loads the model. It chooses the number of recomputed layers
@@ -15,10 +15,10 @@ afterwards, for the longest batch of the run. After an out-of-memory error, the 
 states, and ``runs.memory_retry`` lowers the number of layers that keep their activations or, if there are
 none, the rows at a time.
 
-The slowdown by streamed layers or offloaded inputs follows from the same times: copies run during the
-computation, so a step takes the longer of the two. A micro-batch copies each of S streamed layers twice, in
-forward and backward, except the two that are still in the buffers when the direction changes: 2 (S - 2)
-copies.
+The slowdown from streamed layers or offloaded inputs is calculated from the same amount of computation:
+copies run during the computation, so a step takes the longer of the two times. A micro-batch copies each of S
+streamed layers twice, in forward and backward, except the two that are still in the buffers when the
+direction changes: 2 (S - 2) copies.
 """
 
 from __future__ import annotations

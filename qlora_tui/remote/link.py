@@ -257,10 +257,10 @@ class Link:
         return show
 
     def start_job(self, job: str, *arguments: object, errors: IO[bytes]) -> subprocess.Popen[bytes]:
-        """Start a job on the box. It continues if the connection drops. Its messages arrive on ``stdout``;
-        its error output and that of ssh are written to ``errors``.
+        """Start a job on the box, which continues if the connection drops. The messages of the job arrive on
+        ``stdout`` of the returned process. The error output of the job and of ssh is written to ``errors``.
 
-        Raises UserError.
+        Raises UserError if the box is not connected.
         """
         if not self.is_connected:
             raise self.unreachable()

@@ -204,7 +204,9 @@ class _Measured:
 def _measured_runs(
     device: Device, device_name: str, own: str, architecture: Architecture
 ) -> Iterator[_Measured]:
-    """Yield the measured speeds of earlier runs on the device with this name, as :func:`_measured` does."""
+    """Yield the measured speeds of the latest runs that trained on the device ``device_name``. Runs that
+    cannot be read are skipped. :func:`_measured` describes the arguments.
+    """
     for run in islice(all_runs(), _RUNS):
         with suppress(UserError, OSError):
             measured = _measured(
@@ -218,9 +220,11 @@ def _measured_runs(
 def _measured(
     run: RunDir, _changed: int, device: Device, device_name: str, own: str, architecture: Architecture
 ) -> _Measured | None:
-    """Return the speed of a run; None if it trained on another device or has recorded too few steps.
+    """Return the speed of a run; None if the run trained on another device or has recorded too few steps, or
+    if its recipe cannot be read.
 
-    If the run's model was moved or deleted, a model with the same name is taken for it.
+    If the run's model was moved or deleted, but has the same name as the model of the forecast, it is assumed
+    to be the same model.
 
     Args:
         run: The run.

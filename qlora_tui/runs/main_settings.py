@@ -1,4 +1,4 @@
-"""The settings in which runs most often differ, in a few characters each: columns of lists, and lines of
+"""The settings in which runs most often differ, as short texts for the columns of lists and for lines of
 facts.
 """
 
@@ -18,9 +18,9 @@ class MainSetting(NamedTuple):
     title: str
     """Title of a column with this setting, such as ``lr``."""
     value: str
-    """The value in such a column: ``0.0002``."""
+    """Text of the value in a column with this title, such as ``0.0002``."""
     words: str
-    """The setting without a title: ``lr 0.0002``."""
+    """Text that stands alone, where there is no title: ``lr 0.0002``."""
 
 
 def main_settings(recipe: Recipe) -> tuple[MainSetting, ...]:
@@ -60,7 +60,9 @@ def shared_settings(runs: Iterable[Sequence[MainSetting]]) -> tuple[MainSetting,
 
 
 def setting_words(settings: Sequence[MainSetting], shared: Collection[MainSetting] = ()) -> str:
-    """Return a run's settings in one line, without those that it shares with the runs next to it."""
+    """Return a run's settings in one line, without those in ``shared``, which other runs in the list have
+    too. If ``settings`` is empty, return ``recipe unreadable``.
+    """
     if not settings:
         return "recipe unreadable"
     return " · ".join(each.words for each in settings if each not in shared)

@@ -89,8 +89,8 @@ class Compared:
 
 
 def compared(view: SweepView) -> tuple[Compared, ...]:
-    """Return the best trial and the unchanged recipe, as the final verdict compares them; empty without a
-    verdict that is based on several seeds.
+    """Return the best trial and the unchanged recipe, as the final verdict compares them; empty unless there
+    is a final verdict that is based on several seeds.
     """
     verdict, winner = view.verdict, view.winner
     if verdict.basis != "confirmed" or winner is None or view.ended is None:
@@ -105,8 +105,8 @@ def compared(view: SweepView) -> tuple[Compared, ...]:
 
 def short_verdict(view: SweepView) -> tuple[str, str]:
     """Return a headline, and a sentence with the reason. If several seeds were compared (:func:`compared`),
-    the headline says which settings to use, and there is no further sentence. Without a final verdict, both
-    come from :func:`verdict_sentence`.
+    the headline says which settings to use, and the sentence is empty. Otherwise, both are derived from
+    :func:`verdict_sentence`; if no losses can be compared, the sentence is empty.
     """
     verdict, winner = view.verdict, view.winner
     if winner is None or not compared(view):
@@ -254,8 +254,8 @@ def trial_progress(trial: Trial) -> str:
 
 
 def trial_words(view: SweepView, trial: Trial) -> str:
-    """Return the outcome of a run. For a run with repeats, and for a repeat, the seed comes first:
-    ``seed 42, finished``. For the winner, ``winner`` takes the place of the outcome.
+    """Return the outcome of a run in words; for the winner, ``winner``. The seed comes first for runs of the
+    unchanged recipe, for repeats, and for a winner with repeats: ``seed 42, finished``.
     """
     is_winner = trial.number == view.verdict.winner
     words = "winner" if is_winner else outcome_words(trial)

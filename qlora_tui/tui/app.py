@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 SYSTEM_POLL_INTERVAL_S = 1.0
 _SETTLE_S = 0.3
 _PLAN_SETTLE_S = 0.1
-"""Seconds without a change of the recipe after which what its run will use is calculated."""
+"""Seconds from the last change of the recipe to the calculation of the memory that its run will use."""
 _LONG_NOTICE_S = 10.0
-"""Time that warnings, errors and late replies of another machine stay on the screen, in seconds."""
+"""Time that warnings, errors and late replies from another machine stay on the screen, in seconds."""
 _TELL_AGAIN_S = 20.0
 """Minimum number of seconds between two notifications that the machine given with ``--host`` does not
 respond.
@@ -212,7 +212,7 @@ class QloraApp(ThemedApp):
     @work(exclusive=True, group="recall")
     async def show_exact_memory(self) -> None:
         """If a trace of the recipe's training step is stored, show the exact memory on every screen. Then
-        show what a run will use.
+        calculate and show the memory that a run will use, unless it is known.
         """
         if await asyncio.to_thread(self.recall_trace):
             self.recipe_changed.publish(self.workbench.recipe)

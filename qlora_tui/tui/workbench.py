@@ -254,9 +254,9 @@ class Workbench:
         return replace(check_fit(estimated, budget.bytes), used_bytes=self._used_bytes(estimated, budget))
 
     def plan_use(self, budget: MemoryBudget) -> None:
-        """Calculate how much of the memory in ``budget`` a run of the recipe will use. This takes up to 30
-        estimates, so call it in a thread. Does nothing if the result is known, or if the recipe cannot be
-        estimated.
+        """Calculate how much of the memory in ``budget`` a run of the recipe will use. Do nothing if the
+        result is known, or if the recipe cannot be estimated. The calculation makes dozens of estimates, so
+        call this method in a thread.
         """
         from qlora_tui.memory import choose_step
 
@@ -268,7 +268,7 @@ class Workbench:
             self._used = ((estimated, budget.bytes, choice.estimate.process_bytes), *self._used[:1])
 
     def _used_bytes(self, estimated: Estimate, budget: MemoryBudget) -> int:
-        """Return the memory that a run with this estimate will use; 0 if it is unknown."""
+        """Return the bytes that a run with this estimate and budget will use; 0 if unknown."""
         uses = (used for of, bytes_, used in self._used if (of, bytes_) == (estimated, budget.bytes))
         return next(uses, 0)
 

@@ -35,9 +35,8 @@ _WIDE_AT_FEW_BITS = ("token_embd.weight", "output.weight")
 
 
 def tensor_type(name: str, shape: tuple[int, ...], file_type: str) -> Any:
-    """Return the ``GGMLQuantizationType`` of a tensor in a file of a type that the ``gguf`` package writes.
-
-    Raises UserError if the file type is unknown.
+    """Return the ``GGMLQuantizationType`` of a tensor. ``file_type``: type of the file, which must be one
+    that the ``gguf`` package writes.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -248,7 +247,9 @@ class StoredTypes(Struct, frozen=True):
 
 
 def stored_types(path: Path, file_type: str) -> StoredTypes:
-    """Read the types in a written file. Raises UserError if it is not GGUF, or ``file_type`` is unknown."""
+    """Return the types of the matrices in a written file. Raises UserError if the file is not a GGUF file, or
+    if ``file_type`` is unknown.
+    """
     from gguf import GGMLQuantizationType
 
     header = read_gguf(path)

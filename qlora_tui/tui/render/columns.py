@@ -199,9 +199,9 @@ def _line(
 
 
 def cut_sentence(text: Content, width: int) -> Content:
-    """Return the clauses of a text that fit ``width`` cells. The text before a colon counts only if there is
-    no other clause that fits: of ``Probably killed: the process ended.``, for example, ``Probably killed``.
-    Without any such clause, cut the text.
+    """Shorten a text to the clauses that fit ``width`` cells. The part before a colon counts as a clause only
+    if no other clause fits: ``Probably killed: the process ended.`` becomes ``Probably killed``. If no clause
+    fits, cut the text anywhere.
     """
     if text.cell_length <= width:
         return text

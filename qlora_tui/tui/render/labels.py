@@ -58,7 +58,7 @@ SEPARATOR = " · "
 _MIN_NAME = 9
 """Minimum width of a shortened name in a recipe's line, in cells."""
 _MAX_TARGETS = 16
-"""Maximum width of the names of the target modules, in cells. Longer lists are counted."""
+"""Maximum width of the names of the target modules, in cells. A longer list is replaced by its length."""
 _MIN_BAR = 4
 """Minimum width of a bar, in cells. If there is less room, the bar is left out."""
 PRECISION_NAMES: dict[Precision, str] = {"nf4": "NF4", "int8": "int8", "fp16": "fp16"}
@@ -168,7 +168,7 @@ def recipe_facts(recipe: Recipe, cells: int, batch: str = "") -> list[tuple[str,
     Args:
         recipe: The run's recipe.
         cells: Maximum width of a value, in cells. Longer values are shortened.
-        batch: Length and batch, if they are not those of :func:`batch_words`.
+        batch: Text for the sequence length and the batch; empty for the result of :func:`batch_words`.
     """
     training = recipe.training
     precision, *_, epochs = main_settings(recipe)
@@ -200,7 +200,7 @@ def preference_words(recipe: Recipe) -> str:
 
 
 def verdict_words(verdict: Verdict, *, can_train: bool = True) -> tuple[str, str]:
-    """Return (text, color) for a verdict on memory, as in :func:`verdict_word`."""
+    """Return (text, color) for a verdict on memory. The text is the one of :func:`verdict_word`."""
     word = verdict_word(verdict, can_train=can_train)
     return word, _VERDICTS[word][1] if word in _VERDICTS else "$text-muted"
 
@@ -276,8 +276,9 @@ class FitLine:
         self._word, self._style = verdict_words(verdict, can_train=can_train)
 
     def draw_short(self, width: int) -> Content:
-        """Return the line with the device and without a bar. If it does not fit ``width``, the verdict is
-        only its symbol, and the unit is left out: ``✗ ~13.1 of 12.0 (assumed GPU)``.
+        """Return the line with the device and without a bar. If the line does not fit ``width``, the symbol
+        of the verdict replaces its word, and the unit is left out: ``✗ ~13.1 of 12.0 (assumed GPU)``. The
+        verdict ``fits`` has no symbol here.
         """
         figures = self._texts[-1].removeprefix(f"{self._word}: ")
         place = f" ({self._place})"
@@ -291,8 +292,9 @@ class FitLine:
         )
 
     def draw(self, width: int, max_bar: int | None = None) -> Content:
-        """Return the longest wording that fits ``width``. If there is room, a bar of at most ``max_bar``
-        cells comes first; None if the bar has no maximum length.
+        """Return the most detailed wording that fits ``width`` next to a bar. If none does, return the
+        shortest wording, and leave out the bar if there is no room. ``max_bar``: maximum length of the bar,
+        in cells; None for no maximum, and 0 for no bar.
         """
         least_bar = 0 if max_bar == 0 else _MIN_BAR + 1
         room = width - len(self._label)

@@ -37,7 +37,7 @@ _CHANGE_WIDTH = 8
 RISE = "▲"
 """Beginning of the bar for a validation loss that rose."""
 _LEAST_WITH_OTHERS = 2
-"""Maximum number of lines of evaluations in which none says how many others there are."""
+"""If there are at most this many lines for evaluations, no line says how many evaluations are left out."""
 _MIN_SAMPLES = 2.0
 """Minimum window, in recorded losses, for smoothing the losses in a run's summary."""
 
@@ -304,11 +304,12 @@ def lowest_losses(summaries: Sequence[RunSummary]) -> frozenset[str]:
 
 
 def shapes_of_loss(summaries: Sequence[RunSummary], cells: int) -> dict[str, str]:
-    """Return, for the id of each run, a graph of its validation loss with a column for the last loss at or
-    before each step. A graph of all steps has ``cells`` columns. Runs with only one evaluation are left out.
+    """Return a graph of the validation loss of each run, by the id of the run. Runs with fewer than two
+    evaluations are left out.
 
-    The tallest column is the highest loss of all runs, and the shortest the lowest, so that graphs can be
-    compared.
+    Each column stands for an equal part of the run's steps, and shows the last loss up to the end of this
+    part. The graph of a run that has completed all of its steps has ``cells`` columns. In all graphs, the
+    tallest column stands for the highest loss of all runs, and the shortest column for the lowest.
     """
     shown = [each for each in summaries if len(each.evaluations) > 1 and each.total_steps]
     losses = [loss for summary in shown for _, loss in summary.evaluations]
@@ -336,10 +337,11 @@ def validation_lines(
 ) -> list[Content]:
     """Return a header line, and a line for each evaluation, newest first. A line has the loss, and its change
     since the previous evaluation as a number and a bar, such as ``20 3.032 ★ -0.297 ▄▄▄``. If not all fit,
-    the newest and the best are shown, and the last line has the number of the others, and the first loss.
+    the newest and the best are shown. With at least three lines for evaluations, the last one then has the
+    number of the others and, if the first evaluation is not shown, its loss.
 
-    The bars are relative to the largest change in the lines that fit: next to the first fall, which is often
-    ten times as large as the others, all others would look alike. The bar of a rise
+    The longest bar stands for the largest change in the lines that are shown, not for the largest of all: the
+    first fall is often ten times as large as the others, whose bars would all look alike. The bar of a rise
     begins with ``▲``, so that it can be distinguished from the bar of a fall even without color.
 
     Args:

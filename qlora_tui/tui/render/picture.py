@@ -1,4 +1,4 @@
-"""Pictures made of a few shapes, as SVG files, or as PNG files drawn by Pillow, and their colors.
+"""Pictures of a few simple shapes, as SVG files or as PNG files drawn by Pillow, and their colors.
 
 Text uses the viewer's fonts, whose widths are unknown, so text is cut and wrapped by estimated widths. The
 files contain no scripts, fonts or links. Characters that are invisible or that XML does not allow are
@@ -39,7 +39,7 @@ _UPPER = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class Colors:
-    """Colors of a chart in a picture, which has the same colors whatever the theme of the app is."""
+    """Colors of a chart in a picture. These colors do not depend on the theme of the app."""
 
     raw: str
     mean: str

@@ -53,7 +53,7 @@ _FAR = 1e30
 _EPSILON = 1e-12
 """Values and ranges of an axis up to this magnitude count as zero, so that its arithmetic stays finite."""
 _FINE_PARTS = 60
-"""The ends of a loss axis are rounded to a step that divides the range of losses into at most this many
+"""The ends of a loss axis are multiples of a step that divides the range of losses into at most this many
 parts.
 """
 _LEAST_SPAN = 0.05
@@ -208,7 +208,7 @@ class Curve:
     none.
     """
     label: str = ""
-    """Text at an end of the curve, the right one if there is room."""
+    """Text next to the right end of the curve or, if there is no room, its left end; empty for none."""
     words: str = ""
     """Text that takes the place of the curve in a chart of few rows; empty to leave the curve out."""
     look: Look = "line"

@@ -215,7 +215,7 @@ class CommandFooter(Drawing):
         self._label_of = label_of
         self._shown: list[ActiveBinding] = []
         self._named: set[str] = set()
-        """What :func:`_named` returns."""
+        """The commands and keys that are named outside the footer: the last result of :func:`_named`."""
         self._screen_bindings: list[ActiveBinding] = []
         self._app_bindings: list[ActiveBinding] = []
 

@@ -430,9 +430,11 @@ class SettingList(LineView):
 
 def _style_of(field: Field, value: Any, group: SettingGroup) -> str:
     """Return the style of a value that is the same as in the preset or the defaults that the form compares
-    with. It is bold in the group without a title, which has the main settings, and for a value that is not
-    the setting's default. A default is muted if it turns something off, or lets the program decide, and in a
-    group that is folded at first.
+    with.
+
+    In a group that is open at first, a value is bold if it is not the setting's default, or if the group has
+    no title because it contains the main settings. A default value in a group with a title is muted if it
+    turns something off, if it lets the program decide, or if the group is folded at first.
     """
     if value != field.default or not group.title:
         return "bold" if group.is_open else ""

@@ -103,7 +103,7 @@ class ChatScreen(WorkScreen):
         self._switching = asyncio.Lock()
         """Held while the source changes. Otherwise a message that is sent meanwhile would be removed."""
         self._estimated_for: tuple[bool, GpuDevice | None] = (False, None)
-        """Whether the machine's GPU was known when the chat's memory was estimated, and the GPU."""
+        """Whether the GPU was known when the chat's memory was last estimated, and this GPU, if any."""
         self._effect: str | Effect = ""
         self._held_by_server: tuple[int, int] | None = None
         """Port of the server that holds a model, and that model's memory in bytes; None if no server holds a
@@ -132,9 +132,9 @@ class ChatScreen(WorkScreen):
         self.show_header()
 
     def show_system_status(self, system_status: SystemStatus) -> None:
-        """If the GPU is another, such as after the first poll, estimate the chat's memory again. If a server
-        has loaded or unloaded its model, update the header, which shows whether a server has a model in
-        memory, unless the conversation is busy.
+        """If the GPU has changed, for example after the first poll, estimate the chat's memory again. If a
+        server has loaded or unloaded its model and the conversation is not busy, update the header, which
+        shows whether a server has a model in memory.
         """
         server = system_status.loaded_server
         held = (server.port, server.memory_bytes) if server is not None else None

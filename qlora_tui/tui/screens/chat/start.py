@@ -67,8 +67,8 @@ search short.
 """
 _MAX_RECORDED = 12
 _COMPARED_ROWS = 2
-"""Number of lines for each answer other than the adapter's last one, such as the base model's answer, if the
-full answers do not fit. Rows that remain add to it.
+"""Number of lines for each answer except the last one, such as the base model's answer, if the full answers
+do not fit. Rows that would stay empty are added.
 """
 _LEAST_ROWS = 3
 """A recorded answer is never shortened to fewer lines than this."""
@@ -249,8 +249,8 @@ class Starters(ViList):
         """Whether the user has moved the cursor since these prompts were offered."""
 
     def offer(self, prompts: tuple[Starter, ...], *, has_heading: bool) -> None:
-        """Show these prompts. If the user has moved the cursor to one of them, it stays there; otherwise, it
-        is on the first.
+        """Show these prompts. If the user has moved the cursor to one of them, the cursor stays on this
+        prompt; otherwise, the cursor is on the first prompt.
         """
         if (prompts, has_heading) != (self._prompts, self._has_heading):
             texts, chosen = [each.prompt for each in prompts], self.selected_prompt
@@ -282,14 +282,15 @@ class Starters(ViList):
 def offered_prompts(
     start: ChatStart, asked: Collection[str], rows: int, *, is_tall: bool
 ) -> tuple[Starter, ...]:
-    """Return the starter prompts to offer: those of ``start``, followed by :data:`_UNRELATED`, as many as
-    ``rows`` allows. If there are too many, the last prompts of the most frequent kinds are left out.
+    """Return the starter prompts to offer: those of ``start``, followed by :data:`_UNRELATED`. Return as many
+    as there are rows, between a minimum and a maximum. If there are too many prompts, leave out the last ones
+    or, before the first message, the last ones of ``start`` that belong to the most frequent kind.
 
     Args:
         start: The contents of the screen.
-        asked: The prompts that were sent in the conversation. They are not offered again. Empty before the
+        asked: The prompts that were sent in the conversation, which are not offered again. Empty before the
             first message.
-        rows: Number of rows that nothing else needs.
+        rows: Number of free rows.
         is_tall: Whether the window is tall, so that more prompts are offered during a long conversation.
     """
     own = [each for each in start.prompts if each.prompt not in asked]
@@ -306,9 +307,11 @@ def offered_prompts(
 
 
 def _starter_lines(offered: Sequence[Starter], width: int, *, has_heading: bool) -> list[tuple[str, Content]]:
-    """Return an (id, line) pair for each line: the heading, if there is one, and the prompts. If there is
-    room, the expected answers are in a second column. The name of each kind of prompt is at the right end of
-    the heading or of the first prompt of its kind.
+    """Return an (id, line) pair for each prompt. With ``has_heading``, an empty line and a heading come
+    first.
+
+    If there is room, the expected answers are in a second column. The name of each kind of prompt is at the
+    right end of the heading or of the first prompt of its kind.
     """
     prompts = [Content(" ".join(each.prompt.split())) for each in offered]
     cells = max((prompt.cell_length for prompt in prompts), default=0)
@@ -375,8 +378,8 @@ def start_lines(
 
 
 def _summary_line(start: ChatStart, facts: Sequence[tuple[str, str | Content]], width: int) -> Content:
-    """Return one line with the facts or, if they do not fit, with the base model and what may be wrong with
-    the run.
+    """Return one line with as many facts as fit: all facts, or all but the adapter, or only the base
+    model, followed by the cautions of the run's verdict.
     """
     base, *others = [Content("") + value for _, value in facts]
     verdict = start.summary.verdict if start.summary is not None and others else None
@@ -448,8 +451,11 @@ def recorded_lines(start: ChatStart, opened: str, width: int, height: int) -> li
 def _fitting_blocks(
     recorded: Sequence[RecordedAnswers], opened: str, most: int, width: int, height: int, gap: int
 ) -> list[list[Content]]:
-    """Return the lines of the first prompts, as many as fit with ``gap`` rows between two of them. Answers
-    other than the last have :data:`_COMPARED_ROWS` lines, and those of the first prompts more if rows remain.
+    """Return the lines of each of the first prompts, as many as fit with ``gap`` rows between two of them.
+
+    The last answer of each prompt is in full. Its other answers have at most :data:`_COMPARED_ROWS` lines,
+    except for the ``opened`` prompt, whose answers are all in full if they fit. If rows remain, the other
+    answers get more lines, beginning with those of the first prompt.
     """
     blocks: list[list[Content]] = []
     free = height

@@ -31,7 +31,7 @@ _LENGTH_KEYS = (("data.longer", "longer"), ("data.shorter", "shorter"), ("data.t
 _NOTHING_LEFT = "No row can be used. Choose other data, or map the columns of the file."
 _ROWS_NAMED = 3
 LABEL_CELLS = 10
-"""Width of the column of labels of the totals, in cells."""
+"""Width of the labels in the first column of the totals, in cells."""
 _MIN_BAR, _MAX_BAR = 6, 24
 _MAX_HISTOGRAM = 72
 """Maximum number of columns of the histogram. More columns would only make the bars wider."""
@@ -351,7 +351,7 @@ def _length_words(expected: Forecast | None) -> str:
 
 def histogram(lengths: Lengths | None, cut_at: int | None, width: int, height: int) -> list[Content]:
     """Return ``height`` lines with the lengths of samples as bars, with the highest count and an axis; no
-    lines if there are no lengths yet.
+    lines if there are no lengths yet, or if ``width`` is too small.
 
     Bars beyond the length ``cut_at`` are hatched, and the axis has a mark at this length. If no sample is
     longer, or if ``cut_at`` is None, there are no hatched bars and no mark.

@@ -1,4 +1,4 @@
-"""The lines that Home shows until there is a run: the way to an adapter, models, presets, and example rows.
+"""The lines that Home shows until there is a run: the steps to an adapter, models, presets, and example rows.
 
 Import this module only after the first frame has been painted, since its own imports take a long time.
 """

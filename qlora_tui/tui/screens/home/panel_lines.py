@@ -67,7 +67,7 @@ _BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
 _LEAST_NAME, _MAX_NAME_WIDTH = 20, 44
 """Minimum and maximum width of a run's or model's name in the list of runs, in cells."""
 _FELL = "bold $validation"
-"""Style of how far the validation loss of a run fell."""
+"""Style of the percentage by which the validation loss of a run fell."""
 _LABEL = 8
 """Width of the label before a bar, in cells."""
 _OUTCOME_CELLS = 26
@@ -310,7 +310,7 @@ def _figures(figures: Sequence[Figure], facts: Sequence[str], layout: HomeLayout
 
 def recent_lines(summaries: Sequence[RunSummary], now: float, width: int, height: int) -> list[Content]:
     """Return a line for each of the first ``height`` runs, such as
-    ``✓ qwen2.5-7b-tickets-20261123  best val. 1.29  at 03:12``. ``now``: the current Unix time.
+    ``✓ qwen2.5-7b-tickets-20261123  best val. 1.290  at 03:12, 4 h ago``. ``now``: the current Unix time.
     """
 
     def sign(summary: RunSummary) -> Content:

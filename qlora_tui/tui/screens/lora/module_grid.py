@@ -153,7 +153,7 @@ _TRAINED_CELLS = 7
 """Width, in cells, of the trained-parameter count that is shown after a module kind's shape."""
 _SHARE_CELLS, _BAR_CELLS, _LONGEST_BAR = 6, 16, 48
 """Widths, in cells. ``_SHARE_CELLS``: a kind's share of the trained parameters. ``_BAR_CELLS``: the bar that
-shows this share in a wide window. ``_LONGEST_BAR``: the same bar if the layers take no room.
+shows this share in a wide window. ``_LONGEST_BAR``: maximum width of this bar if the layers are not drawn.
 """
 _GAP_CELLS = 7
 """Width of the gap before the layers, in cells. In the header line, the gap contains the word ``layer``."""
@@ -212,7 +212,7 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._is_uniform = False
-        """Whether rows are drawn without their layers, because the first row says the same of all."""
+        """Whether the layers are not drawn, because all of them are the same, and the first row says so."""
         self._starts: Sequence[int] = ()
         """Left edge of each visible layer, in cells, counted from the first visible layer. The last number is
         the right edge of the last visible layer.
@@ -413,8 +413,8 @@ class ModuleGrid(Widget, can_focus=True):
         return sum(layer is not None for layer in self._table.columns)
 
     def _is_whole(self, row: ModuleRow) -> bool:
-        """Return whether all modules of a row are selected, with the recipe's rank and alpha, and every layer
-        has one.
+        """Return whether the row has modules in every layer, and all modules of the row are selected and have
+        the recipe's rank and alpha.
         """
         in_layers, outside = row.cells[: self._layers], row.cells[self._layers :]
         return (
@@ -441,7 +441,8 @@ class ModuleGrid(Widget, can_focus=True):
 
     def _share_bar(self, index: int) -> str:
         """Return a bar for a kind's number of trained parameters. The kind with the most has the longest bar.
-        The row of all kinds has no bar; if all layers of all kinds are adapted, it says so.
+        The first row, which is for all kinds, has no bar. If all layers of all kinds are adapted, the first
+        row says so in place of a bar.
         """
         if self._is_uniform and not index:
             return f" {self._all_layers:<{self._bar_cells - 1}}"[: self._bar_cells]

@@ -1,4 +1,4 @@
-"""The table of the Memory screen: each setting, the largest value that fits, and what its key saves."""
+"""The table of the Memory screen: each setting, its largest value that fits, and the effect of its key."""
 
 from __future__ import annotations
 

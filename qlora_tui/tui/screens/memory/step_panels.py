@@ -351,7 +351,7 @@ def peak_lines(
         layers: Number of layers of the model.
         can_train: Whether the model can be trained.
         is_even: Whether bars have full blocks instead of textures.
-        used_bytes: What a run of the recipe will use; 0 if unknown.
+        used_bytes: Memory that a run of the recipe will use, in bytes; 0 if unknown.
     """
     most = max(estimate.total_bytes for estimate in compared.values())
     is_short = width < WIDE_CELLS - _FRAME

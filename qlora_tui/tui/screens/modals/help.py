@@ -59,7 +59,7 @@ _STATES = {
     "running": "while a run trains",
     "ended": "after a run",
 }
-"""Names of the states of a screen whose help differs."""
+"""The states for which a screen has different help, as words in the title of the dialog."""
 _FRAME_ROWS = 4
 """Rows of the dialog's border and padding."""
 _MAX_SHARE = 0.9
@@ -99,7 +99,7 @@ class HelpScreen(ModalScreen[None]):
                     yield self._column(self._stacked)
 
     def _column(self, parts: Sequence[_Part]) -> Drawing:
-        """Return a widget with the lines of these parts, which has as many rows as there are lines."""
+        """Return a widget that shows all lines of these parts, and that is as tall as these lines."""
 
         def draw(width: int, height: int) -> list[Content]:
             # In a narrow window, the dialog is as high as the window (``modal.tcss``).

@@ -48,7 +48,9 @@ class Download:
     def __init__(
         self, id_: str, name: str, process: subprocess.Popen[bytes], errors: IO[bytes] | None = None
     ) -> None:
-        """``errors``: the file with the error output of ``process``."""
+        """Create a download of the model ``name`` by ``process``, whose messages are on its ``stdout``.
+        ``errors``: the file with the error output of ``process``; None if there is no such file.
+        """
         self.id = id_
         self.name = name
         self.done_bytes = 0

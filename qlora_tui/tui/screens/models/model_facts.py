@@ -112,7 +112,9 @@ class ModelFit:
     """Why int8 needs more memory than fp16 at the longest of ``lengths``; empty if it does not."""
     lengths: tuple[SettingFit, ...]
     batches: tuple[SettingFit, ...]
-    """Empty if a micro-batch of several sequences needs as much as one sequence of their total length."""
+    """Memory by micro-batch size. Empty if a micro-batch of several sequences needs as much memory as one
+    sequence of their total length.
+    """
     ranks: tuple[SettingFit, ...]
     budget: MemoryBudget
     notes: tuple[str, ...] = ()

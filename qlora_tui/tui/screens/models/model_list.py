@@ -362,7 +362,7 @@ def _lines(
     heading: str, columns: Sequence[tuple[str, int, int]], rows: Sequence[_Line], width: int
 ) -> list[tuple[str, Content]]:
     """Return (id, line) for a heading, which includes the titles of the columns, and for each model. The
-    heading extends over the notes, so that names take only the room that they need.
+    heading may extend over the column of notes, so the column of names is only as wide as the names.
     """
     shown = [column for column in columns if width >= column[2]]
     names_cells = max((row.title.cell_length for row in rows), default=0)

@@ -374,11 +374,12 @@ def _label(name: str) -> Content:
 
 
 def weights_line(summary: RunSummary | None, step: int | None, saved: Collection[int | None] = ()) -> Content:
-    """Return which weights are exported, and which others are better or were the last:
-    ``step 640, validation 1.342 (best); the last step has 1.518``.
+    """Return the step whose weights are exported, compared with the best step or, if it is the best, with the
+    last step: ``step 640, validation 1.342 (best); the last step has 1.518``.
 
-    The line is a warning if the validation loss is notably lower at another step. It says so if that step is
-    no longer saved, and names the best of the saved checkpoints and the key that selects it.
+    The line has the color of a warning if the validation loss is notably lower at another step. The line says
+    so if the best step is no longer saved. If a saved checkpoint is better than the exported step, the line
+    also has the best of the saved checkpoints, and the key that selects it.
 
     Args:
         summary: Summary of the run; None until it has been read.

@@ -70,7 +70,8 @@ _DAYS_OF_WEEK = 7
 
 def when(summary: RunSummary, now: float) -> str:
     """Return when a run was queued or, if unknown, when its status last changed: ``03:12`` for today,
-    ``Mon 03:12`` for the six days before, or ``23 Nov`` for earlier days. ``now``: the current Unix time.
+    ``Mon 03:12`` for the six days before, or ``23 Nov`` for other days; ``NA`` if neither is known. ``now``:
+    the current Unix time.
     """
     at = summary.queued_at or summary.status.at
     if not at:
@@ -100,7 +101,7 @@ _TIME_OF_DAY = re.compile(r"-\d{4}(-\d+)?$")
 ``owls-20261130-0752-2``.
 """
 _SETTINGS_DROPPED = 8
-"""Position of the first of the settings in the order in which columns are left out, after all others."""
+"""Position of the first setting in the order in which columns are left out. Settings are left out last."""
 _HEAD = 15
 """Width of the first column, with mark and state, in cells."""
 
@@ -133,7 +134,7 @@ def reason(summary: RunSummary) -> Content:
 
 def _setting_columns(rows: Sequence[RunSummary]) -> Iterator[Column[RunSummary]]:
     """Yield a column for each setting in which the runs differ. If there is no room for all, the settings
-    with the fewest values are left out first.
+    with the fewest different values are left out first.
     """
     readable = [row.settings for row in rows if row.settings]
     variety = {same[0].title: len(set(same)) for same in zip(*readable, strict=True)}
@@ -548,8 +549,8 @@ def files_lines(summary: RunSummary, files: RunFiles, width: int) -> list[Conten
 
 
 def log_lines(log: Sequence[tuple[float, str]], width: int, height: int) -> list[Content]:
-    """Return the last events of a run in at most ``height`` lines, the newest event last. Of a long text, the
-    clauses that fit are shown.
+    """Return the last events of a run in at most ``height`` lines, the newest event last. Long texts are
+    shortened by :func:`cut_sentence`. ``log``: (Unix time, text) of each event, the newest first.
     """
     if not log:
         return [Content.styled("Nothing has happened yet.", "dim")]

@@ -344,9 +344,9 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
 
 
 def verdict_lines(view: SweepView, width: int) -> list[Content]:
-    """Return the verdict as a headline, and the losses that it compares below each other, with the symbols
-    that they have in the charts. Until the sweep has ended, its state comes first. If there is a tie, or
-    trials had different numbers of tokens, further lines say so.
+    """Return the verdict as a headline, followed by a line for each loss that the verdict compares, with its
+    symbol in the charts. Until the sweep has ended, its state comes first. If there is a tie, or if trials
+    had different numbers of tokens, further lines say so.
     """
     headline, why = short_verdict(view)
     style = "bold $success" if view.verdict.is_better and view.ended is not None else "bold"
@@ -407,7 +407,7 @@ def trial_lines(view: SweepView, width: int) -> list[tuple[str, Content]]:
 
 
 def _words_style(view: SweepView, trial: Trial) -> str:
-    """Return the style of a trial's outcome. Of the trials that finished, only the winner has a color."""
+    """Return the style of a trial's outcome. Among finished trials, only the winner has a color."""
     if trial.outcome != "finished":
         return _STYLES[trial.outcome]
     return "bold $success" if trial.number == view.verdict.winner else ""

@@ -28,7 +28,7 @@ WINNER, UNCHANGED = ("★", _WINNER_STYLE), ("○", _UNCHANGED_STYLE)
 _OTHER = "•"
 """Symbol in the legend for losses of all other trials, which a chart draws as blocks of dots."""
 _JOIN_STYLE = "$border-blurred"
-"""Style of the line between the losses of a round, which is no measurement."""
+"""Style of the line that connects the losses of a round. Such a line is not a measurement, so it is faint."""
 _LEAST_JOINED = 4
 """Minimum number of values in a round at which a line connects their losses."""
 _FEW_ROWS = 11
@@ -114,9 +114,10 @@ def setting_lines(view: SweepView, path: str, width: int, height: int) -> list[C
 def setting_plot(view: SweepView, path: str, *, only_last: bool = False) -> Plot:
     """Return the plot of validation losses by the value of a setting. Each trial has a mark for the end of
     each of its rounds, and each run of the unchanged recipe has a mark. If the winner or the unchanged recipe
-    was repeated with other seeds, its symbol is at the mean. If the values are numbers, the title of each
-    round is next to its lowest losses, and a faint line connects these losses if they are many. With
-    ``only_last``, only the last round with results is drawn for the trials, over the values that reached it.
+    was repeated with other seeds, its symbol is at the mean. If the values are numbers, a faint line connects
+    the lowest losses of each round if there are at least :data:`_LEAST_JOINED` values and, in a sweep with
+    several rounds, the title of each round is next to these losses. With ``only_last``, only the last round
+    with results is drawn for the trials; values in a list that have not reached this round are left out.
     """
     last_round = max((number for trial in view.trials for number in trial.results), default=0)
     values, bases = view.sheet.sweep.vary[path], view.base_trials[:1]

@@ -432,11 +432,11 @@ def concluded_check(checks: tuple[Check, ...]) -> Check | None:
 def conclusion(
     checks: tuple[Check, ...], expected: Forecast | None, width: int, *, with_time: bool
 ) -> list[Content]:
-    """Return whether the run can start, with its steps and, if ``with_time``, its time. If there is an error,
-    the second line says how to correct it.
+    """Return lines that say whether the run can start, with its number of steps and, if ``with_time``, its
+    expected time. If there is an error, the second line says how to correct it.
 
     If a key corrects a warning, such as too few steps, the first line has only this key, and the second line
-    has the key that launches the run anyway. If a key only improves the run, it is on the second line.
+    has the key that launches the run anyway. If a key only improves the run, this key is on the second line.
     """
     length = [] if expected is None else [_length_words(expected, with_time=with_time)]
     if wrong := errors(checks):

@@ -81,8 +81,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
 def _failure_texts(failed: Failed) -> tuple[str, str, str]:
     """Return the title of a failure, the text that follows it, and details that come after the actions.
 
-    If memory ran out, the amounts are details. If closing another program is enough, the actions say so, and
-    the fix is left out.
+    If memory ran out, the amounts of memory are among the details. If it is enough to close another program,
+    the actions say so, and the fix is left out.
     """
     if failed.kind != "out_of_memory":
         texts = f"{failed.title}: ", "\n".join(filter(None, (failed.what, failed.why, failed.fix))), ""

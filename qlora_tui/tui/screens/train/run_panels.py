@@ -320,8 +320,8 @@ def _ended_facts(snapshot: RunSnapshot, now: float) -> list[str]:
 
 
 def _last_words(snapshot: RunSnapshot) -> str:
-    """Return the last validation loss, such as ``, last 2.915``, if the verdict gives it and it is not the
-    best; otherwise, an empty text.
+    """Return the last validation loss, such as ``, last 2.915``, if the verdict is based on mean losses and
+    the last loss is not the best; otherwise, an empty text.
     """
     last = snapshot.view.trained_evaluation
     if snapshot.verdict is None or not snapshot.verdict.lacks_rows or last is None:
@@ -331,8 +331,9 @@ def _last_words(snapshot: RunSnapshot) -> str:
 
 def finding_line(snapshot: RunSnapshot, width: int, height: int) -> list[Content]:
     """Return a line for windows without a panel of warnings: the warning that has a fix, and the key for the
-    fix. If the warning is too long, only its first sentence is shown, without its part in parentheses and cut
-    if necessary. A warning that the verdict has is left out. Return no line if there is no such warning.
+    fix. If the warning is too long, it is shortened to its first sentence, then to the part of this sentence
+    before a parenthesis. If not even this part fits, the warning is cut. If the verdict contains the warning,
+    only the fix is shown. Return no line if there is no warning with a fix.
     """
     fix = snapshot.fix
     if fix is None or not fix.evidence:
