@@ -108,11 +108,11 @@ async def test_closed_screens_are_freed(private_home: Path) -> None:
 
 
 async def test_a_key_of_ones_own_is_named_wherever_keys_are(private_home: Path) -> None:
-    app = open_on("home", keymap={"home.demo": "x", "train.stopp": "y"})
+    app = open_on("home", keymap={"home.demo": "x", "app.presets": "f9", "train.stopp": "y"})
     async with app.run_test(size=(120, 40), notifications=True) as pilot:
         await wait_for_text(pilot, "train.stopp", "Did you mean train.stop?")
         await pilot.press("escape")
-        await wait_for_text(pilot, "x Demo")
+        await wait_for_text(pilot, "F9 presets")
         await pilot.press("question_mark")
         await wait_for_text(pilot, "x  ", "Download the 135M demo model")
         await pilot.press("escape", "ctrl+p", *"demo")

@@ -50,25 +50,47 @@ def way_lines(done: Mapping[str, str | Content], *, is_compact: bool) -> list[Co
     return lines
 
 
-def preset_lines(presets: Sequence[Preset], current: str, width: int) -> list[Content]:
-    """Return lines for each readable preset, with its name and purpose. ``current``: name of the recipe's
-    preset, which is marked. ``width``: width of a line, in cells, at which long purposes are wrapped.
+def preset_lines(presets: Sequence[Preset], current: str, width: int, height: int) -> list[Content]:
+    """Return up to ``height`` lines with the name and purpose of each readable preset.
+
+    Args:
+        presets: The presets.
+        current: Name of the recipe's preset, which is marked.
+        width: Width of a line, in cells, at which long purposes are wrapped.
+        height: Maximum number of lines.
     """
-    cells = max((len(preset.name) for preset in presets), default=0)
-    lines = []
-    for preset in presets:
-        if preset.problem is None:
-            is_current = preset.name == current
-            head = Content.assemble(
-                ("● " if is_current else "  ", "bold $primary"),
-                (f"{preset.name:<{cells}}  ", "bold" if is_current else ""),
-            )
-            lines += hanging(head, Content.styled(preset.note, "dim"), width)
-    return lines
+    readable = [preset for preset in presets if preset.problem is None]
+    cells = max((len(preset.name) for preset in readable), default=0)
+    groups = []
+    for preset in readable:
+        is_current = preset.name == current
+        head = Content.assemble(
+            ("● " if is_current else "  ", "bold $primary"),
+            (f"{preset.name:<{cells}}  ", "bold" if is_current else ""),
+        )
+        groups.append(hanging(head, Content.styled(preset.note, "dim"), width))
+    return _spaced(groups, height)
+
+
+def _spaced(groups: Sequence[Sequence[Content]], height: int) -> list[Content]:
+    """Return up to ``height`` lines of groups, with an empty line between groups if they all fit. If not all
+    groups fit even without, the last line has the number of the others.
+    """
+    lines = [
+        line for number, group in enumerate(groups) for line in (*([Content("")] * bool(number)), *group)
+    ]
+    if len(lines) <= height:
+        return lines
+    shown = list(groups)
+    while sum(map(len, shown)) + (len(shown) < len(groups)) > max(1, height):
+        shown.pop()
+    more = [Content.styled(f"  {len(groups) - len(shown)} more", "dim")] if len(shown) < len(groups) else []
+    return [line for group in shown for line in group] + more
 
 
 ROW_SHAPES = {
     "messages": '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
+    "sharegpt": '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}',
     "alpaca": '{"instruction": "…", "input": "…", "output": "…"}',
     "prompt-completion": '{"prompt": "…", "completion": "…"}',
     "text": '{"text": "…"}',
@@ -76,19 +98,20 @@ ROW_SHAPES = {
 """An example row of each of the most common formats, by the format's name."""
 
 
-def shape_lines(width: int) -> list[Content]:
-    """Return an example row of each of the most common formats, and the types of files that may contain such
-    rows. ``width``: width of a line, in cells, at which long rows are wrapped.
+def shape_lines(width: int, height: int) -> list[Content]:
+    """Return up to ``height`` lines with an example row of each of the most common formats, and the types of
+    files that may contain such rows. ``width``: width of a line, in cells, at which long rows are wrapped.
     """
     cells = max(map(len, ROW_SHAPES)) + 2
     files = (
         "JSON, JSONL, CSV, Parquet or text, from files, folders or the Hub. The format is recognized "
         "from the columns."
     )
-    lines = []
-    for name, row in ROW_SHAPES.items():
-        lines += hanging(Content(f"{name:<{cells}}"), Content.styled(row, "dim"), width)
-    return [*lines, Content.styled(files, "dim")]
+    groups = [
+        hanging(Content(f"{name:<{cells}}"), Content.styled(row, "dim"), width)
+        for name, row in ROW_SHAPES.items()
+    ]
+    return _spaced([*groups, Content.styled(files, "dim").wrap(width)], height)
 
 
 def models_title(selected: str | None, has_focus: bool, budget: MemoryBudget) -> Content:

@@ -480,7 +480,8 @@ def numbers_lines(summary: RunSummary, is_large: bool, width: int, height: int) 
         facts.append(("energy", summary.energy))
     lines = fact_lines([fact for fact in facts if fact[1]], width)
     if summary.evaluations:
-        lines += [Content(""), *_validation_lines(summary, width, max(1, height - len(lines) - 1))]
+        lines += [Content(""), Content.styled("Validation", "bold")]
+        lines += _validation_lines(summary, width, max(1, height - len(lines)))
     return lines
 
 
@@ -508,11 +509,17 @@ def _time_words(expected: Forecast) -> tuple[str, str]:
 
 
 def _shortage(expected: Forecast, width: int, is_quiet: bool) -> list[Content]:
-    """Return a warning if the run has too few steps to learn much; no lines if it has enough. ``is_quiet``:
-    whether the warning is dim.
+    """Return a warning if the run has too few steps to learn much; no lines if it has enough. If there is
+    room, the warning names the screen that fixes it. ``is_quiet``: whether the warning is dim, and alone.
     """
     words, style = expected.length.shortage, "dim" if is_quiet else "$warning"
-    return hanging(Content.styled("! ", style), Content.styled(words, style), width) if words else []
+    if not words:
+        return []
+    lines = hanging(Content.styled("! ", style), Content.styled(words, style), width)
+    fix = Content(" ▸ ") + highlight_keys(f"{key_name('go.train')} fix")
+    if not is_quiet and lines[-1].cell_length + fix.cell_length <= width:
+        lines[-1] += fix
+    return lines
 
 
 def next_lines(steps: Steps, width: int, *, is_large: bool, has_enter: bool) -> list[Content]:

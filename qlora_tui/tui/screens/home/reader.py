@@ -18,7 +18,7 @@ from qlora_tui.data.sources import every_source, source_stamps
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import short_model_name
 from qlora_tui.memory.budget import MemoryBudget
-from qlora_tui.recipe.presets import list_presets
+from qlora_tui.recipe.presets import Preset, list_presets
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.data_checks import data_error
 from qlora_tui.runs.directory import RunDir
@@ -26,7 +26,7 @@ from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
 from qlora_tui.tui.render.labels import recipe_fit, refusal_words
-from qlora_tui.tui.screens.home.first_lines import preset_lines, shape_lines, way_lines
+from qlora_tui.tui.screens.home.first_lines import way_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, Steps, next_step, other_steps
 from qlora_tui.tui.screens.home.panel_lines import (
     HomeLayout,
@@ -52,7 +52,7 @@ class HomeFacts:
     """What Home shows."""
 
     lines: dict[str, tuple[Content, ...]]
-    """Lines by panel: run, gpu, queue, recipe, way, presets, shapes."""
+    """Lines by panel: run, gpu, queue, recipe, way."""
     steps: Steps
     last: RunSummary | None
     """The active run or, if there is none, the last run; None if there are no runs."""
@@ -64,6 +64,7 @@ class HomeFacts:
     """Whether some facts are missing, because :meth:`HomeReader.look_ahead` has not been called for this
     state yet.
     """
+    presets: tuple[Preset, ...] = ()
     is_estimate: bool = False
     """Whether the number of steps of the next run is an estimate, because its samples have not been
     counted.
@@ -178,18 +179,14 @@ class HomeReader:
                 is_quiet=system_status.active is not None,
             ),
             "way": way_lines(self._done(workbench, budget, refusal, problem), is_compact=layout.is_compact),
-            "presets": [],
-            "shapes": [],
         }
-        if summary is None:
-            lines["presets"] = preset_lines(self._presets, workbench.preset, layout.left)
-            lines["shapes"] = shape_lines(layout.right)
         return HomeFacts(
             {name: tuple(texts) for name, texts in lines.items()},
             (step, other_steps(state, step)),
             summary,
             self._recent(system_status),
             None if summary else self._models(workbench.recipe, planned, local_models),
+            presets=tuple(self._presets),
             is_estimate=expected is not None and not expected.length.is_exact,
             is_partial=not is_known,
         )

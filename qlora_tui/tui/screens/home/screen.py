@@ -88,7 +88,7 @@ class HomeScreen(WorkScreen):
             height: auto;
         }
         /* The other panels of the column keep all their rows. */
-        #numbers-panel {
+        #numbers-panel, #presets-panel, #shapes-panel {
             height: 1fr;
             min-height: 5;
         }
@@ -173,7 +173,7 @@ class HomeScreen(WorkScreen):
                     )
                     yield Panel("From a model to your adapter", Lines(id="way"), id="way-panel")
                     keys = (("app.presets", "open one"),)
-                    yield Panel("Presets", Lines(id="presets"), keys=keys, id="presets-panel")
+                    yield Panel("Presets", Drawing(id="presets"), keys=keys, id="presets-panel")
                     keys = (("go.runs", "all runs"),)
                     yield Panel("Earlier runs", Drawing(id="recent-runs"), keys=keys, id="recent-panel")
                 with Vertical(id="home-side"):
@@ -185,7 +185,7 @@ class HomeScreen(WorkScreen):
                     yield Panel("Next run", Lines(id="recipe"), keys=keys, id="recipe-panel")
                     keys = (("go.data", "open data"),)
                     yield Panel(
-                        "What your data may look like", Lines(id="shapes"), keys=keys, id="shapes-panel"
+                        "What your data may look like", Drawing(id="shapes"), keys=keys, id="shapes-panel"
                     )
 
     def on_mount(self) -> None:
@@ -501,6 +501,12 @@ class HomeScreen(WorkScreen):
         has_rows = layout.is_large and self.size.height >= _PRESETS_HEIGHT
         for name in ("#presets-panel", "#shapes-panel"):
             self.query_one(name).display = is_new and has_rows
+        if is_new and has_rows:
+            from qlora_tui.tui.screens.home.first_lines import preset_lines, shape_lines
+
+            presets = partial(preset_lines, facts.presets, workbench.preset)
+            self.query_one("#presets", Drawing).show(presets)
+            self.query_one("#shapes", Drawing).show(shape_lines)
         self.query_one("#recent-panel").display = bool(facts.recent)
         recent = partial(recent_lines, facts.recent, clock.now())
         self.query_one("#recent-runs", Drawing).show(recent)

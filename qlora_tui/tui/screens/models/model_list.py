@@ -189,8 +189,8 @@ class ListedModels:
         lines = _local_lines(local, chosen, width, columns, self.needs, self.licenses) if self.local else []
         if starters:
             shown = _figure_columns("download", "access")[:columns]
-            order = "demo, best fit, then size" if to_start[0].is_demo else "best fit, then size"
-            return [*lines, *_lines(f"Good first models: {order}", shown, starters, width)]
+            order = ": the demo, then the best fit" if to_start[0].is_demo else ", the best fit first"
+            return [*lines, *_lines(f"Good first models{order}", shown, starters, width)]
         return [*lines, *_hub_lines(self.hub, self.query, width, here)]
 
 
