@@ -309,6 +309,14 @@ class FitLine:
         return Content.assemble(self._label, (drawn, self._style), (self._word, self._style), rest)
 
 
+def fit_title(name: str, verdict: Verdict, *, can_train: bool) -> Content:
+    """Return a title with a recipe's memory: ``NF4 fits``, and in a muted color what a run uses."""
+    word, style = verdict_words(verdict, can_train=can_train)
+    figures = fit_texts(verdict, can_train=can_train)[3].removeprefix(word)
+    style = "" if style == "$text-muted" else style
+    return Content.assemble(f"{name} ", (word, style), (figures, "$text-muted not bold"))
+
+
 def place_words(budget: MemoryBudget) -> str:
     """Return the name of the device whose memory a recipe is compared with, worded the same on every screen:
     ``assumed GPU``, ``this CPU``, or the GPU's name.

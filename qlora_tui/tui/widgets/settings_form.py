@@ -23,7 +23,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widgets import Input, Static
 
-from qlora_tui.formatting import abbreviate_home, format_number
+from qlora_tui.formatting import abbreviate_home, format_number, truncate_middle
 from qlora_tui.recipe.conflicts import find_conflicts
 from qlora_tui.recipe.fields import Field, format_value, get_setting
 from qlora_tui.recipe.layering import parse_override
@@ -389,8 +389,13 @@ class SettingList(LineView):
         is_open, remark = group.title in self._open, f"{len(group.fields)} settings"
         if self._values is not None and self._cells >= _WIDE_CELLS:
             values = [(field, get_setting(self._values, field.path)) for field in group.fields]
-            texts = [f"{field.label} {abbreviate_home(field.describe(value))}" for field, value in values]
             room = self._cells - len(group.title) - 4
+            texts = []
+            for field, value in values:
+                # The end of a path names the model.
+                cells = room - len(f"{field.label} {SEPARATOR}…")
+                words = truncate_middle(abbreviate_home(field.describe(value)), cells)
+                texts.append(f"{field.label} {words}")
             while len(texts) > 1 and len(SEPARATOR.join([*texts, "…"])) > room:
                 texts.pop()
             more = ["…"] if len(texts) < len(values) else []

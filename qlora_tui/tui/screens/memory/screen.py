@@ -30,7 +30,7 @@ from qlora_tui.memory.step import Moment
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.exact_memory import TraceStopped, trace_all
 from qlora_tui.tui.key_names import highlight_keys, key_name, settings_title
-from qlora_tui.tui.render.labels import PRECISION_NAMES, FitLine
+from qlora_tui.tui.render.labels import PRECISION_NAMES, fit_title
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.memory.settings_table import settings_table
 from qlora_tui.tui.screens.memory.step_panels import (
@@ -308,14 +308,12 @@ class MemoryScreen(WorkScreen):
 
     def _traced_words(self) -> str:
         """Return a note on the figures: which precisions were traced, and with which library. Return an empty
-        string if the recipe has not been traced.
+        string if the recipe has not been traced or the window is narrow.
         """
         own = precision_of(self.app.workbench.recipe)
         traced, name = self._trace_of(own), PRECISION_NAMES[own]
-        if traced is None:
+        if traced is None or self.has_class("-narrow"):
             return ""
-        if self.has_class("-narrow"):
-            return "traced" if self.precision == own else ""
         what = f"{name} and its changes" if self._solution.is_exact else name
         if not self.has_class("-very-wide"):
             return f"{what} traced"
@@ -328,8 +326,7 @@ class MemoryScreen(WorkScreen):
         budget = self.app.memory_budget
         if self.has_class("-narrow"):
             can_train = self.app.workbench.model_refusal() is None
-            fit = FitLine(PRECISION_NAMES[self.precision], self._verdict, can_train=can_train)
-            title = fit.draw(self.size.width - _FRAME, max_bar=0)
+            title = fit_title(PRECISION_NAMES[self.precision], self._verdict, can_train=can_train)
         else:
             against = f" against {budget_words(budget, self.app.system_status)}"
             title = Content(peak_words(self._compared))
@@ -364,7 +361,6 @@ class MemoryScreen(WorkScreen):
             precision_of(self.app.workbench.recipe),
             self.app.memory_budget.bytes,
             self.size.width - _FRAME,
-            layers=self._layers,
             can_train=can_train,
             is_even=has_even_colors(self),
             used_bytes=self._used_bytes,

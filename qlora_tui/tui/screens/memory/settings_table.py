@@ -85,16 +85,12 @@ def _line(keys: Content, text: str, change: str, width: int) -> Content:
 
 
 def _change_words(change: KeyEffect | None, *, is_known: bool) -> str:
-    """Return the change in memory, such as ``-102 MiB`` or ``no change``. If ``change`` is None, return ``–``
-    if changes have been computed (``is_known``), otherwise ``…``.
+    """Return the change in memory, such as ``-102 MiB``. If the memory would not change, return ``–``, or
+    ``…`` if changes have not been computed yet (``is_known`` is False).
     """
-    if change is None:
-        return "–" if is_known else "…"
-    if not change.bytes:
-        # For gradient checkpointing, the values auto and on need the same memory, because auto uses more only
-        # if more is free.
-        return "no change"
-    return format_delta(change.bytes)
+    # For gradient checkpointing, the values auto and on need the same memory, because auto uses more only if
+    # more is free.
+    return format_delta(change.bytes) if change and change.bytes else "–" if change or is_known else "…"
 
 
 def _choice_words(value: Any) -> str:

@@ -296,18 +296,9 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
     return f"{size} ({place_words(budget)}{change})"
 
 
-def levels_line(estimate: Estimate, layers: int, *, short: bool) -> str:
-    """Return a line that says how much of the peak PyTorch holds, and how much of this is in tensors.
-
-    Args:
-        estimate: The estimate.
-        layers: Number of layers of the model.
-        short: Whether to return a line of at most 76 cells. The short line gives the time of the peak instead
-            of the size of the tensors, because a small window has no timeline.
-    """
+def levels_line(estimate: Estimate) -> str:
+    """Return a line that says how much of the peak PyTorch holds, and how much of this is in tensors."""
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
-    if short:
-        return f"Peak {peak_time(estimate, layers)}; PyTorch holds {reserved}"
     return f"At the peak, PyTorch holds {reserved}, of which {tensors} in tensors"
 
 
@@ -333,14 +324,13 @@ def peak_lines(
     limit_bytes: int,
     width: int,
     *,
-    layers: int,
     can_train: bool,
     is_even: bool,
     used_bytes: int,
 ) -> list[Content]:
     """Return the lines of the panel for the peak: the bars, their legend, and the text of
-    :func:`levels_line` for the selected precision. If int8 needs more memory than 16 bits, the last line says
-    why.
+    :func:`levels_line` for the selected precision, which a narrow window leaves out. If int8 needs more
+    memory than 16 bits, the last line says why.
 
     Args:
         compared: The estimate for each precision.
@@ -348,7 +338,6 @@ def peak_lines(
         of_recipe: The recipe's precision.
         limit_bytes: The memory that the estimates are compared with.
         width: Width of a line, in cells.
-        layers: Number of layers of the model.
         can_train: Whether the model can be trained.
         is_even: Whether bars have full blocks instead of textures.
         used_bytes: Memory that a run of the recipe will use, in bytes; 0 if unknown.
@@ -356,7 +345,7 @@ def peak_lines(
     most = max(estimate.total_bytes for estimate in compared.values())
     is_short = width < WIDE_CELLS - _FRAME
     use = "speed" if is_short else "used for speed if it is free"
-    levels = levels_line(compared[marked], layers, short=is_short)
+    levels = "" if is_short else levels_line(compared[marked])
     reason = why_int8_is_larger(compared["int8"], compared["fp16"])
     return [
         *precision_bars(
@@ -477,7 +466,8 @@ def _item_line(
     style = "$foreground bold" if item is None else ""
     share = size / estimate.total_bytes
     figures = f" {format_bytes(size):>8} {format_percent(share):>4}"
-    cells = max(0, min(_ITEM_NAME, width - _ITEM_FIGURES))
+    # One cell is free between the figures and the scrollbar.
+    cells = max(0, min(_ITEM_NAME, width - _ITEM_FIGURES - 1))
     text = Content(name).truncate(cells, ellipsis=True).plain.ljust(cells) + figures
     explanation_cells = _explanation_cells(width)
     cells = min(width - len(text), _SHORT_ITEM_BAR if explanation_cells else _ITEM_BAR) - 1

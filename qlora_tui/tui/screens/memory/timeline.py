@@ -42,6 +42,8 @@ distance in rows; the minimum is two.
 """
 _TOTAL = BarPart("total", "█", "$primary", frozenset(), strength=60)
 """The single part that is drawn if the graph has too few rows to show all parts."""
+_ALL_PARTS, _TWO_PARTS = " all parts together ", " at most two parts in a cell "
+"""Notes on the colors of the graph."""
 _MIN_PEAK_ROWS = 8
 """Minimum height of the peak, in rows, at which the graph shows the parts. In fewer rows, a cell would
 contain several parts, but it can have only two colors.
@@ -80,7 +82,7 @@ def timeline_lines(
     phases. If ``height`` is less than three, return no lines.
 
     A label of the scale stands for the middle of its row; 0 is in the row of the phases. If there are too few
-    rows to show the parts, the graph shows the total.
+    rows to show the parts, the graph shows the total. Dashed lines above the graph divide the phases.
 
     ``widget``: the widget on which the graph is drawn.
     """
@@ -96,8 +98,10 @@ def timeline_lines(
     columns = _columns(moments, max(len(PHASES), width - gutter))
     even = even_colors(widget)
     sums = _sums(columns)
-    if not _has_room_for_parts(columns, row_bytes, peak, sums, is_even=bool(even)):
+    has_parts = _has_room_for_parts(columns, row_bytes, peak, sums, is_even=bool(even))
+    if not has_parts:
         columns = [replace(column, parts=((_TOTAL, column.total_bytes),)) for column in columns]
+    starts = [place for place in range(1, len(columns)) if columns[place].phase != columns[place - 1].phase]
     limit_row = min(rows, round(limit_bytes / row_bytes)) if limit_is_shown else None
     peak_column = max(range(len(columns)), key=lambda place: columns[place].total_bytes)
     lines = []
@@ -109,6 +113,11 @@ def timeline_lines(
             _draw_limit(cells, limit_bytes)
         if row == int(peak / row_bytes + 0.5 - _LEAST_FILLED) + 1:
             _draw_peak(cells, peak_column, peak)
+        if row == rows:
+            _draw_note(cells, _TWO_PARTS if has_parts else _ALL_PARTS)
+        for place in starts:
+            if cells[place][0] == " " and (limit_row is None or row < limit_row):
+                cells[place] = ("╎", "dim")
         lines.append(edge + join_cells(cells))
     return [*lines, _foot(columns, labels[0], gutter, columns[peak_column].phase)]
 
@@ -258,6 +267,13 @@ def _draw_peak(cells: list[tuple[str, str]], column: int, peak: int) -> None:
     start = min(max(0, column - len(text) // 2), len(cells) - len(text))
     if all(glyph in " ─" for glyph, _ in cells[start : start + len(text)]):
         cells[start : start + len(text)] = [(letter, "bold") for letter in text]
+
+
+def _draw_note(cells: list[tuple[str, str]], text: str) -> None:
+    """Write what the colors mean at the right end of a row if its cells are empty or have only the limit."""
+    room = slice(len(cells) - len(text) - 1, len(cells) - 1)
+    if room.start > 0 and all(glyph in " ─" for glyph, _ in cells[room]):
+        cells[room] = [(letter, "dim") for letter in text]
 
 
 def _foot(columns: list[_GraphColumn], zero: str, gutter: int, peak_phase: Phase) -> Content:

@@ -41,7 +41,7 @@ from qlora_tui.recipe.fields import fields, get_setting, replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.tui.key_names import bare_key, highlight_keys, key_name
 from qlora_tui.tui.render.figures import Figure, large_figures
-from qlora_tui.tui.render.labels import FitLine, needed_words, next_step, verdict_words
+from qlora_tui.tui.render.labels import fit_title, needed_words, next_step, verdict_words
 from qlora_tui.tui.screens.memory.step_panels import verdict_sentence
 from qlora_tui.tui.setting_stepper import step_value
 from qlora_tui.tui.widgets.controls import Lines, Panel, ViList
@@ -251,7 +251,7 @@ class FitPanel(Panel):
         elif verdict.word == "uncertain":
             title = Content.styled(f"{name} {word}, {verdict_sentence(verdict)}", style)
         else:
-            title = FitLine(name, verdict, can_train=can_train).draw(self.size.width - 1, max_bar=0)
+            title = fit_title(name, verdict, can_train=can_train)
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
         size = format_bytes(verdict.used_bytes or verdict.needed_bytes)

@@ -200,7 +200,7 @@ def local_facts(model: LocalModel, recipe: Recipe) -> Facts:
         if can_be_completed(model):
             step = _step(key_name("models.download"), "Download the missing files")
         elif isinstance(model.refusal, MissingFilesError):
-            step = _step(key_name("models.filter"), "Find it on the Hub")
+            step = _step(key_name("models.filter"), model.refusal.fix)
         lines.append(error_content(model.refusal, step=step))
         if model.architecture and not is_current:
             lines.append(_step("Enter", "Select it for estimates only", mark=" "))
@@ -289,7 +289,8 @@ def storage_words(models: Sequence[LocalModel]) -> str:
 def parts_lines(
     groups: Mapping[str, Sequence[SettingFit]], fit: ModelFit, is_even: bool, width: int
 ) -> list[Content]:
-    """Return a bar and a figure for each value of each setting, and a legend.
+    """Return a bar and a figure for each value of each setting, and a legend. If the peaks are in different
+    phases of a step, a note says so.
 
     Bars are divided as on the Memory screen. ``is_even``: whether bars have full blocks instead of textures.
     """
@@ -312,7 +313,11 @@ def parts_lines(
                     figure.pad_left(_FIGURE_CELLS - figure.cell_length),
                 )
             )
-    return [*lines, legend(full_bytes, most, is_even=is_even)]
+    lines.append(legend(full_bytes, most, is_even=is_even))
+    if len({row.estimate.peak_phase for rows in groups.values() for row in rows}) > 1:
+        note = "Each bar is its own peak; parts used only at other times are absent."
+        lines += Content.styled(note, "dim").wrap(width)
+    return lines
 
 
 def fit_lines(fit: ModelFit, width: int) -> list[Content]:

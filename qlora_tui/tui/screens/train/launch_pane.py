@@ -22,6 +22,7 @@ from qlora_tui.formatting import (
     pluralize,
     truncate_middle,
 )
+from qlora_tui.memory.explain import verdict_word
 from qlora_tui.recipe.conflicts import require_runnable
 from qlora_tui.recipe.fields import Field, fields, get_setting, name_settings
 from qlora_tui.recipe.schema import Recipe
@@ -317,7 +318,7 @@ def verdict_lines(
     plan = Content.styled(_SEPARATOR.join(parts), "dim")
     time = time_figure(checks, expected) if height >= _LARGE_HEIGHT else None
     large = [] if time is None else large_figures([time])
-    can_train = not any(check.problem is not None for check in checks)
+    can_train = _can_train(checks)
     line = None if verdict is None else FitLine("memory", verdict, place=place, can_train=can_train)
     fit = None if line is None else line.draw(width, 0)
     if line is not None and assumed is not None and assumed[0] is not None:
@@ -326,6 +327,10 @@ def verdict_lines(
         fit = Content(_SEPARATOR).join((fit, other.draw_short(room - fit.cell_length)))
     concluded = conclusion(checks, expected, width, with_time=time is None)
     return [*concluded, *large, *_headline(expected, fit, probing, width), plan][:height]
+
+
+def _can_train(checks: tuple[Check, ...]) -> bool:
+    return not any(check.problem is not None for check in checks)
 
 
 def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure | None:
@@ -337,10 +342,9 @@ def time_figure(checks: tuple[Check, ...], expected: Forecast | None) -> Figure 
     return Figure("on this machine", format_duration(expected.time.seconds))
 
 
-def _length_words(expected: Forecast, *, with_time: bool) -> Content:
+def _length_words(expected: Forecast, *, with_time: bool) -> str:
     """Return the run's steps and, if ``with_time``, its time, such as ``54 steps, about 25 min``."""
-    time = f", {expected.duration or 'time unknown'}" if with_time else ""
-    return Content.styled(f"{expected.steps}{time}", "bold")
+    return expected.steps + (f", {expected.duration or 'time unknown'}" if with_time else "")
 
 
 def _headline(expected: Forecast | None, fit: Content | None, probing: str, width: int) -> list[Content]:
@@ -388,9 +392,12 @@ def check_lines(checks: tuple[Check, ...], width: int, *, shows_all: bool) -> li
         remedy = highlight_keys(_remedy(check, offered), "$primary")
         head = Content.assemble((f"{sign:<{_SHORT_HEAD}}", style), (f"{check.label:<{cells}} ", "bold"))
         room = max(_LEAST_TEXT, width - head.cell_length)
-        words = (
-            truncate_middle(word, room) for word in name_settings(abbreviate_home(check.text)).split(" ")
-        )
+        text = check.text
+        if check.verdict is not None:
+            # Above, the same verdict is worded for a model that may be unable to train.
+            word = verdict_word(check.verdict, can_train=_can_train(checks))
+            text = f"{word}{text.removeprefix(check.verdict.word)}"
+        words = (truncate_middle(word, room) for word in name_settings(abbreviate_home(text)).split(" "))
         lines += hanging(head, Content(" ".join(words)), width, _LEAST_TEXT)
         if remedy and not (check is above and remedy.cell_length <= width):
             lines += hanging(Content(" " * head.cell_length), remedy, width, _LEAST_TEXT)
@@ -438,12 +445,13 @@ def conclusion(
     If a key corrects a warning, such as too few steps, the first line has only this key, and the second line
     has the key that launches the run anyway. If a key only improves the run, this key is on the second line.
     """
-    length = [] if expected is None else [_length_words(expected, with_time=with_time)]
+    words = "" if expected is None else _length_words(expected, with_time=with_time)
+    length = [Content.styled(words, "dim" if errors(checks) else "bold")] if words else []
     if wrong := errors(checks):
         refusals = [check.problem for check in wrong if check.problem is not None]
         names = ", ".join(dict.fromkeys(check.label for check in wrong))
-        words = capitalize(refusal_words(*refusals)) if refusals else f"Not ready: {names}"
-        refusal = Content.styled(f"✗ {words}.", "bold $error")
+        reason = capitalize(refusal_words(*refusals)) if refusals else f"Not ready: {names}"
+        refusal = Content.styled(f"✗ {reason}.", "bold $error")
         whole = Content("   ").join((refusal, *length))
         remedy = (
             _remedy(worst_first(checks)[0], first_fix(checks)) or f"▸ {key_name('train.recheck')} check again"
