@@ -265,7 +265,7 @@ async def test_a_paused_run_is_queued_again_with_r(monkeypatch: pytest.MonkeyPat
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await watching(app, run)
-        await wait_for_text(pilot, "paused", "Paused at step 60")
+        await wait_for_text(pilot, "‖ paused", "step 60 of 3,000", "resume from step")
         await pilot.press("r")
         await wait_for_text(pilot, "waiting in the queue")
         assert run_queue.waiting() == [run.id]

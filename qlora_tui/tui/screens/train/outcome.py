@@ -45,6 +45,8 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             if failed is not None:
                 headline, text, details = _failure_texts(failed)
         case "stopped" | "paused":
+            # The first line has the state and the step.
+            text = "" if text == f"{capitalize(status.state)} at step {snapshot.step:,}." else text
             if view.checkpoints:
                 offers += _uses_of_adapter()
         case "unreadable" | "gone":
