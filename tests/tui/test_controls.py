@@ -148,6 +148,8 @@ def test_validation_that_does_not_fit_says_how_it_began() -> None:
         assert any("★" in line.plain for line in validation_lines(evaluations, 10, 40, height))
     begins = [line.plain.split()[:3] for line in validation_lines(evaluations, 0, 40, 4)[2:]]
     assert begins == [["0", "4.000", "★"], ["2", "more"]]
+    tiny = [(0, 2.0, ""), (10, 1.999, ""), (20, 1.998, "")]
+    assert all(line.plain.count("▄") <= 1 for line in validation_lines(tiny, 20, 60, 4))
 
 
 @pytest.mark.parametrize(("term", "edge"), [("xterm-256color", "▐"), ("screen", "─")])

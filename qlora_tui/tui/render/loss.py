@@ -341,8 +341,9 @@ def validation_lines(
     number of the others and, if the first evaluation is not shown, its loss.
 
     The longest bar stands for the largest change in the lines that are shown, not for the largest of all: the
-    first fall is often ten times as large as the others, whose bars would all look alike. The bar of a rise
-    begins with ``▲``, so that it can be distinguished from the bar of a fall even without color.
+    first fall is often ten times as large as the others, whose bars would all look alike. It stands for a
+    notable rise at least, so that tiny changes have tiny bars. The bar of a rise begins with ``▲``, so that
+    it can be distinguished from the bar of a fall even without color.
 
     Args:
         evaluations: (step, loss, further text) of each evaluation, oldest first. A loss may be NaN.
@@ -360,9 +361,9 @@ def validation_lines(
         newest = [number for number in reversed(shown) if number not in best]
         most_shown = rows - (rows > _LEAST_WITH_OTHERS)
         shown = sorted([*best, *newest][: max(1, most_shown)])
-    most = (
-        max((abs(changes[number]) for number in shown if math.isfinite(changes[number])), default=0.0) or 1.0
-    )
+    sizes = [abs(changes[number]) for number in shown if math.isfinite(changes[number])]
+    level = max((abs(losses[number]) for number in shown if math.isfinite(losses[number])), default=0.0)
+    most = max([NOTABLE_RISE * level, *sizes])
     lines = [Content.styled(f"{'step':>7}  {'loss':>5}    {'change':>7}", "dim")] if has_titles else []
     for number in reversed(shown):
         (step, loss, more), change = evaluations[number], changes[number]
