@@ -225,7 +225,7 @@ def advice(path: str, lora: Lora) -> str:
         case _ if lora.train_embeddings:
             return "Embedding LR applies; if it is 0, a tenth of Learning rate."
         case _:
-            return "On: trains embeddings and head too, for a new language."
+            return "On: for a new language. Takes much more memory."
 
 
 def modules_words(modules: Sequence[LinearModule], lora: Lora, width: int) -> str:
