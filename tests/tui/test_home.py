@@ -158,6 +158,10 @@ def test_validations_are_newest_first_with_bars_of_one_scale_and_only_a_notable_
     # Lines that do not fit do not set the scale.
     cut = [line.plain[26:].strip() for line in numbers_lines(summary, False, 46, 6)[1:]]
     assert cut[:4] == ["▲" + "▄" * 9, "", "▲▖", "▄" * 20]
+    # In a large window, the settings have a line each while all validations have room.
+    texts = ["\n".join(line.plain for line in numbers_lines(summary, True, 55, rows)) for rows in (40, 16)]
+    assert ["· batch" in text for text in texts] == [False, True]
+    assert all("Validation" in text and "1.958" in text for text in texts)
     almost_even = replace(summary, evaluations=((1, 4.0), (2, 3.0), (3, 2.4)))
     assert [line.plain.count("▄") for line in numbers_lines(almost_even, False, 46, 10)] == [0, 12, 20, 0]
 

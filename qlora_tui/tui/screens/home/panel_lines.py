@@ -466,19 +466,24 @@ def _with_note(label: str, value: str | Content, note: str, width: int) -> list[
 
 def numbers_lines(summary: RunSummary, is_large: bool, width: int, height: int) -> list[Content]:
     """Return up to ``height`` lines with the validation losses of a run. If ``is_large``, facts about the
-    run come first.
+    run come first, with a line for each main setting if there is room.
     """
     if not is_large:
         return _validation_lines(summary, width, height)
-    settings = setting_words(summary.settings)
-    facts: list[Fact] = [("model", summary.model), ("data", summary.data), ("settings", settings)]
+    used: list[Fact] = []
     if summary.tokens_per_s is not None:
-        facts.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))
+        used.append(("speed", f"mean {format_speed(summary.tokens_per_s)} tok/s"))
     if summary.peak_bytes is not None:
-        facts.append(("memory", f"{format_bytes(summary.peak_bytes)} at the peak"))
+        used.append(("memory", f"{format_bytes(summary.peak_bytes)} at the peak"))
     if summary.energy:
-        facts.append(("energy", summary.energy))
-    lines = fact_lines([fact for fact in facts if fact[1]], width)
+        used.append(("energy", summary.energy))
+    of_run: list[Fact] = [each for each in (("model", summary.model), ("data", summary.data)) if each[1]]
+    listed: list[Fact] = [(each.title, each.value) for each in summary.settings]
+    gap = [Content("")]
+    lines = fact_lines([*of_run, *gap, *listed, *(gap if used else []), *used], width)
+    rows = len(summary.evaluations) + 3 if summary.evaluations else 0
+    if not listed or len(lines) + rows > height:
+        lines = fact_lines([*of_run, ("settings", setting_words(summary.settings)), *used], width)
     if summary.evaluations:
         lines += [Content(""), Content.styled("Validation", "bold")]
         lines += _validation_lines(summary, width, max(1, height - len(lines)))
