@@ -95,24 +95,21 @@ def recipe_line(workbench: Workbench, width: int | None = None, *, names_preset:
     all-linear · 2,048 tok · batch 2 × 8``. If ``width`` is None, the line is not cut. Without
     ``names_preset``, the line begins with the model.
     """
-    room = width
-    if width is not None and not names_preset:
-        room = width + len(_preset_words(workbench)) + len(SEPARATOR)
-    parts = recipe_parts(workbench, room)
-    line = join_parts(parts if names_preset else parts[1:])
+    line = join_parts(recipe_parts(workbench, width, names_preset=names_preset))
     return line if width is None else cut_cells(line, width)
 
 
-def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
+def recipe_parts(workbench: Workbench, width: int | None = None, *, names_preset: bool = True) -> list[str]:
     """Return the parts of a recipe's one-line summary: preset, model, data, adapter, and :func:`batch_words`.
 
-    If the parts do not fit ``width`` cells, the name of the data is shortened, then the name of the model,
-    then the name of the preset. After that, the LoRA targets, the preset and the data are left out one after
-    the other, so that numbers are not cut. Without ``width``, nothing is shortened.
+    If the parts do not fit ``width`` cells, first the LoRA targets, then the preset are left out. After that,
+    the name of the data is shortened, then the name of the model. At last, the data is left out, so that
+    numbers are not cut. Without ``width``, nothing is shortened. Without ``names_preset``, the preset is left
+    out in any case.
     """
     recipe = workbench.recipe
     parts = [
-        _preset_words(workbench),
+        _preset_words(workbench) if names_preset else "",
         short_model_name(recipe.model.id) or "no model",
         data_words(recipe),
         f"{format_rank(recipe.lora)} {targets_words(recipe, _MAX_TARGETS)}",
@@ -120,14 +117,16 @@ def recipe_parts(workbench: Workbench, width: int | None = None) -> list[str]:
     ]
     if width is None:
         return parts
-    for place in (2, 1, 0):
+    for place, shorter in ((3, format_rank(recipe.lora)), (0, "")):
+        if cell_len(join_parts(parts)) > width:
+            parts[place] = shorter
+    for place in (2, 1):
         over = cell_len(join_parts(parts)) - width
         cells = cell_len(parts[place])
         if over > 0 and cells > _MIN_NAME + 1:
             parts[place] = cut_name(Content(parts[place]), max(_MIN_NAME, cells - over)).plain
-    for place, shorter in ((3, format_rank(recipe.lora)), (0, ""), (2, "")):
-        if cell_len(join_parts(parts)) > width:
-            parts[place] = shorter
+    if cell_len(join_parts(parts)) > width:
+        parts[2] = ""
     return parts
 
 

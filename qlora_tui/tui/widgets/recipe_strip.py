@@ -28,8 +28,8 @@ from qlora_tui.tui.render.labels import (
 )
 from qlora_tui.tui.workbench import Workbench
 
-_DATA = 2
-"""Index of the data's name in the result of :func:`recipe_parts`. The name may be shortened to make room."""
+_MODEL, _DATA = 1, 2
+"""Indexes of the names of model and data in the result of :func:`recipe_parts`."""
 _NEXT_RUN = "next run: "
 _UNDO = ("app.undo", "undo")
 _HINTS = ((("app.presets", "presets"), _UNDO), (_UNDO,))
@@ -147,19 +147,23 @@ class RecipeStrip(Widget):
         return variants
 
     def _has_room_for(self, width: int, problem: Content) -> bool:
-        """Return whether the recipe fits next to ``problem`` without shortening more than the data's name."""
+        """Return whether the recipe fits next to ``problem`` and the key for undo, with the whole names of
+        model and data.
+        """
         if self._bench is None:
             return True
-        full, room = recipe_parts(self._bench), width - problem.cell_length
+        full = recipe_parts(self._bench)
+        room = width - problem.cell_length - _hint(*_UNDO).cell_length - 2
         parts = recipe_parts(self._bench, room)
-        shortened = {place for place, part in enumerate(parts) if part != full[place]}
-        return shortened <= {_DATA} and cell_len(join_parts(parts)) <= room
+        names = slice(_MODEL, _DATA + 1)
+        return parts[names] == full[names] and cell_len(join_parts(parts)) <= room
 
     def _line_and_hint(self, width: int) -> tuple[str, Content]:
         """Return the line of the recipe, and the longest variant of the keys (``_HINTS``) that fits next to
         it. The keys are empty if no variant fits.
 
-        To make room for the shortest variant, the name of the data may be shortened.
+        To make room for the shortest variant, everything but the name of the model may be shortened, and
+        everything but both names may be left out.
         """
         if self._bench is None:
             return "", Content("")
@@ -171,10 +175,12 @@ class RecipeStrip(Widget):
             hint = Content("  ").join(_hint(*command) for command in commands)
             room = width - hint.cell_length - 2
             parts = recipe_parts(self._bench, room)
-            shortened = {place for place, part in enumerate(parts) if part != widest[place]}
-            allowed = {_DATA} if commands == _HINTS[-1] else set()
             line = join_parts(parts)
-            if shortened <= allowed and cell_len(line) <= room:
+            if commands == _HINTS[-1]:
+                is_allowed = parts[_MODEL] == widest[_MODEL] and bool(parts[_DATA]) == bool(widest[_DATA])
+            else:
+                is_allowed = parts == widest
+            if is_allowed and cell_len(line) <= room:
                 return line, hint
         return recipe_line(self._bench, width), Content("")
 
