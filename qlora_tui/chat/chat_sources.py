@@ -53,6 +53,12 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step}"
 
 
+def checkpoint_step(adapter_name: str) -> int | None:
+    """Return the step of a checkpoint's adapter name; None for another adapter."""
+    step = adapter_name.removeprefix(checkpoint_name(0)[:-1])
+    return int(step) if step != adapter_name and step.isdecimal() else None
+
+
 def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | None = None) -> str:
     """Return the name of the selected adapter.
 

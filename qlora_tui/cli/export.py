@@ -43,7 +43,8 @@ from qlora_tui.recipe.fields import format_value
 from qlora_tui.recipe.layering import build_recipe
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir, find_run
-from qlora_tui.runs.run_summary import better_checkpoint, summarize
+from qlora_tui.runs.result_weights import better_checkpoint
+from qlora_tui.runs.run_summary import summarize
 
 if TYPE_CHECKING:
     from qlora_tui.runs.exports import ExportRequest

@@ -9,6 +9,7 @@ status          a run's current state, and whether its process is still working
 process         identifies processes, and starts those that outlive their parent
 describe        events and states as sentences, and a run's events as they arrive
 run_summary     one-line summaries for lists: whether the result is usable, and whether the run worked
+result_weights  the step of the weights that a run results in, and whether a saved step is better
 main_settings   the settings in which runs most often differ, as columns of a list and as a line
 actions         submits, resumes, renames and deletes runs, and restores them from the trash
 control         sends a request to a running trainer

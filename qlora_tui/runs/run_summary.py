@@ -28,6 +28,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.directory import all_runs as list_runs
 from qlora_tui.runs.events import ALL_STEPS_DONE, DataReady, Failed, Finished, Stopped
 from qlora_tui.runs.main_settings import MainSetting, main_settings
+from qlora_tui.runs.result_weights import is_notably_above
 from qlora_tui.runs.status import ACTIVE, State, Status, read_status
 from qlora_tui.runs.task_metrics.answer_metrics import Comparison, Metric
 from qlora_tui.runs.task_metrics.intervals import MIN_ROWS, Interval, share_interval
@@ -43,10 +44,6 @@ _LEARNED: dict[Comparison, str] = {
     "worse": "It got worse",
     "unclear": "Not enough evidence that it learned",
 }
-NOTABLE_RISE = 0.01
-"""Minimum rise of the validation loss, as a share of the loss, that is worth a word or a color. Smaller
-differences are common between two evaluations of a model that no longer learns.
-"""
 _ACTIVE_INTERVAL_S = 5.0
 """Minimum seconds between two readings of an active run's log. The run's status is read whenever its summary
 is requested.
@@ -302,22 +299,6 @@ def find_verdict(view: RunView, recipe: Recipe | None) -> RunVerdict | None:
     if not isinstance(view.ending, Finished | Stopped) or not view.step:
         return None
     return judge_run(gather_evidence(view, read_task_evaluation(view.run), recipe))
-
-
-def is_notably_above(loss: float, lowest: float) -> bool:
-    """Return whether a validation loss is above the lowest one by more than ``NOTABLE_RISE``."""
-    return loss > lowest * (1 + NOTABLE_RISE)
-
-
-def better_checkpoint(summary: RunSummary) -> int | None:
-    """Return the step of the best checkpoint if the last validation loss is notably above its loss; None if
-    it is not, or if this checkpoint no longer exists.
-    """
-    if summary.best is None or not summary.evaluations or summary.ended_early:
-        return None
-    lowest, step = summary.best
-    is_worse = is_notably_above(summary.evaluations[-1][1], lowest)
-    return step if is_worse and step in dict(summary.run.checkpoints()) else None
 
 
 @dataclass(frozen=True)

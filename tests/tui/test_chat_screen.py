@@ -336,7 +336,10 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         assert (field.region.bottom, starters.region) == before
         field.text = ""
         await wait_for_text(
-            pilot, "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to 7.", "It learned"
+            pilot,
+            "Qwen2.5-7B (NF4) · loading takes about 19 s and needs up to 7.",
+            "weights   step 300 (last)",
+            "It learned",
         )
         await app.switch_mode("home")
         answered = TaskRow(

@@ -25,7 +25,8 @@ from qlora_tui.runs.exports import (
     start_export,
     write_export_status,
 )
-from qlora_tui.runs.run_summary import RunSummary, better_checkpoint, summarize
+from qlora_tui.runs.result_weights import better_checkpoint
+from qlora_tui.runs.run_summary import RunSummary, summarize
 from qlora_tui.runs.status import Status
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.models.downloads import DownloadsPanel
@@ -231,7 +232,9 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
         evaluations=((0, 2.7), (640, 1.287), (1200, 1.342)),
     )
     last = weights_line(summary, None)
-    assert last.plain.endswith("1.342; best 1.287 at step 640, which is no longer saved")
+    assert last.plain == (
+        "step 1,200 (last), validation 1.342; best 1.287 at step 640, which is no longer saved"
+    )
     assert last.spans[0].style == "$warning"
     beside = replace(summary, evaluations=((0, 2.7), (640, 1.287), (800, 1.301), (1200, 1.342)))
     assert weights_line(beside, None, (None, 1200, 800)).plain.endswith(
@@ -239,7 +242,7 @@ def test_the_weights_of_an_export_are_named_and_worse_ones_are_a_warning(
     )
     assert weights_line(summary, 1200, (1200, 640)).plain.endswith("best 1.287 at step 640. ▸ [c] step 640")
     best = weights_line(summary, 640)
-    assert best.plain == "step 640, validation 1.287 (best); the last step has 1.342"
+    assert best.plain == "step 640 (best), validation 1.287; the last step has 1.342"
     assert not best.spans
     early = replace(
         summary, status=Status(state="finished", at=1.0, detail="the adapter is from the best step, 640")
@@ -265,10 +268,10 @@ async def test_notably_better_weights_than_the_last_are_proposed(
     monkeypatch.setattr(export_dialog, "summarize", lambda run: summary)
     async with QloraApp().run_test(size=(80, 24)) as pilot:
         await open_dialog(pilot)
-        await wait_for_text(pilot, "weights     step 5, validation 1.200 (best); the last step has 1.300")
+        await wait_for_text(pilot, "weights     step 5 (best), validation 1.200; the last step has 1.300")
         await wait_for_text(pilot, "file        ~/models/tickets-step-5")
         await pilot.press("c")
-        await wait_for_text(pilot, "weights     last step 10, validation 1.300; best 1.200 at step 5")
+        await wait_for_text(pilot, "weights     step 10 (last), validation 1.300; best 1.200 at step 5")
         await pilot.press("c", "c", "enter")
         await wait_for_text(pilot, "Starting")
         (export,) = read_exports(run)

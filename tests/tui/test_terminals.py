@@ -27,12 +27,12 @@ APP = [sys.executable, "-m", "qlora_tui"]
 CODE_PAGE_437 = set(bytes(range(256)).decode("cp437")) | set("♦•○►◄▲▼↑↓→←§\x1b")
 VISITED = [
     ("6", "Compare"),
-    ("5", "chat with it"),
+    ("5", "[c] chat"),
     ("n", "Cannot train"),
     ("o", "Watch another run"),
-    ("\r", "chat with it"),
+    ("\r", "[c] chat"),
     ("?", "Help: Train"),
-    ("q", "chat with it"),
+    ("q", "[c] chat"),
     ("\t", "I am sorry to hear that."),
 ]
 """Keys, and what is waited for after each."""
@@ -69,7 +69,7 @@ def test_attach_opens_the_app_unless_told_to_print(words: list[str]) -> None:
         if words:
             see(terminal, "step 300 of 300", "finished at step 300")
         else:
-            see(terminal, run.name, "Loss and pace", "chat with it")
+            see(terminal, run.name, "Loss and pace", "[c] chat")
             terminal.press("q")
         assert terminal.program.wait(DEADLINE_S) == 0
 
@@ -129,7 +129,7 @@ def test_the_linux_console_is_sent_only_what_its_font_has() -> None:
             ("redo", "Redo the last undone change"),
             ("\r", "has no model"),
             ("3", "has no model"),
-            ("5", "chat with it"),
+            ("5", "[c] chat"),
             *VISITED[2:5],
         ]:
             terminal.press(key)

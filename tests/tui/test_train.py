@@ -210,7 +210,7 @@ async def test_the_stop_question_and_the_keys_of_a_run_go_when_it_finishes(
         await wait_for_text(pilot, "Stop the run?")
         write_status(run, structs.replace(read_status(run), state="finished", process=None))
         await wait_until(pilot, lambda: "Stop the run?" not in text_of(app))
-        shown = await wait_for_text(pilot, "✓", "[c] chat with it")
+        shown = await wait_for_text(pilot, "✓", "[c] chat, [e] export step")
         assert not {"Stop", "Chat", "Export"} & set(shown.splitlines()[-1].split())
         await pilot.press("Z", "K", "z", "r")
         assert ask_key(run) == []
@@ -402,6 +402,16 @@ def test_an_improvement_that_may_be_chance_has_no_color_and_names_the_key_that_c
         assert text is not None and "[a] compare rows" in text.plain
 
 
+def test_the_keys_of_chat_and_export_name_the_step_of_the_weights() -> None:
+    for steps, says in (
+        (60, "[c] chat, [e] export step 60 (last)"),
+        (3000, "[c] chat with step 3,000  [e] export step 1,400 (best)"),
+    ):
+        run = write_fake_run(FakeRun(name=f"to-{steps}", state="finished", steps=steps, total=steps))
+        outcome = outcome_text(RunFollower(run).poll())
+        assert outcome is not None and says in outcome.plain
+
+
 async def test_the_machine_of_a_run_that_ended_well_gives_its_rows_to_the_others() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
@@ -437,7 +447,7 @@ async def test_the_last_run_is_shown_until_the_recipe_is_edited() -> None:
     app = QloraApp()
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("5")
-        await wait_for_text(pilot, run.id, "finished", "[c] chat with it", "[n] new run")
+        await wait_for_text(pilot, run.id, "finished", "[c] chat, [e] export step", "[n] new run")
         await pilot.press("4")
         app.edit("lora.rank", 32)
         await pilot.press("5")

@@ -10,7 +10,8 @@ from itertools import pairwise
 from textual.content import Content
 
 from qlora_tui.formatting import format_loss, format_loss_change, format_points
-from qlora_tui.runs.run_summary import NOTABLE_RISE, RunSummary
+from qlora_tui.runs.result_weights import NOTABLE_RISE
+from qlora_tui.runs.run_summary import RunSummary
 from qlora_tui.runs.status import ACTIVE
 from qlora_tui.runs.view import RunView, finite_losses
 from qlora_tui.tui.render.labels import BEST, best_word, no_steps_words

@@ -280,6 +280,7 @@ class ChatMain(Vertical):
                 start,
                 chat.source.recipe,
                 self.query_one(Starters).selected_prompt if chat.is_new else "",
+                adapter_name=chat.pair.right,
                 is_loaded=chat.ready is not None,
                 is_described=is_described,
                 folds=not chat.is_new,
@@ -355,7 +356,7 @@ class ChatSide(Vertical):
         """
         if chat.source is not None:
             self.query_one("#chat-run-panel", Panel).show_title("Run" if chat.run_dir else "Recipe")
-            self._update("run", partial(run_lines, start, chat.source.recipe))
+            self._update("run", partial(run_lines, start, chat.source.recipe, chat.pair.right))
         settings = [(label, value) for label, value, _ in session_rows(chat)]
         self._update("settings", partial(fact_lines, settings))
         tips = [(label, highlight_keys(name_keys(text))) for label, text in TIPS]

@@ -17,7 +17,8 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.widgets.option_list import Option
 
-from qlora_tui.chat.chat_sources import chat_bytes
+from qlora_tui.chat.chat_sources import chat_bytes, checkpoint_step
+from qlora_tui.chat.chat_types import ADAPTER
 from qlora_tui.data.repetition import words
 from qlora_tui.data.sources import first_exchanges, prompt_at
 from qlora_tui.formatting import (
@@ -25,7 +26,6 @@ from qlora_tui.formatting import (
     format_duration,
     format_loss,
     format_number,
-    format_progress,
     pluralize,
     short_model_name,
 )
@@ -36,6 +36,7 @@ from qlora_tui.recipe.targets import format_rank
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.event_log import EventTail
 from qlora_tui.runs.events import PhaseChanged, SampleGenerated, Started
+from qlora_tui.runs.result_weights import better_checkpoint, summary_weights
 from qlora_tui.runs.run_summary import RunSummary, data_words, summarize
 from qlora_tui.runs.task_metrics.answer_metrics import match_answers
 from qlora_tui.runs.task_metrics.task_evaluation import read_task_evaluation
@@ -142,6 +143,8 @@ class ChatStart:
     load_bytes: int | None = None
     """Upper estimate of the chat's memory, in bytes; None if unknown."""
     summary: RunSummary | None = None
+    better_step: int | None = None
+    """Step of a saved checkpoint that is notably better than the final adapter; None if there is none."""
 
 
 def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> ChatStart:
@@ -157,12 +160,14 @@ def read_start(recipe: Recipe, run: RunDir | None, device: Device | None) -> Cha
         kind = "validation question" if recipe.data.validation_path else "from the data"
         exchanges = first_exchanges(recipe.data, _MAX_OF_KIND)
         starters += [Starter(prompt, kind, expected) for prompt, expected in exchanges]
+    summary = None if run is None else summarize(run)
     return ChatStart(
         prompts=tuple({each.prompt: each for each in reversed(starters)}.values())[::-1],
         recorded=(*questions, *_answers_by_step(samples))[:_MAX_RECORDED],
         load_s=load_s,
         load_bytes=None if device is None else chat_bytes(recipe, device),
-        summary=None if run is None else summarize(run),
+        summary=summary,
+        better_step=None if summary is None else better_checkpoint(summary),
     )
 
 
@@ -345,6 +350,7 @@ def start_lines(
     width: int,
     height: int,
     *,
+    adapter_name: str,
     is_loaded: bool,
     is_described: bool,
     folds: bool,
@@ -357,45 +363,67 @@ def start_lines(
         opened: The prompt whose recorded answers have priority if not all answers fit.
         width: Width of a line, in cells.
         height: Maximum number of lines.
+        adapter_name: The adapter whose weights are named.
         is_loaded: Whether the model is loaded.
         is_described: Whether another panel describes the run.
         folds: Whether messages follow below. If so, return only one line about the model and one line about
             the recorded answers.
     """
-    facts = _model_facts(start, recipe, is_loaded=is_loaded, is_described=is_described)
+    weights = weights_of(start, adapter_name)
+    facts = _model_facts(start, recipe, weights, is_loaded=is_loaded, is_described=is_described)
     if folds:
-        lines = [] if is_described and is_loaded else [_summary_line(start, facts, width)]
+        lines = [] if is_described and is_loaded else [_summary_line(start, facts, weights, width)]
         if start.recorded:
             prompts = pluralize(len(start.recorded), "prompt")
             hint = f"Hidden in a conversation: recorded answers to {prompts}. "
             hint += f"{key_name('chat.clear')} starts a new one"
             lines.append(highlight_keys(hint, "$text-muted").truncate(width, ellipsis=True))
         return lines
+    if adapter_name == ADAPTER and start.better_step is not None and not is_described:
+        label, result = facts[-1]
+        change = highlight_keys(f" {key_name('chat.next_adapter')} selects another checkpoint.")
+        facts[-1] = (label, Content("") + result + change)
     above = fact_lines(facts, width)
     if not start.recorded:
         return above
     return [*above, Content(""), *recorded_lines(start, opened, width, height - len(above) - 1)]
 
 
-def _summary_line(start: ChatStart, facts: Sequence[tuple[str, str | Content]], width: int) -> Content:
-    """Return one line with as many facts as fit: all facts, or all but the adapter, or only the base
-    model, followed by the cautions of the run's verdict.
+def weights_of(start: ChatStart, adapter_name: str) -> str:
+    """Return of which step the weights of an adapter are, such as ``step 1,200 (last)``; empty for the base
+    model and GGUF files.
+    """
+    step = checkpoint_step(adapter_name)
+    if start.summary is None or (step is None and adapter_name != ADAPTER):
+        return ""
+    return summary_weights(start.summary, step)
+
+
+def _summary_line(
+    start: ChatStart, facts: Sequence[tuple[str, str | Content]], weights: str, width: int
+) -> Content:
+    """Return one line with as many facts as fit: all facts, or all with only the step of the weights, or this
+    step and the cautions of the run's verdict, with or without the base model.
     """
     base, *others = [Content("") + value for _, value in facts]
     verdict = start.summary.verdict if start.summary is not None and others else None
     cautions = [] if verdict is None else [Content.styled(part, "$warning") for part in verdict.cautions]
     between = Content.styled(" · ", "$text-muted")
+    step = [Content(f"weights: {weights}")] if weights and others else []
     # The result of the run is the last fact.
-    whole, brief = (between.join([base, *parts]) for parts in (others[::-1], others[:0:-1]))
-    fitting = [line for line in (whole, brief) if line.cell_length <= width]
-    return fitting[0] if fitting else between.join([base, *cautions]).truncate(width, ellipsis=True)
+    brief = [*step, *cautions]
+    choices = ([base, *others], [base, *step, *others[1:]], [base, *brief], brief or [base])
+    lines = [between.join(parts) for parts in choices]
+    fitting = [line for line in lines if line.cell_length <= width]
+    return fitting[0] if fitting else lines[-1].truncate(width, ellipsis=True)
 
 
 def _model_facts(
-    start: ChatStart, recipe: Recipe, *, is_loaded: bool, is_described: bool
+    start: ChatStart, recipe: Recipe, weights: str, *, is_loaded: bool, is_described: bool
 ) -> list[tuple[str, str | Content]]:
     """Return (label, value) pairs for the base model and, unless ``is_described``, for the adapter and what
     it has learned. Unless ``is_loaded``, the pairs include the time and memory for loading the base model.
+    ``weights``: the step of the adapter's weights; empty if unknown.
     """
     base = f"{short_model_name(recipe.model.id)} ({PRECISION_NAMES[precision_of(recipe)]})"
     if not is_loaded:
@@ -407,8 +435,7 @@ def _model_facts(
     if summary is not None and not is_described:
         lora = recipe.lora
         settings = f"{format_rank(lora)} alpha {format_number(lora.alpha)} {targets_words(recipe, 24)}"
-        steps = format_progress(summary.step, summary.total_steps)
-        facts.append(("adapter", f"{settings} · {steps} steps on {data_words(recipe)}"))
+        facts.append(("weights", " · ".join(filter(None, (weights, f"{settings} on {data_words(recipe)}")))))
         if summary.verdict is not None:
             sentence = verdict_content(summary.verdict)
             facts.append(("result", sentence))
@@ -583,12 +610,13 @@ def _column(name: Content, answer: Content, cells: int, rows: int | None, style:
     return [Content(" " * _INDENT) + line for line in wrapped]
 
 
-def run_lines(start: ChatStart, recipe: Recipe, width: int) -> list[Content]:
-    """Return lines with the run's settings and its result."""
+def run_lines(start: ChatStart, recipe: Recipe, adapter_name: str, width: int) -> list[Content]:
+    """Return lines with the run's settings, the step of the adapter's weights, and the run's result."""
     lines, summary = settings_lines(recipe, width), start.summary
     if summary is None:
         return lines
-    lines.append(labeled("steps", format_progress(summary.step, summary.total_steps), _LABEL))
+    if weights := weights_of(start, adapter_name):
+        lines.append(labeled("weights", weights, _LABEL))
     if summary.best is not None and summary.verdict is None:  # A verdict already says how far the loss fell.
         lines.append(labeled("best", _best_words(*summary.best), _LABEL))
     if summary.verdict is not None:

@@ -43,7 +43,8 @@ from qlora_tui.runs.exports import (
     restart_export,
     start_export,
 )
-from qlora_tui.runs.run_summary import RunSummary, better_checkpoint, is_notably_above, summarize
+from qlora_tui.runs.result_weights import better_checkpoint, is_notably_above, summary_weights
+from qlora_tui.runs.run_summary import RunSummary, summarize
 from qlora_tui.tui.key_names import dialog_keys, highlight_keys
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.screens.modals.dialogs import ConfirmScreen
@@ -375,7 +376,7 @@ def _label(name: str) -> Content:
 
 def weights_line(summary: RunSummary | None, step: int | None, saved: Collection[int | None] = ()) -> Content:
     """Return the step whose weights are exported, compared with the best step or, if it is the best, with the
-    last step: ``step 640, validation 1.342 (best); the last step has 1.518``.
+    last step: ``step 640 (best), validation 1.342; the last step has 1.518``.
 
     The line has the color of a warning if the validation loss is notably lower at another step. The line says
     so if the best step is no longer saved. If a saved checkpoint is better than the exported step, the line
@@ -388,11 +389,11 @@ def weights_line(summary: RunSummary | None, step: int | None, saved: Collection
     """
     if summary is None:
         return Content("")
+    text = summary_weights(summary, step)
     if step is None and summary.ended_early:
-        return Content(f"final adapter ({summary.status.detail})")
+        return Content(text)
     at = summary.step if step is None else step
     losses, style = dict(summary.evaluations), ""
-    text = f"{'last step' if step is None else 'step'} {at:,}"
     if at in losses:
         text += f", validation {format_loss(losses[at])}"
     if summary.best is not None and summary.evaluations:
@@ -409,7 +410,6 @@ def weights_line(summary: RunSummary | None, step: int | None, saved: Collection
                 offer = highlight_keys(f" ▸ [{_CHECKPOINT.key}] step {better:,}{found}")
                 return Content.styled(f"{text}.", style) + offer
         else:
-            text += " (best)"
             text += f"; the last step has {format_loss(loss_at_last)}" if last != at else ""
     return Content.styled(text, style)
 

@@ -8,14 +8,16 @@ from textual.content import Content
 
 from qlora_tui.formatting import abbreviate_home, capitalize
 from qlora_tui.runs.events import ALL_STEPS_DONE, Failed, Finished
+from qlora_tui.runs.result_weights import better_step, weights_words
 from qlora_tui.runs.status import BROKEN, RESUMABLE
+from qlora_tui.runs.view import finite_losses
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import hanging
 from qlora_tui.tui.render.labels import verdict_content
 from qlora_tui.tui.screens.train.run_follower import RunSnapshot
 
-_USES = {"chat": "chat with it", "export": "export it", "card": "card"}
-"""Labels of the commands that use an adapter, by the command's name."""
+_GAP = "  "
+"""Text between two keys."""
 _KEY_FIRST = re.compile(r"[▸ ] \[\S+\] ")
 
 
@@ -40,7 +42,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
         case "finished":
             reason = view.ending.reason if isinstance(view.ending, Finished) else status.detail
             text = "" if reason in ("", ALL_STEPS_DONE) else f"{capitalize(reason)}."
-            offers += _uses_of_adapter()
+            offers += _uses_of_adapter(snapshot)
         case "failed":
             if failed is not None:
                 headline, text, details = _failure_texts(failed)
@@ -48,7 +50,7 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
             # The first line has the state and the step.
             text = "" if text == f"{capitalize(status.state)} at step {snapshot.step:,}." else text
             if view.checkpoints:
-                offers += _uses_of_adapter()
+                offers += _uses_of_adapter(snapshot)
         case "unreadable" | "gone":
             offers.append(f"{key_name('train.another')} show other runs")
         case "lost":
@@ -65,9 +67,9 @@ def outcome_text(snapshot: RunSnapshot, active: str = "", answers: str = "") -> 
     lines = [Content.assemble((headline, "bold $error"), first), *map(Content, others)]
     if verdict is not None and not is_error:
         lines.insert(0, verdict_content(verdict))
-    actions = [fix_text(snapshot) if outcome_has_fix(snapshot) else "", "   ".join(offers)]
+    actions = [fix_text(snapshot) if outcome_has_fix(snapshot) else "", _GAP.join(offers)]
     if closing_is_enough:
-        actions = [f"{offers[0]}, after closing the other program", actions[0], "   ".join(offers[1:])]
+        actions = [f"{offers[0]}, after closing the other program", actions[0], _GAP.join(offers[1:])]
     lines.append(highlight_keys("▸ " + "\n  ".join(filter(None, actions))))
     lines.append(Content.styled(details, "dim"))
     for note, command, verb in (
@@ -125,5 +127,19 @@ def outcome_has_fix(snapshot: RunSnapshot) -> bool:
     return snapshot.fix is not None and snapshot.status.state in BROKEN
 
 
-def _uses_of_adapter() -> list[str]:
-    return [f"{key_name(f'train.{name}')} {verb}" for name, verb in _USES.items()]
+def _uses_of_adapter(snapshot: RunSnapshot) -> list[str]:
+    """Return the keys that use the adapter, with the step of the weights that Chat loads and Export proposes:
+    ``[c] chat, [e] export step 640 (best)``.
+    """
+    view, best = snapshot.view, snapshot.best
+    last, saved = view.step, [checkpoint.step for checkpoint in view.checkpoints]
+    if snapshot.status.state != "finished" and not view.run.adapter_dir.exists():
+        last = resume_step(snapshot)
+    lowest = None if best is None or best.loss is None else (best.loss, best.step)
+    better = better_step(lowest, finite_losses(snapshot.evaluations), saved)
+    exported = weights_words(better or last, last=view.step, total=0, best=lowest and lowest[1])
+    if isinstance(view.ending, Finished) and view.ending.reason != ALL_STEPS_DONE:
+        better, exported = None, "it"  # The reason says of which step the adapter is.
+    chat, export, card = (key_name(f"train.{name}") for name in ("chat", "export", "card"))
+    uses = f"{chat} chat, " if better is None else f"{chat} chat with step {last:,}{_GAP}"
+    return [f"{uses}{export} export {exported}", f"{card} card"]
