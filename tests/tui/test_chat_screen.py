@@ -329,6 +329,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
         assert starters.selected_prompt == "Where is parcel 3?"
         await pilot.resize_terminal(200, 60)
         await wait_until(pilot, lambda: starters.option_count == HEADING_ROWS + 24)
+        await wait_until(pilot, lambda: starters.region.height == HEADING_ROWS + 24)
         field = chat_of(app).query_one(PromptBox)
         before = (field.region.bottom, starters.region)
         await pilot.press("i", *"two", "ctrl+j", *"lines")

@@ -313,7 +313,8 @@ class ChatMain(Vertical):
             needed += drawing.gutter.height
         else:
             regions = [each.virtual_region_with_margin for each in chat.children if each.display]
-            needed = max(each.bottom for each in regions) - min(each.y for each in regions)
+            needed = max((each.bottom for each in regions), default=0)
+            needed -= min((each.y for each in regions), default=0)
         self._free_rows = rows - needed - HEADING_ROWS
         self._offer()
         chat.styles.max_height = needed if chat.is_new else None
