@@ -1,8 +1,8 @@
 """The terminal app. textual is imported here and nowhere else.
 
 app              the app class: screens, keys, and the polling that all screens share
-workbench        the recipe being edited: its undo history, its model's architecture, its memory estimate, and
-                 the draft file, which several windows of the app may share
+workbench        the recipe being edited: its undo history, its model's architecture, its memory estimate
+draft            the file with the recipe being edited, which several windows of the app may share
 commands         all screens and commands, read from commands.toml; command_palette lists them
 key_names        how keys are written in messages ([u], Enter); validation of the user's keymap
 system_monitor   polls this machine's GPU and the list of runs once a second; system_status defines the result

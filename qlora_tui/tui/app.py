@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from qlora_tui.memory.budget import MemoryBudget
     from qlora_tui.recipe.schema import Recipe
     from qlora_tui.runs.directory import RunDir
+    from qlora_tui.tui.draft import Draft
     from qlora_tui.tui.system_monitor import BoxMonitor, SystemMonitor
-    from qlora_tui.tui.workbench import Draft, Workbench
+    from qlora_tui.tui.workbench import Workbench
 
 # The first frame shows neither a recipe nor a modal, so the modules for recipes and modals are imported where
 # they are first used.
@@ -111,7 +112,7 @@ class QloraApp(ThemedApp):
     @cached_property
     def workbench(self) -> Workbench:
         """The recipe being edited and its undo history, restored from the draft file on first use."""
-        from qlora_tui.tui.workbench import open_workbench
+        from qlora_tui.tui.draft import open_workbench
 
         workbench = open_workbench(self.draft)
         workbench.on_outline = partial(self.call_later, self._describe_model)  # the caller may be in a thread
@@ -123,7 +124,7 @@ class QloraApp(ThemedApp):
     @cached_property
     def draft(self) -> Draft:
         """The draft file, which stores the recipe being edited between sessions."""
-        from qlora_tui.tui.workbench import Draft
+        from qlora_tui.tui.draft import Draft
 
         return Draft()
 
@@ -323,7 +324,7 @@ class QloraApp(ThemedApp):
 
     def recipe_edited(self) -> None:
         """Save the workbench's recipe and refresh the screens after a change."""
-        from qlora_tui.tui.workbench import save_or_ask
+        from qlora_tui.tui.draft import save_or_ask
 
         try:
             save_or_ask(self)
@@ -473,7 +474,7 @@ class QloraApp(ThemedApp):
         undo_recipe(self)
 
     def action_reload(self) -> None:
-        from qlora_tui.tui.workbench import reload_recipe
+        from qlora_tui.tui.draft import reload_recipe
 
         reload_recipe(self)
 
@@ -495,7 +496,7 @@ class QloraApp(ThemedApp):
             system_status = await asyncio.to_thread(self._poll_in_thread)
         finally:
             self._polling = False
-        from qlora_tui.tui.workbench import tell_of_change
+        from qlora_tui.tui.draft import tell_of_change
 
         tell_of_change(self)
         for news in system_status.ended_runs:

@@ -16,7 +16,8 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
 from qlora_tui.runs.directory import RunDir, all_runs
 from qlora_tui.runs.status import read_status
-from qlora_tui.tui.workbench import Draft, Workbench
+from qlora_tui.tui.draft import Draft
+from qlora_tui.tui.workbench import Workbench
 from tests.support.polling import wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 
 from qlora_tui.recipe.toml import parse, to_recipe
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.draft import Draft, draft_path, open_workbench
 from qlora_tui.tui.screens.modals.dialogs import DraftChangedScreen
-from qlora_tui.tui.workbench import Draft, draft_path, open_workbench
 from tests.support.power import FaultyDisk
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 

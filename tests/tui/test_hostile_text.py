@@ -16,9 +16,10 @@ from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Source
 from qlora_tui.runs.status import State
+from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.line_filters import VisibleTextFilter
 from qlora_tui.tui.screens.chat.turn import ChatTurn
-from qlora_tui.tui.workbench import Draft, Workbench
+from qlora_tui.tui.workbench import Workbench
 from tests.support.hostile import FOR_FILE_NAMES, POISON, poison_run, poisoned, raw
 from tests.tui.fake_runs import FakeRun, write_fake_run
 from tests.tui.sample_data import readable_model, ticket, write_rows

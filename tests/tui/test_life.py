@@ -28,12 +28,12 @@ from bench.terminal import Terminal
 from qlora_tui import paths
 from qlora_tui.errors import UserError
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.process import screen_on
 from qlora_tui.tui.screens.base import WorkScreen
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
 from qlora_tui.tui.screens.home.screen import HomeScreen
 from qlora_tui.tui.widgets.controls import TextField
-from qlora_tui.tui.workbench import Draft, open_workbench
 from tests.runs.damage import FILES, damaged
 from tests.tui.fake_runs import TICKETS
 from tests.tui.screen_assertions import wait_for_text, wait_until

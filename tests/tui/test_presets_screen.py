@@ -13,9 +13,9 @@ from qlora_tui import paths
 from qlora_tui.recipe.presets import find_preset
 from qlora_tui.recipe.schema import Source
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.screens.presets.screen import PresetsScreen
 from qlora_tui.tui.widgets.controls import ViList
-from qlora_tui.tui.workbench import Draft, open_workbench
 from tests.tui.screen_assertions import wait_for_text
 from tests.tui.workstation import config_folder, open_on
 

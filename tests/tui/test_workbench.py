@@ -17,8 +17,9 @@ from qlora_tui.memory import Device
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe, Source
 from qlora_tui.tui import workbench as workbench_module
+from qlora_tui.tui.draft import Draft, open_workbench
 from qlora_tui.tui.render.labels import recipe_line
-from qlora_tui.tui.workbench import Draft, Workbench, open_workbench
+from qlora_tui.tui.workbench import Workbench
 from tests.tui.workstation import CONFIGS, config_folder
 
 

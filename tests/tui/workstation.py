@@ -14,8 +14,9 @@ from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.settings import Settings
 from qlora_tui.tui import app as app_module
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.draft import Draft
 from qlora_tui.tui.screens.runs.screen import RunsScreen
-from qlora_tui.tui.workbench import Draft, Workbench
+from qlora_tui.tui.workbench import Workbench
 from tests.data.families import tokenizer_json
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 

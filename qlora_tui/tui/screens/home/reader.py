@@ -25,6 +25,7 @@ from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.expected_time import LEAST_STEPS, Forecast, forecast
 from qlora_tui.runs.run_summary import RunSummary, SummaryCache, data_words
 from qlora_tui.runs.status import ACTIVE, RESUMABLE
+from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.render.labels import recipe_fit, refusal_words
 from qlora_tui.tui.screens.home.first_lines import way_lines
 from qlora_tui.tui.screens.home.next_step import HomeState, Steps, next_step, other_steps
@@ -41,7 +42,7 @@ from qlora_tui.tui.screens.home.panel_lines import (
 from qlora_tui.tui.screens.models.model_facts import need
 from qlora_tui.tui.screens.models.model_list import ListedModels, starters
 from qlora_tui.tui.system_status import SystemStatus
-from qlora_tui.tui.workbench import Workbench, draft_written_at
+from qlora_tui.tui.workbench import Workbench
 
 _MAX_RECENT = 40
 """Maximum number of recent runs to read. A window with 60 rows shows fewer runs."""

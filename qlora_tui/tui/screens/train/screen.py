@@ -27,6 +27,7 @@ from qlora_tui.runs.preflight import EXACT_WITHIN_S, errors, preflight, with_cou
 from qlora_tui.runs.status import ACTIVE, RESUMABLE, State, read_status
 from qlora_tui.runs.step_probe import StepProbe, probe_steps, progress_words
 from qlora_tui.runs.suggested_fix import SuggestedFix
+from qlora_tui.tui.draft import draft_written_at
 from qlora_tui.tui.key_names import key_name
 from qlora_tui.tui.render.labels import SIGNS
 from qlora_tui.tui.screens.modals.dialogs import (
@@ -47,7 +48,6 @@ from qlora_tui.tui.screens.train.sweep_dialog import start_sweep
 from qlora_tui.tui.system_status import SystemStatus
 from qlora_tui.tui.threads import Measurement, act_on_run
 from qlora_tui.tui.widgets.settings_form import SettingEdited, SettingsForm
-from qlora_tui.tui.workbench import draft_written_at
 
 if TYPE_CHECKING:
     from qlora_tui.tui.app import QloraApp
