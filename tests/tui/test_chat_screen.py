@@ -37,14 +37,12 @@ from qlora_tui.runs.task_metrics.task_evaluation import (
 from qlora_tui.tui.screens.chat import conversation, turn
 from qlora_tui.tui.screens.chat.conversation import AdapterPair, Conversation
 from qlora_tui.tui.screens.chat.prompt_box import PromptBox
+from qlora_tui.tui.screens.chat.recorded_answers import RecordedAnswers, recorded_lines
 from qlora_tui.tui.screens.chat.saved import append_exchange, transcript_path
 from qlora_tui.tui.screens.chat.screen import ChatScreen, show_chat
 from qlora_tui.tui.screens.chat.start import (
     HEADING_ROWS,
-    ChatStart,
-    RecordedAnswers,
     Starters,
-    recorded_lines,
 )
 from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.worker import run_job
@@ -379,7 +377,7 @@ async def test_before_the_first_message_the_runs_validation_questions_and_their_
 
 def test_rows_that_remain_are_for_the_answer_of_the_base() -> None:
     recorded = RecordedAnswers("Why?", (("base", "word " * 100), ("adapter", "In Oslo.")))
-    lines = recorded_lines(ChatStart(recorded=(recorded,)), "", 80, 9)
+    lines = recorded_lines((recorded,), "", 80, 9)
     assert len(lines) == 9 and lines[-1].plain.rstrip().endswith("…")
 
 
