@@ -57,5 +57,5 @@ def ended_early(
         title,
         what=f"{subject} {how}.",
         why="The machine most likely ran out of memory." if ran_out_of_memory else last_words,
-        fix=f"{fix} Its last output is in {log}." if log else fix,
+        fix=f"{fix} The last output of the process is in {log}." if log else fix,
     )

@@ -89,7 +89,7 @@ def find_file_type(name: str) -> FileType:
         raise UserError(
             "Unknown file type",
             what=f"{name} is not a type that can be written.",
-            fix=f"Choose from {', '.join(FILE_TYPES)}, or {AUTO} alone.",
+            fix=f"Choose from {', '.join(FILE_TYPES)}, or use {AUTO} alone.",
             exit_code=EXIT_USAGE,
         )
     return FILE_TYPES[name]

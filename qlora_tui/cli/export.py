@@ -268,7 +268,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--quant",
         action="append",
         metavar="TYPE",
-        help=f"{', '.join(types_without_llama_cpp())}; with llama.cpp installed also "
+        help=f"{', '.join(types_without_llama_cpp())}; if llama.cpp is installed, also "
         f"{', '.join(filter(needs_llama_cpp, FILE_TYPES))}; `auto`: the smallest type that stays within the "
         f"--within limit; repeatable (default: {DEFAULT_TYPE})",
     )

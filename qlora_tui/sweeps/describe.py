@@ -85,7 +85,7 @@ class Compared:
     name: str
     loss: float
     words: str
-    """The runs that ``loss`` is the mean of: ``mean of seeds 43 and 44; seed 42 selected it``."""
+    """The runs that ``loss`` is the mean of: ``mean of seeds 43 and 44; selected with seed 42``."""
 
 
 def compared(view: SweepView) -> tuple[Compared, ...]:
@@ -96,7 +96,7 @@ def compared(view: SweepView) -> tuple[Compared, ...]:
     if verdict.basis != "confirmed" or winner is None or view.ended is None:
         return ()
     found, base = verdict.found or 0.0, verdict.base or 0.0
-    selected = f"{_seeds(view.confirmations_of(winner))}; seed {winner.seed} selected it"
+    selected = f"{_seeds(view.confirmations_of(winner))}; selected with seed {winner.seed}"
     return (
         Compared(f"trial {winner.number}", found, selected),
         Compared("unchanged", base, _seeds(view.base_trials)),
@@ -119,7 +119,7 @@ def short_verdict(view: SweepView) -> tuple[str, str]:
     noise = format_float(verdict.margin or 0.0)
     if verdict.is_better:
         return f"Use {join_words(_values(winner))}: loss lower by {lower} (noise {noise})", ""
-    return f"Keep the recipe unchanged: trial {winner.number} is lower by {lower} (noise {noise})", ""
+    return f"Keep the recipe unchanged: trial {winner.number} lowers the loss by {lower} (noise {noise})", ""
 
 
 def _values(trial: Trial) -> list[str]:
@@ -217,9 +217,9 @@ def tie_sentence(view: SweepView) -> str:
     if not equal:
         return ""
     is_exact = set(equal.values()) == {lowest}
-    why = "was created first" if is_exact else "is lower in further decimals"
+    why = "was created first" if is_exact else "has a lower loss in further decimals"
     names = join_words([str(winner.number), *equal])
-    return f"Tie with seed {winner.seed}: trials {names} end at {loss}; {winner.number} {why}."
+    return f"With seed {winner.seed}, trials {names} tie at {loss}; trial {winner.number} {why}."
 
 
 def is_repeat(view: SweepView, trial: Trial) -> bool:

@@ -116,7 +116,7 @@ def test_trials_with_equal_losses_are_named(recipe: Recipe) -> None:
     view = play_all(actions.start(sheet(recipe, {"lora.rank": [8, 16]})), best_at(8e-4))
     assert view.winner is not None and view.winner.final is not None
     loss = format_loss(view.winner.final.loss)
-    assert tie_sentence(view) == f"Tie with seed 42: trials 1 and 2 end at {loss}; 1 was created first."
+    assert tie_sentence(view) == f"With seed 42, trials 1 and 2 tie at {loss}; trial 1 was created first."
 
 
 def test_the_commands_show_and_adopt(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ async def test_a_finished_sweep_is_judged_and_its_winner_adopted(recipe: Recipe)
                 "· finished",
                 "Use learning rate 0.0004: loss lower by 0.",
                 "(noise 0.",
-                "mean of seeds 43 and 44; seed 42 selected it",
+                "mean of seeds 43 and 44; selected with seed 42",
                 "mean of seeds 42, 43 and 44",
                 "★ trial 3",
                 "0.0004",

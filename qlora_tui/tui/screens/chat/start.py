@@ -328,8 +328,8 @@ def start_lines(
         lines = [] if is_described and is_loaded else [_summary_line(start, facts, weights, width)]
         if start.recorded:
             prompts = pluralize(len(start.recorded), "prompt")
-            hint = f"Hidden in a conversation: recorded answers to {prompts}. "
-            hint += f"{key_name('chat.clear')} starts a new one"
+            hint = f"Recorded answers to {prompts} are hidden. "
+            hint += f"{key_name('chat.clear')} shows them in a new conversation"
             lines.append(highlight_keys(hint, "$text-muted").truncate(width, ellipsis=True))
         return lines
     if adapter_name == ADAPTER and start.better_step is not None and not is_described:
