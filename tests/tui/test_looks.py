@@ -18,6 +18,7 @@ from qlora_tui.data.thought_splitter import TextChunk
 from qlora_tui.recipe.presets import save
 from qlora_tui.recipe.schema import Lora, Recipe, Source
 from qlora_tui.tui.app import QloraApp
+from qlora_tui.tui.screens.chat.start import Starters
 from qlora_tui.tui.screens.chat.turn import ChatTurn
 from qlora_tui.tui.themes import load_themes
 from qlora_tui.tui.ui_state import save_ui_state
@@ -159,7 +160,9 @@ def chat(_home: Path, _set_clock: object) -> tuple[QloraApp, Before]:
         await turn.answers[BASE].append_text(TextChunk("I cannot know that."))
         cut = msgspec.structs.replace(OUTCOME, text="I cannot know that.", ending="most tokens")
         await turn.answers[BASE].end(cut)
-        screen.set_focus(None)
+        await settle(pilot)
+        # The screen focuses the prompts by itself if nothing has the focus, at a time of its own.
+        screen.query_one(Starters).focus()
         await settle(pilot)
 
     return open_on("chat"), before
