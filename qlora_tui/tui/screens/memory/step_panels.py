@@ -274,16 +274,16 @@ def legend(limit_bytes: int, most_bytes: int, *, is_even: bool = False, use: str
 
 
 def peak_words(compared: Mapping[Precision, Estimate]) -> str:
-    """Return ``Needed at least for a training step``. If some precisions reach their peak while the model is
-    being loaded, return text that names these precisions; if all precisions do, return ``Needed at least,
-    while loading``.
+    """Return ``Minimum memory for a training step``. If some precisions reach their peak while the model is
+    being loaded, return text that names these precisions; if all precisions do, return ``Minimum memory while
+    loading``.
     """
     loading = [PRECISION_NAMES[key] for key, one in compared.items() if one.peak_phase == LOADING]
     if not loading:
-        return "Needed at least for a training step"
+        return "Minimum memory for a training step"
     if len(loading) == len(compared):
-        return "Needed at least, while loading"
-    return f"Needed at least ({' and '.join(loading)}: while loading)"
+        return "Minimum memory while loading"
+    return f"Minimum memory ({' and '.join(loading)}: while loading)"
 
 
 def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
@@ -382,7 +382,7 @@ class ItemsPanel(Panel):
         """Show the items of an estimate. ``name``: name of the precision."""
         self._estimate = estimate
         about = "" if estimate.traced else INSTANT
-        self.show_title(f"{name} by item: {about}{format_bytes(estimate.total_bytes)} at least")
+        self.show_title(f"{name} by item: at least {about}{format_bytes(estimate.total_bytes)}")
         is_nested = self.screen.has_class("-very-wide")
         self._list.show(partial(item_lines, estimate, has_even_colors(self), is_nested))
         self._explain()

@@ -182,7 +182,7 @@ class ModelSide(Vertical):
         self._parts.display = fit is not None and self.screen.size.height >= _PARTS_HEIGHT
         if fit is not None:
             self._parts.show(fit)
-            panel.show_title(f"Needs, of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
+            panel.show_title(f"Needed of {format_gib(budget.bytes)} GiB ({place_words(budget)})")
             self.query_one("#fit", Lines).show(partial(fit_lines, fit))
 
 
@@ -382,7 +382,7 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
         _figures(estimates) == _figures(by_length.get(value * recipe.data.max_length, estimates))
         for value, estimates in by_batch.items()
     )
-    same = "A micro-batch of several sequences needs as much as one sequence of their total length."
+    same = "A micro-batch of several sequences needs as much memory as one sequence of their total length."
     longest = by_length[max(by_length)]
     missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
     kernels = describe_missing(missing) if missing and not budget.is_assumed else ()
