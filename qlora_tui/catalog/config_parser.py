@@ -1,8 +1,9 @@
 """Converts a ``config.json`` to an ``Architecture``, usually in a few milliseconds, without weights or torch.
 
-The result is the architecture that a process has read from transformers (:mod:`.described`), or else an
-outline. If the config has too few known fields for an outline, such a process is started, which takes
-seconds. The estimate, the LoRA screen, the model list and the trainer use this module.
+If a process has already read this architecture from transformers (:mod:`.described`), the stored result is
+returned; otherwise, an outline is derived from the config's fields. If a field that the outline needs is
+missing, such a process is started, which takes seconds. The estimate, the LoRA screen, the model list and the
+trainer use this module.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def resolve_model(model_id: str) -> ModelFiles:
 
 @at_box
 def find_files(model_id: str) -> ModelFiles:
-    """Return the files of a model, with the architecture as far as it is known without waiting.
+    """Return the files of a model, with its architecture, which may be only an outline.
 
     A missing tokenizer is not an error here, because estimates and merges do not need one.
     """

@@ -198,7 +198,7 @@ class PrefixCache:
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes of the buffers of keys and values."""
+        """Return the size of the key and value buffers, in bytes."""
         return bytes_per_token(self.cache) * self._size.tokens
 
     @property

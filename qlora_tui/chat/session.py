@@ -569,7 +569,7 @@ class ChatSession:
             return len(self.tokenizer.encode(text))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, without special tokens except thought marks."""
+        """Decode token ids to text. Special tokens are omitted, except the marks around thoughts."""
         return self._decoder.decode(token_ids)
 
 

@@ -235,8 +235,8 @@ class _SpanFinder:
     def _begin(self, whole: str, core_start: int, before: str, header: str) -> int | None:
         """Return the start of the turn whose core begins at ``core_start``; None if it cannot be determined.
 
-        ``before`` is the text that the template writes between header and core in a last turn. In ``whole``,
-        either all of this text stands before the core, or only its end, right after the header.
+        ``before`` is the text between header and core when the turn is the last in the conversation. In
+        ``whole``, the core is preceded by all of this text or, directly after the header, by only its end.
         """
         if whole[:core_start].endswith(before):
             return core_start - len(before)

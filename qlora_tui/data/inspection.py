@@ -177,7 +177,7 @@ class _Inspection:
         most, path = self._context, str(self._files[0].path)
         if most is not None and self._data.max_length > most and (over := self._lengths.above(most)):
             longest = self._lengths.summary().longest_row
-            example = f"More than {most:,} tokens, which is the model's context."
+            example = f"Longer than the model's context of {most:,} tokens."
             yield problem_of("beyond-context", over, [longest], example, path=path)
         counts = examiner.counts
         if (

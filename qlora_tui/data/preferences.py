@@ -95,7 +95,7 @@ def rejected_column(fields: Mapping[str, Any], known: Iterable[str] = ()) -> str
 
 @lru_cache(maxsize=1024)
 def _suspect_columns(columns: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Return the columns whose names suggest a rejected side or a rating, with the lower-case name.
+    """Return (column, lowercase name) for each column whose name suggests a rejected answer or a rating.
 
     Cached, because this runs for every row and most rows have the same columns.
     """

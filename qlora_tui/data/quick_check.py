@@ -199,8 +199,8 @@ Tokens = tuple[object, ...]
 
 
 def tokenizer_fingerprint(folder: Path, template: str, train_on: str) -> Tokens:
-    """Return the state of a tokenizer's files, together with the recipe's ``model.chat_template`` and
-    ``data.train_on``.
+    """Return what determines a row's tokens: the folder of the tokenizer, the names, modification times and
+    sizes of its files, and the recipe's ``model.chat_template`` and ``data.train_on``.
     """
     files = sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern))
     stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)

@@ -122,13 +122,14 @@ def untrained_problem(folder: Path, tokenizer: ChatTokenizer) -> DataProblem | N
     tokens = untrained_tokens(folder, tokenizer)
     if not tokens:
         return None
-    fix = f"Train their rows: lora.trainable_tokens = {json.dumps(tokens, ensure_ascii=False)}."
+    listed = json.dumps(tokens, ensure_ascii=False)
+    fix = f"Train the embeddings of these tokens: lora.trainable_tokens = {listed}."
     fix = f"{fix} {CHECKS['untrained-tokens'].fix}"
     return problem_of("untrained-tokens", len(tokens), (), ", ".join(tokens), fix=fix, tokens=tuple(tokens))
 
 
 def token_ids(tokens: Iterable[str], tokenizer: ChatTokenizer) -> list[int]:
-    """Return the ids of ``lora.trainable_tokens``, each once. Raises UserError for an unknown token."""
+    """Return the distinct ids of ``lora.trainable_tokens``. Raises UserError for an unknown token."""
     ids = []
     for token in dict.fromkeys(tokens):
         token_id = tokenizer.backend.token_to_id(token)

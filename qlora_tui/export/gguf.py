@@ -168,7 +168,11 @@ def require_file_space(
     kinds: Sequence[str],
     is_auto: bool,
 ) -> None:
-    """Raise UserError if the disk lacks space for the files and, if they are made from one, a 16-bit file."""
+    """Raise UserError if the disk lacks space for the export.
+
+    The export takes the size of all files or, with ``is_auto``, of the largest file, because only one is kept
+    at a time. If a file is made from a 16-bit file that is not exported, the 16-bit file also takes space.
+    """
     architecture = resolve_model(source.recipe.model.id).architecture
     sizes = [
         estimated_bytes(architecture, kind) if needs_llama_cpp(kind) else content.size(kind) for kind in kinds

@@ -139,7 +139,7 @@ def _translated(repo: str) -> Iterator[None]:
             # The client's text is omitted because it may contain a signed address.
             raise UserError(
                 "The upload failed",
-                what=f"The Hub's client ended with {type(cause).__name__}.",
+                what=f"The Hub client raised {type(cause).__name__}.",
                 why="The Hub sent a response that the client does not understand, or it refused a file.",
                 fix=_AGAIN,
             ) from None

@@ -192,7 +192,7 @@ def _notes(template: OllamaTemplate, tokenizer: ChatTokenizer) -> tuple[str, ...
 
 
 def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it without asking.") -> None:
-    """Raise UserError if Ollama has a model of this name. Only checked if Ollama is installed and running."""
+    """Raise UserError if Ollama has a model with this name. Checked only if Ollama is installed and runs."""
     if shutil.which("ollama") is None:
         return
     command = ["ollama", "show", name]
@@ -212,8 +212,8 @@ def _refuse_existing_model(name: str, why: str = "`ollama create` replaces it wi
         return
     if shown.returncode == 0:
         raise UserError(
-            "Ollama has a model of this name",
-            what=f"Ollama already has a model {name}.",
+            "The model name is already in use",
+            what=f"Ollama already has a model named {name}.",
             why=why,
             fix="Choose another name, or replace it with: qlora-tui export ollama … --replace",
             exit_code=EXIT_USAGE,

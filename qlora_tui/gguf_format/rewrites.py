@@ -250,7 +250,9 @@ GEMMA4 = (
 
 
 def _with_every_token(values: Tensor, config: Any) -> Tensor:
-    """Append the row of token 0 for image and audio tokens, as transformers uses this row for them."""
+    """Append a copy of token 0's row for each image and audio token, because transformers uses that row for
+    them.
+    """
     missing = config.vocab_size - values.shape[0]
     return torch.cat([values, values[:1].expand(missing, -1)]) if missing > 0 else values
 

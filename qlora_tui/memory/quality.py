@@ -101,9 +101,9 @@ def describe_quality(quality: Quality) -> list[str]:
     bits = {"int8": "8 bits"}.get(quality.method, "4 bits")
     whole, kept = quality.all_layers, quality.with_kept
     lines = [
-        f"{bits} ({quality.method}) change {format_small_percent(whole.changed)} of the next tokens, KL "
-        f"{format_nats(whole.divergence)} nats per token, compared with 16 bits on {quality.tokens:,} "
-        f"tokens in {quality.rows:,} of your rows."
+        f"Quantizing to {bits} ({quality.method}) changes {format_small_percent(whole.changed)} of "
+        f"next-token predictions, KL {format_nats(whole.divergence)} nats per token, compared with 16 bits "
+        f"on {quality.tokens:,} tokens in {quality.rows:,} of your rows."
     ]
     errors = sorted(quality.layers, key=lambda each: -each.error)
     worst = ", ".join(f"{each.layer} ({format_small_percent(each.error)})" for each in errors[:4])
@@ -115,8 +115,8 @@ def describe_quality(quality: Quality) -> list[str]:
     if quality.gain >= NOTABLE_GAIN:
         lines.append(
             f"Keeping {'layers' if len(quality.kept_layers) > 1 else 'layer'} {names} in 16 bits (+"
-            f"{format_bytes(quality.kept_bytes)}) brings this to {format_small_percent(kept.changed)} of the "
-            f"next tokens, KL {format_nats(kept.divergence)}. To keep them, set "
+            f"{format_bytes(quality.kept_bytes)}) brings this to {format_small_percent(kept.changed)} of "
+            f"next-token predictions, KL {format_nats(kept.divergence)}. To keep them, set "
             f'quantization.skip = ["{quality.skip}"].'
         )
     else:

@@ -18,7 +18,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     """The meaning of another trainer's key."""
 
     to: str = ""
-    """The setting that the key sets, ``section.key``; empty if there is none."""
+    """Path of the corresponding setting, ``section.key``; empty if there is none."""
     values: dict[str, Any] = {}
     """Our spelling of the trainer's values, keyed by their text; empty if the spelling is the same."""
     off: list[Any] = []

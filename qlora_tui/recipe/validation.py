@@ -36,7 +36,7 @@ _HEADER = re.compile(rf"\s*(\[\[?)\s*({_NAME})\s*\]")
 _ASSIGNMENT = re.compile(rf"\s*({_NAME})\s*=")
 _MAX_SHOWN_CHARS = 40
 _PATHS = frozenset(("id", "path", "validation_path", "init_from"))
-"""Last path components of settings that may name a file."""
+"""Last components of the setting paths, such as ``model.id``, whose values may be file paths."""
 _MAX_PATH_BYTES = 4000
 _MAX_NAME_BYTES = 255
 """Maximum length of a Linux file name in bytes; looking up a longer name raises an error."""
@@ -205,7 +205,7 @@ def _check_value(key: Key, path: str, field: Field, value: Any) -> Iterator[_Raw
         )
         return
     if field.key in _PATHS and _is_too_long(value):
-        yield key, path, f"{path} is too long for a path: {describe_value(value)}", ""
+        yield key, path, f"{path} is longer than a file path can be: {describe_value(value)}", ""
     if field.path in (*targets.SETTINGS, targets.SKIP):
         for pattern in value:
             error_and_hint = targets.syntax_error(pattern)

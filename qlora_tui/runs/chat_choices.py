@@ -151,7 +151,7 @@ def _put(base: str, kind: ChoiceKind, row: dict[str, Any], turn_id: str) -> int:
         if lock is None:
             raise UserError(
                 "The choice was not saved",
-                what=f"Another program is writing {path}.",
+                what=f"Another program is writing to {path}.",
                 fix="Try again in a moment.",
             )
         if path.exists() and path.stat().st_size > _MAX_BYTES:

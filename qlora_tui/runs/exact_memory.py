@@ -62,7 +62,9 @@ class TraceRequest(Struct, kw_only=True, frozen=True):
     execution: ExecutionConfig
     """The code paths, and the device whose kernels are imitated."""
     room_bytes: int | None = None
-    """Memory that the GPU's allocator may use, if its segments do not grow; None is unlimited."""
+    """The most memory that the GPU's allocator can take; None for no limit. Before it takes more, it releases
+    free segments, unless its segments are expandable.
+    """
 
 
 class TraceStopped(Exception):

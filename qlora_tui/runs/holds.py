@@ -2,10 +2,11 @@
 
 The rules in this module get readings as arguments and do no I/O.
 
-A hold for the training hours or for another program makes a run save and free the GPU; the queue keeps its
-place. A hold for temperature or power makes the run rest between two micro-batches without freeing memory,
-because heat changes within seconds. A cluster job that reaches its time limit makes its run save and end, and
-requests to be started again. A pause by the user is not a hold, because only ``resume`` ends it.
+A hold for the training hours or for another program makes a run save and free the GPU; the run keeps its
+place in the queue. A hold for temperature or power makes the run rest between two micro-batches without
+freeing memory, because heat changes within seconds. A cluster job that reaches its time limit makes its run
+save and end, and requests to be started again. A pause by the user is not a hold, because only ``resume``
+ends it.
 """
 
 from __future__ import annotations

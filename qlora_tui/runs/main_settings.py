@@ -1,5 +1,5 @@
-"""The settings in which runs most often differ, as short texts for the columns of lists and for lines of
-facts.
+"""The settings in which runs most often differ, as short texts for the columns of lists and for summaries
+of one line.
 """
 
 from __future__ import annotations

@@ -228,7 +228,10 @@ class Supervisor:
             log(f"{run.id}: the notification failed: {error}")
 
     def _train(self, run: RunDir, plan: RetryPlan, devices: Devices, handles: tuple[int, ...]) -> int:
-        """Run one trainer to its end and return its exit code. Raises OSError if the run cannot be taken."""
+        """Run one trainer to its end and return its exit code.
+
+        Raises OSError if the run's log, or the record that its trainer starts, cannot be written.
+        """
         arguments = [*plan.to_arguments(), *devices.to_arguments()]
         with open_append(run.log_path) as output:
             self.take(run, devices)

@@ -188,7 +188,9 @@ def outcome_words(trial: Trial) -> str:
 
 
 def unequal_sentence(view: SweepView) -> str:
-    """Return a warning that names the trials with more or fewer tokens than the others; empty if none has."""
+    """Return a warning that names the trials that trained on more or fewer tokens than the others; empty if
+    there are none.
+    """
     names = ", ".join(str(trial.number) for trial in view.unequal_tokens())
     warning = (
         "Unequal training: not all trials were compared after the same number of tokens "

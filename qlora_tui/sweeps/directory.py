@@ -105,7 +105,7 @@ class RoundEnded(Record, tag="round", frozen=True, kw_only=True):
 
 
 class RunAgain(Record, tag="again", frozen=True, kw_only=True):
-    """A run whose process was killed will continue from its checkpoint."""
+    """A trial's run, whose process was killed, was queued again to continue from its last checkpoint."""
 
     number: int
 

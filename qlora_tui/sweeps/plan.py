@@ -144,7 +144,9 @@ class Verdict:
     base: float | None = None
     """Mean validation loss of the base's runs."""
     found: float | None = None
-    """Mean validation loss of the winner's compared runs."""
+    """Mean validation loss of the winner's runs with other seeds or, without such runs, the loss for which
+    the winner was selected.
+    """
     noise: float | None = None
     """Standard deviation between seeds, pooled; None if unknown."""
     margin: float | None = None

@@ -253,7 +253,7 @@ _PEFT_PREFIX = "base_model.model."
 _GENERATION = "generation_config.json"
 _TEMPLATE = "chat_template.jinja"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer dtypes, keyed by the bytes of a weight."""
+"""Integer dtypes by their size in bytes, for summing the bits of weights."""
 
 
 def load_best_weights(run: RunDir, model: Any, step: int) -> str:

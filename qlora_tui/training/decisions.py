@@ -1,7 +1,7 @@
 """Determines whether a run's data trains a decision, and judges the decisions of its base and adapter on
 validation rows.
 
-The options are the answers of the training and validation rows together. An option has the same tokens as the
+The options are the answers of the training and validation rows together. Options are tokenized exactly as the
 answers in these rows.
 """
 

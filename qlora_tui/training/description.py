@@ -327,7 +327,7 @@ class _Tree:
     # Where a module is in the tree.
 
     def _is_language(self, name: str) -> bool:
-        """Return whether a module belongs to the language model, and not to an encoder of images or sound."""
+        """Return whether a module belongs to the language model rather than to an image or audio encoder."""
         if any(f"{name}.".startswith(f"{tower}.") for tower in self.towers):
             return False
         return not self.is_composite or not self.decoder or f"{name}.".startswith(f"{self.decoder}.")

@@ -36,7 +36,7 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 _WEIGHT_KEYS = ("quantization_config", "torch_dtype", "dtype")
 """Keys that describe how weights are stored, which do not apply to a model without weights."""
 _READS_IS_DECODER = re.compile(r"self\.is_decoder|if [^\n]*config\.is_decoder")
-"""Pattern in the code of a class that attends to later tokens unless its config sets ``is_decoder``."""
+"""Matches source code of models whose tokens attend to later ones unless the config sets ``is_decoder``."""
 _LONGEST_REASON, _LONGEST_VALUE = 240, 120
 _VALIDATION = re.compile(
     r"Validation error for field '(?P<field>\w+)': \w+: Field '\w+' (?:"

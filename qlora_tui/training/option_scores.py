@@ -176,7 +176,7 @@ class OptionScorer:
             count += 1
 
     def _agrees(self, row: Choice) -> bool:
-        """Return whether rounding explains how packed scores differ from those of separate options."""
+        """Return whether packed scores equal those of separately computed options, within rounding errors."""
         # Compare only some options, spread over all of them: each takes several forwards.
         count = min(len(row.options), _COMPARED)
         numbers = [number * len(row.options) // count for number in range(count)]

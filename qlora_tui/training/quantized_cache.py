@@ -141,7 +141,7 @@ def store(model: Any, folder: Path) -> None:
             return
         if (free := free_host_bytes()) < min(size, max(_SHARD_BYTES, *sizes)):
             print(
-                f"The quantized weights are not stored: host memory has only {format_bytes(free)} free.",
+                f"The quantized weights were not stored: host memory has only {format_bytes(free)} free.",
                 flush=True,
             )
             return
@@ -155,7 +155,7 @@ def store(model: Any, folder: Path) -> None:
                 publish(draft, folder)
             _delete_beyond(limit, newest=folder)
     except (OSError, UserError) as error:
-        print(f"The quantized weights are not stored: {error}", flush=True)
+        print(f"The quantized weights could not be stored: {error}", flush=True)
 
 
 def limit_bytes() -> int:

@@ -104,7 +104,7 @@ TWO_COLORS = Theme(
         "scrollbar-background-active": _BACKGROUND,
     },
 )
-"""A theme with only two colors, for terminals without colors."""
+"""A theme in black and white only, for terminals that cannot display colors."""
 
 
 def has_no_colors() -> bool:

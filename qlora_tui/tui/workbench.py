@@ -231,7 +231,8 @@ class Workbench:
 
     def verdict(self, budget: MemoryBudget) -> Verdict | None:
         """Return the verdict on whether the recipe fits the memory in ``budget``; None if nothing can be
-        estimated. What a run will use is unknown until :meth:`plan_use` has returned.
+        estimated. The verdict's ``used_bytes`` is 0 (unknown) until :meth:`plan_use` has returned for this
+        recipe and budget.
         """
         from qlora_tui.memory import check_fit
 

@@ -123,7 +123,7 @@ def test_a_model_in_ollama_is_replaced_only_on_request(
     tiny_source: ChatSource, tmp_path: Path, install_ollama: Callable[[str], None]
 ) -> None:
     install_ollama(HAS_TICKETS)
-    with pytest.raises(UserError, match="Ollama has a model of this name") as refused:
+    with pytest.raises(UserError, match="The model name is already in use") as refused:
         export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16")
     assert "--replace" in refused.value.fix
     assert not (tmp_path / "out").exists()
@@ -155,7 +155,7 @@ def test_a_model_that_appears_meanwhile_is_not_replaced(
         if words.startswith("Writing"):
             install_ollama(HAS_TICKETS)
 
-    with pytest.raises(UserError, match="Ollama has a model of this name") as refused:
+    with pytest.raises(UserError, match="The model name is already in use") as refused:
         export_ollama(tiny_source, "adapter", "tickets", tmp_path / "out", "F16", on_status=on_status)
     assert "is complete, but was not passed to Ollama" in refused.value.why
     assert (tmp_path / "out" / "tickets.gguf").is_file()

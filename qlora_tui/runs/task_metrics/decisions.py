@@ -202,7 +202,7 @@ def threshold_sentence(threshold: Threshold, rows: int) -> str:
     share = format_percent(threshold.right / threshold.rows, 1)
     right = f"{format_percent(threshold.rows / rows)} of rows, {share} right ({low} to {high})"
     if not threshold.confidence:
-        return f"Let the model decide every row: {right}."
+        return f"If the model decides every row: {right}."
     # Show every digit, because 0.9962 is not 1.
     digits = max(2, len(repr(threshold.confidence)) - len("0."))
     return (

@@ -206,7 +206,10 @@ def _packed_projection(model: Any, parameter: str) -> tuple[Experts4bit, str] | 
 
 
 def _joined(jobs: list[list[Any]], layout: ExpertLayout) -> Iterator[Tensor]:
-    """Yield each expert's matrix, with the rows of all sources appended, in reused memory."""
+    """For each expert, concatenate the rows from all sources into one matrix (rows, columns), and yield it.
+
+    The buffer is reused: the next matrix overwrites the previous one.
+    """
     matrix: Tensor | None = None
     for expert in range(layout.experts):
         row = 0

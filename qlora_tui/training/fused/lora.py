@@ -232,9 +232,9 @@ def _weight_of(base: Any) -> WeightLoader | None:
 
 
 class FusedLora(torch.autograd.Function):
-    """base(x) + scale · dropout(x) · Aᵀ · Bᵀ for one or more adapters of one x (…, inputs).
+    """base(x) + scale · dropout(x) · Aᵀ · Bᵀ for one or more adapters with the same input x (…, inputs).
 
-    Returns a tuple of outputs. Several adapters are computed together only without dropout.
+    Returns a tuple with one output for each adapter. Several adapters share a call only without dropout.
     """
 
     @staticmethod

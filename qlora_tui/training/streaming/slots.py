@@ -296,8 +296,8 @@ class LayerSlots:
         return place % len(self._slots)
 
     def _following(self, place: int, purpose: Pass) -> int | None:
-        """Return the layer that runs after ``place``; None at the end of the forward or backward of a
-        step, because the slots hold the layers with which the next pass begins.
+        """Return the index of the layer that runs after ``place``. Return None at the end of a step's forward
+        or backward pass, because the layers with which the next pass begins are already in the slots.
         """
         last = len(self._layers) - 1
         if purpose == "backward":

@@ -51,7 +51,9 @@ _END_GRAINS = 40
 """
 _FAR = 1e30
 _EPSILON = 1e-12
-"""Values and ranges of an axis up to this magnitude count as zero, so that its arithmetic stays finite."""
+"""Values on an axis, and their range, count as zero if they do not exceed this magnitude, so that the axis's
+arithmetic stays finite.
+"""
 _FINE_PARTS = 60
 """The ends of a loss axis are multiples of a step that divides the range of losses into at most this many
 parts.
@@ -253,7 +255,7 @@ class Plot:
     dropped.
     """
     notes: tuple[tuple[str, str], ...] = ()
-    """(text, style) items of the legend that are also shown in a chart of few rows."""
+    """(text, style) items of the legend that are also shown if the plot has too few rows for a graph."""
     empty: str = ""
     """Text to show instead of the graph if there are no curves and no marks."""
     gutter: int = 0

@@ -271,7 +271,7 @@ class _Moments:
         self.y *= fall
 
     def add(self, value: float, weight: float) -> None:
-        """Add a point at the current place, with d = 0. A value that is not finite is skipped."""
+        """Add a point at the current place, where d = 0. Skip a value that is not finite."""
         if math.isfinite(value):
             self.ones += weight
             self.y += weight * value

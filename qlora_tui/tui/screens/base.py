@@ -54,7 +54,7 @@ class CancelsWorkersFirst(Widget):
 
 
 class OnQloraApp(Widget):
-    """A widget of this app, with a typed ``app``."""
+    """Base class of this app's widgets, whose ``app`` is typed as :class:`QloraApp`."""
 
     @property
     def app(self) -> QloraApp:  # type: ignore[override]  # Textual's property returns App[object]

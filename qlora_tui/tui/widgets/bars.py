@@ -245,7 +245,9 @@ class CommandFooter(Drawing):
             self._choose()
 
     def _choose(self) -> None:
-        """Show the commands whose keys no panel names. Leave out commands that have no label now."""
+        """Show the commands whose keys are not already shown in a panel. Leave out commands that currently
+        have no label.
+        """
         shown = [
             active
             for active in self._shown

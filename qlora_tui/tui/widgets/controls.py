@@ -357,9 +357,9 @@ Write: TypeAlias = Callable[[int], Content | Sequence[Content]]
 
 
 class Lines(Static):
-    """A widget of text that may depend on the width. If the text has not changed, it is not repainted. If the
-    heights of its lines have not changed, the widget is not laid out again. If the widget has fewer rows than
-    its text, its last row ends with the number of hidden rows.
+    """A widget whose text may depend on its width. Unchanged text is not repainted, and the widget is laid
+    out again only if the height of a line has changed. If not all rows of the text fit, the last visible row
+    ends with the number of hidden rows.
     """
 
     _write: Write | None = None

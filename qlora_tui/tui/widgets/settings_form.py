@@ -58,7 +58,10 @@ class SettingEdited(Message):
 
 @dataclass
 class SettingPicked(Message):
-    """Posted when the user wants to select a value of a setting from a list."""
+    """Posted when the user presses Enter on a setting whose values the screen lists.
+
+    ``value`` is the current value.
+    """
 
     field: Field
     value: Any
@@ -82,7 +85,7 @@ class SettingGroup:
 
 class SettingList(LineView):
     """The settings in their groups, with a cursor. On a setting, Left and Right step its value; on the title
-    of a group, they fold and open the group. A wide list has two columns.
+    of a group, they fold and unfold the group. A wide list has two columns.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -337,9 +340,7 @@ class SettingList(LineView):
         self.post_message(self.Moved())
 
     def action_reset(self) -> None:
-        """Reset the setting under the cursor to the value that it is compared with: the preset's, or the
-        default.
-        """
+        """Reset the setting under the cursor to its base value: the preset's value or the default."""
         if self._base is not None and self.field is not None:
             path = self.field.path
             self.post_message(SettingEdited(path, get_setting(self._base, path)))

@@ -151,8 +151,8 @@ class Conversation(VerticalScroll, OnQloraApp):
         self.path: Path | None = None
         """File in which the conversation is saved; None before the first answer."""
         self._asking: Worker[None] | None = None
-        """The worker that answers the last prompt or measures the effect; None before the first such worker.
-        A worker that has ended stays here. Only this worker adds turns and writes into them.
+        """The worker that answers prompts or measures the effect, running or finished; None before the first
+        such worker. Only this worker adds turns and writes into them.
         """
         self._open_requests: list[ReplyStream[Any, Any]] = []
         """Requests that the engine has not finished."""

@@ -156,7 +156,7 @@ def thinking_text(setting: Thinking, ready: ChatReady | None) -> str:
 
 
 def answering_text(pair: AdapterPair) -> str:
-    """Return a text that says which adapters answer, for terminals without color; empty if there is only one
+    """Return which adapters answer, as text for terminals without color; empty if there is only one
     adapter.
     """
     if pair.single:

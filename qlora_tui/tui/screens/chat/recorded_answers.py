@@ -52,8 +52,8 @@ class RecordedAnswers:
     def select(self, number: int) -> tuple[tuple[str, str], ...]:
         """Return at most ``number`` of the answers. ``number`` is at least 2.
 
-        If the answers come from different steps, return the first, the last, and answers at equal distances
-        in between; otherwise, return the last ones.
+        If the answers come from different steps, return the first, the last, and evenly spaced answers in
+        between; otherwise, return the last ones.
         """
         most = len(self.answers) - 1
         if not self.by_step or number > most:

@@ -316,7 +316,7 @@ def start_lines(
         opened: The prompt whose recorded answers have priority if not all answers fit.
         width: Width of a line, in cells.
         height: Maximum number of lines.
-        adapter_name: The adapter whose weights are named.
+        adapter_name: The adapter that answers. The lines say which step its weights are from.
         is_loaded: Whether the model is loaded.
         is_described: Whether another panel describes the run.
         folds: Whether messages follow below. If so, return only one line about the model and one line about

@@ -1,5 +1,5 @@
-"""One turn of a chat: the prompt, and the answers of all adapters side by side, each with the thought before
-it.
+"""One turn of a chat: the prompt, and the answers of all adapters side by side, each preceded by its
+reasoning.
 """
 
 from __future__ import annotations

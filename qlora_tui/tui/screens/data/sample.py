@@ -466,8 +466,8 @@ def _shaded_pieces(shown: Shown, changes: Changes, styles: TokenStyles) -> list[
 
 
 def _shaded(text: str, change: float) -> Content:
-    """Return a token shaded by the change of its loss, in nats, and with a mark for terminals
-    without color.
+    """Return a token styled according to ``change``, the change in its loss in nats. A large change also
+    has a mark, for terminals without color.
     """
     # The mark is put between a leading space and the word.
     word = text.lstrip(" ")

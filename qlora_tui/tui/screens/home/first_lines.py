@@ -26,8 +26,8 @@ _WAY = (
     ("go.train", "launch; the run continues when you leave", "pause, stop or resume it at any step"),
     ("go.chat", "ask base and adapter, side by side", "then export the adapter, for example as GGUF"),
 )
-"""(id of the command that opens the screen, purpose of the screen, a further fact) for each screen on the way
-from a model to an adapter.
+"""(id of the command that opens the screen, purpose of the screen, further detail) for each screen, in the
+order in which a new user needs them.
 """
 
 

@@ -212,7 +212,9 @@ class ModuleGrid(Widget, can_focus=True):
         self._block_from: tuple[int, int] | None = None
         self._first_column = 0
         self._is_uniform = False
-        """Whether the layers are not drawn, because all of them are the same, and the first row says so."""
+        """True if the cursor is not in a layer, and all modules are selected with the recipe's rank and
+        alpha. In this case, no layers are drawn, and the first row has the text ``all 32 layers``.
+        """
         self._starts: Sequence[int] = ()
         """Left edge of each visible layer, in cells, counted from the first visible layer. The last number is
         the right edge of the last visible layer.

@@ -393,7 +393,7 @@ def parse_targets(text: str, modules: Sequence[LinearModule]) -> tuple[str, ...]
 
 
 def validate_number(setting: str, text: str) -> str:
-    """Return the error in a typed value of a setting; empty if the value is valid. Empty text is valid."""
+    """Return the error message for a setting's typed value; empty if it is valid. Empty text is valid."""
     field = fields()[setting]
     try:
         if text.strip():

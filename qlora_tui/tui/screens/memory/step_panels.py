@@ -297,7 +297,7 @@ def budget_words(budget: MemoryBudget, system_status: SystemStatus) -> str:
 
 
 def levels_line(estimate: Estimate) -> str:
-    """Return a line that says how much of the peak PyTorch holds, and how much of this is in tensors."""
+    """Return a line with the memory that PyTorch holds at the peak, and the part of it that is in tensors."""
     reserved, tensors = format_bytes(estimate.reserved_bytes), format_bytes(estimate.allocated_bytes)
     return f"At the peak, PyTorch holds {reserved}, of which {tensors} in tensors"
 

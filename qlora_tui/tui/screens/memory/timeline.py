@@ -199,8 +199,9 @@ def _drawn_parts(
     almost empty.
 
     A cell can show two parts only if it is full and ``is_even`` is True. The first is its lowest part. The
-    second is the part above this one that is smallest in the whole graph, because such a part might not be
-    visible in any other cell. A cell that does not show two parts shows only its largest part.
+    second is whichever of the parts above it has the smallest total over the whole graph, since that part
+    might not be visible in any other cell. Parts that cover less than an eighth of the cell are ignored here.
+    A cell that does not show two parts shows only its largest part.
     """
     filled = sum(share for _, share in covered)
     if filled < _LEAST_FILLED:

@@ -97,7 +97,7 @@ class SettingFit:
     """Whether ``value`` is the value in the recipe."""
     needs: Mapping[Precision, Verdict]
     estimate: Estimate
-    """The estimate in the recipe's precision."""
+    """The estimate for the recipe's precision."""
 
 
 @dataclass(frozen=True)

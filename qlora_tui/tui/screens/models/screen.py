@@ -300,7 +300,7 @@ class ModelsScreen(WorkScreen):
 
     @work(exclusive=True, group="structure")
     async def _describe(self) -> None:
-        """For each model of which only an outline is known, read the exact structure. If any structure was
+        """Read the exact structure of each model for which only an outline is known. If any structure was
         read, list the models again.
         """
         if await run_stoppable(describe_models, self._models.local or ()):

@@ -326,8 +326,8 @@ class SweepScreen(WorkerDialog[None], OnQloraApp):
     def action_stop(self) -> None:
         """Ask for confirmation, and stop the sweep."""
         text = (
-            "The run that is training saves and stops, and the sweep's other runs leave the queue. Results "
-            "are kept."
+            "The current run is saved and stopped, and the sweep's other runs leave the queue. Results are "
+            "kept."
         )
         question = ConfirmScreen("Stop the sweep?", text, "Stop", "Continue")
         self.ask(question, lambda _yes: self._change(actions.stop, "The sweep is stopped."))

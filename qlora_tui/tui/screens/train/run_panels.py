@@ -71,7 +71,7 @@ _ENDINGS = {
     "pause_now": ("Pausing", ""),
     "finish_epoch": ("Stopping at the end of this epoch", ""),
 }
-"""(action, time) for each request to end a run. The time is shown only during training."""
+"""(action, when it happens) for each request to end a run. The second text is shown only during training."""
 _LARGE_ROWS = 3
 """Minimum height of the header, in lines, at which its figures are drawn large."""
 _INDENT = 2
@@ -276,7 +276,7 @@ def _time_so_far(snapshot: RunSnapshot, since_start: float) -> str:
 
 
 def step_progress(snapshot: RunSnapshot) -> str:
-    """Return the finished micro-batches of a long step, such as ``this step ▄▄▄▁▁▁▁▁ 3 of 8``. The text is
+    """Return the progress within a long step, in micro-batches: ``this step ▄▄▄▁▁▁▁▁ 3 of 8``. The text is
     empty in short steps, in steps with one micro-batch, and in any phase except training.
     """
     status = snapshot.status

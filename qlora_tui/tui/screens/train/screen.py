@@ -460,7 +460,8 @@ class TrainScreen(RunCommands):
                 self.app.recipe_edited()
             self.action_prepare()
 
-        text = f"This run's recipe replaces the one you are editing. Press {key_name('app.undo')} to undo."
+        text = "This run's recipe will replace the one you are editing. "
+        text += f"To undo this, press {key_name('app.undo')}."
         self.ask(ConfirmScreen(f"{capitalize(fix.label)}?", text), prepare)
 
     def action_watch_another(self) -> None:

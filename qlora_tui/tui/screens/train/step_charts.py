@@ -49,7 +49,7 @@ number of digits changes.
 
 @dataclass(frozen=True)
 class StepChart:
-    """One quantity over the steps."""
+    """A small chart of one quantity over the training steps."""
 
     name: str
     value: str
