@@ -107,7 +107,7 @@ def test_a_sweep_survives_kills_of_app_runner_trainers_and_its_own_process(
     # Only the app is there to start a runner.
     with app_on_the_sweep("Running") as app:
         watched(app, lambda: read_sweep(sweep).ended, 300)
-        app.wait_for("Better")
+        app.wait_for("Use learning rate")
     killer.over.set()
     view = read_sweep(sweep)
     assert view.state == "finished" and killer.killed
