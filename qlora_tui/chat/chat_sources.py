@@ -82,10 +82,11 @@ def choose_adapter(source: ChatSource, *, base: bool = False, checkpoint: int | 
     for adapter_name in source.adapters:
         return adapter_name
     raise UserError(
-        "No adapter yet",
+        "No adapter",
         what="The run has neither an adapter nor a checkpoint.",
-        why="The run has not saved a checkpoint yet, or it ended before its first checkpoint.",
-        fix="Wait for a checkpoint; until then chat with the base model (--base).",
+        why="The run has not saved a checkpoint, or its files were deleted.",
+        fix="Wait for a checkpoint if the run is training; otherwise train its recipe again. The base model "
+        "answers without an adapter (--base).",
     )
 
 

@@ -56,7 +56,7 @@ def test_a_run_without_adapter_answers_with_its_newest_checkpoint(run: RunDir) -
 
 
 def test_a_run_without_any_says_so(run: RunDir) -> None:
-    with pytest.raises(UserError, match="No adapter yet"):
+    with pytest.raises(UserError, match="No adapter"):
         choose_adapter(run_source(run))
 
 

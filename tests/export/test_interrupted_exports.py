@@ -344,7 +344,7 @@ def test_a_run_without_an_adapter_is_refused(
 ) -> None:
     run = create_run(source.recipe)
     assert main(["export", form, run.id, str(tmp_path / "out.gguf")]) == 1
-    assert "No adapter yet" in capsys.readouterr().err
+    assert "No adapter" in capsys.readouterr().err
 
 
 def test_a_folder_that_appeared_meanwhile_is_left_alone(tmp_path: Path) -> None:
