@@ -139,8 +139,13 @@ def format_rate(rate: float | None) -> str:
 
 
 def with_exponent(number: str) -> str:
-    """Write a number from :func:`format_rate` with an exponent: ``0.00011`` as ``1.1e-4``."""
-    mantissa, _, exponent = f"{float(number):.2e}".partition("e")
+    """Write a number from :func:`format_number` with an exponent: ``0.00011`` as ``1.1e-4``. Other text stays
+    as it is.
+    """
+    try:
+        mantissa, _, exponent = f"{float(number.replace(',', '')):.2e}".partition("e")
+    except ValueError:
+        return number
     return f"{float(mantissa):g}e{int(exponent)}"
 
 

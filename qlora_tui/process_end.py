@@ -43,16 +43,15 @@ def ended_early(
         title: Title of the error.
         subject: Name of the process, such as ``The process that downloads org/model``.
         exit_code: As in ``subprocess``: negative for a signal. None if it is unknown, because the process was
-            not a child of this one. Such a process records every exception that Python raises, so it must
-            have been killed.
+            not a child of this one, and nothing indicates another cause than a signal.
         last_words: Last output of the process, which is shown as the cause unless memory ran out.
-        fix: What to do, unless memory ran out.
+        fix: What to do; if memory ran out, after other programs are closed.
         log: The file with the output of the process; None if there is no such file.
     """
     how = "was killed" if exit_code is None else how_ended(exit_code)
     ran_out_of_memory = exit_code in (None, -signal.SIGKILL)
     if ran_out_of_memory:
-        fix = "Close other programs and try again."
+        fix = f"Close other programs. {fix}"
     return UserError(
         title,
         what=f"{subject} {how}.",

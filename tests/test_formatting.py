@@ -108,6 +108,7 @@ def test_a_name_of_code_stays_small_at_a_sentences_start(text: str) -> None:
         (format_rate(5.7321e-5), "5.73e-5"),
         (with_exponent("0.00011"), "1.1e-4"),
         (with_exponent("5.73e-5"), "5.73e-5"),
+        (with_exponent("1,000"), "1e3"),
         (format_speed(8.26), "8.3"),
         (format_speed(1239.6), "1,240"),
         (format_count(4812), "4,812"),

@@ -9,14 +9,14 @@ trained further if it has the modules, ranks and scales that the recipe would gi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from qlora_tui.catalog.architecture_types import Architecture, inner_name
+from qlora_tui.catalog.architecture_types import Architecture, LinearModule, inner_name
 from qlora_tui.catalog.config_parser import load_config
 from qlora_tui.catalog.model_validation import adapter_without_code, read_header
 from qlora_tui.decoding import Count
@@ -256,3 +256,14 @@ def _ranks_of(folder: Path) -> dict[str, int]:
 def trained_on(folder: Path) -> str:
     """Return the base model that the adapter names: a Hub ID or a folder; empty if it names none."""
     return str(load_adapter_config(folder).get("base_model_name_or_path") or "")
+
+
+def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
+    """Return the number of trained parameters of adapters for these modules: rank × (in + out) for each
+    matrix and, with DoRA, a magnitude for each output.
+    """
+    return sum(
+        rank_of(lora, module) * (module.in_features + module.out_features) * module.copies
+        + (module.out_features if lora.use_dora else 0)
+        for module in modules
+    )

@@ -16,6 +16,7 @@ from itertools import chain, islice
 from statistics import median
 from typing import Literal, TypeAlias
 
+from qlora_tui.catalog.adapters import adapter_parameters
 from qlora_tui.catalog.architecture_types import Architecture
 from qlora_tui.catalog.local_models import ModelFiles, ModelNotFoundError, find_files, load_architecture
 from qlora_tui.data.counted import counted_key, find_counted
@@ -27,6 +28,7 @@ from qlora_tui.memory.step_choice import step_seconds
 from qlora_tui.memory.traces import NO_TRACES
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Recipe
+from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.remote.calls import at_box
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.devices import devices_of
@@ -183,7 +185,7 @@ def time_on(
     if measured:
         like = min(measured, key=lambda one: abs(math.log(one.cost / cost)))
         seconds = tokens / like.tokens_per_s * cost / like.cost
-        return ExpectedTime(seconds, "run" if like.model == own else "another model", like.name)
+        return ExpectedTime(seconds, "run" if like.is_own else "another model", like.name)
     if device.kind == "cpu":
         return None
     return ExpectedTime(tokens * cost, "measured speed" if device.speed else "typical card")
@@ -194,8 +196,8 @@ class _Measured:
     """Measured speed of an earlier run."""
 
     name: str
-    model: str
-    """Short name of its model."""
+    is_own: bool
+    """Whether its model is the model of the forecast, by name and architecture."""
     tokens_per_s: float
     cost: float
     """Predicted seconds per token."""
@@ -221,10 +223,10 @@ def _measured(
     run: RunDir, _changed: int, device: Device, device_name: str, own: str, architecture: Architecture
 ) -> _Measured | None:
     """Return the speed of a run; None if the run trained on another device or has recorded too few steps, or
-    if its recipe cannot be read.
+    if its recipe or its model cannot be read.
 
-    If the run's model was moved or deleted, but has the same name as the model of the forecast, it is assumed
-    to be the same model.
+    If the run's model was moved or deleted, but has the same name as the model of the forecast, and as many
+    weights were trained as this model would have, it is assumed to be the same model.
 
     Args:
         run: The run.
@@ -244,14 +246,17 @@ def _measured(
     speeds = [speed for speed in view.series.tokens_per_s[1:] if speed > 0]
     if recipe is None or len(speeds) < LEAST_STEPS - 1:
         return None
-    model = short_model_name(recipe.model.id)
+    has_own_name = short_model_name(recipe.model.id) == own
     try:
         trained = load_architecture(recipe.model.id)
     except ModelNotFoundError:
-        if model != own:
-            raise
+        targets = resolve_targets(recipe.lora, architecture.targets)
+        own_weights, adapter = adapter_parameters(targets, recipe.lora), view.adapter
+        if not has_own_name or (adapter is not None and adapter.trained_parameters != own_weights):
+            return None
         trained = architecture
-    return _Measured(run.name, model, median(speeds), _seconds_per_token(recipe, trained, device))
+    is_own = has_own_name and trained == architecture
+    return _Measured(run.name, is_own, median(speeds), _seconds_per_token(recipe, trained, device))
 
 
 def _seconds_per_token(recipe: Recipe, architecture: Architecture, device: Device) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from qlora_tui.catalog.adapters import adapter_parameters
 from qlora_tui.catalog.config_parser import parse_architecture
 from qlora_tui.catalog.local_models import find_files
 from qlora_tui.data.dataset import count_samples, prepare_dataset
@@ -20,11 +21,13 @@ from qlora_tui.memory.budget import budget_for, this_processor
 from qlora_tui.memory.traces import KnownTraces
 from qlora_tui.recipe.fields import replace_setting
 from qlora_tui.recipe.schema import Data, Model, Recipe, Source
+from qlora_tui.recipe.targets import resolve_targets
 from qlora_tui.recipe.training_settings import Training
 from qlora_tui.runs.data_checks import RunLength, run_length
 from qlora_tui.runs.directory import create_run
 from qlora_tui.runs.doctor import CheckKind, Machine
 from qlora_tui.runs.event_log import EventWriter
+from qlora_tui.runs.events import AdapterReady
 from qlora_tui.runs.expected_time import Forecast, count_data, expected_time, forecast
 from qlora_tui.runs.preflight import preflight
 from qlora_tui.runs.view import RunView
@@ -134,11 +137,13 @@ def test_data_of_which_every_row_is_too_long_is_an_error(tmp_path: Path, model: 
         prepare_dataset(recipe, ChatTokenizer.from_folder(Path(model), "auto"))
 
 
-def trained(recipe: Recipe, device: str, tokens_per_s: float) -> str:
-    """The name of a run that trained at this speed."""
+def trained(recipe: Recipe, device: str, tokens_per_s: float, *, parameters: int | None = None) -> str:
+    """The name of a run that trained at this speed, and this many weights."""
     run = create_run(recipe)
     log = EventWriter(run.events_path)
     log.append(an_environment(device))
+    if parameters is not None:
+        log.append(AdapterReady(trained_parameters=parameters, total_parameters=10 * parameters))
     for step in range(1, 5):
         log.append(a_step(step, tokens_per_s=tokens_per_s if step > 1 else 0.1))
     log.close()
@@ -188,7 +193,11 @@ def test_a_run_counts_although_its_model_was_moved_and_is_read_once(
 ) -> None:
     recipe, budget = recipe_of("no validation", tmp_path, model), budget_for(None)
     moved = structs.replace(recipe, model=Model(id=f"/moved/{Path(model).name}"))
-    name = trained(moved, this_processor().name, 100.0)
+    architecture = parse_architecture(Path(model) / "config.json")
+    weights = adapter_parameters(resolve_targets(recipe.lora, architecture.targets), recipe.lora)
+    trained(moved, this_processor().name, 10.0, parameters=weights + 1)
+    assert known_forecast(recipe, Machine(budget)).time is None, "another model of this name"
+    name = trained(moved, this_processor().name, 100.0, parameters=weights)
     time = known_forecast(recipe, Machine(budget)).time
     assert time is not None and (time.run, time.basis) == (name, "run")
     # A new trace has no run read again.

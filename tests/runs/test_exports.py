@@ -91,7 +91,7 @@ def test_an_export_survives_kill_and_cancel_and_is_written(run: RunDir, tmp_path
     assert "The process that exports was killed" in export.status.problem
     assert "out of memory" in export.status.problem
     assert (
-        f"Close other programs and try again. The last output of the process is in {export.folder / 'log'}"
+        f"Close other programs. Try again. The last output of the process is in {export.folder / 'log'}"
         in export.status.problem
     )
     assert "tiny.gguf" not in left_behind(out)

@@ -11,13 +11,14 @@ from textual.events import MouseScrollDown
 from textual.widgets import Input
 
 from qlora_tui.catalog import described
+from qlora_tui.catalog.adapters import adapter_parameters
 from qlora_tui.catalog.described import Description, describe
 from qlora_tui.errors import UserError
 from qlora_tui.recipe.schema import Lora, Recipe
 from qlora_tui.recipe.targets import match_modules
 from qlora_tui.tui.app import QloraApp
 from qlora_tui.tui.screens.lora.adapter import SettingsList, setting_lines
-from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable, adapter_parameters, state, toggled
+from qlora_tui.tui.screens.lora.module_grid import ModuleGrid, ModuleTable, state, toggled
 from qlora_tui.tui.screens.lora.screen import parse_targets
 from tests.tui.screen_assertions import text_of, wait_for_text, wait_until
 from tests.tui.workstation import config_folder, config_of, open_on

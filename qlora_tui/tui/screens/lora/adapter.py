@@ -20,6 +20,7 @@ from textual.content import Content
 from textual.events import Blur, Click, MouseScrollDown, MouseScrollUp
 from textual.message import Message
 
+from qlora_tui.catalog.adapters import adapter_parameters
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import (
@@ -48,7 +49,6 @@ from qlora_tui.tui.render.labels import (
     recipe_fit,
     verdict_legend,
 )
-from qlora_tui.tui.screens.lora.module_grid import adapter_parameters
 from qlora_tui.tui.screens.memory.step_panels import is_far_above, legend, stacked_bar
 from qlora_tui.tui.widgets.controls import ViList
 from qlora_tui.tui.workbench import Workbench

@@ -21,6 +21,7 @@ from textual.geometry import Size
 from textual.message import Message
 from textual.widget import Widget
 
+from qlora_tui.catalog.adapters import adapter_parameters
 from qlora_tui.catalog.architecture_types import Architecture, LinearModule
 from qlora_tui.errors import UserError
 from qlora_tui.formatting import format_count, format_percent, shorten_name
@@ -32,17 +33,6 @@ from qlora_tui.tui.render.meters import bar
 from qlora_tui.tui.widgets.controls import ROW_KEYS, cursor_row, cursor_style
 
 ALL, SOME, NONE = "all", "some", "none"
-
-
-def adapter_parameters(modules: Iterable[LinearModule], lora: Lora) -> int:
-    """Return the number of trained parameters of adapters for these modules: rank × (in + out) for each
-    matrix and, with DoRA, a magnitude for each output.
-    """
-    return sum(
-        rank_of(lora, module) * (module.in_features + module.out_features) * module.copies
-        + (module.out_features if lora.use_dora else 0)
-        for module in modules
-    )
 
 
 def has_custom_rank(modules: Iterable[LinearModule], lora: Lora) -> bool:
