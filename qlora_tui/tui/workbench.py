@@ -63,8 +63,8 @@ class Workbench:
         self._compared: tuple[
             tuple[Architecture | UserError, Recipe, Device, dict[Precision, Estimate] | UserError], ...
         ] = ()
-        self._used: tuple[tuple[Estimate, int, int], ...] = ()
-        """(estimate, bytes of available memory, bytes that a run will use), newest first."""
+        self._used: tuple[tuple[tuple[Recipe, Estimate, int], int], ...] = ()
+        """((recipe, estimate, bytes of available memory), bytes that a run will use), newest first."""
 
     @property
     def recipe(self) -> Recipe:
@@ -223,9 +223,11 @@ class Workbench:
 
     def estimate(self, device: Device) -> Estimate | None:
         """Return the estimate of the recipe's memory on ``device``; None if there is nothing to estimate."""
+        return self._estimate_of(self.recipe, device)
+
+    def _estimate_of(self, recipe: Recipe, device: Device) -> Estimate | None:
         from qlora_tui.memory.estimate import precision_of
 
-        recipe = self.recipe
         compared = self._comparison_of(recipe, device)
         return None if isinstance(compared, UserError) else compared[precision_of(recipe)]
 
@@ -236,10 +238,12 @@ class Workbench:
         """
         from qlora_tui.memory import check_fit
 
-        estimated = self.estimate(budget.device)
+        recipe = self.recipe
+        estimated = self._estimate_of(recipe, budget.device)
         if estimated is None:
             return None
-        return replace(check_fit(estimated, budget.bytes), used_bytes=self._used_bytes(estimated, budget))
+        used = self._used_bytes(recipe, estimated, budget)
+        return replace(check_fit(estimated, budget.bytes), used_bytes=used)
 
     def plan_use(self, budget: MemoryBudget) -> None:
         """Calculate how much of the memory in ``budget`` a run of the recipe will use. Do nothing if the
@@ -248,17 +252,20 @@ class Workbench:
         """
         from qlora_tui.memory import choose_step
 
-        recipe, architecture, estimated = self.recipe, self.architecture(), self.estimate(budget.device)
+        # The user may edit the recipe meanwhile.
+        recipe = self.recipe
+        architecture = self._architecture_of(recipe.model.id)
+        estimated = self._estimate_of(recipe, budget.device)
         if estimated is None or isinstance(architecture, UserError):
             return
-        if not self._used_bytes(estimated, budget):
+        if not self._used_bytes(recipe, estimated, budget):
             choice = choose_step(recipe, architecture, budget.bytes, device=budget.device)
-            self._used = ((estimated, budget.bytes, choice.estimate.process_bytes), *self._used[:1])
+            of = recipe, estimated, budget.bytes
+            self._used = ((of, choice.estimate.process_bytes), *self._used[:1])
 
-    def _used_bytes(self, estimated: Estimate, budget: MemoryBudget) -> int:
-        """Return the bytes that a run with this estimate and budget will use; 0 if unknown."""
-        uses = (used for of, bytes_, used in self._used if (of, bytes_) == (estimated, budget.bytes))
-        return next(uses, 0)
+    def _used_bytes(self, recipe: Recipe, estimated: Estimate, budget: MemoryBudget) -> int:
+        """Return the bytes that a run with this recipe, estimate and budget will use; 0 if unknown."""
+        return next((used for of, used in self._used if of == (recipe, estimated, budget.bytes)), 0)
 
     def _change_to(self, state: _EditState) -> None:
         """Make ``state`` the current state. Undo restores the previous state."""

@@ -58,6 +58,8 @@ async def test_help_follows_the_state_of_the_run_and_needs_no_scrolling_at_120_b
         await pilot.press("G")
         shown = await wait_for_text(pilot, "Everywhere", "quit")
         assert "↓ more" not in shown
+        await pilot.resize_terminal(80, 4)
+        await wait_for_text(pilot, "too small")
 
 
 def test_each_command_of_a_screen_with_groups_has_one() -> None:

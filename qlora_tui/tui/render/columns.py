@@ -15,7 +15,7 @@ from textual.content import Content, Span
 from qlora_tui.formatting import cut_range
 
 Row = TypeVar("Row")
-_CLAUSE_END = re.compile(r"[,:;.](?= )| (?=\()")
+_CLAUSE_END = re.compile(r"[,:;](?= )|\.(?= \D)| (?=\()")
 Fact: TypeAlias = tuple[str, str | Content] | Content
 """A (label, value) pair, or a text without a label."""
 

@@ -317,7 +317,7 @@ def shapes_of_loss(summaries: Sequence[RunSummary], cells: int) -> dict[str, str
     shapes = {}
     for summary in shown:
         values: list[float | None] = []
-        for column in range(max(1, round(cells * summary.step / summary.total_steps))):
+        for column in range(max(1, math.ceil(cells * summary.step / summary.total_steps))):
             until = (column + 1) / cells * summary.total_steps
             before = (loss for step, loss in reversed(summary.evaluations) if step <= until)
             values.append(next(before, None))

@@ -303,6 +303,7 @@ class ChatMain(Vertical):
             return
         chat = self.conversation
         if chat.is_new and not drawing.size:
+            chat.styles.max_height = None
             return
         others = [each for each in panel.children if each.display and each not in (chat, starters)]
         around = sum(each.outer_size.height + each.styles.margin.height for each in others)

@@ -277,11 +277,13 @@ def _starter_lines(offered: Sequence[Starter], width: int, *, has_heading: bool)
     muted = partial(Content.styled, style="$text-muted")
     first_kind = offered[0].kind if has_heading and offered else ""
     lines, kind, heading = [], first_kind, Content.styled(_HEADING, "bold $primary")
+    has_title = False
     for number, (prompt, starter) in enumerate(zip(prompts, offered, strict=True)):
         shown = "" if starter.kind == kind else f"  {starter.kind}"
         kind = starter.kind
         if starter.expected and width - len(kind) - 4 - cells > _LEAST_EXPECTED:
-            if not number:
+            if not has_title:
+                has_title = True
                 heading = heading.pad_right(cells + 5 - len(_HEADING)) + Content.styled(
                     "expected answer", "dim"
                 )

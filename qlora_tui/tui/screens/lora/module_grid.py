@@ -437,7 +437,7 @@ class ModuleGrid(Widget, can_focus=True):
         row says so in place of a bar.
         """
         if self._is_uniform and not index:
-            return f" {self._all_layers:<{self._bar_cells - 1}}"[: self._bar_cells]
+            return f" {self._all_layers}".ljust(self._bar_cells)[: self._bar_cells]
         _, *of_kinds = trained = self._trained_by_row()
         most, cells = max(of_kinds, default=0), max(0, self._bar_cells - 1)
         drawn = bar(trained[index] / most, cells, has_track=False) if most and index else ""

@@ -255,8 +255,9 @@ class FitPanel(Panel):
         has_room = title.cell_length + 3 + train.cell_length <= self.size.width - 1
         self.show_title(Content("   ").join([title, train]) if is_done and has_room else title)
         size = format_bytes(verdict.used_bytes or verdict.needed_bytes)
-        # The unit is next to the figure.
-        rest = after.replace(f" {size.rpartition(' ')[2]}", "")
+        # The unit of the total is next to the figure, if both have the same unit.
+        total, comma, more = after.partition(",")
+        rest = total.replace(f" {size.rpartition(' ')[2]}", "") + comma + more
         figure = Figure(f"of {rest}", size, f"bold {style}")
         self._needed.show([*large_figures([figure]), Content("")])
         self.choices.display = bool(solution.changes)

@@ -104,7 +104,7 @@ class HelpScreen(ModalScreen[None]):
         def draw(width: int, height: int) -> list[Content]:
             # In a narrow window, the dialog is as high as the window (``modal.tcss``).
             share = 1 if self.app.size.width < WIDE_CELLS else _MAX_SHARE
-            return _paged(parts, width, int(share * self.app.size.height) - _FRAME_ROWS)
+            return _paged(parts, width, max(2, int(share * self.app.size.height) - _FRAME_ROWS))
 
         return Drawing(draw, classes="help-text")
 

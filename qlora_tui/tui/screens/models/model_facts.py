@@ -378,10 +378,14 @@ def model_fit(model: Architecture, recipe: Recipe, budget: MemoryBudget) -> Mode
     lengths = [length for length in _LENGTHS if length <= (model.max_positions or length)]
     by_length = compared("data.max_length", lengths)
     by_batch = compared("training.micro_batch_size", _BATCHES)
-    repeats = all(
-        _figures(estimates) == _figures(by_length.get(value * recipe.data.max_length, estimates))
-        for value, estimates in by_batch.items()
-    )
+    micro_batch = recipe.training.micro_batch_size
+    as_long = [
+        (by_batch[value], estimates)
+        for length, estimates in by_length.items()
+        for value in by_batch
+        if value != micro_batch and length * micro_batch == value * recipe.data.max_length
+    ]
+    repeats = bool(as_long) and all(_figures(batch) == _figures(length) for batch, length in as_long)
     same = "A micro-batch of several sequences needs as much memory as one sequence of their total length."
     longest = by_length[max(by_length)]
     missing = missing_kernels(model.model_type) if budget.device.kind == "cuda" else ()
