@@ -214,9 +214,6 @@ async def test_a_very_large_window_has_bars_below_panels_that_end_in_the_same_ro
         await pilot.resize_terminal(200, 46)
         await wait_for_text(pilot, " params     disk     needs")
         assert "base weights" not in text_of(app)
-        # Drawn below the message that the window is too small, without a cell for a bar.
-        await pilot.resize_terminal(50, 24)
-        await wait_for_text(pilot, "too small")
 
 
 @pytest.mark.slow
