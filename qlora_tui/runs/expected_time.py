@@ -250,9 +250,10 @@ def _measured(
     try:
         trained = load_architecture(recipe.model.id)
     except ModelNotFoundError:
+        if not has_own_name:
+            return None
         targets = resolve_targets(recipe.lora, architecture.targets)
-        own_weights, adapter = adapter_parameters(targets, recipe.lora), view.adapter
-        if not has_own_name or (adapter is not None and adapter.trained_parameters != own_weights):
+        if view.adapter and view.adapter.trained_parameters != adapter_parameters(targets, recipe.lora):
             return None
         trained = architecture
     is_own = has_own_name and trained == architecture

@@ -28,7 +28,7 @@ from qlora_tui.remote.calls import changes_box, current
 from qlora_tui.runs.control import terminate
 from qlora_tui.runs.directory import RunDir
 from qlora_tui.runs.process import ProcessIdentity, detached_environ
-from qlora_tui.worker import start_detached
+from qlora_tui.worker import last_lines, start_detached
 
 Form: TypeAlias = Literal["gguf", "ollama", "merge", "adapter", "hub-adapter", "hub-merged", "hub-gguf"]
 """``adapter``: the adapter's folder, for vLLM; ``hub-``: an upload to the Hub."""
@@ -278,13 +278,15 @@ def _killed(status: ExportStatus, log: Path) -> UserError:
     if process is not None and process.is_from_this_host and not process.is_from_this_boot:
         what = "The machine was restarted during the export."
         return UserError(title, what=what, fix="Start the export again.")
-    output = log.read_bytes()[-_LAST_BYTES:].decode(errors="replace") if log.is_file() else ""
+    output = last_line = ""
+    with suppress(OSError), log.open("rb") as stream:
+        output, last_line = last_lines(stream, _LAST_LINES), last_lines(stream, 1)
     if process is None or "Traceback" in output:
         # It was not killed: an error occurred where no result could be recorded, such as on a full disk.
         return UserError(
             title,
             what="The process that exports ended without recording a result.",
-            why=output.strip().rpartition("\n")[2],
+            why=last_line,
             fix=f"Start the export again. The output of the process is in {log}.",
         )
     return ended_early(title, "The process that exports", None, log=log)
@@ -294,7 +296,7 @@ def _read_status(folder: Path) -> ExportStatus | None:
     return read_json(folder / "status.json", _STATUSES)
 
 
-_LAST_BYTES = 10_000
-"""Bytes at the end of an export's log in which an error is searched."""
+_LAST_LINES = 200
+"""Lines at the end of an export's log in which an error is searched."""
 _START_S = 30.0
 """Seconds that a new process may take to lock its file."""

@@ -172,6 +172,15 @@ def test_an_export_that_ended_with_the_machine_says_so(run: RunDir, tmp_path: Pa
     status = newest(run).status
     assert status.state == "failed" and "The machine was restarted during the export" in status.problem
 
+    # An error that could not be recorded is no kill, which would mean that memory ran out.
+    process = msgspec.structs.replace(process_identity(), pid=2**22)
+    write_export_status(export.folder, ExportStatus(state="running", at=time.time(), process=process))
+    (export.folder / "log").write_text(
+        "Traceback (most recent call last):\nOSError: [Errno 28] No space left\n"
+    )
+    problem = newest(run).status.problem
+    assert "No space left" in problem and "out of memory" not in problem
+
 
 @pytest.mark.usefixtures("no_process")
 def test_a_restarted_export_replaces_the_failed_one(run: RunDir, tmp_path: Path) -> None:

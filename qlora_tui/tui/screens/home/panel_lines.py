@@ -36,7 +36,7 @@ from qlora_tui.runs.expected_time import Forecast
 from qlora_tui.runs.main_settings import setting_words, shared_settings
 from qlora_tui.runs.run_summary import RunSummary, data_words
 from qlora_tui.runs.servers import ServerStatus
-from qlora_tui.runs.status import ACTIVE, State, Status, held_words
+from qlora_tui.runs.status import ACTIVE, BROKEN, Status, held_words
 from qlora_tui.tui.key_names import highlight_keys, key_name
 from qlora_tui.tui.render.columns import Column, Fact, fact_lines, hanging, table
 from qlora_tui.tui.render.figures import Figure, figure_line, large_figures
@@ -62,8 +62,6 @@ from qlora_tui.tui.system_status import Host, SystemStatus, read_host
 from qlora_tui.tui.workbench import Workbench
 
 _CURVE_WIDTH = 24
-_BROKEN: tuple[State, ...] = ("failed", "lost", "unreadable")
-"""States in which a run's status has details on what went wrong."""
 _LEAST_NAME, _MAX_NAME_WIDTH = 20, 44
 """Minimum and maximum width of a run's or model's name in the list of runs, in cells."""
 _FELL = "bold $validation"
@@ -241,7 +239,7 @@ def run_lines(
     lines += _outcome_lines(summary, layout)
     if summary.verdict is not None and not summary.verdict.has_only_losses:
         lines.append(verdict_content(summary.verdict))
-    if status.state in _BROKEN and status.detail:
+    if status.state in BROKEN and status.detail:
         lines.append(Content.styled(status.detail, "$error"))
     return lines
 
@@ -288,7 +286,7 @@ def _outcome_lines(summary: RunSummary, layout: HomeLayout) -> list[Content]:
         facts.append(f"step {format_progress(summary.step, summary.total_steps)}")
     if summary.seconds is not None:
         facts.append(f"trained {format_duration(summary.seconds)}")
-    if summary.status.state in _BROKEN:
+    if summary.status.state in BROKEN:
         # The cause of the failure follows, and is more important than the loss.
         layout = replace(layout, is_large=False)
     return _figures(figures, facts, layout) if figures or facts else []
