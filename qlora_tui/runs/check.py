@@ -312,7 +312,7 @@ def _held(checked: CheckResult) -> Iterator[str]:
         return
     with locked(run.trainer_lock_path, patience_s=PATIENCE_S) as alone, run_queue.queue_lock():
         state = read_status(run).state
-        if state in ACTIVE or state == "queued":
+        if state in ("queued", *ACTIVE) and not is_stranded(run):
             yield f"it is {state}"
         elif alone is None:
             yield "a trainer still uses the run"

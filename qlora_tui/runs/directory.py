@@ -280,6 +280,11 @@ def queue_path() -> Path:
     return paths.state_dir() / "queue.json"
 
 
+def queue_lock_path() -> Path:
+    """Return the path of the file that is locked while the queue and a run's status change together."""
+    return paths.state_dir() / "queue.lock"
+
+
 def waiting() -> list[str]:
     """Return the ids of the queued runs, the next one first; empty if the queue cannot be read."""
     try:

@@ -15,15 +15,14 @@ from contextlib import contextmanager, suppress
 
 from msgspec import structs
 
-from qlora_tui import paths
 from qlora_tui.files import atomic_write
 from qlora_tui.remote.calls import changes_box
-from qlora_tui.runs.directory import RunDir, queue_path, waiting
+from qlora_tui.runs.directory import RunDir, queue_lock_path, queue_path, waiting
 from qlora_tui.runs.event_log import append_event
 from qlora_tui.runs.events import Paused, Queued, Stopped
 from qlora_tui.runs.holds import Hold
 from qlora_tui.runs.process import ProcessIdentity
-from qlora_tui.runs.status import ACTIVE, Status, ended_status, read_status, write_status
+from qlora_tui.runs.status import ACTIVE, Status, ended_status, is_stranded, read_status, write_status
 
 __all__ = ["waiting"]
 
@@ -55,7 +54,7 @@ def hold(run: RunDir, reason: Hold | None) -> None:
 def _enter(run: RunDir, *, again: bool, first: bool = False) -> None:
     with queue_lock():
         status = read_status(run)
-        if status.state in ("queued", *ACTIVE):
+        if status.state in ("queued", *ACTIVE) and not is_stranded(run):
             return
         if again:
             forget_requests(run)
@@ -156,7 +155,7 @@ def queue_lock() -> Iterator[None]:
 
     The lock should be held only to write a few files. Nothing is locked if the file system has no locks.
     """
-    handle = os.open(paths.state_dir() / "queue.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(queue_lock_path(), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -26,7 +26,7 @@ from qlora_tui.formatting import capitalize, format_duration
 from qlora_tui.locks import is_locked
 from qlora_tui.remote.calls import current
 from qlora_tui.runs import events
-from qlora_tui.runs.directory import RunDir, all_runs, waiting
+from qlora_tui.runs.directory import RunDir, all_runs, queue_lock_path, waiting
 from qlora_tui.runs.event_log import last_event
 from qlora_tui.runs.holds import Hold, hold_words
 from qlora_tui.runs.process import ProcessIdentity, process_identity, runner_lock_path
@@ -115,14 +115,15 @@ def read_status(run: RunDir) -> Status:
         if run.id in waiting():
             waits = capitalize(f"{held_words(status)}.") if status.hold else ""
             return structs.replace(status, detail=describe_runner() or waits or status.detail)
-        # Read it again, because the runner may have taken the run since.
-        status = recorded_status(run)
-        if status.state == "queued":
+        # The process that holds the lock may be about to add the run to the queue.
+        if not is_locked(queue_lock_path()) and is_stranded(run):
             return structs.replace(
                 status,
                 state="stopped",
                 detail="The run's status was queued, but the run is not in the queue.",
             )
+        # The runner may have taken it.
+        status = recorded_status(run)
     if status.state not in ACTIVE:
         return status
     status, seen = _look_for_trainer(run, status)
@@ -264,8 +265,15 @@ def _silence(beat_at: float) -> str:
 
 
 def is_stranded(run: RunDir) -> bool:
-    """Return whether the run's last recorded state is queued although it is not in the queue."""
-    return recorded_status(run).state == "queued" and read_status(run).state == "stopped"
+    """Return whether the run's last recorded state is queued although it is not in the queue.
+
+    This is also true for the moment in which another process queues the run, unless the caller has locked
+    the queue.
+    """
+    if submission_of(run) is not None:
+        return recorded_status(run).state == "queued" and read_status(run).state == "stopped"
+    # In this order, because a run leaves the queue after its state has changed.
+    return run.id not in waiting() and recorded_status(run).state == "queued"
 
 
 def status_problem(run: RunDir) -> str | None:

@@ -121,6 +121,26 @@ def test_a_run_that_is_taken_while_it_is_read_has_not_stopped(
     assert not is_wrong(run)
 
 
+def test_a_run_that_is_read_while_it_is_queued_has_not_stopped(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, seen = run_queue._write, []
+
+    def read_first(ids: list[str]) -> None:
+        seen.append(read_status(run).state)
+        write(ids)
+
+    write_status(run, Status(state="paused", at=1.0))
+    monkeypatch.setattr(run_queue, "_write", read_first)
+    run_queue.requeue(run)
+    assert seen == ["queued"] and run_queue.waiting() == [run.id]
+    # A process that was killed in between leaves it out of the queue.
+    write([])
+    assert is_stranded(run)
+    run_queue.requeue(run)
+    assert run_queue.waiting() == [run.id]
+
+
 def test_a_run_in_training_is_not_queued_again(run: RunDir) -> None:
     write_status(run, Status(state="starting", at=1.0, process=process_identity()))
     run.unreported_path.touch()
